@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/null | cksum | cut -d' ' -f1)
+
+.PHONY: help setup demo test test-slow gpu-check bench clean
+
+help:
+	@echo "make setup      make .venv and install everything"
+	@echo "make demo       the whole path on a CPU: corpus, tokenizer, training, resume, evaluation, samples"
+	@echo "make test       the tests (minutes)"
+	@echo "make test-slow  the long tests"
+	@echo "make gpu-check  the kernel tests on a GPU, with the python3 of this shell"
+	@echo "make bench      the benchmarks"
+	@echo "make clean      remove .venv and caches (runs/ stays)"
+
+setup: $(STAMP)
+
+# The stamp is written last: a setup that was killed starts again and keeps what pip had finished.
+$(STAMP): pyproject.toml scripts/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; give one with: make setup PYTHON=/path/to/python3"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "setup: making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python scripts/install.py
+	@rm -f $(VENV)/.setup-*; touch $@; echo "setup: done"
+
+demo: setup
+	@$(BIN)/python -m launcher.demo
+
+test: setup
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: setup
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" || [ $$? -eq 5 ]
+
+gpu-check:
+	@python3 -m pytest -q -m gpu tests/kernels
+
+bench: setup
+	@ls kernels/bench/*.py bench/*.py 2>/dev/null || echo "no benchmarks yet"
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Every way in: what deepspeed starts, the nextpt command line, Slurm scripts."""

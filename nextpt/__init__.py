@@ -1,0 +1,3 @@
+"""Distributed pretraining for next-token prediction."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Nats, bits, perplexity, bits per byte: per domain and in total."""

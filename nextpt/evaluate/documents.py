@@ -1,0 +1,87 @@
+"""Scoring whole documents: sliding windows, every token predicted once.
+
+A document is [start] + tokens + [end]. Windows of `window` inputs move by `stride`; each scores only the targets
+that no earlier window scored, so all but those of the first window have at least window - stride tokens of context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nextpt.data.batch import IGNORE_INDEX
+from nextpt.evaluate.metrics import Figures
+from nextpt.model import Decoder
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs tokens[start:stop], targets tokens[start+1:stop+1]; targets before `fresh` (an offset) are not scored."""
+
+    document: int
+    start: int
+    stop: int
+    fresh: int
+
+
+def windows(lengths: list[int], window: int, stride: int) -> Iterator[Window]:
+    """Windows that predict each of `length - 1` targets of every document exactly once.
+
+    Raises ValueError unless 1 <= stride <= window.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride {stride} must be between 1 and the window of {window} tokens")
+    for document, length in enumerate(lengths):
+        inputs, start, scored = length - 1, 0, 0
+        while scored < inputs:
+            stop = min(start + window, inputs)
+            yield Window(document, start, stop, scored - start)
+            scored, start = stop, start + stride
+
+
+def score_documents(model: Decoder, documents: list[np.ndarray], token_bytes: np.ndarray, *, window: int, stride: int,
+                    rows: int = 32) -> tuple[Figures, np.ndarray]:
+    """Figures over all documents, and nats per document (fp64 [documents], text targets only).
+
+    documents: token arrays, start and end tokens included. token_bytes: UTF-8 bytes of each token, 0 for special ones.
+    rows: windows per forward pass; windows of like length share one, so little is padded.
+    """
+    device = next(model.parameters()).device
+    order = sorted(windows([len(d) for d in documents], window, stride), key=lambda w: (w.start - w.stop, w.document))
+    sizes = torch.from_numpy(token_bytes.astype(np.int64))
+    nats = np.zeros(len(documents))
+    tokens = size = 0
+    with torch.no_grad():
+        for first in range(0, len(order), rows):
+            group = order[first : first + rows]
+            inputs, targets = _stack(group, documents)
+            scores = _nats(model, inputs.to(device), targets.to(device)).cpu().double()
+            scored = torch.where(targets == IGNORE_INDEX, 0, targets)
+            text = (targets != IGNORE_INDEX) & (sizes[scored] > 0)
+            tokens += int(text.sum())
+            size += int((sizes[scored] * text).sum())
+            np.add.at(nats, [w.document for w in group], (scores * text).sum(dim=1).numpy())
+    return Figures(tokens, size, float(nats.sum())), nats
+
+
+def _stack(group: list[Window], documents: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets int64 [rows, longest]; padding comes last, so no real token sees it."""
+    longest = max(w.stop - w.start for w in group)
+    inputs = torch.zeros(len(group), longest, dtype=torch.long)
+    targets = torch.full((len(group), longest), IGNORE_INDEX, dtype=torch.long)
+    for row, w in enumerate(group):
+        tokens = torch.from_numpy(documents[w.document][w.start : w.stop + 1].astype(np.int64))
+        inputs[row, : len(tokens) - 1] = tokens[:-1]
+        targets[row, w.fresh : len(tokens) - 1] = tokens[1 + w.fresh :]
+    return inputs, targets
+
+
+def _nats(model: Decoder, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Per-token nats [rows, T], 0 where ignored."""
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    hidden = model(inputs, positions)
+    weights = (targets != IGNORE_INDEX).float().flatten()
+    return model.lm_head(hidden.flatten(0, 1), targets.flatten(), weights, 1.0)[2].view_as(targets)

@@ -1,0 +1,73 @@
+"""Per-domain sums of nats, tokens and bytes; every figure is a ratio of such sums, never a mean of ratios.
+
+Only text counts: a target that stands for no bytes (start and end of document) is left out of all three sums, so
+`bpb_text` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the sums say. tokens: text tokens predicted. bytes: UTF-8 bytes they stand for. nats: their code length."""
+
+    tokens: int
+    bytes: int
+    nats: float
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def bpb_text(self) -> float:
+        return self.nats / (math.log(2) * self.bytes) if self.bytes else math.nan
+
+    def as_dict(self) -> dict[str, float]:
+        nats = self.nats_per_token
+        return {
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "nats_per_token": nats,
+            "bits_per_token": nats / math.log(2),
+            "perplexity": math.exp(min(nats, 700.0)),
+            "bpb_text": self.bpb_text,
+        }
+
+
+class DomainSums:
+    """Accumulates on the device, without synchronisation; fp64 because fp32 stops growing at 2^24 tokens."""
+
+    def __init__(self, domains: list[str], device: torch.device) -> None:
+        self.domains = domains
+        self.sums = torch.zeros(len(domains), 3, dtype=torch.float64, device=device)
+
+    def add(self, nats: Tensor, target_bytes: Tensor, domain_ids: Tensor) -> None:
+        """nats, target_bytes [B, T] (0 bytes: not text); domain_ids [B]."""
+        text = target_bytes > 0
+        columns = (nats.double() * text, text.double(), target_bytes.double())
+        self.sums.index_add_(0, domain_ids, torch.stack([column.sum(dim=1) for column in columns], dim=1))
+
+    def figures(self) -> dict[str, Figures]:
+        """Figures per domain; reads the device. Domains without a token are left out."""
+        rows = self.sums.tolist()
+        found = {d: Figures(int(tokens), int(size), nats) for d, (nats, tokens, size) in zip(self.domains, rows, strict=True)}
+        return {domain: figures for domain, figures in found.items() if figures.tokens}
+
+    def total(self) -> Figures:
+        nats, tokens, size = self.sums.sum(dim=0).tolist()
+        return Figures(int(tokens), int(size), nats)
+
+
+def figures_json(sums: DomainSums) -> dict[str, dict]:
+    """{"domains": {name: figures}, "total": figures}: the fixed form that scripts rely on."""
+    return {
+        "domains": {name: figures.as_dict() for name, figures in sums.figures().items()},
+        "total": sums.total().as_dict(),
+    }

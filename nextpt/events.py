@@ -1,0 +1,98 @@
+"""What happened: the records a run emits, one JSON object a line in RUN/metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One logged optimizer step. loss: weighted nats per target. bpb: bits per byte of the step's text tokens."""
+
+    step: int
+    tokens: int
+    loss: float
+    bpb: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    z_loss: float = 0.0
+    data_wait_seconds: float = 0.0
+    memory_bytes: int = 0
+    mfu: float | None = None
+    domains: dict[str, dict[str, float]] = field(default_factory=dict)
+    kind: str = "train"
+
+
+@dataclass(frozen=True)
+class ValidationEvent:
+    """Loss on held-out rows after `step` steps; `domains` holds figures per domain, `total` those of all."""
+
+    step: int
+    tokens: int
+    domains: dict[str, dict[str, float]]
+    total: dict[str, float]
+    kind: str = "validation"
+
+
+@dataclass(frozen=True)
+class CheckpointEvent:
+    """A checkpoint became complete."""
+
+    step: int
+    path: str
+    seconds: float
+    bytes: int
+    kind: str = "checkpoint"
+
+
+Event = StepEvent | ValidationEvent | CheckpointEvent
+
+
+class Listener(Protocol):
+    """Anything that wants to hear of events, in order."""
+
+    def on_event(self, event: Event) -> None: ...
+
+
+class MetricsFile:
+    """Appends events to metrics.jsonl. Scripts find the keys of a training record at the top level.
+
+    Records of steps after `resume_step` are cut off first: those steps will be made again.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        kept = [line for line in self._lines() if _step_of(line) <= resume_step]
+        temporary = path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) >= 0]
+
+    def on_event(self, event: Event) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(event), sort_keys=True) + "\n")
+
+
+def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """All records of a metrics file, or those of one kind. A torn last line (a killed run) is passed over."""
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) >= 0]
+    return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def _step_of(line: str) -> int:
+    """Step of a line; -1 for one that is torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1

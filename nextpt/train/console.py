@@ -1,0 +1,60 @@
+"""What a person sees while training: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nextpt.events import CheckpointEvent, Event, StepEvent, ValidationEvent
+
+
+class ConsoleListener:
+    """Prints events. On a terminal steps update one progress line and everything else scrolls above it.
+
+    Without a terminal a step is printed at most every `plain_seconds` seconds, so that logs stay short.
+    """
+
+    def __init__(self, first_step: int, last_step: int, plain_seconds: float = 10.0) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.last_step, self.plain_seconds, self.printed_at = last_step, plain_seconds, 0.0
+        self.started, self.first_step = time.monotonic(), first_step
+        self.progress: Progress | None = None
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}"),
+                TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            )
+            self.task = self.progress.add_task("starting", total=last_step, completed=first_step - 1)
+            self.progress.start()
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, StepEvent):
+            self._on_step(event)
+        elif isinstance(event, ValidationEvent):
+            parts = [f"{name} {f['nats_per_token']:.3f} nats {f['bpb_text']:.3f} bpb" for name, f in event.domains.items()]
+            self.console.print(f"held out, step {event.step}: " + ", ".join(parts))
+        elif isinstance(event, CheckpointEvent):
+            self.console.print(
+                f"checkpoint {event.path} ({event.bytes / 2**20:.1f} MiB in {event.seconds:.1f} s)"
+            )
+
+    def _on_step(self, event: StepEvent) -> None:
+        text = (
+            f"loss {event.loss:.4f} nats  {event.bpb:.3f} bits/byte  {event.tokens_per_second:,.0f} tokens/s  "
+            f"lr {event.lr:.2e}  grad norm {event.grad_norm:.2f}"
+        )
+        if self.progress is not None:
+            self.progress.update(self.task, completed=event.step, description=text)
+            return
+        now = time.monotonic()
+        if now - self.printed_at >= self.plain_seconds or event.step == self.last_step:
+            self.printed_at = now
+            done = event.step - self.first_step + 1
+            left = (now - self.started) / done * (self.last_step - event.step)
+            self.console.print(f"step {event.step}/{self.last_step}  {text}  left {int(left // 60)}:{int(left % 60):02d}")
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()

@@ -1,0 +1,308 @@
+"""DeepSpeed, and nothing of it anywhere else: its start, its configuration, the step, and its state as fragments.
+
+Differences from DeepSpeed's defaults, each on purpose:
+- its JIT-built shared-memory collective is switched off on CPU: a process killed while it builds leaves a lock on
+  which every later run hangs; gloo alone gives the same losses and needs no compiler;
+- clipping and the guard against bad gradients run in our optimizer, on the device (see optimizer.py); DeepSpeed's
+  own checks read the norm on the host in every step;
+- its checkpoints are not used (see nextpt/checkpoint).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from nextpt.checkpoint.state import Fragment, FragmentReader  # noqa: E402
+from nextpt.config import Config  # noqa: E402
+from nextpt.data.batch import Batch  # noqa: E402
+from nextpt.errors import UserError  # noqa: E402
+from nextpt.model import Decoder  # noqa: E402
+from nextpt.objective import Loss, next_token_loss  # noqa: E402
+from nextpt.train.optimizer import GuardedAdamW, parameter_groups  # noqa: E402
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start_distributed(timeout_minutes: float = 30.0) -> torch.device:
+    """Join the process group; returns this rank's device.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher; a process started alone becomes
+    rank 0 of 1 on a free port.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+        )
+    except (RuntimeError, OSError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"ranks cannot meet at {address}: {_first_line(error)}; another job may use the port: give "
+                        "--master_port to deepspeed, or set MASTER_PORT") from error
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict:
+    """The whole DeepSpeed configuration, derived here and nowhere else; no default is relied on."""
+    bf16 = config.train.precision == "bf16"
+    stage = config.train.zero_stage
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_scatter": True,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "memory_efficient_linear": False,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _never_invalid(norm: object) -> bool:
+    """Stands in for DeepSpeed's host-side check; GuardedAdamW makes the same decision on the device."""
+    return False
+
+
+def _stop_host_checks() -> None:
+    """DeepSpeed reads the gradient norm on the host in every step to look for infinities. Ours is on the device."""
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (bf16_optimizer, stage3, stage_1_and_2):
+        assert hasattr(module, "is_invalid_grad_norm"), f"{module.__name__} changed; see deepspeed's version bounds"
+        module.is_invalid_grad_norm = _never_invalid
+
+
+class TrainingModule(nn.Module):
+    """What the engine wraps: a model whose forward returns the loss."""
+
+    def __init__(self, model: Decoder, z_loss: float) -> None:
+        super().__init__()
+        self.model, self.z_loss = model, z_loss
+
+    def forward(self, batch: Batch, weight_sum: Tensor) -> Loss:
+        return next_token_loss(self.model, batch, weight_sum, self.z_loss)
+
+
+class Engine:
+    """One rank of a training job: DeepSpeed's engine behind the few calls that the loop makes.
+
+    It is also the `ShardedState` that checkpoints read and write.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        _stop_host_checks()
+        settings = deepspeed_config(config, self.world_size)
+        with self._construction(settings):
+            module = TrainingModule(Decoder(config), config.objective.z_loss)
+        if config.train.compile:
+            for block in module.model.blocks:
+                block.compile()
+        self._optimizer = GuardedAdamW(parameter_groups(module, config.optimizer), config.optimizer, self._norm_now)
+        self._norm: Tensor | float = 0.0
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=settings)
+        self._zero = self._engine.optimizer if config.train.zero_stage else None
+        self._module = module
+        self._names = {parameter: name.removeprefix("model.") for name, parameter in module.named_parameters()}
+        self._create_moments()
+
+    @property
+    def model(self) -> Decoder:
+        return self._module.model
+
+    def _construction(self, settings: dict):
+        """ZeRO-3 divides each layer as soon as it is built, so that models larger than one device can be built."""
+        return deepspeed.zero.Init(config_dict_or_path=settings) if self.config.train.zero_stage == 3 else nullcontext()
+
+    # ---- the step -------------------------------------------------------------------------------------------
+
+    def step(self, batches: list[Batch], weight_sum: Tensor, lr: float) -> list[Loss]:
+        """One optimizer step over this rank's micro-batches. No host synchronisation.
+
+        weight_sum: sum of token weights over all ranks and micro-batches. DeepSpeed averages gradients over ranks;
+        multiplying by their number makes that the sum which the normalisation asks for.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.train()
+        losses = []
+        for batch in batches:
+            loss = Loss(*self._engine(batch, weight_sum))
+            self._engine.backward(loss.total * self.world_size, scale_wrt_gas=False)
+            self._engine.step()
+            losses.append(Loss(loss.total.detach(), loss.z_part, loss.nats))
+        return losses
+
+    def _norm_now(self) -> Tensor | float:
+        """Global gradient norm of the step under way, before clipping. Called by the optimizer."""
+        if self._zero is not None:
+            self._norm = self._zero._global_grad_norm
+        elif self._norm_is_due():
+            gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
+        return self._norm
+
+    def _norm_is_due(self) -> bool:
+        return any(p.grad is not None for p in self._module.parameters())
+
+    def grad_norm(self) -> float:
+        """Global norm of the last step before clipping; reads the device. -1 or non-finite: the step was passed over."""
+        return float(self._norm)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[TrainingModule]:
+        """The module in evaluation mode, without gradients. All ranks must call it equally often (ZeRO-3 gathers)."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield self._module
+        finally:
+            self._engine.train()
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; collective."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    # ---- ShardedState ---------------------------------------------------------------------------------------
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of the fp32 weights and moments, as flat ranges of named parameters. No gathering."""
+        for name, shape, start, tensors in self._shares():
+            for kind, tensor in tensors.items():
+                yield Fragment(name=name, kind=kind, shape=shape, start=start, stop=start + tensor.numel(), tensor=tensor)
+
+    def scalars(self) -> dict[str, float]:
+        """Number of updates the optimizer has made."""
+        return {"optimizer_updates": float(max((float(s["step"]) for s in self._optimizer.state.values()), default=0.0))}
+
+    def load(self, reader: FragmentReader, scalars: dict[str, float]) -> None:
+        """Read this rank's ranges into place, then bring the working weights in line with the master weights."""
+        with torch.no_grad():
+            for name, _, start, tensors in self._shares(whole=True):
+                for kind, tensor in tensors.items():
+                    tensor.copy_(reader.read(name, kind, start, start + tensor.numel()))
+            for state in self._optimizer.state.values():
+                state["step"].fill_(scalars["optimizer_updates"])
+        if self.config.train.zero_stage == 3:
+            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            if self._zero.persistent_parameters:
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+        elif self._zero is not None:
+            self._zero.update_lp_params()
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter, by name. A tied matrix appears once."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in self._names.items()}
+
+    def _shares(self, whole: bool = False) -> Iterator[tuple[str, tuple[int, ...], int, dict[str, Tensor]]]:
+        """(name, full shape, first flat element, {kind: 1-D fp32 view}) of each parameter this rank holds a part of.
+
+        whole: at stage 0, where every rank holds everything, all of it (to load) and not an equal share (to save).
+        """
+        shapes = self.parameter_shapes()
+        for parameter, name in self._names.items():
+            stage = self.config.train.zero_stage
+            place = {0: self._place_0, 1: self._place_1_2, 2: self._place_1_2, 3: self._place_3}[stage](parameter)
+            if place is None:
+                continue
+            flat, offset, start, length = place
+            if stage == 0 and not whole:
+                share = -(-length // self.world_size)
+                start = min(self.rank * share, length)
+                offset, length = start, min(share, length - start)
+            if length > 0:
+                kinds = {"weight": flat} | {kind: self._optimizer.state[flat][kind] for kind in MOMENTS}
+                views = {kind: t.detach().view(-1)[offset : offset + length] for kind, t in kinds.items()}
+                yield name, shapes[name], start, views
+
+    # Each returns (flat fp32 tensor that the optimizer steps, offset in it, first flat element of the parameter, length).
+
+    def _place_0(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+        return parameter, 0, 0, parameter.numel()
+
+    def _place_1_2(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+        link = parameter._hp_mapping
+        if link is None:
+            return None
+        flat = self._flat_partitions()[link.param_group_index]
+        return flat, link.hp_fragment_address.start, link.lp_fragment_address.start, link.lp_fragment_address.numel
+
+    def _place_3(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+        group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        share = parameter.ds_tensor.ds_numel
+        start = self.rank * share
+        length = min(share, parameter.ds_numel - start)  # the last ranks' shares are padded
+        return (self._flat_partitions()[group], offset, start, length) if length > 0 else None
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """The flat fp32 tensors of this rank, one per group, that the optimizer steps."""
+        for attribute in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
+            if hasattr(self._zero, attribute):
+                return getattr(self._zero, attribute)
+        raise AssertionError(f"{type(self._zero).__name__} holds no known fp32 partitions; see deepspeed's version bounds")
+
+    def _create_moments(self) -> None:
+        """Zero moments before the first step, so that saving and loading see the same state at any time.
+
+        ZeRO-3 creates them by a step on zero gradients, which counts as an update: the count is set back.
+        """
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"] if self._zero is None else ():
+                self._blank_state(parameter)
+        for flat in self._flat_partitions() if self._zero is not None else ():
+            self._blank_state(flat)
+
+    def _blank_state(self, tensor: Tensor) -> None:
+        state = self._optimizer.state[tensor]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+        state["step"].zero_()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,49 @@
+"""AdamW that clips and guards on the device: a bad step changes nothing, and nobody waits for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nextpt.config import OptimizerSection
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW, given the global gradient norm as a device scalar before each step.
+
+    The fused kernel takes `grad_scale` (gradients are divided by it: clipping) and `found_inf` (1: weights, moments
+    and step counts stay as they are: the guard). Both are computed without reading the norm on the host.
+
+    global_norm: returns this step's norm over all ranks, fp32 scalar; non-finite or negative (DeepSpeed's mark for
+    an invalid norm) makes the step a no-op.
+    """
+
+    def __init__(self, groups: list[dict], section: OptimizerSection, global_norm: Callable[[], Tensor]) -> None:
+        super().__init__(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
+        self._clip, self._global_norm = section.grad_clip, global_norm
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        norm = torch.as_tensor(self._global_norm(), dtype=torch.float32).reshape(())
+        bad = ~torch.isfinite(norm) | (norm < 0)
+        self.found_inf = bad.float()
+        # A bad norm must not turn the scale into NaN: the fused kernel divides before it looks at found_inf.
+        scale = (norm / self._clip).clamp(min=1.0) if self._clip else torch.ones_like(norm)
+        self.grad_scale = torch.where(bad, torch.ones_like(scale), scale)
+        super().step(closure)
+
+
+def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
+    """Two groups: matrices that decay, and vectors (norms, biases) and embeddings that do not.
+
+    Chosen by name and full shape; under ZeRO-3 a parameter's own shape is empty and `ds_shape` is the full one.
+    """
+    decay, keep = [], []
+    for name, parameter in model.named_parameters():
+        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        embedding = "embed_tokens" in name and not section.decay_embeddings
+        (decay if matrix and not embedding else keep).append(parameter)
+    groups = [{"params": decay, "weight_decay": section.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,121 @@
+"""Attention: every implementation against the fp64 definition, and against looking ahead."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.attention import IMPLEMENTATIONS, PackedDocuments, attention, choose_attention
+from kernels.attention import sdpa as sdpa_module
+from kernels.causality import CausalityError, check_attention
+
+HERE = [i.name for i in IMPLEMENTATIONS.values() if not i.lacks("cpu", ())]
+
+
+def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
+    """One score at a time, fp64."""
+    out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64), torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf)
+    group, shift = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            for i in range(q.shape[1]):
+                seen = [j for j in range(k.shape[1]) if j <= i + shift and (window is None or i + shift - j < window)
+                        and (ids is None or ids[b, i] == ids[b, j])]
+                scores = [float(q[b, i, h].double() @ k[b, j, h // group].double()) / math.sqrt(q.shape[3]) for j in seen]
+                if softcap:
+                    scores = [softcap * math.tanh(s / softcap) for s in scores]
+                total = sum(math.exp(s) for s in scores) + (math.exp(float(sinks[h])) if sinks is not None else 0.0)
+                if total:
+                    lse[b, h, i] = math.log(total)
+                for s, j in zip(scores, seen, strict=True):
+                    out[b, i, h] += math.exp(s) / total * v[b, j, h // group].double()
+    return out, lse
+
+
+@pytest.mark.parametrize("name", HERE)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_matches_the_definition(name: str, data: st.DataObject) -> None:
+    features = IMPLEMENTATIONS[name].features
+    keys = data.draw(st.integers(1, 9))
+    packed = data.draw(st.booleans())
+    queries = keys if packed else data.draw(st.integers(1, 9))
+    kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    window = data.draw(st.none() | st.integers(1, 5))
+    softcap = data.draw(st.none() | st.just(2.0)) if "softcap" in features else None
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    q = torch.randn(2, queries, kv_heads * group, 8, generator=generator)
+    k, v = (torch.randn(2, keys, kv_heads, 8, generator=generator) for _ in range(2))
+    sinks = torch.randn(kv_heads * group, generator=generator) if "sinks" in features and data.draw(st.booleans()) else None
+    ids = torch.randint(0, 2, (2, keys), generator=generator).cumsum(1).int() if packed else None
+    documents = PackedDocuments.from_document_ids(ids) if packed else None
+    options = {"documents": documents, "window": window, "softcap": softcap, "sinks": sinks, "implementation": name}
+    want, want_lse = naive(q, k, v, ids, window, softcap, sinks)
+    if "lse" in features:
+        got, lse = attention(q, k, v, return_lse=True, **options)
+        torch.testing.assert_close(lse.double(), want_lse.double(), atol=1e-5, rtol=1e-5)
+    else:
+        got = attention(q, k, v, **options)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("window", [None, 3])
+def test_nothing_looks_ahead(name: str, window: int | None) -> None:
+    check_attention(name, window=window)
+    assert "documents" in IMPLEMENTATIONS[name].features
+
+
+def test_the_check_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa_module, "causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool, device=d))
+    with pytest.raises(CausalityError, match="may not see"):
+        check_attention("sdpa", window=3)
+
+
+def test_gradients_equal_the_reference() -> None:
+    ids = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    inputs = [torch.randn(1, 6, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    found = []
+    for name in ("reference", "sdpa"):
+        out = attention(*inputs, documents=PackedDocuments.from_document_ids(ids), implementation=name)
+        found.append(torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), inputs))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_reference_is_differentiable_everywhere_and_empty_rows_give_zero() -> None:
+    q = torch.randn(1, 5, 2, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    out, lse = attention(q, k, v, return_lse=True, implementation="reference")
+    assert out[:, :2].eq(0).all() and lse[:, :, :2].eq(-math.inf).all()
+    gradients = torch.autograd.grad(out.sum() + lse[:, :, 2:].sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in gradients)
+    assert gradients[0][:, :2].eq(0).all()
+
+
+def test_cu_seqlens_list_the_starts_and_pad() -> None:
+    documents = PackedDocuments.from_document_ids(torch.tensor([[0, 0, 1], [1, 1, 1]]))
+    assert documents.cu_seqlens().tolist() == [0, 2, 3, 6, 6, 6, 6]
+
+
+def test_choice_says_what_is_lacking() -> None:
+    assert choose_attention("auto", "cpu", {"documents"}).name == "sdpa"
+    assert choose_attention("auto", "cpu", {"sinks", "lse"}).name == "reference"
+    with pytest.raises(ValueError, match="sdpa.*has no sinks"):
+        choose_attention("sdpa", "cpu", {"sinks"})
+    with pytest.raises(ValueError, match="unknown implementation 'sdp'.*reference"):
+        choose_attention("sdp", "cpu", set())
+
+
+@pytest.mark.parametrize(("shapes", "match"), [
+    (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), "3 query heads"),
+    (((1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 8)), "do not fit"),
+    (((4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)), r"\[B, S, H, D\]"),
+])
+def test_shapes_are_checked(shapes: tuple, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        attention(*(torch.zeros(s) for s in shapes))

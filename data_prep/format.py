@@ -1,0 +1,109 @@
+"""The shard contract: what a dataset folder holds and what a row means.
+
+    DATA/dataset.json                     the manifest below; written last, so a folder without it is unfinished
+    DATA/tokenizer.json                   the tokenizer that made the tokens
+    DATA/token_bytes.npy                  uint16 [V]: UTF-8 bytes of each token, 0 for special ones
+    DATA/{train,heldout}/DOMAIN/          MDS shards and index.json
+    DATA/heldout_text/DOMAIN.jsonl        the held-out documents themselves
+
+A row has sequence_length + 1 tokens: T inputs and, shifted by one, T targets. A document is stored as
+[start] + tokens + [end]; one longer than a row is cut into pieces that overlap by one token, so that every token is
+the target exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_prep.errors import PrepError
+from data_prep.files import sha256_file
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "heldout")
+
+# Bits of doc_flags, one byte per segment of a row.
+STARTS_MID_DOCUMENT = 1
+ENDS_MID_DOCUMENT = 2
+PADDING = 4
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Smallest unsigned type that holds every token id. Raises PrepError above 2^32."""
+    if vocab_size <= 2**16:
+        return np.dtype(np.uint16)
+    if vocab_size <= 2**32:
+        return np.dtype(np.uint32)
+    raise PrepError(f"a vocabulary of {vocab_size} tokens does not fit uint32, the widest token type of the shards")
+
+
+def columns(sequence_length: int, vocab_size: int) -> dict[str, str]:
+    """MDS columns of a row. doc_lens and doc_flags: one entry per segment, lengths summing to the row."""
+    return {
+        "tokens": f"ndarray:{token_dtype(vocab_size)}:{sequence_length + 1}",
+        "doc_lens": "ndarray:uint32",
+        "doc_flags": "ndarray:uint8",
+        "domain": "uint16",
+        "text_bytes": "uint32",
+    }
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitCounts(_Record):
+    """One domain of one split. tokens: targets that are predicted, the ends of documents included."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    text_tokens: int
+    rows: int
+    padding_tokens: int
+    index_sha256: str
+
+
+class DatasetManifest(_Record):
+    """dataset.json."""
+
+    format_version: int = FORMAT_VERSION
+    sequence_length: int
+    vocab_size: int
+    token_dtype: Literal["uint16", "uint32"]
+    tokenizer_sha256: str
+    start_id: int
+    end_id: int
+    packing: Literal["best_fit"] = "best_fit"
+    seed: int
+    heldout_fraction: float
+    inputs_sha256: str
+    domains: list[str]
+    splits: dict[str, dict[str, SplitCounts]]
+    fingerprint: str
+
+    @classmethod
+    def load(cls, folder: Path) -> DatasetManifest:
+        """Read and check a dataset folder. Raises PrepError that names the file and the way out."""
+        path = folder / "dataset.json"
+        if not path.is_file():
+            state = "is not there" if not folder.exists() else "has no dataset.json, so it is not a finished dataset"
+            raise PrepError(f"dataset folder {folder} {state}; make it with: nextpt prep shards --output {folder}")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            version = raw.get("format_version")
+            if version != FORMAT_VERSION:
+                raise PrepError(f"{path} has format version {version}; this nextpt reads {FORMAT_VERSION}: prepare the data again")
+            manifest = cls.model_validate(raw)
+        except (ValueError, AttributeError, ValidationError) as error:
+            if isinstance(error, PrepError):
+                raise
+            raise PrepError(f"{path} is damaged: {str(error).splitlines()[0]}; prepare the data again") from error
+        tokenizer = folder / "tokenizer.json"
+        if not tokenizer.is_file() or sha256_file(tokenizer) != manifest.tokenizer_sha256:
+            raise PrepError(f"{tokenizer} is not the tokenizer that made these shards (its hash differs): prepare the data again")
+        return manifest

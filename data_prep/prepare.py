@@ -208,9 +208,9 @@ def _progress(console: Console) -> Progress:
 def summary_table(manifest: DatasetManifest) -> Table:
     """Documents, bytes, tokens, bytes per token and packing efficiency, per split and domain."""
     table = Table(title="dataset", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    table.add_column("split")
-    table.add_column("domain")
-    for heading in ("documents", "bytes", "tokens", "B/token", "rows", "packing"):
+    table.add_column("split", no_wrap=True)
+    table.add_column("domain", no_wrap=True)
+    for heading in ("docs", "bytes", "tokens", "B/token", "rows", "packing"):
         table.add_column(heading, justify="right", no_wrap=True)
     for split, domains in manifest.splits.items():
         for domain, c in domains.items():

@@ -1,0 +1,1 @@
+"""From shards to micro-batches: rows, their global order, batches."""

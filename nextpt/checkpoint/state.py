@@ -1,0 +1,52 @@
+"""What a checkpoint holds, without knowing who trains: the protocol between an engine and the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop), in row-major order, of one kind of value of one parameter of full shape `shape`.
+
+    tensor: 1-D fp32 with stop - start elements.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    tensor: Tensor
+
+
+class FragmentReader(Protocol):
+    """Reads any range of any parameter, however it was divided when it was written."""
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor: ...
+
+
+class ShardedState(Protocol):
+    """Weights and optimizer state, divided among ranks in any way."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's fragments. Over all ranks each element of each kind comes exactly once."""
+        ...
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers that are the same on all ranks."""
+        ...
+
+    def load(self, reader: FragmentReader, scalars: dict[str, float]) -> None:
+        """Replace this rank's part. Collective."""
+        ...
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter."""
+        ...

@@ -171,6 +171,7 @@ class CheckpointSection(Section):
     resume: Literal["auto", "never"] | int = Field(
         "auto", description="auto: newest complete one; a step: that one, an error if missing; never: an error if any"
     )
+    accept_changed_data: bool = Field(False, description="resume although the dataset or its order is not the same")
 
 
 class ValidationSection(Section):

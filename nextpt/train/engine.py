@@ -51,6 +51,8 @@ def start_distributed(timeout_minutes: float = 30.0) -> torch.device:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     try:
@@ -135,9 +137,9 @@ class Engine:
                 block.compile()
         self._optimizer = GuardedAdamW(parameter_groups(module, config.optimizer), config.optimizer, self._norm_now)
         self._norm: Tensor | float = 0.0
+        self._module, self._zero = module, None
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=settings)
         self._zero = self._engine.optimizer if config.train.zero_stage else None
-        self._module = module
         self._names = {parameter: name.removeprefix("model.") for name, parameter in module.named_parameters()}
         self._create_moments()
 
@@ -172,13 +174,10 @@ class Engine:
         """Global gradient norm of the step under way, before clipping. Called by the optimizer."""
         if self._zero is not None:
             self._norm = self._zero._global_grad_norm
-        elif self._norm_is_due():
+        else:
             gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
+            self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
         return self._norm
-
-    def _norm_is_due(self) -> bool:
-        return any(p.grad is not None for p in self._module.parameters())
 
     def grad_norm(self) -> float:
         """Global norm of the last step before clipping; reads the device. -1 or non-finite: the step was passed over."""

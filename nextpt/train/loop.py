@@ -21,7 +21,7 @@ from nextpt.train.schedule import learning_rate
 
 @dataclass
 class Clock:
-    """Wall time and data waiting since the last logged step."""
+    """Where an interval of steps began: wall time, last step before it, seconds waited for data so far."""
 
     started: float
     step: int
@@ -35,9 +35,9 @@ class Trainer:
     does something with them; computing them is collective).
     """
 
-    def __init__(self, config: Config, engine: Engine, loader: Loader, domains: list[str],
-                 save: Callable[[int], CheckpointEvent], emit: Callable[[Event], None]) -> None:
-        self.config, self.engine, self.loader, self.domains = config, engine, loader, domains
+    def __init__(self, config: Config, engine: Engine, loader: Loader, save: Callable[[int], CheckpointEvent],
+                 emit: Callable[[Event], None]) -> None:
+        self.config, self.engine, self.loader, self.domains = config, engine, loader, loader.domains
         self.save, self.emit = save, emit
         self.flops_per_token = count(config).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
@@ -46,24 +46,24 @@ class Trainer:
     def run(self, first_step: int) -> None:
         """Train, then save the last step. first_step: 1 for a fresh run."""
         config, last = self.config, self.config.last_step
-        clock = Clock(time.monotonic(), first_step - 1, self.loader.wait_seconds)
-        saved = first_step - 1
+        clock = self._clock(first_step - 1)
         for step in range(first_step, last + 1):
-            sums, losses, weights = self.train_step(step)
+            sums, losses = self.train_step(step)
             if step % config.train.log_every == 0 or step == last:
-                clock = self.log(step, sums, losses, clock)
+                self.log(step, sums, losses, clock)
+                clock = self._clock(step)
             if config.validation.every_steps and (step % config.validation.every_steps == 0 or step == last):
                 self.validate(step)
-                clock.started = time.monotonic()
-                clock.step = step
+                clock = self._clock(step)
             if step == last or self.save_is_due(step):
                 self.emit(self.save(step))
-                self.last_saved_at, saved = time.monotonic(), step
-                clock.started, clock.step = time.monotonic(), step
-        if saved < last:
-            self.emit(self.save(last))
+                self.last_saved_at = time.monotonic()
+                clock = self._clock(step)
 
-    def train_step(self, step: int) -> tuple[DomainSums, list[Loss], torch.Tensor]:
+    def _clock(self, step: int) -> Clock:
+        return Clock(time.monotonic(), step, self.loader.wait_seconds)
+
+    def train_step(self, step: int) -> tuple[DomainSums, list[Loss]]:
         """One optimizer step; nothing here waits for the device."""
         batches = [batch.to(self.engine.device) for batch in self.loader.step_batches(step - 1)]
         weights = self.engine.all_sum(local_weight_sum(batches))
@@ -71,10 +71,10 @@ class Trainer:
         sums = DomainSums(self.domains, self.engine.device)
         for batch, loss in zip(batches, losses, strict=True):
             sums.add(loss.nats, batch.target_bytes, batch.domain_ids)
-        return sums, losses, weights
+        return sums, losses
 
-    def log(self, step: int, sums: DomainSums, losses: list[Loss], clock: Clock) -> Clock:
-        """Sum over ranks, read the device, emit the step's event; returns the clock of the next interval."""
+    def log(self, step: int, sums: DomainSums, losses: list[Loss], clock: Clock) -> None:
+        """Sum over ranks, read the device, emit the step's event."""
         parts = torch.stack([torch.stack([loss.total.double(), loss.z_part.double()]) for loss in losses]).sum(dim=0)
         total, z_part = self.engine.all_sum(parts).tolist()
         self.engine.all_sum(sums.sums)
@@ -94,7 +94,6 @@ class Trainer:
             mfu=rate * self.flops_per_token / (self.peak * self.engine.world_size) if self.peak else None,
             domains={name: {"nats_per_token": f.nats_per_token, "bpb": f.bpb_text} for name, f in sums.figures().items()},
         ))
-        return Clock(time.monotonic(), step, self.loader.wait_seconds)
 
     def validate(self, step: int) -> None:
         """Loss on the held-out rows of every domain; the same number of forward passes on every rank."""

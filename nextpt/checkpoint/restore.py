@@ -1,0 +1,34 @@
+"""A model from a checkpoint, for reading only: evaluation, generation, export."""
+
+from __future__ import annotations
+
+import torch
+
+from nextpt.checkpoint.format import Checkpoint
+from nextpt.config import Config, parse_config
+from nextpt.errors import CheckpointError
+from nextpt.model import Decoder
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> tuple[Config, Decoder]:
+    """The config of the run and its model, fp32, in evaluation mode."""
+    config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
+    model = Decoder(config)
+    check_shapes(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(checkpoint.read_whole(name))
+    return config, model.to(device).eval()
+
+
+def check_shapes(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError when the checkpoint is of another model; the first difference is named."""
+    stored = checkpoint.shapes()
+    for name in sorted(stored.keys() | shapes.keys()):
+        if stored.get(name) != shapes.get(name):
+            error = CheckpointError(
+                f"checkpoint {checkpoint.folder} is of another model: {name} is {stored.get(name, 'missing')} there and "
+                f"{shapes.get(name, 'missing')} here; use its own config or another run.dir"
+            )
+            error.every_rank = False
+            raise error

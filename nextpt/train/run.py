@@ -1,0 +1,157 @@
+"""One training job from start to end, on one rank: build, resume, train."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+
+from data_prep.files import atomic_write
+from kernels.causality import CausalityError, check_attention
+from nextpt.checkpoint.commit import choose, save, steps
+from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.ranks import Ranks
+from nextpt.checkpoint.restore import check_shapes
+from nextpt.config import Config, differences, load_config, to_yaml
+from nextpt.data.loader import Loader
+from nextpt.errors import ConfigError, DataError, UserError
+from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
+from nextpt.train.console import ConsoleListener
+from nextpt.train.engine import Engine, start_distributed
+from nextpt.train.loop import Trainer
+from nextpt.train.randomness import get_rng, set_rng
+
+
+def run_training(config: Config) -> None:
+    """Train the run that `config` describes, resuming it when its folder holds checkpoints. Collective.
+
+    Raises UserError for everything a person can mend, before anything is written where that is possible.
+    """
+    device = start_distributed()
+    ranks = Ranks()
+    config.accumulation_steps(ranks.world_size)
+    loader = Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda")
+    checkpoints = config.run_dir / "checkpoints"
+    _together(ranks, lambda: _check_run_folder(config))
+    checkpoint = choose(checkpoints, config.checkpoint.resume, ranks, lambda text: _say(ranks, text))
+    first_step = checkpoint.step + 1 if checkpoint else 1
+    if checkpoint:
+        _check_data(config, checkpoint, loader)
+        if first_step > config.last_step:
+            _say(ranks, f"run {config.run_dir} is complete at step {checkpoint.step}; to train on, raise train.steps")
+            return
+    check_causality(config, device)
+    random.seed(config.run.seed + ranks.rank)
+    torch.manual_seed(config.run.seed + ranks.rank)
+    engine = Engine(config, device)
+    if checkpoint:
+        resume(engine, checkpoint, ranks)
+        _say(ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}")
+    _together(ranks, lambda: _open_run_folder(config))
+    listeners = _listeners(config, first_step) if ranks.rank == 0 else []
+
+    def save_step(step: int) -> CheckpointEvent:
+        started = time.monotonic()
+        saved = save(checkpoints, engine, _extras(config, loader, step), get_rng(), ranks)
+        return CheckpointEvent(step, str(saved.folder), time.monotonic() - started, saved.bytes)
+
+    def emit(event: Event) -> None:
+        for listener in listeners:
+            listener.on_event(event)
+
+    try:
+        Trainer(config, engine, loader, save_step, emit).run(first_step)
+    finally:
+        loader.close()
+        for listener in listeners:
+            if isinstance(listener, ConsoleListener):
+                listener.close()
+
+
+def check_causality(config: Config, device: torch.device) -> None:
+    """Prove on this device that the attention of this run does not look ahead; takes a fraction of a second."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    try:
+        check_attention(config.model.attention, device, dtype, config.model.sliding_window)
+    except ValueError as error:
+        raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
+    except CausalityError as error:
+        raise UserError(f"the attention of this installation is not causal: {error}; choose another model.attention") from error
+
+
+def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Put the engine and the random states where the checkpoint has them. Collective."""
+    check_shapes(checkpoint, engine.parameter_shapes())
+    engine.load(checkpoint, checkpoint.state["scalars"])
+    if states := checkpoint.rng(ranks.rank):
+        set_rng(states)
+
+
+def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:
+    packages = ("torch", "deepspeed", "mosaicml-streaming", "numpy")
+    return {
+        "step": step,
+        "tokens": step * config.tokens_per_step,
+        "config": config.model_dump(mode="json"),
+        "data": {"fingerprint": loader.fingerprint, "position": step * config.train.global_batch_size},
+        "versions": {"python": python_version()} | {name: version(name) for name in packages},
+    }
+
+
+def _check_run_folder(config: Config) -> None:
+    """Refuse a folder that holds checkpoints of a run that differs in what it learns."""
+    path = config.run_dir / "config.yaml"
+    if not path.is_file() or not steps(config.run_dir / "checkpoints"):
+        return
+    _, forbidden = differences(load_config(path), config)
+    if forbidden:
+        raise ConfigError(f"run folder {config.run_dir} holds another run ({'; '.join(forbidden)}); "
+                          "set these keys back, or give another run.dir")
+
+
+def _check_data(config: Config, checkpoint: Checkpoint, loader: Loader) -> None:
+    if checkpoint.state["data"]["fingerprint"] != loader.fingerprint and not config.checkpoint.accept_changed_data:
+        error = DataError(f"the data of {checkpoint.folder} is not that of {config.data.path} (another dataset or order); "
+                          "give the old data.path, or checkpoint.accept_changed_data=true to train on it all the same")
+        error.every_rank = False
+        raise error
+
+
+def _open_run_folder(config: Config) -> None:
+    """Write the resolved config and the tokenizer, so that the folder is all that evaluation and generation need."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_write(config.run_dir / "config.yaml") as file:
+        file.write(to_yaml(config))
+    with open(Path(config.data.path) / "tokenizer.json", "rb") as source, \
+            atomic_write(config.run_dir / "tokenizer.json", "wb") as target:
+        shutil.copyfileobj(source, target)
+
+
+def _listeners(config: Config, first_step: int) -> list[Listener]:
+    return [MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1), ConsoleListener(first_step, config.last_step)]
+
+
+def _together(ranks: Ranks, action: Any) -> None:
+    """Run on rank 0; all ranks raise what it raised. Collective."""
+    failure: UserError | None = None
+    if ranks.rank == 0:
+        try:
+            action()
+        except UserError as error:
+            failure = error
+        except OSError as error:
+            failure = UserError(f"{error.filename}: {error.strerror}; is the disk full or the folder not writable?")
+    message = ranks.from_first(str(failure) if failure else None)
+    if message:
+        raise failure or UserError(message)
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        print(text, flush=True)

@@ -302,6 +302,20 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def describe_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted key, meaning and default) of every key that holds a value."""
+    rows: list[tuple[str, str]] = []
+    for name, field in model.model_fields.items():
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        below = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if below:
+            rows += describe_keys(below[0], f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
+        rows.append((prefix + name, f"{field.description or ''} ({default})".strip()))
+    return rows
+
+
 def _explain(error: Any) -> str:
     """One pydantic error as one phrase: key, value, what was expected."""
     key = ".".join(str(part) for part in error["loc"] if part not in ("int", "literal['auto','never']"))

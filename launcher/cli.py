@@ -1,0 +1,184 @@
+"""The `nextpt` command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.console import compressor_table, evaluation_table, friendly, out, say
+from nextpt.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
+                  help="Pretrain decoder-only language models: prepare data, train, evaluate, generate.")
+prep = typer.Typer(no_args_is_help=True, help="Turn text into packed, tokenized shards.")
+config_app = typer.Typer(no_args_is_help=True, help="Look at configs.")
+app.add_typer(prep, name="prep")
+app.add_typer(config_app, name="config")
+
+RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
+Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")]
+
+
+@prep.command("stdlib", epilog="example: nextpt prep stdlib --output data/stdlib")
+@friendly
+def prep_stdlib(output: Annotated[Path, typer.Option(help="folder for code.jsonl and prose.jsonl")]) -> None:
+    """Collect a corpus that every machine has: this Python's standard library, as code and prose."""
+    from data_prep.stdlib_corpus import collect
+
+    found = collect(output)
+    for domain, count in found.documents.items():
+        say(f"{output}/{domain}.jsonl: {count:,} documents, {found.bytes[domain]:,} bytes")
+
+
+@prep.command("shards", epilog="example: nextpt prep shards code=data/code.jsonl prose=data/prose.jsonl --output data/shards "
+                               "--sequence-length 256 --vocab-size 4096")
+@friendly
+def prep_shards(
+    domains: Annotated[list[str], typer.Argument(metavar="DOMAIN=PATH...", help="files or folders: .jsonl[.gz|.zst], .parquet, .txt")],
+    output: Annotated[Path, typer.Option(help="dataset folder to write")],
+    sequence_length: Annotated[int, typer.Option(help="inputs per row, tokens")],
+    vocab_size: Annotated[int | None, typer.Option(help="train a byte-level BPE tokenizer of this size")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="or take this tokenizer.json")] = None,
+    heldout: Annotated[float, typer.Option(help="share of documents kept for evaluation, by a hash of the text")] = 0.05,
+    seed: Annotated[int, typer.Option(help="order of rows")] = 0,
+    text_field: Annotated[str, typer.Option(help="key or column of the text")] = "text",
+    id_field: Annotated[str, typer.Option(help="key or column of the id")] = "id",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a dataset made otherwise")] = False,
+) -> None:
+    """Split, tokenize, pack and write MDS shards."""
+    from data_prep.prepare import PrepSpec, prepare, summary_table
+
+    named: dict[str, Path] = {}
+    for item in domains:
+        name, equals, path = item.partition("=")
+        if not equals or name in named:
+            raise UserError(f"{item!r}: expected DOMAIN=PATH, each domain once")
+        named[name] = Path(path)
+    spec = PrepSpec(named, output, sequence_length, vocab_size, tokenizer, heldout, seed, text_field, id_field)
+    out.print(summary_table(prepare(spec, overwrite=overwrite, console=out)))
+
+
+@app.command(epilog="example: nextpt train --config configs/demo.yaml train.steps=50")
+@friendly
+def train(
+    config: Annotated[str, typer.Option(help="YAML file, see configs/")],
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU, or 1 without, unless given")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port where ranks meet; a free one unless given")] = None,
+) -> None:
+    """Train on this machine. The same command again resumes the run.
+
+    On a cluster: `deepspeed --hostfile HOSTS launcher/run.py --config FILE`, or launcher/slurm/train.sbatch.
+    """
+    from launcher.local import start_training
+    from nextpt.config import load_config
+
+    load_config(config, overrides or [])  # a wrong key is told before any process starts
+    sys.exit(start_training(config, overrides or [], ranks, port))
+
+
+@app.command("eval", epilog="example: nextpt eval --run runs/demo --compressors --json eval.json")
+@friendly
+def evaluate(
+    run: RunFolder,
+    step: Step = None,
+    data: Annotated[Path | None, typer.Option(help="dataset folder; the run's own unless given")] = None,
+    window: Annotated[int | None, typer.Option(help="tokens of context; the model's longest unless given")] = None,
+    stride: Annotated[int | None, typer.Option(help="tokens scored per window; half of it unless given")] = None,
+    compressors: Annotated[bool, typer.Option("--compressors", help="also measure zlib, bz2 and xz on the same bytes")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
+) -> None:
+    """Nats, bits, perplexity and bits per byte on held-out documents, per domain."""
+    from data_prep.files import atomic_write, canonical_json
+    from nextpt.evaluate.heldout import evaluate_run
+    from nextpt.generate.text import pick_device
+
+    result = evaluate_run(run, step=step, data=data, window=window, stride=stride, compressors=compressors, device=pick_device())
+    out.print(evaluation_table(result))
+    if compressors:
+        out.print(compressor_table(result))
+    if json_path:
+        try:
+            with atomic_write(json_path) as file:
+                file.write(canonical_json(result))
+        except OSError as error:
+            raise UserError(f"{json_path} cannot be written: {error.strerror}") from error
+        say(f"written to {json_path}")
+
+
+@app.command(epilog="example: nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95")
+@friendly
+def generate(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="text to continue; may be empty")] = "",
+    step: Step = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable token")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="keep the k most probable tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(help="keep the smallest set of this probability")] = None,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt; stops at the end of the document."""
+    from nextpt.evaluate.heldout import open_model
+    from nextpt.generate.sample import Sampling
+    from nextpt.generate.text import generate_text, pick_device
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    config, model, tokenizer, _ = open_model(run, step, pick_device())
+    sys.stdout.write(prompt)
+    for piece in generate_text(config, model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@config_app.command("show", epilog="example: nextpt config show configs/7b.yaml --ranks 64 train.zero_stage=3")
+@friendly
+def config_show(
+    file: Annotated[str, typer.Argument(help="YAML file, see configs/")],
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="ranks to divide the state among")] = 1,
+) -> None:
+    """Print the resolved run and the figures derived from it."""
+    from nextpt.config import load_config, to_yaml
+    from nextpt.model import count
+    from nextpt.train.memory import estimate_memory
+
+    config = load_config(file, overrides or [])
+    counts, memory = count(config), estimate_memory(config, ranks)
+    tokens = config.total_steps * config.tokens_per_step
+    accumulation = config.accumulation_steps(ranks)
+    say(to_yaml(config))
+    say("# derived")
+    say(f"parameters              {counts.parameters:>20,}")
+    say(f"  non-embedding         {counts.non_embedding_parameters:>20,}")
+    say(f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}   (causal: {counts.causal_flops_per_token:,.0f})")
+    say(f"tokens per step         {config.tokens_per_step:>20,}   ({accumulation} micro-batches on each of {ranks} ranks)")
+    say(f"steps                   {config.total_steps:>20,}")
+    say(f"total tokens            {tokens:>20,}")
+    say(f"tokens per parameter    {tokens / counts.parameters:>20,.1f}")
+    say(f"memory per rank         {memory.total / 2**30:>16,.2f} GiB   (estimate for ZeRO-{config.train.zero_stage})")
+    for name in ("weights", "gradients", "optimizer", "activations", "loss"):
+        say(f"  {name:<21} {getattr(memory, name) / 2**30:>16,.2f} GiB")
+
+
+@config_app.command("keys")
+@friendly
+def config_keys() -> None:
+    """List every key with its meaning."""
+    from nextpt.config import Config, describe_keys
+
+    for key, meaning in describe_keys(Config):
+        say(f"{key:<34} {meaning}")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

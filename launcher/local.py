@@ -1,0 +1,51 @@
+"""Starting ranks on this machine with the deepspeed launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from nextpt.errors import UserError
+
+RUN = Path(__file__).resolve().parent / "run.py"
+
+
+def train_command(config: str, overrides: list[str], ranks: int, port: int) -> list[str]:
+    """The command that a person would type: deepspeed launcher/run.py --config ... on this machine."""
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_addr", "127.0.0.1",
+        "--master_port", str(port), "--log_level", "error", "--hostfile", os.devnull, str(RUN), "--config", config, *overrides,
+    ]
+
+
+def start_training(config: str, overrides: list[str], ranks: int | None = None, port: int | None = None) -> int:
+    """Train on this machine; returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given."""
+    environment = os.environ | {"DS_LOG_LEVEL": "error", "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
+    if not _gpus():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    command = train_command(config, overrides, ranks or max(_gpus(), 1), port or free_port())
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        return 130
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on. Raises UserError when the system has none left."""
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise UserError(f"no free TCP port on this machine ({error.strerror}); close some connections, or give --port") from error

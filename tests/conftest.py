@@ -1,0 +1,24 @@
+"""Fixtures that many tests share. One thread per process: two cores, and results that do not depend on their number."""
+
+import os
+import sysconfig
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+
+from tests.support.datasets import make_dataset  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small real dataset: code and prose of a package of the standard library, 64 tokens a row."""
+    return make_dataset(Path(sysconfig.get_path("stdlib")) / "email", tmp_path_factory.mktemp("dataset"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    torch.set_num_threads(1)

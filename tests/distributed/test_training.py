@@ -1,0 +1,122 @@
+"""Whole training jobs on real gloo ranks: ZeRO stages agree, normalisation is global, resuming is bit-identical."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.state import KINDS
+from nextpt.events import read_events
+from tests.support.datasets import tiny
+from tests.support.ranks import train_all
+
+STEPS = 6
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in read_events(run / "metrics.jsonl", "train")]
+
+
+def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
+    checkpoint: Checkpoint = open_newest(run / "checkpoints")
+    assert checkpoint.step == STEPS
+    return {(name, kind): checkpoint.read_whole(name, kind) for name in checkpoint.shapes() for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All two-rank jobs of this file, in one pair of processes."""
+    root = tmp_path_factory.mktemp("jobs")
+    configs = []
+    for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 2, 3))):
+        for stage in stages:
+            train = {"zero_stage": stage, "precision": precision, "steps": STEPS}
+            configs.append(tiny(dataset, root / f"{precision}-{stage}", train=_train(**train)))
+            configs += [
+                tiny(dataset, root / f"{precision}-{stage}-resumed", train=_train(**train, stop_at=stop)) for stop in (2, 4, 6)
+            ]
+    for micro in (4, 2, 1):
+        configs.append(tiny(dataset, root / f"ranks-2-micro-{micro}", train=_train(micro_batch_size=micro, zero_stage=2)))
+    configs.append(tiny(dataset, root / "recompute", train=_train(zero_stage=2, activation_checkpointing=True)))
+    configs.append(tiny(dataset, root / "uneven", objective={"domain_weights": {"prose": 0.0}}, train=_train(zero_stage=2)))
+    assert train_all(configs, 2, root / "logs") == [None] * len(configs)
+    return root
+
+
+@pytest.fixture(scope="module")
+def single(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, 1, 2 and 4 accumulation steps."""
+    root = tmp_path_factory.mktemp("single")
+    configs = [tiny(dataset, root / f"ranks-1-micro-{m}", train=_train(micro_batch_size=m, zero_stage=0)) for m in (8, 4, 2)]
+    configs.append(tiny(dataset, root / "uneven", objective={"domain_weights": {"prose": 0.0}},
+                        train=_train(micro_batch_size=8, zero_stage=0)))
+    assert train_all(configs, 1, root / "logs") == [None] * len(configs)
+    return root
+
+
+def _train(**changes: object) -> dict[str, object]:
+    return {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "log_every": 1} | changes
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_agree_in_fp32(jobs: Path, stage: int) -> None:
+    assert losses(jobs / f"fp32-{stage}") == pytest.approx(losses(jobs / "fp32-0"), rel=2e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_follows_fp32(jobs: Path, stage: int) -> None:
+    expected = losses(jobs / "fp32-0")
+    assert losses(jobs / f"bf16-{stage}") == pytest.approx(expected, rel=5e-3)
+    assert losses(jobs / f"bf16-{stage}") != expected
+
+
+def test_training_learns(jobs: Path) -> None:
+    found = losses(jobs / "fp32-0")
+    assert len(found) == STEPS and found[-1] < found[0] - 0.1
+
+
+@pytest.mark.parametrize("job", ["fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-1", "bf16-2", "bf16-3"])
+def test_resuming_twice_changes_no_bit(jobs: Path, job: str) -> None:
+    assert losses(jobs / f"{job}-resumed") == losses(jobs / job)
+    expected, found = state(jobs / job), state(jobs / f"{job}-resumed")
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+def test_two_ranks_equal_one_big_batch(jobs: Path, single: Path, micro: int) -> None:
+    _same_training(jobs / f"ranks-2-micro-{micro}", single / "ranks-1-micro-8")
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_accumulation_equals_one_big_batch(single: Path, micro: int) -> None:
+    _same_training(single / f"ranks-1-micro-{micro}", single / "ranks-1-micro-8")
+
+
+def test_weights_of_zero_for_a_domain_keep_the_normalisation_global(jobs: Path, single: Path) -> None:
+    """Micro-batches differ widely in their weight sums here; means of means would be off."""
+    _same_training(jobs / "uneven", single / "uneven")
+
+
+def _same_training(run: Path, reference: Path) -> None:
+    assert losses(run) == pytest.approx(losses(reference), rel=2e-5)
+    norms = [[e["grad_norm"] for e in read_events(r / "metrics.jsonl", "train")] for r in (run, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_recomputing_activations_changes_nothing(jobs: Path) -> None:
+    assert losses(jobs / "recompute") == pytest.approx(losses(jobs / "fp32-2"), rel=1e-6)
+
+
+def test_moments_are_those_of_the_steps_made(jobs: Path) -> None:
+    """The second moment of every matrix is positive somewhere, and all stages keep the same one."""
+    expected = state(jobs / "fp32-0")
+    for stage in (1, 2, 3):
+        found = state(jobs / f"fp32-{stage}")
+        for key in expected:
+            assert torch.allclose(found[key], expected[key], rtol=5e-2, atol=5e-4), (stage, key)
+    assert all(tensor.abs().max() > 0 for (_, kind), tensor in expected.items() if kind == "exp_avg_sq")

@@ -1,0 +1,57 @@
+"""Real training jobs on gloo ranks: `train_all` runs configs one after another in one set of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launcher.local import free_port
+from nextpt.config import Config, to_yaml
+
+
+def train_all(configs: list[Config], world_size: int, folder: Path) -> list[str | None]:
+    """Train each config on `world_size` ranks. Returns per config the message of rank 0's error, or None."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, config in enumerate(configs):
+        files.append(folder / f"job-{number:03d}.yaml")
+        files[-1].write_text(to_yaml(config))
+    port = str(free_port())
+    processes = []
+    for rank in range(world_size):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_LOG_LEVEL": "error",
+        }
+        log = open(folder / f"rank-{rank}.log", "w")
+        command = [sys.executable, "-m", "tests.support.ranks", str(folder / "outcomes.json"), *map(str, files)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    codes = [process.wait(timeout=500) for process in processes]
+    if any(codes):
+        raise AssertionError(f"ranks ended with {codes}:\n" + "\n".join(p.read_text()[-3000:] for p in folder.glob("rank-*.log")))
+    return json.loads((folder / "outcomes.json").read_text())
+
+
+def _main(outcomes: str, files: list[str]) -> None:
+    from nextpt.config import load_config
+    from nextpt.errors import UserError
+    from nextpt.train.run import run_training
+
+    messages: list[str | None] = []
+    for file in files:
+        try:
+            run_training(load_config(file))
+            messages.append(None)
+        except UserError as error:
+            messages.append(str(error))
+    if os.environ["RANK"] == "0":
+        Path(outcomes).write_text(json.dumps(messages))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,190 @@
+"""Boxes tile ranges; a checkpoint is read whole or refused; loading runs no foreign code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextpt.checkpoint.boxes import boxes, volume, within
+from nextpt.checkpoint.commit import choose, folder_of, open_newest, save, steps
+from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.ranks import Ranks
+from nextpt.checkpoint.state import KINDS, Fragment
+from nextpt.errors import CheckpointError
+
+SHAPES = {"a": (5, 3), "b": (4,), "c": (2, 3, 4)}
+
+
+class State:
+    """A ShardedState of one process: every parameter in two uneven fragments."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.values = {
+            (n, k): torch.arange(math.prod(s), dtype=torch.float32) * value + i
+            for i, (n, s) in enumerate(SHAPES.items()) for k in KINDS
+        }
+
+    def fragments(self) -> Iterator[Fragment]:
+        for (name, kind), flat in self.values.items():
+            cut = flat.numel() * 2 // 5 + 1
+            for start, stop in ((0, cut), (cut, flat.numel())):
+                yield Fragment(name, kind, SHAPES[name], start, stop, flat[start:stop])
+
+    def scalars(self) -> dict[str, float]:
+        return {"optimizer_updates": 3.0}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return SHAPES
+
+
+def write(root: Path, step: int, value: float = 1.0) -> Path:
+    return save(root, State(value), {"step": step, "config": {}}, {"torch": "x"}, Ranks()).folder
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), st.data())
+def test_boxes_tile_any_range(shape: tuple[int, ...], data: st.DataObject) -> None:
+    size = math.prod(shape)
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    marks = torch.arange(size).view(shape)
+    tiles = boxes(shape, start, stop)
+    whole = tuple((0, s) for s in shape)
+    assert [int(i) for box in tiles for i in marks[within(box, whole)].flatten()] == list(range(start, stop))
+    assert len(tiles) <= 2 * len(shape) - 1 and sum(map(volume, tiles)) == stop - start
+
+
+@given(name=st.sampled_from(sorted(SHAPES)), data=st.data())
+def test_any_range_reads_back(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.getbasetemp() / "ranges"
+    checkpoint = Checkpoint(folder_of(root, 1)) if root.exists() else Checkpoint(write(root, 1))
+    size = math.prod(SHAPES[name])
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    for kind in KINDS:
+        assert torch.equal(checkpoint.read(name, kind, start, stop), State().values[(name, kind)][start:stop])
+
+
+def test_equal_state_gives_equal_bytes(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", 5), write(tmp_path / "b", 5)
+    names = sorted(p.name for p in a.iterdir())
+    assert names == ["manifest.json", "rank-00000.json", "rank-00000.safetensors", "state.json"]
+    assert all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_newest_is_named_and_the_one_before_taken(tmp_path: Path, name: str, damage: str) -> None:
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip" else data[:-1])
+    said: list[str] = []
+    found = choose(tmp_path, "auto", Ranks(), said.append)
+    assert found is not None and found.step == 1
+    assert len(said) == 1 and "step-000000002" in said[0] and "resuming from step 1" in said[0]
+    with pytest.raises(CheckpointError, match="step-000000002 is not usable"):
+        choose(tmp_path, 2, Ranks(), said.append)
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (write(tmp_path, step) / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not start from nothing") as raised:
+        choose(tmp_path, "auto", Ranks(), print)
+    assert "step-000000001" in str(raised.value) and "step-000000002" in str(raised.value)
+
+
+def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".staging-step-000000009").mkdir()
+    (tmp_path / ".staging-step-000000009" / "rank-00000.safetensors").write_bytes(b"half")
+    assert steps(tmp_path) == [] and choose(tmp_path, "auto", Ranks(), print) is None
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        open_newest(tmp_path)
+    write(tmp_path, 10)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000010"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    write(tmp_path, 4, 1.0)
+    write(tmp_path, 4, 2.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000004"]
+    assert torch.equal(open_newest(tmp_path).read("b", "weight", 0, 4), State(2.0).values[("b", "weight")])
+
+
+def test_a_failing_save_leaves_the_previous_one_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+
+    class Broken(State):
+        def fragments(self) -> Iterator[Fragment]:
+            yield next(iter(super().fragments()))
+            raise RuntimeError("device\nlost")
+
+    with pytest.raises(CheckpointError, match="failed on rank 0: RuntimeError: device lost"):
+        save(tmp_path, Broken(), {"step": 2}, {}, Ranks())
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_gaps_are_not_read_as_zeros(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    index = json.loads((folder / "rank-00000.json").read_text())
+    index["fragments"] = index["fragments"][1:]
+    (folder / "rank-00000.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="gaps or overlap"):
+        Checkpoint(folder).read_whole("a")
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../../etc/passwd"] = {"size": 1, "xxh3": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="a file that no checkpoint has"):
+        open_newest(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_named_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        write(tmp_path, 1)
+        (tmp_path / "ballast").write_bytes(b"0" * (2**17 + 2**16))
+        with pytest.raises(CheckpointError, match="no space left"):
+            save(tmp_path, State(), {"step": 2, "config": {"long": "x" * 2**16}}, {}, Ranks())
+        assert steps(tmp_path) == [1] and open_newest(tmp_path).step == 1
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["ballast", "step-000000001"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_loading_unpickles_and_starts_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    script = f"""
+import sys
+from pathlib import Path
+from nextpt.checkpoint.commit import open_newest
+seen = []
+sys.addaudithook(lambda event, args: seen.append(event) if event in ("pickle.find_class", "exec", "os.system",
+    "subprocess.Popen") else None)
+checkpoint = open_newest(Path({str(tmp_path)!r}))
+for name in checkpoint.shapes():
+    checkpoint.read_whole(name)
+assert not seen, seen
+print("clean")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "clean", done.stderr

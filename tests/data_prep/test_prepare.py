@@ -1,0 +1,223 @@
+"""From corpora to shards: nothing lost, everything reproducible, mistakes named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.documents import read_documents
+from data_prep.errors import PrepError
+from data_prep.format import PADDING, DatasetManifest, token_dtype
+from data_prep.pack import best_fit_decreasing, split_long
+from data_prep.prepare import PrepSpec, prepare
+from data_prep.stdlib_corpus import collect
+from data_prep.streaming_compat import import_streaming
+from data_prep.tokenizer import Tokenizer, train_bpe
+
+TEXTS = [f"line {i}: the quick brown fox jumps over {i * 7919} lazy dogs, again and again\n" * (1 + i % 9) for i in range(60)]
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"id": str(i), "text": t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
+    return path
+
+
+def spec(tmp_path: Path, texts: list[str] = TEXTS, **changes: object) -> PrepSpec:
+    values: dict[str, object] = {
+        "domains": {"a": write(tmp_path / "a.jsonl", texts)}, "output": tmp_path / "out", "sequence_length": 16,
+        "vocab_size": 300, "heldout": 0.2,
+    }
+    return PrepSpec(**(values | changes))
+
+
+@given(st.integers(1, 200), st.integers(2, 40))
+def test_pieces_of_a_document_predict_each_token_once(length: int, capacity: int) -> None:
+    pieces = split_long(length, capacity)
+    targets = [t for start, stop in pieces for t in range(start + 1, stop)]
+    assert targets == list(range(1, length))
+    assert all(stop - start <= capacity for start, stop in pieces)
+
+
+@given(st.lists(st.integers(2, 17), max_size=80))
+def test_packing_places_every_piece_once(lengths: list[int]) -> None:
+    rows = best_fit_decreasing(np.array(lengths, dtype=np.int64), 17)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in row) <= 17 for row in rows)
+    fullness = sorted(sum(lengths[i] for i in row) for row in rows)
+    assert len(fullness) < 2 or fullness[0] + fullness[1] > 17  # best fit never leaves two rows that fit in one
+
+
+def test_packing_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="longer than a row"):
+        best_fit_decreasing(np.array([18]), 17)
+
+
+def test_rows_give_back_the_documents(tmp_path: Path) -> None:
+    s = spec(tmp_path)
+    manifest = prepare(s)
+    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.json")
+    import_streaming()
+    from streaming.base.format import reader_from_json
+
+    pieces: list[str] = []
+    for split in ("train", "heldout"):
+        folder = tmp_path / "out" / split / "a"
+        index = json.loads((folder / "index.json").read_text())
+        size = 0
+        for shard in index["shards"]:
+            reader = reader_from_json(str(folder), None, shard)
+            for i in range(shard["samples"]):
+                row = reader[i]
+                assert row["tokens"].shape == (17,) and row["tokens"].dtype == np.uint16
+                assert int(row["doc_lens"].sum()) == 17
+                size += int(row["text_bytes"])
+                starts = np.cumsum(row["doc_lens"]) - row["doc_lens"]
+                for start, length, flag in zip(starts, row["doc_lens"], row["doc_flags"], strict=True):
+                    if not flag & PADDING:
+                        pieces.append(tokenizer.decode(row["tokens"][int(start) : int(start + length)][1:]))
+        counts = manifest.splits[split]["a"]
+        assert size == counts.bytes and counts.rows == sum(s["samples"] for s in index["shards"])
+    assert manifest.splits["train"]["a"].documents + manifest.splits["heldout"]["a"].documents == len(TEXTS)
+    assert sum(map(len, pieces)) == sum(map(len, TEXTS))
+    heldout = [json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl")]
+    assert 0 < len(heldout) == manifest.splits["heldout"]["a"].documents and set(heldout) <= set(TEXTS)
+
+
+def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
+    first = prepare(spec(tmp_path))
+    second = prepare(spec(tmp_path, output=tmp_path / "again"))
+    assert first == second
+    for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "out")).read_bytes(), path
+
+
+def test_a_document_keeps_its_side_when_the_corpus_grows(tmp_path: Path) -> None:
+    prepare(spec(tmp_path, TEXTS[:40]))
+    few = (tmp_path / "out" / "heldout_text" / "a.jsonl").read_text()
+    prepare(spec(tmp_path, TEXTS), overwrite=True)
+    many = (tmp_path / "out" / "heldout_text" / "a.jsonl").read_text()
+    assert many.startswith(few) and few
+
+
+def test_reuse_and_refusal(tmp_path: Path) -> None:
+    manifest = prepare(spec(tmp_path))
+    stamp = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
+    assert prepare(spec(tmp_path)) == manifest
+    assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == stamp
+    with pytest.raises(PrepError, match="--overwrite"):
+        prepare(spec(tmp_path, sequence_length=32))
+    assert DatasetManifest.load(tmp_path / "out") == manifest
+    assert prepare(spec(tmp_path, sequence_length=32), overwrite=True).sequence_length == 32
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_bpe(TEXTS, 300, path)
+    return Tokenizer(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_any_unicode_text_survives_and_its_bytes_are_counted(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert int(tokenizer.token_bytes()[ids].sum()) == len(text.encode())
+
+
+def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.end_id not in ids.tolist() and tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', ["a.jsonl:2", "not a JSON object"]),
+    ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', ["a.jsonl:2", "'text'"]),
+    ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl:1", "not UTF-8"]),
+    ("a.txt", b"fine\xfe", ["a.txt", "byte 4 is not UTF-8"]),
+    ("a.parquet", b"PAR1 no", ["a.parquet", "Parquet"]),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], ["a.jsonl.gz"]),
+    ("a.csv", b"x", ["expected one of", ".jsonl"]),
+    ("a.jsonl", b"", ["domain d", "no document to train on"]),
+])
+def test_bad_corpora_are_named_and_leave_nothing(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    # with a tokenizer of its own an empty corpus gets as far as the split
+    train_bpe(TEXTS, 300, tmp_path / "given.json")
+    with pytest.raises(PrepError) as raised:
+        prepare(PrepSpec({"d": tmp_path / name}, tmp_path / "out", 16, tokenizer=tmp_path / "given.json"))
+    assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({name, "given.json"})
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"vocab_size": 100}, "too small"),
+    ({"vocab_size": 100_000}, "the texts give only"),
+    ({"vocab_size": 2**33}, "does not fit uint32"),
+    ({"heldout": 1.5}, "heldout = 1.5"),
+    ({"sequence_length": 1}, "sequence_length = 1"),
+    ({"vocab_size": None}, "give either"),
+    ({"domains": {"a/b": Path("/")}}, "domain name 'a/b'"),
+    ({"domains": {"a": Path("/nowhere")}}, "/nowhere does not exist"),
+    ({"vocab_size": None, "tokenizer": Path("/nowhere.json")}, "nowhere.json"),
+])
+def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises((PrepError, OSError), match=words.replace(".", r"\.")):
+        prepare(spec(tmp_path, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_formats_read_the_same(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    plain = write(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    with pa.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as stream:
+        stream.write(plain.read_bytes())
+    pq.write_table(pa.table({"id": [str(i) for i in range(len(TEXTS))], "text": TEXTS}), tmp_path / "a.parquet")
+    expected = list(read_documents(plain))
+    assert [d.text for d in expected] == TEXTS
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        assert list(read_documents(tmp_path / name)) == expected, name
+
+
+def test_token_type_fits_the_vocabulary() -> None:
+    assert token_dtype(2**16) == np.uint16 and token_dtype(2**16 + 1) == np.uint32
+
+
+def test_stdlib_corpus_separates_docstrings_from_code(tmp_path: Path) -> None:
+    library = tmp_path / "lib"
+    library.mkdir()
+    doc = "Words about the module. " * 12
+    (library / "m.py").write_text(f'"""{doc}"""\n\n\ndef f(x):\n    """Say it."""\n    return x  # kept\n\n\nclass C:\n    """Only words."""\n')
+    (library / "broken.py").write_text("def (:\n")
+    found = collect(tmp_path / "out", library)
+    code = [json.loads(line) for line in open(tmp_path / "out" / "code.jsonl")]
+    prose = [json.loads(line) for line in open(tmp_path / "out" / "prose.jsonl")]
+    assert found.documents == {"code": 1, "prose": 1} and found.skipped == 1
+    assert code[0]["id"] == "m.py" and "return x  # kept" in code[0]["text"] and "Words" not in code[0]["text"]
+    compile(code[0]["text"], "m.py", "exec")
+    assert "Say it." in prose[0]["text"] and "Only words." in prose[0]["text"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(PrepError, match="no space left"):
+            prepare(spec(tmp_path, TEXTS * 40, output=disk / "out"))
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,88 @@
+"""Figures are ratios of sums; sliding windows score every token once, with the model's own probabilities."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextpt.evaluate.compressors import compare
+from nextpt.evaluate.documents import score_documents, windows
+from nextpt.evaluate.metrics import DomainSums, Figures, figures_json
+from nextpt.model import Decoder
+from tests.support.datasets import tiny
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=5), st.integers(1, 20), st.data())
+def test_windows_score_each_target_once(lengths: list[int], window: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, window))
+    scored: dict[int, list[int]] = {d: [] for d in range(len(lengths))}
+    for w in windows(lengths, window, stride):
+        assert w.stop - w.start <= window
+        scored[w.document] += range(w.start + w.fresh, w.stop)
+    assert scored == {d: list(range(n - 1)) for d, n in enumerate(lengths)}
+
+
+def test_scores_are_the_models_log_probabilities() -> None:
+    config = tiny(Path("none"), Path("none"), data={"sequence_length": 16})
+    model = Decoder(config).eval()
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 500, size) for size in (5, 12, 16)]
+    sizes = np.where(np.arange(512) % 7 == 0, 0, np.arange(512) % 5 + 1)
+    figures, nats = score_documents(model, documents, sizes, window=16, stride=8, rows=2)
+    expected, size, count = [], 0, 0
+    for d in documents:
+        inputs = torch.from_numpy(d[:-1]).unsqueeze(0)
+        with torch.no_grad():
+            logits = model.lm_head(model(inputs, torch.arange(len(d) - 1).unsqueeze(0)))[0]
+        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(d[1:]), reduction="none")
+        text = torch.from_numpy(sizes[d[1:]] > 0)
+        expected.append(float(losses[text].sum()))
+        size, count = size + int(sizes[d[1:]].sum()), count + int(text.sum())
+    assert nats == pytest.approx(expected, rel=1e-5)
+    assert (figures.tokens, figures.bytes) == (count, size) and figures.nats == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_long_documents_get_context_from_the_stride() -> None:
+    model = Decoder(tiny(Path("none"), Path("none"), data={"sequence_length": 16})).eval()
+    document = [np.random.default_rng(1).integers(0, 500, 90)]
+    sizes = np.ones(512, dtype=np.int64)
+    few, _ = score_documents(model, document, sizes, window=16, stride=16)
+    many, _ = score_documents(model, document, sizes, window=16, stride=4)
+    assert few.tokens == many.tokens == 89 and few.nats != many.nats
+
+
+def test_figures_derive_from_sums() -> None:
+    figures = Figures(tokens=4, bytes=10, nats=4 * math.log(3)).as_dict()
+    assert figures["nats_per_token"] == pytest.approx(math.log(3))
+    assert figures["perplexity"] == pytest.approx(3)
+    assert figures["bits_per_token"] == pytest.approx(math.log2(3))
+    assert figures["bpb_text"] == pytest.approx(0.4 * math.log2(3))
+
+
+def test_sums_count_text_only_and_keep_domains_apart() -> None:
+    sums = DomainSums(["a", "b", "empty"], torch.device("cpu"))
+    nats = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    target_bytes = torch.tensor([[3, 0, 1], [2, 2, 0]])
+    sums.add(nats, target_bytes, torch.tensor([1, 0]))
+    sums.add(nats, target_bytes, torch.tensor([0, 0]))
+    found = sums.figures()
+    assert found == {"a": Figures(6, 12, 53.0), "b": Figures(2, 4, 5.0)}
+    assert set(figures_json(sums)["domains"]) == {"a", "b"} and sums.total() == Figures(8, 16, 58.0)
+
+
+def test_compressors_are_measured_on_the_same_bytes() -> None:
+    documents = [b"abc" * 100, b"xyz" * 50]
+    joined = b"".join(documents)
+    found = compare(documents)
+    assert found["zlib -9"]["bpb_concatenated"] == 8 * len(zlib.compress(joined, 9)) / 450
+    assert found["bz2 -9"]["bpb_documents"] == 8 * sum(len(bz2.compress(d, 9)) for d in documents) / 450
+    assert found["xz -9e"]["bpb_concatenated"] == 8 * len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)) / 450

@@ -1,0 +1,91 @@
+"""The rules of the house: arrows between rooms, sizes, names, and the packages we must live beside."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Floor of each room, longest name first where one holds another; a room imports only from lower floors.
+FLOORS = {
+    "kernels": 0, "data_prep": 0, "nextpt.errors": 0, "nextpt.config": 1, "nextpt.events": 2, "nextpt.data": 3, "nextpt.model": 4,
+    "nextpt.objective": 5, "nextpt.checkpoint": 6, "nextpt.evaluate": 7, "nextpt.generate": 8, "nextpt.train": 9,
+    "nextpt.scaling": 10, "nextpt.observe": 10, "launcher": 11,
+}
+SOURCES = sorted(p for room in ("kernels", "data_prep", "nextpt", "launcher") for p in (ROOT / room).rglob("*.py"))
+
+
+def room(module: str) -> str | None:
+    return next((name for name in FLOORS if module == name or module.startswith(name + ".")), None)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_the_sources_are_found() -> None:
+    assert len(SOURCES) > 40
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_arrows_point_down(path: Path) -> None:
+    own = room(module_of(path))
+    for imported in imports(path):
+        other = room(imported)
+        if own is None or other is None or own == other:
+            continue
+        assert FLOORS[other] < FLOORS[own], f"{module_of(path)} (floor {FLOORS[own]}) imports {imported} (floor {FLOORS[other]})"
+
+
+def test_only_the_engine_imports_deepspeed_and_only_one_module_streaming() -> None:
+    users = {name: {module_of(p) for p in SOURCES for i in imports(p) if i.split(".")[0] == name} for name in ("deepspeed", "pickle")}
+    assert users["deepspeed"] == {"nextpt.train.engine"} and users["pickle"] == set()
+
+
+def test_launcher_files_shadow_nothing() -> None:
+    """`deepspeed` puts launcher/ first on sys.path: a launcher/inspect.py would break `import torch`."""
+    taken = set(sys.stdlib_module_names) | set(packages_distributions())
+    assert {p.stem for p in (ROOT / "launcher").glob("*.py")} & (taken - {"run"}) - {"__init__"} == set()
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 80, node.name
+
+
+def test_importing_streaming_leaves_no_stand_in_behind() -> None:
+    script = ("import sys; from data_prep.streaming_compat import import_streaming; import_streaming();"
+              "assert not [m for m in sys.modules if m.startswith(('torchvision', 'transformers')) and not"
+              " getattr(sys.modules[m], '__file__', None)]; print('clean')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "clean", done.stderr
+
+
+def test_readme_names_only_what_exists() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:configs|launcher|docs|bench)/[\w./-]+)`", readme):
+        assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", readme):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

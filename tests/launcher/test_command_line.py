@@ -1,0 +1,150 @@
+"""The ways in: help, errors of one line, the shipped configs, and a whole run through the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.local import free_port, train_command
+from nextpt.config import load_config, to_yaml
+from nextpt.events import read_events
+from tests.support.datasets import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    return subprocess.run([sys.executable, "-m", "launcher.cli", *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.mark.parametrize("command", [[], ["prep"], ["prep", "stdlib"], ["prep", "shards"], ["train"], ["eval"], ["generate"],
+                                     ["config"], ["config", "show"]])
+def test_help(command: list[str]) -> None:
+    done = nextpt(*command, "--help")
+    assert done.returncode == 0 and "Usage" in done.stdout
+    if len(command) > 1 or command and command[0] in ("train", "eval", "generate"):
+        assert "example: nextpt" in done.stdout
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_loads_and_has_about_the_parameters_of_its_name(path: Path) -> None:
+    from nextpt.model import count
+
+    config = load_config(path)
+    assert config.run.name == path.stem
+    size = {"b": 1e9, "m": 1e6}.get(path.stem[-1])
+    if size and path.stem != "demo":
+        assert count(config).parameters == pytest.approx(float(path.stem[:-1]) * size, rel=0.15)
+
+
+def test_config_show_prints_derived_figures() -> None:
+    done = nextpt("config", "show", "configs/7b.yaml", "train.zero_stage=3", "--ranks", "64")
+    assert done.returncode == 0, done.stderr
+    for words in ("vocab_size: 65536", "parameters                     7,516,459,008", "tokens per step", "memory per rank", "ZeRO-3"):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["config", "show", "configs/demo.yaml", "model.dept=3"], ["unknown key model.dept", "model.depth"]),
+    (["config", "show", "configs/demo.yaml", "model.depth=0"], ["model.depth = 0", "greater than or equal to 1"]),
+    (["config", "show", "configs/none.yaml"], ["configs/none.yaml does not exist"]),
+    (["config", "show", "configs/demo.yaml", "--ranks", "3"], ["train.global_batch_size", "4 x 3 = 12"]),
+    (["train", "--config", "configs/demo.yaml", "train.zero_stage=0", "train.precision=bf16"], ["train.zero_stage=1"]),
+    (["eval", "--run", "nowhere"], ["run folder nowhere does not exist"]),
+    (["generate", "--run", "nowhere"], ["run folder nowhere does not exist"]),
+    (["prep", "shards", "a=nowhere", "--output", "x", "--sequence-length", "8", "--vocab-size", "300"], ["nowhere does not exist"]),
+    (["prep", "shards", "nowhere", "--output", "x", "--sequence-length", "8"], ["DOMAIN=PATH"]),
+])
+def test_mistakes_end_with_one_line(arguments: list[str], words: list[str]) -> None:
+    done = nextpt(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run made by the deepspeed launcher on two ranks."""
+    root = tmp_path_factory.mktemp("launched")
+    config = tiny(dataset, root / "run", validation={"every_steps": 3, "rows": 8}, checkpoint={"every_steps": 3})
+    (root / "tiny.yaml").write_text(to_yaml(config))
+    done = subprocess.run(train_command(str(root / "tiny.yaml"), ["train.zero_stage=2"], 2, free_port()),
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 6/6" in done.stdout and "held out, step 3" in done.stdout
+    return root / "run"
+
+
+def test_run_folder_has_its_fixed_form(trained: Path) -> None:
+    assert {p.name for p in trained.iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl", "tokenizer.json"}
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step-000000003", "step-000000006"]
+    events = read_events(trained / "metrics.jsonl", "train")
+    assert [e["step"] for e in events] == list(range(1, 7))
+    assert {"step", "tokens", "loss", "bpb", "lr", "grad_norm", "tokens_per_second"} <= events[0].keys()
+    assert load_config(trained / "config.yaml").train.zero_stage == 2
+
+
+def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
+    done = nextpt("eval", "--run", str(trained), "--json", str(tmp_path / "out.json"), "--compressors")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    for figures in (*result["domains"].values(), result["total"]):
+        assert {"tokens", "bytes", "nats_per_token", "bpb_text", "perplexity"} <= figures.keys()
+    assert set(result["domains"]) == {"code", "prose"} and "xz -9e" in done.stdout
+    assert result["total"]["bytes"] == sum(f["bytes"] for f in result["domains"].values())
+
+
+def test_generate_continues_a_prompt(trained: Path) -> None:
+    first, again = (nextpt("generate", "--run", str(trained), "--prompt", "def f", "--max-tokens", "20", "--seed", "5") for _ in "12")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def f") and len(first.stdout) > 8 and first.stdout == again.stdout
+    assert nextpt("generate", "--run", str(trained), "--step", "4").stderr.count("there are: 6, 3") == 1
+
+
+def test_a_taken_port_is_named(dataset: Path, tmp_path: Path) -> None:
+    import socket
+
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run")))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run([sys.executable, str(ROOT / "launcher/run.py"), "--config", str(tmp_path / "tiny.yaml")],
+                              capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and f"127.0.0.1:{port}" in error[0] and "--master_port" in error[0]
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [1.0, 4.0, 7.0, 9.0, 10.0, 11.0, 12.0])
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(dataset: Path, trained: Path, tmp_path: Path, delay: float) -> None:
+    """Every process of the job dies at once; the same command then ends with the metrics of a run that was let be."""
+    changes = {"validation": {"every_steps": 3, "rows": 8}, "checkpoint": {"every_steps": 3}}
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", **changes)))
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+
+    def command() -> list[str]:
+        return train_command(str(tmp_path / "tiny.yaml"), ["train.zero_stage=2"], 2, free_port())
+
+    job = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment)
+    time.sleep(delay)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    done = subprocess.run(command(), capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[(e["step"], e["loss"]) for e in read_events(run / "metrics.jsonl", "train")] for run in (trained, tmp_path / "run")]
+    assert losses[0] == losses[1]
+    assert not (tmp_path / "extensions").exists(), "something was compiled, and could leave a lock"

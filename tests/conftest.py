@@ -9,12 +9,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 
-from tests.support.datasets import make_dataset  # noqa: E402
-
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small real dataset: code and prose of a package of the standard library, 64 tokens a row."""
+    # Here and not above: the kernel tests run where only torch and pytest are installed.
+    from tests.support.datasets import make_dataset
+
     return make_dataset(Path(sysconfig.get_path("stdlib")) / "email", tmp_path_factory.mktemp("dataset"))
 
 

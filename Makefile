@@ -34,10 +34,13 @@ test-slow: setup
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 gpu-check:
+	@python3 -c 'import torch, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
+	  { echo "error: gpu-check needs a GPU and a python3 with torch, triton, pytest and hypothesis"; exit 1; }
 	@python3 -m pytest -q -m gpu tests/kernels
 
 bench: setup
-	@ls kernels/bench/*.py bench/*.py 2>/dev/null || echo "no benchmarks yet"
+	@found=$$(ls kernels/bench/*.py bench/*.py 2>/dev/null); [ -n "$$found" ] || echo "no benchmarks yet"; \
+	  for b in $$found; do $(BIN)/python $$b || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis

@@ -8,7 +8,8 @@
 
 A row has sequence_length + 1 tokens: T inputs and, shifted by one, T targets. A document is stored as
 [start] + tokens + [end]; one longer than a row is cut into pieces that overlap by one token, so that every token is
-the target exactly once.
+the target exactly once. Beside the columns below a shard may have `token_weights` (ndarray:float32:T+1): a factor on
+each token's loss when it is the target, used where objective.token_weights is set.
 """
 
 from __future__ import annotations

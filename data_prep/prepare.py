@@ -94,7 +94,7 @@ def prepare(spec: PrepSpec, *, overwrite: bool = False, console: Console | None 
     if (spec.output / "dataset.json").exists() and not overwrite:
         existing = DatasetManifest.load(spec.output)
         if existing.inputs_sha256 == inputs:
-            console.print(f"{spec.output} is there and unchanged")
+            console.print(f"{spec.output} is there and was made from the same inputs")
             return existing
         raise PrepError(f"{spec.output} holds a dataset made from other inputs or settings; give another output or --overwrite")
     if spec.output.exists() and any(spec.output.iterdir()) and not (spec.output / "dataset.json").exists():
@@ -111,6 +111,14 @@ def prepare(spec: PrepSpec, *, overwrite: bool = False, console: Console | None 
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
+
+
+def is_current(spec: PrepSpec) -> bool:
+    """Whether the output is a dataset made from the inputs and settings of `spec`."""
+    try:
+        return DatasetManifest.load(spec.output).inputs_sha256 == spec.inputs_sha256()
+    except PrepError:
+        return False
 
 
 def _replace(staging: Path, output: Path) -> None:

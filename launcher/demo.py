@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from data_prep.files import atomic_write, canonical_json
-from data_prep.prepare import PrepSpec, prepare, summary_table
+from data_prep.prepare import PrepSpec, is_current, prepare, summary_table
 from data_prep.stdlib_corpus import collect
 from launcher.console import compressor_table, evaluation_table, friendly, out, say
 from launcher.local import start_training
@@ -43,7 +43,7 @@ def main() -> None:
     stage(2, "tokenizer, packing, shards")
     spec = PrepSpec({d: corpus / f"{d}.jsonl" for d in found.documents}, Path(config.data.path), config.data.sequence_length,
                     vocab_size=config.model.vocab_size)
-    out.print(summary_table(prepare(spec, overwrite=True, console=out)))
+    out.print(summary_table(prepare(spec, overwrite=not is_current(spec), console=out)))
     stage(3, f"training on {RANKS} CPU ranks with ZeRO-{config.train.zero_stage}: deepspeed launcher/run.py --config configs/demo.yaml")
     train(config)
     stage(4, "resume: the middle checkpoint, continued, against the uninterrupted run")

@@ -4,8 +4,10 @@
 """
 
 import argparse
+import errno
 import os
 import sys
+import time
 
 # The repository root, not this folder, must be importable; must come before every other import.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -39,6 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if int(os.environ.get("RANK", "0")) == 0 or error.every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher kills all ranks when one ends: rank 0 must have spoken by then
+        return 2
+    except OSError as error:
+        if options.traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left for {error.filename or 'the run folder'}; free some and start the same command again,"
+              " it resumes", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

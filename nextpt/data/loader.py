@@ -14,7 +14,7 @@ from nextpt.config import Config
 from nextpt.data.batch import Batch, Row, collate
 from nextpt.data.order import Order
 from nextpt.data.rows import DomainRows, load_manifest, load_token_bytes
-from nextpt.errors import DataError
+from nextpt.errors import ConfigError, DataError
 
 AHEAD = 2  # optimizer steps read ahead
 
@@ -22,8 +22,8 @@ AHEAD = 2  # optimizer steps read ahead
 class Loader:
     """Reads the rows of one rank. One background thread reads ahead: it costs less than worker processes do.
 
-    pin: copy batches into page-locked memory, for a GPU. Raises DataError when the dataset is not the one that the
-    config describes.
+    pin: copy batches into page-locked memory, for a GPU. Raises ConfigError when the dataset is not the one that the
+    config describes, DataError when it is missing or damaged.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, *, pin: bool = False) -> None:
@@ -107,24 +107,24 @@ class Loader:
 
 
 def check_dataset(config: Config, manifest: DatasetManifest) -> None:
-    """Raise DataError when the dataset does not fit the config."""
+    """Raise ConfigError when the dataset does not fit the config."""
     path, data = config.data.path, config.data
     if manifest.sequence_length != data.sequence_length:
-        raise DataError(f"data.sequence_length = {data.sequence_length}, but the rows of {path} hold {manifest.sequence_length}; "
+        raise ConfigError(f"data.sequence_length = {data.sequence_length}, but the rows of {path} hold {manifest.sequence_length}; "
                         "change the key or prepare the data again")
     if manifest.vocab_size != config.model.vocab_size:
-        raise DataError(f"model.vocab_size = {config.model.vocab_size}, but the tokenizer of {path} has {manifest.vocab_size} "
+        raise ConfigError(f"model.vocab_size = {config.model.vocab_size}, but the tokenizer of {path} has {manifest.vocab_size} "
                         f"tokens; set model.vocab_size={manifest.vocab_size}")
     for key, names in (("data.mixing", data.mixing or {}), ("objective.domain_weights", config.objective.domain_weights)):
         for name in names:
             if name not in manifest.domains:
-                raise DataError(f"{key} names domain {name!r}; {path} has {', '.join(manifest.domains)}")
+                raise ConfigError(f"{key} names domain {name!r}; {path} has {', '.join(manifest.domains)}")
     if data.mixing is None:
         return
     for name, share in data.mixing.items():
         if not (share >= 0 and share < float("inf")):
-            raise DataError(f"data.mixing.{name} = {share} must be finite and >= 0")
+            raise ConfigError(f"data.mixing.{name} = {share} must be finite and >= 0")
         if share > 0 and not manifest.splits["train"][name].rows:
-            raise DataError(f"data.mixing.{name} = {share}, but {path} has no training rows of it")
+            raise ConfigError(f"data.mixing.{name} = {share}, but {path} has no training rows of it")
     if not any(data.mixing.values()):
-        raise DataError("data.mixing gives every domain the share 0; one must be above")
+        raise ConfigError("data.mixing gives every domain the share 0; one must be above")

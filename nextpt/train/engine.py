@@ -10,7 +10,6 @@ Differences from DeepSpeed's defaults, each on purpose:
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import warnings
@@ -18,12 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
+import torch
+import torch.distributed as dist
+
+# Before deepspeed is imported: it reads these then, and warns of what is meant to be (a CPU, an optimizer of ours).
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
 
 import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from nextpt.checkpoint.state import Fragment, FragmentReader  # noqa: E402
@@ -43,10 +46,8 @@ def start_distributed(timeout_minutes: float = 30.0) -> torch.device:
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher; a process started alone becomes
     rank 0 of 1 on a free port.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     cuda = torch.cuda.is_available()
     if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +28,8 @@ from nextpt.train.engine import Engine, start_distributed
 from nextpt.train.loop import Trainer
 from nextpt.train.randomness import get_rng, set_rng
 
+T = TypeVar("T")
+
 
 def run_training(config: Config) -> None:
     """Train the run that `config` describes, resuming it when its folder holds checkpoints. Collective.
@@ -36,9 +39,9 @@ def run_training(config: Config) -> None:
     device = start_distributed()
     ranks = Ranks()
     config.accumulation_steps(ranks.world_size)
-    loader = Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda")
+    loader = _on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
     checkpoints = config.run_dir / "checkpoints"
-    _together(ranks, lambda: _check_run_folder(config))
+    _on_first(ranks, lambda: _check_run_folder(config))
     checkpoint = choose(checkpoints, config.checkpoint.resume, ranks, lambda text: _say(ranks, text))
     first_step = checkpoint.step + 1 if checkpoint else 1
     if checkpoint:
@@ -53,7 +56,7 @@ def run_training(config: Config) -> None:
     if checkpoint:
         resume(engine, checkpoint, ranks)
         _say(ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}")
-    _together(ranks, lambda: _open_run_folder(config))
+    _on_first(ranks, lambda: _open_run_folder(config))
     listeners = _listeners(config, first_step) if ranks.rank == 0 else []
 
     def save_step(step: int) -> CheckpointEvent:
@@ -137,19 +140,24 @@ def _listeners(config: Config, first_step: int) -> list[Listener]:
     return [MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1), ConsoleListener(first_step, config.last_step)]
 
 
-def _together(ranks: Ranks, action: Any) -> None:
+def _on_all(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run on every rank; when one fails all raise the message of the first, and one of them prints it. Collective."""
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = str(error)
+    except OSError as error:
+        failure = f"{error.filename}: {error.strerror}; is the disk full or the folder not writable?"
+    for rank, message in enumerate(ranks.gather(failure)):
+        if message:
+            raise UserError(message if rank == 0 else f"rank {rank}: {message}")
+    return result  # type: ignore[return-value]
+
+
+def _on_first(ranks: Ranks, action: Callable[[], None]) -> None:
     """Run on rank 0; all ranks raise what it raised. Collective."""
-    failure: UserError | None = None
-    if ranks.rank == 0:
-        try:
-            action()
-        except UserError as error:
-            failure = error
-        except OSError as error:
-            failure = UserError(f"{error.filename}: {error.strerror}; is the disk full or the folder not writable?")
-    message = ranks.from_first(str(failure) if failure else None)
-    if message:
-        raise failure or UserError(message)
+    _on_all(ranks, action if ranks.rank == 0 else lambda: None)
 
 
 def _say(ranks: Ranks, text: str) -> None:

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nextpt.events import CheckpointEvent, Event, StepEvent, ValidationEvent
 
+BAR_FROM_WIDTH = 110  # columns; without the bar the line fits 80
+
 
 class ConsoleListener:
     """Prints events. On a terminal steps update one progress line and everything else scrolls above it.
@@ -22,9 +24,10 @@ class ConsoleListener:
         self.started, self.first_step = time.monotonic(), first_step
         self.progress: Progress | None = None
         if self.console.is_terminal:
+            bar = [BarColumn(20)] if self.console.width >= BAR_FROM_WIDTH else []
             self.progress = Progress(
-                TextColumn("step {task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}"),
-                TextColumn("left"), TimeRemainingColumn(), console=self.console,
+                TextColumn("step {task.completed}/{task.total}"), *bar, TextColumn("{task.description}"),
+                TimeRemainingColumn(compact=True), console=self.console,
             )
             self.task = self.progress.add_task("starting", total=last_step, completed=first_step - 1)
             self.progress.start()
@@ -41,13 +44,15 @@ class ConsoleListener:
             )
 
     def _on_step(self, event: StepEvent) -> None:
+        if self.progress is not None:
+            short = (f"loss {event.loss:.3f} nats {event.bpb:.3f} bits/B {event.tokens_per_second:,.0f} tok/s "
+                     f"lr {event.lr:.1e} norm {event.grad_norm:.2f}")
+            self.progress.update(self.task, completed=event.step, description=short)
+            return
         text = (
             f"loss {event.loss:.4f} nats  {event.bpb:.3f} bits/byte  {event.tokens_per_second:,.0f} tokens/s  "
             f"lr {event.lr:.2e}  grad norm {event.grad_norm:.2f}"
         )
-        if self.progress is not None:
-            self.progress.update(self.task, completed=event.step, description=text)
-            return
         now = time.monotonic()
         if now - self.printed_at >= self.plain_seconds or event.step == self.last_step:
             self.printed_at = now

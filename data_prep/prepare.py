@@ -7,6 +7,7 @@ does not. The split is by a hash of the text alone: a document keeps its side wh
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import xxhash
 from rich import box
 from rich.console import Console
@@ -101,6 +103,7 @@ def prepare(spec: PrepSpec, *, overwrite: bool = False, console: Console | None 
         raise PrepError(f"{spec.output} is a folder with other things in it; give a new one")
     staging = spec.output.with_name(f"{spec.output.name}.tmp-{os.getpid()}")
     try:
+        _remove_stale(spec.output)
         staging.mkdir(parents=True)
         manifest = _Preparation(spec, inputs, staging, console).run()
         _replace(staging, spec.output)
@@ -119,6 +122,14 @@ def is_current(spec: PrepSpec) -> bool:
         return DatasetManifest.load(spec.output).inputs_sha256 == spec.inputs_sha256()
     except PrepError:
         return False
+
+
+def _remove_stale(output: Path) -> None:
+    """Remove what killed preparations left beside the output; those of living processes stay."""
+    for folder in output.parent.glob(f"{glob.escape(output.name)}.tmp-*"):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder)
 
 
 def _replace(staging: Path, output: Path) -> None:

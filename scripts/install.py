@@ -69,6 +69,7 @@ def main() -> None:
     streaming = [d for d in project["dependencies"] if d.startswith("mosaicml-streaming")]
     others = [d for d in project["dependencies"] if d not in streaming and not d.startswith("torch>")]
     print("setup: the other dependencies")
+    pip("wheel")  # deepspeed is published as source only; without wheel, older pips build it in a deprecated way
     pip(*others, *extras["streaming-lean"], *extras["test"])
     pip("--no-deps", *streaming)
     pip("--no-deps", "--editable", ".")

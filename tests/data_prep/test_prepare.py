@@ -118,6 +118,16 @@ def test_reuse_and_refusal(tmp_path: Path) -> None:
     assert prepare(spec(tmp_path, sequence_length=32), overwrite=True).sequence_length == 32
 
 
+def test_what_a_killed_preparation_left_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale, living = (tmp_path / f"out.tmp-{pid}" for pid in (dead.pid, os.getppid()))
+    for folder in (stale, living):
+        (folder / "train").mkdir(parents=True)
+    prepare(spec(tmp_path))
+    assert not stale.exists() and living.exists()
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"

@@ -41,7 +41,9 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
     for micro in (4, 2, 1):
         configs.append(tiny(dataset, root / f"ranks-2-micro-{micro}", train=_train(micro_batch_size=micro, zero_stage=2)))
-    configs.append(tiny(dataset, root / "recompute", train=_train(zero_stage=2, activation_checkpointing=True)))
+    for stage in (2, 3):
+        configs.append(tiny(dataset, root / f"recompute-{stage}", train=_train(zero_stage=stage, activation_checkpointing=True)))
+        configs.append(tiny(dataset, root / f"tied-{stage}", model={"tied_embeddings": True, "bias": True}, train=_train(zero_stage=stage)))
     configs.append(tiny(dataset, root / "uneven", objective={"domain_weights": {"prose": 0.0}}, train=_train(zero_stage=2)))
     assert train_all(configs, 2, root / "logs") == [None] * len(configs)
     return root
@@ -89,27 +91,34 @@ def test_resuming_twice_changes_no_bit(jobs: Path, job: str) -> None:
 
 @pytest.mark.parametrize("micro", [4, 2, 1])
 def test_two_ranks_equal_one_big_batch(jobs: Path, single: Path, micro: int) -> None:
-    _same_training(jobs / f"ranks-2-micro-{micro}", single / "ranks-1-micro-8")
+    assert_same_training(jobs / f"ranks-2-micro-{micro}", single / "ranks-1-micro-8")
 
 
 @pytest.mark.parametrize("micro", [4, 2])
 def test_accumulation_equals_one_big_batch(single: Path, micro: int) -> None:
-    _same_training(single / f"ranks-1-micro-{micro}", single / "ranks-1-micro-8")
+    assert_same_training(single / f"ranks-1-micro-{micro}", single / "ranks-1-micro-8")
 
 
 def test_weights_of_zero_for_a_domain_keep_the_normalisation_global(jobs: Path, single: Path) -> None:
     """Micro-batches differ widely in their weight sums here; means of means would be off."""
-    _same_training(jobs / "uneven", single / "uneven")
+    assert_same_training(jobs / "uneven", single / "uneven")
 
 
-def _same_training(run: Path, reference: Path) -> None:
+def assert_same_training(run: Path, reference: Path) -> None:
     assert losses(run) == pytest.approx(losses(reference), rel=2e-5)
     norms = [[e["grad_norm"] for e in read_events(r / "metrics.jsonl", "train")] for r in (run, reference)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
-def test_recomputing_activations_changes_nothing(jobs: Path) -> None:
-    assert losses(jobs / "recompute") == pytest.approx(losses(jobs / "fp32-2"), rel=1e-6)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_recomputing_activations_changes_nothing(jobs: Path, stage: int) -> None:
+    assert losses(jobs / f"recompute-{stage}") == pytest.approx(losses(jobs / f"fp32-{stage}"), rel=1e-6)
+
+
+def test_tied_embeddings_train_alike_when_divided(jobs: Path) -> None:
+    assert losses(jobs / "tied-3") == pytest.approx(losses(jobs / "tied-2"), rel=2e-5)
+    shapes = open_newest(jobs / "tied-3" / "checkpoints").shapes()
+    assert "embed_tokens.weight" in shapes and "lm_head.weight" not in shapes
 
 
 def test_moments_are_those_of_the_steps_made(jobs: Path) -> None:

@@ -76,8 +76,9 @@ def train(
     """
     from launcher.local import start_training
     from nextpt.config import load_config
+    from nextpt.observe.trackers import check_trackers
 
-    load_config(config, overrides or [])  # a wrong key is told before any process starts
+    check_trackers(load_config(config, overrides or []))  # a wrong key is told before any process starts
     sys.exit(start_training(config, overrides or [], ranks, port))
 
 

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="deepspeed launcher/run.py",
         description="Train the run that a YAML file describes. The same command again resumes it.",
-        epilog="example: deepspeed --num_gpus 8 launcher/run.py --config configs/gpt2_124m.yaml train.steps=1000",
+        epilog="example: deepspeed --num_gpus 8 launcher/run.py --config configs/124m.yaml train.steps=1000",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("--local_rank", type=int, default=None, help="given by the deepspeed launcher")
@@ -33,9 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         from nextpt.config import load_config
 
         config = load_config(options.config, options.overrides)
+        from nextpt.observe.trackers import check_trackers, open_trackers
         from nextpt.train.run import run_training
 
-        run_training(config)
+        check_trackers(config)
+        run_training(config, open_trackers)
     except UserError as error:
         if options.traceback:
             raise

@@ -181,6 +181,30 @@ class ValidationSection(Section):
     rows: int = Field(64, ge=1, description="held-out rows per domain")
 
 
+class WandbSection(Section):
+    """Weights & Biases. The key is read from WANDB_API_KEY or `wandb login`, never from a config."""
+
+    project: str = Field(min_length=1, description="project to log to; giving it switches this tracker on")
+    entity: str | None = Field(None, description="user or team; your default one unless given")
+    mode: Literal["online", "offline"] = Field("online", description="offline writes RUN/wandb for `wandb sync` later")
+
+
+class MlflowSection(Section):
+    """MLflow tracking."""
+
+    experiment: str = Field(min_length=1, description="experiment to log to; giving it switches this tracker on")
+    uri: str | None = Field(None, description="tracking server or database; the file mlflow.db beside the run folder unless given")
+
+
+class TrackersSection(Section):
+    """Where metrics go. All read what happens and steer nothing; one that fails is dropped and training goes on."""
+
+    jsonl: bool = Field(True, description="RUN/metrics.jsonl, which `nextpt report` reads")
+    tensorboard: bool = Field(False, description="RUN/tensorboard, for `tensorboard --logdir`")
+    wandb: WandbSection | None = None
+    mlflow: MlflowSection | None = None
+
+
 class Config(Section):
     """One run, whole."""
 
@@ -193,6 +217,7 @@ class Config(Section):
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
+    trackers: TrackersSection = TrackersSection()
 
     @property
     def run_dir(self) -> Path:
@@ -257,7 +282,7 @@ class Config(Section):
 MAY_DIFFER = (
     "run.dir", "data.path", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
     "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.log_every", "train.peak_tflops",
-    "checkpoint.", "validation.", "model.attention", "model.cross_entropy",
+    "checkpoint.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
 )
 
 

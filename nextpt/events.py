@@ -1,9 +1,13 @@
-"""What happened: the records a run emits, one JSON object a line in RUN/metrics.jsonl."""
+"""What happened: the records a run emits, one JSON object a line in RUN/metrics.jsonl.
+
+`time` is when, in seconds since 1970 on the clock of the first rank.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +29,7 @@ class StepEvent:
     memory_bytes: int = 0
     mfu: float | None = None
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
     kind: str = "train"
 
 
@@ -36,6 +41,7 @@ class ValidationEvent:
     tokens: int
     domains: dict[str, dict[str, float]]
     total: dict[str, float]
+    time: float = field(default_factory=time.time)
     kind: str = "validation"
 
 
@@ -47,6 +53,7 @@ class CheckpointEvent:
     path: str
     seconds: float
     bytes: int
+    time: float = field(default_factory=time.time)
     kind: str = "checkpoint"
 
 
@@ -54,9 +61,29 @@ Event = StepEvent | ValidationEvent | CheckpointEvent
 
 
 class Listener(Protocol):
-    """Anything that wants to hear of events, in order."""
+    """Anything that wants to hear of events, in order, and to be told when no more will come."""
 
     def on_event(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def scalars(event: Event) -> dict[str, float]:
+    """The numbers of an event under flat names (`train/loss`, `validation/code/bpb_text`, ...), for any tracker.
+
+    Step and time are the axis and left out; so is what an event does not know (None).
+    """
+    found: dict[str, float] = {}
+
+    def walk(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(prefix if name == "domains" else f"{prefix}{name}/", value)
+            elif isinstance(value, (int, float)):
+                found[prefix + name] = float(value)
+
+    walk(f"{event.kind}/", {k: v for k, v in asdict(event).items() if k not in ("step", "time", "kind")})
+    return found
 
 
 class MetricsFile:
@@ -80,6 +107,9 @@ class MetricsFile:
     def on_event(self, event: Event) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event), sort_keys=True) + "\n")
+
+    def close(self) -> None:
+        """Every event is on its line already."""
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:

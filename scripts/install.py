@@ -16,13 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # A release whose CPU build is known to work with the rest; on a GPU the newest is taken.
 CPU_TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# What pip says, on every later install, of the one package that is installed without its dependencies on purpose.
+KNOWN = ("ERROR: pip's dependency resolver does not currently", "mosaicml-streaming ")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def pip(*arguments: str) -> None:
     """Run pip install; a failure ends the setup with one line."""
-    command = [*PIP, "install", "--quiet", *arguments]
-    if subprocess.run(command, cwd=ROOT).returncode:
+    done = subprocess.run([*PIP, "install", "--quiet", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    sys.stderr.write("".join(line for line in done.stderr.splitlines(keepends=True) if not line.startswith(KNOWN)))
+    if done.returncode:
         sys.exit(f"error: setup failed at: pip install {' '.join(arguments)}\nread pip's message above, then run make setup again")
 
 
@@ -70,7 +73,7 @@ def main() -> None:
     others = [d for d in project["dependencies"] if d not in streaming and not d.startswith("torch>")]
     print("setup: the other dependencies")
     pip("wheel")  # deepspeed is published as source only; without wheel, older pips build it in a deprecated way
-    pip(*others, *extras["streaming-lean"], *extras["test"])
+    pip(*others, *extras["streaming-lean"], *extras["trackers"], *extras["test"])
     pip("--no-deps", *streaming)
     pip("--no-deps", "--editable", ".")
 

@@ -6,9 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any, TypeVar
 
 import torch
@@ -25,15 +23,18 @@ from nextpt.errors import ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
+from nextpt.train.environment import describe_start, record_start, versions
 from nextpt.train.loop import Trainer
 from nextpt.train.randomness import get_rng, set_rng
 
 T = TypeVar("T")
+OpenTrackers = Callable[[Config, int], list[Listener]]
 
 
-def run_training(config: Config) -> None:
+def run_training(config: Config, open_trackers: OpenTrackers = lambda config, first_step: []) -> None:
     """Train the run that `config` describes, resuming it when its folder holds checkpoints. Collective.
 
+    open_trackers(config, first_step): further listeners, made on rank 0 only; the trainer knows no tracker by name.
     Raises UserError for everything a person can mend, before anything is written where that is possible.
     """
     device = start_distributed()
@@ -56,8 +57,9 @@ def run_training(config: Config) -> None:
     if checkpoint:
         resume(engine, checkpoint, ranks)
         _say(ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}")
-    _on_first(ranks, lambda: _open_run_folder(config))
-    listeners = _listeners(config, first_step) if ranks.rank == 0 else []
+    started = describe_start(config, ranks, device, first_step)
+    _on_first(ranks, lambda: _open_run_folder(config, started))
+    listeners = _on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
     def save_step(step: int) -> CheckpointEvent:
         started = time.monotonic()
@@ -73,8 +75,7 @@ def run_training(config: Config) -> None:
     finally:
         loader.close()
         for listener in listeners:
-            if isinstance(listener, ConsoleListener):
-                listener.close()
+            listener.close()
 
 
 def check_causality(config: Config, device: torch.device) -> None:
@@ -97,13 +98,12 @@ def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 
 def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:
-    packages = ("torch", "deepspeed", "mosaicml-streaming", "numpy")
     return {
         "step": step,
         "tokens": step * config.tokens_per_step,
         "config": config.model_dump(mode="json"),
         "data": {"fingerprint": loader.fingerprint, "position": step * config.train.global_batch_size},
-        "versions": {"python": python_version()} | {name: version(name) for name in packages},
+        "versions": versions(),
     }
 
 
@@ -126,7 +126,7 @@ def _check_data(config: Config, checkpoint: Checkpoint, loader: Loader) -> None:
         raise error
 
 
-def _open_run_folder(config: Config) -> None:
+def _open_run_folder(config: Config, started: dict[str, Any]) -> None:
     """Write the resolved config and the tokenizer, so that the folder is all that evaluation and generation need."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(config.run_dir / "config.yaml") as file:
@@ -134,10 +134,14 @@ def _open_run_folder(config: Config) -> None:
     with open(Path(config.data.path) / "tokenizer.json", "rb") as source, \
             atomic_write(config.run_dir / "tokenizer.json", "wb") as target:
         shutil.copyfileobj(source, target)
+    record_start(config.run_dir, started)
 
 
-def _listeners(config: Config, first_step: int) -> list[Listener]:
-    return [MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1), ConsoleListener(first_step, config.last_step)]
+def _listeners(config: Config, first_step: int, open_trackers: OpenTrackers) -> list[Listener]:
+    """Trackers first: one that cannot start must say so before the console takes the line."""
+    trackers = open_trackers(config, first_step)
+    files = [MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1)] if config.trackers.jsonl else []
+    return [*files, *trackers, ConsoleListener(first_step, config.last_step)]
 
 
 def _on_all(ranks: Ranks, action: Callable[[], T]) -> T:

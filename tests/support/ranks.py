@@ -38,12 +38,13 @@ def train_all(configs: list[Config], world_size: int, folder: Path) -> list[str 
 def _main(outcomes: str, files: list[str]) -> None:
     from nextpt.config import load_config
     from nextpt.errors import UserError
+    from nextpt.observe.trackers import open_trackers
     from nextpt.train.run import run_training
 
     messages: list[str | None] = []
     for file in files:
         try:
-            run_training(load_config(file))
+            run_training(load_config(file), open_trackers)
             messages.append(None)
         except UserError as error:
             messages.append(str(error))

@@ -1,0 +1,1 @@
+"""Reading what happened: trackers and reports. Nothing here steers a run."""

@@ -93,21 +93,20 @@ def evaluate(
     compressors: Annotated[bool, typer.Option("--compressors", help="also measure zlib, bz2 and xz on the same bytes")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
 ) -> None:
-    """Nats, bits, perplexity and bits per byte on held-out documents, per domain."""
-    from data_prep.files import atomic_write, canonical_json
-    from nextpt.evaluate.heldout import evaluate_run
+    """Nats, bits, perplexity and bits per byte on held-out documents, per domain.
+
+    The figures are kept in RUN/evaluation.json, which `nextpt report` reads.
+    """
+    from nextpt.evaluate.heldout import evaluate_run, write_result
     from nextpt.generate.text import pick_device
 
     result = evaluate_run(run, step=step, data=data, window=window, stride=stride, compressors=compressors, device=pick_device())
     out.print(evaluation_table(result))
     if compressors:
         out.print(compressor_table(result))
+    write_result(result, run / "evaluation.json")
     if json_path:
-        try:
-            with atomic_write(json_path) as file:
-                file.write(canonical_json(result))
-        except OSError as error:
-            raise UserError(f"{json_path} cannot be written: {error.strerror}") from error
+        write_result(result, json_path)
         say(f"written to {json_path}")
 
 
@@ -122,19 +121,38 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="keep the k most probable tokens")] = None,
     top_p: Annotated[float | None, typer.Option(help="keep the smallest set of this probability")] = None,
     seed: int = 0,
+    save: Annotated[bool, typer.Option("--save", help="also keep it in RUN/samples.json, for the report")] = False,
 ) -> None:
     """Continue a prompt; stops at the end of the document."""
     from nextpt.evaluate.heldout import open_model
     from nextpt.generate.sample import Sampling
-    from nextpt.generate.text import generate_text, pick_device
+    from nextpt.generate.text import generate_text, pick_device, sample_record, save_samples
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    config, model, tokenizer, _ = open_model(run, step, pick_device())
+    config, model, tokenizer, at = open_model(run, step, pick_device())
     sys.stdout.write(prompt)
+    pieces = []
     for piece in generate_text(config, model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling):
+        pieces.append(piece)
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if save:
+        save_samples(run, [sample_record(at, prompt, "".join(pieces), sampling)])
+
+
+@app.command(epilog="example: nextpt report runs/demo    nextpt report runs/a runs/b --output compare.html")
+@friendly
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; several are laid over each other")],
+    output: Annotated[Path | None, typer.Option(help="file to write; RUN/report.html unless given")] = None,
+) -> None:
+    """Write one HTML page about one run or several, which opens without network."""
+    from nextpt.observe.report import default_output, write_report
+
+    target = output or default_output(runs)
+    write_report(runs, target)
+    say(f"written to {target}; open it in a browser")
 
 
 @config_app.command("show", epilog="example: nextpt config show configs/7b.yaml --ranks 64 train.zero_stage=3")

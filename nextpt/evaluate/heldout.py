@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data_prep.errors import PrepError
+from data_prep.files import atomic_write, canonical_json
 from data_prep.tokenizer import Tokenizer
 from nextpt.checkpoint.commit import open_newest
 from nextpt.checkpoint.format import Checkpoint
@@ -85,3 +86,12 @@ def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None
         "run": str(run), "step": at, "window": window, "stride": stride,
         "domains": domains, "total": Figures(tokens, size, nats).as_dict(),
     }
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write the figures of `evaluate_run` as JSON. Raises DataError."""
+    try:
+        with atomic_write(path) as file:
+            file.write(canonical_json(result))
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error

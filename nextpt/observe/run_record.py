@@ -1,0 +1,125 @@
+"""Everything that a run folder tells, read into one record. Reads only; a folder of a run under way is fine."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nextpt.checkpoint.commit import folder_of, steps
+from nextpt.checkpoint.format import MANIFEST, manifest_problem
+from nextpt.config import Config, load_config
+from nextpt.errors import DataError
+from nextpt.events import read_events
+from nextpt.model import count
+from nextpt.train.environment import read_starts
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run. label: its name in pictures and tables. train, validation: records of metrics.jsonl, in order of step."""
+
+    label: str
+    folder: Path
+    config: Config
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.train[-1]
+
+    @property
+    def parameters(self) -> int:
+        return count(self.config).parameters
+
+    @property
+    def status(self) -> str:
+        done, whole = self.last["step"], self.config.total_steps
+        if done >= whole:
+            return "complete"
+        return f"at step {done:,} of {whole:,} ({done / whole:.0%})"
+
+    def seconds(self) -> float:
+        """Time spent in logged steps; pauses, validation and saving are not in it."""
+        total, before = 0.0, 0
+        for event in self.train:
+            total += (event["tokens"] - before) / event["tokens_per_second"]
+            before = event["tokens"]
+        return total
+
+    def median_rate(self) -> float:
+        """Median tokens per second of the logged steps."""
+        rates = sorted(event["tokens_per_second"] for event in self.train)
+        return rates[len(rates) // 2]
+
+
+def read_runs(folders: list[Path]) -> list[RunRecord]:
+    """Read run folders, in the order given. Raises DataError that names the folder and what it lacks."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise DataError("a run folder is given twice; give each once")
+    names = [folder.resolve().name for folder in folders]
+    return [_read(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)]
+
+
+def _read(folder: Path, label: str) -> RunRecord:
+    if not folder.is_dir():
+        raise DataError(f"run folder {folder} does not exist")
+    if not (folder / "config.yaml").is_file():
+        raise DataError(f"{folder} is not a run folder: it has no config.yaml")
+    config = load_config(folder / "config.yaml")
+    train = read_events(folder / "metrics.jsonl", "train")
+    if not train:
+        raise DataError(f"{folder} has no logged step yet (metrics.jsonl); train first, with trackers.jsonl on")
+    return RunRecord(
+        label=label, folder=folder, config=config, train=train,
+        validation=read_events(folder / "metrics.jsonl", "validation"),
+        evaluation=_json(folder / "evaluation.json"),
+        samples=_json(folder / "samples.json") or [],
+        starts=read_starts(folder),
+        checkpoints=_checkpoints(folder / "checkpoints"),
+        notes=_notes(train),
+    )
+
+
+def _json(path: Path) -> Any:
+    """Value of a JSON file; None where there is none. Raises DataError for a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; remove it or make it again") from error
+
+
+def _checkpoints(root: Path) -> list[dict[str, Any]]:
+    """Step, bytes, time and state of each checkpoint folder, oldest first. Sizes are checked, hashes are not."""
+    found = []
+    for step in reversed(steps(root)):
+        folder = folder_of(root, step)
+        problem = manifest_problem(folder)
+        entry: dict[str, Any] = {"step": step, "folder": str(folder), "problem": problem}
+        if problem is None:
+            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            entry |= {"bytes": sum(f["size"] for f in files.values()), "files": len(files), "time": (folder / MANIFEST).stat().st_mtime}
+        found.append(entry)
+    return found
+
+
+def _notes(train: list[dict[str, Any]]) -> list[str]:
+    """What a reader should be warned of."""
+    notes = []
+    lost = [e["step"] for e in train if not math.isfinite(e["loss"])]
+    if lost:
+        notes.append(f"{len(lost)} logged steps have a loss that is not finite, the first is step {lost[0]:,}")
+    passed = [e["step"] for e in train if not (math.isfinite(e["grad_norm"]) and e["grad_norm"] >= 0)]
+    if passed:
+        notes.append(f"{len(passed)} logged steps were passed over because their gradients were not finite, the first is step {passed[0]:,}")
+    return notes

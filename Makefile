@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/nul
 
 help:
 	@echo "make setup      make .venv and install everything"
-	@echo "make demo       the whole path on a CPU: corpus, tokenizer, training, resume, evaluation, samples"
+	@echo "make demo       the whole path on a CPU: corpus, tokenizer, training, resume, evaluation, samples, report"
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  the long tests"
 	@echo "make gpu-check  the kernel tests on a GPU, with the python3 of this shell"
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml scripts/install.py
 	@rm -f $(VENV)/.setup-*; touch $@; echo "setup: done"
 
 demo: setup
-	@$(BIN)/python -m launcher.demo
+	@$(BIN)/nextpt demo
 
 test: setup
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"

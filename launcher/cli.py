@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
+# The checkout before installed packages: Hugging Face has a package `kernels` too, and ours must be found.
+ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "pyproject.toml").is_file():
+    sys.path.insert(0, str(ROOT))
 
-from launcher.console import compressor_table, evaluation_table, friendly, out, say
-from nextpt.errors import UserError
+import typer  # noqa: E402
+
+from launcher.console import compressor_table, evaluation_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
+from nextpt.errors import UserError  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
                   help="Pretrain decoder-only language models: prepare data, train, evaluate, generate.")
@@ -21,6 +29,15 @@ app.add_typer(config_app, name="config")
 RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")]
+
+
+@app.command()
+@friendly
+def demo() -> None:
+    """The whole path on this CPU in minutes: corpus, training, resume, evaluation, samples, report; `make demo`."""
+    from launcher.demo import main as run_demo
+
+    run_demo()
 
 
 @prep.command("stdlib", epilog="example: nextpt prep stdlib --output data/stdlib")
@@ -74,12 +91,15 @@ def train(
 
     On a cluster: `deepspeed --hostfile HOSTS launcher/run.py --config FILE`, or launcher/slurm/train.sbatch.
     """
-    from launcher.local import start_training
+    from launcher.local import INTERRUPTED, start_training
     from nextpt.config import load_config
     from nextpt.observe.trackers import check_trackers
 
     check_trackers(load_config(config, overrides or []))  # a wrong key is told before any process starts
-    sys.exit(start_training(config, overrides or [], ranks, port))
+    code = start_training(config, overrides or [], ranks, port)
+    if code in INTERRUPTED:
+        raise KeyboardInterrupt
+    sys.exit(code)
 
 
 @app.command("eval", epilog="example: nextpt eval --run runs/demo --compressors --json eval.json")
@@ -100,7 +120,9 @@ def evaluate(
     from nextpt.evaluate.heldout import evaluate_run, write_result
     from nextpt.generate.text import pick_device
 
-    result = evaluate_run(run, step=step, data=data, window=window, stride=stride, compressors=compressors, device=pick_device())
+    with evaluation_progress() as progress:
+        result = evaluate_run(run, step=step, data=data, window=window, stride=stride, compressors=compressors,
+                              device=pick_device(), progress=progress)
     out.print(evaluation_table(result))
     if compressors:
         out.print(compressor_table(result))
@@ -153,6 +175,29 @@ def report(
     target = output or default_output(runs)
     write_report(runs, target)
     say(f"written to {target}; open it in a browser")
+
+
+@app.command(epilog="example: nextpt doctor    nextpt doctor --json | jq .problems")
+@friendly
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+    folder: Annotated[Path, typer.Option(help="folder that runs are written to")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port where ranks of deepspeed meet")] = 29500,
+) -> None:
+    """Say what this machine has and what to do about each lack. Exit code 1 when training would not work."""
+    from launcher.doctor import Status, examine
+
+    with out.status("looking at libraries and the machine") if not as_json else nullcontext():
+        findings = examine(folder, port)
+    counts = {status: sum(f.status == status for f in findings) for status in Status}
+    if as_json:
+        print(json.dumps({"problems": counts[Status.PROBLEM], "warnings": counts[Status.WARNING],
+                          "findings": [asdict(f) for f in findings]}, indent=1))
+    else:
+        for finding in findings:
+            say_finding(finding.subject, finding.status, finding.found, finding.advice)
+        say(f"\n{counts[Status.PROBLEM]} problems, {counts[Status.WARNING]} warnings")
+    sys.exit(1 if counts[Status.PROBLEM] else 0)
 
 
 @config_app.command("show", epilog="example: nextpt config show configs/7b.yaml --ranks 64 train.zero_stage=3")

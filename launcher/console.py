@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from data_prep.errors import PrepError
 from nextpt.errors import UserError
@@ -19,7 +22,10 @@ out = Console(highlight=False, soft_wrap=True)
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Mistakes of the user's end a command with one line and exit code 2; NEXTPT_TRACEBACK=1 shows where."""
+    """Mistakes of the user's end a command with one line and exit code 2; NEXTPT_TRACEBACK=1 shows where.
+
+    An interrupt ends it with one line and exit code 130: every command can be started again.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -30,6 +36,9 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("\ninterrupted; nothing is half-written, and the same command goes on", file=sys.stderr, flush=True)
+            sys.exit(130)
 
     return run
 
@@ -62,7 +71,34 @@ def compressor_table(result: dict[str, Any]) -> Table:
     return table
 
 
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar per domain on a terminal; elsewhere a line when a domain is done."""
+    with Progress(TextColumn("evaluating {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=out,
+                  disable=not out.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def update(domain: str, share: float) -> None:
+            if domain not in tasks:
+                tasks[domain] = progress.add_task(domain, total=1.0)
+            progress.update(tasks[domain], completed=share)
+            if share >= 1 and not out.is_terminal:
+                say(f"evaluated {domain}")
+
+        yield update
+
+
 def say(text: str = "") -> None:
     """A line for the person, at once."""
     out.print(text, markup=False)
     sys.stdout.flush()
+
+
+STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
+
+
+def say_finding(subject: str, status: str, found: str, advice: str) -> None:
+    """One finding of the doctor's; its advice below it, under an arrow."""
+    out.print(Text.assemble((f"{status:<8}", STYLES[status]), f" {subject}: {found}"))
+    if advice:
+        out.print(Text(f"         -> {advice}", style="dim" if status == "note" else ""))

@@ -1,26 +1,31 @@
-"""The whole path on this machine's CPU: corpus, shards, training, resume, evaluation, samples. `make demo` runs it."""
+"""The whole path on this CPU: corpus, shards, training, resume, evaluation, samples, report. `make demo` runs it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from data_prep.files import atomic_write, canonical_json
+from rich import box
+from rich.table import Table
+
 from data_prep.prepare import PrepSpec, is_current, prepare, summary_table
 from data_prep.stdlib_corpus import collect
-from launcher.console import compressor_table, evaluation_table, friendly, out, say
-from launcher.local import start_training
+from launcher.console import compressor_table, evaluation_progress, evaluation_table, out, say
+from launcher.local import INTERRUPTED, start_training
 from nextpt.checkpoint.commit import folder_of, steps
 from nextpt.config import Config, load_config
 from nextpt.errors import UserError
-from nextpt.evaluate.heldout import evaluate_run, open_model
+from nextpt.evaluate.heldout import evaluate_run, open_model, write_result
 from nextpt.events import read_events
 from nextpt.generate.sample import Sampling
-from nextpt.generate.text import generate_text
+from nextpt.generate.text import generate_text, sample_record, save_samples
+from nextpt.observe.report import default_output, readable_duration, write_report
+from nextpt.observe.run_record import read_runs
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 RANKS = 2
@@ -30,47 +35,80 @@ STRIDES_PER_WINDOW = 4
 PROMPTS = {"code": "def read_config(path):\n", "prose": "This module provides", "empty": ""}
 
 
-@friendly
+STAGES = (
+    "the standard library of this Python as a corpus",
+    "tokenizer, packing, shards",
+    f"training on {RANKS} CPU ranks: deepspeed launcher/run.py --config configs/demo.yaml",
+    "resume: the middle checkpoint, continued, against the uninterrupted run",
+    "evaluation on held-out documents",
+    "three samples",
+    "the report",
+)
+
+
 def main() -> None:
     """Run all stages; raises UserError at the first that fails."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo is the same everywhere, and shows the CPU path
     config = load_config(CONFIG)
-    stage(1, "the standard library of this Python as a corpus")
+    tell_what_is_there(config)
+    stage(1)
     corpus = Path(config.data.path).parent / "corpus"
-    found = collect(corpus)
+    with out.status("reading sources"):
+        found = collect(corpus)
     for domain, count in found.documents.items():
         say(f"{domain}: {count:,} documents, {found.bytes[domain]:,} bytes")
-    stage(2, "tokenizer, packing, shards")
+    stage(2)
     spec = PrepSpec({d: corpus / f"{d}.jsonl" for d in found.documents}, Path(config.data.path), config.data.sequence_length,
                     vocab_size=config.model.vocab_size)
     out.print(summary_table(prepare(spec, overwrite=not is_current(spec), console=out)))
-    stage(3, f"training on {RANKS} CPU ranks with ZeRO-{config.train.zero_stage}: deepspeed launcher/run.py --config configs/demo.yaml")
+    stage(3)
     train(config)
-    stage(4, "resume: the middle checkpoint, continued, against the uninterrupted run")
-    prove_resume(config)
-    stage(5, "evaluation on held-out documents")
-    evaluate(config)
-    stage(6, "three samples")
+    stage(4)
+    proved = prove_resume(config)
+    stage(5)
+    result = evaluate(config)
+    stage(6)
     sample(config)
-    say(f"\nThe run is in {config.run_dir}. Next: nextpt generate --run {config.run_dir} --prompt 'import ', or change "
-        "configs/demo.yaml and give it another run.name. To start afresh: rm -r runs data/demo")
+    stage(7)
+    page = default_output([config.run_dir])
+    write_report([config.run_dir], page)
+    say(f"written to {page}; open it in a browser")
+    summary(config, result, proved, page)
 
 
-def stage(number: int, title: str) -> None:
-    say(f"\n=== {number}/6  {title}")
+def stage(number: int) -> None:
+    say(f"\n=== {number}/{len(STAGES)}  {STAGES[number - 1]}")
+
+
+def tell_what_is_there(config: Config) -> None:
+    """What an earlier demo left, what becomes of it, and how to start afresh."""
+    found = steps(config.run_dir / "checkpoints")
+    if not found:
+        return
+    if found[0] >= config.last_step:
+        say(f"The run {config.run_dir} is there and complete (step {found[0]}): it is not trained again, but checked, evaluated and "
+            "sampled again.")
+    else:
+        say(f"The run {config.run_dir} is there up to step {found[0]} of {config.last_step}: training resumes from it.")
+    say(f"To start afresh: rm -r {config.run_dir} {Path(config.data.path).parent} && make demo")
 
 
 def train(config: Config, *overrides: str) -> None:
     started = time.monotonic()
     code = start_training(str(CONFIG), list(overrides), ranks=RANKS)
+    if code in INTERRUPTED:
+        raise KeyboardInterrupt
     if code:
         raise UserError(f"training ended with exit code {code}; the message is above. Run make demo again: it resumes")
     if not overrides:
         say(f"took {(time.monotonic() - started) / 60:.1f} minutes with start-up")
 
 
-def prove_resume(config: Config) -> None:
-    """Continue from the middle checkpoint in a copy of the run and compare every logged loss, bit by bit."""
+def prove_resume(config: Config) -> int:
+    """Continue from the middle checkpoint in a copy of the run and compare every logged loss, bit by bit.
+
+    Returns how many losses were identical; raises UserError when one was not.
+    """
     run, copy = config.run_dir, config.run_dir.with_name(config.run_dir.name + "-resumed")
     middle = next(s for s in sorted(steps(run / "checkpoints")) if s >= config.checkpoint.every_steps)
     stop = min(middle + RESUMED_STEPS, config.last_step)
@@ -86,14 +124,15 @@ def prove_resume(config: Config) -> None:
     if not losses[1] or any(losses[0].get(step) != loss for step, loss in losses[1].items()):
         raise UserError("the resumed run is not the uninterrupted one; please report this with the lines above")
     shutil.rmtree(copy)
+    return len(losses[1])
 
 
-def evaluate(config: Config) -> None:
+def evaluate(config: Config) -> dict[str, Any]:
     """Figures beside the compressors'; raises UserError when the model is worse than zlib."""
     window = config.max_position
-    result = evaluate_run(config.run_dir, window=window, stride=window // STRIDES_PER_WINDOW, compressors=True)
-    with atomic_write(config.run_dir / "evaluation.json") as file:
-        file.write(canonical_json(result))
+    with evaluation_progress() as progress:
+        result = evaluate_run(config.run_dir, window=window, stride=window // STRIDES_PER_WINDOW, compressors=True, progress=progress)
+    write_result(result, config.run_dir / "evaluation.json")
     out.print(evaluation_table(result))
     out.print(compressor_table(result))
     for compressor in ("zlib -9", "bz2 -9", "xz -9e"):
@@ -101,18 +140,45 @@ def evaluate(config: Config) -> None:
         say(f"against {compressor} on one stream: " + (f"behind in {', '.join(behind)}" if behind else "ahead in every domain"))
         if behind and compressor == "zlib -9":
             raise UserError(f"the model is worse than zlib in {', '.join(behind)}; was training cut short?")
+    return result
 
 
 def sample(config: Config) -> None:
-    config, model, tokenizer, _ = open_model(config.run_dir, None, "cpu")
+    config, model, tokenizer, step = open_model(config.run_dir, None, "cpu")
+    sampling = Sampling(0.7, top_p=0.95, seed=1)
+    records = []
     for kind, prompt in PROMPTS.items():
         say(f"\n--- {kind} prompt: {json.dumps(prompt)}")
-        pieces = generate_text(config, model, tokenizer, prompt, max_tokens=100, sampling=Sampling(0.7, top_p=0.95, seed=1))
-        say(prompt + "".join(pieces))
+        text = "".join(generate_text(config, model, tokenizer, prompt, max_tokens=100, sampling=sampling))
+        say(prompt + text)
+        records.append(sample_record(step, prompt, text, sampling))
+    save_samples(config.run_dir, records)
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> None:
+    """The last table: what was learned, and what to do next."""
+    record = read_runs([config.run_dir])[0]
+    table = Table(title="what was learned, in bits per byte of held-out text", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.add_column("", no_wrap=True)
+    domains = result["domains"]
+    for name in domains:
+        table.add_column(name, justify="right")
+    untrained = [math.log2(config.model.vocab_size) * f["tokens"] / f["bytes"] for f in domains.values()]
+    table.add_row("before training (every token equally likely)", *(f"{bits:.3f}" for bits in untrained))
+    table.add_row("the model now", *(f"{f['bpb_text']:.3f}" for f in domains.values()), style="bold")
+    best = [min((c["bpb_concatenated"], name) for name, c in f["compressors"].items()) for f in domains.values()]
+    table.add_row("the best compressor", *(f"{bits:.3f} ({name})" for bits, name in best))
+    say()
+    out.print(table)
+    say(f"{record.parameters:,} parameters, {record.last['tokens']:,} tokens in {readable_duration(record.seconds())} of steps, "
+        f"{record.median_rate():,.0f} tokens/s; {proved} losses of the resumed run bit-identical")
+    say("\nNext:")
+    for text, command in (
+        ("see all of it", f"open {page} in a browser"),
+        ("let it write", f".venv/bin/nextpt generate --run {config.run_dir} --prompt 'import '"),
+        ("try another shape", ".venv/bin/nextpt train --config configs/demo.yaml run.name=wide model.width=256 --ranks 2"),
+        ("compare the two", f".venv/bin/nextpt report {config.run_dir} runs/wide"),
+        ("use your own text", ".venv/bin/nextpt prep shards --help"),
+        ("start afresh", f"rm -r {config.run_dir} {Path(config.data.path).parent} && make demo"),
+    ):
+        say(f"  {text:<18} {command}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nextpt.errors import UserError
 
+INTERRUPTED = (130, -2)  # exit codes after Ctrl-C: of a shell command, of a process
 RUN = Path(__file__).resolve().parent / "run.py"
 
 

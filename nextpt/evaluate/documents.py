@@ -6,7 +6,7 @@ that no earlier window scored, so all but those of the first window have at leas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,11 +43,12 @@ def windows(lengths: list[int], window: int, stride: int) -> Iterator[Window]:
 
 
 def score_documents(model: Decoder, documents: list[np.ndarray], token_bytes: np.ndarray, *, window: int, stride: int,
-                    rows: int = 32) -> tuple[Figures, np.ndarray]:
+                    rows: int = 32, progress: Callable[[float], None] = lambda share: None) -> tuple[Figures, np.ndarray]:
     """Figures over all documents, and nats per document (fp64 [documents], text targets only).
 
     documents: token arrays, start and end tokens included. token_bytes: UTF-8 bytes of each token, 0 for special ones.
-    rows: windows per forward pass; windows of like length share one, so little is padded.
+    rows: windows per forward pass; windows of like length share one, so little is padded. progress: hears the share
+    of the windows that is done.
     """
     device = next(model.parameters()).device
     order = sorted(windows([len(d) for d in documents], window, stride), key=lambda w: (w.start - w.stop, w.document))
@@ -64,6 +65,7 @@ def score_documents(model: Decoder, documents: list[np.ndarray], token_bytes: np
             tokens += int(text.sum())
             size += int((sizes[scored] * text).sum())
             np.add.at(nats, [w.document for w in group], (scores * text).sum(dim=1).numpy())
+            progress((first + len(group)) / len(order))
     return Figures(tokens, size, float(nats.sum())), nats
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,13 @@ def heldout_texts(data: Path) -> dict[str, list[str]]:
 
 
 def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None, window: int | None = None,
-                 stride: int | None = None, compressors: bool = False, device: torch.device | str = "cpu") -> dict[str, Any]:
+                 stride: int | None = None, compressors: bool = False, device: torch.device | str = "cpu",
+                 progress: Callable[[str, float], None] = lambda domain, share: None) -> dict[str, Any]:
     """Figures per domain and in total; the form of `nextpt eval --json`.
 
     data: dataset folder, the one that the run was trained on unless given. window: tokens of context, the longest the
     model has unless given. stride: tokens scored per window after the first, window / 2 unless given. compressors:
-    also measure general-purpose compressors on the same bytes.
+    also measure general-purpose compressors on the same bytes. progress: hears (domain, share of it that is done).
     """
     config, model, tokenizer, at = open_model(run, step, device)
     texts = heldout_texts(data or Path(config.data.path))
@@ -77,7 +79,7 @@ def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None
     nats = tokens = size = 0
     for domain, documents in texts.items():
         encoded = [np.concatenate(([tokenizer.start_id], ids, [tokenizer.end_id])) for ids in tokenizer.encode_batch(documents)]
-        figures, _ = score_documents(model, encoded, sizes, window=window, stride=stride)
+        figures, _ = score_documents(model, encoded, sizes, window=window, stride=stride, progress=partial(progress, domain))
         domains[domain] = figures.as_dict() | {"documents": len(documents)}
         if compressors:
             domains[domain]["compressors"] = compare([text.encode() for text in documents])

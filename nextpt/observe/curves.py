@@ -75,7 +75,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndar
     return x[index], y[index]
 
 
-def running_mean(y: np.ndarray, share: float = 0.02) -> np.ndarray:
+def running_mean(y: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Mean over a centred window of `share` of the line (at least 5 points); what is not finite is left out."""
     half = max(int(len(y) * share / 2), 2)
     finite = np.isfinite(y)

@@ -1,0 +1,79 @@
+"""What killed processes leave: locks on which others wait for ever, and shared memory that nobody frees."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.doctor.finding import Finding, ok, warning
+
+YOUNG = 30.0  # seconds: a file that someone may be about to open
+
+
+def examine_leftovers() -> list[Finding]:
+    return [extension_locks(), stale_shared_memory()]
+
+
+def extensions_folder() -> Path:
+    """Where torch compiles extensions (torch.utils.cpp_extension.get_default_build_root)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
+
+
+def extension_locks(root: Path | None = None) -> Finding:
+    """A compilation holds an open file named `lock`; one that nobody has open was left by a killed process."""
+    root = root or extensions_folder()
+    locks = list(root.rglob("lock")) if root.is_dir() else []
+    held = set(_open_files()) if locks else set()
+    stale = [lock for lock in locks if str(lock.resolve()) not in held]
+    if stale:
+        return warning("extension locks", f"{len(stale)} left by killed compilations: {', '.join(map(str, stale[:3]))}",
+                       f"rm {' '.join(map(str, stale))}: whatever compiles the same extension waits for ever otherwise (nextpt compiles none)")
+    return ok("extension locks", f"none stale in {root}" + (f", {len(locks)} in use" if locks else ""))
+
+
+def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
+    """This user's files in shared memory that no process has open or mapped."""
+    mine = [f for f in root.iterdir() if f.is_file() and f.stat().st_uid == os.getuid()] if root.is_dir() else []
+    used = set(_open_files()) | set(_mapped_files(root)) if mine else set()
+    now = time.time()
+    stale = [f for f in mine if str(f) not in used and now - f.stat().st_mtime > YOUNG]
+    if not stale:
+        return ok("stale shared memory", f"none in {root}" + (f", {len(mine)} files in use" if mine else ""))
+    size = sum(f.stat().st_blocks * 512 for f in stale)
+    names = " ".join(f"'{f}'" for f in stale[:5]) + (" ..." if len(stale) > 5 else "")
+    return warning("stale shared memory", f"{len(stale)} files, {size / 2**20:.1f} MiB, that no process uses: {names}",
+                   "when no job of yours starts at this moment, remove them; streaming refuses to start when its old names are there")
+
+
+def _processes() -> Iterator[Path]:
+    return (p for p in Path("/proc").iterdir() if p.name.isdigit())
+
+
+def _open_files() -> Iterator[str]:
+    """Paths of all files that processes we may look at have open."""
+    for process in _processes():
+        try:
+            links = list((process / "fd").iterdir())
+        except OSError:
+            continue
+        for link in links:
+            try:
+                yield os.readlink(link)
+            except OSError:
+                continue
+
+
+def _mapped_files(root: Path) -> Iterator[str]:
+    """Paths below `root` that processes have mapped: shared memory is often closed once it is mapped."""
+    for process in _processes():
+        try:
+            lines = (process / "maps").read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            path = line.split(maxsplit=5)[-1]
+            if path.startswith(f"{root}/"):
+                yield path

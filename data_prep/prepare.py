@@ -1,7 +1,8 @@
 """From corpora to a dataset folder: split, tokenizer, tokens, packed rows, shards, manifest.
 
 Everything is written into OUTPUT.tmp-PID beside the output and renamed when it is whole, so a dataset folder exists or
-does not. The split is by a hash of the text alone: a document keeps its side whatever else the corpus holds.
+does not. The split is by a hash of the text alone, so that a document keeps its side whatever else the corpus holds, or
+by place.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ from data_prep.errors import PrepError
 from data_prep.files import atomic_write, canonical_json, sha256_file
 from data_prep.format import FORMAT_VERSION, SPLITS, DatasetManifest, SplitCounts, token_dtype
 from data_prep.shards import PackedSplit, write_split
-from data_prep.tokenizer import Tokenizer, train_bpe
+from data_prep.tokenizer import Tokenizer, train_bpe, write_character_tokenizer
 
 BATCH = 512  # documents per call of the tokenizer, which divides them among the cores
 
 
 @dataclass(frozen=True)
 class PrepSpec:
-    """What to prepare. domains: name -> file or folder. One of vocab_size (a tokenizer is trained) and tokenizer.
+    """What to prepare. domains: name -> file or folder. One of vocab_size (a tokenizer is trained), tokenizer, characters.
 
-    sequence_length: inputs per row, tokens. heldout: share of documents kept for evaluation. seed: order of rows.
+    sequence_length: inputs per row, tokens. heldout: share kept for evaluation. split: "hash" takes that share of the
+    documents, "tail" that share of each domain's characters from its end, cutting the document where it begins. seed:
+    order of rows.
     """
 
     domains: dict[str, Path]
@@ -51,6 +54,8 @@ class PrepSpec:
     seed: int = 0
     text_field: str = "text"
     id_field: str = "id"
+    characters: bool = False
+    split: str = "hash"
 
     def check(self) -> None:
         """Raise PrepError on the first value that makes no sense."""
@@ -63,8 +68,10 @@ class PrepSpec:
             raise PrepError(f"sequence_length = {self.sequence_length} must be at least 2")
         if not 0 <= self.heldout < 1:
             raise PrepError(f"heldout = {self.heldout} must be at least 0 and below 1")
-        if (self.vocab_size is None) == (self.tokenizer is None):
-            raise PrepError("give either vocab_size, to train a tokenizer, or tokenizer, a tokenizer.json")
+        if (self.vocab_size is not None) + (self.tokenizer is not None) + self.characters != 1:
+            raise PrepError("give one of vocab_size, to train a tokenizer, tokenizer, a tokenizer.json, and characters")
+        if self.split not in ("hash", "tail"):
+            raise PrepError(f"split = {self.split!r}: expected hash or tail")
         if self.vocab_size is not None:
             token_dtype(self.vocab_size)
         for path in self.domains.values():
@@ -73,16 +80,25 @@ class PrepSpec:
     def inputs_sha256(self) -> str:
         """Hash of everything the dataset is a function of: the settings and the bytes of all inputs."""
         inputs = {name: [sha256_file(file) for file in files_of(path)] for name, path in self.domains.items()}
-        chosen = sha256_file(self.tokenizer) if self.tokenizer else self.vocab_size
-        parts = [inputs, chosen, self.sequence_length, self.heldout, self.seed, self.text_field, self.id_field, FORMAT_VERSION]
+        chosen = sha256_file(self.tokenizer) if self.tokenizer else [self.vocab_size, self.characters]
+        parts = [inputs, chosen, self.sequence_length, self.heldout, self.split, self.seed, self.text_field, self.id_field, FORMAT_VERSION]
         return sha256(canonical_json(parts).encode()).hexdigest()
 
     def documents(self, domain: str) -> Iterator[Document]:
         """Documents of a domain; empty ones carry nothing to predict and are passed over."""
         return (d for d in read_documents(self.domains[domain], self.text_field, self.id_field) if d.text)
 
-    def split_of(self, text: bytes) -> str:
-        return SPLITS[xxhash.xxh64_intdigest(text) < self.heldout * 2**64]
+    def sides(self, domain: str) -> Iterator[tuple[Document, str]]:
+        """Every document of a domain with the split it belongs to."""
+        if self.split == "hash":
+            for document in self.documents(domain):
+                yield document, SPLITS[xxhash.xxh64_intdigest(_utf8(document)) < self.heldout * 2**64]
+            return
+        left = int(sum(len(d.text) for d in self.documents(domain)) * (1 - self.heldout))
+        for document in self.documents(domain):
+            head, tail = document.text[:left], document.text[left:]
+            left = max(left - len(document.text), 0)
+            yield from ((Document(document.id, text), split) for text, split in zip((head, tail), SPLITS, strict=True) if text)
 
 
 def prepare(spec: PrepSpec, *, overwrite: bool = False, console: Console | None = None) -> DatasetManifest:
@@ -172,12 +188,12 @@ class _Preparation:
         if spec.tokenizer is not None:
             Tokenizer(spec.tokenizer)
             shutil.copyfile(spec.tokenizer, path)
+        elif spec.characters:
+            # Of both sides: a vocabulary of characters has no way to spell one that only the held-out side has.
+            write_character_tokenizer((d.text for name in spec.domains for d in spec.documents(name)), path)
         else:
             self.console.print(f"training a tokenizer of {spec.vocab_size} tokens")
-            texts = (
-                d.text for name in sorted(spec.domains) for d in spec.documents(name)
-                if spec.split_of(_utf8(d)) == "train"
-            )
+            texts = (d.text for name in sorted(spec.domains) for d, split in spec.sides(name) if split == "train")
             train_bpe(texts, spec.vocab_size, path)
         return Tokenizer(path)
 
@@ -191,19 +207,18 @@ class _Preparation:
         total = sum(file.stat().st_size for file in files_of(spec.domains[domain]))
         with _progress(self.console) as progress, open(texts / f"{domain}.jsonl", "w", encoding="utf-8") as heldout:
             task = progress.add_task(f"tokenizing {domain}", total=total)
-            documents = spec.documents(domain)
+            documents = spec.sides(domain)
             while group := list(islice(documents, BATCH)):
-                encoded = tokenizer.encode_batch([d.text for d in group])
-                for document, tokens in zip(group, encoded, strict=True):
+                encoded = tokenizer.encode_batch([d.text for d, _ in group])
+                for (document, split), tokens in zip(group, encoded, strict=True):
                     data = _utf8(document)
-                    split = spec.split_of(data)
                     if int(sizes[tokens].sum()) != len(data):
                         raise PrepError(f"document {document.id}: its tokens stand for {int(sizes[tokens].sum())} bytes and its "
                                         f"text has {len(data)}; the tokenizer changes text, so bits per byte would be wrong")
                     splits[split].add(np.concatenate(([tokenizer.start_id], tokens, [tokenizer.end_id])), len(data))
                     if split == "heldout":
                         heldout.write(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n")
-                progress.update(task, advance=sum(len(_utf8(d)) for d in group))
+                progress.update(task, advance=sum(len(_utf8(d)) for d, _ in group))
             progress.update(task, completed=total)
         if not splits["train"].documents:
             raise PrepError(f"domain {domain} ({spec.domains[domain]}) has no document to train on: it is empty, or all were held out")
@@ -226,7 +241,7 @@ def _progress(console: Console) -> Progress:
 
 def summary_table(manifest: DatasetManifest) -> Table:
     """Documents, bytes, tokens, bytes per token and packing efficiency, per split and domain."""
-    table = Table(title="dataset", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(title="dataset", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("split", no_wrap=True)
     table.add_column("domain", no_wrap=True)
     for heading in ("docs", "bytes", "tokens", "B/token", "rows", "packing"):

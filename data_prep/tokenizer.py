@@ -48,6 +48,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, *, total: int |
     tokenizer.save(str(path))
 
 
+def write_character_tokenizer(texts: Iterable[str], path: Path) -> None:
+    """Write a tokenizer.json in which every character of `texts` is a token, in order of code point, the end of text last.
+
+    It spells nothing else: a text with another character is refused when it is encoded. Raises PrepError without a text.
+    """
+    characters = sorted(set().union(*texts))
+    if not characters:
+        raise PrepError("the texts hold no character to make tokens of")
+    tokenizer = HFTokenizer(models.WordLevel({character: index for index, character in enumerate(characters)}, unk_token="unknown"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), behavior="isolated")  # onig's m: the dot is any character
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.save(str(path))
+
+
 class Tokenizer:
     """A tokenizer.json, and what nextpt needs to know of it. Text that spells a special token stays text."""
 
@@ -91,8 +106,11 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """uint16 [V]: UTF-8 bytes each token stands for; 0 for special tokens and holes in the vocabulary.
 
-        Raises PrepError for a tokenizer that is not byte-level: there the bytes of a token depend on its place.
+        Raises PrepError for a tokenizer that is neither byte-level nor one of characters: there the bytes of a token
+        depend on its place.
         """
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        characters = isinstance(self._tokenizer.model, models.WordLevel) and all(len(token) == 1 for token in vocabulary)
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         specials = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
         added = {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items()}
@@ -102,8 +120,10 @@ class Tokenizer:
                 continue
             if index in added:
                 sizes[index] = len(added[index].encode())
+            elif characters:
+                sizes[index] = len(token.encode())
             elif set(token) <= alphabet:
                 sizes[index] = len(token)  # byte-level: one character of the token per byte
             else:
-                raise PrepError(f"{self.path} is not byte-level (token {token!r}), so its tokens have no byte count of their own")
+                raise PrepError(f"{self.path} is neither byte-level nor one of characters (token {token!r}), so its tokens have no byte count of their own")
         return sizes

@@ -60,7 +60,9 @@ def prep_shards(
     sequence_length: Annotated[int, typer.Option(help="inputs per row, tokens")],
     vocab_size: Annotated[int | None, typer.Option(help="train a byte-level BPE tokenizer of this size")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="or take this tokenizer.json")] = None,
-    heldout: Annotated[float, typer.Option(help="share of documents kept for evaluation, by a hash of the text")] = 0.05,
+    characters: Annotated[bool, typer.Option("--characters", help="or make every character a token")] = False,
+    heldout: Annotated[float, typer.Option(help="share kept for evaluation")] = 0.05,
+    split: Annotated[str, typer.Option(help="hash: that share of the documents; tail: of each domain's end")] = "hash",
     seed: Annotated[int, typer.Option(help="order of rows")] = 0,
     text_field: Annotated[str, typer.Option(help="key or column of the text")] = "text",
     id_field: Annotated[str, typer.Option(help="key or column of the id")] = "id",
@@ -75,7 +77,7 @@ def prep_shards(
         if not equals or name in named:
             raise UserError(f"{item!r}: expected DOMAIN=PATH, each domain once")
         named[name] = Path(path)
-    spec = PrepSpec(named, output, sequence_length, vocab_size, tokenizer, heldout, seed, text_field, id_field)
+    spec = PrepSpec(named, output, sequence_length, vocab_size, tokenizer, heldout, seed, text_field, id_field, characters, split)
     out.print(summary_table(prepare(spec, overwrite=overwrite, console=out)))
 
 
@@ -200,6 +202,35 @@ def doctor(
     sys.exit(1 if counts[Status.PROBLEM] else 0)
 
 
+@app.command(epilog="example: nextpt plan --config configs/7b.yaml --devices 256 --device h100 train.micro_batch_size=2")
+@friendly
+def plan(
+    config: Annotated[str, typer.Option(help="YAML file, see configs/")],
+    devices: Annotated[int, typer.Option(min=1, help="how many devices, one rank on each")],
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="a10, l40s, a100-40, a100, h100, h200 or b200")] = "h100",
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="share of the peak that the model's FLOPs reach")] = 0.4,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="memory of a device, GiB; the device's own unless given")] = None,
+    peak: Annotated[float | None, typer.Option(min=0.001, help="dense peak of a device, TFLOP/s")] = None,
+    link: Annotated[float | None, typer.Option(min=0.001, help="GB/s of a device inside its node, one direction")] = None,
+    network: Annotated[float | None, typer.Option(min=0.001, help="GB/s of a node, all adapters; 400 unless given")] = None,
+    node_size: Annotated[int | None, typer.Option(min=1, help="devices per node; 8 unless given")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+) -> None:
+    """Memory, time and traffic of a run on many devices, for every ZeRO stage, before it is started."""
+    from launcher.planning import plan_json, say_plan
+    from nextpt.config import load_config
+    from nextpt.scaling.machines import machine
+    from nextpt.scaling.plan import plan as make_plan
+
+    chosen = machine(device, memory_gib=memory, peak_tflops=peak, link_gbs=link, node_gbs=network, node_size=node_size)
+    made = make_plan(load_config(config, overrides or []), devices, chosen, utilisation)
+    if as_json:
+        print(json.dumps(plan_json(made), indent=1))
+    else:
+        say_plan(made)
+
+
 @config_app.command("show", epilog="example: nextpt config show configs/7b.yaml --ranks 64 train.zero_stage=3")
 @friendly
 def config_show(
@@ -226,7 +257,7 @@ def config_show(
     say(f"total tokens            {tokens:>20,}")
     say(f"tokens per parameter    {tokens / counts.parameters:>20,.1f}")
     say(f"memory per rank         {memory.total / 2**30:>16,.2f} GiB   (estimate for ZeRO-{config.train.zero_stage})")
-    for name in ("weights", "gradients", "optimizer", "activations", "loss"):
+    for name in ("weights", "gradients", "optimizer", "buffers", "activations", "loss"):
         say(f"  {name:<21} {getattr(memory, name) / 2**30:>16,.2f} GiB")
 
 

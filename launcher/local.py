@@ -24,7 +24,7 @@ def train_command(config: str, overrides: list[str], ranks: int, port: int) -> l
 
 def start_training(config: str, overrides: list[str], ranks: int | None = None, port: int | None = None) -> int:
     """Train on this machine; returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given."""
-    environment = os.environ | {"DS_LOG_LEVEL": "error", "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
+    environment = os.environ | {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
     if not _gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     command = train_command(config, overrides, ranks or max(_gpus(), 1), port or free_port())

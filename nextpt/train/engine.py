@@ -10,6 +10,7 @@ Differences from DeepSpeed's defaults, each on purpose:
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import warnings
@@ -20,8 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# Before deepspeed is imported: it reads these then, and warns of what is meant to be (a CPU, an optimizer of ours).
-os.environ.setdefault("DS_LOG_LEVEL", "error")
+# Before deepspeed is imported: it reads this then.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
@@ -35,8 +35,10 @@ from nextpt.data.batch import Batch  # noqa: E402
 from nextpt.errors import UserError  # noqa: E402
 from nextpt.model import Decoder  # noqa: E402
 from nextpt.objective import Loss, next_token_loss  # noqa: E402
+from nextpt.train.memory import LIVE_PARAMETERS, reduce_bucket  # noqa: E402
 from nextpt.train.optimizer import GuardedAdamW, parameter_groups  # noqa: E402
 
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is meant to be: a CPU, an optimizer of ours
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -88,6 +90,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
             "memory_efficient_linear": False,
+            "reduce_bucket_size": reduce_bucket(config),
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,

@@ -173,8 +173,10 @@ def test_bad_corpora_are_named_and_leave_nothing(tmp_path: Path, name: str, cont
     ({"vocab_size": 100_000}, "the texts give only"),
     ({"vocab_size": 2**33}, "does not fit uint32"),
     ({"heldout": 1.5}, "heldout = 1.5"),
+    ({"split": "head"}, "split = 'head'"),
+    ({"characters": True}, "give one of vocab_size"),
     ({"sequence_length": 1}, "sequence_length = 1"),
-    ({"vocab_size": None}, "give either"),
+    ({"vocab_size": None}, "give one of"),
     ({"domains": {"a/b": Path("/")}}, "domain name 'a/b'"),
     ({"domains": {"a": Path("/nowhere")}}, "/nowhere does not exist"),
     ({"vocab_size": None, "tokenizer": Path("/nowhere.json")}, "nowhere.json"),
@@ -231,3 +233,28 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
+    """One long text, as character models are trained on: the last share is held out, every character is one token."""
+    text = "".join(f"{i}: to be or not to be, that is the question \u2014 \u00e9\n" for i in range(200))
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    made = prepare(spec(tmp_path, domains={"a": tmp_path / "one.txt"}, vocab_size=None, characters=True, split="tail", heldout=0.1))
+    boundary = int(len(text) * 0.9)
+    counts = {split: made.splits[split]["a"] for split in ("train", "heldout")}
+    assert counts["train"].text_tokens == boundary and counts["heldout"].text_tokens == len(text) - boundary
+    assert counts["train"].bytes == len(text[:boundary].encode()) and made.vocab_size == len(set(text)) + 1
+    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) == len(text)
+    heldout = [json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl", encoding="utf-8")]
+    assert heldout == [text[boundary:]]
+    with pytest.raises(PrepError, match="refuses a text"):
+        tokenizer.encode("Z")
+
+
+def test_the_tail_of_many_documents_is_cut_once(tmp_path: Path) -> None:
+    given = spec(tmp_path, split="tail", heldout=0.3)
+    sides = list(given.sides("a"))
+    train, tail = ("".join(d.text for d, split in sides if split == side) for side in ("train", "heldout"))
+    assert train + tail == "".join(TEXTS) and len(train) == int(len(train + tail) * 0.7)
+    assert len(sides) in (len(TEXTS), len(TEXTS) + 1)

@@ -24,7 +24,7 @@ def train_all(configs: list[Config], world_size: int, folder: Path) -> list[str 
     for rank in range(world_size):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_LOG_LEVEL": "error",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
         }
         log = open(folder / f"rank-{rank}.log", "w")
         command = [sys.executable, "-m", "tests.support.ranks", str(folder / "outcomes.json"), *map(str, files)]

@@ -1,0 +1,1 @@
+"""Planning runs before they are started, from formulas and from measured runs."""

@@ -1,0 +1,119 @@
+"""Plans: against hand-made figures, published ones, and measured ranks (tests/train/test_memory.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nextpt.config import Config, load_config
+from nextpt.errors import ConfigError
+from nextpt.model import count
+from nextpt.scaling.machines import MACHINES, machine
+from nextpt.scaling.plan import RESERVED, plan, traffic, variant
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(name: str = "7b", *overrides: str) -> Config:
+    return load_config(ROOT / "configs" / f"{name}.yaml", overrides)
+
+
+def nextpt_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "launcher.cli", "plan", *arguments], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"COLUMNS": "80"})
+
+
+def test_states_of_the_zero_paper() -> None:
+    """arXiv 1910.02054 figure 1: 7.5B parameters on 64 devices, 12 bytes of optimizer state; its gradients have 2 bytes, ours 4."""
+    options = {(o.stage, o.checkpointing): o.memory for o in plan(config(), 64, MACHINES["h100"], 0.4).options}
+    n = count(config()).parameters
+    assert n == pytest.approx(7.5e9, rel=0.01)
+    assert options[1, False].weights == 2 * n and options[1, False].optimizer == pytest.approx(12 * n / 64, abs=64)
+    assert options[2, False].gradients == pytest.approx(4 * n / 64, abs=64) and options[2, False].weights == 2 * n
+    assert options[3, False].weights == pytest.approx(2 * n / 64, abs=64)
+    assert options[1, False].weights + options[1, False].optimizer == pytest.approx(16.4e9, rel=0.02)  # the paper: 31.4 GB with 2 x 7.5 of gradients
+
+
+def test_traffic_of_the_zero_paper() -> None:
+    """Section 7: stages 0 to 2 move twice the parameters, stage 3 three times; here with fp32 weights and gradients."""
+    base = config("7b", "train.precision=fp32", "train.global_batch_size=64", "train.micro_batch_size=1")
+    n = 4 * count(base).parameters * 63 / 64
+    for stage, times in ((0, 2), (1, 2), (2, 2), (3, 3)):
+        assert traffic(variant(base, stage, False), 64) == pytest.approx(times * n), stage
+    twice = config("7b", "train.precision=fp32", "train.global_batch_size=128", "train.micro_batch_size=1")
+    assert traffic(variant(twice, 2, False), 64) == pytest.approx(3 * n) and traffic(variant(twice, 3, False), 64) == pytest.approx(6 * n)
+    assert traffic(variant(base, 3, False), 1) == 0
+
+
+def test_time_is_flops_over_peak() -> None:
+    made = plan(config(), 256, MACHINES["h100"], 0.4)
+    tokens = made.total_tokens
+    days = count(made.config).training_flops_per_token * tokens / (256 * 989e12 * 0.4) / 86400
+    assert made.best is not None and made.days(made.best) == pytest.approx(days, rel=1e-6)
+    assert made.tokens_per_second(made.best) * made.days(made.best) * 86400 == pytest.approx(tokens, rel=1e-6)
+    half = plan(config(), 256, MACHINES["h100"], 0.2)
+    assert half.days(half.best) == pytest.approx(2 * days, rel=1e-6)
+
+
+def test_recomputation_takes_less_memory_and_a_third_more_time() -> None:
+    options = {(o.stage, o.checkpointing): o for o in plan(config(), 256, MACHINES["h100"], 0.4).options}
+    for stage in (1, 2, 3):
+        plain, recomputed = options[stage, False], options[stage, True]
+        assert recomputed.memory.total < plain.memory.total and recomputed.traffic == plain.traffic
+        assert recomputed.seconds - plain.seconds == pytest.approx(plan(config(), 256, MACHINES["h100"], 0.4).compute_seconds / 3, rel=0.01)
+
+
+def test_slow_networks_show_in_the_step() -> None:
+    fast = plan(config(), 256, MACHINES["h100"], 0.4)
+    slow = plan(config(), 256, machine("h100", node_gbs=3), 0.4)
+    assert slow.machine.bus(256) == 3e9 and slow.machine.bus(8) == 450e9
+    assert all(a.seconds > b.seconds for a, b in zip(slow.options, fast.options, strict=True))
+    assert slow.best.communication > slow.best.seconds / 3
+
+
+def test_what_does_not_fit_is_said() -> None:
+    made = plan(config("70b"), 8, MACHINES["a10"], 0.4)
+    assert made.best is None and not any(o.fits for o in made.options)
+    edge = plan(config("124m"), 1, MACHINES["a10"], 0.4)
+    assert edge.best is not None and edge.best.memory.total <= (1 - RESERVED) * MACHINES["a10"].memory
+    done = nextpt_plan("--config", "configs/70b.yaml", "--devices", "8", "--device", "a10")
+    assert done.returncode == 0 and "nothing fits" in done.stdout
+
+
+def test_thousands_of_devices() -> None:
+    done = nextpt_plan("--config", "configs/70b.yaml", "--devices", "4096", "train.global_batch_size=4096")
+    assert done.returncode == 0, done.stderr
+    assert "4,096 x H100" in done.stdout and "quickest that fits: train.zero_stage=3" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[6:20])) <= 80
+
+
+def test_json_has_bytes_and_seconds() -> None:
+    done = nextpt_plan("--config", "configs/1.3b.yaml", "--devices", "16", "--device", "a100", "--utilisation", "0.5", "--json")
+    result = json.loads(done.stdout)
+    assert result["devices"] == 16 and len(result["options"]) == 6 and result["best"]["fits"]
+    for option in result["options"]:
+        memory = option["memory_bytes"]
+        assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
+        assert option["fits"] == (memory["total"] <= result["usable_bytes"])
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--config", "configs/7b.yaml", "--devices", "7"], "train.global_batch_size"),
+    (["--config", "configs/7b.yaml", "--devices", "8", "--device", "tpu"], "known are a10"),
+    (["--config", "configs/none.yaml", "--devices", "8"], "does not exist"),
+])
+def test_mistakes(arguments: list[str], words: str) -> None:
+    done = nextpt_plan(*arguments)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_machine_of_ones_own() -> None:
+    own = machine("H100", memory_gib=40, peak_tflops=100, link_gbs=10, node_gbs=5, node_size=4)
+    assert (own.memory, own.peak, own.bus(4), own.bus(8)) == (40 * 2**30, 100e12, 10e9, 5e9)
+    with pytest.raises(ConfigError, match="--memory"):
+        machine("mi300")

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test test-slow gpu-check bench clean
+.PHONY: help setup demo test test-slow gpu-check bench clean browser
 
 help:
 	@echo "make setup      make .venv and install everything"
@@ -30,8 +30,15 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
-test-slow: setup
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+test-slow: setup browser
+	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu"
+
+# The report is tested in a real browser; without one those tests are skipped and say so.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "setup: Debian's Chromium for the browser tests" && \
+	  { apt-get install -y -q chromium chromium-driver || { apt-get update -q && apt-get install -y -q chromium chromium-driver; }; } >/dev/null 2>&1; } || \
+	  echo "note: chromium and chromium-driver are not there; the browser tests are skipped"
 
 gpu-check:
 	@python3 -c 'import torch, pytest; assert torch.cuda.is_available()' 2>/dev/null || \

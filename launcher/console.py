@@ -46,7 +46,7 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 def evaluation_table(result: dict[str, Any]) -> Table:
     """The figures of an evaluation, and below them the compressors' where they were measured."""
     table = Table(title=f"held-out documents, step {result['step']} (context {result['window']}, stride {result['stride']})",
-                  box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+                  box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("domain", no_wrap=True)
     for heading in ("tokens", "bytes", "nats/token", "bits/token", "perplexity", "bits/byte"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -173,7 +173,7 @@ def _compressors(runs: list[RunRecord]) -> Picture | None:
         for i, run in enumerate(measured)]
     greys = ("#bdbdbd", "#969696", "#636363")
     first = compared.evaluation["domains"][domains[0]]["compressors"]
-    for number, name in enumerate(first):
+    for number, name in enumerate(sorted(first, key=lambda name: -first[name]["bpb_concatenated"])):
         values = [compared.evaluation["domains"][d]["compressors"][name]["bpb_concatenated"] for d in domains]
         bars.append((name, values, greys[number % len(greys)]))
     figure, axes = _canvas()

@@ -93,15 +93,12 @@ def train(
 
     On a cluster: `deepspeed --hostfile HOSTS launcher/run.py --config FILE`, or launcher/slurm/train.sbatch.
     """
-    from launcher.local import INTERRUPTED, start_training
+    from launcher.local import start_training
     from nextpt.config import load_config
     from nextpt.observe.trackers import check_trackers
 
     check_trackers(load_config(config, overrides or []))  # a wrong key is told before any process starts
-    code = start_training(config, overrides or [], ranks, port)
-    if code in INTERRUPTED:
-        raise KeyboardInterrupt
-    sys.exit(code)
+    sys.exit(start_training(config, overrides or [], ranks, port))
 
 
 @app.command("eval", epilog="example: nextpt eval --run runs/demo --compressors --json eval.json")

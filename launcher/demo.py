@@ -16,7 +16,7 @@ from rich.table import Table
 from data_prep.prepare import PrepSpec, is_current, prepare, summary_table
 from data_prep.stdlib_corpus import collect
 from launcher.console import compressor_table, evaluation_progress, evaluation_table, out, say
-from launcher.local import INTERRUPTED, start_training
+from launcher.local import start_training
 from nextpt.checkpoint.commit import folder_of, steps
 from nextpt.config import Config, load_config
 from nextpt.errors import UserError
@@ -96,8 +96,6 @@ def tell_what_is_there(config: Config) -> None:
 def train(config: Config, *overrides: str) -> None:
     started = time.monotonic()
     code = start_training(str(CONFIG), list(overrides), ranks=RANKS)
-    if code in INTERRUPTED:
-        raise KeyboardInterrupt
     if code:
         raise UserError(f"training ended with exit code {code}; the message is above. Run make demo again: it resumes")
     if not overrides:

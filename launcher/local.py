@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
+from launcher.console import out
 from nextpt.errors import UserError
 
-INTERRUPTED = (130, -2)  # exit codes after Ctrl-C: of a shell command, of a process
 RUN = Path(__file__).resolve().parent / "run.py"
 
 
@@ -23,17 +25,43 @@ def train_command(config: str, overrides: list[str], ranks: int, port: int) -> l
 
 
 def start_training(config: str, overrides: list[str], ranks: int | None = None, port: int | None = None) -> int:
-    """Train on this machine; returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given."""
+    """Train on this machine; returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given.
+
+    Raises KeyboardInterrupt, with all ranks ended, when this process is interrupted or told to end.
+    """
     environment = os.environ | {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
     if not _gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     command = train_command(config, overrides, ranks or max(_gpus(), 1), port or free_port())
-    process = subprocess.Popen(command, env=environment)
+    # In a session of its own: Ctrl-C reaches this process alone, and not every rank, each with a traceback to show.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.wait()
-        return 130
+        _end(process)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the launcher and its ranks, and give the terminal its cursor back, which a live line hides."""
+    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+            break
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    out.show_cursor(True)
 
 
 def _gpus() -> int:

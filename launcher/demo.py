@@ -60,7 +60,11 @@ def main() -> None:
     stage(2)
     spec = PrepSpec({d: corpus / f"{d}.jsonl" for d in found.documents}, Path(config.data.path), config.data.sequence_length,
                     vocab_size=config.model.vocab_size)
-    out.print(summary_table(prepare(spec, overwrite=not is_current(spec), console=out)))
+    current = is_current(spec)
+    if not current and spec.output.exists() and steps(config.run_dir / "checkpoints"):
+        raise UserError(f"{spec.output}, which {config.run_dir} was trained on, was made from another corpus (another Python) or by another "
+                        f"nextpt; start afresh: {start_afresh(config)}")
+    out.print(summary_table(prepare(spec, overwrite=not current, console=out)))
     stage(3)
     train(config)
     stage(4)
@@ -90,14 +94,18 @@ def tell_what_is_there(config: Config) -> None:
             "sampled again.")
     else:
         say(f"The run {config.run_dir} is there up to step {found[0]} of {config.last_step}: training resumes from it.")
-    say(f"To start afresh: rm -r {config.run_dir} {Path(config.data.path).parent} && make demo")
+    say(f"To start afresh: {start_afresh(config)}")
+
+
+def start_afresh(config: Config) -> str:
+    return f"rm -r {config.run_dir} {Path(config.data.path).parent} && make demo"
 
 
 def train(config: Config, *overrides: str) -> None:
     started = time.monotonic()
     code = start_training(str(CONFIG), list(overrides), ranks=RANKS)
     if code:
-        raise UserError(f"training ended with exit code {code}; the message is above. Run make demo again: it resumes")
+        raise UserError(f"training ended with exit code {code}; the message is above. When that is mended, make demo goes on")
     if not overrides:
         say(f"took {(time.monotonic() - started) / 60:.1f} minutes with start-up")
 
@@ -177,6 +185,6 @@ def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> 
         ("try another shape", ".venv/bin/nextpt train --config configs/demo.yaml run.name=wide model.width=256 --ranks 2"),
         ("compare the two", f".venv/bin/nextpt report {config.run_dir} runs/wide"),
         ("use your own text", ".venv/bin/nextpt prep shards --help"),
-        ("start afresh", f"rm -r {config.run_dir} {Path(config.data.path).parent} && make demo"),
+        ("start afresh", start_afresh(config)),
     ):
         say(f"  {text:<18} {command}")

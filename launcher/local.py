@@ -13,6 +13,7 @@ from types import FrameType
 from launcher.console import out
 from nextpt.errors import UserError
 
+OUT_OF_MEMORY = ", most likely because memory ran out (see dmesg; nextpt plan tells what a run needs)"
 RUN = Path(__file__).resolve().parent / "run.py"
 
 
@@ -20,7 +21,7 @@ def train_command(config: str, overrides: list[str], ranks: int, port: int) -> l
     """The command that a person would type: deepspeed launcher/run.py --config ... on this machine."""
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_addr", "127.0.0.1",
-        "--master_port", str(port), "--log_level", "error", "--hostfile", os.devnull, str(RUN), "--config", config, *overrides,
+        "--master_port", str(port), "--log_level", "critical", "--hostfile", os.devnull, str(RUN), "--config", config, *overrides,
     ]
 
 
@@ -37,13 +38,18 @@ def start_training(config: str, overrides: list[str], ranks: int | None = None, 
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        return process.wait()
+        code = process.wait()
     except KeyboardInterrupt:
         _end(process)
         raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if code > 128:  # deepspeed passes on -9 as 247, a shell as 137
+        number = 256 - code if code > 192 else code - 128
+        print(f"error: a rank was ended by signal {number} ({signal.strsignal(number)}){OUT_OF_MEMORY if number == signal.SIGKILL else ''}; "
+              "the same command resumes", file=sys.stderr, flush=True)
+    return code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,11 @@ def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("command", [[], ["prep"], ["prep", "stdlib"], ["prep", "shards"], ["train"], ["eval"], ["generate"],
-                                     ["config"], ["config", "show"]])
+                                     ["config"], ["config", "show"], ["report"], ["doctor"], ["plan"], ["demo"]])
 def test_help(command: list[str]) -> None:
     done = nextpt(*command, "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
-    if len(command) > 1 or command and command[0] in ("train", "eval", "generate"):
+    if len(command) > 1 or command and command[0] in ("train", "eval", "generate", "report", "doctor", "plan"):
         assert "example: nextpt" in done.stdout
 
 
@@ -86,7 +87,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_folder_has_its_fixed_form(trained: Path) -> None:
-    assert {p.name for p in trained.iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl", "tokenizer.json"}
+    assert {p.name for p in trained.iterdir()} == {"checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tokenizer.json"}
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step-000000003", "step-000000006"]
     events = read_events(trained / "metrics.jsonl", "train")
     assert [e["step"] for e in events] == list(range(1, 7))
@@ -109,6 +110,53 @@ def test_generate_continues_a_prompt(trained: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("def f") and len(first.stdout) > 8 and first.stdout == again.stdout
     assert nextpt("generate", "--run", str(trained), "--step", "4").stderr.count("there are: 6, 3") == 1
+
+
+def test_report_of_a_real_run(trained: Path, tmp_path: Path) -> None:
+    assert nextpt("generate", "--run", str(trained), "--prompt", "import", "--max-tokens", "5", "--save").returncode == 0
+    done = nextpt("report", str(trained), "--output", str(tmp_path / "r.html"))
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "r.html").read_text()
+    assert "complete" in page and ">import</span>" in page and "step-000000006" in page and "2 x " in page
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_ends_all_ranks_with_one_line(dataset: Path, tmp_path: Path, number: int) -> None:
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000})))
+    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2"], cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: len(read_events(tmp_path / "run" / "metrics.jsonl", "train")) > 3)
+    job.send_signal(number)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130 and errors.strip() == "interrupted; nothing is half-written, and the same command goes on"
+    ranks = [p for p in Path("/proc").iterdir() if p.name.isdigit() and str(tmp_path / "tiny.yaml").encode() in _command(p)]
+    assert ranks == []
+
+
+def _command(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_killed_rank_is_told(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000})))
+    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2"], cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_events(tmp_path / "run" / "metrics.jsonl", "train")) > 3)
+    [rank] = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and b"--local_rank=1\0" in (c := _command(p))
+              and str(tmp_path / "tiny.yaml").encode() in c and b"launch.py" not in c]
+    os.kill(rank, signal.SIGKILL)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0 and "ended by signal 9 (Killed), most likely because memory ran out" in errors, errors[-2000:]
 
 
 def test_a_taken_port_is_named(dataset: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_demo_with_a_short_training(tmp_path: Path) -> None:
     config["schedule"] |= {"warmup": 5, "decay": 10}
     config["checkpoint"] |= {"every_steps": 30}
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
-    script = f"import launcher.demo as d, pathlib; d.CONFIG = pathlib.Path({str(tmp_path / 'short.yaml')!r}); d.main()"
+    script = f"import launcher.cli as c, launcher.demo as d, pathlib; d.CONFIG = pathlib.Path({str(tmp_path / 'short.yaml')!r}); c.demo()"
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=500,

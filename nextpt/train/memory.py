@@ -87,7 +87,8 @@ def _activations(config: Config, width: int) -> int:
     ffn = (4 if c.ffn == "swiglu" else 2) * c.ffn_width_
     block = 6 * c.width + attention + ffn
     kept = c.depth * c.width + block if config.train.activation_checkpointing else c.depth * block
-    return width * tokens * (kept + 2 * c.width + ffn + 2 * c.width)
+    at_work = ffn // 2 + 2 * c.width  # gradients of the widest tensors; the others take the place of what is freed
+    return width * tokens * (kept + 2 * c.width + at_work)
 
 
 def _loss_workspace(config: Config) -> int:

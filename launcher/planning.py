@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import humanize
 from rich import box
 from rich.table import Table
 
 from launcher.console import out, say
-from nextpt.observe.report import readable_count
 from nextpt.scaling.plan import RESERVED, Option, Plan
 
 GIB = 2**30
@@ -61,7 +61,7 @@ def _table(plan: Plan) -> Table:
         cells = [(m.weights + m.gradients + m.optimizer) / GIB, m.buffers / GIB, (m.activations + m.loss) / GIB, m.total / GIB]
         name = f"{o.stage}{' r' if o.checkpointing else ''}{' *' if o.fits else ''}"
         table.add_row(name, *(f"{cell:,.1f}" for cell in cells), f"{o.traffic / 1e9:,.1f}", f"{o.communication:,.3f}", f"{o.seconds:,.3f}",
-                      readable_count(plan.tokens_per_second(o)), f"{plan.days(o):,.2f}", style="" if o.fits else "dim")
+                      humanize.metric(plan.tokens_per_second(o)), f"{plan.days(o):,.2f}", style="" if o.fits else "dim")
     return table
 
 

@@ -6,9 +6,11 @@ The page is one file and opens from disk without network; its Content-Security-P
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import humanize
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import nextpt
@@ -57,27 +59,9 @@ def heldout_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
 def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("nextpt.observe", "."), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": lambda n: f"{n:,}", "size": readable_bytes, "date": readable_time, "duration": readable_duration,
-                            "short": readable_count}
+    environment.filters |= {"count": lambda n: f"{n:,}", "size": partial(humanize.naturalsize, binary=True), "date": readable_time, "duration": readable_duration,
+                            "short": humanize.metric}
     return environment
-
-
-def readable_bytes(size: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1024 or unit == "TiB":
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
-
-
-def readable_count(number: float) -> str:
-    """1234567 -> 1.23M."""
-    for unit in ("", "K", "M", "B", "T"):
-        if abs(number) < 999.5 or unit == "T":
-            return f"{number:.0f}" if unit == "" else f"{number:.3g}{unit}"
-        number /= 1000
-    raise AssertionError
 
 
 def readable_time(seconds: float) -> str:
@@ -85,10 +69,5 @@ def readable_time(seconds: float) -> str:
 
 
 def readable_duration(seconds: float) -> str:
-    """3725 -> 1 h 2 min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{seconds / 86400:.1f} days"
+    """300 -> 5 minutes."""
+    return humanize.precisedelta(seconds, minimum_unit="seconds" if seconds < 90 else "minutes", format="%.0f")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from launcher.doctor.finding import Finding, ok, warning
 
@@ -37,7 +40,7 @@ def extension_locks(root: Path | None = None) -> Finding:
 def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
     """This user's files in shared memory that no process has open or mapped."""
     mine = [f for f in root.iterdir() if f.is_file() and f.stat().st_uid == os.getuid()] if root.is_dir() else []
-    used = set(_open_files()) | set(_mapped_files(root)) if mine else set()
+    used = set(_open_files()) | set(_mapped_files()) if mine else set()
     now = time.time()
     stale = [f for f in mine if str(f) not in used and now - f.stat().st_mtime > YOUNG]
     if not stale:
@@ -45,35 +48,18 @@ def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
     size = sum(f.stat().st_blocks * 512 for f in stale)
     names = " ".join(f"'{f}'" for f in stale[:5]) + (" ..." if len(stale) > 5 else "")
     return warning("stale shared memory", f"{len(stale)} files, {size / 2**20:.1f} MiB, that no process uses: {names}",
-                   "when no job of yours starts at this moment, remove them; streaming refuses to start when its old names are there")
-
-
-def _processes() -> Iterator[Path]:
-    return (p for p in Path("/proc").iterdir() if p.name.isdigit())
+                   "remove them when no job of yours starts at this moment: they hold memory until the machine restarts")
 
 
 def _open_files() -> Iterator[str]:
-    """Paths of all files that processes we may look at have open."""
-    for process in _processes():
-        try:
-            links = list((process / "fd").iterdir())
-        except OSError:
-            continue
-        for link in links:
-            try:
-                yield os.readlink(link)
-            except OSError:
-                continue
+    """Paths of the files that processes we may look at have open."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            yield from (file.path for file in process.open_files())
 
 
-def _mapped_files(root: Path) -> Iterator[str]:
-    """Paths below `root` that processes have mapped: shared memory is often closed once it is mapped."""
-    for process in _processes():
-        try:
-            lines = (process / "maps").read_text().splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            path = line.split(maxsplit=5)[-1]
-            if path.startswith(f"{root}/"):
-                yield path
+def _mapped_files() -> Iterator[str]:
+    """Paths that processes have mapped: shared memory is often closed once it is mapped."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            yield from (area.path for area in process.memory_maps())

@@ -17,7 +17,6 @@ import psutil
 import torch
 
 from data_prep.files import atomic_write, canonical_json
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config
 
 PACKAGES = ("nextpt", "torch", "deepspeed", "triton", "mosaicml-streaming", "pyarrow", "numpy", "tokenizers")
@@ -34,21 +33,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many of its cores this process may use."""
+def place(device: torch.device) -> tuple[str, str]:
+    """(host, device) of this rank: the GPU's name, or the processor's and how many of its cores may be used."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+        return platform.node(), torch.cuda.get_device_name(device)
+    return platform.node(), f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def describe_start(config: Config, ranks: Ranks, device: torch.device, first_step: int) -> dict[str, Any]:
-    """What is true of this start. Collective: every rank tells its host and device."""
-    places = ranks.gather((platform.node(), device_name(device)))
+def describe_start(config: Config, places: list[tuple[str, str]], first_step: int) -> dict[str, Any]:
+    """What is true of this start. places: (host, device) of every rank, as `place` tells them."""
     return {
         "time": time.time(),
         "first_step": first_step,
         "command": " ".join(sys.argv),
-        "world_size": ranks.world_size,
+        "world_size": len(places),
         "hosts": dict(Counter(host for host, _ in places)),
         "devices": dict(Counter(name for _, name in places)),
         "zero_stage": config.train.zero_stage,
@@ -85,7 +83,10 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Commit of the checkout this code runs from, `-dirty` where files differ; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed; the folder may lie in somebody else's checkout
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

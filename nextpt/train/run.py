@@ -23,7 +23,7 @@ from nextpt.errors import ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
-from nextpt.train.environment import describe_start, record_start, versions
+from nextpt.train.environment import describe_start, place, record_start, versions
 from nextpt.train.loop import Trainer
 from nextpt.train.randomness import get_rng, set_rng
 
@@ -57,8 +57,8 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     if checkpoint:
         resume(engine, checkpoint, ranks)
         _say(ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}")
-    started = describe_start(config, ranks, device, first_step)
-    _on_first(ranks, lambda: _open_run_folder(config, started))
+    places = ranks.gather(place(device))
+    _on_first(ranks, lambda: _open_run_folder(config, describe_start(config, places, first_step)))
     listeners = _on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
     def save_step(step: int) -> CheckpointEvent:

@@ -111,11 +111,9 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="tokens scored per window; half of it unless given")] = None,
     compressors: Annotated[bool, typer.Option("--compressors", help="also measure zlib, bz2 and xz on the same bytes")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
+    save: Annotated[bool, typer.Option("--save", help="also keep them in RUN/evaluation.json, for the report")] = False,
 ) -> None:
-    """Nats, bits, perplexity and bits per byte on held-out documents, per domain.
-
-    The figures are kept in RUN/evaluation.json, which `nextpt report` reads.
-    """
+    """Nats, bits, perplexity and bits per byte on held-out documents, per domain."""
     from nextpt.evaluate.heldout import evaluate_run, write_result
     from nextpt.generate.text import pick_device
 
@@ -125,10 +123,9 @@ def evaluate(
     out.print(evaluation_table(result))
     if compressors:
         out.print(compressor_table(result))
-    write_result(result, run / "evaluation.json")
-    if json_path:
-        write_result(result, json_path)
-        say(f"written to {json_path}")
+    for path in [json_path] * (json_path is not None) + [run / "evaluation.json"] * save:
+        write_result(result, path)
+        say(f"written to {path}")
 
 
 @app.command(epilog="example: nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95")

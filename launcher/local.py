@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -45,8 +46,8 @@ def start_training(config: str, overrides: list[str], ranks: int | None = None, 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code > 128:  # deepspeed passes on -9 as 247, a shell as 137
-        number = 256 - code if code > 192 else code - 128
+    if code < 0 or code > 128:  # of deepspeed itself -9; of a rank deepspeed passes it on as 247, a shell as 137
+        number = -code if code < 0 else 256 - code if code > 192 else code - 128
         print(f"error: a rank was ended by signal {number} ({signal.strsignal(number)}){OUT_OF_MEMORY if number == signal.SIGKILL else ''}; "
               "the same command resumes", file=sys.stderr, flush=True)
     return code
@@ -58,15 +59,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _end(process: subprocess.Popen) -> None:
     """End the launcher and its ranks, and give the terminal its cursor back, which a live line hides."""
-    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
-            break
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        os.killpg(process.pid, signal.SIGKILL)  # ranks that did not listen
+    process.wait()
     out.show_cursor(True)
 
 

@@ -212,13 +212,13 @@ class _Preparation:
                 encoded = tokenizer.encode_batch([d.text for d, _ in group])
                 for (document, split), tokens in zip(group, encoded, strict=True):
                     data = _utf8(document)
+                    progress.update(task, advance=len(data))
                     if int(sizes[tokens].sum()) != len(data):
                         raise PrepError(f"document {document.id}: its tokens stand for {int(sizes[tokens].sum())} bytes and its "
                                         f"text has {len(data)}; the tokenizer changes text, so bits per byte would be wrong")
                     splits[split].add(np.concatenate(([tokenizer.start_id], tokens, [tokenizer.end_id])), len(data))
                     if split == "heldout":
                         heldout.write(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n")
-                progress.update(task, advance=sum(len(_utf8(d)) for d, _ in group))
             progress.update(task, completed=total)
         if not splits["train"].documents:
             raise PrepError(f"domain {domain} ({spec.domains[domain]}) has no document to train on: it is empty, or all were held out")

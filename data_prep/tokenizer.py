@@ -125,5 +125,6 @@ class Tokenizer:
             elif set(token) <= alphabet:
                 sizes[index] = len(token)  # byte-level: one character of the token per byte
             else:
-                raise PrepError(f"{self.path} is neither byte-level nor one of characters (token {token!r}), so its tokens have no byte count of their own")
+                raise PrepError(f"{self.path} is neither byte-level nor one of characters (token {token!r}), so its tokens have no "
+                                "byte count of their own")
         return sizes

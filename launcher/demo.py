@@ -33,8 +33,6 @@ RESUMED_STEPS = 20  # enough for four logged losses
 # A stride of a quarter: three quarters of the context before nearly every token, at four times the work of none.
 STRIDES_PER_WINDOW = 4
 PROMPTS = {"code": "def read_config(path):\n", "prose": "This module provides", "empty": ""}
-
-
 STAGES = (
     "the standard library of this Python as a corpus",
     "tokenizer, packing, shards",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,7 @@ class RunRecord:
 
     def median_rate(self) -> float:
         """Median tokens per second of the logged steps."""
-        rates = sorted(event["tokens_per_second"] for event in self.train)
-        return rates[len(rates) // 2]
+        return statistics.median(event["tokens_per_second"] for event in self.train)
 
 
 def read_runs(folders: list[Path]) -> list[RunRecord]:

@@ -12,7 +12,7 @@ from nextpt.model import Counts, count
 from nextpt.scaling.machines import Machine
 from nextpt.train.memory import MemoryEstimate, estimate_memory
 
-# Kept free: CUDA context, NCCL's buffers, fragmentation of the allocator. Ours; torchtitan's configs leave about as much.
+# Kept free: CUDA context, NCCL's buffers, fragmentation of the allocator. An assumption, not measured.
 RESERVED = 0.10
 BACKWARD = 2 / 3  # of the compute of a step, in which gradients can travel (arXiv 2001.08361: backward is twice forward)
 RECOMPUTE = 1 / 3  # more compute with activation checkpointing: one more forward pass (arXiv 1604.06174)

@@ -54,11 +54,10 @@ def check_trackers(config: Config) -> None:
 
 
 def open_trackers(config: Config, first_step: int) -> list[Listener]:
-    """Start the chosen trackers. first_step: 1, or the step at which a resumed run goes on.
+    """Start the chosen trackers, which `check_trackers` has passed. first_step: 1, or where a resumed run goes on.
 
     Raises UserError, with everything opened so far closed, when one cannot start.
     """
-    check_trackers(config)
     opened: list[Listener] = []
     for name in chosen(config):
         try:

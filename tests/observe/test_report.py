@@ -168,7 +168,7 @@ def test_readable_durations() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not chromium.available(), reason="Debian's chromium and chromium-driver are not installed")
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_renders_it(dataset: Path, tmp_path: Path, width: int) -> None:
     runs = [make_run(dataset, tmp_path / "one"), make_run(dataset, tmp_path / "two", offset=0.2)]
     write_report(runs, tmp_path / "all.html")

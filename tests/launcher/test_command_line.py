@@ -131,7 +131,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 def test_an_interrupt_ends_all_ranks_with_one_line(dataset: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000})))
     job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2"], cwd=ROOT,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell ignores it for "&"
     wait_for(lambda: len(read_events(tmp_path / "run" / "metrics.jsonl", "train")) > 3)
     job.send_signal(number)
     _, errors = job.communicate(timeout=60)

@@ -8,6 +8,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():  # Triton kernels run in its interpreter; the switch must be on when triton loads
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]  # not for processes that tests start
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +28,4 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import torch
-
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The loss call: checks, defaults and the choice of implementation."""
+"""The loss call: checks, defaults, the choice of implementation and of chunks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from kernels.choice import Implementation, choose
+from kernels.cross_entropy import ops, reference
+from kernels.cross_entropy.chunking import DEFAULT_BUDGET, Chunking, Gradient, plan_chunks
+from kernels.cross_entropy.rows import Statistics
 
 
 class LossOutput(NamedTuple):
-    """loss: fp32 scalar, sum_i w_i (nats_i + z lse_i^2) / normalizer. z_loss: its second part, detached.
+    """loss: fp32, sum_i w_i (nats_i + z lse_i^2) / normalizer; [N] or [N, K] for reduction="none". z_loss: its second
+    part, detached.
 
-    nats, lse: fp32 [N], unweighted, detached, nats 0 where ignored. hits: bool [N], whether the arg-max is the target.
+    nats fp32, unweighted, 0 where ignored, and hits bool, whether the target's logit is above all others: in the shape
+    of targets. lse: fp32 [N]. nats and lse are detached but for reduction="none".
     """
 
     loss: Tensor
@@ -25,35 +30,131 @@ class LossOutput(NamedTuple):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, token_weights: Tensor | None = None,
                          normalizer: Tensor | float | None = None, bias: Tensor | None = None, ignore_index: int = -100,
-                         z_loss: float = 0.0, softcap: float | None = None, chunk_tokens: int | None = None,
+                         z_loss: float = 0.0, softcap: float | None = None, label_smoothing: float = 0.0,
+                         reduction: str = "sum", gradient: Gradient = "precise", logits_dtype: torch.dtype | None = None,
+                         workspace_bytes: int | None = None, chunk_tokens: int | None = None,
                          implementation: str = "auto") -> LossOutput:
     """Weighted cross-entropy of softmax(hidden weight^T + bias) against targets, in nats.
 
-    hidden [N, D] and weight [V, D] of one floating dtype; bias [V]; targets int64 [N], `ignore_index` where there is
-    none; token_weights [N], 1 unless given; normalizer: what the weighted sum is divided by, from outside because it
-    spans ranks and micro-batches; the sum of weights of this call unless given. z_loss: coefficient of lse^2.
-    softcap c: logits become c tanh(z / c). chunk_tokens: tokens whose logits exist at once; from the workspace budget
-    unless given (a function of shapes alone, so that a run repeats itself). Loss and nats are fp32 (fp64 for fp64).
+    hidden [N, D] and weight [V, D] of one floating dtype; bias [V]; targets int64 [N], or [N, K] for several targets
+    of one hidden state, whose logits are then computed once; `ignore_index` where there is none. token_weights: in the
+    shape of targets, 1 unless given.
 
-    Raises ValueError for shapes that do not fit or an unknown implementation. Targets are not range-checked.
+    reduction: "sum" divides the weighted sum by `normalizer`, which comes from outside because it spans ranks and
+    micro-batches; the sum of weights of this call unless given. "none" gives the loss of each target, times its weight
+    and divided by `normalizer` (1 unless given), and makes nats and lse differentiable; its backward pass computes
+    the logits again.
+
+    z_loss: coefficient of lse^2 (arXiv 2204.02311 section 5). softcap c: logits become c tanh(z / c) (arXiv 2408.00118).
+    label_smoothing e: the loss of a token becomes (1 - e) nats + e times its mean over all entries of the vocabulary
+    (arXiv 1512.00567 section 7); nats stay what they are.
+
+    gradient: "precise" or "small", how the matrix gradient of 16-bit inputs is summed over chunks; workspace_bytes: what
+    may exist beside inputs and gradients, 2 GiB on a GPU and 256 MiB on a CPU unless given; chunking.plan_chunks says
+    what follows. chunk_tokens: tokens per chunk instead. logits_dtype: torch.float32 keeps logits of 16-bit inputs wide;
+    so it is on a CPU and wherever no gradient is needed.
+
+    Loss and nats are fp32 (fp64 for fp64). Backward once: the gradients are given out, not copied.
+
+    Raises ValueError for shapes that do not fit, a target outside the vocabulary on a CPU (on a GPU its nats are nan),
+    a workspace that holds no chunk, an unknown implementation.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden [N, D] and weight [V, D] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be [{hidden.shape[0]}], got {tuple(targets.shape)}")
-    if token_weights is not None and token_weights.shape != targets.shape:
-        raise ValueError(f"token_weights must be [{hidden.shape[0]}], got {tuple(token_weights.shape)}")
+    _check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, reduction)
+    device = hidden.device.type
+    chosen = choose(IMPLEMENTATIONS, ("triton", "torch") if device == "cuda" else ("torch",), implementation, device, ())
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    shape = targets.shape
+    targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
     valid = targets != ignore_index
-    weights = valid.to(wide) if token_weights is None else token_weights.to(wide) * valid
+    targets = torch.where(valid, targets, -1)
+    weights = valid.to(wide) if token_weights is None else token_weights.reshape(targets.shape).to(wide) * valid
     if normalizer is None:
         total = weights.sum()
-        normalizer = torch.where(total > 0, total, 1.0)
+        normalizer = torch.where(total > 0, total, 1.0) if reduction == "sum" else 1.0
     scale = weights / torch.as_tensor(normalizer, dtype=wide, device=hidden.device)
-    chosen = choose(IMPLEMENTATIONS, ("torch",), implementation, hidden.device.type, ())
-    return LossOutput(*chosen.run(hidden, weight, bias, torch.where(valid, targets, 0), valid, scale, z_loss, softcap, chunk_tokens))
+    if chosen.name == "reference":
+        found = reference.statistics(hidden, weight, bias, targets, softcap)
+        return _from_statistics(found, found.peak + found.log_sum, scale, z_loss, label_smoothing, reduction, weight.shape[0], shape)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    wide_logits = hidden.element_size() < 4 and (logits_dtype == torch.float32 or not any(needs) or chosen.name == "torch" and device == "cpu")
+    plan = chunking(hidden, weight, needs[1], wide_logits, gradient, workspace_bytes, chunk_tokens)
+    options = (float(softcap or 0.0), plan.rows, plan.accumulator, wide_logits, chosen.name, needs)
+    if reduction == "none":
+        nats, lse, total, hits, peak, log_sum = ops.token_statistics(hidden, weight, bias, targets, *options)
+        return _from_statistics(Statistics(nats, peak, log_sum, total, hits), lse, scale, z_loss, label_smoothing, "none",
+                                weight.shape[0], shape)
+    loss, z_part, nats, lse, hits, *_ = ops.linear_cross_entropy(hidden, weight, bias, targets, scale, z_loss, label_smoothing, *options)
+    return LossOutput(loss, z_part, nats.reshape(shape), lse, hits.reshape(shape))
 
 
-from kernels.cross_entropy import chunked, reference  # noqa: E402
+def chunking(hidden: Tensor, weight: Tensor, needs_weight: bool, wide_logits: bool, gradient: Gradient = "precise",
+             workspace_bytes: int | None = None, chunk_tokens: int | None = None) -> Chunking:
+    """The chunks of one call. Raises BudgetError."""
+    tokens, element = hidden.shape[0], hidden.element_size()
+    result = None if not needs_weight else 4 if hidden.dtype == torch.float16 else element
+    if chunk_tokens is not None:
+        chunks = max(-(-tokens // chunk_tokens), 1)
+        return Chunking(chunk_tokens, chunks, gradient == "precise" and chunks > 1 and result == 2, 0)
+    return plan_chunks(tokens, hidden.shape[1], weight.shape[0], logits_bytes=4 if wide_logits else element, gradient_bytes=result,
+                       budget=workspace_bytes or DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cpu"]), mode=gradient)
 
-IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (reference.IMPLEMENTATION, chunked.IMPLEMENTATION)}
+
+def _from_statistics(s: Statistics, lse: Tensor, scale: Tensor, z_loss: float, smoothing: float, reduction: str,
+                     vocabulary: int, shape: torch.Size) -> LossOutput:
+    """The loss by its definition, from differentiable statistics."""
+    z_each = scale * z_loss * lse.square().unsqueeze(1)
+    smooth = s.nats if not smoothing else (1 - smoothing) * s.nats + smoothing * (lse - s.total / vocabulary).unsqueeze(1)
+    each = scale * smooth + z_each
+    if reduction == "none":
+        return LossOutput(each.reshape(shape), z_each.reshape(shape).detach(), s.nats.reshape(shape), lse, s.hits.reshape(shape))
+    return LossOutput(each.sum(), z_each.sum().detach(), s.nats.reshape(shape).detach(), lse.detach(), s.hits.reshape(shape))
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, bias: Tensor | None,
+           softcap: float | None, label_smoothing: float, reduction: str) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden [N, D] and weight [V, D] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    if hidden.dtype != weight.dtype or not hidden.dtype.is_floating_point:
+        raise ValueError(f"hidden and weight must have one floating dtype, got {hidden.dtype} and {weight.dtype}")
+    if targets.dim() not in (1, 2) or targets.shape[:1] != hidden.shape[:1] or 0 in targets.shape[1:]:
+        raise ValueError(f"targets must be [{hidden.shape[0]}] or [{hidden.shape[0]}, K], got {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if token_weights is not None and token_weights.shape != targets.shape:
+        raise ValueError(f"token_weights must be {list(targets.shape)}, got {tuple(token_weights.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap = {softcap} must be above 0")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing = {label_smoothing} must be at least 0 and below 1")
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction = {reduction!r} must be 'sum' or 'none'")
+
+
+def _no_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "the package triton is not installed"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, on a CPU (TRITON_INTERPRET=1)."""
+    if _no_triton() is not None:
+        return False
+    import triton
+    return bool(triton.knobs.runtime.interpret)
+
+
+class _Triton(Implementation):
+    def lacks(self, device: str, features) -> list[str]:  # noqa: ANN001
+        return [] if device == "cpu" and _interpreted() else super().lacks(device, features)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": Implementation("reference", reference.statistics, frozenset({"cpu", "cuda"})),
+    "torch": Implementation("torch", ops.linear_cross_entropy, frozenset({"cpu", "cuda"})),
+    "triton": _Triton("triton", ops.linear_cross_entropy, frozenset({"cuda"}), available=_no_triton),
+}

@@ -5,22 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.choice import Implementation
+from kernels.cross_entropy.rows import Statistics
 
 
-def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, valid: Tensor, scale: Tensor,
-        z_loss: float, softcap: float | None, chunk_tokens: int | None) -> tuple[Tensor, ...]:
-    """scale [N]: token weight / normalizer, 0 where not `valid`. Returns the fields of LossOutput."""
-    logits = (hidden @ weight.T).to(scale.dtype)
+def statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None) -> Statistics:
+    """Differentiable; targets [N, K], -1 where there is none. Logits are rounded to the inputs' dtype, sums are fp32."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = (hidden @ weight.T).to(dtype)
     if bias is not None:
         logits = logits + bias
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    lse = logits.logsumexp(-1)
-    nats = (lse - logits.gather(1, targets.unsqueeze(1)).squeeze(1)) * valid
-    z_part = z_loss * (scale * lse.square()).sum()
-    loss = (scale * nats).sum() + z_part
-    return loss, z_part.detach(), nats.detach(), lse.detach(), (logits.argmax(-1) == targets) & valid
-
-
-IMPLEMENTATION = Implementation("reference", run, frozenset({"cpu", "cuda"}))
+    lse, peak = logits.logsumexp(-1), logits.detach().amax(-1)
+    target = logits.gather(1, targets.clamp_min(0))
+    nats = torch.where(targets >= 0, lse.unsqueeze(1) - target, 0.0)
+    others = torch.stack([logits.detach().scatter(1, t.clamp_min(0).unsqueeze(1), -torch.inf).amax(-1) for t in targets.T], 1)
+    return Statistics(nats, peak, lse - peak, logits.sum(-1), (target > others) & (targets >= 0))

@@ -1,0 +1,115 @@
+"""The loss in chunks of tokens: logits of a chunk, their statistics, their gradient in place, two more products.
+
+With gradients that is 6 N D V FLOPs, the least there is; without, 2 N D V. The slab of logits is allocated once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import rows as rows_torch
+from kernels.cross_entropy.chunking import padded
+from kernels.cross_entropy.products import hidden_gradient_into, logits_into, weight_gradient_into
+from kernels.cross_entropy.rows import Coefficients, Statistics
+
+
+class Problem(NamedTuple):
+    """hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N, K] with -1 for none.
+
+    softcap: None or the cap. rows: tokens per chunk. accumulator: whether the chunks of the matrix gradient are summed
+    in fp32 beside it. wide: fp32 logits for 16-bit inputs. kernel: "torch" or "triton".
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    softcap: float | None
+    rows: int
+    accumulator: bool
+    wide: bool
+    kernel: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of statistics and sums: fp32, fp64 for fp64 inputs."""
+        return torch.promote_types(self.hidden.dtype, torch.float32)
+
+    def gradient_dtype(self) -> torch.dtype:
+        """Of the returned matrix gradient. In fp16 it stays fp32 until it meets the loss scale."""
+        return torch.float32 if self.hidden.dtype == torch.float16 else self.weight.dtype
+
+
+class Gradients(NamedTuple):
+    """Gradients of hidden [N, D], weight [V, D] and bias [V]; those not asked for are None."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def empty(cls, p: Problem, needs: tuple[bool, bool, bool]) -> Gradients:
+        wide = p.accumulator or p.gradient_dtype() == torch.float32
+        return cls(
+            torch.empty_like(p.hidden, memory_format=torch.contiguous_format) if needs[0] else None,
+            torch.empty(p.weight.shape, dtype=p.dtype if wide else p.weight.dtype, device=p.weight.device) if needs[1] else None,
+            torch.zeros(p.weight.shape[0], dtype=p.dtype, device=p.weight.device) if needs[2] else None,
+        )
+
+
+def run(p: Problem, needs: tuple[bool, bool, bool], coefficients: Coefficients | None,
+        statistics: Statistics | None = None) -> tuple[Statistics, Gradients]:
+    """Statistics of all tokens (or those given) and the gradients asked for.
+
+    coefficients: what the gradient of a row consists of, see `rows`; None where no gradient is needed.
+    """
+    known = statistics is not None
+    if statistics is None:
+        statistics = Statistics.empty(*p.targets.shape, p.dtype, p.hidden.device)
+    gradients = Gradients.empty(p, needs)
+    if p.hidden.shape[0] == 0:
+        return statistics, Gradients(*(None if g is None else g.zero_() for g in gradients))
+    slab = Slab(p, any(needs))
+    for first in range(0, p.hidden.shape[0], p.rows):
+        part = slice(first, first + p.rows)
+        x = p.hidden[part]
+        logits, g = slab.views(x.shape[0])
+        logits_into(logits, x, p.weight)
+        slab.work(logits, g, p.bias, p.targets[part], p.softcap, statistics.part(part),
+                  None if coefficients is None else coefficients.part(part), known)
+        if g is None:
+            continue
+        if gradients.hidden is not None:
+            hidden_gradient_into(gradients.hidden[part], g, p.weight)
+        if gradients.weight is not None:
+            weight_gradient_into(gradients.weight, g, x, first == 0)
+        if gradients.bias is not None:
+            gradients.bias.add_(g.sum(0, dtype=p.dtype))
+    del slab, logits, g  # the narrow result takes their place
+    if gradients.weight is not None and gradients.weight.dtype != p.gradient_dtype():
+        gradients = gradients._replace(weight=gradients.weight.to(p.gradient_dtype()))
+    return statistics, gradients
+
+
+class Slab:
+    """Memory for the logits of a chunk, which become their own gradient."""
+
+    def __init__(self, p: Problem, gradient: bool) -> None:
+        if p.kernel == "triton":
+            from kernels.cross_entropy import rows_triton
+            self.work = rows_triton.work
+        else:
+            self.work = rows_torch.work
+        dtype = p.dtype if p.wide else p.hidden.dtype
+        self._vocabulary, self._gradient = p.weight.shape[0], gradient
+        self._memory = torch.empty(min(p.rows, p.hidden.shape[0]), padded(self._vocabulary), dtype=dtype, device=p.hidden.device)
+        # Triton narrows in place; the CPU's products take fp32 as it is.
+        self._narrow = p.hidden.dtype if p.kernel == "triton" or p.hidden.is_cuda else dtype
+
+    def views(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """(logits [rows, V], gradient [rows, V] in the same bytes, or None)."""
+        logits = self._memory[:rows, : self._vocabulary]
+        return logits, self._memory.view(self._narrow)[:rows, : self._vocabulary] if self._gradient else None

@@ -1,0 +1,65 @@
+"""The three matrix products of a chunk, written where the result belongs.
+
+CPUs without bf16 units multiply 16-bit matrices up to 300 times slower than fp32 ones (docs/kernels.md), so there
+16-bit operands are widened in blocks of the vocabulary: the copy stays small, the sums are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096  # vocabulary entries widened at once
+
+
+def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out [n, V] = x weight^T. out has the dtype of x or fp32."""
+    if out.dtype == x.dtype and not _narrow_on_cpu(x):
+        torch.mm(x, weight.T, out=out)
+    elif x.is_cuda:
+        torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        wide = x.float()
+        for part in _blocks(weight):
+            if out.dtype == torch.float32:
+                torch.mm(wide, weight[part].float().T, out=out[:, part])
+            else:
+                out[:, part] = wide @ weight[part].float().T
+
+
+def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
+    """out [n, D] = g weight."""
+    if not _narrow_on_cpu(weight):
+        torch.mm(g, weight, out=out)
+        return
+    wide = torch.zeros(out.shape, dtype=torch.float32)
+    for part in _blocks(weight):
+        wide.addmm_(g[:, part].float(), weight[part].float())
+    out.copy_(wide)
+
+
+def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
+    """out [V, D] = g^T x if first, else out += g^T x. out has the dtype of x or fp32; one rounding per call."""
+    if _narrow_on_cpu(x):
+        wide = x.float()
+        for part in _blocks(out):
+            product = g[:, part].T.float() @ wide
+            out[part] = product if first else product.add_(out[part])
+    elif out.dtype == x.dtype:
+        torch.mm(g.T, x, out=out) if first else torch.addmm(out, g.T, x, out=out)
+    elif torch.cuda.get_device_capability(x.device) < (8, 0):  # cuBLAS there has no such product for all layouts
+        out.copy_(g.T @ x) if first else out.add_(g.T @ x)
+    elif first:
+        torch.mm(g.T, x, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, g.T, x, out_dtype=out.dtype, out=out)
+
+
+def _narrow_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.element_size() < 4
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    return (slice(first, first + BLOCK) for first in range(0, matrix.shape[0], BLOCK))

@@ -1,0 +1,134 @@
+"""What is computed per row of logits z [V] with targets t_1..t_K, and the torch implementation of it.
+
+    lse = log sum_j exp z_j              nats_k = lse - z_{t_k}
+    gradient_j = A p_j - sum_k b_k [j = t_k] + flat,   A = sum_k b_k + linear + 2 square lse,   p = exp(z - lse)
+
+b_k weighs nats_k, linear weighs lse, square weighs lse^2 and flat is added to every column, which is all that
+weights, z-loss, label smoothing and upstream gradients need. Row statistics keep their digits: the sum leaves the
+targets out, so that nats = log1p(others / target) is exact as p -> 1, and so is the target's own gradient,
+b (p - 1) = b expm1(-nats). lse is kept as peak + log_sum: large logits do not cancel.
+
+A soft cap turns z into c tanh(z / c) first, and multiplies the gradient by 1 - tanh^2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements worked on at once on a CPU: 16 rows of a 50K vocabulary; several passes stay in its caches.
+BLOCK_ELEMENTS = 2**20
+
+
+class Statistics(NamedTuple):
+    """nats [n, K], 0 where there is no target; peak, log_sum [n] with lse = peak + log_sum; total [n]: sum of logits;
+    hits bool [n, K]: whether the target's logit is above all others. fp32 (fp64 for fp64)."""
+
+    nats: Tensor
+    peak: Tensor
+    log_sum: Tensor
+    total: Tensor
+    hits: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, targets: int, dtype: torch.dtype, device: torch.device) -> Statistics:
+        nats, hits = (torch.empty(rows, targets, dtype=d, device=device) for d in (dtype, torch.bool))
+        return cls(nats, *(torch.empty(rows, dtype=dtype, device=device) for _ in range(3)), hits)
+
+    def part(self, rows: slice) -> Statistics:
+        return Statistics(*(t[rows] for t in self))
+
+
+class Coefficients(NamedTuple):
+    """b [n, K] and linear, square, flat [n], see above; the last three may be None."""
+
+    b: Tensor
+    linear: Tensor | None
+    square: Tensor | None
+    flat: Tensor | None
+
+    def part(self, rows: slice) -> Coefficients:
+        return Coefficients(*(None if t is None else t[rows] for t in self))
+
+
+def work(logits: Tensor, gradient: Tensor | None, bias: Tensor | None, targets: Tensor, softcap: float | None,
+         statistics: Statistics, coefficients: Coefficients | None, known: bool) -> None:
+    """Fill `statistics` (unless they are `known`), then `gradient` (unless None; it may be `logits` itself).
+
+    logits [n, V] without bias and cap, kept where there is no gradient to make; targets int64 [n, K], -1 where there
+    is none; bias [V].
+    """
+    step = max(BLOCK_ELEMENTS // logits.shape[1], 1)
+    for first in range(0, logits.shape[0], step):
+        part = slice(first, first + step)
+        block = logits[part].to(statistics.nats.dtype)  # the slab itself where the dtypes agree
+        if bias is not None:
+            block = block + bias
+        if softcap is not None:
+            block = (block / softcap).tanh_().mul_(softcap)
+        elif gradient is None and block.data_ptr() == logits[part].data_ptr():
+            block = block.clone()
+        slope = None if softcap is None or gradient is None else 1 - (block / softcap).square_()
+        here = statistics.part(part)
+        place, present = targets[part].clamp_min(0), targets[part] >= 0
+        if known:
+            block.sub_(here.peak.unsqueeze(1)).sub_(here.log_sum.unsqueeze(1)).exp_()
+        else:
+            _describe(block, place, present, here)
+        if gradient is not None and coefficients is not None:
+            g = _gradient(block, place, present, here, coefficients.part(part), known)
+            gradient[part] = g if slope is None else g.mul_(slope)
+
+
+def _describe(z: Tensor, place: Tensor, present: Tensor, out: Statistics) -> None:
+    """Fill `out`; z becomes exp(z - peak), 0 at the targets."""
+    out.total.copy_(z.sum(-1))
+    same = _same(place, present)
+    logit = z.gather(1, place)
+    target = logit.masked_fill(~present, -torch.inf)
+    z.scatter_(1, place, torch.where(same.any(-1), -torch.inf, logit))
+    rival = z.amax(-1, keepdim=True)
+    peak = torch.maximum(rival, target.amax(-1, keepdim=True))
+    other_targets = target.unsqueeze(1).masked_fill(same, -torch.inf).amax(-1)
+    out.hits.copy_((target > rival) & (target > other_targets))
+    out.peak.copy_(peak.squeeze(1))
+    rest = z.sub_(peak).exp_().sum(-1, keepdim=True)
+    shifted = target - peak
+    e = shifted.exp()
+    once = e * (present & ~same.tril(-1).any(-1))  # each column once, however many targets it is
+    log_sum = (rest + once.sum(-1, keepdim=True)).log()
+    out.log_sum.copy_(log_sum.squeeze(1))
+    others = rest + once.unsqueeze(1).masked_fill(same, 0.0).sum(-1)
+    nats = torch.where(others < e, torch.log1p(others / e), log_sum - shifted)
+    out.nats.copy_(torch.where(present, nats, 0.0))
+
+
+def _gradient(z: Tensor, place: Tensor, present: Tensor, known: Statistics, c: Coefficients, whole: bool) -> Tensor:
+    """z holds p (if whole) or exp(z - peak); it becomes the gradient with respect to the capped logits."""
+    b = c.b * present
+    a = b.sum(-1, keepdim=True)
+    if c.linear is not None:
+        a = a + c.linear.unsqueeze(1)
+    if c.square is not None:
+        a = a + 2 * (c.square * (known.peak + known.log_sum)).unsqueeze(1)
+    same = _same(place, present)
+    z.mul_(a if whole else a * torch.exp(-known.log_sum).unsqueeze(1))
+    z.masked_fill_(a == 0, 0.0)  # a row without weight may hold inf or nan
+    mine = (b.unsqueeze(1) * same).sum(-1)
+    entry = mine * torch.expm1(-known.nats) + (a - mine) * torch.exp(-known.nats)
+    # An absent target writes what its place holds or, where that is another's column, what that one writes.
+    entry = torch.where(present, entry, z.gather(1, place)).gather(1, _writer(same))
+    z.scatter_(1, place, entry)
+    return z if c.flat is None else z.add_(c.flat.unsqueeze(1))
+
+
+def _same(place: Tensor, present: Tensor) -> Tensor:
+    """bool [n, k, j]: target j is there and is the column of place k."""
+    return (place.unsqueeze(2) == place.unsqueeze(1)) & present.unsqueeze(1)
+
+
+def _writer(same: Tensor) -> Tensor:
+    """[n, K]: for each k the first target that is there in its column; k itself where there is none."""
+    return torch.where(same.any(-1), same.int().argmax(-1), torch.arange(same.shape[1], device=same.device))

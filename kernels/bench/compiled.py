@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.cross_entropy.rows_triton import row_kernel, warps
+from kernels.cross_entropy.rows_triton import MAX_BLOCK, row_kernel, warps
 from kernels.cross_entropy.scale_triton import scale_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -32,9 +32,9 @@ def row_variant(logits: torch.dtype, gradient: torch.dtype, block: int, targets:
     kinds = {"logits": POINTERS[logits], "gradient": POINTERS[gradient], "bias": POINTERS[logits], "targets": "*i64", "hits": "*i1",
              "vocabulary": "i32", "width": "i32", "logits_stride": "i64", "gradient_stride": "i64", "softcap": "fp32"}
     constants = {"TARGETS": targets, "HAS_BIAS": bias, "HAS_CAP": cap, "LINEAR": smooth, "SQUARE": True, "FLAT": smooth,
-                 "DESCRIBE": describe, "GRADIENT": grad, "SLOTS": triton.next_power_of_2(targets), "BLOCK": block}
+                 "DESCRIBE": describe, "TOTAL": smooth, "GRADIENT": grad, "SLOTS": triton.next_power_of_2(targets), "BLOCK": block}
     aligned = {"logits", "gradient", "bias", "width", "logits_stride", "gradient_stride"}
-    return _source(row_kernel, kinds, constants, aligned), {"num_warps": warps(block)}
+    return _source(row_kernel, kinds, constants, aligned), {"num_warps": warps(block), "enable_fp_fusion": True}
 
 
 def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], aligned: set[str]) -> ASTSource:
@@ -47,14 +47,14 @@ def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], align
 def variants() -> dict[str, tuple[ASTSource, dict[str, int]]]:
     """Everything that training and evaluation launch, by name."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    found = {f"rows bf16 block {b}": row_variant(bf16, bf16, b) for b in (4096, 8192, 16384, 32768)}
-    found |= {f"rows fp32 -> bf16 block {b}": row_variant(fp32, bf16, b) for b in (8192, 32768)}
-    found["rows fp32 block 32768"] = row_variant(fp32, fp32, 32768)
-    found["rows bf16, 4 targets"] = row_variant(bf16, bf16, 32768, targets=4)
-    found["rows bf16, bias, soft cap, smoothing"] = row_variant(bf16, bf16, 32768, bias=True, cap=True, smooth=True)
-    found["rows fp32, statistics only"] = row_variant(fp32, fp32, 32768, grad=False)
-    found["rows bf16, gradient only"] = row_variant(bf16, bf16, 32768, describe=False)
-    found["scale bf16"] = (_source(scale_kernel, {"values": "*bf16", "count": "i64"}, {"BLOCK": 4096}, {"values", "count"}), {"num_warps": 4})
+    found = {f"rows bf16 block {b}": row_variant(bf16, bf16, b) for b in (64, 1024, 4096, 8192, MAX_BLOCK)}
+    found |= {f"rows fp32 -> bf16 block {b}": row_variant(fp32, bf16, b) for b in (8192, MAX_BLOCK)}
+    found["rows fp32 block 16384"] = row_variant(fp32, fp32, MAX_BLOCK)
+    found["rows bf16, 4 targets"] = row_variant(bf16, bf16, MAX_BLOCK, targets=4)
+    found["rows bf16, bias, soft cap, smoothing"] = row_variant(bf16, bf16, MAX_BLOCK, bias=True, cap=True, smooth=True)
+    found["rows fp32, statistics only"] = row_variant(fp32, fp32, MAX_BLOCK, grad=False)
+    found["rows bf16, gradient only"] = row_variant(bf16, bf16, MAX_BLOCK, describe=False)
+    found["scale bf16"] = (_source(scale_kernel, {"values": "*bf16", "count": "i64"}, {"BLOCK": 4096}, {"values", "count"}), {"num_warps": 4, "enable_fp_fusion": True})
     return found
 
 
@@ -82,7 +82,10 @@ def _bits(modifiers: str) -> int:
 
 
 def _ptxas() -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas")
+    """The assembler that triton itself would take for this target."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(TARGET.arch).path
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ With gradients that is 6 N D V FLOPs, the least there is; without, 2 N D V. The 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -61,14 +62,16 @@ class Gradients(NamedTuple):
 
 
 def run(p: Problem, needs: tuple[bool, bool, bool], coefficients: Coefficients | None,
-        statistics: Statistics | None = None) -> tuple[Statistics, Gradients]:
+        statistics: Statistics | None = None, total: bool = False,
+        combine: Callable[[slice, Statistics], None] | None = None) -> tuple[Statistics, Gradients]:
     """Statistics of all tokens (or those given) and the gradients asked for.
 
-    coefficients: what the gradient of a row consists of, see `rows`; None where no gradient is needed.
+    coefficients: what the gradient of a row consists of, see `rows`; None where no gradient is needed. total: whether
+    the sums of logits are wanted. combine: completes the statistics of a slice of tokens in place, before they are used.
     """
     known = statistics is not None
     if statistics is None:
-        statistics = Statistics.empty(*p.targets.shape, p.dtype, p.hidden.device)
+        statistics = Statistics.empty(*p.targets.shape, p.dtype, p.hidden.device, total)
     gradients = Gradients.empty(p, needs)
     if p.hidden.shape[0] == 0:
         return statistics, Gradients(*(None if g is None else g.zero_() for g in gradients))
@@ -78,8 +81,12 @@ def run(p: Problem, needs: tuple[bool, bool, bool], coefficients: Coefficients |
         x = p.hidden[part]
         logits, g = slab.views(x.shape[0])
         logits_into(logits, x, p.weight)
-        slab.work(logits, g, p.bias, p.targets[part], p.softcap, statistics.part(part),
-                  None if coefficients is None else coefficients.part(part), known)
+        here, wanted = statistics.part(part), None if coefficients is None else coefficients.part(part)
+        if combine is not None and not known:
+            slab.work(logits, None, p.bias, p.targets[part], p.softcap, here, None, False)
+            combine(part, here)
+        if g is not None or combine is None:
+            slab.work(logits, g, p.bias, p.targets[part], p.softcap, here, wanted, known or combine is not None)
         if g is None:
             continue
         if gradients.hidden is not None:

@@ -59,25 +59,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, tok
     Raises ValueError for shapes that do not fit, a target outside the vocabulary on a CPU (on a GPU its nats are nan),
     a workspace that holds no chunk, an unknown implementation.
     """
-    _check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, reduction)
-    device = hidden.device.type
-    chosen = choose(IMPLEMENTATIONS, ("triton", "torch") if device == "cuda" else ("torch",), implementation, device, ())
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, reduction)
+    chosen = pick(implementation, hidden.device.type)
     shape = targets.shape
-    targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
-    valid = targets != ignore_index
-    targets = torch.where(valid, targets, -1)
-    weights = valid.to(wide) if token_weights is None else token_weights.reshape(targets.shape).to(wide) * valid
-    if normalizer is None:
-        total = weights.sum()
-        normalizer = torch.where(total > 0, total, 1.0) if reduction == "sum" else 1.0
-    scale = weights / torch.as_tensor(normalizer, dtype=wide, device=hidden.device)
+    targets, scale = prepare(hidden, targets, token_weights, normalizer, ignore_index, reduction)
     if chosen.name == "reference":
         found = reference.statistics(hidden, weight, bias, targets, softcap)
         return _from_statistics(found, found.peak + found.log_sum, scale, z_loss, label_smoothing, reduction, weight.shape[0], shape)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    wide_logits = hidden.element_size() < 4 and (logits_dtype == torch.float32 or not any(needs) or chosen.name == "torch" and device == "cpu")
-    plan = chunking(hidden, weight, needs[1], wide_logits, gradient, workspace_bytes, chunk_tokens)
+    wide_logits = hidden.element_size() < 4 and (logits_dtype == torch.float32 or not any(needs) or hidden.device.type == "cpu" and chosen.name == "torch")
+    plan = chunking(hidden, weight.shape[0], needs[1], wide_logits, gradient, workspace_bytes, chunk_tokens)
     options = (float(softcap or 0.0), plan.rows, plan.accumulator, wide_logits, chosen.name, needs)
     if reduction == "none":
         nats, lse, total, hits, peak, log_sum = ops.token_statistics(hidden, weight, bias, targets, *options)
@@ -87,7 +78,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, tok
     return LossOutput(loss, z_part, nats.reshape(shape), lse, hits.reshape(shape))
 
 
-def chunking(hidden: Tensor, weight: Tensor, needs_weight: bool, wide_logits: bool, gradient: Gradient = "precise",
+def prepare(hidden: Tensor, targets: Tensor, token_weights: Tensor | None, normalizer: Tensor | float | None,
+            ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """(targets [N, K] with -1 where ignored, scale [N, K]: weight / normalizer)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
+    valid = targets != ignore_index
+    weights = valid.to(wide) if token_weights is None else token_weights.reshape(targets.shape).to(wide) * valid
+    if normalizer is None:
+        total = weights.sum()
+        normalizer = torch.where(total > 0, total, 1.0) if reduction == "sum" else 1.0
+    return torch.where(valid, targets, -1), weights / torch.as_tensor(normalizer, dtype=wide, device=hidden.device)
+
+
+def chunking(hidden: Tensor, vocabulary: int, needs_weight: bool, wide_logits: bool, gradient: Gradient = "precise",
              workspace_bytes: int | None = None, chunk_tokens: int | None = None) -> Chunking:
     """The chunks of one call. Raises BudgetError."""
     tokens, element = hidden.shape[0], hidden.element_size()
@@ -95,7 +99,7 @@ def chunking(hidden: Tensor, weight: Tensor, needs_weight: bool, wide_logits: bo
     if chunk_tokens is not None:
         chunks = max(-(-tokens // chunk_tokens), 1)
         return Chunking(chunk_tokens, chunks, gradient == "precise" and chunks > 1 and result == 2, 0)
-    return plan_chunks(tokens, hidden.shape[1], weight.shape[0], logits_bytes=4 if wide_logits else element, gradient_bytes=result,
+    return plan_chunks(tokens, hidden.shape[1], vocabulary, logits_bytes=4 if wide_logits else element, gradient_bytes=result,
                        budget=workspace_bytes or DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cpu"]), mode=gradient)
 
 
@@ -110,7 +114,7 @@ def _from_statistics(s: Statistics, lse: Tensor, scale: Tensor, z_loss: float, s
     return LossOutput(each.sum(), z_each.sum().detach(), s.nats.reshape(shape).detach(), lse.detach(), s.hits.reshape(shape))
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, bias: Tensor | None,
+def check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, bias: Tensor | None,
            softcap: float | None, label_smoothing: float, reduction: str) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N, D] and weight [V, D] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
@@ -130,6 +134,11 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tenso
         raise ValueError(f"label_smoothing = {label_smoothing} must be at least 0 and below 1")
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction = {reduction!r} must be 'sum' or 'none'")
+
+
+def pick(implementation: str, device: str) -> Implementation:
+    """Triton on a GPU, torch on a CPU, unless one is named. Raises ValueError."""
+    return choose(IMPLEMENTATIONS, ("triton", "torch") if device == "cuda" else ("torch",), implementation, device, ())
 
 
 def _no_triton() -> str | None:

@@ -44,7 +44,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     if hidden.dtype == torch.float16:  # a power of two that brings the largest weight to [0.5, 1]
         most = scale.abs().max() if scale.numel() else unit
         unit = torch.where(most > 0, torch.exp2(-torch.ceil(torch.log2(most))), unit)
-    statistics, gradients = fused.run(p, tuple(needs), _scalar_coefficients(scale * unit, z_loss, smoothing, weight.shape[0]) if any(needs) else None)
+    coefficients = scalar_coefficients(scale * unit, z_loss, smoothing, weight.shape[0]) if any(needs) else None
+    statistics, gradients = fused.run(p, tuple(needs), coefficients, total=smoothing > 0)
     lse = statistics.peak + statistics.log_sum
     row_scale = scale.sum(1)
     z_part = z_loss * (row_scale * lse.square()).sum() if z_loss else torch.zeros_like(unit)
@@ -55,7 +56,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     return (loss, z_part, statistics.nats, lse, statistics.hits, unit, *_filled(gradients, hidden))
 
 
-def _scalar_coefficients(scale: Tensor, z_loss: float, smoothing: float, vocabulary: int) -> Coefficients:
+def scalar_coefficients(scale: Tensor, z_loss: float, smoothing: float, vocabulary: int) -> Coefficients:
+    """What the gradient of the scalar loss consists of, from scale [N, K]."""
     row = scale.sum(1)
     return Coefficients(scale * (1 - smoothing), row * smoothing if smoothing else None, row * z_loss if z_loss else None,
                         row * (-smoothing / vocabulary) if smoothing else None)
@@ -121,7 +123,7 @@ def token_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, target
                      needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(nats [N, K], lse [N], total [N]: sum of logits, hits [N, K], peak [N], log_sum [N]); the first three are differentiable."""
     p = _problem(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel)
-    s, _ = fused.run(p, (False, False, False), None)
+    s, _ = fused.run(p, (False, False, False), None, total=True)
     return s.nats, s.peak + s.log_sum, s.total, s.hits, s.peak, s.log_sum
 
 
@@ -139,7 +141,7 @@ def token_statistics_backward(hidden: Tensor, weight: Tensor, bias: Tensor | Non
     """(dX, dW, db) in the dtypes of the inputs, from the gradients of nats [N, K], lse [N] and total [N]."""
     p = _problem(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel)
     unused = torch.empty_like(targets, dtype=torch.bool)
-    statistics = Statistics(nats, peak, log_sum, peak, unused)
+    statistics = Statistics(nats, peak, log_sum, None, unused)
     unit = torch.ones((), dtype=p.dtype, device=hidden.device)
     if hidden.dtype == torch.float16:
         most = torch.stack([t.abs().max() for t in (d_nats, d_lse, d_total)]).max() if d_lse.numel() else unit

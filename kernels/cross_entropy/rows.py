@@ -23,22 +23,23 @@ BLOCK_ELEMENTS = 2**20
 
 
 class Statistics(NamedTuple):
-    """nats [n, K], 0 where there is no target; peak, log_sum [n] with lse = peak + log_sum; total [n]: sum of logits;
-    hits bool [n, K]: whether the target's logit is above all others. fp32 (fp64 for fp64)."""
+    """nats [n, K], 0 where there is no target; peak, log_sum [n] with lse = peak + log_sum; total [n]: sum of logits,
+    or None where nobody asks;    hits bool [n, K]: whether the target's logit is above all others. fp32 (fp64 for fp64)."""
 
     nats: Tensor
     peak: Tensor
     log_sum: Tensor
-    total: Tensor
+    total: Tensor | None
     hits: Tensor
 
     @classmethod
-    def empty(cls, rows: int, targets: int, dtype: torch.dtype, device: torch.device) -> Statistics:
+    def empty(cls, rows: int, targets: int, dtype: torch.dtype, device: torch.device, total: bool) -> Statistics:
         nats, hits = (torch.empty(rows, targets, dtype=d, device=device) for d in (dtype, torch.bool))
-        return cls(nats, *(torch.empty(rows, dtype=dtype, device=device) for _ in range(3)), hits)
+        peak, log_sum, summed = (torch.empty(rows, dtype=dtype, device=device) for _ in range(3))
+        return cls(nats, peak, log_sum, summed if total else None, hits)
 
     def part(self, rows: slice) -> Statistics:
-        return Statistics(*(t[rows] for t in self))
+        return Statistics(*(None if t is None else t[rows] for t in self))
 
 
 class Coefficients(NamedTuple):
@@ -84,7 +85,8 @@ def work(logits: Tensor, gradient: Tensor | None, bias: Tensor | None, targets: 
 
 def _describe(z: Tensor, place: Tensor, present: Tensor, out: Statistics) -> None:
     """Fill `out`; z becomes exp(z - peak), 0 at the targets."""
-    out.total.copy_(z.sum(-1))
+    if out.total is not None:
+        out.total.copy_(z.sum(-1))
     same = _same(place, present)
     logit = z.gather(1, place)
     target = logit.masked_fill(~present, -torch.inf)

@@ -25,4 +25,4 @@ def scale(values: Tensor, factor: Tensor) -> None:
     if values.dtype == torch.float64:
         values.mul_(factor)
     elif values.numel():
-        scale_kernel[(triton.cdiv(values.numel(), BLOCK),)](values, factor, values.numel(), BLOCK=BLOCK)
+        scale_kernel[(triton.cdiv(values.numel(), BLOCK),)](values, factor, values.numel(), BLOCK=BLOCK, enable_fp_fusion=True)

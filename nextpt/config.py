@@ -157,6 +157,13 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     compile: bool = Field(False, description="torch.compile each block")
+    loss_gradient: Literal["precise", "small"] = Field(
+        "precise", description="how chunks of the output matrix's bf16 gradient are summed: fp32, or 4 chunks in bf16 for less memory"
+    )
+    loss_logits_fp32: bool = Field(False, description="bf16 on a GPU: logits in fp32, for twice the workspace; so they are on a CPU")
+    loss_workspace_mib: int | None = Field(
+        None, ge=1, description="memory of the loss beside its gradients, MiB; 2048 on a GPU and 256 on a CPU unless given"
+    )
     log_every: int = Field(10, ge=1, description="steps between metrics; the only host synchronisation")
     peak_tflops: float | None = Field(
         None, gt=0, description="dense peak of one device, TFLOP/s, for utilisation; known for common GPUs"
@@ -281,7 +288,7 @@ class Config(Section):
 # but train.steps/tokens, which lengthen or shorten the run, and train.precision stays out on purpose.
 MAY_DIFFER = (
     "run.dir", "data.path", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
-    "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.log_every", "train.peak_tflops",
+    "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every", "train.peak_tflops",
     "checkpoint.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
 )
 
@@ -379,6 +386,6 @@ def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     allowed, forbidden = [], []
     for key in sorted(a.keys() | b.keys()):
         if a.get(key) != b.get(key):
-            free = any(key == k or (k.endswith(".") and key.startswith(k)) for k in MAY_DIFFER)
+            free = any(key == k or (k.endswith((".", "_")) and key.startswith(k)) for k in MAY_DIFFER)
             (allowed if free else forbidden).append(f"{key}: {a.get(key)} -> {b.get(key)}")
     return allowed, forbidden

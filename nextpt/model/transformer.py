@@ -7,6 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -143,14 +144,19 @@ class Block(nn.Module):
 class LMHead(nn.Module):
     """The output matrix [V, D]; owns its use, so that ZeRO-3 gathers it here and nowhere else."""
 
-    def __init__(self, c: ModelSection, init: Init, embedding: Embedding) -> None:
+    def __init__(self, config: Config, init: Init, embedding: Embedding) -> None:
         super().__init__()
+        c, train = config.model, config.train
         if c.tied_embeddings:
             self.weight = embedding.weight
         else:
             self.weight = nn.Parameter(torch.empty(c.vocab_size, c.width))
             init.normal_(self.weight, "lm_head")
-        self.implementation = c.cross_entropy
+        self._loss = partial(
+            linear_cross_entropy, implementation=c.cross_entropy, gradient=train.loss_gradient,
+            logits_dtype=torch.float32 if train.loss_logits_fp32 else None,
+            workspace_bytes=train.loss_workspace_mib * 2**20 if train.loss_workspace_mib else None,
+        )
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, token_weights: Tensor | None = None,
                 normalizer: Tensor | float | None = None, z_loss: float = 0.0) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -160,8 +166,7 @@ class LMHead(nn.Module):
         """
         if targets is None:
             return F.linear(hidden, self.weight)
-        out = linear_cross_entropy(hidden, self.weight, targets, token_weights=token_weights, normalizer=normalizer,
-                                   z_loss=z_loss, implementation=self.implementation)
+        out = self._loss(hidden, self.weight, targets, token_weights=token_weights, normalizer=normalizer, z_loss=z_loss)
         return out.loss, out.z_loss, out.nats
 
 
@@ -175,7 +180,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(c.vocab_size, c.width, init, "embed_tokens")
         self.blocks = nn.ModuleList(Block(c, init, f"blocks.{i}", i) for i in range(c.depth))
         self.final_norm = RMSNorm(c.width, c.norm_eps)
-        self.lm_head = LMHead(c, init, self.embed_tokens)
+        self.lm_head = LMHead(config, init, self.embed_tokens)
         self.activation_checkpointing = config.train.activation_checkpointing
         # Not registered as buffers: they must stay fp32 and on no checkpoint, and are cheap to make again.
         self._rope = tables(config.max_position, c.head_dim_, c.rope_base, c.rope_scaling)

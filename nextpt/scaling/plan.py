@@ -113,7 +113,7 @@ def traffic(config: Config, devices: int) -> float:
 
 def _option(config: Config, devices: int, machine: Machine, compute: float, stage: int, checkpointing: bool) -> Option:
     changed = variant(config, stage, checkpointing)
-    memory = estimate_memory(changed, devices, overlap=True)
+    memory = estimate_memory(changed, devices, device="cuda")
     sent = traffic(changed, devices)
     communication = sent / machine.bus(devices)
     work = compute * (1 + RECOMPUTE * checkpointing)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernels.cross_entropy.chunking import DEFAULT_BUDGET, MIB, BudgetError, Chunking, plan_chunks
 from nextpt.config import Config
+from nextpt.errors import ConfigError
 from nextpt.model import count
 
 # Elements; what the engine gives to DeepSpeed. Below DeepSpeed's 5e8: 0.8 GB of fp32 is enough for a link to be busy.
@@ -36,12 +38,12 @@ def reduce_bucket(config: Config) -> int:
     return min(count(config).parameters, REDUCE_BUCKET)
 
 
-def estimate_memory(config: Config, world_size: int, *, overlap: bool = False) -> MemoryEstimate:
+def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> MemoryEstimate:
     """Memory of one of `world_size` ranks: weights (2 or 4 bytes), fp32 gradients, fp32 master weights and moments.
 
     Stage 1 divides the optimizer state, stage 2 the gradients too, stage 3 the weights too. fp32 training needs no
-    separate master weights at stage 0; DeepSpeed keeps a partition of them from stage 1 on. overlap: reduction beside
-    the backward pass, as on GPUs, which takes a second bucket.
+    separate master weights at stage 0; DeepSpeed keeps a partition of them from stage 1 on. device: on cuda
+    gradients are reduced beside the backward pass, which takes a second bucket, and the loss has a larger workspace.
     """
     train, parameters = config.train, count(config).parameters
     stage = train.zero_stage
@@ -55,9 +57,9 @@ def estimate_memory(config: Config, world_size: int, *, overlap: bool = False) -
         weights=share(width * parameters, 3),
         gradients=share(4 * parameters, 2),
         optimizer=share((master + 8) * parameters, 1),
-        buffers=_buffers(config, width, overlap),
+        buffers=_buffers(config, width, device == "cuda"),
         activations=_activations(config, width),
-        loss=_loss_workspace(config),
+        loss=loss_chunking(config, device).workspace + width * config.model.vocab_size * config.model.width,
     )
 
 
@@ -91,7 +93,13 @@ def _activations(config: Config, width: int) -> int:
     return width * tokens * (kept + 2 * c.width + at_work)
 
 
-def _loss_workspace(config: Config) -> int:
-    """Logits of one chunk (256 MiB at most by default) and the gradient of the output matrix in fp32."""
-    c, tokens = config.model, config.train.micro_batch_size * config.data.sequence_length
-    return min(4 * tokens * c.vocab_size, 256 * 2**20) + 4 * c.vocab_size * c.width
+def loss_chunking(config: Config, device: str) -> Chunking:
+    """How the loss divides the tokens of a micro-batch on a device. Raises ConfigError when its workspace is too small."""
+    train, element = config.train, 2 if config.train.precision == "bf16" else 4
+    wide = element == 4 or device == "cpu" or train.loss_logits_fp32
+    budget = train.loss_workspace_mib * MIB if train.loss_workspace_mib else DEFAULT_BUDGET[device]
+    try:
+        return plan_chunks(train.micro_batch_size * config.data.sequence_length, config.model.width, config.model.vocab_size,
+                           logits_bytes=4 if wide else 2, gradient_bytes=element, budget=budget, mode=train.loss_gradient)
+    except BudgetError as error:
+        raise ConfigError(f"train.loss_workspace_mib = {budget // MIB}: {error}") from None

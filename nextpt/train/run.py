@@ -13,6 +13,7 @@ import torch
 
 from data_prep.files import atomic_write
 from kernels.causality import CausalityError, check_attention
+from kernels.cross_entropy import pick
 from nextpt.checkpoint.commit import choose, save, steps
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.ranks import Ranks
@@ -25,6 +26,7 @@ from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
 from nextpt.train.environment import describe_start, place, record_start, versions
 from nextpt.train.loop import Trainer
+from nextpt.train.memory import loss_chunking
 from nextpt.train.randomness import get_rng, set_rng
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
             _say(ranks, f"run {config.run_dir} is complete at step {checkpoint.step}; to train on, raise train.steps")
             return
     check_causality(config, device)
+    check_loss(config, device)
     random.seed(config.run.seed + ranks.rank)
     torch.manual_seed(config.run.seed + ranks.rank)
     engine = Engine(config, device)
@@ -87,6 +90,15 @@ def check_causality(config: Config, device: torch.device) -> None:
         raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
     except CausalityError as error:
         raise UserError(f"the attention of this installation is not causal: {error}; choose another model.attention") from error
+
+
+def check_loss(config: Config, device: torch.device) -> None:
+    """Refuse a loss that cannot run here before the model is built. Raises ConfigError."""
+    try:
+        pick(config.model.cross_entropy, device.type)
+    except ValueError as error:
+        raise ConfigError(f"model.cross_entropy = {config.model.cross_entropy}: {error}") from error
+    loss_chunking(config, device.type)
 
 
 def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:

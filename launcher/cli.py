@@ -235,10 +235,10 @@ def config_show(
     """Print the resolved run and the figures derived from it."""
     from nextpt.config import load_config, to_yaml
     from nextpt.model import count
-    from nextpt.train.memory import estimate_memory
+    from nextpt.train.memory import estimate_memory, usual_device
 
     config = load_config(file, overrides or [])
-    counts, memory = count(config), estimate_memory(config, ranks)
+    counts, memory = count(config), estimate_memory(config, ranks, device=usual_device(config))
     tokens = config.total_steps * config.tokens_per_step
     accumulation = config.accumulation_steps(ranks)
     say(to_yaml(config))

@@ -65,6 +65,106 @@ def _logits(logits, bias, columns, load, inside, softcap, HAS_BIAS: tl.constexpr
 
 
 @triton.jit
+def _sums(logits, bias, targets, vocabulary, width, softcap, TARGETS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+          TOTAL: tl.constexpr, BLOCK: tl.constexpr):
+    """(maximum m, sum of exp(z - m)) over all columns but the targets, and the sum of all logits."""
+    m = tl.full((), -3.0e38, tl.float32)  # finite: inf - inf would be nan
+    rest = tl.full((), 0.0, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocabulary
+        z = _logits(logits, bias, columns, columns < width, inside, softcap, HAS_BIAS, HAS_CAP)
+        if TOTAL:
+            total += tl.sum(tl.where(inside, z, 0.0))
+        for k in tl.static_range(TARGETS):
+            inside = inside & (columns != tl.load(targets + k))
+        z = tl.where(inside, z, float("-inf"))
+        new = tl.maximum(m, tl.max(z))
+        rest = rest * tl.exp2((m - new) * LOG2_E) + tl.sum(tl.exp2((z - new) * LOG2_E))
+        m = new
+    return m, rest, total
+
+
+@triton.jit
+def _describe(logits, bias, targets, nats, hits, rival, rest, vocabulary, softcap, TARGETS: tl.constexpr, HAS_BIAS: tl.constexpr,
+              HAS_CAP: tl.constexpr):
+    """Store nats and hits of the targets; (peak, log_sum) of the row. rival, rest: of the other columns, from _sums."""
+    m = rival
+    for k in tl.static_range(TARGETS):
+        t = tl.load(targets + k)
+        there = (t >= 0) & (t < vocabulary)
+        m = tl.maximum(m, tl.where(there, _logits(logits, bias, t, there, there, softcap, HAS_BIAS, HAS_CAP), float("-inf")))
+    rest = rest * tl.exp2((rival - m) * LOG2_E)
+    everything = rest
+    for k in tl.static_range(TARGETS):  # each column once, however many targets it is
+        t = tl.load(targets + k)
+        counts = (t >= 0) & (t < vocabulary)
+        for j in tl.static_range(k):
+            counts = counts & (tl.load(targets + j) != t)
+        z_t = _logits(logits, bias, t, counts, counts, softcap, HAS_BIAS, HAS_CAP)
+        everything += tl.where(counts, tl.exp(z_t - m), 0.0)
+    log_sum = tl.log(everything)
+    for k in tl.static_range(TARGETS):
+        t = tl.load(targets + k)
+        there = (t >= 0) & (t < vocabulary)
+        z_t = _logits(logits, bias, t, there, there, softcap, HAS_BIAS, HAS_CAP)
+        best = z_t > rival
+        others = rest
+        for j in tl.static_range(TARGETS):
+            u = tl.load(targets + j)
+            counts = (u >= 0) & (u < vocabulary) & (u != t)
+            for i in tl.static_range(j):
+                counts = counts & (tl.load(targets + i) != u)
+            z_u = _logits(logits, bias, u, counts, counts, softcap, HAS_BIAS, HAS_CAP)
+            others += tl.where(counts, tl.exp(z_u - m), 0.0)
+            best = best & ((z_t > z_u) | (u == t) | (u < 0) | (u >= vocabulary))
+        e_t = tl.exp(z_t - m)
+        confident = others < e_t
+        value = tl.where(confident, _log1p(others / tl.where(confident, e_t, 1.0)), log_sum - (z_t - m))
+        # No target: 0. One that is not in the vocabulary: nan, for it cannot be an error here.
+        tl.store(nats + k, tl.where(there, value, tl.where(t < 0, 0.0, float("nan"))))
+        tl.store(hits + k, best & there)
+    return m, log_sum
+
+
+@triton.jit
+def _write_gradient(logits, gradient, bias, targets, nats, weight_b, a, flat, peak, log_sum, vocabulary, width, softcap,
+                    TARGETS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """a p - b [target] + flat over one row, the targets' own entries from their nats."""
+    # These are made first, in registers: the loop below writes over the logits.
+    place = tl.arange(0, SLOTS)
+    t_k = tl.load(targets + place, mask=place < TARGETS, other=-1)
+    there = (t_k >= 0) & (t_k < vocabulary)
+    mine = tl.zeros((SLOTS,), tl.float32)
+    for j in tl.static_range(TARGETS):
+        mine += tl.where(tl.load(targets + j) == t_k, tl.load(weight_b + j), 0.0)
+    known = tl.load(nats + place, mask=there, other=0.0)
+    entry = mine * _expm1_of_minus(known) + (a - mine) * tl.exp(-known) + flat
+    if HAS_CAP:
+        z_t = tl.load(logits + t_k, mask=there, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z_t += tl.load(bias + t_k, mask=there, other=0.0).to(tl.float32)
+        entry = entry * _tanh_slope(z_t / softcap)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocabulary
+        z = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        slope = 1.0
+        if HAS_CAP:
+            slope = _tanh_slope(z / softcap)
+            z = softcap * _tanh(z / softcap)
+        g = (a * tl.exp2(((z - peak) - log_sum) * LOG2_E) + flat) * slope
+        g = tl.where(inside, g, 0.0)
+        tl.debug_barrier()
+        tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < width)
+    tl.debug_barrier()
+    tl.store(gradient + t_k, entry.to(gradient.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def row_kernel(logits, gradient, bias, targets, nats, peak, log_sum, total, hits, weight_b, weight_linear, weight_square,
                weight_flat, vocabulary, width, logits_stride, gradient_stride, softcap, TARGETS: tl.constexpr,
                HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, LINEAR: tl.constexpr, SQUARE: tl.constexpr, FLAT: tl.constexpr,
@@ -74,69 +174,17 @@ def row_kernel(logits, gradient, bias, targets, nats, peak, log_sum, total, hits
     logits += row * logits_stride
     targets += row * TARGETS
     nats += row * TARGETS
-    hits += row * TARGETS
-    lanes = tl.arange(0, BLOCK)
-
     if DESCRIBE:
-        # Over all columns but the targets, which are added afterwards. The start is finite: inf - inf would be nan.
-        m = tl.full((), -3.0e38, tl.float32)
-        rest = tl.full((), 0.0, tl.float32)
-        added = tl.full((), 0.0, tl.float32)
-        for start in range(0, width, BLOCK):
-            columns = start + lanes
-            inside = columns < vocabulary
-            z = _logits(logits, bias, columns, columns < width, inside, softcap, HAS_BIAS, HAS_CAP)
-            if TOTAL:
-                added += tl.sum(tl.where(inside, z, 0.0))
-            for k in tl.static_range(TARGETS):
-                inside = inside & (columns != tl.load(targets + k))
-            z = tl.where(inside, z, float("-inf"))
-            new = tl.maximum(m, tl.max(z))
-            rest = rest * tl.exp2((m - new) * LOG2_E) + tl.sum(tl.exp2((z - new) * LOG2_E))
-            m = new
-        rival = m
-        for k in tl.static_range(TARGETS):
-            t = tl.load(targets + k)
-            there = (t >= 0) & (t < vocabulary)
-            m = tl.maximum(m, tl.where(there, _logits(logits, bias, t, there, there, softcap, HAS_BIAS, HAS_CAP), float("-inf")))
-        rest = rest * tl.exp2((rival - m) * LOG2_E)
-        everything = rest
-        for k in tl.static_range(TARGETS):  # each column once, however many targets it is
-            t = tl.load(targets + k)
-            counts = (t >= 0) & (t < vocabulary)
-            for j in tl.static_range(k):
-                counts = counts & (tl.load(targets + j) != t)
-            z_t = _logits(logits, bias, t, counts, counts, softcap, HAS_BIAS, HAS_CAP)
-            everything += tl.where(counts, tl.exp(z_t - m), 0.0)
-        ls = tl.log(everything)
-        for k in tl.static_range(TARGETS):
-            t = tl.load(targets + k)
-            there = (t >= 0) & (t < vocabulary)
-            z_t = _logits(logits, bias, t, there, there, softcap, HAS_BIAS, HAS_CAP)
-            best = z_t > rival
-            others = rest
-            for j in tl.static_range(TARGETS):
-                u = tl.load(targets + j)
-                counts = (u >= 0) & (u < vocabulary) & (u != t)
-                for i in tl.static_range(j):
-                    counts = counts & (tl.load(targets + i) != u)
-                z_u = _logits(logits, bias, u, counts, counts, softcap, HAS_BIAS, HAS_CAP)
-                others += tl.where(counts, tl.exp(z_u - m), 0.0)
-                best = best & ((z_t > z_u) | (u == t) | (u < 0) | (u >= vocabulary))
-            e_t = tl.exp(z_t - m)
-            confident = others < e_t
-            value = tl.where(confident, _log1p(others / tl.where(confident, e_t, 1.0)), ls - (z_t - m))
-            # No target: 0. One that is not in the vocabulary: nan, for it cannot be an error here.
-            tl.store(nats + k, tl.where(there, value, tl.where(t < 0, 0.0, float("nan"))))
-            tl.store(hits + k, best & there)
+        rival, rest, added = _sums(logits, bias, targets, vocabulary, width, softcap, TARGETS, HAS_BIAS, HAS_CAP, TOTAL, BLOCK)
+        m, ls = _describe(logits, bias, targets, nats, hits + row * TARGETS, rival, rest, vocabulary, softcap, TARGETS, HAS_BIAS, HAS_CAP)
         tl.store(peak + row, m)
         tl.store(log_sum + row, ls)
         if TOTAL:
             tl.store(total + row, added)
+        tl.debug_barrier()  # nats were stored by one thread and are read by many
     else:
         m = tl.load(peak + row)
         ls = tl.load(log_sum + row)
-
     if GRADIENT:
         gradient += row * gradient_stride
         weight_b += row * TARGETS
@@ -150,44 +198,13 @@ def row_kernel(logits, gradient, bias, targets, nats, peak, log_sum, total, hits
         flat = tl.full((), 0.0, tl.float32)
         if FLAT:
             flat = tl.load(weight_flat + row)
-        live = (a != 0.0) | (flat != 0.0)  # a row without weight is zeroed unread: it may hold inf or nan
-        # The targets' entries are kept in registers: the loop below writes over the logits.
-        place = tl.arange(0, SLOTS)
-        slot = place < TARGETS
-        t_k = tl.load(targets + place, mask=slot, other=-1)
-        there = slot & (t_k >= 0) & (t_k < vocabulary)
-        at = tl.load(logits + t_k, mask=there, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            at += tl.load(bias + t_k, mask=there, other=0.0).to(tl.float32)
-        mine = tl.zeros_like(at)
-        for j in tl.static_range(TARGETS):
-            mine += tl.where(tl.load(targets + j) == t_k, tl.load(weight_b + j), 0.0)
-        tl.debug_barrier()  # nats were stored by one thread and are read by many
-        known = tl.load(nats + place, mask=there, other=0.0)
-        entry = mine * _expm1_of_minus(known) + (a - mine) * tl.exp(-known) + flat
-        if HAS_CAP:
-            entry = entry * _tanh_slope(at / softcap)
-        if live:
-            for start in range(0, width, BLOCK):
-                columns = start + lanes
-                inside = columns < vocabulary
-                z = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-                if HAS_BIAS:
-                    z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-                slope = 1.0
-                if HAS_CAP:
-                    slope = _tanh_slope(z / softcap)
-                    z = softcap * _tanh(z / softcap)
-                g = (a * tl.exp2(((z - m) - ls) * LOG2_E) + flat) * slope
-                g = tl.where(inside, g, 0.0)
-                tl.debug_barrier()
-                tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < width)
-            tl.debug_barrier()
-            tl.store(gradient + t_k, entry.to(gradient.dtype.element_ty), mask=there)
-        else:
+        if (a != 0.0) | (flat != 0.0):
+            _write_gradient(logits, gradient, bias, targets, nats, weight_b, a, flat, m, ls, vocabulary, width, softcap, TARGETS,
+                            HAS_BIAS, HAS_CAP, SLOTS, BLOCK)
+        else:  # a row without weight is zeroed unread: it may hold inf or nan
             nothing = tl.zeros((BLOCK,), gradient.dtype.element_ty)
             for start in range(0, width, BLOCK):
-                columns = start + lanes
+                columns = start + tl.arange(0, BLOCK)
                 tl.store(gradient + columns, nothing, mask=columns < width)
 
 

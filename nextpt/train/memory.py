@@ -103,3 +103,8 @@ def loss_chunking(config: Config, device: str) -> Chunking:
                            logits_bytes=4 if wide else 2, gradient_bytes=element, budget=budget, mode=train.loss_gradient)
     except BudgetError as error:
         raise ConfigError(f"train.loss_workspace_mib = {budget // MIB}: {error}") from None
+
+
+def usual_device(config: Config) -> str:
+    """Where such a run belongs when nobody says: bf16 is for GPUs."""
+    return "cuda" if config.train.precision == "bf16" else "cpu"

@@ -76,6 +76,7 @@ class ModelSection(Section):
     bias: bool = Field(False, description="biases in all linear layers")
     norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial matrices")
+    logit_softcap: float | None = Field(None, gt=0, description="cap c of the output logits, c tanh(z / c) (Gemma 2, arXiv 2408.00118)")
     sliding_window: int | None = Field(None, ge=1, description="keys a query sees, itself included; all unless given")
     attention: str = Field("auto", description="attention implementation: auto, or one by name")
     cross_entropy: str = Field("auto", description="loss implementation: auto, or one by name")

@@ -32,7 +32,7 @@ def next_token_loss(model: Decoder, batch: Batch, weight_sum: Tensor | float, z_
     """
     documents = PackedDocuments.from_document_ids(batch.document_ids)
     hidden_BTD = model(batch.tokens, batch.position_ids, documents)
-    total, z_part, nats = model.lm_head(
+    total, z_part, nats, *_ = model.lm_head(
         hidden_BTD.flatten(0, 1), batch.targets.flatten(), batch.token_weights.flatten(), weight_sum, z_loss
     )
     return Loss(total, z_part, nats.view_as(batch.targets))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.choice import Implementation, choose
 from kernels.cross_entropy import ops, reference
 from kernels.cross_entropy.chunking import DEFAULT_BUDGET, Chunking, Gradient, plan_chunks
-from kernels.cross_entropy.rows import Statistics
+from kernels.cross_entropy.rows import Statistics, check_targets, mark_absent
 
 
 class LossOutput(NamedTuple):
@@ -59,17 +59,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, tok
     Raises ValueError for shapes that do not fit, a target outside the vocabulary on a CPU (on a GPU its nats are nan),
     a workspace that holds no chunk, an unknown implementation.
     """
-    check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, reduction)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, logits_dtype)
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction = {reduction!r} must be 'sum' or 'none'")
     chosen = pick(implementation, hidden.device.type)
     shape = targets.shape
     targets, scale = prepare(hidden, targets, token_weights, normalizer, ignore_index, reduction)
     if chosen.name == "reference":
+        check_targets(targets, weight.shape[0])
         found = reference.statistics(hidden, weight, bias, targets, softcap)
         return _from_statistics(found, found.peak + found.log_sum, scale, z_loss, label_smoothing, reduction, weight.shape[0], shape)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    wide_logits = hidden.element_size() < 4 and (logits_dtype == torch.float32 or not any(needs) or hidden.device.type == "cpu" and chosen.name == "torch")
-    plan = chunking(hidden, weight.shape[0], needs[1], wide_logits, gradient, workspace_bytes, chunk_tokens)
-    options = (float(softcap or 0.0), plan.rows, plan.accumulator, wide_logits, chosen.name, needs)
+    wide = wide_logits(hidden, chosen.name, logits_dtype, any(needs))
+    plan = chunking(hidden, weight.shape[0], needs[1], wide, gradient, workspace_bytes, chunk_tokens)
+    options = (float(softcap or 0.0), plan.rows, plan.accumulator, wide, chosen.name, needs)
     if reduction == "none":
         nats, lse, total, hits, peak, log_sum = ops.token_statistics(hidden, weight, bias, targets, *options)
         return _from_statistics(Statistics(nats, peak, log_sum, total, hits), lse, scale, z_loss, label_smoothing, "none",
@@ -80,26 +84,38 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, tok
 
 def prepare(hidden: Tensor, targets: Tensor, token_weights: Tensor | None, normalizer: Tensor | float | None,
             ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
-    """(targets [N, K] with -1 where ignored, scale [N, K]: weight / normalizer)."""
+    """(targets [N, K] as mark_absent leaves them, scale [N, K]: weight / normalizer, 0 where ignored)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
     valid = targets != ignore_index
-    weights = valid.to(wide) if token_weights is None else token_weights.reshape(targets.shape).to(wide) * valid
+    weights = valid.to(wide) if token_weights is None else torch.where(valid, token_weights.detach().reshape(targets.shape).to(wide), 0.0)
     if normalizer is None:
         total = weights.sum()
         normalizer = torch.where(total > 0, total, 1.0) if reduction == "sum" else 1.0
-    return torch.where(valid, targets, -1), weights / torch.as_tensor(normalizer, dtype=wide, device=hidden.device)
+    return mark_absent(targets, ignore_index), weights / (normalizer.detach() if isinstance(normalizer, Tensor) else normalizer)
 
 
-def chunking(hidden: Tensor, vocabulary: int, needs_weight: bool, wide_logits: bool, gradient: Gradient = "precise",
-             workspace_bytes: int | None = None, chunk_tokens: int | None = None) -> Chunking:
-    """The chunks of one call. Raises BudgetError."""
+def wide_logits(hidden: Tensor, kernel: str, wanted: torch.dtype | None, training: bool) -> bool:
+    """Whether logits are kept wider than the inputs: on demand, without gradients, and where the CPU multiplies in fp32."""
+    if hidden.element_size() >= 4:
+        return False
+    return wanted == torch.float32 or not training or (kernel == "torch" and not hidden.is_cuda)
+
+
+def chunking(hidden: Tensor, vocabulary: int, needs_weight: bool, wide: bool, gradient: Gradient,
+             workspace_bytes: int | None, chunk_tokens: int | None) -> Chunking:
+    """The chunks of one call. Raises BudgetError, and ValueError for what is no budget, no mode or no size."""
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient = {gradient!r} must be one of {', '.join(get_args(Gradient))}")
+    for name, value in (("workspace_bytes", workspace_bytes), ("chunk_tokens", chunk_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value} must be at least 1")
     tokens, element = hidden.shape[0], hidden.element_size()
     result = None if not needs_weight else 4 if hidden.dtype == torch.float16 else element
     if chunk_tokens is not None:
         chunks = max(-(-tokens // chunk_tokens), 1)
         return Chunking(chunk_tokens, chunks, gradient == "precise" and chunks > 1 and result == 2, 0)
-    return plan_chunks(tokens, hidden.shape[1], vocabulary, logits_bytes=4 if wide_logits else element, gradient_bytes=result,
+    return plan_chunks(tokens, hidden.shape[1], vocabulary, logits_bytes=4 if wide else element, gradient_bytes=result,
                        budget=workspace_bytes or DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cpu"]), mode=gradient)
 
 
@@ -115,7 +131,7 @@ def _from_statistics(s: Statistics, lse: Tensor, scale: Tensor, z_loss: float, s
 
 
 def check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, bias: Tensor | None,
-           softcap: float | None, label_smoothing: float, reduction: str) -> None:
+           softcap: float | None, label_smoothing: float, logits_dtype: torch.dtype | None) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N, D] and weight [V, D] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
     if hidden.dtype != weight.dtype or not hidden.dtype.is_floating_point:
@@ -132,8 +148,16 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
         raise ValueError(f"softcap = {softcap} must be above 0")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing = {label_smoothing} must be at least 0 and below 1")
-    if reduction not in ("sum", "none"):
-        raise ValueError(f"reduction = {reduction!r} must be 'sum' or 'none'")
+    if logits_dtype not in (None, torch.float32, hidden.dtype):
+        raise ValueError(f"logits_dtype = {logits_dtype} must be torch.float32 or the dtype of hidden, {hidden.dtype}")
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors in the dtype that autocast wants for matrix products, where it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
 
 def pick(implementation: str, device: str) -> Implementation:

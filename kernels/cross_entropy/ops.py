@@ -12,15 +12,15 @@ from torch import Tensor
 
 from kernels.cross_entropy import fused
 from kernels.cross_entropy.fused import Problem
-from kernels.cross_entropy.rows import Coefficients, Statistics
+from kernels.cross_entropy.rows import Coefficients, Statistics, check_targets
 
 _NO_CAP = 0.0
 
 
 def _problem(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, rows: int,
              accumulator: bool, wide: bool, kernel: str) -> Problem:
-    if targets.device.type == "cpu" and targets.numel() and int(targets.max()) >= weight.shape[0]:
-        raise ValueError(f"target {int(targets.max())} is not below the vocabulary of {weight.shape[0]} entries")
+    if targets.device.type == "cpu":  # on a GPU the host would wait; there the nats of such a target are nan
+        check_targets(targets, weight.shape[0])
     return Problem(hidden, weight, bias, targets, None if softcap == _NO_CAP else softcap, rows, accumulator, wide, kernel)
 
 
@@ -35,11 +35,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
                          needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, z_loss, nats [N, K], lse [N], hits [N, K], unit, dX, dW, db).
 
-    scale [N, K]: token weight / normalizer. needs: which of dX, dW, db are made. They are of `unit` x loss: 1 but in
+    scale [N, K]: token weight / normalizer, 0 where there is no target. needs: which of dX, dW, db are made. They are of `unit` x loss: 1 but in
     fp16, where weights divided by the number of tokens would vanish.
     """
     p = _problem(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel)
-    scale = scale * (targets >= 0)
     unit = torch.ones((), dtype=p.dtype, device=hidden.device)
     if hidden.dtype == torch.float16:  # a power of two that brings the largest weight to [0.5, 1]
         most = scale.abs().max() if scale.numel() else unit
@@ -146,7 +145,8 @@ def token_statistics_backward(hidden: Tensor, weight: Tensor, bias: Tensor | Non
     if hidden.dtype == torch.float16:
         most = torch.stack([t.abs().max() for t in (d_nats, d_lse, d_total)]).max() if d_lse.numel() else unit
         unit = torch.where(most > 0, torch.exp2(-torch.ceil(torch.log2(most))), unit)
-    made = _filled(fused.run(p, tuple(needs), Coefficients(d_nats * unit, d_lse * unit, None, d_total * unit), statistics)[1], hidden)
+    wanted = Coefficients(torch.where(targets >= 0, d_nats * unit, 0.0), d_lse * unit, None, d_total * unit)
+    made = _filled(fused.run(p, tuple(needs), wanted, statistics)[1], hidden)
     inputs = (hidden, weight, hidden if bias is None else bias)
     return tuple((g if hidden.dtype != torch.float16 else g.float() / unit).to(t.dtype) for g, t in zip(made, inputs, strict=True))
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NO_TARGET = -1  # in targets; all else that is not in the vocabulary is a mistake
 # Elements worked on at once on a CPU: 16 rows of a 50K vocabulary; several passes stay in its caches.
 BLOCK_ELEMENTS = 2**20
 
@@ -43,7 +44,10 @@ class Statistics(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """b [n, K] and linear, square, flat [n], see above; the last three may be None."""
+    """b [n, K] and linear, square, flat [n], see above; the last three may be None.
+
+    b is 0 where a row has no target. It counts in A also where the target is in another rank's slice of the vocabulary.
+    """
 
     b: Tensor
     linear: Tensor | None
@@ -54,12 +58,27 @@ class Coefficients(NamedTuple):
         return Coefficients(*(None if t is None else t[rows] for t in self))
 
 
+def mark_absent(targets: Tensor, ignore_index: int) -> Tensor:
+    """NO_TARGET for ignore_index. Other negative targets are moved down by one, so that they stay mistakes."""
+    return torch.where(targets == ignore_index, NO_TARGET, torch.where(targets < 0, targets - 1, targets))
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Raise ValueError for a target, as mark_absent leaves it, outside the vocabulary. Reads the device."""
+    if not targets.numel():
+        return
+    least, most = (int(t) for t in targets.aminmax())
+    if most >= vocabulary or least < NO_TARGET:
+        found = most if most >= vocabulary else least + 1
+        raise ValueError(f"target {found} is not in the vocabulary of {vocabulary} entries; ignore_index marks tokens without one")
+
+
 def work(logits: Tensor, gradient: Tensor | None, bias: Tensor | None, targets: Tensor, softcap: float | None,
          statistics: Statistics, coefficients: Coefficients | None, known: bool) -> None:
     """Fill `statistics` (unless they are `known`), then `gradient` (unless None; it may be `logits` itself).
 
-    logits [n, V] without bias and cap, kept where there is no gradient to make; targets int64 [n, K], -1 where there
-    is none; bias [V].
+    logits [n, V] without bias and cap, kept where there is no gradient to make; targets int64 [n, K], NO_TARGET where
+    there is none; bias [V].
     """
     step = max(BLOCK_ELEMENTS // logits.shape[1], 1)
     for first in range(0, logits.shape[0], step):
@@ -109,8 +128,7 @@ def _describe(z: Tensor, place: Tensor, present: Tensor, out: Statistics) -> Non
 
 def _gradient(z: Tensor, place: Tensor, present: Tensor, known: Statistics, c: Coefficients, whole: bool) -> Tensor:
     """z holds p (if whole) or exp(z - peak); it becomes the gradient with respect to the capped logits."""
-    b = c.b * present
-    a = b.sum(-1, keepdim=True)
+    a = c.b.sum(-1, keepdim=True)
     if c.linear is not None:
         a = a + c.linear.unsqueeze(1)
     if c.square is not None:
@@ -118,7 +136,7 @@ def _gradient(z: Tensor, place: Tensor, present: Tensor, known: Statistics, c: C
     same = _same(place, present)
     z.mul_(a if whole else a * torch.exp(-known.log_sum).unsqueeze(1))
     z.masked_fill_(a == 0, 0.0)  # a row without weight may hold inf or nan
-    mine = (b.unsqueeze(1) * same).sum(-1)
+    mine = (c.b.unsqueeze(1) * same).sum(-1)
     entry = mine * torch.expm1(-known.nats) + (a - mine) * torch.exp(-known.nats)
     # An absent target writes what its place holds or, where that is another's column, what that one writes.
     entry = torch.where(present, entry, z.gather(1, place)).gather(1, _writer(same))

@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cross_entropy import rows
 from kernels.cross_entropy.chunking import padded
 from kernels.cross_entropy.rows import Coefficients, Statistics
 
 MAX_BLOCK = 16384
 LOG2_E = tl.constexpr(1.4426950408889634)
+NO_TARGET = tl.constexpr(rows.NO_TARGET)
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def _logits(logits, bias, columns, load, inside, softcap, HAS_BIAS: tl.constexpr
 def _sums(logits, bias, targets, vocabulary, width, softcap, TARGETS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
           TOTAL: tl.constexpr, BLOCK: tl.constexpr):
     """(maximum m, sum of exp(z - m)) over all columns but the targets, and the sum of all logits."""
-    m = tl.full((), -3.0e38, tl.float32)  # finite: inf - inf would be nan
+    m = tl.full((), -1.0e38, tl.float32)  # finite: inf - inf would be nan
     rest = tl.full((), 0.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for start in range(0, width, BLOCK):
@@ -122,8 +124,8 @@ def _describe(logits, bias, targets, nats, hits, rival, rest, vocabulary, softca
         e_t = tl.exp(z_t - m)
         confident = others < e_t
         value = tl.where(confident, _log1p(others / tl.where(confident, e_t, 1.0)), log_sum - (z_t - m))
-        # No target: 0. One that is not in the vocabulary: nan, for it cannot be an error here.
-        tl.store(nats + k, tl.where(there, value, tl.where(t < 0, 0.0, float("nan"))))
+        # A target that is not in the vocabulary has nan: it cannot be an error here.
+        tl.store(nats + k, tl.where(there, value, tl.where(t == NO_TARGET, 0.0, float("nan"))))
         tl.store(hits + k, best & there)
     return m, log_sum
 
@@ -190,7 +192,7 @@ def row_kernel(logits, gradient, bias, targets, nats, peak, log_sum, total, hits
         weight_b += row * TARGETS
         a = tl.full((), 0.0, tl.float32)
         for k in tl.static_range(TARGETS):
-            a += tl.where(tl.load(targets + k) >= 0, tl.load(weight_b + k), 0.0)
+            a += tl.load(weight_b + k)
         if LINEAR:
             a += tl.load(weight_linear + row)
         if SQUARE:
@@ -211,18 +213,20 @@ def row_kernel(logits, gradient, bias, targets, nats, peak, log_sum, total, hits
 def work(logits: Tensor, gradient: Tensor | None, bias: Tensor | None, targets: Tensor, softcap: float | None,
          statistics: Statistics, coefficients: Coefficients | None, known: bool, block: int | None = None) -> None:
     """As rows.work, for fp32 statistics. Rows must start at multiples of 64 elements and be readable up to the next one."""
-    rows, vocabulary = logits.shape
-    if rows == 0:
+    count, vocabulary = logits.shape
+    if count == 0:
         return
     block = block or min(triton.next_power_of_2(padded(vocabulary)), MAX_BLOCK)
     c = coefficients or Coefficients(statistics.peak, None, None, None)
     unused = statistics.peak
-    row_kernel[(rows,)](
-        logits, logits if gradient is None else gradient, unused if bias is None else bias, targets, *(unused if t is None else t for t in statistics),
+    row_kernel[(count,)](
+        logits, logits if gradient is None else gradient, unused if bias is None else bias, targets,
+        *(unused if t is None else t for t in statistics),
         c.b, *(unused if t is None else t for t in c[1:]), vocabulary, padded(vocabulary), logits.stride(0),
         0 if gradient is None else gradient.stride(0), float(softcap or 1.0), TARGETS=targets.shape[1], HAS_BIAS=bias is not None,
         HAS_CAP=softcap is not None, LINEAR=c.linear is not None, SQUARE=c.square is not None, FLAT=c.flat is not None,
-        DESCRIBE=not known, TOTAL=statistics.total is not None, GRADIENT=gradient is not None, SLOTS=triton.next_power_of_2(targets.shape[1]), BLOCK=block, num_warps=warps(block), enable_fp_fusion=True,
+        DESCRIBE=not known, TOTAL=statistics.total is not None, GRADIENT=gradient is not None,
+        SLOTS=triton.next_power_of_2(targets.shape[1]), BLOCK=block, num_warps=warps(block), enable_fp_fusion=True,
     )
 
 

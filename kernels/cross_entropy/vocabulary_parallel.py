@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from kernels.cross_entropy import fused
 from kernels.cross_entropy.chunking import Gradient
 from kernels.cross_entropy.fused import Problem
-from kernels.cross_entropy.interface import LossOutput, check, chunking, pick, prepare
-from kernels.cross_entropy.ops import scalar_coefficients
-from kernels.cross_entropy.rows import Statistics
+from kernels.cross_entropy.interface import LossOutput, autocast, check, chunking, pick, prepare, wide_logits
+from kernels.cross_entropy.ops import scalar_coefficients, scale_
+from kernels.cross_entropy.rows import NO_TARGET, Statistics, check_targets
 
 
 def slice_of(vocabulary: int, rank: int, ranks: int) -> range:
@@ -30,8 +30,8 @@ def vocabulary_parallel_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: int, group: dist.ProcessGroup,
     token_weights: Tensor | None = None, normalizer: Tensor | float | None = None, bias: Tensor | None = None,
     ignore_index: int = -100, z_loss: float = 0.0, softcap: float | None = None, label_smoothing: float = 0.0,
-    gradient: Gradient = "precise", workspace_bytes: int | None = None, chunk_tokens: int | None = None,
-    implementation: str = "auto",
+    gradient: Gradient = "precise", logits_dtype: torch.dtype | None = None, workspace_bytes: int | None = None,
+    chunk_tokens: int | None = None, implementation: str = "auto",
 ) -> LossOutput:
     """As linear_cross_entropy with reduction="sum", for a weight [V_r, D] (and bias) that is this rank's `slice_of`.
 
@@ -39,7 +39,8 @@ def vocabulary_parallel_cross_entropy(
     All results are the same on all ranks; the gradient of hidden is the whole one, that of weight is the slice's.
     bf16, fp32 and fp64. Raises ValueError as linear_cross_entropy, and for a slice of another size.
     """
-    check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, "sum")
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, logits_dtype)
     mine = slice_of(vocabulary, dist.get_rank(group), dist.get_world_size(group))
     if weight.shape[0] != len(mine) or not len(mine):
         raise ValueError(f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} holds entries {mine.start} to {mine.stop} of "
@@ -49,7 +50,10 @@ def vocabulary_parallel_cross_entropy(
     kernel = pick(implementation, hidden.device.type).name
     shape = targets.shape
     targets, scale = prepare(hidden, targets, token_weights, normalizer, ignore_index, "sum")
-    wide = kernel == "torch" and hidden.device.type == "cpu" and hidden.element_size() < 4
+    if not targets.is_cuda:
+        check_targets(targets, vocabulary)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    wide = wide_logits(hidden, kernel, logits_dtype, training)
     # Chunks by the largest slice: every rank must come to the same number of collectives.
     largest = len(slice_of(vocabulary, 0, dist.get_world_size(group)))
     plan = chunking(hidden, largest, weight.requires_grad, wide, gradient, workspace_bytes, chunk_tokens)
@@ -63,8 +67,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, z_loss, smoothing, softcap, plan, wide, kernel, vocabulary, group):  # noqa: ANN001, ANN205
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         mine = slice_of(vocabulary, rank, ranks)
-        local = torch.where((targets >= mine.start) & (targets < mine.stop), targets - mine.start, -1)
-        owner = torch.where(targets >= 0, targets // len(slice_of(vocabulary, 0, ranks)), -1)
+        local = torch.where((targets >= mine.start) & (targets < mine.stop), targets - mine.start, NO_TARGET)
+        owner = torch.where(targets >= 0, targets // len(slice_of(vocabulary, 0, ranks)), NO_TARGET)
         p = Problem(hidden, weight, bias, local, softcap, plan.rows, plan.accumulator, wide, kernel)
         needs = tuple(ctx.needs_input_grad[:3])
 
@@ -91,7 +95,10 @@ class _Loss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this loss were given out; call it again for a second backward pass")
-        return (*(None if g is None else g.mul_(upstream.to(g.dtype)).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *[None] * 10)
+        for g in gradients:
+            if g is not None:
+                scale_(g, upstream)
+        return (*(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *[None] * 10)
 
 
 def _gathered(here: Statistics, group: dist.ProcessGroup) -> Tensor:

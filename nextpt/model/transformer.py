@@ -7,7 +7,6 @@ V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import PackedDocuments, attention
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import LinearCrossEntropy
 from nextpt.config import Config, ModelSection
 from nextpt.model.init import Init
 from nextpt.model.rope import rotate, tables
@@ -141,33 +140,20 @@ class Block(nn.Module):
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
-class LMHead(nn.Module):
-    """The output matrix [V, D]; owns its use, so that ZeRO-3 gathers it here and nowhere else."""
+class LMHead(LinearCrossEntropy):
+    """The output matrix [V, D], the embedding's own where they are tied."""
 
     def __init__(self, config: Config, init: Init, embedding: Embedding) -> None:
-        super().__init__()
         c, train = config.model, config.train
-        if c.tied_embeddings:
-            self.weight = embedding.weight
-        else:
-            self.weight = nn.Parameter(torch.empty(c.vocab_size, c.width))
-            init.normal_(self.weight, "lm_head")
-        self._loss = partial(
-            linear_cross_entropy, implementation=c.cross_entropy, gradient=train.loss_gradient,
+        weight = embedding.weight
+        if not c.tied_embeddings:
+            weight = nn.Parameter(torch.empty(c.vocab_size, c.width))
+            init.normal_(weight, "lm_head")
+        super().__init__(
+            weight, softcap=c.logit_softcap, implementation=c.cross_entropy, gradient=train.loss_gradient,
             logits_dtype=torch.float32 if train.loss_logits_fp32 else None,
             workspace_bytes=train.loss_workspace_mib * 2**20 if train.loss_workspace_mib else None,
         )
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, token_weights: Tensor | None = None,
-                normalizer: Tensor | float | None = None, z_loss: float = 0.0) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits [..., V] without targets; else (loss, its z-loss part, nats [N]) for hidden [N, D] and targets [N].
-
-        A plain tuple because ZeRO-3 finds the tensors to hook in tuples, not in dataclasses.
-        """
-        if targets is None:
-            return F.linear(hidden, self.weight)
-        out = self._loss(hidden, self.weight, targets, token_weights=token_weights, normalizer=normalizer, z_loss=z_loss)
-        return out.loss, out.z_loss, out.nats
 
 
 class Decoder(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.cross_entropy import fused
 from kernels.cross_entropy.fused import Problem
@@ -92,13 +93,21 @@ def _give_gradients(ctx, upstream, *_):  # noqa: ANN001, ANN202
         elif ctx.dtypes[0] == torch.float16:
             gradient = (gradient.float() * (upstream / unit)).to(dtype)
         else:
-            scale_(gradient, upstream)
-            gradient = gradient.to(dtype)  # of a bias only, whose sum is fp32
+            gradient = scaled(gradient, upstream).to(dtype)  # another dtype for a bias only, whose sum is fp32
         given.append(gradient)
     return (*given, *nothing)
 
 
 linear_cross_entropy.register_autograd(_give_gradients, setup_context=_keep_gradients)
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient x factor in gradient's own memory; in new memory while something traces, where writing over the output
+    of an operator would be a mistake. A compiler reuses the memory by itself."""
+    if is_in_torch_dispatch_mode():
+        return gradient * factor.to(torch.promote_types(gradient.dtype, torch.float32))
+    scale_(gradient, factor)
+    return gradient
 
 
 @torch.library.custom_op("nextpt::scale_", mutates_args=("gradient",))

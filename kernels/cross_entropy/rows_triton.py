@@ -211,12 +211,12 @@ def row_kernel(logits, gradient, bias, targets, nats, peak, log_sum, total, hits
 
 
 def work(logits: Tensor, gradient: Tensor | None, bias: Tensor | None, targets: Tensor, softcap: float | None,
-         statistics: Statistics, coefficients: Coefficients | None, known: bool, block: int | None = None) -> None:
+         statistics: Statistics, coefficients: Coefficients | None, known: bool) -> None:
     """As rows.work, for fp32 statistics. Rows must start at multiples of 64 elements and be readable up to the next one."""
     count, vocabulary = logits.shape
     if count == 0:
         return
-    block = block or min(triton.next_power_of_2(padded(vocabulary)), MAX_BLOCK)
+    block = block_size(vocabulary, softcap is not None)
     c = coefficients or Coefficients(statistics.peak, None, None, None)
     unused = statistics.peak
     row_kernel[(count,)](
@@ -226,10 +226,18 @@ def work(logits: Tensor, gradient: Tensor | None, bias: Tensor | None, targets: 
         0 if gradient is None else gradient.stride(0), float(softcap or 1.0), TARGETS=targets.shape[1], HAS_BIAS=bias is not None,
         HAS_CAP=softcap is not None, LINEAR=c.linear is not None, SQUARE=c.square is not None, FLAT=c.flat is not None,
         DESCRIBE=not known, TOTAL=statistics.total is not None, GRADIENT=gradient is not None,
-        SLOTS=triton.next_power_of_2(targets.shape[1]), BLOCK=block, num_warps=warps(block), enable_fp_fusion=True,
+        SLOTS=triton.next_power_of_2(targets.shape[1]), BLOCK=block, **compiler_options(block),
     )
 
 
-def warps(block: int) -> int:
-    """16 elements per thread, 4 to 32 warps: nothing spills on sm_90 (python -m kernels.bench.compiled)."""
-    return max(4, min(32, block // 512))
+def block_size(vocabulary: int, capped: bool) -> int:
+    """Columns at once. A soft cap needs more registers than 32 warps have (python -m kernels.bench.compile_report)."""
+    return min(triton.next_power_of_2(padded(vocabulary)), MAX_BLOCK // 2 if capped else MAX_BLOCK)
+
+
+def compiler_options(block: int) -> dict[str, int | bool]:
+    """16 elements per thread, 4 to 32 warps. Naming all registers that these may have keeps ptxas from spilling for the
+    sake of a second block per multiprocessor, whose rows would not fit the L2 cache anyway."""
+    warps = max(4, min(32, block // 512))
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return options if torch.version.hip else options | {"maxnreg": min(65536 // (32 * warps), 128)}

@@ -16,7 +16,7 @@ from kernels.cross_entropy import fused
 from kernels.cross_entropy.chunking import Gradient
 from kernels.cross_entropy.fused import Problem
 from kernels.cross_entropy.interface import LossOutput, autocast, check, chunking, pick, prepare, wide_logits
-from kernels.cross_entropy.ops import scalar_coefficients, scale_
+from kernels.cross_entropy.ops import scalar_coefficients, scaled
 from kernels.cross_entropy.rows import NO_TARGET, Statistics, check_targets
 
 
@@ -95,10 +95,7 @@ class _Loss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this loss were given out; call it again for a second backward pass")
-        for g in gradients:
-            if g is not None:
-                scale_(g, upstream)
-        return (*(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *[None] * 10)
+        return (*(None if g is None else scaled(g, upstream).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *[None] * 10)
 
 
 def _gathered(here: Statistics, group: dist.ProcessGroup) -> Tensor:

@@ -56,7 +56,7 @@ def check(case: Case, *, reduction: str = "sum", upstream: float = 1.0, dtype: t
 
 
 @everywhere
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_loss_and_gradients(implementation: str, device: str, dtype: torch.dtype, data: st.DataObject) -> None:
     draw = data.draw

@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels, without a GPU: `python -m kernels.bench.compiled [--json]`.
+"""What the compiler makes of the Triton kernels, without a GPU: `python -m kernels.bench.compile_report [--json]`.
 
 Cross-compiles every variant for sm_90 and asks ptxas for registers, spills and shared memory; counts the vector loads
 and stores. Spills, or loads of less than 128 bits, are slow whatever a GPU would measure.
@@ -19,22 +19,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.cross_entropy.rows_triton import MAX_BLOCK, row_kernel, warps
+from kernels.cross_entropy.rows_triton import block_size, compiler_options, row_kernel
 from kernels.cross_entropy.scale_triton import scale_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
-def row_variant(logits: torch.dtype, gradient: torch.dtype, block: int, targets: int = 1, bias: bool = False, cap: bool = False,
+def row_variant(logits: torch.dtype, gradient: torch.dtype, vocabulary: int = 128256, targets: int = 1, bias: bool = False, cap: bool = False,
                 smooth: bool = False, describe: bool = True, grad: bool = True) -> tuple[ASTSource, dict[str, int]]:
     """One variant of the row kernel as the launcher would specialise it: pointers, width and strides are multiples of 16."""
+    block = block_size(vocabulary, cap)
     kinds = {"logits": POINTERS[logits], "gradient": POINTERS[gradient], "bias": POINTERS[logits], "targets": "*i64", "hits": "*i1",
              "vocabulary": "i32", "width": "i32", "logits_stride": "i64", "gradient_stride": "i64", "softcap": "fp32"}
     constants = {"TARGETS": targets, "HAS_BIAS": bias, "HAS_CAP": cap, "LINEAR": smooth, "SQUARE": True, "FLAT": smooth,
                  "DESCRIBE": describe, "TOTAL": smooth, "GRADIENT": grad, "SLOTS": triton.next_power_of_2(targets), "BLOCK": block}
     aligned = {"logits", "gradient", "bias", "width", "logits_stride", "gradient_stride"}
-    return _source(row_kernel, kinds, constants, aligned), {"num_warps": warps(block), "enable_fp_fusion": True}
+    return _source(row_kernel, kinds, constants, aligned), compiler_options(block)
 
 
 def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], aligned: set[str]) -> ASTSource:
@@ -47,19 +48,24 @@ def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], align
 def variants() -> dict[str, tuple[ASTSource, dict[str, int]]]:
     """Everything that training and evaluation launch, by name."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    found = {f"rows bf16 block {b}": row_variant(bf16, bf16, b) for b in (64, 1024, 4096, 8192, MAX_BLOCK)}
-    found |= {f"rows fp32 -> bf16 block {b}": row_variant(fp32, bf16, b) for b in (8192, MAX_BLOCK)}
-    found["rows fp32 block 16384"] = row_variant(fp32, fp32, MAX_BLOCK)
-    found["rows bf16, 4 targets"] = row_variant(bf16, bf16, MAX_BLOCK, targets=4)
-    found["rows bf16, bias, soft cap, smoothing"] = row_variant(bf16, bf16, MAX_BLOCK, bias=True, cap=True, smooth=True)
-    found["rows fp32, statistics only"] = row_variant(fp32, fp32, MAX_BLOCK, grad=False)
-    found["rows bf16, gradient only"] = row_variant(bf16, bf16, MAX_BLOCK, describe=False)
+    everything = {"bias": True, "cap": True, "smooth": True}
+    found = {f"rows bf16, V={v}": row_variant(bf16, bf16, v) for v in (50, 1000, 4000, 8000, 128256)}
+    found |= {"rows fp16": row_variant(torch.float16, torch.float16), "rows fp32": row_variant(fp32, fp32)}
+    found |= {f"rows fp32 -> bf16, V={v}": row_variant(fp32, bf16, v) for v in (8000, 128256)}
+    found |= {f"rows bf16, {k} targets": row_variant(bf16, bf16, targets=k) for k in (2, 4)}
+    for name, logits in (("bf16", bf16), ("fp32 -> bf16", fp32)):
+        found[f"rows {name}, soft cap"] = row_variant(logits, bf16, cap=True)
+        found[f"rows {name}, bias, soft cap, smoothing"] = row_variant(logits, bf16, **everything)
+        found[f"rows {name}, bias, soft cap, smoothing, 2 targets"] = row_variant(logits, bf16, targets=2, **everything)
+        found[f"rows {name}, gradient only"] = row_variant(logits, bf16, describe=False)
+    found["rows fp32, statistics only"] = row_variant(fp32, fp32, grad=False)
+    found["rows fp32, statistics only, bias, soft cap"] = row_variant(fp32, fp32, grad=False, bias=True, cap=True)
     found["scale bf16"] = (_source(scale_kernel, {"values": "*bf16", "count": "i64"}, {"BLOCK": 4096}, {"values", "count"}), {"num_warps": 4, "enable_fp_fusion": True})
     return found
 
 
 def examine(source: ASTSource, options: dict[str, int]) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory and widths of global loads and stores of one variant."""
+    """Registers, spilled bytes, shared memory, widths of global loads and stores, and whether rows have 64-bit offsets."""
     compiled = triton.compile(source, target=TARGET, options=options)
     ptx = compiled.asm["ptx"]
     accesses = {kind: [_bits(m) for m in re.findall(rf"{kind}\.global(\.[^ ]+)", ptx)] for kind in ("ld", "st")}
@@ -72,7 +78,17 @@ def examine(source: ASTSource, options: dict[str, int]) -> dict[str, Any]:
     return {"warps": options["num_warps"], "registers": int(re.search(r"Used (\d+) registers", done.stderr).group(1)),
             "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)), "shared": compiled.metadata.shared,
             "loads_128": sum(b >= 128 for b in accesses["ld"]), "stores_128": sum(b >= 128 for b in accesses["st"]),
-            "loads": len(accesses["ld"]), "stores": len(accesses["st"])}
+            "loads": len(accesses["ld"]), "stores": len(accesses["st"]),
+            "narrow_vectors": sum(b < 128 for kind in ("ld", "st") for b in (_bits(m) for m in re.findall(rf"{kind}\.global(\.v[^ ]+)", ptx))),
+            "wide_offsets": _wide_offsets(ptx)}
+
+
+def _wide_offsets(ptx: str) -> bool:
+    """Whether the program's number meets a stride in 64 bits, and never in 32."""
+    row = re.search(r"mov\.u32\s+(%r\d+), %ctaid\.x", ptx).group(1)
+    wide = re.findall(rf"cvt\.u64\.u32\s+(%rd\d+), {row};", ptx)
+    product = wide and re.search(rf"mul\.lo\.s64\s+%rd\d+, (%rd\d+, {wide[0]}|{wide[0]}, %rd\d+);", ptx)
+    return bool(product) and not re.search(rf"(mul|mad)\.lo\.[su]32\s+%r\d+, (%r\d+, )?{row}[,;]", ptx)
 
 
 def _bits(modifiers: str) -> int:
@@ -89,7 +105,7 @@ def _ptxas() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench.compiled", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench.compile_report", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     found = {name: examine(*variant) for name, variant in variants().items()}

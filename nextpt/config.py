@@ -159,7 +159,7 @@ class TrainSection(Section):
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     compile: bool = Field(False, description="torch.compile each block")
     loss_gradient: Literal["precise", "small"] = Field(
-        "precise", description="how chunks of the output matrix's bf16 gradient are summed: fp32, or 4 chunks in bf16 for less memory"
+        "precise", description="the output matrix's bf16 gradient: in one chunk or fp32 sums; or in 8 and more with fp16 sums, for less memory"
     )
     loss_logits_fp32: bool = Field(False, description="bf16 on a GPU: logits in fp32, for twice the workspace; so they are on a CPU")
     loss_workspace_mib: int | None = Field(

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.cross_entropy.rows_triton import block_size, compiler_options, row_kernel
-from kernels.cross_entropy.scale_triton import scale_kernel
+from kernels.cross_entropy.scale_triton import BLOCK, scale_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -60,7 +60,9 @@ def variants() -> dict[str, tuple[ASTSource, dict[str, int]]]:
         found[f"rows {name}, gradient only"] = row_variant(logits, bf16, describe=False)
     found["rows fp32, statistics only"] = row_variant(fp32, fp32, grad=False)
     found["rows fp32, statistics only, bias, soft cap"] = row_variant(fp32, fp32, grad=False, bias=True, cap=True)
-    found["scale bf16"] = (_source(scale_kernel, {"values": "*bf16", "count": "i64"}, {"BLOCK": 4096}, {"values", "count"}), {"num_warps": 4, "enable_fp_fusion": True})
+    for name, values, always in (("scale bf16", "*bf16", False), ("scale fp16 -> bf16", "*fp16", True)):
+        kinds, constants = {"values": values, "out": "*bf16", "count": "i64"}, {"BLOCK": BLOCK, "ALWAYS": always}
+        found[name] = _source(scale_kernel, kinds, constants, {"values", "out", "count"}), {"num_warps": 4, "enable_fp_fusion": True}
     return found
 
 

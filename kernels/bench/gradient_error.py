@@ -14,16 +14,25 @@ import torch
 from torch import Tensor
 
 from kernels.bench.machine import describe_machine
+from kernels.cross_entropy.chunking import Sums
 from kernels.cross_entropy.fused import Problem, run
 from kernels.cross_entropy.ops import scalar_coefficients
 
 
-def inputs(tokens: int, width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """bf16 hidden and weight whose logits have a standard deviation of 1.4; every target occurs."""
+def inputs(tokens: int, width: int, vocabulary: int, realistic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """bf16 hidden and weight whose logits have a standard deviation of 1.4, and targets.
+
+    realistic: hidden states share a mean and targets follow Zipf's law, as in text; independent and uniform otherwise,
+    where sums of gradients grow like a random walk.
+    """
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, width, generator=generator).bfloat16()
-    weight = (torch.randn(vocabulary, width, generator=generator) * 1.4 / width**0.5).bfloat16()
-    return hidden, weight, torch.randint(0, vocabulary, (tokens, 1), generator=generator)
+    hidden = torch.randn(tokens, width, generator=generator)
+    targets = torch.randint(0, vocabulary, (tokens, 1), generator=generator)
+    if realistic:
+        hidden = (hidden + torch.randn(width, generator=generator)) / 2**0.5
+        targets = torch.multinomial(1 / torch.arange(1, vocabulary + 1).double(), tokens, True, generator=generator).unsqueeze(1)
+    weight = torch.randn(vocabulary, width, generator=generator) * 1.4 / width**0.5
+    return hidden.bfloat16(), weight.bfloat16(), targets
 
 
 def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -32,35 +41,39 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return g.T @ hidden.double()
 
 
-def error(hidden: Tensor, weight: Tensor, targets: Tensor, expected: Tensor, chunks: int, accumulator: bool) -> float:
-    """Relative error of our matrix gradient, summed over `chunks` in fp32 (accumulator) or in bf16."""
+def error(hidden: Tensor, weight: Tensor, targets: Tensor, expected: Tensor, chunks: int, sums: Sums) -> float:
+    """Relative error of our matrix gradient, summed over `chunks`; "result": in bf16, which no mode does."""
     rows = -(-hidden.shape[0] // chunks)
-    p = Problem(hidden, weight, None, targets, None, rows, accumulator, False, "torch")
+    p = Problem(hidden, weight, None, targets, None, rows, sums, False, "torch")
     _, gradients = run(p, (False, True, False), scalar_coefficients(torch.ones(targets.shape), 0.0, 0.0, weight.shape[0]))
     return float((gradients.weight.double() - expected).norm() / expected.norm())
 
 
 def table(tokens: int, width: int, vocabulary: int, counts: list[int]) -> dict[str, dict[str, float]]:
-    """{mode: {chunks: error}}."""
-    case = inputs(tokens, width, vocabulary)
-    expected = exact(*case)
-    return {mode: {str(k): error(*case, expected, k, wide) for k in counts} for mode, wide in (("bf16", False), ("fp32", True))}
+    """{inputs, sums: {chunks: error}}."""
+    found = {}
+    for name, realistic in (("independent", False), ("like text", True)):
+        case = inputs(tokens, width, vocabulary, realistic)
+        expected = exact(*case)
+        for label, sums in (("bf16", "result"), ("fp16", "fp16"), ("fp32", "fp32")):
+            found[f"{name}, {label}"] = {str(k): error(*case, expected, k, sums) for k in counts}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench.gradient_error", description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args()
     counts = [1, 2, 4, 8, 16, 32, 64]
     found = table(arguments.tokens, arguments.width, arguments.vocabulary, counts)
     machine = describe_machine("cpu")
     print(f"{', '.join(f'{k} {v}' for k, v in machine.items())}; {arguments.tokens} x {arguments.width} x {arguments.vocabulary}\n")
-    print("| chunks | summed in bf16 | summed in fp32 |\n|---|---|---|")
+    print(f"| chunks | {' | '.join(found)} |\n|{'---|' * (len(found) + 1)}")
     for k in map(str, counts):
-        print(f"| {k} | {found['bf16'][k]:.4f} | {found['fp32'][k]:.4f} |")
+        print(f"| {k} | {' | '.join(f'{errors[k]:.4f}' for errors in found.values())} |")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"machine": machine, "errors": found}, indent=1) + "\n")

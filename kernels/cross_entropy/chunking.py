@@ -1,12 +1,12 @@
 """How many tokens have their logits at once: a function of shapes and a stated budget alone.
 
 Workspace is what exists beside the inputs and the gradients that are returned: one slab of logits, which is turned
-into its own gradient in place, and in 16 bits with several chunks an fp32 accumulator of the matrix gradient. Free
-memory is never asked: the number of chunks changes the last bits, so it must be the same on every rank and after a
-restart.
+into its own gradient in place, and what sums the matrix gradient over several chunks. Free memory is never asked: the
+number of chunks changes the last bits, so it must be the same on every rank and after a restart.
 
-Relative error of a bf16 matrix gradient against fp64 by what sums the chunks (docs/kernels.md has the measured table):
-one chunk, or an fp32 accumulator: 0.0017 at any count. The bf16 result itself: 0.0022 at 4 chunks, 0.0059 at 32.
+A 16-bit matrix gradient is rounded once in any case. Added up in bf16 it would be rounded once more per chunk (0.0027
+of its norm at 4 chunks, 0.0070 at 32, where one rounding is 0.0017); fp16 sums add 2 % to that error at 8 chunks and
+12 % at 32, fp32 sums nothing (python -m kernels.bench.gradient_error; docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Gradient = Literal["precise", "small"]
+Sums = Literal["result", "fp16", "fp32"]  # in the result itself, in its memory as fp16, in a matrix of their own
 MIB = 2**20
 # CPU: 256 MiB of logits keep the matrix products at full speed; a laptop has little more to spare.
 DEFAULT_BUDGET = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
 ALIGNMENT = 64  # elements: rows of logits start at multiples of 128 bytes, so that vector loads fit any vocabulary
 ROW_MULTIPLE = 128  # rows of a chunk, for the tiles of the matrix products
-SMALL_CHUNKS = 4  # most chunks that are summed in 16 bits
-SMALL_ROWS = 1024  # the small mode does not go below this: thinner products waste the tensor cores
+SMALL_CHUNKS = 8  # that the small mode takes unless the budget asks for more
+SMALL_ROWS = 1024  # tokens in them: thinner products waste the tensor cores
+MOST_SMALL_CHUNKS = 32  # fp16 sums: an error of 0.0020
 
 
 class BudgetError(ValueError):
@@ -30,12 +32,12 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Chunking:
-    """rows: tokens per chunk, the last may have fewer. accumulator: whether chunks are summed in an fp32 matrix of
-    their own. workspace: bytes beside inputs and returned gradients at the highest point."""
+    """rows: tokens per chunk, the last may have fewer. sums: how the chunks of the matrix gradient are added up.
+    workspace: bytes beside inputs and returned gradients at the highest point."""
 
     rows: int
     chunks: int
-    accumulator: bool
+    sums: Sums
     workspace: int
 
 
@@ -44,44 +46,61 @@ def padded(vocabulary: int) -> int:
     return -(-vocabulary // ALIGNMENT) * ALIGNMENT
 
 
+def given_chunks(tokens: int, rows: int, gradient_bytes: int | None, mode: Gradient) -> Chunking:
+    """Chunks of a size that somebody chose; the workspace is theirs to know."""
+    chunks = _count(tokens, rows)
+    single = gradient_bytes != 2 or chunks == 1
+    return Chunking(rows, chunks, "result" if single else "fp16" if mode == "small" else "fp32", 0)
+
+
 def plan_chunks(tokens: int, width: int, vocabulary: int, *, logits_bytes: int, gradient_bytes: int | None,
                 budget: int, mode: Gradient = "precise") -> Chunking:
     """Choose the chunks for N tokens, D width, V vocabulary.
 
     logits_bytes: of one logit in the slab. gradient_bytes: of one element of the matrix gradient that is returned,
-    None when there is none. budget: bytes of workspace. mode: "precise" takes one chunk if that fits, else an fp32
-    accumulator and the largest chunks that fit; "small" takes 4 chunks of at least 1024 tokens and sums them in the
-    result, and does as "precise" where these do not fit. 4-byte results are accumulators themselves.
+    None when there is none. budget: bytes of workspace. mode: "precise" takes one chunk if that fits, else fp32 sums
+    and the largest chunks that fit; "small" takes 8 chunks of at least 1024 tokens, or as many more as the budget asks
+    for, and fp16 sums, which need no memory. 4-byte results are sums themselves.
 
     Raises BudgetError when nothing fits.
     """
     row = padded(vocabulary) * logits_bytes
     if gradient_bytes is None or gradient_bytes >= 4:
         return _largest(tokens, row, 0, 0, budget)
-    if mode == "small":
-        count = min(SMALL_CHUNKS, max(tokens // SMALL_ROWS, 1))
-        rows = _even(tokens, count)
-        if rows * row <= budget:
-            return Chunking(rows, _count(tokens, rows), False, rows * row)
+    if mode == "small" and (plan := _small(tokens, row + 2 * width, budget)):
+        return plan
     if tokens * row <= budget:
-        return Chunking(max(tokens, 1), 1, False, tokens * row)
-    wide = 4 * vocabulary * width
+        return Chunking(max(tokens, 1), 1, "result", tokens * row)
     # The result comes to be when the slab is gone, so the slab may lie where the result will.
-    return _largest(tokens, row, wide, gradient_bytes * vocabulary * width, budget)
+    return _largest(tokens, row, 4 * vocabulary * width, gradient_bytes * vocabulary * width, budget)
 
 
-def _largest(tokens: int, row: int, accumulator: int, result: int, budget: int) -> Chunking:
+def _small(tokens: int, row: int, budget: int) -> Chunking | None:
+    """row: bytes of logits and of the fp16 image of the hidden state of one token."""
+    count = max(min(SMALL_CHUNKS, tokens // SMALL_ROWS), _count(tokens, budget // row) if row <= budget else MOST_SMALL_CHUNKS, 1)
+    rows = _even(tokens, count)
+    while rows > ROW_MULTIPLE and rows * row > budget:  # rounding up to the multiple went over
+        rows -= ROW_MULTIPLE
+    count = _count(tokens, rows)
+    if rows * row > budget or count > MOST_SMALL_CHUNKS:
+        return None
+    return Chunking(rows, count, "fp16" if count > 1 else "result", min(rows, tokens) * row)
+
+
+def _largest(tokens: int, row: int, sums: int, result: int, budget: int) -> Chunking:
+    """sums, result: bytes of an fp32 matrix and of the 16-bit one that it becomes; 0 where there is none."""
     least = max(min(tokens, ROW_MULTIPLE), 1)
-    room = budget - accumulator + min(result, accumulator)
-    if budget < accumulator or room < least * row:
-        need = max(accumulator, accumulator - min(result, accumulator) + least * row)
-        hint = "" if not accumulator else f", of which {_mib(accumulator)} MiB are the fp32 accumulator"
+    room = budget - sums + min(result, sums)
+    if budget < sums or room < least * row:
+        need = max(sums, sums - min(result, sums) + least * row)
+        hint = "" if not sums else f", of which {_mib(sums)} MiB are the fp32 sums of the matrix gradient"
         raise BudgetError(f"a workspace of {_mib(budget)} MiB is too small for the loss: {least} tokens at once take "
                           f"{_mib(need)} MiB{hint}; give at least that, or shorter micro-batches")
     rows = _even(tokens, _count(tokens, room // row))
     while rows > least and rows * row > room:  # rounding up to the multiple went over
         rows -= min(ROW_MULTIPLE, rows - least)
-    return Chunking(rows, _count(tokens, rows), accumulator > 0, max(accumulator, accumulator - min(result, accumulator) + rows * row))
+    workspace = max(sums, sums - min(result, sums) + min(rows, tokens) * row)
+    return Chunking(rows, _count(tokens, rows), "fp32" if sums else "result", workspace)
 
 
 def _even(tokens: int, count: int) -> int:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import rows as rows_torch
-from kernels.cross_entropy.chunking import padded
+from kernels.cross_entropy.chunking import Sums, padded
+from kernels.cross_entropy.half_sums import HalfSums
 from kernels.cross_entropy.products import hidden_gradient_into, logits_into, weight_gradient_into
 from kernels.cross_entropy.rows import Coefficients, Statistics
 
@@ -20,8 +21,8 @@ from kernels.cross_entropy.rows import Coefficients, Statistics
 class Problem(NamedTuple):
     """hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N, K] with -1 for none.
 
-    softcap: None or the cap. rows: tokens per chunk. accumulator: whether the chunks of the matrix gradient are summed
-    in fp32 beside it. wide: fp32 logits for 16-bit inputs. kernel: "torch" or "triton".
+    softcap: None or the cap. rows: tokens per chunk. sums: how chunks of the matrix gradient are summed, see
+    chunking.Sums. wide: fp32 logits for 16-bit inputs. kernel: "torch" or "triton".
     """
 
     hidden: Tensor
@@ -30,7 +31,7 @@ class Problem(NamedTuple):
     targets: Tensor
     softcap: float | None
     rows: int
-    accumulator: bool
+    sums: Sums
     wide: bool
     kernel: str
 
@@ -53,7 +54,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, p: Problem, needs: tuple[bool, bool, bool]) -> Gradients:
-        wide = p.accumulator or p.gradient_dtype() == torch.float32
+        wide = p.sums == "fp32" or p.gradient_dtype() == torch.float32
         return cls(
             torch.empty_like(p.hidden, memory_format=torch.contiguous_format) if needs[0] else None,
             torch.empty(p.weight.shape, dtype=p.dtype if wide else p.weight.dtype, device=p.weight.device) if needs[1] else None,
@@ -76,6 +77,7 @@ def run(p: Problem, needs: tuple[bool, bool, bool], coefficients: Coefficients |
     if p.hidden.shape[0] == 0:
         return statistics, Gradients(*(None if g is None else g.zero_() for g in gradients))
     slab = Slab(p, any(needs))
+    halves = HalfSums(gradients.weight, p.hidden, coefficients, p.kernel) if needs[1] and p.sums == "fp16" else None
     for first in range(0, p.hidden.shape[0], p.rows):
         part = slice(first, first + p.rows)
         x = p.hidden[part]
@@ -91,12 +93,16 @@ def run(p: Problem, needs: tuple[bool, bool, bool], coefficients: Coefficients |
             continue
         if gradients.hidden is not None:
             hidden_gradient_into(gradients.hidden[part], g, p.weight)
-        if gradients.weight is not None:
-            weight_gradient_into(gradients.weight, g, x, first == 0)
         if gradients.bias is not None:
             gradients.bias.add_(g.sum(0, dtype=p.dtype))
+        if halves is not None:  # last: it writes over g
+            halves.add(g, x, first == 0)
+        elif gradients.weight is not None:
+            weight_gradient_into(gradients.weight, g, x, first == 0)
     del slab, logits, g  # the narrow result takes their place
-    if gradients.weight is not None and gradients.weight.dtype != p.gradient_dtype():
+    if halves is not None:
+        halves.finish()
+    elif gradients.weight is not None and gradients.weight.dtype != p.gradient_dtype():
         gradients = gradients._replace(weight=gradients.weight.to(p.gradient_dtype()))
     return statistics, gradients
 

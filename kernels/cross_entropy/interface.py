@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.choice import Implementation, choose
 from kernels.cross_entropy import ops, reference
-from kernels.cross_entropy.chunking import DEFAULT_BUDGET, Chunking, Gradient, plan_chunks
+from kernels.cross_entropy.chunking import DEFAULT_BUDGET, Chunking, Gradient, given_chunks, plan_chunks
 from kernels.cross_entropy.rows import Statistics, check_targets, mark_absent
 
 
@@ -73,7 +73,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, tok
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     wide = wide_logits(hidden, chosen.name, logits_dtype, any(needs))
     plan = chunking(hidden, weight.shape[0], needs[1], wide, gradient, workspace_bytes, chunk_tokens)
-    options = (float(softcap or 0.0), plan.rows, plan.accumulator, wide, chosen.name, needs)
+    options = (float(softcap or 0.0), plan.rows, plan.sums, wide, chosen.name, needs)
     if reduction == "none":
         nats, lse, total, hits, peak, log_sum = ops.token_statistics(hidden, weight, bias, targets, *options)
         return _from_statistics(Statistics(nats, peak, log_sum, total, hits), lse, scale, z_loss, label_smoothing, "none",
@@ -113,8 +113,7 @@ def chunking(hidden: Tensor, vocabulary: int, needs_weight: bool, wide: bool, gr
     tokens, element = hidden.shape[0], hidden.element_size()
     result = None if not needs_weight else 4 if hidden.dtype == torch.float16 else element
     if chunk_tokens is not None:
-        chunks = max(-(-tokens // chunk_tokens), 1)
-        return Chunking(chunk_tokens, chunks, gradient == "precise" and chunks > 1 and result == 2, 0)
+        return given_chunks(tokens, chunk_tokens, result, gradient)
     return plan_chunks(tokens, hidden.shape[1], vocabulary, logits_bytes=4 if wide else element, gradient_bytes=result,
                        budget=workspace_bytes or DEFAULT_BUDGET.get(hidden.device.type, DEFAULT_BUDGET["cpu"]), mode=gradient)
 

@@ -13,16 +13,17 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.cross_entropy import fused
 from kernels.cross_entropy.fused import Problem
+from kernels.cross_entropy.half_sums import power_of_two_over
 from kernels.cross_entropy.rows import Coefficients, Statistics, check_targets
 
 _NO_CAP = 0.0
 
 
 def _problem(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, rows: int,
-             accumulator: bool, wide: bool, kernel: str) -> Problem:
+             sums: str, wide: bool, kernel: str) -> Problem:
     if targets.device.type == "cpu":  # on a GPU the host would wait; there the nats of such a target are nan
         check_targets(targets, weight.shape[0])
-    return Problem(hidden, weight, bias, targets, None if softcap == _NO_CAP else softcap, rows, accumulator, wide, kernel)
+    return Problem(hidden, weight, bias, targets, None if softcap == _NO_CAP else softcap, rows, sums, wide, kernel)
 
 
 def _filled(gradients: fused.Gradients, like: Tensor) -> list[Tensor]:
@@ -32,18 +33,17 @@ def _filled(gradients: fused.Gradients, like: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("nextpt::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, z_loss: float,
-                         smoothing: float, softcap: float, rows: int, accumulator: bool, wide: bool, kernel: str,
+                         smoothing: float, softcap: float, rows: int, sums: str, wide: bool, kernel: str,
                          needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, z_loss, nats [N, K], lse [N], hits [N, K], unit, dX, dW, db).
 
     scale [N, K]: token weight / normalizer, 0 where there is no target. needs: which of dX, dW, db are made. They are of `unit` x loss: 1 but in
     fp16, where weights divided by the number of tokens would vanish.
     """
-    p = _problem(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel)
+    p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
     unit = torch.ones((), dtype=p.dtype, device=hidden.device)
-    if hidden.dtype == torch.float16:  # a power of two that brings the largest weight to [0.5, 1]
-        most = scale.abs().max() if scale.numel() else unit
-        unit = torch.where(most > 0, torch.exp2(-torch.ceil(torch.log2(most))), unit)
+    if hidden.dtype == torch.float16:  # a power of two that brings the largest weight to [0.5, 1)
+        unit = power_of_two_over(scale.abs().max()) if scale.numel() else unit
     coefficients = scalar_coefficients(scale * unit, z_loss, smoothing, weight.shape[0]) if any(needs) else None
     statistics, gradients = fused.run(p, tuple(needs), coefficients, total=smoothing > 0)
     lse = statistics.peak + statistics.log_sum
@@ -64,10 +64,10 @@ def scalar_coefficients(scale: Tensor, z_loss: float, smoothing: float, vocabula
 
 
 @linear_cross_entropy.register_fake
-def _(hidden, weight, bias, targets, scale, z_loss, smoothing, softcap, rows, accumulator, wide, kernel, needs):  # noqa: ANN001, ANN202
+def _(hidden, weight, bias, targets, scale, z_loss, smoothing, softcap, rows, sums, wide, kernel, needs):  # noqa: ANN001, ANN202
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     scalar, per_target = hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype)
-    p = Problem(hidden, weight, bias, targets, None, rows, accumulator, wide, kernel)
+    p = Problem(hidden, weight, bias, targets, None, rows, sums, wide, kernel)
     shapes = ((hidden.shape, hidden.dtype), (weight.shape, p.gradient_dtype()), (weight.shape[:1], dtype))
     made = [hidden.new_empty(s, dtype=d) if need else hidden.new_empty(0) for need, (s, d) in zip(needs, shapes, strict=True)]
     return (scalar, torch.empty_like(scalar), per_target, hidden.new_empty(targets.shape[:1], dtype=dtype),
@@ -127,16 +127,16 @@ def _(gradient, factor):  # noqa: ANN001, ANN202
 
 @torch.library.custom_op("nextpt::token_statistics", mutates_args=())
 def token_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, rows: int,
-                     accumulator: bool, wide: bool, kernel: str,
+                     sums: str, wide: bool, kernel: str,
                      needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(nats [N, K], lse [N], total [N]: sum of logits, hits [N, K], peak [N], log_sum [N]); the first three are differentiable."""
-    p = _problem(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel)
+    p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
     s, _ = fused.run(p, (False, False, False), None, total=True)
     return s.nats, s.peak + s.log_sum, s.total, s.hits, s.peak, s.log_sum
 
 
 @token_statistics.register_fake
-def _(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel, needs):  # noqa: ANN001, ANN202
+def _(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel, needs):  # noqa: ANN001, ANN202
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     nats, row = hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(targets.shape[:1], dtype=dtype)
     return nats, row, torch.empty_like(row), torch.empty_like(nats, dtype=torch.bool), torch.empty_like(row), torch.empty_like(row)
@@ -144,16 +144,15 @@ def _(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel, n
 
 @torch.library.custom_op("nextpt::token_statistics_backward", mutates_args=())
 def token_statistics_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, rows: int,
-                              accumulator: bool, wide: bool, kernel: str, needs: list[bool], nats: Tensor, peak: Tensor,
+                              sums: str, wide: bool, kernel: str, needs: list[bool], nats: Tensor, peak: Tensor,
                               log_sum: Tensor, d_nats: Tensor, d_lse: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) in the dtypes of the inputs, from the gradients of nats [N, K], lse [N] and total [N]."""
-    p = _problem(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel)
+    p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
     unused = torch.empty_like(targets, dtype=torch.bool)
     statistics = Statistics(nats, peak, log_sum, None, unused)
     unit = torch.ones((), dtype=p.dtype, device=hidden.device)
     if hidden.dtype == torch.float16:
-        most = torch.stack([t.abs().max() for t in (d_nats, d_lse, d_total)]).max() if d_lse.numel() else unit
-        unit = torch.where(most > 0, torch.exp2(-torch.ceil(torch.log2(most))), unit)
+        unit = power_of_two_over(torch.stack([t.abs().max() for t in (d_nats, d_lse, d_total)]).max()) if d_lse.numel() else unit
     wanted = Coefficients(torch.where(targets >= 0, d_nats * unit, 0.0), d_lse * unit, None, d_total * unit)
     made = _filled(fused.run(p, tuple(needs), wanted, statistics)[1], hidden)
     inputs = (hidden, weight, hidden if bias is None else bias)
@@ -161,7 +160,7 @@ def token_statistics_backward(hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 @token_statistics_backward.register_fake
-def _(hidden, weight, bias, targets, softcap, rows, accumulator, wide, kernel, needs, *_):  # noqa: ANN001, ANN202
+def _(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel, needs, *_):  # noqa: ANN001, ANN202
     inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0) for n, t in zip(needs, inputs, strict=True))
 

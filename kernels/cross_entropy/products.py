@@ -57,6 +57,20 @@ def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None
         torch.addmm(out, g.T, x, out_dtype=out.dtype, out=out)
 
 
+def half_product_into(out: Tensor, g: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], alpha: float, first: bool) -> None:
+    """fp16 out [V, D] = alpha (g scales[0])^T (x scales[1]) if first, else out += that. bf16 g is written over on a GPU."""
+    if _narrow_on_cpu(x):
+        wide = x.float() * (scales[0] * scales[1] * alpha)
+        for part in _blocks(out):
+            product = g[:, part].T.float() @ wide
+            out[part] = product if first else product.add_(out[part])
+        return
+    g_half, x_half = g.view(torch.float16), torch.empty_like(x, dtype=torch.float16)
+    torch.mul(g, scales[0], out=g_half)  # in its own memory: an element is read and written by one thread
+    torch.mul(x, scales[1], out=x_half)
+    torch.addmm(out, g_half.T, x_half, beta=0 if first else 1, alpha=alpha, out=out)
+
+
 def _narrow_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.element_size() < 4
 

@@ -1,4 +1,4 @@
-"""Multiplying a large tensor by a scalar that the host does not know and that is nearly always 1."""
+"""Multiplying a large tensor in place by a scalar that the host does not know."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ BLOCK = 4096
 
 
 @triton.jit
-def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
+def scale_kernel(values, out, factor, count, BLOCK: tl.constexpr, ALWAYS: tl.constexpr):
     f = tl.load(factor).to(tl.float32)
-    if f != 1.0:  # otherwise nothing is read: a gigabyte of gradient costs a launch
+    if ALWAYS or f != 1.0:  # otherwise nothing is read: a gigabyte of gradient costs a launch
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count
         v = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(values + at, (v * f).to(values.dtype.element_ty), mask=inside)
+        tl.store(out + at, (v * f).to(out.dtype.element_ty), mask=inside)
 
 
-def scale(values: Tensor, factor: Tensor) -> None:
-    """values *= factor in place; values contiguous, factor a scalar on the same device."""
+def scale(values: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
+    """out = values * factor; values contiguous, factor a scalar on the same device.
+
+    out: values itself unless given, or a view of its bytes as another type of the same width.
+    """
     if values.dtype == torch.float64:
         values.mul_(factor)
     elif values.numel():
-        scale_kernel[(triton.cdiv(values.numel(), BLOCK),)](values, factor, values.numel(), BLOCK=BLOCK, enable_fp_fusion=True)
+        grid = (triton.cdiv(values.numel(), BLOCK),)
+        target = values if out is None else out
+        scale_kernel[grid](values, target, factor, values.numel(), BLOCK=BLOCK, ALWAYS=out is not None, enable_fp_fusion=True)

@@ -69,7 +69,7 @@ class _Loss(torch.autograd.Function):
         mine = slice_of(vocabulary, rank, ranks)
         local = torch.where((targets >= mine.start) & (targets < mine.stop), targets - mine.start, NO_TARGET)
         owner = torch.where(targets >= 0, targets // len(slice_of(vocabulary, 0, ranks)), NO_TARGET)
-        p = Problem(hidden, weight, bias, local, softcap, plan.rows, plan.accumulator, wide, kernel)
+        p = Problem(hidden, weight, bias, local, softcap, plan.rows, plan.sums, wide, kernel)
         needs = tuple(ctx.needs_input_grad[:3])
 
         def combine(part: slice, here: Statistics) -> None:

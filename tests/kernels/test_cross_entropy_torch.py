@@ -26,7 +26,7 @@ def operands(kernel: str, needs: tuple[bool, bool, bool], bias: bool) -> tuple:
     case = make_case(7, 5, 70, targets=2, bias=bias)
     sides = [t if t is None or need else t.detach() for t, need in zip(case[:3], needs, strict=True)]
     targets = torch.where(case.targets == -100, -1, case.targets)
-    return (*sides, targets), case.token_weights * (targets >= 0), (3, False, False, kernel, list(needs))
+    return (*sides, targets), case.token_weights * (targets >= 0), (3, "result", False, kernel, list(needs))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, False)])
@@ -205,6 +205,15 @@ def test_a_target_outside_the_vocabulary_is_nan_in_the_kernel() -> None:
     found = Statistics.empty(4, 1, torch.float32, torch.device("cpu"), False)
     rows_triton.work(torch.zeros(4, 64)[:, :9], None, None, targets, None, found, None, False)
     assert found.nats[0].isfinite() and found.nats[1].isnan() and found.nats[2].isnan() and found.nats[3] == 0
+
+
+def test_scaling_kernel_changes_the_type_in_place() -> None:
+    from kernels.cross_entropy.scale_triton import scale
+
+    values = torch.tensor([1.0, -3.0, 0.5] * 2000, dtype=torch.float32)
+    out = values.view(torch.int32)
+    scale(values, torch.tensor(4.0), out)
+    assert torch.equal(out, torch.tensor([4, -12, 2] * 2000, dtype=torch.int32))
 
 
 def test_scaling_by_one_touches_nothing() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from kernels.attention import PackedDocuments, attention
 from kernels.attention.interface import IMPLEMENTATIONS as ATTENTION
+from kernels.bench.cross_entropy import error, exact_slices, inputs
 from kernels.bench.machine import measure_peak
 from kernels.causality import check_attention
 from kernels.cross_entropy import linear_cross_entropy
@@ -60,6 +61,14 @@ def test_loss_stays_within_its_budget(mode: str, budget: int, logits_dtype: torc
     hidden.grad = weight.grad = None
     peak = measure_peak("cuda", step)
     assert peak <= plan.workspace + 2 * d * (n + v) + 8 * MIB, f"{peak / MIB:.0f} MiB at {plan}"
+
+
+@pytest.mark.parametrize(("mode", "bound"), [("precise", 0.0018), ("small", 0.0022)])
+def test_loss_keeps_the_error_of_its_mode(mode: str, bound: float) -> None:
+    """Both with several chunks: fp32 sums, and fp16 sums."""
+    hidden, weight, targets = inputs(8192, 1024, 50304, "cuda", torch.bfloat16)
+    linear_cross_entropy(hidden, weight, targets, gradient=mode, chunk_tokens=1024).loss.backward()
+    assert error(weight.grad, exact_slices(hidden, weight, targets)[1]) <= bound
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.choice import Implementation, choose
 from kernels.cross_entropy import ops, reference
 from kernels.cross_entropy.chunking import DEFAULT_BUDGET, Chunking, Gradient, given_chunks, plan_chunks
+from kernels.cross_entropy.products import multiplies
 from kernels.cross_entropy.rows import Statistics, check_targets, mark_absent
 
 
@@ -52,7 +53,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, tok
     gradient: "precise" or "small", how the matrix gradient of 16-bit inputs is summed over chunks; workspace_bytes: what
     may exist beside inputs and gradients, 2 GiB on a GPU and 256 MiB on a CPU unless given; chunking.plan_chunks says
     what follows. chunk_tokens: tokens per chunk instead. logits_dtype: torch.float32 keeps logits of 16-bit inputs wide;
-    so it is on a CPU and wherever no gradient is needed.
+    so it is wherever no gradient is needed, and on a CPU without units for the dtype.
 
     Loss and nats are fp32 (fp64 for fp64). Backward once: the gradients are given out, not copied.
 
@@ -96,10 +97,10 @@ def prepare(hidden: Tensor, targets: Tensor, token_weights: Tensor | None, norma
 
 
 def wide_logits(hidden: Tensor, kernel: str, wanted: torch.dtype | None, training: bool) -> bool:
-    """Whether logits are kept wider than the inputs: on demand, without gradients, and where the CPU multiplies in fp32."""
+    """Whether logits are kept wider than the inputs: on demand, without gradients, and where products are fp32 anyway."""
     if hidden.element_size() >= 4:
         return False
-    return wanted == torch.float32 or not training or (kernel == "torch" and not hidden.is_cuda)
+    return wanted == torch.float32 or not training or (kernel == "torch" and not multiplies(hidden))
 
 
 def chunking(hidden: Tensor, vocabulary: int, needs_weight: bool, wide: bool, gradient: Gradient,

@@ -1,12 +1,14 @@
 """The three matrix products of a chunk, written where the result belongs.
 
-CPUs without bf16 units multiply 16-bit matrices up to 300 times slower than fp32 ones (docs/kernels.md), so there
-16-bit operands are widened in blocks of the vocabulary: the copy stays small, the sums are fp32.
+CPUs without units for them multiply 16-bit matrices up to 300 times slower than fp32 ones (docs/kernels.md), so there
+16-bit operands are widened in blocks of the vocabulary: the copy stays small, the sums are fp32. So it is, too, where a
+CPU would round what is to be summed in more than 16 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ BLOCK = 4096  # vocabulary entries widened at once
 
 def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out [n, V] = x weight^T. out has the dtype of x or fp32."""
-    if out.dtype == x.dtype and not _narrow_on_cpu(x):
+    if out.dtype == x.dtype and multiplies(x):
         torch.mm(x, weight.T, out=out)
     elif x.is_cuda:
         torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
@@ -30,8 +32,8 @@ def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
-    """out [n, D] = g weight."""
-    if not _narrow_on_cpu(weight):
+    """out [n, D] = g weight. g has the dtype of weight or, on a CPU, fp32."""
+    if g.dtype == weight.dtype and multiplies(weight):
         torch.mm(g, weight, out=out)
         return
     wide = torch.zeros(out.shape, dtype=torch.float32)
@@ -41,8 +43,8 @@ def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
 
 
 def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
-    """out [V, D] = g^T x if first, else out += g^T x. out has the dtype of x or fp32; one rounding per call."""
-    if _narrow_on_cpu(x):
+    """out [V, D] = g^T x if first, else out += g^T x. out has the dtype of x or fp32, g too; one rounding per call."""
+    if not x.is_cuda and not (g.dtype == out.dtype == x.dtype and multiplies(x)):
         wide = x.float()
         for part in _blocks(out):
             product = g[:, part].T.float() @ wide
@@ -59,7 +61,7 @@ def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None
 
 def half_product_into(out: Tensor, g: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], alpha: float, first: bool) -> None:
     """fp16 out [V, D] = alpha (g scales[0])^T (x scales[1]) if first, else out += that. bf16 g is written over on a GPU."""
-    if _narrow_on_cpu(x):
+    if not x.is_cuda:
         wide = x.float() * (scales[0] * scales[1] * alpha)
         for part in _blocks(out):
             product = g[:, part].T.float() @ wide
@@ -71,8 +73,15 @@ def half_product_into(out: Tensor, g: Tensor, x: Tensor, scales: tuple[Tensor, T
     torch.addmm(out, g_half.T, x_half, beta=0 if first else 1, alpha=alpha, out=out)
 
 
-def _narrow_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.element_size() < 4
+def multiplies(x: Tensor) -> bool:
+    """Whether the device multiplies matrices of this dtype at speed."""
+    return x.is_cuda or x.element_size() >= 4 or (x.dtype == torch.bfloat16 and _has_bf16_units())
+
+
+@cache
+def _has_bf16_units() -> bool:
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:

@@ -77,13 +77,14 @@ def define(case: Case, *, z_loss: float = 0.0, softcap: float | None = None, lab
 
 
 def assert_as_exact(found: Tensor, exact: Tensor, plain: Tensor, factor: float, dtype: torch.dtype, what: str) -> None:
-    """The largest error is at most `factor` times that of torch in the same dtype, plus one rounding of the largest value.
+    """The largest error is at most `factor` times that of torch in the same dtype, plus two roundings of the largest value.
 
-    QuACK's rule (its tests/test_linear_cross_entropy.py), with an absolute term that follows the values.
+    QuACK's rule (its tests/test_linear_cross_entropy.py), with an absolute term that follows the values: where there are few
+    of them, torch's error may be 0 by luck.
     """
     assert found.shape == exact.shape, what
     if not exact.numel():
         return
     own, theirs = ((x.detach().double() - exact).abs().max().item() for x in (found, plain))
-    bound = factor * theirs + torch.finfo(dtype).eps * exact.abs().max().item()
+    bound = factor * theirs + 2 * torch.finfo(dtype).eps * exact.abs().max().item()
     assert own <= bound, f"{what}: error {own:.3g} above {bound:.3g}; torch's is {theirs:.3g}"

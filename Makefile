@@ -46,8 +46,7 @@ gpu-check:
 	@python3 -m pytest -q -m gpu tests/kernels
 
 bench: setup
-	@found=$$(ls kernels/bench/*.py bench/*.py 2>/dev/null); [ -n "$$found" ] || echo "no benchmarks yet"; \
-	  for b in $$found; do $(BIN)/python $$b || exit 1; done
+	@for b in cross_entropy gradient_error compile_report; do echo; $(BIN)/python -m kernels.bench.$$b || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis

@@ -72,7 +72,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, tok
         found = reference.statistics(hidden, weight, bias, targets, softcap)
         return _from_statistics(found, found.peak + found.log_sum, scale, z_loss, label_smoothing, reduction, weight.shape[0], shape)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    wide = wide_logits(hidden, chosen.name, logits_dtype, any(needs))
+    wide = wide_logits(hidden.device.type, hidden.dtype, logits_dtype, any(needs), chosen.name)
     plan = chunking(hidden, weight.shape[0], needs[1], wide, gradient, workspace_bytes, chunk_tokens)
     options = (float(softcap or 0.0), plan.rows, plan.sums, wide, chosen.name, needs)
     if reduction == "none":
@@ -96,11 +96,11 @@ def prepare(hidden: Tensor, targets: Tensor, token_weights: Tensor | None, norma
     return mark_absent(targets, ignore_index), weights / (normalizer.detach() if isinstance(normalizer, Tensor) else normalizer)
 
 
-def wide_logits(hidden: Tensor, kernel: str, wanted: torch.dtype | None, training: bool) -> bool:
+def wide_logits(device: str, dtype: torch.dtype, wanted: torch.dtype | None, training: bool, kernel: str) -> bool:
     """Whether logits are kept wider than the inputs: on demand, without gradients, and where products are fp32 anyway."""
-    if hidden.element_size() >= 4:
+    if dtype.itemsize >= 4:
         return False
-    return wanted == torch.float32 or not training or (kernel == "torch" and not multiplies(hidden))
+    return wanted == torch.float32 or not training or (kernel == "torch" and not multiplies(device, dtype))
 
 
 def chunking(hidden: Tensor, vocabulary: int, needs_weight: bool, wide: bool, gradient: Gradient,

@@ -1,8 +1,8 @@
 """The three matrix products of a chunk, written where the result belongs.
 
-CPUs without units for them multiply 16-bit matrices up to 300 times slower than fp32 ones (docs/kernels.md), so there
-16-bit operands are widened in blocks of the vocabulary: the copy stays small, the sums are fp32. So it is, too, where a
-CPU would round what is to be summed in more than 16 bits.
+CPUs without units for them multiply 16-bit matrices slowly: fp16 at 1 to 31 GFLOP/s where fp32 has 140 to 170
+(docs/lab-notes.md). There operands are widened in blocks of the vocabulary: the copy stays small, the sums are fp32.
+So they are, too, where a CPU would round to 16 bits what is summed in more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 4096  # vocabulary entries widened at once
 
 def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out [n, V] = x weight^T. out has the dtype of x or fp32."""
-    if out.dtype == x.dtype and multiplies(x):
+    if out.dtype == x.dtype and multiplies(x.device.type, x.dtype):
         torch.mm(x, weight.T, out=out)
     elif x.is_cuda:
         torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
@@ -33,7 +33,7 @@ def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
     """out [n, D] = g weight. g has the dtype of weight or, on a CPU, fp32."""
-    if g.dtype == weight.dtype and multiplies(weight):
+    if g.dtype == weight.dtype and multiplies(g.device.type, g.dtype):
         torch.mm(g, weight, out=out)
         return
     wide = torch.zeros(out.shape, dtype=torch.float32)
@@ -44,7 +44,7 @@ def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
 
 def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
     """out [V, D] = g^T x if first, else out += g^T x. out has the dtype of x or fp32, g too; one rounding per call."""
-    if not x.is_cuda and not (g.dtype == out.dtype == x.dtype and multiplies(x)):
+    if not x.is_cuda and not (g.dtype == out.dtype == x.dtype and multiplies("cpu", x.dtype)):
         wide = x.float()
         for part in _blocks(out):
             product = g[:, part].T.float() @ wide
@@ -73,9 +73,9 @@ def half_product_into(out: Tensor, g: Tensor, x: Tensor, scales: tuple[Tensor, T
     torch.addmm(out, g_half.T, x_half, beta=0 if first else 1, alpha=alpha, out=out)
 
 
-def multiplies(x: Tensor) -> bool:
-    """Whether the device multiplies matrices of this dtype at speed."""
-    return x.is_cuda or x.element_size() >= 4 or (x.dtype == torch.bfloat16 and _has_bf16_units())
+def multiplies(device: str, dtype: torch.dtype) -> bool:
+    """Whether devices of this type multiply matrices of this dtype at speed."""
+    return device == "cuda" or dtype.itemsize >= 4 or (dtype == torch.bfloat16 and _has_bf16_units())
 
 
 @cache

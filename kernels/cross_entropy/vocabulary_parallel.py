@@ -53,7 +53,7 @@ def vocabulary_parallel_cross_entropy(
     if not targets.is_cuda:
         check_targets(targets, vocabulary)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    wide = wide_logits(hidden, kernel, logits_dtype, training)
+    wide = wide_logits(hidden.device.type, hidden.dtype, logits_dtype, training, kernel)
     # Chunks by the largest slice: every rank must come to the same number of collectives.
     largest = len(slice_of(vocabulary, 0, dist.get_world_size(group)))
     plan = chunking(hidden, largest, weight.requires_grad, wide, gradient, workspace_bytes, chunk_tokens)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from kernels.cross_entropy.chunking import DEFAULT_BUDGET, MIB, BudgetError, Chunking, plan_chunks
+from kernels.cross_entropy.interface import wide_logits
 from nextpt.config import Config
 from nextpt.errors import ConfigError
 from nextpt.model import count
@@ -95,12 +98,12 @@ def _activations(config: Config, width: int) -> int:
 
 def loss_chunking(config: Config, device: str) -> Chunking:
     """How the loss divides the tokens of a micro-batch on a device. Raises ConfigError when its workspace is too small."""
-    train, element = config.train, 2 if config.train.precision == "bf16" else 4
-    wide = element == 4 or device == "cpu" or train.loss_logits_fp32
+    train, dtype = config.train, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    wide = wide_logits(device, dtype, torch.float32 if train.loss_logits_fp32 else None, True, "torch")
     budget = train.loss_workspace_mib * MIB if train.loss_workspace_mib else DEFAULT_BUDGET[device]
     try:
         return plan_chunks(train.micro_batch_size * config.data.sequence_length, config.model.width, config.model.vocab_size,
-                           logits_bytes=4 if wide else 2, gradient_bytes=element, budget=budget, mode=train.loss_gradient)
+                           logits_bytes=4 if wide else dtype.itemsize, gradient_bytes=dtype.itemsize, budget=budget, mode=train.loss_gradient)
     except BudgetError as error:
         raise ConfigError(f"train.loss_workspace_mib = {budget // MIB}: {error}") from None
 

@@ -95,3 +95,14 @@ def test_half_sums_know_no_magnitude(magnitude: float) -> None:
             for mode in ("small", "precise"))
         assert precise.isfinite().all() and precise.norm() > 0
         assert (small - precise).norm() <= 0.002 * precise.norm()
+
+
+def test_half_sums_do_not_overflow_where_all_tokens_agree() -> None:
+    """The largest sum there is: one target, one hidden state, and a z-loss on top."""
+    hidden, weight = torch.full((4096, 8), 3.0).bfloat16(), torch.zeros(50, 8).bfloat16().requires_grad_()
+    for z_loss in (0.0, 1.0):
+        small, precise = (torch.autograd.grad(linear_cross_entropy(
+            hidden, weight, torch.zeros(4096, dtype=torch.long), normalizer=1.0, z_loss=z_loss, gradient=mode, chunk_tokens=512).loss, weight)[0]
+            for mode in ("small", "precise"))
+        assert precise[0, 0] < -9000
+        torch.testing.assert_close(small, precise, rtol=0.008, atol=0)

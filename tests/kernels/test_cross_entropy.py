@@ -127,6 +127,17 @@ def test_hits_and_the_shares_of_the_loss(implementation: str, device: str, dtype
 
 
 @everywhere
+def test_a_tie_is_no_hit(implementation: str, device: str, dtype: torch.dtype) -> None:
+    """With another entry, or with another target; the same target twice is one."""
+    hidden = torch.ones(2, 1, dtype=dtype, device=device)
+    weight = torch.tensor([[2.0], [2.0], [1.0]], dtype=dtype, device=device)
+    pairs = torch.tensor([[0, 1], [0, 0]], device=device)
+    assert not linear_cross_entropy(hidden, weight, pairs, implementation=implementation).hits.any()
+    found = linear_cross_entropy(hidden, weight * torch.tensor([[2.0], [1.0], [1.0]], dtype=dtype, device=device), pairs, implementation=implementation)
+    assert found.hits.tolist() == [[True, False], [True, True]]
+
+
+@everywhere
 def test_frozen_sides_and_no_grad_change_nothing(implementation: str, device: str, dtype: torch.dtype) -> None:
     case = make_case(9, bias=True, dtype=dtype, device=device)
     options = {"implementation": implementation, "chunk_tokens": 4, "logits_dtype": torch.float32}  # as without gradients

@@ -105,6 +105,16 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
     assert model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+def test_capped_logits_are_those_of_the_loss() -> None:
+    """Generation and the loss cap alike, also under tied embeddings."""
+    _, model = build(logit_softcap=2.0, tied_embeddings=True, init_std=0.5)
+    hidden, targets = model(torch.arange(12).unsqueeze(0), torch.arange(12).unsqueeze(0))[0], torch.arange(12)
+    logits = model.lm_head(hidden)
+    assert 1.0 < logits.abs().max() < 2.0
+    nats = model.lm_head(hidden, targets)[2]
+    torch.testing.assert_close(nats, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+
+
 def test_cache_gives_the_same_logits_as_the_whole_text() -> None:
     config, model = build()
     model.eval()

@@ -18,27 +18,10 @@ from torch import Tensor
 from kernels.cross_entropy import rows
 from kernels.cross_entropy.chunking import padded
 from kernels.cross_entropy.rows import Coefficients, Statistics
+from kernels.triton_math import LOG2_E, tanh, tanh_slope
 
 MAX_BLOCK = 16384
-LOG2_E = tl.constexpr(1.4426950408889634)
 NO_TARGET = tl.constexpr(rows.NO_TARGET)
-
-
-@triton.jit
-def _tanh(x):
-    """tanh with a relative error near 1e-7 everywhere. libdevice's does not run in the interpreter."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    large = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-    s = x * x
-    small = x * (1.0 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * 0.021869488536155203))))
-    return tl.where(tl.abs(x) < 0.3, small, large)
-
-
-@triton.jit
-def _tanh_slope(x):
-    """1 - tanh^2, which would lose its digits as |x| grows."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
@@ -62,7 +45,7 @@ def _logits(logits, bias, columns, load, inside, softcap, HAS_BIAS: tl.constexpr
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_CAP:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap)
     return z
 
 
@@ -147,7 +130,7 @@ def _write_gradient(logits, gradient, bias, targets, nats, weight_b, a, flat, pe
         z_t = tl.load(logits + t_k, mask=there, other=0.0).to(tl.float32)
         if HAS_BIAS:
             z_t += tl.load(bias + t_k, mask=there, other=0.0).to(tl.float32)
-        entry = entry * _tanh_slope(z_t / softcap)
+        entry = entry * tanh_slope(z_t / softcap)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
@@ -156,8 +139,8 @@ def _write_gradient(logits, gradient, bias, targets, nats, weight_b, a, flat, pe
             z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
         slope = 1.0
         if HAS_CAP:
-            slope = _tanh_slope(z / softcap)
-            z = softcap * _tanh(z / softcap)
+            slope = tanh_slope(z / softcap)
+            z = softcap * tanh(z / softcap)
         g = (a * tl.exp2(((z - peak) - log_sum) * LOG2_E) + flat) * slope
         g = tl.where(inside, g, 0.0)
         tl.debug_barrier()

@@ -30,6 +30,21 @@ class Implementation:
         return found + [f"it has no {feature}" for feature in sorted(features) if feature not in self.features]
 
 
+class TritonImplementation(Implementation):
+    """One that also runs on a CPU where Triton interprets its kernels (TRITON_INTERPRET=1)."""
+
+    def lacks(self, device: str, features: Iterable[str]) -> list[str]:
+        if device == "cpu" and self.available() is None and _interpreted():
+            device = next(iter(self.devices))
+        return super().lacks(device, features)
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 def choose(table: dict[str, Implementation], order: Iterable[str], name: str, device: str,
            features: Iterable[str]) -> Implementation:
     """The named implementation, or for "auto" the first in `order` that can do what is asked.

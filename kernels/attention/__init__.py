@@ -1,6 +1,6 @@
 """Causal attention over packed documents: one call, several implementations."""
 
-from kernels.attention.documents import PackedDocuments
-from kernels.attention.interface import IMPLEMENTATIONS, attention, choose_attention
+from kernels.attention.documents import PackedDocuments, PackedSequences
+from kernels.attention.interface import IMPLEMENTATIONS, attention, attention_packed, choose_attention
 
-__all__ = ["IMPLEMENTATIONS", "PackedDocuments", "attention", "choose_attention"]
+__all__ = ["IMPLEMENTATIONS", "PackedDocuments", "PackedSequences", "attention", "attention_packed", "choose_attention"]

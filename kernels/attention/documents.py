@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
+from kernels.attention.intervals import Intervals, of_documents, of_lengths
 
-class PackedDocuments:
-    """Documents of a batch of packed rows; made once per batch and shared by all layers.
+
+class Packing(ABC):
+    """Parts of rows that do not see each other; made once per batch and shared by all layers.
+
+    shape: (rows, queries, keys).
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self._intervals: dict[int | None, Intervals] = {}
+        self._masks: dict[int | None, Tensor] = {}
+
+    @abstractmethod
+    def _find(self, window: int | None) -> Intervals: ...
+
+    @abstractmethod
+    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
+        """int32 starts of the parts in the flattened queries and keys, then the totals up to a constant size."""
+
+    def intervals(self, window: int | None) -> Intervals:
+        """What every query may see; cached per window."""
+        if window not in self._intervals:
+            self._intervals[window] = self._find(window)
+        return self._intervals[window]
+
+    def mask(self, window: int | None) -> Tensor:
+        """Boolean [B, 1, Sq, Sk], True where query row may see key column; cached per window."""
+        if window not in self._masks:
+            self._masks[window] = self.intervals(window).mask()
+        return self._masks[window]
+
+
+class PackedDocuments(Packing):
+    """Documents of a batch of packed rows.
 
     document_ids: int [B, S]. A document is a run of equal ids in a row; a query sees keys of its own run only.
     Every token sees itself, padding too, so that no row of the mask is empty and nothing turns NaN.
     """
 
     def __init__(self, document_ids: Tensor) -> None:
+        super().__init__((*document_ids.shape, document_ids.shape[1]))
         self.document_ids = document_ids
-        self._masks: dict[int | None, Tensor] = {}
 
     @classmethod
     def from_document_ids(cls, document_ids: Tensor) -> PackedDocuments:
@@ -24,18 +59,11 @@ class PackedDocuments:
             raise ValueError(f"document_ids must be [B, S], got shape {tuple(document_ids.shape)}")
         return cls(document_ids)
 
-    def mask(self, window: int | None) -> Tensor:
-        """Boolean [B, 1, S, S], True where query row may see key column; cached per window."""
-        if window not in self._masks:
-            same = self.document_ids.unsqueeze(2) == self.document_ids.unsqueeze(1)
-            self._masks[window] = (same & causal_mask(same.shape[1], same.shape[2], window, same.device)).unsqueeze(1)
-        return self._masks[window]
+    def _find(self, window: int | None) -> Intervals:
+        return of_documents(self.document_ids, window)
 
-    def cu_seqlens(self) -> Tensor:
-        """int32 [B * S + 1]: starts of all documents in the flattened batch, then B * S up to the constant size.
-
-        The size does not depend on the documents, so nothing has to be read on the host.
-        """
+    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
+        """Twice int32 [B * S + 1]; the size does not depend on the documents, so nothing has to be read on the host."""
         ids = self.document_ids
         starts = torch.ones_like(ids, dtype=torch.bool)
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -45,7 +73,28 @@ class PackedDocuments:
         out = torch.full((total + 1,), total, dtype=torch.int32, device=ids.device)
         index = torch.arange(total, dtype=torch.int32, device=ids.device)
         out.scatter_(0, places, torch.where(flat, index, total).to(torch.int32))
-        return out
+        return out, out
+
+
+class PackedSequences(Packing):
+    """Sequences one after another in a single row, as `cu_seqlens` says; queries and keys may have lengths of their own.
+
+    cu_queries, cu_keys: int32 [sequences + 1], starts and the total; sequences may be empty, and totals may repeat.
+    """
+
+    def __init__(self, cu_queries: Tensor, cu_keys: Tensor, queries: int, keys: int) -> None:
+        for cu in (cu_queries, cu_keys):
+            if cu.dim() != 1 or cu.dtype != torch.int32 or cu.shape != cu_queries.shape or cu.shape[0] < 2:
+                raise ValueError(f"cu_seqlens must be int32 [sequences + 1], alike for queries and keys; got {tuple(cu_queries.shape)} "
+                                 f"{cu_queries.dtype} and {tuple(cu_keys.shape)} {cu_keys.dtype}")
+        super().__init__((1, queries, keys))
+        self._cu = cu_queries, cu_keys
+
+    def _find(self, window: int | None) -> Intervals:
+        return of_lengths(*self._cu, *self.shape[1:], window)
+
+    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
+        return self._cu
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

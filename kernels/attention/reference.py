@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention.documents import PackedDocuments, causal_mask
+from kernels.attention.documents import Packing, causal_mask
+from kernels.attention.features import SHAPES_AND_TYPES
 from kernels.choice import Implementation
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, *, documents: PackedDocuments | None, window: int | None, scale: float,
+def run(q: Tensor, k: Tensor, v: Tensor, *, documents: Packing | None, window: int | None, scale: float,
         softcap: float | None, sinks: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     """See kernels.attention.attention. Differentiable in q, k, v, sinks, also through the log-sum-exp."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -34,5 +35,5 @@ def run(q: Tensor, k: Tensor, v: Tensor, *, documents: PackedDocuments | None, w
 
 
 IMPLEMENTATION = Implementation(
-    "reference", run, frozenset({"cpu", "cuda"}), frozenset({"documents", "window", "softcap", "sinks", "lse"})
+    "reference", run, frozenset({"cpu", "cuda"}), frozenset({"documents", "window", "softcap", "sinks", "lse", *SHAPES_AND_TYPES})
 )

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.attention.documents import PackedDocuments, causal_mask
+from kernels.attention.documents import Packing, causal_mask
+from kernels.attention.features import SHAPES_AND_TYPES
 from kernels.choice import Implementation
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, *, documents: PackedDocuments | None, window: int | None, scale: float,
+def run(q: Tensor, k: Tensor, v: Tensor, *, documents: Packing | None, window: int | None, scale: float,
         softcap: None, sinks: None, return_lse: bool) -> Tensor:
     """See kernels.attention.attention; no soft-cap, sinks or log-sum-exp."""
     queries, keys = q.shape[1], k.shape[1]
@@ -30,4 +31,4 @@ def run(q: Tensor, k: Tensor, v: Tensor, *, documents: PackedDocuments | None, w
     return out
 
 
-IMPLEMENTATION = Implementation("sdpa", run, frozenset({"cpu", "cuda"}), frozenset({"documents", "window"}))
+IMPLEMENTATION = Implementation("sdpa", run, frozenset({"cpu", "cuda"}), frozenset({"documents", "window", *SHAPES_AND_TYPES}))

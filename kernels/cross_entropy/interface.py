@@ -7,7 +7,8 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from kernels.choice import Implementation, choose
+from kernels.autocast import autocast
+from kernels.choice import Implementation, TritonImplementation, choose
 from kernels.cross_entropy import ops, reference
 from kernels.cross_entropy.chunking import DEFAULT_BUDGET, Chunking, Gradient, given_chunks, plan_chunks
 from kernels.cross_entropy.products import multiplies
@@ -152,14 +153,6 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
         raise ValueError(f"logits_dtype = {logits_dtype} must be torch.float32 or the dtype of hidden, {hidden.dtype}")
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors in the dtype that autocast wants for matrix products, where it is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in tensors]
-
-
 def pick(implementation: str, device: str) -> Implementation:
     """Triton on a GPU, torch on a CPU, unless one is named. Raises ValueError."""
     return choose(IMPLEMENTATIONS, ("triton", "torch") if device == "cuda" else ("torch",), implementation, device, ())
@@ -173,21 +166,8 @@ def _no_triton() -> str | None:
     return None
 
 
-def _interpreted() -> bool:
-    """Whether Triton kernels run in the interpreter, on a CPU (TRITON_INTERPRET=1)."""
-    if _no_triton() is not None:
-        return False
-    import triton
-    return bool(triton.knobs.runtime.interpret)
-
-
-class _Triton(Implementation):
-    def lacks(self, device: str, features) -> list[str]:  # noqa: ANN001
-        return [] if device == "cpu" and _interpreted() else super().lacks(device, features)
-
-
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation("reference", reference.statistics, frozenset({"cpu", "cuda"})),
     "torch": Implementation("torch", ops.linear_cross_entropy, frozenset({"cpu", "cuda"})),
-    "triton": _Triton("triton", ops.linear_cross_entropy, frozenset({"cuda"}), available=_no_triton),
+    "triton": TritonImplementation("triton", ops.linear_cross_entropy, frozenset({"cuda"}), available=_no_triton),
 }

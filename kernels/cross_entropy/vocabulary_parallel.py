@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.autocast import autocast
 from kernels.cross_entropy import fused
 from kernels.cross_entropy.chunking import Gradient
 from kernels.cross_entropy.fused import Problem
-from kernels.cross_entropy.interface import LossOutput, autocast, check, chunking, pick, prepare, wide_logits
+from kernels.cross_entropy.interface import LossOutput, check, chunking, pick, prepare, wide_logits
 from kernels.cross_entropy.ops import scalar_coefficients, scaled
 from kernels.cross_entropy.rows import NO_TARGET, Statistics, check_targets
 

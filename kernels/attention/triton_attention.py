@@ -1,0 +1,58 @@
+"""Our own kernels: causal attention in Triton, forward and backward. See docs/kernels.md."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from kernels.attention import reference
+from kernels.attention.documents import Packing, PackedDocuments
+from kernels.attention.intervals import causal
+from kernels.choice import TritonImplementation
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, *, documents: Packing | None, window: int | None, scale: float,
+        softcap: float | None, sinks: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """See kernels.attention.attention. fp32 products are exact unless torch.set_float32_matmul_precision allows tf32."""
+    from kernels.attention import ops  # registers operators, and needs triton
+
+    intervals = causal(q.shape[1], k.shape[1], window, q.device) if documents is None else documents.intervals(window)
+    precision = "tf32" if q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    out, lse = ops.attention(q, k, v, sinks, *intervals, scale, softcap or 0.0, precision)
+    return (out, lse) if return_lse else out
+
+
+def _unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return _failure() if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _failure() -> str | None:
+    """Compare with the reference once per process, on this GPU: a compiler that is wrong here must not train anybody's model."""
+    try:
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(1, 200, h, 64, generator=generator).to("cuda", torch.float16).requires_grad_() for h in (4, 2, 2)]
+        documents = PackedDocuments(torch.arange(200, device="cuda").unsqueeze(0) // 77)
+        found = []
+        for implementation in (run, reference.run):
+            out = implementation(*inputs, documents=documents, window=90, scale=0.125, softcap=None, sinks=None, return_lse=False)
+            found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True))
+        reason = None if worst < 0.02 else f"its results are off by {worst:.2g} on {torch.cuda.get_device_name()}"
+    except Exception as error:  # whatever the compiler or the driver raises
+        reason = f"it fails on {torch.cuda.get_device_name()}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if reason:
+        warnings.warn(f"our Triton attention is not used: {reason}", stacklevel=2)
+    return reason
+
+
+IMPLEMENTATION = TritonImplementation(
+    "triton", run, frozenset({"cuda"}),
+    frozenset({"documents", "window", "softcap", "sinks", "lse", "fp32", "values of another width than keys"}), _unavailable
+)

@@ -14,16 +14,28 @@ from kernels.triton_math import LOG2_E, tanh
 
 
 @triton.jit
-def load_block(base, rows, columns, stride, row_limit, MASK_ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """base[rows, columns], 0 outside. Masks are made only where something may be outside."""
-    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+def load_block(base, start, stride, row_limit, MASK_ROWS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS, BLOCK] from row `start` on, 0 outside. Masks are made only where something may be outside.
+
+    Only the first row's offset has 64 bits: within a block 32 are enough, and take fewer registers.
+    """
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    at = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if MASK_ROWS and WIDTH != BLOCK:
-        return tl.load(at, mask=(rows < row_limit)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+        return tl.load(at, mask=(rows < row_limit - start)[:, None] & (columns < WIDTH)[None, :], other=0.0)
     if MASK_ROWS:
-        return tl.load(at, mask=(rows < row_limit)[:, None], other=0.0)
+        return tl.load(at, mask=(rows < row_limit - start)[:, None], other=0.0)
     if WIDTH != BLOCK:
         return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
     return tl.load(at)
+
+
+@triton.jit
+def store_block(base, values, start, stride, row_limit, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """As load_block; what lies outside is not written."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    place = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    tl.store(place, values.to(base.dtype.element_ty), mask=(rows < row_limit - start)[:, None] & (columns < WIDTH)[None, :])
 
 
 @triton.jit
@@ -36,20 +48,43 @@ def scores_of(a, b, scale, softcap, HAS_CAP: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def _over_keys(acc, m, l, q, k, v, first, last, start, stop, keys, k_stride, v_stride, scale, softcap, MASKED: tl.constexpr, D: tl.constexpr,
-               V: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    for n in range(start, stop, BLOCK_N):
-        at = n + tl.arange(0, BLOCK_N)
-        block = load_block(k, at, tl.arange(0, BLOCK_D), k_stride, keys, MASKED, D, BLOCK_D)
+def whole_tiles(start, stop, common_start, common_stop, BLOCK: tl.constexpr):
+    """Borders of the tiles within [start, stop) that lie within [common_start, common_stop): those that need no mask."""
+    whole_start = tl.maximum(tl.cdiv(common_start, BLOCK) * BLOCK, start)
+    whole_start = tl.minimum(whole_start, tl.maximum(tl.cdiv(stop, BLOCK) * BLOCK, start))
+    return whole_start, tl.maximum(common_stop // BLOCK * BLOCK, whole_start)
+
+
+@triton.jit
+def count_tiles(start, stop, resume, end, BLOCK: tl.constexpr):
+    """(tiles of [start, stop), the same and those of [resume, end)): both ends of an interval in one loop, whose code
+    and registers are needed once then."""
+    near = tl.cdiv(stop - start, BLOCK)
+    return near, near + tl.cdiv(tl.maximum(end - resume, 0), BLOCK)
+
+
+@triton.jit
+def tile_start(t, near, start, resume, BLOCK: tl.constexpr):
+    return tl.where(t < near, start + t * BLOCK, resume + (t - near) * BLOCK)
+
+
+@triton.jit
+def _over_keys(acc, m, l, q, k, v, first, last, start, stop, resume, end, keys, k_stride, v_stride, scale, softcap, MASKED: tl.constexpr,
+               D: tl.constexpr, V: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+    near, count = count_tiles(start, stop, resume, end, BLOCK_N)
+    for t in range(0, count):
+        n = tile_start(t, near, start, resume, BLOCK_N)
+        block = load_block(k, n, k_stride, keys, MASKED, D, BLOCK_N, BLOCK_D)
         s = scores_of(q, block, scale, softcap, HAS_CAP, PRECISION)
         if MASKED:
+            at = n + tl.arange(0, BLOCK_N)
             s = tl.where((at[None, :] >= first[:, None]) & (at[None, :] <= last[:, None]), s, float("-inf"))
         new = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # nothing seen yet: inf - inf is nan
         p = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(m - safe)
         l = l * shrink + tl.sum(p, 1)
-        values = load_block(v, at, tl.arange(0, BLOCK_V), v_stride, keys, MASKED, V, BLOCK_V)
+        values = load_block(v, n, v_stride, keys, MASKED, V, BLOCK_N, BLOCK_V)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         m = new
     return acc, m, l
@@ -57,15 +92,13 @@ def _over_keys(acc, m, l, q, k, v, first, last, start, stop, keys, k_stride, v_s
 
 @triton.jit
 def key_ranges(first, last, tile, queries, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(start, whole_start, whole_stop, stop) of blocks of keys for a tile of queries; multiples of BLOCK_N but the last."""
+    """(start, whole_start, whole_stop, stop) of the keys that a tile of queries sees; all but stop at block borders."""
     top = tile * BLOCK_M
     bottom = tl.minimum(top + BLOCK_M, queries) - 1
     start = tl.load(first + top) // BLOCK_N * BLOCK_N
     stop = tl.load(last + bottom) + 1
-    whole_start = tl.cdiv(tl.load(first + bottom), BLOCK_N) * BLOCK_N
-    whole_stop = (tl.load(last + top) + 1) // BLOCK_N * BLOCK_N
-    whole_start = tl.minimum(tl.maximum(whole_start, start), tl.maximum(tl.cdiv(stop, BLOCK_N) * BLOCK_N, start))
-    return start, whole_start, tl.maximum(whole_stop, whole_start), stop
+    whole_start, whole_stop = whole_tiles(start, stop, tl.load(first + bottom), tl.load(last + top) + 1, BLOCK_N)
+    return start, whole_start, whole_stop, stop
 
 
 @triton.jit
@@ -85,17 +118,15 @@ def forward_kernel(q, k, v, out, lse, first, last, sinks, q_b, q_s, q_h, k_b, k_
     there = at < queries
     first_M = tl.load(first + at, mask=there, other=0)
     last_M = tl.load(last + at, mask=there, other=-1)
-    tile_q = load_block(q, at, tl.arange(0, BLOCK_D), q_s, queries, True, D, BLOCK_D)
+    tile_q = load_block(q, tile * BLOCK_M, q_s, queries, True, D, BLOCK_M, BLOCK_D)
     start, whole_start, whole_stop, stop = key_ranges(first, last, tile, queries, BLOCK_M, BLOCK_N)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    acc, m, l = _over_keys(acc, m, l, tile_q, k, v, first_M, last_M, start, whole_start, keys, k_s, v_s, scale, softcap, True, D, V, HAS_CAP,
-                           PRECISION, BLOCK_N, BLOCK_D, BLOCK_V)
-    acc, m, l = _over_keys(acc, m, l, tile_q, k, v, first_M, last_M, whole_start, whole_stop, keys, k_s, v_s, scale, softcap, False, D, V,
-                           HAS_CAP, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V)
-    acc, m, l = _over_keys(acc, m, l, tile_q, k, v, first_M, last_M, whole_stop, stop, keys, k_s, v_s, scale, softcap, True, D, V, HAS_CAP,
-                           PRECISION, BLOCK_N, BLOCK_D, BLOCK_V)
+    acc, m, l = _over_keys(acc, m, l, tile_q, k, v, first_M, last_M, start, whole_start, whole_stop, stop, keys, k_s, v_s, scale, softcap, True, D,
+                           V, HAS_CAP, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V)
+    acc, m, l = _over_keys(acc, m, l, tile_q, k, v, first_M, last_M, whole_start, whole_stop, stop, stop, keys, k_s, v_s, scale, softcap, False, D,
+                           V, HAS_CAP, PRECISION, BLOCK_N, BLOCK_D, BLOCK_V)
     if HAS_SINKS:  # one more logit without a value
         sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
         new = tl.maximum(m, sink)
@@ -107,6 +138,4 @@ def forward_kernel(q, k, v, out, lse, first, last, sinks, q_b, q_s, q_h, k_b, k_
     acc = acc / tl.where(seen, l, 1.0)[:, None]
     natural = tl.where(seen, (m + tl.log2(tl.where(seen, l, 1.0))) / LOG2_E, float("-inf"))
     tl.store(lse + (row * heads + head) * queries + at, natural, mask=there)
-    width = tl.arange(0, BLOCK_V)
-    place = out + row * o_b + head.to(tl.int64) * o_h + at.to(tl.int64)[:, None] * o_s + width[None, :]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=there[:, None] & (width < V)[None, :])
+    store_block(out + row * o_b + head.to(tl.int64) * o_h, acc, tile * BLOCK_M, o_s, queries, V, BLOCK_M, BLOCK_V)

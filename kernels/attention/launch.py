@@ -24,9 +24,10 @@ class Tile(NamedTuple):
 
 # By width of a head (up to), for 16-bit types on sm_90: no spills, no serialised wgmma, see kernels.bench.compile_report.
 FORWARD = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)}
-KEYS = {64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)}
-QUERIES = {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 1)}
-WIDE = Tile(32, 32, 4, 1)  # fp32: half the registers hold as many numbers
+KEYS = {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)}
+KEYS_CAPPED = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)}
+QUERIES = {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)}
+WIDE = Tile(16, 16, 8, 1)  # fp32, whose exact products do not use tensor cores
 
 
 def padded(width: int) -> int:
@@ -41,8 +42,8 @@ def tile_for(table: dict[int, Tile], q: Tensor, v: Tensor) -> Tile:
     return next(tile for limit, tile in sorted(table.items()) if width <= limit)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, intervals: Intervals, scale: float, softcap: float,
-            precision: str) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, intervals: Intervals, scale: float,
+            softcap: float) -> tuple[Tensor, Tensor]:
     q, k, v = (rows_of(t) for t in (q, k, v))
     rows, queries, heads, width = q.shape
     out = q.new_empty(rows, queries, heads, v.shape[3])
@@ -53,11 +54,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, intervals: In
     forward_kernel[(triton.cdiv(queries, tile.m), heads, rows)](
         q, k, v, out, lse, intervals.first, intervals.last, lse if sinks is None else sinks, *strides(q), *strides(k), *strides(v),
         *strides(out), _row_stride(intervals.first), queries, k.shape[1], heads, scale, softcap or 1.0, GROUP=heads // k.shape[2],
-        **constants(q, v, softcap, precision, tile), HAS_SINKS=sinks is not None)
+        **constants(q, v, softcap, tile), HAS_SINKS=sinks is not None)
     return out, lse
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, intervals: Intervals, scale: float, softcap: float, precision: str,
+def backward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, intervals: Intervals, scale: float, softcap: float,
              out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, d_out = (rows_of(t) for t in (q, k, v, d_out))
     rows, queries, heads, _ = q.shape
@@ -73,14 +74,14 @@ def backward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, intervals: I
         HAS_LSE=d_lse is not None, BLOCK_M=64, BLOCK_V=block_v)
     first, last, start, stop = intervals
     common = (*strides(q), *strides(k), *strides(v), *strides(d_out))
-    tile = tile_for(KEYS, q, v)
+    tile = tile_for(KEYS_CAPPED if softcap else KEYS, q, v)
     keys_kernel[(triton.cdiv(keys, tile.n), kv_heads, rows)](
         q, k, v, d_out, lse, delta, first, last, start, stop, dk, dv, *common, *strides(dk), *strides(dv), _row_stride(first), _row_stride(start),
-        queries, keys, heads, scale, softcap or 1.0, GROUP=heads // kv_heads, **constants(q, v, softcap, precision, tile))
+        queries, keys, heads, scale, softcap or 1.0, GROUP=heads // kv_heads, **constants(q, v, softcap, tile))
     tile = tile_for(QUERIES, q, v)
     queries_kernel[(triton.cdiv(queries, tile.m), heads, rows)](
         q, k, v, d_out, lse, delta, first, last, dq, *common, *strides(dq), _row_stride(first), queries, keys, heads, scale, softcap or 1.0,
-        GROUP=heads // kv_heads, **constants(q, v, softcap, precision, tile))
+        GROUP=heads // kv_heads, **constants(q, v, softcap, tile))
     if sinks is not None:  # a sink is a key without value: ds = p (0 - delta)
         d_sinks = -(torch.exp(sinks.float().view(1, -1, 1) - lse) * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, d_sinks
@@ -100,6 +101,11 @@ def _row_stride(index: Tensor) -> int:
     return 0 if index.shape[0] == 1 else index.stride(0)
 
 
-def constants(q: Tensor, v: Tensor, softcap: float, precision: str, tile: Tile) -> dict[str, object]:
-    return {"D": q.shape[3], "V": v.shape[3], "HAS_CAP": softcap > 0, "PRECISION": precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n,
+def precision_of(q: Tensor) -> str:
+    """fp32 products are exact unless torch.set_float32_matmul_precision allows tf32, as for torch's own."""
+    return "tf32" if q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def constants(q: Tensor, v: Tensor, softcap: float, tile: Tile) -> dict[str, object]:
+    return {"D": q.shape[3], "V": v.shape[3], "HAS_CAP": softcap > 0, "PRECISION": precision_of(q), "BLOCK_M": tile.m, "BLOCK_N": tile.n,
             "BLOCK_D": padded(q.shape[3]), "BLOCK_V": padded(v.shape[3]), "num_warps": tile.warps, "num_stages": tile.stages}

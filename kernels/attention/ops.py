@@ -12,27 +12,27 @@ from kernels.attention.intervals import Intervals
 
 @torch.library.custom_op("nextpt::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, first: Tensor, last: Tensor, query_start: Tensor, query_stop: Tensor,
-              scale: float, softcap: float, precision: str) -> tuple[Tensor, Tensor]:
+              scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """(out [B, Sq, Hq, Dv], natural lse fp32 [B, Hq, Sq]). The four index tensors are `Intervals`; softcap 0: none."""
-    return launch.forward(q, k, v, sinks, Intervals(first, last, query_start, query_stop), scale, softcap, precision)
+    return launch.forward(q, k, v, sinks, Intervals(first, last, query_start, query_stop), scale, softcap)
 
 
 @attention.register_fake
-def _(q, k, v, sinks, first, last, query_start, query_stop, scale, softcap, precision):  # noqa: ANN001, ANN202
+def _(q, k, v, sinks, first, last, query_start, query_stop, scale, softcap):  # noqa: ANN001, ANN202
     rows, queries, heads, _ = q.shape
     return q.new_empty(rows, queries, heads, v.shape[3]), q.new_empty(rows, heads, queries, dtype=torch.float32)
 
 
 @torch.library.custom_op("nextpt::attention_backward", mutates_args=())
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, first: Tensor, last: Tensor, query_start: Tensor,
-                       query_stop: Tensor, scale: float, softcap: float, precision: str, out: Tensor, lse: Tensor, d_out: Tensor,
+                       query_stop: Tensor, scale: float, softcap: float, out: Tensor, lse: Tensor, d_out: Tensor,
                        d_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d_sinks), the last empty without sinks. No second derivative."""
-    return launch.backward(q, k, v, sinks, Intervals(first, last, query_start, query_stop), scale, softcap, precision, out, lse, d_out, d_lse)
+    return launch.backward(q, k, v, sinks, Intervals(first, last, query_start, query_stop), scale, softcap, out, lse, d_out, d_lse)
 
 
 @attention_backward.register_fake
-def _(q, k, v, sinks, first, last, query_start, query_stop, scale, softcap, precision, out, lse, d_out, d_lse):  # noqa: ANN001, ANN202
+def _(q, k, v, sinks, first, last, query_start, query_stop, scale, softcap, out, lse, d_out, d_lse):  # noqa: ANN001, ANN202
     made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     return (*made, q.new_empty(0) if sinks is None else torch.empty_like(sinks))
 
@@ -45,7 +45,7 @@ def _keep(ctx, inputs, output) -> None:  # noqa: ANN001
 
 def _backward(ctx, d_out, d_lse):  # noqa: ANN001, ANN202
     *inputs, out, lse = ctx.saved_tensors
-    nothing = [None] * 11
+    nothing = [None] * 10
     if d_out is None and d_lse is None:
         return tuple(nothing)
     if d_out is None:

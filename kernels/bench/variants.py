@@ -64,7 +64,7 @@ def attention_variant(kernel: Any, table: dict[int, launch.Tile], width: int, va
     q = torch.empty(1, 1, 1, width, dtype=dtype, device="meta")
     v = torch.empty(1, 1, 1, value_width or width, dtype=dtype, device="meta")
     tile = launch.tile_for(table, q, v)
-    options = launch.constants(q, v, 1.0 if cap else 0.0, "ieee", tile)
+    options = launch.constants(q, v, 1.0 if cap else 0.0, tile)
     chosen = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     if kernel is delta_kernel:
         options, chosen = {"V": width, "HAS_LSE": True, "BLOCK_M": 64, "BLOCK_V": launch.padded(width)}, {"num_warps": 4}
@@ -89,7 +89,9 @@ def attention_variants() -> dict[str, Variant]:
             found[f"attention {name}, D={width}"] = attention_variant(kernel, table, width)
         found[f"attention {name}, D=96"] = attention_variant(kernel, table, 96)
         found[f"attention {name}, D=192, Dv=128"] = attention_variant(kernel, table, 192, 128)
-        found[f"attention {name}, D=128, soft cap"] = attention_variant(kernel, table, 128, cap=True)
+        for width in (64, 128, 256):
+            capped = launch.KEYS_CAPPED if kernel is keys_kernel else table
+            found[f"attention {name}, D={width}, soft cap"] = attention_variant(kernel, capped, width, cap=True)
         found[f"attention {name}, D=128, fp32"] = attention_variant(kernel, table, 128, dtype=torch.float32)
     found["attention delta, D=128"] = attention_variant(delta_kernel, launch.FORWARD, 128)
     return found

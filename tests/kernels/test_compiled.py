@@ -10,40 +10,49 @@ import sys
 import pytest
 
 SHARED_MEMORY = 227 * 1024  # bytes per block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities)
+Report = dict[str, dict]
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, dict]:
+def report() -> Report:
     # A process of its own: here kernels run in the interpreter.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-m", "kernels.bench.compile_report", "--json"], capture_output=True, text=True, env=environment, check=True)
     return json.loads(done.stdout)
 
 
-def test_every_kernel_is_there(report: dict[str, dict]) -> None:
-    assert len(report) >= 20 and {name.split()[0] for name in report} == {"rows", "scale"}
+def test_every_kernel_is_there(report: Report) -> None:
+    assert len(report) >= 45 and {name.split()[0] for name in report} == {"rows", "scale", "attention"}
+    assert {name.split()[1].rstrip(",") for name in report if name.startswith("attention")} == {"forward", "keys", "queries", "delta"}
 
 
-def test_nothing_spills_and_shared_memory_fits(report: dict[str, dict]) -> None:
+def test_nothing_spills_and_shared_memory_fits(report: Report) -> None:
     assert {name: f["spilled"] for name, f in report.items() if f["spilled"]} == {}
     assert {name: f["shared"] for name, f in report.items() if f["shared"] > SHARED_MEMORY} == {}
 
 
-def test_a_whole_block_can_be_resident(report: dict[str, dict]) -> None:
+def test_a_whole_block_can_be_resident(report: Report) -> None:
     """65,536 registers per multiprocessor, allocated to warps in steps of 256."""
     for name, f in report.items():
         assert f["warps"] * -(-32 * f["registers"] // 256) * 256 <= 65536, name
 
 
-def test_rows_are_read_and_written_by_128_bits(report: dict[str, dict]) -> None:
+def test_rows_of_logits_are_read_and_written_by_128_bits(report: Report) -> None:
     """From 1024 columns on. The other accesses are single elements: targets, statistics."""
     for name, f in report.items():
-        if name == "rows bf16, V=50":
+        if name == "rows bf16, V=50" or name.startswith("attention"):
             continue
         assert f["loads_128"] > 0 and (f["stores_128"] > 0 or "statistics only" in name), name
         assert f["narrow_vectors"] == 0, name
 
 
-def test_offsets_of_rows_have_64_bits(report: dict[str, dict]) -> None:
+def test_attention_uses_the_tensor_cores_without_waiting_for_each(report: Report) -> None:
+    for name, f in report.items():
+        if name.startswith("attention"):
+            assert not f["serialized"], name
+            assert f["wgmma"] or "fp32" in name or "delta" in name or ("keys, D=256" in name or "keys, D=192" in name), name
+
+
+def test_offsets_of_rows_of_logits_have_64_bits(report: Report) -> None:
     """Row x stride passes 2^31 elements at 16,384 rows of 128K logits."""
     assert all(f["wide_offsets"] for name, f in report.items() if name.startswith("rows"))

@@ -7,9 +7,6 @@ medians. The floor is the three matrix products of the definition alone (6 N D V
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.bench.machine import describe_machine, measure_peak, synchronize
+from kernels.bench.machine import describe_machine, measure_peak, time_in_turn, write_json
 from kernels.cross_entropy import linear_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -154,18 +151,10 @@ def compare(shape: str, device: str, dtype: torch.dtype, rounds: int) -> dict[st
         except Exception as problem:  # a peer that fails is a result too
             table[name] = {"failed": f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"}
         x.grad = w.grad = None
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            synchronize(device)
-            start = time.perf_counter()
-            job()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
-    floor = statistics.median(times["three products"])
+    times = time_in_turn(jobs, rounds, device)
+    floor = times["three products"]
     for name, seconds in times.items():
-        table.setdefault(name, {})["ms"] = 1000 * statistics.median(seconds)
-        table[name]["to_floor"] = statistics.median(seconds) / floor
+        table.setdefault(name, {}).update(ms=1000 * seconds, to_floor=seconds / floor)
     return {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "tflops": 6e-12 * n * d * v / floor, "providers": table}
 
 
@@ -194,9 +183,7 @@ def main() -> None:
     for shape in arguments.shapes:
         results.append(compare(shape, device, getattr(torch, arguments.dtype), arguments.rounds))
         show(results[-1])
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    write_json(arguments.json, {"machine": machine, "results": results})
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ cuBLAS and the CPU path both do. Relative Frobenius norm of the difference from 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels.bench.machine import describe_machine
+from kernels.bench.machine import describe_machine, write_json
 from kernels.cross_entropy.chunking import Sums
 from kernels.cross_entropy.fused import Problem, run
 from kernels.cross_entropy.ops import scalar_coefficients
@@ -74,9 +73,7 @@ def main() -> None:
     print(f"| chunks | {' | '.join(found)} |\n|{'---|' * (len(found) + 1)}")
     for k in map(str, counts):
         print(f"| {k} | {' | '.join(f'{errors[k]:.4f}' for errors in found.values())} |")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "errors": found}, indent=1) + "\n")
+    write_json(arguments.json, {"machine": machine, "errors": found})
 
 
 if __name__ == "__main__":

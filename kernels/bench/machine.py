@@ -1,10 +1,13 @@
-"""What a benchmark needs to know of the machine: its name, its clock, its memory."""
+"""What benchmarks share: the machine's name, its clock and memory, and how results are kept."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +28,25 @@ def describe_machine(device: str) -> dict[str, str]:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def time_in_turn(jobs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each job; in every round all run one after another, so that clocks and neighbours are the same."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            job()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def write_json(path: Path | None, content: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def measure_peak(device: str, job: Callable[[], None]) -> int:

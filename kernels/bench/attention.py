@@ -112,7 +112,8 @@ def show(result: dict[str, Any]) -> None:
         if "failed" in f:
             print(f"| {name} | failed: {f['failed'][:80]} | | | |")
             continue
-        print(f"| {name} | {f['forward']:.0f} | {f['backward']:.0f} | {f['both']:.0f} | {f'{ours / f["both"]:.2f}' if ours else ''} |")
+        ratio = f"{ours / f['both']:.2f}" if ours else ""
+        print(f"| {name} | {f['forward']:.0f} | {f['backward']:.0f} | {f['both']:.0f} | {ratio} |")
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

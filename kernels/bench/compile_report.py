@@ -41,7 +41,7 @@ def examine(source: ASTSource, options: dict[str, Any], target: GPUTarget = TARG
             "loads_128": sum(b >= 128 for b in accesses["ld"]), "stores_128": sum(b >= 128 for b in accesses["st"]),
             "loads": len(accesses["ld"]), "stores": len(accesses["st"]),
             "narrow_vectors": sum(b < 128 for kind in ("ld", "st") for b in (_bits(m) for m in re.findall(rf"{kind}\.global(\.v[^ ]+)", ptx))),
-            "wide_offsets": _wide_offsets(ptx), "serialized": "serialized" in done.stderr, "wgmma": "wgmma.mma_async" in ptx}
+            "wide_offsets": _wide_offsets(ptx), "wide_products": len(re.findall(r"(mul\.wide|mad\.wide|mul\.lo\.s64|mad\.lo\.s64)", ptx)), "serialized": "serialized" in done.stderr, "wgmma": "wgmma.mma_async" in ptx}
 
 
 def _wide_offsets(ptx: str) -> bool:

@@ -53,6 +53,14 @@ def test_attention_uses_the_tensor_cores_without_waiting_for_each(report: Report
             assert f["wgmma"] or "fp32" in name or "delta" in name or ("keys, D=256" in name or "keys, D=192" in name), name
 
 
+def test_offsets_of_attention_have_64_bits(report: Report) -> None:
+    """Row, head and first token of a block each meet a stride in 64 bits, for every tensor that is read or written."""
+    tensors = {"forward": 4, "keys": 6, "queries": 5, "delta": 2}
+    for name, f in report.items():
+        if name.startswith("attention"):
+            assert f["wide_products"] >= 3 * tensors[name.split()[1].rstrip(",")], name
+
+
 def test_offsets_of_rows_of_logits_have_64_bits(report: Report) -> None:
     """Row x stride passes 2^31 elements at 16,384 rows of 128K logits."""
     assert all(f["wide_offsets"] for name, f in report.items() if name.startswith("rows"))

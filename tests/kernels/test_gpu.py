@@ -40,6 +40,38 @@ def test_attention_is_causal(dtype: torch.dtype) -> None:
         check_attention(name, "cuda", dtype)  # raises CausalityError
 
 
+def test_attention_beyond_32_bit_offsets() -> None:
+    """2.4e9 elements of queries: the last row is as good as alone, forward and backward."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(9, 65536, h, 256, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (16, 1, 1))
+    out = attention(q, k, v, window=64, implementation="triton")
+    whole = torch.autograd.grad(out.sum(), (q, k, v))
+    last = [t.detach()[-1:].requires_grad_() for t in (q, k, v)]
+    alone = attention(*last, window=64, implementation="triton")
+    assert torch.equal(out[-1:], alone)
+    assert all(torch.equal(a[-1:], b) for a, b in zip(whole, torch.autograd.grad(alone.sum(), last), strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 127, 4097, 131072])
+def test_attention_of_any_length(length: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, length, h, 64, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (2, 1, 1))
+    found, expected = (attention(q, k, v, implementation=name) for name in ("triton", "sdpa"))
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), (q, k, v)) for out in (found, expected)), strict=True):
+        assert (a - b).float().norm() <= 0.02 * b.float().norm()
+
+
+def test_attention_never_waits_for_the_device() -> None:
+    q, k, v = (torch.randn(2, 300, h, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (4, 2, 2))
+    ids = torch.randint(0, 2, (2, 300), device="cuda").cumsum(1)
+    for _ in range(2):  # the first one compiles, and runs the self-test
+        attention(q, k, v, documents=PackedDocuments.from_document_ids(ids), window=50, implementation="triton").sum().backward()
+        torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+    assert q.grad.isfinite().all()
+
+
 def loss_inputs(n: int, d: int, v: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(0)
     hidden, weight = (torch.randn(r, d, generator=generator, device="cuda").bfloat16() for r in (n, v))

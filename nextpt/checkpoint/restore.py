@@ -11,8 +11,15 @@ from nextpt.model import Decoder
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> tuple[Config, Decoder]:
-    """The config of the run and its model, fp32, in evaluation mode."""
+    """The config of the run and its model, fp32, in evaluation mode.
+
+    Implementations and the loss's workspace were chosen for the machine that trained it; here they are chosen anew.
+    """
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
+    config = config.model_copy(update={
+        "model": config.model.model_copy(update={"attention": "auto", "cross_entropy": "auto"}),
+        "train": config.train.model_copy(update={"loss_workspace_mib": None}),
+    })
     model = Decoder(config)
     check_shapes(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
     with torch.no_grad():

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 
 from data_prep.files import atomic_write
+from kernels.attention import choose_attention
+from kernels.attention.features import asked
 from kernels.causality import CausalityError, check_attention
 from kernels.cross_entropy import pick
 from nextpt.checkpoint.commit import choose, save, steps
@@ -82,9 +84,14 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
 
 
 def check_causality(config: Config, device: torch.device) -> None:
-    """Prove on this device that the attention of this run does not look ahead; takes a fraction of a second."""
+    """Prove on this device that the attention of this run does not look ahead; takes a fraction of a second.
+
+    Raises ConfigError first where the named implementation cannot do what the run asks for.
+    """
     dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    head = torch.empty(1, 1, 1, config.model.head_dim_, dtype=dtype, device="meta")
     try:
+        choose_attention(config.model.attention, device.type, asked(head, head, documents=True, window=config.model.sliding_window))
         check_attention(config.model.attention, device, dtype, config.model.sliding_window)
     except ValueError as error:
         raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error

@@ -44,6 +44,7 @@ def outcome(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "unknown domain": tiny(dataset, root / "a", train=base, data={"mixing": {"poems": 1.0}}),
         "no token weights": tiny(dataset, root / "a", train=base, objective={"token_weights": True}),
         "attention": tiny(dataset, root / "a", train=base, model=wide(attention="slow")),
+        "attention elsewhere": tiny(dataset, root / "a", train=base, model=wide(attention="triton")),
         "damaged shard": tiny(damaged, root / "b", train=base),
     }
     messages = train_all(list(named.values()), 1, root / "logs")
@@ -67,6 +68,7 @@ def test_allowed(outcome: dict[str, str | None], name: str) -> None:
     ("unknown domain", ["data.mixing", "poems", "code, prose"]),
     ("no token weights", ["objective.token_weights", "no token_weights column"]),
     ("attention", ["model.attention = slow", "sdpa"]),
+    ("attention elsewhere", ["model.attention = triton", "does not run on cpu"]),
     ("damaged shard", ["shard.00000.mds", "damaged"]),
 ])
 def test_refused_in_one_line(outcome: dict[str, str | None], name: str, words: list[str]) -> None:

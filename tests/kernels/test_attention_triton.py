@@ -62,7 +62,9 @@ def assert_as_exact(found: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dt
     if not finite.any():
         return
     own, theirs = ((x.detach().double() - exact)[finite].abs().max().item() for x in (found, plain))
-    bound = 2 * theirs + 4 * torch.finfo(dtype).eps * max(exact[finite].abs().max().item(), 1.0)
+    # Where a query sees one key its gradient is a difference of equal sums: exactly 0 in torch, a few roundings of the sums here.
+    roundings = 16 if dtype == torch.float32 else 4
+    bound = 2 * theirs + roundings * torch.finfo(dtype).eps * max(exact[finite].abs().max().item(), 1.0)
     assert own <= bound, f"{what}: error {own:.3g} above {bound:.3g}; torch's is {theirs:.3g}"
 
 

@@ -52,7 +52,7 @@ def _load_statistics(lse, delta, at, queries):
 def _over_queries(dk, dv, k, v, q, d_out, lse, delta, first, last, at_N, start, stop, queries, q_s, do_s, scale, softcap, D: tl.constexpr,
                   V: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_V: tl.constexpr):
-    for m in range(start, stop, BLOCK_M):  # one loop with a mask: a second one without spilled 8 to 120 bytes
+    for m in range(start, stop, BLOCK_M):  # one loop with a mask: a second one without spilled 8 to 224 bytes
         at = m + tl.arange(0, BLOCK_M)
         tile_q = load_block(q, m, q_s, queries, True, D, BLOCK_M, BLOCK_D)
         tile_do = load_block(d_out, m, do_s, queries, True, V, BLOCK_M, BLOCK_V)

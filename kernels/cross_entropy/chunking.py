@@ -93,7 +93,7 @@ def _largest(tokens: int, row: int, sums: int, result: int, budget: int) -> Chun
     room = budget - sums + min(result, sums)
     if budget < sums or room < least * row:
         need = max(sums, sums - min(result, sums) + least * row)
-        hint = "" if not sums else f", of which {_mib(sums)} MiB are the fp32 sums of the matrix gradient"
+        hint = "" if not sums else f", {_mib(sums)} MiB of them fp32 sums of the matrix gradient, which mode small does without"
         raise BudgetError(f"a workspace of {_mib(budget)} MiB is too small for the loss: {least} tokens at once take "
                           f"{_mib(need)} MiB{hint}; give at least that, or shorter micro-batches")
     rows = _even(tokens, _count(tokens, room // row))

@@ -2,14 +2,23 @@
 
     DATA/dataset.json                     the manifest below; written last, so a folder without it is unfinished
     DATA/tokenizer.json                   the tokenizer that made the tokens
-    DATA/token_bytes.npy                  uint16 [V]: UTF-8 bytes of each token, 0 for special ones
-    DATA/{train,heldout}/DOMAIN/          MDS shards and index.json
+    DATA/token_bytes.npy                  uint16 [V]: UTF-8 bytes of each token; 0 says that a token is no text (special, or a hole)
+    DATA/{train,heldout}/DOMAIN/          index.json of an MDS stream, and its shards in folders, gNNNNN/shard.NNNNN.mds[.zstd]
     DATA/heldout_text/DOMAIN.jsonl        the held-out documents themselves
+    DATA/quarantine.jsonl                 records that could not be used: file, place, reason; only when there are any
+    DATA/report.{json,html}               counts, lengths, packing, repeats, throughput
 
 A row has sequence_length + 1 tokens: T inputs and, shifted by one, T targets. A document is stored as
 [start] + tokens + [end]; one longer than a row is cut into pieces that overlap by one token, so that every token is
-the target exactly once. Beside the columns below a shard may have `token_weights` (ndarray:float32:T+1): a factor on
-each token's loss when it is the target, used where objective.token_weights is set.
+the target exactly once. A row is a sequence of segments: pieces of documents, and perhaps padding at its end.
+
+Bytes. With byte-level tokenizers a token stands for the same bytes everywhere (token_bytes.npy; byte_counts "table").
+With others (normalisation, SentencePiece, WordPiece) that depends on its place; then byte_counts is "column", rows have
+`target_bytes`, and the table only tells text from special tokens. Either way the bytes of all targets of a document
+sum to the UTF-8 bytes of its text.
+
+A shard may also have `token_weights` (ndarray:float32:T+1): a factor on each token's loss when it is the target, used
+where objective.token_weights is set.
 """
 
 from __future__ import annotations
@@ -24,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_prep.errors import PrepError
 from data_prep.files import sha256_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
 
 # Bits of doc_flags, one byte per segment of a row.
@@ -42,15 +51,22 @@ def token_dtype(vocab_size: int) -> np.dtype:
     raise PrepError(f"a vocabulary of {vocab_size} tokens does not fit uint32, the widest token type of the shards")
 
 
-def columns(sequence_length: int, vocab_size: int) -> dict[str, str]:
-    """MDS columns of a row. doc_lens and doc_flags: one entry per segment, lengths summing to the row."""
-    return {
+def columns(sequence_length: int, vocab_size: int, byte_counts: str = "table") -> dict[str, str]:
+    """MDS columns of a row. doc_lens and doc_flags: one entry per segment, lengths summing to the row.
+
+    target_bytes (byte_counts "column" only): UTF-8 bytes each token stands for where it is the target.
+    text_bytes: their sum over the row's targets.
+    """
+    found = {
         "tokens": f"ndarray:{token_dtype(vocab_size)}:{sequence_length + 1}",
         "doc_lens": "ndarray:uint32",
         "doc_flags": "ndarray:uint8",
         "domain": "uint16",
         "text_bytes": "uint32",
     }
+    if byte_counts == "column":
+        found["target_bytes"] = f"ndarray:uint32:{sequence_length + 1}"
+    return found
 
 
 class _Record(BaseModel):
@@ -79,7 +95,8 @@ class DatasetManifest(_Record):
     tokenizer_sha256: str
     start_id: int
     end_id: int
-    packing: Literal["best_fit"] = "best_fit"
+    packing: Literal["best_fit", "concat", "single"] = "best_fit"
+    byte_counts: Literal["table", "column"] = "table"
     seed: int
     heldout_fraction: float
     inputs_sha256: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -12,15 +13,19 @@ from typing import IO, Any
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; it is synced and takes the name when the block ends without an error."""
+def atomic_write(path: Path, mode: str = "w", *, keep_same: bool = False) -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; it is synced and takes the name when the block ends without an error.
+
+    keep_same: a file that holds the same bytes already is left as it is, with its time of modification.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if not (keep_same and path.exists() and filecmp.cmp(temporary, path, shallow=False)):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 
-def split_long(length: int, capacity: int) -> list[tuple[int, int]]:
-    """Pieces [start, stop) of a document of `length` tokens, each at most `capacity`, overlapping by one token.
+@dataclass(frozen=True)
+class Pieces:
+    """Stretches [start, stop) of documents, int64 [pieces] each; a document's own overlap by one token.
 
-    Within a piece all tokens but the first are targets, so each token but the document's first is the target once.
+    Within a piece all tokens but the first are targets, so each token but a document's first is the target once.
     """
-    pieces, start = [], 0
-    while True:
-        stop = min(start + capacity, length)
-        pieces.append((start, stop))
-        if stop == length:
-            return pieces
-        start = stop - 1
+
+    document: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.stop - self.start
+
+
+def cut_long(lengths: np.ndarray, capacity: int) -> Pieces:
+    """Cut documents of `lengths` tokens (int64 [documents], each at least 2) into pieces of at most `capacity` tokens."""
+    counts = np.maximum(-(-(lengths - 1) // (capacity - 1)), 1)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    first = np.cumsum(counts) - counts
+    start = (np.arange(len(document)) - first[document]) * (capacity - 1)
+    return Pieces(document, start, np.minimum(start + capacity, lengths[document]))
+
+
+def pack(lengths: np.ndarray, capacity: int, method: str) -> tuple[Pieces, list[list[int]]]:
+    """Pieces of documents of `lengths` tokens, and rows as lists of pieces, by one of the methods of the manifest."""
+    if method == "concat":
+        return concatenate(lengths, capacity)
+    pieces = cut_long(lengths, capacity)
+    if method == "single":
+        return pieces, [[i] for i in range(len(pieces.start))]
+    return pieces, best_fit_decreasing(pieces.lengths, capacity)
+
+
+def concatenate(lengths: np.ndarray, capacity: int) -> tuple[Pieces, list[list[int]]]:
+    """Documents one after another, cut wherever a row is full; what is left of one begins the next row."""
+    cut: list[tuple[int, int, int]] = []
+    rows: list[list[int]] = [[]]
+    room = capacity
+    for document, length in enumerate(lengths.tolist()):
+        start = 0
+        while True:
+            if room < 2:  # one free token can hold no target
+                rows.append([])
+                room = capacity
+            stop = min(start + room, length)
+            rows[-1].append(len(cut))
+            cut.append((document, start, stop))
+            room -= stop - start
+            if stop == length:
+                break
+            start = stop - 1
+    columns = np.array(cut, dtype=np.int64).reshape(-1, 3).T
+    return Pieces(*columns), [row for row in rows if row]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:

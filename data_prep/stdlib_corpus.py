@@ -40,7 +40,8 @@ def collect(output: Path, library: Path | None = None) -> Collected:
     library = library or Path(sysconfig.get_path("stdlib"))
     result = Collected({"code": 0, "prose": 0}, {"code": 0, "prose": 0}, 0)
     output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(output / "code.jsonl") as code, atomic_write(output / "prose.jsonl") as prose:
+    # Kept when they are the same, as a dataset made from them knows large inputs by their time.
+    with atomic_write(output / "code.jsonl", keep_same=True) as code, atomic_write(output / "prose.jsonl", keep_same=True) as prose:
         for domain, document in _documents(library, result):
             (code if domain == "code" else prose).write(
                 json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n"

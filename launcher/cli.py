@@ -17,13 +17,15 @@ if (ROOT / "pyproject.toml").is_file():
 import typer  # noqa: E402
 
 from launcher.console import compressor_table, evaluation_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
-from nextpt.errors import UserError  # noqa: E402
+from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
+from launcher.prep_shards import prep_shards  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
                   help="Pretrain decoder-only language models: prepare data, train, evaluate, generate.")
 prep = typer.Typer(no_args_is_help=True, help="Turn text into packed, tokenized shards.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at configs.")
 app.add_typer(prep, name="prep")
+prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 app.add_typer(config_app, name="config")
 
 RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
@@ -49,36 +51,6 @@ def prep_stdlib(output: Annotated[Path, typer.Option(help="folder for code.jsonl
     found = collect(output)
     for domain, count in found.documents.items():
         say(f"{output}/{domain}.jsonl: {count:,} documents, {found.bytes[domain]:,} bytes")
-
-
-@prep.command("shards", epilog="example: nextpt prep shards code=data/code.jsonl prose=data/prose.jsonl --output data/shards "
-                               "--sequence-length 256 --vocab-size 4096")
-@friendly
-def prep_shards(
-    domains: Annotated[list[str], typer.Argument(metavar="DOMAIN=PATH...", help="files or folders: .jsonl[.gz|.zst], .parquet, .txt")],
-    output: Annotated[Path, typer.Option(help="dataset folder to write")],
-    sequence_length: Annotated[int, typer.Option(help="inputs per row, tokens")],
-    vocab_size: Annotated[int | None, typer.Option(help="train a byte-level BPE tokenizer of this size")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="or take this tokenizer.json")] = None,
-    characters: Annotated[bool, typer.Option("--characters", help="or make every character a token")] = False,
-    heldout: Annotated[float, typer.Option(help="share kept for evaluation")] = 0.05,
-    split: Annotated[str, typer.Option(help="hash: that share of the documents; tail: of each domain's end")] = "hash",
-    seed: Annotated[int, typer.Option(help="order of rows")] = 0,
-    text_field: Annotated[str, typer.Option(help="key or column of the text")] = "text",
-    id_field: Annotated[str, typer.Option(help="key or column of the id")] = "id",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a dataset made otherwise")] = False,
-) -> None:
-    """Split, tokenize, pack and write MDS shards."""
-    from data_prep.prepare import PrepSpec, prepare, summary_table
-
-    named: dict[str, Path] = {}
-    for item in domains:
-        name, equals, path = item.partition("=")
-        if not equals or name in named:
-            raise UserError(f"{item!r}: expected DOMAIN=PATH, each domain once")
-        named[name] = Path(path)
-    spec = PrepSpec(named, output, sequence_length, vocab_size, tokenizer, heldout, seed, text_field, id_field, characters, split)
-    out.print(summary_table(prepare(spec, overwrite=overwrite, console=out)))
 
 
 @app.command(epilog="example: nextpt train --config configs/demo.yaml train.steps=50")

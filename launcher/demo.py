@@ -13,7 +13,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from data_prep.prepare import PrepSpec, is_current, prepare, summary_table
+from data_prep.prepare import is_current, prepare, summary_table
+from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
 from launcher.console import compressor_table, evaluation_progress, evaluation_table, out, say
 from launcher.local import start_training
@@ -56,8 +57,8 @@ def main() -> None:
     for domain, count in found.documents.items():
         say(f"{domain}: {count:,} documents, {found.bytes[domain]:,} bytes")
     stage(2)
-    spec = PrepSpec({d: corpus / f"{d}.jsonl" for d in found.documents}, Path(config.data.path), config.data.sequence_length,
-                    vocab_size=config.model.vocab_size)
+    spec = PrepSpec(domains={d: corpus / f"{d}.jsonl" for d in found.documents}, output=Path(config.data.path),
+                    sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size)
     current = is_current(spec)
     if not current and spec.output.exists() and steps(config.run_dir / "checkpoints"):
         raise UserError(f"{spec.output}, which {config.run_dir} was trained on, was made from another corpus (another Python) or by another "

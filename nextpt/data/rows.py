@@ -75,12 +75,12 @@ class DomainRows:
     def _check(self, shard: dict[str, Any], manifest: DatasetManifest) -> None:
         """The columns must be those of the format, and the file must lie in this folder."""
         found = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-        wanted = columns(manifest.sequence_length, manifest.vocab_size)
+        wanted = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts)
         kept = {name: kind for name, kind in found.items() if name not in OPTIONAL_COLUMNS}
         if kept != wanted:
             raise DataError(f"{self.folder}: columns {kept}, expected {wanted}")
         basename = shard["raw_data"]["basename"]
-        if Path(basename).name != basename:
+        if Path(basename).is_absolute() or ".." in Path(basename).parts:
             raise DataError(f"{self.folder}/index.json names a file outside its folder: {basename}")
         if "xxh64" not in shard["raw_data"].get("hashes", {}):
             raise DataError(f"{self.folder}/{basename} has no xxh64 hash in its index; prepare the data again")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepare import PrepSpec, prepare
+from data_prep.prepare import prepare
+from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
 from nextpt.config import Config, parse_config
 
@@ -14,7 +15,7 @@ def make_dataset(library: Path, folder: Path, sequence_length: int = 64, vocab_s
     """Collect and prepare the sources in `library`; returns the dataset folder."""
     collect(folder / "corpus", library)
     domains = {name: folder / "corpus" / f"{name}.jsonl" for name in ("code", "prose")}
-    prepare(PrepSpec(domains, folder / "shards", sequence_length, vocab_size=vocab_size, heldout=0.2))
+    prepare(PrepSpec(domains=domains, output=folder / "shards", sequence_length=sequence_length, vocab_size=vocab_size, heldout=0.2))
     return folder / "shards"
 
 

@@ -1,0 +1,97 @@
+"""The tokenizer of a preparation: given, trained or made of characters, and the library that encodes with it.
+
+WORK/tokenizer.json and WORK/encoder.json (written last) hold the choice, so that all workers make the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import xxhash
+
+from data_prep.errors import PrepError
+from data_prep.files import atomic_write
+from data_prep.format import token_dtype
+from data_prep.plan import Plan, Unit
+from data_prep.records import Record, read_part
+from data_prep.tokenizer import Tokenizer, train_bpe, write_character_tokenizer
+
+TRAINING_BYTES = 2**28  # of text that a tokenizer is trained on, taken evenly from all units: more changes little, and takes memory
+SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 16, 2**14  # texts on which the two libraries must agree, from all over the corpus
+
+
+def choice_path(work: Path) -> Path:
+    """WORK/encoder.json: there when the tokenizer is."""
+    return work / "encoder.json"
+
+
+def make_tokenizer(plan: Plan) -> None:
+    """Write WORK/tokenizer.json, and choose the library. Raises PrepError."""
+    spec, path = plan.spec, plan.spec.work / "tokenizer.json"
+    if spec.tokenizer is not None:
+        Tokenizer(spec.tokenizer, start=spec.start_token, end=spec.end_token).copy_to(path)
+    elif spec.characters:
+        # Of both sides: a vocabulary of characters has no way to spell one that only the held-out side has.
+        write_character_tokenizer((text for unit in plan.units for text, _ in _texts(plan, unit)), path)
+    else:
+        train_bpe(_training_texts(plan), spec.vocab_size, path)
+    tokenizer = Tokenizer(path, encoder=spec.encoder)
+    token_dtype(tokenizer.vocab_size)
+    encoder, reason = tokenizer.encoder, tokenizer.encoder_reason
+    if difference := tokenizer.difference(_sample(plan)):
+        if spec.encoder == "tiktoken":
+            raise PrepError(f"encoder = 'tiktoken', but the two libraries differ on this corpus: {difference}")
+        encoder, reason = "tokenizers", f"the two libraries differ on this corpus: {difference}"
+    with atomic_write(choice_path(spec.work)) as file:
+        json.dump({"encoder": encoder, "reason": reason}, file)
+
+
+@lru_cache(maxsize=1)
+def chosen_tokenizer(plan_sha256: str, work: Path) -> Tokenizer:
+    """The tokenizer of a preparation, made once per process; plan_sha256 keeps preparations apart."""
+    choice = json.loads(choice_path(work).read_text(encoding="utf-8"))
+    return Tokenizer(work / "tokenizer.json", encoder=choice["encoder"])
+
+
+def encoder_reason(work: Path) -> str:
+    """Why that library."""
+    return json.loads(choice_path(work).read_text(encoding="utf-8"))["reason"]
+
+
+def _texts(plan: Plan, unit: Unit) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is held out) of the good records of a unit."""
+    tail_from, threshold = unit.tail_from, int(plan.spec.heldout * 2**64)
+    for part in unit.parts:
+        for record in read_part(part, plan.fields):
+            if not isinstance(record, Record):
+                continue
+            if tail_from is None:
+                yield record.text, xxhash.xxh64_intdigest(record.text.encode("utf-8", "replace")) < threshold
+                continue
+            head, tail = record.text[:tail_from], record.text[tail_from:]
+            tail_from = max(tail_from - len(record.text), 0)
+            yield from ((text, heldout) for text, heldout in ((head, False), (tail, True)) if text)
+
+
+def _training_texts(plan: Plan) -> Iterator[str]:
+    """Texts of the training side, the first ones of every unit when there are more than TRAINING_BYTES."""
+    share = TRAINING_BYTES // max(len(plan.units), 1)
+    for unit in plan.units:
+        left = share if len(plan.units) > 1 else TRAINING_BYTES
+        for text, heldout in _texts(plan, unit):
+            if not heldout:
+                yield text
+                left -= len(text)
+            if left <= 0:
+                break
+
+
+def _sample(plan: Plan) -> Iterator[str]:
+    step = max(len(plan.units) // SAMPLE_UNITS, 1)
+    for unit in plan.units[::step]:
+        for text, _ in islice(_texts(plan, unit), SAMPLE_DOCUMENTS):
+            yield text[:SAMPLE_CHARACTERS]

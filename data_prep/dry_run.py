@@ -1,0 +1,93 @@
+"""What a preparation would do, and how long it would take, measured on a sample of its own corpus."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from humanize import naturaldelta, naturalsize
+
+from data_prep.format import token_dtype
+from data_prep.plan import Plan, make_plan
+from data_prep.prepare import is_current, local_workers
+from data_prep.records import Record, read_part
+from data_prep.spec import PrepSpec
+from data_prep.tokenizer import Tokenizer
+
+SAMPLE_UNITS = 8  # spread over the corpus
+SAMPLE_CHARACTERS = 2**20  # of each: a second or two in all
+SHARE_OF_TOKENIZER = 0.85  # of the time of a whole preparation (docs/data.md)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """stored: bytes of all inputs. text, tokens, seconds: estimates from the sample; None where no tokenizer is given."""
+
+    plan: Plan
+    workers: int
+    stored: int
+    text: int | None
+    tokens: int | None
+    seconds: float | None
+    disk: int | None
+    current: bool
+
+    def lines(self) -> list[str]:
+        """For a person to read."""
+        spec, units = self.plan.spec, self.plan.units
+        files = {part.file for unit in units for part in unit.parts}
+        found = [f"{len(files)} files, {naturalsize(self.stored)}, in {len(units)} work units of {', '.join(sorted(spec.domains))}"]
+        if self.current:
+            found.append(f"{spec.output} is there and was made from them: nothing would be done")
+        if self.tokens is None:
+            found.append("the tokenizer would be trained first; its speed is not known yet, so neither is the time")
+        else:
+            found.append(f"about {naturalsize(self.text)} of text, {self.tokens:,} tokens, {-(-self.tokens // (spec.sequence_length + 1)):,} rows")
+            found.append(f"about {naturaldelta(self.seconds)} with {self.workers} workers ({self.tokens / self.seconds / self.workers:,.0f} tokens/s each)")
+            free = shutil.disk_usage(_existing(spec.output)).free
+            found.append(f"about {naturalsize(self.disk)} of disk beside {spec.output} on the way; {naturalsize(free)} are free")
+        return [*found, "nothing was written"]
+
+
+def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
+    """Plan, and tokenize a sample. Writes nothing that stays. Raises PrepError as the preparation would."""
+    plan = make_plan(spec)
+    count = workers or local_workers(plan).count
+    stored = sum(unit.size for unit in plan.units)
+    if spec.tokenizer is None:
+        return Estimate(plan, count, stored, None, None, None, None, is_current(spec))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        shutil.copyfile(spec.tokenizer, path)
+        tokenizer = Tokenizer(path, encoder=spec.encoder, start=spec.start_token, end=spec.end_token)
+    step = max(len(plan.units) // SAMPLE_UNITS, 1)
+    used = size = tokens = 0
+    started = time.perf_counter()
+    for unit in plan.units[::step]:
+        taken = 0
+        for part in unit.parts:
+            before: list[int] = []
+            for record in islice(read_part(part, plan.fields, before.append), 10**6):
+                if isinstance(record, Record):
+                    tokens += len(tokenizer.encode(record.text))
+                    size += len(record.text.encode("utf-8", "replace"))
+                    taken += len(record.text)
+                if taken > SAMPLE_CHARACTERS:
+                    break
+            used += sum(before)
+            if taken > SAMPLE_CHARACTERS:
+                break
+    seconds = max(time.perf_counter() - started, 1e-9) / SHARE_OF_TOKENIZER
+    scale = stored / max(used, 1)
+    # Tokens lie on the disk twice, before and after packing; padding is far below a per cent.
+    disk = int(2 * scale * tokens * token_dtype(tokenizer.vocab_size).itemsize)
+    return Estimate(plan, count, stored, int(scale * size), int(scale * tokens), scale * seconds / count, disk, is_current(spec))
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)

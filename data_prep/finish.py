@@ -1,0 +1,144 @@
+"""The last stage: indices, manifest, held-out texts, quarantine and report; then the folder takes its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from data_prep.encode import tokens_path
+from data_prep.errors import PrepError
+from data_prep.files import atomic_write, canonical_json, sha256_file
+from data_prep.format import SPLITS, DatasetManifest, SplitCounts, token_dtype
+from data_prep.group import group_name, packed_path
+from data_prep.layout import Layout, dropped, quarantined
+from data_prep.plan import Plan
+from data_prep.repeats import Repeats
+from data_prep.summary import summarise
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokens import TokensFile
+
+
+def is_finished(plan: Plan) -> bool:
+    """Whether the output is the dataset of this plan."""
+    try:
+        return DatasetManifest.load(plan.spec.output).inputs_sha256 == plan.sha256
+    except PrepError:
+        return False
+
+
+def finish(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats, wall_seconds: float) -> None:
+    """Put the dataset together in WORK/dataset, rename it to the output, and remove WORK.
+
+    Asserts that all that the units hold is in the shards, in the quarantine, or counted as passed over.
+    """
+    spec, folder = plan.spec, plan.spec.work / "dataset"
+    packed = [json.loads(packed_path(spec.work, group.index).read_text(encoding="utf-8")) for group in layout.groups]
+    counts = {split: {d: _write_index(folder, split, d, layout, packed) for d in layout.domains} for split in SPLITS}
+    _check_sums(plan, layout, repeats, counts)
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+    with atomic_write(folder / "token_bytes.npy", "wb") as file:
+        np.save(file, tokenizer.token_bytes())
+    _write_heldout(plan, layout, repeats, folder / "heldout_text")
+    _write_quarantine(plan, repeats, folder / "quarantine.jsonl")
+    manifest = _manifest(plan, layout, tokenizer, counts)
+    summarise(plan, layout, tokenizer, repeats, manifest, packed, folder, wall_seconds)
+    with atomic_write(folder / "dataset.json") as file:
+        file.write(canonical_json(manifest.model_dump()))
+    _take_name(folder, spec.output)
+    shutil.rmtree(spec.work, ignore_errors=True)
+
+
+def _write_index(folder: Path, split: str, domain: str, layout: Layout, packed: list[dict[str, Any]]) -> SplitCounts:
+    """One index.json over all groups of a domain, and the domain's counts."""
+    shards, sums = [], dict.fromkeys(("documents", "bytes", "tokens", "text_tokens", "rows", "padding_tokens"), 0)
+    for group, found in zip(layout.groups, packed, strict=True):
+        if group.domain != domain:
+            continue
+        for key in sums:
+            sums[key] += found[split][key]
+        for shard in found[split]["shards"]:
+            for data in (shard["raw_data"], shard["zip_data"]):
+                if data:
+                    data["basename"] = f"{group_name(group.index)}/{data['basename']}"
+            stored = shard["zip_data"] or shard["raw_data"]
+            path = folder / split / domain / stored["basename"]
+            if not path.is_file() or path.stat().st_size != stored["bytes"]:
+                raise PrepError(f"{path} is not as it was packed; remove {folder.parent} and start again")
+            shards.append(shard)
+    if not shards:
+        return SplitCounts(**sums, index_sha256="")
+    index = folder / split / domain / "index.json"
+    with atomic_write(index) as file:
+        json.dump({"version": 2, "shards": shards}, file, sort_keys=True)
+    return SplitCounts(**sums, index_sha256=sha256_file(index))
+
+
+def _check_sums(plan: Plan, layout: Layout, repeats: Repeats, counts: dict[str, dict[str, SplitCounts]]) -> None:
+    """Counts in = counts out + passed over + quarantined. A difference is a mistake of ours, and nothing is written."""
+    found = layout.counts
+    documents = sum(c.documents for domains in counts.values() for c in domains.values())
+    out = documents + sum(found["passed"].values()) + sum(found["bad"].values())
+    assert out == found["records"] + found["cuts"], f"{found['records']} records in, {out} out"
+    written = sum(c.tokens for domains in counts.values() for c in domains.values())
+    kept = 0
+    for unit in plan.units:
+        lengths = TokensFile(tokens_path(plan.spec.work, unit.index)).documents["tokens"]
+        kept += int(np.delete(lengths, dropped(plan, repeats, unit.index)).sum(dtype=np.int64))
+    assert written == kept + documents, f"{kept} tokens in, {written - documents} out, and {documents} ends"
+
+
+def _write_heldout(plan: Plan, layout: Layout, repeats: Repeats, folder: Path) -> None:
+    """heldout_text/DOMAIN.jsonl from those of the units, in order, without what was dropped."""
+    folder.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        files = {d: stack.enter_context(atomic_write(folder / f"{d}.jsonl", "wb")) for d in layout.domains}
+        for unit in plan.units:
+            path = tokens_path(plan.spec.work, unit.index)
+            tokens = TokensFile(path)
+            gone = set(dropped(plan, repeats, unit.index).tolist())
+            with open(path.with_suffix(".heldout.jsonl"), "rb") as lines:
+                for line in lines:
+                    entry = orjson.loads(line)
+                    number = entry.pop("doc")
+                    if number not in gone:
+                        domain = tokens.footer["domains"][tokens.documents["domain"][number]]
+                        files[domain].write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _write_quarantine(plan: Plan, repeats: Repeats, path: Path) -> None:
+    """quarantine.jsonl: the bad records of all units, clashes of ids included; no file when there are none."""
+    path.unlink(missing_ok=True)
+    lines = [line for unit in plan.units for line in quarantined(plan, repeats, unit)]
+    if lines:
+        with atomic_write(path, "wb") as file:
+            file.writelines(lines)
+
+
+def _manifest(plan: Plan, layout: Layout, tokenizer: Tokenizer, counts: dict[str, dict[str, SplitCounts]]) -> DatasetManifest:
+    spec = plan.spec
+    manifest = DatasetManifest(
+        sequence_length=spec.sequence_length, vocab_size=tokenizer.vocab_size, token_dtype=token_dtype(tokenizer.vocab_size).name,
+        tokenizer_sha256=tokenizer.sha256, start_id=tokenizer.start_id, end_id=tokenizer.end_id, packing=spec.packing,
+        byte_counts=tokenizer.byte_counts, seed=spec.seed, heldout_fraction=spec.heldout, inputs_sha256="", domains=layout.domains,
+        splits=counts, fingerprint="",
+    )
+    # Of what is in the dataset (the indices hold the hashes of all shards), not of where it came from.
+    fingerprint = sha256(canonical_json(manifest.model_dump()).encode()).hexdigest()
+    return manifest.model_copy(update={"fingerprint": fingerprint, "inputs_sha256": plan.sha256})
+
+
+def _take_name(folder: Path, output: Path) -> None:
+    """Give the finished folder its name; a dataset that it replaces goes after it is whole, not before."""
+    old = output.with_name(f"{output.name}.old-{os.getpid()}")
+    if output.exists():
+        os.rename(output, old)
+    os.rename(folder, output)
+    shutil.rmtree(old, ignore_errors=True)

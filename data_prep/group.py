@@ -1,0 +1,222 @@
+"""Packing one group of documents and writing its rows as MDS shards.
+
+The shards of a group come to lie in WORK/dataset/SPLIT/DOMAIN/gNNNNN, by renaming a whole folder; WORK/packed/NNNNN.json,
+written after that, says what is in them, and that the group is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_prep.encode import Advance, tokens_path
+from data_prep.errors import PrepError
+from data_prep.files import atomic_write
+from data_prep.format import ENDS_MID_DOCUMENT, PADDING, SPLITS, STARTS_MID_DOCUMENT, columns, token_dtype
+from data_prep.layout import Group, dropped
+from data_prep.pack import Pieces, pack, shuffled
+from data_prep.plan import Plan
+from data_prep.repeats import Repeats
+from data_prep.streaming_compat import import_streaming
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokens import DOCUMENT, TokensFile
+
+SHARD_BYTES = 2**26  # MDS's own default: large enough to stream, small enough to hash at once
+BINS = 32  # of the histogram: documents of [2^i, 2^(i+1)) tokens
+
+
+def group_name(index: int) -> str:
+    return f"g{index:05d}"
+
+
+def packed_path(work: Path, group: int) -> Path:
+    """What is in the shards of a group: there when it is done."""
+    return work / "packed" / f"{group:05d}.json"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of one split. stream: [start] tokens [end] of all, one after another; sizes: uint32, bytes of each place
+    of the stream, or None; offsets: int64 [documents + 1] into them; bytes: UTF-8 bytes of all texts."""
+
+    stream: np.ndarray
+    sizes: np.ndarray | None
+    offsets: np.ndarray
+    bytes: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+def pack_group(plan: Plan, group: Group, domain: int, tokenizer: Tokenizer, repeats: Repeats, advance: Advance = lambda n: None) -> None:
+    """Pack a group and write its shards. domain: its number in the dataset."""
+    work = plan.spec.work
+    name = group_name(group.index)
+    staging = work / "packed" / f".{name}-{socket.gethostname()}-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    found: dict[str, Any] = {}
+    try:
+        for number, split in enumerate(SPLITS):
+            documents = gather(plan, group, repeats, tokenizer, heldout=split == "heldout")
+            rows = _Rows(plan, tokenizer, documents, domain)
+            found[split] = rows.write(staging / split, 2 * group.index + number)
+            advance(int(documents.offsets[-1]))
+        for split in SPLITS:
+            target = work / "dataset" / split / group.domain / name
+            if found[split]["rows"] and not target.exists():  # there already: another worker's, of the same bytes
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(staging / split, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    with atomic_write(packed_path(work, group.index)) as file:
+        json.dump(found, file)
+
+
+def gather(plan: Plan, group: Group, repeats: Repeats, tokenizer: Tokenizer, *, heldout: bool) -> Documents:
+    """The documents of a group that belong to one split, without those that are dropped."""
+    tokens, sizes, lengths, total = [], [], [], 0
+    for unit in range(group.start[0], min(group.stop[0] + 1, len(plan.units))):
+        file = TokensFile(tokens_path(plan.spec.work, unit))
+        if group.domain not in file.footer["domains"]:
+            continue
+        first = group.start[1] if unit == group.start[0] else 0
+        last = group.stop[1] if unit == group.stop[0] else len(file.documents)
+        chosen = _chosen(file.documents, file.footer["domains"].index(group.domain), heldout)
+        chosen[:first] = chosen[last:] = False
+        chosen[dropped(plan, repeats, unit)] = False
+        counts = file.documents["tokens"].astype(np.int64)
+        tokens.append(_select(file.tokens, counts, chosen))
+        if len(file.sizes):
+            sizes.append(_select(file.sizes, counts + 1, chosen))
+        lengths.append(counts[chosen])
+        total += int(file.documents["bytes"][chosen].sum(dtype=np.int64))
+    counts = np.concatenate([np.zeros(0, np.int64), *lengths])
+    offsets = np.concatenate(([0], np.cumsum(counts + 2)))
+    dtype = token_dtype(tokenizer.vocab_size)
+    stream = np.empty(offsets[-1], dtype=dtype)
+    text = np.ones(offsets[-1], dtype=bool)
+    text[offsets[:-1]] = text[offsets[1:] - 1] = False
+    stream[text] = np.concatenate([np.zeros(0, dtype), *tokens])
+    stream[offsets[:-1]], stream[offsets[1:] - 1] = tokenizer.start_id, tokenizer.end_id
+    placed = None
+    if tokenizer.byte_counts == "column":
+        text[offsets[1:] - 1] = True  # an end has a size too
+        placed = np.zeros(offsets[-1], dtype=np.uint32)
+        placed[text] = np.concatenate([np.zeros(0, np.uint32), *sizes])
+    return Documents(stream, placed, offsets, total)
+
+
+def _chosen(documents: np.ndarray, domain: int, heldout: bool) -> np.ndarray:
+    assert documents.dtype == DOCUMENT
+    return (documents["domain"] == domain) & (documents["heldout"] == heldout)
+
+
+def _select(values: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The stretches of `values` that belong to chosen documents; documents have `counts` values each."""
+    if chosen.all():
+        return values
+    ends = np.cumsum(counts)
+    places = np.flatnonzero(chosen)
+    if not len(places):
+        return values[:0]
+    # Neighbours are copied as one stretch: with one domain per unit that is nearly everything at once.
+    breaks = np.flatnonzero(np.diff(places) > 1)
+    firsts, lasts = places[np.concatenate(([0], breaks + 1))], places[np.concatenate((breaks, [len(places) - 1]))]
+    return np.concatenate([values[ends[a] - counts[a] : ends[b]] for a, b in zip(firsts, lasts, strict=True)])
+
+
+class _Rows:
+    """The rows of one group and split."""
+
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, documents: Documents, domain: int) -> None:
+        self.spec, self.documents, self.domain, self.tokenizer = plan.spec, documents, np.uint16(domain), tokenizer
+        self.capacity = plan.spec.sequence_length + 1
+        self.table = tokenizer.token_bytes()
+        self.pieces, self.rows = pack(documents.lengths, self.capacity, plan.spec.packing)
+        self.begins = documents.offsets[self.pieces.document] + self.pieces.start
+        self.ends = documents.offsets[self.pieces.document] + self.pieces.stop
+        self.flags = _flags(self.pieces, documents.lengths)
+        self.text_tokens = 0
+
+    def write(self, folder: Path, stream: int) -> dict[str, Any]:
+        """Write the shards in shuffled order (best-fit makes rows of long documents first) and say what is in them."""
+        if self.rows:
+            import_streaming()
+            from streaming import MDSWriter
+
+            layout = columns(self.spec.sequence_length, self.tokenizer.vocab_size, self.tokenizer.byte_counts)
+            # Not used as a context: its __exit__ would write an index for half the rows when something fails.
+            writer = MDSWriter(columns=layout, out=str(folder), compression=self.spec.compression, hashes=["xxh64"], size_limit=SHARD_BYTES)
+            for row in shuffled(len(self.rows), self.spec.seed, stream).tolist():
+                writer.write(self._sample(self.rows[row]))
+            writer.finish()
+        return self._summary(_check_shards(folder) if self.rows else [])
+
+    def _sample(self, row: list[int]) -> dict[str, Any]:
+        """One MDS sample (columns of data_prep.format)."""
+        begins, ends = self.begins[row].tolist(), self.ends[row].tolist()
+        stream, sizes = self.documents.stream, self.documents.sizes
+        tokens = np.full(self.capacity, self.tokenizer.end_id, dtype=stream.dtype)
+        target_bytes = np.zeros(self.capacity, dtype=np.uint32)
+        lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        flags = self.flags[row].tolist()
+        filled = 0
+        for begin, end, length in zip(begins, ends, lengths, strict=True):
+            tokens[filled : filled + length] = stream[begin:end]
+            own = self.table[stream[begin + 1 : end]]
+            self.text_tokens += np.count_nonzero(own)
+            target_bytes[filled + 1 : filled + length] = own if sizes is None else sizes[begin + 1 : end]
+            filled += length
+        if filled < self.capacity:
+            lengths.append(self.capacity - filled)
+            flags.append(PADDING)
+        sample = {
+            "tokens": tokens, "doc_lens": np.array(lengths, dtype=np.uint32), "doc_flags": np.array(flags, dtype=np.uint8),
+            "domain": self.domain, "text_bytes": np.uint32(target_bytes.sum()),
+        }
+        if sizes is not None:
+            sample["target_bytes"] = target_bytes
+        return sample
+
+    def _summary(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths, pieces = self.documents.lengths, self.pieces
+        per_document = np.bincount(pieces.document, minlength=len(lengths))
+        bins = np.bincount(np.log2(np.maximum(lengths - 2, 1)).astype(np.int64), minlength=BINS)
+        assert len(self.rows) == sum(shard["samples"] for shard in shards)
+        return {
+            "documents": len(lengths), "bytes": self.documents.bytes, "tokens": int((pieces.lengths - 1).sum()),
+            "text_tokens": int(self.text_tokens), "rows": len(self.rows),
+            "padding_tokens": len(self.rows) * self.capacity - int(pieces.lengths.sum()),
+            "pieces": len(pieces.start), "cut_documents": int((per_document > 1).sum()), "histogram": bins.tolist(), "shards": shards,
+        }
+
+
+def _flags(pieces: Pieces, lengths: np.ndarray) -> np.ndarray:
+    begins_inside = np.where(pieces.start > 0, STARTS_MID_DOCUMENT, 0)
+    return begins_inside | np.where(pieces.stop < lengths[pieces.document], ENDS_MID_DOCUMENT, 0)
+
+
+def _check_shards(folder: Path) -> list[dict[str, Any]]:
+    """Read back what the writer wrote, against its hashes, and sync it. Returns the shards of its index, which is removed:
+    the whole domain gets one."""
+    index = folder / "index.json"
+    shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+    for shard in shards:
+        stored = shard["zip_data"] or shard["raw_data"]
+        path = folder / stored["basename"]
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            data = file.read()
+        if len(data) != stored["bytes"] or xxhash.xxh64_hexdigest(data) != stored["hashes"]["xxh64"]:
+            raise PrepError(f"{path} was not stored as it was written; is the disk failing?")
+    index.unlink()
+    return shards

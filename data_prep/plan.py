@@ -1,0 +1,164 @@
+"""The plan of a preparation: its inputs cut into work units, which do not depend on how many workers there are.
+
+WORK/plan.json is written once. Every worker reads it, and a preparation that is started again goes on only when its
+settings and inputs (names, sizes, modification times) are those of the plan that it finds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import PrepError
+from data_prep.files import atomic_write, canonical_json, sha256_file
+from data_prep.format import FORMAT_VERSION
+from data_prep.inputs import InputFile, find_files
+from data_prep.records import Fields, Part, Record, read_part, row_groups
+from data_prep.spec import PrepSpec
+
+UNIT_BYTES = 2**26  # of text: seconds of work, so little is done twice after a kill; small files share a unit
+EXPANSION = 4  # of .gz and .zst, for the sizes of units only
+LISTING_THREADS = 16  # Parquet footers in an object store are latency, not work
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work for one worker. source: the name that its corpus was given under. size: bytes stored. tail_from: characters
+    of it before the held-out tail begins (split "tail" only)."""
+
+    index: int
+    source: str
+    parts: tuple[Part, ...]
+    tail_from: int | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(p.stop - p.start if p.file.format != ".parquet" else p.file.size // max(p.stop, 1) * (p.stop - p.start) for p in self.parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings, files and units. sha256: of everything that the dataset is a function of."""
+
+    spec: PrepSpec
+    units: tuple[Unit, ...]
+    sha256: str
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.spec.text_field, self.spec.id_field, self.spec.domain_field)
+
+    @property
+    def size(self) -> int:
+        return sum(unit.size for unit in self.units)
+
+    def save(self) -> None:
+        """Write WORK/plan.json."""
+        files = list(dict.fromkeys(part.file for unit in self.units for part in unit.parts))
+        index = {file: i for i, file in enumerate(files)}
+        value = {
+            "sha256": self.sha256,
+            "spec": json.loads(self.spec.model_dump_json()),
+            "files": [[f.uri, f.name, f.size, f.stamp] for f in files],
+            "units": [[u.source, u.tail_from, [[index[p.file], p.start, p.stop] for p in u.parts]] for u in self.units],
+        }
+        self.spec.work.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.spec.work / "plan.json") as file:
+            json.dump(value, file)
+
+    @classmethod
+    def load(cls, work: Path) -> Plan:
+        """Read WORK/plan.json. Raises PrepError when it is not there or damaged."""
+        path = work / "plan.json"
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            files = [InputFile(*entry) for entry in value["files"]]
+            units = tuple(
+                Unit(i, source, tuple(Part(files[f], start, stop) for f, start, stop in parts), tail_from)
+                for i, (source, tail_from, parts) in enumerate(value["units"])
+            )
+            return cls(PrepSpec.model_validate(value["spec"]), units, value["sha256"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PrepError(f"{path} cannot be read: {error}; remove {work} and start again") from error
+
+
+def make_plan(spec: PrepSpec) -> Plan:
+    """List the inputs and cut them. Raises PrepError for settings or places that make no sense."""
+    spec.check()
+    found = {name: find_files(place) for name, place in spec.domains.items()}
+    units: list[Unit] = []
+    for name in sorted(found):
+        units += [Unit(len(units) + i, name, parts) for i, parts in enumerate(_cut(found[name]))]
+    if spec.split == "tail":
+        units = _find_tails(spec, units)
+    return Plan(spec, tuple(units), _identity(spec, found))
+
+
+def _identity(spec: PrepSpec, found: dict[str, list[InputFile]]) -> str:
+    """Hash of settings and inputs, names relative to their corpus, so that a corpus may be moved."""
+    inputs = {name: [[f.name, f.size, f.stamp] for f in files] for name, files in found.items()}
+    chosen = _tokenizer_identity(spec.tokenizer) if spec.tokenizer else None
+    parts = [inputs, chosen, spec.settings(), FORMAT_VERSION]
+    return sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def _tokenizer_identity(path: Path) -> list[str]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [sha256_file(f) for f in files if f.is_file()]
+
+
+def _cut(files: list[InputFile]) -> Iterator[tuple[Part, ...]]:
+    """Parts of about UNIT_BYTES, gathered in order until a unit is full."""
+    gathered: list[Part] = []
+    total = 0
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        for parts in pool.map(_parts, files):
+            for part, size in parts:
+                if gathered and total + size > UNIT_BYTES:
+                    yield tuple(gathered)
+                    gathered, total = [], 0
+                gathered.append(part)
+                total += size
+    if gathered:
+        yield tuple(gathered)
+
+
+def _parts(file: InputFile) -> list[tuple[Part, int]]:
+    """(part, bytes of text it may hold) of one file."""
+    if file.format == ".parquet":
+        sizes = row_groups(file)
+        if sum(sizes) <= UNIT_BYTES:
+            return [(Part(file, 0, len(sizes)), sum(sizes))]
+        return [(Part(file, i, i + 1), size) for i, size in enumerate(sizes)]
+    if file.compression or file.format == ".txt":
+        return [(Part(file, 0, file.size), file.size * (EXPANSION if file.compression else 1))]
+    starts = range(0, max(file.size, 1), UNIT_BYTES)
+    return [(Part(file, start, min(start + UNIT_BYTES, file.size)), min(UNIT_BYTES, file.size - start)) for start in starts]
+
+
+def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:
+    """Units with the place where the tail of their source begins. Reads everything once: for corpora of one machine."""
+    fields = Fields(spec.text_field, spec.id_field)
+    lengths = [sum(len(r.text) for part in unit.parts for r in read_part(part, fields) if isinstance(r, Record)) for unit in units]
+    left = {name: int(sum(n for unit, n in zip(units, lengths, strict=True) if unit.source == name) * (1 - spec.heldout)) for name in spec.domains}
+    placed = []
+    for unit, length in zip(units, lengths, strict=True):
+        placed.append(Unit(unit.index, unit.source, unit.parts, left[unit.source]))
+        left[unit.source] = max(left[unit.source] - length, 0)
+    return placed
+
+
+def plan_sha256(spec: PrepSpec) -> str:
+    """What the plan of these settings and inputs would be called, without reading them."""
+    spec.check()
+    return _identity(spec, {name: find_files(place) for name, place in spec.domains.items()})
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Settings and sources, for the report."""
+    return plan.spec.settings() | {"sources": {name: str(place) for name, place in plan.spec.domains.items()}}

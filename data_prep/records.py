@@ -1,0 +1,258 @@
+"""Records of a part of a file: JSON lines, Parquet or plain text, in bounded memory. A bad one is told, not raised."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.errors import PrepError
+from data_prep.inputs import InputFile
+from data_prep.spec import LONGEST_DOCUMENT
+from data_prep.stores import STORE_ERRORS, open_store, store_problem
+
+BLOCK = 2**22
+LONGEST_LINE = 2 * LONGEST_DOCUMENT  # a document and what else its record holds
+# Text compresses 3 to 10 times and repetitive logs some hundred; zeros 30,000 times (zstd). A bomb is a file that goes on
+# past this ratio, once it has given more than BOMB_FLOOR bytes.
+BOMB_RATIO = 1000
+BOMB_FLOOR = 2**26
+PARQUET_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of one file. Plain lines: bytes [start, stop) in which a line begins; Parquet: row groups [start, stop);
+    other files are whole: [0, size)."""
+
+    file: InputFile
+    start: int
+    stop: int
+
+
+def whole(file: InputFile) -> Part:
+    """All of a file."""
+    return Part(file, 0, len(row_groups(file)) if file.format == ".parquet" else file.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One document. place: byte offset of its line in the (decompressed) file, row of a Parquet file, 0 for a text file."""
+
+    place: int
+    text: str
+    id: str | None
+    domain: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A record that cannot be used, and why."""
+
+    place: int
+    reason: str
+    detail: str = ""
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Keys of a record; a dotted one ("meta.lang") goes down into objects when there is no such key as a whole."""
+
+    text: str = "text"
+    id: str | None = "id"
+    domain: str | None = None
+
+
+def read_part(part: Part, fields: Fields, advance: Callable[[int], None] = lambda n: None) -> Iterator[Record | Bad]:
+    """Records of a part, good and bad, in their order. advance: hears bytes of the stored file as they are used up.
+
+    Raises PrepError, naming the file, for what spoils all of it: a file that is gone, truncated, not in its format, or
+    whose text column has another type.
+    """
+    kind = part.file.format
+    try:
+        if kind == ".parquet":
+            yield from _read_parquet(part, fields, advance)
+        elif kind == ".txt":
+            yield _read_text(part)
+            advance(part.file.size)
+        else:
+            for place, line in _lines(part, advance):
+                if isinstance(line, Bad):
+                    yield line
+                elif line and not line.isspace():
+                    yield _parse(place, line, fields)
+    except STORE_ERRORS as error:
+        raise store_problem(error, f"{part.file.uri} cannot be read") from error
+
+
+def _open(file: InputFile) -> tuple[pa.NativeFile, pa.NativeFile]:
+    """(stream of the unpacked bytes, the stored file below it, whose `tell` says how much is used up)."""
+    store, path = open_store(file.uri)
+    raw = store.open_input_file(path)
+    return (pa.CompressedInputStream(raw, file.compression) if file.compression else raw), raw
+
+
+def _read_text(part: Part) -> Record | Bad:
+    stream, _ = _open(part.file)
+    with stream:
+        data = stream.read(LONGEST_DOCUMENT + 1)
+    if len(data) > LONGEST_DOCUMENT:
+        return Bad(0, "document too long", f"more than {LONGEST_DOCUMENT} bytes")
+    text = _utf8(0, data)
+    return text if isinstance(text, Bad) else Record(0, text, part.file.name, None)
+
+
+def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, bytes | Bad]]:
+    """(offset, line) of every line that begins in the part; a line above LONGEST_LINE is skipped in bounded memory."""
+    file = part.file
+    stream, raw = _open(file)
+    with stream:
+        offset = 0
+        if part.start:
+            stream.seek(part.start - 1)  # the byte before tells whether a line begins at `start`
+            offset = part.start - 1
+        used = part.start
+        rest, skipping, first = b"", False, offset > 0
+        while chunk := stream.read(BLOCK):
+            advance(raw.tell() - used)
+            used = raw.tell()
+            _refuse_bomb(file, offset + len(rest) + len(chunk))
+            *whole, rest = (rest + chunk).split(b"\n")
+            for line in whole:
+                if not (skipping or first):
+                    yield offset, line if len(line) <= LONGEST_LINE else _too_long(offset)
+                skipping = first = False
+                offset += len(line) + 1
+                if offset >= part.stop and not file.compression:
+                    return
+            if len(rest) > LONGEST_LINE:
+                if not (skipping or first):
+                    yield offset, _too_long(offset)
+                skipping, offset, rest = True, offset + len(rest), b""
+        if rest and not (skipping or first):
+            yield offset, rest
+
+
+def _too_long(offset: int) -> Bad:
+    return Bad(offset, "line too long", f"more than {LONGEST_LINE} bytes without a newline")
+
+
+def _refuse_bomb(file: InputFile, given: int) -> None:
+    if file.compression and given > BOMB_FLOOR and given > BOMB_RATIO * file.size:
+        raise PrepError(f"{file.uri}: its {file.size} bytes unpack to more than {BOMB_RATIO} times as many, as those of a "
+                        "decompression bomb do; unpack it yourself if it is to be trusted")
+
+
+def _parse(place: int, line: bytes, fields: Fields) -> Record | Bad:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        checked = _utf8(place, line)
+        return checked if isinstance(checked, Bad) else Bad(place, "not a JSON object", str(error))
+    if not isinstance(record, dict):
+        return Bad(place, "not a JSON object", f"it is a {type(record).__name__}")
+    return _record(place, record, fields)
+
+
+def _record(place: int, record: dict[str, Any], fields: Fields) -> Record | Bad:
+    """Pick the wanted keys out of a record."""
+    name = _lookup(record, fields.id) if fields.id else None
+    name = None if name is None else str(name)
+    text = _lookup(record, fields.text)
+    if text is None:
+        known = fields.text in record
+        return Bad(place, "null text" if known else "no text", f"expected a string under key {fields.text!r}", name)
+    if not isinstance(text, str):
+        return Bad(place, "text is no string", f"key {fields.text!r} holds a {type(text).__name__}", name)
+    domain = None
+    if fields.domain:
+        domain = _lookup(record, fields.domain)
+        if not isinstance(domain, str):
+            return Bad(place, "no domain", f"expected a string under key {fields.domain!r}", name)
+    return Record(place, text, name, domain)
+
+
+def _lookup(record: dict[str, Any], key: str) -> Any:
+    if key in record or "." not in key:
+        return record.get(key)
+    value: Any = record
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def _utf8(place: int, data: bytes) -> str | Bad:
+    try:
+        return codecs.decode(data, "utf-8")
+    except UnicodeDecodeError as error:
+        return Bad(place, "not UTF-8", f"byte {error.start} of it")
+
+
+def row_groups(file: InputFile) -> list[int]:
+    """Uncompressed bytes of each row group. Raises PrepError."""
+    store, path = open_store(file.uri)
+    try:
+        with store.open_input_file(path) as source:
+            metadata = pq.ParquetFile(source).metadata
+            return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    except STORE_ERRORS as error:
+        raise store_problem(error, f"{file.uri} cannot be read as Parquet") from error
+
+
+def _read_parquet(part: Part, fields: Fields, advance: Callable[[int], None]) -> Iterator[Record | Bad]:
+    store, path = open_store(part.file.uri)
+    with store.open_input_file(path) as source:
+        table = pq.ParquetFile(source)
+        groups = range(part.start, min(part.stop, table.num_row_groups))
+        columns = _columns(part.file, table.schema_arrow, fields)
+        row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
+        total = max(sum(table.metadata.row_group(i).num_rows for i in groups), 1)
+        share = part.file.size * len(groups) / max(table.num_row_groups, 1)
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=list(groups), columns=columns):
+            for record in _rows(batch):
+                if isinstance(record, Exception):
+                    yield Bad(row, "not UTF-8", str(record))
+                else:
+                    yield _record(row, record, fields)
+                row += 1
+            advance(int(share * batch.num_rows / total))
+
+
+def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
+    """Columns to read, by their first step. Raises PrepError when the text column is missing or no string."""
+    found = []
+    for key in (fields.text, fields.id, fields.domain):
+        if key is None:
+            continue
+        name = key if key in schema.names else key.split(".")[0]
+        if name in schema.names:
+            found.append(name)
+        elif key != fields.id:
+            raise PrepError(f"{file.uri}: no column {key!r}; it has {', '.join(schema.names)}")
+    if fields.text in schema.names:
+        kind = schema.field(fields.text).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind)):
+            raise PrepError(f"{file.uri}: column {fields.text!r} is of type {kind}, expected string")
+    return list(dict.fromkeys(found))
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
+    """Rows as dicts. One whose bytes are not UTF-8 is given as its error, and spoils no other."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for i in range(batch.num_rows):
+        try:
+            yield batch.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield error

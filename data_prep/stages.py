@@ -1,0 +1,55 @@
+"""The stages of a preparation, in order: what their items are, when one is done, and how it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from data_prep.choice import choice_path, chosen_tokenizer, make_tokenizer
+from data_prep.encode import encode_unit, tokens_path
+from data_prep.errors import PrepError
+from data_prep.finish import finish, is_finished
+from data_prep.group import pack_group, packed_path
+from data_prep.layout import Layout, layout_path, make_layout
+from data_prep.plan import Plan
+from data_prep.repeats import Repeats, find_repeats, partitions, repeats_path
+from data_prep.tokenizer import Tokenizer
+from data_prep.work import Stage, work_through
+
+def stages(plan: Plan) -> Iterator[Stage]:
+    """Each stage when the one before it is done, as its items depend on what that found."""
+    work, units = plan.spec.work, plan.units
+    yield Stage("tokenizer", [1], lambda i: choice_path(work).exists(), lambda i, advance: make_tokenizer(plan))
+    yield Stage("tokenize", [unit.size for unit in units], lambda i: tokens_path(work, i).exists(),
+                lambda i, advance: encode_unit(plan, units[i], _tokenizer(plan), advance))
+    count = partitions(work, len(units))
+    yield Stage("repeats", [len(units)] * count, lambda i: repeats_path(work, i).exists(),
+                lambda i, advance: find_repeats(work, len(units), i, count, advance))
+    yield Stage("layout", [1], lambda i: layout_path(work).exists(), lambda i, advance: make_layout(plan, Repeats(work, count)))
+    layout, repeats = Layout.load(work), _repeats(plan.sha256, work, count)
+    yield Stage("pack", [group.tokens for group in layout.groups], lambda i: packed_path(work, i).exists(),
+                lambda i, advance: pack_group(plan, layout.groups[i], layout.domains.index(layout.groups[i].domain), _tokenizer(plan), repeats, advance))
+    yield Stage("finish", [1], lambda i: is_finished(plan),
+                lambda i, advance: finish(plan, layout, _tokenizer(plan), repeats, time.time() - (work / "plan.json").stat().st_mtime))
+
+
+def run_worker(work: Path, worker: int, workers: int) -> None:
+    """Take part in a preparation until it is finished; the same on every host. Raises PrepError when it cannot be."""
+    plan = Plan.load(work)
+    try:
+        for stage in stages(plan):
+            work_through(stage, work, worker, workers)
+    except (FileNotFoundError, PrepError):
+        if not is_finished(plan):  # else another worker has finished, and removed WORK under this one's feet
+            raise
+
+
+def _tokenizer(plan: Plan) -> Tokenizer:
+    return chosen_tokenizer(plan.sha256, plan.spec.work)
+
+
+@lru_cache(maxsize=1)
+def _repeats(plan_sha256: str, work: Path, count: int) -> Repeats:
+    return Repeats(work, count)

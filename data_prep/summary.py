@@ -1,0 +1,2 @@
+"""summary"""
+def summarise(*a): pass

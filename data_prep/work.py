@@ -1,0 +1,174 @@
+"""Workers without a master: any number of processes, on any hosts that share WORK, take items until none is left.
+
+A stage is a list of items, each of which is done when its marker file is there. A worker that wants an item makes
+WORK/leases/STAGE-ITEM, which only one can make, and keeps touching it; the lease of a worker that died is taken over.
+Should two workers ever do the same item, nothing is lost: results are the same bytes, and are renamed into place.
+An item that cannot be done leaves WORK/failed/STAGE-ITEM with the reason, and the stage fails when all others are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from data_prep.errors import PrepError
+from data_prep.files import atomic_write
+
+HEARTBEAT = 5.0  # seconds between touches of a lease
+STALE = 90.0  # seconds without one after which its worker counts as dead; far above the delays of shared file systems
+POLL = 0.2  # seconds between looks at what others are still doing
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage over `items`. done(i): whether item i is there. run(i, advance): do it; advance hears work done, in the
+    unit of `sizes`, for the progress bar. sizes: work of each item."""
+
+    name: str
+    sizes: Sequence[int]
+    done: Callable[[int], bool]
+    run: Callable[[int, Callable[[int], None]], None]
+
+
+class StageFailed(PrepError):
+    """Some items of a stage could not be done; says the first of them."""
+
+
+def work_through(stage: Stage, work: Path, worker: int, workers: int) -> None:
+    """Do items of a stage until all are done, by whomever. Starts at this worker's share of the items.
+
+    Raises StageFailed when some could not be done, after the others are.
+    """
+    started = time.time()
+    count = len(stage.sizes)
+    offset = count * worker // max(workers, 1)
+    pending = [(offset + i) % count for i in range(count)]
+    while pending:
+        left = []
+        for item in pending:
+            if stage.done(item) or _has_failed(stage, work, item, started):
+                continue
+            with _lease(work, f"{stage.name}-{item}") as lease:
+                if lease is None:
+                    left.append(item)
+                elif not stage.done(item):
+                    _run(stage, work, item, lease)
+        if left == pending:
+            time.sleep(POLL)
+        pending = left
+    failures = [f for f in (_failure(stage, work, i) for i in range(count) if not stage.done(i)) if f]
+    if failures:
+        more = f" (and {len(failures) - 1} more like it: {work}/failed)" if len(failures) > 1 else ""
+        raise StageFailed(failures[0] + more)
+
+
+def _run(stage: Stage, work: Path, item: int, lease: Lease) -> None:
+    try:
+        stage.run(item, lease.advance)
+        _failed_path(stage, work, item).unlink(missing_ok=True)
+    except PrepError as error:
+        path = _failed_path(stage, work, item)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(str(error))
+
+
+def _failed_path(stage: Stage, work: Path, item: int) -> Path:
+    return work / "failed" / f"{stage.name}-{item}"
+
+
+def _has_failed(stage: Stage, work: Path, item: int, started: float) -> bool:
+    """Whether the item failed since this worker began; what failed before is tried once more."""
+    try:
+        return _failed_path(stage, work, item).stat().st_mtime >= started - STALE / 10
+    except FileNotFoundError:
+        return False
+
+
+def _failure(stage: Stage, work: Path, item: int) -> str | None:
+    try:
+        return _failed_path(stage, work, item).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+class Lease:
+    """A file that says who does an item and how far it is; touched by a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._advanced, self._stop = path, 0, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
+        self._thread.start()
+
+    def advance(self, amount: int) -> None:
+        """Hear that `amount` more of the item's work is done."""
+        self._advanced += amount
+
+    def _beat(self) -> None:
+        pause = 0.2  # the first looks come early, so that short items are seen to move
+        while not self._stop.wait(pause):
+            pause = min(pause * 2, HEARTBEAT)
+            with suppress(OSError):
+                self.path.write_text(_owner(self._advanced))
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+
+def _owner(advanced: int) -> str:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "advanced": advanced})
+
+
+@contextmanager
+def _lease(work: Path, name: str) -> Iterator[Lease | None]:
+    """The lease of an item while the block runs, or None when another worker holds it."""
+    path = work / "leases" / name
+    path.parent.mkdir(exist_ok=True)  # not its parents: when WORK is gone, another worker has finished
+    if path.exists() and _is_dead(path):
+        path.unlink(missing_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(_owner(0))
+    except FileExistsError:
+        yield None
+        return
+    lease = Lease(path)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether the holder of a lease is gone: known at once on this host, by its silence on another."""
+    try:
+        silent = time.time() - path.stat().st_mtime
+        owner = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:  # being written, or cut off by a full disk
+        return silent > STALE
+    here = owner.get("host") == socket.gethostname()
+    return silent > STALE or (here and not psutil.pid_exists(owner["pid"]))
+
+
+def advanced(stage: Stage, work: Path, pending: set[int]) -> int:
+    """Work that is done on items which are not finished, by all workers: for a progress bar."""
+    amount = 0
+    for path in (work / "leases").glob(f"{stage.name}-*"):
+        item = int(path.name.rpartition("-")[2])
+        if item in pending:
+            with suppress(OSError, ValueError, KeyError):
+                amount += min(json.loads(path.read_text(encoding="utf-8"))["advanced"], stage.sizes[item])
+    return amount

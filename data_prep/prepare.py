@@ -19,7 +19,7 @@ from data_prep.encode import tokens_path
 from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
 from data_prep.plan import Plan, make_plan, plan_sha256
-from data_prep.progress import watching
+from data_prep.watch import watching
 from data_prep.spec import PrepSpec
 from data_prep.workers import LocalWorkers, Workers
 

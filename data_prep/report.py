@@ -1,0 +1,259 @@
+"""The report of a preparation: report.json for programs and report.html for people, one page without network.
+
+Both are made from the models below, which the preparation fills; what can be derived from other figures is derived here
+and also written to report.json.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import humanize
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, BeforeValidator, ConfigDict, computed_field
+
+from data_prep.files import atomic_write, canonical_json
+
+HISTOGRAM_BINS = 32
+# Text out of a corpus may hold lone surrogates, which no file in UTF-8 can.
+FromCorpus = Annotated[str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode() if isinstance(text, str) else text)]
+
+
+def length_histogram(lengths: np.ndarray) -> np.ndarray:
+    """int64 [HISTOGRAM_BINS]: entry i counts the lengths in [2^i, 2^(i+1)). lengths: integers of 1 and more."""
+    exponents = np.frexp(np.asarray(lengths, dtype=np.float64))[1] - 1  # exact, where a rounded log2 is not
+    return np.bincount(exponents, minlength=HISTOGRAM_BINS).astype(np.int64)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitReport(_Part):
+    """One domain of one split.
+
+    tokens: targets, the ends of documents included; text_tokens: those of them that are text. slots: tokens that the
+    rows have room for, rows * (sequence_length + 1). pieces: segments that hold text; cut_documents: documents of more
+    than one piece. length_histogram: documents by their tokens with start and end, as length_histogram() bins them.
+    """
+
+    split: str
+    domain: str
+    documents: int
+    bytes: int
+    tokens: int
+    text_tokens: int
+    rows: int
+    slots: int
+    padding_tokens: int
+    pieces: int
+    cut_documents: int
+    length_histogram: list[int]
+
+    @computed_field
+    @property
+    def bytes_per_token(self) -> float | None:
+        return ratio(self.bytes, self.text_tokens)
+
+    @computed_field
+    @property
+    def packing_efficiency(self) -> float | None:
+        """Share of the slots that hold tokens of documents."""
+        return ratio(self.slots - self.padding_tokens, self.slots)
+
+    @computed_field
+    @property
+    def cut_share(self) -> float | None:
+        return ratio(self.cut_documents, self.documents)
+
+
+class RepeatedText(_Part):
+    """A text that came more than once. count: how often in all; bytes: of one copy; id: of the first."""
+
+    count: int
+    bytes: int
+    id: FromCorpus
+    excerpt: FromCorpus
+
+
+class Repeats(_Part):
+    """Exact repeats. documents, bytes: of the copies after the first; dropped: whether they were left out."""
+
+    documents: int
+    bytes: int
+    dropped: bool
+    top: list[RepeatedText]
+    repeated_ids: int
+    top_ids: dict[FromCorpus, int]
+
+
+class BadRecord(_Part):
+    """Where a record that cannot be used lies. place: line, row or byte offset."""
+
+    file: str
+    place: str
+    detail: FromCorpus
+
+
+class Quarantined(_Part):
+    """Records of one kind that cannot be used, with the first few."""
+
+    records: int
+    examples: list[BadRecord]
+
+
+class Throughput(_Part):
+    """stage_seconds: CPU seconds of all workers by what they did; the tokenizer's own are under "tokenize".
+
+    cpu_seconds: of all processes; bytes: UTF-8 of the texts read; input_bytes: of the files as they are, compressed or not.
+    """
+
+    workers: int
+    wall_seconds: float
+    cpu_seconds: float
+    bytes: int
+    input_bytes: int
+    tokens: int
+    stage_seconds: dict[str, float]
+
+    @computed_field
+    @property
+    def tokenizer_share(self) -> float | None:
+        """Share of the CPU time spent inside the tokenizer."""
+        return ratio(self.stage_seconds.get("tokenize", 0.0), self.cpu_seconds)
+
+    @computed_field
+    @property
+    def tokens_per_second(self) -> float | None:
+        return ratio(self.tokens, self.wall_seconds)
+
+    @computed_field
+    @property
+    def tokens_per_core_second(self) -> float | None:
+        return ratio(self.tokens, self.cpu_seconds)
+
+    @computed_field
+    @property
+    def bytes_per_second(self) -> float | None:
+        return ratio(self.bytes, self.wall_seconds)
+
+    @computed_field
+    @property
+    def bytes_per_core_second(self) -> float | None:
+        return ratio(self.bytes, self.cpu_seconds)
+
+
+class TokenizerReport(_Part):
+    """encoder: the library that encoded; reason: why that one."""
+
+    name: str
+    kind: str
+    vocab_size: int
+    sha256: str
+    encoder: str
+    reason: str
+
+
+class InputReport(_Part):
+    """One input of one domain, as it was given. bytes: of its files as they are."""
+
+    domain: str
+    place: str
+    files: int
+    bytes: int
+
+
+class PrepReport(_Part):
+    """Everything the report says. filtered, quarantined: by reason; settings: shown as they are, by name."""
+
+    name: str
+    fingerprint: str
+    version: str
+    finished: float
+    sequence_length: int
+    documents_read: int
+    splits: list[SplitReport]
+    repeats: Repeats
+    filtered: dict[str, int]
+    quarantined: dict[str, Quarantined]
+    throughput: Throughput
+    tokenizer: TokenizerReport
+    settings: dict[str, str | int | float | bool | None]
+    inputs: list[InputReport]
+
+
+def write_report(report: PrepReport, folder: Path) -> None:
+    """Write folder/report.json and folder/report.html."""
+    page = _environment().get_template("report.html.j2").render(report=report, total=total_of(report.splits))
+    with atomic_write(folder / "report.json") as file:
+        file.write(canonical_json(report.model_dump(mode="json")))
+    with atomic_write(folder / "report.html") as file:
+        file.write(page)
+
+
+def total_of(splits: list[SplitReport]) -> SplitReport:
+    """All domains and splits as one."""
+    counts = ("documents", "bytes", "tokens", "text_tokens", "rows", "slots", "padding_tokens", "pieces", "cut_documents")
+    histogram = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
+    for part in splits:
+        histogram[: len(part.length_histogram)] += np.array(part.length_histogram, dtype=np.int64)
+    sums = {name: sum(getattr(part, name) for part in splits) for name in counts}
+    return SplitReport(split="all", domain="all", length_histogram=histogram.tolist(), **sums)
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole, or None where there is nothing to divide by."""
+    return part / whole if whole else None
+
+
+def histogram_bars(counts: list[int], width: float, height: float) -> list[dict[str, float | int]]:
+    """Bars of a histogram in a picture of width x height, from the first bin that holds something to the last."""
+    filled = [i for i, count in enumerate(counts) if count]
+    if not filled:
+        return []
+    first, last = filled[0], filled[-1]
+    step = width / max(last - first + 1, 6)  # a few bars do not fill the picture
+    tallest = max(counts)
+    return [{"exponent": i, "count": counts[i], "x": (i - first) * step, "width": step - 2,
+             "height": max(height * counts[i] / tallest, 1.0) if counts[i] else 0.0} for i in range(first, last + 1)]
+
+
+def bin_position(length: int, bars: list[dict[str, float | int]]) -> float | None:
+    """Where `length` lies on the axis of these bars (logarithmic); None outside of it."""
+    place = math.log2(length) - bars[0]["exponent"]
+    return bars[0]["x"] + place * (bars[0]["width"] + 2) if 0 <= place <= len(bars) else None
+
+
+def _short(value: float | None) -> str:
+    """Three digits and a prefix: 1.23 M."""
+    return "-" if value is None else humanize.metric(value).strip()
+
+
+def _share(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
+def _power(exponent: int) -> str:
+    """2^exponent as people write lengths: 512, 2K, 1M."""
+    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
+        if exponent >= shift:
+            return f"{2 ** (exponent - shift)}{unit}"
+    return str(2**exponent)
+
+
+def _environment() -> Environment:
+    environment = Environment(loader=PackageLoader("data_prep", "."), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "count": lambda n: f"{n:,}", "size": partial(humanize.naturalsize, binary=True), "short": _short, "share": _share, "power": _power,
+        "figure": lambda value: "-" if value is None else f"{value:.2f}",
+        "duration": lambda s: humanize.precisedelta(s, minimum_unit="seconds" if s < 90 else "minutes", format="%.0f"),
+        "date": lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s)),
+    }
+    environment.globals |= {"ratio": ratio, "histogram_bars": histogram_bars, "bin_position": bin_position}
+    return environment

@@ -1,0 +1,182 @@
+"""Encoding and decoding with a tokenizer.json of any kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tokenizers import Encoding, decoders
+from tokenizers import Tokenizer as HFTokenizer
+
+from data_prep.errors import PrepError
+from data_prep.files import atomic_write, sha256_file
+from data_prep.tokenizer.byte_counts import sizes_from_offsets, token_lengths
+from data_prep.tokenizer.description import Description
+from data_prep.tokenizer.nasty import nasty_texts
+from data_prep.tokenizer.respell import Respeller
+from data_prep.tokenizer.tiktoken_encoder import NotEligibleError, TiktokenEncoder
+
+COMPARED = 256  # texts per call when the two libraries are compared
+
+
+class Tokenizer:
+    """A tokenizer.json, and what nextpt needs to know of it. Text that spells a special token stays text.
+
+    path, sha256: the file. vocab_size: the largest id + 1. start_id, end_id: the tokens put before and after a document.
+    encoder: the library that encodes, and encoder_reason why that one. byte_counts: "table" when a token stands for the same
+    bytes everywhere, else "column" (see data_prep.format).
+    """
+
+    def __init__(self, path: Path, *, encoder: Literal["auto", "tiktoken", "tokenizers"] = "auto", start: str | None = None,
+                 end: str | None = None) -> None:
+        """start, end: contents of special tokens; unless given those of the file's template or the usual ones.
+
+        encoder: "auto" takes tiktoken, which is several times as fast, where it gives the same tokens. Raises PrepError
+        for a file that is no tokenizer.json, special tokens that are not there, and "tiktoken" where it would differ.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        if not path.is_file():
+            raise PrepError(f"tokenizer {path} does not exist")
+        description = Description(path)
+        self._description = description
+        self._library = _open_library(path)
+        self.path, self.sha256 = path, sha256_file(path)
+        self.vocab_size = max([*description.vocabulary.values(), *(t.id for t in description.added)]) + 1
+        self.start_id, self.end_id = description.start_and_end(start, end)
+        self.byte_counts: Literal["table", "column"] = "table" if description.own_bytes else "column"
+        self._lengths = token_lengths(description, self.vocab_size)
+        self._respell = Respeller(description, self._library, self.vocab_size)
+        self._fast, self.encoder_reason = self._choose(encoder)
+        self.encoder: Literal["tiktoken", "tokenizers"] = "tiktoken" if self._fast else "tokenizers"
+
+    def _choose(self, encoder: str) -> tuple[TiktokenEncoder | None, str]:
+        """The encoder of tiktoken where it is wanted and equal, and why."""
+        if encoder == "tokenizers":
+            return None, "asked for"
+        try:
+            fast = TiktokenEncoder(self._description, self._library)
+            if difference := self._compare(fast, nasty_texts()):
+                raise NotEligibleError(f"tiktoken differs from it on {difference}")
+        except NotEligibleError as reason:
+            if encoder == "tiktoken":
+                raise PrepError(f"{self.path} cannot be encoded by tiktoken: {reason}") from None
+            return None, str(reason)
+        return fast, "same merges, and the same tokens on the fixed set of difficult texts"
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        return self._description.name
+
+    def difference(self, texts: Iterable[str]) -> str | None:
+        """The first of `texts` on which the two libraries differ, shown shortly; None when there is none or one library is in use."""
+        return self._compare(self._fast, texts) if self._fast else None
+
+    def _compare(self, fast: TiktokenEncoder, texts: Iterable[str]) -> str | None:
+        for group in _groups(texts, COMPARED):
+            for text, slow in zip(group, self._encode_by_library(group), strict=True):
+                ids = fast.encode(text)
+                if ids is not None and not np.array_equal(ids, slow):
+                    return _show_difference(text, ids, slow)
+        return None
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, uint32, without start and end. Raises PrepError for a text that cannot be encoded."""
+        if self._fast is None:
+            return self._encode_by_library(texts)
+        return [self.encode(text) for text in texts]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, uint32, without start and end. Raises PrepError for a text that cannot be encoded."""
+        if self._fast is not None:
+            ids = self._fast.encode(text)
+            if ids is not None:
+                return ids
+        return self._encode_by_library([text])[0]
+
+    def _encode_by_library(self, texts: list[str]) -> list[np.ndarray]:
+        try:
+            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise PrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
+        found = [np.array(e.ids, dtype=np.uint32) for e in encoded]
+        return [self._with_places(text)[0] if self._respell.suspects(ids) else ids for text, ids in zip(texts, found, strict=True)]
+
+    def _with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """ids uint32 [n] and their places int64 [n, 2], characters [start, stop) of the text."""
+        try:
+            encoded: Encoding = self._library.encode(text, add_special_tokens=False)
+        except Exception as error:
+            raise PrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
+        ids = np.array(encoded.ids, dtype=np.uint32)
+        places = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
+        return self._respell(text, ids, places) if self._respell.suspects(ids) else (ids, places)
+
+    def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """ids uint32 [n], and uint32 [n + 1]: UTF-8 bytes of `text` that each stands for, the end token's last.
+
+        The bytes sum to all of the text's. The end token has 0, unless the document has no other token.
+        """
+        ids = self._fast.encode(text) if self._fast is not None else None
+        if ids is None and self.byte_counts == "table":
+            ids = self._encode_by_library([text])[0]
+        if ids is None:
+            ids, places = self._with_places(text)
+            return ids, sizes_from_offsets(text, places)
+        sizes = np.append(self._lengths[ids].astype(np.uint32), np.uint32(0))
+        if int(sizes.sum()) != len(text.encode()):
+            raise PrepError(f"the tokenizer {self.path} drops text: its tokens stand for {int(sizes.sum())} of {len(text.encode())} bytes")
+        return ids, sizes
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD."""
+        return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        """uint16 [V]: UTF-8 bytes each token stands for; 0 for special tokens and holes in the vocabulary.
+
+        Exact when byte_counts is "table"; when it is "column" they only tell text (at least 1) from what is none.
+        """
+        return self._lengths.copy()
+
+    def copy_to(self, path: Path) -> None:
+        """Write the tokenizer.json to `path`, such that opening it without further words gives the same start and end."""
+        opened = self._description.start_and_end(None, None)
+        if opened == (self.start_id, self.end_id):
+            shutil.copyfile(self.path, path)
+            return
+        with atomic_write(path) as file:
+            json.dump(self._description.with_template(self.start_id, self.end_id), file, ensure_ascii=False)
+
+
+def _open_library(path: Path) -> HFTokenizer:
+    try:
+        library = HFTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise PrepError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from error
+    library.encode_special_tokens = True
+    library.no_padding()
+    library.no_truncation()
+    library.post_processor = None  # it adds tokens and trims the spaces off places
+    if isinstance(library.decoder, decoders.WordPiece):
+        # Without its cleanup, which takes back spaces already decoded ("do n" and "'t" into "don't").
+        library.decoder = decoders.WordPiece(prefix=library.decoder.prefix, cleanup=False)
+    return library
+
+
+def _groups(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    stream = iter(texts)
+    while group := list(islice(stream, size)):
+        yield group
+
+
+def _show_difference(text: str, ids: np.ndarray, slow: np.ndarray) -> str:
+    same = next((i for i, (a, b) in enumerate(zip(ids, slow, strict=False)) if a != b), min(len(ids), len(slow)))
+    shown = repr(text if len(text) <= 60 else text[:60] + "...")
+    return f"{shown}: from token {same} on {ids[same:same + 4].tolist()} by tiktoken, {slow[same:same + 4].tolist()} by tokenizers"

@@ -1,0 +1,52 @@
+"""Keeping text that spells a special token text, also where the model's own vocabulary spells the token."""
+
+from __future__ import annotations
+
+import numpy as np
+from tokenizers import Tokenizer as HFTokenizer
+
+from data_prep.errors import PrepError
+from data_prep.tokenizer.description import BYTE_CHARACTERS, Description
+
+
+class Respeller:
+    """Puts the tokens of single characters in the place of special tokens that a model made of text.
+
+    The tokenizers library passes over special tokens in the text, but a model whose vocabulary holds "</s>" as a piece, as
+    Unigram's does, may still make it of the same characters. The token for unknown text is no such case, unless the text
+    spells its name.
+    """
+
+    def __init__(self, description: Description, library: HFTokenizer, vocab_size: int) -> None:
+        self._description, self._library = description, library
+        self._special = np.zeros(vocab_size, dtype=bool)
+        self._special[list(description.specials.values())] = True
+        self._unknown = description.unknown_id
+        self._names = {index: content for content, index in description.specials.items()}
+
+    def suspects(self, ids: np.ndarray) -> bool:
+        """Whether there is a special token among the ids of a text."""
+        return bool(self._special[ids].any())
+
+    def __call__(self, text: str, ids: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same ids and places (int64 [n, 2], characters) with special tokens spelled by the characters they stand for."""
+        new_ids: list[int] = []
+        new_places: list[tuple[int, int]] = []
+        for index, (start, stop) in zip(ids.tolist(), places.tolist(), strict=True):
+            if not self._special[index] or (index == self._unknown and text[start:stop].strip() != self._names[index]):
+                new_ids.append(index)
+                new_places.append((start, stop))
+                continue
+            for place in range(start, stop):
+                spelled = self._character(text[place], index)
+                new_ids += spelled
+                new_places += [(place, place + 1)] * len(spelled)
+        return np.array(new_ids, dtype=np.uint32), np.array(new_places, dtype=np.int64).reshape(-1, 2)
+
+    def _character(self, character: str, special: int) -> list[int]:
+        byte_level = self._description.byte_level
+        spelling = [BYTE_CHARACTERS[b] for b in character.encode()] if byte_level else [character]
+        found = [token.id for part in spelling for token in self._library.model.tokenize(part)]
+        if any(self._special[i] and i != self._unknown for i in found):
+            raise PrepError(f"the tokenizer {self._description.path} has no way to spell the special token {self._names[special]!r} in a text")
+        return found

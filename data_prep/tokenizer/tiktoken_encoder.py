@@ -1,0 +1,173 @@
+"""Encoding by tiktoken what a byte-level tokenizer.json describes, where both libraries must give the same tokens.
+
+Why the merges are the same. Both libraries merge, again and again, the pair with the lowest rank that stands leftmost;
+the tokenizers library ranks listed pairs, tiktoken any pair whose joined bytes are a token, by that token's id. While a
+token comes to be inside a text, the merges within its bytes happen in the order in which they would in its bytes alone, so
+it always comes from the one pair that is left last there. Hence both are equal when listed merges are in the order of the
+ids they make, and a token can be reached by merging in one library exactly when it can in the other; `_ranks` checks both.
+The patterns run in two regular-expression engines, about which there is no such proof: they are compared on texts.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import unicodedata
+from functools import cache
+
+import numpy as np
+import tiktoken
+from tokenizers import Tokenizer as HFTokenizer
+
+from data_prep.tokenizer.description import BYTE_CHARACTERS, BYTE_OF, GPT2_PATTERN, Description
+
+
+class NotEligibleError(Exception):
+    """tiktoken cannot stand in for the tokenizers library; says why in one phrase."""
+
+
+class TiktokenEncoder:
+    """ids of a text by tiktoken, or None for a text that must go through the tokenizers library. Raises NotEligibleError."""
+
+    def __init__(self, description: Description, library: HFTokenizer) -> None:
+        pattern = _pattern(description)
+        self._normalizing = _normalizing(description)
+        self._split = _literals(description)
+        self._literal_ids = {content: np.uint32(index).tobytes() for content, index in description.literals.items()}
+        self._encoding = tiktoken.Encoding(
+            description.path.stem, pat_str=pattern, mergeable_ranks=_ranks(description, library), special_tokens={}
+        )
+
+    def encode(self, text: str) -> np.ndarray | None:
+        """uint32 [tokens]. None: not in normal form, or too much for the regular-expression engine (10^6 spaces)."""
+        if self._normalizing and not _is_nfc(text):
+            return None
+        try:
+            if self._split is None:
+                return self._encoding.encode_to_numpy(text, disallowed_special=())
+            found = self._split.split(text)
+            if len(found) == 1:
+                return self._encoding.encode_to_numpy(text, disallowed_special=())
+            return self._pieces(found)
+        except ValueError:
+            return None
+
+    def _pieces(self, found: list[str]) -> np.ndarray:
+        """Tokens of text, literal, text, ...; a special token spelled in the text is text, and cuts it nowhere."""
+        joined, rest = [], found[0]
+        for literal, text in zip(found[1::2], found[2::2], strict=True):
+            token = self._literal_ids.get(literal)
+            if token is None:
+                rest += literal + text
+                continue
+            if rest:
+                joined.append(self._encoding.encode_to_numpy(rest, disallowed_special=()).tobytes())
+            joined.append(token)
+            rest = text
+        if rest:
+            joined.append(self._encoding.encode_to_numpy(rest, disallowed_special=()).tobytes())
+        return np.frombuffer(b"".join(joined), dtype=np.uint32)
+
+
+def _pattern(description: Description) -> str:
+    """The pattern that cuts text before merging. Raises NotEligibleError."""
+    if not description.byte_level:
+        raise NotEligibleError(f"it is {description.name}, not byte-level BPE")
+    steps = description.steps
+    if [s["type"] for s in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return GPT2_PATTERN
+    if [s["type"] for s in steps] == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        pattern, way = steps[0]["pattern"].get("Regex"), (steps[0]["behavior"], steps[0]["invert"])
+        # Removed and inverted drops what the pattern leaves out, as tiktoken does.
+        if pattern and way in (("Isolated", False), ("Removed", True)):
+            return pattern
+    raise NotEligibleError("its pre-tokenizer is not one pattern and bytes")
+
+
+def _normalizing(description: Description) -> bool:
+    normalizer = description.content.get("normalizer")
+    if normalizer and normalizer["type"] != "NFC":
+        raise NotEligibleError(f"it has a normalizer, {normalizer['type']}")
+    return bool(normalizer)
+
+
+def _literals(description: Description) -> re.Pattern[str] | None:
+    """Cuts text at added tokens that are not special, leftmost and longest first, as the tokenizers library does.
+
+    Special tokens that the library looks for in the same pass are in it too: one that it passes over hides what it overlaps.
+    """
+    literals = [t for t in description.added if not t.special]
+    if not literals:
+        return None
+    if any(t.stretches for t in literals) or len({t.normalized for t in literals}) > 1:
+        raise NotEligibleError("it has added tokens that take the spaces beside them, or of two passes")
+    if description.content.get("normalizer") and not all(_is_nfc(t.content) for t in literals):
+        raise NotEligibleError("it has added tokens that are not in normal form")
+    sought = [t.content for t in description.added if t.normalized == literals[0].normalized]
+    return re.compile("(" + "|".join(re.escape(c) for c in sorted(sought, key=len, reverse=True)) + ")")
+
+
+def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
+    """bytes -> id of the tokens that tiktoken must know. Raises NotEligibleError unless both libraries merge alike."""
+    vocabulary = description.vocabulary
+    specials = set(description.specials.values())
+    made = _ids_in_order(description)
+    if made & specials:
+        raise NotEligibleError("a special token of it is also made by merging")
+    model = library.model
+    keeps_whole, model.ignore_merges = model.ignore_merges, False
+    try:
+        spelled = {t for t, i in vocabulary.items() if (i in made or len(t) == 1) and i not in specials and BYTE_OF.keys() >= set(t)}
+        reached = {t for t in spelled if [piece.id for piece in model.tokenize(t)] == [vocabulary[t]]}
+    finally:
+        model.ignore_merges = keeps_whole
+    if any(character not in reached for character in BYTE_CHARACTERS):
+        raise NotEligibleError("a byte of it is no token")
+    ranks = {bytes(BYTE_OF[c] for c in token): vocabulary[token] for token in reached}
+    if keeps_whole:  # a token that no merging reaches is still found where it is all there is between two cuts
+        whole = {t: i for t, i in vocabulary.items() if t not in reached and i not in specials}
+        try:
+            ranks |= {bytes(BYTE_OF[c] for c in token): index for token, index in whole.items()}
+        except KeyError as error:
+            raise NotEligibleError(f"a token of it has the character {error}, which is no byte") from None
+        for token in whole:
+            if len(merge_alone(data := bytes(BYTE_OF[c] for c in token), ranks)) == 1:
+                raise NotEligibleError(f"tiktoken would merge {data!r}, which its list of merges does not")
+    return ranks
+
+
+def _ids_in_order(description: Description) -> set[int]:
+    """Ids of the tokens that merges make. Raises NotEligibleError when merges are not in their order."""
+    made, before = set(), -1
+    for merge in description.model["merges"]:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        index = description.vocabulary[left + right]
+        if index < before:
+            raise NotEligibleError("its merges are not in the order of the ids they make")
+        made.add(index)
+        before = index
+    return made
+
+
+def merge_alone(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The parts that merging makes of `token`'s bytes, by rank of the joined bytes and leftmost first."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        rank, place = min((ranks.get(a + b, sys.maxsize), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)))
+        if rank == sys.maxsize:
+            break
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+def _is_nfc(text: str) -> bool:
+    """Whether NFC leaves `text` alone in every version of Unicode: code points that Python does not know may be newer marks."""
+    return text.isascii() or (unicodedata.is_normalized("NFC", text) and not _unassigned().search(text))
+
+
+@cache
+def _unassigned() -> re.Pattern[str]:
+    codes = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) == "Cn"]
+    starts = [c for c, before in zip(codes, [-2, *codes], strict=False) if c != before + 1]
+    stops = [c for c, after in zip(codes, [*codes[1:], -2], strict=True) if after != c + 1]
+    return re.compile("[" + "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, stops, strict=True)) + "]")

@@ -1,0 +1,60 @@
+"""Making tokenizers: byte-level BPE trained on texts, and one of characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from data_prep.errors import PrepError
+from data_prep.tokenizer.description import END_OF_TEXT
+
+# Words with one leading space or symbol, digits in threes, runs of symbols, indentation (the pattern of GPT-4's
+# cl100k_base, as published in tiktoken).
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, *, total: int | None = None) -> None:
+    """Train a byte-level BPE on `texts` and write tokenizer.json. Every byte is a token, so nothing is unknown.
+
+    Raises PrepError when vocab_size is too small, or larger than the texts can fill.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise PrepError(f"vocab_size = {vocab_size} is too small: 256 bytes and the end of text need {SMALLEST_VOCABULARY}")
+    tokenizer = HFTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=total)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise PrepError(
+            f"the texts give only {tokenizer.get_vocab_size()} tokens, fewer than vocab_size = {vocab_size}: "
+            "ask for fewer or give more text"
+        )
+    tokenizer.save(str(path))
+
+
+def write_character_tokenizer(texts: Iterable[str], path: Path) -> None:
+    """Write a tokenizer.json in which every character of `texts` is a token, in order of code point, the end of text last.
+
+    It spells nothing else: a text with another character is refused when it is encoded. Raises PrepError without a text.
+    """
+    characters = sorted(set().union(*texts))
+    if not characters:
+        raise PrepError("the texts hold no character to make tokens of")
+    tokenizer = HFTokenizer(models.WordLevel({character: index for index, character in enumerate(characters)}, unk_token="unknown"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), behavior="isolated")  # onig's m: the dot is any character
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.save(str(path))

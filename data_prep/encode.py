@@ -6,6 +6,8 @@ Every record is counted once: in documents, in `passed` (why it is passed over) 
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -189,6 +191,7 @@ class _Encoding:
         return {
             "domains": list(self.domains), "records": self.records, "cuts": self.cuts, "passed": self.passed, "bad": self.bad, "totals": self.totals,
             "seconds": time.process_time() - self.started, "encoding_seconds": self.encoding_seconds,
+            "worker": f"{socket.gethostname()}:{os.getpid()}",
         }
 
 

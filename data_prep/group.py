@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from data_prep.layout import Group, dropped
 from data_prep.pack import Pieces, pack, shuffled
 from data_prep.plan import Plan
 from data_prep.repeats import Repeats
+from data_prep.report import length_histogram
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import DOCUMENT, TokensFile
 
 SHARD_BYTES = 2**26  # MDS's own default: large enough to stream, small enough to hash at once
-BINS = 32  # of the histogram: documents of [2^i, 2^(i+1)) tokens
 
 
 def group_name(index: int) -> str:
@@ -64,6 +65,7 @@ def pack_group(plan: Plan, group: Group, domain: int, tokenizer: Tokenizer, repe
     staging = work / "packed" / f".{name}-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     found: dict[str, Any] = {}
+    started = time.process_time()
     try:
         for number, split in enumerate(SPLITS):
             documents = gather(plan, group, repeats, tokenizer, heldout=split == "heldout")
@@ -78,7 +80,7 @@ def pack_group(plan: Plan, group: Group, domain: int, tokenizer: Tokenizer, repe
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     with atomic_write(packed_path(work, group.index)) as file:
-        json.dump(found, file)
+        json.dump(found | {"seconds": time.process_time() - started}, file)
 
 
 def gather(plan: Plan, group: Group, repeats: Repeats, tokenizer: Tokenizer, *, heldout: bool) -> Documents:
@@ -190,13 +192,12 @@ class _Rows:
     def _summary(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
         lengths, pieces = self.documents.lengths, self.pieces
         per_document = np.bincount(pieces.document, minlength=len(lengths))
-        bins = np.bincount(np.log2(np.maximum(lengths - 2, 1)).astype(np.int64), minlength=BINS)
         assert len(self.rows) == sum(shard["samples"] for shard in shards)
         return {
             "documents": len(lengths), "bytes": self.documents.bytes, "tokens": int((pieces.lengths - 1).sum()),
             "text_tokens": int(self.text_tokens), "rows": len(self.rows),
             "padding_tokens": len(self.rows) * self.capacity - int(pieces.lengths.sum()),
-            "pieces": len(pieces.start), "cut_documents": int((per_document > 1).sum()), "histogram": bins.tolist(), "shards": shards,
+            "pieces": len(pieces.start), "cut_documents": int((per_document > 1).sum()), "histogram": length_histogram(lengths).tolist(), "shards": shards,
         }
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from humanize import naturaldelta, naturalsize
 
 from data_prep.format import token_dtype
-from data_prep.plan import Plan, make_plan
+from data_prep.plan import Plan, Unit, make_plan
 from data_prep.prepare import is_current, local_workers
 from data_prep.records import Record, read_part
 from data_prep.spec import PrepSpec
 from data_prep.tokenizer import Tokenizer
 
-SAMPLE_UNITS = 8  # spread over the corpus
-SAMPLE_CHARACTERS = 2**20  # of each: a second or two in all
+SAMPLE_UNITS = 4  # spread over the corpus, and of each the first block: seconds in all
 SHARE_OF_TOKENIZER = 0.85  # of the time of a whole preparation (docs/data.md)
 
 
@@ -64,28 +63,29 @@ def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
         path = Path(folder) / "tokenizer.json"
         shutil.copyfile(spec.tokenizer, path)
         tokenizer = Tokenizer(path, encoder=spec.encoder, start=spec.start_token, end=spec.end_token)
-    step = max(len(plan.units) // SAMPLE_UNITS, 1)
     used = size = tokens = 0
     started = time.perf_counter()
-    for unit in plan.units[::step]:
-        taken = 0
-        for part in unit.parts:
-            before: list[int] = []
-            for record in islice(read_part(part, plan.fields, before.append), 10**6):
-                if isinstance(record, Record):
-                    tokens += len(tokenizer.encode(record.text))
-                    size += len(record.text.encode("utf-8", "replace"))
-                    taken += len(record.text)
-                if taken > SAMPLE_CHARACTERS:
-                    break
-            used += sum(before)
-            if taken > SAMPLE_CHARACTERS:
-                break
+    for unit in plan.units[:: max(len(plan.units) // SAMPLE_UNITS, 1)]:
+        for found, bytes_used in _sample(plan, unit):
+            used += bytes_used
+            size += len(found.encode("utf-8", "replace"))
+            tokens += len(tokenizer.encode(found))
     seconds = max(time.perf_counter() - started, 1e-9) / SHARE_OF_TOKENIZER
     scale = stored / max(used, 1)
     # Tokens lie on the disk twice, before and after packing; padding is far below a per cent.
     disk = int(2 * scale * tokens * token_dtype(tokenizer.vocab_size).itemsize)
     return Estimate(plan, count, stored, int(scale * size), int(scale * tokens), scale * seconds / count, disk, is_current(spec))
+
+
+def _sample(plan: Plan, unit: Unit) -> Iterator[tuple[str, int]]:
+    """(text, bytes of the stored file that are used up since the text before) from the first block of a unit."""
+    used: list[int] = []
+    for record in read_part(unit.parts[0], plan.fields, used.append):
+        if len(used) > 1:
+            break
+        if isinstance(record, Record):
+            yield record.text, 0
+    yield "", used[0] if used else 0
 
 
 def _existing(path: Path) -> Path:

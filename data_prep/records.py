@@ -119,7 +119,7 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
             stream.seek(part.start - 1)  # the byte before tells whether a line begins at `start`
             offset = part.start - 1
         used = part.start
-        rest, skipping, first = b"", False, offset > 0
+        rest, skipping, first = b"", False, part.start > 0
         while chunk := stream.read(BLOCK):
             advance(raw.tell() - used)
             used = raw.tell()

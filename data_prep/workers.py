@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import sys
@@ -125,7 +126,7 @@ class RayWorkers(Workers):
         except ImportError as error:
             raise PrepError("Ray is not installed: pip install 'nextpt[ray]'") from error
         try:
-            ray.init(address=self.address, log_to_driver=False, include_dashboard=False if self.address is None else None,
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if self.address is None else None,
                      runtime_env={"env_vars": _one_thread_each.VALUES | {"PYTHONPATH": str(ROOT)}})
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PrepError(f"Ray cluster {self.address or 'of this machine'}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,181 @@
+"""Killed at any instant and started again, a preparation ends with the same bytes and does nothing twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.prepare import prepare
+from data_prep.spec import PrepSpec
+from data_prep.streaming_compat import import_streaming
+from data_prep.workers import LocalWorkers
+from tests.support.prep_worlds import content, small_units, world
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> PrepSpec:
+    import_streaming()
+    return world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def expected(given: PrepSpec) -> dict[str, str]:
+    """What an undisturbed preparation writes."""
+    spec = given.model_copy(update={"output": given.output.with_name("undisturbed")})
+    with small_units():
+        prepare(spec, workers=LocalWorkers(1))
+    return content(spec.output)
+
+
+def in_a_child(action: Callable[[], None]) -> int:
+    """Run in a forked process; returns its exit code, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads did not survive the fork
+        signal.alarm(60)
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at(spec: PrepSpec, rename: int, *, after: bool) -> bool:
+    """Prepare in a child that is killed right before or after its n-th rename. False when it needed fewer."""
+
+    def action() -> None:
+        done = 0
+
+        def wrap(original: Callable[..., None]) -> Callable[..., None]:
+            def renamed(*arguments: object) -> None:
+                nonlocal done
+                done += 1
+                if done == rename and not after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                original(*arguments)
+                if done == rename:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            return renamed
+
+        os.replace, os.rename = wrap(os.replace), wrap(os.rename)
+        with small_units():
+            prepare(spec, workers=LocalWorkers(1))
+
+    return in_a_child(action) == -signal.SIGKILL
+
+
+def finish(spec: PrepSpec) -> None:
+    def action() -> None:
+        with small_units():
+            prepare(spec, workers=LocalWorkers(1))
+
+    assert in_a_child(action) == 0
+
+
+def test_there_are_many_steps(expected: dict[str, str]) -> None:
+    assert sum(name.endswith(".mds") for name in expected) >= 8
+
+
+@pytest.mark.parametrize("step", [1, 4, 13, 30, 47])
+def test_killed_at_a_rename_and_started_again(given: PrepSpec, expected: dict[str, str], tmp_path: Path, step: int) -> None:
+    spec = given.model_copy(update={"output": tmp_path / "out"})
+    killed_at(spec, step, after=step % 2 == 0)
+    finish(spec)
+    assert content(spec.output) == expected and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_killed_at_every_rename(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+    """Each of the places where something becomes visible: before it for odd ones, after it for even ones."""
+    for step in count(1):
+        spec = given.model_copy(update={"output": tmp_path / str(step) / "out"})
+        spec.output.parent.mkdir()
+        if not killed_at(spec, step, after=step % 2 == 0):
+            break
+        finish(spec)
+        assert content(spec.output) == expected, step
+    assert step > 40
+
+
+def test_finished_units_are_not_done_again(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+    spec = given.model_copy(update={"output": tmp_path / "out"})
+    assert killed_at(spec, 14, after=True)
+    done = {p: p.stat().st_mtime_ns for p in (spec.work / "tok").glob("*.tok")}
+    assert len(done) >= 2
+    assert killed_at(spec, 12, after=True)  # further on
+    assert {p: p.stat().st_mtime_ns for p in done} == done
+    finish(spec)
+    assert content(spec.output) == expected
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import data_prep.plan, data_prep.layout, data_prep.repeats
+data_prep.plan.UNIT_BYTES, data_prep.layout.GROUP_TOKENS, data_prep.repeats.PARTITION = 20_000, 8_000, 50
+from data_prep.prepare import prepare
+from data_prep.spec import PrepSpec
+from data_prep.workers import LocalWorkers
+if __name__ == "__main__":
+    task, tasks, workers = map(int, sys.argv[2:])
+    prepare(PrepSpec.model_validate_json(Path(sys.argv[1]).read_text()), workers=LocalWorkers(workers, task, tasks), alone=tasks == 1)
+"""
+
+
+def start(tmp_path: Path, spec: PrepSpec, task: int, tasks: int, workers: int) -> subprocess.Popen[str]:
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    return subprocess.Popen([sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "spec.json"), str(task), str(tasks), str(workers)],
+                            env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_tasks_of_an_array_share_the_work(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+    spec = given.model_copy(update={"output": tmp_path / "out"})
+    tasks = [start(tmp_path, spec, i, 3, 1) for i in range(3)]
+    for task in tasks:
+        assert task.wait(120) == 0, task.stderr.read()
+    assert content(spec.output) == expected and not spec.work.exists()
+
+
+def test_a_killed_worker_s_work_goes_to_the_others(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+    spec = given.model_copy(update={"output": tmp_path / "out"})
+    task = start(tmp_path, spec, 0, 1, 2)
+    children: list[psutil.Process] = []
+    while len(children) < 2 and task.poll() is None:
+        children = [c for c in psutil.Process(task.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+        time.sleep(0.01)
+    while not (spec.work / "tok").exists() and task.poll() is None:
+        time.sleep(0.01)
+    children[0].kill()
+    _, errors = task.communicate(timeout=120)
+    assert task.returncode == 0, errors
+    assert "was killed" in errors and content(spec.output) == expected
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_with_other_numbers_of_workers(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+    spec = given.model_copy(update={"output": tmp_path / "out"})
+    for round_, workers in enumerate((2, 1, 3, 2, 4, 1)):
+        task = start(tmp_path, spec, 0, 1, workers)
+        time.sleep(1.5 + 0.7 * round_)
+        os.killpg(task.pid, signal.SIGKILL)
+        task.wait()
+        assert not (spec.output / "dataset.json").exists() or content(spec.output) == expected
+    task = start(tmp_path, spec, 0, 1, 2)
+    _, errors = task.communicate(timeout=120)
+    assert task.returncode == 0, errors
+    assert content(spec.output) == expected

@@ -1,0 +1,188 @@
+"""Reading corpora: every format, every place, and records that cannot be used."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_prep import records
+from data_prep.documents import read_documents
+from data_prep.errors import PrepError
+from data_prep.inputs import find_files
+from data_prep.records import Bad, Fields, Part, Record, read_part, whole
+
+TEXTS = [f"text {i} " + "é" * (i % 5) for i in range(50)]
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": str(i), "text": t}, ensure_ascii=False) + "\n" for i, t in enumerate(texts)).encode()
+
+
+def read(path: Path, fields: Fields = Fields()) -> list[Record | Bad]:
+    return list(read_part(whole(find_files(path)[0]), fields))
+
+
+def reasons(path: Path, fields: Fields = Fields()) -> list[str]:
+    return [r.reason if isinstance(r, Bad) else "good" for r in read(path, fields)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst"])
+def test_json_lines_plain_and_compressed(tmp_path: Path, name: str) -> None:
+    data = lines(TEXTS)
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)
+    (tmp_path / name).write_bytes(pack(data[:700]) + pack(data[700:]))  # two members, as `cat a.gz b.gz` makes
+    assert [(r.text, r.id) for r in read(tmp_path / name)] == [(t, str(i)) for i, t in enumerate(TEXTS)]
+
+
+def test_lines_of_all_kinds_of_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r\n\n  \n{"text": "b"}\n{"text": "c"}')
+    assert [r.text for r in read(tmp_path / "a.jsonl")] == ["a", "b", "c"]
+    assert [r.place for r in read(tmp_path / "a.jsonl")] == [0, 19, 33]
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert read(tmp_path / "empty.jsonl") == []
+
+
+@pytest.mark.parametrize("block", [7, 64, 2**22])
+@pytest.mark.parametrize("size", [1, 3, 50, 200, 10**6])
+def test_parts_of_a_file_hold_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, size: int) -> None:
+    monkeypatch.setattr(records, "BLOCK", block)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(TEXTS[:12]))
+    file = find_files(path)[0]
+    parts = [Part(file, start, min(start + size, file.size)) for start in range(0, file.size, size)]
+    found = [r for part in parts for r in read_part(part, Fields())]
+    assert found == read(path) and len(found) == 12
+
+
+def test_parquet_by_row_groups(tmp_path: Path) -> None:
+    table = pa.table({"id": list(range(50)), "text": TEXTS, "other": [1.0] * 50})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    file = find_files(tmp_path / "a.parquet")[0]
+    found = [r for i in range(8) for r in read_part(Part(file, i, i + 1), Fields())]
+    assert [(r.text, r.id, r.place) for r in found] == [(t, str(i), i) for i, t in enumerate(TEXTS)]
+    for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(table.set_column(1, "text", pa.array(TEXTS).cast(kind)), tmp_path / "b.parquet")
+        assert [r.text for r in read(tmp_path / "b.parquet")] == TEXTS
+
+
+def test_parquet_rows_that_are_null_or_no_utf8_are_told_one_by_one(tmp_path: Path) -> None:
+    data = pa.array([b"fine", b"\xff\xfe", None, b"also"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 4, data.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    assert reasons(tmp_path / "a.parquet") == ["good", "not UTF-8", "null text", "good"]
+
+
+@pytest.mark.parametrize(("column", "words"), [(pa.array([1, 2]), "type int64"), (pa.array([b"a", b"b"]), "type binary")])
+def test_a_parquet_file_whose_text_column_has_another_type_is_named(tmp_path: Path, column: pa.Array, words: str) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(PrepError, match=f"a.parquet: column 'text' is of {words}"):
+        read(tmp_path / "a.parquet")
+    with pytest.raises(PrepError, match="no column 'body'; it has text"):
+        read(tmp_path / "a.parquet", Fields("body"))
+
+
+def test_text_files_are_documents(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("zwei\n\u2028")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("eins".encode()))
+    (tmp_path / "_SUCCESS").write_text("")
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "notes.md").write_text("no")
+    assert [(d.id, d.text) for d in read_documents(tmp_path)] == [("a.txt.gz", "eins"), ("b.txt", "zwei\n\u2028")]
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    (b'{"text": ', "not a JSON object"), (b"[1]", "not a JSON object"), (b'{"body": "x"}', "no text"), (b'{"text": null}', "null text"),
+    (b'{"text": 7}', "text is no string"), (b'{"text": ["x"]}', "text is no string"), (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"text": "\\ud800"}', "not a JSON object"), (b'{"text": NaN}', "not a JSON object"),
+])
+def test_a_bad_line_is_told_and_spoils_no_other(tmp_path: Path, line: bytes, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    assert reasons(tmp_path / "a.jsonl") == ["good", reason, "good"]
+    assert read(tmp_path / "a.jsonl")[1].place == 14
+
+
+def test_keys_are_chosen_and_dots_go_down(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"data": {"text": "a", "lang": "de"}, "n": 5}\n{"data.text": "b", "data": {"lang": "en"}, "n": 6}\n'
+                                      '{"data": {"text": "c"}, "n": 7}\n')
+    found = read(tmp_path / "a.jsonl", Fields("data.text", "n", "data.lang"))
+    assert [(r.text, r.id, r.domain) for r in found[:2]] == [("a", "5", "de"), ("b", "6", "en")]
+    assert found[2].reason == "no domain" and found[2].id == "7"
+
+
+def test_a_line_without_end_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(records, "BLOCK", 300)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 50_000 + b'"}\n{"text": "b"}\n')
+    assert reasons(path) == ["good", "line too long", "good"]
+    assert read(path)[2].place == path.read_bytes().index(b'{"text": "b"}')
+    path.write_bytes(b"x" * 5000)
+    assert reasons(path) == ["line too long"]
+
+
+def test_a_text_file_that_is_too_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "LONGEST_DOCUMENT", 100)
+    (tmp_path / "a.txt").write_bytes(b"x" * 101)
+    (tmp_path / "b.txt").write_bytes(b"x" * 100)
+    assert [reasons(tmp_path / name) for name in ("a.txt", "b.txt")] == [["document too long"], ["good"]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
+def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
+    data = np.random.default_rng(0).bytes(20_000).hex().encode()
+    whole_file = {"gz": gzip.compress, "zst": zstandard.compress}[name.rpartition(".")[2]](b'{"text": "' + data + b'"}\n')
+    (tmp_path / name).write_bytes(whole_file[: len(whole_file) // 2])
+    with pytest.raises(PrepError, match=f"{name} cannot be read: .*[Tt]runcated"):
+        read(tmp_path / name)
+
+
+def test_what_is_no_compressed_file_is_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"hello, this is plain text")
+        with pytest.raises(PrepError, match=name):
+            read(tmp_path / name)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "BOMB_FLOOR", 2**22)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b"\0" * 2**25))
+    with pytest.raises(PrepError, match="bomb"):
+        read(tmp_path / "a.jsonl.zst")
+
+
+def test_globs_folders_and_places_that_hold_nothing(tmp_path: Path) -> None:
+    for name in ("x/a.jsonl", "x/y/b.jsonl", "x/y/c.txt", "z/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "t"}\n')
+
+    def found(pattern: str) -> list[str]:
+        return [f.uri.removeprefix(f"{tmp_path}/") for f in find_files(f"{tmp_path}/{pattern}")]
+
+    assert found("x") == ["x/a.jsonl", "x/y/b.jsonl", "x/y/c.txt"]
+    assert found("x/*.jsonl") == ["x/a.jsonl"] and found("x/**/*.jsonl") == ["x/a.jsonl", "x/y/b.jsonl"]
+    assert found("*/?.jsonl") == ["x/a.jsonl", "z/d.jsonl"] and found("[xz]/[a-c].jsonl") == ["x/a.jsonl"]
+    for place, words in (("x/*.gz", "no file matches"), ("nowhere", "does not exist"), ("x/y/../y/e.csv", "does not exist")):
+        with pytest.raises(PrepError, match=words):
+            find_files(f"{tmp_path}/{place}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PrepError, match="holds no file that is read"):
+        find_files(tmp_path / "empty")
+
+
+def test_small_files_are_known_by_content_and_large_ones_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(TEXTS))
+    before = find_files(path)
+    path.write_bytes(lines(TEXTS))
+    assert find_files(path) == before
+    path.write_bytes(lines(TEXTS[::-1]))
+    assert find_files(path)[0].size == before[0].size and find_files(path) != before
+    monkeypatch.setattr("data_prep.inputs.SMALL", 10)
+    assert find_files(path)[0].stamp == path.stat().st_mtime_ns

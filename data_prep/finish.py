@@ -40,6 +40,8 @@ def finish(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats, w
     Asserts that all that the units hold is in the shards, in the quarantine, or counted as passed over.
     """
     spec, folder = plan.spec, plan.spec.work / "dataset"
+    for leftover in folder.rglob(".*.tmp-*"):
+        leftover.unlink(missing_ok=True)  # of a worker that was killed in this stage
     packed = [json.loads(packed_path(spec.work, group.index).read_text(encoding="utf-8")) for group in layout.groups]
     counts = {split: {d: _write_index(folder, split, d, layout, packed) for d in layout.domains} for split in SPLITS}
     _check_sums(plan, layout, repeats, counts)

@@ -127,7 +127,15 @@ class Lease:
 
 
 def _owner(advanced: int) -> str:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "advanced": advanced})
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _start(os.getpid()), "advanced": advanced})
+
+
+def _start(pid: int) -> float | None:
+    """When the process began, None when there is none: with its number it names a process for ever."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
 
 
 @contextmanager
@@ -160,7 +168,7 @@ def _is_dead(path: Path) -> bool:
     except ValueError:  # being written, or cut off by a full disk
         return silent > STALE
     here = owner.get("host") == socket.gethostname()
-    return silent > STALE or (here and not psutil.pid_exists(owner["pid"]))
+    return silent > STALE or (here and _start(owner["pid"]) != owner["started"])
 
 
 def advanced(stage: Stage, work: Path, pending: set[int]) -> int:

@@ -121,8 +121,8 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
         used = part.start
         rest, skipping, first = b"", False, part.start > 0
         while chunk := stream.read(BLOCK):
-            advance(raw.tell() - used)
-            used = raw.tell()
+            advance(min(raw.tell(), part.stop) - used)
+            used = min(raw.tell(), part.stop)
             _refuse_bomb(file, offset + len(rest) + len(chunk))
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:

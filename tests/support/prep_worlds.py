@@ -42,7 +42,7 @@ def world(folder: Path, documents: int = 120) -> PrepSpec:
     write_lines(folder / "in/a/1.jsonl", texts(documents, 1))
     write_lines(folder / "in/a/2.jsonl", texts(documents // 2, 2))
     write_lines(folder / "in/b.jsonl", texts(documents // 2, 3))
-    train_bpe(texts(documents, 1), 400, folder / "tokenizer.json")
+    train_bpe(texts(documents, 1), 350, folder / "tokenizer.json")
     return PrepSpec(domains={"a": folder / "in/a", "b": folder / "in/b.jsonl"}, output=folder / "out", sequence_length=64,
                     tokenizer=folder / "tokenizer.json", heldout=0.2)
 

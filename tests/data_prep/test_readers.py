@@ -50,7 +50,7 @@ def _value(encoding: str, data: bytes) -> Any:
         return int.from_bytes(data, "little")
     if len(rest) == 2:
         return np.frombuffer(data, rest[0])
-    # Without a shape in the encoding: a byte of 4 * dimensions and the width of their sizes, then the sizes.
+    # Without a shape in the encoding: a byte, 4 * dimensions + a code for the width of their sizes, then these.
     width = 1 << (data[0] % 4)
     return np.frombuffer(data[1 + width :], rest[0])
 

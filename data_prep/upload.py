@@ -1,0 +1,181 @@
+"""Copying a finished dataset to an object store or another folder, so that it is there whole or not at all.
+
+Shards go first, then the other files, the index.json files after them and dataset.json last: readers take a folder without
+it for unfinished. A note beside them says which dataset is being copied; while it agrees, shards that are there in their
+full size are not sent again. It goes away at the end. Each shard is hashed while it is sent, against its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import xxhash
+from pyarrow import fs
+from rich.console import Console
+
+from data_prep.errors import PrepError
+from data_prep.format import DatasetManifest
+from data_prep.progress import byte_progress
+from data_prep.stored import shards_of
+from data_prep.stores import STORE_ERRORS, open_store, store_problem
+
+NOTE = ".nextpt-upload"
+BLOCK = 2**22  # bytes; S3 takes parts of 5 MiB and more, which pyarrow collects
+THREADS = 8
+OBJECT_STORES = {"s3", "gcs", "abfs"}  # pyarrow's names of those without folders
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to send. name: its path in the dataset folder. xxh64: for shards, what its content must hash to."""
+
+    path: Path
+    name: str
+    bytes: int
+    xxh64: str | None
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What an upload did: files and bytes sent, and those that were there already."""
+
+    sent_files: int
+    sent_bytes: int
+    present_files: int
+    present_bytes: int
+
+
+def upload(data: Path, remote: str, *, threads: int = THREADS, console: Console | None = None) -> Uploaded:
+    """Copy the dataset folder `data` to `remote`: s3://, gs://, abfs://, another scheme of fsspec's, or a folder.
+
+    The same call again goes on where one was cut short, and has little to do after one that was not. At the end every file
+    is there in its size. Raises PrepError (one line) when the dataset is not whole, another dataset is at `remote`, or the
+    store refuses.
+    """
+    manifest = DatasetManifest.load(data)
+    shards, others, last = files_of_dataset(data, manifest)
+    try:
+        target = _Target(remote)
+        present = target.begin(manifest)
+        sizes = target.sizes()
+        here = [f for f in shards if present and sizes.get(f.name) == f.bytes]
+        todo = [f for f in shards if f not in set(here)]
+        with byte_progress(console) as progress:
+            task = progress.add_task("uploading", total=sum(f.bytes for f in (*todo, *others, *last)))
+            for stage in (todo, others, *([f] for f in last)):
+                _in_threads(stage, lambda f: target.send(f, lambda n: progress.update(task, advance=n)), threads)
+        target.check([*shards, *others, *last])
+        target.end()
+    except STORE_ERRORS as error:
+        raise store_problem(error, remote) from error
+    sent = [*todo, *others, *last]
+    return Uploaded(len(sent), sum(f.bytes for f in sent), len(here), sum(f.bytes for f in here))
+
+
+def files_of_dataset(data: Path, manifest: DatasetManifest) -> tuple[list[LocalFile], list[LocalFile], list[LocalFile]]:
+    """(shards, other files, the files that make it readable in their order). Hidden and unfinished files are left out."""
+    shards = [LocalFile(shard.path, _name(shard.path, data), shard.bytes, shard.xxh64)
+              for split, domains in manifest.splits.items() for domain in domains for shard in shards_of(data, manifest, split, domain)]
+    known = {shard.path for shard in shards}
+    indices = [data / split / domain / "index.json" for split, domains in manifest.splits.items() for domain, c in domains.items() if c.rows]
+    final = [*sorted(indices), data / "dataset.json"]
+    splits = [data / split for split in manifest.splits]
+    others = sorted(p for p in data.rglob("*") if p.is_file() and p not in known and p not in final and p.name[0] != "."
+                    and not any(p.is_relative_to(split) for split in splits))
+    as_files = ([LocalFile(p, _name(p, data), p.stat().st_size, None) for p in paths] for paths in (others, final))
+    return shards, *as_files
+
+
+def _name(path: Path, data: Path) -> str:
+    return path.relative_to(data).as_posix()
+
+
+class _Target:
+    """The place that a dataset is copied to."""
+
+    def __init__(self, remote: str) -> None:
+        self.remote = remote
+        self.filesystem, self.root = open_store(remote)
+        self._folders = self.filesystem.type_name not in OBJECT_STORES
+        self._renames = isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def read(self, name: str) -> bytes | None:
+        """A small file, or None when it is not there."""
+        if self.filesystem.get_file_info(self.path(name)).type is fs.FileType.NotFound:
+            return None
+        with self.filesystem.open_input_stream(self.path(name)) as file:
+            return file.read()
+
+    def begin(self, manifest: DatasetManifest) -> bool:
+        """Leave the note; whether files that are there may be taken for those of this dataset.
+
+        Raises PrepError when another dataset is or was being put there.
+        """
+        mine = manifest.fingerprint.encode()
+        note, finished = self.read(NOTE), self.read("dataset.json")
+        if note not in (None, mine) or (finished is not None and mine not in finished):
+            raise PrepError(f"{self.remote} holds another dataset, or part of one; give another place or remove what is there")
+        if note is None:
+            self._write(NOTE, [mine])
+        return note is not None or finished is not None
+
+    def sizes(self) -> dict[str, int]:
+        """Size of every file there, by name."""
+        infos = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True, allow_not_found=True))
+        return {str(PurePosixPath(i.path).relative_to(self.root)): i.size for i in infos if i.is_file}
+
+    def send(self, file: LocalFile, advance: Callable[[int], None]) -> None:
+        """Copy one file. Raises PrepError when a shard is not what its index says; what was written of it is removed."""
+        digest = xxhash.xxh64()
+
+        def blocks() -> Iterator[bytes]:
+            with open(file.path, "rb") as source:
+                while block := source.read(BLOCK):
+                    digest.update(block)
+                    yield block
+                    advance(len(block))
+
+        self._write(file.name, blocks())
+        if file.xxh64 not in (None, digest.hexdigest()):
+            self.filesystem.delete_file(self.path(file.name))
+            raise PrepError(f"{file.path} is damaged: its xxh64 differs from the one in index.json; prepare the data again or copy it anew")
+
+    def _write(self, name: str, blocks: Iterable[bytes]) -> None:
+        """Object stores show an object when it is whole; a folder shows a file at once, so there it is renamed."""
+        path = self.path(name)
+        if self._folders:
+            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        shown = f"{path}.part" if self._renames else path
+        with self.filesystem.open_output_stream(shown, compression=None) as stream:
+            for block in blocks:
+                stream.write(block)
+        if self._renames:
+            self.filesystem.move(shown, path)
+
+    def check(self, files: list[LocalFile]) -> None:
+        """Every file must be there in its size."""
+        sizes = self.sizes()
+        wrong = [f for f in files if sizes.get(f.name) != f.bytes]
+        if wrong:
+            raise PrepError(f"{self.remote}/{wrong[0].name} has {sizes.get(wrong[0].name)} bytes after the upload, expected {wrong[0].bytes}; "
+                            "start the upload again")
+
+    def end(self) -> None:
+        self.filesystem.delete_file(self.path(NOTE))
+
+
+def _in_threads(files: list[LocalFile], send: Callable[[LocalFile], None], threads: int) -> None:
+    """Send files at the same time; the first failure stops those that have not begun."""
+    with ThreadPoolExecutor(min(threads, len(files)) or 1) as pool:
+        try:
+            for sent in as_completed([pool.submit(send, file) for file in files]):
+                sent.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,190 @@
+"""Uploads to a real HTTP S3 and to folders, cut short and begun again; what arrives is read by mosaicml-streaming."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+
+from data_prep.errors import PrepError
+from data_prep.format import DatasetManifest
+from data_prep.upload import NOTE, files_of_dataset, upload
+from tests.support.object_store import s3_server
+from tests.support.shards import write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_server("bucket") as address:
+        yield address
+
+
+def names(address: str, prefix: str) -> dict[str, int]:
+    """Size of each object below `prefix`, without the empty one that pyarrow leaves for a folder when it removes a file."""
+    pages = boto3.client("s3", endpoint_url=address).get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix + "/")
+    return {o["Key"].removeprefix(prefix + "/"): o["Size"] for page in pages for o in page.get("Contents", [])
+            if not o["Key"].endswith("/")}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Twenty shards of three rows in each of two domains."""
+    rows = [{"tokens": [9, i % 7, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]} for i in range(60)]
+    return write_dataset(tmp_path / "data", {"a": rows, "b": rows}, start_id=9, end_id=9, vocab_size=10, size_limit=500)
+
+
+def test_shards_go_first_and_the_manifest_last(many: Path) -> None:
+    (many / ".hidden").write_text("x")
+    (many / "train" / "a" / "left.over").write_text("x")
+    shards, others, last = files_of_dataset(many, DatasetManifest.load(many))
+    assert len(shards) == 40 and all(f.name.endswith(".mds") and f.xxh64 for f in shards)
+    assert [f.name for f in others] == ["token_bytes.npy", "tokenizer.json"]
+    assert [f.name for f in last] == ["train/a/index.json", "train/b/index.json", "dataset.json"]
+
+
+def test_to_a_folder_and_again(many: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a b" / "copy"
+    first = upload(many, str(target))
+    assert files(target) == files(many)
+    assert (first.sent_files, first.present_files) == (45, 0) and first.sent_bytes == sum(map(len, files(many).values()))
+    again = upload(many, str(target))
+    assert (again.sent_files, again.present_files) == (5, 40) and files(target) == files(many)
+    DatasetManifest.load(target)
+
+
+def test_to_a_scheme_of_fsspecs(many: Path) -> None:
+    import fsspec
+
+    assert upload(many, "memory://some/where").sent_files == 45
+    store = fsspec.filesystem("memory")
+    assert {p.removeprefix("/some/where/"): store.cat_file(p) for p in store.find("/some/where")} == files(many)
+    assert upload(many, "memory://some/where").present_files == 40
+
+
+def test_a_damaged_shard_stops_it_and_it_goes_on_from_there(s3: str, many: Path) -> None:
+    shard = many / "train" / "b" / "g00000" / "shard.00007.mds"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(PrepError, match="shard.00007.mds is damaged"):
+        upload(many, "s3://bucket/damaged", threads=1)
+    there = names(s3, "damaged")
+    shards = [f"train/{domain}/g00000/shard.{i:05d}.mds" for domain in "ab" for i in range(20)]
+    assert set(shards[:27]) | {NOTE} <= set(there) < set(shards) | {NOTE} and shards[27] not in there
+    shard.write_bytes(whole)
+    assert upload(many, "s3://bucket/damaged").present_files == len(there) - 1
+    assert names(s3, "damaged") == {name: len(data) for name, data in files(many).items()}
+
+
+def test_killed_and_started_again(s3: str, many: Path) -> None:
+    command = [sys.executable, "-m", "launcher.cli", "prep", "upload", str(many), "s3://bucket/killed", "--threads", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and len(names(s3, "killed")) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if "dataset.json" not in names(s3, "killed"):  # else it was too fast to be killed
+        assert NOTE in names(s3, "killed")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "were there already" in done.stdout, done.stderr
+    assert names(s3, "killed") == {name: len(data) for name, data in files(many).items()}
+
+
+def test_a_partial_file_is_sent_again(many: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    upload(many, str(target))
+    shard = target / "train" / "a" / "g00000" / "shard.00003.mds"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    assert upload(many, str(target)).present_files == 39 and files(target) == files(many)
+
+
+def test_files_that_nobody_vouches_for_are_sent_again(many: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    upload(many, str(target))
+    (target / "dataset.json").unlink()
+    shard = target / "train" / "a" / "g00000" / "shard.00003.mds"
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    assert upload(many, str(target)).present_files == 0 and files(target) == files(many)
+
+
+def test_another_dataset_is_not_overwritten(many: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    upload(many, str(target))
+    before = files(target)
+    manifest = json.loads((many / "dataset.json").read_text())
+    (many / "dataset.json").write_text(json.dumps(manifest | {"fingerprint": "f" * 64}))
+    with pytest.raises(PrepError, match="copy holds another dataset"):
+        upload(many, str(target))
+    (target / "dataset.json").unlink()
+    (target / NOTE).write_text("a" * 64)
+    with pytest.raises(PrepError, match="another dataset, or part of one"):
+        upload(many, str(target))
+    assert {k: v for k, v in files(target).items() if k != NOTE} == {k: v for k, v in before.items() if k != "dataset.json"}
+
+
+def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> None:
+    (many / "train" / "a" / "g00000" / "shard.00003.mds").unlink()
+    with pytest.raises(PrepError, match="shard.00003.mds is missing"):
+        upload(many, str(tmp_path / "copy"))
+    shutil.rmtree(many)
+    with pytest.raises(PrepError, match="is not there"):
+        upload(many, str(tmp_path / "copy"))
+    assert not (tmp_path / "copy").exists()
+
+
+def test_stores_that_refuse_are_explained(s3: str, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PrepError, match="s3://nowhere/x: there is no such bucket"):
+        upload(many, "s3://nowhere/x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PrepError, match="file/x"):
+        upload(many, str(tmp_path / "file" / "x"))
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")  # the port of "discard": nobody listens
+    with pytest.raises(PrepError, match="cannot be reached"):
+        upload(many, "s3://bucket/x")
+
+
+READ = """
+import sys, json, tempfile
+import numpy as np
+from data_prep.streaming_compat import import_streaming
+import_streaming()
+from streaming import Stream, StreamingDataset
+remote, split, domains, output = sys.argv[1], sys.argv[2], sys.argv[3].split(","), sys.argv[4]
+with tempfile.TemporaryDirectory() as local:
+    streams = [Stream(remote=f"{remote}/{split}/{d}", local=f"{local}/{d}") for d in domains]
+    rows = [s["tokens"] for s in StreamingDataset(streams=streams, batch_size=1, shuffle=False, num_canonical_nodes=1)]
+np.save(output, np.stack(rows))
+"""
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_streaming_downloads_what_was_uploaded(s3: str, dataset: Path, many: Path, tmp_path: Path, compression: str | None) -> None:
+    """Through StreamingDataset itself, in a process of its own: it leaves threads and shared memory behind."""
+    from data_prep.stored import read_rows, shards_of
+
+    data = dataset
+    if compression:
+        rows = [{"tokens": [9, i % 7, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]} for i in range(30)]
+        data = write_dataset(tmp_path / "packed", {"a": rows, "b": rows}, start_id=9, end_id=9, vocab_size=10, size_limit=900, compression=compression)
+    manifest = DatasetManifest.load(data)
+    remote = f"s3://bucket/round-trip-{compression}"
+    upload(data, remote)
+    subprocess.run([sys.executable, "-c", READ, remote, "train", ",".join(manifest.domains), str(tmp_path / "rows.npy")], cwd=ROOT, check=True,
+                   env=os.environ | {"LOCAL_WORLD_SIZE": "1"}, timeout=120)
+    own = [row["tokens"] for domain in manifest.domains for shard in shards_of(data, manifest, "train", domain) for row in read_rows(shard)]
+    assert np.array_equal(np.load(tmp_path / "rows.npy"), np.stack(own))

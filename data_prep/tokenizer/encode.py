@@ -43,7 +43,7 @@ class Tokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if not path.is_file():
             raise PrepError(f"tokenizer {path} does not exist")
-        description = Description(path)
+        description = Description.read(path)
         self._description = description
         self._library = _open_library(path)
         self.path, self.sha256 = path, sha256_file(path)

@@ -10,12 +10,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from data_prep.errors import PrepError
 from data_prep.tokenizer.description import END_OF_TEXT
+from data_prep.tokenizer.patterns import PATTERNS
 
-# Words with one leading space or symbol, digits in threes, runs of symbols, indentation (the pattern of GPT-4's
-# cl100k_base, as published in tiktoken).
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 
 
@@ -28,7 +24,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, *, total: int |
         raise PrepError(f"vocab_size = {vocab_size} is too small: 256 bytes and the end of text need {SMALLEST_VOCABULARY}")
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+        pre_tokenizers.Split(Regex(PATTERNS["cl100k_base"]), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()

@@ -112,8 +112,8 @@ class Description:
     @property
     def name(self) -> str:
         """The kind in words."""
-        if self.byte_level:
-            return "byte-level BPE" + (", normalizing" if self.content.get("normalizer") else "")
+        if self.kind == "BPE" and any(s["type"] == "ByteLevel" for s in self.steps):
+            return "byte-level BPE" + ("" if self.own_bytes else " that changes text")
         if self.characters:
             return "characters"
         return "BPE with byte fallback" if self.kind == "BPE" and self.model.get("byte_fallback") else self.kind

@@ -138,6 +138,10 @@ class Tokenizer:
         """Text of the tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD."""
         return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def token(self, index: int) -> str | None:
+        """How the vocabulary spells a token; None for a hole."""
+        return self._library.id_to_token(index)
+
     def token_bytes(self) -> np.ndarray:
         """uint16 [V]: UTF-8 bytes each token stands for; 0 for special tokens and holes in the vocabulary.
 

@@ -73,7 +73,7 @@ class TiktokenEncoder:
 def _pattern(description: Description) -> str:
     """The pattern that cuts text before merging. Raises NotEligibleError."""
     if not description.byte_level:
-        raise NotEligibleError(f"it is {description.name}, not byte-level BPE")
+        raise NotEligibleError(f"it is {description.name}")
     steps = description.steps
     if [s["type"] for s in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
         return PATTERNS["gpt2"]  # what ByteLevel splits by unless told not to

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,7 @@ TextField = Annotated[str, typer.Option(help="key or column of the text")]
 @tokenizer_app.command("train", epilog="example: nextpt tokenizer train code=data/code.jsonl data/prose --vocab-size 32768 --output tokenizer.json")
 @friendly
 def tokenizer_train(
-    corpora: Annotated[list[str], typer.Argument(metavar="[DOMAIN=]PATH...", help="files or folders: .jsonl[.gz|.zst], .parquet, .txt")],
+    corpora: Annotated[list[str], typer.Argument(metavar="[DOMAIN=]PATH...", help="files, folders, globs or URIs: .jsonl, .txt [.gz|.zst], .parquet")],
     output: Output,
     vocab_size: Annotated[int, typer.Option(help="tokens, the end of text included")] = 32768,
     max_bytes: Annotated[float, typer.Option(min=1, help="text to learn from at most, an even sample of the corpus; it is held in memory")] = 1e9,
@@ -37,31 +38,39 @@ def tokenizer_train(
 
     if not output.absolute().parent.is_dir():
         raise PrepError(f"folder {output.absolute().parent} for the tokenizer does not exist")
-    sample = evenly_sampled(_read([_path(item) for item in corpora], text_field), int(max_bytes))
+    sample = evenly_sampled(_read([_place(item) for item in corpora], text_field), int(max_bytes))
     size = sum(len(text.encode()) for text in sample)
     say(f"learning {vocab_size:,} tokens from {size:,} bytes")
     train_bpe(sample, vocab_size, output, total=len(sample), progress=out.is_terminal)
     _say(_facts(Tokenizer(output), sample))
 
 
-def _path(item: str) -> Path:
+def _place(item: str) -> str:
     """PATH of an item that may be DOMAIN=PATH, as `nextpt prep shards` takes them."""
-    return Path(item) if Path(item).exists() else Path(item.partition("=")[2] or item)
+    from data_prep.spec import DOMAIN_NAME
+
+    name, equals, path = item.partition("=")
+    return path if equals and DOMAIN_NAME.fullmatch(name) and not Path(item).exists() else item
 
 
-def _read(paths: list[Path], text_field: str) -> Iterator[str]:
-    """Texts of the corpora, with a bar that knows the end where files are not compressed."""
-    from data_prep.documents import files_of, read_documents
+def _read(places: list[str], text_field: str) -> Iterator[str]:
+    """Texts of the corpora, with a bar; bad records are passed over and counted."""
+    from data_prep.inputs import find_files
+    from data_prep.records import Bad, Fields, read_part, whole
 
-    files = [file for path in paths for file in files_of(path)]
-    plain = all(file.suffix in (".jsonl", ".txt") for file in files)
+    files = [file for place in places for file in find_files(place)]
+    bad = 0
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, disable=not out.is_terminal) as progress:
-        task = progress.add_task("", total=sum(file.stat().st_size for file in files) if plain else None)
-        for path in paths:
-            for document in read_documents(path, text_field):
-                progress.update(task, advance=len(document.text))
-                yield document.text
+        task = progress.add_task("", total=sum(file.size for file in files))
+        for file in files:
+            for record in read_part(whole(file), Fields(text_field, None), partial(progress.advance, task)):
+                if isinstance(record, Bad):
+                    bad += 1
+                else:
+                    yield record.text
+    if bad:
+        say(f"{bad:,} bad records passed over; nextpt prep shards names them")
 
 
 @tokenizer_app.command("convert", epilog="example: nextpt tokenizer convert tekken.json --output tokenizer.json")
@@ -85,7 +94,7 @@ def tokenizer_convert(
 @friendly
 def tokenizer_show(
     file: Annotated[Path, typer.Argument(help="tokenizer.json, or a folder that holds one")],
-    text: Annotated[Path | None, typer.Option(help="corpus to encode; both libraries are compared on it")] = None,
+    text: Annotated[str | None, typer.Option(help="corpus to encode; both libraries are compared on it")] = None,
     text_field: TextField = "text",
     start: Start = None,
     end: End = None,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from functools import cache
 
 import numpy as np
 import tiktoken
@@ -162,13 +161,5 @@ def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | No
 
 
 def _is_nfc(text: str) -> bool:
-    """Whether NFC leaves `text` alone in every version of Unicode: code points that Python does not know may be newer marks."""
-    return text.isascii() or (unicodedata.is_normalized("NFC", text) and not _unassigned().search(text))
-
-
-@cache
-def _unassigned() -> re.Pattern[str]:
-    codes = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) == "Cn"]
-    starts = [c for c, before in zip(codes, [-2, *codes], strict=False) if c != before + 1]
-    stops = [c for c, after in zip(codes, [*codes[1:], -2], strict=True) if after != c + 1]
-    return re.compile("[" + "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, stops, strict=True)) + "]")
+    """Whether NFC leaves `text` alone, in Python's Unicode (14 or newer) and so in the library's, which is older."""
+    return text.isascii() or unicodedata.is_normalized("NFC", text)

@@ -282,7 +282,7 @@ def test_the_real_tekken(tmp_path: Path) -> None:
     content = json.loads(lzma.decompress(real_file("tekken_240911.json.xz").read_bytes()))
     ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] + 1000 for entry in content["vocab"][: 131072 - 1000]}
     encoding = tiktoken.Encoding("tekken", pat_str=content["config"]["pattern"], mergeable_ranks=ranks, special_tokens={})
-    # mistral-common: "Hello world!" in its documentation of the tekken tokenizer
+    # what mistral-common makes of it
     assert [tokenizer.start_id, *tokenizer.encode("Hello world!").tolist(), tokenizer.end_id] == [1, 22177, 4304, 1033, 2]
     assert (tokenizer.vocab_size, tokenizer.byte_counts, tokenizer.encoder) == (131072, "table", "tiktoken")
     check_real(tokenizer, encoding)

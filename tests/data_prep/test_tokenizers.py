@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from data_prep.errors import PrepError
@@ -97,6 +99,7 @@ def test_every_token_of_bytes_has_its_own(made: dict[str, Tokenizer]) -> None:
     ("llama", "a\n\U0001f680b", [("\u2581", 0), ("a", 1), ("\n", 1), ("<0xF0>", 1), ("<0x9F>", 1), ("<0x9A>", 1), ("<0x80>", 1), ("b", 1)]),
     ("wordpiece", "  \u00c9 the  ", [("e", 4), ("the", 6)]),
     ("prefix_space", "th\u00e9", [("\u0120th", 2), ("\u00c3\u00a9", 2)]),
+    ("prefix_space", "th   th", [("\u0120th", 2), ("\u0120\u0120", 2), ("\u0120th", 3)]),  # spaces have places too
     # the library tells the place of a composed character by its first: the mark counts as dropped, so it goes to what follows
     ("neox", "e\u0301  th", [("\u00c3\u00a9", 1), ("  ", 4), ("th", 2)]),
 ])
@@ -135,6 +138,8 @@ def test_special_tokens_spelled_in_a_text_are_text(made: dict[str, Tokenizer], k
     if kind == "unigram":  # here the model itself spells the token, which the library lets through
         assert specials["</s>"] in plain(tokenizer.path).encode("the</s>", add_special_tokens=False).ids
         assert len(tokenizer.encode("<unk>")) > 1
+    if kind == "wordpiece":  # a word that cannot be spelled is still one token
+        assert tokenizer.encode("[UNK] zz\u2603").tolist() == [*tokenizer.encode("[UNK]").tolist(), specials["[UNK]"]]
 
 
 @pytest.mark.parametrize("kind", FAST)
@@ -215,28 +220,61 @@ def test_a_token_that_no_merging_reaches_is_known_only_where_it_counts(made: dic
     assert without.encode("a zqzq").tolist() == plain(path).encode("a zqzq", add_special_tokens=False).ids
 
 
+LETTERS = ("a", "b", "c", "\u0120")
+
+
+@st.composite
+def listed_merges(draw: st.DrawFn) -> list[tuple[str, str]]:
+    """Merges of random tokens in random order, as no training makes them; some are never reached, some make one token twice."""
+    known, merges = list(LETTERS), []
+    for _ in range(draw(st.integers(0, 14))):
+        pair = (draw(st.sampled_from(known)), draw(st.sampled_from(known)))
+        if pair not in merges and len("".join(pair)) < 9:
+            merges.append(pair)
+            known.append("".join(pair))
+    return merges
+
+
+@settings(max_examples=40, deadline=None)
+@given(merges=listed_merges(), whole=st.booleans(), data=st.data())
+def test_any_list_of_merges_is_encoded_as_by_the_library(made: dict[str, Tokenizer], merges: list[tuple[str, str]], whole: bool,
+                                                         data: st.DataObject) -> None:
+    """tiktoken is taken where the order of the ids is that of the merges, or else it is not; both are right."""
+    content = json.loads(made["byte_level"].path.read_text(encoding="utf-8"))
+    vocabulary = {t: i for t, i in content["model"]["vocab"].items() if i <= 256}
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    content["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges], "ignore_merges": whole}
+    path = made["byte_level"].path.with_name("merges.json")
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer, library = Tokenizer(path), plain(path)
+    if len({a + b for a, b in merges}) == len(merges) and not whole:
+        assert tokenizer.encoder == "tiktoken"
+    for text in data.draw(st.lists(st.text("abc ", max_size=40), min_size=20, max_size=40)):
+        assert tokenizer.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
+
+
+def test_the_library_decomposes_nothing_that_python_does_not_know() -> None:
+    """So what is in normal form to Python is so to the library."""
+    unknown = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) == "Cn"]
+    assert normalizers.NFD().normalize_str(" ".join(unknown)) == " ".join(unknown)
+
+
 @settings(max_examples=200, deadline=None)
-@given(parts=st.lists(st.sampled_from(["==", "=", "===", " ", "a", "<|endoftext|>", "<|end", "=<", "\n", "\u00e9", "e\u0301"]), max_size=12))
-def test_literal_tokens_are_cut_out_as_the_library_does(made: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory,
-                                                        parts: list[str]) -> None:
+@given(parts=st.lists(st.sampled_from(["==", "=", "===", " ", "a", "<|endoftext|>", "<|end", "=<", ">", "\n", "\u00e9", "e\u0301"]), max_size=12))
+def test_literal_tokens_are_cut_out_as_the_library_does(made: dict[str, Tokenizer], parts: list[str]) -> None:
     path = made["byte_level"].path.with_name("literal.json")
-    if not path.exists():
+    if "literal" not in made:
         changed(made["byte_level"], path, add_literal())
         content = json.loads(path.read_text())
-        content["added_tokens"].append(content["added_tokens"][-1] | {"id": 421, "content": "=<|end"})
+        content["added_tokens"] += [content["added_tokens"][-1] | {"id": 421 + i, "content": name} for i, name in enumerate(("=<|end", ">="))]
         path.write_text(json.dumps(content))
-    tokenizer = literal_tokenizer(path)
+        made["literal"] = Tokenizer(path)
+    tokenizer = made["literal"]
     text = "".join(parts)
     assert tokenizer.encoder == "tiktoken"
     assert tokenizer.encode(text).tolist() == plain(path).encode(text, add_special_tokens=False).ids
     check_bytes(tokenizer, text)
-
-
-_opened: dict[Path, Tokenizer] = {}
-
-
-def literal_tokenizer(path: Path) -> Tokenizer:
-    return _opened.setdefault(path, Tokenizer(path)) if path not in _opened else _opened[path]
 
 
 HUGE = {"spaces": " " * 10**6, "spaces, then a word": " " * 10**6 + "the", "letters": "a" * 10**6, "emojis": "\U0001f600" * 10**6,

@@ -18,7 +18,7 @@ from data_prep.files import atomic_write
 from data_prep.format import token_dtype
 from data_prep.plan import Plan, Unit
 from data_prep.records import Record, read_part
-from data_prep.tokenizer import Tokenizer, train_bpe, write_character_tokenizer
+from data_prep.tokenizer import Tokenizer, convert, train_bpe, write_character_tokenizer
 
 TRAINING_BYTES = 2**28  # of text that a tokenizer is trained on, taken evenly from all units: more changes little, and takes memory
 SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 16, 2**14  # texts on which the two libraries must agree, from all over the corpus
@@ -33,7 +33,7 @@ def make_tokenizer(plan: Plan) -> None:
     """Write WORK/tokenizer.json, and choose the library. Raises PrepError."""
     spec, path = plan.spec, plan.spec.work / "tokenizer.json"
     if spec.tokenizer is not None:
-        Tokenizer(spec.tokenizer, start=spec.start_token, end=spec.end_token).copy_to(path)
+        convert(str(spec.tokenizer), path, start=spec.start_token, end=spec.end_token)
     elif spec.characters:
         # Of both sides: a vocabulary of characters has no way to spell one that only the held-out side has.
         write_character_tokenizer((text for unit in plan.units for text, _ in _texts(plan, unit)), path)

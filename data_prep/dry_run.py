@@ -16,7 +16,7 @@ from data_prep.plan import Plan, Unit, make_plan
 from data_prep.prepare import is_current, local_workers
 from data_prep.records import Record, read_part
 from data_prep.spec import PrepSpec
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, convert
 
 SAMPLE_UNITS = 4  # spread over the corpus, and of each the first block: seconds in all
 SHARE_OF_TOKENIZER = 0.85  # of the time of a whole preparation (docs/data.md)
@@ -61,8 +61,8 @@ def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
         return Estimate(plan, count, stored, None, None, None, None, is_current(spec))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
-        shutil.copyfile(spec.tokenizer, path)
-        tokenizer = Tokenizer(path, encoder=spec.encoder, start=spec.start_token, end=spec.end_token)
+        convert(str(spec.tokenizer), path, start=spec.start_token, end=spec.end_token)
+        tokenizer = Tokenizer(path, encoder=spec.encoder)
     used = size = tokens = 0
     started = time.perf_counter()
     for unit in plan.units[:: max(len(plan.units) // SAMPLE_UNITS, 1)]:

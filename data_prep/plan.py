@@ -107,7 +107,10 @@ def _identity(spec: PrepSpec, found: dict[str, list[InputFile]]) -> str:
     return sha256(canonical_json(parts).encode()).hexdigest()
 
 
-def _tokenizer_identity(path: Path) -> list[str]:
+def _tokenizer_identity(source: str | Path) -> list[str]:
+    path = Path(source)
+    if not path.exists():
+        return [str(source)]
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return [sha256_file(f) for f in files if f.is_file()]
 

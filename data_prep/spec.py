@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+import tiktoken
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.errors import PrepError
@@ -19,8 +20,8 @@ LONGEST_DOCUMENT = 2**26  # bytes; a worker holds a few copies of a document at 
 class PrepSpec(BaseModel):
     """Settings of one dataset.
 
-    domains: name -> file, folder, glob or URI. One of vocab_size (a tokenizer is trained), tokenizer (a file that
-    data_prep.tokenizer reads) and characters. sequence_length: inputs per row, tokens. heldout: share kept for
+    domains: name -> file, folder, glob or URI. One of vocab_size (a tokenizer is trained), tokenizer (what
+    data_prep.tokenizer.convert reads: a file, a folder, the name of a tiktoken encoding) and characters. sequence_length: inputs per row, tokens. heldout: share kept for
     evaluation. split: "hash" holds out that share of the documents by a hash of their text, "tail" that share of each
     domain's characters from its end, cutting the document where it begins. domain_field: key of the domain in each
     record; then the names of `domains` only name places. min_bytes, max_bytes: bounds on a document's UTF-8 bytes;
@@ -34,7 +35,7 @@ class PrepSpec(BaseModel):
     output: Path
     sequence_length: int
     vocab_size: int | None = None
-    tokenizer: Path | None = None
+    tokenizer: str | Path | None = None
     characters: bool = False
     encoder: Literal["auto", "tiktoken", "tokenizers"] = "auto"
     start_token: str | None = None
@@ -69,8 +70,8 @@ class PrepSpec(BaseModel):
             raise PrepError(f"heldout = {self.heldout} must be at least 0 and below 1")
         if (self.vocab_size is not None) + (self.tokenizer is not None) + self.characters != 1:
             raise PrepError("give one of vocab_size, to train a tokenizer, tokenizer, a tokenizer.json, and characters")
-        if self.tokenizer is not None and not self.tokenizer.exists():
-            raise PrepError(f"tokenizer {self.tokenizer} does not exist")
+        if self.tokenizer is not None and not Path(self.tokenizer).exists() and str(self.tokenizer) not in tiktoken.list_encoding_names():
+            raise PrepError(f"tokenizer {self.tokenizer} does not exist, and tiktoken has no encoding of that name")
         if self.vocab_size is not None:
             token_dtype(self.vocab_size)
         for key, known in (("split", ("hash", "tail")), ("packing", ("best_fit", "concat", "single")), ("duplicates", ("keep", "drop"))):

@@ -115,7 +115,7 @@ def _inputs(plan: Plan) -> list[InputReport]:
 def _tokenizer_name(plan: Plan) -> str:
     spec = plan.spec
     if spec.tokenizer is not None:
-        return spec.tokenizer.name
+        return Path(spec.tokenizer).name
     return "the characters of the corpus" if spec.characters else "trained on the corpus"
 
 

@@ -20,6 +20,7 @@ from launcher.console import compressor_table, evaluation_progress, evaluation_t
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
 from launcher.prep_shards import prep_shards  # noqa: E402
 from launcher.prep_stored import register as register_stored  # noqa: E402
+from launcher.tokenizer_cli import tokenizer_app  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
                   help="Pretrain decoder-only language models: prepare data, train, evaluate, generate.")
@@ -28,6 +29,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at configs.")
 app.add_typer(prep, name="prep")
 prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
+app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(config_app, name="config")
 
 RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]

@@ -25,7 +25,8 @@ def prep_shards(
     output: Annotated[Path, typer.Option(help="dataset folder to write")],
     sequence_length: Annotated[int, typer.Option(help="inputs per row, tokens", rich_help_panel=HOW)],
     vocab_size: Annotated[int | None, typer.Option(help="train a byte-level BPE tokenizer of this size")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="or take this tokenizer.json")] = None,
+    tokenizer: Annotated[str | None, typer.Option(
+        help="or take this one: tokenizer.json, what `nextpt tokenizer convert` reads, or the name of a tiktoken encoding")] = None,
     characters: Annotated[bool, typer.Option("--characters", help="or make every character a token")] = False,
     encoder: Annotated[str, typer.Option(help="library that encodes: tiktoken, tokenizers, or auto: tiktoken where both are proved equal")] = "auto",
     start_token: Annotated[str | None, typer.Option(help="special token before each document; the tokenizer's own unless given")] = None,

@@ -8,17 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers.pre_tokenizers import ByteLevel
 
 from data_prep.errors import PrepError
 
+OTHERS = "other formats: nextpt tokenizer convert SOURCE --output tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 # What published tokenizers call the token that ends a document, and the one that starts it; the first that is there.
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>", "[SEP]", "<|eos|>", "[EOS]")
 STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>", "[CLS]", "<|bos|>", "[BOS]")
-# GPT-2's pattern, which ByteLevel(use_regex=True) splits by (github.com/openai/gpt-2, src/encoder.py).
-GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-ALPHABET = frozenset(ByteLevel.alphabet())
 
 
 def byte_characters() -> list[str]:
@@ -32,6 +29,8 @@ def byte_characters() -> list[str]:
 
 
 BYTE_CHARACTERS = byte_characters()
+# Those that occur in UTF-8: vocabularies made from texts may lack the others.
+TEXT_CHARACTERS = BYTE_CHARACTERS[:0xC0] + BYTE_CHARACTERS[0xC2:0xF5]
 BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
@@ -47,23 +46,30 @@ class AddedToken:
 
 
 class Description:
-    """The parts of a tokenizer.json that nextpt decides by. Raises PrepError for a file that is none."""
+    """The parts of a tokenizer.json that nextpt decides by. Raises PrepError for content that is none; `path` names it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, content: Any, path: Path) -> None:
         try:
-            self.content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.content: dict[str, Any] = content
             self.model: dict[str, Any] = self.content["model"]
             self.kind: str = self.model.get("type") or "BPE"
             self.added = [
                 AddedToken(t["id"], t["content"], t["special"], t["normalized"], t["single_word"] or t["lstrip"] or t["rstrip"])
                 for t in self.content.get("added_tokens", [])
             ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PrepError(f"{path} is not a tokenizer.json: {type(error).__name__} {error}; "
-                            "other formats: nextpt tokenizer convert SOURCE --output tokenizer.json") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PrepError(f"{path} is not a tokenizer.json ({type(error).__name__}: {error}); {OTHERS}") from error
         self.path = path
         self.specials = {t.content: t.id for t in self.added if t.special}
         self.literals = {t.content: t.id for t in self.added if not t.special}
+
+    @classmethod
+    def read(cls, path: Path) -> Description:
+        """Of a file. Raises PrepError."""
+        try:
+            return cls(json.loads(path.read_text(encoding="utf-8")), path)
+        except (OSError, ValueError) as error:
+            raise PrepError(f"{path} is not a tokenizer.json: {error}; {OTHERS}") from error
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -85,7 +91,7 @@ class Description:
             and all(s["type"] in ("ByteLevel", "Digits", "Split", "Punctuation") for s in self.steps)
             and not any(s.get("behavior") == "Removed" and not s.get("invert") for s in self.steps)
             and not any(self.model.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"))
-            and all(character in self.vocabulary for character in BYTE_CHARACTERS)
+            and all(character in self.vocabulary for character in TEXT_CHARACTERS)
         )
 
     @property
@@ -106,8 +112,8 @@ class Description:
     @property
     def name(self) -> str:
         """The kind in words."""
-        if self.byte_level:
-            return "byte-level BPE" + (", normalizing" if self.content.get("normalizer") else "")
+        if self.kind == "BPE" and any(s["type"] == "ByteLevel" for s in self.steps):
+            return "byte-level BPE" + ("" if self.own_bytes else " that changes text")
         if self.characters:
             return "characters"
         return "BPE with byte fallback" if self.kind == "BPE" and self.model.get("byte_fallback") else self.kind

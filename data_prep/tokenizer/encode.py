@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tokenizers import Encoding, decoders
+from tokenizers import Encoding
 from tokenizers import Tokenizer as HFTokenizer
 
 from data_prep.errors import PrepError
@@ -30,7 +30,7 @@ class Tokenizer:
 
     path, sha256: the file. vocab_size: the largest id + 1. start_id, end_id: the tokens put before and after a document.
     encoder: the library that encodes, and encoder_reason why that one. byte_counts: "table" when a token stands for the same
-    bytes everywhere, else "column" (see data_prep.format).
+    bytes everywhere, else "column" (see data_prep.format). library: the tokenizer as the tokenizers library has it.
     """
 
     def __init__(self, path: Path, *, encoder: Literal["auto", "tiktoken", "tokenizers"] = "auto", start: str | None = None,
@@ -43,15 +43,15 @@ class Tokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if not path.is_file():
             raise PrepError(f"tokenizer {path} does not exist")
-        description = Description(path)
+        description = Description.read(path)
         self._description = description
-        self._library = _open_library(path)
+        self.library = _open_library(path)
         self.path, self.sha256 = path, sha256_file(path)
         self.vocab_size = max([*description.vocabulary.values(), *(t.id for t in description.added)]) + 1
         self.start_id, self.end_id = description.start_and_end(start, end)
         self.byte_counts: Literal["table", "column"] = "table" if description.own_bytes else "column"
         self._lengths = token_lengths(description, self.vocab_size)
-        self._respell = Respeller(description, self._library, self.vocab_size)
+        self._respell = Respeller(description, self.library, self.vocab_size)
         self._fast, self.encoder_reason = self._choose(encoder)
         self.encoder: Literal["tiktoken", "tokenizers"] = "tiktoken" if self._fast else "tokenizers"
 
@@ -60,7 +60,7 @@ class Tokenizer:
         if encoder == "tokenizers":
             return None, "asked for"
         try:
-            fast = TiktokenEncoder(self._description, self._library)
+            fast = TiktokenEncoder(self._description, self.library)
             if difference := self._compare(fast, nasty_texts()):
                 raise NotEligibleError(f"tiktoken differs from it on {difference}")
         except NotEligibleError as reason:
@@ -102,21 +102,21 @@ class Tokenizer:
 
     def _encode_by_library(self, texts: list[str]) -> list[np.ndarray]:
         try:
-            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise PrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
         found = [np.array(e.ids, dtype=np.uint32) for e in encoded]
-        return [self._with_places(text)[0] if self._respell.suspects(ids) else ids for text, ids in zip(texts, found, strict=True)]
+        return [self._with_places(text)[0] if self._respell.suspects(text, ids) else ids for text, ids in zip(texts, found, strict=True)]
 
     def _with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 [n] and their places int64 [n, 2], characters [start, stop) of the text."""
         try:
-            encoded: Encoding = self._library.encode(text, add_special_tokens=False)
+            encoded: Encoding = self.library.encode(text, add_special_tokens=False)
         except Exception as error:
             raise PrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
         ids = np.array(encoded.ids, dtype=np.uint32)
         places = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
-        return self._respell(text, ids, places) if self._respell.suspects(ids) else (ids, places)
+        return self._respell(text, ids, places) if self._respell.suspects(text, ids) else (ids, places)
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 [n], and uint32 [n + 1]: UTF-8 bytes of `text` that each stands for, the end token's last.
@@ -136,7 +136,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD."""
-        return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token(self, index: int) -> str | None:
+        """How the vocabulary spells a token; None for a hole."""
+        return self.library.id_to_token(index)
 
     def token_bytes(self) -> np.ndarray:
         """uint16 [V]: UTF-8 bytes each token stands for; 0 for special tokens and holes in the vocabulary.
@@ -164,9 +168,6 @@ def _open_library(path: Path) -> HFTokenizer:
     library.no_padding()
     library.no_truncation()
     library.post_processor = None  # it adds tokens and trims the spaces off places
-    if isinstance(library.decoder, decoders.WordPiece):
-        # Without its cleanup, which takes back spaces already decoded ("do n" and "'t" into "don't").
-        library.decoder = decoders.WordPiece(prefix=library.decoder.prefix, cleanup=False)
     return library
 
 

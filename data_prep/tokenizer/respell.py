@@ -21,19 +21,22 @@ class Respeller:
         self._description, self._library = description, library
         self._special = np.zeros(vocab_size, dtype=bool)
         self._special[list(description.specials.values())] = True
-        self._unknown = description.unknown_id
         self._names = {index: content for content, index in description.specials.items()}
+        self._unknown = description.unknown_id if description.unknown_id in self._names else None
+        if self._unknown is not None:
+            self._special[self._unknown] = False
 
-    def suspects(self, ids: np.ndarray) -> bool:
+    def suspects(self, text: str, ids: np.ndarray) -> bool:
         """Whether there is a special token among the ids of a text."""
-        return bool(self._special[ids].any())
+        return bool(self._special[ids].any()) or (self._unknown is not None and self._names[self._unknown] in text)
 
     def __call__(self, text: str, ids: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same ids and places (int64 [n, 2], characters) with special tokens spelled by the characters they stand for."""
         new_ids: list[int] = []
         new_places: list[tuple[int, int]] = []
         for index, (start, stop) in zip(ids.tolist(), places.tolist(), strict=True):
-            if not self._special[index] or (index == self._unknown and text[start:stop].strip() != self._names[index]):
+            spells_unknown = index == self._unknown and text[start:stop].strip() == self._names[index]
+            if not self._special[index] and not spells_unknown:
                 new_ids.append(index)
                 new_places.append((start, stop))
                 continue
@@ -47,6 +50,6 @@ class Respeller:
         byte_level = self._description.byte_level
         spelling = [BYTE_CHARACTERS[b] for b in character.encode()] if byte_level else [character]
         found = [token.id for part in spelling for token in self._library.model.tokenize(part)]
-        if any(self._special[i] and i != self._unknown for i in found):
+        if self._special[found].any():
             raise PrepError(f"the tokenizer {self._description.path} has no way to spell the special token {self._names[special]!r} in a text")
         return found

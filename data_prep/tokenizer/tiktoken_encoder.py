@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from functools import cache
 
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer as HFTokenizer
 
-from data_prep.tokenizer.description import BYTE_CHARACTERS, BYTE_OF, GPT2_PATTERN, Description
+from data_prep.tokenizer.description import BYTE_OF, TEXT_CHARACTERS, Description
+from data_prep.tokenizer.patterns import PATTERNS
 
 
 class NotEligibleError(Exception):
@@ -72,10 +72,10 @@ class TiktokenEncoder:
 def _pattern(description: Description) -> str:
     """The pattern that cuts text before merging. Raises NotEligibleError."""
     if not description.byte_level:
-        raise NotEligibleError(f"it is {description.name}, not byte-level BPE")
+        raise NotEligibleError(f"it is {description.name}")
     steps = description.steps
     if [s["type"] for s in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return GPT2_PATTERN
+        return PATTERNS["gpt2"]  # what ByteLevel splits by unless told not to
     if [s["type"] for s in steps] == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         pattern, way = steps[0]["pattern"].get("Regex"), (steps[0]["behavior"], steps[0]["invert"])
         # Removed and inverted drops what the pattern leaves out, as tiktoken does.
@@ -121,7 +121,7 @@ def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
         reached = {t for t in spelled if [piece.id for piece in model.tokenize(t)] == [vocabulary[t]]}
     finally:
         model.ignore_merges = keeps_whole
-    if any(character not in reached for character in BYTE_CHARACTERS):
+    if any(character not in reached for character in TEXT_CHARACTERS):
         raise NotEligibleError("a byte of it is no token")
     ranks = {bytes(BYTE_OF[c] for c in token): vocabulary[token] for token in reached}
     if keeps_whole:  # a token that no merging reaches is still found where it is all there is between two cuts
@@ -131,7 +131,7 @@ def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
         except KeyError as error:
             raise NotEligibleError(f"a token of it has the character {error}, which is no byte") from None
         for token in whole:
-            if len(merge_alone(data := bytes(BYTE_OF[c] for c in token), ranks)) == 1:
+            if last_pair(data := bytes(BYTE_OF[c] for c in token), ranks):
                 raise NotEligibleError(f"tiktoken would merge {data!r}, which its list of merges does not")
     return ranks
 
@@ -149,25 +149,17 @@ def _ids_in_order(description: Description) -> set[int]:
     return made
 
 
-def merge_alone(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts that merging makes of `token`'s bytes, by rank of the joined bytes and leftmost first."""
+def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two parts that `token` is merged from, by rank of the joined bytes and leftmost first; None where merging ends before."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
+    while len(parts) > 2:
         rank, place = min((ranks.get(a + b, sys.maxsize), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)))
         if rank == sys.maxsize:
-            break
+            return None
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts
+    return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def _is_nfc(text: str) -> bool:
-    """Whether NFC leaves `text` alone in every version of Unicode: code points that Python does not know may be newer marks."""
-    return text.isascii() or (unicodedata.is_normalized("NFC", text) and not _unassigned().search(text))
-
-
-@cache
-def _unassigned() -> re.Pattern[str]:
-    codes = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) == "Cn"]
-    starts = [c for c, before in zip(codes, [-2, *codes], strict=False) if c != before + 1]
-    stops = [c for c, after in zip(codes, [*codes[1:], -2], strict=True) if after != c + 1]
-    return re.compile("[" + "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, stops, strict=True)) + "]")
+    """Whether NFC leaves `text` alone, in Python's Unicode (14 or newer) and so in the library's, which is older."""
+    return text.isascii() or unicodedata.is_normalized("NFC", text)

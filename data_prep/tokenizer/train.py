@@ -5,35 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import xxhash
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from data_prep.errors import PrepError
+from data_prep.files import atomic_write
 from data_prep.tokenizer.description import END_OF_TEXT
+from data_prep.tokenizer.patterns import PATTERNS
 
-# Words with one leading space or symbol, digits in threes, runs of symbols, indentation (the pattern of GPT-4's
-# cl100k_base, as published in tiktoken).
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+PIECE = 2**16  # characters that a sample takes or leaves: far longer than a word, far shorter than a sample
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, *, total: int | None = None) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, *, total: int | None = None, progress: bool = False) -> None:
     """Train a byte-level BPE on `texts` and write tokenizer.json. Every byte is a token, so nothing is unknown.
 
-    Raises PrepError when vocab_size is too small, or larger than the texts can fill.
+    total: how many texts there are, for the bars that progress shows on a terminal. Raises PrepError when vocab_size is too small, or larger than the texts can fill.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise PrepError(f"vocab_size = {vocab_size} is too small: 256 bytes and the end of text need {SMALLEST_VOCABULARY}")
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+        pre_tokenizers.Split(Regex(PATTERNS["cl100k_base"]), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=progress,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer, length=total)
@@ -42,7 +41,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, *, total: int |
             f"the texts give only {tokenizer.get_vocab_size()} tokens, fewer than vocab_size = {vocab_size}: "
             "ask for fewer or give more text"
         )
-    tokenizer.save(str(path))
+    with atomic_write(path) as file:
+        file.write(tokenizer.to_str(pretty=True))
+
+
+def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """Between half of `max_bytes` and all of it, in UTF-8, of texts that have more; all of those that have less.
+
+    Pieces of texts are taken by their hash, so the sample is spread evenly, and it does not depend on the order of the
+    texts. No more than max_bytes is held: when that is reached, half of the hashes no longer count.
+    """
+    kept: list[tuple[int, bytes]] = []
+    size, limit = 0, 2**64
+    for text in texts:
+        for start in range(0, len(text), PIECE):
+            data = text[start : start + PIECE].encode("utf-8", "replace")
+            key = xxhash.xxh64_intdigest(data, seed=start)
+            if key >= limit:
+                continue
+            kept.append((key, data))
+            size += len(data)
+            while size > max_bytes and limit > 1:
+                limit //= 2
+                kept = [(k, d) for k, d in kept if k < limit]
+                size = sum(len(d) for _, d in kept)
+    return [data.decode() for _, data in kept]
 
 
 def write_character_tokenizer(texts: Iterable[str], path: Path) -> None:

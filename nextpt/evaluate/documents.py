@@ -6,7 +6,7 @@ that no earlier window scored, so all but those of the first window have at leas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,34 +42,35 @@ def windows(lengths: list[int], window: int, stride: int) -> Iterator[Window]:
             scored, start = stop, start + stride
 
 
-def score_documents(model: Decoder, documents: list[np.ndarray], token_bytes: np.ndarray, *, window: int, stride: int,
-                    rows: int = 32, progress: Callable[[float], None] = lambda share: None) -> tuple[Figures, np.ndarray]:
+def score_documents(model: Decoder, documents: Sequence[np.ndarray], sizes: Sequence[np.ndarray], token_bytes: np.ndarray, *, window: int,
+                    stride: int, rows: int = 32, progress: Callable[[float], None] = lambda share: None) -> tuple[Figures, np.ndarray]:
     """Figures over all documents, and nats per document (fp64 [documents], text targets only).
 
-    documents: token arrays, start and end tokens included. token_bytes: UTF-8 bytes of each token, 0 for special ones.
+    documents: token arrays, start and end tokens included. sizes: per document the UTF-8 bytes that each target stands for,
+    one entry fewer than tokens; they all count, also those on an end token. token_bytes [V]: 0 says that a token is no text.
     rows: windows per forward pass; windows of like length share one, so little is padded. progress: hears the share
     of the windows that is done.
     """
     device = next(model.parameters()).device
     order = sorted(windows([len(d) for d in documents], window, stride), key=lambda w: (w.start - w.stop, w.document))
-    sizes = torch.from_numpy(token_bytes.astype(np.int64))
+    is_text = torch.from_numpy(token_bytes > 0)
     nats = np.zeros(len(documents))
-    tokens = size = 0
+    tokens = 0
     with torch.no_grad():
         for first in range(0, len(order), rows):
             group = order[first : first + rows]
             inputs, targets = _stack(group, documents)
             scores = _nats(model, inputs.to(device), targets.to(device)).cpu().double()
             scored = torch.where(targets == IGNORE_INDEX, 0, targets)
-            text = (targets != IGNORE_INDEX) & (sizes[scored] > 0)
+            text = (targets != IGNORE_INDEX) & is_text[scored]
             tokens += int(text.sum())
-            size += int((sizes[scored] * text).sum())
             np.add.at(nats, [w.document for w in group], (scores * text).sum(dim=1).numpy())
             progress((first + len(group)) / len(order))
+    size = sum(int(of_document.sum(dtype=np.int64)) for of_document in sizes)  # every target is scored once
     return Figures(tokens, size, float(nats.sum())), nats
 
 
-def _stack(group: list[Window], documents: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(group: list[Window], documents: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets int64 [rows, longest]; padding comes last, so no real token sees it."""
     longest = max(w.stop - w.start for w in group)
     inputs = torch.zeros(len(group), longest, dtype=torch.long)

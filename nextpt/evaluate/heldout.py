@@ -68,7 +68,7 @@ def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None
     """
     config, model, tokenizer, at = open_model(run, step, device)
     texts = heldout_texts(data or Path(config.data.path))
-    sizes = tokenizer.token_bytes()
+    token_bytes = tokenizer.token_bytes()
     window = window or config.max_position
     if not 2 <= window <= config.max_position:
         raise DataError(f"window = {window} must be between 2 and the model's {config.max_position} positions")
@@ -78,8 +78,8 @@ def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None
     domains: dict[str, Any] = {}
     nats = tokens = size = 0
     for domain, documents in texts.items():
-        encoded = [np.concatenate(([tokenizer.start_id], ids, [tokenizer.end_id])) for ids in tokenizer.encode_batch(documents)]
-        figures, _ = score_documents(model, encoded, sizes, window=window, stride=stride, progress=partial(progress, domain))
+        encoded, sizes = zip(*(_encode(tokenizer, text) for text in documents), strict=True)
+        figures, _ = score_documents(model, encoded, sizes, token_bytes, window=window, stride=stride, progress=partial(progress, domain))
         domains[domain] = figures.as_dict() | {"documents": len(documents)}
         if compressors:
             domains[domain]["compressors"] = compare([text.encode() for text in documents])
@@ -88,6 +88,15 @@ def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None
         "run": str(run), "step": at, "window": window, "stride": stride,
         "domains": domains, "total": Figures(tokens, size, nats).as_dict(),
     }
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """[start] + tokens + [end] of a document, and the bytes that each but the first stands for. Raises DataError."""
+    try:
+        ids, sizes = tokenizer.encode_with_bytes(text)
+    except PrepError as error:
+        raise DataError(f"a held-out document cannot be scored: {error}") from None
+    return np.concatenate(([tokenizer.start_id], ids, [tokenizer.end_id])), sizes
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:

@@ -28,19 +28,42 @@ def generate_text(config: Config, model: Decoder, tokenizer: Tokenizer, prompt: 
     parameter = next(model.parameters())
     capacity = min(len(tokens) + max_tokens, config.max_position)
     cache = KVCache.empty(config, 1, max(capacity, len(tokens)), dtype=parameter.dtype, device=parameter.device)
-    new: list[int] = []
-    shown = ""
+    growing = GrowingText(tokenizer, tokens)
     for token in continuation(model, tokens, max_tokens=max_tokens, max_position=config.max_position,
                               stop_id=tokenizer.end_id, sampling=sampling, cache=cache):
-        new.append(token)
-        text = tokenizer.decode(new)
-        if text.endswith("\ufffd"):
-            continue
-        yield text[len(shown):]
-        shown = text
-    text = tokenizer.decode(new)
-    if text != shown:
-        yield text[len(shown):]
+        yield from growing.add(token)
+    yield from growing.rest()
+
+
+class GrowingText:
+    """The text of a growing list of tokens, piece by piece; joined, the pieces are the text after that of the first tokens.
+
+    What a token reads as depends on those before it: decoders take the space off the front of a text, and a character may
+    take several tokens. So the tokens of the piece before are decoded again with the new ones.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: list[int]) -> None:
+        self._tokenizer, self._tokens = tokenizer, list(tokens)
+        self._before, self._shown = 0, len(tokens)  # where the piece before begins, and the tokens whose text was given
+
+    def add(self, token: int) -> Iterator[str]:
+        """Take one more token; yields the text that is now whole, if any."""
+        self._tokens.append(token)
+        if not self._new().endswith("\ufffd"):
+            yield from self.rest()
+
+    def rest(self) -> Iterator[str]:
+        """Yield what has not been given, whole or not."""
+        if text := self._new():
+            yield text
+            self._before, self._shown = self._shown, len(self._tokens)
+
+    def _new(self) -> str:
+        given, text = (self._tokenizer.decode(self._tokens[self._before : stop]) for stop in (self._shown, None))
+        if text.startswith(given):
+            return text[len(given):]
+        # A byte that ends no character makes the decoder of byte tokens take back those before it, which were right.
+        return self._tokenizer.decode(self._tokens[self._shown :])
 
 
 def pick_device() -> torch.device:

@@ -36,17 +36,18 @@ def test_scores_are_the_models_log_probabilities() -> None:
     model = Decoder(config).eval()
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 500, size) for size in (5, 12, 16)]
-    sizes = np.where(np.arange(512) % 7 == 0, 0, np.arange(512) % 5 + 1)
-    figures, nats = score_documents(model, documents, sizes, window=16, stride=8, rows=2)
+    is_text = (np.arange(512) % 7 > 0).astype(np.uint16)
+    sizes = [rng.integers(0, 6, len(d) - 1) for d in documents]  # of the place, not of the token
+    figures, nats = score_documents(model, documents, sizes, is_text, window=16, stride=8, rows=2)
     expected, size, count = [], 0, 0
-    for d in documents:
+    for d, of_document in zip(documents, sizes, strict=True):
         inputs = torch.from_numpy(d[:-1]).unsqueeze(0)
         with torch.no_grad():
             logits = model.lm_head(model(inputs, torch.arange(len(d) - 1).unsqueeze(0)))[0]
         losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(d[1:]), reduction="none")
-        text = torch.from_numpy(sizes[d[1:]] > 0)
+        text = torch.from_numpy(is_text[d[1:]] > 0)
         expected.append(float(losses[text].sum()))
-        size, count = size + int(sizes[d[1:]].sum()), count + int(text.sum())
+        size, count = size + int(of_document.sum()), count + int(text.sum())
     assert nats == pytest.approx(expected, rel=1e-5)
     assert (figures.tokens, figures.bytes) == (count, size) and figures.nats == pytest.approx(sum(expected), rel=1e-5)
 
@@ -54,9 +55,9 @@ def test_scores_are_the_models_log_probabilities() -> None:
 def test_long_documents_get_context_from_the_stride() -> None:
     model = Decoder(tiny(Path("none"), Path("none"), data={"sequence_length": 16})).eval()
     document = [np.random.default_rng(1).integers(0, 500, 90)]
-    sizes = np.ones(512, dtype=np.int64)
-    few, _ = score_documents(model, document, sizes, window=16, stride=16)
-    many, _ = score_documents(model, document, sizes, window=16, stride=4)
+    sizes, is_text = [np.ones(89, dtype=np.uint32)], np.ones(512, dtype=np.uint16)
+    few, _ = score_documents(model, document, sizes, is_text, window=16, stride=16)
+    many, _ = score_documents(model, document, sizes, is_text, window=16, stride=4)
     assert few.tokens == many.tokens == 89 and few.nats != many.nats
 
 

@@ -1,0 +1,136 @@
+"""`nextpt tokenizer`: train one, convert one, look at one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from data_prep.errors import PrepError
+from launcher.console import friendly, out, say
+
+if TYPE_CHECKING:
+    from data_prep.tokenizer import Tokenizer
+
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train, convert and look at tokenizers.")
+Output = Annotated[Path, typer.Option(help="tokenizer.json to write")]
+Start = Annotated[str | None, typer.Option(help="special token put before a document; the usual one unless given")]
+End = Annotated[str | None, typer.Option(help="special token put after a document; the usual one unless given")]
+TextField = Annotated[str, typer.Option(help="key or column of the text")]
+
+
+@tokenizer_app.command("train", epilog="example: nextpt tokenizer train code=data/code.jsonl data/prose --vocab-size 32768 --output tokenizer.json")
+@friendly
+def tokenizer_train(
+    corpora: Annotated[list[str], typer.Argument(metavar="[DOMAIN=]PATH...", help="files, folders, globs or URIs: .jsonl, .txt [.gz|.zst], .parquet")],
+    output: Output,
+    vocab_size: Annotated[int, typer.Option(help="tokens, the end of text included")] = 32768,
+    max_bytes: Annotated[float, typer.Option(min=1, help="text to learn from at most, an even sample of the corpus; it is held in memory")] = 1e9,
+    text_field: TextField = "text",
+) -> None:
+    """Learn a byte-level BPE from a corpus."""
+    from data_prep.tokenizer import Tokenizer, evenly_sampled, train_bpe
+
+    if not output.absolute().parent.is_dir():
+        raise PrepError(f"folder {output.absolute().parent} for the tokenizer does not exist")
+    sample = evenly_sampled(_read([_place(item) for item in corpora], text_field), int(max_bytes))
+    size = sum(len(text.encode()) for text in sample)
+    say(f"learning {vocab_size:,} tokens from {size:,} bytes")
+    train_bpe(sample, vocab_size, output, total=len(sample), progress=out.is_terminal)
+    _say(_facts(Tokenizer(output), sample))
+
+
+def _place(item: str) -> str:
+    """PATH of an item that may be DOMAIN=PATH, as `nextpt prep shards` takes them."""
+    from data_prep.spec import DOMAIN_NAME
+
+    name, equals, path = item.partition("=")
+    return path if equals and DOMAIN_NAME.fullmatch(name) and not Path(item).exists() else item
+
+
+def _read(places: list[str], text_field: str) -> Iterator[str]:
+    """Texts of the corpora, with a bar; bad records are passed over and counted."""
+    from data_prep.inputs import find_files
+    from data_prep.records import Bad, Fields, read_part, whole
+
+    files = [file for place in places for file in find_files(place)]
+    bad = 0
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, disable=not out.is_terminal) as progress:
+        task = progress.add_task("", total=sum(file.size for file in files))
+        for file in files:
+            for record in read_part(whole(file), Fields(text_field, None), partial(progress.advance, task)):
+                if isinstance(record, Bad):
+                    bad += 1
+                else:
+                    yield record.text
+    if bad:
+        say(f"{bad:,} bad records passed over; nextpt prep shards names them")
+
+
+@tokenizer_app.command("convert", epilog="example: nextpt tokenizer convert tekken.json --output tokenizer.json")
+@friendly
+def tokenizer_convert(
+    source: Annotated[str, typer.Argument(help="tokenizer.json, ranks (.tiktoken), encoder.json with vocab.bpe, tekken.json, or a name such as cl100k_base")],
+    output: Output,
+    pattern: Annotated[str | None, typer.Option(help="how a file of ranks cuts text: gpt2, cl100k_base, llama3, o200k_base, qwen, or a regular expression")] = None,
+    special: Annotated[list[str] | None, typer.Option(metavar="TOKEN[=ID]", help="special tokens of a file of ranks, in their order")] = None,
+    start: Start = None,
+    end: End = None,
+) -> None:
+    """Write the tokenizer.json that encodes as another tokenizer does, and compare both on difficult texts."""
+    from data_prep.tokenizer import Tokenizer, convert
+
+    convert(source, output, pattern=pattern, specials=special or (), start=start, end=end)
+    _say(_facts(Tokenizer(output), []))
+
+
+@tokenizer_app.command("show", epilog="example: nextpt tokenizer show tokenizer.json --text data/prose.jsonl")
+@friendly
+def tokenizer_show(
+    file: Annotated[Path, typer.Argument(help="tokenizer.json, or a folder that holds one")],
+    text: Annotated[str | None, typer.Option(help="corpus to encode; both libraries are compared on it")] = None,
+    text_field: TextField = "text",
+    start: Start = None,
+    end: End = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+) -> None:
+    """Say what a tokenizer is, which library encodes with it and why, and how long its tokens are."""
+    from data_prep.documents import read_documents
+    from data_prep.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(file / "tokenizer.json" if file.is_dir() else file, start=start, end=end)
+    facts = _facts(tokenizer, (d.text for d in read_documents(text, text_field)) if text else ())
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _say(facts)
+
+
+def _facts(tokenizer: Tokenizer, texts: Any) -> dict[str, Any]:
+    """What `show` tells. texts: strings to encode, none for what no text is needed for."""
+    facts = {
+        "file": str(tokenizer.path), "sha256": tokenizer.sha256, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
+        "start": f"{tokenizer.token(tokenizer.start_id)} ({tokenizer.start_id})", "end": f"{tokenizer.token(tokenizer.end_id)} ({tokenizer.end_id})",
+        "encoder": tokenizer.encoder, "encoder_reason": tokenizer.encoder_reason, "byte_counts": tokenizer.byte_counts,
+    }
+    size = tokens = 0
+    difference = None
+    for text in texts:
+        size, tokens = size + len(text.encode()), tokens + len(tokenizer.encode(text))
+        difference = difference or tokenizer.difference([text])
+    if tokens:
+        facts |= {"text_bytes": size, "text_tokens": tokens, "bytes_per_token": round(size / tokens, 3)}
+        if tokenizer.encoder == "tiktoken":
+            facts["difference"] = difference or "none: both libraries give the same tokens on this text"
+    return facts
+
+
+def _say(facts: dict[str, Any]) -> None:
+    for name, value in facts.items():
+        say(f"{name.replace('_', ' '):<16} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):<16} {value}")

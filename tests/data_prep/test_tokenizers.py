@@ -1,0 +1,359 @@
+"""Tokenizers of every kind: bytes sum to the text, special tokens stay text, and tiktoken encodes only where it is equal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
+from tokenizers import Tokenizer as HFTokenizer
+
+from data_prep.errors import PrepError
+from data_prep.tokenizer import Tokenizer, evenly_sampled, train_bpe
+from data_prep.tokenizer.byte_counts import sizes_from_offsets
+from data_prep.tokenizer.nasty import nasty_texts
+from tests.support.tokenizers import ANY_TEXT, KINDS, TEXTS
+
+FAST = ("byte_level", "gpt2", "whole", "neox")
+ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
+FRAGMENTS = st.lists(st.sampled_from(nasty_texts()[:120]) | ANY, max_size=6).map("".join)
+RUNS = st.builds(lambda text, times: text * times, st.text(min_size=1, max_size=3), st.integers(1, 300))
+TEXT = ANY | FRAGMENTS | RUNS.filter(lambda text: text.isprintable() or text.isascii())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for kind, make in KINDS.items():
+        make(folder / f"{kind}.json")
+    return {kind: Tokenizer(folder / f"{kind}.json") for kind in KINDS}
+
+
+def plain(path: Path) -> HFTokenizer:
+    """The tokenizers library on its own, as its users open it."""
+    library = HFTokenizer.from_file(str(path))
+    library.encode_special_tokens = True
+    return library
+
+
+def changed(source: Tokenizer, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a tokenizer.json with a change in its content."""
+    content = json.loads(source.path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def check_bytes(tokenizer: Tokenizer, text: str) -> None:
+    ids, sizes = tokenizer.encode_with_bytes(text)
+    assert len(sizes) == len(ids) + 1 and sizes.dtype == ids.dtype == np.uint32
+    assert int(sizes.sum()) == len(text.encode()) and (sizes[-1] == 0 or len(ids) == 0)
+    assert ids.tolist() == tokenizer.encode(text).tolist() == tokenizer.encode_batch([text, "a", text])[2].tolist()
+    table = tokenizer.token_bytes()
+    assert (table[ids] > 0).all(), "a special token in a text"
+    if tokenizer.byte_counts == "table":
+        assert sizes[:-1].tolist() == table[ids].tolist() and tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", ANY_TEXT)
+@settings(max_examples=60, deadline=None)
+@given(text=TEXT)
+def test_bytes_sum_to_the_text(made: dict[str, Tokenizer], kind: str, text: str) -> None:
+    check_bytes(made[kind], text)
+
+
+@pytest.mark.parametrize("kind", ANY_TEXT)
+def test_bytes_sum_to_difficult_texts(made: dict[str, Tokenizer], kind: str) -> None:
+    for text in nasty_texts():
+        check_bytes(made[kind], text)
+
+
+def test_characters_have_the_bytes_of_utf8(made: dict[str, Tokenizer]) -> None:
+    for text in TEXTS:
+        check_bytes(made["characters"], text)
+        assert made["characters"].encode_with_bytes(text)[1].tolist() == [len(c.encode()) for c in text] + [0]
+    assert made["characters"].byte_counts == "table"
+    with pytest.raises(PrepError, match="refuses a text"):
+        made["characters"].encode_with_bytes("\u2603")
+
+
+def test_every_token_of_bytes_has_its_own(made: dict[str, Tokenizer]) -> None:
+    """Against what the library decodes: a token alone, between two letters so that no space is taken off."""
+    for kind in FAST:
+        library, table = plain(made[kind].path), made[kind].token_bytes()
+        for index in range(made[kind].vocab_size):
+            if table[index] and "\ufffd" not in (text := library.decode([index], skip_special_tokens=False)):
+                assert table[index] == len(text.encode()), (kind, index, text)
+        assert int((table == 0).sum()) == 1  # the end of text
+
+
+@pytest.mark.parametrize(("kind", "text", "expected"), [
+    ("llama", "a\n\U0001f680b", [("\u2581", 0), ("a", 1), ("\n", 1), ("<0xF0>", 1), ("<0x9F>", 1), ("<0x9A>", 1), ("<0x80>", 1), ("b", 1)]),
+    ("wordpiece", "  \u00c9 the  ", [("e", 4), ("the", 6)]),
+    ("prefix_space", "th\u00e9", [("\u0120th", 2), ("\u00c3\u00a9", 2)]),
+    ("prefix_space", "th   th", [("\u0120th", 2), ("\u0120\u0120", 2), ("\u0120th", 3)]),  # spaces have places too
+    # the library tells the place of a composed character by its first: the mark counts as dropped, so it goes to what follows
+    ("neox", "e\u0301  th", [("\u00c3\u00a9", 1), ("  ", 4), ("th", 2)]),
+])
+def test_bytes_by_place(made: dict[str, Tokenizer], kind: str, text: str, expected: list[tuple[str, int]]) -> None:
+    ids, sizes = made[kind].encode_with_bytes(text)
+    assert made[kind].byte_counts == "column"
+    assert [(made[kind].token(i), size) for i, size in zip(ids.tolist(), sizes.tolist(), strict=False)] == expected
+
+
+def test_a_text_without_tokens_leaves_its_bytes_to_the_end(made: dict[str, Tokenizer]) -> None:
+    ids, sizes = made["wordpiece"].encode_with_bytes(" \n\0 ")
+    assert ids.tolist() == [] and sizes.tolist() == [4]
+    assert made["llama"].encode_with_bytes("")[1].tolist() == [0]
+
+
+def test_places_that_go_back_or_repeat() -> None:
+    found = sizes_from_offsets("abcde\u20ac", np.array([[0, 2], [1, 1], [0, 2], [4, 5], [4, 5], [4, 5], [5, 5]]))
+    assert found.tolist() == [2, 0, 0, 1, 1, 1, 3, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_spelled_in_a_text_are_text(made: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = made[kind]
+    content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
+    specials = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
+    unknown = specials.get("<unk>", specials.get("[UNK]"))
+    for name in specials:
+        for text in (name, f"the{name}the", f"the {name} the", name * 3):
+            if kind == "characters":
+                with pytest.raises(PrepError):  # its characters were not among the texts
+                    tokenizer.encode(text)
+                continue
+            ids = tokenizer.encode(text).tolist()
+            assert not set(ids) & (set(specials.values()) - {unknown}), (text, ids)
+            check_bytes(tokenizer, text)
+    if kind == "unigram":  # here the model itself spells the token, which the library lets through
+        assert specials["</s>"] in plain(tokenizer.path).encode("the</s>", add_special_tokens=False).ids
+        assert len(tokenizer.encode("<unk>")) > 1
+    if kind == "wordpiece":  # a word that cannot be spelled is still one token
+        assert tokenizer.encode("[UNK] zz\u2603").tolist() == [*tokenizer.encode("[UNK]").tolist(), specials["[UNK]"]]
+
+
+@pytest.mark.parametrize("kind", FAST)
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT)
+def test_tiktoken_gives_the_librarys_tokens(made: dict[str, Tokenizer], kind: str, text: str) -> None:
+    tokenizer = made[kind]
+    assert tokenizer.encoder == "tiktoken" and tokenizer.difference([text]) is None
+    assert tokenizer.encode(text).tolist() == plain(tokenizer.path).encode(text, add_special_tokens=False).ids
+
+
+def test_other_kinds_go_through_the_library_and_say_why(made: dict[str, Tokenizer]) -> None:
+    reasons = {kind: made[kind].encoder_reason for kind in KINDS if made[kind].encoder == "tokenizers"}
+    assert reasons == {"prefix_space": "it is byte-level BPE that changes text", "llama": "it is BPE with byte fallback",
+                       "unigram": "it is Unigram", "wordpiece": "it is WordPiece", "characters": "it is characters"}
+    assert made["llama"].difference(["a"]) is None
+    assert {kind: made[kind].byte_counts for kind in FAST} == {"byte_level": "table", "gpt2": "table", "whole": "table", "neox": "column"}
+
+
+def swap_merges(content: dict[str, Any]) -> None:
+    merges = content["model"]["merges"]
+    merges[0], merges[-1] = merges[-1], merges[0]
+
+
+def add_token_of_two_bytes(content: dict[str, Any]) -> None:
+    content["model"]["vocab"]["zq"] = len(content["model"]["vocab"])
+    content["model"]["ignore_merges"] = True
+
+
+def make_a_merged_token_special(content: dict[str, Any]) -> None:
+    index = content["model"]["vocab"]["th"]
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": index, "content": "th"})
+
+
+def set_pattern(pattern: str) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+
+    return change
+
+
+def add_literal(**flags: bool) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        token = content["added_tokens"][0] | {"id": len(content["model"]["vocab"]), "content": "==", "special": False}
+        content["added_tokens"].append(token | flags)
+
+    return change
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (swap_merges, "merges are not in the order"),
+    (add_token_of_two_bytes, "tiktoken would merge b'zq'"),
+    (make_a_merged_token_special, "a special token of it is also made by merging"),
+    # "{1,3}+" repeats for one engine what is possessive for the other, and "$" stands before the end of a line
+    (set_pattern(r"\p{N}{1,3}+|\P{N}+"), "differs from it on"),
+    (set_pattern(r"\s+$|[^\s]+|\s"), "differs from it on"),
+    (set_pattern(r"[a-z]+"), "differs from it on"),
+    (add_literal(lstrip=True), "take the spaces beside them"),
+    (lambda content: content.update(normalizer={"type": "Lowercase"}), "it is byte-level BPE that changes text|a normalizer, Lowercase"),
+    (lambda content: content["model"].update(dropout=0.1), "BPE"),
+])
+def test_tiktoken_is_not_taken_where_it_would_differ(made: dict[str, Tokenizer], tmp_path: Path, change: Callable[[dict[str, Any]], None],
+                                                     reason: str) -> None:
+    path = changed(made["byte_level"], tmp_path / "tokenizer.json", change)
+    tokenizer = Tokenizer(path)
+    assert tokenizer.encoder == "tokenizers"
+    with pytest.raises(PrepError, match=reason):
+        Tokenizer(path, encoder="tiktoken")
+    for text in TEXTS:
+        assert int(tokenizer.encode_with_bytes(text)[1].sum()) == len(text.encode())
+
+
+def test_a_token_that_no_merging_reaches_is_known_only_where_it_counts(made: dict[str, Tokenizer], tmp_path: Path) -> None:
+    assert made["whole"].encode("a zqzq").tolist()[-1] == 420  # taken whole between two cuts
+    path = changed(made["whole"], tmp_path / "tokenizer.json", lambda content: content["model"].update(ignore_merges=False))
+    without = Tokenizer(path)
+    assert without.encoder == "tiktoken" and 420 not in without.encode("a zqzq").tolist()
+    assert without.encode("a zqzq").tolist() == plain(path).encode("a zqzq", add_special_tokens=False).ids
+
+
+LETTERS = ("a", "b", "c", "\u0120")
+
+
+@st.composite
+def listed_merges(draw: st.DrawFn) -> list[tuple[str, str]]:
+    """Merges of random tokens in random order, as no training makes them; some are never reached, some make one token twice."""
+    known, merges = list(LETTERS), []
+    for _ in range(draw(st.integers(0, 14))):
+        pair = (draw(st.sampled_from(known)), draw(st.sampled_from(known)))
+        if pair not in merges and len("".join(pair)) < 9:
+            merges.append(pair)
+            known.append("".join(pair))
+    return merges
+
+
+@settings(max_examples=40, deadline=None)
+@given(merges=listed_merges(), whole=st.booleans(), data=st.data())
+def test_any_list_of_merges_is_encoded_as_by_the_library(made: dict[str, Tokenizer], merges: list[tuple[str, str]], whole: bool,
+                                                         data: st.DataObject) -> None:
+    """tiktoken is taken where the order of the ids is that of the merges, or else it is not; both are right."""
+    content = json.loads(made["byte_level"].path.read_text(encoding="utf-8"))
+    vocabulary = {t: i for t, i in content["model"]["vocab"].items() if i <= 256}
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    content["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges], "ignore_merges": whole}
+    path = made["byte_level"].path.with_name("merges.json")
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer, library = Tokenizer(path), plain(path)
+    if len({a + b for a, b in merges}) == len(merges) and not whole:
+        assert tokenizer.encoder == "tiktoken"
+    for text in data.draw(st.lists(st.text("abc ", max_size=40), min_size=20, max_size=40)):
+        assert tokenizer.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
+
+
+def test_the_library_decomposes_nothing_that_python_does_not_know() -> None:
+    """So what is in normal form to Python is so to the library."""
+    unknown = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) == "Cn"]
+    assert normalizers.NFD().normalize_str(" ".join(unknown)) == " ".join(unknown)
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.sampled_from(["==", "=", "===", " ", "a", "<|endoftext|>", "<|end", "=<", ">", "\n", "\u00e9", "e\u0301"]), max_size=12))
+def test_literal_tokens_are_cut_out_as_the_library_does(made: dict[str, Tokenizer], parts: list[str]) -> None:
+    path = made["byte_level"].path.with_name("literal.json")
+    if "literal" not in made:
+        changed(made["byte_level"], path, add_literal())
+        content = json.loads(path.read_text())
+        content["added_tokens"] += [content["added_tokens"][-1] | {"id": 421 + i, "content": name} for i, name in enumerate(("=<|end", ">="))]
+        path.write_text(json.dumps(content))
+        made["literal"] = Tokenizer(path)
+    tokenizer = made["literal"]
+    text = "".join(parts)
+    assert tokenizer.encoder == "tiktoken"
+    assert tokenizer.encode(text).tolist() == plain(path).encode(text, add_special_tokens=False).ids
+    check_bytes(tokenizer, text)
+
+
+HUGE = {"spaces": " " * 10**6, "spaces, then a word": " " * 10**6 + "the", "letters": "a" * 10**6, "emojis": "\U0001f600" * 10**6,
+        "newlines": "\n" * 10**6, "line ends": "\r\n" * (10**6 // 2), "all": " \n\r\n\t" * 10**5, "combining": "a" + "\u0301" * 10**5}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_runs_of_a_million(made: dict[str, Tokenizer], name: str) -> None:
+    """tiktoken's engine gives up on some of these; the tokens are the library's all the same."""
+    text = HUGE[name]
+    ids, sizes = made["byte_level"].encode_with_bytes(text)
+    assert ids.tolist() == plain(made["byte_level"].path).encode(text, add_special_tokens=False).ids
+    assert int(sizes.sum()) == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama", "unigram", "wordpiece"])
+def test_runs_of_many_in_other_kinds(made: dict[str, Tokenizer], kind: str) -> None:
+    for text in (" " * 10**5, "a" * 10**5, "\U0001f600" * 10**4, "\r\n" * 10**4):
+        assert int(made[kind].encode_with_bytes(text)[1].sum()) == len(text.encode())
+
+
+def test_a_lone_surrogate_is_refused(made: dict[str, Tokenizer]) -> None:
+    for kind in ANY_TEXT:
+        for encode in (made[kind].encode, made[kind].encode_with_bytes):
+            with pytest.raises(PrepError, match="refuses a text"):
+                encode("a\ud800b")
+
+
+def test_start_and_end(made: dict[str, Tokenizer], tmp_path: Path) -> None:
+    usual = {kind: [t.token(i) for i in (t.start_id, t.end_id)] for kind, t in made.items()}
+    assert usual["byte_level"] == usual["characters"] == ["<|endoftext|>"] * 2
+    assert usual["llama"] == ["<s>", "</s>"] and usual["unigram"] == ["</s>", "</s>"] and usual["wordpiece"] == ["[CLS]", "[SEP]"]
+    named = Tokenizer(made["wordpiece"].path, start="[MASK]", end="[PAD]")
+    named.copy_to(tmp_path / "copy.json")
+    copied = Tokenizer(tmp_path / "copy.json")
+    assert (copied.start_id, copied.end_id) == (named.start_id, named.end_id) == (4, 0)
+    assert copied.encode(TEXTS[0]).tolist() == named.encode(TEXTS[0]).tolist()
+    made["llama"].copy_to(tmp_path / "same.json")
+    assert (tmp_path / "same.json").read_bytes() == made["llama"].path.read_bytes()
+    with pytest.raises(PrepError, match=r"'<bos>' is not one of its special tokens \(<unk>, <s>, </s>\)"):
+        Tokenizer(made["llama"].path, start="<bos>")
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("{", "is not a tokenizer.json"), ("[]", "is not a tokenizer.json"), ('{"model": {"type": "BPE"}}', "is not a tokenizer.json"),
+    ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}, "added_tokens": []}', "the tokenizers library reads"),
+    ('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}', "no end-of-text token"),
+])
+def test_files_that_are_no_tokenizer(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(PrepError, match=words) as raised:
+        Tokenizer(path)
+    assert "bad.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_trained_tokenizers_are_encoded_by_tiktoken(tmp_path: Path) -> None:
+    train_bpe(TEXTS, 300, tmp_path / "tokenizer.json")
+    assert Tokenizer(tmp_path / "tokenizer.json").encoder == "tiktoken"
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    with pytest.raises(PrepError, match="only"):
+        train_bpe(TEXTS, 10**6, tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_samples_are_even_bounded_and_the_same_in_any_order() -> None:
+    texts = [f"{domain}{i} " * 50 for domain in "ab" for i in range(2000)]
+    total = sum(map(len, texts))
+    sample = evenly_sampled(texts, total // 8)
+    size = sum(map(len, sample))
+    assert total // 17 < size <= total // 8
+    assert 0.35 < sum(text.startswith("a") for text in sample) / len(sample) < 0.65
+    assert sorted(evenly_sampled(reversed(texts), total // 8)) == sorted(sample)
+    assert evenly_sampled(texts, total) == texts
+    huge = "".join(f"{i} " for i in range(300_000))
+    assert 2**17 < sum(map(len, evenly_sampled([huge], 2**19))) <= 2**19
+    assert evenly_sampled(["same"] * 100, 50) == []
+
+
+def test_copies_in_another_folder_open_alike(made: dict[str, Tokenizer], tmp_path: Path) -> None:
+    shutil.copy(made["neox"].path, tmp_path / "tokenizer.json")
+    assert Tokenizer(tmp_path / "tokenizer.json").sha256 == made["neox"].sha256

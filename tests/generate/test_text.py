@@ -1,0 +1,53 @@
+"""Text comes out piece by piece, whatever the tokenizer, and joined it is the text of all tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.tokenizer import Tokenizer
+from nextpt.generate.text import GrowingText
+from tests.support.tokenizers import ANY_TEXT, KINDS
+
+ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@pytest.fixture(scope="module", params=ANY_TEXT)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    KINDS[request.param](path)
+    return Tokenizer(path)
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], first: int) -> list[str]:
+    growing = GrowingText(tokenizer, [tokenizer.start_id, *ids[:first]])
+    return [piece for token in ids[first:] for piece in growing.add(token)] + list(growing.rest())
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=ANY | st.sampled_from(["Hello  world, it's \U0001f600\U0001f468\u200d\U0001f469!", " a \n\n b", "don't do n't"]), data=st.data())
+def test_pieces_are_the_text(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
+    ids = tokenizer.encode(text).tolist()
+    first = data.draw(st.integers(0, len(ids)))
+    while tokenizer.decode(ids[:first]).endswith("\ufffd"):  # a prompt is whole characters
+        first -= 1
+    found = pieces(tokenizer, ids, first)
+    assert tokenizer.decode(ids[:first]) + "".join(found) == tokenizer.decode(ids)
+    assert all(found)
+
+
+def test_a_character_in_bytes_comes_whole(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a\U0001f680\U0001f681").tolist()
+    found = pieces(tokenizer, ids, 0)
+    assert not any("\ufffd" in piece for piece in found) and "".join(found) == tokenizer.decode(ids)
+
+
+def test_what_was_given_is_not_taken_back(tmp_path: Path) -> None:
+    """Llama's decoder makes of good bytes and a bad one nothing but bad ones."""
+    KINDS["llama"](tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    ids = tokenizer.encode("a\U0001f680").tolist()
+    assert "".join(pieces(tokenizer, [*ids, ids[-1], *tokenizer.encode("b").tolist()], 0)) == "a\U0001f680\ufffd b"

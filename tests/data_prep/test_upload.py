@@ -180,7 +180,8 @@ def test_streaming_downloads_what_was_uploaded(s3: str, dataset: Path, many: Pat
     data = dataset
     if compression:
         rows = [{"tokens": [9, i % 7, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]} for i in range(30)]
-        data = write_dataset(tmp_path / "packed", {"a": rows, "b": rows}, start_id=9, end_id=9, vocab_size=10, size_limit=900, compression=compression)
+        data = write_dataset(tmp_path / "packed", {"a": rows, "b": rows}, start_id=9, end_id=9, vocab_size=10, size_limit=900,
+                             compression=compression)
     manifest = DatasetManifest.load(data)
     remote = f"s3://bucket/round-trip-{compression}"
     upload(data, remote)

@@ -89,7 +89,6 @@ class Repeats(_Part):
     dropped: bool
     top: list[RepeatedText]
     repeated_ids: int
-    top_ids: dict[FromCorpus, int]
 
 
 class BadRecord(_Part):

@@ -67,7 +67,7 @@ def _repeats(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats)
         size += int(documents["bytes"][repeats.of_unit("texts", unit)].sum(dtype="int64"))
     return RepeatsReport(
         documents=len(repeats.texts), bytes=size, dropped=plan.spec.duplicates == "drop", top=[_often(plan, tokenizer, entry) for entry in repeats.often],
-        repeated_ids=len(repeats.ids), top_ids={},
+        repeated_ids=len(repeats.ids),
     )
 
 

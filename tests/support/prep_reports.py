@@ -38,7 +38,7 @@ def rich_report() -> PrepReport:
     return PrepReport(
         name="web-and-code", fingerprint="ab12" * 16, version="0.1.0", finished=1_795_000_000.0, sequence_length=2048,
         documents_read=247_003, splits=splits,
-        repeats=Repeats(documents=1_204, bytes=3_400_000, dropped=True, repeated_ids=17, top_ids={"crawl/17/4": 9, NASTY: 2},
+        repeats=Repeats(documents=1_204, bytes=3_400_000, dropped=True, repeated_ids=17,
                         top=[RepeatedText(count=311, bytes=4_096, id="crawl/17/4", excerpt="All rights reserved. " * 6),
                              RepeatedText(count=12, bytes=77, id=NASTY, excerpt=NASTY)]),
         filtered={"repeated text": 1_204, "shorter than 64 bytes": 890},
@@ -60,6 +60,6 @@ def empty_report() -> PrepReport:
                           pieces=0, cut_documents=0, length_histogram=[])
     return rich_report().model_copy(update={
         "documents_read": 0, "splits": [nothing], "filtered": {}, "quarantined": {}, "inputs": [],
-        "repeats": Repeats(documents=0, bytes=0, dropped=False, top=[], repeated_ids=0, top_ids={}),
+        "repeats": Repeats(documents=0, bytes=0, dropped=False, top=[], repeated_ids=0),
         "throughput": Throughput(workers=1, wall_seconds=0.0, cpu_seconds=0.0, bytes=0, input_bytes=0, tokens=0, stage_seconds={}),
     })

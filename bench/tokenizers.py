@@ -2,8 +2,8 @@
 
     python -m bench.tokenizers [TOKENIZER...] [--text CORPUS] [--megabytes 8] [--json FILE]
 
-A tokenizer is whatever `nextpt tokenizer convert` reads; without one a byte-level BPE of 32,768 tokens is trained on the
-text. The text is this Python's standard library, code and prose, unless another is given.
+A tokenizer is whatever `nextpt tokenizer convert` reads, or `trained`, the default: a byte-level BPE of 32,768 tokens of the
+text itself. The text is this Python's standard library, code and prose, unless another is given.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokenizers", nargs="*", metavar="TOKENIZER")
+    parser.add_argument("tokenizers", nargs="*", metavar="TOKENIZER", default=["trained"])
     parser.add_argument("--text", metavar="CORPUS")
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--json", type=Path)
@@ -89,9 +89,9 @@ def main() -> None:
         print(f"{len(texts):,} documents, {size:,} bytes; CPU time of one core, median of {ROUNDS} rounds\n")
         print(f"{'tokenizer':<28} {'bytes/token':>11}  {'encoder':<38} {'Mtokens/s':>9} {'MB/s':>6}")
         results = {}
-        for source in arguments.tokenizers or ["trained, 32,768"]:
+        for source in arguments.tokenizers:
             path = folder / "tokenizer.json"
-            convert(source, path) if arguments.tokenizers else train_bpe(texts, 32768, path)
+            train_bpe(texts, 32768, path) if source == "trained" else convert(source, path)
             results[Path(source).name] = found = measure(Tokenizer(path), texts)
             for name, rates in found.items():
                 print(f"{Path(source).name:<28} {size / rates['tokens']:>11.2f}  {name:<38} {rates['tokens_per_second'] / 1e6:>9.2f} "

@@ -200,7 +200,7 @@ def _gpt2_pair(encoder: Path, merges: Path) -> dict[str, Any]:
 
 
 def _from_ranks(ranks: Ranks, source: str) -> dict[str, Any]:
-    """tokenizer.json of an encoding, compared with tiktoken on the difficult texts. Raises PrepError."""
+    """tokenizer.json of an encoding, compared with tiktoken on the difficult texts and on every token's own. Raises PrepError."""
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks.mergeable]:
         raise PrepError(f"{source} has no token for byte {lacking[0]:#04x} ({len(lacking)} are lacking); tiktoken needs all 256")
     ids = [*ranks.mergeable.values(), *ranks.specials.values()]
@@ -226,7 +226,7 @@ def _compare(content: dict[str, Any], ranks: Ranks, source: str) -> None:
     except Exception as error:  # both raise bare Exception or ValueError for a pattern that they cannot read
         raise PrepError(f"{source}: the pattern {ranks.pattern!r} cannot be read: {error}") from error
     library.encode_special_tokens = True
-    texts = list(nasty_texts())
+    texts = [*nasty_texts(), *(token.decode("utf-8", "replace") for token in ranks.mergeable)]
     for text, encoded in zip(texts, library.encode_batch_fast(texts, add_special_tokens=False), strict=True):
         if not np.array_equal(encoding.encode_to_numpy(text, disallowed_special=()), encoded.ids):
             raise PrepError(f"{source}: the tokenizers library reads the pattern {ranks.pattern!r} otherwise than tiktoken, or it leaves out text: "

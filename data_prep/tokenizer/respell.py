@@ -22,6 +22,7 @@ class Respeller:
         self._special = np.zeros(vocab_size, dtype=bool)
         self._special[list(description.specials.values())] = True
         self._names = {index: content for content, index in description.specials.items()}
+        self._spellings: dict[str, list[int]] = {}
         self._unknown = description.unknown_id if description.unknown_id in self._names else None
         if self._unknown is not None:
             self._special[self._unknown] = False
@@ -47,9 +48,11 @@ class Respeller:
         return np.array(new_ids, dtype=np.uint32), np.array(new_places, dtype=np.int64).reshape(-1, 2)
 
     def _character(self, character: str, special: int) -> list[int]:
-        byte_level = self._description.byte_level
-        spelling = [BYTE_CHARACTERS[b] for b in character.encode()] if byte_level else [character]
-        found = [token.id for part in spelling for token in self._library.model.tokenize(part)]
+        """The tokens of one character."""
+        if character not in self._spellings:
+            spelling = [BYTE_CHARACTERS[b] for b in character.encode()] if self._description.byte_level else [character]
+            self._spellings[character] = [token.id for part in spelling for token in self._library.model.tokenize(part)]
+        found = self._spellings[character]
         if self._special[found].any():
             raise PrepError(f"the tokenizer {self._description.path} has no way to spell the special token {self._names[special]!r} in a text")
         return found

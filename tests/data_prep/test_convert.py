@@ -92,7 +92,7 @@ def test_any_ranks_encode_as_tiktoken(tmp_path_factory: pytest.TempPathFactory, 
     tokenizer = Tokenizer(folder / "tokenizer.json")
     encoding = tiktoken.Encoding("own", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={})
     assert tokenizer.encoder == "tiktoken"
-    for text in data.draw(st.lists(st.text("abc", max_size=60), min_size=20, max_size=50)):
+    for text in [*(token.decode() for token in tokens), *data.draw(st.lists(st.text("abc", max_size=60), min_size=20, max_size=50))]:
         check_equal(tokenizer, encoding, text)
 
 

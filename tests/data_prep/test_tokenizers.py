@@ -99,7 +99,7 @@ def test_every_token_of_bytes_has_its_own(made: dict[str, Tokenizer]) -> None:
     ("llama", "a\n\U0001f680b", [("\u2581", 0), ("a", 1), ("\n", 1), ("<0xF0>", 1), ("<0x9F>", 1), ("<0x9A>", 1), ("<0x80>", 1), ("b", 1)]),
     ("wordpiece", "  \u00c9 the  ", [("e", 4), ("the", 6)]),
     ("prefix_space", "th\u00e9", [("\u0120th", 2), ("\u00c3\u00a9", 2)]),
-    ("prefix_space", "th   th", [("\u0120th", 2), ("\u0120\u0120", 2), ("\u0120th", 3)]),  # spaces have places too
+    ("prefix_space", " a", [("\u0120", 1), ("a", 1)]),  # a post-processor trims the places of spaces, unless it is left out
     # the library tells the place of a composed character by its first: the mark counts as dropped, so it goes to what follows
     ("neox", "e\u0301  th", [("\u00c3\u00a9", 1), ("  ", 4), ("th", 2)]),
 ])

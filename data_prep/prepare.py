@@ -77,7 +77,7 @@ def _is_to_do(plan: Plan, overwrite: bool, console: Console) -> bool:
         if not overwrite:
             raise PrepError(f"{output} holds a dataset made from other inputs or settings; give another output or --overwrite")
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise PrepError(f"{output} is a folder with other things in it; give a new one")
+        raise PrepError(f"{output} is there and is no dataset; give another output")
     return True
 
 
@@ -92,7 +92,7 @@ def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
                 console.print(f"going on with {work}: {done} of {len(plan.units)} units are tokenized")
                 shutil.rmtree(work / "failed", ignore_errors=True)
             return
-        if not overwrite:
+        if not overwrite and any((work / "tok").glob("*.tok")):
             raise PrepError(f"{work} holds unfinished work on other inputs or settings; finish that, or drop it with --overwrite")
     if work.exists() and alone:
         shutil.rmtree(work)

@@ -20,6 +20,7 @@ from data_prep.spec import PrepSpec
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from tests.support.prep_worlds import prepare, small_units, texts, world, write_lines
+from tests.support.tokenizers import ANY_TEXT, KINDS
 
 
 def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
@@ -207,19 +208,29 @@ def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
         assert {int(r["domain"]) for s in SPLITS for r in read_rows(spec.output, s, name)} == {made.domains.index(name)}
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for kind in ANY_TEXT:
+        KINDS[kind](folder / f"{kind}.json")
+    return {kind: folder / f"{kind}.json" for kind in ANY_TEXT}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=200), min_size=1, max_size=12),
-       st.sampled_from(["best_fit", "concat", "single"]), st.integers(2, 40))
-def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(prepared: PrepSpec, tmp_path_factory: pytest.TempPathFactory, found: list[str],
-                                                            packing: str, length: int) -> None:
+       st.sampled_from(ANY_TEXT), st.sampled_from(["best_fit", "concat", "single"]), st.integers(2, 40))
+def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(prepared: PrepSpec, tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory,
+                                                            found: list[str], kind: str, packing: str, length: int) -> None:
     folder = tmp_path_factory.mktemp("any")
     write_lines(folder / "x.jsonl", [*found, "one more"])
     spec = prepared.model_copy(update={"output": folder / "out", "domains": {"x": folder / "x.jsonl"}, "packing": packing, "sequence_length": length,
-                                       "heldout": 0.0})
+                                       "heldout": 0.0, "tokenizer": tokenizers[kind]})
     made = prepare(spec)
     rows = read_rows(spec.output, "train", "x")
     assert sum(int(r["text_bytes"]) for r in rows) == made.splits["train"]["x"].bytes == sum(len(t.encode()) for t in [*found, "one more"])
     assert made.splits["train"]["x"].documents == 1 + sum(map(bool, found))
+    for row in rows if made.byte_counts == "column" else ():
+        assert row["target_bytes"].sum() == row["text_bytes"] and row["target_bytes"][0] == 0
 
 
 def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(prepared: PrepSpec, tmp_path: Path) -> None:
@@ -245,3 +256,11 @@ def test_unfinished_work_on_something_else_is_not_touched(prepared: PrepSpec, tm
     with pytest.raises(PrepError, match="unfinished work on other inputs.*--overwrite"):
         prepare(spec)
     prepare(spec, overwrite=True)
+
+
+def test_work_that_had_not_begun_is_simply_begun_anew(prepared: PrepSpec, tmp_path: Path) -> None:
+    (tmp_path / "no.json").write_text("{}")
+    spec = prepared.model_copy(update={"output": tmp_path / "out", "tokenizer": tmp_path / "no.json"})
+    with pytest.raises(PrepError, match="no.json"):
+        prepare(spec)
+    prepare(spec.model_copy(update={"tokenizer": prepared.tokenizer}))

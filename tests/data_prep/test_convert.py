@@ -81,7 +81,7 @@ def test_ranks_encode_difficult_texts_as_tiktoken(ranks: dict[bytes, int], tmp_p
             check_equal(tokenizer, encoding, text)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_ranks_encode_as_tiktoken(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Also vocabularies that no training makes: random tokens in random order, few of which merging reaches."""

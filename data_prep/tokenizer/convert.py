@@ -142,15 +142,17 @@ def _by_name(name: str) -> Ranks:
 
 def _rank_file(path: Path, data: bytes, pattern: str | None, specials: list[str]) -> Ranks:
     name = path.name.removesuffix(".tiktoken")
-    if pattern is None and name not in PATTERNS:
-        raise PrepError(f"{path} holds ranks and no pattern: give --pattern, one of {', '.join(PATTERNS)}, or a regular expression")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise PrepError(f"{path}:{number}: expected a token in base64 and its rank, not {line[:40]!r}; {EXPECTED}") from None
+    if pattern is None and name not in PATTERNS:
+        raise PrepError(f"{path} holds ranks and no pattern: give --pattern, one of {', '.join(PATTERNS)}, or a regular expression")
     chosen = _named_specials(specials, max(ranks.values(), default=0)) or SPECIALS.get(name) or {END_OF_TEXT: max(ranks.values(), default=0) + 1}
     return Ranks(ranks, PATTERNS.get(pattern or name, pattern or ""), chosen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import lzma
 import os
@@ -238,7 +239,8 @@ def broken_pair(folder: Path, ranks: dict[bytes, int]) -> str:
     (lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)), {"pattern": "gpt2", "end": "<|x|>"}, "not one of its special"),
     (content(b"{"), {}, "is not JSON"), (content(b"{}"), {}, "no tokenizer that nextpt knows"),
     (content(b'{"vocab": [], "config": {}}'), {}, "not a tekken file"), (content(b'{"model": {}}'), {"pattern": "gpt2"}, "its own pattern"),
-    (content(b"nonsense\n", "in.tiktoken"), {"pattern": "gpt2"}, "in.tiktoken:1"), (content(b"xx", "tekken.json.xz"), {}, "cannot be read"),
+    (content(b"nonsense\n", "in.tiktoken"), {"pattern": "gpt2"}, "in.tiktoken:1"), (content(b"\n\x0e\xff", "tokenizer.model"), {}, "tokenizer.model:2"),
+    (content(b"", "in.tiktoken"), {"pattern": "gpt2"}, "no token for byte 0x00"), (content(b"xx", "tekken.json.xz"), {}, "cannot be read"),
     (content(b'{"a": 1}'), {}, "name it encoder.json"), (lonely, {}, "needs vocab.bpe beside it"), (broken_pair, {}, r"vocab.bpe:\d+: expected two parts"),
 ])
 def test_bad_sources_are_named(ranks: dict[bytes, int], tmp_path: Path, make: Callable[[Path, dict[bytes, int]], str], options: dict,
@@ -273,6 +275,22 @@ def test_the_real_gpt2(tmp_path: Path) -> None:
     assert tokenizer.encode("hello world").tolist() == [31373, 995]  # tiktoken's README
     assert (tokenizer.vocab_size, tokenizer.end_id, tokenizer.encoder) == (50257, 50256, "tiktoken")
     check_real(tokenizer, encoding)
+
+
+@real
+def test_the_real_gpt2_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From copies where tiktoken keeps them; it checks that they are what OpenAI published."""
+    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for name in ("vocab.bpe", "encoder.json"):
+        (tmp_path / hashlib.sha1((base + name).encode()).hexdigest()).write_bytes(real_file(f"gpt2_{name}").read_bytes())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    tokenizers = []
+    for source in ("gpt2", str(real_file("gpt2_vocab.bpe"))):
+        convert(source, tmp_path / "out.json")
+        tokenizers.append(Tokenizer(tmp_path / "out.json"))
+    by_name, by_file = tokenizers
+    assert (by_name.vocab_size, by_name.end_id, by_name.encoder) == (50257, 50256, "tiktoken")
+    assert all(by_name.encode(text).tolist() == by_file.encode(text).tolist() for text in [*nasty_texts(), *real_texts()])
 
 
 @real

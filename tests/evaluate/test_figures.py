@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import json
 import lzma
 import math
 import zlib
@@ -14,11 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.tokenizer import Tokenizer
+from nextpt.evaluate import heldout
 from nextpt.evaluate.compressors import compare
 from nextpt.evaluate.documents import score_documents, windows
 from nextpt.evaluate.metrics import DomainSums, Figures, figures_json
 from nextpt.model import Decoder
 from tests.support.datasets import tiny
+from tests.support.tokenizers import KINDS
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=5), st.integers(1, 20), st.data())
@@ -87,3 +91,19 @@ def test_compressors_are_measured_on_the_same_bytes() -> None:
     assert found["zlib -9"]["bpb_concatenated"] == 8 * len(zlib.compress(joined, 9)) / 450
     assert found["bz2 -9"]["bpb_documents"] == 8 * sum(len(bz2.compress(d, 9)) for d in documents) / 450
     assert found["xz -9e"]["bpb_concatenated"] == 8 * len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)) / 450
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "llama", "byte_level"])
+def test_all_bytes_of_held_out_documents_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Whatever the tokenizer makes of a text, and also where it makes nothing of it."""
+    KINDS[kind](tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    config = tiny(tmp_path, tmp_path, data={"sequence_length": 16})
+    model = Decoder(config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 1024})})).eval()
+    monkeypatch.setattr(heldout, "open_model", lambda *arguments: (config, model, tokenizer, 7))
+    texts = ["The quick \u00c9l\u00e8ve \u4f60\u597d  \U0001f600\n" * 5, " \n ", "a"]
+    (tmp_path / "heldout_text").mkdir()
+    (tmp_path / "heldout_text" / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    total = heldout.evaluate_run(tmp_path, stride=4)["total"]
+    assert total["bytes"] == sum(len(text.encode()) for text in texts)
+    assert total["tokens"] == sum(len(tokenizer.encode(text)) for text in texts) and total["nats_per_token"] > 0

@@ -46,7 +46,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, *, total: int |
 
 
 def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Between half of `max_bytes` and all of it, in UTF-8, of texts that have more; all of those that have less.
+    """About half of `max_bytes` to all of it, in UTF-8, of texts that have more; all of those that have less.
 
     Pieces of texts are taken by their hash, so the sample is spread evenly, and it does not depend on the order of the
     texts. No more than max_bytes is held: when that is reached, half of the hashes no longer count.
@@ -56,7 +56,7 @@ def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
     for text in texts:
         for start in range(0, len(text), PIECE):
             data = text[start : start + PIECE].encode("utf-8", "replace")
-            key = xxhash.xxh64_intdigest(data, seed=start)
+            key = xxhash.xxh64_intdigest(data)
             if key >= limit:
                 continue
             kept.append((key, data))

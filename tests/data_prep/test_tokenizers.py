@@ -347,6 +347,7 @@ def test_samples_are_even_bounded_and_the_same_in_any_order() -> None:
     size = sum(map(len, sample))
     assert total // 17 < size <= total // 8
     assert 0.35 < sum(text.startswith("a") for text in sample) / len(sample) < 0.65
+    assert 0.45 < sum(map(len, evenly_sampled(texts, int(total * 0.6)))) / total < 0.55
     assert sorted(evenly_sampled(reversed(texts), total // 8)) == sorted(sample)
     assert evenly_sampled(texts, total) == texts
     huge = "".join(f"{i} " for i in range(300_000))

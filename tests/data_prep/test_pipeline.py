@@ -16,6 +16,7 @@ from data_prep.errors import PrepError
 from data_prep.files import sha256_file
 from data_prep.format import ENDS_MID_DOCUMENT, PADDING, SPLITS, STARTS_MID_DOCUMENT, DatasetManifest
 from data_prep.prepare import is_current
+from data_prep.repeats import KEYED, _later
 from data_prep.spec import PrepSpec
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
@@ -116,6 +117,40 @@ def test_units_and_groups_change_neither_sides_nor_counts(prepared: PrepSpec, tm
             a, b = one.splits[split][domain], many.splits[split][domain]
             assert (a.documents, a.bytes, a.tokens, a.text_tokens) == (b.documents, b.bytes, b.tokens, b.text_tokens)
         assert (spec.output / "heldout_text/a.jsonl").read_bytes() == (prepared.output / "heldout_text/a.jsonl").read_bytes()
+
+
+def test_a_unit_larger_than_a_group_is_divided_by_documents(prepared: PrepSpec, tmp_path: Path) -> None:
+    spec = prepared.model_copy(update={"output": tmp_path / "out"})
+    with small_units(10**9, 3000):
+        made = prepare(spec)
+    groups = {domain: sorted(p.name for p in (spec.output / "train" / domain).glob("g*")) for domain in ("a", "b")}
+    tokens = {domain: sum(made.splits[s][domain].tokens + made.splits[s][domain].documents for s in SPLITS) for domain in groups}
+    assert all(tokens[d] / 3000 <= len(groups[d]) <= 1 + tokens[d] / 2000 for d in groups)  # no document has above 1000 tokens
+    before = DatasetManifest.load(prepared.output)
+    for split in SPLITS:
+        for domain in groups:
+            a, b = made.splits[split][domain], before.splits[split][domain]
+            assert (a.documents, a.bytes, a.tokens, a.text_tokens) == (b.documents, b.bytes, b.tokens, b.text_tokens)
+
+
+def test_texts_are_equal_when_hash_and_length_are() -> None:
+    keyed = np.array([(7, 5, 0, 0), (7, 6, 0, 1), (7, 5, 0, 2), (7, 6, 1, 0), (8, 5, 1, 1), (7, 5, 2, 0)], dtype=KEYED)
+    later, often = _later(keyed)
+    assert later.tolist() == [(0, 2), (1, 0), (2, 0)] and often.tolist() == [(3, 5, 0, 0), (2, 6, 0, 1)]
+
+
+def test_tokens_that_do_not_stand_for_all_of_a_text_are_found_out(prepared: PrepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tokenizer that is known does this; the sum is looked at all the same."""
+    encode = Tokenizer.encode_batch
+
+    def forgetful(self: Tokenizer, found: list[str]) -> list[np.ndarray]:
+        return [ids[:-1] if "queen" in text else ids for ids, text in zip(encode(self, found), found, strict=True)]
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", forgetful)
+    write_lines(tmp_path / "x.jsonl", ["plain", "a queen", "more", "and more"])
+    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}, "max_bad_fraction": 0.5, "heldout": 0.0})
+    assert prepare(spec).splits["train"]["x"].documents == 3
+    assert "the tokenizer changes it" in (spec.output / "quarantine.jsonl").read_text()
 
 
 def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path: Path) -> None:

@@ -42,10 +42,13 @@ def make_tokenizer(plan: Plan) -> None:
     tokenizer = Tokenizer(path, encoder=spec.encoder)
     token_dtype(tokenizer.vocab_size)
     encoder, reason = tokenizer.encoder, tokenizer.encoder_reason
-    if difference := tokenizer.difference(_sample(plan)):
-        if spec.encoder == "tiktoken":
-            raise PrepError(f"encoder = 'tiktoken', but the two libraries differ on this corpus: {difference}")
-        encoder, reason = "tokenizers", f"the two libraries differ on this corpus: {difference}"
+    if encoder == "tiktoken":
+        sample = list(_sample(plan))
+        reason += f" and on {len(sample)} texts of this corpus"
+        if difference := tokenizer.difference(sample):
+            if spec.encoder == "tiktoken":
+                raise PrepError(f"encoder = 'tiktoken', but the two libraries differ on this corpus: {difference}")
+            encoder, reason = "tokenizers", f"the two libraries differ on this corpus: {difference}"
     with atomic_write(choice_path(spec.work)) as file:
         json.dump({"encoder": encoder, "reason": reason}, file)
 

@@ -38,7 +38,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        return sum(p.stop - p.start if p.file.format != ".parquet" else p.file.size // max(p.stop, 1) * (p.stop - p.start) for p in self.parts)
+        return sum(part.stored for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
             "sha256": self.sha256,
             "spec": json.loads(self.spec.model_dump_json()),
             "files": [[f.uri, f.name, f.size, f.stamp] for f in files],
-            "units": [[u.source, u.tail_from, [[index[p.file], p.start, p.stop] for p in u.parts]] for u in self.units],
+            "units": [[u.source, u.tail_from, [[index[p.file], p.start, p.stop, p.stored] for p in u.parts]] for u in self.units],
         }
         self.spec.work.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.spec.work / "plan.json") as file:
@@ -79,7 +79,7 @@ class Plan:
             value = json.loads(path.read_text(encoding="utf-8"))
             files = [InputFile(*entry) for entry in value["files"]]
             units = tuple(
-                Unit(i, source, tuple(Part(files[f], start, stop) for f, start, stop in parts), tail_from)
+                Unit(i, source, tuple(Part(files[f], *rest) for f, *rest in parts), tail_from)
                 for i, (source, tail_from, parts) in enumerate(value["units"])
             )
             return cls(PrepSpec.model_validate(value["spec"]), units, value["sha256"])
@@ -136,12 +136,12 @@ def _parts(file: InputFile) -> list[tuple[Part, int]]:
     if file.format == ".parquet":
         sizes = row_groups(file)
         if sum(sizes) <= UNIT_BYTES:
-            return [(Part(file, 0, len(sizes)), sum(sizes))]
-        return [(Part(file, i, i + 1), size) for i, size in enumerate(sizes)]
+            return [(Part(file, 0, len(sizes), file.size), sum(sizes))]
+        return [(Part(file, i, i + 1, file.size * size // sum(sizes)), size) for i, size in enumerate(sizes)]
     if file.compression or file.format == ".txt":
-        return [(Part(file, 0, file.size), file.size * (EXPANSION if file.compression else 1))]
-    starts = range(0, max(file.size, 1), UNIT_BYTES)
-    return [(Part(file, start, min(start + UNIT_BYTES, file.size)), min(UNIT_BYTES, file.size - start)) for start in starts]
+        return [(Part(file, 0, file.size, file.size), file.size * (EXPANSION if file.compression else 1))]
+    ranges = [(start, min(start + UNIT_BYTES, file.size)) for start in range(0, max(file.size, 1), UNIT_BYTES)]
+    return [(Part(file, start, stop, stop - start), stop - start) for start, stop in ranges]
 
 
 def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:

@@ -28,16 +28,17 @@ PARQUET_ROWS = 256
 @dataclass(frozen=True)
 class Part:
     """A stretch of one file. Plain lines: bytes [start, stop) in which a line begins; Parquet: row groups [start, stop);
-    other files are whole: [0, size)."""
+    other files are whole: [0, size). stored: bytes of the file that it takes."""
 
     file: InputFile
     start: int
     stop: int
+    stored: int
 
 
 def whole(file: InputFile) -> Part:
     """All of a file."""
-    return Part(file, 0, len(row_groups(file)) if file.format == ".parquet" else file.size)
+    return Part(file, 0, len(row_groups(file)) if file.format == ".parquet" else file.size, file.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,6 @@ def _read_parquet(part: Part, fields: Fields, advance: Callable[[int], None]) ->
         columns = _columns(part.file, table.schema_arrow, fields)
         row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
         total = max(sum(table.metadata.row_group(i).num_rows for i in groups), 1)
-        share = part.file.size * len(groups) / max(table.num_row_groups, 1)
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=list(groups), columns=columns):
             for record in _rows(batch):
                 if isinstance(record, Exception):
@@ -222,7 +222,7 @@ def _read_parquet(part: Part, fields: Fields, advance: Callable[[int], None]) ->
                 else:
                     yield _record(row, record, fields)
                 row += 1
-            advance(int(share * batch.num_rows / total))
+            advance(part.stored * batch.num_rows // total)
 
 
 def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:

@@ -16,7 +16,9 @@ from data_prep import records
 from data_prep.documents import read_documents
 from data_prep.errors import PrepError
 from data_prep.inputs import find_files
+from data_prep.plan import make_plan
 from data_prep.records import Bad, Fields, Part, Record, read_part, whole
+from data_prep.spec import PrepSpec
 
 TEXTS = [f"text {i} " + "é" * (i % 5) for i in range(50)]
 
@@ -56,7 +58,7 @@ def test_parts_of_a_file_hold_every_line_once(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(TEXTS[:12]))
     file = find_files(path)[0]
-    parts = [Part(file, start, min(start + size, file.size)) for start in range(0, file.size, size)]
+    parts = [Part(file, start, min(start + size, file.size), size) for start in range(0, file.size, size)]
     found = [r for part in parts for r in read_part(part, Fields())]
     assert found == read(path) and len(found) == 12
 
@@ -65,11 +67,22 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     table = pa.table({"id": list(range(50)), "text": TEXTS, "other": [1.0] * 50})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     file = find_files(tmp_path / "a.parquet")[0]
-    found = [r for i in range(8) for r in read_part(Part(file, i, i + 1), Fields())]
+    found = [r for i in range(8) for r in read_part(Part(file, i, i + 1, 0), Fields())]
     assert [(r.text, r.id, r.place) for r in found] == [(t, str(i), i) for i, t in enumerate(TEXTS)]
     for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
         pq.write_table(table.set_column(1, "text", pa.array(TEXTS).cast(kind)), tmp_path / "b.parquet")
         assert [r.text for r in read(tmp_path / "b.parquet")] == TEXTS
+
+
+def test_parquet_files_larger_than_a_unit_are_divided_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"id": list(range(50)), "text": TEXTS})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    pq.write_table(table, tmp_path / "b.parquet")
+    monkeypatch.setattr("data_prep.plan.UNIT_BYTES", 700)
+    plan = make_plan(PrepSpec(domains={"x": tmp_path}, output=tmp_path / "out", sequence_length=8, vocab_size=300))
+    parts = [(part.file.name, part.start, part.stop) for unit in plan.units for part in unit.parts]
+    assert parts == [("a.parquet", i, i + 1) for i in range(8)] + [("b.parquet", 0, 1)] and 2 < len(plan.units) < 9
+    assert abs(plan.size - sum((tmp_path / name).stat().st_size for name in ("a.parquet", "b.parquet"))) < 16
 
 
 def test_parquet_rows_that_are_null_or_no_utf8_are_told_one_by_one(tmp_path: Path) -> None:

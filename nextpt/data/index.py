@@ -121,7 +121,10 @@ class ShardIndex:
             raw, packed = self._file(shard["raw_data"]), self._file(shard["zip_data"]) if shard["zip_data"] else None
             if packed and str(shard["compression"]).partition(":")[0] != "zstd":
                 raise DataError(f"{self.path}: compression {shard['compression']} is not read; write the shards with zstd")
-            self._numbers.append((int(shard["samples"]), raw.bytes, raw.xxh64, *((packed.bytes, packed.xxh64) if packed else (0, 0))))
+            numbers = (int(shard["samples"]), raw.bytes, raw.xxh64, *((packed.bytes, packed.xxh64) if packed else (0, 0)))
+            if not all(0 <= number < 2**64 for number in numbers):
+                raise ValueError(f"samples, bytes and hashes {numbers}")
+            self._numbers.append(numbers)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{self.path} is damaged: {type(error).__name__} {error}; prepare the data again") from None
         self._names.append(raw.name)

@@ -9,14 +9,15 @@ The file (mosaicml-streaming, format/mds/writer.py), all little-endian:
 
 from __future__ import annotations
 
+import errno
 import json
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from nextpt.data.batch import Row
 from nextpt.errors import DataError
@@ -27,17 +28,20 @@ _SCALARS = ("uint16", "uint32")
 class MappedShard:
     """The rows of a shard whose bytes were verified. columns: name -> (encoding, bytes or None), sorted as stored.
 
-    domain: what rows are labelled with. The file's descriptor is closed at once; the map goes when the last row of it does.
+    domain: what rows are labelled with. No descriptor stays open; the map goes when the last row of it does.
     Raises DataError when the file is not laid out as the index says, FileNotFoundError when it is gone.
     """
 
     def __init__(self, path: Path, samples: int, columns: dict[str, tuple[str, int | None]], domain: int) -> None:
         self.path, self.samples, self._domain = path, samples, domain
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise self._damaged(f"{size} bytes are no shard")
-            self._bytes = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        size = os.stat(path).st_size
+        if size < 8:
+            raise self._damaged(f"{size} bytes are no shard")
+        try:
+            # Python's mmap keeps a descriptor for as long as the map lives (until 3.13); torch's does not.
+            self._bytes = memoryview(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy())
+        except RuntimeError:
+            raise FileNotFoundError(errno.ENOENT, "it cannot be mapped", str(path)) from None
         self._check(size, columns)
         self._fixed = [size for _, size in columns.values()]
         self._open = sum(size is None for size in self._fixed)
@@ -53,7 +57,7 @@ class MappedShard:
         if self._offsets[0] < head or self._offsets[-1] != size or (np.diff(self._offsets) <= 0).any():
             raise self._damaged(f"its offsets do not fit its {size} bytes")
         try:
-            settings = json.loads(self._bytes[head : int(self._offsets[0])])
+            settings = json.loads(bytes(self._bytes[head : int(self._offsets[0])]))
             own = dict(zip(settings["column_names"], zip(settings["column_encodings"], settings["column_sizes"], strict=True), strict=True))
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"its settings cannot be read ({error})") from None
@@ -79,7 +83,7 @@ class MappedShard:
         return Row(found["tokens"], found["doc_lens"], found["doc_flags"], self._domain, found.get("token_weights"), found.get("target_bytes"))
 
 
-def _reader(data: mmap.mmap, encoding: str) -> Callable[[int, int], Any]:
+def _reader(data: memoryview, encoding: str) -> Callable[[int, int], Any]:
     """A function (offset, bytes) -> the value of a column with this encoding."""
     if encoding in _SCALARS:
         return lambda at, size: None  # domain and text_bytes say what the batch finds out itself

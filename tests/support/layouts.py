@@ -48,9 +48,9 @@ def rewrite(dataset: Path, folder: Path, *, compression: str | None = None, shar
             home, shards = folder / split / domain, []
             samples = [change(s) for s in samples_of(dataset, split, domain)]
             size = shard_rows * group_shards
+            limit = max((len(_encoded(s)) for s in samples), default=0) * shard_rows + 2000
             for group, first in enumerate(range(0, len(samples), size)):
                 name = f"g{group:05d}"
-                limit = max(len(_encoded(s)) for s in samples) * shard_rows + 2000
                 writer = MDSWriter(columns=layout, out=str(home / name), hashes=["xxh64"], compression=compression, size_limit=limit)
                 for sample in samples[first : first + size]:
                     writer.write(sample)

@@ -373,7 +373,8 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        for kind in (*kinds, *(inner for kind in kinds for inner in getattr(kind, "__args__", ()))):  # also of lists
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 keys += known_keys(kind, f"{prefix}{name}.")
     return keys

@@ -34,7 +34,7 @@ def samples_of(dataset: Path, split: str, domain: str) -> Iterator[Sample]:
         yield from (local[i] for i in range(len(local)))
 
 
-def rewrite(dataset: Path, folder: Path, *, compression: str | None = None, shard_rows: int = 16, group_shards: int = 3,
+def rewrite(dataset: Path, folder: Path, *, compression: str | None = None, shard_rows: int = 16, group_shards: int = 20,
             byte_counts: str = "table", extra: dict[str, str] | None = None, change: Callable[[Sample], Sample] = lambda s: s,
             shared_index: bool = True) -> Path:
     """Write the rows of `dataset` to `folder` in small shards. change: of each sample, to fill the columns of byte_counts and extra."""

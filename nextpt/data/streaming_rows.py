@@ -8,7 +8,7 @@ same order, each can be checked against the other, and StreamingDataset's traps 
 - It needs LOCAL_WORLD_SIZE, which deepspeed does not set (import_streaming does).
 - cache_limit deletes shards that have no remote: refused without data.remote.
 - It verifies a hash only when it downloads or unpacks; what lies on the disk is verified by our store first.
-- It cannot tell which of two datasets of one process is meant after a crash, and takes locks in shared memory: one dataset per split.
+- It refuses a folder that another StreamingDataset of the machine names, so two runs cannot share one; the native backend can.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
     limit = int(config.data.cache_limit_gib * 2**30) if config.data.cache_limit_gib else None
     try:
         return StreamingDataset(
-            streams=streams, validate_hash="xxh64", keep_zip=False, cache_limit=limit, predownload=0, batch_size=config.train.micro_batch_size,
+            streams=streams, validate_hash="xxh64", keep_zip=False, cache_limit=limit, batch_size=config.train.micro_batch_size,
+            predownload=config.train.micro_batch_size,
             num_canonical_nodes=1, shuffle=False, shuffle_algo="py1e", shuffle_seed=config.run.seed, shuffle_block_size=2**18,
             sampling_method="balanced", partition_algo="relaxed", batching_method="random", allow_unsafe_types=False,
         )
@@ -58,6 +59,7 @@ class StreamingRows:
     def __init__(self, store: ShardStore, domain: int, dataset: Any, first: int) -> None:
         self._store, self._domain, self._dataset, self._first = store, domain, dataset, first
         self._starts = np.concatenate(([0], np.cumsum(store.index.samples)))
+        self._verified: set[int] = set()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -66,12 +68,13 @@ class StreamingRows:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        if self._store.remote is None and self._store.index[shard].packed is None:
+        name = self._store.index[shard].raw.name
+        if shard not in self._verified and (self._store.folder / name).exists():
             self._store.ready(shard)
+            self._verified.add(shard)
         try:
             sample = self._dataset[self._first + index]
         except Exception as error:  # noqa: BLE001 - it raises whatever its stores raise
-            name = self._store.index[shard].raw.name
             raise DataError(f"{self._store.folder}/{name}: StreamingDataset: {' '.join(str(error).split())}") from error
         return Row(sample["tokens"], sample["doc_lens"], sample["doc_flags"], self._domain, sample.get("token_weights"), sample.get("target_bytes"))
 

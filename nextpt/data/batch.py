@@ -72,15 +72,16 @@ def segments_per_row(length: int, context: int, most: int | None = None) -> int:
     return min((most or length // 2 + 2) + cuts, length)
 
 
-def collate(rows: Sequence[Row], token_bytes: np.ndarray, domain_weights: np.ndarray, *, segments: int, context: int) -> Batch:
-    """Stack rows. token_bytes: int32 [V]. domain_weights: fp32 [domains], the loss weight of each domain's tokens.
+def collate(rows: Sequence[Row], size: int, token_bytes: np.ndarray, domain_weights: np.ndarray, *, segments: int, context: int) -> list[Batch]:
+    """Rows as batches of `size`. token_bytes: int32 [V]. domain_weights: fp32 [domains], the loss weight of each domain's tokens.
 
     segments: segments_per_row. context: no input sees further back than the last multiple of it in its row; where it cuts
     a segment a new one begins, and the target across the cut is predicted all the same. A target counts when it belongs to
-    the document piece of its input; the first token of a piece is never predicted. Raises DataError when a row
-    contradicts itself or the tokenizer.
+    the document piece of its input; the first token of a piece is never predicted. All rows are made together, because a
+    few tokens cost numpy as much as a thousand. Raises DataError when a row contradicts itself or the tokenizer.
     """
     count, length = len(rows), len(rows[0].tokens) - 1
+    assert count % size == 0, (count, size)
     inputs, targets = np.empty((count, length), np.int64), np.empty((count, length), np.int64)
     for i, row in enumerate(rows):
         inputs[i], targets[i] = row.tokens[:-1], row.tokens[1:]
@@ -90,12 +91,12 @@ def collate(rows: Sequence[Row], token_bytes: np.ndarray, domain_weights: np.nda
     except IndexError as error:
         raise DataError(f"a row holds a token outside the vocabulary of {len(token_bytes)}: {error}; prepare the data again") from None
     is_text = bytes_of_targets > 0
-    if rows[0].target_bytes is not None:
-        for i, row in enumerate(rows):
-            bytes_of_targets[i] = row.target_bytes[1:] if row.target_bytes is not None else 0
     domains = np.array([row.domain for row in rows], dtype=np.int64)
-    weights = np.repeat(domain_weights[domains].astype(np.float32), length).reshape(count, length)
+    weights = np.empty((count, length), np.float32)
+    weights[:] = domain_weights[domains, None]
     for i, row in enumerate(rows):
+        if row.target_bytes is not None:
+            bytes_of_targets[i] = row.target_bytes[1:]
         if row.token_weights is not None:
             weights[i] *= row.token_weights[1:]
 
@@ -105,9 +106,9 @@ def collate(rows: Sequence[Row], token_bytes: np.ndarray, domain_weights: np.nda
         for values in (weights, bytes_of_targets, is_text):
             values.reshape(-1)[none] = 0
     seen = pieces if context >= length else pieces.cut(context)
-    return Batch(*map(torch.from_numpy, (
-        inputs, targets, seen.positions(), seen.ids(), seen.cu_seqlens(segments), weights, bytes_of_targets, is_text, domains,
-    )))
+    whole = (inputs, targets, seen.positions(), seen.ids(), seen.cu_seqlens(size, segments), weights, bytes_of_targets, is_text, domains)
+    tensors = [torch.from_numpy(part).unflatten(0, (count // size, -1)).unbind() for part in whole]
+    return [Batch(*parts) for parts in zip(*tensors, strict=True)]
 
 
 class _Segments:
@@ -149,8 +150,8 @@ class _Segments:
 
     def positions(self) -> np.ndarray:
         """int64 [rows, length]: places within segments."""
-        places = np.arange(self.count * self.length)
-        places -= np.repeat(self.starts, self.lengths)
+        places = np.repeat(-self.starts, self.lengths)
+        places += np.arange(self.count * self.length)
         return places.reshape(self.count, self.length)
 
     def ids(self) -> np.ndarray:
@@ -160,11 +161,15 @@ class _Segments:
         ids = np.where(self.padding, -1, np.arange(len(self.starts)) - firsts[rows]).astype(np.int32)
         return np.repeat(ids, self.lengths).reshape(self.count, self.length)
 
-    def cu_seqlens(self, per_row: int) -> np.ndarray:
-        """int32 [rows * per_row + 1]: starts, then the total."""
-        if len(self.starts) > self.count * per_row:
-            raise DataError(f"rows of a batch hold {len(self.starts)} segments, more than the {per_row} per row that there is room for; "
+    def cu_seqlens(self, size: int, per_row: int) -> np.ndarray:
+        """int32 [rows / size * (size * per_row + 1)]: for every `size` rows their starts, then their total."""
+        batches, total = self.count // size, size * self.length
+        batch, start = self.starts // total, self.starts % total
+        firsts = np.searchsorted(batch, np.arange(batches))
+        place = np.arange(len(batch)) - firsts[batch]
+        if place.max() >= size * per_row:
+            raise DataError(f"{size} rows hold {place.max() + 1} segments, more than the {per_row} per row that there is room for; "
                             "prepare the data again")
-        found = np.full(self.count * per_row + 1, self.count * self.length, np.int32)
-        found[: len(self.starts)] = self.starts
-        return found
+        found = np.full((batches, size * per_row + 1), total, np.int32)
+        found[batch, place] = start
+        return found.reshape(-1)

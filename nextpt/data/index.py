@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,21 +50,18 @@ class ShardIndex:
         self.folder = root / split / domain
         self.path = self.folder / "index.json"
         self.columns: dict[str, tuple[str, int | None]] = {}
+        self._layout: tuple[Any, ...] = ()
         self._names: list[str] = []
         self._packed_names: list[str] = []
-        self._numbers: list[tuple[int, ...]] = []
+        numbers = {name: array("Q") for name in ("samples", "bytes", "xxh64", "packed bytes", "packed xxh64")}
         counts = manifest.splits[split][domain]
         if counts.rows:
-            text = self._read(counts.index_sha256)
             wanted = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts)
-            wanted_or_weighted = (wanted, wanted | {"token_weights": f"ndarray:float32:{manifest.sequence_length + 1}"})
-            for shard in self._shards(text):
-                self._add(shard, wanted_or_weighted)
-        numbers = np.array(self._numbers, dtype=np.uint64).reshape(-1, 5)
-        self.samples = numbers[:, 0].astype(np.int64)
-        self.bytes, self.packed_bytes = numbers[:, 1].astype(np.int64), numbers[:, 3].astype(np.int64)
-        self._hashes, self._packed_hashes = numbers[:, 2], numbers[:, 4]
-        del self._numbers
+            self._wanted = (wanted, wanted | {"token_weights": f"ndarray:float32:{manifest.sequence_length + 1}"})
+            for shard in self._shards(self._read(counts.index_sha256)):
+                self._add(shard, *numbers.values())
+        self.samples, self.bytes, self.packed_bytes = (np.array(numbers[n], np.int64) for n in ("samples", "bytes", "packed bytes"))
+        self._hashes, self._packed_hashes = numbers["xxh64"], numbers["packed xxh64"]
         if int(self.samples.sum()) != counts.rows:
             raise DataError(f"{self.folder}: {self.samples.sum()} rows in index.json, {counts.rows} in dataset.json; prepare the data again")
 
@@ -71,9 +69,9 @@ class ShardIndex:
         return len(self._names)
 
     def __getitem__(self, number: int) -> Shard:
-        raw = File(self._names[number], int(self.bytes[number]), int(self._hashes[number]))
-        name = self._packed_names[number] if self._packed_names else ""
-        packed = File(name, int(self.packed_bytes[number]), int(self._packed_hashes[number])) if name else None
+        raw = File(self._names[number], int(self.bytes[number]), self._hashes[number])
+        name = self._packed_names[number]
+        packed = File(name, int(self.packed_bytes[number]), self._packed_hashes[number]) if name else None
         return Shard(raw, packed, int(self.samples[number]))
 
     @property
@@ -108,36 +106,41 @@ class ShardIndex:
         except (ValueError, IndexError) as error:
             raise DataError(f"{self.path} is damaged: {error}; prepare the data again") from None
 
-    def _add(self, shard: dict[str, Any], wanted: tuple[dict[str, str], ...]) -> None:
+    def _add(self, shard: dict[str, Any], samples: array, size: array, xxh64: array, packed_size: array, packed_xxh64: array) -> None:
         try:
-            found = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-            if shard["format"] != "mds" or shard["version"] != 2 or found not in wanted:
-                raise DataError(f"{self.path}: columns {found} in {shard['format']} version {shard['version']}, expected {wanted[0]} in mds version 2; "
-                                "prepare the data again")
-            described = {n: (e, s) for n, e, s in zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True)}
-            if self.columns and described != self.columns:
-                raise DataError(f"{self.path}: its shards have different columns; prepare the data again")
-            self.columns = described
-            raw, packed = self._file(shard["raw_data"]), self._file(shard["zip_data"]) if shard["zip_data"] else None
-            if packed and str(shard["compression"]).partition(":")[0] != "zstd":
-                raise DataError(f"{self.path}: compression {shard['compression']} is not read; write the shards with zstd")
-            numbers = (int(shard["samples"]), raw.bytes, raw.xxh64, *((packed.bytes, packed.xxh64) if packed else (0, 0)))
-            if not all(0 <= number < 2**64 for number in numbers):
-                raise ValueError(f"samples, bytes and hashes {numbers}")
-            self._numbers.append(numbers)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            layout = tuple(shard[key] for key in ("format", "version", "column_names", "column_encodings", "column_sizes", "compression"))
+            if layout != self._layout:
+                self._check_layout(*layout)
+                self._layout = layout
+            raw, packed = shard["raw_data"], shard["zip_data"]
+            self._names.append(self._name(raw))
+            self._packed_names.append(self._name(packed) if packed else "")
+            samples.append(shard["samples"])
+            size.append(raw["bytes"])
+            xxh64.append(int(raw["hashes"]["xxh64"], 16))
+            packed_size.append(packed["bytes"] if packed else 0)
+            packed_xxh64.append(int(packed["hashes"]["xxh64"], 16) if packed else 0)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise DataError(f"{self.path} is damaged: {type(error).__name__} {error}; prepare the data again") from None
-        self._names.append(raw.name)
-        self._packed_names.append(packed.name if packed else "")
 
-    def _file(self, info: dict[str, Any]) -> File:
+    def _check_layout(self, kind: str, version: int, names: list[str], encodings: list[str], sizes: list[int | None], compression: str | None) -> None:
+        found = dict(zip(names, encodings, strict=True))
+        if kind != "mds" or version != 2 or found not in self._wanted:
+            raise DataError(f"{self.path}: columns {found} in {kind} version {version}, expected {self._wanted[0]} in mds version 2; prepare the data again")
+        described = {n: (e, s) for n, e, s in zip(names, encodings, sizes, strict=True)}
+        if self.columns and described != self.columns:
+            raise DataError(f"{self.path}: its shards have different columns; prepare the data again")
+        self.columns = described
+        if compression and compression.partition(":")[0] != "zstd":
+            raise DataError(f"{self.path}: compression {compression} is not read; write the shards with zstd")
+
+    def _name(self, info: dict[str, Any]) -> str:
         name = info["basename"]
-        place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts or str(place) != name or "\\" in name or "\0" in name or not name or name == ".":
+        if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise DataError(f"{self.path} names a file outside its folder: {name!r}")
         if "xxh64" not in info.get("hashes", {}):
             raise DataError(f"{self.folder}/{name} has no xxh64 hash in its index; prepare the data again")
-        return File(name, int(info["bytes"]), int(info["hashes"]["xxh64"], 16))
+        return name
 
 
 def check_inside(path: Path, folder: Path) -> None:

@@ -46,7 +46,7 @@ class Loader:
         threads = config.data.prefetch_threads if config.data.backend == "native" else 1
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
-        self._windows: dict[int, list[int]] = {}  # domain -> shards of the window that was last made ready
+        self._window: dict[int, tuple[int, int]] = {}  # domain -> samples of it for which shards were last made ready
         self._window_lock = threading.Lock()
 
     def state(self, step: int) -> dict[str, Any]:
@@ -115,34 +115,34 @@ class Loader:
         self.dataset.close()
 
     def _read_step(self, step: int) -> list[Batch]:
-        context = self._order.sequence_length(step * self.config.train.global_batch_size)
-        return [self._collate(self._read(positions), context) for positions in self.positions(step)]
-
-    def _read(self, positions: range) -> list[Row]:
-        domains, nths = self._order.nths(positions.start, positions.stop)
+        parts = [self._order.nths(positions.start, positions.stop) for positions in self.positions(step)]
+        domains, nths = (np.concatenate(column) for column in zip(*parts, strict=True))
         self._look_ahead(domains, nths)
-        rows = self._order.rows(domains, nths)
-        train = self.dataset.rows["train"]
-        return [train[domain][row] for domain, row in zip(domains.tolist(), rows.tolist(), strict=True)]
+        rows, train = self._order.rows(domains, nths).tolist(), self.dataset.rows["train"]
+        context = self._order.sequence_length(step * self.config.train.global_batch_size)
+        return self._collate([train[domain][row] for domain, row in zip(domains.tolist(), rows, strict=True)], context)
 
     def _look_ahead(self, domains: np.ndarray, nths: np.ndarray) -> None:
         """Have the shards made ready of the window that a domain has come to, and of the next."""
         for domain in np.unique(domains).tolist():
-            ahead = self._order.domains[domain].shards_ahead(int(nths[domains == domain][-1]), WINDOWS_AHEAD)
+            nth = int(nths[domains == domain][-1])
             with self._window_lock:
-                if self._windows.get(domain) == ahead[0]:
+                begin, end = self._window.get(domain, (0, 0))
+                if begin <= nth < end:
                     continue
-                self._windows[domain] = ahead[0]
-            self.dataset.rows["train"][domain].prepare(shard for window in ahead for shard in window)
+                shards, end = self._order.domains[domain].shards_ahead(nth, WINDOWS_AHEAD)
+                self._window[domain] = (nth, end)
+            self.dataset.rows["train"][domain].prepare(shards)
 
     def _heldout_batch(self, source: Rows, domain: int, indices: range, stop: int) -> Batch:
         length = self.manifest.sequence_length
-        return self._collate([source[i] if i < stop else blank_row(length + 1, domain) for i in indices], length)
+        return self._collate([source[i] if i < stop else blank_row(length + 1, domain) for i in indices], length)[0]
 
-    def _collate(self, rows: list[Row], context: int) -> Batch:
+    def _collate(self, rows: list[Row], context: int) -> list[Batch]:
         if not self.config.objective.token_weights:
             rows = [row._replace(token_weights=None) if row.token_weights is not None else row for row in rows]
         elif any(row.token_weights is None and not row.doc_flags[0] & PADDING for row in rows):
             raise DataError(f"objective.token_weights is set, and {self.config.data.path} has no token_weights column")
-        batch = collate(rows, self.dataset.token_bytes, self._weights, segments=self._segments, context=context)
-        return batch.pinned() if self.pin else batch
+        size = self.config.train.micro_batch_size
+        batches = collate(rows, size, self.dataset.token_bytes, self._weights, segments=self._segments, context=context)
+        return [batch.pinned() for batch in batches] if self.pin else batches

@@ -49,12 +49,11 @@ class Order:
         return domains, self.rows(domains, nths)
 
     def rows(self, domains: np.ndarray, nths: np.ndarray) -> np.ndarray:
-        """int64 [n]: rows that belong to what `nths` returned."""
+        """int64 [n]: rows that belong to what `nths` returned, for positions that rise."""
         rows = np.empty(len(domains), np.int64)
         for domain in np.unique(domains):
-            places = np.flatnonzero(domains == domain)  # the nths of one domain follow each other without gaps
-            start = int(nths[places[0]])
-            rows[places] = self.domains[domain].rows(start, start + len(places))
+            places = np.flatnonzero(domains == domain)
+            rows[places] = self.domains[domain].rows(nths[places])
         return rows
 
     def nths(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

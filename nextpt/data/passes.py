@@ -32,23 +32,27 @@ class DomainOrder:
         self._pass = lru_cache(maxsize=2)(self._draw_pass)
         self._window = lru_cache(maxsize=3)(self._draw_window)
 
-    def rows(self, first: int, stop: int) -> np.ndarray:
-        """int64 [stop - first]: the first-th to the last row that this domain gives."""
-        parts = []
-        while first < stop:
-            number, window, begin, end = self._place(first)
-            upto = min(stop, end)
-            parts.append(self._rows_of_window(number, window, slice(first - begin, upto - begin)))
-            first = upto
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-    def shards_ahead(self, nth: int, windows: int) -> list[list[int]]:
-        """Shards of the window that holds the nth row and of those after it, `windows` in all, as they will be needed."""
-        found: list[list[int]] = []
-        while len(found) < windows:
-            number, window, _, nth = self._place(nth)
-            found.append(self._pass(number)[0][WINDOW * window : WINDOW * (window + 1)].tolist())
+    def rows(self, nths: np.ndarray) -> np.ndarray:
+        """int64 [n]: the rows that this domain gives as its nths-th, counted from 0. nths: int64 [n], rising."""
+        found, done = np.empty(len(nths), np.int64), 0
+        while done < len(nths):
+            number, window, begin, end = self._place(int(nths[done]))
+            upto = int(np.searchsorted(nths, end))
+            drawn, shifts, begins = self._window(number, window)
+            local = drawn[nths[done:upto] - begin].astype(np.int64)
+            found[done:upto] = local + shifts[np.searchsorted(begins, local, side="right") - 1]
+            done = upto
         return found
+
+    def shards_ahead(self, nth: int, windows: int) -> tuple[list[int], int]:
+        """(shards of the window that holds the nth row and of those after it, `windows` in all, as they will be needed; where it ends)."""
+        found: list[int] = []
+        end = None
+        for _ in range(windows):
+            number, window, _, nth = self._place(nth)
+            end = end or nth
+            found += self._pass(number)[0][WINDOW * window : WINDOW * (window + 1)].tolist()
+        return found, end or nth
 
     def _place(self, nth: int) -> tuple[int, int, int, int]:
         """(pass, window, first row given of that window, first after it) for the nth row."""
@@ -72,8 +76,3 @@ class DomainOrder:
         begins = np.concatenate(([0], np.cumsum(self._samples[shards])))
         drawn = permutation(int(begins[-1]), self._seed, self._stream, (number, window, ROWS)).astype(np.int32)
         return drawn, self.starts[shards] - begins[:-1], begins
-
-    def _rows_of_window(self, number: int, window: int, places: slice) -> np.ndarray:
-        drawn, shifts, begins = self._window(number, window)
-        local = drawn[places].astype(np.int64)
-        return local + shifts[np.searchsorted(begins, local, side="right") - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,19 +60,19 @@ class MappedRows:
 
     def __init__(self, store: ShardStore, domain: int, threads: ThreadPoolExecutor) -> None:
         self._store, self._domain, self._threads = store, domain, threads
-        self._starts = np.concatenate(([0], np.cumsum(store.index.samples)))
+        self._starts = [0, *np.cumsum(store.index.samples).tolist()]
         self._lock = threading.Lock()
         self._maps: OrderedDict[int, MappedShard] = OrderedDict()
         self._coming: dict[int, Future[Path]] = {}
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._map(shard).row(index - int(self._starts[shard]))
+        shard = bisect_right(self._starts, index) - 1
+        return self._map(shard).row(index - self._starts[shard])
 
     def prepare(self, shards: Iterable[int]) -> None:
         with self._lock:

@@ -27,7 +27,8 @@ WEIGHTS = np.array([1.0, 2.0], dtype=np.float32)
 
 def make(rows: list[Row], context: int | None = None) -> Batch:
     length = len(rows[0].tokens) - 1
-    return collate(rows, SIZES, WEIGHTS, segments=segments_per_row(length, context or length), context=context or length)
+    (batch,) = collate(rows, len(rows), SIZES, WEIGHTS, segments=segments_per_row(length, context or length), context=context or length)
+    return batch
 
 
 def test_a_batch_says_what_its_row_says() -> None:
@@ -107,6 +108,18 @@ def test_batches_follow_their_definition(case: tuple[list[Row], int]) -> None:
         mask = PackedSequences(batch.cu_seqlens, batch.cu_seqlens, total, total).mask(None)[0, 0]
         by_ids = PackedDocuments.from_document_ids(batch.document_ids).mask(None)[:, 0]
         assert torch.equal(mask, torch.block_diag(*by_ids.int()).bool())
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows(), st.integers(1, 3))
+def test_batches_made_together_are_those_made_apart(case: tuple[list[Row], int], times: int) -> None:
+    made, context = case
+    options = {"segments": segments_per_row(len(made[0].tokens) - 1, context), "context": context}
+    together = collate(made * times, len(made), SIZES, WEIGHTS, **options)
+    assert len(together) == times
+    for batch in (*together, *(b for row in made for b in collate([row], 1, SIZES, WEIGHTS, **options))):
+        assert all(tensor.is_contiguous() for tensor in vars(batch).values())
+    assert all(torch.equal(a, b) for batch in together for a, b in zip(vars(batch).values(), vars(make(made, context)).values(), strict=True))
 
 
 @pytest.mark.parametrize(("row", "message"), [

@@ -60,12 +60,13 @@ def test_a_pass_is_a_permutation_that_touches_few_shards_at_a_time(samples: list
     order, total = DomainOrder(np.array(samples), seed, 1), sum(samples)
     shard_of = np.repeat(np.arange(len(samples)), samples)
     for number in (0, 1, 10**9):
-        rows = order.rows(number * total, (number + 1) * total)
+        rows = order.rows(np.arange(number * total, (number + 1) * total))
         assert sorted(rows) == list(range(total))
         at, seen = 0, []
         while at < total:
-            (shards,) = order.shards_ahead(number * total + at, 1)
+            shards, end = order.shards_ahead(number * total + at, 1)
             size = sum(samples[s] for s in shards)
+            assert end == number * total + at + size
             assert len(shards) <= WINDOW and set(shard_of[rows[at : at + size]]) == set(shards)
             seen += shards
             at += size
@@ -74,12 +75,14 @@ def test_a_pass_is_a_permutation_that_touches_few_shards_at_a_time(samples: list
 
 def test_passes_and_windows_differ_and_mix_their_shards() -> None:
     order = DomainOrder(np.full(40, 50), 1, 1)
-    first, second = order.rows(0, 2000), order.rows(2000, 4000)
+    first, second = order.rows(np.arange(2000)), order.rows(np.arange(2000, 4000))
     assert (first != second).mean() > 0.9
     assert len(set(first[:WINDOW * 5] // 50)) > WINDOW // 2  # not one shard after another
-    assert (first[:800] != DomainOrder(np.full(40, 50), 2, 1).rows(0, 800)).mean() > 0.9
-    ahead = order.shards_ahead(1990, 2)
-    assert set(ahead[0]) == set(first[1600:] // 50) and set(ahead[1]) == set(second[:800] // 50)
+    assert (first[:800] != DomainOrder(np.full(40, 50), 2, 1).rows(np.arange(800))).mean() > 0.9
+    ahead, end = order.shards_ahead(1990, 2)
+    assert end == 2000 and set(ahead[:8]) == set(first[1600:] // 50) and set(ahead[8:]) == set(second[:800] // 50)
+    some = np.array([3, 790, 801, 1999, 2000, 3999])  # a rank's share has gaps
+    assert (order.rows(some) == np.concatenate((first, second))[some]).all()
 
 
 def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:

@@ -61,7 +61,7 @@ class DataSection(Section):
         None, description="most passes over the rows of a domain in the whole run, by domain or one number for all"
     )
     backend: Literal["native", "streaming"] = Field("native", description="what reads shards: nextpt, or mosaicml-streaming's StreamingDataset")
-    prefetch_threads: int = Field(2, ge=1, le=64, description="threads that make batches ahead; changes nothing in what they hold")
+    prefetch_threads: int = Field(1, ge=1, le=64, description="threads that make batches ahead; more take more of the processor for each batch")
 
     @model_validator(mode="after")
     def _stages_fit(self) -> DataSection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,11 +32,11 @@ class Batch:
     targets: Tensor
     position_ids: Tensor
     document_ids: Tensor
-    cu_seqlens: Tensor
     token_weights: Tensor
     target_bytes: Tensor
     is_text: Tensor
     domain_ids: Tensor
+    cu_seqlens: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; from pinned memory the copies do not block."""
@@ -84,7 +85,9 @@ def collate(rows: Sequence[Row], size: int, token_bytes: np.ndarray, domain_weig
     assert count % size == 0, (count, size)
     inputs, targets = np.empty((count, length), np.int64), np.empty((count, length), np.int64)
     for i, row in enumerate(rows):
-        inputs[i], targets[i] = row.tokens[:-1], row.tokens[1:]
+        targets[i] = row.tokens[1:]
+    inputs[:, 0] = [row.tokens[0] for row in rows]
+    inputs[:, 1:] = targets[:, :-1]
     try:
         bytes_of_targets = token_bytes.take(targets)
         token_bytes.take(inputs[:, 0])
@@ -106,9 +109,15 @@ def collate(rows: Sequence[Row], size: int, token_bytes: np.ndarray, domain_weig
         for values in (weights, bytes_of_targets, is_text):
             values.reshape(-1)[none] = 0
     seen = pieces if context >= length else pieces.cut(context)
-    whole = (inputs, targets, seen.positions(), seen.ids(), seen.cu_seqlens(size, segments), weights, bytes_of_targets, is_text, domains)
-    tensors = [torch.from_numpy(part).unflatten(0, (count // size, -1)).unbind() for part in whole]
-    return [Batch(*parts) for parts in zip(*tensors, strict=True)]
+    whole = (inputs, targets, seen.positions(), seen.ids(), weights, bytes_of_targets, is_text, domains)
+    return [Batch(*(torch.from_numpy(part[first : first + size]) for part in whole), cu_seqlens=torch.from_numpy(cu))
+            for first, cu in zip(range(0, count, size), seen.cu_seqlens(size, segments), strict=True)]
+
+
+@lru_cache(maxsize=2)
+def _ramp(size: int) -> np.ndarray:
+    """0..size-1, kept: making it again takes as long as using it."""
+    return np.arange(size)
 
 
 class _Segments:
@@ -151,7 +160,7 @@ class _Segments:
     def positions(self) -> np.ndarray:
         """int64 [rows, length]: places within segments."""
         places = np.repeat(-self.starts, self.lengths)
-        places += np.arange(self.count * self.length)
+        places += _ramp(self.count * self.length)
         return places.reshape(self.count, self.length)
 
     def ids(self) -> np.ndarray:
@@ -162,7 +171,7 @@ class _Segments:
         return np.repeat(ids, self.lengths).reshape(self.count, self.length)
 
     def cu_seqlens(self, size: int, per_row: int) -> np.ndarray:
-        """int32 [rows / size * (size * per_row + 1)]: for every `size` rows their starts, then their total."""
+        """int32 [rows / size, size * per_row + 1]: for every `size` rows their starts, then their total."""
         batches, total = self.count // size, size * self.length
         batch, start = self.starts // total, self.starts % total
         firsts = np.searchsorted(batch, np.arange(batches))
@@ -172,4 +181,4 @@ class _Segments:
                             "prepare the data again")
         found = np.full((batches, size * per_row + 1), total, np.int32)
         found[batch, place] = start
-        return found.reshape(-1)
+        return found

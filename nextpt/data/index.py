@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from array import array
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,6 +21,8 @@ from data_prep.format import DatasetManifest, columns
 from nextpt.errors import DataError
 
 _SPACE = " \t\r\n,"
+_PART = r"(?!\.{1,2}(?:/|$))[^/\\\0]+"  # of a path: not empty, . or ..
+_NAME = re.compile(f"{_PART}(?:/{_PART})*")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class ShardIndex:
 
     def _add(self, shard: dict[str, Any], samples: array, size: array, xxh64: array, packed_size: array, packed_xxh64: array) -> None:
         try:
-            layout = tuple(shard[key] for key in ("format", "version", "column_names", "column_encodings", "column_sizes", "compression"))
+            layout = (shard["format"], shard["version"], shard["column_names"], shard["column_encodings"], shard["column_sizes"], shard["compression"])
             if layout != self._layout:
                 self._check_layout(*layout)
                 self._layout = layout
@@ -136,7 +139,7 @@ class ShardIndex:
 
     def _name(self, info: dict[str, Any]) -> str:
         name = info["basename"]
-        if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        if not _NAME.fullmatch(name):
             raise DataError(f"{self.path} names a file outside its folder: {name!r}")
         if "xxh64" not in info.get("hashes", {}):
             raise DataError(f"{self.folder}/{name} has no xxh64 hash in its index; prepare the data again")

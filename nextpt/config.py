@@ -36,7 +36,9 @@ class RunSection(Section):
 class StageSection(Section):
     """A part of the run with a mixture and a context of its own."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps of the stage; to the end of the run unless given, in the last one only")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps of the stage; to the end of the run unless given, in the last one only"
+    )
     mixing: dict[str, float] | None = Field(None, description="domain -> share of samples; data.mixing unless given")
     sequence_length: int | None = Field(None, ge=2, description="longest context, tokens; data.sequence_length unless given")
 
@@ -45,11 +47,15 @@ class DataSection(Section):
     """What is read. The folder is one that `nextpt prep shards` wrote, or where copies of one are kept."""
 
     path: str = Field(description="dataset folder (the one with dataset.json); with remote, where copies of its files are kept")
-    remote: str | None = Field(None, description="address of the dataset, s3://BUCKET/FOLDER or another that mosaicml-streaming knows, or a folder")
+    remote: str | None = Field(
+        None, description="address of the dataset, s3://BUCKET/FOLDER or another that mosaicml-streaming knows, or a folder"
+    )
     cache_limit_gib: float | None = Field(
         None, gt=0, description="most that fetched and unpacked shards may take, GiB; those unused for longest go first"
     )
-    scratch: str | None = Field(None, description="folder on each machine's own disk for notes on verified shards; TMPDIR/nextpt-UID unless given")
+    scratch: str | None = Field(
+        None, description="folder on each machine's own disk, for notes on verified shards and unpacked ones; TMPDIR/nextpt-UID unless given"
+    )
     sequence_length: int = Field(ge=2, description="inputs per row, tokens")
     mixing: dict[str, float] | None = Field(
         None, description="domain -> share of samples; unless given, in proportion to the rows of each domain"
@@ -60,8 +66,12 @@ class DataSection(Section):
     repeat_caps: dict[str, float] | float | None = Field(
         None, description="most passes over the rows of a domain in the whole run, by domain or one number for all"
     )
-    backend: Literal["native", "streaming"] = Field("native", description="what reads shards: nextpt, or mosaicml-streaming's StreamingDataset")
-    prefetch_threads: int = Field(1, ge=1, le=64, description="threads that make batches ahead; more take more of the processor for each batch")
+    backend: Literal["native", "streaming"] = Field(
+        "native", description="what reads shards: nextpt, or mosaicml-streaming's StreamingDataset"
+    )
+    prefetch_threads: int = Field(
+        1, ge=1, le=64, description="threads that make batches ahead; more take more of the processor for each batch"
+    )
 
     @model_validator(mode="after")
     def _stages_fit(self) -> DataSection:

@@ -73,7 +73,8 @@ def segments_per_row(length: int, context: int, most: int | None = None) -> int:
     return min((most or length // 2 + 2) + cuts, length)
 
 
-def collate(rows: Sequence[Row], size: int, token_bytes: np.ndarray, domain_weights: np.ndarray, *, segments: int, context: int) -> list[Batch]:
+def collate(rows: Sequence[Row], size: int, token_bytes: np.ndarray, domain_weights: np.ndarray, *, segments: int,
+            context: int) -> list[Batch]:
     """Rows as batches of `size`. token_bytes: int32 [V]. domain_weights: fp32 [domains], the loss weight of each domain's tokens.
 
     segments: segments_per_row. context: no input sees further back than the last multiple of it in its row; where it cuts

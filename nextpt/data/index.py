@@ -66,7 +66,8 @@ class ShardIndex:
         self.samples, self.bytes, self.packed_bytes = (np.array(numbers[n], np.int64) for n in ("samples", "bytes", "packed bytes"))
         self._hashes, self._packed_hashes = numbers["xxh64"], numbers["packed xxh64"]
         if int(self.samples.sum()) != counts.rows:
-            raise DataError(f"{self.folder}: {self.samples.sum()} rows in index.json, {counts.rows} in dataset.json; prepare the data again")
+            raise DataError(f"{self.folder}: {self.samples.sum()} rows in index.json, {counts.rows} in dataset.json; "
+                            "prepare the data again")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -111,7 +112,8 @@ class ShardIndex:
 
     def _add(self, shard: dict[str, Any], samples: array, size: array, xxh64: array, packed_size: array, packed_xxh64: array) -> None:
         try:
-            layout = (shard["format"], shard["version"], shard["column_names"], shard["column_encodings"], shard["column_sizes"], shard["compression"])
+            layout = (shard["format"], shard["version"], shard["column_names"], shard["column_encodings"], shard["column_sizes"],
+                      shard["compression"])
             if layout != self._layout:
                 self._check_layout(*layout)
                 self._layout = layout
@@ -126,10 +128,12 @@ class ShardIndex:
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise DataError(f"{self.path} is damaged: {type(error).__name__} {error}; prepare the data again") from None
 
-    def _check_layout(self, kind: str, version: int, names: list[str], encodings: list[str], sizes: list[int | None], compression: str | None) -> None:
+    def _check_layout(self, kind: str, version: int, names: list[str], encodings: list[str], sizes: list[int | None],
+                      compression: str | None) -> None:
         found = dict(zip(names, encodings, strict=True))
         if kind != "mds" or version != 2 or found not in self._wanted:
-            raise DataError(f"{self.path}: columns {found} in {kind} version {version}, expected {self._wanted[0]} in mds version 2; prepare the data again")
+            raise DataError(f"{self.path}: columns {found} in {kind} version {version}, expected {self._wanted[0]} in mds version 2; "
+                            "prepare the data again")
         described = {n: (e, s) for n, e, s in zip(names, encodings, sizes, strict=True)}
         if self.columns and described != self.columns:
             raise DataError(f"{self.path}: its shards have different columns; prepare the data again")

@@ -34,12 +34,14 @@ class Node:
             for part in ("locks", "verified", "unpacked"):
                 (self.folder / part).mkdir(exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"data.scratch: {error.filename}: {error.strerror}; give a folder on this machine that can be written") from None
+            raise ConfigError(f"data.scratch: {error.filename}: {error.strerror}; give a folder on this machine's disk "
+                              "that can be written") from None
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold the lock of a name against all processes and threads of this machine. Not nested: names share locks."""
-        file = os.open(self.folder / "locks" / str(xxhash.xxh64_intdigest(os.fsencode(name)) % LOCKS), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        number = xxhash.xxh64_intdigest(os.fsencode(name)) % LOCKS
+        file = os.open(self.folder / "locks" / str(number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

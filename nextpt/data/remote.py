@@ -50,7 +50,8 @@ class Remote:
             self._incoming.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
         except OSError as error:
-            raise ConfigError(f"data.path: {error.filename}: {error.strerror}; with data.remote it must be a folder that can be written") from None
+            raise ConfigError(f"data.path: {error.filename}: {error.strerror}; with data.remote it must be a folder "
+                              "that can be written") from None
 
     def fetch(self, name: str, target: Path, check: Callable[[Path], str | None] = lambda path: None) -> None:
         """Copy the file `name`, relative to the address, to `target`. check: what is wrong with the copy, or None.
@@ -100,7 +101,8 @@ class Remote:
             raise DataError(f"{self.address}: {str(error).replace(str(fresh), self.address)}") from None
         present = self.root / "dataset.json"
         if present.exists() and present.read_bytes() != (fresh / "dataset.json").read_bytes():
-            raise DataError(f"{self.root} holds copies of another dataset than {self.address}; give another data.path, or delete that folder")
+            raise DataError(f"{self.root} holds copies of another dataset than {self.address}; give another data.path, "
+                            "or delete that folder")
         missing = [n for n in ("token_bytes.npy", *(f"heldout_text/{d}.jsonl" for d in manifest.domains)) if not (self.root / n).exists()]
         for name in missing:
             if name.startswith("heldout_text/") and not manifest.splits["heldout"][name[13:-6]].documents:

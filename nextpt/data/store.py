@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -22,6 +21,7 @@ from nextpt.data.remote import Remote, wrong_bytes
 from nextpt.errors import ConfigError, DataError
 
 CHUNK = 2**20
+ROOM = 0.95  # of the limit is left in use, so that not every shard that comes has to look for one to go
 
 
 class ShardStore:
@@ -57,7 +57,7 @@ class ShardStore:
             mark = self.node.mark(path, shard.raw.xxh64)
             mark.touch()
         if is_copy:
-            self._cache.trim()
+            self._cache.trim(shard.raw.bytes)
         return path
 
     def made(self) -> Iterator[tuple[Path, float, int]]:
@@ -162,19 +162,19 @@ def _unpack(packed: Path, target: Path, raw: File) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@dataclass
 class Cache:
-    """Keeps the files that can be made again below `limit` bytes (None: no limit); the one unused for longest goes first.
+    """Keeps the files that can be made again below `limit` bytes (None: no limit); those unused for longest go first.
 
     Only what a store reports as made is ever deleted: the only copy of a shard never is. A file that some process has
-    mapped may be deleted; its map stays good.
+    mapped may be deleted; its map stays good. The processes of a machine look at the files one after another, and not
+    again before they may together have made as much as was free then.
     """
 
-    node: Node
-    limit: int | None
-
-    def __post_init__(self) -> None:
+    def __init__(self, node: Node, limit: int | None) -> None:
+        self.node, self.limit = node, limit
         self._stores: list[ShardStore] = []
+        self._processes = int(os.environ.get("LOCAL_SIZE", "1"))
+        self._free = self._made = 0
 
     def add(self, store: ShardStore) -> None:
         self._stores.append(store)
@@ -189,15 +189,20 @@ class Cache:
             raise ConfigError(f"data.cache_limit_gib = {self.limit / 2**30:.3g}, but the shards that are read and read ahead together take "
                               f"{needed / 2**30:.3g} GiB; raise it, or every shard would be made again and again")
 
-    def trim(self) -> None:
-        """Delete files until the limit holds."""
+    def trim(self, made: int = 0) -> None:
+        """Delete files when the limit may be passed. made: bytes of a file that this process has just made."""
         if self.limit is None:
+            return
+        self._made += made * self._processes
+        if self._made < self._free:
             return
         with self.node.lock("trim"):
             files = sorted((used, path, size) for store in self._stores for path, used, size in store.made())
-            over = sum(size for _, _, size in files) - self.limit
-            for used, path, size in files:
-                if over <= 0 or used > time.time() - 1:  # just made: its reader may not have opened it yet
-                    return
-                path.unlink(missing_ok=True)
-                over -= size
+            total = sum(size for _, _, size in files)
+            if total > self.limit:
+                for used, path, size in files:
+                    if total <= ROOM * self.limit or used > time.time() - 1:  # just made: its reader may not have opened it yet
+                        break
+                    path.unlink(missing_ok=True)
+                    total -= size
+            self._free, self._made = max(self.limit - total, 0), 0

@@ -35,7 +35,8 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
     from streaming import Stream, StreamingDataset
 
     if config.data.cache_limit_gib and not config.data.remote:
-        raise ConfigError("data.cache_limit_gib without data.remote: StreamingDataset would delete the only copy of each shard; leave it out")
+        raise ConfigError("data.cache_limit_gib without data.remote: StreamingDataset would delete the only copy of each shard; "
+                          "leave it out")
     stores = [store for store in stores if len(store.index)]
     if not stores:
         return None
@@ -76,7 +77,8 @@ class StreamingRows:
             sample = self._dataset[self._first + index]
         except Exception as error:  # noqa: BLE001 - it raises whatever its stores raise
             raise DataError(f"{self._store.folder}/{name}: StreamingDataset: {' '.join(str(error).split())}") from error
-        return Row(sample["tokens"], sample["doc_lens"], sample["doc_flags"], self._domain, sample.get("token_weights"), sample.get("target_bytes"))
+        return Row(sample["tokens"], sample["doc_lens"], sample["doc_flags"], self._domain,
+                   sample.get("token_weights"), sample.get("target_bytes"))
 
     def prepare(self, shards: Iterable[int]) -> None:
         """Nothing: StreamingDataset fetches a shard when it is asked for a row of it."""

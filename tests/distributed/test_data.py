@@ -45,6 +45,9 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     stages = {"stages": [{"steps": 2, "mixing": {"code": 1}}, {"sequence_length": 24}]}
     configs = {name: tiny(shards, root / name, data=stages | {"backend": name}, train=TRAIN | {"stop_at": 4}, validation={"every_steps": 2, "rows": 3})
                for name in ("native", "streaming")}
+    grown = [{"steps": 2, "mixing": {"code": 1}}, {"steps": 3, "sequence_length": 24}, {"mixing": {"prose": 1}}]
+    configs["grown"] = tiny(shards, root / "native", data={"stages": grown, "repeat_caps": 1}, train=TRAIN | {"stop_at": 6})
+    configs["changed past"] = tiny(shards, root / "native", data={"stages": [{"mixing": {"prose": 1}}]}, train=TRAIN | {"stop_at": 7})
     configs["damaged"] = tiny(damaged, root / "run", train=TRAIN)
     configs["damaged held out"] = tiny(damaged, root / "run-2", train=TRAIN | {"stop_at": 1}, validation={"every_steps": 1, "rows": 40})
     path = damage_at(configs["damaged"], 6)
@@ -62,9 +65,18 @@ def test_both_backends_train_alike(runs: tuple[Path, dict[str, str | None], Path
     root, outcomes, _ = runs
     assert outcomes["native"] is None and outcomes["streaming"] is None
     for kind, names in (("train", ("loss", "bpb", "grad_norm")), ("validation", ("total",))):
-        native, streaming = (events(root / name, kind) for name in ("native", "streaming"))
+        native, streaming = ([e for e in events(root / name, kind) if e["step"] <= 4] for name in ("native", "streaming"))
         assert len(native) == len(streaming) >= 2
         assert [[e[n] for n in names] for e in native] == [[e[n] for n in names] for e in streaming]
+
+
+def test_stages_are_added_to_a_running_plan_and_its_past_stays(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+    root, outcomes, _ = runs
+    assert outcomes["grown"] is None
+    found = events(root / "native", "train")
+    assert [e["step"] for e in found] == [1, 2, 3, 4, 5, 6] and set(found[5]["domains"]) == {"prose"} and len(found[3]["domains"]) == 2
+    message = str(outcomes["changed past"])
+    assert "step-000000006 is not that of" in message and "the plan before sample 48" in message and "checkpoint.accept_changed_data=true" in message
 
 
 def test_a_shard_that_one_rank_cannot_read_ends_all_at_the_step_that_needs_it(runs: tuple[Path, dict[str, str | None], Path]) -> None:

@@ -76,7 +76,7 @@ class _Record(BaseModel):
 class SplitCounts(_Record):
     """One domain of one split. tokens: targets that are predicted, the ends of documents included.
 
-    max_segments: the most segments that any row has, where the writer noted it.
+    max_segments: the most segments that any row has, padding included; None where the writer did not say.
     """
 
     documents: int

@@ -141,6 +141,14 @@ def test_more_segments_than_there_is_room_for_are_refused() -> None:
     assert segments_per_row(64, 64, most=5) == 5 and segments_per_row(64, 16, most=5) == 8 and segments_per_row(64, 1) == 64
 
 
+def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_row_needs(dataset: Path) -> None:
+    loader = Loader(tiny(dataset, Path("unused")), 0, 1)
+    most = max(len(rows[i].doc_lens) for split in ("train", "heldout") for rows in loader.dataset.rows[split] for i in range(len(rows)))
+    assert loader.dataset.max_segments() == most < 64 // 2
+    assert loader.step_batches(0)[0].cu_seqlens.shape == (2 * most + 1,)
+    loader.close()
+
+
 @pytest.mark.parametrize("context", [64, 10])
 def test_one_pass_sees_every_byte_and_every_token_once(dataset: Path, context: int) -> None:
     stage = {"sequence_length": context}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from nextpt.data import remote as remote_module
@@ -19,6 +20,7 @@ from nextpt.data.store import Cache
 from nextpt.errors import ConfigError, DataError
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
+from tests.support.object_store import s3_server
 
 BUCKET = "corpus"
 
@@ -42,21 +44,12 @@ def few(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.fixture(scope="module")
 def s3(few: dict[str, Path]) -> Iterator[None]:
-    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    running = server.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    with pytest.MonkeyPatch.context() as patch:
-        host, port = running.get_host_and_port()
-        patch.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
-        for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
-        client.create_bucket(Bucket=BUCKET)
+    with s3_server(BUCKET) as address:
+        client = boto3.client("s3", endpoint_url=address)
         for name, folder in few.items():
             for file in (f for f in folder.rglob("*") if f.is_file()):
                 client.upload_file(str(file), BUCKET, f"{name}/{file.relative_to(folder)}")
         yield
-    running.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -192,10 +185,10 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(packed: P
     trimmed = []
     trim = Cache.trim
 
-    def trim_and_look(cache: Cache) -> None:
+    def trim_and_look(cache: Cache, made: int) -> None:
         for path, _, _ in cache._stores[0].made():  # as if an hour had passed since
             os.utime(path, (path.stat().st_mtime - 3600,) * 2)
-        trim(cache)
+        trim(cache, made)
         trimmed.append(sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*.mds")))
 
     monkeypatch.setattr(Cache, "trim", trim_and_look)
@@ -223,8 +216,9 @@ def test_the_one_unused_for_longest_goes_first_and_only_copies_do(packed: Path, 
     cache.add(store)
     cache.trim()
     assert [p.exists() for p in paths] == [True, True, False, True]
-    cache.limit = 1
-    cache.trim()
+    nothing = Cache(Node(tmp_path / "node"), 1)
+    nothing.add(store)
+    nothing.trim()
     assert not any(p.exists() for p in paths) and stranger.exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,13 +58,19 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module, "PAUSE", 0.01)
 
 
+def finish(loader: Loader) -> None:
+    """Close it, and wait for what is on its way."""
+    loader.close()
+    loader.dataset.threads.shutdown(wait=True)
+
+
 def loader_of(remote: str | Path | None, path: Path, tmp_path: Path, **data: object) -> Loader:
     return Loader(tiny(path, Path("unused"), data={"remote": str(remote) if remote else None, "scratch": str(tmp_path / "node")} | data), 0, 1)
 
 
 def first_steps(loader: Loader, steps: int = 12) -> list[bytes]:
     found = [batch.tokens.numpy().tobytes() for step in range(steps) for batch in loader.step_batches(step)]
-    loader.close()
+    finish(loader)
     return found
 
 
@@ -72,7 +79,6 @@ def test_a_dataset_of_an_object_store_gives_the_same_batches(few: dict[str, Path
     expected, cache = first_steps(loader_of(None, few[name], tmp_path)), tmp_path / "cache"
     loader = loader_of(f"s3://{BUCKET}/{name}/", cache, tmp_path)
     assert first_steps(loader) == expected
-    loader.dataset.threads.shutdown(wait=True)  # what was on its way has come
     cached = {str(f.relative_to(cache)) for f in cache.rglob("*") if f.is_file()}
     assert {"dataset.json", "tokenizer.json", "token_bytes.npy", "heldout_text/code.jsonl", "train/code/index.json"} <= cached
     assert any(n.endswith(".mds") for n in cached) and not any(n.endswith(".zstd") or ".incoming/" in n for n in cached)
@@ -93,14 +99,14 @@ def test_what_is_wrong_in_the_store_is_refused_by_name(grouped: Path, tmp_path: 
     loader = loader_of(source, tmp_path / "cache", tmp_path)
     with pytest.raises(DataError, match=r"source/train/\w+/g\d{5}/shard.\d{5}.mds cannot be fetched \(3 attempts\): its xxh64 differs"):
         loader.step_batches(0)
-    loader.close()
+    finish(loader)
     assert not list((tmp_path / "cache").rglob("*.mds")) and not list((tmp_path / "cache" / ".incoming").iterdir())
     for shard in source.rglob("*.mds"):
         shard.unlink()
     loader = loader_of(source, tmp_path / "cache", tmp_path)
     with pytest.raises(DataError, match=r"shard.\d{5}.mds cannot be fetched"):
         loader.step_batches(0)
-    loader.close()
+    finish(loader)
 
 
 @pytest.mark.parametrize(("remote", "message"), [
@@ -186,14 +192,18 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(packed: P
     trim = Cache.trim
 
     def trim_and_look(cache: Cache, made: int) -> None:
-        for path, _, _ in cache._stores[0].made():  # as if an hour had passed since
-            os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+        for store in cache._stores:  # as if an hour had passed
+            for path, _, _ in store.made():
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path, (path.stat().st_mtime - 3600,) * 2)
         trim(cache, made)
         trimmed.append(sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*.mds")))
 
     monkeypatch.setattr(Cache, "trim", trim_and_look)
-    limit, shard = 200_000, 2_500
+    limit, shard = 100_000, 3_500
     assert first_steps(loader_of(packed, tmp_path / "cache", tmp_path, cache_limit_gib=limit / 2**30), 40) == expected
+    raw = [s["raw_data"]["bytes"] for d in ("code", "prose") for s in json.loads((packed / "train" / d / "index.json").read_text())["shards"]]
+    assert sum(raw) > 2.5 * limit and max(raw) <= shard
     assert len(trimmed) > 30 and max(trimmed) <= limit + 8 * shard  # eight threads may be making one each
     assert len(list(packed.rglob("*.zstd"))) > 30  # the source is whole
 

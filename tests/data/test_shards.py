@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,17 @@ def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) ->
     assert kept[0].tobytes() == rows[0].tokens.tobytes()  # views outlive the reader's interest in their shard
 
 
+def test_a_shard_that_is_needed_does_not_wait_behind_those_that_will_be(grouped: Path, tmp_path: Path) -> None:
+    rows, busy = rows_of(grouped, "train", "code", tmp_path), threading.Event()
+    rows._threads.submit(busy.wait)
+    rows.prepare(range(5))
+    with ThreadPoolExecutor(1) as caller:
+        assert caller.submit(lambda: rows[0]).result(30).tokens.tobytes() == rows_of(grouped, "train", "code", tmp_path)[0].tokens.tobytes()
+        busy.set()
+    rows._threads.shutdown(wait=True)
+    assert len(list((tmp_path / "verified").iterdir())) == 5  # the others were made ready in their turn
+
+
 def _damage(path: Path, change: Callable[[bytearray], bytes]) -> None:
     path.write_bytes(change(bytearray(path.read_bytes())))
 
@@ -123,6 +135,7 @@ def test_a_missing_shard_is_refused_by_name(copy: Path) -> None:
 @pytest.mark.parametrize(("change", "message"), [
     (lambda d: (d[0] + 1).to_bytes(1, "little") + d[1:], "rows"),
     (lambda d: d[:4] + b"\xff\xff\xff\x7f" + d[8:], "offsets"),
+    (lambda d: d + b"x", "offsets"), (lambda d: d[:-1], "offsets"),
     (lambda d: d.replace(b"doc_lens", b"doc_lenz"), "columns"),
     (lambda d: d.replace(b'{"column', b'{{column'), "settings"),
 ])
@@ -131,8 +144,9 @@ def test_a_shard_that_contradicts_itself_is_refused_though_its_hash_is_right(cop
     import xxhash
 
     _damage(shard(copy), change)
-    right = {"xxh64": xxhash.xxh64_hexdigest(shard(copy).read_bytes())}
-    edit_index(copy, "train", "code", lambda index: index["shards"][0]["raw_data"].update(hashes=right))
+    data = shard(copy).read_bytes()
+    right = {"bytes": len(data), "hashes": {"xxh64": xxhash.xxh64_hexdigest(data)}}
+    edit_index(copy, "train", "code", lambda index: index["shards"][0]["raw_data"].update(right))
     with pytest.raises(DataError, match=rf"shard.00000.mds is damaged: .*{message}"):
         first_row(copy)
 

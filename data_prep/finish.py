@@ -60,12 +60,13 @@ def finish(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats, w
 
 def _write_index(folder: Path, split: str, domain: str, layout: Layout, packed: list[dict[str, Any]]) -> SplitCounts:
     """One index.json over all groups of a domain, and the domain's counts."""
-    shards, sums = [], dict.fromkeys(("documents", "bytes", "tokens", "text_tokens", "rows", "padding_tokens"), 0)
+    shards, most, sums = [], 0, dict.fromkeys(("documents", "bytes", "tokens", "text_tokens", "rows", "padding_tokens"), 0)
     for group, found in zip(layout.groups, packed, strict=True):
         if group.domain != domain:
             continue
         for key in sums:
             sums[key] += found[split][key]
+        most = max(most, found[split]["max_segments"])
         for shard in found[split]["shards"]:
             for data in (shard["raw_data"], shard["zip_data"]):
                 if data:
@@ -76,11 +77,11 @@ def _write_index(folder: Path, split: str, domain: str, layout: Layout, packed: 
                 raise PrepError(f"{path} is not as it was packed; remove {folder.parent} and start again")
             shards.append(shard)
     if not shards:
-        return SplitCounts(**sums, index_sha256="")
+        return SplitCounts(**sums, max_segments=0, index_sha256="")
     index = folder / split / domain / "index.json"
     with atomic_write(index) as file:
         json.dump({"version": 2, "shards": shards}, file, sort_keys=True)
-    return SplitCounts(**sums, index_sha256=sha256_file(index))
+    return SplitCounts(**sums, max_segments=most, index_sha256=sha256_file(index))
 
 
 def _check_sums(plan: Plan, layout: Layout, repeats: Repeats, counts: dict[str, dict[str, SplitCounts]]) -> None:

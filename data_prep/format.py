@@ -74,7 +74,10 @@ class _Record(BaseModel):
 
 
 class SplitCounts(_Record):
-    """One domain of one split. tokens: targets that are predicted, the ends of documents included."""
+    """One domain of one split. tokens: targets that are predicted, the ends of documents included.
+
+    max_segments: the most segments that any row has, padding included; None where the writer did not say.
+    """
 
     documents: int
     bytes: int
@@ -82,6 +85,7 @@ class SplitCounts(_Record):
     text_tokens: int
     rows: int
     padding_tokens: int
+    max_segments: int | None = None
     index_sha256: str
 
 

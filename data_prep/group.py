@@ -147,7 +147,7 @@ class _Rows:
         self.begins = documents.offsets[self.pieces.document] + self.pieces.start
         self.ends = documents.offsets[self.pieces.document] + self.pieces.stop
         self.flags = _flags(self.pieces, documents.lengths)
-        self.text_tokens = 0
+        self.text_tokens = self.max_segments = 0
 
     def write(self, folder: Path, stream: int) -> dict[str, Any]:
         """Write the shards in shuffled order (best-fit makes rows of long documents first) and say what is in them."""
@@ -182,6 +182,7 @@ class _Rows:
         if filled < self.capacity:
             lengths.append(self.capacity - filled)
             flags.append(PADDING)
+        self.max_segments = max(self.max_segments, len(lengths))
         sample = {
             "tokens": tokens.tobytes(), "doc_lens": _encoded(np.array(lengths, dtype=np.uint32)), "doc_flags": _encoded(np.array(flags, dtype=np.uint8)),
             "domain": self.domain, "text_bytes": target_bytes.sum(dtype=np.uint32).tobytes(),
@@ -198,7 +199,7 @@ class _Rows:
             "documents": len(lengths), "bytes": self.documents.bytes, "tokens": int((pieces.lengths - 1).sum()),
             "text_tokens": int(self.text_tokens), "rows": len(self.rows),
             "padding_tokens": len(self.rows) * self.capacity - int(pieces.lengths.sum()),
-            "pieces": len(pieces.start), "cut_documents": int((per_document > 1).sum()), "histogram": length_histogram(lengths).tolist(), "shards": shards,
+            "max_segments": self.max_segments, "pieces": len(pieces.start), "cut_documents": int((per_document > 1).sum()), "histogram": length_histogram(lengths).tolist(), "shards": shards,
         }
 
 

@@ -35,8 +35,13 @@ STAND_INS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def import_streaming() -> types.ModuleType:
-    """The `streaming` module. Also sets LOCAL_WORLD_SIZE, which the deepspeed launcher calls LOCAL_SIZE."""
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    """The `streaming` module. Also sets LOCAL_WORLD_SIZE, which the deepspeed launcher calls LOCAL_SIZE.
+
+    LOCAL_SIZE comes first: the other may be inherited from a process that started this one. A wrong one would have every
+    rank take itself for the first of its machine, and StreamingDataset wait for ever.
+    """
+    if "LOCAL_SIZE" in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     if "streaming" in sys.modules:
         return sys.modules["streaming"]
     with contextlib.ExitStack() as stack:

@@ -54,7 +54,7 @@ def _split(split: str, domain: str, manifest: DatasetManifest, layout: Layout, p
     found = [group[split] for group, planned in zip(packed, layout.groups, strict=True) if planned.domain == domain]
     counts = manifest.splits[split][domain]
     return SplitReport(
-        split=split, domain=domain, **counts.model_dump(exclude={"index_sha256"}), slots=counts.rows * (manifest.sequence_length + 1),
+        split=split, domain=domain, **counts.model_dump(exclude={"max_segments", "index_sha256"}), slots=counts.rows * (manifest.sequence_length + 1),
         pieces=sum(f["pieces"] for f in found), cut_documents=sum(f["cut_documents"] for f in found),
         length_histogram=[sum(column) for column in zip(*(f["histogram"] for f in found), strict=True)],
     )

@@ -33,14 +33,62 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of initialisation and data order")
 
 
-class DataSection(Section):
-    """What is read. The folder is one that `nextpt prep shards` wrote."""
+class StageSection(Section):
+    """A part of the run with a mixture and a context of its own."""
 
-    path: str = Field(description="dataset folder (the one with dataset.json)")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps of the stage; to the end of the run unless given, in the last one only"
+    )
+    mixing: dict[str, float] | None = Field(None, description="domain -> share of samples; data.mixing unless given")
+    sequence_length: int | None = Field(None, ge=2, description="longest context, tokens; data.sequence_length unless given")
+
+
+class DataSection(Section):
+    """What is read. The folder is one that `nextpt prep shards` wrote, or where copies of one are kept."""
+
+    path: str = Field(description="dataset folder (the one with dataset.json); with remote, where copies of its files are kept")
+    remote: str | None = Field(
+        None, description="address of the dataset, s3://BUCKET/FOLDER or another that mosaicml-streaming knows, or a folder"
+    )
+    cache_limit_gib: float | None = Field(
+        None, gt=0, description="most that fetched and unpacked shards may take, GiB; those unused for longest go first"
+    )
+    scratch: str | None = Field(
+        None, description="folder on each machine's own disk, for notes on verified shards and unpacked ones; TMPDIR/nextpt-UID unless given"
+    )
     sequence_length: int = Field(ge=2, description="inputs per row, tokens")
     mixing: dict[str, float] | None = Field(
         None, description="domain -> share of samples; unless given, in proportion to the rows of each domain"
     )
+    stages: list[StageSection] | None = Field(
+        None, description="stages one after another, each {steps, mixing, sequence_length}; later ones may be added while the run goes on"
+    )
+    repeat_caps: dict[str, float] | float | None = Field(
+        None, description="most passes over the rows of a domain in the whole run, by domain or one number for all"
+    )
+    backend: Literal["native", "streaming"] = Field(
+        "native", description="what reads shards: nextpt, or mosaicml-streaming's StreamingDataset"
+    )
+    prefetch_threads: int = Field(
+        1, ge=1, le=64, description="threads that make batches ahead; more take more of the processor for each batch"
+    )
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> DataSection:
+        for number, stage in enumerate(self.stages or ()):
+            key = f"data.stages.{number}"
+            if stage.steps is None and stage is not self.stages[-1]:
+                raise ValueError(f"{key} has no steps; only the last stage may leave them out")
+            if (stage.sequence_length or 0) > self.sequence_length:
+                raise ValueError(f"{key}.sequence_length = {stage.sequence_length} is above data.sequence_length = {self.sequence_length},"
+                                 " the length of the rows; a stage can only shorten the context")
+        if self.stages == []:
+            raise ValueError("data.stages is empty; leave it out or give at least one stage")
+        caps = self.repeat_caps if isinstance(self.repeat_caps, dict) else {"": self.repeat_caps}
+        for name, cap in caps.items():
+            if cap is not None and not (cap > 0 and math.isfinite(cap)):
+                raise ValueError(f"data.repeat_caps{'.' if name else ''}{name} = {cap} must be finite and > 0")
+        return self
 
 
 class RopeScaling(Section):
@@ -274,6 +322,10 @@ class Config(Section):
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(f"train.global_batch_size = {train.global_batch_size} is not a multiple of"
                              f" train.micro_batch_size = {train.micro_batch_size}")
+        stages = self.data.stages
+        if stages and stages[-1].steps is not None and sum(stage.steps for stage in stages) < self.total_steps:
+            raise ValueError(f"data.stages end after {sum(stage.steps for stage in stages)} steps and the run has {self.total_steps};"
+                             " leave out the steps of the last stage, or add one")
         total = self.total_steps * (self.tokens_per_step if schedule.unit == "tokens" else 1)
         if schedule.warmup > total:
             raise ValueError(f"schedule.warmup = {schedule.warmup} {schedule.unit} is longer than the run: {total}")
@@ -286,9 +338,11 @@ class Config(Section):
 
 
 # Keys that may differ when a run is resumed: none changes what the model learns from which data,
-# but train.steps/tokens, which lengthen or shorten the run, and train.precision stays out on purpose.
+# but train.steps/tokens, which lengthen or shorten the run, and data.stages, whose past the loader compares (nextpt/data/plan.py);
+# train.precision stays out on purpose.
 MAY_DIFFER = (
-    "run.dir", "data.path", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
+    "run.dir", "data.path", "data.remote", "data.cache_limit_gib", "data.scratch", "data.stages", "data.repeat_caps", "data.repeat_caps.",
+    "data.backend", "data.prefetch_threads", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
     "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every", "train.peak_tflops",
     "checkpoint.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
 )
@@ -329,7 +383,8 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        for kind in (*kinds, *(inner for kind in kinds for inner in getattr(kind, "__args__", ()))):  # also of lists
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 keys += known_keys(kind, f"{prefix}{name}.")
     return keys

@@ -35,6 +35,14 @@ class Ranks:
         dist.all_gather(parts, padded, group=self._group)
         return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Collective."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor([int(flag)], dtype=torch.int32)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(found.numpy()[0])
+
     def from_first(self, value: Any) -> Any:
         """Rank 0's value on every rank. Collective."""
         return self.gather(value if self.rank == 0 else None)[0]

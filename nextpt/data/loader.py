@@ -2,62 +2,93 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_prep.format import PADDING, DatasetManifest
+from data_prep.format import PADDING
 from nextpt.config import Config
-from nextpt.data.batch import Batch, Row, collate
+from nextpt.data.batch import Batch, Row, blank_row, collate, segments_per_row
+from nextpt.data.dataset import Dataset
 from nextpt.data.order import Order
-from nextpt.data.rows import DomainRows, load_manifest, load_token_bytes
-from nextpt.errors import ConfigError, DataError
+from nextpt.data.plan import ORDER_VERSION, check_repeats, make_plan
+from nextpt.data.rows import Rows
+from nextpt.errors import DataError
 
 AHEAD = 2  # optimizer steps read ahead
+WINDOWS_AHEAD = 2  # windows of shards made ready: the one being read and the next
 
 
 class Loader:
-    """Reads the rows of one rank. One background thread reads ahead: it costs less than worker processes do.
+    """Reads the rows of one rank. Threads make batches ahead, and have shards fetched and verified before those need them.
 
     pin: copy batches into page-locked memory, for a GPU. Raises ConfigError when the dataset is not the one that the
-    config describes, DataError when it is missing or damaged.
+    config describes or the plan breaks a repeat cap, DataError when the dataset is missing or damaged.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, *, pin: bool = False) -> None:
         self.config, self.rank, self.world_size, self.pin = config, rank, world_size, pin
-        root = Path(config.data.path)
-        self.manifest = load_manifest(root)
-        check_dataset(config, self.manifest)
-        self.domains = self.manifest.domains
-        self._token_bytes = load_token_bytes(root, self.manifest.vocab_size)
+        self.dataset = Dataset(config)
+        self.manifest, self.domains = self.dataset.manifest, self.dataset.domains
         self._weights = np.array([config.objective.domain_weights.get(d, 1.0) for d in self.domains], dtype=np.float32)
-        self._train = [DomainRows(root, self.manifest, "train", d) for d in self.domains]
-        self._heldout = [DomainRows(root, self.manifest, "heldout", d) for d in self.domains]
-        counts = [len(rows) for rows in self._train]
-        mixing = config.data.mixing
-        shares = [mixing.get(d, 0.0) for d in self.domains] if mixing else [float(n) for n in counts]
-        self._order = Order(counts, shares, config.run.seed)
+        counts = [int(samples.sum()) for samples in self.dataset.samples]
+        self.plan = make_plan(config, self.domains, counts)
+        self._order = Order(self.plan, self.dataset.samples)
+        check_repeats(config, self.domains, counts, self._order.given(config.total_steps * config.train.global_batch_size))
+        shortest = min(stage.sequence_length for stage in self.plan.stages)
+        self._segments = segments_per_row(self.manifest.sequence_length, shortest, self.dataset.max_segments())
         self.wait_seconds = 0.0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        # StreamingDataset is asked by one thread: its cache is not meant for several.
+        threads = config.data.prefetch_threads if config.data.backend == "native" else 1
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
+        self._window: dict[int, tuple[int, int]] = {}  # domain -> samples of it for which shards were last made ready
+        self._window_lock = threading.Lock()
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all that the order of rows is a function of."""
-        return self._order.fingerprint(self.manifest.fingerprint)
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps keeps: the position, and what it is a position in."""
+        position = step * self.config.train.global_batch_size
+        return {
+            "position": position, "order_version": ORDER_VERSION, "dataset": self.manifest.fingerprint,
+            "plan": self.plan.hash, "plan_before": self.plan.prefix_hash(position),
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse to go on from a state of other data: the samples before its position would not be those of this run.
+
+        Stages after the position may differ. Raises DataError that says what differs.
+        """
+        if "order_version" not in state:
+            raise DataError("it was saved by an older nextpt, whose order of samples was another")
+        position, changed = state["position"], []
+        if state["order_version"] != ORDER_VERSION:
+            changed.append(f"the version of the order of samples ({state['order_version']} -> {ORDER_VERSION}, by another nextpt)")
+        if state["dataset"] != self.manifest.fingerprint:
+            changed.append(f"the dataset (fingerprint {state['dataset'][:12]} -> {self.manifest.fingerprint[:12]})")
+        elif state["plan_before"] != self.plan.prefix_hash(position):
+            changed.append(f"the plan before sample {position} (data.mixing, data.stages, run.seed; later stages may change)")
+        if changed:
+            raise DataError("changed since: " + " and ".join(changed))
 
     def step_batches(self, step: int) -> list[Batch]:
-        """The micro-batches of this rank for the step-th optimizer step, counted from 0."""
+        """The micro-batches of this rank for the step-th optimizer step, counted from 0.
+
+        Raises DataError when one of its shards cannot be read; steps before are not disturbed by what is read ahead.
+        """
         started = time.monotonic()
+        for old in [s for s in self._ahead if not step <= s <= step + AHEAD]:
+            self._ahead.pop(old).cancel()
         for wanted in range(step, step + 1 + AHEAD):
             if wanted not in self._ahead:
-                self._ahead[wanted] = self._thread.submit(self._read_step, wanted)
-        batches = self._ahead.pop(step).result()
-        self.wait_seconds += time.monotonic() - started
-        return batches
+                self._ahead[wanted] = self._threads.submit(self._read_step, wanted)
+        try:
+            return self._ahead.pop(step).result()
+        finally:
+            self.wait_seconds += time.monotonic() - started
 
     def positions(self, step: int) -> list[range]:
         """Global positions of this rank's rows at a step (from 0), one range per micro-batch."""
@@ -70,61 +101,48 @@ class Loader:
     def validation_batches(self, domain: int, rows: int) -> Iterator[Batch]:
         """This rank's share of the first `rows` held-out rows of a domain; every rank gets the same number of batches.
 
-        Places past the last row are filled with padding, which no sum counts.
+        Places past the last row are filled with padding, which no sum counts. The context is always the whole row.
         """
-        available, size = self._heldout[domain], self.config.train.micro_batch_size
+        available, size = self.dataset.rows["heldout"][domain], self.config.train.micro_batch_size
         rows = min(rows, len(available))
         for first in range(0, rows, size * self.world_size):
             start = first + self.rank * size
-            indices = range(start, start + size)
-            yield self._thread.submit(self._collate_indices, available, domain, indices, rows).result()
+            yield self._threads.submit(self._heldout_batch, available, domain, range(start, start + size), rows).result()
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.dataset.close()
 
     def _read_step(self, step: int) -> list[Batch]:
-        return [self._collate([self._read(p) for p in positions]) for positions in self.positions(step)]
+        parts = [self._order.nths(positions.start, positions.stop) for positions in self.positions(step)]
+        domains, nths = (np.concatenate(column) for column in zip(*parts, strict=True))
+        self._look_ahead(domains, nths)
+        rows, train = self._order.rows(domains, nths).tolist(), self.dataset.rows["train"]
+        context = self._order.sequence_length(step * self.config.train.global_batch_size)
+        return self._collate([train[domain][row] for domain, row in zip(domains.tolist(), rows, strict=True)], context)
 
-    def _read(self, position: int) -> Row:
-        domain, row = self._order[position]
-        return self._train[domain][row]
+    def _look_ahead(self, domains: np.ndarray, nths: np.ndarray) -> None:
+        """Have the shards made ready of the window that a domain has come to, and of the next."""
+        for domain in np.unique(domains).tolist():
+            nth = int(nths[domains == domain][-1])
+            with self._window_lock:
+                begin, end = self._window.get(domain, (0, 0))
+                if begin <= nth < end:
+                    continue
+                shards, end = self._order.domains[domain].shards_ahead(nth, WINDOWS_AHEAD)
+                self._window[domain] = (nth, end)
+            self.dataset.rows["train"][domain].prepare(shards)
 
-    def _collate_indices(self, source: DomainRows, domain: int, indices: range, stop: int) -> Batch:
-        return self._collate([source[i] if i < stop else self._blank(domain) for i in indices])
+    def _heldout_batch(self, source: Rows, domain: int, indices: range, stop: int) -> Batch:
+        length = self.manifest.sequence_length
+        return self._collate([source[i] if i < stop else blank_row(length + 1, domain) for i in indices], length)[0]
 
-    def _blank(self, domain: int) -> Row:
-        length = self.manifest.sequence_length + 1
-        return Row(np.zeros(length, np.int64), np.array([length]), np.array([PADDING]), domain)
-
-    def _collate(self, rows: list[Row]) -> Batch:
-        if self.config.objective.token_weights and any(r.token_weights is None and not r.doc_flags[0] & PADDING for r in rows):
-            raise DataError(f"objective.token_weights is set, and {self.config.data.path} has no token_weights column")
+    def _collate(self, rows: list[Row], context: int) -> list[Batch]:
         if not self.config.objective.token_weights:
-            rows = [Row(r.tokens, r.doc_lens, r.doc_flags, r.domain) for r in rows]
-        batch = collate(rows, self._token_bytes, self._weights)
-        return batch.pinned() if self.pin else batch
-
-
-def check_dataset(config: Config, manifest: DatasetManifest) -> None:
-    """Raise ConfigError when the dataset does not fit the config."""
-    path, data = config.data.path, config.data
-    if manifest.sequence_length != data.sequence_length:
-        raise ConfigError(f"data.sequence_length = {data.sequence_length}, but the rows of {path} hold {manifest.sequence_length}; "
-                        "change the key or prepare the data again")
-    if manifest.vocab_size != config.model.vocab_size:
-        raise ConfigError(f"model.vocab_size = {config.model.vocab_size}, but the tokenizer of {path} has {manifest.vocab_size} "
-                        f"tokens; set model.vocab_size={manifest.vocab_size}")
-    for key, names in (("data.mixing", data.mixing or {}), ("objective.domain_weights", config.objective.domain_weights)):
-        for name in names:
-            if name not in manifest.domains:
-                raise ConfigError(f"{key} names domain {name!r}; {path} has {', '.join(manifest.domains)}")
-    if data.mixing is None:
-        return
-    for name, share in data.mixing.items():
-        if not (share >= 0 and share < float("inf")):
-            raise ConfigError(f"data.mixing.{name} = {share} must be finite and >= 0")
-        if share > 0 and not manifest.splits["train"][name].rows:
-            raise ConfigError(f"data.mixing.{name} = {share}, but {path} has no training rows of it")
-    if not any(data.mixing.values()):
-        raise ConfigError("data.mixing gives every domain the share 0; one must be above")
+            rows = [row._replace(token_weights=None) if row.token_weights is not None else row for row in rows]
+        elif any(row.token_weights is None and not row.doc_flags[0] & PADDING for row in rows):
+            raise DataError(f"objective.token_weights is set, and {self.config.data.path} has no token_weights column")
+        size = self.config.train.micro_batch_size
+        batches = collate(rows, size, self.dataset.token_bytes, self._weights, segments=self._segments, context=context)
+        return [batch.pinned() for batch in batches] if self.pin else batches

@@ -1,74 +1,101 @@
-"""The global order of rows: a pure function of (seed, mixing, rows per domain, position).
+"""The global order of rows: a pure function of (seed, plan, rows per shard, position).
 
-Positions 0, 1, 2, ... are the rows in the order in which training sees them, whatever the number of ranks, the
+Positions 0, 1, 2, ... are the samples in the order in which training sees them, whatever the number of ranks, the
 micro-batch size or the number of reading threads; those only slice it.
 
-Positions are cut into blocks of `BLOCK`. In each block domain d has floor(BLOCK share_d) places and at most one more:
-the places left over are dealt by systematic sampling at an offset that moves by the golden ratio from block to block,
-so shares are exact in the long run and nearly so in every block. Which places they are is a permutation drawn from
-(seed, block). The k-th row that a domain ever gives is row permutation[k mod N] of pass k div N, a permutation drawn
-from (seed, domain, pass): no row comes a second time before all others of its domain have come once.
+    position g  ->  stage s that holds it, block (g - start_s) div BLOCK of that stage, place within the block
+    block       ->  how many samples of each domain it holds and all before it held (mixture.py), in integers; which
+                    places they have is a permutation drawn from (seed, stage, block)
+    k-th sample that the domain ever gives, over all stages  ->  row (passes.py)
+
+Every arrow is found without looking at any other position: nothing has to be replayed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import lru_cache
 
 import numpy as np
 
-BLOCK = 4096
-GOLDEN = (5**0.5 - 1) / 2  # multiples of it fill [0, 1) most evenly
+from nextpt.data.draw import permutation
+from nextpt.data.mixture import BLOCK, Mixture
+from nextpt.data.passes import DomainOrder
+from nextpt.data.plan import Plan
+
+BLOCKS = 0  # stream of the draws for blocks; domain d has stream 1 + d
 
 
 class Order:
-    """Order over domains with `rows[d]` rows each, mixed by `shares[d]` (they are normalised; 0 leaves a domain out)."""
+    """Order over domains; `samples[d]`: int [shards], rows in each shard of domain d."""
 
-    def __init__(self, rows: list[int], shares: list[float], seed: int) -> None:
-        total = sum(shares)
-        self.rows, self.seed = list(rows), seed
-        self.shares = [share / total for share in shares]
-        self._block = lru_cache(maxsize=4)(self._draw_block)
-        self._pass = lru_cache(maxsize=4 * len(rows))(self._draw_pass)
+    def __init__(self, plan: Plan, samples: list[np.ndarray]) -> None:
+        self.plan = plan
+        self.domains = [DomainOrder(counts, plan.seed, 1 + d) for d, counts in enumerate(samples)]
+        self._mixtures = [Mixture(stage.weights) for stage in plan.stages]
+        self._block = lru_cache(maxsize=8)(self._draw_block)
+        # Samples of each domain before each stage; stages seldom end with a block.
+        self._bases = [np.zeros(len(samples), np.int64)]
+        for number, (stage, following) in enumerate(zip(plan.stages, plan.stages[1:])):
+            self._bases.append(self._given(number, following.start - stage.start))
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(domain, row of that domain) at a global position >= 0."""
-        domains, counts = self._block(position // BLOCK)
-        place = position % BLOCK
-        domain, nth = int(domains[place]), int(counts[place])
-        return domain, int(self._pass(domain, nth // self.rows[domain])[nth % self.rows[domain]])
+        """(domain, row of that domain) at a position >= 0."""
+        domains, rows = self.locate(position, position + 1)
+        return int(domains[0]), int(rows[0])
 
-    def given(self, blocks: int) -> np.ndarray:
-        """int64 [domains]: rows given by each domain in the first `blocks` blocks; sums to blocks * BLOCK."""
-        return self._amounts(np.arange(blocks)).sum(axis=0)
+    def locate(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(domain int64, row of it int64) of positions first..stop-1."""
+        domains, nths = self.nths(first, stop)
+        return domains, self.rows(domains, nths)
 
-    def _amounts(self, blocks: np.ndarray) -> np.ndarray:
-        """int64 [blocks, domains]: places of each domain in each of the given blocks; rows sum to BLOCK."""
-        exact = np.array(self.shares) * BLOCK
-        whole = np.floor(exact + 1e-9).astype(np.int64)
-        edges = np.concatenate(([0.0], np.cumsum(exact - whole)))
-        edges[-1] = BLOCK - whole.sum()
-        offsets = np.mod((blocks + 1) * GOLDEN, 1.0)
-        return whole + np.diff(np.ceil(edges - offsets[:, None]), axis=1).astype(np.int64)
-
-    def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(domain of each place, how many rows that domain gave before it), int64 [BLOCK] each."""
-        amounts = self._amounts(np.array([block]))[0]
-        domains = np.repeat(np.arange(len(self.rows)), amounts)[self._generator(0, block).permutation(BLOCK)]
-        counts = np.empty(BLOCK, dtype=np.int64)
-        for domain, start in enumerate(self.given(block)):
+    def rows(self, domains: np.ndarray, nths: np.ndarray) -> np.ndarray:
+        """int64 [n]: rows that belong to what `nths` returned, for positions that rise."""
+        rows = np.empty(len(domains), np.int64)
+        for domain in np.unique(domains):
             places = np.flatnonzero(domains == domain)
-            counts[places] = start + np.arange(len(places))
-        return domains, counts
+            rows[places] = self.domains[domain].rows(nths[places])
+        return rows
 
-    def _draw_pass(self, domain: int, number: int) -> np.ndarray:
-        return self._generator(1 + domain, number).permutation(self.rows[domain])
+    def nths(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(domain int64, how many samples that domain gave before int64) of positions first..stop-1."""
+        parts = []
+        while first < stop:
+            number = self.plan.stage_at(first)
+            start, end = self.plan.stages[number].start, self._end(number)
+            block, place = divmod(first - start, BLOCK)
+            upto = min(stop, start + (block + 1) * BLOCK, stop if end is None else end)
+            domains, nths = self._block(number, block)
+            parts.append((domains[place : place + upto - first], nths[place : place + upto - first]))
+            first = upto
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
-    def _generator(self, stream: int, number: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, stream], counter=[0, 0, 0, number]))
+    def given(self, position: int) -> list[int]:
+        """Samples of each domain at all positions before this one."""
+        number = self.plan.stage_at(position)
+        return self._given(number, position - self.plan.stages[number].start).tolist()
 
-    def fingerprint(self, dataset: str) -> str:
-        """Hash of everything the order is a function of, the dataset's own fingerprint included."""
-        inputs = json.dumps([dataset, self.seed, self.rows, self.shares, BLOCK])
-        return hashlib.sha256(inputs.encode()).hexdigest()
+    def sequence_length(self, position: int) -> int:
+        """Longest context of the stage that a position belongs to, tokens."""
+        return self.plan.stages[self.plan.stage_at(position)].sequence_length
+
+    def _end(self, stage: int) -> int | None:
+        return self.plan.stages[stage + 1].start if stage + 1 < len(self.plan.stages) else None
+
+    def _given(self, stage: int, samples: int) -> np.ndarray:
+        """int64 [domains]: samples of each before the `samples`-th of a stage."""
+        block, place = divmod(samples, BLOCK)
+        whole = self._bases[stage] + self._mixtures[stage].before(block)
+        return whole + np.bincount(self._block(stage, block)[0][:place], minlength=len(whole))
+
+    def _draw_block(self, stage: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(domain of each place, how many samples that domain gave before it), int64 [BLOCK] each."""
+        mixture = self._mixtures[stage]
+        amounts = mixture.amounts(block)
+        # Place p of the block has slot shuffled[p]; slots are sorted by domain.
+        shuffled = permutation(BLOCK, self.plan.seed, BLOCKS, (stage, block, 0))
+        domains = np.repeat(np.arange(len(amounts)), amounts)[shuffled]
+        by_domain = np.argsort(domains, kind="stable")
+        nths = np.empty(BLOCK, np.int64)
+        firsts = self._bases[stage] + mixture.before(block) - (np.cumsum(amounts) - amounts)
+        nths[by_domain] = np.repeat(firsts, amounts) + np.arange(BLOCK)
+        return domains, nths

@@ -1,7 +1,8 @@
 """Per-domain sums of nats, tokens and bytes; every figure is a ratio of such sums, never a mean of ratios.
 
-Only text counts: a target that stands for no bytes (start and end of document) is left out of all three sums, so
-`bpb_text` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into tokens.
+Only text counts: the nats and the number of special tokens (start and end of document) are left out, the bytes are those of all
+text, so `bpb_text` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into tokens. Where a tokenizer
+changes text, a text token may stand for no bytes and the end of a document for some (spaces that were stripped).
 """
 
 from __future__ import annotations
@@ -48,10 +49,9 @@ class DomainSums:
         self.domains = domains
         self.sums = torch.zeros(len(domains), 3, dtype=torch.float64, device=device)
 
-    def add(self, nats: Tensor, target_bytes: Tensor, domain_ids: Tensor) -> None:
-        """nats, target_bytes [B, T] (0 bytes: not text); domain_ids [B]."""
-        text = target_bytes > 0
-        columns = (nats.double() * text, text.double(), target_bytes.double())
+    def add(self, nats: Tensor, target_bytes: Tensor, is_text: Tensor, domain_ids: Tensor) -> None:
+        """nats, target_bytes, is_text [B, T], bytes 0 where no target is predicted; domain_ids [B]."""
+        columns = (nats.double() * is_text, is_text.double(), target_bytes.double())
         self.sums.index_add_(0, domain_ids, torch.stack([column.sum(dim=1) for column in columns], dim=1))
 
     def figures(self) -> dict[str, Figures]:

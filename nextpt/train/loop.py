@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config
 from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums, figures_json
@@ -17,6 +18,7 @@ from nextpt.objective import Loss, local_weight_sum
 from nextpt.train.engine import Engine
 from nextpt.train.hardware import memory_in_use, peak_flops
 from nextpt.train.schedule import learning_rate
+from nextpt.train.together import on_all
 
 
 @dataclass
@@ -35,9 +37,9 @@ class Trainer:
     does something with them; computing them is collective).
     """
 
-    def __init__(self, config: Config, engine: Engine, loader: Loader, save: Callable[[int], CheckpointEvent],
+    def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks, save: Callable[[int], CheckpointEvent],
                  emit: Callable[[Event], None]) -> None:
-        self.config, self.engine, self.loader, self.domains = config, engine, loader, loader.domains
+        self.config, self.engine, self.loader, self.ranks, self.domains = config, engine, loader, ranks, loader.domains
         self.save, self.emit = save, emit
         self.flops_per_token = count(config).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
@@ -64,13 +66,17 @@ class Trainer:
         return Clock(time.monotonic(), step, self.loader.wait_seconds)
 
     def train_step(self, step: int) -> tuple[DomainSums, list[Loss]]:
-        """One optimizer step; nothing here waits for the device."""
-        batches = [batch.to(self.engine.device) for batch in self.loader.step_batches(step - 1)]
+        """One optimizer step; nothing here waits for the device.
+
+        Raises UserError on every rank when the batches of one cannot be read.
+        """
+        read = on_all(self.ranks, lambda: self.loader.step_batches(step - 1))
+        batches = [batch.to(self.engine.device) for batch in read]
         weights = self.engine.all_sum(local_weight_sum(batches))
         losses = self.engine.step(batches, weights, learning_rate(self.config, step))
         sums = DomainSums(self.domains, self.engine.device)
         for batch, loss in zip(batches, losses, strict=True):
-            sums.add(loss.nats, batch.target_bytes, batch.domain_ids)
+            sums.add(loss.nats, batch.target_bytes, batch.is_text, batch.domain_ids)
         return sums, losses
 
     def log(self, step: int, sums: DomainSums, losses: list[Loss], clock: Clock) -> None:
@@ -101,9 +107,10 @@ class Trainer:
         config = self.config
         with self.engine.evaluating() as module:
             for domain in range(len(self.domains)):
-                for batch in self.loader.validation_batches(domain, config.validation.rows):
+                batches = self.loader.validation_batches(domain, config.validation.rows)
+                while (batch := on_all(self.ranks, lambda: next(batches, None))) is not None:
                     batch = batch.to(self.engine.device)
-                    sums.add(module(batch, 1.0).nats, batch.target_bytes, batch.domain_ids)
+                    sums.add(module(batch, 1.0).nats, batch.target_bytes, batch.is_text, batch.domain_ids)
         self.engine.all_sum(sums.sums)
         self.emit(ValidationEvent(step, step * config.tokens_per_step, **figures_json(sums)))
 

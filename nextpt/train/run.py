@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -30,8 +30,8 @@ from nextpt.train.environment import describe_start, place, record_start, versio
 from nextpt.train.loop import Trainer
 from nextpt.train.memory import loss_chunking
 from nextpt.train.randomness import get_rng, set_rng
+from nextpt.train.together import on_all, on_first
 
-T = TypeVar("T")
 OpenTrackers = Callable[[Config, int], list[Listener]]
 
 
@@ -44,9 +44,9 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     device = start_distributed()
     ranks = Ranks()
     config.accumulation_steps(ranks.world_size)
-    loader = _on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
+    loader = on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
     checkpoints = config.run_dir / "checkpoints"
-    _on_first(ranks, lambda: _check_run_folder(config))
+    on_first(ranks, lambda: _check_run_folder(config))
     checkpoint = choose(checkpoints, config.checkpoint.resume, ranks, lambda text: _say(ranks, text))
     first_step = checkpoint.step + 1 if checkpoint else 1
     if checkpoint:
@@ -63,8 +63,8 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
         resume(engine, checkpoint, ranks)
         _say(ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}")
     places = ranks.gather(place(device))
-    _on_first(ranks, lambda: _open_run_folder(config, describe_start(config, places, first_step)))
-    listeners = _on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
+    on_first(ranks, lambda: _open_run_folder(config, describe_start(config, places, first_step)))
+    listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
     def save_step(step: int) -> CheckpointEvent:
         started = time.monotonic()
@@ -76,7 +76,7 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
             listener.on_event(event)
 
     try:
-        Trainer(config, engine, loader, save_step, emit).run(first_step)
+        Trainer(config, engine, loader, ranks, save_step, emit).run(first_step)
     finally:
         loader.close()
         for listener in listeners:
@@ -121,7 +121,7 @@ def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:
         "step": step,
         "tokens": step * config.tokens_per_step,
         "config": config.model_dump(mode="json"),
-        "data": {"fingerprint": loader.fingerprint, "position": step * config.train.global_batch_size},
+        "data": loader.state(step),
         "versions": versions(),
     }
 
@@ -138,11 +138,16 @@ def _check_run_folder(config: Config) -> None:
 
 
 def _check_data(config: Config, checkpoint: Checkpoint, loader: Loader) -> None:
-    if checkpoint.state["data"]["fingerprint"] != loader.fingerprint and not config.checkpoint.accept_changed_data:
-        error = DataError(f"the data of {checkpoint.folder} is not that of {config.data.path} (another dataset or order); "
-                          "give the old data.path, or checkpoint.accept_changed_data=true to train on it all the same")
-        error.every_rank = False
-        raise error
+    """Refuse a checkpoint of other data, unless the person has said so."""
+    if config.checkpoint.accept_changed_data:
+        return
+    try:
+        loader.check_state(checkpoint.state["data"])
+    except DataError as error:
+        refusal = DataError(f"the data of {checkpoint.folder} is not that of {config.data.path}: {error}; give the old data, "
+                            "or checkpoint.accept_changed_data=true to train on with this all the same")
+        refusal.every_rank = False
+        raise refusal from None
 
 
 def _open_run_folder(config: Config, started: dict[str, Any]) -> None:
@@ -161,26 +166,6 @@ def _listeners(config: Config, first_step: int, open_trackers: OpenTrackers) -> 
     trackers = open_trackers(config, first_step)
     files = [MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1)] if config.trackers.jsonl else []
     return [*files, *trackers, ConsoleListener(first_step, config.last_step)]
-
-
-def _on_all(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Run on every rank; when one fails all raise the message of the first, and one of them prints it. Collective."""
-    result, failure = None, None
-    try:
-        result = action()
-    except UserError as error:
-        failure = str(error)
-    except OSError as error:
-        failure = f"{error.filename}: {error.strerror}; is the disk full or the folder not writable?"
-    for rank, message in enumerate(ranks.gather(failure)):
-        if message:
-            raise UserError(message if rank == 0 else f"rank {rank}: {message}")
-    return result  # type: ignore[return-value]
-
-
-def _on_first(ranks: Ranks, action: Callable[[], None]) -> None:
-    """Run on rank 0; all ranks raise what it raised. Collective."""
-    _on_all(ranks, action if ranks.rank == 0 else lambda: None)
 
 
 def _say(ranks: Ranks, text: str) -> None:

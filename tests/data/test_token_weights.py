@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep.files import canonical_json, sha256_file
-from data_prep.format import columns
-from data_prep.streaming_compat import import_streaming
 from nextpt.data.loader import Loader
-from nextpt.data.rows import DomainRows, load_manifest
+from nextpt.errors import DataError
 from tests.support.datasets import tiny
+from tests.support.layouts import rewrite
 
 
 @pytest.fixture(scope="module")
 def weighted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset with weights: 2 for tokens of even id, 0.5 for odd ones."""
-    import_streaming()
-    from streaming import MDSWriter
-
-    folder = tmp_path_factory.mktemp("weighted") / "shards"
-    shutil.copytree(dataset, folder)
-    manifest = load_manifest(folder)
-    layout = columns(manifest.sequence_length, manifest.vocab_size)
-    layout["token_weights"] = f"ndarray:float32:{manifest.sequence_length + 1}"
-    raw = json.loads((folder / "dataset.json").read_text())
-    for index, domain in enumerate(manifest.domains):
-        rows = DomainRows(dataset, manifest, "train", domain)
-        shutil.rmtree(folder / "train" / domain)
-        writer = MDSWriter(columns=layout, out=str(folder / "train" / domain), hashes=["xxh64"])
-        for row in (rows[i] for i in range(len(rows))):
-            weights = np.where(row.tokens % 2, 0.5, 2.0).astype(np.float32)
-            writer.write({"tokens": row.tokens, "doc_lens": row.doc_lens, "doc_flags": row.doc_flags,
-                          "domain": np.uint16(index), "text_bytes": np.uint32(0), "token_weights": weights})
-        writer.finish()
-        raw["splits"]["train"][domain]["index_sha256"] = sha256_file(folder / "train" / domain / "index.json")
-    (folder / "dataset.json").write_text(canonical_json(raw))
-    return folder
+    return rewrite(dataset, tmp_path_factory.mktemp("weighted") / "shards", extra={"token_weights": "ndarray:float32:65"},
+                   change=lambda s: s | {"token_weights": np.where(s["tokens"] % 2, 0.5, 2.0).astype(np.float32)})
 
 
 @pytest.mark.parametrize("used", [True, False])
@@ -53,3 +30,12 @@ def test_weights_of_the_shards_reach_the_batch_where_asked_for(weighted: Path, u
         expected = np.where(batch.targets >= 0, factor * own, 0.0)
         np.testing.assert_allclose(batch.token_weights.numpy(), expected)
     loader.close()
+
+
+def test_weights_that_are_not_there_are_refused_but_places_past_the_last_row_need_none(dataset: Path, weighted: Path) -> None:
+    train = {"global_batch_size": 12, "micro_batch_size": 4}
+    with pytest.raises(DataError, match="no token_weights column"):
+        Loader(tiny(dataset, Path("unused"), objective={"token_weights": True}), 0, 1).step_batches(0)
+    loader = Loader(tiny(weighted, Path("unused"), objective={"token_weights": True}, train=train), 2, 3)
+    (batch,) = loader.validation_batches(0, 3)  # all three rows are rank 0's
+    assert float(batch.token_weights.sum()) == 0 and (batch.targets < 0).all()

@@ -18,7 +18,7 @@ def outcome(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     other = make_dataset(Path(sysconfig.get_path("stdlib")) / "asyncio", root / "other", vocab_size=512)
     damaged = root / "damaged"
     shutil.copytree(dataset, damaged)
-    shard = damaged / "train" / "code" / "shard.00000.mds"
+    shard = damaged / "train" / "code" / "g00000" / "shard.00000.mds"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)

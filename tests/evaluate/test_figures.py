@@ -77,11 +77,19 @@ def test_sums_count_text_only_and_keep_domains_apart() -> None:
     sums = DomainSums(["a", "b", "empty"], torch.device("cpu"))
     nats = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     target_bytes = torch.tensor([[3, 0, 1], [2, 2, 0]])
-    sums.add(nats, target_bytes, torch.tensor([1, 0]))
-    sums.add(nats, target_bytes, torch.tensor([0, 0]))
+    is_text = torch.tensor([[True, False, True], [True, True, False]])
+    sums.add(nats, target_bytes, is_text, torch.tensor([1, 0]))
+    sums.add(nats, target_bytes, is_text, torch.tensor([0, 0]))
     found = sums.figures()
     assert found == {"a": Figures(6, 12, 53.0), "b": Figures(2, 4, 5.0)}
     assert set(figures_json(sums)["domains"]) == {"a", "b"} and sums.total() == Figures(8, 16, 58.0)
+
+
+def test_text_of_no_bytes_counts_and_bytes_of_an_end_do_too() -> None:
+    """Of a tokenizer that changes text: the second token stands for nothing, the third ends the document and two stripped spaces."""
+    sums = DomainSums(["a"], torch.device("cpu"))
+    sums.add(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[3, 0, 2]]), torch.tensor([[True, True, False]]), torch.tensor([0]))
+    assert sums.figures() == {"a": Figures(2, 5, 3.0)}
 
 
 def test_compressors_are_measured_on_the_same_bytes() -> None:

@@ -44,12 +44,13 @@ def _resident(field: str) -> int:
 
 
 def _train(config: Config, steps: int) -> None:
+    from nextpt.checkpoint.ranks import Ranks
     from nextpt.data.loader import Loader
     from nextpt.train.engine import Engine
     from nextpt.train.loop import Trainer
 
     loader = Loader(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    trainer = Trainer(config, Engine(config, torch.device("cpu")), loader, lambda step: None, lambda event: None)
+    trainer = Trainer(config, Engine(config, torch.device("cpu")), loader, Ranks(), lambda step: None, lambda event: None)
     for step in range(1, steps + 1):
         trainer.train_step(step)
     loader.close()

@@ -1,0 +1,93 @@
+"""Rows read by mosaicml-streaming itself: data.backend = streaming.
+
+The order stays ours; StreamingDataset serves as a store that is asked for sample i. So both backends give the same samples in the
+same order, each can be checked against the other, and StreamingDataset's traps are out of reach:
+
+- Its own iteration, with its worker processes, locks per sample and state without a fingerprint, is not used; the state of a
+  run is our position whichever backend reads. Everything its order depends on is set all the same, never left to defaults.
+- It needs LOCAL_WORLD_SIZE, which deepspeed does not set (import_streaming does).
+- cache_limit deletes shards that have no remote: refused without data.remote.
+- It verifies a hash only when it downloads or unpacks; what lies on the disk is verified by our store first.
+- It refuses a folder that another StreamingDataset of the machine names, so two runs cannot share one; the native backend can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from data_prep.streaming_compat import import_streaming
+from nextpt.config import Config
+from nextpt.data.batch import Row
+from nextpt.data.store import ShardStore
+from nextpt.errors import ConfigError, DataError
+
+
+def open_split(config: Config, stores: list[ShardStore]) -> Any:
+    """A StreamingDataset over the domains of a split that have rows, one after another; None when none has. Collective.
+
+    Raises ConfigError for settings that would lose data.
+    """
+    import_streaming()
+    from streaming import Stream, StreamingDataset
+
+    if config.data.cache_limit_gib and not config.data.remote:
+        raise ConfigError("data.cache_limit_gib without data.remote: StreamingDataset would delete the only copy of each shard; "
+                          "leave it out")
+    stores = [store for store in stores if len(store.index)]
+    if not stores:
+        return None
+    remote = config.data.remote.rstrip("/") if config.data.remote else None
+    streams = [Stream(remote=f"{remote}/{store.place}" if remote else None, local=str(store.folder)) for store in stores]
+    limit = int(config.data.cache_limit_gib * 2**30) if config.data.cache_limit_gib else None
+    try:
+        return StreamingDataset(
+            streams=streams, validate_hash="xxh64", keep_zip=False, cache_limit=limit, batch_size=config.train.micro_batch_size,
+            predownload=config.train.micro_batch_size,
+            num_canonical_nodes=1, shuffle=False, shuffle_algo="py1e", shuffle_seed=config.run.seed, shuffle_block_size=2**18,
+            sampling_method="balanced", partition_algo="relaxed", batching_method="random", allow_unsafe_types=False,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise DataError(f"StreamingDataset cannot open {config.data.path}: {' '.join(str(error).split())}") from error
+
+
+class StreamingRows:
+    """Rows of one domain out of a split's StreamingDataset. first: its sample that is the domain's row 0."""
+
+    def __init__(self, store: ShardStore, domain: int, dataset: Any, first: int) -> None:
+        self._store, self._domain, self._dataset, self._first = store, domain, dataset, first
+        self._starts = np.concatenate(([0], np.cumsum(store.index.samples)))
+        self._verified: set[int] = set()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        name = self._store.index[shard].raw.name
+        if shard not in self._verified and (self._store.folder / name).exists():
+            self._store.ready(shard)
+            self._verified.add(shard)
+        try:
+            sample = self._dataset[self._first + index]
+        except Exception as error:  # noqa: BLE001 - it raises whatever its stores raise
+            raise DataError(f"{self._store.folder}/{name}: StreamingDataset: {' '.join(str(error).split())}") from error
+        return Row(sample["tokens"], sample["doc_lens"], sample["doc_flags"], self._domain,
+                   sample.get("token_weights"), sample.get("target_bytes"))
+
+    def prepare(self, shards: Iterable[int]) -> None:
+        """Nothing: StreamingDataset fetches a shard when it is asked for a row of it."""
+
+
+def streaming_rows(config: Config, stores: list[ShardStore], threads: ThreadPoolExecutor) -> list[StreamingRows]:
+    """Rows of every domain of a split. Collective. threads: not used."""
+    dataset, first, found = open_split(config, stores), 0, []
+    for domain, store in enumerate(stores):
+        found.append(StreamingRows(store, domain, dataset, first))
+        first += len(found[-1])
+    return found

@@ -1,0 +1,155 @@
+"""mosaicml-streaming as the reader and as an oracle: both backends give the same samples."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.streaming_compat import import_streaming
+from nextpt.data.loader import Loader
+from nextpt.errors import ConfigError, DataError
+from tests.support.datasets import tiny
+from tests.support.layouts import rewrite, rows_of
+
+
+@pytest.fixture(scope="module")
+def packed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rewrite(dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_rows=40)
+
+
+@pytest.fixture(scope="module")
+def grouped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rewrite(dataset, tmp_path_factory.mktemp("grouped") / "d", shard_rows=40)
+
+
+@pytest.fixture(autouse=True)
+def leave_no_shared_memory() -> Iterator[None]:
+    """StreamingDataset refuses a folder that another one of the process still names."""
+    import gc
+
+    yield
+    gc.collect()
+
+
+def open_loader(path: Path, backend: str, **data: Any) -> Loader:
+    stages = [{"steps": 9, "mixing": {"code": 0.4, "prose": 0.6}}, {"sequence_length": 16}]
+    return Loader(tiny(path, Path("unused"), data={"backend": backend, "stages": stages} | data, train={"steps": 40}), 0, 1)
+
+
+def batches(loader: Loader) -> list[dict[str, torch.Tensor]]:
+    found = [vars(b) for step in range(20) for b in loader.step_batches(step)]
+    found += [vars(b) for domain in (0, 1) for b in loader.validation_batches(domain, 5)]
+    loader.close()
+    return found
+
+
+def assert_equal(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> None:
+    assert len(a) == len(b) > 80
+    for x, y in zip(a, b, strict=True):
+        assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+@pytest.mark.parametrize("layout", ["dataset", "grouped", "packed"])
+def test_both_backends_give_the_same_batches(request: pytest.FixtureRequest, layout: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(layout), tmp_path / "d"))  # streaming unpacks beside the packed shards
+    expected = batches(open_loader(folder, "native"))
+    assert_equal(batches(open_loader(folder, "streaming")), expected)
+    assert_equal(batches(open_loader(folder, "native")), expected)
+
+
+@pytest.mark.parametrize("layout", ["grouped", "packed"])
+def test_both_backends_read_a_remote_dataset(request: pytest.FixtureRequest, layout: str, tmp_path: Path) -> None:
+    folder = request.getfixturevalue(layout)
+    expected = batches(open_loader(folder, "native"))
+    assert_equal(batches(open_loader(tmp_path / "a", "streaming", remote=str(folder), cache_limit_gib=1)), expected)
+    assert_equal(batches(open_loader(tmp_path / "a", "native", remote=str(folder))), expected)  # over the other's copies
+
+
+def test_states_are_the_same_for_both_backends(dataset: Path) -> None:
+    native, streaming = (open_loader(dataset, backend) for backend in ("native", "streaming"))
+    streaming.check_state(native.state(7))
+    assert native.state(7) == streaming.state(7)
+    native.close(), streaming.close()
+
+
+@pytest.mark.parametrize(("reader", "layout"), [
+    ("StreamingDataset", "dataset"), ("StreamingDataset", "grouped"), ("StreamingDataset", "packed"),
+    ("LocalDataset", "dataset"), ("LocalDataset", "grouped"),  # which does not unpack
+])
+def test_streamings_own_iteration_yields_our_rows_sample_for_sample(request: pytest.FixtureRequest, layout: str, reader: str, tmp_path: Path) -> None:
+    import_streaming()
+    import streaming
+
+    source = request.getfixturevalue(layout)
+    ours = rows_of(source, "train", "prose", tmp_path / "node")
+    folder = str(shutil.copytree(source / "train" / "prose", tmp_path / "d"))
+    if reader == "LocalDataset":
+        local = streaming.LocalDataset(local=folder)
+        theirs = [local[i] for i in range(len(local))]
+    else:
+        theirs = list(streaming.StreamingDataset(local=folder, shuffle=False, batch_size=1, num_canonical_nodes=1))
+    assert len(theirs) == len(ours)
+    for i, sample in enumerate(theirs):
+        row = ours[i]
+        assert sample["tokens"].tobytes() == row.tokens.tobytes()
+        np.testing.assert_array_equal(sample["doc_lens"], row.doc_lens)
+        np.testing.assert_array_equal(sample["doc_flags"], row.doc_flags)
+
+
+def test_a_shuffled_epoch_of_streaming_is_a_pass_of_ours(grouped: Path, tmp_path: Path) -> None:
+    """As multisets: the orders are different functions."""
+    import_streaming()
+    from streaming import StreamingDataset
+
+    folder = str(shutil.copytree(grouped / "train" / "prose", tmp_path / "d"))
+    theirs = StreamingDataset(local=folder, shuffle=True, shuffle_algo="py1e", shuffle_seed=1, shuffle_block_size=2**18, batch_size=4, num_canonical_nodes=1)
+    loader = Loader(tiny(grouped, Path("unused"), data={"mixing": {"prose": 1}}, train={"global_batch_size": 1, "micro_batch_size": 1}), 0, 1)
+    rows, read = loader._order.locate(0, len(theirs))[1], loader.dataset.rows["train"][1]
+    assert sorted(s["tokens"].tobytes() for s in theirs) == sorted(read[int(r)].tokens.tobytes() for r in rows)
+    loader.close()
+
+
+def test_a_limit_that_would_delete_the_only_copy_is_refused(packed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed, tmp_path / "d"))
+    with pytest.raises(ConfigError, match="the only copy"):
+        open_loader(folder, "streaming", cache_limit_gib=1)
+
+
+def test_the_library_path_also_refuses_damaged_shards_by_name(grouped: Path, packed: Path, tmp_path: Path) -> None:
+    """Streaming never looks at the hash of a file that is there."""
+    for name, source, pattern in (("grouped", grouped, "*.mds"), ("packed", packed, "*.zstd")):
+        folder = Path(shutil.copytree(source, tmp_path / name))
+        for shard in folder.rglob(pattern):
+            shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
+        loader = open_loader(folder, "streaming")
+        with pytest.raises(DataError, match=r"g\d{5}/shard.\d{5}.mds"):
+            loader.step_batches(0)
+        loader.close()
+        del loader
+
+
+def test_the_library_path_has_rotten_copies_fetched_again(grouped: Path, tmp_path: Path) -> None:
+    expected = batches(open_loader(tmp_path / "a", "streaming", remote=str(grouped)))
+    for shard in (tmp_path / "a").rglob("*.mds"):
+        shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
+    assert_equal(batches(open_loader(tmp_path / "a", "streaming", remote=str(grouped))), expected)
+
+
+def test_local_world_size_is_set_before_streaming_needs_it(dataset: Path, tmp_path: Path) -> None:
+    """deepspeed sets LOCAL_SIZE only; without the other, each rank would take itself for the first of its machine."""
+    import os
+    import subprocess
+    import sys
+
+    script = ("import os, sys\nfrom data_prep.streaming_compat import import_streaming\nimport_streaming()\n"
+              "from streaming.base.world import World\nw = World.detect()\nprint(w.ranks_per_node, w.is_local_leader)")
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    environment["LOCAL_WORLD_SIZE"] = "1"  # of a parent that used streaming itself
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["2", "False"], done.stderr

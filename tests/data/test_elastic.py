@@ -1,0 +1,133 @@
+"""The same global batches in the same order, however many ranks, micro-batches and threads there are, also when they change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextpt.config import Config
+from nextpt.data.loader import Loader
+from nextpt.errors import ConfigError
+from tests.support.datasets import tiny
+from tests.support.layouts import rewrite
+
+GLOBAL = 64
+STAGES = [{"steps": 7, "mixing": {"code": 0.7, "prose": 0.3}}, {"steps": 5, "sequence_length": 16}, {"mixing": {"prose": 1.0}}]
+
+
+@pytest.fixture(scope="module")
+def shards(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rewrite(dataset, tmp_path_factory.mktemp("elastic") / "d", shard_rows=9)
+
+
+def config_of(shards: Path, micro: int, threads: int = 2, **data: Any) -> Config:
+    return tiny(shards, Path("unused"), data={"stages": STAGES, "prefetch_threads": threads} | data,
+                train={"steps": 40, "global_batch_size": GLOBAL, "micro_batch_size": micro})
+
+
+def global_batches(config: Config, world: int, steps: range) -> list[dict[str, torch.Tensor]]:
+    """Every field of every step's global batch, rows in the order of their global positions."""
+    loaders = [Loader(config, rank, world) for rank in range(world)]
+    found = []
+    for step in steps:
+        rows: dict[int, dict[str, torch.Tensor]] = {}
+        for loader in loaders:
+            for positions, batch in zip(loader.positions(step), loader.step_batches(step), strict=True):
+                for i, position in enumerate(positions):
+                    rows[position] = {name: getattr(batch, name)[i] for name in vars(batch) if name != "cu_seqlens"}
+        assert sorted(rows) == list(range(step * GLOBAL, (step + 1) * GLOBAL))
+        found.append({name: torch.stack([rows[p][name] for p in sorted(rows)]) for name in rows[step * GLOBAL]})
+    for loader in loaders:
+        loader.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path) -> list[dict[str, torch.Tensor]]:
+    return global_batches(config_of(shards, GLOBAL, threads=1), 1, range(24))
+
+
+def assert_equal(found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize(("world", "micro", "threads"), [(1, 16, 3), (2, 8, 1), (4, 16, 2), (8, 2, 4), (64, 1, 1)])
+def test_ranks_micro_batches_and_threads_only_slice_the_order(
+        shards: Path, whole: list[dict[str, torch.Tensor]], world: int, micro: int, threads: int) -> None:
+    assert_equal(global_batches(config_of(shards, micro, threads), world, range(16)), whole[:16])
+
+
+def test_a_run_may_be_resumed_with_other_ranks_again_and_again(shards: Path, whole: list[dict[str, torch.Tensor]]) -> None:
+    """Within stages and across their ends; a checkpoint's state is accepted by each."""
+    found, state = [], None
+    for world, micro, steps in ((2, 4, range(0, 5)), (8, 8, range(5, 13)), (1, 32, range(13, 17)), (64, 1, range(17, 24))):
+        config = config_of(shards, micro)
+        loader = Loader(config, 0, world)
+        if state is not None:
+            loader.check_state(state)
+            assert state["position"] == steps.start * GLOBAL
+        state = loader.state(steps.stop)
+        loader.close()
+        found += global_batches(config, world, steps)
+    assert_equal(found, whole)
+
+
+def test_steps_may_be_asked_for_in_any_order(shards: Path, whole: list[dict[str, torch.Tensor]]) -> None:
+    loader = Loader(config_of(shards, GLOBAL), 0, 1)
+    for step in (0, 11, 3, 3, 12, 0):
+        (batch,) = loader.step_batches(step)
+        assert torch.equal(batch.tokens, whole[step]["tokens"])
+    assert len(loader._ahead) == 2  # what was read ahead for other steps is dropped
+    loader.close()
+
+
+def test_one_epoch_after_another(shards: Path) -> None:
+    """Without a mixture, the samples of one pass are all rows once, up to how the last block falls out."""
+    loader = Loader(tiny(shards, Path("unused"), train={"global_batch_size": 64, "micro_batch_size": 64}), 0, 1)
+    counts = [int(s.sum()) for s in loader.dataset.samples]
+    domains, rows = loader._order.locate(0, sum(counts))
+    for domain, count in enumerate(counts):
+        given = rows[domains == domain]
+        assert abs(len(given) - count) < 0.05 * count and len(set(given[:count])) == min(len(given), count)
+    loader.close()
+
+
+def test_stages_change_the_mixture_and_the_context_and_no_shape(whole: list[dict[str, torch.Tensor]]) -> None:
+    prose = [float(batch["domain_ids"].double().mean()) for batch in whole]
+    assert 0.15 < sum(prose[:7]) / 7 < 0.45 and all(share == 1 for share in prose[12:])
+    longest = [int(batch["position_ids"].max()) for batch in whole]
+    assert set(longest[:7]) == {63} and set(longest[7:12]) == {15} and set(longest[12:]) == {63}
+    assert len({tuple((name, t.shape) for name, t in batch.items()) for batch in whole}) == 1
+
+
+def test_cu_seqlens_have_one_size_over_all_stages(shards: Path) -> None:
+    loader = Loader(config_of(shards, 8), 0, 2)
+    most = loader.dataset.max_segments()
+    assert most and {batch.cu_seqlens.shape for step in range(14) for batch in loader.step_batches(step)} == {(8 * (most + 3) + 1,)}  # 64 / 16 - 1 cuts
+    loader.close()
+
+
+def test_waiting_is_measured(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time in which the caller had to wait, and none of what threads read ahead meanwhile."""
+    import time
+
+    read, seconds = Loader._read_step, 0.15
+    monkeypatch.setattr(Loader, "_read_step", lambda self, step: (time.sleep(seconds), read(self, step))[1])
+    loader = Loader(config_of(shards, GLOBAL), 0, 1)
+    loader.step_batches(0)
+    first = loader.wait_seconds
+    assert first >= seconds
+    time.sleep(6 * seconds)
+    loader.step_batches(1)
+    assert loader.wait_seconds - first < seconds / 3  # it was there
+    loader.close()
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(shards: Path) -> None:
+    with pytest.raises(ConfigError, match="train.global_batch_size"):
+        Loader(config_of(shards, 16), 0, 8).step_batches(0)

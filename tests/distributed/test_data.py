@@ -1,0 +1,96 @@
+"""Data on real ranks: the backends train alike, and trouble on one rank ends all of them with its file's name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nextpt.config import Config
+from nextpt.data.loader import Loader
+from tests.support.datasets import tiny
+from tests.support.ranks import train_all
+from tests.support.layouts import rewrite
+
+TRAIN = {"global_batch_size": 8, "micro_batch_size": 2, "log_every": 1, "steps": 20}
+
+
+def damage_at(config: Config, step: int) -> Path:
+    """Damage a shard that only rank 1 reads and only from this step on; returns it."""
+    loader = Loader(config, 0, 2)
+    user: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for at in range(step + 1):
+        for rank in (0, 1):
+            loader.rank = rank
+            for positions in loader.positions(at):
+                for domain, row in zip(*loader._order.locate(positions.start, positions.stop), strict=True):
+                    shard = int(np.searchsorted(np.cumsum(loader.dataset.samples[domain]), row, side="right"))
+                    user.setdefault((int(domain), shard), set()).add((at, rank))
+    domain, number = next(shard for shard, uses in sorted(user.items()) if uses == {(step, 1)})
+    index = loader.dataset._stores["train"][domain].index
+    path = index.folder / index[number].raw.name
+    path.write_bytes(path.read_bytes()[:-3] + b"rot")
+    loader.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str | None], Path]:
+    root = tmp_path_factory.mktemp("data")
+    shards = rewrite(dataset, root / "shards", shard_rows=2)
+    damaged = Path(shutil.copytree(shards, root / "damaged"))
+    stages = {"stages": [{"steps": 2, "mixing": {"code": 1}}, {"sequence_length": 24}]}
+    configs = {name: tiny(shards, root / name, data=stages | {"backend": name}, train=TRAIN | {"stop_at": 4}, validation={"every_steps": 2, "rows": 3})
+               for name in ("native", "streaming")}
+    grown = [{"steps": 2, "mixing": {"code": 1}}, {"steps": 3, "sequence_length": 24}, {"mixing": {"prose": 1}}]
+    configs["grown"] = tiny(shards, root / "native", data={"stages": grown, "repeat_caps": 1}, train=TRAIN | {"stop_at": 6})
+    configs["changed past"] = tiny(shards, root / "native", data={"stages": [{"mixing": {"prose": 1}}]}, train=TRAIN | {"stop_at": 7})
+    configs["damaged"] = tiny(damaged, root / "run", train=TRAIN)
+    configs["damaged held out"] = tiny(damaged, root / "run-2", train=TRAIN | {"stop_at": 1}, validation={"every_steps": 1, "rows": 40})
+    path = damage_at(configs["damaged"], 6)
+    for shard in (damaged / "heldout" / "prose").rglob("*.mds"):
+        shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
+    outcomes = dict(zip(configs, train_all(list(configs.values()), 2, root / "jobs"), strict=True))
+    return root, outcomes, path
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [e for e in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if e["kind"] == kind]
+
+
+def test_both_backends_train_alike(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+    root, outcomes, _ = runs
+    assert outcomes["native"] is None and outcomes["streaming"] is None
+    for kind, names in (("train", ("loss", "bpb", "grad_norm")), ("validation", ("total",))):
+        native, streaming = ([e for e in events(root / name, kind) if e["step"] <= 4] for name in ("native", "streaming"))
+        assert len(native) == len(streaming) >= 2
+        assert [[e[n] for n in names] for e in native] == [[e[n] for n in names] for e in streaming]
+
+
+def test_stages_are_added_to_a_running_plan_and_its_past_stays(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+    root, outcomes, _ = runs
+    assert outcomes["grown"] is None
+    found = events(root / "native", "train")
+    assert [e["step"] for e in found] == [1, 2, 3, 4, 5, 6] and set(found[5]["domains"]) == {"prose"} and len(found[3]["domains"]) == 2
+    message = str(outcomes["changed past"])
+    assert "step-000000006 is not that of" in message and "the plan before sample 48" in message and "checkpoint.accept_changed_data=true" in message
+
+
+def test_a_shard_that_one_rank_cannot_read_ends_all_at_the_step_that_needs_it(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+    """All ranks were still there to train the next config; the message is that of rank 1, spoken by rank 0 too."""
+    root, outcomes, path = runs
+    assert outcomes["damaged"] == f"rank 1: {path} is damaged: its xxh64 differs from the one in index.json; prepare the data again or copy it anew"
+    assert [e["step"] for e in events(root / "run", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_so_does_one_that_validation_cannot_read(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+    assert "heldout/prose/g00000/shard.0000" in str(runs[1]["damaged held out"])
+    assert len(events(runs[0] / "run-2", "train")) == 1
+
+
+def test_waiting_is_in_the_record(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+    found = [e["data_wait_seconds"] for e in events(runs[0] / "native", "train")]
+    assert found[0] > 0 and all(0 <= wait < 60 for wait in found)

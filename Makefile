@@ -46,7 +46,8 @@ gpu-check:
 	@python3 -m pytest -q -m gpu tests/kernels
 
 bench: setup
-	@for b in cross_entropy gradient_error compile_report; do echo; $(BIN)/python -m kernels.bench.$$b || exit 1; done
+	@for b in kernels.bench.cross_entropy kernels.bench.gradient_error kernels.bench.compile_report bench.tokenizers bench.data_prep bench.loader; do \
+	  echo; $(BIN)/python -m $$b || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis

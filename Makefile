@@ -47,6 +47,7 @@ gpu-check:
 
 bench: setup
 	@for b in cross_entropy gradient_error compile_report; do echo; $(BIN)/python -m kernels.bench.$$b || exit 1; done
+	@echo; $(BIN)/python -m bench.loader
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis

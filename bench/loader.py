@@ -5,7 +5,8 @@ rounds. CPU seconds are those of the process and its children, user and system; 
 a row of 2048 inputs. The providers:
 
     nextpt            all of a Batch (nine tensors), order, shuffling and prefetch thread included
-    memmap            rows of uint16 drawn at random, as two int64 tensors: inputs and targets
+    memmap            a numpy memmap of tokens, stretches drawn at random, as nanoGPT's get_batch reads one: inputs and targets
+    memmap, at once   rows of uint16 drawn at random by one indexing, as two int64 tensors: the least that can be done
     memmap, batch     the same rows made into our Batch by our own collate, so that only storage and order differ
     streaming N       StreamingDataset, shuffled, N workers of DataLoader, tokens as one int64 tensor, as llm-foundry has them
     streaming, batch  the same without workers, made into our Batch
@@ -37,7 +38,7 @@ T, VOCABULARY, BATCH = 2048, 32768, 8
 ROWS, SHARD_ROWS = 24_576, 1024  # a shard of 4.2 MB, a tenth of the usual: as many shards are open as with large datasets
 SHARDS = 100_000  # of the simulated index
 FAR = 10**9
-SAMPLES = {"nextpt": 50_000, "memmap": 50_000, "memmap, batch": 50_000, "streaming 0": 8_000, "streaming 1": 8_000, "streaming 2": 8_000,
+SAMPLES = {"nextpt": 50_000, "memmap": 50_000, "memmap, at once": 50_000, "memmap, batch": 50_000, "streaming 0": 8_000, "streaming 1": 8_000, "streaming 2": 8_000,
            "streaming, batch": 8_000}
 
 
@@ -154,6 +155,18 @@ def memmap(folder: Path, whole: bool = False) -> Iterator[int]:
             yield BATCH
 
 
+def plain_memmap(folder: Path) -> Iterator[int]:
+    import torch
+
+    rng = np.random.default_rng(1)
+    data = np.memmap(folder / "rows.npy", np.uint16, "r", offset=128)  # past the header of a .npy of this size: one stream of tokens
+    while True:
+        places = rng.integers(0, len(data) - T - 1, BATCH).tolist()
+        torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in places])
+        torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in places])
+        yield BATCH
+
+
 def streaming(folder: Path, workers: int, whole: bool = False) -> Iterator[int]:
     import torch
     from torch.utils.data import DataLoader
@@ -178,7 +191,7 @@ def streaming(folder: Path, workers: int, whole: bool = False) -> Iterator[int]:
 
 
 PROVIDERS: dict[str, Callable[[Path], Iterator[int]]] = {
-    "nextpt": nextpt, "memmap": memmap, "memmap, batch": lambda folder: memmap(folder, True),
+    "nextpt": nextpt, "memmap": plain_memmap, "memmap, at once": memmap, "memmap, batch": lambda folder: memmap(folder, True),
     **{f"streaming {n}": lambda folder, n=n: streaming(folder, n) for n in (0, 1, 2)}, "streaming, batch": lambda folder: streaming(folder, 0, True),
 }
 

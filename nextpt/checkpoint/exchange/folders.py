@@ -1,0 +1,43 @@
+"""A folder that exists whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from nextpt.checkpoint.format import sync
+from nextpt.errors import CheckpointError
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write in; synced and renamed to it when the block ends without an error, else removed.
+
+    Raises CheckpointError when `output` exists, its parent does not, or the disk refuses.
+    """
+    parent = output.absolute().parent
+    if os.path.lexists(output):
+        raise CheckpointError(f"{output} exists already; remove it or name another --output")
+    if not parent.is_dir():
+        raise CheckpointError(f"folder {parent} for the output does not exist")
+    staging = parent / f".{output.name}.staging-{os.getpid()}"
+    try:
+        staging.mkdir()
+        yield staging
+        for path in staging.iterdir():
+            sync(path)
+        sync(staging)
+        os.rename(staging, output)
+        sync(parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # safetensors and torch report a full disk as errors of their own
+        full = "No space left" in str(error) or "file write failed" in str(error)
+        what = "no space left on the device" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{output} cannot be written: {what}; nothing of it was left") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

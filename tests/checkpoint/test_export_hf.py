@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import lzma
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_prep.tokenizer import Tokenizer
-from nextpt.checkpoint.exchange import export_hf, load_hf
+from data_prep.tokenizer import Tokenizer, convert
+from data_prep.tokenizer.nasty import nasty_texts
+from nextpt.checkpoint.exchange import export_deepspeed, export_hf, load_hf
 from nextpt.checkpoint.exchange.architectures import choose_architecture
+from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config
 from nextpt.errors import CheckpointError
 from nextpt.model import Decoder
@@ -29,6 +36,11 @@ GRID = {
     "ffn": ("swiglu", "gelu"), "bias": (False, True), "qk_norm": (False, True), "sliding_window": (None, 5),
     "logit_softcap": (None, 3.0), "tied_embeddings": (False, True),
 }
+# One of each architecture.
+SHAPES: list[dict[str, Any]] = [
+    {}, {"qk_norm": True}, {"sliding_window": 7}, {"ffn": "gelu"}, {"ffn": "gelu", "qk_norm": True}, {"bias": True, "sliding_window": 7},
+    {"bias": True, "qk_norm": True}, {"logit_softcap": 3.0},
+]
 SCALINGS = {
     "linear": {"kind": "linear", "factor": 4.0, "original_max_position": 10},
     "llama3": {"kind": "llama3", "factor": 8.0, "original_max_position": 20, "low_freq_factor": 1.0, "high_freq_factor": 3.0},
@@ -90,15 +102,12 @@ def test_every_combination_gives_the_same_logits_and_comes_back_or_is_refused(
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("shape", [
-    {}, {"qk_norm": True}, {"sliding_window": 7}, {"ffn": "gelu"}, {"ffn": "gelu", "qk_norm": True}, {"bias": True, "sliding_window": 7},
-    {"bias": True, "qk_norm": True}, {"logit_softcap": 3.0},
-], ids=lambda s: "-".join(map(str, s)) or "plain")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)) or "plain")
 def test_rotary_scaling_in_every_architecture(shape: dict[str, Any], scaling: str, tmp_path: Path, tokenizer_file: Path) -> None:
     check_round_trip(*decoder(rope_base=500.0, rope_scaling=SCALINGS[scaling], **shape), tmp_path, tokenizer_file)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_drawn_configs_give_the_same_logits(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> None:
     draw = data.draw
@@ -174,9 +183,9 @@ def test_generation_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     assert found.tolist() == tokens.tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"sliding_window": 5}, {"logit_softcap": 2.0}],
-                         ids=["llama", "qwen3", "mistral", "vaultgemma"])
-@pytest.mark.parametrize("kind", KINDS)
+# Every kind in one architecture, and one kind in all: transformers picks classes by both.
+@pytest.mark.parametrize(("kind", "options"), [*((kind, {}) for kind in KINDS), *(("llama", s) for s in SHAPES[1:])],
+                         ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
 def test_their_tokenizer_encodes_as_ours(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     KINDS[kind](tmp_path / "tokenizer.json")
     own = Tokenizer(tmp_path / "tokenizer.json")
@@ -195,3 +204,97 @@ def test_their_tokenizer_encodes_as_ours(kind: str, options: dict[str, Any], tmp
         assert theirs.decode(ids, skip_special_tokens=True) == own.decode(ids), text
     again = Tokenizer(tmp_path / "hf" / "tokenizer.json")
     assert (again.start_id, again.end_id) == (own.start_id, own.end_id)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("NEXTPT_TEST_DATA" not in os.environ, reason="NEXTPT_TEST_DATA names no folder of real tokenizers")
+@pytest.mark.parametrize("name", ["gptneox_20B_tokenizer.json", "tekken_240911.json.xz", "gpt2_encoder.json"])
+def test_real_tokenizers_encode_as_ours(name: str, tmp_path: Path) -> None:
+    data = Path(os.environ["NEXTPT_TEST_DATA"])
+    source = data / "tokenizers" / name
+    if source.suffix == ".xz":
+        source = tmp_path / "tekken.json"
+        source.write_bytes(lzma.decompress((data / "tokenizers" / name).read_bytes()))
+    if name.startswith("gpt2"):
+        for part, called in (("gpt2_encoder.json", "encoder.json"), ("gpt2_vocab.bpe", "vocab.bpe")):
+            shutil.copyfile(data / "tokenizers" / part, tmp_path / called)
+        source = tmp_path / "encoder.json"
+    convert(str(source), tmp_path / "tokenizer.json", pattern=None, specials=(), start=None, end=None)
+    own = Tokenizer(tmp_path / "tokenizer.json")
+    config, model = decoder(vocab_size=own.vocab_size, depth=1, width=8, heads=1, kv_heads=1)
+    export_hf(checkpoint_of(config, model, tmp_path / "checkpoints"), tmp_path / "tokenizer.json", tmp_path / "hf", dtype="bf16")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (own.start_id, own.end_id)
+    specials = [t["content"] for t in json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"] if t["special"]]
+    texts = [t for t in nasty_texts() if not any(s in t for s in specials)]
+    texts.append((data / "tinyshakespeare.txt").read_text(encoding="utf-8")[:200_000])
+    for text in texts:
+        assert theirs(text).input_ids == [own.start_id, *own.encode(text).tolist()], text[:200]
+    assert len(texts) > 50
+
+
+def to_hf(checkpoint: Checkpoint, tokenizer: Path, output: Path) -> None:
+    export_hf(checkpoint, tokenizer, output)
+
+
+def to_deepspeed(checkpoint: Checkpoint, tokenizer: Path, output: Path) -> None:
+    export_deepspeed(checkpoint, output)
+
+
+Export = Callable[[Checkpoint, Path, Path], None]
+
+
+@pytest.mark.parametrize("export", [to_hf, to_deepspeed])
+def test_an_output_in_the_way_is_left_alone(export: Export, tmp_path: Path, tokenizer_file: Path) -> None:
+    checkpoint = checkpoint_of(*decoder(), tmp_path / "checkpoints")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("out", "link"):
+        with pytest.raises(CheckpointError, match=f"{name} exists already; remove it"):
+            export(checkpoint, tokenizer_file, tmp_path / name)
+    with pytest.raises(CheckpointError, match="none for the output does not exist"):
+        export(checkpoint, tokenizer_file, tmp_path / "none" / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "link", "out"] and not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("export", [to_hf, to_deepspeed])
+@pytest.mark.parametrize("lack", [1, 4, 12, 30])
+def test_a_full_disk_is_named_and_nothing_is_left(export: Export, lack: int, tmp_path: Path, tokenizer_file: Path) -> None:
+    """lack: pages that the disk is too small by, so that it is full in the last file, or one before, or the weights."""
+    checkpoint, disk = checkpoint_of(*decoder(logit_softcap=2.0), tmp_path / "checkpoints"), tmp_path / "disk"
+    disk.mkdir()
+    export(checkpoint, tokenizer_file, tmp_path / "whole")
+    size = 4096 * (sum(-(-p.stat().st_size // 4096) for p in (tmp_path / "whole").rglob("*") if p.is_file()) - lack)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(CheckpointError, match="out cannot be written: (no space left|No space left) on (the )?device; nothing"):
+            export(checkpoint, tokenizer_file, disk / "out")
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, tokenizer_file: Path) -> None:
+    checkpoint = checkpoint_of(*decoder(), tmp_path / "checkpoints")
+    reads = iter(range(5))
+
+    class Interrupted(Checkpoint):
+        def read_whole(self, name: str, kind: str = "weight") -> Tensor:
+            if next(reads, None) is None:
+                raise KeyboardInterrupt
+            return super().read_whole(name, kind)
+
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(Interrupted(checkpoint.folder), tokenizer_file, tmp_path / "hf", shard_bytes=10_000)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_bad_requests_are_named(tmp_path: Path, tokenizer_file: Path) -> None:
+    checkpoint = checkpoint_of(*decoder(), tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="--dtype fp8 is not known; there are fp32, bf16"):
+        export_hf(checkpoint, tokenizer_file, tmp_path / "hf", dtype="fp8")
+    with pytest.raises(CheckpointError, match="tokenizer .*none.json does not exist"):
+        export_hf(checkpoint, tmp_path / "none.json", tmp_path / "hf")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]

@@ -12,6 +12,7 @@ import shutil
 from collections import OrderedDict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,20 +42,30 @@ def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
     with new_folder(output) as folder:
         tag = folder / f"global_step{checkpoint.step}"
         tag.mkdir()
-        torch.save({
+        _save(tag / "mp_rank_00_model_states.pt", {
             "module": module | {alias: module[name] for alias, name in shared.items()}, "buffer_names": [], "param_shapes": [shapes],
             "frozen_param_shapes": None, "frozen_param_fragments": None, "shared_params": shared, "optimizer": None,
             "lr_scheduler": None, "ds_config": {}, "ds_version": release, "global_steps": checkpoint.step, "dp_world_size": 1,
             "mp_world_size": 1, "sparse_tensor_module_names": set(), "skipped_steps": 0,
             "global_samples": checkpoint.step * config.train.global_batch_size,
-        }, tag / "mp_rank_00_model_states.pt")
-        torch.save({
+        })
+        _save(tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {
             "optimizer_state_dict": {"zero_stage": 2, "partition_count": 1, "single_partition_of_fp32_groups": [flat]},
             "ds_config": {}, "ds_version": release,
-        }, tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-        for path in tag.iterdir():
-            sync(path)
+        })
         (folder / "latest").write_text(tag.name)
         # Found, not imported: importing deepspeed starts its accelerator.
         package = importlib.util.find_spec("deepspeed").submodule_search_locations[0]
         shutil.copyfile(Path(package) / "utils" / "zero_to_fp32.py", folder / "zero_to_fp32.py")
+
+
+def _save(path: Path, value: dict[str, Any]) -> None:
+    """Pickle and sync. Raises OSError where torch would hide it behind an error of its own."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    sync(path)

@@ -34,10 +34,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         sync(staging)
         os.rename(staging, output)
         sync(parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # safetensors and torch report a full disk as errors of their own
-        full = "No space left" in str(error) or "file write failed" in str(error)
-        what = "no space left on the device" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{output} cannot be written: {what}; nothing of it was left") from error
+    except (OSError, SafetensorError) as error:
+        # safetensors tells of a full disk in words only
+        full = "No space left" in str(error)
+        what = "no space left on the device" if full else getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{output} cannot be written: {what}; nothing of it was left behind") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

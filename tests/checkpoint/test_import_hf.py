@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from nextpt.checkpoint.exchange import HFWeights, different_keys, export_hf, load_hf, same_vocabulary
-from nextpt.checkpoint.exchange.architectures import HINT
+from nextpt.checkpoint.exchange.architectures import HINT, hf_config
+from nextpt.checkpoint.exchange.reading import read_config
+from nextpt.config import RopeScaling
 from nextpt.errors import CheckpointError
 from tests.support.models import checkpoint_of, decoder, our_logits, some_tokens
 from tests.support.tokenizers import KINDS
@@ -113,6 +117,10 @@ REFUSED = {
     "odd head_dim": ("qwen3", {"head_dim": 15}, "head_dim = 15 is odd"),
     "mixed windows": ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
     "no rotation": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers = "),
+    "half a layer": ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers = 2.5 cannot be imported: a whole number up to 10,000"),
+    "bases per layer type": ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_scaling.full_attention = "),
+    "scaling no object": ("llama", {"rope_scaling": 5}, "has a value of a kind that no model of LlamaForCausalLM has"),
+    "std": ("llama", {"initializer_range": 0}, "init_std = 0: Input should be greater than 0"),
     "experts": ("hunyuan 3", {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types = "),
     "shape": ("llama", {"intermediate_size": 50}, r"model.layers.0.mlp.gate_proj.weight is F32 \(48, 32\), expected floats \(50, 32\)"),
     "missing tensor": ("llama", {"num_hidden_layers": 3}, "has no tensor model.layers.2.input_layernorm.weight"),
@@ -128,6 +136,66 @@ def test_what_cannot_be_expressed_is_named(case: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as raised:
         HFWeights(tmp_path / "hf")
     assert "\n" not in str(raised.value)
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Qwen3-0.6B": ({
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+        "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    }, {"width": 1024, "kv_heads": 8, "head_dim": 128, "qk_norm": True, "tied_embeddings": True, "rope_base": 1e6, "norm_eps": 1e-6}),
+    "Llama-3.2-1B": ({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+                         "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
+        "use_cache": True, "vocab_size": 128256,
+    }, {"depth": 16, "head_dim": 64, "tied_embeddings": True, "max_position": 131072, "rope_scaling": RopeScaling(
+        kind="llama3", factor=32.0, original_max_position=8192, low_freq_factor=1.0, high_freq_factor=4.0)}),
+    "Mistral-7B-v0.1": ({
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+        "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0",
+        "use_cache": True, "vocab_size": 32000,
+    }, {"ffn_width": 14336, "head_dim": 128, "sliding_window": 4096, "tied_embeddings": False, "qk_norm": False, "rope_scaling": None}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_understood(name: str, tmp_path: Path) -> None:
+    keys, wanted = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    _, section, positions = read_config(tmp_path)
+    assert {key: getattr(section, key) for key in wanted} == wanted and positions == keys["max_position_embeddings"]
+
+
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta", "type", "x"]), inner, max_size=4),
+    max_leaves=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(sorted(PUBLISHED)), data=st.data())
+def test_any_value_of_any_key_is_read_or_refused_in_one_line(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    values: dict[str, Any] = dict(PUBLISHED[name][0])
+    keys = st.sampled_from([*values, "layer_types", "rope_parameters", "no_rope_layers", HINT, "partial_rotary_factor", "other"])
+    for key in data.draw(st.lists(keys, min_size=1, max_size=3, unique=True)):
+        values[key] = data.draw(ANY_VALUE, key)
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "config.json").write_text(json.dumps(values))
+    try:
+        architecture, section, positions = read_config(folder)
+        assert hf_config(section, positions, start_id=0, end_id=0, dtype="float32")["model_type"]
+    except CheckpointError as error:
+        assert "\n" not in str(error) and "config.json" in str(error)
 
 
 def _pickled(folder: Path) -> None:

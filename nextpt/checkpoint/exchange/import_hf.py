@@ -81,8 +81,9 @@ class HFWeights:
             raise CheckpointError(f"{index} cannot be read: {error}") from None
         if bad:
             raise CheckpointError(f"{index} names {bad[0]!r}, which is no safetensors file of this folder")
+        held = {file: set(self._handle(file).keys()) for file in set(places.values())}
         for name, file in places.items():
-            if name not in set(self._handle(file).keys()):
+            if name not in held[file]:
                 raise CheckpointError(f"{index} says that {file} holds {name}, but it does not")
         return places
 

@@ -38,6 +38,8 @@ UNUSED = {
     "smollm3": {"no_rope_layer_interval"},
 }
 
+LARGEST = {"num_hidden_layers": 10_000}
+
 
 def read_config(folder: Path) -> tuple[Architecture, ModelSection, int]:
     """(architecture, model section, positions) of a Hugging Face folder.
@@ -54,8 +56,11 @@ def read_config(folder: Path) -> tuple[Architecture, ModelSection, int]:
     architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
     if architecture is None:
         raise CheckpointError(f"{path}: model_type = {kind!r} cannot be imported; these can: {', '.join(sorted(ARCHITECTURES))}")
-    found = Keys(path, values, architecture).section()
-    return architecture, *_as_exported(values, architecture, found, path)
+    try:
+        found = Keys(path, values, architecture).section()
+        return architecture, *_as_exported(values, architecture, found, path)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} has a value of a kind that no model of {architecture.name} has: {error}") from None
 
 
 def _as_exported(values: dict[str, Any], architecture: Architecture, found: dict[str, Any], path: Path) -> tuple[ModelSection, int]:
@@ -65,10 +70,12 @@ def _as_exported(values: dict[str, Any], architecture: Architecture, found: dict
         if hint is not None:
             positions = hint["max_position"]
             section = ModelSection.model_validate(hint)
+            if section.depth != found["depth"]:
+                raise ValueError("depth")
             again = hf_config(section, positions, start_id=0, end_id=0, dtype="float32")
             if again["model_type"] == architecture.model_type and Keys(path, again, architecture).section() == found:
                 return section, positions
-    except (ValidationError, CheckpointError, TypeError, KeyError):
+    except (ValueError, CheckpointError, TypeError, KeyError):
         pass  # somebody changed it: the keys that transformers reads are what counts
     return _own_section(found, architecture, path), found["max_position"]
 
@@ -85,7 +92,9 @@ def _own_section(found: dict[str, Any], architecture: Architecture, path: Path) 
     try:
         return ModelSection.model_validate(found | {"bias": biases[0], "ffn": "swiglu" if architecture.gated else "gelu"})
     except ValidationError as error:
-        raise CheckpointError(f"{path} cannot be expressed: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        first = error.errors()[0]
+        where = "".join(f"{part} = {first['input']!r}: " for part in first["loc"][:1])
+        raise CheckpointError(f"{path} cannot be expressed: {where}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _refuse(path: Path, key: str, value: Any, why: str) -> NoReturn:
@@ -102,17 +111,17 @@ class Keys:
     def section(self) -> dict[str, Any]:
         """Values of a model section, and beside them activation, attention_bias and mlp_bias as they are there."""
         a = self.architecture
-        width, heads, depth = self._number("hidden_size"), self._number("num_attention_heads"), self._number("num_hidden_layers")
+        width, heads, depth = (self._count(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
         head_dim = self._take("head_dim", None)
         if head_dim is None:
             if not a.derives_head_dim:
                 self._missing("head_dim")
             head_dim = width // heads
-        positions = self._number("max_position_embeddings")
+        positions = self._count("max_position_embeddings")
         found = {
-            "vocab_size": self._number("vocab_size"), "depth": depth, "width": width, "heads": heads,
+            "vocab_size": self._count("vocab_size"), "depth": depth, "width": width, "heads": heads,
             "kv_heads": self._take("num_key_value_heads", None) or heads, "head_dim": head_dim,
-            "ffn_width": self._number("intermediate_size"), "max_position": positions, "qk_norm": a.qk_norm,
+            "ffn_width": self._count("intermediate_size"), "max_position": positions, "qk_norm": a.qk_norm,
             "tied_embeddings": self._take("tie_word_embeddings", a.tied), "norm_eps": self._number("rms_norm_eps"),
             "init_std": self._take("initializer_range", 0.02), "activation": self._take(*a.activation),
             "attention_bias": self._take("attention_bias", False), "mlp_bias": self._take("mlp_bias", False),
@@ -139,6 +148,12 @@ class Keys:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or math.isinf(value):
             self._refuse(key, value, "a number above 0 is expected")
         return value
+
+    def _count(self, key: str) -> int:
+        value = self._number(key)
+        if value != int(value) or value > LARGEST.get(key, 2**31):
+            self._refuse(key, value, f"a whole number up to {LARGEST.get(key, 2**31):,} is expected")
+        return int(value)
 
     def _missing(self, key: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: key {key} is missing")
@@ -172,7 +187,7 @@ class Keys:
                 self._missing("layer_types")
             sliding = a is MISTRAL or (a is QWEN3 and window is not None)
             layers = ["sliding_attention" if sliding and window and i >= first else "full_attention" for i in range(depth)]
-        if len(set(layers)) != 1 or len(layers) != depth:
+        if layers not in (["sliding_attention"] * depth, ["full_attention"] * depth):
             self._refuse("layer_types", layers, "only the same window in every layer can be expressed")
         return window if layers[0] == "sliding_attention" else None
 
@@ -191,6 +206,7 @@ class Keys:
         kind = keys.pop("rope_type", None) or keys.pop("type", None) or "default"
         keys.pop("type", None)
         if kind == "default":
+            self._nothing_left(keys)
             return {"rope_base": float(base), "rope_scaling": None}
         return {"rope_base": float(base), "rope_scaling": self._scaling(kind, keys, positions)}
 
@@ -208,10 +224,13 @@ class Keys:
             wanted = 0.1 * math.log(values["factor"] or 1.0) + 1.0
             if (attention := keys.pop("attention_factor", None)) is not None and not math.isclose(attention, wanted, rel_tol=1e-6):
                 self._refuse("rope_scaling.attention_factor", attention, f"only 0.1 ln(factor) + 1 = {wanted:.6f} can be expressed")
-        for key, value in keys.items():
-            if value is not None:
-                self._refuse(f"rope_scaling.{key}", value, "nextpt does not know it")
+        self._nothing_left(keys)
         try:
             return RopeScaling.model_validate(values).model_dump(mode="json")
         except ValidationError as error:
             self._refuse("rope_scaling", values, error.errors()[0]["msg"])
+
+    def _nothing_left(self, keys: dict[str, Any]) -> None:
+        for key, value in keys.items():
+            if value is not None:
+                self._refuse(f"rope_scaling.{key}", value, "nextpt does not know it")

@@ -44,7 +44,7 @@ SHAPES: list[dict[str, Any]] = [
 SCALINGS = {
     "linear": {"kind": "linear", "factor": 4.0, "original_max_position": 10},
     "llama3": {"kind": "llama3", "factor": 8.0, "original_max_position": 20, "low_freq_factor": 1.0, "high_freq_factor": 3.0},
-    "yarn": {"kind": "yarn", "factor": 3.0, "original_max_position": 30, "beta_fast": 16.0, "beta_slow": 2.0},
+    "yarn": {"kind": "yarn", "factor": 3.0, "original_max_position": 1000, "beta_fast": 4.0, "beta_slow": 2.0},  # its ramp inside a head of 16
 }
 
 
@@ -104,7 +104,7 @@ def test_every_combination_gives_the_same_logits_and_comes_back_or_is_refused(
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)) or "plain")
 def test_rotary_scaling_in_every_architecture(shape: dict[str, Any], scaling: str, tmp_path: Path, tokenizer_file: Path) -> None:
-    check_round_trip(*decoder(rope_base=500.0, rope_scaling=SCALINGS[scaling], **shape), tmp_path, tokenizer_file)
+    check_round_trip(*decoder(head_dim=16, rope_base=500.0, rope_scaling=SCALINGS[scaling], **shape), tmp_path, tokenizer_file)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -152,6 +152,7 @@ def test_large_models_are_divided_among_files(options: dict[str, Any], tmp_path:
     for tensors in files.values():
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 10_000
     assert not (tmp_path / "hf" / "model.safetensors").exists()
+    assert len({p.stat().st_mode for p in (tmp_path / "hf").iterdir()}) == 1  # whoever may read one may read all
 
 
 def test_bf16_halves_the_file_and_is_our_bf16(tmp_path: Path, tokenizer_file: Path) -> None:
@@ -192,7 +193,9 @@ def test_their_tokenizer_encodes_as_ours(kind: str, options: dict[str, Any], tmp
     config, model = decoder(vocab_size=own.vocab_size, depth=1, **options)
     export_hf(checkpoint_of(config, model, tmp_path / "checkpoints"), tmp_path / "tokenizer.json", tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (own.start_id, own.end_id)
+    described = [json.loads((tmp_path / "hf" / name).read_text()) for name in ("config.json", "generation_config.json")]
+    for start, end in ((theirs.bos_token_id, theirs.eos_token_id), *((d["bos_token_id"], d["eos_token_id"]) for d in described)):
+        assert (start, end) == (own.start_id, own.end_id)
     texts = [*TEXTS, "", " ", "  two  spaces ", "\n\ttabs\n"]
     texts += [] if kind == "characters" else ["z\u0301 e\u0301 \ufb01 \u212b", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\x00\x7f\x80", "don't I'LL"]
     for text in texts:

@@ -264,6 +264,14 @@ def test_the_architecture_with_capped_logits_is_read_only_as_exported(tmp_path: 
         load_hf(folder)
 
 
+@pytest.mark.parametrize("scaling", [None, {"kind": "yarn", "factor": 3.0, "original_max_position": 1000, "beta_fast": 4.0, "beta_slow": 2.0}])
+def test_the_keys_for_old_releases_say_the_same(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
+    folder = exported(tmp_path, rope_base=321.0, rope_scaling=scaling)
+    whole = load_hf(folder)[0]
+    edit(folder, rope_parameters=None, dtype=None, **{HINT: None})
+    assert different_keys(HFWeights(folder), whole) == ([], []) and whole.model.rope_base == 321.0
+
+
 def test_exact_values_count_only_while_the_weights_are_those(tmp_path: Path) -> None:
     """Somebody trained on with the exported weights: theirs are read, not the ones that lie beside."""
     folder = exported(tmp_path, logit_softcap=2.0)

@@ -30,6 +30,8 @@ def new_folder(output: Path) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         for path in staging.iterdir():
+            if path.is_file():  # safetensors makes files that only their owner may read
+                path.chmod(staging.stat().st_mode & 0o666)
             sync(path)
         sync(staging)
         os.rename(staging, output)

@@ -144,6 +144,6 @@ def _own_keys(c: ModelSection, architecture: Architecture, max_position: int) ->
         return {"mlp_layer_types": ["dense"] * c.depth}
     if architecture is VAULTGEMMA:
         # It makes a mask for a window in any case; no layer uses it where all are full.
-        return {"sliding_window": window or max_position, "layer_types": layers, "query_pre_attn_scalar": c.head_dim_, "attn_logit_softcapping": None,
-                "final_logit_softcapping": c.logit_softcap}
+        return {"sliding_window": window or max_position, "layer_types": layers, "query_pre_attn_scalar": c.head_dim_,
+                "attn_logit_softcapping": None, "final_logit_softcapping": c.logit_softcap}
     return {}

@@ -22,7 +22,7 @@ from nextpt.config import parse_config
 from nextpt.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHARD_BYTES = 4 * 2**30  # what is held in memory at once, beside one parameter
+SHARD_BYTES = 4 * 2**30  # of a file; about twice that is held in memory at once
 EXACT = "nextpt-exact.safetensors"  # parameters that the folder's tensors give only to the last bit; import reads it
 
 

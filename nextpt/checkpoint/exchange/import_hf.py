@@ -25,6 +25,8 @@ from nextpt.errors import CheckpointError
 from nextpt.model import Decoder
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+# Who continues from a model may change these, for longer contexts say; the parameters fit all the same.
+FREE = ("rope_base", "rope_scaling", "norm_eps", "logit_softcap", "sliding_window")
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")  # old exports hold them; they follow from the config
 
 
@@ -108,9 +110,11 @@ class HFWeights:
                 raise CheckpointError(f"{self.folder} has no tensor {s.theirs}, which its config.json asks for")
             view = self._handle(self._places[s.theirs]).get_slice(s.theirs)
             if tuple(view.get_shape()) != s.shape or view.get_dtype() not in FLOATS:
-                raise CheckpointError(f"{self.folder}: {s.theirs} is {view.get_dtype()} {tuple(view.get_shape())}, expected floats {s.shape}")
+                raise CheckpointError(f"{self.folder}: {s.theirs} is {view.get_dtype()} {tuple(view.get_shape())}, "
+                                      f"expected floats {s.shape}")
             if s.ours is None and not torch.equal(view[:].float(), s.make(None, self.section.width)):
-                raise CheckpointError(f"{self.folder}: {s.theirs} is no longer all {s.how}; a feed-forward without a gate cannot express it")
+                raise CheckpointError(f"{self.folder}: {s.theirs} is no longer all {s.how}; a feed-forward without a gate "
+                                      "cannot express it")
         ignored = {"lm_head.weight"} if self.section.tied_embeddings else set()
         unknown = [name for name in self._places.keys() - {s.theirs for s in stored} - ignored if not BUFFERS.fullmatch(name)]
         if unknown:
@@ -164,10 +168,6 @@ def different_keys(weights: HFWeights, config: Config) -> tuple[list[str], list[
         (config.model, config.max_position), (weights.section, weights.max_position)))
     found = {key: f"model.{key} = {mine[key]}, there {theirs[key]}" for key in mine if mine[key] != theirs[key]}
     return [text for key, text in found.items() if key not in FREE], [text for key, text in found.items() if key in FREE]
-
-
-# Who continues from a model may change these, for longer contexts say; the parameters fit all the same.
-FREE = ("rope_base", "rope_scaling", "norm_eps", "logit_softcap", "sliding_window")
 
 
 def _computed(c: ModelSection, positions: int) -> dict[str, Any]:

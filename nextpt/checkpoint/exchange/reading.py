@@ -68,16 +68,18 @@ def _as_exported(values: dict[str, Any], architecture: Architecture, found: dict
     hint = values.get(HINT)
     try:
         if hint is not None:
-            positions = hint["max_position"]
-            section = ModelSection.model_validate(hint)
-            if section.depth != found["depth"]:
-                raise ValueError("depth")
-            again = hf_config(section, positions, start_id=0, end_id=0, dtype="float32")
-            if again["model_type"] == architecture.model_type and Keys(path, again, architecture).section() == found:
+            section, positions = ModelSection.model_validate(hint), hint["max_position"]
+            if section.depth == found["depth"] and _says(section, positions, architecture, path) == found:
                 return section, positions
     except (ValueError, CheckpointError, TypeError, KeyError):
         pass  # somebody changed it: the keys that transformers reads are what counts
     return _own_section(found, architecture, path), found["max_position"]
+
+
+def _says(section: ModelSection, positions: int, architecture: Architecture, path: Path) -> dict[str, Any] | None:
+    """What is found in the config.json that this section is exported to; None when it is of another architecture."""
+    again = hf_config(section, positions, start_id=0, end_id=0, dtype="float32")
+    return Keys(path, again, architecture).section() if again["model_type"] == architecture.model_type else None
 
 
 def _own_section(found: dict[str, Any], architecture: Architecture, path: Path) -> ModelSection:

@@ -59,7 +59,8 @@ def _block(c: ModelSection, architecture: Architecture, ours: str, theirs: str, 
     queries, keys = c.heads * c.head_dim_, c.kv_heads_ * c.head_dim_
     first, second = architecture.norms
     found = [Stored(f"{theirs}.{first}.weight", f"{ours}.attention_norm.weight", norm, (c.width,))]
-    for name, shape in (("q_proj", (queries, c.width)), ("k_proj", (keys, c.width)), ("v_proj", (keys, c.width)), ("o_proj", (c.width, queries))):
+    projections = {"q_proj": (queries, c.width), "k_proj": (keys, c.width), "v_proj": (keys, c.width), "o_proj": (c.width, queries)}
+    for name, shape in projections.items():
         found += _linear(f"{theirs}.self_attn.{name}", f"{ours}.attention.{name}", shape, c.bias)
     if c.qk_norm:
         found += [Stored(f"{theirs}.self_attn.{name}.weight", f"{ours}.attention.{name}.weight", "same", (c.head_dim_,))

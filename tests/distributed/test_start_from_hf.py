@@ -79,6 +79,7 @@ def test_a_start_goes_on_from_its_own_checkpoints(jobs: tuple[Path, dict[str, st
     assert messages["fp32-3"] is None and messages["resumed"] is None
     checkpoint = open_newest(root / "fp32-3" / "checkpoints")
     assert checkpoint.step == 2 and checkpoint.state["scalars"] == {"optimizer_updates": 2.0}
+    assert all(torch.equal(checkpoint.read_whole(name), p) for name, p in start[1].named_parameters())
     log = (root / "logs" / "rank-0.log").read_text()
     assert log.count("starting from the weights in") == 3 and log.count("resuming") == 1
 

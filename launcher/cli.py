@@ -17,6 +17,7 @@ if (ROOT / "pyproject.toml").is_file():
 import typer  # noqa: E402
 
 from launcher.console import compressor_table, evaluation_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
+from launcher.export_cli import export_app, import_app  # noqa: E402
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
 from launcher.prep_shards import prep_shards  # noqa: E402
 from launcher.prep_stored import register as register_stored  # noqa: E402
@@ -31,6 +32,8 @@ prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(config_app, name="config")
+app.add_typer(export_app, name="export")
+app.add_typer(import_app, name="import")
 
 RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]

@@ -202,6 +202,7 @@ class TrainSection(Section):
     stop_at: int | None = Field(None, ge=1, description="end after this step, the schedule still planned to the end")
     global_batch_size: int = Field(ge=1, description="sequences per optimizer step over all ranks")
     micro_batch_size: int = Field(ge=1, description="sequences per forward pass of one rank")
+    init_from: str | None = Field(None, description="Hugging Face folder whose weights a fresh run starts from; drawn unless given")
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")

@@ -143,13 +143,14 @@ class Description:
         start = start or first or next((name for name in STARTS if name in self.specials), end)
         return self.specials[start], self.specials[end]
 
-    def with_template(self, start_id: int, end_id: int) -> dict[str, Any]:
-        """The content of the file with a template that puts these special tokens around a text."""
+    def with_template(self, start_id: int, end_id: int | None) -> dict[str, Any]:
+        """The content of the file with a template that puts these special tokens around a text; no end: only before it."""
         names = {index: content for content, index in self.specials.items()}
-        around = {names[index]: {"id": names[index], "ids": [index], "tokens": [names[index]]} for index in (start_id, end_id)}
+        ids = [start_id] if end_id is None else [start_id, end_id]
+        around = {names[index]: {"id": names[index], "ids": [index], "tokens": [names[index]]} for index in ids}
+        specials = [{"SpecialToken": {"id": names[index], "type_id": 0}} for index in ids]
         single, pair = (
-            [{"SpecialToken": {"id": names[start_id], "type_id": 0}}, *({"Sequence": {"id": text, "type_id": 0}} for text in texts),
-             {"SpecialToken": {"id": names[end_id], "type_id": 0}}] for texts in ("A", "AB")
+            [specials[0], *({"Sequence": {"id": text, "type_id": 0}} for text in texts), *specials[1:]] for texts in ("A", "AB")
         )
         template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": around}
         return self.content | {"post_processor": template}

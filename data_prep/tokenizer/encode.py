@@ -158,6 +158,11 @@ class Tokenizer:
         with atomic_write(path) as file:
             json.dump(self._description.with_template(self.start_id, self.end_id), file, ensure_ascii=False)
 
+    def write_with_start(self, path: Path) -> None:
+        """Write the tokenizer.json to `path`, such that other programs put the start token before a text and nothing after it."""
+        with atomic_write(path) as file:
+            json.dump(self._description.with_template(self.start_id, None), file, ensure_ascii=False)
+
 
 def _open_library(path: Path) -> HFTokenizer:
     try:

@@ -30,6 +30,7 @@ from nextpt.train.environment import describe_start, place, record_start, versio
 from nextpt.train.loop import Trainer
 from nextpt.train.memory import loss_chunking
 from nextpt.train.randomness import get_rng, set_rng
+from nextpt.train.start import open_start, start_from
 from nextpt.train.together import on_all, on_first
 
 OpenTrackers = Callable[[Config, int], list[Listener]]
@@ -54,6 +55,7 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
         if first_step > config.last_step:
             _say(ranks, f"run {config.run_dir} is complete at step {checkpoint.step}; to train on, raise train.steps")
             return
+    start = on_all(ranks, lambda: open_start(config, lambda text: _say(ranks, text))) if checkpoint is None else None
     check_causality(config, device)
     check_loss(config, device)
     random.seed(config.run.seed + ranks.rank)
@@ -62,6 +64,9 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     if checkpoint:
         resume(engine, checkpoint, ranks)
         _say(ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}")
+    if start:
+        start_from(engine, start)
+        _say(ranks, f"starting from the weights in {start.folder}")
     places = ranks.gather(place(device))
     on_first(ranks, lambda: _open_run_folder(config, describe_start(config, places, first_step)))
     listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])

@@ -1,0 +1,45 @@
+"""A folder that exists whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from nextpt.checkpoint.format import sync
+from nextpt.errors import CheckpointError
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write in; synced and renamed to it when the block ends without an error, else removed.
+
+    Raises CheckpointError when `output` exists, its parent does not, or the disk refuses.
+    """
+    parent = output.absolute().parent
+    if os.path.lexists(output):
+        raise CheckpointError(f"{output} exists already; remove it or name another --output")
+    if not parent.is_dir():
+        raise CheckpointError(f"folder {parent} for the output does not exist")
+    staging = parent / f".{output.name}.staging-{os.getpid()}"
+    try:
+        staging.mkdir()
+        yield staging
+        for path in staging.iterdir():
+            if path.is_file():  # safetensors makes files that only their owner may read
+                path.chmod(staging.stat().st_mode & 0o666)
+            sync(path)
+        sync(staging)
+        os.rename(staging, output)
+        sync(parent)
+    except (OSError, SafetensorError) as error:
+        # safetensors tells of a full disk in words only
+        full = "No space left" in str(error)
+        what = "no space left on the device" if full else getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{output} cannot be written: {what}; nothing of it was left behind") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

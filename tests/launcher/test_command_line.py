@@ -63,7 +63,7 @@ def test_config_show_prints_derived_figures() -> None:
     (["eval", "--run", "nowhere"], ["run folder nowhere does not exist"]),
     (["generate", "--run", "nowhere"], ["run folder nowhere does not exist"]),
     (["prep", "shards", "a=nowhere", "--output", "x", "--sequence-length", "8", "--vocab-size", "300"], ["nowhere does not exist"]),
-    (["prep", "shards", "nowhere", "--output", "x", "--sequence-length", "8"], ["DOMAIN=PATH"]),
+    (["prep", "shards", "nowhere", "--output", "x", "--sequence-length", "8"], ["DOMAIN=PLACE"]),
 ])
 def test_mistakes_end_with_one_line(arguments: list[str], words: list[str]) -> None:
     done = nextpt(*arguments)

@@ -16,7 +16,7 @@ from nextpt.errors import UserError  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; returns the exit code: 0 done, 2 a mistake of the user's."""
+    """Train; returns the exit code: 0 done, 2 a mistake of the user's, or what the error says (errors.py)."""
     parser = argparse.ArgumentParser(
         prog="deepspeed launcher/run.py",
         description="Train the run that a YAML file describes. The same command again resumes it.",
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the launcher kills all ranks when one ends: rank 0 must have spoken by then
-        return 2
+        return error.exit_code
     except OSError as error:
         if options.traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -229,6 +229,11 @@ class CheckpointSection(Section):
         "auto", description="auto: newest complete one; a step: that one, an error if missing; never: an error if any"
     )
     accept_changed_data: bool = Field(False, description="resume although the dataset or its order is not the same")
+    keep_last: int | None = Field(
+        3, ge=2, description="newest checkpoints to keep, older ones are removed after a save; null: keep all"
+    )
+    keep_every: int | None = Field(None, ge=1, description="keep those of every so many steps for ever")
+    keep_best: int | None = Field(None, ge=1, description="keep so many with the lowest validation loss (total, nats per token)")
 
 
 class ValidationSection(Section):

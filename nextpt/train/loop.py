@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,14 +35,16 @@ class Clock:
 class Trainer:
     """Runs optimizer steps first_step..config.last_step of one rank.
 
-    save: writes a checkpoint of the given step, collective, and returns its event. emit: hears events (rank 0 only
-    does something with them; computing them is collective).
+    save: writes a checkpoint of the given step with the last validation before it, collective, and returns its event.
+    emit: hears events (rank 0 only does something with them; computing them is collective). validation: the last one
+    before this start, as `validate` keeps it.
     """
 
-    def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks, save: Callable[[int], CheckpointEvent],
-                 emit: Callable[[Event], None]) -> None:
+    def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks,
+                 save: Callable[[int, dict[str, Any] | None], CheckpointEvent], emit: Callable[[Event], None],
+                 validation: dict[str, Any] | None = None) -> None:
         self.config, self.engine, self.loader, self.ranks, self.domains = config, engine, loader, ranks, loader.domains
-        self.save, self.emit = save, emit
+        self.save, self.emit, self.validation = save, emit, validation
         self.flops_per_token = count(config).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()
@@ -58,7 +62,7 @@ class Trainer:
                 self.validate(step)
                 clock = self._clock(step)
             if step == last or self.save_is_due(step):
-                self.emit(self.save(step))
+                self.emit(self.save(step, self.validation))
                 self.last_saved_at = time.monotonic()
                 clock = self._clock(step)
 
@@ -112,7 +116,10 @@ class Trainer:
                     batch = batch.to(self.engine.device)
                     sums.add(module(batch, 1.0).nats, batch.target_bytes, batch.is_text, batch.domain_ids)
         self.engine.all_sum(sums.sums)
-        self.emit(ValidationEvent(step, step * config.tokens_per_step, **figures_json(sums)))
+        figures = figures_json(sums)
+        nats = figures["total"]["nats_per_token"]
+        self.validation = {"step": step, "nats_per_token": nats if math.isfinite(nats) else None}
+        self.emit(ValidationEvent(step, step * config.tokens_per_step, **figures))
 
     def save_is_due(self, step: int) -> bool:
         """Every N steps, or every M minutes as rank 0's clock has it (looked at at logging steps only)."""

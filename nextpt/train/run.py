@@ -16,13 +16,14 @@ from kernels.attention import choose_attention
 from kernels.attention.features import asked
 from kernels.causality import CausalityError, check_attention
 from kernels.cross_entropy import pick
-from nextpt.checkpoint.commit import choose, save, steps
+from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.keeper import Keeper
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.restore import check_shapes
 from nextpt.config import Config, differences, load_config, to_yaml
 from nextpt.data.loader import Loader
-from nextpt.errors import ConfigError, DataError, UserError
+from nextpt.errors import CheckpointError, ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
@@ -46,9 +47,9 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     ranks = Ranks()
     config.accumulation_steps(ranks.world_size)
     loader = on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
-    checkpoints = config.run_dir / "checkpoints"
+    keeper = Keeper(config.run_dir / "checkpoints", config.checkpoint, ranks, lambda text: _say(ranks, text))
     on_first(ranks, lambda: _check_run_folder(config))
-    checkpoint = choose(checkpoints, config.checkpoint.resume, ranks, lambda text: _say(ranks, text))
+    checkpoint = keeper.start()
     first_step = checkpoint.step + 1 if checkpoint else 1
     if checkpoint:
         _check_data(config, checkpoint, loader)
@@ -68,20 +69,23 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
         start_from(engine, start)
         _say(ranks, f"starting from the weights in {start.folder}")
     places = ranks.gather(place(device))
-    on_first(ranks, lambda: _open_run_folder(config, describe_start(config, places, first_step)))
+    started = describe_start(config, places, first_step)
+    on_first(ranks, lambda: _open_run_folder(config, started))
     listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
-    def save_step(step: int) -> CheckpointEvent:
-        started = time.monotonic()
-        saved = save(checkpoints, engine, _extras(config, loader, step), get_rng(), ranks)
-        return CheckpointEvent(step, str(saved.folder), time.monotonic() - started, saved.bytes)
+    def save_step(step: int, validation: dict[str, Any] | None) -> CheckpointEvent:
+        begun = time.monotonic()
+        extras = _extras(config, loader, step) | {"validation": validation, "start": started}
+        saved = keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"])
+        return CheckpointEvent(step, str(saved.folder), time.monotonic() - begun, saved.bytes)
 
     def emit(event: Event) -> None:
         for listener in listeners:
             listener.on_event(event)
 
     try:
-        Trainer(config, engine, loader, ranks, save_step, emit).run(first_step)
+        validation = checkpoint.state.get("validation") if checkpoint else None
+        Trainer(config, engine, loader, ranks, save_step, emit, validation).run(first_step)
     finally:
         loader.close()
         for listener in listeners:
@@ -114,11 +118,17 @@ def check_loss(config: Config, device: torch.device) -> None:
 
 
 def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Put the engine and the random states where the checkpoint has them. Collective."""
+    """Put the engine and the random states where the checkpoint has them. Collective. Raises CheckpointError."""
     check_shapes(checkpoint, engine.parameter_shapes())
+    if checkpoint.state["scalars"].keys() != engine.scalars().keys():
+        raise CheckpointError(f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])}, "
+                              f"expected {sorted(engine.scalars())}; it was not written by this nextpt")
     engine.load(checkpoint, checkpoint.state["scalars"])
-    if states := checkpoint.rng(ranks.rank):
-        set_rng(states)
+    try:
+        if states := checkpoint.rng(ranks.rank):
+            set_rng(states)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.folder}: its random states of rank {ranks.rank} cannot be used: {error}") from error
 
 
 def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:

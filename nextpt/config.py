@@ -229,6 +229,9 @@ class CheckpointSection(Section):
         "auto", description="auto: newest complete one; a step: that one, an error if missing; never: an error if any"
     )
     accept_changed_data: bool = Field(False, description="resume although the dataset or its order is not the same")
+    asynchronous: bool = Field(
+        False, description="training goes on while a copy of the state is written; costs each rank the memory of its share"
+    )
     keep_last: int | None = Field(
         3, ge=2, description="newest checkpoints to keep, older ones are removed after a save; null: keep all"
     )

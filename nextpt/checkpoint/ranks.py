@@ -21,6 +21,10 @@ class Ranks:
         self.world_size = dist.get_world_size() if self.distributed else 1
         self._group = dist.new_group(backend="gloo") if self.distributed else None
 
+    def another(self) -> Ranks:
+        """A second group of the same ranks, for another thread. Collective."""
+        return Ranks()
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order of rank, on every rank. Collective."""
         if not self.distributed:

@@ -14,7 +14,7 @@ from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config
 from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums, figures_json
-from nextpt.events import CheckpointEvent, Event, StepEvent, ValidationEvent
+from nextpt.events import Event, StepEvent, ValidationEvent
 from nextpt.model import count
 from nextpt.objective import Loss, local_weight_sum
 from nextpt.train.engine import Engine
@@ -35,16 +35,17 @@ class Clock:
 class Trainer:
     """Runs optimizer steps first_step..config.last_step of one rank.
 
-    save: writes a checkpoint of the given step with the last validation before it, collective, and returns its event.
-    emit: hears events (rank 0 only does something with them; computing them is collective). validation: the last one
-    before this start, as `validate` keeps it.
+    save: begins a checkpoint of the given step with the last validation before it; the last argument asks it to wait
+    until that is durable. poll: called after every step, tells what became of it. Both are collective. emit: hears
+    events (rank 0 only does something with them; computing them is collective). validation: the last one before this
+    start, as `validate` keeps it.
     """
 
     def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks,
-                 save: Callable[[int, dict[str, Any] | None], CheckpointEvent], emit: Callable[[Event], None],
+                 save: Callable[[int, dict[str, Any] | None, bool], None], poll: Callable[[], None], emit: Callable[[Event], None],
                  validation: dict[str, Any] | None = None) -> None:
         self.config, self.engine, self.loader, self.ranks, self.domains = config, engine, loader, ranks, loader.domains
-        self.save, self.emit, self.validation = save, emit, validation
+        self.save, self.poll, self.emit, self.validation = save, poll, emit, validation
         self.flops_per_token = count(config).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()
@@ -55,6 +56,7 @@ class Trainer:
         clock = self._clock(first_step - 1)
         for step in range(first_step, last + 1):
             sums, losses = self.train_step(step)
+            self.poll()
             if step % config.train.log_every == 0 or step == last:
                 self.log(step, sums, losses, clock)
                 clock = self._clock(step)
@@ -62,7 +64,7 @@ class Trainer:
                 self.validate(step)
                 clock = self._clock(step)
             if step == last or self.save_is_due(step):
-                self.emit(self.save(step, self.validation))
+                self.save(step, self.validation, step == last)
                 self.last_saved_at = time.monotonic()
                 clock = self._clock(step)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from kernels.attention import choose_attention
 from kernels.attention.features import asked
 from kernels.causality import CausalityError, check_attention
 from kernels.cross_entropy import pick
-from nextpt.checkpoint.folders import steps
+from nextpt.checkpoint.folders import step_of, steps
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.keeper import Keeper
+from nextpt.checkpoint.keeper import Finished, Keeper
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.restore import check_shapes
 from nextpt.config import Config, differences, load_config, to_yaml
@@ -73,11 +72,13 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     on_first(ranks, lambda: _open_run_folder(config, started))
     listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
-    def save_step(step: int, validation: dict[str, Any] | None) -> CheckpointEvent:
-        begun = time.monotonic()
+    def save_step(step: int, validation: dict[str, Any] | None, wait: bool) -> None:
         extras = _extras(config, loader, step) | {"validation": validation, "start": started}
-        saved = keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"])
-        return CheckpointEvent(step, str(saved.folder), time.monotonic() - begun, saved.bytes)
+        tell(keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"], wait))
+
+    def tell(finished: list[Finished]) -> None:
+        for one in finished:
+            emit(CheckpointEvent(step_of(one.saved.folder), str(one.saved.folder), one.seconds, one.saved.bytes, one.stall_seconds))
 
     def emit(event: Event) -> None:
         for listener in listeners:
@@ -85,7 +86,7 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
 
     try:
         validation = checkpoint.state.get("validation") if checkpoint else None
-        Trainer(config, engine, loader, ranks, save_step, emit, validation).run(first_step)
+        Trainer(config, engine, loader, ranks, save_step, lambda: tell(keeper.poll()), emit, validation).run(first_step)
     finally:
         loader.close()
         for listener in listeners:

@@ -111,7 +111,7 @@ class Histories(RuleBasedStateMachine):
 
         def job(ranks: Ranks) -> None:
             keeper = self.keepers[ranks.rank]
-            keeper.ranks = ranks
+            keeper.ranks = keeper._writers = ranks  # other threads than those of the start are the same ranks
             keeper.save(State(self.value, ranks.rank, ranks.world_size), {"step": self.step, "config": {}}, {}, loss)
 
         try:

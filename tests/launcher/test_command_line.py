@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -93,6 +94,18 @@ def test_run_folder_has_its_fixed_form(trained: Path) -> None:
     assert [e["step"] for e in events] == list(range(1, 7))
     assert {"step", "tokens", "loss", "bpb", "lr", "grad_norm", "tokens_per_second"} <= events[0].keys()
     assert load_config(trained / "config.yaml").train.zero_stage == 2
+
+
+def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(trained: Path, tmp_path: Path) -> None:
+    """Through the deepspeed launcher, so that a script which starts runs can tell; and nothing is trained from step 0."""
+    shutil.copytree(trained, tmp_path / "run")
+    for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    done = nextpt("train", "--config", str(tmp_path / "run" / "config.yaml"), "--ranks", "2", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 65, done.stderr
+    assert done.stderr.startswith("error: checkpoint ") and done.stderr.count("\n") == 1 and "does not start from nothing" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before and len(before) == 2
 
 
 def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:

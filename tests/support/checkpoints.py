@@ -53,31 +53,46 @@ def holds(checkpoint: Checkpoint, value: float) -> bool:
     return all(torch.equal(checkpoint.read(n, k, 0, t.numel()), t) for (n, k), t in State(value).values.items())
 
 
+class Board:
+    """Where threads meet to exchange JSON, in any number of groups."""
+
+    def __init__(self, world_size: int) -> None:
+        self.groups = [(threading.Barrier(world_size), {}) for _ in range(3)]
+
+    def abort(self) -> None:
+        for barrier, _ in self.groups:
+            barrier.abort()
+
+
 class ThreadRanks(Ranks):
     """A rank that is a thread of this process; it exchanges JSON as a real one does."""
 
-    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, board: dict[int, str]) -> None:
-        self.rank, self.world_size, self._barrier, self._board = rank, world_size, barrier, board
+    def __init__(self, rank: int, world_size: int, board: Board, group: int = 0) -> None:
+        self.rank, self.world_size, self._board, self._group_number = rank, world_size, board, group
+
+    def another(self) -> ThreadRanks:
+        return ThreadRanks(self.rank, self.world_size, self._board, self._group_number + 1)
 
     def gather(self, value: Any) -> list[Any]:
-        self._board[self.rank] = json.dumps(value)
-        self._barrier.wait(60)
-        found = [json.loads(self._board[rank]) for rank in range(self.world_size)]
-        self._barrier.wait(60)
+        barrier, texts = self._board.groups[self._group_number]
+        texts[self.rank] = json.dumps(value)
+        barrier.wait(60)
+        found = [json.loads(texts[rank]) for rank in range(self.world_size)]
+        barrier.wait(60)
         return found
 
 
 def on_ranks(world_size: int, action: Callable[[Ranks], Any]) -> list[Any]:
-    """What `action` returns on each rank. A rank that raises releases the others, as a dead process does; rank 0's error is raised."""
+    """What `action` returns on each rank. A rank that raises releases the others, as a dead process does; its error is raised."""
     if world_size == 1:
         return [action(Ranks())]
-    barrier, board = threading.Barrier(world_size), {}
+    board = Board(world_size)
 
     def one(rank: int) -> Any:
         try:
-            return action(ThreadRanks(rank, world_size, barrier, board))
+            return action(ThreadRanks(rank, world_size, board))
         except BaseException:
-            barrier.abort()
+            board.abort()
             raise
 
     with ThreadPoolExecutor(world_size) as pool:

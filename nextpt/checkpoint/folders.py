@@ -101,6 +101,7 @@ def remove(folder: Path) -> None:
     """Take away a checkpoint: its name first, at once; then its files. Raises OSError."""
     doomed = folder.with_name(REMOVING + folder.name)
     os.rename(folder, doomed)
+    sync(folder.parent)  # or a power loss could bring the name back, without some of the files
     shutil.rmtree(doomed)
 
 

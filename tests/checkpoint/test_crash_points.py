@@ -58,10 +58,11 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.parametrize("power_loss", [False, True], ids=["killed", "power loss"])
 @pytest.mark.parametrize(("world_size", "wait", "stride"), [
     (1, True, 1), (2, True, 7), (2, False, 7), pytest.param(2, True, 1, marks=SLOW), pytest.param(2, False, 1, marks=SLOW),
 ])
-def test_killed_before_every_operation(before: Path, tmp_path: Path, world_size: int, wait: bool, stride: int) -> None:
+def test_killed_before_every_operation(before: Path, tmp_path: Path, world_size: int, wait: bool, stride: int, power_loss: bool) -> None:
     """A start that sets a damaged one aside, three saves, two retentions: every place (or every 7th), one after the other."""
     ends: set[str] = set()
     for at in count(0, stride):
@@ -70,7 +71,7 @@ def test_killed_before_every_operation(before: Path, tmp_path: Path, world_size:
         reader, writer = os.pipe()
 
         def die(root: Path = root, at: int = at, writer: int = writer) -> None:
-            with dying_at(root, at, real=True):
+            with dying_at(root, at, real=True, power_loss=power_loss):
                 start_and_save(root, world_size, [3, 4, 5], writer, wait)
 
         code = in_a_child(die)
@@ -89,7 +90,7 @@ def test_killed_before_every_operation(before: Path, tmp_path: Path, world_size:
         assert good(root) == [9, found[0]]
         assert not [p for p in root.iterdir() if p.name.startswith(".")]
         shutil.rmtree(root.parent)
-    assert at >= 75 and {"2", "3 2", "4 3", "5 4"} <= ends and (stride > 1 or ends & {"4 3 2", "5 4 3"}), (at, ends)
+    assert at >= 70 and {"2", "3 2", "4 3", "5 4"} <= ends and (stride > 1 or ends & {"4 3 2", "5 4 3"}), (at, ends)
 
 
 def test_killed_before_every_operation_of_a_first_save(tmp_path: Path) -> None:
@@ -105,4 +106,4 @@ def test_killed_before_every_operation_of_a_first_save(tmp_path: Path) -> None:
             break
         found = good(root)
         assert found in ([], [1]) and start_and_save(root, 1, [2]) == [found[0] if found else 0]
-    assert at >= 15
+    assert at >= 14

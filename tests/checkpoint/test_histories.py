@@ -188,7 +188,7 @@ def histories(examples: int) -> Callable[[], None]:
 
 
 def test_random_histories() -> None:
-    histories(12)()
+    histories(40)()
 
 
 @pytest.mark.slow

@@ -161,7 +161,8 @@ def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], No
         bad.append((folder, problem))
     if resume not in ("auto", "never"):
         raise _same(_unusable(*bad[0]) + "; give another step, or checkpoint.resume=auto")
-    bad += [(root / name, "it was set aside as damaged") for name in on_first(lambda: [f.name for f in set_aside_folders(root)], root, ranks)]
+    aside = on_first(lambda: [folder.name for folder in set_aside_folders(root)], root, ranks)
+    bad += [(root / name, "it was set aside as damaged") for name in aside]
     if bad:
         raise _same("; ".join(_unusable(*b) for b in bad) + ". Training does not start from nothing over them: restore one, "
                     "or remove the folders", NoValidCheckpoint)

@@ -97,7 +97,8 @@ def check_tensors(folder: Path, rank: int, index: Index) -> None:
             for entry in index.fragments:
                 part, sides = file.get_slice(entry.tensor), [b - a for a, b in entry.slices]
                 if part.get_dtype() != "F32" or part.get_shape() != sides:
-                    raise Damaged(f"{name}: tensor {entry.tensor} is {part.get_dtype()} {part.get_shape()}, its index says F32 {sides}")
+                    raise Damaged(f"{name}: tensor {entry.tensor} is {part.get_dtype()} {part.get_shape()}, "
+                                  f"its index says F32 {sides}")
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{name} cannot be read: {error}") from None
 

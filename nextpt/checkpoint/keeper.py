@@ -75,7 +75,7 @@ class Keeper:
 
     def poll(self) -> list[Finished]:
         """Whether the save under way became durable on all ranks. Costs nothing when there is none. Raises what the save raised."""
-        if self._flight is None or not all(self.ranks.gather(self._flight.done())):
+        if self._flight is None or self.ranks.any(not self._flight.done()):
             return []
         return self._settle()
 

@@ -42,8 +42,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks,
-                 save: Callable[[int, dict[str, Any] | None, bool], None], poll: Callable[[], None], emit: Callable[[Event], None],
-                 validation: dict[str, Any] | None = None) -> None:
+                 save: Callable[[int, dict[str, Any] | None, bool], None], poll: Callable[[], None],
+                 emit: Callable[[Event], None], validation: dict[str, Any] | None = None) -> None:
         self.config, self.engine, self.loader, self.ranks, self.domains = config, engine, loader, ranks, loader.domains
         self.save, self.poll, self.emit, self.validation = save, poll, emit, validation
         self.flops_per_token = count(config).training_flops_per_token

@@ -78,7 +78,8 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
 
     def tell(finished: list[Finished]) -> None:
         for one in finished:
-            emit(CheckpointEvent(step_of(one.saved.folder), str(one.saved.folder), one.seconds, one.saved.bytes, one.stall_seconds))
+            folder = one.saved.folder
+            emit(CheckpointEvent(step_of(folder), str(folder), one.seconds, one.saved.bytes, one.stall_seconds))
 
     def emit(event: Event) -> None:
         for listener in listeners:
@@ -129,7 +130,8 @@ def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
         if states := checkpoint.rng(ranks.rank):
             set_rng(states)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.folder}: its random states of rank {ranks.rank} cannot be used: {error}") from error
+        raise CheckpointError(f"checkpoint {checkpoint.folder}: the random states of rank {ranks.rank} cannot be used: {error}"
+                              ) from error
 
 
 def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:

@@ -55,15 +55,13 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("power_loss", [False, True], ids=["killed", "power loss"])
-@pytest.mark.parametrize(("world_size", "wait", "stride"), [
-    (1, True, 1), (2, True, 7), (2, False, 7), pytest.param(2, True, 1, marks=SLOW), pytest.param(2, False, 1, marks=SLOW),
+@pytest.mark.parametrize(("world_size", "wait", "stride", "power_loss"), [
+    (1, True, 1, True), (1, True, 5, False), (2, True, 7, True), (2, False, 7, True),
+    *(pytest.param(world_size, wait, 1, power_loss, marks=pytest.mark.slow)
+      for world_size in (1, 2) for wait in (True, False) for power_loss in (False, True)),
 ])
 def test_killed_before_every_operation(before: Path, tmp_path: Path, world_size: int, wait: bool, stride: int, power_loss: bool) -> None:
-    """A start that sets a damaged one aside, three saves, two retentions: every place (or every 7th), one after the other."""
+    """A start that sets a damaged one aside, three saves, two retentions: every place (or every stride-th), one after the other."""
     ends: set[str] = set()
     for at in count(0, stride):
         root = tmp_path / str(at) / "checkpoints"

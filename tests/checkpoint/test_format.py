@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextpt.checkpoint.boxes import boxes, volume, within
-from nextpt.checkpoint.commit import choose, folder_of, open_newest, save, steps
+from nextpt.checkpoint.commit import choose, open_newest, save
+from nextpt.checkpoint.folders import folder_of, steps
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import KINDS, Fragment

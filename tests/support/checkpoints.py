@@ -81,6 +81,9 @@ class ThreadRanks(Ranks):
         barrier.wait(60)
         return found
 
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(flag))
+
 
 def on_ranks(world_size: int, action: Callable[[Ranks], Any]) -> list[Any]:
     """What `action` returns on each rank. A rank that raises releases the others, as a dead process does; its error is raised."""

@@ -44,10 +44,12 @@ class Saved:
     bytes: int
 
 
-def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks) -> Saved:
+def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks,
+         may_commit: Callable[[], None] = lambda: None) -> Saved:
     """Write a checkpoint of extras["step"] under `root`; returns when it is durable. Collective.
 
-    extras: JSON values for state.json; step, world size, parameter shapes and scalars are put beside them. Raises
+    extras: JSON values for state.json; step, world size, parameter shapes and scalars are put beside them. may_commit: asked
+    on rank 0 when all is written and only the name is missing; raises to refuse. Raises
     CheckpointError on all ranks when any of them fails; then nothing is left behind.
     """
     name = f"step-{extras['step']:09d}"
@@ -73,6 +75,7 @@ def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str,
             files["state.json"] = describe(staging / "state.json")
             write_json(staging / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
             sync(staging)
+            may_commit()
             _rename(staging, root / name)
 
     scalars = state.scalars()

@@ -24,9 +24,11 @@ from nextpt.config import Config, differences, load_config, to_yaml
 from nextpt.data.loader import Loader
 from nextpt.errors import ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
+from nextpt.train.agree import refuse_disagreement
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
 from nextpt.train.environment import describe_start, place, record_start, versions
+from nextpt.train.life import Life, living
 from nextpt.train.loop import Trainer
 from nextpt.train.memory import loss_chunking
 from nextpt.train.randomness import get_rng, set_rng
@@ -40,16 +42,25 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     """Train the run that `config` describes, resuming it when its folder holds checkpoints. Collective.
 
     open_trackers(config, first_step): further listeners, made on rank 0 only; the trainer knows no tracker by name.
-    Raises UserError for everything a person can mend, before anything is written where that is possible.
+    Raises UserError for everything a person can mend, before anything is written where that is possible (RunInUse while
+    another job works in the folder), and Stopped when the job was told to end and did.
     """
     device = start_distributed()
     ranks = Ranks()
+    refuse_disagreement(ranks, {"config": config.model_dump(mode="json"), "versions": versions()})
     config.accumulation_steps(ranks.world_size)
+    with living(config.run_dir, ranks, config.train.hang_seconds) as life:
+        _train(config, device, ranks, life, open_trackers)
+
+
+def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_trackers: OpenTrackers) -> None:
     loader = on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
+    refuse_disagreement(ranks, {"dataset": loader.state(0)})
     checkpoints = config.run_dir / "checkpoints"
     on_first(ranks, lambda: _check_run_folder(config))
     checkpoint = choose(checkpoints, config.checkpoint.resume, ranks, lambda text: _say(ranks, text))
     first_step = checkpoint.step + 1 if checkpoint else 1
+    life.made(first_step - 1)
     if checkpoint:
         _check_data(config, checkpoint, loader)
         if first_step > config.last_step:
@@ -73,7 +84,7 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
 
     def save_step(step: int) -> CheckpointEvent:
         started = time.monotonic()
-        saved = save(checkpoints, engine, _extras(config, loader, step), get_rng(), ranks)
+        saved = save(checkpoints, engine, _extras(config, loader, step), get_rng(), ranks, life.may_commit)
         return CheckpointEvent(step, str(saved.folder), time.monotonic() - started, saved.bytes)
 
     def emit(event: Event) -> None:
@@ -81,7 +92,7 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
             listener.on_event(event)
 
     try:
-        Trainer(config, engine, loader, ranks, save_step, emit).run(first_step)
+        Trainer(config, engine, loader, ranks, save_step, emit, life).run(first_step)
     finally:
         loader.close()
         for listener in listeners:

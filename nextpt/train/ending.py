@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import atomic_write, canonical_json
-from nextpt.errors import CRASHED, RunInUse, Stopped, UserError
+from nextpt.errors import CRASHED, IN_USE, Stopped, UserError
 
 NAME = "exit.json"
 
@@ -50,10 +50,9 @@ def recording(run: Path) -> Iterator[Progress]:
     progress = Progress()
     try:
         yield progress
-    except RunInUse:
-        raise
     except (UserError, Stopped) as end:
-        write_end(run, end.exit_code, str(end), progress.step)
+        if end.exit_code != IN_USE:
+            write_end(run, end.exit_code, str(end), progress.step)
         raise
     except BaseException as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else CRASHED

@@ -22,7 +22,7 @@ from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.restore import check_shapes
 from nextpt.config import Config, differences, load_config, to_yaml
 from nextpt.data.loader import Loader
-from nextpt.errors import ConfigError, DataError, UserError
+from nextpt.errors import CheckpointError, ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
 from nextpt.train.agree import refuse_disagreement
 from nextpt.train.console import ConsoleListener
@@ -84,7 +84,11 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
 
     def save_step(step: int) -> CheckpointEvent:
         started = time.monotonic()
-        saved = save(checkpoints, engine, _extras(config, loader, step), get_rng(), ranks, life.may_commit)
+        try:
+            saved = save(checkpoints, engine, _extras(config, loader, step), get_rng(), ranks, life.may_commit)
+        except CheckpointError:
+            on_all(ranks, life.check)  # that the folder was lost is another end than a failed save
+            raise
         return CheckpointEvent(step, str(saved.folder), time.monotonic() - started, saved.bytes)
 
     def emit(event: Event) -> None:

@@ -14,7 +14,9 @@ from types import FrameType
 
 from data_prep.processes import children_of, command_of
 from launcher.console import out
-from nextpt.errors import REQUEUE, UserError
+from nextpt.config import load_config
+from nextpt.errors import CRASHED, REQUEUE, UserError
+from nextpt.train.ending import read_end
 from nextpt.train.stop import SIGNALS
 
 OUT_OF_MEMORY = ", most likely because memory ran out (see dmesg; nextpt plan tells what a run needs)"
@@ -66,7 +68,17 @@ def start_training(config: str, overrides: list[str], ranks: int | None = None, 
         number = -code if code < 0 else 256 - code if code > 192 else code - 128
         print(f"error: a rank was ended by signal {number} ({signal.strsignal(number)}){OUT_OF_MEMORY if number == signal.SIGKILL else ''}; "
               "the same command resumes", file=sys.stderr, flush=True)
-    return code
+    return code or _recorded_code(load_config(config, overrides).run_dir)
+
+
+def _recorded_code(run: Path) -> int:
+    """The code of a job whose launcher says 0: deepspeed's says so too when the process below it was killed."""
+    end = read_end(run)
+    if end is None:
+        print(f"error: training ended without a word: {run / 'exit.json'} is not there. Something killed it{OUT_OF_MEMORY}; "
+              "the same command resumes", file=sys.stderr, flush=True)
+        return CRASHED
+    return end["code"]
 
 
 def _tell_ranks(launcher: int, number: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.processes import command_of
 from nextpt.checkpoint.commit import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events
@@ -121,6 +122,19 @@ def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(dataset: Path, t
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 75 and f"this resumes: nextpt train --config {command[2]} --ranks 2" in errors, errors[-3000:]
     assert read_end(tmp_path / "run")["code"] == 75 and not ranks_of(command[2])
+
+
+def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: Path) -> None:
+    """deepspeed's runner exits 0 then."""
+    command = write(dataset, tmp_path)
+    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "1"], cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: steps_made(tmp_path / "run") >= 2)
+    [launch] = [pid for pid in map(int, ranks_of(command[2])) if "deepspeed.launcher.launch" in command_of(pid)]
+    os.kill(launch, signal.SIGKILL)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1 and "training ended without a word" in errors, (job.returncode, errors[-2000:])
+    wait_for(lambda: not ranks_of(command[2]), 5)
 
 
 def test_a_stopped_rank_is_found_and_named(dataset: Path, tmp_path: Path) -> None:

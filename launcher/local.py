@@ -68,6 +68,7 @@ def start_training(config: str, overrides: list[str], ranks: int | None = None, 
         number = -code if code < 0 else 256 - code if code > 192 else code - 128
         print(f"error: a rank was ended by signal {number} ({signal.strsignal(number)}){OUT_OF_MEMORY if number == signal.SIGKILL else ''}; "
               "the same command resumes", file=sys.stderr, flush=True)
+        return REQUEUE if number in SIGNALS else 128 + number  # of SIGNALS a rank dies only before it has anything to save
     return code or _recorded_code(load_config(config, overrides).run_dir)
 
 

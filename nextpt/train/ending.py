@@ -40,13 +40,17 @@ def read_end(run: Path) -> dict[str, Any] | None:
         return None
 
 
+def clear_end(run: Path) -> None:
+    """Remove the record of the job before."""
+    (run / NAME).unlink(missing_ok=True)
+
+
 @contextmanager
 def recording(run: Path) -> Iterator[Progress]:
-    """Remove the record of the job before, run the block, and record how it ended. For the rank that holds the lock.
+    """Run the block and record how it ended. For the rank that holds the lock.
 
     A job that lost the folder to another records nothing: the folder is the other's.
     """
-    (run / NAME).unlink(missing_ok=True)
     progress = Progress()
     try:
         yield progress

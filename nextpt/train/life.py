@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from nextpt.checkpoint.ranks import Ranks
-from nextpt.train.ending import Progress, recording
+from nextpt.train.ending import Progress, clear_end, recording
 from nextpt.train.lock import RunLock
 from nextpt.train.stop import StopRequest, listening
 from nextpt.train.together import on_all, on_first
@@ -50,8 +50,13 @@ class Life:
 def living(run: Path, ranks: Ranks, hang_seconds: float) -> Iterator[Life]:
     """Take the run folder and watch the block on every rank, then let go. Collective. Raises RunInUse on all ranks."""
     taken: list[RunLock] = []
+
+    def take() -> None:
+        taken.append(RunLock(run))
+        clear_end(run)
+
     with listening() as stop:
-        on_first(ranks, lambda: taken.append(RunLock(run)))
+        on_first(ranks, take)
         lock = taken[0] if taken else None
         hosts = ranks.gather(platform.node())
         try:

@@ -98,6 +98,7 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
     try:
         Trainer(config, engine, loader, ranks, save_step, emit, life).run(first_step)
     finally:
+        life.doing("closing", life.progress.step)  # trackers may have much to send
         loader.close()
         for listener in listeners:
             listener.close()

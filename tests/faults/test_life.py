@@ -124,6 +124,7 @@ def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(dataset: Path, t
     assert read_end(tmp_path / "run")["code"] == 75 and not ranks_of(command[2])
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: Path) -> None:
     """deepspeed's runner exits 0 then."""
     command = write(dataset, tmp_path)
@@ -148,6 +149,28 @@ def test_a_stopped_rank_is_found_and_named(dataset: Path, tmp_path: Path) -> Non
     assert found["code"] == 76 and f"rank 1 on {os.uname().nodename} shows no sign of life" in found["reason"], found
     assert "train_step" in (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
     assert end(ranks)[1] == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_inside_a_step_is_named_with_its_line(dataset: Path, tmp_path: Path) -> None:
+    command = write(dataset, tmp_path, train={"hang_seconds": 3})
+    ranks = start_ranks([["-m", "tests.support.life_probe", str(tmp_path / "out.json"), f"sleeping={command[2]}"]] * 2, tmp_path / "logs")
+    assert end(ranks) == [76, 76], logs(tmp_path / "logs")
+    reason = read_end(tmp_path / "run")["reason"]
+    assert f"rank 1 on {os.uname().nodename} does not come to where the others wait; it is at " in reason, reason
+    assert "life_probe.py" in reason and "at training, step 4" in reason
+
+
+def test_a_signal_before_training_listens_leaves_nothing(dataset: Path, tmp_path: Path) -> None:
+    [rank] = start_ranks([write(dataset, tmp_path)], tmp_path / "logs")
+    wait_for(lambda: catches(rank.pid, signal.SIGUSR1))
+    rank.send_signal(signal.SIGUSR1)
+    assert rank.wait(60) == 75 and not (tmp_path / "run").exists()
+
+
+def catches(pid: int, number: int) -> bool:
+    [mask] = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_ranks_started_differently_are_refused_by_key(dataset: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import nextpt.train.lock as lock_module
 from nextpt.errors import RunInUse
 from nextpt.train.lock import RunLock
 
@@ -161,3 +162,25 @@ def test_a_torn_lock_file_is_waited_for(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, lease=0.2)
     assert lock.token == 4
     lock.release()
+
+
+def test_one_that_was_slow_to_take_over_does_not_get_between_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it looks at a dead holder, two others come and go, or stay: the file it then makes has a number that was used."""
+    RunLock(tmp_path)._stop.set()
+    rewrite(tmp_path, started="1")
+    real, others = lock_module._is_over, []
+
+    def slow(path: Path, lease: float) -> bool:
+        over = real(path, lease)
+        if not others:
+            others.append(None)
+            RunLock(tmp_path).release()
+            others.append(RunLock(tmp_path))
+        return over
+
+    monkeypatch.setattr(lock_module, "_is_over", slow)
+    with pytest.raises(RunInUse):
+        RunLock(tmp_path)
+    others[1].check()
+    others[1].release()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock-3.json"]

@@ -61,7 +61,6 @@ def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
     (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"), (KeyboardInterrupt(), 130, "KeyboardInterrupt:"),
 ])
 def test_every_end_is_recorded(tmp_path: Path, raised: BaseException | None, code: int, reason: str) -> None:
-    (tmp_path / "exit.json").write_text("{}")
     try:
         with recording(tmp_path) as progress:
             assert read_end(tmp_path) is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,26 @@ def test_nothing_is_written_while_work_goes_on(tmp_path: Path) -> None:
         time.sleep(0.05)
     watchdog.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    def work() -> None:
+        watchdog = Watchdog(tmp_path, 0, ["here"], 1.0)
+        for step in range(20):
+            watchdog.doing("training", step)
+            time.sleep(0.02)
+        (tmp_path / "ready").touch()
+        while not (tmp_path / "go").exists():
+            time.sleep(0.3)  # no progress, for the time of the suspension and less than half a second more
+        watchdog.close()
+
+    process = FORK.Process(target=work)
+    process.start()
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(3)
+    (tmp_path / "go").touch()
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(30)
+    assert process.exitcode == 0

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def crash(n: int) -> None:
         raise RuntimeError("the third batch")
 
 
+def sleep(n: int) -> None:
+    if n == 4 and os.environ["RANK"] == "1":
+        time.sleep(600)
+
+
 def another_takes_over(config: Config) -> Callable[[int], None]:
     return lambda n: (config.run_dir / "lock-99.json").write_text('{"pid": 7, "host": "elsewhere", "since": 0}') and None
 
@@ -51,6 +57,7 @@ def case(name: str, config: Config) -> Any:
         "validating": lambda: before(Loader, "validation_batches", tell(1)),
         "saving": lambda: before(Engine, "fragments", tell(1)),
         "crashing": lambda: before(Loader, "step_batches", crash),
+        "sleeping": lambda: before(Engine, "step", sleep),
         "taken": lambda: before(Engine, "fragments", another_takes_over(config)),
         "finishing": lambda: before(RunLock, "release", tell(1)),
     }[name]()

@@ -157,6 +157,16 @@ def test_of_many_that_race_one_wins(tmp_path: Path, state: str) -> None:
     assert all(list((tmp_path / str(turn)).glob("won-*")) for turn in range(rounds))
 
 
+def test_a_holder_learns_of_its_loss_by_itself(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, heartbeat=0.05)
+    assert not lock.lost
+    (tmp_path / "lock-8.json").write_text("{}")
+    lock._thread.join(30)
+    assert lock.lost
+    lock.release()
+    assert (tmp_path / "lock-8.json").read_text() == "{}"
+
+
 def test_a_torn_lock_file_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "lock-3.json").write_text("{")
     lock = RunLock(tmp_path, lease=0.2)

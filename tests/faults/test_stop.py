@@ -46,14 +46,18 @@ def test_a_signal_is_noted_and_handlers_come_back() -> None:
 def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
     process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                cwd=Path(__file__).resolve().parents[2])
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stderr.readline().startswith("SIGTERM: saving after this step")
-    process.send_signal(signal.SIGTERM)  # at once: a repetition
-    time.sleep(1.0)
-    assert process.poll() is None
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(20) == 75
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline().startswith("SIGTERM: saving after this step")
+        process.send_signal(signal.SIGTERM)  # at once: a repetition
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == 75
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(("raised", "code", "reason"), [

@@ -71,13 +71,15 @@ def never_comes() -> None:
     time.sleep(600)
 
 
-def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(tmp_path: Path) -> None:
+def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
+        tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     ranks = [FORK.Process(target=hang, args=(tmp_path, rank, 3)) for rank in range(3)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [76] * 3
+    assert capfd.readouterr().err.count("error: no progress") == 1
     found = read_end(tmp_path)
     assert found["code"] == 76 and found["step"] == 3, found
     assert "rank 2 on node2 is behind the others, at batches, step 3," in found["reason"] and "never_comes" in found["reason"]
@@ -97,13 +99,16 @@ def test_nothing_is_written_while_work_goes_on(tmp_path: Path) -> None:
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     def work() -> None:
-        watchdog = Watchdog(tmp_path, 0, ["here"], 1.0)
+        watchdog = Watchdog(tmp_path, 0, ["here"], 2.0)
         for step in range(20):
             watchdog.doing("training", step)
             time.sleep(0.02)
         (tmp_path / "ready").touch()
         while not (tmp_path / "go").exists():
-            time.sleep(0.3)  # no progress, for the time of the suspension and less than half a second more
+            time.sleep(0.3)  # no progress, for the time of the suspension and a little more
+        for step in range(20, 100):  # longer than a verdict takes
+            watchdog.doing("training", step)
+            time.sleep(0.02)
         watchdog.close()
 
     process = FORK.Process(target=work)
@@ -111,8 +116,9 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(3)
-    (tmp_path / "go").touch()
+    time.sleep(4)
     os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.5)  # the thread looks before there is progress
+    (tmp_path / "go").touch()
     process.join(30)
     assert process.exitcode == 0

@@ -215,6 +215,9 @@ class TrainSection(Section):
         None, ge=1, description="memory of the loss beside its gradients, MiB; 2048 on a GPU and 256 on a CPU unless given"
     )
     log_every: int = Field(10, ge=1, description="steps between metrics; the only host synchronisation")
+    hang_seconds: float = Field(
+        60.0, ge=1, description="seconds without progress after which a job ends, or ten times what the work usually takes if that is longer"
+    )
     peak_tflops: float | None = Field(
         None, gt=0, description="dense peak of one device, TFLOP/s, for utilisation; known for common GPUs"
     )
@@ -227,6 +230,9 @@ class CheckpointSection(Section):
     every_minutes: float | None = Field(None, gt=0)
     resume: Literal["auto", "never"] | int = Field(
         "auto", description="auto: newest complete one; a step: that one, an error if missing; never: an error if any"
+    )
+    grace_seconds: float = Field(
+        30.0, gt=0, description="seconds from SIGTERM or SIGUSR1 to the kill (30 is Slurm's KillWait): a save that takes longer is not begun"
     )
     accept_changed_data: bool = Field(False, description="resume although the dataset or its order is not the same")
     asynchronous: bool = Field(
@@ -352,7 +358,7 @@ class Config(Section):
 MAY_DIFFER = (
     "run.dir", "data.path", "data.remote", "data.cache_limit_gib", "data.scratch", "data.stages", "data.repeat_caps", "data.repeat_caps.",
     "data.backend", "data.prefetch_threads", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
-    "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every", "train.peak_tflops",
+    "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every", "train.hang_seconds", "train.peak_tflops",
     "checkpoint.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
 )
 

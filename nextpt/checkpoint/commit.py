@@ -58,14 +58,15 @@ class Saved:
 
 
 def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks,
-         line: list[list[int]] = (), loss: float | None = None) -> Saved:
+         line: list[list[int]] = (), loss: float | None = None, may_commit: Callable[[], None] = lambda: None) -> Saved:
     """Write a checkpoint of extras["step"] under `root`; returns when it is durable. Collective.
 
     extras: JSON values for state.json; step, world size, parameter shapes and scalars are put beside them. line: that of
-    the checkpoint that this one continues. loss: of the last validation, nats per token. Raises CheckpointError on all
-    ranks when any of them fails; then nothing is left behind.
+    the checkpoint that this one continues. loss: of the last validation, nats per token. may_commit: asked on rank 0 when
+    all is written and only the name is missing; raises to refuse. Raises CheckpointError on all ranks when any of them
+    fails; then nothing is left behind.
     """
-    return commit(root, snapshot_together(root, state, extras, rng, ranks), ranks, line, loss)
+    return commit(root, snapshot_together(root, state, extras, rng, ranks), ranks, line, loss, may_commit)
 
 
 def snapshot_together(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks) -> Snapshot:
@@ -75,7 +76,8 @@ def snapshot_together(root: Path, state: ShardedState, extras: dict[str, Any], r
     return taken[0]
 
 
-def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] = (), loss: float | None = None) -> Saved:
+def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] = (), loss: float | None = None,
+           may_commit: Callable[[], None] = lambda: None) -> Saved:
     """Make a checkpoint of the snapshots of all ranks; returns when it is durable. Collective; raises as `save` does."""
     staging = root / f"{STAGING}step-{snapshot.step:09d}"
     described: dict[str, dict[str, Any]] = {}
@@ -99,6 +101,7 @@ def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] =
             })
             write_manifest(staging, manifest)
             sync(staging)
+            may_commit()
             folder = free_name(root, snapshot.step)
             os.rename(staging, folder)
             sync(root)

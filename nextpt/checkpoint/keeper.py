@@ -33,14 +33,16 @@ class Finished:
 
 
 class Keeper:
-    """warn: shows a line to the person; rank 0's is the one to listen to. All methods are collective.
+    """warn: shows a line to the person; rank 0's is the one to listen to. may_commit: see `save` of commit.py. All methods
+    are collective.
 
     With checkpoint.asynchronous a thread writes, one save at a time. It has a process group of its own, because two
     threads of a rank must not take turns in one. What it finds is agreed upon and told by the thread of the training.
     """
 
-    def __init__(self, root: Path, settings: CheckpointSection, ranks: Ranks, warn: Callable[[str], None]) -> None:
-        self.root, self.settings, self.ranks, self.warn = root, settings, ranks, warn
+    def __init__(self, root: Path, settings: CheckpointSection, ranks: Ranks, warn: Callable[[str], None],
+                 may_commit: Callable[[], None] = lambda: None) -> None:
+        self.root, self.settings, self.ranks, self.warn, self.may_commit = root, settings, ranks, warn, may_commit
         self._line: list[list[int]] = []
         self._writers = ranks.another() if settings.asynchronous else ranks
         self._flight: Future[tuple[Saved, float, list[str]]] | None = None
@@ -73,9 +75,12 @@ class Keeper:
         self._stall = time.monotonic() - begun
         return finished + self._settle()
 
-    def poll(self) -> list[Finished]:
-        """Whether the save under way became durable on all ranks. Costs nothing when there is none. Raises what the save raised."""
-        if self._flight is None or self.ranks.any(not self._flight.done()):
+    def poll(self, wait: bool = False) -> list[Finished]:
+        """Whether the save under way became durable on all ranks. Costs nothing when there is none. Raises what the save raised.
+
+        wait: until it is.
+        """
+        if self._flight is None or not wait and self.ranks.any(not self._flight.done()):
             return []
         return self._settle()
 
@@ -91,7 +96,7 @@ class Keeper:
     def _write(self, flight: Future, snapshot: Snapshot, loss: float | None) -> None:
         """Commit, then let go of what need not be kept; the future gets the result."""
         try:
-            saved = commit(self.root, snapshot, self._writers, self._line, loss)
+            saved = commit(self.root, snapshot, self._writers, self._line, loss, self.may_commit)
             durable = time.monotonic()
             flight.set_result((saved, durable, self._retire()))
         except BaseException as error:  # it is raised where the result is asked for; without one that would wait for ever

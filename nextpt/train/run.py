@@ -24,9 +24,11 @@ from nextpt.config import Config, differences, load_config, to_yaml
 from nextpt.data.loader import Loader
 from nextpt.errors import CheckpointError, ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
+from nextpt.train.agree import refuse_disagreement
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
 from nextpt.train.environment import describe_start, place, record_start, versions
+from nextpt.train.life import Life, living
 from nextpt.train.loop import Trainer
 from nextpt.train.memory import loss_chunking
 from nextpt.train.randomness import get_rng, set_rng
@@ -40,16 +42,25 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     """Train the run that `config` describes, resuming it when its folder holds checkpoints. Collective.
 
     open_trackers(config, first_step): further listeners, made on rank 0 only; the trainer knows no tracker by name.
-    Raises UserError for everything a person can mend, before anything is written where that is possible.
+    Raises UserError for everything a person can mend, before anything is written where that is possible (RunInUse while
+    another job works in the folder), and Stopped when the job was told to end and did.
     """
     device = start_distributed()
     ranks = Ranks()
+    refuse_disagreement(ranks, {"config": config.model_dump(mode="json"), "versions": versions()})
     config.accumulation_steps(ranks.world_size)
+    with living(config.run_dir, ranks, config.train.hang_seconds) as life:
+        _train(config, device, ranks, life, open_trackers)
+
+
+def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_trackers: OpenTrackers) -> None:
     loader = on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
-    keeper = Keeper(config.run_dir / "checkpoints", config.checkpoint, ranks, lambda text: _say(ranks, text))
+    keeper = Keeper(config.run_dir / "checkpoints", config.checkpoint, ranks, lambda text: _say(ranks, text), life.may_commit)
+    refuse_disagreement(ranks, {"dataset": loader.state(0)})
     on_first(ranks, lambda: _check_run_folder(config))
     checkpoint = keeper.start()
     first_step = checkpoint.step + 1 if checkpoint else 1
+    life.made(first_step - 1)
     if checkpoint:
         _check_data(config, checkpoint, loader)
         if first_step > config.last_step:
@@ -72,14 +83,20 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     on_first(ranks, lambda: _open_run_folder(config, started))
     listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
-    def save_step(step: int, validation: dict[str, Any] | None, wait: bool) -> None:
+    def save_step(step: int, validation: dict[str, Any] | None, wait: bool) -> float | None:
         extras = _extras(config, loader, step) | {"validation": validation, "start": started}
-        tell(keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"], wait))
+        return tell(lambda: keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"], wait))
 
-    def tell(finished: list[Finished]) -> None:
+    def tell(finish: Callable[[], list[Finished]]) -> float | None:
+        try:
+            finished = finish()
+        except CheckpointError:
+            on_all(ranks, life.check)  # that the folder was lost is another end than a failed save
+            raise
         for one in finished:
             folder = one.saved.folder
             emit(CheckpointEvent(step_of(folder), str(folder), one.seconds, one.saved.bytes, one.stall_seconds))
+        return finished[-1].seconds if finished else None
 
     def emit(event: Event) -> None:
         for listener in listeners:
@@ -87,8 +104,9 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
 
     try:
         validation = checkpoint.state.get("validation") if checkpoint else None
-        Trainer(config, engine, loader, ranks, save_step, lambda: tell(keeper.poll()), emit, validation).run(first_step)
+        Trainer(config, engine, loader, ranks, save_step, lambda wait: tell(lambda: keeper.poll(wait)), emit, life, validation).run(first_step)
     finally:
+        life.doing("closing", life.progress.step)  # trackers may have much to send
         loader.close()
         for listener in listeners:
             listener.close()

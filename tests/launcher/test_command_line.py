@@ -88,7 +88,8 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_folder_has_its_fixed_form(trained: Path) -> None:
-    assert {p.name for p in trained.iterdir()} == {"checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tokenizer.json"}
+    assert {p.name for p in trained.iterdir()} == {
+        "checkpoints", "config.yaml", "environment.json", "exit.json", "lock-1.json", "metrics.jsonl", "tokenizer.json"}
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step-000000003", "step-000000006"]
     events = read_events(trained / "metrics.jsonl", "train")
     assert [e["step"] for e in events] == list(range(1, 7))
@@ -140,7 +141,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_interrupt_ends_all_ranks_with_one_line(dataset: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000})))
     job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2"], cwd=ROOT,

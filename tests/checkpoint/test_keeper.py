@@ -142,3 +142,13 @@ def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(tmp_path: Path
 
     messages = on_ranks(world_size, job)
     assert len(set(messages)) == 1 and "failed on rank 0: FileExistsError" in messages[0]
+
+
+def test_numbers_grow_although_the_manifests_on_the_disk_are_lost(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path, CheckpointSection(), Ranks(), lambda text: None)
+    lines = []
+    for step in (1, 2, 3):
+        lines += [one.saved.line for one in keeper.save(State(), {"step": step, "config": {}}, {})]
+        for manifest in tmp_path.glob("*/manifest.json"):
+            manifest.write_text("lost")
+    assert lines == [[[1, 1]], [[1, 2]], [[1, 3]]]

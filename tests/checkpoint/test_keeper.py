@@ -59,6 +59,14 @@ def test_a_rollback_wins_and_does_not_take_the_abandoned_at_once(tmp_path: Path)
     assert names(tmp_path) == ["2", "4", "4.2", "6", "7", "9"]
 
 
+def test_a_rollback_keeps_what_it_went_back_to(tmp_path: Path) -> None:
+    run(tmp_path, Ranks(), [(s, None) for s in (2, 4, 6, 8)], keep_last=None)
+    run(tmp_path, Ranks(), [(5, None)], keep_last=2, resume=4)
+    assert names(tmp_path) == ["4", "5", "8"]  # the newest two of the line, and of all
+    run(tmp_path, Ranks(), [(7, None)], keep_last=2)
+    assert names(tmp_path) == ["5", "7"]
+
+
 def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> None:
     run(tmp_path, Ranks(), [(1, None), (2, None)], keep_last=2)
     path = tmp_path / "step-000000002" / "state.json"

@@ -94,7 +94,8 @@ def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] =
         if ranks.rank == 0:
             write_json(staging / STATE, snapshot.contents)
             files[STATE] = describe(staging / STATE)
-            sequence = last_sequence(root) + 1
+            # Above the line's own too: the manifests on the disk may have become unreadable since it was begun.
+            sequence = 1 + max([last_sequence(root), *(last for _, last in line)])
             manifest = Manifest.model_validate({
                 "files": files, "step": snapshot.step, "world_size": ranks.world_size, "sequence": sequence,
                 "line": next_line(list(line), sequence), "loss": loss,

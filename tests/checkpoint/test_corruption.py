@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -15,7 +16,7 @@ from nextpt.checkpoint.commit import choose
 from nextpt.checkpoint.manifest import file_names
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.errors import NoValidCheckpoint
-from tests.support.checkpoints import as_version_1, holds, on_ranks, write
+from tests.support.checkpoints import as_version_1, edit, holds, on_ranks, write
 
 Files = dict[str, bytes]
 NAMES = sorted(file_names(2) | {"manifest.json"})
@@ -134,6 +135,18 @@ def test_an_undamaged_one_is_taken(root: Path) -> None:
     put(root / NEW, read(root / "good"))
     found = choose(root, "auto", Ranks(), pytest.fail)
     assert found is not None and found.step == 2 and holds(found, 2.0)
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.update(sequence=9), lambda m: m.update(line=[[1, 1], [9, 9]]), lambda m: m.update(loss=0.5), lambda m: m.update(xxh3="0" * 32),
+    lambda m: m.pop("xxh3"),
+])
+def test_what_only_the_manifest_says_has_its_own_hash(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    edit(tmp_path / NEW / "manifest.json", change)
+    said: list[str] = []
+    assert choose(tmp_path, "auto", Ranks(), said.append).step == 1 and "its manifest is damaged" in said[0]
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 7])

@@ -96,7 +96,7 @@ class Histories(RuleBasedStateMachine):
             return values[0] if found else None
 
         self.keepers: dict[int, Keeper] = {}
-        found = on_ranks(world_size, job)
+        found = on_ranks(world_size, job, in_turn=True)
         assert len(set(found)) == 1
         self.line = next((save.line for save in self.saves if save.value == found[0]), [])
         self.world_size, self.running, self.step = world_size, True, self.line[-1].step if self.line else 0
@@ -116,7 +116,7 @@ class Histories(RuleBasedStateMachine):
 
         try:
             with dying_at(self.root, at, watch=lambda: self.enough(had)):
-                on_ranks(self.world_size, job)
+                on_ranks(self.world_size, job, in_turn=True)
         except Killed:
             self.running = False
         made = [folder for folder in checkpoint_folders(self.root) if folder not in before]

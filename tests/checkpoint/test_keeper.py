@@ -59,6 +59,14 @@ def test_a_rollback_wins_and_does_not_take_the_abandoned_at_once(tmp_path: Path)
     assert names(tmp_path) == ["2", "4", "4.2", "6", "7", "9"]
 
 
+def test_a_rollback_keeps_what_it_went_back_to(tmp_path: Path) -> None:
+    run(tmp_path, Ranks(), [(s, None) for s in (2, 4, 6, 8)], keep_last=None)
+    run(tmp_path, Ranks(), [(5, None)], keep_last=2, resume=4)
+    assert names(tmp_path) == ["4", "5", "8"]  # the newest two of the line, and of all
+    run(tmp_path, Ranks(), [(7, None)], keep_last=2)
+    assert names(tmp_path) == ["5", "7"]
+
+
 def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> None:
     run(tmp_path, Ranks(), [(1, None), (2, None)], keep_last=2)
     path = tmp_path / "step-000000002" / "state.json"
@@ -142,3 +150,13 @@ def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(tmp_path: Path
 
     messages = on_ranks(world_size, job)
     assert len(set(messages)) == 1 and "failed on rank 0: FileExistsError" in messages[0]
+
+
+def test_numbers_grow_although_the_manifests_on_the_disk_are_lost(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path, CheckpointSection(), Ranks(), lambda text: None)
+    lines = []
+    for step in (1, 2, 3):
+        lines += [one.saved.line for one in keeper.save(State(), {"step": step, "config": {}}, {})]
+        for manifest in tmp_path.glob("*/manifest.json"):
+            manifest.write_text("lost")
+    assert lines == [[[1, 1]], [[1, 2]], [[1, 3]]]

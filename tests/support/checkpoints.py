@@ -54,54 +54,89 @@ def holds(checkpoint: Checkpoint, value: float) -> bool:
 
 
 class Board:
-    """Where threads meet to exchange JSON, in any number of groups."""
+    """Where threads meet to exchange JSON, in any number of groups. in_turn: one runs at a time, from exchange to exchange."""
 
-    def __init__(self, world_size: int) -> None:
-        self.groups = [(threading.Barrier(world_size), {}) for _ in range(3)]
+    def __init__(self, world_size: int, in_turn: bool) -> None:
+        self.world_size, self.in_turn = world_size, in_turn
+        self.changed = threading.Condition()
+        self.texts: dict[tuple[int, int], dict[int, str]] = {}  # (group, number of the exchange) -> rank -> JSON
+        self.running = list(range(world_size))  # the first has the turn
+        self.broken = False
 
-    def abort(self) -> None:
-        for barrier, _ in self.groups:
-            barrier.abort()
+    def wait(self, ready: Callable[[], bool]) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.broken or ready(), 60) or self.broken:
+                raise Gone
+
+    def wait_for_turn(self, rank: int) -> None:
+        if self.in_turn:
+            self.wait(lambda: self.running[0] == rank)
+
+    def end_turn(self, rank: int, for_good: bool = False) -> None:
+        with self.changed:
+            self.running.remove(rank)
+            self.running += [] if for_good else [rank]
+            self.changed.notify_all()
+
+    def fail(self) -> None:
+        with self.changed:
+            self.broken = True
+            self.changed.notify_all()
+
+
+class Gone(Exception):
+    """Another rank has ended."""
 
 
 class ThreadRanks(Ranks):
     """A rank that is a thread of this process; it exchanges JSON as a real one does."""
 
     def __init__(self, rank: int, world_size: int, board: Board, group: int = 0) -> None:
-        self.rank, self.world_size, self._board, self._group_number = rank, world_size, board, group
+        self.rank, self.world_size, self._board, self._number_of_group, self._exchanges = rank, world_size, board, group, 0
 
     def another(self) -> ThreadRanks:
-        return ThreadRanks(self.rank, self.world_size, self._board, self._group_number + 1)
+        return ThreadRanks(self.rank, self.world_size, self._board, self._number_of_group + 1)
 
     def gather(self, value: Any) -> list[Any]:
-        barrier, texts = self._board.groups[self._group_number]
-        texts[self.rank] = json.dumps(value)
-        barrier.wait(60)
-        found = [json.loads(texts[rank]) for rank in range(self.world_size)]
-        barrier.wait(60)
-        return found
+        board = self._board
+        self._exchanges += 1
+        with board.changed:
+            texts = board.texts.setdefault((self._number_of_group, self._exchanges), {})
+            texts[self.rank] = json.dumps(value)
+            board.changed.notify_all()
+        if board.in_turn:
+            board.end_turn(self.rank)
+        board.wait(lambda: len(texts) == self.world_size)
+        board.wait_for_turn(self.rank)
+        return [json.loads(texts[rank]) for rank in range(self.world_size)]
 
     def any(self, flag: bool) -> bool:
         return any(self.gather(flag))
 
 
-def on_ranks(world_size: int, action: Callable[[Ranks], Any]) -> list[Any]:
-    """What `action` returns on each rank. A rank that raises releases the others, as a dead process does; its error is raised."""
+def on_ranks(world_size: int, action: Callable[[Ranks], Any], in_turn: bool = False) -> list[Any]:
+    """What `action` returns on each rank. A rank that raises ends the others, as a dead process does; its error is raised.
+
+    in_turn: the order of everything is the same each time. Not for ranks with threads of their own.
+    """
     if world_size == 1:
         return [action(Ranks())]
-    board = Board(world_size)
+    board = Board(world_size, in_turn)
 
     def one(rank: int) -> Any:
         try:
+            board.wait_for_turn(rank)
             return action(ThreadRanks(rank, world_size, board))
         except BaseException:
-            board.abort()
+            board.fail()
             raise
+        finally:
+            board.end_turn(rank, for_good=True)
 
     with ThreadPoolExecutor(world_size) as pool:
         futures = [pool.submit(one, rank) for rank in range(world_size)]
     errors = [future.exception() for future in futures]
-    for error in sorted((e for e in errors if e), key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+    for error in sorted((e for e in errors if e), key=lambda e: isinstance(e, Gone)):
         raise error
     return [future.result() for future in futures]
 

@@ -194,4 +194,4 @@ def test_random_histories() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_many_random_histories() -> None:
-    histories(1000)()
+    histories(300)()

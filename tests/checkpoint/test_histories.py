@@ -192,6 +192,6 @@ def test_random_histories() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_many_random_histories() -> None:
-    histories(60)()
+    histories(300)()

@@ -9,8 +9,6 @@ An item that cannot be done leaves WORK/failed/STAGE-ITEM with the reason, and t
 from __future__ import annotations
 
 import json
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from data_prep.errors import PrepError
 from data_prep.files import atomic_write
+from data_prep.processes import identity, is_gone
 
 HEARTBEAT = 5.0  # seconds between touches of a lease
 STALE = 90.0  # seconds without one after which its worker counts as dead; far above the delays of shared file systems
@@ -127,15 +124,7 @@ class Lease:
 
 
 def _owner(advanced: int) -> str:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _start(os.getpid()), "advanced": advanced})
-
-
-def _start(pid: int) -> float | None:
-    """When the process began, None when there is none: with its number it names a process for ever."""
-    try:
-        return psutil.Process(pid).create_time()
-    except psutil.Error:
-        return None
+    return json.dumps(identity() | {"advanced": advanced})
 
 
 @contextmanager
@@ -167,8 +156,7 @@ def _is_dead(path: Path) -> bool:
         return False
     except ValueError:  # being written, or cut off by a full disk
         return silent > STALE
-    here = owner.get("host") == socket.gethostname()
-    return silent > STALE or (here and _start(owner["pid"]) != owner["started"])
+    return silent > STALE or is_gone(owner)
 
 
 def advanced(stage: Stage, work: Path, pending: set[int]) -> int:

@@ -70,6 +70,9 @@ def train(
 ) -> None:
     """Train on this machine. The same command again resumes the run.
 
+    SIGTERM and SIGUSR1 save and end. Exit codes: 0 finished, 1 crashed, 2 a mistake to mend first, 4 another job works in
+    the run folder, 65 no valid checkpoint where there were some, 75 told to stop, 76 a rank did not answer, 128+N ended by signal N. RUN/exit.json has the reason.
+
     On a cluster: `deepspeed --hostfile HOSTS launcher/run.py --config FILE`, or launcher/slurm/train.sbatch.
     """
     from launcher.local import start_training

@@ -22,7 +22,7 @@ out = Console(highlight=False, soft_wrap=True)
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Mistakes of the user's end a command with one line and exit code 2; NEXTPT_TRACEBACK=1 shows where.
+    """Mistakes of the user's end a command with one line and exit code 2 (or the error's own); NEXTPT_TRACEBACK=1 shows where.
 
     An interrupt ends it with one line and exit code 130: every command can be started again.
     """
@@ -35,7 +35,7 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
             if os.environ.get("NEXTPT_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(error.exit_code if isinstance(error, UserError) else 2)
         except KeyboardInterrupt:
             print("\ninterrupted; nothing is half-written, and the same command goes on", file=sys.stderr, flush=True)
             sys.exit(130)

@@ -18,7 +18,7 @@ from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
 from launcher.console import compressor_table, evaluation_progress, evaluation_table, out, say
 from launcher.local import start_training
-from nextpt.checkpoint.commit import folder_of, steps
+from nextpt.checkpoint.folders import folder_of, steps
 from nextpt.config import Config, load_config
 from nextpt.errors import UserError
 from nextpt.evaluate.heldout import evaluate_run, open_model, write_result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,11 +12,20 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from data_prep.processes import children_of, command_of
 from launcher.console import out
-from nextpt.errors import UserError
+from nextpt.config import load_config
+from nextpt.errors import CRASHED, REQUEUE, UserError
+from nextpt.train.ending import read_end
+from nextpt.train.stop import SIGNALS
 
 OUT_OF_MEMORY = ", most likely because memory ran out (see dmesg; nextpt plan tells what a run needs)"
 RUN = Path(__file__).resolve().parent / "run.py"
+LAUNCH = "deepspeed.launcher.launch"
+
+
+class Told(Exception):
+    """This process was told to end before there were ranks."""
 
 
 def train_command(config: str, overrides: list[str], ranks: int, port: int) -> list[str]:
@@ -29,17 +39,25 @@ def train_command(config: str, overrides: list[str], ranks: int, port: int) -> l
 def start_training(config: str, overrides: list[str], ranks: int | None = None, port: int | None = None) -> int:
     """Train on this machine; returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given.
 
-    Raises KeyboardInterrupt, with all ranks ended, when this process is interrupted or told to end.
+    SIGTERM and SIGUSR1 go on to the ranks, which save and end (nextpt/train/stop.py). Raises KeyboardInterrupt, with all
+    ranks ended, when this process is interrupted or its terminal closed.
     """
-    environment = os.environ | {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
+    environment = os.environ | {
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"), "NEXTPT_SUPERVISOR": str(os.getpid()),
+        "NEXTPT_COMMAND": shlex.join(["nextpt", "train", "--config", config, *(["--ranks", str(ranks)] if ranks else []), *overrides]),
+    }
     if not _gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     command = train_command(config, overrides, ranks or max(_gpus(), 1), port or free_port())
     # In a session of its own: Ctrl-C reaches this process alone, and not every rank, each with a traceback to show.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, lambda number, frame: _tell_ranks(process.pid, number)) for number in SIGNALS}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, _interrupt)
     try:
         code = process.wait()
+    except Told:
+        _end(process)
+        return REQUEUE
     except KeyboardInterrupt:
         _end(process)
         raise
@@ -50,7 +68,34 @@ def start_training(config: str, overrides: list[str], ranks: int | None = None, 
         number = -code if code < 0 else 256 - code if code > 192 else code - 128
         print(f"error: a rank was ended by signal {number} ({signal.strsignal(number)}){OUT_OF_MEMORY if number == signal.SIGKILL else ''}; "
               "the same command resumes", file=sys.stderr, flush=True)
-    return code
+        return REQUEUE if number in SIGNALS else 128 + number  # of SIGNALS a rank dies only before it has anything to save
+    return code or _recorded_code(load_config(config, overrides).run_dir)
+
+
+def _recorded_code(run: Path) -> int:
+    """The code of a job whose launcher says 0: deepspeed's says so too when the process below it was killed."""
+    end = read_end(run)
+    if end is None:
+        print(f"error: training ended without a word: {run / 'exit.json'} is not there. Something killed it{OUT_OF_MEMORY}; "
+              "the same command resumes", file=sys.stderr, flush=True)
+        return CRASHED
+    return end["code"]
+
+
+def _tell_ranks(launcher: int, number: int) -> None:
+    """Pass a signal on to the ranks only: deepspeed's launchers would die of it, or kill the ranks after 30 s.
+
+    Where there are no ranks yet, nothing is lost: the launcher is ended.
+    """
+    below = [launcher]
+    for pid in below:  # grows while it is read
+        below += children_of(pid)
+    told = [pid for pid in below if f"{RUN} --local_rank" in (command := command_of(pid)) and LAUNCH not in command]
+    for pid in told:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    if not told:
+        raise Told
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -60,10 +105,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _end(process: subprocess.Popen) -> None:
     """End the launcher and its ranks, and give the terminal its cursor back, which a live line hides."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        os.killpg(process.pid, signal.SIGKILL)  # ranks that did not listen
+        os.killpg(process.pid, signal.SIGKILL)  # a checkpoint exists or does not: nothing can be half-written
     process.wait()
     out.show_cursor(True)
 

@@ -6,21 +6,29 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import time
+import traceback
 
 # The repository root, not this folder, must be importable; must come before every other import.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from nextpt.errors import UserError  # noqa: E402
+from data_prep.processes import command_of, end_with, parent_of  # noqa: E402
+from nextpt.errors import CRASHED, MISTAKE, REQUEUE, Stopped, UserError  # noqa: E402
+
+CODES = """exit codes: 0 finished; 1 crashed; 2 a mistake to mend first; 4 another job works in the run folder; 65 no valid
+checkpoint where there were some; 75 told to stop (SIGTERM, SIGUSR1), the same command resumes; 76 a rank or the network did not answer, the same command resumes. RUN/exit.json
+has the code, the reason and the step, also where a launcher loses the code. See docs/reliability.md."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; returns the exit code: 0 done, 2 a mistake of the user's."""
+    """Train; returns the exit code, see nextpt/errors.py."""
     parser = argparse.ArgumentParser(
         prog="deepspeed launcher/run.py",
         description="Train the run that a YAML file describes. The same command again resumes it.",
-        epilog="example: deepspeed --num_gpus 8 launcher/run.py --config configs/124m.yaml train.steps=1000",
+        epilog="example: deepspeed --num_gpus 8 launcher/run.py --config configs/124m.yaml train.steps=1000\n\n" + CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("--local_rank", type=int, default=None, help="given by the deepspeed launcher")
@@ -29,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training listens: there is nothing to save yet
+        signal.signal(number, lambda number, frame: os._exit(REQUEUE))
+    end_with(launchers(), _orphaned)
     try:
         from nextpt.config import load_config
 
@@ -45,16 +56,44 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the launcher kills all ranks when one ends: rank 0 must have spoken by then
-        return 2
+        return error.exit_code
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.exit_code
     except OSError as error:
         if options.traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            traceback.print_exc()
+            return CRASHED
         print(f"error: no space left for {error.filename or 'the run folder'}; free some and start the same command again,"
               " it resumes", file=sys.stderr, flush=True)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         return 130
+    except Exception:  # not left to the interpreter, whose teardown can hang (below)
+        traceback.print_exc()
+        return CRASHED
     return 0
+
+
+def launchers() -> list[int]:
+    """Processes above this one that exist for this job alone: when one of them is gone, nobody waits for this rank.
+
+    A process started by hand, or with nohup, may outlive its parent: only ranks that a launcher started may not.
+    """
+    if "RANK" not in os.environ:
+        return []
+    found = [os.getppid()]
+    above = parent_of(found[0])
+    if "deepspeed" in command_of(found[0]) and above and "deepspeed" in command_of(above):
+        found.append(above)
+    supervisor = os.environ.get("NEXTPT_SUPERVISOR")
+    return found + ([int(supervisor)] if supervisor else [])
+
+
+def _orphaned(pid: int) -> None:
+    print(f"error: the process {pid} that started this rank is gone; the same command resumes", file=sys.stderr, flush=True)
+    os._exit(CRASHED)
 
 
 if __name__ == "__main__":

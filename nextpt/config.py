@@ -215,6 +215,9 @@ class TrainSection(Section):
         None, ge=1, description="memory of the loss beside its gradients, MiB; 2048 on a GPU and 256 on a CPU unless given"
     )
     log_every: int = Field(10, ge=1, description="steps between metrics; the only host synchronisation")
+    hang_seconds: float = Field(
+        60.0, ge=1, description="seconds without progress after which a job ends, or ten times what the work usually takes if that is longer"
+    )
     peak_tflops: float | None = Field(
         None, gt=0, description="dense peak of one device, TFLOP/s, for utilisation; known for common GPUs"
     )
@@ -228,7 +231,18 @@ class CheckpointSection(Section):
     resume: Literal["auto", "never"] | int = Field(
         "auto", description="auto: newest complete one; a step: that one, an error if missing; never: an error if any"
     )
+    grace_seconds: float = Field(
+        30.0, gt=0, description="seconds from SIGTERM or SIGUSR1 to the kill (30 is Slurm's KillWait): a save that takes longer is not begun"
+    )
     accept_changed_data: bool = Field(False, description="resume although the dataset or its order is not the same")
+    asynchronous: bool = Field(
+        False, description="training goes on while a copy of the state is written; costs each rank the memory of its share"
+    )
+    keep_last: int | None = Field(
+        3, ge=2, description="newest checkpoints to keep, older ones are removed after a save; null: keep all"
+    )
+    keep_every: int | None = Field(None, ge=1, description="keep those of every so many steps for ever")
+    keep_best: int | None = Field(None, ge=1, description="keep so many with the lowest validation loss (total, nats per token)")
 
 
 class ValidationSection(Section):
@@ -344,7 +358,7 @@ class Config(Section):
 MAY_DIFFER = (
     "run.dir", "data.path", "data.remote", "data.cache_limit_gib", "data.scratch", "data.stages", "data.repeat_caps", "data.repeat_caps.",
     "data.backend", "data.prefetch_threads", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
-    "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every", "train.peak_tflops",
+    "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every", "train.hang_seconds", "train.peak_tflops",
     "checkpoint.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
 )
 

@@ -1,13 +1,24 @@
-"""Mistakes that a person can mend. Each message is one line that names the thing and the way out."""
+"""Mistakes that a person can mend, and what a process ends with. Each message is one line that names the thing and the way out."""
+
+# Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of sysexits.h.
+CRASHED = 1  # an error of the program; a traceback was shown
+MISTAKE = 2  # something that a person must mend first
+IN_USE = 4  # another job works in the run folder
+DAMAGED = 65  # EX_DATAERR: the run has checkpoints and none of them is valid; a person must look
+REQUEUE = 75  # EX_TEMPFAIL: told to stop; the same command goes on
+HUNG = 76  # no progress: a rank or the network does not answer; the same command goes on, on sound machines
 
 
 class UserError(Exception):
-    """A mistake of the user's. Shown without a traceback, exit code 2.
+    """A mistake of the user's. Shown without a traceback.
+
+    exit_code: what the process ends with.
 
     every_rank: the error is this rank's own (its disk is full, its shard is corrupt), so this rank must print it;
     other errors are the same on all ranks and rank 0 speaks for them.
     """
 
+    exit_code = MISTAKE
     every_rank = False
 
 
@@ -25,3 +36,21 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another run."""
 
     every_rank = True
+
+
+class NoValidCheckpoint(CheckpointError):
+    """A run folder holds checkpoints and none of them verifies: a person must look; to start again would lose the run."""
+
+    exit_code = DAMAGED
+
+
+class RunInUse(UserError):
+    """Another job works in the run folder, or took it from this one."""
+
+    exit_code = IN_USE
+
+
+class Stopped(Exception):
+    """Training ended before its last step because it was told to. Not a mistake; the message says how to go on."""
+
+    exit_code = REQUEUE

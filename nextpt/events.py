@@ -47,12 +47,13 @@ class ValidationEvent:
 
 @dataclass(frozen=True)
 class CheckpointEvent:
-    """A checkpoint became complete."""
+    """A checkpoint became complete. seconds: from its begin. stall_seconds: those in which training stood still for it."""
 
     step: int
     path: str
     seconds: float
     bytes: int
+    stall_seconds: float = 0.0
     time: float = field(default_factory=time.time)
     kind: str = "checkpoint"
 

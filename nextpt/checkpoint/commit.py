@@ -1,84 +1,116 @@
 """How a checkpoint comes to exist, and which one a start takes.
 
-Save: rank 0 makes a staging folder; all ranks write and sync their files in it; sizes and hashes are gathered; rank 0
-writes state.json, then manifest.json, and renames the folder. Every stage ends with a vote, so a rank that fails makes
-all fail with one message and none waits for it. A process killed at any moment leaves either the whole checkpoint or
-a staging folder that the next save removes.
+Save: every rank copies its state; rank 0 makes a staging folder; all ranks write and sync their files in it; sizes and
+hashes are gathered; rank 0 writes state.json, then manifest.json, and renames the folder. Every stage ends with a vote,
+so a rank that fails makes all fail with one message and none waits for it. A process killed at any moment leaves either
+the whole checkpoint or a staging folder that the next save removes.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextpt.checkpoint.format import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Checkpoint,
+from nextpt.checkpoint.folders import (
+    STAGING,
+    clear_leftovers,
+    folder_of,
+    free_name,
+    last_sequence,
+    listing,
+    set_aside,
+    set_aside_folders,
+    step_of,
+    steps,
+)
+from nextpt.checkpoint.format import Checkpoint, Snapshot, take_snapshot, write_rank
+from nextpt.checkpoint.index import check_tensors, read_contents
+from nextpt.checkpoint.jsonfile import sync, write_json
+from nextpt.checkpoint.manifest import (
+    STATE,
+    Damaged,
+    Manifest,
+    OtherVersion,
+    check_files,
     describe,
     hash_problem,
-    manifest_problem,
-    sync,
-    write_json,
-    write_rank,
+    next_line,
+    read_manifest,
+    write_manifest,
 )
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import ShardedState
-from nextpt.errors import CheckpointError
-
-STEP_FOLDER = re.compile(r"step-(\d{9})")
-STAGING = ".staging-"
+from nextpt.errors import CheckpointError, NoValidCheckpoint
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A finished checkpoint. bytes: of all files."""
+    """A finished checkpoint. line: see Manifest; known on rank 0."""
 
     folder: Path
     bytes: int
+    line: list[list[int]]
 
 
-def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks) -> Saved:
+def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks,
+         line: list[list[int]] = (), loss: float | None = None, may_commit: Callable[[], None] = lambda: None) -> Saved:
     """Write a checkpoint of extras["step"] under `root`; returns when it is durable. Collective.
 
-    extras: JSON values for state.json; step, world size, parameter shapes and scalars are put beside them. Raises
-    CheckpointError on all ranks when any of them fails; then nothing is left behind.
+    extras: JSON values for state.json; step, world size, parameter shapes and scalars are put beside them. line: that of
+    the checkpoint that this one continues. loss: of the last validation, nats per token. may_commit: asked on rank 0 when
+    all is written and only the name is missing; raises to refuse. Raises CheckpointError on all ranks when any of them
+    fails; then nothing is left behind.
     """
-    name = f"step-{extras['step']:09d}"
-    staging = root / f"{STAGING}{name}"
+    return commit(root, snapshot_together(root, state, extras, rng, ranks), ranks, line, loss, may_commit)
+
+
+def snapshot_together(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks) -> Snapshot:
+    """Copy the state of every rank. Collective; raises CheckpointError on all ranks when one fails."""
+    taken: list[Snapshot] = []
+    _together(lambda: taken.append(take_snapshot(state, extras, rng, ranks.world_size)), root, ranks)
+    return taken[0]
+
+
+def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] = (), loss: float | None = None,
+           may_commit: Callable[[], None] = lambda: None) -> Saved:
+    """Make a checkpoint of the snapshots of all ranks; returns when it is durable. Collective; raises as `save` does."""
+    staging = root / f"{STAGING}step-{snapshot.step:09d}"
     described: dict[str, dict[str, Any]] = {}
+    saved: list[Saved] = []
 
     def prepare() -> None:
         if ranks.rank == 0:
             root.mkdir(parents=True, exist_ok=True)
-            for stale in root.glob(f"{STAGING}*"):
-                shutil.rmtree(stale)
+            sync(root.parent)
+            clear_leftovers(root)
             staging.mkdir()
-
-    def write() -> None:
-        described.update(write_rank(staging, ranks.rank, state, rng))
 
     def finish() -> None:
         if ranks.rank == 0:
-            write_json(staging / "state.json", extras | {
-                "world_size": ranks.world_size, "scalars": scalars,
-                "parameters": {n: list(shape) for n, shape in state.parameter_shapes().items()},
+            write_json(staging / STATE, snapshot.contents)
+            files[STATE] = describe(staging / STATE)
+            # Above the line's own too: the manifests on the disk may have become unreadable since it was begun.
+            sequence = 1 + max([last_sequence(root), *(last for _, last in line)])
+            manifest = Manifest.model_validate({
+                "files": files, "step": snapshot.step, "world_size": ranks.world_size, "sequence": sequence,
+                "line": next_line(list(line), sequence), "loss": loss,
             })
-            files["state.json"] = describe(staging / "state.json")
-            write_json(staging / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+            write_manifest(staging, manifest)
             sync(staging)
-            _rename(staging, root / name)
+            may_commit()
+            folder = free_name(root, snapshot.step)
+            os.rename(staging, folder)
+            sync(root)
+            saved.append(Saved(folder, manifest.bytes, manifest.line))
 
-    scalars = state.scalars()
     try:
         _together(prepare, root, ranks)
-        _together(write, root, ranks)
+        _together(lambda: described.update(write_rank(staging, ranks.rank, snapshot)), root, ranks)
         files: dict[str, Any] = {}
         for part in ranks.gather(described):
             files.update(part)
@@ -87,17 +119,8 @@ def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str,
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    return Saved(root / name, sum(entry["size"] for entry in files.values()))
-
-
-def _rename(staging: Path, folder: Path) -> None:
-    """Give the finished folder its name; one of the same step, damaged or of an earlier attempt, makes way."""
-    aside = staging.with_name(staging.name + "-replaced")
-    if folder.exists():
-        os.rename(folder, aside)
-    os.rename(staging, folder)
-    sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    name, size, line = ranks.from_first([saved[0].folder.name, saved[0].bytes, saved[0].line] if saved else None)
+    return Saved(root / name, size, line)
 
 
 def _together(action: Callable[[], None], root: Path, ranks: Ranks) -> None:
@@ -122,62 +145,131 @@ def _phrase(error: Exception, root: Path) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def steps(root: Path) -> list[int]:
-    """Steps of all folders that look like checkpoints, newest first."""
-    found = (STEP_FOLDER.fullmatch(p.name) for p in root.iterdir()) if root.is_dir() else ()
-    return sorted((int(match[1]) for match in found if match), reverse=True)
-
-
-def folder_of(root: Path, step: int) -> Path:
-    return root / f"step-{step:09d}"
-
-
-def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
+def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], None], mend: bool = False) -> Checkpoint | None:
     """The checkpoint that `resume` asks for (config key checkpoint.resume), verified; None for a fresh start. Collective.
 
-    "auto": the newest that verifies; damaged newer ones are named through `warn`. A step: that one. "never": none may
-    be there. Raises CheckpointError otherwise.
+    "auto": the newest (see folders.listing) that verifies; damaged newer ones are named through `warn` and, where `mend`
+    is set, set aside. A step: the newest of that step. "never": none may be there. Raises CheckpointError otherwise, and
+    NoValidCheckpoint where there are checkpoints and none of them verifies.
     """
-    available = ranks.from_first(steps(root))
-    if resume == "never":
-        if available:
-            raise _same(f"checkpoint.resume = never, but {root} holds checkpoints (newest: step {available[0]}); "
-                        "give another run.dir or remove them")
-        return None
-    if resume != "auto" and resume not in available:
-        listed = ", ".join(map(str, available)) or "none"
-        raise _same(f"checkpoint.resume = {resume}: {root} has no checkpoint of that step; there are: {listed}")
-    problems = []
-    for step in available if resume == "auto" else [resume]:
-        problem = _verify(folder_of(root, step), ranks)
+    candidates, bad = on_first(lambda: _candidates(root, resume), root, ranks)
+    bad = [(root / name, problem) for name, problem in bad]
+    for folder in (root / name for name in candidates):
+        problem = verify(folder, ranks)
         if problem is None:
-            if problems:
-                warn(f"warning: {'; '.join(problems)}; resuming from step {step}")
-            return Checkpoint(folder_of(root, step))
-        problems.append(f"checkpoint {folder_of(root, step)} is not usable: {problem}")
-    if problems:
-        raise _same(f"{'; '.join(problems)}. Training does not start from nothing over them: restore one or remove the folders")
+            if bad:
+                done = on_first(lambda: [out_of_the_way(f) if mend else "" for f, _ in bad], root, ranks)
+                told = "; ".join(f"{_unusable(*b)}{how}" for b, how in zip(bad, done, strict=True))
+                warn(f"warning: {told}; resuming from step {step_of(folder)}")
+            return Checkpoint(folder)
+        bad.append((folder, problem))
+    if resume not in ("auto", "never"):
+        raise _same(_unusable(*bad[0]) + "; give another step, or checkpoint.resume=auto")
+    aside = on_first(lambda: [folder.name for folder in set_aside_folders(root)], root, ranks)
+    bad += [(root / name, "it was set aside as damaged") for name in aside]
+    if bad:
+        raise _same("; ".join(_unusable(*b) for b in bad) + ". Training does not start from nothing over them: restore one, "
+                    "or remove the folders", NoValidCheckpoint)
     return None
 
 
-def _verify(folder: Path, ranks: Ranks) -> str | None:
-    """First problem of a checkpoint; the files to hash are divided among the ranks."""
-    problem = ranks.from_first(manifest_problem(folder))
+def _unusable(folder: Path, problem: str) -> str:
+    return f"checkpoint {folder} is not usable: {problem}"
+
+
+def _candidates(root: Path, resume: str | int) -> tuple[list[str], list[tuple[str, str]]]:
+    """(names of the folders to try in order, [(name, problem)] of those whose manifest says that they are none)."""
+    available = steps(root)
+    if resume == "never":
+        if available:
+            raise CheckpointError(f"checkpoint.resume = never, but {root} holds checkpoints (newest: step {available[0]}); "
+                                  "give another run.dir or remove them")
+        return [], []
+    if resume != "auto":
+        if resume not in available:
+            listed = ", ".join(map(str, available)) or "none"
+            raise CheckpointError(f"checkpoint.resume = {resume}: {root} has no checkpoint of that step; there are: {listed}")
+        return [folder_of(root, resume).name], []
+    found, damaged, foreign = listing(root)
+    if foreign:
+        # It may be in order, and newer than the rest: to train on from an older one would be a rollback that nobody asked for.
+        raise CheckpointError(_unusable(*foreign[0]) + ", or give checkpoint.resume=STEP to go on from another one")
+    return [one.folder.name for one in found], [(folder.name, problem) for folder, problem in damaged]
+
+
+def on_first(look: Callable[[], Any], root: Path, ranks: Ranks) -> Any:
+    """A JSON value that rank 0 finds, on every rank; all raise when it fails. Collective."""
+    value = problem = None
+    if ranks.rank == 0:
+        try:
+            value = look()
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{root} cannot be read: {error.strerror or error}"
+    value, problem = ranks.from_first([value, problem])
+    if problem:
+        raise _same(problem)
+    return value
+
+
+def out_of_the_way(folder: Path) -> str:
+    """Set a damaged folder aside; returns what to say about it."""
+    try:
+        return f" (set aside as {set_aside(folder).name})"
+    except OSError as error:  # a save of that step takes another name, so training can go on
+        return f" (and cannot be renamed: {error.strerror})"
+
+
+def verify(folder: Path, ranks: Ranks) -> str | None:
+    """First problem of a checkpoint; the files to look at are divided among the ranks. Collective."""
+    problem = intact(folder, ranks)
     if problem is None:
-        problem = next(filter(None, ranks.gather(hash_problem(folder, ranks.rank, ranks.world_size))), None)
+        problem = _first(ranks.gather(_contents_problem(folder, ranks)))
     return problem
 
 
+def intact(folder: Path, ranks: Ranks) -> str | None:
+    """First difference of a folder from its manifest, hashes included; what the files say is not looked at. Collective."""
+    problem = ranks.from_first(_said(lambda: check_files(folder, read_manifest(folder))) if ranks.rank == 0 else None)
+    if problem is None:
+        problem = _first(ranks.gather(_said(lambda: hash_problem(folder, read_manifest(folder), ranks.rank, ranks.world_size))))
+    return problem
+
+
+def _contents_problem(folder: Path, ranks: Ranks) -> str | None:
+    def look() -> None:
+        _, indexes = read_contents(folder)
+        for rank in range(ranks.rank, len(indexes), ranks.world_size):
+            check_tensors(folder, rank, indexes[rank])
+
+    return _said(look)
+
+
+def _said(look: Callable[[], str | None]) -> str | None:
+    """What a look at a checkpoint finds wrong, as text. Whatever it raises, the other ranks must hear of it and not wait."""
+    try:
+        return look()
+    except (Damaged, OtherVersion) as problem:
+        return str(problem)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _first(problems: list[str | None]) -> str | None:
+    return next(filter(None, problems), None)
+
+
 def open_newest(root: Path, step: int | None = None, warn: Callable[[str], None] = print) -> Checkpoint:
-    """For readers (evaluation, generation): the newest checkpoint, or that of `step`, verified, in one process."""
+    """For readers (evaluation, generation): the newest checkpoint, or that of `step`, verified, in one process. Changes nothing."""
     found = choose(root, "auto" if step is None else step, Ranks(), warn)
     if found is None:
         raise CheckpointError(f"{root} holds no checkpoint; train first")
     return found
 
 
-def _same(message: str) -> CheckpointError:
+def _same(message: str, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
     """An error that all ranks raise alike, so that one of them speaks."""
-    error = CheckpointError(message)
+    error = kind(message)
     error.every_rank = False
     return error

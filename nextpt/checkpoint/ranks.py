@@ -21,6 +21,10 @@ class Ranks:
         self.world_size = dist.get_world_size() if self.distributed else 1
         self._group = dist.new_group(backend="gloo") if self.distributed else None
 
+    def another(self) -> Ranks:
+        """A second group of the same ranks, for another thread. Collective."""
+        return Ranks()
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order of rank, on every rank. Collective."""
         if not self.distributed:
@@ -37,11 +41,15 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """`any` of several flags in one exchange. Collective."""
         if self.world_size == 1:
-            return flag
-        found = torch.tensor([int(flag)], dtype=torch.int32)
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(found.numpy()[0])
+        return [bool(flag) for flag in found.numpy()]
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value on every rank. Collective."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nextpt.checkpoint.commit import folder_of, steps
-from nextpt.checkpoint.format import MANIFEST, manifest_problem
+from nextpt.checkpoint.folders import checkpoint_folders, step_of
+from nextpt.checkpoint.manifest import MANIFEST, manifest_problem, read_manifest
 from nextpt.config import Config, load_config
 from nextpt.errors import DataError
 from nextpt.events import read_events
@@ -102,13 +102,12 @@ def _json(path: Path) -> Any:
 def _checkpoints(root: Path) -> list[dict[str, Any]]:
     """Step, bytes, time and state of each checkpoint folder, oldest first. Sizes are checked, hashes are not."""
     found = []
-    for step in reversed(steps(root)):
-        folder = folder_of(root, step)
+    for folder in reversed(checkpoint_folders(root)):
         problem = manifest_problem(folder)
-        entry: dict[str, Any] = {"step": step, "folder": str(folder), "problem": problem}
+        entry: dict[str, Any] = {"step": step_of(folder), "folder": str(folder), "problem": problem}
         if problem is None:
-            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-            entry |= {"bytes": sum(f["size"] for f in files.values()), "files": len(files), "time": (folder / MANIFEST).stat().st_mtime}
+            manifest = read_manifest(folder)
+            entry |= {"bytes": manifest.bytes, "files": len(manifest.files), "time": (folder / MANIFEST).stat().st_mtime}
         found.append(entry)
     return found
 

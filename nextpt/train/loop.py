@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config
+from nextpt.data.batch import Batch
 from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums, figures_json
-from nextpt.events import CheckpointEvent, Event, StepEvent, ValidationEvent
+from nextpt.errors import Stopped
+from nextpt.events import Event, StepEvent, ValidationEvent
 from nextpt.model import count
 from nextpt.objective import Loss, local_weight_sum
 from nextpt.train.engine import Engine
 from nextpt.train.hardware import memory_in_use, peak_flops
+from nextpt.train.life import Life
 from nextpt.train.schedule import learning_rate
-from nextpt.train.together import on_all
+from nextpt.train.stop import resume_command
+from nextpt.train.together import on_all_or_stop
 
 
 @dataclass
@@ -33,44 +39,90 @@ class Clock:
 class Trainer:
     """Runs optimizer steps first_step..config.last_step of one rank.
 
-    save: writes a checkpoint of the given step, collective, and returns its event. emit: hears events (rank 0 only
-    does something with them; computing them is collective).
+    save: begins a checkpoint of the given step with the last validation before it; the last argument asks it to wait
+    until that is durable. poll: called after every step, tells what became of it; its argument asks it to wait. Both are
+    collective, and return the seconds that a save took which became durable. emit: hears events (rank 0 only does
+    something with them; computing them is collective). life: hears what is being done, and says when to end. validation:
+    the last one before this start, as `validate` keeps it.
     """
 
-    def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks, save: Callable[[int], CheckpointEvent],
-                 emit: Callable[[Event], None]) -> None:
+    def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks,
+                 save: Callable[[int, dict[str, Any] | None, bool], float | None], poll: Callable[[bool], float | None],
+                 emit: Callable[[Event], None], life: Life | None = None, validation: dict[str, Any] | None = None) -> None:
         self.config, self.engine, self.loader, self.ranks, self.domains = config, engine, loader, ranks, loader.domains
-        self.save, self.emit = save, emit
+        self.save, self.poll, self.emit, self.life, self.validation = save, poll, emit, life or Life(), validation
         self.flops_per_token = count(config).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()
+        self.saved_step, self.save_seconds = 0, None  # of the last checkpoint; None: none was made since the start
 
     def run(self, first_step: int) -> None:
-        """Train, then save the last step. first_step: 1 for a fresh run."""
+        """Train, then save the last step. first_step: 1 for a fresh run. Raises Stopped when a rank was told to stop."""
         config, last = self.config, self.config.last_step
+        self.saved_step = first_step - 1
         clock = self._clock(first_step - 1)
         for step in range(first_step, last + 1):
-            sums, losses = self.train_step(step)
+            made = self.train_step(step)
+            if made is None:
+                self.end_early(step - 1)
+            sums, losses = made
+            self.life.made(step)
+            self.look(wait=False)
             if step % config.train.log_every == 0 or step == last:
                 self.log(step, sums, losses, clock)
                 clock = self._clock(step)
             if config.validation.every_steps and (step % config.validation.every_steps == 0 or step == last):
-                self.validate(step)
+                if not self.validate(step):
+                    self.end_early(step)
                 clock = self._clock(step)
             if step == last or self.save_is_due(step):
-                self.emit(self.save(step))
-                self.last_saved_at = time.monotonic()
+                self.save_now(step, wait=step == last)
                 clock = self._clock(step)
 
     def _clock(self, step: int) -> Clock:
         return Clock(time.monotonic(), step, self.loader.wait_seconds)
 
-    def train_step(self, step: int) -> tuple[DomainSums, list[Loss]]:
-        """One optimizer step; nothing here waits for the device.
+    def save_now(self, step: int, wait: bool) -> None:
+        self.life.doing("save", step)
+        self._took(self.save(step, self.validation, wait))
+        self.last_saved_at = time.monotonic()
+        self.saved_step = step
+
+    def look(self, wait: bool) -> None:
+        """See what became of the save under way."""
+        self._took(self.poll(wait))
+
+    def _took(self, seconds: float | None) -> None:
+        self.save_seconds = self.save_seconds if seconds is None else seconds
+
+    def end_early(self, step: int) -> None:
+        """Save `step`, the last that was made, where that fits into the time that is left, and raise Stopped. Collective."""
+        grace = self.config.checkpoint.grace_seconds
+        told = self.ranks.gather([self.life.stop.name, self.life.stop.seconds_left(grace), self.save_seconds])
+        name = next(name for name, _, _ in told if name)
+        left = min(seconds for _, seconds, _ in told if seconds is not None)
+        measured = [seconds for _, _, seconds in told if seconds is not None]
+        if step > self.saved_step and measured and max(measured) > left:
+            text = (f"not saved, for the last save took {max(measured):.1f} s and {max(left, 0.0):.1f} s of checkpoint.grace_seconds"
+                    f" = {grace:g} were left; the checkpoint of step {self.saved_step} is kept")
+        else:
+            if step > self.saved_step:
+                self.save_now(step, wait=True)
+            text = "saved" if step else "nothing to save yet"
+        self.life.doing("save", step)
+        self.look(wait=True)
+        raise Stopped(f"stopped by {name} after step {step} ({text}); this resumes: {resume_command()}")
+
+    def train_step(self, step: int) -> tuple[DomainSums, list[Loss]] | None:
+        """One optimizer step; nothing here waits for the device. None, and no step, when a rank was told to stop.
 
         Raises UserError on every rank when the batches of one cannot be read.
         """
-        read = on_all(self.ranks, lambda: self.loader.step_batches(step - 1))
+        self.life.doing("batches", step)
+        read, stopping = on_all_or_stop(self.ranks, lambda: self._read(step), self.life.told_to_stop)
+        if stopping:
+            return None
+        self.life.doing("training", step)
         batches = [batch.to(self.engine.device) for batch in read]
         weights = self.engine.all_sum(local_weight_sum(batches))
         losses = self.engine.step(batches, weights, learning_rate(self.config, step))
@@ -79,8 +131,15 @@ class Trainer:
             sums.add(loss.nats, batch.target_bytes, batch.is_text, batch.domain_ids)
         return sums, losses
 
+    def _read(self, step: int) -> list[Batch]:
+        self.life.check()
+        batches = self.loader.step_batches(step - 1)
+        self.life.doing("the vote on batches", step)
+        return batches
+
     def log(self, step: int, sums: DomainSums, losses: list[Loss], clock: Clock) -> None:
         """Sum over ranks, read the device, emit the step's event."""
+        self.life.doing("logging", step)
         parts = torch.stack([torch.stack([loss.total.double(), loss.z_part.double()]) for loss in losses]).sum(dim=0)
         total, z_part = self.engine.all_sum(parts).tolist()
         self.engine.all_sum(sums.sums)
@@ -101,18 +160,31 @@ class Trainer:
             domains={name: {"nats_per_token": f.nats_per_token, "bpb": f.bpb_text} for name, f in sums.figures().items()},
         ))
 
-    def validate(self, step: int) -> None:
-        """Loss on the held-out rows of every domain; the same number of forward passes on every rank."""
+    def validate(self, step: int) -> bool:
+        """Loss on the held-out rows of every domain; the same number of forward passes on every rank.
+
+        False, and no event, when a rank was told to stop.
+        """
         sums = DomainSums(self.domains, self.engine.device)
         config = self.config
         with self.engine.evaluating() as module:
             for domain in range(len(self.domains)):
                 batches = self.loader.validation_batches(domain, config.validation.rows)
-                while (batch := on_all(self.ranks, lambda: next(batches, None))) is not None:
+                while True:
+                    self.life.doing("validation", step)
+                    batch, stopping = on_all_or_stop(self.ranks, lambda: next(batches, None), self.life.told_to_stop)
+                    if stopping:
+                        return False
+                    if batch is None:
+                        break
                     batch = batch.to(self.engine.device)
                     sums.add(module(batch, 1.0).nats, batch.target_bytes, batch.is_text, batch.domain_ids)
         self.engine.all_sum(sums.sums)
-        self.emit(ValidationEvent(step, step * config.tokens_per_step, **figures_json(sums)))
+        figures = figures_json(sums)
+        nats = figures["total"]["nats_per_token"]
+        self.validation = {"step": step, "nats_per_token": nats if math.isfinite(nats) else None}
+        self.emit(ValidationEvent(step, step * config.tokens_per_step, **figures))
+        return True
 
     def save_is_due(self, step: int) -> bool:
         """Every N steps, or every M minutes as rank 0's clock has it (looked at at logging steps only)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,20 @@ from kernels.attention import choose_attention
 from kernels.attention.features import asked
 from kernels.causality import CausalityError, check_attention
 from kernels.cross_entropy import pick
-from nextpt.checkpoint.commit import choose, save, steps
+from nextpt.checkpoint.folders import step_of, steps
 from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.keeper import Finished, Keeper
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.restore import check_shapes
 from nextpt.config import Config, differences, load_config, to_yaml
 from nextpt.data.loader import Loader
-from nextpt.errors import ConfigError, DataError, UserError
+from nextpt.errors import CheckpointError, ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
+from nextpt.train.agree import refuse_disagreement
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
 from nextpt.train.environment import describe_start, place, record_start, versions
+from nextpt.train.life import Life, living
 from nextpt.train.loop import Trainer
 from nextpt.train.memory import loss_chunking
 from nextpt.train.randomness import get_rng, set_rng
@@ -40,16 +42,25 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     """Train the run that `config` describes, resuming it when its folder holds checkpoints. Collective.
 
     open_trackers(config, first_step): further listeners, made on rank 0 only; the trainer knows no tracker by name.
-    Raises UserError for everything a person can mend, before anything is written where that is possible.
+    Raises UserError for everything a person can mend, before anything is written where that is possible (RunInUse while
+    another job works in the folder), and Stopped when the job was told to end and did.
     """
     device = start_distributed()
     ranks = Ranks()
+    refuse_disagreement(ranks, {"config": config.model_dump(mode="json"), "versions": versions()})
     config.accumulation_steps(ranks.world_size)
+    with living(config.run_dir, ranks, config.train.hang_seconds) as life:
+        _train(config, device, ranks, life, open_trackers)
+
+
+def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_trackers: OpenTrackers) -> None:
     loader = on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
-    checkpoints = config.run_dir / "checkpoints"
+    keeper = Keeper(config.run_dir / "checkpoints", config.checkpoint, ranks, lambda text: _say(ranks, text), life.may_commit)
+    refuse_disagreement(ranks, {"dataset": loader.state(0)})
     on_first(ranks, lambda: _check_run_folder(config))
-    checkpoint = choose(checkpoints, config.checkpoint.resume, ranks, lambda text: _say(ranks, text))
+    checkpoint = keeper.start()
     first_step = checkpoint.step + 1 if checkpoint else 1
+    life.made(first_step - 1)
     if checkpoint:
         _check_data(config, checkpoint, loader)
         if first_step > config.last_step:
@@ -68,21 +79,34 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
         start_from(engine, start)
         _say(ranks, f"starting from the weights in {start.folder}")
     places = ranks.gather(place(device))
-    on_first(ranks, lambda: _open_run_folder(config, describe_start(config, places, first_step)))
+    started = describe_start(config, places, first_step)
+    on_first(ranks, lambda: _open_run_folder(config, started))
     listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
-    def save_step(step: int) -> CheckpointEvent:
-        started = time.monotonic()
-        saved = save(checkpoints, engine, _extras(config, loader, step), get_rng(), ranks)
-        return CheckpointEvent(step, str(saved.folder), time.monotonic() - started, saved.bytes)
+    def save_step(step: int, validation: dict[str, Any] | None, wait: bool) -> float | None:
+        extras = _extras(config, loader, step) | {"validation": validation, "start": started}
+        return tell(lambda: keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"], wait))
+
+    def tell(finish: Callable[[], list[Finished]]) -> float | None:
+        try:
+            finished = finish()
+        except CheckpointError:
+            on_all(ranks, life.check)  # that the folder was lost is another end than a failed save
+            raise
+        for one in finished:
+            folder = one.saved.folder
+            emit(CheckpointEvent(step_of(folder), str(folder), one.seconds, one.saved.bytes, one.stall_seconds))
+        return finished[-1].seconds if finished else None
 
     def emit(event: Event) -> None:
         for listener in listeners:
             listener.on_event(event)
 
     try:
-        Trainer(config, engine, loader, ranks, save_step, emit).run(first_step)
+        validation = checkpoint.state.get("validation") if checkpoint else None
+        Trainer(config, engine, loader, ranks, save_step, lambda wait: tell(lambda: keeper.poll(wait)), emit, life, validation).run(first_step)
     finally:
+        life.doing("closing", life.progress.step)  # trackers may have much to send
         loader.close()
         for listener in listeners:
             listener.close()
@@ -114,11 +138,18 @@ def check_loss(config: Config, device: torch.device) -> None:
 
 
 def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Put the engine and the random states where the checkpoint has them. Collective."""
+    """Put the engine and the random states where the checkpoint has them. Collective. Raises CheckpointError."""
     check_shapes(checkpoint, engine.parameter_shapes())
+    if checkpoint.state["scalars"].keys() != engine.scalars().keys():
+        raise CheckpointError(f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])}, "
+                              f"expected {sorted(engine.scalars())}; it was not written by this nextpt")
     engine.load(checkpoint, checkpoint.state["scalars"])
-    if states := checkpoint.rng(ranks.rank):
-        set_rng(states)
+    try:
+        if states := checkpoint.rng(ranks.rank):
+            set_rng(states)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.folder}: the random states of rank {ranks.rank} cannot be used: {error}"
+                              ) from error
 
 
 def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:

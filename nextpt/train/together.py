@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from nextpt.checkpoint.ranks import Ranks
-from nextpt.errors import UserError
+from nextpt.errors import MISTAKE, UserError
 
 T = TypeVar("T")
 
@@ -14,19 +14,27 @@ T = TypeVar("T")
 def on_all(ranks: Ranks, action: Callable[[], T]) -> T:
     """Run on every rank; when one fails all raise the message of the first, and one of them prints it. Collective.
 
-    Costs one exchange of four bytes between hosts while nothing fails; no device waits for it.
+    Costs one exchange of a few bytes between hosts while nothing fails; no device waits for it.
     """
+    return on_all_or_stop(ranks, action, lambda: False)[0]
+
+
+def on_all_or_stop(ranks: Ranks, action: Callable[[], T], stopping: Callable[[], bool]) -> tuple[T, bool]:
+    """As `on_all`; also whether `stopping` is true on any rank, on which all agree, in the same exchange. Collective."""
     result, failure = None, None
     try:
         result = action()
     except UserError as error:
-        failure = str(error)
+        failure = [str(error), error.exit_code]
     except OSError as error:
-        failure = f"{error.filename}: {error.strerror}; is the disk full or the folder not writable?"
-    if ranks.any(failure is not None):
-        rank, message = next((r, m) for r, m in enumerate(ranks.gather(failure)) if m)
-        raise UserError(message if rank == 0 else f"rank {rank}: {message}")
-    return result  # type: ignore[return-value]
+        failure = [f"{error.filename}: {error.strerror}; is the disk full or the folder not writable?", MISTAKE]
+    failed, stop = ranks.any_of(failure is not None, stopping())
+    if failed:
+        rank, (message, code) = next((r, f) for r, f in enumerate(ranks.gather(failure)) if f)
+        raised = UserError(message if rank == 0 else f"rank {rank}: {message}")
+        raised.exit_code = code
+        raise raised
+    return result, stop  # type: ignore[return-value]
 
 
 def on_first(ranks: Ranks, action: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -87,12 +88,25 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_folder_has_its_fixed_form(trained: Path) -> None:
-    assert {p.name for p in trained.iterdir()} == {"checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "tokenizer.json"}
+    assert {p.name for p in trained.iterdir()} == {
+        "checkpoints", "config.yaml", "environment.json", "exit.json", "lock-1.json", "metrics.jsonl", "tokenizer.json"}
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step-000000003", "step-000000006"]
     events = read_events(trained / "metrics.jsonl", "train")
     assert [e["step"] for e in events] == list(range(1, 7))
     assert {"step", "tokens", "loss", "bpb", "lr", "grad_norm", "tokens_per_second"} <= events[0].keys()
     assert load_config(trained / "config.yaml").train.zero_stage == 2
+
+
+def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(trained: Path, tmp_path: Path) -> None:
+    """Through the deepspeed launcher, so that a script which starts runs can tell; and nothing is trained from step 0."""
+    shutil.copytree(trained, tmp_path / "run")
+    for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    done = nextpt("train", "--config", str(tmp_path / "run" / "config.yaml"), "--ranks", "2", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 65, done.stderr
+    assert done.stderr.startswith("error: checkpoint ") and done.stderr.count("\n") == 1 and "does not start from nothing" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before and len(before) == 2
 
 
 def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
@@ -127,7 +141,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_interrupt_ends_all_ranks_with_one_line(dataset: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000})))
     job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2"], cwd=ROOT,

@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "slurm" / "train.sbatch"
 
 
@@ -23,6 +25,28 @@ def test_a_missing_python_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("")
     done = run(tmp_path, "a.yaml")
     assert done.returncode == 2 and "make setup" in done.stderr
+
+
+@pytest.mark.parametrize(("code", "state", "restarts", "queued"), [
+    (75, "RUNNING", "0", True), (76, "RUNNING", "0", True), (0, "RUNNING", "0", False), (2, "RUNNING", "0", False),
+    (75, "COMPLETING", "0", False), (76, "RUNNING", "10", False), (75, "RUNNING", "40", True),
+])
+def test_a_job_that_was_told_to_stop_queues_itself_again(tmp_path: Path, code: int, state: str, restarts: str, queued: bool) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    told = tmp_path / "told"
+    for name, body in {
+        "scontrol": f'case "$1" in show) echo "node7 JobState={state} x";; *) echo "$*" >> {told};; esac',
+        # A signal to the script while the ranks save must not end it.
+        "srun": f'kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; exit {code}',
+    }.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    (tmp_path / "a.yaml").write_text("")
+    done = run(tmp_path, "a.yaml", PYTHON="/bin/true", PATH=f"{commands}:{os.environ['PATH']}", SLURM_JOB_ID="12",
+               SLURM_JOB_NODELIST="node7", SLURM_RESTART_COUNT=restarts)
+    assert done.returncode == code, done.stderr
+    assert told.exists() == queued and (not queued or told.read_text() == "requeue 12\n")
 
 
 def test_each_task_learns_its_rank_and_the_meeting_point(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def _train(config: Config, steps: int) -> None:
     from nextpt.train.loop import Trainer
 
     loader = Loader(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    trainer = Trainer(config, Engine(config, torch.device("cpu")), loader, Ranks(), lambda step: None, lambda event: None)
+    trainer = Trainer(config, Engine(config, torch.device("cpu")), loader, Ranks(), lambda *save: None, lambda wait: None, lambda event: None)
     for step in range(1, steps + 1):
         trainer.train_step(step)
     loader.close()

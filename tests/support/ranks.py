@@ -19,6 +19,14 @@ def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: 
 
     Raises AssertionError with the ends of the logs when a rank fails.
     """
+    codes = [process.wait(timeout=500) for process in start_ranks([arguments] * world_size, folder, **variables)]
+    if any(codes):
+        raise AssertionError(f"ranks ended with {codes}:\n" + "\n".join(p.read_text()[-3000:] for p in folder.glob("rank-*.log")))
+
+
+def start_ranks(arguments: list[list[str]], folder: Path, **variables: str) -> list[subprocess.Popen]:
+    """Start Python once per rank, each with its own arguments, as `run_ranks` does."""
+    world_size = len(arguments)
     folder.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
     processes = []
@@ -28,10 +36,8 @@ def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: 
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
         } | variables
         with open(folder / f"rank-{rank}.log", "w") as log:
-            processes.append(subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=500) for process in processes]
-    if any(codes):
-        raise AssertionError(f"ranks ended with {codes}:\n" + "\n".join(p.read_text()[-3000:] for p in folder.glob("rank-*.log")))
+            processes.append(subprocess.Popen([sys.executable, *arguments[rank]], env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return processes
 
 
 def train_all(configs: list[Config], world_size: int, folder: Path) -> list[str | None]:

@@ -37,7 +37,7 @@ def probe(path: str) -> list[str]:
     config = load_config(path)
     engine = Engine(config, start_distributed())
     loader = Loader(config, 0, 1)
-    trainer = Trainer(config, engine, loader, Ranks(), lambda step: None, lambda event: None)
+    trainer = Trainer(config, engine, loader, Ranks(), lambda *save: None, lambda wait: None, lambda event: None)
     trainer.train_step(1)  # the first builds buffers
     with Watch() as watch:
         assert torch.ones(1).item() == 1 and len(watch.places) == 1, "the watch sees nothing"

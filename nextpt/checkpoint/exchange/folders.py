@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nextpt.checkpoint.format import sync
+from nextpt.checkpoint.jsonfile import sync
 from nextpt.errors import CheckpointError
 
 

@@ -1,0 +1,213 @@
+"""The manifest: what a checkpoint folder holds, of which step, and of which line of training.
+
+It is written last. A folder is a checkpoint only if its manifest is in order, it holds the named files and no others, and
+their sizes and hashes agree. The manifest carries a hash of itself, so a flipped bit in it is seen as well.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from data_prep.files import canonical_json
+from nextpt.checkpoint.jsonfile import open_regular, parse_json, write_json
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+STATE = "state.json"
+# Version 1 had no step, line, loss and hash of itself. The number of an attempt: see folders.py.
+FOLDER = re.compile(r"step-(\d{9,18})(?:\.(\d{1,9}))?")
+# Above any real manifest: 10^5 ranks are 24 MB. What claims to be larger is not read into memory.
+LARGEST_MANIFEST = 2**26
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Damaged(Exception):
+    """Why a folder is no checkpoint, as a phrase that follows its name."""
+
+
+class OtherVersion(Exception):
+    """A checkpoint of a format that this nextpt does not read. It may be in order."""
+
+
+class FileEntry(BaseModel):
+    """size: bytes. xxh3: 128-bit hash of them, hex."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    size: Count
+    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class Manifest(BaseModel):
+    """sequence: grows by one with every save of the run folder; 0 in version 1, which had none.
+
+    line: ranges [first, last] of the sequence numbers of all saves that this one descends from, and its own; what lies
+    between them was abandoned by a rollback. loss: of the last validation before it, nats per token.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
+    files: dict[str, FileEntry]
+    step: Count
+    world_size: Annotated[int, Field(ge=1, le=10**6)]
+    sequence: Count = 0
+    line: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
+    loss: FiniteFloat | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.size for entry in self.files.values())
+
+    def descends_from(self, other: Manifest) -> bool:
+        """Whether training went through `other` on its way here. Saves without a number are told by their step."""
+        if other.sequence == 0:
+            return other.step <= self.step
+        return any(first <= other.sequence <= last for first, last in self.line)
+
+
+def next_line(line: list[list[int]], sequence: int) -> list[list[int]]:
+    """The line of a save numbered `sequence` that continues `line`."""
+    if line and line[-1][1] == sequence - 1:
+        return [*line[:-1], [line[-1][0], sequence]]
+    return [*line, [sequence, sequence]]
+
+
+def file_names(world_size: int) -> set[str]:
+    """Files of a checkpoint that so many ranks wrote, but for the manifest."""
+    return {STATE} | {f"rank-{rank:05d}.{kind}" for rank in range(world_size) for kind in ("safetensors", "json")}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A folder that has a manifest in order; its files were not looked at."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    value = manifest.model_dump()
+    write_json(folder / MANIFEST, value | {"xxh3": _digest(value)})
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(canonical_json(value).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, checked in itself. Raises Damaged, or OtherVersion."""
+    try:
+        value = _canonical(folder)
+        version = value.get("format_version") if isinstance(value, dict) else None
+        version = version if type(version) is int else None  # a bool is an int, and true equals 1
+        if version is not None and version > FORMAT_VERSION:
+            raise OtherVersion(f"its format version is {version}, this nextpt reads up to {FORMAT_VERSION}; use a newer one")
+        if version == 1:
+            manifest = _first_version(folder, value)
+        else:
+            digest = value.pop("xxh3", None) if isinstance(value, dict) else None
+            manifest = Manifest.model_validate(value)
+            if digest != _digest(value):
+                raise Damaged("its manifest is damaged: it does not have the hash that it gives for itself")
+    except FileNotFoundError:
+        raise Damaged("it has no manifest: it was not finished, or lost it") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise Damaged(f"its manifest is not in order: {'.'.join(map(repr, first['loc']))}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise Damaged(f"its manifest cannot be read: {error}") from None
+    _check_names(folder, manifest)
+    return manifest
+
+
+def _canonical(folder: Path) -> Any:
+    with open_regular(folder / MANIFEST) as file:
+        data = file.read(LARGEST_MANIFEST + 1)
+    if len(data) > LARGEST_MANIFEST:
+        raise ValueError("it is larger than any manifest")
+    value = parse_json(data)
+    if canonical_json(value).encode() != data:
+        raise ValueError("it is not written as nextpt writes it")
+    return value
+
+
+def _first_version(folder: Path, value: dict[str, Any]) -> Manifest:
+    files = value.pop("files", None)
+    if value != {"format_version": 1} or not isinstance(files, dict):
+        raise ValueError("version 1 has only files and format_version")
+    match = FOLDER.fullmatch(folder.name)
+    return Manifest.model_validate({
+        "format_version": 1, "files": files, "step": int(match[1]) if match else 0, "world_size": max(1, (len(files) - 1) // 2),
+    })
+
+
+def _check_names(folder: Path, manifest: Manifest) -> None:
+    match = FOLDER.fullmatch(folder.name)
+    if match and int(match[1]) != manifest.step:
+        raise Damaged(f"its manifest is of step {manifest.step}")
+    expected = file_names(manifest.world_size)
+    for name in sorted(manifest.files.keys() ^ expected):
+        if name in expected:
+            raise Damaged(f"its manifest does not name {name}")
+        raise Damaged(f"its manifest names a file that no checkpoint of {manifest.world_size} ranks has: {name!r}")
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare the folder with its manifest, by names and sizes alone. Raises Damaged."""
+    try:
+        if folder.is_symlink():
+            raise Damaged("it is a symbolic link")
+        found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
+    except OSError as error:
+        raise Damaged(f"it cannot be read: {error.strerror or error}") from None
+    for name, entry in manifest.files.items():
+        if name not in found:
+            raise Damaged(f"{name} is missing")
+        if not stat.S_ISREG(found[name].st_mode):
+            raise Damaged(f"{name} is a symbolic link or no plain file")
+        if found[name].st_size != entry.size:
+            raise Damaged(f"{name} has {found[name].st_size} bytes, expected {entry.size}")
+    for name in sorted(found.keys() - manifest.files.keys() - {MANIFEST}):
+        raise Damaged(f"it holds {name!r}, which its manifest does not name")
+
+
+def manifest_problem(folder: Path) -> str | None:
+    """Why a folder cannot be a checkpoint, by its manifest and file sizes alone; None if it may be one."""
+    try:
+        check_files(folder, read_manifest(folder))
+    except (Damaged, OtherVersion) as problem:
+        return str(problem)
+    return None
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """{"size", "xxh3"} of a file, from its bytes on the disk."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open_regular(path) as file:
+        # In large pieces: between two of them a thread that writes must get Python's lock back from the one that trains.
+        buffer = memoryview(bytearray(max(1, min(os.fstat(file.fileno()).st_size, 2**24))))
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+            size += read
+    return {"size": size, "xxh3": digest.hexdigest()}
+
+
+def hash_problem(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> str | None:
+    """Why a folder is no checkpoint, by the hashes of every `shares`-th file from `share`; None if they are in order."""
+    for name in sorted(manifest.files)[share::shares]:
+        try:
+            found = describe(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        if found != manifest.files[name].model_dump():
+            return f"{name} is damaged: its hash differs from the manifest's"
+    return None

@@ -1,0 +1,71 @@
+"""What surrounds the training of a job: it alone works in the folder, hears signals, is watched, and records its end."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from nextpt.checkpoint.ranks import Ranks
+from nextpt.train.ending import Progress, clear_end, recording
+from nextpt.train.lock import RunLock
+from nextpt.train.stop import StopRequest, listening
+from nextpt.train.together import on_all, on_first
+from nextpt.train.watchdog import Watchdog
+
+
+class Life:
+    """What the loop tells and asks. Built with nothing, it never ends a loop."""
+
+    def __init__(self, stop: StopRequest | None = None, watchdog: Watchdog | None = None, lock: RunLock | None = None,
+                 progress: Progress | None = None) -> None:
+        self.stop, self.watchdog, self.lock, self.progress = stop or StopRequest(), watchdog, lock, progress or Progress()
+
+    def doing(self, kind: str, step: int) -> None:
+        """Hear what is being done from now on."""
+        if self.watchdog:
+            self.watchdog.doing(kind, step)
+
+    def made(self, step: int) -> None:
+        """Hear that a step was made."""
+        self.progress.step = step
+
+    def told_to_stop(self) -> bool:
+        """Whether this rank was."""
+        return self.stop.name is not None
+
+    def check(self) -> None:
+        """Raises RunInUse on the rank that held the run folder when another job has taken it; costs nothing."""
+        if self.lock and self.lock.lost:
+            self.lock.check()
+
+    def may_commit(self) -> None:
+        """The same right before a checkpoint gets its name, by looking at the folder."""
+        if self.lock:
+            self.lock.check()
+
+
+@contextmanager
+def living(run: Path, ranks: Ranks, hang_seconds: float) -> Iterator[Life]:
+    """Take the run folder and watch the block on every rank, then let go. Collective. Raises RunInUse on all ranks."""
+    taken: list[RunLock] = []
+
+    def take() -> None:
+        taken.append(RunLock(run))
+        clear_end(run)
+
+    with listening() as stop:
+        on_first(ranks, take)
+        lock = taken[0] if taken else None
+        hosts = ranks.gather(platform.node())
+        try:
+            with recording(run) if lock else nullcontext(Progress()) as progress:
+                watchdog = on_all(ranks, lambda: Watchdog(run, ranks.rank, hosts, hang_seconds))
+                try:
+                    yield Life(stop, watchdog, lock, progress)
+                finally:
+                    watchdog.close()
+        finally:
+            if lock:
+                lock.release()

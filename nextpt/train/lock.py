@@ -1,0 +1,150 @@
+"""One job in a run folder: RUN/lock-N.json says who works in it.
+
+N is the fencing token. It only grows: a start makes the file after the newest one, which only one of many can make, and
+the newest file is the lock. A holder rewrites its file every few seconds. A start is refused while the holder lives; it
+takes over when the holder has given up the lock, has ended (known at once on its own machine), or was silent for a whole
+lease, as this start's own clock has it: no two clocks are compared. A holder that was stopped and lost the lock finds a
+newer file right before its checkpoint would get its name, and the staging folders that it left were renamed by then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import atomic_write, canonical_json
+from data_prep.processes import identity, is_gone, is_here, is_stopped
+from nextpt.checkpoint.folders import STAGING
+from nextpt.errors import RunInUse
+
+HEARTBEAT = 5.0  # seconds between signs of life
+LEASE = 60.0  # seconds of silence after which a holder has lost; far above the delays of shared file systems
+NAME = re.compile(r"lock-(\d+)\.json")
+
+
+class RunLock:
+    """Holds the lock of a run folder from its construction until `release`. Made on one rank of a job.
+
+    Raises RunInUse while another job holds it, before anything is written; may wait up to a lease to find that out.
+    """
+
+    def __init__(self, folder: Path, heartbeat: float = HEARTBEAT, lease: float = LEASE) -> None:
+        self.folder, self.heartbeat = folder, heartbeat
+        self.lost = False
+        self._content = identity() | {"job": os.environ.get("SLURM_JOB_ID"), "since": time.time(), "held": True, "beat": 0}
+        self.token = self._acquire(lease)
+        self._remove_older()
+        self._set_staging_aside()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="run lock")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises RunInUse when another job has taken the lock. Looks at the folder: for right before a commit."""
+        newest = max(_tokens(self.folder), default=0)
+        self.lost = self.lost or newest != self.token
+        if self.lost:
+            raise RunInUse(f"run folder {self.folder} was taken over by {_phrase(_read(_path(self.folder, newest)))}, because this job"
+                           " was silent for too long (stopped, or cut off from the disk); it ends and leaves the folder to that one")
+
+    def release(self) -> None:
+        """Let the next start go on at once. Does nothing to a lock that was lost."""
+        self._stop.set()
+        self._thread.join()
+        with suppress(RunInUse, OSError):
+            self.check()
+            self._write(held=False)
+
+    def _acquire(self, lease: float) -> int:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            newest = max(_tokens(self.folder), default=0)
+            if newest and not _is_over(_path(self.folder, newest), lease):
+                raise RunInUse(f"run folder {self.folder} is in use by {_phrase(_read(_path(self.folder, newest)))}; "
+                               "wait for it, end it, or give another run.dir")
+            token = newest + 1
+            path = _path(self.folder, token)
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    file.write(canonical_json(self._content))
+            except FileExistsError:
+                continue
+            if max(_tokens(self.folder)) == token:
+                return token
+            path.unlink(missing_ok=True)  # others went on while this one slept, and removed the file of this number
+
+    def _remove_older(self) -> None:
+        for token in _tokens(self.folder):
+            if token < self.token:
+                _path(self.folder, token).unlink(missing_ok=True)
+
+    def _set_staging_aside(self) -> None:
+        """What a stopped holder was writing can no longer be given its name; the next save removes it."""
+        for number, path in enumerate((self.folder / "checkpoints").glob(f"{STAGING}*")):
+            with suppress(FileNotFoundError):
+                os.rename(path, path.with_name(f"{STAGING}fenced-{self.token}-{number}"))
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.heartbeat):
+            with suppress(OSError):  # a full disk or a lost mount: silence is the message
+                if max(_tokens(self.folder), default=0) != self.token:
+                    self.lost = True
+                    return
+                self._content["beat"] += 1
+                self._write(held=True)
+
+    def _write(self, held: bool) -> None:
+        self._content["held"] = held
+        with atomic_write(_path(self.folder, self.token)) as file:
+            file.write(canonical_json(self._content))
+
+
+def _path(folder: Path, token: int) -> Path:
+    return folder / f"lock-{token}.json"
+
+
+def _tokens(folder: Path) -> list[int]:
+    return [int(match[1]) for match in map(NAME.fullmatch, os.listdir(folder)) if match]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the holder wrote; {} while a new one is writing its first, None when there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError):
+        return {}
+
+
+def _is_over(path: Path, lease: float) -> bool:
+    """Whether the holder gave up the lock, ended, or is silent for a whole lease; waits as long as that is not known."""
+    first = _read(path)
+    deadline = time.monotonic() + lease
+    while True:
+        content = _read(path)
+        if content is None:
+            return True
+        if content and (not content.get("held") or is_gone(content)):
+            return True
+        if content != first or content and is_here(content) and not is_stopped(content["pid"]):
+            return False
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(min(lease / 20, 1.0))
+
+
+def _phrase(holder: dict[str, Any] | None) -> str:
+    if not holder:
+        return "another job"
+    job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+    minutes = max(0.0, time.time() - holder["since"]) / 60
+    age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"process {holder['pid']} on {holder['host']}{job}, which started {age} ago"

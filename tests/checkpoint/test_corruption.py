@@ -1,0 +1,188 @@
+"""Whatever happens to the bytes of a checkpoint, it is noticed before a tensor is used, and the one before it is taken."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from nextpt.checkpoint.commit import choose
+from nextpt.checkpoint.manifest import file_names
+from nextpt.checkpoint.ranks import Ranks
+from nextpt.errors import NoValidCheckpoint
+from tests.support.checkpoints import as_version_1, edit, holds, on_ranks, write
+
+Files = dict[str, bytes]
+NAMES = sorted(file_names(2) | {"manifest.json"})
+OLD, NEW = "step-000000001", "step-000000002"
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["format-2", "format-1"])
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of two ranks."""
+    root = tmp_path_factory.mktemp("corruption")
+    for step in (1, 2):
+        folder = write(root, step, float(step), world_size=2)
+        if request.param == 1:
+            as_version_1(folder)
+    shutil.copytree(root / NEW, root / "good")
+    return root
+
+
+def read(folder: Path) -> Files:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def put(folder: Path, files: Files) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Callable[[Files, Files], Files]:
+    """(files of the newest, files of the one before) -> the newest after one accident."""
+    kind = draw(st.sampled_from(["flip", "flips", "zeros", "noise", "cut", "extend", "remove", "rename", "swap ranks", "other step", "empty"]))
+    name, other = draw(st.sampled_from(NAMES)), draw(st.sampled_from(NAMES))
+    place, length = draw(st.floats(0, 1, exclude_max=True)), draw(st.sampled_from([1, 2, 16, 512, 4096]))
+    seed = draw(st.integers(0, 2**32))
+
+    def damage(files: Files, before: Files) -> Files:
+        data, files = bytearray(files[name]), dict(files)
+        at, chance = int(place * len(data)), random.Random(seed)
+        if kind in ("flip", "flips"):
+            for _ in range(1 if kind == "flip" else 3):
+                data[at] ^= 1 << chance.randrange(8)
+                at = chance.randrange(len(data))
+        elif kind == "zeros":
+            data[at : at + length] = bytes(len(data[at : at + length]))
+        elif kind == "noise":
+            data[at : at + length] = chance.randbytes(len(data[at : at + length]))
+        elif kind == "cut":
+            del data[at:]
+        elif kind == "extend":
+            data += bytes(length) if seed % 2 else chance.randbytes(length)
+        elif kind == "empty":
+            data.clear()
+        files[name] = bytes(data)
+        if kind == "remove":
+            del files[name]
+        elif kind == "rename":
+            files[other if seed % 2 else name + "~"] = files.pop(name)
+        elif kind == "swap ranks":
+            files[name], files[other] = files[other], files[name]
+        elif kind == "other step":
+            files[name] = before[name]
+        return files
+
+    return damage
+
+
+def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
+    good, before = read(root / "good"), read(root / OLD)
+    damaged = damage(good, before)
+    assume(damaged != good)
+    put(root / NEW, damaged)
+    said: list[str] = []
+    found = choose(root, "auto", Ranks(), said.append)
+    assert found is not None and found.step == 1 and holds(found, 1.0)
+    assert len(said) == 1 and NEW in said[0] and "resuming from step 1" in said[0]
+    shutil.move(root / OLD, root / "before")
+    try:
+        with pytest.raises(NoValidCheckpoint, match="Training does not start from nothing"):
+            choose(root, "auto", Ranks(), said.append)
+    finally:
+        shutil.move(root / "before", root / OLD)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damages())
+def test_every_accident_is_noticed(root: Path, damage: Callable[[Files, Files], Files]) -> None:
+    check(root, damage)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damages())
+def test_a_thousand_accidents_are_noticed(root: Path, damage: Callable[[Files, Files], Files]) -> None:
+    check(root, damage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_byte_counts(root: Path, name: str) -> None:
+    """One flipped bit in each byte of each file, one after the other."""
+    good = read(root / "good")
+    chance = random.Random(name)
+    put(root / NEW, good)
+    for at in range(len(good[name])):
+        data = bytearray(good[name])
+        data[at] ^= 1 << chance.randrange(8)
+        (root / NEW / name).write_bytes(data)
+        found = choose(root, "auto", Ranks(), lambda text: None)
+        assert found is not None and found.step == 1, (name, at)
+
+
+def test_an_undamaged_one_is_taken(root: Path) -> None:
+    """The checks above would also pass for a reader that refuses everything."""
+    put(root / NEW, read(root / "good"))
+    found = choose(root, "auto", Ranks(), pytest.fail)
+    assert found is not None and found.step == 2 and holds(found, 2.0)
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.update(sequence=9), lambda m: m.update(line=[[1, 1], [9, 9]]), lambda m: m.update(loss=0.5), lambda m: m.update(xxh3="0" * 32),
+    lambda m: m.pop("xxh3"),
+])
+def test_what_only_the_manifest_says_has_its_own_hash(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    edit(tmp_path / NEW / "manifest.json", change)
+    said: list[str] = []
+    assert choose(tmp_path, "auto", Ranks(), said.append).step == 1 and "its manifest is damaged" in said[0]
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 7])
+def test_any_number_of_ranks_agrees_on_what_is_damaged(tmp_path: Path, readers: int) -> None:
+    for step in (1, 2):
+        write(tmp_path, step, float(step), world_size=2)
+    for name in NAMES:
+        path = tmp_path / NEW / name
+        good = path.read_bytes()
+        path.write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
+        found = on_ranks(readers, lambda ranks: choose(tmp_path, "auto", ranks, lambda text: None))
+        assert [checkpoint.step for checkpoint in found] == [1] * readers, name
+        path.write_bytes(good)
+
+
+def test_damaged_ones_are_set_aside_and_their_step_saved_anew(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+    for attempt in ("", "-2"):
+        (tmp_path / NEW / "state.json").write_text("{}")
+        said: list[str] = []
+        assert choose(tmp_path, "auto", Ranks(), said.append, mend=True).step == 1
+        assert f"(set aside as {NEW}.damaged{attempt})" in said[0] and (tmp_path / f"{NEW}.damaged{attempt}" / "state.json").read_text() == "{}"
+        assert choose(tmp_path, "auto", Ranks(), pytest.fail, mend=True).step == 1  # told once
+        assert write(tmp_path, 2).name == NEW
+    shutil.rmtree(tmp_path / OLD)
+    shutil.rmtree(tmp_path / NEW)
+    with pytest.raises(NoValidCheckpoint, match=f"{NEW}.damaged is not usable: it was set aside"):
+        choose(tmp_path, "auto", Ranks(), print)
+    assert NoValidCheckpoint.exit_code == 65
+
+
+def test_nothing_is_set_aside_by_a_start_that_finds_none_valid(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (write(tmp_path, step) / "state.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(NoValidCheckpoint):
+            choose(tmp_path, "auto", Ranks(), print, mend=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [OLD, NEW]

@@ -1,0 +1,197 @@
+"""Random histories of a run folder: saves, kills inside them, damage, rollbacks, other numbers of ranks, starts over.
+
+A plain list of what was committed is kept beside the real folder; what a start takes must follow from that list.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from nextpt.checkpoint.commit import verify
+from nextpt.checkpoint.folders import checkpoint_folders, step_of
+from nextpt.checkpoint.keeper import Keeper
+from nextpt.checkpoint.manifest import read_manifest
+from nextpt.checkpoint.ranks import Ranks
+from nextpt.config import CheckpointSection
+from nextpt.errors import NoValidCheckpoint
+from tests.support.checkpoints import State, holds, on_ranks
+from tests.support.file_operations import Killed, dying_at
+
+
+class Save:
+    """One committed checkpoint. value: of its State, told to no other. line: the saves that led to it, itself last."""
+
+    def __init__(self, folder: Path, step: int, value: float, line: list[Save], loss: float | None) -> None:
+        self.folder, self.step, self.value, self.loss = folder, step, value, loss
+        self.line = [*line, self]
+        self.damaged = False
+
+
+class Histories(RuleBasedStateMachine):
+    @initialize(last=st.integers(2, 3), every=st.sampled_from([None, 3]), best=st.sampled_from([None, 1]))
+    def begin(self, last: int, every: int | None, best: int | None) -> None:
+        self.root = Path(tempfile.mkdtemp()) / "checkpoints"
+        self.root.parent.mkdir(exist_ok=True)
+        self.limits = {"keep_last": last, "keep_every": every, "keep_best": best}
+        self.saves: list[Save] = []  # committed, in order
+        self.line: list[Save] = []  # of the job that runs
+        self.world_size, self.running, self.value, self.step = 1, False, 0.0, 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "root"):
+            shutil.rmtree(self.root.parent, ignore_errors=True)
+
+    def present(self) -> list[Save]:
+        """Committed and not removed, newest first. A removed one's name may have been given anew."""
+        last = {save.folder: save for save in self.saves}
+        return [save for save in reversed(self.saves) if save.folder.exists() and last[save.folder] is save]
+
+    def good(self) -> list[Save]:
+        return [save for save in self.present() if not save.damaged]
+
+    # ---- what happens ---------------------------------------------------------------------------------------
+
+    @precondition(lambda self: not self.running)
+    @rule(world_size=st.integers(1, 3))
+    def start(self, world_size: int) -> None:
+        good, held = self.good(), bool(checkpoint_folders(self.root))
+        try:
+            self._start(world_size, "auto")
+        except NoValidCheckpoint:
+            assert not good and (held or list(self.root.glob("*.damaged*")))
+            shutil.rmtree(self.root)  # a person looks, and gives up
+            self.saves = []
+            return
+        assert (self.line[-1:] == good[:1]) and not [s for s in self.present() if s.damaged and self.newer(s)]
+
+    def newer(self, save: Save) -> bool:
+        return bool(self.line) and self.saves.index(save) > self.saves.index(self.line[-1])
+
+    @precondition(lambda self: not self.running and self.good())
+    @rule(data=st.data(), world_size=st.integers(1, 3))
+    def roll_back(self, data: st.DataObject, world_size: int) -> None:
+        """Start from a step that a person names: the newest save of that step."""
+        candidates = {save.step: save for save in reversed(self.present())}
+        steps = sorted(step for step, save in candidates.items() if not save.damaged)
+        if steps:
+            step = data.draw(st.sampled_from(steps))
+            self._start(world_size, step)
+            assert self.line[-1] is candidates[step]
+
+    def _start(self, world_size: int, resume: str | int) -> None:
+        settings = CheckpointSection(resume=resume, **self.limits)
+
+        def job(ranks: Ranks) -> float | None:
+            self.keepers[ranks.rank] = Keeper(self.root, settings, ranks, lambda text: None)
+            found = self.keepers[ranks.rank].start()
+            values = [save.value for save in self.saves if found is not None and holds(found, save.value)]
+            return values[0] if found else None
+
+        self.keepers: dict[int, Keeper] = {}
+        found = on_ranks(world_size, job, in_turn=True)
+        assert len(set(found)) == 1
+        self.line = next((save.line for save in self.saves if save.value == found[0]), [])
+        self.world_size, self.running, self.step = world_size, True, self.line[-1].step if self.line else 0
+
+    @precondition(lambda self: self.running)
+    @rule(ahead=st.integers(1, 3), loss=st.sampled_from([None, 1.0, 2.0, 3.0]), at=st.none() | st.integers(0, 60))
+    def save(self, ahead: int, loss: float | None, at: int | None) -> None:
+        """Train on and save; killed before the operation number `at`, if there are so many."""
+        self.step, self.value = self.step + ahead, self.value + 1.0
+        had, before = len(self.good()), set(checkpoint_folders(self.root))
+        self.there = self.present()
+
+        def job(ranks: Ranks) -> None:
+            keeper = self.keepers[ranks.rank]
+            keeper.ranks = keeper._writers = ranks  # other threads than those of the start are the same ranks
+            keeper.save(State(self.value, ranks.rank, ranks.world_size), {"step": self.step, "config": {}}, {}, loss)
+
+        try:
+            with dying_at(self.root, at, watch=lambda: self.enough(had)):
+                on_ranks(self.world_size, job, in_turn=True)
+        except Killed:
+            self.running = False
+        made = [folder for folder in checkpoint_folders(self.root) if folder not in before]
+        assert len(made) <= 1 and (made or not self.running)
+        if made:
+            save = Save(made[0], self.step, self.value, self.line, loss)
+            assert step_of(save.folder) == self.step
+            self.saves.append(save)
+            self.line = save.line
+        self.enough(had)
+
+    def enough(self, had: int) -> None:
+        """At every instant two verified good ones, or as many as there were."""
+        assert sum(verify(folder, Ranks()) is None for folder in checkpoint_folders(self.root)) >= min(2, had)
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def kill(self) -> None:
+        self.running = False
+
+    @precondition(lambda self: self.good())
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        save = data.draw(st.sampled_from(self.good()))
+        names = sorted(path.name for path in save.folder.iterdir())
+        path = save.folder / data.draw(st.sampled_from(names))
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        save.damaged = True
+
+    # ---- what must always hold ------------------------------------------------------------------------------
+
+    @invariant()
+    def what_is_kept_is_what_the_settings_say(self) -> None:
+        """Right after a save that was not disturbed: the last of the line, every third for ever, the best; bounded."""
+        if not getattr(self, "saves", None) or not self.running or any(save.damaged for save in self.saves):
+            return
+        present, line = self.present(), self.saves[-1].line
+        if self.line is not line:
+            return  # rolled back and not saved yet
+        last, every, best = self.limits.values()
+        kept = {save.value for save in present}
+        line = [save for save in line if save in self.there] + line[-1:]  # an earlier save may have taken others away
+        assert {save.value for save in line[-last:]} <= kept
+        if every:
+            assert {save.value for save in self.there if save.step % every == 0} <= kept
+            assert len([s for s in present if s.step % every]) <= 2 * last + (best or 0)
+        else:
+            assert len(present) <= 2 * last + (best or 0)
+        measured = [save for save in line if save.loss is not None]
+        if best and measured:
+            lowest = min(save.loss for save in measured)
+            assert next(save for save in measured if save.loss == lowest).value in kept
+
+    @invariant()
+    def lines_are_recorded(self) -> None:
+        for save in self.good() if getattr(self, "saves", None) else []:
+            manifest = read_manifest(save.folder)
+            for other in self.good():
+                assert manifest.descends_from(read_manifest(other.folder)) == (other in save.line)
+
+
+def histories(examples: int) -> Callable[[], None]:
+    return lambda: run_state_machine_as_test(Histories, settings=settings(
+        max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes and shows little more
+    ))
+
+
+def test_random_histories() -> None:
+    histories(20)()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_many_random_histories() -> None:
+    histories(60)()

@@ -1,0 +1,162 @@
+"""What training asks of its checkpoints: which to keep, and saving while it goes on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from nextpt.checkpoint import keeper as keeper_module
+from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.keeper import Finished, Keeper
+from nextpt.checkpoint.ranks import Ranks
+from nextpt.config import CheckpointSection
+from nextpt.errors import CheckpointError
+from tests.support.checkpoints import State, holds, on_ranks
+
+
+def run(root: Path, ranks: Ranks, saves: list[tuple[int, float | None]], said: list[str] | None = None, **settings: object) -> list[Finished]:
+    """Start, then save each (step, validation loss) and wait for it."""
+    keeper = Keeper(root, CheckpointSection(**settings), ranks, (said if said is not None else []).append)
+    keeper.start()
+    state = State(1.0, ranks.rank, ranks.world_size)
+    return [one for step, loss in saves for one in keeper.save(state, {"step": step, "config": {}}, {}, loss)]
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name.replace("step-00000000", "") for path in root.iterdir())
+
+
+@pytest.mark.parametrize(("settings", "left"), [
+    ({}, ["6", "7", "8"]),
+    ({"keep_last": None}, ["1", "2", "3", "4", "5", "6", "7", "8"]),
+    ({"keep_last": 2}, ["7", "8"]),
+    ({"keep_last": 2, "keep_every": 3}, ["3", "6", "7", "8"]),
+    ({"keep_last": 2, "keep_best": 1}, ["3", "7", "8"]),
+    ({"keep_last": 2, "keep_best": 2}, ["3", "4", "7", "8"]),
+    ({"keep_last": 2, "keep_best": 9}, ["2", "3", "4", "7", "8"]),
+])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_kept(tmp_path: Path, settings: dict[str, object], left: list[str], world_size: int) -> None:
+    losses = {2: 5.0, 3: 1.0, 4: 1.0, 7: 2.0}
+    for part in (range(1, 5), range(5, 9)):  # a start in between changes nothing
+        on_ranks(world_size, lambda ranks, part=part: run(tmp_path, ranks, [(s, losses.get(s)) for s in part], **settings))
+    assert names(tmp_path) == left
+
+
+def test_a_rollback_wins_and_does_not_take_the_abandoned_at_once(tmp_path: Path) -> None:
+    run(tmp_path, Ranks(), [(s, None) for s in (2, 4, 6)], keep_last=2, keep_every=2)
+    run(tmp_path, Ranks(), [(3, None)], keep_last=2, keep_every=2, resume=2)
+    assert open_newest(tmp_path).step == 3  # and not 6
+    assert names(tmp_path) == ["2", "3", "4", "6"]
+    run(tmp_path, Ranks(), [(4, None)], keep_last=2, keep_every=2)
+    assert open_newest(tmp_path).folder.name == "step-000000004.2"
+    assert open_newest(tmp_path, 4).folder.name == "step-000000004.2"
+    run(tmp_path, Ranks(), [(5, None), (7, None)], keep_last=2, keep_every=2)
+    assert names(tmp_path) == ["2", "4", "4.2", "5", "6", "7"]  # keep_every is for ever
+    run(tmp_path, Ranks(), [(9, None)], keep_last=2, keep_every=2)
+    assert names(tmp_path) == ["2", "4", "4.2", "6", "7", "9"]
+
+
+def test_a_rollback_keeps_what_it_went_back_to(tmp_path: Path) -> None:
+    run(tmp_path, Ranks(), [(s, None) for s in (2, 4, 6, 8)], keep_last=None)
+    run(tmp_path, Ranks(), [(5, None)], keep_last=2, resume=4)
+    assert names(tmp_path) == ["4", "5", "8"]  # the newest two of the line, and of all
+    run(tmp_path, Ranks(), [(7, None)], keep_last=2)
+    assert names(tmp_path) == ["5", "7"]
+
+
+def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> None:
+    run(tmp_path, Ranks(), [(1, None), (2, None)], keep_last=2)
+    path = tmp_path / "step-000000002" / "state.json"
+    said: list[str] = []
+    keeper = Keeper(tmp_path, CheckpointSection(keep_last=2), Ranks(), said.append)
+    assert keeper.start().step == 2
+    path.write_text(path.read_text().replace("1", "2"))
+    keeper.save(State(), {"step": 3, "config": {}}, {})
+    assert names(tmp_path) == ["1", "2.damaged", "3"]
+    assert len(said) == 1 and "state.json is damaged" in said[0] and "set aside as step-000000002.damaged" in said[0]
+
+
+def test_what_cannot_be_removed_is_told_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(keeper_module, "remove", refuse)
+    said: list[str] = []
+    assert [one.saved.folder.name[-1] for one in run(tmp_path, Ranks(), [(1, None), (2, None), (3, None)], said, keep_last=2)] == ["1", "2", "3"]
+    assert len(said) == 1 and "step-000000001 is no longer needed and cannot be removed: Permission denied" in said[0]
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writing waits until this is set."""
+    event, commit = threading.Event(), keeper_module.commit
+
+    def waiting(*arguments: object) -> object:
+        assert event.wait(60)
+        return commit(*arguments)
+
+    monkeypatch.setattr(keeper_module, "commit", waiting)
+    return event
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, gate: threading.Event, world_size: int) -> None:
+    def job(ranks: Ranks) -> list[Finished]:
+        keeper = Keeper(tmp_path, CheckpointSection(asynchronous=True), ranks, lambda text: None)
+        assert keeper.start() is None
+        state = State(1.0, ranks.rank, ranks.world_size)
+        assert keeper.save(state, {"step": 1, "config": {}}, {}, wait=False) == []
+        for tensor in state.values.values():
+            tensor.fill_(-1.0)  # training goes on
+        assert keeper.poll() == [] and not tmp_path.joinpath("step-000000001").exists()
+        ranks.gather(None)
+        gate.set()
+        found: list[Finished] = []
+        while not found:
+            found = keeper.poll()
+        assert keeper.poll() == []
+        return found
+
+    for (one,) in on_ranks(world_size, job):
+        assert one.saved.folder.name == "step-000000001" and one.stall_seconds <= one.seconds
+    assert holds(open_newest(tmp_path), 1.0)
+
+
+def test_one_save_is_under_way_and_the_last_is_waited_for(tmp_path: Path, gate: threading.Event) -> None:
+    keeper = Keeper(tmp_path, CheckpointSection(asynchronous=True), Ranks(), lambda text: None)
+    assert keeper.save(State(1.0), {"step": 1, "config": {}}, {}, wait=False) == []
+    threading.Timer(0.2, gate.set).start()
+    first = keeper.save(State(2.0), {"step": 2, "config": {}}, {}, wait=False)
+    assert [one.saved.folder.name for one in first] == ["step-000000001"]
+    last = keeper.save(State(3.0), {"step": 3, "config": {}}, {}, wait=True)
+    assert [one.saved.folder.name for one in last] == ["step-000000002", "step-000000003"]
+    assert [one.saved.line for one in (*first, *last)] == [[[1, 1]], [[1, 2]], [[1, 3]]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(tmp_path: Path, world_size: int) -> None:
+    def job(ranks: Ranks) -> str:
+        keeper = Keeper(tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None)
+        (tmp_path / "run").write_text("a file where the folder should be")
+        keeper.save(State(1.0, ranks.rank, ranks.world_size), {"step": 1, "config": {}}, {}, wait=False)
+        with pytest.raises(CheckpointError) as raised:
+            while True:
+                keeper.poll()
+        assert keeper.poll() == []
+        return str(raised.value)
+
+    messages = on_ranks(world_size, job)
+    assert len(set(messages)) == 1 and "failed on rank 0: FileExistsError" in messages[0]
+
+
+def test_numbers_grow_although_the_manifests_on_the_disk_are_lost(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path, CheckpointSection(), Ranks(), lambda text: None)
+    lines = []
+    for step in (1, 2, 3):
+        lines += [one.saved.line for one in keeper.save(State(), {"step": step, "config": {}}, {})]
+        for manifest in tmp_path.glob("*/manifest.json"):
+            manifest.write_text("lost")
+    assert lines == [[[1, 1]], [[1, 2]], [[1, 3]]]

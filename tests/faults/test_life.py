@@ -1,0 +1,182 @@
+"""The life of a run on real ranks: signals, a second job, killed launchers, hangs, ranks that were started differently."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.processes import command_of
+from nextpt.checkpoint.commit import steps
+from nextpt.config import to_yaml
+from nextpt.events import read_events
+from nextpt.train.ending import read_end
+from tests.support.datasets import tiny
+from tests.support.ranks import start_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = str(ROOT / "launcher" / "run.py")
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def steps_made(run: Path) -> int:
+    return max((event["step"] for event in read_events(run / "metrics.jsonl", "train")), default=0)
+
+
+def write(dataset: Path, folder: Path, **sections: Any) -> list[str]:
+    """A config of an endless run in folder/run, as arguments of a rank."""
+    sections["train"] = {"steps": 100_000, "zero_stage": 1} | sections.get("train", {})
+    (folder / "tiny.yaml").write_text(to_yaml(tiny(dataset, folder / "run", **sections)))
+    return [RUN, "--config", str(folder / "tiny.yaml")]
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(p.read_text() for p in sorted(folder.glob("rank-*.log")))
+
+
+def end(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
+    """Exit codes of all; those that do not end are killed, and show as -9."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.wait() for process in processes]
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_begun(dataset: Path, tmp_path: Path) -> None:
+    run, command = tmp_path / "run", write(dataset, tmp_path)
+    ranks = start_ranks([command] * 2, tmp_path / "first")
+    wait_for(lambda: steps_made(run) >= 3)
+    ranks[1].send_signal(signal.SIGTERM)
+    assert end(ranks) == [75, 75], logs(tmp_path / "first")
+    [saved] = steps(run / "checkpoints")
+    found = read_end(run)
+    assert found["code"] == 75 and found["step"] == saved == steps_made(run), found
+    assert f"stopped by SIGTERM after step {saved} (saved); this resumes: python {RUN} --config" in logs(tmp_path / "first")
+
+    often = [*command, f"checkpoint.every_steps={saved + 2}", "checkpoint.grace_seconds=0.00001"]
+    ranks = start_ranks([often] * 2, tmp_path / "second")
+    wait_for(lambda: steps_made(run) >= saved + 4)
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR1)
+    assert end(ranks) == [75, 75], logs(tmp_path / "second")
+    found = read_end(run)
+    kept = max(steps(run / "checkpoints"))
+    assert kept % (saved + 2) == 0 and f"the checkpoint of step {kept} is kept" in found["reason"], found
+    assert "0.0 s of checkpoint.grace_seconds = 1e-05 were left" in found["reason"] and found["step"] > kept
+
+    ranks = start_ranks([[*command, f"train.stop_at={found['step'] + 1}"]] * 2, tmp_path / "third")
+    assert end(ranks) == [0, 0], logs(tmp_path / "third")
+    assert read_end(run) | {"time": 0, "host": ""} == {"code": 0, "reason": "finished", "step": found["step"] + 1, "time": 0, "host": ""}
+    assert [e["step"] for e in read_events(run / "metrics.jsonl", "train")] == list(range(1, found["step"] + 2))
+
+
+def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(dataset: Path, tmp_path: Path) -> None:
+    command = write(dataset, tmp_path)
+    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"], cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: steps_made(tmp_path / "run") >= 2)
+    second = start_ranks([command], tmp_path / "second")
+    assert end(second) == [4]
+    assert f"error: run folder {tmp_path / 'run'} is in use by process" in logs(tmp_path / "second")
+    assert read_end(tmp_path / "run") is None and ranks_of(command[2])
+    job.kill()
+    job.wait()
+    wait_for(lambda: not ranks_of(command[2]), 5)
+
+
+def ranks_of(config: str) -> list[str]:
+    """Processes of this machine, of any kind, that work on a config."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            command = (process / "cmdline").read_bytes() if process.name.isdigit() else b""
+        except OSError:
+            continue
+        if config.encode() in command and RUN.encode() in command:
+            found.append(process.name)
+    return found
+
+
+def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(dataset: Path, tmp_path: Path) -> None:
+    command = write(dataset, tmp_path)
+    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"], cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: steps_made(tmp_path / "run") >= 2)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 75 and f"this resumes: nextpt train --config {command[2]} --ranks 2" in errors, errors[-3000:]
+    assert read_end(tmp_path / "run")["code"] == 75 and not ranks_of(command[2])
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: Path) -> None:
+    """deepspeed's runner exits 0 then."""
+    command = write(dataset, tmp_path)
+    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "1"], cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: steps_made(tmp_path / "run") >= 2)
+    [launch] = [pid for pid in map(int, ranks_of(command[2])) if "deepspeed.launcher.launch" in command_of(pid)]
+    os.kill(launch, signal.SIGKILL)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1 and "training ended without a word" in errors, (job.returncode, errors[-2000:])
+    wait_for(lambda: not ranks_of(command[2]), 5)
+
+
+def test_a_stopped_rank_is_found_and_named(dataset: Path, tmp_path: Path) -> None:
+    command = [*write(dataset, tmp_path), "train.hang_seconds=3"]
+    ranks = start_ranks([command] * 2, tmp_path / "logs")
+    wait_for(lambda: steps_made(tmp_path / "run") >= 5)
+    ranks[1].send_signal(signal.SIGSTOP)
+    assert ranks[0].wait(90) == 76, logs(tmp_path / "logs")
+    ranks[1].kill()
+    found = read_end(tmp_path / "run")
+    assert found["code"] == 76 and f"rank 1 on {os.uname().nodename} shows no sign of life" in found["reason"], found
+    assert "train_step" in (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
+    assert end(ranks)[1] == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_inside_a_step_is_named_with_its_line(dataset: Path, tmp_path: Path) -> None:
+    command = write(dataset, tmp_path, train={"hang_seconds": 3})
+    ranks = start_ranks([["-m", "tests.support.life_probe", str(tmp_path / "out.json"), f"sleeping={command[2]}"]] * 2, tmp_path / "logs")
+    assert end(ranks) == [76, 76], logs(tmp_path / "logs")
+    reason = read_end(tmp_path / "run")["reason"]
+    assert f"rank 1 on {os.uname().nodename} does not come to where the others wait; it is at " in reason, reason
+    assert "life_probe.py" in reason and "at training, step 4" in reason
+
+
+def test_a_signal_before_training_listens_leaves_nothing(dataset: Path, tmp_path: Path) -> None:
+    [rank] = start_ranks([write(dataset, tmp_path)], tmp_path / "logs")
+    wait_for(lambda: catches(rank.pid, signal.SIGUSR1))
+    rank.send_signal(signal.SIGUSR1)
+    assert rank.wait(60) == 75 and not (tmp_path / "run").exists()
+
+
+def catches(pid: int, number: int) -> bool:
+    [mask] = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_ranks_started_differently_are_refused_by_key(dataset: Path, tmp_path: Path) -> None:
+    command = write(dataset, tmp_path)
+    ranks = start_ranks([command, command, [*command, "optimizer.lr=0.5", "checkpoint.every_steps=4"]], tmp_path / "logs")
+    assert end(ranks) == [2, 2, 2], logs(tmp_path / "logs")
+    assert ("error: the ranks were not started alike: rank 2: config.checkpoint.every_steps = 4 (elsewhere None), "
+            "config.optimizer.lr = 0.5 (elsewhere 0.003)") in logs(tmp_path / "logs")
+    assert not (tmp_path / "run").exists()

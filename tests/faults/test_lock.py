@@ -1,0 +1,196 @@
+"""Two jobs in one run folder: races, dead and stopped holders, holders on other machines, fencing."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+import nextpt.train.lock as lock_module
+from nextpt.errors import RunInUse
+from nextpt.train.lock import RunLock
+
+FORK = multiprocessing.get_context("fork")
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.glob("lock-*.json"), key=lambda p: int(p.stem[5:]))
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    path = newest(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def hold_in_another_process(folder: Path, heartbeat: float = 0.1) -> multiprocessing.Process:
+    """A process that holds the lock until it is ended."""
+
+    def hold() -> None:
+        RunLock(folder, heartbeat, 1.0)
+        (folder / "held").touch()
+        time.sleep(600)
+
+    process = FORK.Process(target=hold)
+    process.start()
+    while not (folder / "held").exists():
+        time.sleep(0.01)
+    return process
+
+
+def test_the_second_is_refused_with_host_process_job_and_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    lock = RunLock(tmp_path)
+    rewrite(tmp_path, since=time.time() - 600)
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    with pytest.raises(RunInUse, match=rf"process {os.getpid()} on {os.uname().nodename}, Slurm job 4711, which started 10 min ago"):
+        RunLock(tmp_path)
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+    lock.release()
+    second = RunLock(tmp_path)
+    assert second.token == lock.token + 1 and len(list(tmp_path.glob("lock-*"))) == 1
+    second.release()
+
+
+def test_a_dead_holder_is_followed_at_once(tmp_path: Path) -> None:
+    process = hold_in_another_process(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    RunLock(tmp_path, lease=3600).release()
+
+
+def test_a_number_that_another_process_got_is_not_the_holder(tmp_path: Path) -> None:
+    RunLock(tmp_path)._stop.set()
+    rewrite(tmp_path, started="1")
+    RunLock(tmp_path, lease=3600).release()
+
+
+def test_a_holder_elsewhere_is_alive_while_it_beats_whatever_the_clocks_say(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, heartbeat=0.1)
+    lock._content |= {"machine": "another", "since": time.time() + 86400}
+    time.sleep(0.3)
+    os.utime(newest(tmp_path), (0, 0))
+    with pytest.raises(RunInUse, match="0 min ago"):
+        RunLock(tmp_path, lease=5)
+    lock._stop.set()
+    lock._thread.join()
+    second = RunLock(tmp_path, lease=0.3)
+    with pytest.raises(RunInUse, match="was taken over by process"):
+        lock.check()
+    second.release()
+
+
+def test_a_stopped_holder_loses_and_cannot_commit(tmp_path: Path) -> None:
+    """Its staging folder is out of its reach, and the check before the commit fails."""
+
+    def hold() -> None:
+        lock = RunLock(tmp_path, 0.1, 1.0)
+        staging = tmp_path / "checkpoints" / ".staging-step-000000001"
+        staging.mkdir(parents=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        found = []
+        try:
+            lock.check()
+        except RunInUse:
+            found.append("refused")
+        try:
+            os.rename(staging, tmp_path / "checkpoints" / "step-000000001")
+        except FileNotFoundError:
+            found.append("out of reach")
+        lock.release()
+        (tmp_path / "found").write_text(" ".join(found))
+
+    process = FORK.Process(target=hold)
+    process.start()
+    while not list(tmp_path.glob("checkpoints/.staging-*")):
+        time.sleep(0.01)
+    second = RunLock(tmp_path, 0.1, 0.5)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(20)
+    assert (tmp_path / "found").read_text() == "refused out of reach"
+    second.check()
+    with pytest.raises(RunInUse):
+        RunLock(tmp_path)
+    second.release()
+
+
+@pytest.mark.parametrize("state", ["new", "dead", "free"])
+def test_of_many_that_race_one_wins(tmp_path: Path, state: str) -> None:
+    """Six processes, ten rounds: in no round do two hold the lock at a time, and somebody always gets it."""
+    racers, rounds = 6, 10
+
+    def race(barrier: Barrier, number: int) -> None:
+        for turn in range(rounds):
+            folder = tmp_path / str(turn)
+            barrier.wait(60)
+            try:
+                lock = RunLock(folder, 5.0, 30.0)
+            except RunInUse:
+                continue
+            lock.check()
+            os.mkdir(folder / "inside")  # fails when another is inside
+            (folder / f"won-{number}").touch()
+            time.sleep(0.02)
+            lock.check()
+            os.rmdir(folder / "inside")
+            lock.release()
+
+    for turn in range(rounds):
+        if state == "dead":
+            lock = RunLock(tmp_path / str(turn))
+            lock._stop.set()
+            rewrite(tmp_path / str(turn), started="1")
+        elif state == "free":
+            RunLock(tmp_path / str(turn)).release()
+    barrier = FORK.Barrier(racers)
+    processes = [FORK.Process(target=race, args=(barrier, n)) for n in range(racers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [0] * racers
+    assert all(list((tmp_path / str(turn)).glob("won-*")) for turn in range(rounds))
+
+
+def test_a_holder_learns_of_its_loss_by_itself(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, heartbeat=0.05)
+    assert not lock.lost
+    (tmp_path / "lock-8.json").write_text("{}")
+    lock._thread.join(30)
+    assert lock.lost
+    lock.release()
+    assert (tmp_path / "lock-8.json").read_text() == "{}"
+
+
+def test_a_torn_lock_file_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "lock-3.json").write_text("{")
+    lock = RunLock(tmp_path, lease=0.2)
+    assert lock.token == 4
+    lock.release()
+
+
+def test_one_that_was_slow_to_take_over_does_not_get_between_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it looks at a dead holder, two others come and go, or stay: the file it then makes has a number that was used."""
+    RunLock(tmp_path)._stop.set()
+    rewrite(tmp_path, started="1")
+    real, others = lock_module._is_over, []
+
+    def slow(path: Path, lease: float) -> bool:
+        over = real(path, lease)
+        if not others:
+            others.append(None)
+            RunLock(tmp_path).release()
+            others.append(RunLock(tmp_path))
+        return over
+
+    monkeypatch.setattr(lock_module, "_is_over", slow)
+    with pytest.raises(RunInUse):
+        RunLock(tmp_path)
+    others[1].check()
+    others[1].release()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock-3.json"]

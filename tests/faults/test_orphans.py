@@ -1,0 +1,61 @@
+"""Ending with the processes that one was started by; and who is who among processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from data_prep.processes import identity, is_gone, is_here, is_stopped, parent_of, start_of
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = """
+import os, sys, time
+from data_prep.processes import end_with, parent_of
+ancestors = [os.getppid(), parent_of(os.getppid())][:int(sys.argv[1])]
+end_with(ancestors, lambda pid: os._exit(9))
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+PARENT = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]); print(p.pid, flush=True); p.wait()"
+
+
+def gone_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while start_of(pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return start_of(pid) is None
+
+
+def test_a_stopped_process_ends_with_its_parent() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, "1"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child, ready = int(parent.stdout.readline()), parent.stdout.readline()
+    assert int(ready) == child
+    os.kill(child, signal.SIGSTOP)
+    while not is_stopped(child):
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    assert gone_within(child, 5)
+
+
+def test_a_process_ends_with_its_grandparent() -> None:
+    top = subprocess.Popen([sys.executable, "-c", PARENT, PARENT, CHILD, "2"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    middle, child = int(top.stdout.readline()), int(top.stdout.readline())
+    assert int(top.stdout.readline()) == child and parent_of(child) == middle and parent_of(middle) == top.pid
+    top.kill()
+    top.wait()
+    assert gone_within(child, 5)
+
+
+def test_a_process_is_known_by_its_number_and_its_start() -> None:
+    me = identity()
+    assert is_here(me) and not is_gone(me)
+    assert is_gone(me | {"started": "1"}) and not is_gone(me | {"started": "1", "machine": "another boot"})
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert start_of(child.pid) is None  # ended, and not waited for
+    child.wait()

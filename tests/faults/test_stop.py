@@ -1,0 +1,84 @@
+"""Noting signals while the first thread is inside a library, and ending at the second one; what is recorded of an end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nextpt.errors import ConfigError, RunInUse, Stopped
+from nextpt.train.ending import read_end, recording
+from nextpt.train.stop import listening
+
+WAITS = """
+import ctypes
+import nextpt.train.stop as stop
+stop.REPEAT = 0.5
+with stop.listening():
+    print("ready", flush=True)
+    mutex = (ctypes.c_char * 64)()
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)  # waits for ever, and no signal brings it back to Python
+"""
+
+
+def test_a_signal_is_noted_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with listening() as request:
+        assert request.seconds_left(30) is None and request.name is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        while request.name is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert request.name == "SIGUSR1" and 20 < request.seconds_left(30) <= 30
+        os.kill(os.getpid(), signal.SIGTERM)  # the same one, sent along another way
+        time.sleep(0.2)
+        assert request.name == "SIGUSR1"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=Path(__file__).resolve().parents[2])
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline().startswith("SIGTERM: saving after this step")
+        process.send_signal(signal.SIGTERM)  # at once: a repetition
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == 75
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("raised", "code", "reason"), [
+    (None, 0, "finished"), (Stopped("stopped by SIGTERM"), 75, "stopped by SIGTERM"), (ConfigError("a key"), 2, "a key"),
+    (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"), (KeyboardInterrupt(), 130, "KeyboardInterrupt:"),
+])
+def test_every_end_is_recorded(tmp_path: Path, raised: BaseException | None, code: int, reason: str) -> None:
+    try:
+        with recording(tmp_path) as progress:
+            assert read_end(tmp_path) is None
+            progress.step = 7
+            if raised:
+                raise raised
+    except BaseException as error:  # noqa: BLE001
+        assert error is raised
+    found = json.loads((tmp_path / "exit.json").read_text())
+    assert (found["code"], found["reason"], found["step"], found["host"]) == (code, reason, 7, os.uname().nodename)
+    assert abs(found["time"] - time.time()) < 60
+
+
+def test_a_job_that_lost_its_folder_records_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RunInUse), recording(tmp_path):
+        raise RunInUse("taken over")
+    assert read_end(tmp_path) is None

@@ -1,0 +1,124 @@
+"""Who is to blame for a hang, and how long work may take; hangs of real threads of one process and of ranks in a fork."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextpt.train.ending import read_end
+from nextpt.train.watchdog import FIRST, Watchdog, judge
+
+FORK = multiprocessing.get_context("fork")
+HOSTS = ["node1", "node1", "node2", "node2"]
+
+
+def report(beat: int = 1, count: int = 7, waits: bool = True, fired: bool = True) -> dict[str, Any]:
+    return {"beat": beat, "count": count, "doing": "training, step 3", "waits": waits, "place": "loop.py:9 step", "fired": fired}
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({2: None}, "rank 2 on node2 shows no sign of life"),
+    ({1: {"fired": False}}, "rank 1 on node1 shows no sign of life"),
+    ({1: {"count": 6}, 3: {"count": 6}}, "rank 1 on node1, rank 3 on node2 is behind the others, at training, step 3, loop.py:9 step"),
+    ({3: {"waits": False}}, "rank 3 on node2 does not come to where the others wait; it is at loop.py:9 step"),
+    ({}, "all ranks wait for each other; the network between them may be cut"),
+    ({r: {"waits": False} for r in range(4)}, "all ranks are busy"),
+])
+def test_the_guilty_rank_is_named(changes: dict[int, dict[str, Any] | None], words: str) -> None:
+    reports = {r: report() | (changes.get(r, {}) or {}) for r in range(4) if changes.get(r, {}) is not None}
+    assert judge(reports, reports, HOSTS).startswith(words)
+
+
+def test_a_rank_whose_report_moves_is_alive() -> None:
+    first = {r: report(fired=r > 0, beat=1) for r in range(4)}
+    last = {r: report(fired=r > 0, beat=2) for r in range(4)}
+    assert "wait for each other" in judge(first, last, HOSTS)
+
+
+def test_work_may_take_ten_times_what_it_usually_takes_and_its_first_time_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watchdog = Watchdog(tmp_path, 0, ["here"], 60.0)
+    watchdog.close()
+    for step in range(9):
+        watchdog.doing("training", step)
+        assert watchdog.limit() == (FIRST if step == 0 else 90.0)
+        clock[0] += 9.0
+        watchdog.doing("voting", step)
+        assert watchdog.limit() == (FIRST if step == 0 else 60.0)
+        clock[0] += 0.001
+
+
+def hang(run: Path, rank: int, ranks: int) -> None:
+    """Two turns of work, then rank 0 waits and the last rank does not come."""
+    watchdog = Watchdog(run, rank, [f"node{r}" for r in range(ranks)], 1.0)
+    for step in (1, 2, 3):
+        watchdog.doing("batches", step)
+        if rank == ranks - 1 and step == 3:
+            never_comes()
+        watchdog.doing("the vote", step)
+        time.sleep(0.05)
+    time.sleep(600)
+
+
+def never_comes() -> None:
+    time.sleep(600)
+
+
+def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
+        tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    ranks = [FORK.Process(target=hang, args=(tmp_path, rank, 3)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [76] * 3
+    assert capfd.readouterr().err.count("error: no progress") == 1
+    found = read_end(tmp_path)
+    assert found["code"] == 76 and found["step"] == 3, found
+    assert "rank 2 on node2 is behind the others, at batches, step 3," in found["reason"] and "never_comes" in found["reason"]
+    assert all((tmp_path / "stacks" / f"rank-{rank}.txt").exists() for rank in range(3))
+    assert "in never_comes" in (tmp_path / "stacks" / "rank-2.txt").read_text()
+
+
+def test_nothing_is_written_while_work_goes_on(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, 0, ["here"], 20.0)
+    watchdog.tick = 0.05
+    for step in range(20):
+        watchdog.doing("training", step)
+        time.sleep(0.05)
+    watchdog.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    def work() -> None:
+        watchdog = Watchdog(tmp_path, 0, ["here"], 2.0)
+        for step in range(20):
+            watchdog.doing("training", step)
+            time.sleep(0.02)
+        (tmp_path / "ready").touch()
+        while not (tmp_path / "go").exists():
+            time.sleep(0.3)  # no progress, for the time of the suspension and a little more
+        for step in range(20, 100):  # longer than a verdict takes
+            watchdog.doing("training", step)
+            time.sleep(0.02)
+        watchdog.close()
+
+    process = FORK.Process(target=work)
+    process.start()
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.5)  # the thread looks before there is progress
+    (tmp_path / "go").touch()
+    process.join(30)
+    assert process.exitcode == 0

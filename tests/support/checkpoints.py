@@ -1,0 +1,168 @@
+"""Small real checkpoints: a state of three parameters, divided among any number of ranks that are threads, and forgeries of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.files import canonical_json
+from nextpt.checkpoint.commit import save
+from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.manifest import describe, read_manifest, write_manifest
+from nextpt.checkpoint.ranks import Ranks
+from nextpt.checkpoint.state import KINDS, Fragment
+
+SHAPES = {"a": (5, 3), "b": (4,), "c": (2, 3, 4)}
+
+
+class State:
+    """A ShardedState of one rank: of every parameter two uneven fragments, of which the ranks take every n-th."""
+
+    def __init__(self, value: float = 1.0, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.values = {
+            (n, k): torch.arange(math.prod(s), dtype=torch.float32) * value + i
+            for i, (n, s) in enumerate(SHAPES.items()) for k in KINDS
+        }
+
+    def fragments(self) -> Iterator[Fragment]:
+        number = 0
+        for (name, kind), flat in self.values.items():
+            cut = flat.numel() * 2 // 5 + 1
+            for start, stop in ((0, cut), (cut, flat.numel())):
+                if number % self.world_size == self.rank:
+                    yield Fragment(name, kind, SHAPES[name], start, stop, flat[start:stop])
+                number += 1
+
+    def scalars(self) -> dict[str, float]:
+        return {"optimizer_updates": 3.0}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return SHAPES
+
+
+def holds(checkpoint: Checkpoint, value: float) -> bool:
+    """Whether every tensor of a checkpoint is that of State(value)."""
+    return all(torch.equal(checkpoint.read(n, k, 0, t.numel()), t) for (n, k), t in State(value).values.items())
+
+
+class Board:
+    """Where threads meet to exchange JSON, in any number of groups. in_turn: one runs at a time, from exchange to exchange."""
+
+    def __init__(self, world_size: int, in_turn: bool) -> None:
+        self.world_size, self.in_turn = world_size, in_turn
+        self.changed = threading.Condition()
+        self.texts: dict[tuple[int, int], dict[int, str]] = {}  # (group, number of the exchange) -> rank -> JSON
+        self.running = list(range(world_size))  # the first has the turn
+        self.broken = False
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.broken or ready(), 60) or self.broken:
+                raise Gone
+
+    def wait_for_turn(self, rank: int) -> None:
+        if self.in_turn:
+            self.wait(lambda: self.running[0] == rank)
+
+    def end_turn(self, rank: int, for_good: bool = False) -> None:
+        with self.changed:
+            self.running.remove(rank)
+            self.running += [] if for_good else [rank]
+            self.changed.notify_all()
+
+    def fail(self) -> None:
+        with self.changed:
+            self.broken = True
+            self.changed.notify_all()
+
+
+class Gone(Exception):
+    """Another rank has ended."""
+
+
+class ThreadRanks(Ranks):
+    """A rank that is a thread of this process; it exchanges JSON as a real one does."""
+
+    def __init__(self, rank: int, world_size: int, board: Board, group: int = 0) -> None:
+        self.rank, self.world_size, self._board, self._number_of_group, self._exchanges = rank, world_size, board, group, 0
+
+    def another(self) -> ThreadRanks:
+        return ThreadRanks(self.rank, self.world_size, self._board, self._number_of_group + 1)
+
+    def gather(self, value: Any) -> list[Any]:
+        board = self._board
+        self._exchanges += 1
+        with board.changed:
+            texts = board.texts.setdefault((self._number_of_group, self._exchanges), {})
+            texts[self.rank] = json.dumps(value)
+            board.changed.notify_all()
+        if board.in_turn:
+            board.end_turn(self.rank)
+        board.wait(lambda: len(texts) == self.world_size)
+        board.wait_for_turn(self.rank)
+        return [json.loads(texts[rank]) for rank in range(self.world_size)]
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(flag))
+
+
+def on_ranks(world_size: int, action: Callable[[Ranks], Any], in_turn: bool = False) -> list[Any]:
+    """What `action` returns on each rank. A rank that raises ends the others, as a dead process does; its error is raised.
+
+    in_turn: the order of everything is the same each time. Not for ranks with threads of their own.
+    """
+    if world_size == 1:
+        return [action(Ranks())]
+    board = Board(world_size, in_turn)
+
+    def one(rank: int) -> Any:
+        try:
+            board.wait_for_turn(rank)
+            return action(ThreadRanks(rank, world_size, board))
+        except BaseException:
+            board.fail()
+            raise
+        finally:
+            board.end_turn(rank, for_good=True)
+
+    with ThreadPoolExecutor(world_size) as pool:
+        futures = [pool.submit(one, rank) for rank in range(world_size)]
+    errors = [future.exception() for future in futures]
+    for error in sorted((e for e in errors if e), key=lambda e: isinstance(e, Gone)):
+        raise error
+    return [future.result() for future in futures]
+
+
+def write(root: Path, step: int, value: float = 1.0, world_size: int = 1, line: list[list[int]] = ()) -> Path:
+    """Save State(value) as a checkpoint of a step."""
+    return on_ranks(world_size, lambda ranks: save(
+        root, State(value, ranks.rank, ranks.world_size), {"step": step, "config": {}}, {"torch": "x"}, ranks, line
+    ))[0].folder
+
+
+def forge(folder: Path, **changes: Any) -> None:
+    """Make the manifest agree with the files as they are now, as somebody would who means harm. changes: of its keys."""
+    old = read_manifest(folder)
+    files = {name: describe(folder / name) for name in old.files}
+    write_manifest(folder, old.model_validate(old.model_dump() | {"files": files} | changes))
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    """Change the value of a JSON file in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(canonical_json(value))
+
+
+def as_version_1(folder: Path) -> None:
+    """Give a checkpoint the manifest that the first version of the format had."""
+    files = {name: entry.model_dump() for name, entry in read_manifest(folder).files.items()}
+    (folder / "manifest.json").write_text(canonical_json({"format_version": 1, "files": files}))

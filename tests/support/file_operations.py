@@ -1,0 +1,154 @@
+"""Death at a chosen file operation: of this process for good, or of what it does, as if it had been killed there.
+
+Seen by an audit hook, so nothing goes past it: opening to write, renaming, removing, making folders; and syncing and the
+writing of tensor files, which have no audit event. With a power loss, what was not synced at the moment of death is lost
+too: a file keeps half of its bytes, and in a folder that was not synced new files are missing and renamed ones have their
+old names. (Removals that come back are not played.)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nextpt.checkpoint import format as checkpoint_format
+
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+TOUCHES = CHANGES | {"open", "os.listdir", "os.scandir", "shutil.rmtree"}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no `except Exception` catches it, and whatever tries a file operation afterwards dies too."""
+
+
+class _Plan:
+    def __init__(self, root: Path, at: int | None, real: bool, power_loss: bool, watch: Callable[[], None] | None) -> None:
+        self.root, self.at, self.real, self.power_loss, self.watch = str(root), at, real, power_loss, watch
+        self.count, self.dead, self.paused, self.lock = 0, False, False, threading.RLock()
+        self.contents: set[str] = set()  # files whose bytes were not synced
+        self.names: list[tuple[str, str | None]] = []  # (path, its name before or None), in folders that were not synced
+
+    def operation(self) -> None:
+        """Called before each operation that changes something."""
+        if self.dead:
+            raise Killed
+        if self.watch:
+            self.aside(self.watch)
+        if self.count == self.at:
+            if self.power_loss:
+                self.aside(self.lose)
+            if self.real:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.dead = True
+            raise Killed
+        self.count += 1
+
+    def aside(self, action: Callable[[], None]) -> None:
+        self.paused = True
+        try:
+            action()
+        finally:
+            self.paused = False
+
+    def wrote(self, path: str) -> None:
+        with self.lock:
+            self.contents.add(path)
+            if not os.path.exists(path):
+                self.names.append((path, None))
+
+    def renamed(self, old: str, new: str) -> None:
+        with self.lock:
+            self.contents = {new + p[len(old):] if p.startswith(old + "/") else p for p in self.contents}
+            self.names = [(new + p[len(old):] if p.startswith(old + "/") else p, before) for p, before in self.names] + [(new, old)]
+
+    def synced(self, path: str) -> None:
+        with self.lock:
+            self.contents.discard(path)
+            self.names = [(p, before) for p, before in self.names if os.path.dirname(p) != path]
+
+    def lose(self) -> None:
+        with self.lock:
+            for path in filter(os.path.isfile, self.contents):
+                os.truncate(path, os.path.getsize(path) // 2)
+            for path, before in reversed(self.names):
+                if before and os.path.exists(path):
+                    os.rename(path, before)
+                elif os.path.isfile(path):
+                    os.remove(path)
+
+
+_plan: _Plan | None = None
+_installed = False
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    plan = _plan
+    if plan is None or plan.paused or event not in TOUCHES:
+        return
+    if plan.dead:
+        raise Killed
+    path, *rest = arguments
+    writes = event == "open" and rest[1] & (os.O_WRONLY | os.O_RDWR)
+    if (event in CHANGES or writes) and (plan.root in str(path) or not os.path.isabs(str(path))):
+        plan.operation()
+        if writes:
+            plan.wrote(str(path))
+        elif event == "os.rename":
+            plan.renamed(str(path), str(rest[0]))
+
+
+@contextmanager
+def dying_at(root: Path, at: int | None, real: bool = False, power_loss: bool = False, watch: Callable[[], None] | None = None) -> Iterator[_Plan]:
+    """Within the block, die before operation number `at` (from 0; None: never) under `root`; `.count` counts them.
+
+    real: this process is killed; otherwise Killed is raised, in every thread. power_loss: what was not synced is lost.
+    watch: called before each operation.
+    """
+    global _plan, _installed
+    if not _installed:
+        sys.addaudithook(_hook)
+        _installed = True
+    sync, save_file = os.fsync, checkpoint_format.save_file
+    plan = _Plan(root, at, real, power_loss, watch)
+
+    def fsync(handle: int) -> None:
+        plan.operation()
+        sync(handle)
+        plan.synced(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def written(tensors: dict[str, Any], path: Path) -> None:
+        plan.operation()
+        plan.wrote(str(path))
+        save_file(tensors, path)
+
+    os.fsync, checkpoint_format.save_file, _plan = fsync, written, plan
+    try:
+        yield plan
+    finally:
+        os.fsync, checkpoint_format.save_file, _plan = sync, save_file, None
+
+
+def in_a_child(action: Callable[[], None]) -> int:
+    """Run in a forked process; returns its exit code, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        signal.alarm(60)
+        torch.set_num_threads(1)  # makes its pool of threads anew after the fork; two threads at once would trip over that
+        try:
+            action()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -97,6 +97,8 @@ def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
     if work.exists() and alone:
         shutil.rmtree(work)
     plan.save()
+    if plan.spec.vocab_size is not None:
+        console.print(f"training a tokenizer of {plan.spec.vocab_size} tokens")
 
 
 def summary_table(manifest: DatasetManifest) -> Table:

@@ -37,7 +37,7 @@ ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one provider. peak: bytes of its largest process."""
+    """One run of one provider. peak: bytes of its largest process, or of this one if that is more: the kernel's count begins there."""
 
     tokens: int
     wall: float

@@ -120,25 +120,31 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
             stream.seek(part.start - 1)  # the byte before tells whether a line begins at `start`
             offset = part.start - 1
         used = part.start
-        rest, skipping, first = b"", False, part.start > 0
+        # The pieces of the line being read are joined once, at its end: joined at every block a long line costs its square.
+        pieces: list[bytes] = []
+        length, skipping, first = 0, False, part.start > 0
         while chunk := stream.read(BLOCK):
             advance(min(raw.tell(), part.stop) - used)
             used = min(raw.tell(), part.stop)
-            _refuse_bomb(file, offset + len(rest) + len(chunk))
-            *whole, rest = (rest + chunk).split(b"\n")
-            for line in whole:
+            _refuse_bomb(file, offset + length + len(chunk))
+            *ends, rest = chunk.split(b"\n")
+            for end in ends:
+                length += len(end)
                 if not (skipping or first):
-                    yield offset, line if len(line) <= LONGEST_LINE else _too_long(offset)
-                skipping = first = False
-                offset += len(line) + 1
+                    yield offset, b"".join([*pieces, end]) if length <= LONGEST_LINE else _too_long(offset)
+                pieces, skipping, first = [], False, False
+                offset, length = offset + length + 1, 0
                 if offset >= part.stop and not file.compression:
                     return
-            if len(rest) > LONGEST_LINE:
-                if not (skipping or first):
+            length += len(rest)
+            if length > LONGEST_LINE and not skipping:
+                if not first:
                     yield offset, _too_long(offset)
-                skipping, offset, rest = True, offset + len(rest), b""
-        if rest and not (skipping or first):
-            yield offset, rest
+                pieces, skipping = [], True
+            if not (skipping or first):
+                pieces.append(rest)
+        if length and not (skipping or first):
+            yield offset, b"".join(pieces)
 
 
 def _too_long(offset: int) -> Bad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,7 +40,7 @@ def watching(plan: Plan, console: Console) -> Iterator[None]:
         thread.join()
 
 
-class _Watch:
+class _Watch(ABC):
     """Follows the stages until the last is done or `stop` is set."""
 
     def __init__(self, plan: Plan, console: Console, stop: threading.Event) -> None:
@@ -69,12 +70,13 @@ class _Watch:
             if self.stop.wait(max(POLL, 20 * (time.monotonic() - started))):
                 return False
 
+    @abstractmethod
     def begin(self, stage: Stage) -> None:
         """A stage begins."""
 
+    @abstractmethod
     def show(self, stage: Stage, amount: int, total: int, items: int) -> None:
         """amount of `total` done; `items` of its items finished."""
-        raise NotImplementedError
 
 
 class _Bars(_Watch):

@@ -61,13 +61,18 @@ def test_a_dead_holder_is_followed_at_once(tmp_path: Path) -> None:
     process = hold_in_another_process(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    RunLock(tmp_path, lease=3600).release()
+    held = newest(tmp_path).name
+    lock = RunLock(tmp_path, lease=3600)
+    assert newest(tmp_path).name == f"lock-{lock.token}.json" != held
+    lock.release()
 
 
 def test_a_number_that_another_process_got_is_not_the_holder(tmp_path: Path) -> None:
     RunLock(tmp_path)._stop.set()
     rewrite(tmp_path, started="1")
-    RunLock(tmp_path, lease=3600).release()
+    lock = RunLock(tmp_path, lease=3600)
+    assert lock.token == 2 and newest(tmp_path).name == "lock-2.json"
+    lock.release()
 
 
 def test_a_holder_elsewhere_is_alive_while_it_beats_whatever_the_clocks_say(tmp_path: Path) -> None:

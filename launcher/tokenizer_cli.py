@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data_prep.errors import PrepError
 from launcher.console import friendly, out, say
@@ -56,13 +55,13 @@ def _place(item: str) -> str:
 def _read(places: list[str], text_field: str) -> Iterator[str]:
     """Texts of the corpora, with a bar; bad records are passed over and counted."""
     from data_prep.inputs import find_files
+    from data_prep.progress import byte_progress
     from data_prep.records import Bad, Fields, read_part, whole
 
     files = [file for place in places for file in find_files(place)]
     bad = 0
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, disable=not out.is_terminal) as progress:
-        task = progress.add_task("", total=sum(file.size for file in files))
+    with byte_progress(out) as progress:
+        task = progress.add_task("reading", total=sum(file.size for file in files))
         for file in files:
             for record in read_part(whole(file), Fields(text_field, None), partial(progress.advance, task)):
                 if isinstance(record, Bad):

@@ -70,8 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
         return MISTAKE
     except KeyboardInterrupt:
         return 130
-    except Exception:  # not left to the interpreter, whose teardown can hang (below)
-        traceback.print_exc()
+    except Exception as error:  # not left to the interpreter, whose teardown can hang (below)
+        from nextpt.train.together import lost_peer
+
+        lost = lost_peer(error)
+        if lost is None or options.traceback:
+            traceback.print_exc()
+        if lost:  # launchers end all ranks when one ends, and pass on the code of that one: the rank that was lost is to be it
+            rank = os.environ.get("RANK", "0")
+            print(f"error: rank {rank} lost another rank ({lost}); the same command resumes", file=sys.stderr, flush=True)
+            time.sleep(3)
         return CRASHED
     return 0
 

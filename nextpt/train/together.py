@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,6 +10,10 @@ from nextpt.checkpoint.ranks import Ranks
 from nextpt.errors import MISTAKE, UserError
 
 T = TypeVar("T")
+
+# What gloo, NCCL and torch's store say when a process at the other end of a connection is gone.
+_GONE = re.compile(r"connection (was )?(reset|closed|refused)|connection closed by peer|broken pipe|socket closed|remote process exited|"
+                   r"(read|write|send|recv)\w* error .*(reset|pipe|peer)|ncclRemoteError", re.IGNORECASE)
 
 
 def on_all(ranks: Ranks, action: Callable[[], T]) -> T:
@@ -40,3 +45,9 @@ def on_all_or_stop(ranks: Ranks, action: Callable[[], T], stopping: Callable[[],
 def on_first(ranks: Ranks, action: Callable[[], None]) -> None:
     """Run on rank 0; all ranks raise what it raised. Collective."""
     on_all(ranks, action if ranks.rank == 0 else lambda: None)
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """What a collective said when another rank was gone; None for an error of this rank's own."""
+    text = str(error)
+    return text.strip().splitlines()[0] if isinstance(error, RuntimeError) and _GONE.search(text) else None

@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -167,18 +168,17 @@ class _Rows:
         """One MDS sample (columns of data_prep.format), encoded: the writer takes bytes as they are, and encoding costs it
         twice as much as all the rest of writing."""
         begins, ends = self.begins[row].tolist(), self.ends[row].tolist()
-        stream, sizes = self.documents.stream, self.documents.sizes
-        tokens = np.full(self.capacity, self.tokenizer.end_id, dtype=stream.dtype)
-        target_bytes = np.zeros(self.capacity, dtype=np.uint32)
-        lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        flags = self.flags[row].tolist()
-        filled = 0
-        for begin, end, length in zip(begins, ends, lengths, strict=True):
-            tokens[filled : filled + length] = stream[begin:end]
-            own = self.table[stream[begin + 1 : end]]
-            self.text_tokens += np.count_nonzero(own)
-            target_bytes[filled + 1 : filled + length] = own if sizes is None else sizes[begin + 1 : end]
-            filled += length
+        flags, lengths = self.flags[row].tolist(), [end - begin for begin, end in zip(begins, ends, strict=True)]
+        tokens, filled = self._joined(self.documents.stream, begins, ends, self.tokenizer.end_id), sum(lengths)
+        own = self.table[tokens]
+        firsts = [0, *accumulate(lengths[:-1])]  # no targets
+        own[firsts] = own[filled:] = 0
+        self.text_tokens += np.count_nonzero(own)
+        if self.documents.sizes is None:
+            target_bytes = own
+        else:
+            target_bytes = self._joined(self.documents.sizes, begins, ends, 0)
+            target_bytes[firsts] = 0
         if filled < self.capacity:
             lengths.append(self.capacity - filled)
             flags.append(PADDING)
@@ -187,9 +187,15 @@ class _Rows:
             "tokens": tokens.tobytes(), "doc_lens": _encoded(np.array(lengths, dtype=np.uint32)), "doc_flags": _encoded(np.array(flags, dtype=np.uint8)),
             "domain": self.domain, "text_bytes": target_bytes.sum(dtype=np.uint32).tobytes(),
         }
-        if sizes is not None:
+        if self.documents.sizes is not None:
             sample["target_bytes"] = target_bytes.tobytes()
         return sample
+
+    def _joined(self, values: np.ndarray, begins: list[int], ends: list[int], padding: int) -> np.ndarray:
+        """The stretches of `values` that make a row, padded to its length."""
+        row = np.concatenate([values[begin:end] for begin, end in zip(begins, ends, strict=True)])
+        short = self.capacity - len(row)
+        return np.concatenate((row, np.full(short, padding, dtype=values.dtype))) if short else row
 
     def _summary(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
         lengths, pieces = self.documents.lengths, self.pieces

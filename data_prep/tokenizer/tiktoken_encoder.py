@@ -22,6 +22,11 @@ from data_prep.tokenizer.description import BYTE_OF, TEXT_CHARACTERS, Descriptio
 from data_prep.tokenizer.patterns import PATTERNS
 
 
+# Characters up to which a text goes through encode_ordinary: a third faster than encode_to_numpy, which also looks for special
+# tokens, but it makes Python integers (40 bytes each), and panics where the other raises (a run of 10^6 spaces).
+SHORT = 2**19
+
+
 class NotEligibleError(Exception):
     """tiktoken cannot stand in for the tokenizers library; says why in one phrase."""
 
@@ -44,13 +49,21 @@ class TiktokenEncoder:
             return None
         try:
             if self._split is None:
-                return self._encoding.encode_to_numpy(text, disallowed_special=())
+                return self._ids(text)
             found = self._split.split(text)
-            if len(found) == 1:
-                return self._encoding.encode_to_numpy(text, disallowed_special=())
-            return self._pieces(found)
+            return self._ids(text) if len(found) == 1 else self._pieces(found)
         except ValueError:
             return None
+        except BaseException as error:  # what Rust's panics become in Python is no Exception, and can only be told by its name
+            if type(error).__name__ == "PanicException":
+                return None
+            raise
+
+    def _ids(self, text: str) -> np.ndarray:
+        if len(text) > SHORT:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        text.isascii() or text.encode()  # encode_ordinary would replace a lone surrogate without a word
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
     def _pieces(self, found: list[str]) -> np.ndarray:
         """Tokens of text, literal, text, ...; a special token spelled in the text is text, and cuts it nowhere."""
@@ -61,11 +74,11 @@ class TiktokenEncoder:
                 rest += literal + text
                 continue
             if rest:
-                joined.append(self._encoding.encode_to_numpy(rest, disallowed_special=()).tobytes())
+                joined.append(self._ids(rest).tobytes())
             joined.append(token)
             rest = text
         if rest:
-            joined.append(self._encoding.encode_to_numpy(rest, disallowed_special=()).tobytes())
+            joined.append(self._ids(rest).tobytes())
         return np.frombuffer(b"".join(joined), dtype=np.uint32)
 
 

@@ -17,6 +17,7 @@ from tokenizers import normalizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from data_prep.errors import PrepError
+from data_prep.tokenizer import tiktoken_encoder
 from data_prep.tokenizer import Tokenizer, evenly_sampled, train_bpe
 from data_prep.tokenizer.byte_counts import sizes_from_offsets
 from data_prep.tokenizer.nasty import nasty_texts
@@ -288,6 +289,14 @@ def test_runs_of_a_million(made: dict[str, Tokenizer], name: str) -> None:
     ids, sizes = made["byte_level"].encode_with_bytes(text)
     assert ids.tolist() == plain(made["byte_level"].path).encode(text, add_special_tokens=False).ids
     assert int(sizes.sum()) == len(text.encode())
+
+
+def test_a_panic_of_the_engine_is_no_end(made: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts up to SHORT go a way on which the engine panics where the other raises."""
+    monkeypatch.setattr(tiktoken_encoder, "SHORT", 2**30)
+    text = HUGE["spaces, then a word"]
+    assert made["byte_level"]._fast.encode(text) is None
+    assert made["byte_level"].encode(text).tolist() == plain(made["byte_level"].path).encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("kind", ["neox", "llama", "unigram", "wordpiece"])

@@ -245,6 +245,19 @@ class CheckpointSection(Section):
     keep_best: int | None = Field(None, ge=1, description="keep so many with the lowest validation loss (total, nats per token)")
 
 
+class GuardSection(Section):
+    """Steps that must not count: a loss or gradient that is not finite, or far above the last ones (docs/reliability.md)."""
+
+    spikes: float | None = Field(
+        8.0, gt=0, description="standard deviations above the median of the last accepted steps; null: only what is not finite is bad"
+    )
+    window: int = Field(128, ge=4, le=2**16, description="accepted steps to compare with; no spike is looked for before there are so many")
+    rollback_after: int = Field(
+        8, ge=1, description="bad steps in a row after which training goes back to the checkpoint before them, and passes over their data"
+    )
+    max_rollbacks: int = Field(3, ge=0, description="rollbacks without getting any further after which training ends with an error")
+
+
 class ValidationSection(Section):
     """Loss on held-out rows, per domain."""
 
@@ -287,6 +300,7 @@ class Config(Section):
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     validation: ValidationSection = ValidationSection()
     trackers: TrackersSection = TrackersSection()
 
@@ -359,7 +373,7 @@ MAY_DIFFER = (
     "run.dir", "data.path", "data.remote", "data.cache_limit_gib", "data.scratch", "data.stages", "data.repeat_caps", "data.repeat_caps.",
     "data.backend", "data.prefetch_threads", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
     "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every", "train.hang_seconds", "train.peak_tflops",
-    "checkpoint.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
+    "checkpoint.", "guard.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
 )
 
 

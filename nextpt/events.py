@@ -58,7 +58,45 @@ class CheckpointEvent:
     kind: str = "checkpoint"
 
 
-Event = StepEvent | ValidationEvent | CheckpointEvent
+@dataclass(frozen=True)
+class SkipEvent:
+    """A step that changed nothing: its loss (nats per token) or gradient norm was not finite, or a spike.
+
+    in_row: bad steps in a row up to this one. skipped: in the whole run. Limits: those of a spike; None while none is looked for.
+    """
+
+    step: int
+    reason: str
+    loss: float
+    grad_norm: float
+    in_row: int
+    skipped: int
+    loss_limit: float | None = None
+    grad_norm_limit: float | None = None
+    time: float = field(default_factory=time.time)
+    kind: str = "skip"
+
+
+@dataclass(frozen=True)
+class RollbackEvent:
+    """Training went back to the checkpoint of `step`, over bad steps first_bad..last_bad; records of later steps no longer hold.
+
+    reason: of the last of them. first_sample, stop_sample: what is passed over, in the order of samples (docs/loader.md).
+    rollbacks: how often so far without getting any further.
+    """
+
+    step: int
+    first_bad: int
+    last_bad: int
+    reason: str
+    first_sample: int
+    stop_sample: int
+    rollbacks: int
+    time: float = field(default_factory=time.time)
+    kind: str = "rollback"
+
+
+Event = StepEvent | ValidationEvent | CheckpointEvent | SkipEvent | RollbackEvent
 
 
 class Listener(Protocol):
@@ -90,15 +128,19 @@ def scalars(event: Event) -> dict[str, float]:
 class MetricsFile:
     """Appends events to metrics.jsonl. Scripts find the keys of a training record at the top level.
 
-    Records of steps after `resume_step` are cut off first: those steps will be made again.
+    Records of steps after `resume_step` are cut off first, and those after that of a rollback when it comes: those steps
+    will be made again.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        kept = [line for line in self._lines() if _step_of(line) <= resume_step]
-        temporary = path.with_suffix(".jsonl.tmp")
+        self._cut(resume_step)
+
+    def _cut(self, last_step: int) -> None:
+        kept = [line for line in self._lines() if _step_of(line) <= last_step]
+        temporary = self.path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        os.replace(temporary, self.path)
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -106,6 +148,8 @@ class MetricsFile:
         return [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) >= 0]
 
     def on_event(self, event: Event) -> None:
+        if isinstance(event, RollbackEvent):
+            self._cut(event.step)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event), sort_keys=True) + "\n")
 

@@ -153,16 +153,9 @@ def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], No
     NoValidCheckpoint where there are checkpoints and none of them verifies.
     """
     candidates, bad = on_first(lambda: _candidates(root, resume), root, ranks)
-    bad = [(root / name, problem) for name, problem in bad]
-    for folder in (root / name for name in candidates):
-        problem = verify(folder, ranks)
-        if problem is None:
-            if bad:
-                done = on_first(lambda: [out_of_the_way(f) if mend else "" for f, _ in bad], root, ranks)
-                told = "; ".join(f"{_unusable(*b)}{how}" for b, how in zip(bad, done, strict=True))
-                warn(f"warning: {told}; resuming from step {step_of(folder)}")
-            return Checkpoint(folder)
-        bad.append((folder, problem))
+    found, bad = _first_whole(root, candidates, bad, ranks, warn, mend)
+    if found is not None:
+        return found
     if resume not in ("auto", "never"):
         raise _same(_unusable(*bad[0]) + "; give another step, or checkpoint.resume=auto")
     aside = on_first(lambda: [folder.name for folder in set_aside_folders(root)], root, ranks)
@@ -171,6 +164,33 @@ def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], No
         raise _same("; ".join(_unusable(*b) for b in bad) + ". Training does not start from nothing over them: restore one, "
                     "or remove the folders", NoValidCheckpoint)
     return None
+
+
+def choose_earlier(root: Path, step: int, line: list[list[int]], ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint of a line from before `step` that verifies; None when there is none. Collective.
+
+    Damaged ones are named through `warn` and set aside. line: see Manifest.
+    """
+    def look() -> list[str]:
+        return [one.folder.name for one in listing(root)[0] if one.manifest.step < step and one.manifest.is_of(line)]
+
+    return _first_whole(root, on_first(look, root, ranks), [], ranks, warn, mend=True)[0]
+
+
+def _first_whole(root: Path, candidates: list[str], bad: list[tuple[str, str]], ranks: Ranks, warn: Callable[[str], None],
+                 mend: bool) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """(the first candidate that verifies, what was found bad before it). Collective. bad: what is known to be; see `choose`."""
+    bad = [(root / name, problem) for name, problem in bad]
+    for folder in (root / name for name in candidates):
+        problem = verify(folder, ranks)
+        if problem is None:
+            if bad:
+                done = on_first(lambda: [out_of_the_way(f) if mend else "" for f, _ in bad], root, ranks)
+                told = "; ".join(f"{_unusable(*b)}{how}" for b, how in zip(bad, done, strict=True))
+                warn(f"warning: {told}; resuming from step {step_of(folder)}")
+            return Checkpoint(folder), bad
+        bad.append((folder, problem))
+    return None, bad
 
 
 def _unusable(folder: Path, problem: str) -> str:

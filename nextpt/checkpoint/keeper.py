@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from nextpt.checkpoint.commit import Saved, choose, commit, intact, on_first, out_of_the_way, snapshot_together
+from nextpt.checkpoint.commit import Saved, choose, choose_earlier, commit, intact, on_first, out_of_the_way, snapshot_together
 from nextpt.checkpoint.folders import listing, remove
 from nextpt.checkpoint.format import Checkpoint, Snapshot
 from nextpt.checkpoint.manifest import read_manifest
@@ -51,6 +51,15 @@ class Keeper:
     def start(self) -> Checkpoint | None:
         """What to resume from; see `choose`. Saves will continue its line."""
         found = choose(self.root, self.settings.resume, self.ranks, self.warn, mend=True)
+        if found is not None:
+            self._line = read_manifest(found.folder).line
+        return found
+
+    def go_back(self, step: int) -> Checkpoint | None:
+        """The newest checkpoint of this line from before `step`, verified; None when there is none. Saves will continue from it.
+        No save may be under way."""
+        assert self._flight is None
+        found = choose_earlier(self.root, step, self._line, self.ranks, self.warn)
         if found is not None:
             self._line = read_manifest(found.folder).line
         return found

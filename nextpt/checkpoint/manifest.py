@@ -69,9 +69,11 @@ class Manifest(BaseModel):
 
     def descends_from(self, other: Manifest) -> bool:
         """Whether training went through `other` on its way here. Saves without a number are told by their step."""
-        if other.sequence == 0:
-            return other.step <= self.step
-        return any(first <= other.sequence <= last for first, last in self.line)
+        return other.step <= self.step if other.sequence == 0 else other.is_of(self.line)
+
+    def is_of(self, line: list[list[int]]) -> bool:
+        """Whether a line went through this save. One without a number is older than all that have one."""
+        return self.sequence == 0 or any(first <= self.sequence <= last for first, last in line)
 
 
 def next_line(line: list[list[int]], sequence: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Micro-batches of one rank, by optimizer step. Position is the step alone: there is no other state to save."""
+"""Micro-batches of one rank, by optimizer step. The position is that of the step, after what was passed over: no other state."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Loader:
         shortest = min(stage.sequence_length for stage in self.plan.stages)
         self._segments = segments_per_row(self.manifest.sequence_length, shortest, self.dataset.max_segments())
         self.wait_seconds = 0.0
+        self.passed_over: list[tuple[int, int]] = []  # ranges of positions, rising, none beside another; whole steps
         # StreamingDataset is asked by one thread: its cache is not meant for several.
         threads = config.data.prefetch_threads if config.data.backend == "native" else 1
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -49,13 +50,45 @@ class Loader:
         self._window: dict[int, tuple[int, int]] = {}  # domain -> samples of it for which shards were last made ready
         self._window_lock = threading.Lock()
 
+    def position(self, step: int) -> int:
+        """First sample of the step-th optimizer step, counted from 0: after those of all steps before and those passed over."""
+        return step * self.config.train.global_batch_size + sum(stop - first for first, stop in self.passed_over)
+
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps keeps: the position, and what it is a position in."""
-        position = step * self.config.train.global_batch_size
+        """What a checkpoint after `step` steps keeps: the position, what was passed over, and what it is a position in."""
+        position = self.position(step)
         return {
-            "position": position, "order_version": ORDER_VERSION, "dataset": self.manifest.fingerprint,
-            "plan": self.plan.hash, "plan_before": self.plan.prefix_hash(position),
+            "position": position, "passed_over": [list(span) for span in self.passed_over], "order_version": ORDER_VERSION,
+            "dataset": self.manifest.fingerprint, "plan": self.plan.hash, "plan_before": self.plan.prefix_hash(position),
         }
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Read on from a state, whose data `check_state` compares. Raises KeyError, TypeError or ValueError for one that is none."""
+        passed, size = [(int(first), int(stop)) for first, stop in state.get("passed_over", [])], self.config.train.global_batch_size
+        edges = [edge for span in passed for edge in span]
+        if edges != sorted(set(edges)) or any(edge % size for edge in edges) or edges and not 0 <= edges[0] <= edges[-1] <= state["position"]:
+            raise ValueError(f"passed_over = {passed} are not whole steps before position {state['position']}")
+        self._forget_ahead()
+        self.passed_over = passed
+
+    def pass_over(self, step: int, stop: int) -> None:
+        """Have the step-th step (from 0) and those after it read from position `stop` on, not before what they read now."""
+        first = self.position(step)
+        self._forget_ahead()
+        if self.passed_over and self.passed_over[-1][1] == first:
+            first = self.passed_over.pop()[0]
+        self.passed_over.append((first, stop))
+
+    def _forget_ahead(self) -> None:
+        for future in self._ahead.values():
+            future.cancel()
+        self._ahead.clear()
+
+    def begins_stage(self, step: int) -> bool:
+        """Whether the step-th step (from 0) reads another stage of the plan than the step before it."""
+        first = self.position(step)
+        before = next((begin for begin, stop in self.passed_over if stop == first), first)
+        return before > 0 and self.plan.stage_at(before - 1) != self.plan.stage_at(first)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse to go on from a state of other data: the samples before its position would not be those of this run.
@@ -93,7 +126,7 @@ class Loader:
     def positions(self, step: int) -> list[range]:
         """Global positions of this rank's rows at a step (from 0), one range per micro-batch."""
         train, world = self.config.train, self.world_size
-        first = step * train.global_batch_size + self.rank * train.micro_batch_size
+        first = self.position(step) + self.rank * train.micro_batch_size
         stride = train.micro_batch_size * world
         starts = (first + m * stride for m in range(self.config.accumulation_steps(world)))
         return [range(start, start + train.micro_batch_size) for start in starts]
@@ -119,7 +152,7 @@ class Loader:
         domains, nths = (np.concatenate(column) for column in zip(*parts, strict=True))
         self._look_ahead(domains, nths)
         rows, train = self._order.rows(domains, nths).tolist(), self.dataset.rows["train"]
-        context = self._order.sequence_length(step * self.config.train.global_batch_size)
+        context = self._order.sequence_length(self.position(step))
         return self._collate([train[domain][row] for domain, row in zip(domains.tolist(), rows, strict=True)], context)
 
     def _look_ahead(self, domains: np.ndarray, nths: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def _read(folder: Path, label: str) -> RunRecord:
         samples=_json(folder / "samples.json") or [],
         starts=read_starts(folder),
         checkpoints=_checkpoints(folder / "checkpoints"),
-        notes=_notes(train),
+        notes=_notes(train, read_events(folder / "metrics.jsonl", "skip"), read_events(folder / "metrics.jsonl", "rollback")),
     )
 
 
@@ -112,13 +113,16 @@ def _checkpoints(root: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _notes(train: list[dict[str, Any]]) -> list[str]:
+def _notes(train: list[dict[str, Any]], skips: list[dict[str, Any]], rollbacks: list[dict[str, Any]]) -> list[str]:
     """What a reader should be warned of."""
     notes = []
     lost = [e["step"] for e in train if not math.isfinite(e["loss"])]
     if lost:
         notes.append(f"{len(lost)} logged steps have a loss that is not finite, the first is step {lost[0]:,}")
-    passed = [e["step"] for e in train if not (math.isfinite(e["grad_norm"]) and e["grad_norm"] >= 0)]
-    if passed:
-        notes.append(f"{len(passed)} logged steps were passed over because their gradients were not finite, the first is step {passed[0]:,}")
+    if skips:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(e["reason"] for e in skips).items()))
+        notes.append(f"{len(skips)} steps were skipped by the guard ({reasons}), the first is step {skips[0]['step']:,}")
+    for event in rollbacks:
+        notes.append(f"rolled back to step {event['step']:,} after bad steps {event['first_bad']:,} to {event['last_bad']:,} "
+                     f"({event['reason']}); samples {event['first_sample']:,} to {event['stop_sample'] - 1:,} were passed over")
     return notes

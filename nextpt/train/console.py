@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nextpt.events import CheckpointEvent, Event, StepEvent, ValidationEvent
+from nextpt.events import CheckpointEvent, Event, RollbackEvent, SkipEvent, StepEvent, ValidationEvent
 
 BAR_FROM_WIDTH = 110  # columns; without the bar the line fits 80
 
@@ -42,6 +42,13 @@ class ConsoleListener:
             self.console.print(
                 f"checkpoint {event.path} ({event.bytes / 2**20:.1f} MiB in {event.seconds:.1f} s)"
             )
+        elif isinstance(event, SkipEvent):
+            limits = "" if event.loss_limit is None else f"; limits {event.loss_limit:.4f} and {event.grad_norm_limit:.2f}"
+            self.console.print(f"step {event.step} skipped: {event.reason} (loss {event.loss:.4f}, grad norm {event.grad_norm:.2f}"
+                               f"{limits}), {event.in_row} in a row, {event.skipped} in all")
+        elif isinstance(event, RollbackEvent):
+            self.console.print(f"rolled back to step {event.step} after bad steps {event.first_bad} to {event.last_bad} ({event.reason}); "
+                               f"samples {event.first_sample} to {event.stop_sample - 1} are passed over")
 
     def _on_step(self, event: StepEvent) -> None:
         if self.progress is not None:

@@ -3,8 +3,8 @@
 Differences from DeepSpeed's defaults, each on purpose:
 - its JIT-built shared-memory collective is switched off on CPU: a process killed while it builds leaves a lock on
   which every later run hangs; gloo alone gives the same losses and needs no compiler;
-- clipping and the guard against bad gradients run in our optimizer, on the device (see optimizer.py); DeepSpeed's
-  own checks read the norm on the host in every step;
+- clipping and the guard against bad steps run in our optimizer, on the device (see optimizer.py, guard.py); DeepSpeed's
+  own checks read the norm on the host in every step and skip steps without a word; a skip of its own is an error here;
 - its checkpoints are not used (see nextpt/checkpoint).
 """
 
@@ -35,6 +35,7 @@ from nextpt.data.batch import Batch  # noqa: E402
 from nextpt.errors import UserError  # noqa: E402
 from nextpt.model import Decoder  # noqa: E402
 from nextpt.objective import Loss, next_token_loss  # noqa: E402
+from nextpt.train.guard import Judge  # noqa: E402
 from nextpt.train.memory import LIVE_PARAMETERS, reduce_bucket  # noqa: E402
 from nextpt.train.optimizer import GuardedAdamW, parameter_groups  # noqa: E402
 
@@ -140,8 +141,11 @@ class Engine:
         if config.train.compile:
             for block in module.model.blocks:
                 block.compile()
-        self._optimizer = GuardedAdamW(parameter_groups(module, config.optimizer), config.optimizer, self._norm_now)
-        self._norm: Tensor | float = 0.0
+        self.judge = Judge(config.guard, device)
+        self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # of the step under way: (total, z part), over all ranks
+        # ZeRO-3 makes a step when it is built, which is not judged.
+        self._verdict: tuple[Tensor, Tensor] | None = (torch.zeros((), device=device), torch.zeros((), dtype=torch.bool, device=device))
+        self._optimizer = GuardedAdamW(parameter_groups(module, config.optimizer), config.optimizer, self._verdict_now)
         self._module, self._zero = module, None
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=settings)
         self._zero = self._engine.optimizer if config.train.zero_stage else None
@@ -159,7 +163,7 @@ class Engine:
     # ---- the step -------------------------------------------------------------------------------------------
 
     def step(self, batches: list[Batch], weight_sum: Tensor, lr: float) -> list[Loss]:
-        """One optimizer step over this rank's micro-batches. No host synchronisation.
+        """One optimizer step over this rank's micro-batches, which changes nothing when `judge` finds it bad. No host synchronisation.
 
         weight_sum: sum of token weights over all ranks and micro-batches. DeepSpeed averages gradients over ranks;
         multiplying by their number makes that the sum which the normalisation asks for.
@@ -171,22 +175,32 @@ class Engine:
         for batch in batches:
             loss = Loss(*self._engine(batch, weight_sum))
             self._engine.backward(loss.total * self.world_size, scale_wrt_gas=False)
-            self._engine.step()
             losses.append(Loss(loss.total.detach(), loss.z_part, loss.nats))
+            if len(losses) == len(batches):
+                parts = torch.stack([torch.stack([one.total.double(), one.z_part.double()]) for one in losses])
+                self._loss, self._verdict = self.all_sum(parts.sum(dim=0)), None
+            self._engine.step()
+        self._check_stepped()
         return losses
 
-    def _norm_now(self) -> Tensor | float:
-        """Global gradient norm of the step under way, before clipping. Called by the optimizer."""
-        if self._zero is not None:
-            self._norm = self._zero._global_grad_norm
-        else:
-            gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
-        return self._norm
+    def _verdict_now(self) -> tuple[Tensor, Tensor]:
+        """(global gradient norm before clipping, whether the step is bad) of the step under way. Called by the optimizer."""
+        if self._verdict is None:
+            if self._zero is not None:
+                norm = self._zero._global_grad_norm
+            else:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self._module.parameters() if p.grad is not None])
+            norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device).reshape(())
+            self._verdict = norm, self.judge.judge(*self._loss, norm)
+        return self._verdict
 
-    def grad_norm(self) -> float:
-        """Global norm of the last step before clipping; reads the device. -1 or non-finite: the step was passed over."""
-        return float(self._norm)
+    def _check_stepped(self) -> None:
+        """Raise RuntimeError when DeepSpeed passed over the step by itself, in whatever way: the optimizer was not asked to step."""
+        skipped = self._engine.skipped_steps
+        if skipped or self._verdict is None:
+            overflow = getattr(self._engine.optimizer, "overflow", None)
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} skipped an optimizer step by itself (engine.skipped_steps = {skipped}, "
+                               f"optimizer.overflow = {overflow}); nextpt's guard alone decides that: this version is not one that nextpt knows")
 
     @contextmanager
     def evaluating(self) -> Iterator[TrainingModule]:

@@ -15,11 +15,12 @@ from nextpt.config import Config
 from nextpt.data.batch import Batch
 from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums, figures_json
-from nextpt.errors import Stopped
-from nextpt.events import Event, StepEvent, ValidationEvent
+from nextpt.errors import Stopped, UserError
+from nextpt.events import Event, RollbackEvent, StepEvent, ValidationEvent
 from nextpt.model import count
-from nextpt.objective import Loss, local_weight_sum
+from nextpt.objective import local_weight_sum
 from nextpt.train.engine import Engine
+from nextpt.train.guard import NOTHING, Guard, Judgement
 from nextpt.train.hardware import memory_in_use, peak_flops
 from nextpt.train.life import Life
 from nextpt.train.schedule import learning_rate
@@ -39,54 +40,117 @@ class Clock:
 class Trainer:
     """Runs optimizer steps first_step..config.last_step of one rank.
 
-    save: begins a checkpoint of the given step with the last validation before it; the last argument asks it to wait
-    until that is durable. poll: called after every step, tells what became of it; its argument asks it to wait. Both are
-    collective, and return the seconds that a save took which became durable. emit: hears events (rank 0 only does
-    something with them; computing them is collective). life: hears what is being done, and says when to end. validation:
-    the last one before this start, as `validate` keeps it.
+    save: begins a checkpoint of the given step with what `state` gives; the last argument asks it to wait until that is
+    durable. poll: called after every step, tells what became of it; its argument asks it to wait. Both are collective, and
+    return the seconds that a save took which became durable. emit: hears events (rank 0 only does something with them;
+    computing them is collective). life: hears what is being done, and says when to end. go_back: puts the engine where the
+    newest checkpoint from before a step has it, and returns the state of that; None when there is none; collective.
     """
 
     def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks,
-                 save: Callable[[int, dict[str, Any] | None, bool], float | None], poll: Callable[[bool], float | None],
-                 emit: Callable[[Event], None], life: Life | None = None, validation: dict[str, Any] | None = None) -> None:
+                 save: Callable[[int, dict[str, Any], bool], float | None], poll: Callable[[bool], float | None],
+                 emit: Callable[[Event], None], life: Life | None = None,
+                 go_back: Callable[[int], dict[str, Any] | None] = lambda step: None) -> None:
         self.config, self.engine, self.loader, self.ranks, self.domains = config, engine, loader, ranks, loader.domains
-        self.save, self.poll, self.emit, self.life, self.validation = save, poll, emit, life or Life(), validation
+        self.save, self.poll, self.emit, self.life, self.go_back = save, poll, emit, life or Life(), go_back
+        self.guard, self.validation = Guard(config.guard, engine.judge), None
         self.flops_per_token = count(config).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()
         self.saved_step, self.save_seconds = 0, None  # of the last checkpoint; None: none was made since the start
+        self.save_owed = False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the trainer: the last validation, and the guard. Waits for the device."""
+        return {"validation": self.validation, "guard": self.guard.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; one of an older nextpt has no guard. Raises KeyError, TypeError or ValueError."""
+        self.validation = state.get("validation")
+        self.guard.load(state.get("guard", NOTHING))
 
     def run(self, first_step: int) -> None:
-        """Train, then save the last step. first_step: 1 for a fresh run. Raises Stopped when a rank was told to stop."""
-        config, last = self.config, self.config.last_step
-        self.saved_step = first_step - 1
-        clock = self._clock(first_step - 1)
-        for step in range(first_step, last + 1):
-            made = self.train_step(step)
-            if made is None:
+        """Train, then save the last step. first_step: 1 for a fresh run. Raises Stopped when a rank was told to stop, and
+        UserError when the guard gives up."""
+        config, last, step = self.config, self.config.last_step, first_step - 1
+        self.saved_step = step
+        clock = self._clock(step)
+        while step < last or self.guard.tripped:
+            if self.guard.tripped:
+                step = self.roll_back()
+                clock = self._clock(step)
+                continue
+            step += 1
+            sums = self.train_step(step)
+            if sums is None:
                 self.end_early(step - 1)
-            sums, losses = made
             self.life.made(step)
             self.look(wait=False)
-            if step % config.train.log_every == 0 or step == last:
-                self.log(step, sums, losses, clock)
+            logging = step % config.train.log_every == 0 or step == last
+            every = config.validation.every_steps
+            validating = every is not None and (step % every == 0 or step == last)
+            self.save_owed |= step == last or self.save_is_due(step)
+            judged = self.judged(step) if logging or validating or self.save_owed else []
+            if self.guard.tripped:
+                continue
+            if logging:
+                self.log(step, sums, judged[-1], clock)
                 clock = self._clock(step)
-            if config.validation.every_steps and (step % config.validation.every_steps == 0 or step == last):
+            if validating:
                 if not self.validate(step):
                     self.end_early(step)
                 clock = self._clock(step)
-            if step == last or self.save_is_due(step):
+            # In a run of bad steps there is nothing new to save, and a rollback needs one from before it.
+            if self.save_owed and (step == last or not self.guard.in_row):
+                self.guard.progressed()
                 self.save_now(step, wait=step == last)
                 clock = self._clock(step)
+
+    def judged(self, step: int) -> list[Judgement]:
+        """Read how the steps up to `step` since the last call were judged, and tell of those that were skipped. Collective."""
+        self.life.doing("logging", step)
+        judged, skipped = self.guard.hear(step)
+        told = self.ranks.gather([self.guard.skipped, self.guard.in_row])
+        if any(one != told[0] for one in told):
+            raise RuntimeError(f"the ranks judged steps up to {step} differently: [skipped in all, in a row] is {told}, by rank; their losses"
+                               " or gradients are no longer the same, so one of them computes wrongly")
+        for event in skipped:
+            self.emit(event)
+        return judged
+
+    def roll_back(self) -> int:
+        """Go back to the newest checkpoint from before the bad steps, pass over their data, and save that at once, so that the
+        next start takes it; returns its step. Collective. Raises UserError when the guard gives up."""
+        guard, first, last = self.guard, self.guard.since, self.guard.since + self.guard.in_row - 1
+        self.life.doing("rolling back", last)
+        self.look(wait=True)
+        seen, stop = guard.seen(), self.loader.position(last)  # the loader counts steps from 0: that after the last bad one
+        state = self.go_back(first)
+        if state is None:
+            raise UserError(f"{seen}, and there is no checkpoint from before them to go back to; look at the data and the learning rate, "
+                            "save more often (checkpoint.every_steps), or give guard.rollback_after or guard.spikes a larger value")
+        step, most = state["step"], self.config.guard.max_rollbacks
+        guard.went_back(state.get("guard", NOTHING))
+        if guard.rollbacks > most:
+            raise UserError(f"{seen}, after {most} rollbacks to step {step} (guard.max_rollbacks); look at the data, in metrics.jsonl and at the "
+                            "learning rate, go further back with checkpoint.resume=STEP, or give guard.spikes a larger value (null: no spikes)")
+        self.loader.go_on(state["data"])
+        begin = self.loader.position(step)
+        self.loader.pass_over(step, stop)
+        self.validation = state.get("validation")
+        self.save_now(step, wait=True)
+        self.emit(RollbackEvent(step, first, last, guard.reason, begin, stop, guard.rollbacks))
+        return step
+
 
     def _clock(self, step: int) -> Clock:
         return Clock(time.monotonic(), step, self.loader.wait_seconds)
 
     def save_now(self, step: int, wait: bool) -> None:
         self.life.doing("save", step)
-        self._took(self.save(step, self.validation, wait))
+        self._took(self.save(step, self.state(), wait))
         self.last_saved_at = time.monotonic()
-        self.saved_step = step
+        self.saved_step, self.save_owed = step, False
 
     def look(self, wait: bool) -> None:
         """See what became of the save under way."""
@@ -97,6 +161,7 @@ class Trainer:
 
     def end_early(self, step: int) -> None:
         """Save `step`, the last that was made, where that fits into the time that is left, and raise Stopped. Collective."""
+        self.judged(step)
         grace = self.config.checkpoint.grace_seconds
         told = self.ranks.gather([self.life.stop.name, self.life.stop.seconds_left(grace), self.save_seconds])
         name = next(name for name, _, _ in told if name)
@@ -113,7 +178,7 @@ class Trainer:
         self.look(wait=True)
         raise Stopped(f"stopped by {name} after step {step} ({text}); this resumes: {resume_command()}")
 
-    def train_step(self, step: int) -> tuple[DomainSums, list[Loss]] | None:
+    def train_step(self, step: int) -> DomainSums | None:
         """One optimizer step; nothing here waits for the device. None, and no step, when a rank was told to stop.
 
         Raises UserError on every rank when the batches of one cannot be read.
@@ -125,11 +190,13 @@ class Trainer:
         self.life.doing("training", step)
         batches = [batch.to(self.engine.device) for batch in read]
         weights = self.engine.all_sum(local_weight_sum(batches))
+        if self.loader.begins_stage(step - 1):  # of another mixture or context: its losses are not those of the last steps
+            self.engine.judge.forget()
         losses = self.engine.step(batches, weights, learning_rate(self.config, step))
         sums = DomainSums(self.domains, self.engine.device)
         for batch, loss in zip(batches, losses, strict=True):
             sums.add(loss.nats, batch.target_bytes, batch.is_text, batch.domain_ids)
-        return sums, losses
+        return sums
 
     def _read(self, step: int) -> list[Batch]:
         self.life.check()
@@ -137,23 +204,20 @@ class Trainer:
         self.life.doing("the vote on batches", step)
         return batches
 
-    def log(self, step: int, sums: DomainSums, losses: list[Loss], clock: Clock) -> None:
-        """Sum over ranks, read the device, emit the step's event."""
-        self.life.doing("logging", step)
-        parts = torch.stack([torch.stack([loss.total.double(), loss.z_part.double()]) for loss in losses]).sum(dim=0)
-        total, z_part = self.engine.all_sum(parts).tolist()
+    def log(self, step: int, sums: DomainSums, judged: Judgement, clock: Clock) -> None:
+        """Sum over ranks, read the device, emit the step's event. A step that was skipped is logged as it was."""
         self.engine.all_sum(sums.sums)
         now, steps = time.monotonic(), max(step - clock.step, 1)
         rate = steps * self.config.tokens_per_step / max(now - clock.started, 1e-9)
         self.emit(StepEvent(
             step=step,
             tokens=step * self.config.tokens_per_step,
-            loss=total - z_part,
+            loss=judged.loss,
             bpb=sums.total().bpb_text,
             lr=learning_rate(self.config, step),
-            grad_norm=self.engine.grad_norm(),
+            grad_norm=judged.grad_norm,
             tokens_per_second=rate,
-            z_loss=z_part,
+            z_loss=judged.z_part,
             data_wait_seconds=self.loader.wait_seconds - clock.waited,
             memory_bytes=memory_in_use(self.engine.device),
             mfu=rate * self.flops_per_token / (self.peak * self.engine.world_size) if self.peak else None,

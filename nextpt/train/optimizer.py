@@ -11,23 +11,22 @@ from nextpt.config import OptimizerSection
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """torch's fused AdamW, given the global gradient norm as a device scalar before each step.
+    """torch's fused AdamW, given the global gradient norm and the guard's verdict as device scalars before each step.
 
     The fused kernel takes `grad_scale` (gradients are divided by it: clipping) and `found_inf` (1: weights, moments
-    and step counts stay as they are: the guard). Both are computed without reading the norm on the host.
+    and step counts stay as they are: the guard). Both are computed without reading anything on the host.
 
-    global_norm: returns this step's norm over all ranks, fp32 scalar; non-finite or negative (DeepSpeed's mark for
-    an invalid norm) makes the step a no-op.
+    verdict: returns this step's norm over all ranks (fp32 scalar) and whether the step must change nothing (bool scalar); a
+    norm that is not finite or negative must come with true. DeepSpeed steps group by group, so it is asked several times.
     """
 
-    def __init__(self, groups: list[dict], section: OptimizerSection, global_norm: Callable[[], Tensor]) -> None:
+    def __init__(self, groups: list[dict], section: OptimizerSection, verdict: Callable[[], tuple[Tensor, Tensor]]) -> None:
         super().__init__(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
-        self._clip, self._global_norm = section.grad_clip, global_norm
+        self._clip, self._verdict = section.grad_clip, verdict
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        norm = torch.as_tensor(self._global_norm(), dtype=torch.float32).reshape(())
-        bad = ~torch.isfinite(norm) | (norm < 0)
+        norm, bad = self._verdict()
         self.found_inf = bad.float()
         # A bad norm must not turn the scale into NaN: the fused kernel divides before it looks at found_inf.
         scale = (norm / self._clip).clamp(min=1.0) if self._clip else torch.ones_like(norm)

@@ -83,9 +83,15 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
     on_first(ranks, lambda: _open_run_folder(config, started))
     listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
-    def save_step(step: int, validation: dict[str, Any] | None, wait: bool) -> float | None:
-        extras = _extras(config, loader, step) | {"validation": validation, "start": started}
+    def save_step(step: int, kept: dict[str, Any], wait: bool) -> float | None:
+        extras, validation = _extras(config, loader, step) | kept | {"start": started}, kept["validation"]
         return tell(lambda: keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"], wait))
+
+    def go_back(step: int) -> dict[str, Any] | None:
+        earlier = keeper.go_back(step)
+        if earlier is not None:
+            resume(engine, earlier, ranks)
+        return earlier and earlier.state
 
     def tell(finish: Callable[[], list[Finished]]) -> float | None:
         try:
@@ -103,8 +109,10 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
             listener.on_event(event)
 
     try:
-        validation = checkpoint.state.get("validation") if checkpoint else None
-        Trainer(config, engine, loader, ranks, save_step, lambda wait: tell(lambda: keeper.poll(wait)), emit, life, validation).run(first_step)
+        trainer = Trainer(config, engine, loader, ranks, save_step, lambda wait: tell(lambda: keeper.poll(wait)), emit, life, go_back)
+        if checkpoint:
+            go_on(trainer, checkpoint)
+        trainer.run(first_step)
     finally:
         life.doing("closing", life.progress.step)  # trackers may have much to send
         loader.close()
@@ -150,6 +158,17 @@ def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {checkpoint.folder}: the random states of rank {ranks.rank} cannot be used: {error}"
                               ) from error
+
+
+def go_on(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put the trainer, its guard and its loader where the checkpoint has them. Raises CheckpointError."""
+    try:
+        trainer.load(checkpoint.state)
+        trainer.loader.go_on(checkpoint.state["data"])
+    except (KeyError, TypeError, ValueError) as error:
+        refusal = CheckpointError(f"checkpoint {checkpoint.folder}: the state of the guard or of the data cannot be used: {error}")
+        refusal.every_rank = False
+        raise refusal from error
 
 
 def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from nextpt.config import Config, to_yaml
 from nextpt.errors import DataError
+from nextpt.events import RollbackEvent, SkipEvent
 from nextpt.observe.curves import running_mean, thin
 from nextpt.observe.report import default_output, readable_duration, write_report
 from nextpt.observe.run_record import read_runs
@@ -119,7 +121,19 @@ def test_losses_that_are_not_numbers_are_told(dataset: Path, tmp_path: Path) -> 
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report([run], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert "1 logged steps have a loss that is not finite" in page and "were passed over" in page
+    assert "1 logged steps have a loss that is not finite" in page
+
+
+def test_what_the_guard_did_is_told(dataset: Path, tmp_path: Path) -> None:
+    run = make_run(dataset, tmp_path / "run")
+    events = [SkipEvent(7, "loss spike", 9.0, 1.0, 1, 1, 3.0, 2.0), SkipEvent(8, "loss not finite", math.nan, math.inf, 2, 2),
+              RollbackEvent(6, 7, 8, "loss not finite", 48, 64, 1)]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("".join(json.dumps(dataclasses.asdict(event)) + "\n" for event in events))
+    write_report([run], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "2 steps were skipped by the guard (1 loss not finite, 1 loss spike), the first is step 7" in page
+    assert "rolled back to step 6 after bad steps 7 to 8 (loss not finite); samples 48 to 63 were passed over" in page
 
 
 @pytest.mark.parametrize(("damage", "words"), [

@@ -23,7 +23,7 @@ def test_it_is_adamw_with_clipping() -> None:
     ours, theirs = (torch.nn.Linear(8, 4) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     norm = [0.0]
-    guarded = GuardedAdamW([{"params": list(ours.parameters()), "weight_decay": 0.1}], SECTION, lambda: torch.tensor(norm[0]))
+    guarded = GuardedAdamW([{"params": list(ours.parameters()), "weight_decay": 0.1}], SECTION, lambda: (torch.tensor(norm[0]), torch.tensor(False)))
     plain = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=SECTION.betas, eps=SECTION.eps, weight_decay=0.1)
     for step in range(5):
         x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step)) * (10 if step % 2 else 0.01)
@@ -38,11 +38,11 @@ def test_it_is_adamw_with_clipping() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
-def test_a_bad_norm_changes_nothing(norm: float) -> None:
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, 50.0])
+def test_a_bad_step_changes_nothing(norm: float) -> None:
     model = torch.nn.Linear(4, 4)
     current = [1.0]
-    optimizer = GuardedAdamW(parameter_groups(model, SECTION), SECTION, lambda: torch.tensor(current[0]))
+    optimizer = GuardedAdamW(parameter_groups(model, SECTION), SECTION, lambda: (torch.tensor(current[0]), torch.tensor(current[0] != 1.0)))
 
     def step(gradient: float) -> None:
         for p in model.parameters():

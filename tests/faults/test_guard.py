@@ -1,0 +1,208 @@
+"""NaN, infinities and spikes in real jobs on two ranks: a bad step leaves no trace, and too many are rolled back and passed over."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.folders import checkpoint_folders
+from nextpt.checkpoint.manifest import read_manifest
+from nextpt.config import to_yaml
+from nextpt.events import read_events
+from nextpt.train.ending import read_end
+from tests.support.datasets import tiny
+from tests.support.ranks import run_ranks
+
+STAGES = (0, 1, 2, 3)
+# data step -> (what happens to it, on which rank; null: all); a data step is the optimizer step before one.
+FAULTS = {6: ("nan", 1), 8: ("inf", 0), 10: ("gradient nan", 1), 12: ("gradient", None), 14: ("loss", 0)}
+REASONS = {7: "loss not finite", 9: "loss not finite", 11: "gradient not finite", 13: "gradient spike", 15: "loss spike"}
+STEPS = 16
+
+
+class Jobs:
+    """Jobs of one pair of processes, written down and then run."""
+
+    def __init__(self, dataset: Path, root: Path) -> None:
+        self.dataset, self.root, self.jobs, self.names = dataset, root, [], []
+
+    def add(self, name: str, run: str | None = None, sections: dict[str, Any] | None = None, **job: Any) -> None:
+        """A job of its own name, in the run folder of another where `run` is given."""
+        sections = {"schedule": {"kind": "constant", "warmup": 0}, "optimizer": {"lr": 1e-3}} | (sections or {})
+        path = self.root / f"{len(self.jobs)}.yaml"
+        path.write_text(to_yaml(tiny(self.dataset, self.root / (run or name), **sections)))
+        self.jobs.append({"config": str(path)} | job)
+        self.names.append(name)
+
+    def run(self) -> None:
+        (self.root / "jobs.json").write_text(json.dumps(self.jobs))
+        run_ranks(["-m", "tests.support.guard_probe", str(self.root / "jobs.json"), str(self.root / "out")], 2, self.root / "logs")
+        self.found = [dict(zip(self.names, json.loads((self.root / f"out-{rank}.json").read_text()), strict=True)) for rank in range(2)]
+
+    def outcome(self, name: str) -> list[Any]:
+        both = [found[name]["outcome"] for found in self.found]
+        assert both[0][0] == both[1][0], both
+        return both[0]
+
+    def events(self, run: str, kind: str) -> list[dict[str, Any]]:
+        return read_events(self.root / run / "metrics.jsonl", kind)
+
+    def losses(self, run: str) -> dict[int, float]:
+        events = self.events(run, "train")
+        assert len({e["step"] for e in events}) == len(events)
+        return {e["step"]: e["loss"] for e in events}
+
+
+@pytest.fixture(scope="module")
+def skips(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Per stage a job with faults, and one that is never given those batches."""
+    jobs = Jobs(dataset, tmp_path_factory.mktemp("skips"))
+    for stage in STAGES:
+        train = {"zero_stage": stage, "precision": "bf16" if stage else "fp32", "global_batch_size": 8, "micro_batch_size": 2, "log_every": 1}
+        section = {"guard": {"window": 6, "spikes": 6.0}}
+        jobs.add(f"bad {stage}", sections=section | {"train": train | {"steps": STEPS}}, digests=True,
+                 faults=[[kind, step, rank] for step, (kind, rank) in FAULTS.items()])
+        jobs.add(f"never {stage}", sections=section | {"train": train | {"steps": STEPS - len(FAULTS)}}, digests=True, never=list(FAULTS))
+    train = {"zero_stage": 3, "precision": "bf16", "steps": 4}
+    jobs.add("host checks", sections={"train": train}, faults=[["nan", 2, 1]], **{"host checks": True})
+    jobs.run()
+    return jobs
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bad_step_changes_no_bit_of_weights_moments_and_working_weights(skips: Jobs, stage: int) -> None:
+    assert skips.outcome(f"bad {stage}") == ["finished", "", 0]
+    for found in skips.found:
+        digests = dict(found[f"bad {stage}"]["digests"])
+        assert digests.keys() == set(range(1, STEPS + 1))
+        assert {step for step in range(2, STEPS + 1) if digests[step] == digests[step - 1]} == REASONS.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_skip_is_told_with_its_reason(skips: Jobs, stage: int) -> None:
+    events = skips.events(f"bad {stage}", "skip")
+    assert {e["step"]: e["reason"] for e in events} == REASONS
+    assert [(e["in_row"], e["skipped"]) for e in events] == [(1, n) for n in range(1, 6)]
+    train = {e["step"]: e for e in skips.events(f"bad {stage}", "train")}
+    assert train.keys() == set(range(1, STEPS + 1)) and repr(train[7]["loss"]) == repr(events[0]["loss"]) == "nan"
+    assert all(math.isfinite(train[n]["loss"]) and math.isfinite(train[n]["bpb"]) for n in train if n not in (7, 9))
+    spike, gradient = events[4], events[3]
+    assert spike["loss"] > spike["loss_limit"] + 2 and gradient["grad_norm"] > gradient["grad_norm_limit"] > 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_is_that_in_which_the_bad_batches_never_came(skips: Jobs, stage: int) -> None:
+    bad, never = skips.losses(f"bad {stage}"), skips.losses(f"never {stage}")
+    assert [loss for step, loss in bad.items() if step not in REASONS] == list(never.values())
+    for found in skips.found:
+        assert found[f"bad {stage}"]["digests"][-1][1] == found[f"never {stage}"]["digests"][-1][1]
+    states = [open_newest(skips.root / f"{name} {stage}" / "checkpoints").state["guard"] for name in ("bad", "never")]
+    assert states[0]["accepted"] == states[1]["accepted"] and len(states[0]["accepted"][0]) == 6
+    assert (states[0]["skipped"], states[1]["skipped"]) == (5, 0)
+
+
+def test_a_skip_of_deepspeeds_own_is_an_error(skips: Jobs) -> None:
+    kind, message, _ = skips.outcome("host checks")
+    assert kind == "RuntimeError" and "skipped an optimizer step by itself (engine.skipped_steps = 1, optimizer.overflow = True)" in message
+
+
+NAN = [["nan", step, 1] for step in (6, 7, 8)]  # optimizer steps 7, 8 and 9; the checkpoint before them is that of step 6
+
+
+def section(log_every: int = 1, steps: int = 14, every: int | None = 2, **guard: Any) -> dict[str, Any]:
+    return {"train": {"zero_stage": 2, "precision": "bf16", "steps": steps, "log_every": log_every},
+            "schedule": {"kind": "wsd", "warmup": 4}, "checkpoint": {"every_steps": every, "keep_last": None},
+            "guard": {"window": 4, "spikes": None, "rollback_after": 3} | guard}
+
+
+@pytest.fixture(scope="module")
+def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    jobs = Jobs(dataset, tmp_path_factory.mktemp("rollbacks"))
+    jobs.add("never", sections=section(), never=[6, 7, 8])
+    jobs.add("whole", sections=section(), faults=NAN)
+    jobs.add("seldom", sections=section(log_every=7), faults=NAN)
+    # "batches" is asked once a step: 9 is the last bad one, 10 the first after the rollback. Saves are of steps 2, 4, 6, then 6 again.
+    for name, event in {"between": ["batches", 9, "term"], "going": ["go back", 1, "die"], "saving": ["fragments", 4, "die"],
+                        "after": ["batches", 10, "die"], "tripped": ["batches", 10, "term"]}.items():
+        # With a look every 5 steps the signal finds the guard tripped, and nothing yet done about it.
+        jobs.add(f"{name} ends", run=name, sections=section(log_every=5 if name == "tripped" else 1), faults=NAN, events=[event])
+        jobs.add(name, sections=section(), faults=NAN)
+    for stage in (0, 3):
+        other = section(steps=10) | {"train": {"zero_stage": stage, "precision": "fp32", "steps": 10, "log_every": 1}}
+        jobs.add(f"whole {stage}", sections=other, faults=NAN)
+        jobs.add(f"never {stage}", sections=other, never=[6, 7, 8])
+    jobs.add("twice", sections=section(), faults=[*NAN, ["nan", 9, 0], ["nan", 10, 0], ["nan", 11, 0]])
+    jobs.add("twice never", sections=section(), never=[6, 7, 8, 9, 10, 11])
+    jobs.add("for ever", sections=section(max_rollbacks=2), faults=[["nan", step, 0] for step in range(6, 60)])
+    jobs.add("nowhere", sections=section(every=None), faults=NAN)
+    jobs.run()
+    return jobs
+
+
+KILLED = ("between", "going", "saving", "after", "tripped")
+
+
+@pytest.mark.parametrize("name", ["whole", "seldom", *KILLED])
+def test_a_rollback_passes_over_the_data_wherever_it_is_looked_at_or_killed(rollbacks: Jobs, name: str) -> None:
+    """Also the learning rate is that of the step, for it is in the weights."""
+    assert rollbacks.outcome(name) == ["finished", "", 0]
+    states = {run: open_newest(rollbacks.root / run / "checkpoints") for run in ("never", "whole", name)}
+    for parameter in states["never"].shapes():
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            assert states["never"].read_whole(parameter, kind).equal(states[name].read_whole(parameter, kind)), (parameter, kind)
+    assert states[name].state["guard"] == states["whole"].state["guard"]
+    assert states[name].state["guard"]["accepted"] == states["never"].state["guard"]["accepted"]
+    assert states[name].state["data"] == states["whole"].state["data"]
+    assert states[name].state["data"]["passed_over"] == [[48, 72]] and states[name].state["data"]["position"] == (14 + 3) * 8
+    losses = rollbacks.losses(name)
+    assert losses == {step: loss for step, loss in rollbacks.losses("never").items() if step in losses} and max(losses) == 14
+
+
+def test_the_moments_of_death_are_those_that_were_meant(rollbacks: Jobs) -> None:
+    outcomes = {name: rollbacks.outcome(f"{name} ends") for name in KILLED}
+    assert {name: outcome[0] for name, outcome in outcomes.items()} == {
+        "between": "Stopped", "going": "Killed", "saving": "Killed", "after": "Killed", "tripped": "Stopped"}
+    assert "after step 8 (saved)" in outcomes["between"][1] and "after step 9 (saved)" in outcomes["tripped"][1]
+
+
+def test_what_a_rollback_leaves_behind(rollbacks: Jobs) -> None:
+    [event] = rollbacks.events("whole", "rollback")
+    assert {k: event[k] for k in ("step", "first_bad", "last_bad", "reason", "first_sample", "stop_sample", "rollbacks")} == {
+        "step": 6, "first_bad": 7, "last_bad": 9, "reason": "loss not finite", "first_sample": 48, "stop_sample": 72, "rollbacks": 1}
+    assert rollbacks.events("whole", "skip") == []  # of steps that were made again
+    assert sorted(rollbacks.losses("whole")) == list(range(1, 15))
+    manifests = {f.name: read_manifest(f) for f in checkpoint_folders(rollbacks.root / "whole" / "checkpoints")}
+    order = sorted(manifests, key=lambda name: manifests[name].sequence)
+    assert [name.removeprefix("step-").lstrip("0") for name in order] == ["2", "4", "6", "6.2", "8", "10", "12", "14"]
+    assert manifests[order[3]].line == [[1, 4]] and manifests[order[3]].step == 6
+    text = (rollbacks.root / "logs" / "rank-0.log").read_text()
+    assert "step 7 skipped: loss not finite (loss nan, grad norm inf" in text
+    assert "rolled back to step 6 after bad steps 7 to 9 (loss not finite); samples 48 to 71 are passed over" in text
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_stages_go_back_as_well(rollbacks: Jobs, stage: int) -> None:
+    assert rollbacks.losses(f"whole {stage}") == rollbacks.losses(f"never {stage}") and len(rollbacks.losses(f"whole {stage}")) == 10
+    assert len(rollbacks.events(f"whole {stage}", "rollback")) == 1
+
+
+def test_bad_data_after_a_rollback_is_passed_over_as_well(rollbacks: Jobs) -> None:
+    assert rollbacks.losses("twice") == rollbacks.losses("twice never")
+    state = open_newest(rollbacks.root / "twice" / "checkpoints").state
+    assert state["data"]["passed_over"] == [[48, 96]] and (state["guard"]["skipped"], state["guard"]["rollbacks"]) == (6, 0)
+    assert [e["rollbacks"] for e in rollbacks.events("twice", "rollback")] == [1, 2]
+
+
+def test_it_gives_up_in_one_line(rollbacks: Jobs) -> None:
+    kind, message, code = rollbacks.outcome("for ever")
+    assert (kind, code) == ("UserError", 2) and read_end(rollbacks.root / "for ever")["code"] == 2
+    assert message.startswith("3 bad steps in a row, 7 to 9 (the last one: loss not finite), after 2 rollbacks to step 6 (guard.max_rollbacks); ")
+    assert [e["stop_sample"] for e in rollbacks.events("for ever", "rollback")] == [72, 96]
+    kind, message, code = rollbacks.outcome("nowhere")
+    assert (kind, code) == ("UserError", 2) and "and there is no checkpoint from before them to go back to; " in message
+    assert not (rollbacks.root / "nowhere" / "checkpoints").exists()

@@ -1,0 +1,154 @@
+"""Training jobs with faults in their losses and gradients, one after another in one process per rank.
+
+`python -m tests.support.guard_probe JOBS.json OUT` reads a list of jobs and writes OUT-RANK.json with what came of each:
+
+    {"config": path,
+     "faults": [[kind, data step, rank or null for all], ...],   data steps count from 0, in the order of the data
+     "never": [data step, ...],     batches that this job is never given
+     "events": [[place, n, what], ...]}   at the n-th call of a place: "term" (SIGTERM), "die" (an exception that nobody expects)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import xxhash
+
+import nextpt.train.engine as engine_module
+from nextpt.checkpoint.keeper import Keeper
+from nextpt.config import load_config
+from nextpt.data.loader import Loader
+from nextpt.errors import Stopped, UserError
+from nextpt.objective import Loss
+from nextpt.train import run
+from nextpt.train.engine import Engine
+from nextpt.train.loop import Trainer
+from tests.support.life_probe import before
+
+PLACES = {"fragments": (Engine, "fragments"), "batches": (Loader, "step_batches"),
+          "go back": (Keeper, "go_back"), "save": (Keeper, "save")}
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of training knows it."""
+
+
+class Faults:
+    """Changes the loss of the second micro-batch of chosen data steps, or of all of them where the rank is null."""
+
+    def __init__(self, faults: list[list[Any]], never: list[int]) -> None:
+        self.faults, self.never, self.data_step, self.micro = faults, sorted(never), -1, 0
+        self.read, self.loss = Loader._read_step, engine_module.next_token_loss
+
+    def step_batches(self, original: Any) -> Any:
+        def wrapped(loader: Loader, step: int) -> Any:
+            self.data_step, self.micro = self.moved(loader.position(step) // loader.config.train.global_batch_size), 0
+            return original(loader, step)
+
+        return wrapped
+
+    def moved(self, step: int) -> int:
+        for gone in self.never:
+            step += step >= gone
+        return step
+
+    def read_step(self, loader: Loader, step: int) -> Any:
+        return self.read(loader, self.moved(step))
+
+    def next_token_loss(self, *arguments: Any) -> Loss:
+        loss = self.loss(*arguments)
+        if not torch.is_grad_enabled():
+            return loss
+        self.micro += 1
+        for kind, step, rank in self.faults:
+            if step == self.data_step and (rank is None or (rank == int(os.environ["RANK"]) and self.micro == 2)):
+                loss = loss._replace(total=spoil(kind, loss.total))
+        return loss
+
+
+def spoil(kind: str, total: torch.Tensor) -> torch.Tensor:
+    factor = {"nan": float("nan"), "inf": float("inf")}.get(kind)
+    if factor is not None:
+        return total * factor
+    if kind == "loss":
+        return total + 5.0
+    total = total.clone()
+    total.register_hook(lambda g: g * {"gradient nan": float("nan"), "gradient inf": float("inf"), "gradient": 10.0}[kind])
+    return total
+
+
+def digest(engine: Engine) -> str:
+    """Hash of master weights, moments, update count and working weights of this rank."""
+    found = xxhash.xxh3_128()
+    for fragment in engine.fragments():
+        found.update(fragment.tensor.numpy().tobytes())
+    for parameter in engine.model.parameters():
+        found.update(getattr(parameter, "ds_tensor", parameter).detach().float().numpy().tobytes())
+    found.update(json.dumps(engine.scalars()))
+    return found.hexdigest()
+
+
+def at(name: str, when: int, what: str) -> Any:
+    def action(n: int) -> None:
+        if n == when and what == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif n == when:
+            raise Killed
+
+    return before(*PLACES[name], action)
+
+
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    faults, digests = Faults(job.get("faults", []), job.get("never", [])), []
+    train_step, outcome = Trainer.train_step, ["finished", "", 0]
+
+    def step(trainer: Trainer, number: int) -> Any:
+        made = train_step(trainer, number)
+        if job.get("digests"):
+            digests.append([number, digest(trainer.engine)])
+        return made
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(engine_module, "next_token_loss", faults.next_token_loss))
+        stack.enter_context(patch.object(Loader, "step_batches", faults.step_batches(Loader.step_batches)))
+        stack.enter_context(patch.object(Loader, "_read_step", lambda loader, number: faults.read_step(loader, number)))
+        stack.enter_context(patch.object(Trainer, "train_step", step))
+        if job.get("host checks"):
+            stack.enter_context(patch.object(engine_module, "_stop_host_checks", start_host_checks))
+        for event in job.get("events", []):
+            stack.enter_context(at(*event))
+        try:
+            run.run_training(load_config(job["config"]))
+        except (UserError, Stopped) as error:
+            outcome = [type(error).__name__, str(error), error.exit_code]
+        except (RuntimeError, Killed) as error:
+            outcome = [type(error).__name__, str(error), 1]
+    return {"outcome": outcome, "digests": digests}
+
+
+def start_host_checks() -> None:
+    """Have DeepSpeed look at the norm on the host again, as it comes."""
+    from deepspeed.runtime import bf16_optimizer, utils
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (bf16_optimizer, stage3, stage_1_and_2):
+        module.is_invalid_grad_norm = utils.is_invalid_grad_norm
+
+
+def main(jobs: str, out: str) -> None:
+    found = [do(job) for job in json.loads(Path(jobs).read_text())]
+    Path(f"{out}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

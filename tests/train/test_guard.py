@@ -1,0 +1,137 @@
+"""The guard's statistics and counts: against numpy, and through saving, loading, forgetting and another window."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nextpt.config import GuardSection
+from nextpt.train.guard import FLOORS, NORMAL, NOTHING, Guard, Judge
+
+LOSSES = st.one_of(st.floats(0.0, 12.0), st.sampled_from([math.nan, math.inf, -math.inf, 1e30]))
+NORMS = st.one_of(st.floats(0.0, 100.0), st.sampled_from([math.nan, math.inf, -1.0, 1e30]))
+
+
+def judge_all(judge: Judge, steps: list[tuple[float, float]]) -> list[bool]:
+    zero = torch.zeros((), dtype=torch.float64)
+    return [bool(judge.judge(torch.tensor(loss, dtype=torch.float64), zero, torch.tensor(norm))) for loss, norm in steps]
+
+
+def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[str]:
+    """The same rule on lists, with numpy's median."""
+    accepted: list[tuple[float, float]] = []
+    reasons = []
+    for loss, norm in steps:
+        norm = float(np.float32(norm))
+        values = (loss, math.log(max(norm, 1e-30)) if math.isfinite(norm) else norm)
+        limits = [math.inf, math.inf]
+        if section.spikes and len(accepted) >= section.window:
+            for row in range(2):
+                last = np.array([a[row] for a in accepted[-section.window :]])
+                centre = np.median(last)
+                limits[row] = centre + section.spikes * max(NORMAL * np.median(np.abs(last - centre)), FLOORS[row])
+        if not math.isfinite(loss):
+            reasons.append("loss not finite")
+        elif not math.isfinite(norm) or norm < 0:
+            reasons.append("gradient not finite")
+        elif values[0] > limits[0]:
+            reasons.append("loss spike")
+        elif values[1] > limits[1]:
+            reasons.append("gradient spike")
+        else:
+            reasons.append("")
+            accepted.append(values)
+    return reasons
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(LOSSES, NORMS), max_size=40), st.integers(4, 9), st.one_of(st.none(), st.floats(0.5, 8.0)))
+def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(steps: list[tuple[float, float]], window: int, spikes: float | None) -> None:
+    section = GuardSection(window=window, spikes=spikes)
+    judge = Judge(section, torch.device("cpu"))
+    bad = judge_all(judge, steps)
+    judged = judge.read()
+    assert [one.reason for one in judged] == reference(section, steps) and bad == [bool(one.reason) for one in judged]
+    good = Judge(section, torch.device("cpu"))
+    judge_all(good, [step for step, skipped in zip(steps, bad, strict=True) if not skipped])
+    assert judge.state() == good.state() and judge.read() == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(LOSSES, NORMS), min_size=1, max_size=40), st.data())
+def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(steps: list[tuple[float, float]], data: st.DataObject) -> None:
+    section, cut = GuardSection(window=5, spikes=2.0, rollback_after=3), data.draw(st.integers(0, len(steps)))
+    whole, first, second = (Guard(section, Judge(section, torch.device("cpu"))) for _ in range(3))
+    judge_all(whole.judge, steps)
+    judge_all(first.judge, steps[:cut])
+    expected, begun = whole.hear(len(steps))[1], first.hear(cut)[1]
+    second.load(json.loads(json.dumps(first.state(), allow_nan=False)))
+    judge_all(second.judge, steps[cut:])
+    found = begun + second.hear(len(steps))[1]
+    assert second.state() == whole.state() and second.tripped == whole.tripped
+    told = [[repr((e.step, e.reason, e.loss, e.grad_norm, e.in_row, e.skipped, e.loss_limit, e.grad_norm_limit)) for e in events]
+            for events in (expected, found)]
+    assert told[0] == told[1]
+
+
+def guard(**settings: object) -> Guard:
+    section = GuardSection(**settings)
+    return Guard(section, Judge(section, torch.device("cpu")))
+
+
+def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
+    one = guard(window=8, spikes=3.0)
+    falling = [(10.0 * 0.5**n, 10.0 * 0.5**n) for n in range(30)]
+    assert not any(judge_all(one.judge, falling))
+    early = guard(window=8, spikes=3.0)
+    assert judge_all(early.judge, [(1.0, 1.0)] * 7 + [(9.0, 9.0)]) == [False] * 8
+    full = guard(window=8, spikes=3.0)
+    assert judge_all(full.judge, [(1.0, 1.0)] * 8 + [(9.0, 1.0), (1.0, 9.0), (1.02, 1.1)]) == [False] * 8 + [True, True, False]
+    assert [(e.step, e.reason) for e in full.hear(11)[1]] == [(9, "loss spike"), (10, "gradient spike")]
+
+
+def test_what_was_forgotten_judges_nothing() -> None:
+    one = guard(window=4, spikes=3.0)
+    judge_all(one.judge, [(1.0, 1.0)] * 6)
+    one.judge.forget()
+    assert judge_all(one.judge, [(9.0, 1.0)] * 5) == [False] * 5 and one.judge.state()[0] == [9.0] * 4
+
+
+def test_too_many_in_a_row_trip_it_wherever_one_looks() -> None:
+    steps = [(1.0, 1.0), (math.nan, 1.0), (1.0, 1.0), *[(math.nan, 1.0)] * 3, (1.0, 1.0), (math.nan, 1.0)]
+    outcomes = []
+    for every in (1, 2, 8):
+        one, events = guard(window=4, rollback_after=3), []
+        for first in range(0, 8, every):
+            judge_all(one.judge, steps[first : first + every])
+            events += [(e.step, e.in_row, e.skipped) for e in one.hear(first + every)[1]]
+        outcomes.append((one.tripped, one.since, one.in_row, one.skipped, events))
+    assert outcomes[0] == (True, 4, 3, 4, [(2, 1, 1), (4, 1, 2), (5, 2, 3), (6, 3, 4)]) and outcomes == outcomes[:1] * 3
+    one.went_back(NOTHING)
+    assert (one.tripped, one.since, one.skipped, one.rollbacks) == (False, 0, 4, 1)
+    one.progressed()
+    assert one.rollbacks == 0
+
+
+@pytest.mark.parametrize("window", [4, 6, 16])
+def test_another_window_takes_over_what_it_can(window: int) -> None:
+    one = guard(window=8)
+    judge_all(one.judge, [(float(n), 1.0) for n in range(11)])
+    other = guard(window=window)
+    other.load(one.state())
+    assert other.judge.state()[0] == [float(n) for n in range(3, 11)][-window:]
+    judge_all(other.judge, [(11.0, 1.0)])
+    assert other.judge.state()[0] == [float(n) for n in range(3, 12)][-window:]
+
+
+@pytest.mark.parametrize("change", [{"accepted": [[1.0], []]}, {"accepted": [[math.nan], [1.0]]}, {"accepted": [[1.0]]}, {"accepted": None},
+                                    {"in_row": "many"}, {"since": None}])
+def test_a_state_that_is_none_is_refused(change: dict) -> None:
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        guard().load(NOTHING | change)

@@ -59,6 +59,43 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
+def quick(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """The faults of all kinds, an end between two bad steps, and a rollback; what is slow looks at them one by one."""
+    jobs = Jobs(dataset, tmp_path_factory.mktemp("quick"))
+    train = {"zero_stage": 3, "precision": "bf16", "log_every": 1}
+    sections = {"guard": {"window": 6, "spikes": 6.0, "rollback_after": 3}, "checkpoint": {"every_steps": 5, "keep_last": None}}
+    faults = [*([kind, step, rank] for step, (kind, rank) in FAULTS.items()), *(["nan", step, 0] for step in (16, 17, 18))]
+    whole, fewer = (sections | {"train": train | {"steps": steps}} for steps in (20, 15))
+    jobs.add("bad ends", run="bad", sections=whole, faults=faults, digests=True, events=[["batches", 19, "term"]])
+    jobs.add("bad", sections=whole, faults=faults, digests=True)
+    jobs.add("never", sections=fewer, never=[*FAULTS, 16, 17, 18], digests=True)
+    jobs.run()
+    return jobs
+
+
+def test_bad_steps_leave_no_trace_and_too_many_in_a_row_are_passed_over(quick: Jobs) -> None:
+    assert "stopped by SIGTERM after step 18 (saved)" in quick.outcome("bad ends")[1]
+    assert quick.outcome("bad") == quick.outcome("never") == ["finished", "", 0]
+    for found in quick.found:
+        digests = found["bad ends"]["digests"][:18] + found["bad"]["digests"]
+        assert [number for number, _ in digests] == [*range(1, 20), *range(17, 21)]
+        same = [after[0] for before, after in zip(digests, digests[1:], strict=False) if before[1] == after[1]]
+        assert same == [*REASONS, 17, 18, 19]
+        assert digests[-1][1] == found["never"]["digests"][-1][1]
+    assert {e["step"]: e["reason"] for e in quick.events("bad", "skip")} == REASONS
+    bad, never = quick.losses("bad"), quick.losses("never")
+    assert [loss for step, loss in bad.items() if step not in REASONS] == list(never.values()) and max(bad) == 20
+
+
+def test_the_guard_goes_on_counting_after_an_end_between_bad_steps(quick: Jobs) -> None:
+    [event] = quick.events("bad", "rollback")  # step 15 was bad, so its checkpoint was made of step 16
+    assert (event["step"], event["first_bad"], event["last_bad"], event["first_sample"], event["stop_sample"]) == (16, 17, 19, 128, 152)
+    state = open_newest(quick.root / "bad" / "checkpoints").state
+    assert state["guard"]["skipped"] == 8 and state["data"]["passed_over"] == [[128, 152]] and state["data"]["position"] == 23 * 8
+    assert state["guard"]["accepted"] == open_newest(quick.root / "never" / "checkpoints").state["guard"]["accepted"]
+
+
+@pytest.fixture(scope="module")
 def skips(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """Per stage a job with faults, and one that is never given those batches."""
     jobs = Jobs(dataset, tmp_path_factory.mktemp("skips"))
@@ -74,6 +111,7 @@ def skips(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return jobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_bad_step_changes_no_bit_of_weights_moments_and_working_weights(skips: Jobs, stage: int) -> None:
     assert skips.outcome(f"bad {stage}") == ["finished", "", 0]
@@ -83,6 +121,7 @@ def test_a_bad_step_changes_no_bit_of_weights_moments_and_working_weights(skips:
         assert {step for step in range(2, STEPS + 1) if digests[step] == digests[step - 1]} == REASONS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_skip_is_told_with_its_reason(skips: Jobs, stage: int) -> None:
     events = skips.events(f"bad {stage}", "skip")
@@ -95,6 +134,7 @@ def test_every_skip_is_told_with_its_reason(skips: Jobs, stage: int) -> None:
     assert spike["loss"] > spike["loss_limit"] + 2 and gradient["grad_norm"] > gradient["grad_norm_limit"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_is_that_in_which_the_bad_batches_never_came(skips: Jobs, stage: int) -> None:
     bad, never = skips.losses(f"bad {stage}"), skips.losses(f"never {stage}")
@@ -106,6 +146,7 @@ def test_training_is_that_in_which_the_bad_batches_never_came(skips: Jobs, stage
     assert (states[0]["skipped"], states[1]["skipped"]) == (5, 0)
 
 
+@pytest.mark.slow
 def test_a_skip_of_deepspeeds_own_is_an_error(skips: Jobs) -> None:
     kind, message, _ = skips.outcome("host checks")
     assert kind == "RuntimeError" and "skipped an optimizer step by itself (engine.skipped_steps = 1, optimizer.overflow = True)" in message
@@ -129,8 +170,9 @@ def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     # "batches" is asked once a step: 9 is the last bad one, 10 the first after the rollback. Saves are of steps 2, 4, 6, then 6 again.
     for name, event in {"between": ["batches", 9, "term"], "going": ["go back", 1, "die"], "saving": ["fragments", 4, "die"],
                         "after": ["batches", 10, "die"], "tripped": ["batches", 10, "term"]}.items():
-        # With a look every 5 steps the signal finds the guard tripped, and nothing yet done about it.
-        jobs.add(f"{name} ends", run=name, sections=section(log_every=5 if name == "tripped" else 1), faults=NAN, events=[event])
+        # Where one seldom looks the signal finds the guard tripped, and nothing yet done about it.
+        seldom = {"log_every": 5, "every": 6} if name == "tripped" else {}
+        jobs.add(f"{name} ends", run=name, sections=section(**seldom), faults=NAN, events=[event])
         jobs.add(name, sections=section(), faults=NAN)
     for stage in (0, 3):
         other = section(steps=10) | {"train": {"zero_stage": stage, "precision": "fp32", "steps": 10, "log_every": 1}}
@@ -147,6 +189,7 @@ def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 KILLED = ("between", "going", "saving", "after", "tripped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whole", "seldom", *KILLED])
 def test_a_rollback_passes_over_the_data_wherever_it_is_looked_at_or_killed(rollbacks: Jobs, name: str) -> None:
     """Also the learning rate is that of the step, for it is in the weights."""
@@ -163,6 +206,7 @@ def test_a_rollback_passes_over_the_data_wherever_it_is_looked_at_or_killed(roll
     assert losses == {step: loss for step, loss in rollbacks.losses("never").items() if step in losses} and max(losses) == 14
 
 
+@pytest.mark.slow
 def test_the_moments_of_death_are_those_that_were_meant(rollbacks: Jobs) -> None:
     outcomes = {name: rollbacks.outcome(f"{name} ends") for name in KILLED}
     assert {name: outcome[0] for name, outcome in outcomes.items()} == {
@@ -170,6 +214,7 @@ def test_the_moments_of_death_are_those_that_were_meant(rollbacks: Jobs) -> None
     assert "after step 8 (saved)" in outcomes["between"][1] and "after step 9 (saved)" in outcomes["tripped"][1]
 
 
+@pytest.mark.slow
 def test_what_a_rollback_leaves_behind(rollbacks: Jobs) -> None:
     [event] = rollbacks.events("whole", "rollback")
     assert {k: event[k] for k in ("step", "first_bad", "last_bad", "reason", "first_sample", "stop_sample", "rollbacks")} == {
@@ -185,12 +230,14 @@ def test_what_a_rollback_leaves_behind(rollbacks: Jobs) -> None:
     assert "rolled back to step 6 after bad steps 7 to 9 (loss not finite); samples 48 to 71 are passed over" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_other_stages_go_back_as_well(rollbacks: Jobs, stage: int) -> None:
     assert rollbacks.losses(f"whole {stage}") == rollbacks.losses(f"never {stage}") and len(rollbacks.losses(f"whole {stage}")) == 10
     assert len(rollbacks.events(f"whole {stage}", "rollback")) == 1
 
 
+@pytest.mark.slow
 def test_bad_data_after_a_rollback_is_passed_over_as_well(rollbacks: Jobs) -> None:
     assert rollbacks.losses("twice") == rollbacks.losses("twice never")
     state = open_newest(rollbacks.root / "twice" / "checkpoints").state
@@ -198,6 +245,7 @@ def test_bad_data_after_a_rollback_is_passed_over_as_well(rollbacks: Jobs) -> No
     assert [e["rollbacks"] for e in rollbacks.events("twice", "rollback")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_it_gives_up_in_one_line(rollbacks: Jobs) -> None:
     kind, message, code = rollbacks.outcome("for ever")
     assert (kind, code) == ("UserError", 2) and read_end(rollbacks.root / "for ever")["code"] == 2

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def digest(engine: Engine) -> str:
         found.update(fragment.tensor.numpy().tobytes())
     for parameter in engine.model.parameters():
         found.update(getattr(parameter, "ds_tensor", parameter).detach().float().numpy().tobytes())
-    found.update(json.dumps(engine.scalars()))
+    found.update(json.dumps(engine.scalars()).encode())
     return found.hexdigest()
 
 
@@ -100,6 +101,7 @@ def at(name: str, when: int, what: str) -> Any:
     def action(n: int) -> None:
         if n == when and what == "term":
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # a thread notes it
         elif n == when:
             raise Killed
 

@@ -50,7 +50,7 @@ def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[s
     return reasons
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(LOSSES, NORMS), max_size=40), st.integers(4, 9), st.one_of(st.none(), st.floats(0.5, 8.0)))
 def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(steps: list[tuple[float, float]], window: int, spikes: float | None) -> None:
     section = GuardSection(window=window, spikes=spikes)
@@ -63,7 +63,7 @@ def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(steps: list[tupl
     assert judge.state() == good.state() and judge.read() == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(LOSSES, NORMS), min_size=1, max_size=40), st.data())
 def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(steps: list[tuple[float, float]], data: st.DataObject) -> None:
     section, cut = GuardSection(window=5, spikes=2.0, rollback_after=3), data.draw(st.integers(0, len(steps)))

@@ -67,6 +67,28 @@ def test_a_rollback_keeps_what_it_went_back_to(tmp_path: Path) -> None:
     assert names(tmp_path) == ["5", "7"]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_going_back_keeps_to_the_line_and_to_what_is_whole(tmp_path: Path, world_size: int) -> None:
+    """Steps 5 and 6 were abandoned for 5.2; 4 is damaged; 7 is not from before."""
+    on_ranks(world_size, lambda ranks: run(tmp_path, ranks, [(s, None) for s in (2, 3, 4, 5, 6)], keep_last=None))
+    on_ranks(world_size, lambda ranks: run(tmp_path, ranks, [(5, None), (7, None)], keep_last=None, resume=4))
+    path = tmp_path / "step-000000004" / "state.json"
+    path.write_text(path.read_text().replace("4", "5"))
+    said: list[str] = []
+
+    def back(ranks: Ranks) -> None:
+        keeper = Keeper(tmp_path, CheckpointSection(keep_last=None), ranks, said.append if ranks.rank == 0 else lambda text: None)
+        assert keeper.start().step == 7
+        assert keeper.go_back(7).folder.name == "step-000000005.2" and keeper.go_back(5).step == 3
+        assert keeper.go_back(2) is None
+        keeper.save(State(1.0, ranks.rank, ranks.world_size), {"step": 3, "config": {}}, {})
+        assert keeper.go_back(7).folder.name == "step-000000003.2"  # and not 5.2, which was abandoned by that
+
+    on_ranks(world_size, back)
+    assert len(said) == 1 and "state.json is damaged" in said[0] and "resuming from step 3" in said[0]
+    assert open_newest(tmp_path).folder.name == "step-000000003.2"
+
+
 def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> None:
     run(tmp_path, Ranks(), [(1, None), (2, None)], keep_last=2)
     path = tmp_path / "step-000000002" / "state.json"

@@ -86,6 +86,38 @@ def test_steps_may_be_asked_for_in_any_order(shards: Path, whole: list[dict[str,
     loader.close()
 
 
+def test_what_is_passed_over_is_not_read_also_after_a_resume(shards: Path, whole: list[dict[str, torch.Tensor]]) -> None:
+    """Also across the end of a stage, twice from the same step, and with what was read ahead before it was known."""
+    loader = Loader(config_of(shards, GLOBAL), 0, 1)
+
+    def reads(one: Loader, step: int) -> int:
+        (batch,) = one.step_batches(step)
+        return next(n for n, expected in enumerate(whole) if torch.equal(batch.tokens, expected["tokens"]))
+
+    assert [reads(loader, step) for step in range(4)] == [0, 1, 2, 3]
+    loader.pass_over(2, 5 * GLOBAL)
+    assert [reads(loader, step) for step in range(2, 5)] == [5, 6, 7] and loader.passed_over == [(128, 320)]
+    assert [step for step in range(1, 7) if loader.begins_stage(step)] == [4]  # which reads the 8th batch: the stage ends after 7
+    loader.pass_over(2, 8 * GLOBAL)
+    assert [reads(loader, step) for step in range(2, 4)] == [8, 9] and loader.passed_over == [(128, 512)] and loader.begins_stage(2)
+    loader.pass_over(4, 12 * GLOBAL)
+    assert loader.passed_over == [(128, 512), (640, 768)] and not loader.begins_stage(3) and loader.begins_stage(4)
+    state = loader.state(5)
+    assert state["position"] == 13 * GLOBAL and state["passed_over"] == [[128, 512], [640, 768]]
+    resumed = Loader(config_of(shards, 16), 1, 2)
+    resumed.check_state(state)
+    resumed.go_on(state)
+    first, second = resumed.positions(5)
+    assert (first[0], second[0]) == (13 * GLOBAL + 16, 13 * GLOBAL + 48) and resumed.state(5) == state
+    resumed.go_on({name: value for name, value in state.items() if name != "passed_over"})  # of an older nextpt
+    assert resumed.position(5) == 5 * GLOBAL
+    for spans in ([[0, 1]], [[128, 64]], [[0, 64], [64, 128]], [[0, 64 * GLOBAL]], [[0]], ["ab"], 7):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            resumed.go_on(state | {"passed_over": spans})
+    loader.close()
+    resumed.close()
+
+
 def test_one_epoch_after_another(shards: Path) -> None:
     """Without a mixture, the samples of one pass are all rows once, up to how the last block falls out."""
     loader = Loader(tiny(shards, Path("unused"), train={"global_batch_size": 64, "micro_batch_size": 64}), 0, 1)

@@ -105,6 +105,12 @@ def skips(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         jobs.add(f"bad {stage}", sections=section | {"train": train | {"steps": STEPS}}, digests=True,
                  faults=[[kind, step, rank] for step, (kind, rank) in FAULTS.items()])
         jobs.add(f"never {stage}", sections=section | {"train": train | {"steps": STEPS - len(FAULTS)}}, digests=True, never=list(FAULTS))
+    train = {"zero_stage": 1, "precision": "bf16"}
+    jobs.add("differs", sections=section | {"train": train | {"steps": 8}}, differs=1)
+    stages = {"data": {"stages": [{"steps": 6, "mixing": {"code": 1.0}}, {"mixing": {"prose": 1.0}}]}}
+    jobs.add("stages", sections=stages | {"guard": {"window": 8}, "train": train | {"steps": 9}})
+    jobs.add("stages ends", run="stages resumed", sections=stages | {"guard": {"window": 8}, "train": train | {"steps": 9, "stop_at": 6}})
+    jobs.add("stages resumed", sections=stages | {"guard": {"window": 8}, "train": train | {"steps": 9}})
     train = {"zero_stage": 3, "precision": "bf16", "steps": 4}
     jobs.add("host checks", sections={"train": train}, faults=[["nan", 2, 1]], **{"host checks": True})
     jobs.run()
@@ -150,6 +156,20 @@ def test_training_is_that_in_which_the_bad_batches_never_came(skips: Jobs, stage
 def test_a_skip_of_deepspeeds_own_is_an_error(skips: Jobs) -> None:
     kind, message, _ = skips.outcome("host checks")
     assert kind == "RuntimeError" and "skipped an optimizer step by itself (engine.skipped_steps = 1, optimizer.overflow = True)" in message
+
+
+@pytest.mark.slow
+def test_ranks_that_judge_differently_are_told(skips: Jobs) -> None:
+    kind, message, _ = skips.outcome("differs")
+    assert kind == "RuntimeError" and "differently: [skipped in all, in a row] is [[0, 0], [1, 1]], by rank" in message, message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stages", "stages resumed"])
+def test_another_stage_is_not_compared_with_the_one_before(skips: Jobs, name: str) -> None:
+    losses = skips.losses(name)
+    state = open_newest(skips.root / name / "checkpoints").state["guard"]
+    assert state["accepted"][0] == pytest.approx([losses[step] for step in (7, 8, 9)], rel=1e-12)
 
 
 NAN = [["nan", step, 1] for step in (6, 7, 8)]  # optimizer steps 7, 8 and 9; the checkpoint before them is that of step 6
@@ -254,3 +274,36 @@ def test_it_gives_up_in_one_line(rollbacks: Jobs) -> None:
     kind, message, code = rollbacks.outcome("nowhere")
     assert (kind, code) == ("UserError", 2) and "and there is no checkpoint from before them to go back to; " in message
     assert not (rollbacks.root / "nowhere" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "call"), [("fragments", 4), ("batches", 10)])
+def test_a_rank_killed_inside_a_rollback_or_after_it(dataset: Path, tmp_path: Path, place: str, call: int) -> None:
+    """A real SIGKILL; the other rank ends by itself, and both go on as if nothing had been."""
+    jobs = [Jobs(dataset, tmp_path / part) for part in ("first", "second")]
+    for one in jobs:
+        one.root.mkdir()
+    run = str(tmp_path / "run")
+    jobs[0].add("run", run=run, sections=section(), faults=NAN, events=[[place, call, "kill"]])
+    with pytest.raises(AssertionError, match="ranks ended with"):
+        jobs[0].run()
+    names = [f.name for f in checkpoint_folders(tmp_path / "run" / "checkpoints")]
+    assert ("step-000000006.2" in names) == (place == "batches") and "step-000000008" not in names
+    jobs[1].add("run", run=run, sections=section(), faults=NAN)
+    jobs[1].add("never", sections=section(), never=[6, 7, 8])
+    jobs[1].run()
+    assert jobs[1].outcome("run") == ["finished", "", 0] and jobs[1].losses(run) == jobs[1].losses("never")
+    assert open_newest(tmp_path / "run" / "checkpoints").state["data"]["passed_over"] == [[48, 72]]
+
+
+@pytest.mark.slow
+def test_healthy_training_is_never_interrupted(dataset: Path, tmp_path: Path) -> None:
+    """Warm-up, a high learning rate, batches of 4 rows, and a window that is soon full."""
+    jobs = Jobs(dataset, tmp_path)
+    sections = {"train": {"steps": 400, "global_batch_size": 4, "micro_batch_size": 2}, "guard": {"window": 32},
+                "optimizer": {"lr": 1e-2}, "schedule": {"kind": "wsd", "warmup": 60}}
+    jobs.add("run", sections=sections)
+    jobs.run()
+    assert jobs.outcome("run") == ["finished", "", 0] and jobs.events("run", "skip") == []
+    losses = jobs.losses("run")
+    assert losses[400] < losses[1] - 1

@@ -15,7 +15,7 @@ import pytest
 
 from nextpt.config import Config
 from nextpt.errors import ConfigError, UserError
-from nextpt.events import CheckpointEvent, StepEvent, ValidationEvent, read_events, scalars
+from nextpt.events import CheckpointEvent, MetricsFile, RollbackEvent, SkipEvent, StepEvent, ValidationEvent, read_events, scalars
 from nextpt.observe.trackers import check_trackers, open_trackers
 from nextpt.observe.trackers.choice import Guarded
 from tests.support.datasets import tiny
@@ -62,6 +62,25 @@ def test_tensorboard_reads_the_curves_and_a_resume_hides_what_is_made_again(data
     losses = {e.step: e.value for e in reader.Scalars("train/loss")}
     assert list(losses) == list(range(1, 9)) and losses[3] == pytest.approx(10 / 3 + 1) and losses[4] == pytest.approx(10 / 4 + 4)
     assert {"validation/code/bpb_text", "checkpoint/seconds", "train/lr"} <= set(reader.Tags()["scalars"])
+
+
+def test_a_rollback_hides_what_is_made_again(dataset: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = config_with(dataset, tmp_path / "run", tensorboard=True)
+    config.run_dir.mkdir()
+    listeners = [*open_trackers(config, 1), MetricsFile(tmp_path / "run" / "metrics.jsonl", 0)]
+    events = [*(step_event(step, 1.0) for step in range(1, 5)), SkipEvent(4, "loss not finite", math.nan, math.inf, 1, 1),
+              RollbackEvent(2, 4, 4, "loss not finite", 16, 32, 1), *(step_event(step, 2.0) for step in range(3, 6))]
+    for listener in listeners:
+        for event in events:
+            listener.on_event(event)
+        listener.close()
+    reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    reader.Reload()
+    assert [(e.step, e.value) for e in reader.Scalars("train/loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    assert [(e["kind"], e["step"]) for e in read_events(tmp_path / "run" / "metrics.jsonl")] == [
+        ("train", 1), ("train", 2), ("rollback", 2), ("train", 3), ("train", 4), ("train", 5)]
 
 
 def test_mlflow_goes_on_in_the_same_run(dataset: Path, tmp_path: Path) -> None:

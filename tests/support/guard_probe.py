@@ -5,7 +5,9 @@
     {"config": path,
      "faults": [[kind, data step, rank or null for all], ...],   data steps count from 0, in the order of the data
      "never": [data step, ...],     batches that this job is never given
-     "events": [[place, n, what], ...]}   at the n-th call of a place: "term" (SIGTERM), "die" (an exception that nobody expects)
+     "differs": rank,     whose gradient norm the judge is given ten thousand times too large, from the 7th step on
+     "events": [[place, n, what], ...]}   at the n-th call of a place: "term" (SIGTERM), "kill" (SIGKILL to rank 1), "die" (an exception that
+                     nobody expects, on all ranks)
 """
 
 from __future__ import annotations
@@ -102,6 +104,9 @@ def at(name: str, when: int, what: str) -> Any:
         if n == when and what == "term":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)  # a thread notes it
+        elif n == when and what == "kill":
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
         elif n == when:
             raise Killed
 
@@ -125,6 +130,8 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         stack.enter_context(patch.object(Trainer, "train_step", step))
         if job.get("host checks"):
             stack.enter_context(patch.object(engine_module, "_stop_host_checks", start_host_checks))
+        if job.get("differs") == int(os.environ["RANK"]):
+            stack.enter_context(patch.object(engine_module.Judge, "judge", larger_norms(engine_module.Judge.judge)))
         for event in job.get("events", []):
             stack.enter_context(at(*event))
         try:
@@ -134,6 +141,16 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         except (RuntimeError, Killed) as error:
             outcome = [type(error).__name__, str(error), 1]
     return {"outcome": outcome, "digests": digests}
+
+
+def larger_norms(judge: Any) -> Any:
+    calls: list[int] = []
+
+    def judged(self: Any, loss: torch.Tensor, z_part: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return judge(self, loss, z_part, norm * 1e4 if len(calls) > 6 else norm)
+
+    return judged
 
 
 def start_host_checks() -> None:

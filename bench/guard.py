@@ -1,0 +1,73 @@
+"""What the guard costs a step, and how near to its limits a run came.
+
+    python -m bench.guard [--device cpu] [--steps 2000] [--run RUN --window 128]
+
+`judge`: microseconds that each step spends on its verdict, till the device has it; median of 20 parts. With --run, how far the
+logged steps of a run lay above the median of those before them: in standard deviations (as the guard estimates them, without
+its floors) and, for the gradient norm, as a factor. A run with train.log_every=1 tells all steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from kernels.bench.machine import describe_machine, synchronize
+from nextpt.config import GuardSection
+from nextpt.events import read_events
+from nextpt.train.guard import NORMAL, Judge
+
+PARTS = 20
+
+
+def judging(device: str, steps: int) -> float:
+    """Microseconds a step."""
+    judge, seconds = Judge(GuardSection(), torch.device(device)), []
+    loss, z_part, norm = torch.tensor([3.0, 0.0, 1.0], dtype=torch.float64, device=device)
+    for _ in range(PARTS + 1):
+        judge.read()
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(steps // PARTS):
+            judge.judge(loss, z_part, norm)
+        synchronize(device)
+        seconds.append((time.perf_counter() - started) / (steps // PARTS))
+    return 1e6 * median(seconds[1:])
+
+
+def heights(run: Path, window: int) -> list[tuple[int, float, float, float]]:
+    """(step, standard deviations of the loss, of the log norm, norm / its median) of each logged step after `window` others."""
+    events = [e for e in read_events(run / "metrics.jsonl", "train") if math.isfinite(e["loss"]) and 0 < e["grad_norm"] < math.inf]
+    values, found = np.array([[e["loss"], math.log(e["grad_norm"])] for e in events]), []
+    for number in range(window, len(values)):
+        last = values[number - window : number]
+        centre = np.median(last, axis=0)
+        above = values[number] - centre
+        loss, norm = above / (NORMAL * np.median(np.abs(last - centre), axis=0))
+        found.append((events[number]["step"], float(loss), float(norm), math.exp(above[1])))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--window", type=int, default=GuardSection().window)
+    arguments = parser.parse_args()
+    print(", ".join(f"{name} {value}" for name, value in describe_machine(arguments.device).items()))
+    print(f"judge: {judging(arguments.device, max(arguments.steps, PARTS)):.0f} us a step")
+    found = heights(arguments.run, arguments.window) if arguments.run else []
+    for place, what in enumerate(("standard deviations of the loss", "standard deviations of log grad norm", "times the median grad norm"), 1):
+        top = sorted(found, key=lambda one: one[place])[-3:]
+        print(f"highest of {len(found)} steps, {what}:", ", ".join(f"{one[place]:.2f} (step {one[0]})" for one in reversed(top))) if found else None
+
+
+if __name__ == "__main__":
+    main()

@@ -111,8 +111,9 @@ def skips(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs.add("stages", sections=stages | {"guard": {"window": 8}, "train": train | {"steps": 9}})
     jobs.add("stages ends", run="stages resumed", sections=stages | {"guard": {"window": 8}, "train": train | {"steps": 9, "stop_at": 6}})
     jobs.add("stages resumed", sections=stages | {"guard": {"window": 8}, "train": train | {"steps": 9}})
-    train = {"zero_stage": 3, "precision": "bf16", "steps": 4}
-    jobs.add("host checks", sections={"train": train}, faults=[["nan", 2, 1]], **{"host checks": True})
+    for stage, precision in ((2, "fp32"), (3, "bf16")):
+        train = {"zero_stage": stage, "precision": precision, "steps": 4}
+        jobs.add(f"host checks {stage}", sections={"train": train}, faults=[["nan", 2, 1]], **{"host checks": True})
     jobs.run()
     return jobs
 
@@ -153,8 +154,9 @@ def test_training_is_that_in_which_the_bad_batches_never_came(skips: Jobs, stage
 
 
 @pytest.mark.slow
-def test_a_skip_of_deepspeeds_own_is_an_error(skips: Jobs) -> None:
-    kind, message, _ = skips.outcome("host checks")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_skip_of_deepspeeds_own_is_an_error(skips: Jobs, stage: int) -> None:
+    kind, message, _ = skips.outcome(f"host checks {stage}")
     assert kind == "RuntimeError" and "skipped an optimizer step by itself (engine.skipped_steps = 1, optimizer.overflow = True)" in message
 
 
@@ -187,6 +189,9 @@ def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs.add("never", sections=section(), never=[6, 7, 8])
     jobs.add("whole", sections=section(), faults=NAN)
     jobs.add("seldom", sections=section(log_every=7), faults=NAN)
+    background = section()
+    background["checkpoint"] |= {"asynchronous": True}
+    jobs.add("background", sections=background, faults=NAN)
     # "batches" is asked once a step: 9 is the last bad one, 10 the first after the rollback. Saves are of steps 2, 4, 6, then 6 again.
     for name, event in {"between": ["batches", 9, "term"], "going": ["go back", 1, "die"], "saving": ["fragments", 4, "die"],
                         "after": ["batches", 10, "die"], "tripped": ["batches", 10, "term"]}.items():
@@ -210,7 +215,7 @@ KILLED = ("between", "going", "saving", "after", "tripped")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["whole", "seldom", *KILLED])
+@pytest.mark.parametrize("name", ["whole", "seldom", "background", *KILLED])
 def test_a_rollback_passes_over_the_data_wherever_it_is_looked_at_or_killed(rollbacks: Jobs, name: str) -> None:
     """Also the learning rate is that of the step, for it is in the weights."""
     assert rollbacks.outcome(name) == ["finished", "", 0]

@@ -64,9 +64,10 @@ class Loader:
 
     def go_on(self, state: dict[str, Any]) -> None:
         """Read on from a state, whose data `check_state` compares. Raises KeyError, TypeError or ValueError for one that is none."""
-        passed, size = [(int(first), int(stop)) for first, stop in state.get("passed_over", [])], self.config.train.global_batch_size
-        edges = [edge for span in passed for edge in span]
-        if edges != sorted(set(edges)) or any(edge % size for edge in edges) or edges and not 0 <= edges[0] <= edges[-1] <= state["position"]:
+        passed = [(int(first), int(stop)) for first, stop in state.get("passed_over", [])]
+        edges, size = [edge for span in passed for edge in span], self.config.train.global_batch_size
+        inside = all(0 <= edge <= state["position"] and edge % size == 0 for edge in edges)
+        if edges != sorted(set(edges)) or not inside:
             raise ValueError(f"passed_over = {passed} are not whole steps before position {state['position']}")
         self._forget_ahead()
         self.passed_over = passed

@@ -144,7 +144,8 @@ class Engine:
         self.judge = Judge(config.guard, device)
         self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # of the step under way: (total, z part), over all ranks
         # ZeRO-3 makes a step when it is built, which is not judged.
-        self._verdict: tuple[Tensor, Tensor] | None = (torch.zeros((), device=device), torch.zeros((), dtype=torch.bool, device=device))
+        good = torch.zeros((), dtype=torch.bool, device=device)
+        self._verdict: tuple[Tensor, Tensor] | None = (torch.zeros((), device=device), good)
         self._optimizer = GuardedAdamW(parameter_groups(module, config.optimizer), config.optimizer, self._verdict_now)
         self._module, self._zero = module, None
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=settings)
@@ -200,7 +201,7 @@ class Engine:
         if skipped or self._verdict is None:
             overflow = getattr(self._engine.optimizer, "overflow", None)
             raise RuntimeError(f"DeepSpeed {deepspeed.__version__} skipped an optimizer step by itself (engine.skipped_steps = {skipped}, "
-                               f"optimizer.overflow = {overflow}); nextpt's guard alone decides that: this version is not one that nextpt knows")
+                               f"optimizer.overflow = {overflow}); nextpt's guard alone decides that: nextpt does not know this version")
 
     @contextmanager
     def evaluating(self) -> Iterator[TrainingModule]:

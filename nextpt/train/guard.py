@@ -27,7 +27,8 @@ NORMAL = 1.4826  # standard deviation of normal data / MAD: 1 / (the normal dist
 # would be a spike. At 8 of them a loss within 0.08 nats, or a norm within 3.3 times its median, never is. The logarithm of the
 # norm has tails: healthy runs go 7 of its own deviations up, but to 2.5 times the median only (docs/reliability.md).
 FLOORS = (0.01, 0.15)
-NOTHING = {"accepted": [[], []], "skipped": 0, "since": 0, "in_row": 0, "rollbacks": 0, "reason": ""}  # the state of a guard that has seen nothing
+# The state of a guard that has seen nothing.
+NOTHING = {"accepted": [[], []], "skipped": 0, "since": 0, "in_row": 0, "rollbacks": 0, "reason": ""}
 LEAST_NORM = 1e-30  # has a logarithm, and is below any gradient that fp32 weights would feel
 
 

@@ -112,8 +112,8 @@ class Trainer:
         judged, skipped = self.guard.hear(step)
         told = self.ranks.gather([self.guard.skipped, self.guard.in_row])
         if any(one != told[0] for one in told):
-            raise RuntimeError(f"the ranks judged steps up to {step} differently: [skipped in all, in a row] is {told}, by rank; their losses"
-                               " or gradients are no longer the same, so one of them computes wrongly")
+            raise RuntimeError(f"the ranks judged steps up to {step} differently: [skipped in all, in a row] is {told}, by rank; "
+                               "their losses or gradients are no longer the same, so one of them computes wrongly")
         for event in skipped:
             self.emit(event)
         return judged
@@ -132,8 +132,8 @@ class Trainer:
         step, most = state["step"], self.config.guard.max_rollbacks
         guard.went_back(state.get("guard", NOTHING))
         if guard.rollbacks > most:
-            raise UserError(f"{seen}, after {most} rollbacks to step {step} (guard.max_rollbacks); look at the data, in metrics.jsonl and at the "
-                            "learning rate, go further back with checkpoint.resume=STEP, or give guard.spikes a larger value (null: no spikes)")
+            raise UserError(f"{seen}, after {most} rollbacks to step {step} (guard.max_rollbacks); look at the data, at metrics.jsonl and "
+                            "at the learning rate, go further back with checkpoint.resume=STEP, or give guard.spikes a larger value")
         self.loader.go_on(state["data"])
         begin = self.loader.position(step)
         self.loader.pass_over(step, stop)
@@ -141,7 +141,6 @@ class Trainer:
         self.save_now(step, wait=True)
         self.emit(RollbackEvent(step, first, last, guard.reason, begin, stop, guard.rollbacks))
         return step
-
 
     def _clock(self, step: int) -> Clock:
         return Clock(time.monotonic(), step, self.loader.wait_seconds)

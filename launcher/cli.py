@@ -21,6 +21,7 @@ from launcher.export_cli import export_app, import_app  # noqa: E402
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
 from launcher.prep_shards import prep_shards  # noqa: E402
 from launcher.prep_stored import register as register_stored  # noqa: E402
+from launcher.slurm_cli import slurm_app  # noqa: E402
 from launcher.tokenizer_cli import tokenizer_app  # noqa: E402
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
@@ -31,6 +32,7 @@ app.add_typer(prep, name="prep")
 prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(slurm_app, name="slurm")
 app.add_typer(config_app, name="config")
 app.add_typer(export_app, name="export")
 app.add_typer(import_app, name="import")
@@ -67,20 +69,34 @@ def train(
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU, or 1 without, unless given")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port where ranks meet; a free one unless given")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="train on the hosts of this file, lines `NAME slots=N`, over ssh")] = None,
+    ssh: Annotated[str, typer.Option(help="how hosts are reached, such as 'ssh -p 2222'")] = "ssh",
+    restarts: Annotated[int, typer.Option(min=0, help="how often in a row, without a new checkpoint, to start again what hung, crashed or was killed")] = 3,
 ) -> None:
-    """Train on this machine. The same command again resumes the run.
+    """Train on this machine, or on the hosts of a hostfile. The same command again resumes the run.
 
     SIGTERM and SIGUSR1 save and end. Exit codes: 0 finished, 1 crashed, 2 a mistake to mend first, 4 another job works in
     the run folder, 65 no valid checkpoint where there were some, 75 told to stop, 76 a rank did not answer, 128+N ended by signal N. RUN/exit.json has the reason.
 
-    On a cluster: `deepspeed --hostfile HOSTS launcher/run.py --config FILE`, or launcher/slurm/train.sbatch.
+    On a cluster also: `deepspeed --hostfile HOSTS launcher/run.py --config FILE`, or `nextpt slurm submit`; see docs/clusters.md.
     """
+    from launcher.fleet import Fleet
+    from launcher.hosts import read_hostfile
     from launcher.local import start_training
+    from launcher.supervise import supervise
     from nextpt.config import load_config
+    from nextpt.errors import ConfigError
     from nextpt.observe.trackers import check_trackers
 
-    check_trackers(load_config(config, overrides or []))  # a wrong key is told before any process starts
-    sys.exit(start_training(config, overrides or [], ranks, port))
+    settings = load_config(config, overrides or [])
+    check_trackers(settings)  # a wrong key is told before any process starts
+    if hostfile and ranks:
+        raise ConfigError("--ranks is for this machine; the hostfile says how many each host has (slots=N)")
+    if hostfile:
+        start = Fleet(config, overrides or [], read_hostfile(hostfile), ssh, port).start
+    else:
+        start = lambda: start_training(config, overrides or [], ranks, port)  # noqa: E731
+    sys.exit(supervise(start, settings.run_dir, restarts))
 
 
 @app.command("eval", epilog="example: nextpt eval --run runs/demo --compressors --json eval.json")

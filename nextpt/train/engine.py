@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
 
 import deepspeed  # noqa: E402
+import psutil  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from nextpt.checkpoint.state import Fragment, FragmentReader  # noqa: E402
@@ -59,6 +60,8 @@ def start_distributed(timeout_minutes: float = 30.0) -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+    if interface := _interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
@@ -315,6 +318,20 @@ class Engine:
             for kind in MOMENTS:
                 state[kind] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
         state["step"].zero_()
+
+
+def _interface_to(address: str, port: int) -> str | None:
+    """The network interface by which this host reaches the first rank; None where that cannot be told.
+
+    Left alone gloo takes the one that the host's own name resolves to, which often is the loopback.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, port or 1))  # sends nothing: it only asks the routing table
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    return next((name for name, found in psutil.net_if_addrs().items() if any(a.address == own for a in found)), None)
 
 
 def _free_port() -> int:

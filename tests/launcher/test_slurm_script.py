@@ -62,4 +62,4 @@ def test_each_task_learns_its_rank_and_the_meeting_point(tmp_path: Path) -> None
     (tmp_path / "a.yaml").write_text("")
     done = run(tmp_path, "a.yaml", "run.name=x y", PYTHON=str(commands / "python"), PATH=f"{commands}:{os.environ['PATH']}",
                SLURM_JOB_ID="123456", SLURM_JOB_NODELIST="node[7-8]")
-    assert done.stdout == f"5 1 8 4 node7 {10000 + 123456 % 20000} launcher/run.py --config a.yaml run.name=x y\n", done.stderr
+    assert done.stdout == f"5 1 8 4 node7 {10000 + 123456 % 20000} {tmp_path}/launcher/run.py --config a.yaml run.name=x y\n", done.stderr

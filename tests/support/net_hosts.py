@@ -1,0 +1,152 @@
+"""Hosts on one machine, for tests: network namespaces on a bridge, each with its own name, address and sshd."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+COMMANDS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare")
+BRIDGE, SUBNET = "nextpt0", "10.213.7"
+
+SSHD = """Port 22
+ListenAddress {address}
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+PidFile {folder}/{name}.pid
+PermitRootLogin yes
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+"""
+
+
+def missing(*more: str) -> str | None:
+    """Why there can be no such hosts here; None when there can. more: further commands that a test needs."""
+    if os.geteuid():
+        return "network namespaces need root"
+    lacking = [name for name in (*COMMANDS, *more) if shutil.which(name) is None]
+    if lacking:
+        return f"not installed: {', '.join(lacking)} (make system-deps)"
+    made = subprocess.run(["ip", "netns", "add", "nextpt-probe"], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "del", "nextpt-probe"], capture_output=True)
+    return f"no network namespaces: {made.stderr.strip()}" if made.returncode else None
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """names: h1, h2, ... which `ssh` in `path` knows. Put `path` first in PATH."""
+
+    folder: Path
+    names: list[str]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of the environment, for commands that go to these hosts."""
+        return {"PATH": f"{self.folder}:{os.environ['PATH']}", "PDSH_RCMD_TYPE": "ssh"}
+
+    def address(self, name: str) -> str:
+        return f"{SUBNET}.{int(name[1:]) + 1}"
+
+    def hostfile(self, slots: int, *names: str) -> Path:
+        path = self.folder / "hostfile"
+        path.write_text("".join(f"{name} slots={slots}\n" for name in names or self.names))
+        return path
+
+    def cut(self, name: str) -> None:
+        """Pull the cable of a host."""
+        _run("ip", "link", "set", f"npt-{name}", "down")
+
+    def mend(self, name: str) -> None:
+        _run("ip", "link", "set", f"npt-{name}", "up")
+
+    def processes(self, name: str) -> list[int]:
+        """Numbers of the processes of a host."""
+        return [int(pid) for pid in _run("ip", "netns", "pids", f"nextpt-{name}").split()]
+
+
+@contextmanager
+def hosts(folder: Path, count: int, *, hidden: dict[str, Path] | None = None, variables: dict[str, str] | None = None) -> Iterator[Hosts]:
+    """Make `count` hosts and end them with all their processes. They share this machine's disk.
+
+    hidden: host -> folder in whose place it sees an empty one. variables: host -> a NAME=value of its own.
+    """
+    folder.mkdir(parents=True)
+    made = Hosts(folder, [f"h{i}" for i in range(1, count + 1)])
+    _clear(made.names)
+    for key in ("host_key", "key"):
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
+    _write_ssh(made)
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it, and only its service makes it
+    daemons = []
+    try:
+        _run("ip", "link", "add", BRIDGE, "type", "bridge")
+        _run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
+        _run("ip", "link", "set", BRIDGE, "up")
+        for name in made.names:
+            daemons.append(_start(made, name, (hidden or {}).get(name), (variables or {}).get(name)))
+        for name in made.names:
+            _wait_for(made, name)
+        yield made
+    finally:
+        for name in made.names:
+            for pid in made.processes(name):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        for daemon in daemons:
+            daemon.wait()
+        _clear(made.names)
+
+
+def _write_ssh(made: Hosts) -> None:
+    """A command `ssh` that knows the hosts: deepspeed gives no way to hand options to its own."""
+    lines = [f"Host {name}\n  HostName {made.address(name)}\n" for name in made.names]
+    (made.folder / "ssh_config").write_text(
+        f"IdentityFile {made.folder}/key\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\nUser root\n" + "".join(lines))
+    command = made.folder / "ssh"
+    command.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {made.folder}/ssh_config "$@"\n')
+    command.chmod(0o755)
+
+
+def _start(made: Hosts, name: str, hidden: Path | None, variable: str | None) -> subprocess.Popen:
+    space, outer, inner = f"nextpt-{name}", f"npt-{name}", "eth0"
+    _run("ip", "netns", "add", space)
+    _run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", space)
+    _run("ip", "link", "set", outer, "master", BRIDGE)
+    _run("ip", "link", "set", outer, "up")
+    _run("ip", "-n", space, "addr", "add", f"{made.address(name)}/24", "dev", inner)
+    _run("ip", "-n", space, "link", "set", inner, "up")
+    _run("ip", "-n", space, "link", "set", "lo", "up")
+    own = f"SetEnv {variable}\n" if variable else ""
+    (made.folder / f"{name}.conf").write_text(SSHD.format(address=made.address(name), folder=made.folder, name=name) + own)
+    hide = f"mount -t tmpfs none {hidden} && " if hidden else ""
+    with open(made.folder / f"{name}.log", "w") as log:
+        return subprocess.Popen(["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "sh", "-c",
+                                 f"hostname {name}; {hide}exec {shutil.which('sshd')} -D -e -f {made.folder}/{name}.conf"], stdout=log, stderr=log)
+
+
+def _wait_for(made: Hosts, name: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while (done := subprocess.run([str(made.folder / "ssh"), name, "hostname"], capture_output=True, text=True)).stdout.strip() != name:
+        assert time.monotonic() < deadline, f"{name}: {done.stderr}{(made.folder / f'{name}.log').read_text()}"
+        time.sleep(0.1)
+
+
+def _clear(names: list[str]) -> None:
+    for name in names:
+        subprocess.run(["ip", "netns", "del", f"nextpt-{name}"], capture_output=True)
+    subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout

@@ -125,7 +125,7 @@ def _start(made: Hosts, name: str, hidden: Path | None, variable: str | None) ->
     _run("ip", "-n", space, "addr", "add", f"{made.address(name)}/24", "dev", inner)
     _run("ip", "-n", space, "link", "set", inner, "up")
     _run("ip", "-n", space, "link", "set", "lo", "up")
-    own = f"SetEnv {variable}\n" if variable else ""
+    own = f"SetEnv OMP_NUM_THREADS=1 {variable or ''}\n"
     (made.folder / f"{name}.conf").write_text(SSHD.format(address=made.address(name), folder=made.folder, name=name) + own)
     hide = f"mount -t tmpfs none {hidden} && " if hidden else ""
     with open(made.folder / f"{name}.log", "w") as log:

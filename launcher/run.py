@@ -92,8 +92,11 @@ def launchers() -> list[int]:
     if "RANK" not in os.environ:
         return []
     found = [os.getppid()]
-    above = parent_of(found[0])
-    if "deepspeed" in command_of(found[0]) and above and "deepspeed" in command_of(above):
+    above = parent_of(found[0]) if "deepspeed" in command_of(found[0]) else None
+    if above and "deepspeed" in command_of(above):  # its runner, or on another host the shell that pdsh had started
+        found.append(above)
+        above = parent_of(above)
+    if above and command_of(above).startswith("sshd"):  # pdsh's connection; a person's own has a shell of his between
         found.append(above)
     supervisor = os.environ.get("NEXTPT_SUPERVISOR")
     return found + ([int(supervisor)] if supervisor else [])

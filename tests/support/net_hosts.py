@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,12 +95,10 @@ def hosts(folder: Path, count: int, *, hidden: dict[str, Path] | None = None, va
             _wait_for(made, name)
         yield made
     finally:
-        for name in made.names:
+        for name in made.names[: len(daemons)]:
             for pid in made.processes(name):
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
         for daemon in daemons:
             daemon.wait()
         _clear(made.names)
@@ -133,7 +131,7 @@ def _start(made: Hosts, name: str, hidden: Path | None, variable: str | None) ->
                                  f"hostname {name}; {hide}exec {shutil.which('sshd')} -D -e -f {made.folder}/{name}.conf"], stdout=log, stderr=log)
 
 
-def _wait_for(made: Hosts, name: str, seconds: float = 20) -> None:
+def _wait_for(made: Hosts, name: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while (done := subprocess.run([str(made.folder / "ssh"), name, "hostname"], capture_output=True, text=True)).stdout.strip() != name:
         assert time.monotonic() < deadline, f"{name}: {done.stderr}{(made.folder / f'{name}.log').read_text()}"
@@ -142,6 +140,7 @@ def _wait_for(made: Hosts, name: str, seconds: float = 20) -> None:
 
 def _clear(names: list[str]) -> None:
     for name in names:
+        subprocess.run(["ip", "link", "del", f"npt-{name}"], capture_output=True)  # the kernel clears a namespace later, when it has time
         subprocess.run(["ip", "netns", "del", f"nextpt-{name}"], capture_output=True)
     subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
 

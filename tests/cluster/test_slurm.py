@@ -20,7 +20,7 @@ from tests.support.slurm_cluster import Slurm, missing, slurm
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-CYCLES = 20
+CYCLES = 3
 
 
 @pytest.fixture(scope="module")

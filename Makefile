@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test test-slow gpu-check bench clean browser
+.PHONY: help setup demo test test-slow gpu-check bench clean browser system-deps
 
 help:
 	@echo "make setup      make .venv and install everything"
@@ -30,7 +30,7 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
-test-slow: setup browser
+test-slow: setup browser system-deps
 	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu"
 
 # The report is tested in a real browser; without one those tests are skipped and say so.
@@ -39,6 +39,15 @@ browser:
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "setup: Debian's Chromium for the browser tests" && \
 	  { apt-get install -y -q chromium chromium-driver || { apt-get update -q && apt-get install -y -q chromium chromium-driver; }; } >/dev/null 2>&1; } || \
 	  echo "note: chromium and chromium-driver are not there; the browser tests are skipped"
+
+# A real Slurm, sshd, pdsh and network namespaces, for tests/cluster; without root and apt those tests are skipped and say so.
+DEBS := slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh iproute2
+system-deps:
+	@for c in slurmctld slurmd munged sshd pdsh ip; do command -v $$c >/dev/null || missing=1; done; [ -z "$$missing" ] || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "setup: $(DEBS), for the cluster tests" && \
+	  { export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; apt-get install -y -q --no-install-recommends $(DEBS) || \
+	    { apt-get update -q && apt-get install -y -q --no-install-recommends $(DEBS); }; } >/dev/null 2>&1; } || \
+	  echo "note: $(DEBS) cannot be installed; the cluster tests are skipped"
 
 gpu-check:
 	@python3 -c 'import torch, pytest; assert torch.cuda.is_available()' 2>/dev/null || \

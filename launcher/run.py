@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if int(os.environ.get("RANK", "0")) == 0 or error.every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher kills all ranks when one ends: rank 0 must have spoken by then
+        else:  # the launcher ends all ranks when one ends: rank 0 must have spoken by then
+            _linger(error.exit_code)
         return error.exit_code
     except Stopped as stopped:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -79,9 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
         if lost:  # launchers end all ranks when one ends, and pass on the code of that one: the rank that was lost is to be it
             rank = os.environ.get("RANK", "0")
             print(f"error: rank {rank} lost another rank ({lost}); the same command resumes", file=sys.stderr, flush=True)
-            time.sleep(3)
+            _linger(CRASHED)
         return CRASHED
     return 0
+
+
+def _linger(code: int) -> None:
+    """Let another rank end first. The launcher's signal that follows is no wish of anybody's: it changes no exit code."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os._exit(code))
+    time.sleep(3)
 
 
 def launchers() -> list[int]:

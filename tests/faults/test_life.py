@@ -129,7 +129,7 @@ def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(dataset: Path, t
 def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: Path) -> None:
     """deepspeed's runner exits 0 then."""
     command = write(dataset, tmp_path)
-    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "1"], cwd=ROOT,
+    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "1", "--restarts", "0"], cwd=ROOT,
                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: steps_made(tmp_path / "run") >= 2)
     [launch] = [pid for pid in map(int, ranks_of(command[2])) if "deepspeed.launcher.launch" in command_of(pid)]

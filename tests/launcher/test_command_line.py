@@ -164,8 +164,8 @@ def _command(process: Path) -> bytes:
 
 def test_a_killed_rank_is_told(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000})))
-    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2"], cwd=ROOT,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2",
+                            "--restarts", "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(read_events(tmp_path / "run" / "metrics.jsonl", "train")) > 3)
     [rank] = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and b"--local_rank=1\0" in (c := _command(p))
               and str(tmp_path / "tiny.yaml").encode() in c and b"launch.py" not in c]

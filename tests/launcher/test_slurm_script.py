@@ -29,7 +29,7 @@ def test_a_missing_python_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("code", "state", "restarts", "queued"), [
     (75, "RUNNING", "0", True), (76, "RUNNING", "0", True), (0, "RUNNING", "0", False), (2, "RUNNING", "0", False),
-    (75, "COMPLETING", "0", False), (76, "RUNNING", "10", False), (75, "RUNNING", "40", True),
+    (75, "COMPLETING", "0", False), (76, "RUNNING", "10", False), (75, "RUNNING", "40", True), (137, "RUNNING", "3", True), (137, "RUNNING", "10", False), (1, "RUNNING", "0", False),
 ])
 def test_a_job_that_was_told_to_stop_queues_itself_again(tmp_path: Path, code: int, state: str, restarts: str, queued: bool) -> None:
     commands = tmp_path / "bin"

@@ -72,10 +72,20 @@ def open_store(place: str | Path) -> tuple[fs.FileSystem, str]:
     return filesystem, f"{root.rstrip('/')}/{path[:found.start()] if found else path}".rstrip("/")
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether a store answered that there is no such bucket, or that it refuses these credentials: it will say so again."""
+    return _cause(" ".join(str(error).split())) in _CAUSES[:2]
+
+
+def _cause(text: str) -> tuple[str, str] | None:
+    return next((cause for cause in _CAUSES if re.search(cause[0], text, re.IGNORECASE)), None)
+
+
 def store_problem(error: Exception, place: str | Path) -> PrepError:
     """One line about what a store answered: which place, what is wrong, and the way out where it is known."""
     text = " ".join(str(error).split())
-    advice = next((advice for pattern, advice in _CAUSES if re.search(pattern, text, re.IGNORECASE)), None)
+    cause = _cause(text)
+    advice = cause and cause[1]
     return PrepError(f"{place}: {advice} ({text[:300]})" if advice else f"{place}: {text[:300]}")
 
 

@@ -7,25 +7,23 @@ full size are not sent again. It goes away at the end. Each shard is hashed whil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import xxhash
-from pyarrow import fs
 from rich.console import Console
 
 from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
 from data_prep.progress import byte_progress
 from data_prep.stored import shards_of
-from data_prep.stores import STORE_ERRORS, open_store, store_problem
+from data_prep.store_folder import BLOCK, StoreFolder
+from data_prep.stores import STORE_ERRORS, store_problem
 
 NOTE = ".nextpt-upload"
-BLOCK = 2**22  # bytes; S3 takes parts of 5 MiB and more, which pyarrow collects
 THREADS = 8
-OBJECT_STORES = {"s3", "gcs", "abfs"}  # pyarrow's names of those without folders
 
 
 @dataclass(frozen=True)
@@ -93,24 +91,8 @@ def _name(path: Path, data: Path) -> str:
     return path.relative_to(data).as_posix()
 
 
-class _Target:
+class _Target(StoreFolder):
     """The place that a dataset is copied to."""
-
-    def __init__(self, remote: str) -> None:
-        self.remote = remote
-        self.filesystem, self.root = open_store(remote)
-        self._folders = self.filesystem.type_name not in OBJECT_STORES
-        self._renames = isinstance(self.filesystem, fs.LocalFileSystem)
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def read(self, name: str) -> bytes | None:
-        """A small file, or None when it is not there."""
-        if self.filesystem.get_file_info(self.path(name)).type is fs.FileType.NotFound:
-            return None
-        with self.filesystem.open_input_stream(self.path(name)) as file:
-            return file.read()
 
     def begin(self, manifest: DatasetManifest) -> bool:
         """Leave the note; whether files that are there may be taken for those of this dataset.
@@ -120,15 +102,10 @@ class _Target:
         mine = manifest.fingerprint.encode()
         note, finished = self.read(NOTE), self.read("dataset.json")
         if note not in (None, mine) or (finished is not None and mine not in finished):
-            raise PrepError(f"{self.remote} holds another dataset, or part of one; give another place or remove what is there")
+            raise PrepError(f"{self.place} holds another dataset, or part of one; give another place or remove what is there")
         if note is None:
-            self._write(NOTE, [mine])
+            self.write(NOTE, [mine])
         return note is not None or finished is not None
-
-    def sizes(self) -> dict[str, int]:
-        """Size of every file there, by name."""
-        infos = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True, allow_not_found=True))
-        return {str(PurePosixPath(i.path).relative_to(self.root)): i.size for i in infos if i.is_file}
 
     def send(self, file: LocalFile, advance: Callable[[int], None]) -> None:
         """Copy one file. Raises PrepError when a shard is not what its index says; what was written of it is removed."""
@@ -141,33 +118,21 @@ class _Target:
                     yield block
                     advance(len(block))
 
-        self._write(file.name, blocks())
+        self.write(file.name, blocks())
         if file.xxh64 not in (None, digest.hexdigest()):
-            self.filesystem.delete_file(self.path(file.name))
+            self.remove(file.name)
             raise PrepError(f"{file.path} is damaged: its xxh64 differs from the one in index.json; prepare the data again or copy it anew")
-
-    def _write(self, name: str, blocks: Iterable[bytes]) -> None:
-        """Object stores show an object when it is whole; a folder shows a file at once, so there it is renamed."""
-        path = self.path(name)
-        if self._folders:
-            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        shown = f"{path}.part" if self._renames else path
-        with self.filesystem.open_output_stream(shown, compression=None) as stream:
-            for block in blocks:
-                stream.write(block)
-        if self._renames:
-            self.filesystem.move(shown, path)
 
     def check(self, files: list[LocalFile]) -> None:
         """Every file must be there in its size."""
         sizes = self.sizes()
         wrong = [f for f in files if sizes.get(f.name) != f.bytes]
         if wrong:
-            raise PrepError(f"{self.remote}/{wrong[0].name} has {sizes.get(wrong[0].name)} bytes after the upload, expected {wrong[0].bytes}; "
+            raise PrepError(f"{self.place}/{wrong[0].name} has {sizes.get(wrong[0].name)} bytes after the upload, expected {wrong[0].bytes}; "
                             "start the upload again")
 
     def end(self) -> None:
-        self.filesystem.delete_file(self.path(NOTE))
+        self.remove(NOTE)
 
 
 def _in_threads(files: list[LocalFile], send: Callable[[LocalFile], None], threads: int) -> None:

@@ -16,6 +16,7 @@ if (ROOT / "pyproject.toml").is_file():
 
 import typer  # noqa: E402
 
+from launcher.checkpoint_cli import checkpoint_app  # noqa: E402
 from launcher.console import compressor_table, evaluation_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
 from launcher.export_cli import export_app, import_app  # noqa: E402
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
@@ -34,6 +35,7 @@ register_stored(prep)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(config_app, name="config")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(export_app, name="export")
 app.add_typer(import_app, name="import")
 

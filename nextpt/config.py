@@ -238,6 +238,14 @@ class CheckpointSection(Section):
     asynchronous: bool = Field(
         False, description="training goes on while a copy of the state is written; costs each rank the memory of its share"
     )
+    on_failure: Literal["stop", "continue"] = Field(
+        "continue", description="when the disk does not take a checkpoint: end with the error, or train on till the next save is due"
+    )
+    max_failures: int = Field(3, ge=1, description="failed saves in a row that end training with on_failure: continue")
+    mirror: str | None = Field(
+        None, description="s3://BUCKET/RUN, another address that fsspec reaches, or a folder: checkpoints are copied there, "
+                          "and come from there when the run folder is lost; one address for each run"
+    )
     keep_last: int | None = Field(
         3, ge=2, description="newest checkpoints to keep, older ones are removed after a save; null: keep all"
     )

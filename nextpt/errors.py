@@ -38,6 +38,19 @@ class CheckpointError(UserError):
     every_rank = True
 
 
+class SaveFailed(CheckpointError):
+    """The disk did not take a checkpoint; none of it was left, and those before it are whole. The same on every rank.
+
+    rank: the first that failed. number: errno of what happened there, None where the system gave none.
+    """
+
+    every_rank = False
+
+    def __init__(self, message: str, rank: int, number: int | None) -> None:
+        super().__init__(message)
+        self.rank, self.number = rank, number
+
+
 class NoValidCheckpoint(CheckpointError):
     """A run folder holds checkpoints and none of them verifies: a person must look; to start again would lose the run."""
 

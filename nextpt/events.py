@@ -96,7 +96,40 @@ class RollbackEvent:
     kind: str = "rollback"
 
 
-Event = StepEvent | ValidationEvent | CheckpointEvent | SkipEvent | RollbackEvent
+@dataclass(frozen=True)
+class SaveFailedEvent:
+    """A checkpoint could not be written and training went on. rank: where. errno: the system's number. in_row: such saves in a row."""
+
+    step: int
+    message: str
+    rank: int
+    errno: int | None
+    in_row: int
+    time: float = field(default_factory=time.time)
+    kind: str = "save_failed"
+
+
+@dataclass(frozen=True)
+class MirrorEvent:
+    """The mirror of the checkpoints. status: "mirrored" (path: where; seconds, bytes: of its way there); "passed over": `step` will
+    not be mirrored; "damaged": one there is not usable; "failing": the store does not take them now; "ended": mirroring is over.
+
+    waiting: checkpoints that are still to be mirrored.
+    """
+
+    step: int
+    status: str
+    message: str = ""
+    path: str = ""
+    seconds: float = 0.0
+    bytes: int = 0
+    waiting: int = 0
+    time: float = field(default_factory=time.time)
+    kind: str = "mirror"
+
+
+Event = (StepEvent | ValidationEvent | CheckpointEvent | SkipEvent | RollbackEvent | SaveFailedEvent
+         | MirrorEvent)
 
 
 class Listener(Protocol):

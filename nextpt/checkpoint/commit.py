@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from nextpt.checkpoint.folders import (
     STAGING,
@@ -45,7 +48,7 @@ from nextpt.checkpoint.manifest import (
 )
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import ShardedState
-from nextpt.errors import CheckpointError, NoValidCheckpoint
+from nextpt.errors import CheckpointError, NoValidCheckpoint, SaveFailed, UserError
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str,
     extras: JSON values for state.json; step, world size, parameter shapes and scalars are put beside them. line: that of
     the checkpoint that this one continues. loss: of the last validation, nats per token. may_commit: asked on rank 0 when
     all is written and only the name is missing; raises to refuse. Raises CheckpointError on all ranks when any of them
-    fails; then nothing is left behind.
+    fails, SaveFailed where the disk was the reason; then nothing is left behind.
     """
     return commit(root, snapshot_together(root, state, extras, rng, ranks), ranks, line, loss, may_commit)
 
@@ -77,8 +80,11 @@ def snapshot_together(root: Path, state: ShardedState, extras: dict[str, Any], r
 
 
 def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] = (), loss: float | None = None,
-           may_commit: Callable[[], None] = lambda: None) -> Saved:
-    """Make a checkpoint of the snapshots of all ranks; returns when it is durable. Collective; raises as `save` does."""
+           may_commit: Callable[[], None] = lambda: None, above: int = 0) -> Saved:
+    """Make a checkpoint of the snapshots of all ranks; returns when it is durable. Collective; raises as `save` does.
+
+    above: a sequence number that is taken already, elsewhere.
+    """
     staging = root / f"{STAGING}step-{snapshot.step:09d}"
     described: dict[str, dict[str, Any]] = {}
     saved: list[Saved] = []
@@ -95,7 +101,7 @@ def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] =
             write_json(staging / STATE, snapshot.contents)
             files[STATE] = describe(staging / STATE)
             # Above the line's own too: the manifests on the disk may have become unreadable since it was begun.
-            sequence = 1 + max([last_sequence(root), *(last for _, last in line)])
+            sequence = 1 + max([last_sequence(root), above, *(last for _, last in line)])
             manifest = Manifest.model_validate({
                 "files": files, "step": snapshot.step, "world_size": ranks.world_size, "sequence": sequence,
                 "line": next_line(list(line), sequence), "loss": loss,
@@ -129,20 +135,33 @@ def _together(action: Callable[[], None], root: Path, ranks: Ranks) -> None:
     try:
         action()
     except Exception as error:  # whatever it is, the others must hear of it and not wait
-        problem = _phrase(error, root)
+        problem = [_phrase(error, root), _is_of_the_system(error), _number(error)]
     for rank, found in enumerate(ranks.gather(problem)):
         if found:
-            failure = CheckpointError(f"saving to {root} failed on rank {rank}: {found}")
-            failure.every_rank = False
-            raise failure
+            message = f"saving to {root} failed on rank {rank}: {found[0]}"
+            raise SaveFailed(message, rank, found[2]) if found[1] else same_everywhere(message)
+
+
+def _number(error: Exception) -> int | None:
+    """The errno of an error; safetensors has that of its own library in its text only."""
+    told = re.search(r"\b(?:code: |os error )(\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(told[1]) if told else getattr(error, "errno", None)
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether the disk or the system refused, and not this program or another job."""
+    return isinstance(error, OSError) or isinstance(error, SafetensorError) and _number(error) is not None
 
 
 def _phrase(error: Exception, root: Path) -> str:
-    number = getattr(error, "errno", None)
-    # safetensors reports an OSError of its own library as text only
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return f"no space left on the device of {root}; free some and start the same command again, it resumes"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    number = _number(error)
+    if number is None:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the device of {root}: {text}; free some"
+    name = getattr(error, "filename", None)
+    return f"{name}: {text}" if name else text
 
 
 def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], None], mend: bool = False) -> Checkpoint | None:
@@ -157,11 +176,11 @@ def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], No
     if found is not None:
         return found
     if resume not in ("auto", "never"):
-        raise _same(_unusable(*bad[0]) + "; give another step, or checkpoint.resume=auto")
+        raise same_everywhere(_unusable(*bad[0]) + "; give another step, or checkpoint.resume=auto")
     aside = on_first(lambda: [folder.name for folder in set_aside_folders(root)], root, ranks)
     bad += [(root / name, "it was set aside as damaged") for name in aside]
     if bad:
-        raise _same("; ".join(_unusable(*b) for b in bad) + ". Training does not start from nothing over them: restore one, "
+        raise same_everywhere("; ".join(_unusable(*b) for b in bad) + ". Training does not start from nothing over them: restore one, "
                     "or remove the folders", NoValidCheckpoint)
     return None
 
@@ -223,13 +242,13 @@ def on_first(look: Callable[[], Any], root: Path, ranks: Ranks) -> Any:
     if ranks.rank == 0:
         try:
             value = look()
-        except CheckpointError as error:
+        except UserError as error:
             problem = str(error)
         except OSError as error:
             problem = f"{root} cannot be read: {error.strerror or error}"
     value, problem = ranks.from_first([value, problem])
     if problem:
-        raise _same(problem)
+        raise same_everywhere(problem)
     return value
 
 
@@ -288,7 +307,7 @@ def open_newest(root: Path, step: int | None = None, warn: Callable[[str], None]
     return found
 
 
-def _same(message: str, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
+def same_everywhere(message: str, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
     """An error that all ranks raise alike, so that one of them speaks."""
     error = kind(message)
     error.every_rank = False

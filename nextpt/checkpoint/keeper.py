@@ -5,22 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from nextpt.checkpoint.commit import Saved, choose, choose_earlier, commit, intact, on_first, out_of_the_way, snapshot_together
-from nextpt.checkpoint.folders import listing, remove
+from nextpt.checkpoint.archive import Stored
+from nextpt.checkpoint.comeback import fetch
+from nextpt.checkpoint.commit import (
+    Saved,
+    choose,
+    choose_earlier,
+    commit,
+    intact,
+    on_first,
+    out_of_the_way,
+    same_everywhere,
+    snapshot_together,
+)
+from nextpt.checkpoint.folders import listing, remove, steps
 from nextpt.checkpoint.format import Checkpoint, Snapshot
 from nextpt.checkpoint.manifest import read_manifest
+from nextpt.checkpoint.mirror import Mirror
 from nextpt.checkpoint.ranks import Ranks
-from nextpt.checkpoint.retention import kept
+from nextpt.checkpoint.retention import VERIFIED, kept
 from nextpt.checkpoint.state import ShardedState
 from nextpt.config import CheckpointSection
-
-# Nothing is removed unless so many of those that stay have just been read and their hashes agree.
-VERIFIED = 2
+from nextpt.errors import CheckpointError, NoValidCheckpoint, SaveFailed
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,15 @@ class Finished:
     stall_seconds: float
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A save of which nothing is left, for the disk did not take it. in_row: such saves in a row up to this one."""
+
+    step: int
+    error: SaveFailed
+    in_row: int
+
+
 class Keeper:
     """warn: shows a line to the person; rank 0's is the one to listen to. may_commit: see `save` of commit.py. All methods
     are collective.
@@ -41,16 +62,18 @@ class Keeper:
     """
 
     def __init__(self, root: Path, settings: CheckpointSection, ranks: Ranks, warn: Callable[[str], None],
-                 may_commit: Callable[[], None] = lambda: None) -> None:
-        self.root, self.settings, self.ranks, self.warn, self.may_commit = root, settings, ranks, warn, may_commit
+                 may_commit: Callable[[], None] = lambda: None, mirror: Mirror | None = None) -> None:
+        self.root, self.settings, self.ranks, self.warn, self.may_commit, self.mirror = root, settings, ranks, warn, may_commit, mirror
+        self._above = 0  # sequence numbers that the mirror has
         self._line: list[list[int]] = []
         self._writers = ranks.another() if settings.asynchronous else ranks
         self._flight: Future[tuple[Saved, float, list[str]]] | None = None
+        self._step = self._failures = 0
         self._begun = self._stall = 0.0
 
     def start(self) -> Checkpoint | None:
-        """What to resume from; see `choose`. Saves will continue its line."""
-        found = choose(self.root, self.settings.resume, self.ranks, self.warn, mend=True)
+        """What to resume from; see `choose`, and `_come_back` with a mirror. Saves will continue its line."""
+        found = self._come_back() if self.mirror else self._choose()
         if found is not None:
             self._line = read_manifest(found.folder).line
         return found
@@ -64,9 +87,52 @@ class Keeper:
             self._line = read_manifest(found.folder).line
         return found
 
+    def _choose(self) -> Checkpoint | None:
+        return choose(self.root, self.settings.resume, self.ranks, self.warn, mend=True)
+
+    def _come_back(self) -> Checkpoint | None:
+        """As `choose`, where what the mirror has counts too: the highest sequence number wins, the folder's own of equal ones.
+
+        Raises NoValidCheckpoint where there are checkpoints, here or there, and none is whole.
+        """
+        there = self._look_there()
+        found = problem = None
+        resume = self.settings.resume
+        if resume in ("auto", "never") or resume in on_first(lambda: steps(self.root), self.root, self.ranks):
+            try:
+                found = self._choose()
+            except NoValidCheckpoint as error:
+                problem = error
+        newest = -1 if found is None else read_manifest(found.folder).sequence
+        wanted = [one for one in there if (one.sequence > newest if resume == "auto" else found is None and one.step == resume)]
+        for one in wanted:
+            why = fetch(self.mirror.archive, one, self.root, self.ranks, self.mirror.accept, self.may_commit)
+            if why is None:
+                self.warn(f"step {one.step} fetched from the mirror {self.mirror.archive.place}")
+                return self._choose()
+            self.warn(f"warning: checkpoint {self.mirror.archive.place}/{one.name} is not usable: {why}; the one before it is looked for")
+        if found is None and (problem or wanted):
+            raise problem or same_everywhere(f"the mirror {self.mirror.archive.place} has checkpoints of this run and none that is whole; "
+                                             "look at them, or give another run.dir and checkpoint.mirror", NoValidCheckpoint)
+        return self._choose() if found is None else found
+
+    def _look_there(self) -> list[Stored]:
+        """Checkpoints of the mirror, newest first. Raises CheckpointError where there are some and none is wanted."""
+
+        def look() -> list[list]:
+            there = self.mirror.look(bool(steps(self.root)), self.warn)
+            if self.settings.resume == "never" and any(one.complete for one in there):
+                raise CheckpointError(f"checkpoint.resume = never, but the mirror {self.mirror.archive.place} holds checkpoints of this run; "
+                                      "give another one or remove them")
+            return [[one.name, one.complete] for one in there]
+
+        there = [Stored(*one) for one in on_first(look, self.root, self.ranks)]
+        self._above = max((one.sequence for one in there), default=0)
+        return [one for one in there if one.complete]
+
     def save(self, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], loss: float | None = None,
-             wait: bool = True) -> list[Finished]:
-        """Save extras["step"]; see `save` of commit.py, also for what it raises. Returns what became durable.
+             wait: bool = True) -> list[Finished | Failed]:
+        """Save extras["step"]; see `save` of commit.py. Returns what became durable and what failed for the disk; raises the rest.
 
         wait: until it is durable, and those are removed that need not be kept. Otherwise, with checkpoint.asynchronous,
         only until the state is copied, and `poll` tells the rest. A save that is still under way is waited for first.
@@ -75,7 +141,7 @@ class Keeper:
         finished = self._settle() if self._flight else []
         snapshot = snapshot_together(self.root, state, extras, rng, self.ranks)
         flight = self._flight = Future()
-        self._begun = begun
+        self._begun, self._step = begun, extras["step"]
         if self.settings.asynchronous and not wait:
             Thread(target=self._write, args=(flight, snapshot, loss), name="checkpoint", daemon=True).start()
             self._stall = time.monotonic() - begun
@@ -84,8 +150,8 @@ class Keeper:
         self._stall = time.monotonic() - begun
         return finished + self._settle()
 
-    def poll(self, wait: bool = False) -> list[Finished]:
-        """Whether the save under way became durable on all ranks. Costs nothing when there is none. Raises what the save raised.
+    def poll(self, wait: bool = False) -> list[Finished | Failed]:
+        """What became of the save under way; nothing while a rank is at it. Costs nothing when there is none. Raises as `save` does.
 
         wait: until it is.
         """
@@ -93,10 +159,15 @@ class Keeper:
             return []
         return self._settle()
 
-    def _settle(self) -> list[Finished]:
-        """Wait for the save under way; raises what it raised, which is the same on all ranks."""
+    def _settle(self) -> list[Finished | Failed]:
+        """Wait for the save under way; what it raised is the same on all ranks."""
         flight, self._flight = self._flight, None
-        saved, durable, warnings = flight.result()
+        try:
+            saved, durable, warnings = flight.result()
+        except SaveFailed as error:
+            self._failures += 1
+            return [Failed(self._step, error, self._failures)]
+        self._failures = 0
         for text in warnings:
             self.warn(text)
         self._line = saved.line
@@ -105,9 +176,15 @@ class Keeper:
     def _write(self, flight: Future, snapshot: Snapshot, loss: float | None) -> None:
         """Commit, then let go of what need not be kept; the future gets the result."""
         try:
-            saved = commit(self.root, snapshot, self._writers, self._line, loss, self.may_commit)
+            saved = commit(self.root, snapshot, self._writers, self._line, loss, self.may_commit, self._above)
+            if self.mirror and self._writers.rank == 0:
+                self.mirror.saved(saved.folder)
             durable = time.monotonic()
-            flight.set_result((saved, durable, self._retire()))
+            try:
+                warnings = self._retire()
+            except CheckpointError as error:  # the new one is durable: that is no failed save
+                warnings = [f"warning: no old checkpoint was removed: {error}"]
+            flight.set_result((saved, durable, warnings))
         except BaseException as error:  # it is raised where the result is asked for; without one that would wait for ever
             flight.set_exception(error)
 
@@ -144,7 +221,9 @@ class Keeper:
         warnings = []
         for name in reversed(names):  # the oldest first
             try:
-                remove(self.root / name)
+                with self.mirror.removing(name) if self.mirror else nullcontext(True) as may:
+                    if may:
+                        remove(self.root / name)
             except OSError as error:  # training need not end for it; the next save tries again
                 warnings.append(f"warning: checkpoint {self.root / name} is no longer needed and cannot be removed: {error.strerror}")
         return warnings

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from nextpt.checkpoint.manifest import Listed
 
+# Nothing is removed unless so many of those that stay have just been read and their hashes agree.
+VERIFIED = 2
+
 
 def kept(listed: list[Listed], last: int | None, every: int | None, best: int | None) -> list[Listed]:
     """Those to keep, newest first. listed: newest first.

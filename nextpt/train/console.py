@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nextpt.events import CheckpointEvent, Event, RollbackEvent, SkipEvent, StepEvent, ValidationEvent
+from nextpt.events import CheckpointEvent, Event, MirrorEvent, RollbackEvent, SaveFailedEvent, SkipEvent, StepEvent, ValidationEvent
 
 BAR_FROM_WIDTH = 110  # columns; without the bar the line fits 80
 
@@ -49,6 +49,20 @@ class ConsoleListener:
         elif isinstance(event, RollbackEvent):
             self.console.print(f"rolled back to step {event.step} after bad steps {event.first_bad} to {event.last_bad} ({event.reason}); "
                                f"samples {event.first_sample} to {event.stop_sample - 1} are passed over")
+        elif isinstance(event, MirrorEvent):
+            self._on_mirror(event)
+        elif isinstance(event, SaveFailedEvent):
+            self.console.print(f"warning: no checkpoint of step {event.step}: {event.message}; training goes on "
+                               f"(failed saves in a row: {event.in_row}, see checkpoint.on_failure)")
+
+    def _on_mirror(self, event: MirrorEvent) -> None:
+        waiting = f"; {event.waiting} waiting" if event.waiting else ""
+        if event.status == "mirrored":
+            self.console.print(f"mirrored {event.path} ({event.bytes / 2**20:.1f} MiB in {event.seconds:.1f} s{waiting})")
+        elif event.status == "failing":
+            self.console.print(f"warning: the mirror takes no checkpoints: {event.message}; it is tried again, training goes on{waiting}")
+        else:
+            self.console.print(f"warning: mirror: {event.message}{waiting}")
 
     def _on_step(self, event: StepEvent) -> None:
         if self.progress is not None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from nextpt.checkpoint.folders import step_of
+from nextpt.checkpoint.keeper import Failed, Finished
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config
 from nextpt.data.batch import Batch
@@ -27,6 +29,8 @@ from nextpt.train.schedule import learning_rate
 from nextpt.train.stop import resume_command
 from nextpt.train.together import on_all_or_stop
 
+Outcomes = list[Finished | Failed]
+
 
 @dataclass
 class Clock:
@@ -42,13 +46,13 @@ class Trainer:
 
     save: begins a checkpoint of the given step with what `state` gives; the last argument asks it to wait until that is
     durable. poll: called after every step, tells what became of it; its argument asks it to wait. Both are collective, and
-    return the seconds that a save took which became durable. emit: hears events (rank 0 only does something with them;
-    computing them is collective). life: hears what is being done, and says when to end. go_back: puts the engine where the
+    return what became durable, and what failed where training may go on without it. emit: hears events (rank 0 only does
+    something with them; computing them is collective). life: hears what is being done, and says when to end. go_back: puts the engine where the
     newest checkpoint from before a step has it, and returns the state of that; None when there is none; collective.
     """
 
     def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks,
-                 save: Callable[[int, dict[str, Any], bool], float | None], poll: Callable[[bool], float | None],
+                 save: Callable[[int, dict[str, Any], bool], Outcomes], poll: Callable[[bool], Outcomes],
                  emit: Callable[[Event], None], life: Life | None = None,
                  go_back: Callable[[int], dict[str, Any] | None] = lambda step: None) -> None:
         self.config, self.engine, self.loader, self.ranks, self.domains = config, engine, loader, ranks, loader.domains
@@ -58,6 +62,7 @@ class Trainer:
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()
         self.saved_step, self.save_seconds = 0, None  # of the last checkpoint; None: none was made since the start
+        self.durable_step = 0  # lags behind saved_step while a save is under way
         self.save_owed = False
 
     def state(self) -> dict[str, Any]:
@@ -73,7 +78,7 @@ class Trainer:
         """Train, then save the last step. first_step: 1 for a fresh run. Raises Stopped when a rank was told to stop, and
         UserError when the guard gives up."""
         config, last, step = self.config, self.config.last_step, first_step - 1
-        self.saved_step = step
+        self.saved_step = self.durable_step = step
         clock = self._clock(step)
         while step < last or self.guard.tripped:
             if self.guard.tripped:
@@ -138,6 +143,7 @@ class Trainer:
         begin = self.loader.position(step)
         self.loader.pass_over(step, stop)
         self.validation = state.get("validation")
+        self.durable_step = step
         self.save_now(step, wait=True)
         self.emit(RollbackEvent(step, first, last, guard.reason, begin, stop, guard.rollbacks))
         return step
@@ -147,16 +153,20 @@ class Trainer:
 
     def save_now(self, step: int, wait: bool) -> None:
         self.life.doing("save", step)
+        self.saved_step, self.save_owed = step, False
         self._took(self.save(step, self.state(), wait))
         self.last_saved_at = time.monotonic()
-        self.saved_step, self.save_owed = step, False
 
     def look(self, wait: bool) -> None:
         """See what became of the save under way."""
         self._took(self.poll(wait))
 
-    def _took(self, seconds: float | None) -> None:
-        self.save_seconds = self.save_seconds if seconds is None else seconds
+    def _took(self, outcomes: Outcomes) -> None:
+        for one in outcomes:
+            if isinstance(one, Finished):
+                self.save_seconds, self.durable_step = one.seconds, step_of(one.saved.folder)
+            elif one.step == self.saved_step:
+                self.saved_step = self.durable_step
 
     def end_early(self, step: int) -> None:
         """Save `step`, the last that was made, where that fits into the time that is left, and raise Stopped. Collective."""
@@ -166,15 +176,17 @@ class Trainer:
         name = next(name for name, _, _ in told if name)
         left = min(seconds for _, seconds, _ in told if seconds is not None)
         measured = [seconds for _, _, seconds in told if seconds is not None]
+        why = "the save failed"
         if step > self.saved_step and measured and max(measured) > left:
-            text = (f"not saved, for the last save took {max(measured):.1f} s and {max(left, 0.0):.1f} s of checkpoint.grace_seconds"
-                    f" = {grace:g} were left; the checkpoint of step {self.saved_step} is kept")
-        else:
-            if step > self.saved_step:
-                self.save_now(step, wait=True)
-            text = "saved" if step else "nothing to save yet"
+            why = (f"the last save took {max(measured):.1f} s and {max(left, 0.0):.1f} s of checkpoint.grace_seconds"
+                   f" = {grace:g} were left")
+        elif step > self.saved_step:
+            self.save_now(step, wait=True)
         self.life.doing("save", step)
         self.look(wait=True)
+        text = "saved" if step else "nothing to save yet"
+        if step > self.saved_step:
+            text = f"not saved, for {why}; the checkpoint of step {self.saved_step} is kept"
         raise Stopped(f"stopped by {name} after step {step} ({text}); this resumes: {resume_command()}")
 
     def train_step(self, step: int) -> DomainSums | None:

@@ -17,20 +17,21 @@ from kernels.causality import CausalityError, check_attention
 from kernels.cross_entropy import pick
 from nextpt.checkpoint.folders import step_of, steps
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.keeper import Finished, Keeper
+from nextpt.checkpoint.keeper import Failed, Keeper
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.restore import check_shapes
 from nextpt.config import Config, differences, load_config, to_yaml
 from nextpt.data.loader import Loader
 from nextpt.errors import CheckpointError, ConfigError, DataError, UserError
-from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile
+from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile, SaveFailedEvent
 from nextpt.train.agree import refuse_disagreement
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
 from nextpt.train.environment import describe_start, place, record_start, versions
 from nextpt.train.life import Life, living
-from nextpt.train.loop import Trainer
+from nextpt.train.loop import Outcomes, Trainer
 from nextpt.train.memory import loss_chunking
+from nextpt.train.mirroring import mirroring, open_mirror
 from nextpt.train.randomness import get_rng, set_rng
 from nextpt.train.start import open_start, start_from
 from nextpt.train.together import on_all, on_first
@@ -55,7 +56,9 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
 
 def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_trackers: OpenTrackers) -> None:
     loader = on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
-    keeper = Keeper(config.run_dir / "checkpoints", config.checkpoint, ranks, lambda text: _say(ranks, text), life.may_commit)
+    root = config.run_dir / "checkpoints"
+    mirror = on_all(ranks, lambda: open_mirror(config, root, life))
+    keeper = Keeper(root, config.checkpoint, ranks, lambda text: _say(ranks, text), life.may_commit, mirror)
     refuse_disagreement(ranks, {"dataset": loader.state(0)})
     on_first(ranks, lambda: _check_run_folder(config))
     checkpoint = keeper.start()
@@ -64,7 +67,8 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
     if checkpoint:
         _check_data(config, checkpoint, loader)
         if first_step > config.last_step:
-            _say(ranks, f"run {config.run_dir} is complete at step {checkpoint.step}; to train on, raise train.steps")
+            with mirroring(mirror, config, ranks, life, lambda event: None, lambda text: _say(ranks, text)):
+                _say(ranks, f"run {config.run_dir} is complete at step {checkpoint.step}; to train on, raise train.steps")
             return
     start = on_all(ranks, lambda: open_start(config, lambda text: _say(ranks, text))) if checkpoint is None else None
     check_causality(config, device)
@@ -93,31 +97,50 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
             resume(engine, earlier, ranks)
         return earlier and earlier.state
 
-    def tell(finish: Callable[[], list[Finished]]) -> float | None:
+    def tell(finish: Callable[[], Outcomes]) -> Outcomes:
         try:
-            finished = finish()
+            outcomes = finish()
         except CheckpointError:
             on_all(ranks, life.check)  # that the folder was lost is another end than a failed save
             raise
-        for one in finished:
-            folder = one.saved.folder
-            emit(CheckpointEvent(step_of(folder), str(folder), one.seconds, one.saved.bytes, one.stall_seconds))
-        return finished[-1].seconds if finished else None
+        for one in outcomes:
+            if isinstance(one, Failed):
+                on_all(ranks, life.check)
+                go_on_without(config, one)
+                emit(SaveFailedEvent(one.step, str(one.error), one.error.rank, one.error.number, one.in_row))
+            else:
+                folder = one.saved.folder
+                emit(CheckpointEvent(step_of(folder), str(folder), one.seconds, one.saved.bytes, one.stall_seconds))
+        return outcomes
+
+    def poll(wait: bool) -> Outcomes:
+        outcomes = tell(lambda: keeper.poll(wait))
+        for event in mirror.news() if mirror else ():
+            emit(event)
+        return outcomes
 
     def emit(event: Event) -> None:
         for listener in listeners:
             listener.on_event(event)
 
     try:
-        trainer = Trainer(config, engine, loader, ranks, save_step, lambda wait: tell(lambda: keeper.poll(wait)), emit, life, go_back)
+        trainer = Trainer(config, engine, loader, ranks, save_step, poll, emit, life, go_back)
         if checkpoint:
             go_on(trainer, checkpoint)
-        trainer.run(first_step)
+        with mirroring(mirror, config, ranks, life, emit, lambda text: _say(ranks, text)):
+            trainer.run(first_step)
     finally:
         life.doing("closing", life.progress.step)  # trackers may have much to send
         loader.close()
         for listener in listeners:
             listener.close()
+
+
+def go_on_without(config: Config, failed: Failed) -> None:
+    """Raises the error of a failed save where training must not go on without it."""
+    settings = config.checkpoint
+    if settings.on_failure == "stop" or failed.in_row >= settings.max_failures or failed.step == config.last_step:
+        raise failed.error
 
 
 def check_causality(config: Config, device: torch.device) -> None:

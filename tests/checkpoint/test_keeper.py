@@ -9,10 +9,9 @@ import pytest
 
 from nextpt.checkpoint import keeper as keeper_module
 from nextpt.checkpoint.commit import open_newest
-from nextpt.checkpoint.keeper import Finished, Keeper
+from nextpt.checkpoint.keeper import Failed, Finished, Keeper
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
-from nextpt.errors import CheckpointError
 from tests.support.checkpoints import State, holds, on_ranks
 
 
@@ -163,15 +162,14 @@ def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(tmp_path: Path
     def job(ranks: Ranks) -> str:
         keeper = Keeper(tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None)
         (tmp_path / "run").write_text("a file where the folder should be")
-        keeper.save(State(1.0, ranks.rank, ranks.world_size), {"step": 1, "config": {}}, {}, wait=False)
-        with pytest.raises(CheckpointError) as raised:
-            while True:
-                keeper.poll()
-        assert keeper.poll() == []
-        return str(raised.value)
+        found = keeper.save(State(1.0, ranks.rank, ranks.world_size), {"step": 1, "config": {}}, {}, wait=False)
+        while not found:
+            found = keeper.poll()
+        assert keeper.poll() == [] and isinstance(found[0], Failed)
+        return str(found[0].error)
 
     messages = on_ranks(world_size, job)
-    assert len(set(messages)) == 1 and "failed on rank 0: FileExistsError" in messages[0]
+    assert len(set(messages)) == 1 and f"failed on rank 0: {tmp_path / 'run'}: File exists (EEXIST)" in messages[0]
 
 
 def test_numbers_grow_although_the_manifests_on_the_disk_are_lost(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Death at a chosen file operation: of this process for good, or of what it does, as if it had been killed there.
+"""Death at a chosen file operation: of this process for good, or of what it does, as if it had been killed there; and refusals.
 
 Seen by an audit hook, so nothing goes past it: opening to write, renaming, removing, making folders; and syncing and the
 writing of tensor files, which have no audit event. With a power loss, what was not synced at the moment of death is lost
@@ -9,6 +9,7 @@ old names. (Removals that come back are not played.)
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -87,10 +88,18 @@ class _Plan:
 
 
 _plan: _Plan | None = None
+_refused: tuple[re.Pattern[str], int] | None = None
 _installed = False
 
 
+def _refuse(path: str) -> None:
+    if _refused and _refused[0].search(path):
+        raise OSError(_refused[1], os.strerror(_refused[1]), path)
+
+
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _refused and event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        _refuse(arguments[0])
     plan = _plan
     if plan is None or plan.paused or event not in TOUCHES:
         return
@@ -107,16 +116,43 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 @contextmanager
+def refusing(pattern: str, number: int) -> Iterator[None]:
+    """Within the block every file whose path the pattern finds is refused with this errno, when it is opened to write or synced."""
+    global _refused
+    _install()
+    sync, save_file = os.fsync, checkpoint_format.save_file
+
+    def fsync(handle: int) -> None:
+        _refuse(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def written(tensors: dict[str, Any], path: Path) -> None:
+        _refuse(str(path))
+        save_file(tensors, path)
+
+    os.fsync, checkpoint_format.save_file, _refused = fsync, written, (re.compile(pattern), number)
+    try:
+        yield
+    finally:
+        os.fsync, checkpoint_format.save_file, _refused = sync, save_file, None
+
+
+def _install() -> None:
+    global _installed
+    if not _installed:
+        sys.addaudithook(_hook)
+        _installed = True
+
+
+@contextmanager
 def dying_at(root: Path, at: int | None, real: bool = False, power_loss: bool = False, watch: Callable[[], None] | None = None) -> Iterator[_Plan]:
     """Within the block, die before operation number `at` (from 0; None: never) under `root`; `.count` counts them.
 
     real: this process is killed; otherwise Killed is raised, in every thread. power_loss: what was not synced is lost.
     watch: called before each operation.
     """
-    global _plan, _installed
-    if not _installed:
-        sys.addaudithook(_hook)
-        _installed = True
+    global _plan
+    _install()
     sync, save_file = os.fsync, checkpoint_format.save_file
     plan = _Plan(root, at, real, power_loss, watch)
 

@@ -1,0 +1,74 @@
+"""`nextpt checkpoint list`, `verify` and `fetch`, on run folders and mirrors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from launcher.cli import app
+from nextpt.checkpoint.archive import Archive
+from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.manifest import read_manifest
+from tests.support.checkpoints import holds, write
+
+
+def nextpt(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["checkpoint", *map(str, arguments)])
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[Path, str]:
+    """(run folder, address of its mirror) with the steps 1 and 2."""
+    root = tmp_path / "run" / "checkpoints"
+    archive = Archive(f"file://{tmp_path}/mirror")
+    for step in (1, 2):
+        folder = write(root, step, float(step), line=[[1, 1]] if step == 2 else [])
+        archive.send(folder, read_manifest(folder))
+    archive.claim("run", "owner", "host")
+    return tmp_path / "run", f"file://{tmp_path}/mirror"
+
+
+def test_a_table_of_what_is_there_newest_first(places: tuple[Path, str], tmp_path: Path) -> None:
+    for place in (*places, tmp_path / "mirror", places[0] / "checkpoints"):
+        result = nextpt("list", place)
+        lines = [line for line in result.stdout.splitlines() if "step-" in line]
+        assert result.exit_code == 0 and [line.split()[:2] for line in lines] == [["2", "2"], ["1", "1"]]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_verify_finds_one_flipped_bit(places: tuple[Path, str], which: int, tmp_path: Path) -> None:
+    place = places[which]
+    assert nextpt("verify", place).stdout.count("whole") == 2
+    damaged = next((tmp_path / ("run", "mirror")[which]).rglob("*step-000000002*")) / "state.json"
+    data = bytearray(damaged.read_bytes())
+    data[5] ^= 1
+    damaged.write_bytes(data)
+    result = nextpt("verify", place)
+    assert result.exit_code == 65 and "state.json is damaged" in " ".join(result.stdout.split()) and result.stdout.count("whole") == 1
+    assert nextpt("verify", place, "--step", 1).exit_code == 0
+
+
+def test_fetch_takes_the_newest_whole_one(places: tuple[Path, str], tmp_path: Path) -> None:
+    assert nextpt("fetch", places[1], "--output", tmp_path / "copy").exit_code == 0
+    assert holds(open_newest(tmp_path / "copy" / "checkpoints"), 2.0)
+    (next((tmp_path / "mirror").glob("*step-000000002*")) / "state.json").write_text("{}")
+    result = nextpt("fetch", places[1], "--output", tmp_path / "other")
+    assert result.exit_code == 0 and "is not usable" in result.stdout
+    assert holds(open_newest(tmp_path / "other" / "checkpoints"), 1.0)
+    assert nextpt("fetch", places[1], "--output", tmp_path / "third", "--step", 2).exit_code == 65
+    assert not list((tmp_path / "third").rglob("step*"))
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, told in [
+        (("list", tmp_path / "none"), "is not a folder"), (("list", tmp_path / "empty"), "holds no checkpoint"),
+        (("verify", tmp_path / "empty", "--step", 3), "holds no checkpoint of step 3; there are: none"),
+        (("list", "nosuch://bucket/run"), "expected a path, s3://"), (("fetch", f"file://{tmp_path}/none", "--output", tmp_path / "x"), "holds no checkpoint"),
+    ]:
+        result = nextpt(*arguments)
+        assert result.exit_code == 2 and told in result.stderr, result.output
+    for command in ("list", "verify", "fetch"):
+        assert "example: nextpt checkpoint" in nextpt(command, "--help").stdout

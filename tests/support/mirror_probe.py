@@ -1,0 +1,37 @@
+"""A rank in whose job the way to the store breaks for some steps; see tests/distributed/test_mirror.py.
+
+    python -m tests.support.mirror_probe SWITCH CONFIG.yaml
+
+Rank 0 writes "STEP" to SWITCH after each step and waits until it is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from nextpt.config import load_config
+from nextpt.train.life import Life
+from nextpt.train.run import run_training
+
+
+def main(switch: str, file: str) -> None:
+    made = Life.made
+
+    def made_and_told(self: Life, step: int) -> None:
+        made(self, step)
+        if os.environ["RANK"] == "0" and step:
+            Path(switch + ".tmp").write_text(str(step))
+            os.rename(switch + ".tmp", switch)
+            while Path(switch).exists():
+                time.sleep(0.01)
+
+    Life.made = made_and_told
+    run_training(load_config(file))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -117,6 +117,10 @@ class Checkpoint:
         assert filled == stop - start, f"{name} ({kind}): fragments that tile were checked for when the checkpoint was opened"
         return out
 
+    def close(self) -> None:
+        """Let go of the files, which reading opens again: while one is mapped, removing it frees no room on the disk."""
+        self._open.clear()
+
     def read_whole(self, name: str, kind: str = "weight") -> Tensor:
         """One parameter in its full shape, fp32."""
         shape = self.shapes()[name]

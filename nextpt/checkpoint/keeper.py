@@ -11,7 +11,7 @@ from threading import Thread
 from typing import Any
 
 from nextpt.checkpoint.commit import Saved, choose, commit, intact, on_first, out_of_the_way, snapshot_together
-from nextpt.checkpoint.folders import listing, remove
+from nextpt.checkpoint.folders import clear_leftovers, listing, remove
 from nextpt.checkpoint.format import Checkpoint, Snapshot
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.ranks import Ranks
@@ -49,7 +49,11 @@ class Keeper:
         self._begun = self._stall = 0.0
 
     def start(self) -> Checkpoint | None:
-        """What to resume from; see `choose`. Saves will continue its line."""
+        """What to resume from; see `choose`. Saves will continue its line. Leftovers of killed saves are removed.
+
+        So after a job that was killed in its last save they do not stay for ever; the next save would come too late.
+        """
+        on_first(lambda: clear_leftovers(self.root), self.root, self.ranks)
         found = choose(self.root, self.settings.resume, self.ranks, self.warn, mend=True)
         if found is not None:
             self._line = read_manifest(found.folder).line

@@ -1,0 +1,88 @@
+"""What killed jobs leave on a machine: a start is clean without being asked, and nothing of a living job is touched."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nextpt.config import to_yaml
+from nextpt.events import read_events
+from nextpt.train.lock import RunLock
+from tests.support.datasets import tiny
+from tests.support.ranks import run_ranks, start_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = str(ROOT / "launcher" / "run.py")
+
+
+@pytest.fixture
+def shared() -> Iterator[dict[str, Path]]:
+    """Files in shared memory as DeepSpeed names them: of a dead job, and of a living one, this process."""
+    files = {state: Path(f"/dev/shm/deepspeed_allreduce_buffer_{uuid.uuid4().hex}_{state}") for state in ("dead", "living")}
+    for state, path in files.items():
+        path.write_bytes(state.encode() * 1000)
+    with open(files["living"], "r+b") as file, mmap.mmap(file.fileno(), 0):
+        yield files
+    for path in files.values():
+        path.unlink(missing_ok=True)
+
+
+def test_a_lock_gets_its_folder_clean_of_temporary_files_and_keeps_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "stacks").mkdir()
+    left = [tmp_path / ".config.yaml.tmp-1234", tmp_path / ".lock-1.json.tmp-99", tmp_path / "stacks" / ".rank-0.json.tmp-7"]
+    kept = [tmp_path / "metrics.jsonl", tmp_path / "notes.tmp-1", tmp_path / ".hidden", tmp_path / "stacks" / "rank-0.txt"]
+    for path in left + kept:
+        path.write_text("x")
+    lock = RunLock(tmp_path)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+    lock.release()
+
+
+@pytest.mark.slow
+def test_a_start_among_leftovers(dataset: Path, tmp_path: Path, shared: dict[str, Path]) -> None:
+    """A lock that a killed compilation left, staging folders, a half-done removal, a lock of a number that lives as another."""
+    run, extensions = tmp_path / "run", tmp_path / "extensions"
+    for name in ("deepspeed_shm_comm", "shm_comm", "fused_adam", "cpu_adam"):
+        for parent in (extensions / name, extensions / "py311_cpu" / name):
+            parent.mkdir(parents=True)
+            (parent / "lock").touch()
+    for name in (".staging-step-000000004", ".staging-fenced-3-0", ".removing-step-000000002"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / "rank-00000.safetensors").write_bytes(b"half")
+    (run / ".exit.json.tmp-1").write_text("half")
+    lock = RunLock(run)
+    lock._stop.set()
+    [path] = run.glob("lock-*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "1"}))  # this process lives, and is not that one
+    before = {state: file.read_bytes() for state, file in shared.items()}
+
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, run, train={"steps": 3, "zero_stage": 3}, checkpoint={"every_steps": 2})))
+    run_ranks([RUN, "--config", str(tmp_path / "tiny.yaml")], 2, tmp_path / "logs", TORCH_EXTENSIONS_DIR=str(extensions))
+    assert [event["step"] for event in read_events(run / "metrics.jsonl", "train")] == [1, 2, 3]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000000002", "step-000000003"]
+    assert not [p for p in run.iterdir() if ".tmp" in p.name]
+    assert len(list(extensions.rglob("lock"))) == 8, "not ours: another job may wait at one of them"
+    assert {state: file.read_bytes() for state, file in shared.items()} == before
+
+
+@pytest.mark.slow
+def test_a_taken_port_is_told_in_one_line_and_left_to_its_owner(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run")))
+    with socket.socket() as owner:
+        owner.bind(("127.0.0.1", 0))
+        owner.listen()
+        port = str(owner.getsockname()[1])
+        [rank] = start_ranks([[RUN, "--config", str(tmp_path / "tiny.yaml")]], tmp_path / "logs", MASTER_PORT=port)
+        assert rank.wait(120) == 2
+        with socket.create_connection(owner.getsockname(), 5):
+            owner.accept()[0].close()
+    said = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert said.count("\n") == 1 and f"error: ranks cannot meet at 127.0.0.1:{port}: " in said and "set MASTER_PORT" in said, said
+    assert not (tmp_path / "run").exists()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_prep.processes import children_of
 from nextpt.config import to_yaml
+from nextpt.data.streaming_rows import remove_stale
 from nextpt.events import read_events
 from nextpt.train.lock import RunLock
 from tests.support.datasets import tiny
@@ -86,3 +90,55 @@ def test_a_taken_port_is_told_in_one_line_and_left_to_its_owner(dataset: Path, t
     said = (tmp_path / "logs" / "rank-0.log").read_text()
     assert said.count("\n") == 1 and f"error: ranks cannot meet at 127.0.0.1:{port}: " in said and "set MASTER_PORT" in said, said
     assert not (tmp_path / "run").exists()
+
+
+def left_by_streaming(shared: Path, number: int, folder: str) -> list[Path]:
+    """Files as StreamingDataset names them and notes its folders in."""
+    text = f"{folder}\0{number}".encode()
+    files = [shared / f"{number:06}_{name}" for name in ("locals", "barrier", "shard_states")]
+    files[0].write_bytes((4 + len(text)).to_bytes(4, "little") + text)
+    for file in files[1:]:
+        file.write_bytes(b"x" * 16)
+    return files
+
+
+def test_shared_memory_of_a_dead_dataset_in_the_same_folder_goes_and_no_other(tmp_path: Path) -> None:
+    dead, mapped, opened, elsewhere = (left_by_streaming(tmp_path, n, folder) for n, folder in
+                                       enumerate(["/data/train", "/data/train", "/data/other/../train", "/data/heldout"]))
+    (tmp_path / "000009_locals").write_bytes(b"\xff")
+    with open(mapped[1], "r+b") as file:
+        area = mmap.mmap(file.fileno(), 0)
+    with open(opened[0], "rb"):
+        remove_stale(["/data/else", "/data/./train"], tmp_path)
+    area.close()
+    assert not any(path.exists() for path in dead)
+    assert all(path.exists() for path in [*mapped, *opened, *elsewhere, tmp_path / "000009_locals"])
+    remove_stale(["/data/train"], tmp_path)
+    assert not any(path.exists() for path in [*mapped, *opened])
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_through_streaming_goes_on_after_all_its_processes_were_killed(dataset: Path, tmp_path: Path) -> None:
+    """Python's resource tracker, which would clean up, too: as the kernel does with a whole control group."""
+    (tmp_path / "tmp").mkdir()
+    config = tiny(tmp_path / "local", tmp_path / "run", data={"backend": "streaming", "remote": str(dataset), "scratch": str(tmp_path / "scratch")},
+                  train={"steps": 100_000, "zero_stage": 1}, checkpoint={"every_steps": 2})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    command = [RUN, "--config", str(tmp_path / "run.yaml")]
+    ranks = start_ranks([command] * 2, tmp_path / "first", TMPDIR=str(tmp_path / "tmp"))
+    deadline = time.monotonic() + 120
+    while not read_events(tmp_path / "run" / "metrics.jsonl", "checkpoint"):
+        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), (tmp_path / "first" / "rank-0.log").read_text()
+        time.sleep(0.05)
+    for pid in [child for rank in ranks for child in children_of(rank.pid)] + [rank.pid for rank in ranks]:
+        os.kill(pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+    assert any(str(tmp_path / "local").encode() in path.read_bytes() for path in Path("/dev/shm").glob("*_locals"))
+    ranks = start_ranks([[*command, "train.stop_at=20"]] * 2, tmp_path / "second", TMPDIR=str(tmp_path / "tmp"))
+    try:
+        assert [rank.wait(150) for rank in ranks] == [0, 0], (tmp_path / "second" / "rank-0.log").read_text()[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert read_events(tmp_path / "run" / "metrics.jsonl", "train")[-1]["step"] >= 20

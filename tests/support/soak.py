@@ -31,7 +31,7 @@ from nextpt.train.ending import read_end
 from tests.support.figures import machine, quantiles
 from tests.support.ranks import start_ranks
 from tests.support.storm import DETECT, Breach, Case, Run, Storm, announce
-from tests.support.zygote import Job, warm
+from tests.support.zygote import Job, one_thread, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL = 40  # steps between saves; of about a tenth of a second each
@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    os.environ["PYTHONWARNINGS"] = "ignore"
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     load = os.getloadavg()[0]
     try:
@@ -170,4 +170,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    one_thread("tests.support.soak")
     sys.exit(main())

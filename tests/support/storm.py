@@ -52,7 +52,7 @@ from nextpt.train.environment import read_starts
 from tests.support.datasets import make_dataset, tiny
 from tests.support.file_operations import in_a_child
 from tests.support.figures import machine, quantiles
-from tests.support.zygote import Job, adopt, orphans, warm
+from tests.support.zygote import Job, adopt, one_thread, orphans, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL = 24, 3  # of a run; between saves
@@ -326,10 +326,13 @@ class Storm:
         kill = Kill(str(case), case.stage, victim, "anywhere", case.asynchronous, False, True, time.time())
         os.kill(pids[0], signal.SIGKILL)
         struck = time.monotonic()
-        while working_on(run.config):
+        while any("run.py --local_rank" in command_of(pid) for pid in working_on(run.config)):
             self.expect(time.monotonic() - struck < DETECT, run, f"ranks live {DETECT} s after {victim} was killed")
             time.sleep(0.02)
         kill.detected = time.monotonic() - struck
+        while working_on(run.config):  # deepspeed's launchers look once in a while
+            self.expect(time.monotonic() - struck < 30, run, f"launchers live 30 s after {victim} was killed")
+            time.sleep(0.02)
         code = job.wait(30)
         self.expect(code != 0, run, f"nextpt train ended with 0 though {victim} was killed")
         self.kills.append(kill)
@@ -417,7 +420,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
     print(f"seed {seed}", flush=True)
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    os.environ["PYTHONWARNINGS"] = "ignore"
     private = own_shared_memory()
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
@@ -460,4 +463,5 @@ def brew(storm: Storm, options: argparse.Namespace, private: bool) -> dict[str, 
 
 
 if __name__ == "__main__":
+    one_thread("tests.support.storm")
     sys.exit(main())

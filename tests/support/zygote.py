@@ -30,6 +30,13 @@ LATE = ("setuptools", "deepspeed.runtime.zero.muon.original_muon", "torch._induc
 LONGEST = 600  # seconds after which the kernel ends a rank that nobody ended
 
 
+def one_thread(module: str) -> None:
+    """Start this process again, as `python -m MODULE`, if libraries may have started threads in it. For the first line of a main."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
+
+
 def warm() -> None:
     """Import what a training job imports, also what it imports late. Before the first fork."""
     import torch
@@ -43,7 +50,7 @@ def warm() -> None:
     torch.set_num_threads(1)
     # pyarrow's allocator has a thread, and stops it itself around a fork.
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-    assert sum(name != "jemalloc_bg_thd" for name in names) == 1, f"a process with the threads {names} must not fork; set OMP_NUM_THREADS=1"
+    assert sum(name != "jemalloc_bg_thd" for name in names) == 1, f"a process with the threads {names} must not fork"
 
 
 def adopt() -> None:
@@ -182,4 +189,5 @@ def _main(file: str) -> int:
 
 
 if __name__ == "__main__":
+    one_thread("tests.support.zygote")
     sys.exit(_main(sys.argv[1]))

@@ -30,7 +30,7 @@ from nextpt.events import read_events
 from nextpt.train.ending import read_end
 from tests.support.figures import machine, quantiles
 from tests.support.ranks import start_ranks
-from tests.support.storm import DETECT, Breach, Case, Run, Storm, announce
+from tests.support.storm import Breach, Case, Run, Storm, announce, noticed
 from tests.support.zygote import Job, one_thread, warm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +72,12 @@ def start(storm: Storm, run: Run, cold: bool) -> Job | ColdJob:
     return ColdJob(arguments, run.log) if cold else Job(arguments, 2, run.log, announce)
 
 
+def said(job: Job | ColdJob, run: Run) -> str:
+    """What the ranks have said; forks share a log with those before."""
+    logs = run.log.with_suffix("").glob("rank-*.log") if isinstance(job, ColdJob) else [run.log]
+    return "".join(log.read_text() for log in logs)
+
+
 def lives(storm: Storm, run: Run, seconds: float, mtbf: float, begin: Callable[[], Job | ColdJob]) -> tuple[float, list[dict[str, float]]]:
     """Start, kill and start again for so long. Returns the seconds that it took, and of each kill {redone, recovered}."""
     dice = random.Random(f"{storm.seed} soak")
@@ -86,10 +92,11 @@ def lives(storm: Storm, run: Run, seconds: float, mtbf: float, begin: Callable[[
             codes = job.wait(60)
             storm.expect(codes == [REQUEUE] * 2, run, f"ranks ended with {codes} after SIGTERM")
         else:
+            before = len(said(job, run))
             job.kill([dice.randrange(2)])
-            if job.wait(DETECT) is None:  # at start-up, before the ranks have met: a launcher would end the other
-                job.kill([0, 1])
-                job.wait()
+            noticed(job, lambda job=job, before=before: said(job, run)[before:])
+            job.kill([0, 1])  # as a launcher does
+            job.wait()
         job.close()
         fresh = [e for e in read_events(run.folder / "metrics.jsonl", "train") if e["time"] >= job.began]
         if fresh and killed_at:

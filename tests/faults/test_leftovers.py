@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 
 from data_prep.processes import children_of
-from nextpt.config import to_yaml
+from nextpt.checkpoint.keeper import Keeper
+from nextpt.checkpoint.ranks import Ranks
+from nextpt.config import CheckpointSection, to_yaml
 from nextpt.data.streaming_rows import remove_stale
 from nextpt.events import read_events
 from nextpt.train.lock import RunLock
+from tests.support.checkpoints import write
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks, start_ranks
 
@@ -47,6 +50,16 @@ def test_a_lock_gets_its_folder_clean_of_temporary_files_and_keeps_the_rest(tmp_
     lock = RunLock(tmp_path)
     assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
     lock.release()
+
+
+def test_a_start_removes_what_a_job_killed_in_its_last_save_left(tmp_path: Path) -> None:
+    """No save of a run that is complete would."""
+    folder = write(tmp_path, 4)
+    for name in (".staging-step-000000005", ".staging-fenced-3-0", ".removing-step-000000003"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-00000.safetensors").write_bytes(b"half")
+    assert Keeper(tmp_path, CheckpointSection(), Ranks(), print).start().folder == folder
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.slow

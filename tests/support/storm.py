@@ -248,7 +248,7 @@ class Storm:
 
     def strike(self, job: Job, run: Run, victims: str, aimed: str, hit: list[int]) -> Kill:
         """SIGKILL. Where one rank is hit, see that the others notice, or that they had not met yet; then end them, as a launcher does."""
-        case, before = run.case, run.log.stat().st_size if run.log.exists() else 0
+        case, before = run.case, len(run.log.read_text()) if run.log.exists() else 0
         kill = Kill(str(case), case.stage, victims, aimed, case.asynchronous, False, False, time.time())
         began = time.monotonic()
         job.kill(hit)

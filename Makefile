@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test test-slow gpu-check bench clean browser system-deps
+.PHONY: help setup demo test test-slow storm gpu-check bench clean browser system-deps
 
 help:
 	@echo "make setup      make .venv and install everything"
 	@echo "make demo       the whole path on a CPU: corpus, tokenizer, training, resume, evaluation, samples, report"
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  the long tests"
+	@echo "make storm      training killed KILLS times (1000), at random instants and in saves; nothing may be lost"
 	@echo "make gpu-check  the kernel tests on a GPU, with the python3 of this shell"
 	@echo "make bench      the benchmarks"
 	@echo "make clean      remove .venv and caches (runs/ stays)"
@@ -32,6 +33,10 @@ test: setup
 
 test-slow: setup browser system-deps
 	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu"
+
+KILLS ?= 1000
+storm: setup
+	@$(BIN)/python -m tests.support.storm --kills $(KILLS) --launchers $$(($(KILLS) / 100)) $(if $(SEED),--seed $(SEED))
 
 # The report is tested in a real browser; without one those tests are skipped and say so.
 browser:

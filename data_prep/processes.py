@@ -9,8 +9,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
+
+import psutil
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 POLL = 1.0  # seconds between looks at ancestors
@@ -92,6 +95,20 @@ def command_of(pid: int) -> str:
             return file.read().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+def open_files() -> Iterator[str]:
+    """Paths of the files that processes we may look at have open."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            yield from (file.path for file in process.open_files())
+
+
+def mapped_files() -> Iterator[str]:
+    """Paths that processes we may look at have mapped: shared memory is often closed once it is mapped."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            yield from (area.path for area in process.memory_maps())
 
 
 def _stat(pid: int) -> list[str] | None:

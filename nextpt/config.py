@@ -375,13 +375,13 @@ class Config(Section):
 
 
 # Keys that may differ when a run is resumed: none changes what the model learns from which data,
-# but train.steps/tokens, which lengthen or shorten the run, and data.stages, whose past the loader compares (nextpt/data/plan.py);
-# train.precision stays out on purpose.
+# but train.steps/tokens, which lengthen or shorten the run, data.stages, whose past the loader compares (nextpt/data/plan.py),
+# and train.precision: the state is fp32 in either.
 MAY_DIFFER = (
     "run.dir", "data.path", "data.remote", "data.cache_limit_gib", "data.scratch", "data.stages", "data.repeat_caps", "data.repeat_caps.",
     "data.backend", "data.prefetch_threads", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
-    "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every", "train.hang_seconds", "train.peak_tflops",
-    "checkpoint.", "guard.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
+    "train.precision", "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every",
+    "train.hang_seconds", "train.peak_tflops", "checkpoint.", "guard.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
 )
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
+from data_prep.processes import mapped_files, open_files
 from launcher.doctor.finding import Finding, ok, warning
 
 YOUNG = 30.0  # seconds: a file that someone may be about to open
@@ -29,7 +26,7 @@ def extension_locks(root: Path | None = None) -> Finding:
     """A compilation holds an open file named `lock`; one that nobody has open was left by a killed process."""
     root = root or extensions_folder()
     locks = list(root.rglob("lock")) if root.is_dir() else []
-    held = set(_open_files()) if locks else set()
+    held = set(open_files()) if locks else set()
     stale = [lock for lock in locks if str(lock.resolve()) not in held]
     if stale:
         return warning("extension locks", f"{len(stale)} left by killed compilations: {', '.join(map(str, stale[:3]))}",
@@ -40,7 +37,7 @@ def extension_locks(root: Path | None = None) -> Finding:
 def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
     """This user's files in shared memory that no process has open or mapped."""
     mine = [f for f in root.iterdir() if f.is_file() and f.stat().st_uid == os.getuid()] if root.is_dir() else []
-    used = set(_open_files()) | set(_mapped_files()) if mine else set()
+    used = set(open_files()) | set(mapped_files()) if mine else set()
     now = time.time()
     stale = [f for f in mine if str(f) not in used and now - f.stat().st_mtime > YOUNG]
     if not stale:
@@ -49,17 +46,3 @@ def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
     names = " ".join(f"'{f}'" for f in stale[:5]) + (" ..." if len(stale) > 5 else "")
     return warning("stale shared memory", f"{len(stale)} files, {size / 2**20:.1f} MiB, that no process uses: {names}",
                    "remove them when no job of yours starts at this moment: they hold memory until the machine restarts")
-
-
-def _open_files() -> Iterator[str]:
-    """Paths of the files that processes we may look at have open."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            yield from (file.path for file in process.open_files())
-
-
-def _mapped_files() -> Iterator[str]:
-    """Paths that processes have mapped: shared memory is often closed once it is mapped."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            yield from (area.path for area in process.memory_maps())

@@ -29,6 +29,8 @@ from nextpt.checkpoint.manifest import Damaged, OtherVersion, describe
 from nextpt.checkpoint.state import ShardedState
 from nextpt.errors import CheckpointError
 
+MOST_MAPPED = 2**25  # bytes. Files are mapped to be read; opening one again reads its header, a few hundred kB at most
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -90,6 +92,7 @@ class Checkpoint:
             for entry in index.fragments:
                 self._fragments.setdefault((entry.name, entry.kind), []).append((f"rank-{rank:05d}.safetensors", entry))
         self._open: dict[str, Any] = {}
+        self._mapped = 0  # bytes read since the files were opened: so much of them counts as memory of this process
 
     @property
     def step(self) -> int:
@@ -114,8 +117,16 @@ class Checkpoint:
                 if common is not None:
                     place[within(common, wanted)] = self._slice(file, entry.tensor, within(common, entry.box))
                     filled += volume(common)
+                    self._mapped += 4 * volume(common)
+        if self._mapped > MOST_MAPPED:
+            self.close()
         assert filled == stop - start, f"{name} ({kind}): fragments that tile were checked for when the checkpoint was opened"
         return out
+
+    def close(self) -> None:
+        """Let go of the files, which reading opens again: while one is mapped, removing it frees no room on the disk."""
+        self._open.clear()
+        self._mapped = 0
 
     def read_whole(self, name: str, kind: str = "weight") -> Tensor:
         """One parameter in its full shape, fp32."""

@@ -24,7 +24,7 @@ from nextpt.checkpoint.commit import (
     same_everywhere,
     snapshot_together,
 )
-from nextpt.checkpoint.folders import listing, remove, steps
+from nextpt.checkpoint.folders import clear_leftovers, listing, remove, steps
 from nextpt.checkpoint.format import Checkpoint, Snapshot
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.mirror import Mirror
@@ -72,7 +72,10 @@ class Keeper:
         self._begun = self._stall = 0.0
 
     def start(self) -> Checkpoint | None:
-        """What to resume from; see `choose`, and `_come_back` with a mirror. Saves will continue its line."""
+        """What to resume from; see `choose`, and `_come_back` with a mirror. Saves will continue its line. Leftovers of killed saves
+        are removed: after a job that was killed in its last save they would stay for ever.
+        """
+        on_first(lambda: clear_leftovers(self.root), self.root, self.ranks)
         found = self._come_back() if self.mirror else self._choose()
         if found is not None:
             self._line = read_manifest(found.folder).line

@@ -15,7 +15,7 @@ from nextpt.data.passes import WINDOW
 from nextpt.data.remote import Remote
 from nextpt.data.rows import MappedRows, Rows, load_manifest, load_token_bytes
 from nextpt.data.store import Cache, ShardStore
-from nextpt.data.streaming_rows import streaming_rows
+from nextpt.data.streaming_rows import remove_stale, streaming_rows
 from nextpt.errors import ConfigError
 
 SHARD_THREADS = 4  # shards fetched, unpacked or verified at the same time; most of it is waiting
@@ -46,6 +46,7 @@ class Dataset:
                 split: [MappedRows(store, d, self.threads) for d, store in enumerate(stores)] for split, stores in self._stores.items()
             }
         else:
+            remove_stale([str(store.folder) for stores in self._stores.values() for store in stores])
             self.rows = {split: list(streaming_rows(config, stores, self.threads)) for split, stores in self._stores.items()}
         self.samples = [store.index.samples for store in self._stores["train"]]
 

@@ -9,16 +9,20 @@ same order, each can be checked against the other, and StreamingDataset's traps 
 - cache_limit deletes shards that have no remote: refused without data.remote.
 - It verifies a hash only when it downloads or unpacks; what lies on the disk is verified by our store first.
 - It refuses a folder that another StreamingDataset of the machine names, so two runs cannot share one; the native backend can.
+  It takes what a killed one left in shared memory for such another: that is removed first.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.processes import mapped_files, open_files
 from data_prep.streaming_compat import import_streaming
 from nextpt.config import Config
 from nextpt.data.batch import Row
@@ -52,6 +56,28 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise DataError(f"StreamingDataset cannot open {config.data.path}: {' '.join(str(error).split())}") from error
+
+
+def remove_stale(folders: list[str], shared: Path = Path("/dev/shm")) -> None:
+    """Remove the shared memory of datasets in these folders that no process of this machine has open or mapped.
+
+    A job that is killed as a whole leaves it, and StreamingDataset would refuse the folders to the next. To be called on every
+    rank before it opens the first dataset: one that is opened maps what others left, and creates nothing before all ranks are there.
+    """
+    ours, groups = {os.path.abspath(folder) for folder in folders}, []
+    for path in shared.glob("[0-9]*_locals") if shared.is_dir() else ():
+        try:
+            data = path.read_bytes()
+            theirs = data[4:int.from_bytes(data[:4], "little")].decode().split("\0")[:-1]
+        except (OSError, ValueError):
+            continue  # another user's, gone, or not what it seems
+        if ours & {os.path.abspath(folder) for folder in theirs}:
+            groups.append(list(shared.glob(f"{path.name.removesuffix('locals')}*")))
+    used = set(open_files()) | set(mapped_files()) if groups else set()
+    for group in groups:
+        if not used & set(map(str, group)):
+            for path in group:
+                path.unlink(missing_ok=True)
 
 
 class StreamingRows:

@@ -40,6 +40,7 @@ class RunLock:
         self._content = identity() | {"job": os.environ.get("SLURM_JOB_ID"), "since": time.time(), "held": True, "beat": 0}
         self.token = self._acquire(lease)
         self._remove_older()
+        self._remove_temporary()
         self._set_staging_aside()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="run lock")
@@ -83,6 +84,11 @@ class RunLock:
         for token in _tokens(self.folder):
             if token < self.token:
                 _path(self.folder, token).unlink(missing_ok=True)
+
+    def _remove_temporary(self) -> None:
+        """What `atomic_write` left where its process was killed: nobody else would ever take these names."""
+        for path in [*self.folder.glob(".*.tmp-*"), *self.folder.glob("stacks/.*.tmp-*")]:
+            path.unlink(missing_ok=True)
 
     def _set_staging_aside(self) -> None:
         """What a stopped holder was writing can no longer be given its name; the next save removes it."""

@@ -175,6 +175,7 @@ def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
         raise CheckpointError(f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])}, "
                               f"expected {sorted(engine.scalars())}; it was not written by this nextpt")
     engine.load(checkpoint, checkpoint.state["scalars"])
+    checkpoint.close()
     try:
         if states := checkpoint.rng(ranks.rank):
             set_rng(states)
@@ -205,14 +206,16 @@ def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:
 
 
 def _check_run_folder(config: Config) -> None:
-    """Refuse a folder that holds checkpoints of a run that differs in what it learns."""
+    """Refuse a folder that holds checkpoints of a run that differs in what it learns; say what else differs."""
     path = config.run_dir / "config.yaml"
     if not path.is_file() or not steps(config.run_dir / "checkpoints"):
         return
-    _, forbidden = differences(load_config(path), config)
+    allowed, forbidden = differences(load_config(path), config)
     if forbidden:
         raise ConfigError(f"run folder {config.run_dir} holds another run ({'; '.join(forbidden)}); "
                           "set these keys back, or give another run.dir")
+    if allowed:
+        print(f"changed since the last start: {'; '.join(allowed)}", flush=True)
 
 
 def _check_data(config: Config, checkpoint: Checkpoint, loader: Loader) -> None:

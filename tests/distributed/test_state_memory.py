@@ -1,0 +1,36 @@
+"""No rank holds more of a checkpoint than its share and a bounded rest, when it saves and when it loads. Measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nextpt.config import to_yaml
+from tests.support.datasets import tiny
+from tests.support.ranks import run_ranks
+
+REST = 40 * 2**20  # bytes: what is mapped to be read (32 MiB) or to hash (16), one tensor on its way, indexes, what Python keeps
+
+
+def measure(what: str, dataset: Path, folder: Path, ranks: int, stage: int) -> list[dict]:
+    name = f"{what}-{ranks}-{stage}"
+    config = tiny(dataset, folder / "run", model={"width": 512, "depth": 8}, train={"zero_stage": stage, "micro_batch_size": 1})
+    (folder / f"{name}.yaml").write_text(to_yaml(config))
+    # One arena and its own mapping for all that is large: what is freed is given back, and does not count for ever.
+    run_ranks(["-m", "tests.support.state_memory", what, str(folder / f"{name}.yaml"), str(folder / name)], ranks, folder / f"logs-{name}",
+              MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536")
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.slow
+def test_saving_and_loading_take_a_share(dataset: Path, tmp_path: Path) -> None:
+    """Saved by two ranks at stage 1, loaded by four at stage 3, where each has a quarter of every parameter."""
+    saved = measure("save", dataset, tmp_path, 2, 1)
+    loaded = measure("load", dataset, tmp_path, 4, 3)
+    whole = saved[0]["whole"]
+    assert whole == loaded[0]["whole"] > 270 * 2**20
+    for found in [*saved, *loaded]:
+        assert found["grown"] < found["share"] + REST < 0.8 * whole, (saved, loaded)
+        assert found["mapped"] == []

@@ -1,0 +1,137 @@
+"""Pairs of starts in one run folder, at random offsets and with clocks a day apart: one gets it, the other is refused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from data_prep.processes import is_stopped
+from nextpt.errors import RunInUse
+from nextpt.train.lock import RunLock
+
+FORK = multiprocessing.get_context("fork")
+PAIRS = 100
+DAY = 86400.0
+
+
+def prepare(folder: Path, state: str) -> None:
+    """A folder as starts find it: new, given up, of a dead holder, or of a dead one whose number another process has now."""
+    if state == "new":
+        return
+    lock = RunLock(folder)
+    if state == "free":
+        lock.release()
+        return
+    lock._stop.set()
+    [path] = folder.glob("lock-*.json")
+    holder = json.loads(path.read_text())
+    path.write_text(json.dumps(holder | ({"pid": 2**22 + 1} if state == "dead" else {"started": "1"})))
+
+
+def racer(root: Path, number: int, barrier: Barrier) -> None:
+    dice, now = random.Random(number), time.time
+    for pair in range(PAIRS):
+        offset, skew = dice.random() * 0.004, dice.choice((-DAY, 0.0, DAY))
+        barrier.wait(60)
+        time.sleep(offset)
+        with patch.object(time, "time", lambda skew=skew: now() + skew):
+            try:
+                lock = RunLock(root / str(pair), 0.05, 30.0)
+            except RunInUse:
+                lock = None
+        (root / f"{pair}-{number}-{'won' if lock else 'refused'}").touch()
+        barrier.wait(60)  # the winner holds the lock until the other has been refused
+        if lock:
+            lock.check()
+            lock.release()
+        barrier.wait(60)
+
+
+def test_of_a_pair_exactly_one_wins(tmp_path: Path) -> None:
+    for pair in range(PAIRS):
+        prepare(tmp_path / str(pair), ("new", "free", "dead", "number")[pair % 4])
+    barrier = FORK.Barrier(2)
+    racers = [FORK.Process(target=racer, args=(tmp_path, number, barrier)) for number in range(2)]
+    for process in racers:
+        process.start()
+    for process in racers:
+        process.join(120)
+    assert [process.exitcode for process in racers] == [0, 0]
+    outcomes = {pair: sorted(p.name.split("-", 1)[1] for p in tmp_path.glob(f"{pair}-*")) for pair in range(PAIRS)}
+    wrong = {pair: found for pair, found in outcomes.items() if [f.split("-")[1] for f in found] not in (["won", "refused"], ["refused", "won"])}
+    assert not wrong
+    winners = {found[0].endswith("won") for found in outcomes.values()}
+    assert winners == {True, False}, "one of the racers always wins: they do not race"
+    assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
+
+
+def stopped_holder(folder: Path, answers: Path) -> None:
+    """Gets the lock, begins to commit and is stopped there; when it goes on, it says whether it may commit, then tries all the same."""
+    lock = RunLock(folder, 0.05, 0.3)
+    staging = folder / "checkpoints" / ".staging-step-000000001"
+    staging.mkdir(parents=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    found = "may commit"
+    try:
+        lock.check()
+    except RunInUse:
+        found = "fenced"
+    try:
+        os.rename(staging, folder / "checkpoints" / "step-000000001")
+        found += ", committed"
+    except FileNotFoundError:
+        found += ", out of reach"
+    lock.release()
+    answers.write_text(found)
+
+
+@pytest.mark.parametrize("skew", [-DAY, DAY])
+def test_of_a_pair_that_finds_a_stopped_holder_one_follows_and_the_holder_is_fenced(tmp_path: Path, skew: float) -> None:
+    """Several folders at a time: a lease has to pass in each."""
+    folders = [tmp_path / str(n) for n in range(5)]
+    holders = [FORK.Process(target=stopped_holder, args=(folder, folder.with_suffix(".answer"))) for folder in folders]
+    for holder in holders:
+        holder.start()
+    while not all(is_stopped(holder.pid) for holder in holders):
+        time.sleep(0.01)
+
+    def follow(folder: Path, number: int, barrier: Barrier) -> None:
+        time.sleep(random.Random(f"{folder} {number}").random() * 0.05)
+        real = time.time
+        with patch.object(time, "time", lambda: real() + skew * number):
+            try:
+                lock = RunLock(folder, 0.05, 0.3)
+            except RunInUse:
+                lock = None
+        barrier.wait(60)
+        if lock:
+            folder.with_suffix(f".won-{number}").touch()
+            barrier.wait(60)  # the holder has come back and gone
+            lock.check()
+            lock.release()
+        else:
+            barrier.wait(60)
+
+    barrier = FORK.Barrier(2 * len(folders) + 1)
+    followers = [FORK.Process(target=follow, args=(folder, number, barrier)) for folder in folders for number in range(2)]
+    for follower in followers:
+        follower.start()
+    barrier.wait(60)
+    for holder in holders:
+        os.kill(holder.pid, signal.SIGCONT)
+        holder.join(30)
+    barrier.wait(60)
+    for follower in followers:
+        follower.join(30)
+    assert [follower.exitcode for follower in followers] == [0] * len(followers)
+    assert [len(list(tmp_path.glob(f"{folder.name}.won-*"))) for folder in folders] == [1] * len(folders)
+    assert {folder.with_suffix(".answer").read_text() for folder in folders} == {"fenced, out of reach"}

@@ -1,0 +1,181 @@
+"""The share of time that is training when ranks die again and again, and how soon a rank that hangs is found.
+
+    python -m tests.support.soak [--seconds 600] [--mtbf 60] [--cold] [--hangs 1] [--seed N] [--json FILE]
+
+One run of two ranks (ZeRO 1, fp32, saves in the background), of which one is killed at Poisson instants, --mtbf seconds apart
+on average, and which is started again as soon as the other has ended. The effective training time is the time in steps that
+were kept, over all time: starting, saving, steps made again and waiting for the other rank are lost. Ranks are forked, with
+everything imported, or with --cold new processes. --hangs: SIGSTOP to one of two ranks, so often; train.hang_seconds is 60.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kernels.bench.machine import write_json
+from nextpt.errors import HUNG, REQUEUE
+from nextpt.events import read_events
+from nextpt.train.ending import read_end
+from tests.support.figures import machine, quantiles
+from tests.support.ranks import start_ranks
+from tests.support.storm import Breach, Case, Run, Storm, announce, noticed
+from tests.support.zygote import Job, one_thread, warm
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERVAL = 40  # steps between saves; of about a tenth of a second each
+
+
+class ColdJob:
+    """Two ranks as new processes, with what `soak` uses of a Job."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.began = time.time()
+        self.processes = start_ranks([[str(ROOT / "launcher" / "run.py"), *arguments]] * 2, log.with_suffix(""))
+        self.pids = [process.pid for process in self.processes]
+
+    def hear(self, until: float) -> bool:
+        while time.monotonic() < until:
+            if any(process.poll() is not None for process in self.processes):
+                return False
+            time.sleep(0.02)
+        return True
+
+    def kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            self.processes[rank].kill()
+
+    def wait(self, seconds: float = 60) -> list[int] | None:
+        deadline = time.monotonic() + seconds
+        try:
+            return [process.wait(max(deadline - time.monotonic(), 0.01)) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def start(storm: Storm, run: Run, cold: bool) -> Job | ColdJob:
+    arguments = ["--config", str(run.config), "model.width=128", "model.depth=4", "train.global_batch_size=16", f"checkpoint.every_steps={INTERVAL}"]
+    return ColdJob(arguments, run.log) if cold else Job(arguments, 2, run.log, announce)
+
+
+def said(job: Job | ColdJob, run: Run) -> str:
+    """What the ranks have said; forks share a log with those before."""
+    logs = run.log.with_suffix("").glob("rank-*.log") if isinstance(job, ColdJob) else [run.log]
+    return "".join(log.read_text() for log in logs)
+
+
+def lives(storm: Storm, run: Run, seconds: float, mtbf: float, begin: Callable[[], Job | ColdJob]) -> tuple[float, list[dict[str, float]]]:
+    """Start, kill and start again for so long. Returns the seconds that it took, and of each kill {redone, recovered}."""
+    dice = random.Random(f"{storm.seed} soak")
+    origin, blow = time.monotonic(), dice.expovariate(1 / mtbf)
+    job, made, kills, killed_at = begin(), 0, [], 0.0
+    while True:
+        storm.expect(job.hear(origin + min(blow, seconds)), run, "ranks ended though nobody had killed them")
+        over = time.monotonic() - origin >= seconds
+        taken, struck = time.monotonic() - origin, time.time()
+        if over:
+            os.kill(job.pids[0], signal.SIGTERM)
+            codes = job.wait(60)
+            storm.expect(codes == [REQUEUE] * 2, run, f"ranks ended with {codes} after SIGTERM")
+        else:
+            before = len(said(job, run))
+            job.kill([dice.randrange(2)])
+            noticed(job, lambda job=job, before=before: said(job, run)[before:])
+            job.kill([0, 1])  # as a launcher does
+            job.wait()
+        job.close()
+        fresh = [e for e in read_events(run.folder / "metrics.jsonl", "train") if e["time"] >= job.began]
+        if fresh and killed_at:
+            kills[-1] |= {"redone": made - fresh[0]["step"] + 1, "recovered": fresh[0]["time"] - killed_at}
+        made = max([made, *(e["step"] for e in fresh)])
+        if over:
+            return taken, kills
+        kills.append({})
+        killed_at = struck
+        blow += dice.expovariate(1 / mtbf)
+        job = begin()
+
+
+def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any]:
+    """What became of the time. Raises Breach."""
+    run, began = storm.new_run(Case(1, "fp32", 2, True), steps=10**6), time.time()
+    taken, kills = lives(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
+    kept = [e for e in read_events(run.folder / "metrics.jsonl", "train") if e["time"] < began + taken]
+    durations = [e["tokens"] / e["step"] / e["tokens_per_second"] for e in kept]
+    storm.expect([e["step"] for e in kept] == list(range(1, len(kept) + 1)), run, "a step is missing, or there twice")
+    return {
+        "seconds": round(taken), "mtbf": mtbf, "start": "new processes" if cold else "forked", "kills": len(kills),
+        "steps": len(kept), "steps_between_saves": INTERVAL, "seconds_per_step": quantiles(durations),
+        "steps_redone": quantiles(k["redone"] for k in kills if k), "seconds_to_the_next_step": quantiles(k["recovered"] for k in kills if k),
+        "effective_training_time": round(sum(durations) / taken, 4),
+    }
+
+
+def hang(storm: Storm) -> dict[str, float]:
+    """Seconds from SIGSTOP of a rank in training till the other says which it is, and till the other has ended."""
+    run = storm.new_run(Case(1, "fp32", 2, False), steps=10**6)
+    job = start(storm, run, False)
+    while not [e for e in read_events(run.folder / "metrics.jsonl", "train") if e["step"] >= 20]:
+        storm.expect(job.hear(time.monotonic() + 0.1), run, "ranks ended by themselves")
+    stopped = time.time()
+    os.kill(job.pids[1], signal.SIGSTOP)
+    stacks = run.folder / "stacks" / "rank-0.txt"
+    while not stacks.exists():
+        job.hear(time.monotonic() + 0.05)
+        storm.expect(time.time() - stopped < 120, run, "a hang was not found")
+    found = time.time() - stopped
+    job.hear(time.monotonic() + 60, lambda: read_end(run.folder) is not None)
+    while not (end := read_end(run.folder)):
+        time.sleep(0.05)
+    storm.expect(end["code"] == HUNG and "rank 1 on" in end["reason"], run, f"exit.json says {end}")
+    told = end["time"] - stopped
+    job.kill([1])
+    storm.expect(job.wait() == [HUNG, -signal.SIGKILL], run, f"ranks ended with {job.codes}")
+    job.close()
+    return {"found": round(found, 1), "told": round(told, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--mtbf", type=float, default=60)
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--hangs", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    load = os.getloadavg()[0]
+    try:
+        warm()
+        storm = Storm(folder, options.seed)
+        hangs = [hang(storm) for _ in range(options.hangs)]
+        result = soak(storm, options.seconds, options.mtbf, options.cold) | {"hangs": hangs}
+    except Breach as breach:
+        print(f"error: {breach}\nwhat it left is in {folder}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder)
+    result |= {"machine": machine(), "load": {"at the start": round(load, 1), "at the end": round(os.getloadavg()[0], 1)}}
+    print(json.dumps(result, indent=1))
+    write_json(options.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    one_thread("tests.support.soak")
+    sys.exit(main())

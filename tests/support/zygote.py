@@ -1,0 +1,193 @@
+"""Ranks forked from one process that has imported everything: a start takes a second and not ten.
+
+    python -m tests.support.zygote JOBS.json     run [config file, ranks] after [config file, ranks], all forked
+
+What runs in a rank is launcher/run.py's main, as under any launcher. The forking process must not have threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from data_prep.processes import children_of
+from launcher.local import free_port
+from nextpt.config import Config, to_yaml
+
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+# What deepspeed imports when it builds an engine, with a thousand modules below: four seconds of each start.
+LATE = ("setuptools", "deepspeed.runtime.zero.muon.original_muon", "torch._inductor.compile_fx", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops")
+LONGEST = 600  # seconds after which the kernel ends a rank that nobody ended
+
+
+def one_thread(module: str) -> None:
+    """Start this process again, as `python -m MODULE`, if libraries may have started threads in it. For the first line of a main."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
+
+
+def warm() -> None:
+    """Import what a training job imports, also what it imports late. Before the first fork."""
+    import torch
+
+    import launcher.run  # noqa: F401
+    import nextpt.observe.trackers  # noqa: F401
+    import nextpt.train.run  # noqa: F401
+
+    for name in LATE:
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    # pyarrow's allocator has a thread, and stops it itself around a fork.
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    assert sum(name != "jemalloc_bg_thd" for name in names) == 1, f"a process with the threads {names} must not fork"
+
+
+def adopt() -> None:
+    """Become the parent of what descendants leave behind, so that `orphans` sees it."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def orphans() -> list[int]:
+    """Processes below this one, those that ended and were not waited for left out."""
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                return children_of(os.getpid())
+        except ChildProcessError:
+            return []
+
+
+class Job:
+    """The ranks of one start, forked on construction; output goes to `log`.
+
+    prepare(rank, tell): called in each rank before it starts; tell(byte) puts a byte into `told`, from any thread.
+    """
+
+    def __init__(self, arguments: list[str], ranks: int, log: Path,
+                 prepare: Callable[[int, Callable[[int], object]], None] = lambda rank, tell: None) -> None:
+        self.log, self.codes = log, {}
+        self.told: list[tuple[float, int]] = []  # (monotonic time of hearing, byte)
+        self._pipe, writer = os.pipe()
+        os.set_blocking(self._pipe, False)
+        port = free_port()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.began = time.time()
+        self.pids = [self._fork(arguments, rank, ranks, port, writer, prepare) for rank in range(ranks)]
+        os.close(writer)
+
+    def _fork(self, arguments: list[str], rank: int, ranks: int, port: int, writer: int, prepare: Callable) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 70
+        try:
+            signal.alarm(LONGEST)
+            os.close(self._pipe)
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks),
+                              LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            os.close(file)
+            sys.argv[:] = ["launcher/run.py", *arguments]
+            prepare(rank, lambda byte: os.write(writer, bytes([byte])))
+            from launcher.run import main
+
+            code = main(arguments)
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def hear(self, until: float, enough: Callable[[], bool] = lambda: False) -> bool:
+        """Listen till a moment (monotonic) or till it is enough; False when all ranks ended before."""
+        while not enough():
+            left = until - time.monotonic()
+            if left <= 0:
+                return True
+            if select.select([self._pipe], [], [], left)[0]:
+                data = os.read(self._pipe, 4096)
+                self.told += [(time.monotonic(), byte) for byte in data]
+                if not data:
+                    return False
+        return True
+
+    def count(self, *bytes_: int) -> int:
+        """How often one of these was told."""
+        return sum(byte in bytes_ for _, byte in self.told)
+
+    def kill(self, ranks: list[int]) -> None:
+        """SIGKILL, to one after the other. Ranks that have ended are passed over."""
+        for rank in ranks:
+            if rank not in self.codes and os.waitid(os.P_PID, self.pids[rank], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                os.kill(self.pids[rank], signal.SIGKILL)
+
+    def wait(self, seconds: float = LONGEST) -> list[int] | None:
+        """Exit codes, negative for a signal; None when a rank is still there after so long."""
+        deadline = time.monotonic() + seconds
+        pause = 0.001
+        while True:
+            for rank, pid in enumerate(self.pids):
+                if rank not in self.codes:
+                    found, status = os.waitpid(pid, os.WNOHANG)
+                    if found:
+                        self.codes[rank] = os.waitstatus_to_exitcode(status)
+            if len(self.codes) == len(self.pids):
+                return [self.codes[rank] for rank in range(len(self.pids))]
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+    def close(self) -> None:
+        """Hear the last words, and let go of the pipe. After `wait`."""
+        self.hear(time.monotonic() + 5)
+        os.close(self._pipe)
+
+
+def run_jobs(jobs: list[tuple[Config, int]], folder: Path) -> None:
+    """Train each config on so many ranks, one after another, all forked from one new process.
+
+    Raises AssertionError with the end of the log when one does not end with 0.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for number, (config, ranks) in enumerate(jobs):
+        path = folder / f"job-{number:03d}.yaml"
+        path.write_text(to_yaml(config))
+        listed.append([str(path), ranks])
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    done = subprocess.run([sys.executable, "-m", "tests.support.zygote", str(folder / "jobs.json")], timeout=500,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise AssertionError(done.stdout[-4000:] + done.stderr[-2000:])
+
+
+def _main(file: str) -> int:
+    warm()
+    for path, ranks in json.loads(Path(file).read_text()):
+        job = Job(["--config", path], ranks, Path(path).with_suffix(".log"))
+        codes = job.wait()
+        job.close()
+        if any(codes):
+            print(f"{path}: ranks ended with {codes}:\n{job.log.read_text()[-3000:]}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    one_thread("tests.support.zygote")
+    sys.exit(_main(sys.argv[1]))

@@ -37,7 +37,7 @@ class Watchdog:
 
     def __init__(self, run: Path, rank: int, hosts: list[str], seconds: float) -> None:
         self.run, self.rank, self.hosts, self.seconds = run, rank, hosts, seconds
-        self.tick = min(max(seconds / 20, 0.1), 3.0)
+        self.tick = min(max(seconds / 20, 0.1), 1.0)
         self.step = 0
         self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._kind, self._text, self._count = "start", "starting", 0
@@ -78,7 +78,8 @@ class Watchdog:
                 continue
             with suppress(OSError):
                 self._report(fired=False)
-            if self._idle >= limit or any(r.get("fired") for r in self._reports().values()):
+            # One tick early rather than one late.
+            if self._idle + self.tick >= limit or any(r.get("fired") for r in self._reports().values()):
                 self._end()
 
     def _end(self) -> None:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # a minute of compiling
 SHARED_MEMORY = 227 * 1024  # bytes per block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities)
 Report = dict[str, dict]
 

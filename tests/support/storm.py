@@ -314,8 +314,8 @@ class Storm:
     def launcher_life(self, run: Run, victim: str, dice: random.Random) -> None:
         began, case = time.time(), run.case
         with open(run.log, "a") as log:
-            job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(run.config), "--ranks", "2"], cwd=ROOT,
-                                   stdout=log, stderr=log, start_new_session=True)
+            job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(run.config), "--ranks", "2",
+                                    "--restarts", "0"], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 180
         while not read_events(run.folder / "metrics.jsonl", "train"):
             self.expect(time.monotonic() < deadline and job.poll() is None, run, "nextpt train made no step")

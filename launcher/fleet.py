@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.files import atomic_write
 from launcher.hosts import Host, Unreachable, exported_variables, probe, ssh_command
-from launcher.local import free_port
+from launcher.local import free_port, interrupt
 from nextpt.config import Config, load_config, to_yaml
 from nextpt.errors import CRASHED, DAMAGED, HUNG, IN_USE, MISTAKE, REQUEUE, ConfigError
 from nextpt.train.ending import read_end
@@ -51,7 +51,7 @@ class Fleet:
         address = answers[self.hosts[0].name]["address"] or self.hosts[0].name
         port = self.port or free_port()
         before = {number: signal.signal(number, self._tell) for number in SIGNALS}
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, _interrupt)
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, interrupt)
         self._nodes = []
         try:
             first = 0
@@ -141,7 +141,3 @@ def _write(node: subprocess.Popen, line: str) -> None:
     with suppress(OSError, ValueError):  # that a node is gone is seen by its exit code
         node.stdin.write(line + "\n")
         node.stdin.flush()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

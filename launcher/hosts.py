@@ -105,8 +105,9 @@ def probe(hosts: list[Host], ssh: str, config: Config) -> dict[str, dict[str, An
     silent = [host for host in hosts if isinstance(answers[host.name], str)]
     if silent:
         raise Unreachable("; ".join(f"host {host.name}: {answers[host.name]}" for host in silent), silent)
+    wanted = sha256_file(data) if data.is_file() else None
     for host in hosts:
-        _check(host, answers[host.name], run, data, config)
+        _check(host, answers[host.name], run, data, None if config.data.remote else wanted)
     _compare_versions(answers)
     return answers
 
@@ -141,12 +142,13 @@ def _ask(ssh: str, host: Host, request: dict[str, Any]) -> dict[str, Any] | str:
     return said
 
 
-def _check(host: Host, answer: dict[str, Any], run: Path, data: Path, config: Config) -> None:
+def _check(host: Host, answer: dict[str, Any], run: Path, data: Path, wanted: str | None) -> None:
+    """Raises UserError. wanted: hash of the dataset's manifest here; None where hosts fetch it from elsewhere."""
     if not answer["folder"]:
         raise UserError(f"host {host.name} has no folder {os.getcwd()}; start from a folder on a disk that all hosts see")
     if not answer["mark"]:
         raise UserError(f"host {host.name} does not see the run folder {run} of this machine; run.dir must lie on a disk that all hosts share")
-    if not config.data.remote and answer["data"] != (sha256_file(data) if data.is_file() else None):
+    if wanted and answer["data"] != wanted:
         raise UserError(f"host {host.name} does not have the dataset {data.parent} as this machine has; put it on a disk that all hosts see, "
                         "or give data.remote")
     if answer["gpus"] and host.slots > answer["gpus"]:

@@ -52,7 +52,7 @@ def start_training(config: str, overrides: list[str], ranks: int | None = None, 
     # In a session of its own: Ctrl-C reaches this process alone, and not every rank, each with a traceback to show.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     before = {number: signal.signal(number, lambda number, frame: _tell_ranks(process.pid, number)) for number in SIGNALS}
-    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, _interrupt)
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, interrupt)
     try:
         code = process.wait()
     except Told:
@@ -98,7 +98,8 @@ def _tell_ranks(launcher: int, number: int) -> None:
         raise Told
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler: end as Ctrl-C does."""
     raise KeyboardInterrupt
 
 

@@ -41,6 +41,7 @@ ATTEMPTS = 5  # of a start, which a person may wait for
 # Seconds without an answer or a block; no client that pyarrow has gives up on a connection that hangs (Linux). A part of S3 is
 # 10 MiB, so a link of 1 Mbit/s passes.
 STALL = 120.0
+_CHANCE = random.Random()  # not the process's own: training's random state is part of a checkpoint
 NAME = re.compile(r"(\d{9,19})-(step-(\d{9,18}))-([0-9a-f]{16})")
 
 
@@ -72,7 +73,7 @@ def _digest_of_name(manifest: bytes) -> str:
 
 def pause(failures: int) -> float:
     """Seconds to wait after so many failures in a row: doubled each time, and up to half of it left out by chance."""
-    return min(FIRST_PAUSE * 2 ** min(failures - 1, 30), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+    return min(FIRST_PAUSE * 2 ** min(failures - 1, 30), LONGEST_PAUSE) * _CHANCE.uniform(0.5, 1.0)
 
 
 def in_time(action: Callable[[], T], progress: Callable[[], int] = lambda: 0, ended: Callable[[], bool] = lambda: False) -> T:

@@ -60,7 +60,7 @@ def start_distributed(timeout_minutes: float = 30.0) -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-    if interface := _interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))):
+    if interface := _interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         deepspeed.init_distributed(
@@ -320,14 +320,14 @@ class Engine:
         state["step"].zero_()
 
 
-def _interface_to(address: str, port: int) -> str | None:
+def _interface_to(address: str) -> str | None:
     """The network interface by which this host reaches the first rank; None where that cannot be told.
 
     Left alone gloo takes the one that the host's own name resolves to, which often is the loopback.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, port or 1))  # sends nothing: it only asks the routing table
+            probe.connect((address, 1))  # sends nothing, on no port: it only asks the routing table
             own = probe.getsockname()[0]
     except OSError:
         return None

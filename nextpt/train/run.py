@@ -87,7 +87,7 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
     on_first(ranks, lambda: _open_run_folder(config, started))
     listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
 
-    def save_step(step: int, kept: dict[str, Any], wait: bool) -> float | None:
+    def save_step(step: int, kept: dict[str, Any], wait: bool) -> Outcomes:
         extras, validation = _extras(config, loader, step) | kept | {"start": started}, kept["validation"]
         return tell(lambda: keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"], wait))
 

@@ -15,6 +15,7 @@ from data_prep.group import pack_group, packed_path
 from data_prep.layout import Layout, layout_path, make_layout
 from data_prep.plan import Plan
 from data_prep.repeats import Repeats, find_repeats, partitions, repeats_path
+from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from data_prep.work import Stage, work_through
 
@@ -40,7 +41,7 @@ def run_worker(work: Path, worker: int, workers: int) -> None:
     plan = Plan.load(work)
     try:
         for stage in stages(plan):
-            work_through(stage, work, worker, workers)
+            work_through(stage, work, worker, workers, idle=import_streaming)  # which takes seconds, and packing needs it
     except (FileNotFoundError, PrepError):
         if not is_finished(plan):  # else another worker has finished, and removed WORK under this one's feet
             raise

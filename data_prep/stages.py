@@ -24,7 +24,7 @@ def stages(plan: Plan) -> Iterator[Stage]:
     work, units = plan.spec.work, plan.units
     yield Stage("tokenizer", [1], lambda i: choice_path(work).exists(), lambda i, advance: make_tokenizer(plan))
     yield Stage("tokenize", [unit.size for unit in units], lambda i: tokens_path(work, i).exists(),
-                lambda i, advance: encode_unit(plan, units[i], _tokenizer(plan), advance))
+                lambda i, advance: encode_unit(plan, units[i], _tokenizer(plan), advance), [unit.text for unit in units])
     count = partitions(work, len(units))
     yield Stage("repeats", [len(units)] * count, lambda i: repeats_path(work, i).exists(),
                 lambda i, advance: find_repeats(work, len(units), i, count, advance))

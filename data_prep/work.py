@@ -28,12 +28,14 @@ POLL = 0.2  # seconds between looks at what others are still doing
 @dataclass(frozen=True)
 class Stage:
     """One stage over `items`. done(i): whether item i is there. run(i, advance): do it; advance hears work done, in the
-    unit of `sizes`, for the progress bar. sizes: work of each item."""
+    unit of `sizes`, for the progress bar. sizes: work of each item. costs: what each takes of time beside the others, where
+    that is not its size."""
 
     name: str
     sizes: Sequence[int]
     done: Callable[[int], bool]
     run: Callable[[int, Callable[[int], None]], None]
+    costs: Sequence[int] | None = None
 
 
 class StageFailed(PrepError):
@@ -46,7 +48,7 @@ def work_through(stage: Stage, work: Path, worker: int, workers: int, idle: Call
     idle: called when all that is left is being done by others. Raises StageFailed when some could not be done, after the others are.
     """
     started = time.time()
-    pending = _in_order(stage.sizes, worker, workers)
+    pending = _in_order(stage.costs or stage.sizes, worker, workers)
     while pending:
         left = []
         for item in pending:
@@ -67,10 +69,10 @@ def work_through(stage: Stage, work: Path, worker: int, workers: int, idle: Call
         raise StageFailed(failures[0] + more)
 
 
-def _in_order(sizes: Sequence[int], worker: int, workers: int) -> list[int]:
-    """Items, the largest first, so that the last ones, on which the others wait, are small (Graham 1969). Each worker begins
+def _in_order(costs: Sequence[int], worker: int, workers: int) -> list[int]:
+    """Items, the dearest first, so that the last ones, on which the others wait, are small (Graham 1969, doi 10.1137/0117039). Each worker begins
     with every `workers`-th and goes on with what the next worker has left."""
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])
     step = max(workers, 1)
     return [item for share in range(step) for item in order[(worker + share) % step :: step]]
 

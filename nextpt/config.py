@@ -236,7 +236,8 @@ class CheckpointSection(Section):
     )
     accept_changed_data: bool = Field(False, description="resume although the dataset or its order is not the same")
     asynchronous: bool = Field(
-        False, description="training goes on while a copy of the state is written; costs each rank the memory of its share"
+        False, description="training goes on while a copy of the state is written; costs each rank the memory of its share, and a kill then up to "
+                            "twice the steps between saves"
     )
     on_failure: Literal["stop", "continue"] = Field(
         "continue", description="when the disk does not take a checkpoint: end with the error, or train on till the next save is due"

@@ -66,6 +66,11 @@ class Hosts:
     def mend(self, name: str) -> None:
         _run("ip", "link", "set", f"npt-{name}", "up")
 
+    def start(self, name: str, command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+        """Start a command in the network of a host, without ssh."""
+        with open(log, "w") as output:
+            return subprocess.Popen(["ip", "netns", "exec", f"nextpt-{name}", *command], env=environment, stdout=output, stderr=output)
+
     def processes(self, name: str) -> list[int]:
         """Numbers of the processes of a host."""
         return [int(pid) for pid in _run("ip", "netns", "pids", f"nextpt-{name}").split()]

@@ -96,6 +96,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
             "memory_efficient_linear": False,
             "reduce_bucket_size": reduce_bucket(config),
             "stage3_max_live_parameters": LIVE_PARAMETERS,
+            "stage3_max_reuse_distance": LIVE_PARAMETERS,
+            "zero_hpz_partition_size": config.train.hpz_ranks or 1,
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -242,6 +244,7 @@ class Engine:
             for state in self._optimizer.state.values():
                 state["step"].fill_(scalars["optimizer_updates"])
         if self.config.train.zero_stage == 3:
+            self._zero.invalidate_secondary_tensor()  # hpZ's copies, which a validation may have made of other weights
             for group in range(len(self._zero.fp32_partitioned_groups_flat)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
             if self._zero.persistent_parameters:

@@ -21,6 +21,8 @@ from launcher.console import compressor_table, evaluation_progress, evaluation_t
 from launcher.export_cli import export_app, import_app  # noqa: E402
 from launcher.generate_cli import EXAMPLE as GENERATE_EXAMPLE  # noqa: E402
 from launcher.generate_cli import generate  # noqa: E402
+from launcher.inspect_cli import EXAMPLE as INSPECT_EXAMPLE  # noqa: E402
+from launcher.inspect_cli import inspect  # noqa: E402
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
 from launcher.prep_shards import prep_shards  # noqa: E402
 from launcher.prep_stored import register as register_stored  # noqa: E402
@@ -35,6 +37,7 @@ app.add_typer(prep, name="prep")
 prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
 app.command(epilog=GENERATE_EXAMPLE)(friendly(generate))
+app.command(epilog=INSPECT_EXAMPLE)(friendly(inspect))
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(config_app, name="config")

@@ -68,14 +68,19 @@ class Continuation:
     ending: Ending | None = None
 
 
-def prompt_tokens(config: Config, tokenizer: Tokenizer, prompt: str, name: str = "the prompt") -> list[int]:
-    """The start token and the prompt's own. Raises UserError, which begins with `name`, where they leave no room."""
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python holds bytes of the command line that are none
+def text_tokens(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
+    """The start token and those of a text. Raises UserError, which begins with `name`, for a text that cannot be encoded."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python holds bytes of the command line that are none
         raise UserError(f"{name} is not UTF-8")
     try:
-        tokens = [tokenizer.start_id, *tokenizer.encode(prompt).tolist()]
+        return [tokenizer.start_id, *tokenizer.encode(text).tolist()]
     except PrepError as error:
-        raise UserError(f"{name} cannot be continued: {error}") from None
+        raise UserError(f"{name} cannot be encoded: {error}") from None
+
+
+def prompt_tokens(config: Config, tokenizer: Tokenizer, prompt: str, name: str = "the prompt") -> list[int]:
+    """`text_tokens` of a prompt. Raises UserError also where they leave no room."""
+    tokens = text_tokens(tokenizer, prompt, name)
     if len(tokens) >= config.max_position:
         raise UserError(f"{name} has {len(tokens):,} tokens with the start token; the model's positions end at {config.max_position:,}: shorten it")
     return tokens

@@ -99,7 +99,7 @@ def _say(found: Inspection, top: int) -> None:
     for place, t in found.most_surprising(top):
         before = "".join(b["text"] for b in found.tokens[max(place - 13, 0) : place - 1])[-24:]
         table.add_row(f"{place:,}", Text(visible(before), style="dim"), Text(visible(t["token"]), style="bold"), f"{t['nats'] / math.log(2):.2f}",
-                      f"{t['probability']:.2g}", f"{t['rank']:,}", Text(", ".join(_percent(a) for a in t["alternatives"][:2])))
+                      f"{t['probability']:.2g}", f"{t['rank']:,}", Text(", ".join(_percent(a) for a in [a for a in t["alternatives"] if a["id"] != t["id"]][:2])))
     out.print(table)
     figures = found.figures
     say(f"{figures.tokens:,} tokens, {figures.bytes:,} bytes: {figures.nats_per_token:.3f} nats per token, {figures.bpb_text:.3f} bits per byte")

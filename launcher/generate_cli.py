@@ -11,7 +11,7 @@ import typer
 from launcher.console import say
 
 if TYPE_CHECKING:
-    from nextpt.generate import Beams, Continuation, Ending, Wanted
+    from nextpt.generate import Beams, Continuation, Ending, Sampling, Wanted
 
 EXAMPLE = "example: nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95"
 TEMPERATURE = 0.8  # unless given
@@ -63,7 +63,7 @@ def generate(
         save_samples(run, [sample_record(at, list(texts.values())[c.prompt], c, sampling) for c in found])
 
 
-def _sampling(given: dict[str, Any], seed: int) -> Any:
+def _sampling(given: dict[str, Any], seed: int) -> Sampling:
     from nextpt.generate import Sampling
 
     return Sampling(**{"temperature": TEMPERATURE} | {k: v for k, v in given.items() if v is not None}, seed=seed)

@@ -27,7 +27,8 @@ def inspect(
 ) -> None:
     """Each token's probability, rank, entropy and alternatives, as a page coloured by surprise; and a calibration curve."""
     from nextpt.errors import UserError
-    from nextpt.observe.inspection import write_inspection
+    from nextpt.generate import pick_device
+    from nextpt.observe.inspection import inspect_text, write_inspection
 
     if (text is None) == (prompt is None):
         raise UserError("give the text with one of --text FILE and --prompt TEXT")
@@ -35,7 +36,8 @@ def inspect(
     name = "the prompt" if text is None else str(text)
     if not content:
         raise UserError(f"{name} is empty: there is no token to look at")
-    found = _inspect(run, step, name, content, heldout)
+    with evaluation_progress() as progress:
+        found = inspect_text(run, content, name, step=step, heldout=heldout, device=pick_device(), progress=progress)
     target = output or run / "inspect"
     write_inspection(found, target)
     _say(found, top)
@@ -53,37 +55,6 @@ def _read(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start:,}") from error
 
 
-def _inspect(run: Path, step: int | None, name: str, content: str, heldout: bool) -> Inspection:
-    import numpy as np
-
-    from nextpt.evaluate.calibration import Calibration
-    from nextpt.evaluate.heldout import heldout_texts, open_model
-    from nextpt.evaluate.metrics import Figures
-    from nextpt.evaluate.tokens import next_tokens, score_tokens
-    from nextpt.generate import pick_device, text_tokens
-    from nextpt.observe.inspection import Inspection, expected, rows, speller
-
-    config, model, tokenizer, at = open_model(run, step, pick_device())
-    window = config.max_position
-    stride = max(window // 2, 1)
-    calibration = Calibration()
-    document = np.array(text_tokens(tokenizer, content, name))
-    with evaluation_progress() as progress:
-        found = score_tokens(model, document, window=window, stride=stride, calibration=None if heldout else calibration,
-                             progress=lambda share: progress(name, share))
-        for domain, texts in heldout_texts(Path(config.data.path)).items() if heldout else ():
-            for number, some in enumerate(texts, start=1):
-                encoded = np.array(text_tokens(tokenizer, some, f"a document of {domain}"))
-                if len(encoded) > 1:
-                    score_tokens(model, encoded, window=window, stride=stride, calibration=calibration)
-                progress(f"{domain}, held out", number / len(texts))
-    entropy, ids, nats = next_tokens(model, document, window=window)
-    following = {"entropy": entropy, "alternatives": expected(speller(tokenizer), ids.tolist(), nats.tolist())}
-    figures = Figures(len(found.nats), len(content.encode()), float(found.nats.sum()))
-    return Inspection(run, at, name, window, stride, rows(tokenizer, found), following, figures, calibration,
-                      "held-out documents" if heldout else name)
-
-
 def _say(found: Inspection, top: int) -> None:
     """The most surprising tokens, and the sums."""
     from rich import box
@@ -92,14 +63,15 @@ def _say(found: Inspection, top: int) -> None:
 
     from nextpt.observe.inspection import visible
 
-    table = Table(title=f"the most surprising tokens of {found.source}", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, justify in (("place", "right"), ("before it", "right"), ("token", "left"), ("bits", "right"), ("probability", "right"),
-                             ("rank", "right"), ("expected instead", "left")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table = Table(title=Text(f"the most surprising tokens of {found.source}"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False,
+                  padding=(0, 1, 0, 0))
+    for heading in ("place", "before it", "token", "bits", "probability", "rank", "expected instead"):
+        table.add_column(heading, justify="left" if heading in ("token", "expected instead") else "right", no_wrap=True)
     for place, t in found.most_surprising(top):
         before = "".join(b["text"] for b in found.tokens[max(place - 13, 0) : place - 1])[-24:]
+        others = [_percent(a) for a in t["alternatives"] if a["id"] != t["id"]]
         table.add_row(f"{place:,}", Text(visible(before), style="dim"), Text(visible(t["token"]), style="bold"), f"{t['nats'] / math.log(2):.2f}",
-                      f"{t['probability']:.2g}", f"{t['rank']:,}", Text(", ".join(_percent(a) for a in [a for a in t["alternatives"] if a["id"] != t["id"]][:2])))
+                      f"{t['probability']:.2g}", f"{t['rank']:,}", Text(", ".join(others[:2])))
     out.print(table)
     figures = found.figures
     say(f"{figures.tokens:,} tokens, {figures.bytes:,} bytes: {figures.nats_per_token:.3f} nats per token, {figures.bpb_text:.3f} bits per byte")

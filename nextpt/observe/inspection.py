@@ -6,18 +6,25 @@ The page is one file, opens from disk without network, and runs no script: hover
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 import nextpt
 from data_prep.files import atomic_write, canonical_json
 from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer.description import BYTE_OF
 from nextpt.errors import DataError
 from nextpt.evaluate.calibration import Calibration
+from nextpt.evaluate.heldout import heldout_texts, open_model
 from nextpt.evaluate.metrics import Figures
-from nextpt.evaluate.tokens import TokenFigures
+from nextpt.evaluate.tokens import TokenFigures, next_tokens, score_tokens
+from nextpt.generate import text_tokens
 from nextpt.generate.stopping import GrowingText
 from nextpt.observe.calibration_picture import calibration_picture
 from nextpt.observe.report import environment
@@ -55,6 +62,37 @@ class Inspection:
         return [(place + 1, self.tokens[place]) for place in places]
 
 
+def inspect_text(run: Path, text: str, source: str, *, step: int | None = None, heldout: bool = False,
+                 device: torch.device | str = "cpu", progress: Callable[[str, float], None] = lambda name, share: None) -> Inspection:
+    """A text, not empty, as the newest checkpoint of a run sees it, or that of a step.
+
+    heldout: calibration on all held-out documents of the run's dataset, not on the text. progress: hears (what, share of it that is
+    done). Raises UserError, which begins with `source`, for a text that cannot be encoded, and DataError for held-out documents
+    that are not there.
+    """
+    config, model, tokenizer, at = open_model(run, step, device)
+    window = config.max_position
+    stride = max(window // 2, 1)
+    document = np.array(text_tokens(tokenizer, text, source))
+    calibration = Calibration()
+    domains = heldout_texts(Path(config.data.path)) if heldout else {}
+    found = score_tokens(model, document, window=window, stride=stride, calibration=None if heldout else calibration,
+                         progress=lambda share: progress(source, share))
+    for domain, texts in domains.items():
+        for number, some in enumerate(texts, start=1):
+            encoded = np.array(text_tokens(tokenizer, some, f"a held-out document of {domain}"))
+            if len(encoded) > 1:
+                score_tokens(model, encoded, window=window, stride=stride, calibration=calibration)
+            progress(f"{domain}, held out", number / len(texts))
+    if not calibration.places:
+        raise DataError(f"the held-out documents of {config.data.path} hold no text to calibrate on")
+    entropy, ids, nats = next_tokens(model, document, window=window)
+    following = {"entropy": entropy, "alternatives": expected(speller(tokenizer), ids.tolist(), nats.tolist())}
+    figures = Figures(len(found.nats), len(text.encode()), float(found.nats.sum()))
+    return Inspection(run, at, source, window, stride, rows(tokenizer, found), following, figures, calibration,
+                      "held-out documents" if heldout else source)
+
+
 def rows(tokenizer: Tokenizer, found: TokenFigures) -> list[dict[str, Any]]:
     """One object per token. text: what it adds to the text; empty where a later token completes a character."""
     growing, spell = GrowingText(tokenizer, [tokenizer.start_id]), speller(tokenizer)
@@ -71,13 +109,21 @@ def expected(spell: Callable[[int], str], tokens: list[int], nats: list[float]) 
 
 
 def speller(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """What a token reads as in the middle of a text; its name in the vocabulary where it is special or a part of a character."""
+    """What a token reads as in the middle of a text; <C3><A9> for bytes that are no character; else its name in the vocabulary."""
     middle, known = [tokenizer.start_id, *tokenizer.encode("a").tolist()], {}
+    sizes = tokenizer.token_bytes()
+
+    def name(token: int) -> str:
+        found = tokenizer.token(token) or f"<{token}>"
+        if re.fullmatch("<0x[0-9A-F]{2}>", found):
+            return found
+        in_bytes = token < len(sizes) and sizes[token] == len(found) and all(c in BYTE_OF for c in found)
+        return "".join(f"<{BYTE_OF[c]:02X}>" for c in found) if in_bytes else found
 
     def spell(token: int) -> str:
         if token not in known:
             text = "".join(GrowingText(tokenizer, middle).add(token))
-            known[token] = text or tokenizer.token(token) or f"<{token}>"
+            known[token] = text or name(token)
         return known[token]
 
     return spell

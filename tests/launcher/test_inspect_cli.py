@@ -49,6 +49,8 @@ def test_calibration_on_held_out_documents(run: Path, tmp_path: Path, monkeypatc
     found = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert found["source"] == "the prompt" and found["calibrated_on"] == "held-out documents"
     assert found["calibration"]["places"] > len(found["tokens"])
+    (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text('{"text": ""}\n')
+    assert "the held-out documents of none hold no text" in nextpt("--run", run, "--prompt", "a fox", "--heldout").stderr
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

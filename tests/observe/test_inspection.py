@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_prep.tokenizer import Tokenizer
-from nextpt.evaluate.calibration import Calibration
-from nextpt.evaluate.metrics import Figures
-from nextpt.evaluate.tokens import next_tokens, score_tokens
-from nextpt.generate import text_tokens
 from nextpt.observe import inspection
-from nextpt.observe.inspection import Inspection, expected, rows, speller, visible, write_inspection
+from nextpt.observe.inspection import Inspection, inspect_text, speller, visible, write_inspection
 from tests.support import browser as chromium
 from tests.support.runs import make_run
 from tests.support.tokenizers import ANY_TEXT
@@ -23,14 +18,8 @@ TEXT = "The quick <script>document.title = 'broken'</script>\n\tfox \U0001f600 &
 
 
 def inspect(folder: Path, kind: str = "byte_level") -> tuple[Inspection, Tokenizer]:
-    config, model, tokenizer = make_run(folder / "run", kind, max_position=160)
-    document = np.array(text_tokens(tokenizer, TEXT, "the text"))
-    calibration = Calibration()
-    found = score_tokens(model, document, window=160, stride=80, calibration=calibration)
-    entropy, ids, nats = next_tokens(model, document, window=160)
-    following = {"entropy": entropy, "alternatives": expected(speller(tokenizer), ids.tolist(), nats.tolist())}
-    return Inspection(folder / "run", 3, "a <b>file</b>", 160, 80, rows(tokenizer, found), following,
-                      Figures(len(found.nats), len(TEXT.encode()), float(found.nats.sum())), calibration, "a file"), tokenizer
+    _, _, tokenizer = make_run(folder / "run", kind, max_position=160)
+    return inspect_text(folder / "run", TEXT, "a <b>file</b>"), tokenizer
 
 
 @pytest.mark.parametrize("kind", ANY_TEXT)
@@ -71,6 +60,7 @@ def test_names_of_tokens(tmp_path: Path) -> None:
     spell = speller(tokenizer)
     assert spell(tokenizer.end_id) == "<|endoftext|>" and spell(10**6) == "<1000000>"
     assert [spell(int(i)) for i in tokenizer.encode(" quick")] == [tokenizer.decode([i]) for i in tokenizer.encode(" quick")]
+    assert "".join(spell(int(i)) for i in tokenizer.encode("\u05d0")) == "<D7><90>"  # no merge of it was trained
     assert visible(" a\n\t\r") == "\u2423a\u23ce\u21e5\u240d"
 
 
@@ -85,3 +75,8 @@ def test_a_browser_shows_alternatives_where_it_is_clicked(tmp_path: Path) -> Non
         assert not tip.is_displayed()
         token.click()
         assert tip.is_displayed() and f"rank {found.tokens[1]['rank']}" in tip.text
+
+
+def test_names_of_bytes_of_a_vocabulary_that_names_them(tmp_path: Path) -> None:
+    _, tokenizer = inspect(tmp_path, "llama")
+    assert "".join(speller(tokenizer)(int(i)) for i in tokenizer.encode("\U0001f680")).endswith("<0xF0><0x9F><0x9A><0x80>")

@@ -12,7 +12,7 @@ import torch
 from data_prep.tokenizer import Tokenizer
 from nextpt.config import Config
 from nextpt.errors import UserError
-from nextpt.generate import Beams, Continuation, Ending, Sampling, Wanted, beam_search, generate, prompt_tokens
+from nextpt.generate import Beams, Continuation, Ending, Sampling, Wanted, beam, beam_search, generate, prompt_tokens
 from nextpt.generate.decoding import Decoding
 from nextpt.generate.prompts import read_prompts
 from nextpt.model import Decoder
@@ -91,6 +91,17 @@ def test_ends_at_the_end_of_the_document_and_of_the_positions(setup: Setup, monk
     assert ended.text == setup[2].decode([*setup[2].encode("The"), *whole.tokens[: stop - 1]])[3:]
 
 
+def test_each_row_reaches_the_end_of_its_own_positions(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a long prompt a short one goes on in columns that are more than the model has positions."""
+    monkeypatch.setattr(setup[2], "end_id", -1)
+    prompts = ["", "def f(x):\n    if x > 10:\n        return x", "a"]
+    found = run(setup, prompts, sampling=Sampling(seed=2), max_tokens=1000)
+    for prompt, c in zip(prompts, found, strict=True):
+        assert len(c.tokens) == POSITIONS - 1 - len(setup[2].encode(prompt)) and c.ending is Ending.CONTEXT
+        torch.testing.assert_close(torch.tensor(c.logprobs), training_logprobs(setup, prompt, c), atol=1e-4, rtol=0)
+    assert len(found[0].tokens) - len(found[1].tokens) > 5
+
+
 def test_a_prompt_without_room_is_told(setup: Setup) -> None:
     with pytest.raises(UserError, match=f"line 7 has .* positions end at {POSITIONS}: shorten it"):
         prompt_tokens(setup[0], setup[2], "word " * 200, "line 7")
@@ -107,6 +118,8 @@ def test_stop_strings_across_tokens(setup: Setup) -> None:
     [found] = generate(*setup, tokens, wanted, lambda prompt, sample, piece: heard.append(piece))
     assert found.ending is Ending.STOP and found.text == whole.text[: whole.text.index(stop)] == "".join(heard)
     assert found.tokens == whole.tokens[: len(found.tokens)] and len(found.tokens) < 30
+    [begun] = generate(*setup, tokens, Wanted(Sampling(seed=8), max_tokens=30, stop=(whole.text[-1] + "and more",)))
+    assert begun.text == whole.text, "what was held back and became no stop string is lost"
 
 
 def exhaustive(setup: Setup, prompt: list[int], length: int, beams: Beams) -> list[tuple[float, tuple[int, ...]]]:
@@ -135,6 +148,22 @@ def test_wide_beams_find_the_best_of_all(setup: Setup, alpha: float, monkeypatch
     assert [tuple(c.tokens) for c in found] == [tokens for _, tokens in expected]
     assert [beams.score(sum(c.logprobs), len(c.tokens)) for c in found] == pytest.approx([score for score, _ in expected], abs=1e-5)
     assert {c.ending for c in found} == {Ending.DOCUMENT, Ending.LENGTH}
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_ending_a_search_early_loses_nothing(setup: Setup, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model = decoder(vocab_size=6)
+    monkeypatch.setattr(setup[2], "end_id", 4)
+    arguments = [([first, second], Wanted(max_tokens=12, samples=width), Beams(width, alpha))
+                 for first in range(6) for second in (1, 5) for alpha in (0.0, 0.6, 2.0)]
+    steps: list[Any] = []
+    feed = Decoding.feed
+    monkeypatch.setattr(Decoding, "feed", lambda self, tokens: (steps.append(0), feed(self, tokens)))
+    early = [beam_search(config, model, setup[2], *a) for a in arguments]
+    fewer = len(steps)
+    monkeypatch.setattr(beam, "_settled", lambda *arguments: False)
+    assert early == [beam_search(config, model, setup[2], *a) for a in arguments]
+    assert fewer < 0.9 * (len(steps) - fewer), "no search ended early"
 
 
 def test_one_beam_is_greedy_and_more_are_no_worse(setup: Setup) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.console import evaluation_progress, out, say
+from launcher.console import out, say, shares_progress
 
 if TYPE_CHECKING:
     from nextpt.observe.inspection import Inspection
@@ -36,7 +36,7 @@ def inspect(
     name = "the prompt" if text is None else str(text)
     if not content:
         raise UserError(f"{name} is empty: there is no token to look at")
-    with evaluation_progress() as progress:
+    with shares_progress("reading") as progress:
         found = inspect_text(run, content, name, step=step, heldout=heldout, device=pick_device(), progress=progress)
     target = output or run / "inspect"
     write_inspection(found, target)

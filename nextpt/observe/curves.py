@@ -36,6 +36,10 @@ class Picture:
     uri: str
     alt: str
 
+    @property
+    def svg(self) -> bytes:
+        return base64.b64decode(self.uri.partition(",")[2])
+
 
 def pictures(runs: list[RunRecord]) -> list[Picture]:
     """All pictures of a report, in reading order; those without data are left out."""
@@ -128,7 +132,7 @@ def _loss(title: str, unit: str, lines: list[tuple[RunRecord, str, str]], train_
         bottom = axes.get_ylim()[0]
         axes.set_ylim(bottom, top + 0.05 * max(top - bottom, 1e-3))
     axes.legend(fontsize=8, ncols=1 if len(lines) < 4 else 2)
-    return _finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
+    return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
 
 
 def _quantity(runs: list[RunRecord], title: str, label: str, value: Callable[[dict[str, Any]], float], *, log: bool = False,
@@ -158,7 +162,7 @@ def _quantity(runs: list[RunRecord], title: str, label: str, value: Callable[[di
         axes.yaxis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
     if len(runs) > 1:
         axes.legend(fontsize=8)
-    return _finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
+    return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
 
 
 def _compressors(runs: list[RunRecord]) -> Picture | None:
@@ -187,7 +191,7 @@ def _compressors(runs: list[RunRecord]) -> Picture | None:
     axes.set_ylabel("bits per byte, lower is better")
     axes.set_title("Held-out documents beside compressors", loc="left", fontweight="bold")
     axes.legend(fontsize=8, ncols=min(len(bars), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    return _finish(figure, "Held-out documents beside compressors",
+    return finish(figure, "Held-out documents beside compressors",
                    "Bits per byte: " + "; ".join(f"{name} " + ", ".join(f"{v:.3f}" for v in values) for name, values, _ in bars))
 
 
@@ -212,7 +216,8 @@ def _mark_resumes(axes: Axes, run: RunRecord) -> None:
         axes.axvline((start["first_step"] - 1) * run.config.tokens_per_step, color="#999999", linestyle=":", linewidth=0.9)
 
 
-def _finish(figure: Figure, title: str, alt: str) -> Picture:
+def finish(figure: Figure, title: str, alt: str) -> Picture:
+    """As SVG, the same bytes each time."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

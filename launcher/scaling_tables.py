@@ -80,14 +80,14 @@ def say_budget(made: dict[str, Any]) -> None:
     if "price" not in made:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", padding=(0, 1, 0, 0),
-                  title="over-training: smaller models at the same compute, and what reaches the same loss")
-    for heading in ("N / best N", "N", "D", "D / N", "loss", "more loss", "D for it", "C / budget"):
+                  title="over-training: smaller models at the same compute, and the tokens and compute with which they reach its loss")
+    for heading in ("N / best N", "N", "D", "D / N", "loss", "more loss", "D for it", "C for it"):
         table.add_column(heading, justify="right", no_wrap=True)
     for p in made["price"]:
-        reached = np.isfinite(p["same_loss_tokens"])
+        reached = p["same_loss_tokens"] is not None
         table.add_row(f"{p['share']:g}", f"{p['parameters']:.3g}", f"{p['tokens']:.3g}", f"{p['tokens'] / p['parameters']:.1f}", f"{p['loss']:.4f}",
                       f"{p['loss'] - made['price'][0]['loss']:.4f}", f"{p['same_loss_tokens']:.3g}" if reached else "never",
-                      f"{p['same_loss_flops'] / made['flops']:.2f}" if reached else "")
+                      f"{p['same_loss_flops'] / made['flops']:.2f} x" if reached else "")
     out.print(table)
 
 

@@ -12,21 +12,23 @@ from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, Runs
 
 SMALLER = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)  # sizes whose price is told, as shares of the compute-optimal one
 
+MOST_TOKENS = 1e30  # stands for any number of tokens
+
 
 @dataclass(frozen=True)
 class Priced:
     """A model of `share` of the compute-optimal size.
 
     tokens, loss: at the same compute. same_loss_tokens, same_loss_flops: what it takes to reach the optimal model's loss
-    all the same; infinite where no amount of tokens would.
+    all the same; None where no amount of tokens would.
     """
 
     share: float
     parameters: float
     tokens: float
     loss: float
-    same_loss_tokens: float
-    same_loss_flops: float
+    same_loss_tokens: float | None
+    same_loss_flops: float | None
 
 
 def optimum(law: Law, constants: Constants, flops: float) -> tuple[np.ndarray, np.ndarray]:
@@ -81,15 +83,15 @@ def price(fit: Fit, flops: float) -> list[Priced]:
         tokens = flops / FLOPS_PER_PARAMETER_AND_TOKEN / parameters
         needed = _tokens_for(fit, parameters, target) if share < 1 else tokens
         found.append(Priced(share, parameters, tokens, float(fit.loss(parameters, tokens)), needed,
-                            FLOPS_PER_PARAMETER_AND_TOKEN * parameters * needed))
+                            needed and FLOPS_PER_PARAMETER_AND_TOKEN * parameters * needed))
     return found
 
 
-def _tokens_for(fit: Fit, parameters: float, loss: float) -> float:
-    """Tokens after which a model has a loss: bisection of ln D, as every law falls with D. Infinite where it never has it."""
-    low, high = np.log(1.0), np.log(1e30)
+def _tokens_for(fit: Fit, parameters: float, loss: float) -> float | None:
+    """Tokens after which a model has a loss: bisection of ln D, as every law falls with D. None where it never has it."""
+    low, high = 0.0, np.log(MOST_TOKENS)
     if fit.loss(parameters, np.exp(high)) > loss:
-        return float("inf")
+        return None
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if fit.loss(parameters, np.exp(middle)) > loss else (low, middle)

@@ -48,10 +48,10 @@ def _range_warnings(runs: Runs, flops: float) -> list[str]:
     factor = extrapolation(runs, flops)
     if factor == 1:
         return []
-    where = "above the largest" if flops > runs.flops.max() else "below the smallest"
-    end = runs.flops.max() if flops > runs.flops.max() else runs.flops.min()
+    where, end = ("largest", runs.flops.max()) if flops > runs.flops.max() else ("smallest", runs.flops.min())
+    ratio = f"{factor:,.3g} times" if where == "largest" else f"1/{factor:,.3g} of"
     far = "; so far outside, the form of the law is more in doubt than its constants, which alone make the interval" if factor > FAR else ""
-    return [f"extrapolation: {flops:.3g} FLOPs are {factor:,.3g} times {where} fitted run ({end:.3g}){far}"]
+    return [f"extrapolation: {flops:.3g} FLOPs are {ratio} those of the {where} fitted run ({end:.3g}){far}"]
 
 
 def _ratio_warnings(runs: Runs, ratio: float) -> list[str]:

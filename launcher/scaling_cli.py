@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.console import friendly, say
+from launcher.sweep import EXAMPLE as SWEEP_EXAMPLE
+from launcher.sweep import sweep
 from nextpt.errors import ScalingError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from nextpt.scaling.observations import Runs
 
 scaling_app = typer.Typer(no_args_is_help=True, help="Fit scaling laws to runs, predict, plan; see docs/scaling.md.")
+scaling_app.command("sweep", epilog=SWEEP_EXAMPLE)(friendly(sweep))
 FORMS = ("chinchilla", "kaplan", "over-training", "repeated", "isoflop", "envelope")
 FitFile = Annotated[Path, typer.Argument(metavar="FIT.json", help="what `nextpt scaling fit --json` wrote")]
 Level = Annotated[float, typer.Option(min=0.01, max=0.999, help="of the intervals")]

@@ -17,8 +17,9 @@ if (ROOT / "pyproject.toml").is_file():
 import typer  # noqa: E402
 
 from launcher.checkpoint_cli import checkpoint_app  # noqa: E402
-from launcher.console import compressor_table, evaluation_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
+from launcher.console import compressor_table, shares_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
 from launcher.export_cli import export_app, import_app  # noqa: E402
+from launcher.memorization_cli import memorization_app  # noqa: E402
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
 from launcher.prep_shards import prep_shards  # noqa: E402
 from launcher.prep_stored import register as register_stored  # noqa: E402
@@ -37,6 +38,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(memorization_app, name="memorization")
 app.add_typer(export_app, name="export")
 app.add_typer(import_app, name="import")
 app.add_typer(scaling_app, name="scaling")
@@ -119,7 +121,7 @@ def evaluate(
     from nextpt.evaluate.heldout import evaluate_run, write_result
     from nextpt.generate.text import pick_device
 
-    with evaluation_progress() as progress:
+    with shares_progress("evaluating") as progress:
         result = evaluate_run(run, step=step, data=data, window=window, stride=stride, compressors=compressors,
                               device=pick_device(), progress=progress)
     out.print(evaluation_table(result))

@@ -16,7 +16,7 @@ from rich.table import Table
 from data_prep.prepare import is_current, prepare, summary_table
 from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
-from launcher.console import compressor_table, evaluation_progress, evaluation_table, out, say
+from launcher.console import compressor_table, shares_progress, evaluation_table, out, say
 from launcher.local import start_training
 from nextpt.checkpoint.folders import folder_of, steps
 from nextpt.config import Config, load_config
@@ -135,7 +135,7 @@ def prove_resume(config: Config) -> int:
 def evaluate(config: Config) -> dict[str, Any]:
     """Figures beside the compressors'; raises UserError when the model is worse than zlib."""
     window = config.max_position
-    with evaluation_progress() as progress:
+    with shares_progress("evaluating") as progress:
         result = evaluate_run(config.run_dir, window=window, stride=window // STRIDES_PER_WINDOW, compressors=True, progress=progress)
     write_result(result, config.run_dir / "evaluation.json")
     out.print(evaluation_table(result))

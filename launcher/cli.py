@@ -27,6 +27,7 @@ from launcher.memorization_cli import memorization_app  # noqa: E402
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
 from launcher.prep_shards import prep_shards  # noqa: E402
 from launcher.prep_stored import register as register_stored  # noqa: E402
+from launcher.scaling_cli import scaling_app  # noqa: E402
 from launcher.slurm_cli import slurm_app  # noqa: E402
 from launcher.tokenizer_cli import tokenizer_app  # noqa: E402
 
@@ -46,6 +47,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(memorization_app, name="memorization")
 app.add_typer(export_app, name="export")
 app.add_typer(import_app, name="import")
+app.add_typer(scaling_app, name="scaling")
 
 RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]

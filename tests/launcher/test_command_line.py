@@ -29,8 +29,7 @@ def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("command", [[], ["prep"], ["prep", "stdlib"], ["prep", "shards"], ["train"], ["eval"], ["generate"],
-                                     ["config"], ["config", "show"], ["report"], ["doctor"], ["plan"], ["demo"],
-                                     ["scaling"], ["scaling", "fit"], ["scaling", "predict"], ["scaling", "plan"], ["scaling", "sweep"]])
+                                     ["config"], ["config", "show"], ["report"], ["doctor"], ["plan"], ["demo"]])
 def test_help(command: list[str]) -> None:
     done = nextpt(*command, "--help")
     assert done.returncode == 0 and "Usage" in done.stdout

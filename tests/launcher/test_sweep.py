@@ -22,6 +22,7 @@ from nextpt.events import MetricsFile, StepEvent, ValidationEvent, read_events
 from nextpt.model import count
 from nextpt.scaling.ladder import Ladder, Rung, is_done, load_ladder, write_prediction, write_result
 from nextpt.scaling.laws import CHINCHILLA
+from nextpt.scaling.observations import read_run_folders
 from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,22 @@ def test_a_prediction_is_made_before_and_kept_after(tmp_path: Path) -> None:
     (ladder.dir / "prediction.json").unlink()
     with pytest.raises(ScalingError, match="a prediction must come first"):
         write_prediction(ladder)
+
+
+def test_run_folders_must_be_finished_but_for_curves(tmp_path: Path) -> None:
+    ladder = load_ladder(write_ladder(tmp_path, tmp_path))
+    folders = [ladder.folder(rung) for rung in ladder.rungs]
+    for rung in ladder.rungs:
+        finish(ladder, rung)
+    longer = to_yaml(ladder.config(ladder.rungs[0])).replace("steps: 4", "steps: 5")
+    (folders[0] / "config.yaml").write_text(longer)
+    with pytest.raises(ScalingError, match="w16-s4 is not finished: its last validation is of step 4 of 5"):
+        read_run_folders(folders)
+    curves = read_run_folders(folders, curves=True)
+    assert len(curves) == len(read_run_folders(folders[1:])) + 1
+    small = read_run_folders(folders[1:], "non_embedding_parameters")
+    assert (small.parameters == [count(ladder.config(rung)).non_embedding_parameters for rung in ladder.rungs[1:]]).all()
+    assert (small.tokens == [ladder.config(rung).total_steps * 512 for rung in ladder.rungs[1:]]).all()
 
 
 def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:

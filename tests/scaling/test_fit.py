@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,9 @@ def test_nonnegative_least_squares() -> None:
 def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
     with pytest.raises(ScalingError, match=words):
         fit(CHINCHILLA, runs(made(CHINCHILLA)))
+    rising = made(CHINCHILLA)
+    with pytest.raises(ScalingError, match="loss would not fall with"):
+        fit(CHINCHILLA, replace(rising, loss=5.0 - rising.loss))
     with pytest.raises(ScalingError, match="--delta"):
         fit(OVER_TRAINING, made(OVER_TRAINING), delta=1e-3)
     assert KAPLAN.constants == tuple(TRUE["kaplan"])

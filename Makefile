@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/nul
 help:
 	@echo "make setup      make .venv and install everything"
 	@echo "make demo       the whole path on a CPU: corpus, tokenizer, training, resume, evaluation, samples, report"
-	@echo "make ladder     small runs, the prediction of a large one, and the large one: under an hour on two cores"
+	@echo "make ladder     small runs, the prediction of a large one from them, and the large one: docs/scaling.md"
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  the long tests"
 	@echo "make storm      training killed KILLS times (1000), at random instants and in saves; nothing may be lost"

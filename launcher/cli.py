@@ -19,6 +19,10 @@ import typer  # noqa: E402
 from launcher.checkpoint_cli import checkpoint_app  # noqa: E402
 from launcher.console import compressor_table, shares_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
 from launcher.export_cli import export_app, import_app  # noqa: E402
+from launcher.generate_cli import EXAMPLE as GENERATE_EXAMPLE  # noqa: E402
+from launcher.generate_cli import generate  # noqa: E402
+from launcher.inspect_cli import EXAMPLE as INSPECT_EXAMPLE  # noqa: E402
+from launcher.inspect_cli import inspect  # noqa: E402
 from launcher.memorization_cli import memorization_app  # noqa: E402
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
 from launcher.prep_shards import prep_shards  # noqa: E402
@@ -34,6 +38,8 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at configs.")
 app.add_typer(prep, name="prep")
 prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
+app.command(epilog=GENERATE_EXAMPLE)(friendly(generate))
+app.command(epilog=INSPECT_EXAMPLE)(friendly(inspect))
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(config_app, name="config")
@@ -130,37 +136,6 @@ def evaluate(
     for path in [json_path] * (json_path is not None) + [run / "evaluation.json"] * save:
         write_result(result, path)
         say(f"written to {path}")
-
-
-@app.command(epilog="example: nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95")
-@friendly
-def generate(
-    run: RunFolder,
-    prompt: Annotated[str, typer.Option(help="text to continue; may be empty")] = "",
-    step: Step = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the most probable token")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="keep the k most probable tokens")] = None,
-    top_p: Annotated[float | None, typer.Option(help="keep the smallest set of this probability")] = None,
-    seed: int = 0,
-    save: Annotated[bool, typer.Option("--save", help="also keep it in RUN/samples.json, for the report")] = False,
-) -> None:
-    """Continue a prompt; stops at the end of the document."""
-    from nextpt.evaluate.heldout import open_model
-    from nextpt.generate.sample import Sampling
-    from nextpt.generate.text import generate_text, pick_device, sample_record, save_samples
-
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    config, model, tokenizer, at = open_model(run, step, pick_device())
-    sys.stdout.write(prompt)
-    pieces = []
-    for piece in generate_text(config, model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling):
-        pieces.append(piece)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    if save:
-        save_samples(run, [sample_record(at, prompt, "".join(pieces), sampling)])
 
 
 @app.command(epilog="example: nextpt report runs/demo    nextpt report runs/a runs/b --output compare.html")

@@ -23,8 +23,8 @@ from nextpt.config import Config, load_config
 from nextpt.errors import UserError
 from nextpt.evaluate.heldout import evaluate_run, open_model, write_result
 from nextpt.events import read_events
-from nextpt.generate.sample import Sampling
-from nextpt.generate.text import generate_text, sample_record, save_samples
+from nextpt.generate import Sampling, Wanted, generate, prompt_tokens
+from nextpt.generate.records import sample_record, save_samples
 from nextpt.observe.report import default_output, readable_duration, write_report
 from nextpt.observe.run_record import read_runs
 
@@ -151,13 +151,13 @@ def evaluate(config: Config) -> dict[str, Any]:
 def sample(config: Config) -> None:
     config, model, tokenizer, step = open_model(config.run_dir, None, "cpu")
     sampling = Sampling(0.7, top_p=0.95, seed=1)
-    records = []
-    for kind, prompt in PROMPTS.items():
+    prompts = list(PROMPTS.values())
+    tokens = [prompt_tokens(config, tokenizer, prompt) for prompt in prompts]
+    found = list(generate(config, model, tokenizer, tokens, Wanted(sampling, max_tokens=100)))
+    for kind, prompt, continuation in zip(PROMPTS, prompts, found, strict=True):
         say(f"\n--- {kind} prompt: {json.dumps(prompt)}")
-        text = "".join(generate_text(config, model, tokenizer, prompt, max_tokens=100, sampling=sampling))
-        say(prompt + text)
-        records.append(sample_record(step, prompt, text, sampling))
-    save_samples(config.run_dir, records)
+        say(prompt + continuation.text)
+    save_samples(config.run_dir, [sample_record(step, prompt, c, sampling) for prompt, c in zip(prompts, found, strict=True)])
 
 
 def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> None:

@@ -17,6 +17,7 @@ if (ROOT / "pyproject.toml").is_file():
 import typer  # noqa: E402
 
 from launcher.checkpoint_cli import checkpoint_app  # noqa: E402
+from launcher.compress_cli import register as register_compress  # noqa: E402
 from launcher.console import compressor_table, shares_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
 from launcher.export_cli import export_app, import_app  # noqa: E402
 from launcher.generate_cli import EXAMPLE as GENERATE_EXAMPLE  # noqa: E402
@@ -38,6 +39,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at configs.")
 app.add_typer(prep, name="prep")
 prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
+register_compress(app)
 app.command(epilog=GENERATE_EXAMPLE)(friendly(generate))
 app.command(epilog=INSPECT_EXAMPLE)(friendly(inspect))
 app.add_typer(tokenizer_app, name="tokenizer")

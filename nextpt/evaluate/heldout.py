@@ -78,7 +78,7 @@ def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None
     domains: dict[str, Any] = {}
     nats = tokens = size = 0
     for domain, documents in texts.items():
-        encoded, sizes = zip(*(_encode(tokenizer, text) for text in documents), strict=True)
+        encoded, sizes = zip(*(encode_document(tokenizer, text) for text in documents), strict=True)
         figures, _ = score_documents(model, encoded, sizes, token_bytes, window=window, stride=stride, progress=partial(progress, domain))
         domains[domain] = figures.as_dict() | {"documents": len(documents)}
         if compressors:
@@ -90,7 +90,7 @@ def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None
     }
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
     """[start] + tokens + [end] of a document, and the bytes that each but the first stands for. Raises DataError."""
     try:
         ids, sizes = tokenizer.encode_with_bytes(text)

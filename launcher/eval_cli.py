@@ -51,7 +51,7 @@ def evaluate(
         result = result | {"checkpoints": [{key: r[key] for key in ("step", "domains", "total")} for r in results]}
         out.print(curve_table(result))
     _show(result)
-    for path in [json_path] * (json_path is not None) + [run / "evaluation.json"] * save:
+    for path in filter(None, (json_path, run / "evaluation.json" if run and save else None)):
         write_result(result, path)
         say(f"written to {path}")
     if plot:

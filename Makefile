@@ -3,11 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test test-slow storm gpu-check bench clean browser system-deps
+.PHONY: help setup demo ladder test test-slow storm gpu-check bench clean browser system-deps
 
 help:
 	@echo "make setup      make .venv and install everything"
 	@echo "make demo       the whole path on a CPU: corpus, tokenizer, training, resume, evaluation, samples, report"
+	@echo "make ladder     small runs, the prediction of a large one from them, and the large one: docs/scaling.md"
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  the long tests"
 	@echo "make storm      training killed KILLS times (1000), at random instants and in saves; nothing may be lost"
@@ -33,6 +34,14 @@ test: setup
 
 test-slow: setup browser system-deps
 	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu"
+
+# Of the demo, and skipped where the demo has been: the rungs train on its corpus.
+SHARDS := data/demo/shards
+ladder: setup
+	@[ -f $(SHARDS)/dataset.json ] || { $(BIN)/nextpt prep stdlib --output data/demo/corpus && \
+	  $(BIN)/nextpt prep shards code=data/demo/corpus/code.jsonl prose=data/demo/corpus/prose.jsonl --output $(SHARDS) \
+	    --sequence-length 256 --vocab-size 4096; }
+	@CUDA_VISIBLE_DEVICES= $(BIN)/nextpt scaling sweep configs/ladders/demo.yaml --ranks 2
 
 KILLS ?= 1000
 storm: setup

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,22 @@ from data_prep.errors import PrepError
 from data_prep.files import atomic_write, canonical_json, sha256_file
 from data_prep.format import FORMAT_VERSION
 from data_prep.inputs import InputFile, find_files
-from data_prep.records import Fields, Part, Record, read_part, row_groups
+from data_prep.records import Fields, Part, Record, read_part, row_groups, unpacked_size
 from data_prep.spec import PrepSpec
 
 UNIT_BYTES = 2**26  # of text: seconds of work, so little is done twice after a kill; small files share a unit
-EXPANSION = 4  # of .gz and .zst, for the sizes of units only
 LISTING_THREADS = 16  # Parquet footers in an object store are latency, not work
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Work for one worker. source: the name that its corpus was given under. size: bytes stored. tail_from: characters
-    of it before the held-out tail begins (split "tail" only)."""
+    """Work for one worker. source: the name that its corpus was given under. size: bytes stored. text: about how many they
+    unpack to. tail_from: characters of it before the held-out tail begins (split "tail" only)."""
 
     index: int
     source: str
     parts: tuple[Part, ...]
+    text: int
     tail_from: int | None = None
 
     @property
@@ -65,7 +65,7 @@ class Plan:
             "sha256": self.sha256,
             "spec": json.loads(self.spec.model_dump_json()),
             "files": [[f.uri, f.name, f.size, f.stamp] for f in files],
-            "units": [[u.source, u.tail_from, [[index[p.file], p.start, p.stop, p.stored] for p in u.parts]] for u in self.units],
+            "units": [[u.source, u.text, u.tail_from, [[index[p.file], p.start, p.stop, p.stored] for p in u.parts]] for u in self.units],
         }
         self.spec.work.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.spec.work / "plan.json") as file:
@@ -79,8 +79,8 @@ class Plan:
             value = json.loads(path.read_text(encoding="utf-8"))
             files = [InputFile(*entry) for entry in value["files"]]
             units = tuple(
-                Unit(i, source, tuple(Part(files[f], *rest) for f, *rest in parts), tail_from)
-                for i, (source, tail_from, parts) in enumerate(value["units"])
+                Unit(i, source, tuple(Part(files[f], *rest) for f, *rest in parts), text, tail_from)
+                for i, (source, text, tail_from, parts) in enumerate(value["units"])
             )
             return cls(PrepSpec.model_validate(value["spec"]), units, value["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -93,7 +93,7 @@ def make_plan(spec: PrepSpec) -> Plan:
     found = {name: find_files(place) for name, place in spec.domains.items()}
     units: list[Unit] = []
     for name in sorted(found):
-        units += [Unit(len(units) + i, name, parts) for i, parts in enumerate(_cut(found[name]))]
+        units += [Unit(len(units) + i, name, parts, text) for i, (parts, text) in enumerate(_cut(found[name]))]
     if spec.split == "tail":
         units = _find_tails(spec, units)
     return Plan(spec, tuple(units), _identity(spec, found))
@@ -115,20 +115,20 @@ def _tokenizer_identity(source: str | Path) -> list[str]:
     return [sha256_file(f) for f in files if f.is_file()]
 
 
-def _cut(files: list[InputFile]) -> Iterator[tuple[Part, ...]]:
-    """Parts of about UNIT_BYTES, gathered in order until a unit is full."""
+def _cut(files: list[InputFile]) -> Iterator[tuple[tuple[Part, ...], int]]:
+    """(parts, bytes of text) of units of about UNIT_BYTES: parts gathered in order until a unit is full."""
     gathered: list[Part] = []
     total = 0
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         for parts in pool.map(_parts, files):
             for part, size in parts:
                 if gathered and total + size > UNIT_BYTES:
-                    yield tuple(gathered)
+                    yield tuple(gathered), total
                     gathered, total = [], 0
                 gathered.append(part)
                 total += size
     if gathered:
-        yield tuple(gathered)
+        yield tuple(gathered), total
 
 
 def _parts(file: InputFile) -> list[tuple[Part, int]]:
@@ -139,7 +139,7 @@ def _parts(file: InputFile) -> list[tuple[Part, int]]:
             return [(Part(file, 0, len(sizes), file.size), sum(sizes))]
         return [(Part(file, i, i + 1, file.size * size // sum(sizes)), size) for i, size in enumerate(sizes)]
     if file.compression or file.format == ".txt":
-        return [(Part(file, 0, file.size, file.size), file.size * (EXPANSION if file.compression else 1))]
+        return [(Part(file, 0, file.size, file.size), unpacked_size(file))]
     ranges = [(start, min(start + UNIT_BYTES, file.size)) for start in range(0, max(file.size, 1), UNIT_BYTES)]
     return [(Part(file, start, stop, stop - start), stop - start) for start, stop in ranges]
 
@@ -151,7 +151,7 @@ def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:
     left = {name: int(sum(n for unit, n in zip(units, lengths, strict=True) if unit.source == name) * (1 - spec.heldout)) for name in spec.domains}
     placed = []
     for unit, length in zip(units, lengths, strict=True):
-        placed.append(Unit(unit.index, unit.source, unit.parts, left[unit.source]))
+        placed.append(replace(unit, tail_from=left[unit.source]))
         left[unit.source] = max(left[unit.source] - length, 0)
     return placed
 

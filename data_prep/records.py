@@ -23,6 +23,9 @@ LONGEST_LINE = 2 * LONGEST_DOCUMENT  # a document and what else its record holds
 BOMB_RATIO = 1000
 BOMB_FLOOR = 2**26
 PARQUET_ROWS = 256
+# Bytes of a compressed file that tell how far it unpacks, and the ratio taken for files not larger than a few times that.
+HEAD = 2**17
+USUAL_EXPANSION = 4
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,25 @@ def _open(file: InputFile) -> tuple[pa.NativeFile, pa.NativeFile]:
     store, path = open_store(file.uri)
     raw = store.open_input_file(path)
     return (pa.CompressedInputStream(raw, file.compression) if file.compression else raw), raw
+
+
+def unpacked_size(file: InputFile) -> int:
+    """Bytes that a file holds once it is unpacked; of a larger compressed file an estimate from its first ones."""
+    if not file.compression:
+        return file.size
+    if file.size <= 8 * HEAD:
+        return file.size * USUAL_EXPANSION
+    store, path = open_store(file.uri)
+    given = 0
+    try:
+        with store.open_input_file(path) as source:
+            head = source.read(HEAD)
+        with pa.CompressedInputStream(pa.BufferReader(head), file.compression) as stream:
+            while given < BOMB_RATIO * HEAD and (chunk := stream.read(2**16)):
+                given += len(chunk)
+    except STORE_ERRORS:  # it ends in the middle of its stream, as it must; what else is wrong the one who reads all of it will tell
+        pass
+    return file.size * given // HEAD or file.size * USUAL_EXPANSION
 
 
 def _read_text(part: Part) -> Record | Bad:

@@ -15,6 +15,7 @@ from data_prep.group import pack_group, packed_path
 from data_prep.layout import Layout, layout_path, make_layout
 from data_prep.plan import Plan
 from data_prep.repeats import Repeats, find_repeats, partitions, repeats_path
+from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from data_prep.work import Stage, work_through
 
@@ -23,7 +24,7 @@ def stages(plan: Plan) -> Iterator[Stage]:
     work, units = plan.spec.work, plan.units
     yield Stage("tokenizer", [1], lambda i: choice_path(work).exists(), lambda i, advance: make_tokenizer(plan))
     yield Stage("tokenize", [unit.size for unit in units], lambda i: tokens_path(work, i).exists(),
-                lambda i, advance: encode_unit(plan, units[i], _tokenizer(plan), advance))
+                lambda i, advance: encode_unit(plan, units[i], _tokenizer(plan), advance), [unit.text for unit in units])
     count = partitions(work, len(units))
     yield Stage("repeats", [len(units)] * count, lambda i: repeats_path(work, i).exists(),
                 lambda i, advance: find_repeats(work, len(units), i, count, advance))
@@ -40,7 +41,7 @@ def run_worker(work: Path, worker: int, workers: int) -> None:
     plan = Plan.load(work)
     try:
         for stage in stages(plan):
-            work_through(stage, work, worker, workers)
+            work_through(stage, work, worker, workers, idle=import_streaming)  # which takes seconds, and packing needs it
     except (FileNotFoundError, PrepError):
         if not is_finished(plan):  # else another worker has finished, and removed WORK under this one's feet
             raise

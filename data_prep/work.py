@@ -28,27 +28,27 @@ POLL = 0.2  # seconds between looks at what others are still doing
 @dataclass(frozen=True)
 class Stage:
     """One stage over `items`. done(i): whether item i is there. run(i, advance): do it; advance hears work done, in the
-    unit of `sizes`, for the progress bar. sizes: work of each item."""
+    unit of `sizes`, for the progress bar. sizes: work of each item. costs: what each takes of time beside the others, where
+    that is not its size."""
 
     name: str
     sizes: Sequence[int]
     done: Callable[[int], bool]
     run: Callable[[int, Callable[[int], None]], None]
+    costs: Sequence[int] | None = None
 
 
 class StageFailed(PrepError):
     """Some items of a stage could not be done; says the first of them."""
 
 
-def work_through(stage: Stage, work: Path, worker: int, workers: int) -> None:
-    """Do items of a stage until all are done, by whomever. Starts at this worker's share of the items.
+def work_through(stage: Stage, work: Path, worker: int, workers: int, idle: Callable[[], object] = lambda: None) -> None:
+    """Do items of a stage until all are done, by whomever. Starts with this worker's share of the items.
 
-    Raises StageFailed when some could not be done, after the others are.
+    idle: called when all that is left is being done by others. Raises StageFailed when some could not be done, after the others are.
     """
     started = time.time()
-    count = len(stage.sizes)
-    offset = count * worker // max(workers, 1)
-    pending = [(offset + i) % count for i in range(count)]
+    pending = _in_order(stage.costs or stage.sizes, worker, workers)
     while pending:
         left = []
         for item in pending:
@@ -60,12 +60,21 @@ def work_through(stage: Stage, work: Path, worker: int, workers: int) -> None:
                 elif not stage.done(item):
                     _run(stage, work, item, lease)
         if left == pending:
+            idle()
             time.sleep(POLL)
         pending = left
-    failures = [f for f in (_failure(stage, work, i) for i in range(count) if not stage.done(i)) if f]
+    failures = [f for f in (_failure(stage, work, i) for i in range(len(stage.sizes)) if not stage.done(i)) if f]
     if failures:
         more = f" (and {len(failures) - 1} more like it: {work}/failed)" if len(failures) > 1 else ""
         raise StageFailed(failures[0] + more)
+
+
+def _in_order(costs: Sequence[int], worker: int, workers: int) -> list[int]:
+    """Items, the dearest first, so that the last ones, on which the others wait, are small (Graham 1969, doi 10.1137/0117039). Each worker begins
+    with every `workers`-th and goes on with what the next worker has left."""
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])
+    step = max(workers, 1)
+    return [item for share in range(step) for item in order[(worker + share) % step :: step]]
 
 
 def _run(stage: Stage, work: Path, item: int, lease: Lease) -> None:

@@ -21,9 +21,15 @@ from launcher.console import friendly, out, say, say_finding  # noqa: E402
 from launcher.eval_cli import EXAMPLE as EVAL_EXAMPLE  # noqa: E402
 from launcher.eval_cli import evaluate  # noqa: E402
 from launcher.export_cli import export_app, import_app  # noqa: E402
+from launcher.generate_cli import EXAMPLE as GENERATE_EXAMPLE  # noqa: E402
+from launcher.generate_cli import generate  # noqa: E402
+from launcher.inspect_cli import EXAMPLE as INSPECT_EXAMPLE  # noqa: E402
+from launcher.inspect_cli import inspect  # noqa: E402
+from launcher.memorization_cli import memorization_app  # noqa: E402
 from launcher.prep_shards import EXAMPLE as SHARDS_EXAMPLE  # noqa: E402
 from launcher.prep_shards import prep_shards  # noqa: E402
 from launcher.prep_stored import register as register_stored  # noqa: E402
+from launcher.scaling_cli import scaling_app  # noqa: E402
 from launcher.slurm_cli import slurm_app  # noqa: E402
 from launcher.tokenizer_cli import tokenizer_app  # noqa: E402
 
@@ -35,15 +41,17 @@ app.add_typer(prep, name="prep")
 prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
 app.command("eval", epilog=EVAL_EXAMPLE)(friendly(evaluate))
+app.command(epilog=GENERATE_EXAMPLE)(friendly(generate))
+app.command(epilog=INSPECT_EXAMPLE)(friendly(inspect))
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(memorization_app, name="memorization")
 app.add_typer(export_app, name="export")
 app.add_typer(import_app, name="import")
+app.add_typer(scaling_app, name="scaling")
 
-RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
-Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")]
 
 
@@ -102,37 +110,6 @@ def train(
     else:
         start = lambda: start_training(config, overrides or [], ranks, port)  # noqa: E731
     sys.exit(supervise(start, settings.run_dir, restarts))
-
-
-@app.command(epilog="example: nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95")
-@friendly
-def generate(
-    run: RunFolder,
-    prompt: Annotated[str, typer.Option(help="text to continue; may be empty")] = "",
-    step: Step = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the most probable token")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="keep the k most probable tokens")] = None,
-    top_p: Annotated[float | None, typer.Option(help="keep the smallest set of this probability")] = None,
-    seed: int = 0,
-    save: Annotated[bool, typer.Option("--save", help="also keep it in RUN/samples.json, for the report")] = False,
-) -> None:
-    """Continue a prompt; stops at the end of the document."""
-    from nextpt.evaluate.heldout import open_model
-    from nextpt.generate.sample import Sampling
-    from nextpt.generate.text import generate_text, pick_device, sample_record, save_samples
-
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    config, model, tokenizer, at = open_model(run, step, pick_device())
-    sys.stdout.write(prompt)
-    pieces = []
-    for piece in generate_text(config, model, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling):
-        pieces.append(piece)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    if save:
-        save_samples(run, [sample_record(at, prompt, "".join(pieces), sampling)])
 
 
 @app.command(epilog="example: nextpt report runs/demo    nextpt report runs/a runs/b --output compare.html")

@@ -120,10 +120,20 @@ def compressor_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def small_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
+    """A table whose first column is text and whose others are figures."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 @contextmanager
-def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar per domain on a terminal; elsewhere a line when a domain is done."""
-    with Progress(TextColumn("evaluating {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=out,
+def shares_progress(verb: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar per thing (domain, side) that hears the share that is done, on a terminal; elsewhere a line when one is done."""
+    with Progress(TextColumn(verb + " {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=out,
                   disable=not out.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -132,7 +142,7 @@ def evaluation_progress() -> Iterator[Callable[[str, float], None]]:
                 tasks[domain] = progress.add_task(domain, total=1.0)
             progress.update(tasks[domain], completed=share)
             if share >= 1 and not out.is_terminal:
-                say(f"evaluated {domain}")
+                say(f"{verb} {domain}: done")
 
         yield update
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from data_prep.prepare import is_current, prepare, summary_table
 from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
-from launcher.console import compressor_table, evaluation_progress, evaluation_table, out, say
+from launcher.console import compressor_table, shares_progress, evaluation_table, out, say
 from launcher.local import start_training
 from nextpt.checkpoint.folders import folder_of, steps
 from nextpt.config import Config, load_config
@@ -25,8 +25,8 @@ from nextpt.evaluate.evaluation import Protocol, evaluate_source
 from nextpt.evaluate.heldout import heldout_texts, open_model, write_result
 from nextpt.evaluate.source import open_source
 from nextpt.events import read_events
-from nextpt.generate.sample import Sampling
-from nextpt.generate.text import generate_text, sample_record, save_samples
+from nextpt.generate import Sampling, Wanted, generate, prompt_tokens
+from nextpt.generate.records import sample_record, save_samples
 from nextpt.observe.report import default_output, readable_duration, write_report
 from nextpt.observe.run_record import read_runs
 
@@ -137,7 +137,7 @@ def prove_resume(config: Config) -> int:
 def evaluate(config: Config) -> dict[str, Any]:
     """Figures beside the compressors'; raises UserError when the model is worse than zlib."""
     protocol = Protocol(stride=config.max_position // STRIDES_PER_WINDOW, compressors=True)
-    with evaluation_progress() as progress:
+    with shares_progress("evaluating") as progress:
         result = evaluate_source(open_source(config.run_dir), heldout_texts(Path(config.data.path)), protocol, progress=progress)
     write_result(result, config.run_dir / "evaluation.json")
     out.print(evaluation_table(result))
@@ -153,13 +153,13 @@ def evaluate(config: Config) -> dict[str, Any]:
 def sample(config: Config) -> None:
     config, model, tokenizer, step = open_model(config.run_dir, None, "cpu")
     sampling = Sampling(0.7, top_p=0.95, seed=1)
-    records = []
-    for kind, prompt in PROMPTS.items():
+    prompts = list(PROMPTS.values())
+    tokens = [prompt_tokens(config, tokenizer, prompt) for prompt in prompts]
+    found = list(generate(config, model, tokenizer, tokens, Wanted(sampling, max_tokens=100)))
+    for kind, prompt, continuation in zip(PROMPTS, prompts, found, strict=True):
         say(f"\n--- {kind} prompt: {json.dumps(prompt)}")
-        text = "".join(generate_text(config, model, tokenizer, prompt, max_tokens=100, sampling=sampling))
-        say(prompt + text)
-        records.append(sample_record(step, prompt, text, sampling))
-    save_samples(config.run_dir, records)
+        say(prompt + continuation.text)
+    save_samples(config.run_dir, [sample_record(step, prompt, c, sampling) for prompt, c in zip(prompts, found, strict=True)])
 
 
 def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.console import compressor_table, context_table, curve_table, evaluation_progress, evaluation_table, frequency_table, out, say
+from launcher.console import compressor_table, context_table, curve_table, evaluation_table, frequency_table, out, say, shares_progress
 from nextpt.errors import UserError
 
 EXAMPLE = "example: nextpt eval --run runs/demo --compressors --json eval.json --plot eval.png"
@@ -87,12 +87,12 @@ def _evaluate(path: Path, step: int | None, data: Path | None, text: list[Path] 
     from nextpt.evaluate.frequency import training_counts
     from nextpt.evaluate.heldout import heldout_texts, text_files
     from nextpt.evaluate.source import open_source
-    from nextpt.generate.text import pick_device
+    from nextpt.generate import pick_device
 
     texts = text_files(text) if text else None
     source = open_source(path, step, pick_device())
     folder = data or (Path(source.config.data.path) if source.is_run else None)
-    with evaluation_progress() as progress:
+    with shares_progress("evaluating") as progress:
         return evaluate_source(source, texts or heldout_texts(folder), protocol,
                                counts=training_counts(folder, source.tokenizer) if folder else None, progress=progress)
 

@@ -61,7 +61,7 @@ def submit(
         "--job-name": settings.run.name, "--nodes": str(nodes), "--ntasks-per-node": str(ranks), "--cpus-per-task": str(cpus_per_rank),
         "--gpus-per-node": str(gpus_per_node) if gpus_per_node else "", "--time": time, "--signal": f"USR1@{_lead(settings)}",
         "--output": str((settings.run_dir / "slurm" / "%j.log").resolve()),
-    } | dict(_further(option) for option in sbatch or [])
+    } | dict(further_option(option) for option in sbatch or [])
     script = settings.run_dir / "slurm" / "job.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(script) as file:
@@ -92,7 +92,8 @@ def _check_paths(settings: Config) -> None:
         raise ConfigError(f"data.path = {settings.data.path} holds no dataset.json; prepare the dataset on a disk that all nodes see first")
 
 
-def _further(option: str) -> tuple[str, str]:
+def further_option(option: str) -> tuple[str, str]:
+    """--name and value of an option for sbatch. Raises ConfigError for another form."""
     name, equals, value = option.partition("=")
     if not re.fullmatch(r"--[a-z][a-z-]*", name) or not equals or "\n" in value:
         raise ConfigError(f"--sbatch {option!r} is not of the form --name=value, such as --sbatch=--partition=gpu")

@@ -204,6 +204,10 @@ class TrainSection(Section):
     micro_batch_size: int = Field(ge=1, description="sequences per forward pass of one rank")
     init_from: str | None = Field(None, description="Hugging Face folder whose weights a fresh run starts from; drawn unless given")
     zero_stage: Literal[0, 1, 2, 3] = 1
+    hpz_ranks: int | None = Field(
+        None, ge=2, description="ZeRO-3: ranks, those of one node, that keep a second share of the weights among them, so that the backward "
+                                "pass gathers inside the node (ZeRO++, arXiv 2306.10209); none unless given"
+    )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     compile: bool = Field(False, description="torch.compile each block")
@@ -236,7 +240,8 @@ class CheckpointSection(Section):
     )
     accept_changed_data: bool = Field(False, description="resume although the dataset or its order is not the same")
     asynchronous: bool = Field(
-        False, description="training goes on while a copy of the state is written; costs each rank the memory of its share"
+        False, description="training goes on while a copy of the state is written; costs each rank the memory of its share, and a kill then up to "
+                            "twice the steps between saves"
     )
     on_failure: Literal["stop", "continue"] = Field(
         "continue", description="when the disk does not take a checkpoint: end with the error, or train on till the next save is due"
@@ -337,6 +342,9 @@ class Config(Section):
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step. Raises ConfigError when the batch cannot be divided."""
         train = self.train
+        if train.hpz_ranks and world_size % train.hpz_ranks:
+            raise ConfigError(f"train.hpz_ranks = {train.hpz_ranks} does not divide the {world_size} ranks; give the ranks of one node, and as "
+                              "many on each")
         per_pass = train.micro_batch_size * world_size
         if train.global_batch_size % per_pass:
             raise ConfigError(
@@ -353,6 +361,9 @@ class Config(Section):
         if train.zero_stage == 0 and train.precision == "bf16":
             raise ValueError("train.zero_stage = 0 with train.precision = bf16 is another optimizer in DeepSpeed;"
                              " use train.zero_stage=1, which is the same training with the state divided")
+        if train.hpz_ranks and train.zero_stage != 3:
+            raise ValueError(f"train.hpz_ranks = {train.hpz_ranks} is for train.zero_stage = 3, which divides the weights; leave it out"
+                             f" with train.zero_stage = {train.zero_stage}")
         if self.data.sequence_length > self.max_position:
             raise ValueError(f"data.sequence_length = {self.data.sequence_length} is above model.max_position"
                              f" = {self.max_position}; raise the latter or shorten the sequences")
@@ -380,7 +391,7 @@ class Config(Section):
 MAY_DIFFER = (
     "run.dir", "data.path", "data.remote", "data.cache_limit_gib", "data.scratch", "data.stages", "data.repeat_caps", "data.repeat_caps.",
     "data.backend", "data.prefetch_threads", "train.steps", "train.tokens", "train.stop_at", "train.micro_batch_size",
-    "train.precision", "train.zero_stage", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every",
+    "train.precision", "train.zero_stage", "train.hpz_ranks", "train.activation_checkpointing", "train.compile", "train.loss_", "train.log_every",
     "train.hang_seconds", "train.peak_tflops", "checkpoint.", "guard.", "validation.", "trackers.", "model.attention", "model.cross_entropy",
 )
 

@@ -57,6 +57,10 @@ class NoValidCheckpoint(CheckpointError):
     exit_code = DAMAGED
 
 
+class ScalingError(UserError):
+    """Runs that no scaling law can be fitted to, or a question that a fit cannot answer."""
+
+
 class RunInUse(UserError):
     """Another job works in the run folder, or took it from this one."""
 

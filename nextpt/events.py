@@ -15,7 +15,11 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One logged optimizer step. loss: weighted nats per target. bpb: bits per byte of the step's text tokens."""
+    """One logged optimizer step. loss: weighted nats per target. bpb: bits per byte of the step's text tokens.
+
+    noise: the step's estimates of the gradient noise, {"trace": tr(S), "square": |G|^2}; average both over many steps before dividing
+    (train/dynamics.py). None where a step is one micro-batch. update_ratios: kind of parameter -> |update| / |weights|.
+    """
 
     step: int
     tokens: int
@@ -28,6 +32,8 @@ class StepEvent:
     data_wait_seconds: float = 0.0
     memory_bytes: int = 0
     mfu: float | None = None
+    noise: dict[str, float] | None = None
+    update_ratios: dict[str, float] = field(default_factory=dict)
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
     time: float = field(default_factory=time.time)
     kind: str = "train"

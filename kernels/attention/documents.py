@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from kernels.attention.intervals import Intervals, of_documents, of_lengths
+from kernels.attention.intervals import Intervals, of_documents, of_lengths, of_padding
 
 
 class Packing(ABC):
@@ -95,6 +95,32 @@ class PackedSequences(Packing):
 
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:
         return self._cu
+
+
+class LeftPadded(Packing):
+    """Texts of unlike length that end together, with a key-value cache: the padding before each is a document of its own.
+
+    padding: int [B], columns before each row's text; below `keys`. The queries are the last `queries` of the keys.
+    """
+
+    def __init__(self, padding: Tensor, queries: int, keys: int) -> None:
+        if padding.dim() != 1 or queries > keys:
+            raise ValueError(f"padding must be [B] and queries at most keys; got {tuple(padding.shape)}, {queries} and {keys}")
+        super().__init__((padding.shape[0], queries, keys))
+        self.padding = padding.to(torch.int32)
+
+    def _find(self, window: int | None) -> Intervals:
+        return of_padding(self.padding, *self.shape[1:], window)
+
+    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
+        """Twice int32 [2 B + 1]: per row its padding, then its text; the padding of most rows has no query."""
+        rows, queries, keys = self.shape
+
+        def starts(padding: Tensor, length: int) -> Tensor:
+            lengths = torch.stack((padding, length - padding), dim=1).flatten()
+            return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+        return starts((self.padding - (keys - queries)).clamp_min(0), queries), starts(self.padding, keys)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

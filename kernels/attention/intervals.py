@@ -55,6 +55,13 @@ def of_documents(document_ids: Tensor, window: int | None) -> Intervals:
     return Intervals.between(first if window is None else torch.maximum(first, place - window + 1), place, document_ids.shape[1])
 
 
+def of_padding(padding: Tensor, queries: int, keys: int, window: int | None) -> Intervals:
+    """padding [B]: a query, of the last `queries` places, sees keys from there on, or of the padding where it stands in that."""
+    place = torch.arange(keys - queries, keys, dtype=torch.int32, device=padding.device).expand(padding.shape[0], -1)
+    first = torch.where(place < padding.unsqueeze(1), 0, padding.unsqueeze(1))
+    return Intervals.between(first if window is None else torch.maximum(first, place - window + 1), place, keys)
+
+
 def of_lengths(cu_queries: Tensor, cu_keys: Tensor, queries: int, keys: int, window: int | None) -> Intervals:
     """Packed sequences, query s of which sees keys of sequence s, each aligned bottom-right.
 

@@ -68,6 +68,16 @@ class Dataset:
         return int(sum(sizes))
 
 
+def open_rows(root: Path, split: str) -> dict[str, MappedRows]:
+    """domain -> its rows in stored order, of a split of a dataset folder of this machine; no run needed. Raises DataError."""
+    manifest, node = load_manifest(root), Node()
+    cache = Cache(node, None)
+    # Nothing is begun ahead, so the threads that could are never made.
+    threads = ThreadPoolExecutor(SHARD_THREADS, thread_name_prefix="shards")
+    stores = [ShardStore(ShardIndex(root, manifest, split, domain), f"{split}/{domain}", node, None, cache) for domain in manifest.domains]
+    return {domain: MappedRows(store, number, threads) for number, (domain, store) in enumerate(zip(manifest.domains, stores, strict=True))}
+
+
 def check_dataset(config: Config, manifest: DatasetManifest) -> None:
     """Raise ConfigError when the dataset does not fit the config; the plan (plan.py) checks the mixtures."""
     path, data = config.data.path, config.data

@@ -1,77 +1,92 @@
-"""Sampling one continuation with a key-value cache."""
+"""From logits to the next token: the distribution that it is drawn from, and the draw."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nextpt.errors import UserError
-from nextpt.model import Decoder, KVCache
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. temperature 0: the most probable one (greedy).
 
-    top_k keeps the k most probable tokens; top_p the smallest set whose probability reaches p (arXiv 1904.09751),
-    both after the temperature, in this order.
+    repetition_penalty: logits of tokens that were there already are divided by it where positive and multiplied where
+    negative (CTRL, arXiv 1909.05858, section 4.1, which divides them all: that would favour tokens of negative logit).
+    Then the temperature; then top_k keeps the k most probable tokens, top_p the smallest set whose probability reaches p
+    (arXiv 1904.09751), min_p those with at least p times the probability of the most probable one (arXiv 2407.01082).
+    Raises UserError for a value out of bounds.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature = {self.temperature} must be >= 0 (0: greedy)")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k = {self.top_k} must be >= 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p = {self.min_p} must be at least 0 and at most 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty = {self.repetition_penalty} must be above 0 (1: none)")
+        if self.seed < 0:
+            raise UserError(f"seed = {self.seed} must be >= 0")
 
 
-def distribution(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities fp64 [V] that tokens are drawn from. Greedy is all on the arg-max."""
+def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
+    """Probabilities fp64 [B, V] that tokens are drawn from. Greedy is all on the arg-max, the first one of several.
+
+    seen_BV: True for tokens that were there already; needed where there is a penalty.
+    """
+    scaled = logits_BV.double()
+    if sampling.repetition_penalty != 1:
+        assert seen_BV is not None
+        penalty = sampling.repetition_penalty
+        scaled = torch.where(seen_BV, torch.where(scaled > 0, scaled / penalty, scaled * penalty), scaled)
     if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits_V.argmax(), logits_V.numel()).double()
-    scaled = logits_V.double() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < scaled.numel():
-        kept = torch.full_like(scaled, -torch.inf)
-        values, places = scaled.topk(sampling.top_k)
-        scaled = kept.scatter(0, places, values)
-    probabilities = scaled.softmax(0)
+        return torch.nn.functional.one_hot(scaled.argmax(-1), scaled.shape[-1]).double()
+    scaled = scaled - scaled.amax(-1, keepdim=True)  # a small temperature would make infinities of large logits
+    probabilities = (scaled / sampling.temperature).softmax(-1)
+    if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
+        values, places = probabilities.topk(sampling.top_k)
+        probabilities = _renormalised(torch.zeros_like(probabilities).scatter(-1, places, values))
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, places = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        ordered = torch.where(before < sampling.top_p, ordered, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(0, places, ordered)
-        probabilities /= probabilities.sum()
+        before = ordered.cumsum(-1) - ordered
+        kept = torch.where(before < sampling.top_p, ordered, 0.0)
+        probabilities = _renormalised(torch.zeros_like(probabilities).scatter(-1, places, kept))
+    if sampling.min_p:
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = _renormalised(torch.where(probabilities >= least, probabilities, 0.0))
     return probabilities
 
 
-@torch.no_grad()
-def continuation(model: Decoder, prompt: list[int], *, max_tokens: int, max_position: int, stop_id: int,
-                 sampling: Sampling, cache: KVCache) -> Iterator[int]:
-    """Yield up to `max_tokens` tokens after `prompt` (which starts with the start-of-document token).
+def _renormalised(probabilities: Tensor) -> Tensor:
+    return probabilities / probabilities.sum(-1, keepdim=True)
 
-    Stops before `stop_id` (end of document), and at `max_position`, the longest sequence of the model.
-    Raises UserError when the prompt leaves no room. `cache`: empty, for one row.
+
+def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """int64 [B]: where the cumulative probability first exceeds a uniform number of [0, 1), both fp64.
+
+    Inversion and not torch.multinomial: a row's token then depends on its own random number alone, whatever else is in the batch.
     """
-    if len(prompt) >= max_position:
-        raise UserError(f"the prompt has {len(prompt)} tokens; the model's positions end at {max_position}: shorten it")
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(sampling.seed)
-    new = torch.tensor([prompt], device=device)
-    for _ in range(min(max_tokens, max_position - len(prompt))):
-        positions = torch.arange(cache.length, cache.length + new.shape[1], device=device).unsqueeze(0)
-        hidden = model(new, positions, cache=cache)
-        probabilities = distribution(model.lm_head(hidden[0, -1]).float().cpu(), sampling)
-        token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if token == stop_id:
-            return
-        yield token
-        new = torch.tensor([[token]], device=device)
+    cumulative = probabilities_BV.cumsum(-1)
+    total = cumulative[:, -1]
+    reached = torch.minimum(uniform_B * total, torch.nextafter(total, torch.zeros_like(total)))  # the sum is 1 but for rounding
+    return torch.searchsorted(cumulative, reached.unsqueeze(-1), right=True).squeeze(-1)
+
+
+def randomness(seed: int, prompt: int, sample: int) -> np.random.Generator:
+    """The random numbers of one continuation: of the seed and its place, so that its batch does not matter."""
+    return np.random.default_rng([seed, prompt, sample])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import PackedDocuments, attention
+from kernels.attention import attention
+from kernels.attention.documents import Packing
 from kernels.cross_entropy import LinearCrossEntropy
 from nextpt.config import Config, ModelSection
 from nextpt.model.init import Init
@@ -40,6 +41,10 @@ class KVCache:
         self.keys[block][:, self.length : stop] = k
         self.values[block][:, self.length : stop] = v
         return self.keys[block][:, :stop], self.values[block][:, :stop]
+
+    def take(self, rows: Tensor) -> KVCache:
+        """A cache of some rows of this one, int64 [n]; a row may be taken several times."""
+        return KVCache(*([t[rows] for t in kept] for kept in (self.keys, self.values)), self.length)
 
 
 class Linear(nn.Module):
@@ -93,7 +98,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], documents: PackedDocuments | None,
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], documents: Packing | None,
                 cache: KVCache | None) -> Tensor:
         c, (rows, length, _) = self.c, x_BTD.shape
         q = self.q_proj(x_BTD).view(rows, length, c.heads, c.head_dim_)
@@ -134,7 +139,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.width, c.norm_eps)
         self.ffn = FeedForward(c, init, f"{name}.ffn")
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], documents: PackedDocuments | None,
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], documents: Packing | None,
                 cache: KVCache | None = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, documents, cache)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
@@ -171,7 +176,7 @@ class Decoder(nn.Module):
         # Not registered as buffers: they must stay fp32 and on no checkpoint, and are cheap to make again.
         self._rope = tables(config.max_position, c.head_dim_, c.rope_base, c.rope_scaling)
 
-    def forward(self, tokens_BT: Tensor, position_ids_BT: Tensor, documents: PackedDocuments | None = None,
+    def forward(self, tokens_BT: Tensor, position_ids_BT: Tensor, documents: Packing | None = None,
                 cache: KVCache | None = None) -> Tensor:
         """Final hidden states [B, T, D], normalised, ready for `lm_head`.
 

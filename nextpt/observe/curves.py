@@ -21,6 +21,7 @@ from nextpt.observe.run_record import RunRecord
 # Okabe and Ito's palette: told apart with every common colour blindness, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MOST_POINTS = 1500  # of a line; more are thinned, keeping the extremes of every stretch
+NOISE_SHARE = 0.2  # of the run, that the noise scale is a mean over
 WARM_UP_SHARE = 0.05  # of the run, above which losses may leave the frame: the first steps would flatten all others
 SETTINGS = {
     "svg.hashsalt": "nextpt", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False,
@@ -36,6 +37,10 @@ class Picture:
     uri: str
     alt: str
 
+    @property
+    def svg(self) -> bytes:
+        return base64.b64decode(self.uri.partition(",")[2])
+
 
 def pictures(runs: list[RunRecord]) -> list[Picture]:
     """All pictures of a report, in reading order; those without data are left out."""
@@ -46,6 +51,8 @@ def pictures(runs: list[RunRecord]) -> list[Picture]:
         _quantity(runs, "Learning rate", "learning rate", lambda e: e["lr"], smooth=False),
         _quantity(runs, "Gradient norm, before clipping", "global L2 norm", lambda e: e["grad_norm"] if e["grad_norm"] >= 0 else math.nan,
                   log=True),
+        _noise(runs),
+        _updates(runs),
         _quantity(runs, "Throughput", "tokens per second, all ranks", lambda e: e["tokens_per_second"], from_zero=True, unit=""),
         _quantity(runs, "Waiting for data", "share of the time, %", _waiting, from_zero=True),
         _quantity(runs, "Memory of the first rank", "bytes (peak on a GPU)", lambda e: e["memory_bytes"] or math.nan, from_zero=True,
@@ -128,7 +135,7 @@ def _loss(title: str, unit: str, lines: list[tuple[RunRecord, str, str]], train_
         bottom = axes.get_ylim()[0]
         axes.set_ylim(bottom, top + 0.05 * max(top - bottom, 1e-3))
     axes.legend(fontsize=8, ncols=1 if len(lines) < 4 else 2)
-    return _finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
+    return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
 
 
 def _quantity(runs: list[RunRecord], title: str, label: str, value: Callable[[dict[str, Any]], float], *, log: bool = False,
@@ -158,7 +165,52 @@ def _quantity(runs: list[RunRecord], title: str, label: str, value: Callable[[di
         axes.yaxis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
     if len(runs) > 1:
         axes.legend(fontsize=8)
-    return _finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
+    return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
+
+
+def _noise(runs: list[RunRecord]) -> Picture | None:
+    """Gradient noise scale: the ratio of two running means (nextpt/train/dynamics.py), wide, as one step says little."""
+    figure, axes = _canvas()
+    parts = []
+    for number, run in enumerate(runs):
+        x, trace = _series(run, lambda e: (e.get("noise") or {}).get("trace", math.nan))
+        _, square = _series(run, lambda e: (e.get("noise") or {}).get("square", math.nan))
+        if not np.isfinite(trace).any():
+            continue
+        below = running_mean(square, NOISE_SHARE)
+        scale = np.divide(running_mean(trace, NOISE_SHARE), below, out=np.full(len(x), np.nan), where=below > 0)
+        axes.plot(*thin(x, scale), color=COLOURS[number % len(COLOURS)], label=run.label)
+        axes.axhline(run.config.tokens_per_step, color=COLOURS[number % len(COLOURS)], linestyle="--", linewidth=0.9)
+        if np.isfinite(scale).any():
+            parts.append(f"{run.label} ends at {scale[np.isfinite(scale)][-1]:.3g} targets, its batch has {run.config.tokens_per_step:,}")
+        _mark_resumes(axes, run)
+    if not parts:
+        return None
+    axes.set_yscale("log")
+    _frame(axes, runs, "Gradient noise scale (dashed: the batch)", "targets")
+    if len(runs) > 1:
+        axes.legend(fontsize=8)
+    return finish(figure, "Gradient noise scale", "Gradient noise scale against tokens: " + "; ".join(parts))
+
+
+def _updates(runs: list[RunRecord]) -> Picture | None:
+    """Size of updates: of one run a line per kind of parameter, of several the feed-forward's."""
+    kinds = sorted({kind for run in runs for e in run.train for kind in e.get("update_ratios", {})})
+    lines = [(runs[0], kind, kind.replace("_", "-")) for kind in kinds] if len(runs) == 1 else [(run, "feed_forward", run.label) for run in runs]
+    figure, axes = _canvas()
+    parts = []
+    for (run, kind, name), colour in zip(lines, itertools.cycle(COLOURS), strict=False):
+        x, y = _series(run, lambda e, k=kind: e.get("update_ratios", {}).get(k, math.nan))
+        y = np.where(y > 0, y, np.nan)
+        if np.isfinite(y).any():
+            axes.plot(*thin(x, running_mean(y)), color=colour, label=name)
+            parts.append(f"{name} from {np.nanmin(y):.2g} to {np.nanmax(y):.2g}")
+    if not parts:
+        return None
+    axes.set_yscale("log")
+    _frame(axes, runs, "Size of updates" if len(runs) == 1 else "Size of updates, feed-forward", "norm of the update / norm of the weights")
+    axes.legend(fontsize=8)
+    return finish(figure, "Size of updates", "Update divided by weights against tokens: " + "; ".join(parts))
 
 
 def _compressors(runs: list[RunRecord]) -> Picture | None:
@@ -187,7 +239,7 @@ def _compressors(runs: list[RunRecord]) -> Picture | None:
     axes.set_ylabel("bits per byte, lower is better")
     axes.set_title("Held-out documents beside compressors", loc="left", fontweight="bold")
     axes.legend(fontsize=8, ncols=min(len(bars), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    return _finish(figure, "Held-out documents beside compressors",
+    return finish(figure, "Held-out documents beside compressors",
                    "Bits per byte: " + "; ".join(f"{name} " + ", ".join(f"{v:.3f}" for v in values) for name, values, _ in bars))
 
 
@@ -212,7 +264,8 @@ def _mark_resumes(axes: Axes, run: RunRecord) -> None:
         axes.axvline((start["first_step"] - 1) * run.config.tokens_per_step, color="#999999", linestyle=":", linewidth=0.9)
 
 
-def _finish(figure: Figure, title: str, alt: str) -> Picture:
+def finish(figure: Figure, title: str, alt: str) -> Picture:
+    """As SVG, the same bytes each time."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -87,5 +87,6 @@ def _contexts(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def _bands(axes: Axes, frequency: dict[str, Any]) -> None:
     rows = frequency["bands"]
     _points(axes, range(len(rows)), [row["nats_per_token"] for row in rows], [row["interval"] for row in rows], color=COLOURS[0])
-    axes.set_xticks(range(len(rows)), [f"≥ {row['from']:.0e}" if row["from"] else "rarer" if row["to"] else "never" for row in rows])
+    axes.set_xticks(range(len(rows)), [f"≥ {row['from']:.0e}" if row["from"] else "rarer" if row["to"] else "never" for row in rows],
+                    fontsize=8)
     axes.set(xlabel=f"share of the token in the {frequency['counted_in']}", ylabel="nats per token")

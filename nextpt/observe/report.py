@@ -29,7 +29,7 @@ def default_output(folders: list[Path]) -> Path:
 def write_report(folders: list[Path], output: Path) -> None:
     """Write the page. Raises DataError for a folder that is not a run, or a file that cannot be written."""
     runs = read_runs(folders)
-    page = _environment().get_template("report.html.j2").render(
+    page = environment().get_template("report.html.j2").render(
         title=", ".join(run.label for run in runs), runs=runs, pictures=pictures(runs), differences=config_differences(runs),
         configs={run.label: to_yaml(run.config) for run in runs}, version=nextpt.__version__, now=time.time(),
         heldout=heldout_rows(runs),
@@ -56,12 +56,13 @@ def heldout_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
             for run in runs for e in run.validation for name, figures in e["domains"].items()]
 
 
-def _environment() -> Environment:
-    environment = Environment(loader=PackageLoader("nextpt.observe", "."), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": lambda n: f"{n:,}", "size": partial(humanize.naturalsize, binary=True), "date": readable_time, "duration": readable_duration,
-                            "short": humanize.metric}
-    return environment
+def environment() -> Environment:
+    """Of all pages: templates of this folder, everything escaped, numbers and times for people."""
+    made = Environment(loader=PackageLoader("nextpt.observe", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                       lstrip_blocks=True)
+    made.filters |= {"count": lambda n: f"{n:,}", "size": partial(humanize.naturalsize, binary=True), "date": readable_time, "duration": readable_duration,
+                     "short": humanize.metric}
+    return made
 
 
 def readable_time(seconds: float) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nextpt.config import Config
 from nextpt.model import Counts, count
 from nextpt.scaling.machines import Machine
-from nextpt.train.memory import MemoryEstimate, estimate_memory
+from nextpt.train.memory import LIVE_PARAMETERS, MemoryEstimate, estimate_memory
 
 # Kept free: CUDA context, NCCL's buffers, fragmentation of the allocator. An assumption, not measured.
 RESERVED = 0.10
@@ -93,31 +93,52 @@ def variant(config: Config, stage: int, checkpointing: bool) -> Config:
     return config.model_copy(update={"train": train})
 
 
-def traffic(config: Config, devices: int) -> float:
-    """Bytes that one device sends in an optimizer step, by the ring algorithms: (N - 1)/N of the data per pass.
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one device sends in an optimizer step: in collectives of all devices, and in those of the ranks of one node alone."""
 
-    arXiv 1910.02054 section 7, with our widths: gradients travel in fp32, weights in the width of training. Stages 0 and
-    1 reduce once per step, 2 and 3 once per micro-batch; stage 3 gathers the weights for forward and for backward of
-    every micro-batch.
+    everywhere: float
+    in_node: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.everywhere + self.in_node
+
+
+def traffic(config: Config, devices: int) -> Traffic:
+    """What one device sends in an optimizer step, by the ring algorithms: (N - 1)/N of the data per pass.
+
+    arXiv 1910.02054 section 7, as DeepSpeed 0.19.8 does it and with our widths (tests/cluster/test_traffic.py counts it): gradients
+    travel in fp32, weights in the width of training. All ranks get all gradients at stages 0 to 2, two passes each, once per step (0, 1)
+    or per micro-batch (2); at stage 3 each gets its own, one pass per micro-batch. Stage 3 gathers the weights for the forward pass of
+    every micro-batch, and again for the backward pass when they are too many to stay gathered; with hpZ (arXiv 2306.10209) only the
+    first of these is among all ranks, and the others are inside a node. Small parameters, which stay gathered, are not taken off.
     """
-    n, stage, micro = count(config).parameters, config.train.zero_stage, config.accumulation_steps(devices)
-    weights, gradients = n * (2 if config.train.precision == "bf16" else 4), 4 * n
+    train, n, micro = config.train, count(config).parameters, config.accumulation_steps(devices)
+    weights, gradients = n * (2 if train.precision == "bf16" else 4), 4 * n
+    gathers = micro * (2 if n > LIVE_PARAMETERS else 1)
+    everywhere = 1 if train.hpz_ranks else gathers
     volume = {
         0: 2 * gradients,
-        1: (2 if config.train.precision == "bf16" else 1) * gradients + weights,
-        2: micro * gradients + weights,
-        3: micro * (2 * weights + gradients),
-    }[stage]
-    return volume * (devices - 1) / devices
+        1: 2 * gradients + weights,
+        2: micro * 2 * gradients + weights,
+        3: everywhere * weights + micro * gradients,
+    }[train.zero_stage]
+    inside = (gathers - everywhere) * weights if train.zero_stage == 3 else 0
+    return Traffic(volume * _ring(devices), inside * _ring(train.hpz_ranks or 1))
+
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
 
 
 def _option(config: Config, devices: int, machine: Machine, compute: float, stage: int, checkpointing: bool) -> Option:
     changed = variant(config, stage, checkpointing)
     memory = estimate_memory(changed, devices, device="cuda")
     sent = traffic(changed, devices)
-    communication = sent / machine.bus(devices)
+    communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(changed.train.hpz_ranks or 1)
     work = compute * (1 + RECOMPUTE * checkpointing)
     # Stages 0 and 1 reduce after the last backward pass; only stages 2 and 3 send while others compute.
     hidden = BACKWARD * work if stage >= 2 else 0.0
-    return Option(stage, checkpointing, memory, memory.total <= (1 - RESERVED) * machine.memory, sent, communication,
+    return Option(stage, checkpointing, memory, memory.total <= (1 - RESERVED) * machine.memory, sent.total, communication,
                   work + max(communication - hidden, 0.0))

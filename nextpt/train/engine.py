@@ -36,9 +36,10 @@ from nextpt.data.batch import Batch  # noqa: E402
 from nextpt.errors import UserError  # noqa: E402
 from nextpt.model import Decoder  # noqa: E402
 from nextpt.objective import Loss, next_token_loss  # noqa: E402
+from nextpt.train.dynamics import AdamWUpdates, GradientNoise, update_ratios  # noqa: E402
 from nextpt.train.guard import Judge  # noqa: E402
 from nextpt.train.memory import LIVE_PARAMETERS, reduce_bucket  # noqa: E402
-from nextpt.train.optimizer import GuardedAdamW, parameter_groups  # noqa: E402
+from nextpt.train.optimizer import GuardedAdamW, decays, parameter_groups  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is meant to be: a CPU, an optimizer of ours
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -96,6 +97,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
             "memory_efficient_linear": False,
             "reduce_bucket_size": reduce_bucket(config),
             "stage3_max_live_parameters": LIVE_PARAMETERS,
+            "stage3_max_reuse_distance": LIVE_PARAMETERS,
+            "zero_hpz_partition_size": config.train.hpz_ranks or 1,
         },
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -155,6 +158,7 @@ class Engine:
         self._zero = self._engine.optimizer if config.train.zero_stage else None
         self._names = {parameter: name.removeprefix("model.") for name, parameter in module.named_parameters()}
         self._create_moments()
+        self._noise = GradientNoise(module, device, self.world_size)
 
     @property
     def model(self) -> Decoder:
@@ -166,12 +170,13 @@ class Engine:
 
     # ---- the step -------------------------------------------------------------------------------------------
 
-    def step(self, batches: list[Batch], weight_sum: Tensor, lr: float) -> list[Loss]:
+    def step(self, batches: list[Batch], weight_sum: Tensor, lr: float, measure: bool = False) -> list[Loss]:
         """One optimizer step over this rank's micro-batches, which changes nothing when `judge` finds it bad. No host synchronisation.
 
         weight_sum: sum of token weights over all ranks and micro-batches. DeepSpeed averages gradients over ranks;
-        multiplying by their number makes that the sum which the normalisation asks for.
+        multiplying by their number makes that the sum which the normalisation asks for. measure: for `gradient_noise`.
         """
+        self._noise.begin(measure)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.train()
@@ -179,6 +184,7 @@ class Engine:
         for batch in batches:
             loss = Loss(*self._engine(batch, weight_sum))
             self._engine.backward(loss.total * self.world_size, scale_wrt_gas=False)
+            self._noise.end_micro_batch(batch.token_weights.sum(), weight_sum)
             losses.append(Loss(loss.total.detach(), loss.z_part, loss.nats))
             if len(losses) == len(batches):
                 parts = torch.stack([torch.stack([one.total.double(), one.z_part.double()]) for one in losses])
@@ -197,6 +203,17 @@ class Engine:
             norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device).reshape(())
             self._verdict = norm, self.judge.judge(*self._loss, norm)
         return self._verdict
+
+    def gradient_noise(self, micro_batches: int, weight_sum: Tensor, norm: float) -> dict[str, float] | None:
+        """Of the step just made (train/dynamics.py), where that was measured. micro_batches: of this rank. Collective."""
+        return self._noise.estimate(self.all_sum, micro_batches * self.world_size, weight_sum, norm)
+
+    def update_ratios(self) -> dict[str, float]:
+        """|last update| / |weights| by kind of parameter (train/dynamics.py). Collective."""
+        section = self.config.optimizer
+        shares = ((name, section.weight_decay * decays(name, shape, section), tensors) for name, shape, _, tensors in self._shares())
+        updates = AdamWUpdates(self._optimizer.param_groups[0]["lr"], section.betas, section.eps, self.scalars()["optimizer_updates"])
+        return update_ratios(shares, updates, self.all_sum, self.device)
 
     def _check_stepped(self) -> None:
         """Raise RuntimeError when DeepSpeed passed over the step by itself, in whatever way: the optimizer was not asked to step."""
@@ -242,6 +259,7 @@ class Engine:
             for state in self._optimizer.state.values():
                 state["step"].fill_(scalars["optimizer_updates"])
         if self.config.train.zero_stage == 3:
+            self._zero.invalidate_secondary_tensor()  # hpZ's copies, which a validation may have made of other weights
             for group in range(len(self._zero.fp32_partitioned_groups_flat)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
             if self._zero.persistent_parameters:

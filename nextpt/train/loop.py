@@ -41,6 +41,15 @@ class Clock:
     waited: float
 
 
+@dataclass(frozen=True)
+class Made:
+    """A step that was made. sums: of this rank. weights: of all. micro_batches: of this rank."""
+
+    sums: DomainSums
+    weights: torch.Tensor
+    micro_batches: int
+
+
 class Trainer:
     """Runs optimizer steps first_step..config.last_step of one rank.
 
@@ -86,12 +95,12 @@ class Trainer:
                 clock = self._clock(step)
                 continue
             step += 1
-            sums = self.train_step(step)
-            if sums is None:
+            logging = step % config.train.log_every == 0 or step == last
+            made = self.train_step(step, logging)
+            if made is None:
                 self.end_early(step - 1)
             self.life.made(step)
             self.look(wait=False)
-            logging = step % config.train.log_every == 0 or step == last
             every = config.validation.every_steps
             validating = every is not None and (step % every == 0 or step == last)
             self.save_owed |= step == last or self.save_is_due(step)
@@ -99,7 +108,7 @@ class Trainer:
             if self.guard.tripped:
                 continue
             if logging:
-                self.log(step, sums, judged[-1], clock)
+                self.log(step, made, judged[-1], clock)
                 clock = self._clock(step)
             if validating:
                 if not self.validate(step):
@@ -189,8 +198,10 @@ class Trainer:
             text = f"not saved, for {why}; the checkpoint of step {self.saved_step} is kept"
         raise Stopped(f"stopped by {name} after step {step} ({text}); this resumes: {resume_command()}")
 
-    def train_step(self, step: int) -> DomainSums | None:
+    def train_step(self, step: int, measure: bool = False) -> Made | None:
         """One optimizer step; nothing here waits for the device. None, and no step, when a rank was told to stop.
+
+        measure: also the noise of its gradient.
 
         Raises UserError on every rank when the batches of one cannot be read.
         """
@@ -203,11 +214,11 @@ class Trainer:
         weights = self.engine.all_sum(local_weight_sum(batches))
         if self.loader.begins_stage(step - 1):  # of another mixture or context: its losses are not those of the last steps
             self.engine.judge.forget()
-        losses = self.engine.step(batches, weights, learning_rate(self.config, step))
+        losses = self.engine.step(batches, weights, learning_rate(self.config, step), measure)
         sums = DomainSums(self.domains, self.engine.device)
         for batch, loss in zip(batches, losses, strict=True):
             sums.add(loss.nats, batch.target_bytes, batch.is_text, batch.domain_ids)
-        return sums
+        return Made(sums, weights, len(batches))
 
     def _read(self, step: int) -> list[Batch]:
         self.life.check()
@@ -215,8 +226,9 @@ class Trainer:
         self.life.doing("the vote on batches", step)
         return batches
 
-    def log(self, step: int, sums: DomainSums, judged: Judgement, clock: Clock) -> None:
+    def log(self, step: int, made: Made, judged: Judgement, clock: Clock) -> None:
         """Sum over ranks, read the device, emit the step's event. A step that was skipped is logged as it was."""
+        sums = made.sums
         self.engine.all_sum(sums.sums)
         now, steps = time.monotonic(), max(step - clock.step, 1)
         rate = steps * self.config.tokens_per_step / max(now - clock.started, 1e-9)
@@ -232,6 +244,8 @@ class Trainer:
             data_wait_seconds=self.loader.wait_seconds - clock.waited,
             memory_bytes=memory_in_use(self.engine.device),
             mfu=rate * self.flops_per_token / (self.peak * self.engine.world_size) if self.peak else None,
+            noise=self.engine.gradient_noise(made.micro_batches, made.weights, judged.grad_norm),
+            update_ratios=self.engine.update_ratios(),
             domains={name: {"nats_per_token": f.nats_per_token, "bpb": f.bpb_text} for name, f in sums.figures().items()},
         ))
 

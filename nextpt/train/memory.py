@@ -45,7 +45,8 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
     """Memory of one of `world_size` ranks: weights (2 or 4 bytes), fp32 gradients, fp32 master weights and moments.
 
     Stage 1 divides the optimizer state, stage 2 the gradients too, stage 3 the weights too. fp32 training needs no
-    separate master weights at stage 0; DeepSpeed keeps a partition of them from stage 1 on. device: on cuda
+    separate master weights at stage 0; DeepSpeed keeps a partition of them from stage 1 on. hpZ keeps a second share of the
+    weights in every node. device: on cuda
     gradients are reduced beside the backward pass, which takes a second bucket, and the loss has a larger workspace.
     """
     train, parameters = config.train, count(config).parameters
@@ -57,7 +58,7 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
         return -(-size // world_size) if stage >= from_stage else size
 
     return MemoryEstimate(
-        weights=share(width * parameters, 3),
+        weights=share(width * parameters, 3) + (width * parameters // train.hpz_ranks if stage == 3 and train.hpz_ranks else 0),
         gradients=share(4 * parameters, 2),
         optimizer=share((master + 8) * parameters, 1),
         buffers=_buffers(config, width, device == "cuda"),

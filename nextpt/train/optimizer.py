@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,11 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
     """
     decay, keep = [], []
     for name, parameter in model.named_parameters():
-        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-        embedding = "embed_tokens" in name and not section.decay_embeddings
-        (decay if matrix and not embedding else keep).append(parameter)
+        (decay if decays(name, getattr(parameter, "ds_shape", parameter.shape), section) else keep).append(parameter)
     groups = [{"params": decay, "weight_decay": section.weight_decay}, {"params": keep, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def decays(name: str, shape: Sequence[int], section: OptimizerSection) -> bool:
+    """Whether weight decay applies to a parameter of this name and full shape."""
+    return len(shape) >= 2 and (section.decay_embeddings or "embed_tokens" not in name)

@@ -1,12 +1,19 @@
-"""Preparation by a job array on a real Slurm: killed in the middle, begun again with another number of tasks, the same bytes."""
+"""Preparation on a real Slurm, by a job array and by Ray inside a job: killed in the middle, begun again with others, the same bytes."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.prepare import prepare
+from data_prep.spec import PrepSpec
 from data_prep.workers import LocalWorkers
 from tests.cluster.test_slurm import cluster  # noqa: F401  (a fixture)
 from tests.faults.test_life import wait_for
@@ -17,29 +24,100 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_an_array_that_was_killed_goes_on_with_another_number_of_tasks(cluster: Slurm, tmp_path: Path) -> None:  # noqa: F811
+@dataclass(frozen=True)
+class Work:
+    """A preparation long enough to be killed in, and the output that jobs make."""
+
+    spec: PrepSpec
+    output: Path
+    folder: Path
+
+    def submit(self, cluster: Slurm, script: str, log: str, *options: str) -> str:  # noqa: F811
+        """Number of a job."""
+        return cluster.submit(*options, "--cpus-per-task=1", "--mem-per-cpu=100", f"--output={self.folder}/{log}", str(ROOT / "launcher/slurm" / script),
+                              *(f"{name}={place}" for name, place in self.spec.domains.items()), "--sequence-length", "64", "--heldout", "0.2",
+                              "--tokenizer", str(self.spec.tokenizer), "--output", str(self.output), cwd=self.folder)
+
+    def done(self) -> dict[Path, int]:
+        """Units that are tokenized, and when each was."""
+        return {path: path.stat().st_mtime_ns for path in Path(f"{self.output}.work").glob("tok/*.tok")}
+
+    def logs(self) -> str:
+        return "\n".join(p.read_text(errors="replace")[-2000:] for p in self.folder.glob("*.log"))
+
+    def check(self) -> None:
+        """The bytes are those of a preparation that nobody disturbed."""
+        assert (self.output / "dataset.json").is_file(), self.logs()
+        prepare(self.spec, workers=LocalWorkers(2))
+        assert content(self.output) == content(self.spec.output)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
     spec = world(tmp_path)
-    many = texts(2000, 7) * 12  # long enough to be killed in; repeats are dropped
+    many = texts(2000, 7) * 12  # repeats are dropped
     domains = {f"d{i}": write_lines(tmp_path / f"in/d{i}.jsonl", [f"{i} {j} {text}" for j, text in enumerate(many)]) for i in range(4)}
-    spec = spec.model_copy(update={"domains": domains})
-    output = tmp_path / "by_array"
+    for name in (".venv", "launcher", "data_prep", "nextpt", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return Work(spec.model_copy(update={"domains": domains}), tmp_path / "by_jobs", tmp_path)
 
-    def submit(tasks: str) -> str:
-        return cluster.submit("--array", tasks, "--cpus-per-task=1", "--mem-per-cpu=100", f"--output={tmp_path}/%A_%a.log", str(ROOT / "launcher/slurm/prep_array.sbatch"),
-                              *(f"{name}={place}" for name, place in domains.items()), "--sequence-length", "64", "--heldout", "0.2",
-                              "--tokenizer", str(spec.tokenizer), "--output", str(output), cwd=ROOT)
 
-    def done() -> set[Path]:
-        return set(tmp_path.glob("by_array.work/tok/*.tok"))
+def gone(cluster: Slurm, job: str) -> bool:  # noqa: F811
+    return not cluster.run("squeue", "-h", "-j", job)
 
-    job = submit("0-1")
-    wait_for(lambda: done())
+
+def test_an_array_that_was_killed_goes_on_with_another_number_of_tasks(cluster: Slurm, work: Work) -> None:  # noqa: F811
+    job = work.submit(cluster, "prep_array.sbatch", "%A_%a.log", "--array", "0-1")
+    wait_for(work.done)
     cluster.run("scancel", "--full", "--signal=KILL", job)
-    wait_for(lambda: not cluster.run("squeue", "-h", "-j", job), 60)
-    assert 0 < len(done()) < len(domains) and not output.exists()
+    wait_for(lambda: gone(cluster, job), 60)
+    assert 0 < len(work.done()) < len(work.spec.domains) and not work.output.exists()
 
-    job = submit("3,7-8")
-    wait_for(lambda: not cluster.run("squeue", "-h", "-j", job), 300)
-    assert (output / "dataset.json").is_file(), "\n".join(p.read_text() for p in tmp_path.glob(f"{job}_*.log"))
-    prepare(spec, workers=LocalWorkers(2))
-    assert content(output) == content(spec.output)
+    job = work.submit(cluster, "prep_array.sbatch", "%A_%a.log", "--array", "3,7-8")
+    wait_for(lambda: gone(cluster, job), 300)
+    work.check()
+
+
+RAY = ("ray::", "raylet", "gcs_server", "bin/ray start", "ray/_private")
+
+
+def ray_processes(*words: str) -> list[psutil.Process]:
+    """Processes of Ray whose command line has all the words."""
+    return [process for process in psutil.process_iter(["cmdline"])
+            if (line := " ".join(process.info["cmdline"] or [])) and any(name in line for name in RAY) and all(word in line for word in words)]
+
+
+@pytest.fixture
+def no_ray_left() -> Iterator[None]:
+    """Slurm without cgroups, as in these tests, does not end processes that left their group; Ray's do."""
+    yield
+    subprocess.run([str(Path(sys.executable).parent / "ray"), "stop", "--force"], capture_output=True, timeout=60)
+
+
+def test_ray_that_was_killed_goes_on_with_fewer_nodes(cluster: Slurm, work: Work, no_ray_left: None) -> None:  # noqa: F811
+    job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
+    wait_for(lambda: work.done() or cluster.job(job)["JobState"] == "FAILED", 120)
+    assert work.done(), work.logs()
+    for process in ray_processes():  # at once, as the end of a job's cgroup ends them
+        process.kill()
+    cluster.run("scancel", "--full", "--signal=KILL", job)
+    wait_for(lambda: gone(cluster, job), 60)
+    before = work.done()
+    assert 0 < len(before) < len(work.spec.domains) and not work.output.exists()
+
+    job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=1")
+    wait_for(lambda: work.done().keys() > before.keys() or gone(cluster, job), 120)
+    again = work.done()
+    assert all(again.get(path, when) == when for path, when in before.items()), "a unit that was done was done again"
+    wait_for(lambda: gone(cluster, job), 300)
+    work.check()
+
+
+def test_ray_goes_on_when_a_worker_is_killed(cluster: Slurm, work: Work, no_ray_left: None) -> None:  # noqa: F811
+    job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
+    wait_for(lambda: ray_processes("ray::_work") or gone(cluster, job), 120)
+    victims = ray_processes("ray::_work")
+    assert victims, work.logs()
+    victims[0].send_signal(signal.SIGKILL)
+    wait_for(lambda: gone(cluster, job), 300)
+    work.check()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import IMPLEMENTATIONS, PackedDocuments, attention, choose_attention
+from kernels.attention import IMPLEMENTATIONS, LeftPadded, PackedDocuments, PackedSequences, attention, choose_attention
 from kernels.attention import sdpa as sdpa_module
 from kernels.causality import CausalityError, check_attention
 
@@ -95,6 +95,26 @@ def test_reference_is_differentiable_everywhere_and_empty_rows_give_zero() -> No
     gradients = torch.autograd.grad(out.sum() + lse[:, :, 2:].sum(), (q, k, v))
     assert all(g.isfinite().all() for g in gradients)
     assert gradients[0][:, :2].eq(0).all()
+
+
+@pytest.mark.parametrize("name", [n for n in HERE if "documents" in IMPLEMENTATIONS[n].features])
+@pytest.mark.parametrize(("queries", "window"), [(1, None), (1, 2), (4, None), (4, 3), (7, None)])
+def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: int | None) -> None:
+    """The last queries of whole rows of two documents; the padding may also reach among the queries."""
+    padding, keys = torch.tensor([0, 2, 5]), 7
+    q, k, v = (torch.randn(3, keys, heads, 8) for heads in (4, 2, 2))
+    ids = (torch.arange(keys) >= padding.unsqueeze(1)).int()
+    want, _ = naive(q, k, v, ids, window)
+    documents = LeftPadded(padding, queries, keys)
+    got = attention(q[:, -queries:], k, v, documents=documents, window=window, implementation=name)
+    torch.testing.assert_close(got.double(), want[:, -queries:], atol=1e-5, rtol=1e-5)
+    flat = PackedSequences(*documents.cu_seqlens(), 3 * queries, 3 * keys).mask(window)[0, 0]
+    assert torch.equal(flat, torch.block_diag(*documents.mask(window)[:, 0]).bool())
+
+
+def test_left_padding_refuses_more_queries_than_keys() -> None:
+    with pytest.raises(ValueError, match="queries at most keys"):
+        LeftPadded(torch.tensor([1]), 3, 2)
 
 
 def test_cu_seqlens_list_the_starts_and_pad() -> None:

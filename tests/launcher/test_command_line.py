@@ -28,12 +28,15 @@ def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, "-m", "launcher.cli", *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("command", [[], ["prep"], ["prep", "stdlib"], ["prep", "shards"], ["train"], ["eval"], ["generate"],
-                                     ["config"], ["config", "show"], ["report"], ["doctor"], ["plan"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["prep"], ["prep", "stdlib"], ["prep", "shards"], ["train"], ["eval"], ["generate"], ["inspect"],
+                                     ["config"], ["config", "show"], ["report"], ["doctor"], ["plan"], ["demo"],
+                                     ["scaling"], ["scaling", "fit"], ["scaling", "predict"], ["scaling", "plan"], ["scaling", "sweep"],
+                                     ["memorization", "plant"], ["memorization", "canaries"], ["memorization", "extract"],
+                                     ["memorization", "contamination"]])
 def test_help(command: list[str]) -> None:
     done = nextpt(*command, "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
-    if len(command) > 1 or command and command[0] in ("train", "eval", "generate", "report", "doctor", "plan"):
+    if len(command) > 1 or command and command[0] in ("train", "eval", "generate", "inspect", "report", "doctor", "plan"):
         assert "example: nextpt" in done.stdout
 
 
@@ -63,6 +66,7 @@ def test_config_show_prints_derived_figures() -> None:
     (["train", "--config", "configs/demo.yaml", "train.zero_stage=0", "train.precision=bf16"], ["train.zero_stage=1"]),
     (["eval", "--run", "nowhere"], ["run folder nowhere does not exist"]),
     (["generate", "--run", "nowhere"], ["run folder nowhere does not exist"]),
+    (["inspect", "--run", "nowhere", "--prompt", "a"], ["run folder nowhere does not exist"]),
     (["prep", "shards", "a=nowhere", "--output", "x", "--sequence-length", "8", "--vocab-size", "300"], ["nowhere does not exist"]),
     (["prep", "shards", "nowhere", "--output", "x", "--sequence-length", "8"], ["DOMAIN=PLACE"]),
 ])

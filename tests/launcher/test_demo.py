@@ -37,4 +37,4 @@ def test_demo_with_a_short_training(tmp_path: Path) -> None:
     assert "made from the same inputs" in second.stdout and "is complete at step 60" in second.stdout
     assert second.stdout.count("identical") == 4
     assert "is there and complete (step 60)" in second.stdout and "To start afresh: rm -r runs/demo data/demo" in second.stdout
-    assert "=== 5/7" in second.stdout and "evaluated code" in second.stdout
+    assert "=== 5/7" in second.stdout and "evaluating code: done" in second.stdout

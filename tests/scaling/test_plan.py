@@ -40,14 +40,38 @@ def test_states_of_the_zero_paper() -> None:
 
 
 def test_traffic_of_the_zero_paper() -> None:
-    """Section 7: stages 0 to 2 move twice the parameters, stage 3 three times; here with fp32 weights and gradients."""
+    """Section 7: stage 3 moves three times the parameters. At stages 1 and 2 DeepSpeed gives all gradients to all ranks, which the paper
+    does not: twice the gradients and the weights, not once each. With fp32 weights and gradients."""
     base = config("7b", "train.precision=fp32", "train.global_batch_size=64", "train.micro_batch_size=1")
     n = 4 * count(base).parameters * 63 / 64
-    for stage, times in ((0, 2), (1, 2), (2, 2), (3, 3)):
-        assert traffic(variant(base, stage, False), 64) == pytest.approx(times * n), stage
+    for stage, times in ((0, 2), (1, 3), (2, 3), (3, 3)):
+        assert traffic(variant(base, stage, False), 64).total == pytest.approx(times * n), stage
     twice = config("7b", "train.precision=fp32", "train.global_batch_size=128", "train.micro_batch_size=1")
-    assert traffic(variant(twice, 2, False), 64) == pytest.approx(3 * n) and traffic(variant(twice, 3, False), 64) == pytest.approx(6 * n)
-    assert traffic(variant(base, 3, False), 1) == 0
+    assert traffic(variant(twice, 2, False), 64).total == pytest.approx(5 * n) and traffic(variant(twice, 3, False), 64).total == pytest.approx(6 * n)
+    assert traffic(variant(base, 3, False), 1).total == 0
+
+
+def test_hpz_gathers_once_among_all_and_then_inside_a_node() -> None:
+    plain = config("7b", "train.zero_stage=3", "train.global_batch_size=128", "train.micro_batch_size=1")
+    hpz = config("7b", "train.zero_stage=3", "train.global_batch_size=128", "train.micro_batch_size=1", "train.hpz_ranks=8")
+    weights, gradients = 2 * count(plain).parameters, 4 * count(plain).parameters
+    found = traffic(hpz, 64)
+    assert traffic(plain, 64).everywhere == pytest.approx((4 * weights + 2 * gradients) * 63 / 64) and traffic(plain, 64).in_node == 0
+    assert found.everywhere == pytest.approx((weights + 2 * gradients) * 63 / 64) and found.in_node == pytest.approx(3 * weights * 7 / 8)
+    slow = machine("h100", node_gbs=50)
+    seconds = {key: {o.stage: o for o in plan(c, 64, slow, 0.4).options if not o.checkpointing}[3].communication for key, c in (("plain", plain), ("hpz", hpz))}
+    assert seconds["hpz"] < 0.8 * seconds["plain"]
+    memory = [{o.stage: o for o in plan(c, 64, slow, 0.4).options if not o.checkpointing}[3].memory.weights for c in (plain, hpz)]
+    assert memory[1] - memory[0] == pytest.approx(weights / 8, abs=8)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (("train.zero_stage=2", "train.hpz_ranks=8"), "train.hpz_ranks = 8 is for train.zero_stage = 3"),
+    (("train.zero_stage=3", "train.hpz_ranks=6"), "train.hpz_ranks = 6 does not divide the 64 ranks"),
+])
+def test_hpz_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config("7b", *overrides).accumulation_steps(64)
 
 
 def test_time_is_flops_over_peak() -> None:

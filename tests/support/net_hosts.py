@@ -41,7 +41,7 @@ def missing(*more: str) -> str | None:
 
 @dataclass(frozen=True)
 class Hosts:
-    """names: h1, h2, ... which `ssh` in `path` knows. Put `path` first in PATH."""
+    """names: which `ssh` in `path` knows. Put `path` first in PATH."""
 
     folder: Path
     names: list[str]
@@ -52,7 +52,7 @@ class Hosts:
         return {"PATH": f"{self.folder}:{os.environ['PATH']}", "PDSH_RCMD_TYPE": "ssh"}
 
     def address(self, name: str) -> str:
-        return f"{SUBNET}.{int(name[1:]) + 1}"
+        return f"{SUBNET}.{self.names.index(name) + 2}"
 
     def hostfile(self, slots: int, *names: str) -> Path:
         path = self.folder / "hostfile"
@@ -66,19 +66,26 @@ class Hosts:
     def mend(self, name: str) -> None:
         _run("ip", "link", "set", f"npt-{name}", "up")
 
+    def start(self, name: str, command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+        """Start a command in the network of a host, without ssh."""
+        with open(log, "w") as output:
+            return subprocess.Popen(["ip", "netns", "exec", f"nextpt-{name}", *command], env=environment, stdout=output, stderr=output)
+
     def processes(self, name: str) -> list[int]:
         """Numbers of the processes of a host."""
         return [int(pid) for pid in _run("ip", "netns", "pids", f"nextpt-{name}").split()]
 
 
 @contextmanager
-def hosts(folder: Path, count: int, *, hidden: dict[str, Path] | None = None, variables: dict[str, str] | None = None) -> Iterator[Hosts]:
-    """Make `count` hosts and end them with all their processes. They share this machine's disk.
+def hosts(folder: Path, count: int, *, prefix: str = "h", hidden: dict[str, Path] | None = None,
+          variables: dict[str, str] | None = None) -> Iterator[Hosts]:
+    """Make `count` hosts and end them with all their processes. They share this machine's disk, and see no processes but their own.
 
-    hidden: host -> folder in whose place it sees an empty one. variables: host -> a NAME=value of its own.
+    prefix: of their names, before a number from 1 on. hidden: host -> folder in whose place it sees an empty one. variables: host
+    -> a NAME=value of its own.
     """
     folder.mkdir(parents=True)
-    made = Hosts(folder, [f"h{i}" for i in range(1, count + 1)])
+    made = Hosts(folder, [f"{prefix}{i}" for i in range(1, count + 1)])
     _clear(made.names)
     for key in ("host_key", "key"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
@@ -127,7 +134,7 @@ def _start(made: Hosts, name: str, hidden: Path | None, variable: str | None) ->
     (made.folder / f"{name}.conf").write_text(SSHD.format(address=made.address(name), folder=made.folder, name=name) + own)
     hide = f"mount -t tmpfs none {hidden} && " if hidden else ""
     with open(made.folder / f"{name}.log", "w") as log:
-        return subprocess.Popen(["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "sh", "-c",
+        return subprocess.Popen(["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c",
                                  f"hostname {name}; {hide}exec {shutil.which('sshd')} -D -e -f {made.folder}/{name}.conf"], stdout=log, stderr=log)
 
 

@@ -1,4 +1,4 @@
-"""Text comes out piece by piece, whatever the tokenizer, and joined it is the text of all tokens."""
+"""Text comes out piece by piece, whatever the tokenizer; joined it is the text of all tokens, up to a stop string."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.tokenizer import Tokenizer
-from nextpt.generate.text import GrowingText
+from nextpt.generate.stopping import GrowingText, StopStrings
 from tests.support.tokenizers import ANY_TEXT, KINDS
 
 ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -51,3 +51,20 @@ def test_what_was_given_is_not_taken_back(tmp_path: Path) -> None:
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     ids = tokenizer.encode("a\U0001f680").tolist()
     assert "".join(pieces(tokenizer, [*ids, ids[-1], *tokenizer.encode("b").tolist()], 0)) == "a\U0001f680\ufffd b"
+
+
+@given(pieces=st.lists(st.text(alphabet="ab\n", max_size=4), max_size=12), stops=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3))
+def test_nothing_of_a_stop_string_is_shown(pieces: list[str], stops: list[str]) -> None:
+    """However it is cut into pieces; and what can be shown is shown at once."""
+    stopping, text, shown = StopStrings(stops), "", ""
+    for piece in pieces:
+        text += piece
+        shown += stopping.add(piece)
+        places = [text.find(stop) for stop in stops if stop in text]
+        assert stopping.found == bool(places)
+        if places:
+            assert shown == text[: min(places)] and stopping.rest() == ""
+            return
+        held = text[len(shown):]
+        assert text.startswith(shown) and (not held or any(stop.startswith(held) for stop in stops))
+    assert shown + stopping.rest() == text

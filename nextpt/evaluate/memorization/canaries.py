@@ -1,0 +1,81 @@
+"""Canaries: random texts put into a corpus a known number of times, and others that are never shown to the model.
+
+Exposure of a canary (arXiv 1802.08232, section 4): log2(controls + 1) - log2(rank), its rank by code length among the
+controls: 0 bits for one that is no more likely than they are, log2(controls + 1) when it is likelier than all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+from data_prep.files import atomic_write
+from nextpt.errors import DataError
+
+REPEATS = (1, 2, 4, 8, 16, 32, 64, 128)
+WORDS = 16  # two syllables each, of 100: 213 bits of chance in every canary
+SYLLABLES = [c + v for c in "bdfghjklmnprstvwxyzc" for v in "aeiou"]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A text, and how often it is in the corpus; 0 for a control."""
+
+    text: str
+    repeats: int
+
+
+def make_canaries(each: int, controls: int, seed: int) -> list[Canary]:
+    """`each` canaries for every number of REPEATS, and `controls` that are never shown.
+
+    Documents are held out by the hash of their text when it is low (data_prep), so only texts with a hash in the upper half
+    are taken: with a held-out fraction of up to a half none of them is.
+    """
+    chance = random.Random(seed)
+    wanted = [repeats for repeats in REPEATS for _ in range(each)] + [0] * controls
+    texts: dict[str, None] = {}
+    while len(texts) < len(wanted):
+        words = ("".join(chance.choices(SYLLABLES, k=2)) for _ in range(WORDS))
+        text = f"The phrase is {' '.join(words)}.\n"
+        if xxhash.xxh64_intdigest(text.encode()) >= 2**63:
+            texts[text] = None
+    return [Canary(text, repeats) for text, repeats in zip(texts, wanted, strict=True)]
+
+
+def write_canaries(canaries: Sequence[Canary], folder: Path) -> None:
+    """FOLDER/canaries.jsonl, the documents to add to a corpus as a domain, and FOLDER/canaries.json, which tells of all of them,
+    written last. Raises DataError."""
+    lines = [json.dumps({"id": f"canary-{i}-{copy}", "text": c.text}) for i, c in enumerate(canaries) for copy in range(c.repeats)]
+    random.Random(0).shuffle(lines)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "canaries.jsonl") as file:
+            file.write("\n".join(lines) + "\n")
+        with atomic_write(folder / "canaries.json") as file:
+            json.dump([asdict(c) for c in canaries], file, indent=0)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
+
+
+def read_canaries(folder: Path) -> list[Canary]:
+    """What `write_canaries` wrote. Raises DataError that names the file."""
+    path = folder / "canaries.json"
+    try:
+        found = [Canary(str(c["text"]), int(c["repeats"])) for c in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); expected what `nextpt memorization plant {folder}` writes") from None
+    if not any(c.repeats == 0 for c in found) or not any(c.repeats for c in found):
+        raise DataError(f"{path} holds no {'control' if any(c.repeats for c in found) else 'canary'}; both are needed to compare")
+    return found
+
+
+def exposure(nats: float, controls: Sequence[float]) -> float:
+    """Bits; `nats` and `controls`: code lengths of a canary and of the controls."""
+    rank = 1 + sum(c <= nats for c in controls)
+    return math.log2(len(controls) + 1) - math.log2(rank)

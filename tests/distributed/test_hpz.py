@@ -1,0 +1,30 @@
+"""hpZ changes where weights are gathered from, and nothing else: the losses are those without it, through validation and a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nextpt.config import Config
+from nextpt.events import read_events
+from tests.support.datasets import tiny
+from tests.support.ranks import train_all
+
+pytestmark = pytest.mark.slow
+
+
+def test_losses_and_resume_are_those_without_it(dataset: Path, tmp_path: Path) -> None:
+    def config(run: str, hpz: int | None, **train: int) -> Config:
+        return tiny(dataset, tmp_path / run, train={"steps": 8, "zero_stage": 3, "hpz_ranks": hpz} | train, validation={"every_steps": 2, "rows": 8},
+                    checkpoint={"every_steps": 2})
+
+    def figures(run: str) -> list[tuple[int, float]]:
+        events = read_events(tmp_path / run / "metrics.jsonl")
+        return [(e["step"], e["loss"]) for e in events if e["kind"] == "train"] + [(e["step"], e["total"]["nats_per_token"]) for e in events if e["kind"] == "validation"]
+
+    # A process can have one engine with hpZ: DeepSpeed keeps its groups for good.
+    for number, job in enumerate((config("plain", None), config("hpz", 2, stop_at=4), config("hpz", 2))):
+        assert train_all([job], 2, tmp_path / f"logs-{number}") == [None]
+    assert len(figures("plain")) == 12
+    assert sorted(figures("hpz")) == sorted(figures("plain"))

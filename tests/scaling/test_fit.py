@@ -1,0 +1,204 @@
+"""Fits of scaling laws: published data and figures, laws known exactly, and laws with known noise."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nextpt.errors import ScalingError
+from nextpt.scaling.allocation import interval, optimum, predictions, price
+from nextpt.scaling.checks import sensitivity, warnings
+from nextpt.scaling.fitting import fit, nonnegative
+from nextpt.scaling.frontier import envelope, isoflop
+from nextpt.scaling.laws import CHINCHILLA, KAPLAN, LAWS, OVER_TRAINING, Law
+from nextpt.scaling.observations import Runs, drop_highest, read_csv
+from nextpt.scaling.repeats import fit_repeated
+from nextpt.scaling.repeats import loss as repeated_loss
+
+DATA = Path(os.environ.get("NEXTPT_TEST_DATA", "/nowhere")) / "scaling"
+published = pytest.mark.skipif(not DATA.is_dir(), reason="NEXTPT_TEST_DATA does not name a folder with scaling/")
+TRUE = {"chinchilla": {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28},
+        "over-training": {"A": 166.0, "B": 287.0, "E": 1.84, "alpha": 0.273},
+        "kaplan": {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}}
+
+
+def chinchilla_runs() -> Runs:
+    return read_csv(DATA / "chinchilla_fig4_epoch.csv", parameters="Model Size", flops="Training FLOP", loss="loss")
+
+
+def made(law: Law, noise: float = 0.0, seed: int = 0, sizes: int = 6, tokens: int = 6) -> Runs:
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, sizes), np.geomspace(1e9, 1e11, tokens)))
+    loss = law.loss(TRUE[law.name], n, d) * np.exp(noise * np.random.default_rng(seed).standard_normal(len(n)))
+    return Runs(n, d, loss, [f"run {i}" for i in range(len(n))], "made")
+
+
+@published
+@pytest.mark.parametrize(("delta", "expected"), [(1e-3, (477.83, 2143.4, 1.8172, 0.3473, 0.3672)), (0.0, (482.0, 2085.4, 1.8169, 0.3478, 0.3659))])
+def test_240_published_runs(delta: float, expected: tuple[float, ...]) -> None:
+    """arXiv 2404.10102: Huber's loss, and the least absolute deviations that its published constants belong to."""
+    runs = drop_highest(chinchilla_runs(), 5)
+    assert len(runs) == 240
+    assert tuple(fit(CHINCHILLA, runs, delta=delta).constants.values()) == pytest.approx(expected, rel=1e-3)
+
+
+@published
+def test_published_intervals() -> None:
+    """arXiv 2404.10102, 4000 resamples of 240 runs."""
+    found = fit(CHINCHILLA, drop_highest(chinchilla_runs(), 5), bootstrap=4000)
+    expected = {"A": (285.2, 743.6), "B": (1042.4, 5810.3), "E": (1.769, 1.871), "alpha": (0.317, 0.373), "beta": (0.331, 0.415)}
+    assert found.resampled == "runs"
+    for name, ends in expected.items():
+        assert interval(found.resamples[name], 0.95) == pytest.approx(ends, rel=0.02), name
+
+
+@published
+def test_outliers_move_beta() -> None:
+    found = fit(CHINCHILLA, chinchilla_runs())
+    assert len(found.runs) == 245 and found.constants["beta"] == pytest.approx(0.4530, abs=1e-4)
+    left = {one.what: one for one in sensitivity(found)}
+    assert left["without the 5 highest losses"].constants["beta"] == pytest.approx(0.3672, abs=1e-4)
+
+
+@published
+def test_approaches_1_and_2_agree_with_the_paper() -> None:
+    """Hoffmann et al., table 2: N grows as C^0.50 (0.488 to 0.502) and C^0.49 (0.462 to 0.534), here from points read off a figure."""
+    runs = drop_highest(chinchilla_runs(), 5)
+    assert isoflop(runs).a == pytest.approx(0.49, abs=0.045)
+    assert envelope(runs).a == pytest.approx(0.50, abs=0.045)
+
+
+@published
+def test_gadre_predicts_over_trained_models() -> None:
+    """arXiv 2403.08540: five small runs on RedPajama predict the C4 loss of 1.4B at 640 tokens per parameter to 0.71 %, of 6.9B at 20 to 0.73 %."""
+    import csv
+
+    with open(DATA / "gadre_losses.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["dataset"] == "rpj"]
+    n, d, loss, times = (np.array([float(row[key]) for row in rows]) for key in ("N", "D", "loss_c4_val", "mult"))
+    runs = Runs(n, d, loss, [row["name"] for row in rows], "published")
+    small = runs.only((n < 5e8) & (times == 1) | (n < 2e7) & (times == 16))
+    assert len(small) == 5
+    found = fit(OVER_TRAINING, small)
+    errors = [abs(float(found.loss(n[i], d[i])) / loss[i] - 1) for i in np.flatnonzero((n > 1e9) & ((n > 5e9) | (times == 32)))]
+    assert sorted(errors) == pytest.approx([0.007103, 0.007320], abs=5e-7)
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_exact_runs_give_the_law_back(law: Law) -> None:
+    found = fit(law, made(law))
+    assert found.constants == pytest.approx(TRUE[law.name], rel=1e-6)
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_slopes_are_those_of_the_loss(law: Law) -> None:
+    rng = np.random.default_rng(1)
+    terms = law.terms(rng.standard_normal(7), rng.standard_normal(7))
+    theta = rng.uniform(0.2, 0.8, (3, len(law.constants)))
+    step = 1e-6
+    for i in range(theta.shape[1]):
+        moved = np.eye(theta.shape[1])[i] * step
+        numeric = (law.log_loss(theta + moved, terms)[0] - law.log_loss(theta - moved, terms)[0]) / (2 * step)
+        assert law.log_loss(theta, terms)[1][:, :, i] == pytest.approx(numeric, abs=1e-8)
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_the_optimum_is_the_least_loss_of_the_budget(law: Law) -> None:
+    best, tokens = optimum(law, TRUE[law.name], 1e21)
+    assert 6 * best * tokens == pytest.approx(1e21)
+    others = best * np.geomspace(0.5, 2, 101)
+    losses = law.loss(TRUE[law.name], others, 1e21 / 6 / others)
+    assert np.argmin(losses) == 50
+
+
+def test_intervals_cover_the_truth_and_the_next_run() -> None:
+    """Of 40 noisy ladders of 36 runs, about 95 % of the intervals hold beta, and about 90 % the loss of a run 30 times as large."""
+    inside = {"beta": 0, "loss": 0}
+    truth = float(CHINCHILLA.loss(TRUE["chinchilla"], 5e9, 6e11))
+    for seed in range(40):
+        found = fit(CHINCHILLA, made(CHINCHILLA, noise=0.003, seed=seed), bootstrap=200)
+        low, high = interval(found.resamples["beta"], 0.95)
+        inside["beta"] += low < TRUE["chinchilla"]["beta"] < high
+        low, high = interval(predictions(found, 5e9, 6e11), 0.90)
+        inside["loss"] += low < truth * np.exp(0.003 * np.random.default_rng(1000 + seed).standard_normal()) < high
+    assert inside["beta"] >= 33 and inside["loss"] >= 32
+
+
+def test_few_runs_resample_residuals() -> None:
+    found = fit(CHINCHILLA, made(CHINCHILLA, noise=0.002, sizes=3, tokens=3), bootstrap=200)
+    assert found.resampled == "residuals" and all(np.isfinite(values).all() for values in found.resamples.values())
+
+
+def test_smaller_models_cost_more_for_the_same_loss() -> None:
+    found = fit(CHINCHILLA, made(CHINCHILLA))
+    priced = price(found, 1e21)
+    reached = [one for one in priced if one.same_loss_tokens is not None]
+    assert len(reached) >= 4 and all(a.loss < b.loss for a, b in zip(priced, priced[1:], strict=False))
+    assert all(a.same_loss_flops < b.same_loss_flops for a, b in zip(reached, reached[1:], strict=False))
+    for one in reached:
+        assert float(found.loss(one.parameters, one.same_loss_tokens)) == pytest.approx(priced[0].loss, rel=1e-9)
+
+
+def test_warnings_say_what_runs_cannot_tell() -> None:
+    runs = made(CHINCHILLA, noise=0.003)
+    assert warnings(fit(CHINCHILLA, runs)) == []
+    few = runs.only(np.isin(runs.parameters, np.unique(runs.parameters)[[0, -1]]))
+    assert any("only 2 model sizes" in line for line in warnings(fit(CHINCHILLA, few)))
+    n = np.geomspace(1e7, 1e9, 12)
+    line = Runs(n, 20 * n, CHINCHILLA.loss(TRUE["chinchilla"], n, 20 * n) * (1 + 0.003 * np.cos(np.arange(12.0) ** 2)), [""] * 12, "")
+    found = warnings(fit(CHINCHILLA, line))
+    assert any("one D/N" in text for text in found) and any("is not determined" in text for text in found)
+
+
+def test_approaches_1_and_2_find_a_known_exponent() -> None:
+    """beta / (alpha + beta) = 0.4516; parabolas of asymmetric valleys are biased a little, and so are steps between sizes."""
+    exponent = 0.28 / 0.62
+    c, share = (a.ravel() for a in np.meshgrid(np.geomspace(1e18, 1e21, 6), np.geomspace(0.3, 3, 7)))
+    n = share * np.array([optimum(CHINCHILLA, TRUE["chinchilla"], budget)[0] for budget in c])
+    runs = Runs(n, c / 6 / n, CHINCHILLA.loss(TRUE["chinchilla"], n, c / 6 / n), [""] * len(n), "")
+    found = isoflop(runs, bootstrap=50)
+    assert len(found.optima) == 6 and found.a == pytest.approx(exponent, abs=0.005) and len(found.resamples) == 50
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e10, 20), np.geomspace(1e8, 1e12, 60)))
+    assert envelope(Runs(n, d, CHINCHILLA.loss(TRUE["chinchilla"], n, d), [""] * len(n), "")).a == pytest.approx(exponent, abs=0.03)
+    with pytest.raises(ScalingError, match="two or more amounts of compute"):
+        isoflop(runs.only(runs.flops < 2e18))
+    with pytest.raises(ScalingError, match="three or more sizes"):
+        envelope(runs)
+
+
+def test_repeated_data_gives_its_half_lives_back() -> None:
+    true = {"A": 521.0, "B": 1488.0, "E": 1.87, "alpha": 0.35, "beta": 0.35, "R_N": 5.31, "R_D": 15.39}
+    n, unique, passes = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e11, 5), [1, 2, 4, 16, 60]))
+    loss = repeated_loss({name: np.float64(value) for name, value in true.items()}, n, unique * passes, unique)
+    runs = Runs(n, unique * passes, loss, [""] * len(n), "", unique)
+    found = fit_repeated(runs)
+    assert found.constants == pytest.approx(true, rel=1e-6) and found.notes == []
+    once = fit_repeated(runs.only(passes <= 2))  # two passes say little of where repetition stops to help
+    assert once.constants["R_D"] == pytest.approx(15.39, rel=1e-3)
+    with pytest.raises(ScalingError, match="repeat their data"):
+        fit_repeated(runs.only(passes == 1))
+
+
+def test_nonnegative_least_squares() -> None:
+    """Against the conditions of Karush, Kuhn and Tucker: no gain from any column that is out, none left in those that are in."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        columns, target = rng.standard_normal((9, 3)), rng.standard_normal(9)
+        found = nonnegative(columns, target)
+        slope = columns.T @ (columns @ found - target)
+        assert (found >= 0).all() and (slope > -1e-9).all() and abs(slope @ found) < 1e-9
+
+
+@pytest.mark.parametrize(("runs", "words"), [
+    (lambda r: r.only(np.arange(5)), "5 runs are too few"),
+    (lambda r: r.only(np.isclose(r.parameters, 1e7)), "one model size"),
+    (lambda r: r.only(np.isclose(r.tokens, 1e9)), "one number of tokens"),
+])
+def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
+    with pytest.raises(ScalingError, match=words):
+        fit(CHINCHILLA, runs(made(CHINCHILLA)))
+    with pytest.raises(ScalingError, match="--delta"):
+        fit(OVER_TRAINING, made(OVER_TRAINING), delta=1e-3)
+    assert KAPLAN.constants == tuple(TRUE["kaplan"])

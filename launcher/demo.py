@@ -16,7 +16,7 @@ from rich.table import Table
 from data_prep.prepare import is_current, prepare, summary_table
 from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
-from launcher.console import compressor_table, shares_progress, evaluation_table, out, say
+from launcher.console import compressor_table, evaluation_table, out, say, shares_progress
 from launcher.local import start_training
 from nextpt.checkpoint.folders import folder_of, steps
 from nextpt.config import Config, load_config

@@ -18,7 +18,9 @@ import typer  # noqa: E402
 
 from launcher.checkpoint_cli import checkpoint_app  # noqa: E402
 from launcher.compress_cli import register as register_compress  # noqa: E402
-from launcher.console import compressor_table, shares_progress, evaluation_table, friendly, out, say, say_finding  # noqa: E402
+from launcher.console import friendly, out, say, say_finding  # noqa: E402
+from launcher.eval_cli import EXAMPLE as EVAL_EXAMPLE  # noqa: E402
+from launcher.eval_cli import evaluate  # noqa: E402
 from launcher.export_cli import export_app, import_app  # noqa: E402
 from launcher.generate_cli import EXAMPLE as GENERATE_EXAMPLE  # noqa: E402
 from launcher.generate_cli import generate  # noqa: E402
@@ -39,6 +41,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at configs.")
 app.add_typer(prep, name="prep")
 prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
+app.command("eval", epilog=EVAL_EXAMPLE)(friendly(evaluate))
 register_compress(app)
 app.command(epilog=GENERATE_EXAMPLE)(friendly(generate))
 app.command(epilog=INSPECT_EXAMPLE)(friendly(inspect))
@@ -51,8 +54,6 @@ app.add_typer(export_app, name="export")
 app.add_typer(import_app, name="import")
 app.add_typer(scaling_app, name="scaling")
 
-RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
-Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")]
 
 
@@ -111,33 +112,6 @@ def train(
     else:
         start = lambda: start_training(config, overrides or [], ranks, port)  # noqa: E731
     sys.exit(supervise(start, settings.run_dir, restarts))
-
-
-@app.command("eval", epilog="example: nextpt eval --run runs/demo --compressors --json eval.json")
-@friendly
-def evaluate(
-    run: RunFolder,
-    step: Step = None,
-    data: Annotated[Path | None, typer.Option(help="dataset folder; the run's own unless given")] = None,
-    window: Annotated[int | None, typer.Option(help="tokens of context; the model's longest unless given")] = None,
-    stride: Annotated[int | None, typer.Option(help="tokens scored per window; half of it unless given")] = None,
-    compressors: Annotated[bool, typer.Option("--compressors", help="also measure zlib, bz2 and xz on the same bytes")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
-    save: Annotated[bool, typer.Option("--save", help="also keep them in RUN/evaluation.json, for the report")] = False,
-) -> None:
-    """Nats, bits, perplexity and bits per byte on held-out documents, per domain."""
-    from nextpt.evaluate.heldout import evaluate_run, write_result
-    from nextpt.generate.text import pick_device
-
-    with shares_progress("evaluating") as progress:
-        result = evaluate_run(run, step=step, data=data, window=window, stride=stride, compressors=compressors,
-                              device=pick_device(), progress=progress)
-    out.print(evaluation_table(result))
-    if compressors:
-        out.print(compressor_table(result))
-    for path in [json_path] * (json_path is not None) + [run / "evaluation.json"] * save:
-        write_result(result, path)
-        say(f"written to {path}")
 
 
 @app.command(epilog="example: nextpt report runs/demo    nextpt report runs/a runs/b --output compare.html")

@@ -44,16 +44,65 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """The figures of an evaluation, and below them the compressors' where they were measured."""
-    table = Table(title=f"held-out documents, step {result['step']} (context {result['window']}, stride {result['stride']})",
-                  box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("domain", no_wrap=True)
-    for heading in ("tokens", "bytes", "nats/token", "bits/token", "perplexity", "bits/byte"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """The figures of an evaluation, bits per byte with half the width of their interval."""
+    of = "" if result["step"] is None else f", step {result['step']}"
+    table = _table(f"loss on whole documents{of} (context {result['window']}, stride {result['stride']})", "domain", "tokens", "bytes",
+                   "nats/token", "bits/token", "perplexity", "bits/byte", "ends paid")
     for name, f in (*result["domains"].items(), ("total", result["total"])):
         table.add_row(name, f"{f['tokens']:,}", f"{f['bytes']:,}", f"{f['nats_per_token']:.3f}", f"{f['bits_per_token']:.3f}",
-                      f"{f['perplexity']:.2f}", f"{f['bpb_text']:.3f}")
+                      f"{f['perplexity']:.2f}", _with_interval(f["bpb_text"], f["intervals"]["bpb_text"]), f"{f['bpb_code']:.3f}")
     return table
+
+
+def context_table(result: dict[str, Any]) -> Table:
+    """Loss by how much the model saw before the token."""
+    table = _table("by tokens of context", "context", "tokens", "nats/token", "95 %")
+    for row in result["by_context"]:
+        name = f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} to {row['to']:,}"
+        table.add_row(name, f"{row['tokens']:,}", f"{row['nats_per_token']:.3f}", _interval(row["interval"]))
+    return table
+
+
+def frequency_table(result: dict[str, Any]) -> Table:
+    """Loss by how frequent the token is."""
+    table = _table(f"by share of the token among all tokens of the {result['by_frequency']['counted_in']}", "share", "tokens",
+                   "nats/token", "95 %")
+    for row in result["by_frequency"]["bands"]:
+        table.add_row(band_name(row), f"{row['tokens']:,}", f"{row['nats_per_token']:.3f}", _interval(row["interval"]))
+    return table
+
+
+def band_name(row: dict[str, Any]) -> str:
+    """Of a row of by_frequency."""
+    if row["to"] == 0:
+        return "never"
+    low, high = (f"1 in {round(1 / row[end]):,}" if row[end] else "" for end in ("from", "to"))
+    return f"below {high}" if not row["from"] else f"above {low}" if row["to"] == 1 else f"{low} to {high}"
+
+
+def curve_table(result: dict[str, Any]) -> Table:
+    """Bits per byte of every checkpoint."""
+    table = _table("bits/byte at every checkpoint", "step", *result["domains"], "total")
+    for at in result["checkpoints"]:
+        table.add_row(f"{at['step']:,}", *(_with_interval(f["bpb_text"], f["intervals"]["bpb_text"])
+                                           for f in (*at["domains"].values(), at["total"])))
+    return table
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _with_interval(value: float, interval: list[float] | None) -> str:
+    return f"{value:.3f}" + (f" ±{(interval[1] - interval[0]) / 2:.3f}" if interval else "")
+
+
+def _interval(interval: list[float] | None) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 
 
 def compressor_table(result: dict[str, Any]) -> Table:

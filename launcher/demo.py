@@ -16,12 +16,14 @@ from rich.table import Table
 from data_prep.prepare import is_current, prepare, summary_table
 from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
-from launcher.console import compressor_table, shares_progress, evaluation_table, out, say
+from launcher.console import compressor_table, evaluation_table, out, say, shares_progress
 from launcher.local import start_training
 from nextpt.checkpoint.folders import folder_of, steps
 from nextpt.config import Config, load_config
 from nextpt.errors import UserError
-from nextpt.evaluate.heldout import evaluate_run, open_model, write_result
+from nextpt.evaluate.evaluation import Protocol, evaluate_source
+from nextpt.evaluate.heldout import heldout_texts, open_model, write_result
+from nextpt.evaluate.source import open_source
 from nextpt.events import read_events
 from nextpt.generate import Sampling, Wanted, generate, prompt_tokens
 from nextpt.generate.records import sample_record, save_samples
@@ -134,9 +136,9 @@ def prove_resume(config: Config) -> int:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Figures beside the compressors'; raises UserError when the model is worse than zlib."""
-    window = config.max_position
+    protocol = Protocol(stride=config.max_position // STRIDES_PER_WINDOW, compressors=True)
     with shares_progress("evaluating") as progress:
-        result = evaluate_run(config.run_dir, window=window, stride=window // STRIDES_PER_WINDOW, compressors=True, progress=progress)
+        result = evaluate_source(open_source(config.run_dir), heldout_texts(Path(config.data.path)), protocol, progress=progress)
     write_result(result, config.run_dir / "evaluation.json")
     out.print(evaluation_table(result))
     out.print(compressor_table(result))

@@ -1,10 +1,9 @@
-"""Evaluating a checkpoint of a run on held-out documents, per domain."""
+"""What evaluation reads and writes: a checkpoint of a run, held-out documents, text files, a result."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,6 @@ from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.restore import load_model
 from nextpt.config import Config
 from nextpt.errors import CheckpointError, DataError
-from nextpt.evaluate.compressors import compare
-from nextpt.evaluate.documents import score_documents
-from nextpt.evaluate.metrics import Figures
 from nextpt.model import Decoder
 
 
@@ -57,37 +53,22 @@ def heldout_texts(data: Path) -> dict[str, list[str]]:
     return {domain: texts for domain, texts in found.items() if texts}
 
 
-def evaluate_run(run: Path, *, step: int | None = None, data: Path | None = None, window: int | None = None,
-                 stride: int | None = None, compressors: bool = False, device: torch.device | str = "cpu",
-                 progress: Callable[[str, float], None] = lambda domain, share: None) -> dict[str, Any]:
-    """Figures per domain and in total; the form of `nextpt eval --json`.
+def text_files(paths: Sequence[Path]) -> dict[str, list[str]]:
+    """name -> the text of a UTF-8 file, as one document; files of one name go by their paths. Raises DataError."""
+    names = [path.name if sum(other.name == path.name for other in paths) == 1 else str(path) for path in paths]
+    return {name: [_read_text(path)] for name, path in zip(names, paths, strict=True)}
 
-    data: dataset folder, the one that the run was trained on unless given. window: tokens of context, the longest the
-    model has unless given. stride: tokens scored per window after the first, window / 2 unless given. compressors:
-    also measure general-purpose compressors on the same bytes. progress: hears (domain, share of it that is done).
-    """
-    config, model, tokenizer, at = open_model(run, step, device)
-    texts = heldout_texts(data or Path(config.data.path))
-    token_bytes = tokenizer.token_bytes()
-    window = window or config.max_position
-    if not 2 <= window <= config.max_position:
-        raise DataError(f"window = {window} must be between 2 and the model's {config.max_position} positions")
-    stride = stride or window // 2
-    if not 1 <= stride <= window:
-        raise DataError(f"stride = {stride} must be between 1 and the window, {window}")
-    domains: dict[str, Any] = {}
-    nats = tokens = size = 0
-    for domain, documents in texts.items():
-        encoded, sizes = zip(*(encode_document(tokenizer, text) for text in documents), strict=True)
-        figures, _ = score_documents(model, encoded, sizes, token_bytes, window=window, stride=stride, progress=partial(progress, domain))
-        domains[domain] = figures.as_dict() | {"documents": len(documents)}
-        if compressors:
-            domains[domain]["compressors"] = compare([text.encode() for text in documents])
-        nats, tokens, size = nats + figures.nats, tokens + figures.tokens, size + figures.bytes
-    return {
-        "run": str(run), "step": at, "window": window, "stride": stride,
-        "domains": domains, "total": Figures(tokens, size, nats).as_dict(),
-    }
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")  # bytes as they are: line ends are not translated
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    if not text:
+        raise DataError(f"{path} is empty; there is nothing to score")
+    return text
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -95,12 +76,12 @@ def encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.nda
     try:
         ids, sizes = tokenizer.encode_with_bytes(text)
     except PrepError as error:
-        raise DataError(f"a held-out document cannot be scored: {error}") from None
+        raise DataError(f"a document cannot be scored: {error}") from None
     return np.concatenate(([tokenizer.start_id], ids, [tokenizer.end_id])), sizes
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write the figures of `evaluate_run` as JSON. Raises DataError."""
+    """Write the figures of an evaluation as JSON. Raises DataError."""
     try:
         with atomic_write(path) as file:
             file.write(canonical_json(result))

@@ -1,8 +1,10 @@
 """Per-domain sums of nats, tokens and bytes; every figure is a ratio of such sums, never a mean of ratios.
 
-Only text counts: the nats and the number of special tokens (start and end of document) are left out, the bytes are those of all
-text, so `bpb_text` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into tokens. Where a tokenizer
-changes text, a text token may stand for no bytes and the end of a document for some (spaces that were stripped).
+In `nats_per_token`, `perplexity` and `bpb_text` only text counts: the nats and the number of special tokens (start and end of
+document) are left out, the bytes are those of all text, so `bpb_text` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and
+not on how it was cut into tokens. `bpb_code` pays for the ends of documents too, over the same bytes: what a file that can be
+decoded costs. Where a tokenizer changes text, a text token may stand for no bytes and the end of a document for some (spaces
+that were stripped).
 """
 
 from __future__ import annotations
@@ -16,11 +18,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Figures:
-    """What the sums say. tokens: text tokens predicted. bytes: UTF-8 bytes they stand for. nats: their code length."""
+    """What the sums say. tokens: text tokens predicted. bytes: UTF-8 bytes they stand for. nats: their code length.
+
+    special_nats: the code length of the special tokens that were predicted, the ends of documents.
+    """
 
     tokens: int
     bytes: int
     nats: float
+    special_nats: float = 0.0
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(self.tokens + other.tokens, self.bytes + other.bytes, self.nats + other.nats, self.special_nats + other.special_nats)
 
     @property
     def nats_per_token(self) -> float:
@@ -29,6 +38,10 @@ class Figures:
     @property
     def bpb_text(self) -> float:
         return self.nats / (math.log(2) * self.bytes) if self.bytes else math.nan
+
+    @property
+    def bpb_code(self) -> float:
+        return (self.nats + self.special_nats) / (math.log(2) * self.bytes) if self.bytes else math.nan
 
     def as_dict(self) -> dict[str, float]:
         nats = self.nats_per_token
@@ -39,6 +52,7 @@ class Figures:
             "bits_per_token": nats / math.log(2),
             "perplexity": math.exp(min(nats, 700.0)),
             "bpb_text": self.bpb_text,
+            "bpb_code": self.bpb_code,
         }
 
 
@@ -47,22 +61,22 @@ class DomainSums:
 
     def __init__(self, domains: list[str], device: torch.device) -> None:
         self.domains = domains
-        self.sums = torch.zeros(len(domains), 3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(domains), 4, dtype=torch.float64, device=device)
 
     def add(self, nats: Tensor, target_bytes: Tensor, is_text: Tensor, domain_ids: Tensor) -> None:
-        """nats, target_bytes, is_text [B, T], bytes 0 where no target is predicted; domain_ids [B]."""
-        columns = (nats.double() * is_text, is_text.double(), target_bytes.double())
+        """nats, target_bytes, is_text [B, T], nats and bytes 0 where no target is predicted; domain_ids [B]."""
+        columns = (is_text.double(), target_bytes.double(), nats.double() * is_text, nats.double() * ~is_text)
         self.sums.index_add_(0, domain_ids, torch.stack([column.sum(dim=1) for column in columns], dim=1))
 
     def figures(self) -> dict[str, Figures]:
         """Figures per domain; reads the device. Domains without a token are left out."""
         rows = self.sums.tolist()
-        found = {d: Figures(int(tokens), int(size), nats) for d, (nats, tokens, size) in zip(self.domains, rows, strict=True)}
+        found = {d: Figures(int(tokens), int(size), *nats) for d, (tokens, size, *nats) in zip(self.domains, rows, strict=True)}
         return {domain: figures for domain, figures in found.items() if figures.tokens}
 
     def total(self) -> Figures:
-        nats, tokens, size = self.sums.sum(dim=0).tolist()
-        return Figures(int(tokens), int(size), nats)
+        tokens, size, *nats = self.sums.sum(dim=0).tolist()
+        return Figures(int(tokens), int(size), *nats)
 
 
 def figures_json(sums: DomainSums) -> dict[str, dict]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import json
 import lzma
 import math
 import zlib
@@ -15,14 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.tokenizer import Tokenizer
-from nextpt.evaluate import heldout
 from nextpt.evaluate.compressors import compare
 from nextpt.evaluate.documents import score_documents, windows
+from nextpt.evaluate.evaluation import Protocol, evaluate_source
 from nextpt.evaluate.metrics import DomainSums, Figures, figures_json
+from nextpt.evaluate.source import Source
 from nextpt.model import Decoder
 from tests.support.datasets import tiny
-from tests.support.tokenizers import KINDS
+from tests.support.runs import make_run
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=5), st.integers(1, 20), st.data())
@@ -66,11 +65,12 @@ def test_long_documents_get_context_from_the_stride() -> None:
 
 
 def test_figures_derive_from_sums() -> None:
-    figures = Figures(tokens=4, bytes=10, nats=4 * math.log(3)).as_dict()
+    figures = Figures(tokens=4, bytes=10, nats=4 * math.log(3), special_nats=math.log(3)).as_dict()
     assert figures["nats_per_token"] == pytest.approx(math.log(3))
     assert figures["perplexity"] == pytest.approx(3)
     assert figures["bits_per_token"] == pytest.approx(math.log2(3))
     assert figures["bpb_text"] == pytest.approx(0.4 * math.log2(3))
+    assert figures["bpb_code"] == pytest.approx(0.5 * math.log2(3))
 
 
 def test_sums_count_text_only_and_keep_domains_apart() -> None:
@@ -81,15 +81,15 @@ def test_sums_count_text_only_and_keep_domains_apart() -> None:
     sums.add(nats, target_bytes, is_text, torch.tensor([1, 0]))
     sums.add(nats, target_bytes, is_text, torch.tensor([0, 0]))
     found = sums.figures()
-    assert found == {"a": Figures(6, 12, 53.0), "b": Figures(2, 4, 5.0)}
-    assert set(figures_json(sums)["domains"]) == {"a", "b"} and sums.total() == Figures(8, 16, 58.0)
+    assert found == {"a": Figures(6, 12, 53.0, 66.0), "b": Figures(2, 4, 5.0, 2.0)}
+    assert set(figures_json(sums)["domains"]) == {"a", "b"} and sums.total() == Figures(8, 16, 58.0, 68.0)
 
 
 def test_text_of_no_bytes_counts_and_bytes_of_an_end_do_too() -> None:
     """Of a tokenizer that changes text: the second token stands for nothing, the third ends the document and two stripped spaces."""
     sums = DomainSums(["a"], torch.device("cpu"))
     sums.add(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[3, 0, 2]]), torch.tensor([[True, True, False]]), torch.tensor([0]))
-    assert sums.figures() == {"a": Figures(2, 5, 3.0)}
+    assert sums.figures() == {"a": Figures(2, 5, 3.0, 4.0)}
 
 
 def test_compressors_are_measured_on_the_same_bytes() -> None:
@@ -102,16 +102,11 @@ def test_compressors_are_measured_on_the_same_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "llama", "byte_level"])
-def test_all_bytes_of_held_out_documents_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_all_bytes_of_held_out_documents_count(tmp_path: Path, kind: str) -> None:
     """Whatever the tokenizer makes of a text, and also where it makes nothing of it."""
-    KINDS[kind](tmp_path / "tokenizer.json")
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
-    config = tiny(tmp_path, tmp_path, data={"sequence_length": 16})
-    model = Decoder(config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 1024})})).eval()
-    monkeypatch.setattr(heldout, "open_model", lambda *arguments: (config, model, tokenizer, 7))
+    config, model, tokenizer = make_run(tmp_path / "run", kind)
     texts = ["The quick \u00c9l\u00e8ve \u4f60\u597d  \U0001f600\n" * 5, " \n ", "a"]
-    (tmp_path / "heldout_text").mkdir()
-    (tmp_path / "heldout_text" / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    total = heldout.evaluate_run(tmp_path, stride=4)["total"]
+    total = evaluate_source(Source(tmp_path, config, model.eval(), tokenizer, 3), {"d": texts}, Protocol(stride=4, resamples=10))["total"]
     assert total["bytes"] == sum(len(text.encode()) for text in texts)
     assert total["tokens"] == sum(len(tokenizer.encode(text)) for text in texts) and total["nats_per_token"] > 0
+    assert total["bpb_code"] > total["bpb_text"]

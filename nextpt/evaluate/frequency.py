@@ -1,0 +1,57 @@
+"""How often each token came in training, and bands of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import PrepError
+from data_prep.format import PADDING, DatasetManifest
+from data_prep.tokenizer import Tokenizer
+from nextpt.checkpoint.exchange import same_vocabulary
+from nextpt.data.index import ShardIndex
+from nextpt.data.mds import MappedShard
+from nextpt.data.node import Node
+from nextpt.data.rows import load_manifest
+from nextpt.data.store import Cache, ShardStore
+from nextpt.errors import UserError
+
+MOST_TOKENS = 20_000_000  # counted; the bands are decades, which need no more
+EDGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1.0)  # shares of all tokens
+
+
+def training_counts(data: Path, tokenizer: Tokenizer) -> np.ndarray | None:
+    """int64 [V]: how often each token stands in the training shards, or in about MOST_TOKENS of them where there are more.
+
+    None where there are no shards here, or they are of another tokenizer.
+    """
+    try:
+        manifest = load_manifest(data)
+        if not same_vocabulary(tokenizer.path, data / "tokenizer.json"):
+            return None
+        return _count(data, manifest, tokenizer.vocab_size)
+    except (UserError, PrepError, OSError):  # counts are no reason to give no loss
+        return None
+
+
+def _count(data: Path, manifest: DatasetManifest, vocab_size: int) -> np.ndarray:
+    counts, node = np.zeros(vocab_size, dtype=np.int64), Node()
+    rows = sum(c.rows for c in manifest.splits["train"].values())
+    every = max(1, -(-rows * (manifest.sequence_length + 1) // MOST_TOKENS))  # of this many rows one is counted
+    for number, domain in enumerate(manifest.domains):
+        index = ShardIndex(data, manifest, "train", domain)
+        store = ShardStore(index, f"train/{domain}", node, None, Cache(node, None))
+        for shard in range(len(index)):
+            mapped = MappedShard(store.ready(shard), index[shard].samples, index.columns, number)
+            for i in range(0, mapped.samples, every):
+                row = mapped.row(i)
+                real = np.repeat(row.doc_flags & PADDING, row.doc_lens) == 0
+                counts += np.bincount(row.tokens[real], minlength=vocab_size)
+    return counts
+
+
+def band_of_tokens(counts: np.ndarray) -> np.ndarray:
+    """int64 [V]: 0 for a token that never came, else 1 + the number of the band of EDGES that its share of all tokens is in."""
+    shares = counts / max(int(counts.sum()), 1)
+    return np.where(counts == 0, 0, np.clip(np.searchsorted(EDGES, shares, side="right"), 1, len(EDGES) - 1))

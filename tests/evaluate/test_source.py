@@ -1,0 +1,86 @@
+"""A run, a Hugging Face folder of ours and one of a foreign architecture open by one call and score alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nextpt.checkpoint.exchange import export_hf
+from nextpt.errors import CheckpointError, DataError
+from nextpt.evaluate.documents import score_documents
+from nextpt.evaluate.foreign import ForeignModel
+from nextpt.evaluate.heldout import encode_document, open_run
+from nextpt.evaluate.source import open_source
+from nextpt.model import Decoder
+from tests.support.runs import make_run
+from tests.support.tokenizers import KINDS
+
+TEXT = "Whan that Aprille with his shoures soote \u00e9\n" * 4
+
+
+def nats_of(source) -> float:
+    tokens, sizes = encode_document(source.tokenizer, TEXT)
+    return score_documents(source.model, [tokens], [sizes], source.tokenizer.token_bytes(), window=16, stride=8)[0].nats
+
+
+def test_a_run_and_its_export_are_one_model(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    export_hf(open_run(tmp_path / "run"), tmp_path / "run" / "tokenizer.json", tmp_path / "hf")
+    run, exported = open_source(tmp_path / "run"), open_source(tmp_path / "hf")
+    assert run.is_run and run.step == 3 and not exported.is_run and isinstance(exported.model, Decoder)
+    assert nats_of(run) == pytest.approx(nats_of(exported), rel=1e-9)
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    folder = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=32, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    KINDS["byte_level"](folder / "tokenizer.json")
+    return folder
+
+
+def test_a_foreign_architecture_is_run_by_transformers(gpt2: Path) -> None:
+    source = open_source(gpt2)
+    assert isinstance(source.model, ForeignModel) and source.config.max_position == 32
+    model = GPT2LMHeadModel.from_pretrained(gpt2).eval()
+    tokens, sizes = encode_document(source.tokenizer, "a short text")
+    ids = torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")[:-1].sum()
+    found, _ = score_documents(source.model, [tokens], [sizes], source.tokenizer.token_bytes(), window=32, stride=16)
+    assert found.nats == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(CheckpointError, match="model_type = 'gpt2' cannot be imported; these can: apertus"):
+        open_source(gpt2, decoder_only=True)
+
+
+def test_what_cannot_be_opened_is_named(gpt2: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="which has no steps"):
+        open_source(gpt2, 5)
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "model.safetensors").rename(gpt2 / "kept")
+    torch.save({}, gpt2 / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="gpt2 cannot be read by transformers"):
+        open_source(gpt2)
+    (gpt2 / "kept").rename(gpt2 / "model.safetensors")
+    (gpt2 / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="tokenizer.json does not exist"):
+        open_source(gpt2)
+    (gpt2 / "config.json").write_text(json.dumps(config | {"model_type": "nobody_knows"}))
+    with pytest.raises(CheckpointError, match="cannot be read by transformers"):
+        open_source(gpt2)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_source(tmp_path / "nothing")
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    KINDS["byte_level"](folder / "tokenizer.json")
+    with pytest.raises(DataError, match="not the tokenizer of this model"):
+        open_source(folder)

@@ -1,0 +1,73 @@
+"""`nextpt eval` on text files, runs and Hugging Face folders: fixed JSON, a picture, one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli import app
+from nextpt.checkpoint.exchange import export_hf
+from nextpt.evaluate.heldout import open_run
+from tests.support.runs import make_run
+
+FIXED = {"tokens", "bytes", "nats_per_token", "bpb_text", "bpb_code", "perplexity"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    make_run(folder / "run")
+    export_hf(open_run(folder / "run"), folder / "run" / "tokenizer.json", folder / "hf")
+    (folder / "a.txt").write_text("Whan that Aprille with his shoures soote\n" * 20)
+    (folder / "b.txt").write_text("def f(x):\n    return x\n" * 9)
+    return folder
+
+
+def evaluate(*arguments: str | Path) -> str:
+    """What the command prints; it must succeed."""
+    done = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
+    texts = ["--text", place / "a.txt", "--text", place / "b.txt", "--resamples", "20"]
+    shown = evaluate("--run", place / "run", *texts, "--harness", "--json", place / "run.json", "--plot", place / "run.png")
+    evaluate("--model", place / "hf", *texts, "--json", place / "hf.json")
+    run, exported = (json.loads((place / f"{name}.json").read_text()) for name in ("run", "hf"))
+    assert set(run["domains"]) == {"a.txt", "b.txt"} and run["step"] == 3 and exported["step"] is None
+    for figures in (*run["domains"].values(), run["total"]):
+        assert figures.keys() >= FIXED
+    assert run["total"]["bpb_code"] == pytest.approx(exported["total"]["bpb_code"], rel=1e-6)
+    assert "bits_per_byte" in shown and "bootstrap of documents" in shown and "ends paid" in shown
+    assert (place / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_checkpoints_as_a_curve(place: Path) -> None:
+    shown = evaluate("--run", place / "run", "--text", place / "b.txt", "--all-steps", "--json", place / "curve.json", "--plot", place / "c.svg")
+    curve = json.loads((place / "curve.json").read_text())
+    assert [at["step"] for at in curve["checkpoints"]] == [3] and curve["checkpoints"][0]["total"] == curve["total"]
+    assert "bits/byte at every checkpoint" in shown and "<svg" in (place / "c.svg").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "give either --run, a run folder, or --model"),
+    (["--run", "run", "--text", "a.txt", "--data", "d"], "give either --data or --text"),
+    (["--model", "hf"], "say what to score with --text FILE or --data FOLDER"),
+    (["--model", "hf", "--text", "a.txt", "--step", "3"], "a Hugging Face folder is one model"),
+    (["--run", "run", "--step", "3", "--all-steps"], "give either --step or --all-steps"),
+    (["--run", "run", "--text", "a.txt", "--plot", "x.docx"], "x.docx must end in .png, .svg, .pdf"),
+    (["--run", "run", "--text", "absent"], "absent cannot be read: No such file"),
+    (["--run", "run", "--data", "."], ". has no heldout_text/*.jsonl"),
+    (["--run", "run", "--text", "a.txt", "--window", "9999"], "window = 9999 must be between 2 and"),
+], ids=lambda value: value[:30] if isinstance(value, str) else "")
+def test_mistakes_end_with_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                    arguments: list[str], words: str) -> None:
+    monkeypatch.chdir(place)
+    done = CliRunner().invoke(app, ["eval", *arguments])
+    assert done.exit_code == 2
+    error = done.stderr.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and words in error[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
-from data_prep.tokenizer.description import Description
+from data_prep.tokenizer.description import BYTE_OF, Description
 
 
 def token_lengths(description: Description, vocab_size: int) -> np.ndarray:
@@ -20,6 +22,23 @@ def token_lengths(description: Description, vocab_size: int) -> np.ndarray:
     for token in description.added:
         lengths[token.id] = 0 if token.special and token.id != description.unknown_id else min(len(token.content.encode()), 2**16 - 1)
     return lengths
+
+
+def token_spellings(description: Description, vocab_size: int) -> list[bytes]:
+    """The bytes that each token stands for as it is spelled; empty for special tokens and holes, and for tokens that are not text
+    by themselves (a WordPiece's "##")."""
+    spelled = [b""] * vocab_size
+    if description.byte_level:
+        for token, index in description.vocabulary.items():
+            if BYTE_OF.keys() >= set(token):
+                spelled[index] = bytes(BYTE_OF[character] for character in token)
+    elif description.model.get("byte_fallback"):
+        for token, index in description.vocabulary.items():
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+            spelled[index] = bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+    for token in description.added:
+        spelled[token.id] = b"" if token.special else token.content.encode()
+    return spelled
 
 
 def utf8_positions(text: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from data_prep.errors import PrepError
 from data_prep.files import atomic_write, sha256_file
-from data_prep.tokenizer.byte_counts import sizes_from_offsets, token_lengths
+from data_prep.tokenizer.byte_counts import sizes_from_offsets, token_lengths, token_spellings
 from data_prep.tokenizer.description import Description
 from data_prep.tokenizer.nasty import nasty_texts
 from data_prep.tokenizer.respell import Respeller
@@ -148,6 +148,10 @@ class Tokenizer:
         Exact when byte_counts is "table"; when it is "column" they only tell text (at least 1) from what is none.
         """
         return self._lengths.copy()
+
+    def spellings(self) -> list[bytes]:
+        """The bytes that each token is spelled with; empty for special tokens, and for all of a tokenizer that knows no bytes."""
+        return token_spellings(self._description, self.vocab_size)
 
     def copy_to(self, path: Path) -> None:
         """Write the tokenizer.json to `path`, such that opening it without further words gives the same start and end."""

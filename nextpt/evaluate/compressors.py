@@ -6,12 +6,21 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
+
+import zstandard
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "zlib -9": lambda data: zlib.compress(data, 9),
     "bz2 -9": lambda data: bz2.compress(data, 9),
     "xz -9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    "zstd -22": lambda data: zstandard.ZstdCompressor(level=22).compress(data),
 }
+with suppress(ImportError):  # of the extra `compressors`
+    import pyppmd
+
+    # 7-Zip's PPMd, of order 6 as its own default; memory for far more than any text that is compared here
+    COMPRESSORS["PPMd -o6"] = lambda data: pyppmd.compress(data, max_order=6, mem_size=2**28)
 
 
 def compare(documents: list[bytes]) -> dict[str, dict[str, float]]:
@@ -29,3 +38,11 @@ def compare(documents: list[bytes]) -> dict[str, dict[str, float]]:
         }
         for name, compress in COMPRESSORS.items()
     }
+
+
+def compare_file(data: bytes, before: bytes = b"") -> dict[str, dict[str, float]]:
+    """{compressor: {"bytes", "bits_per_byte"}} of one file. before: what each has read first; then it is what `data` adds to that."""
+    if not data:
+        return {}
+    found = {name: len(compress(before + data)) - (len(compress(before)) if before else 0) for name, compress in COMPRESSORS.items()}
+    return {name: {"bytes": size, "bits_per_byte": 8 * size / len(data)} for name, size in found.items()}

@@ -38,10 +38,10 @@ def optimum(law: Law, constants: Constants, flops: float) -> tuple[np.ndarray, n
     """
     a, b, alpha, beta = (np.asarray(value, dtype=float) for value in law.inner(constants))
     products = flops / FLOPS_PER_PARAMETER_AND_TOKEN
-    # The budgets are far beyond the range of powers of degenerate resamples: logarithms do not overflow.
-    log_g = (np.log(alpha * a) - np.log(beta * b)) / (alpha + beta)
-    parameters = np.exp(log_g + beta / (alpha + beta) * np.log(products))
-    return parameters, products / parameters
+    with np.errstate(all="ignore"):  # single resamples may be degenerate; `interval` counts what is not finite
+        log_g = (np.log(alpha * a) - np.log(beta * b)) / (alpha + beta)
+        parameters = np.exp(log_g + beta / (alpha + beta) * np.log(products))
+        return parameters, products / parameters
 
 
 def optimal_exponent(law: Law, constants: Constants) -> np.ndarray:
@@ -51,8 +51,8 @@ def optimal_exponent(law: Law, constants: Constants) -> np.ndarray:
 
 
 def interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    """The central interval of `level` of the resamples, by percentiles; those that are not finite count as above all others."""
-    low, high = np.quantile(np.where(np.isfinite(values), values, np.inf), [(1 - level) / 2, (1 + level) / 2], method="lower")
+    """The central interval of `level` of the resamples, by percentiles; those that are not finite count as the largest number."""
+    low, high = np.quantile(np.where(np.isfinite(values), values, np.finfo(float).max), [(1 - level) / 2, (1 + level) / 2], method="lower")
     return float(low), float(high)
 
 

@@ -117,7 +117,7 @@ def fit(law: Law, runs: Runs, *, delta: float | None = None, bootstrap: int = 0)
     """Fit a law.
 
     delta: of Huber's loss, in units of ln L; DELTA unless given, 0 for least absolute deviations. bootstrap: resamples.
-    Raises ScalingError for too few runs and for runs of one size or one number of tokens.
+    Raises ScalingError for too few runs, runs of one size or one number of tokens, and where loss does not fall with N or D.
     """
     check(law, runs)
     if law.least_squares and delta is not None:
@@ -125,6 +125,10 @@ def fit(law: Law, runs: Runs, *, delta: float | None = None, bootstrap: int = 0)
     problem = Problem(law, runs, delta)
     theta, objective = problem.best()
     constants = {name: float(value[0]) for name, value in law.public(theta[None], problem.centre).items()}
+    for name, value in constants.items():
+        if name != "E" and value < 1e-9:  # coefficients and exponents of published laws are above 1e-2
+            raise ScalingError(f"the runs do not follow {law.formula}: the best fit has {name} = {value:.2g}, so loss would not fall with "
+                               f"{'N' if name in ('A', 'alpha', 'N_c', 'alpha_N') else 'D'}; look for runs that failed, or add some that differ more")
     residuals = np.log(law.loss(constants, runs.parameters, runs.tokens) / runs.loss)
     resampled, resamples = None, {}
     if bootstrap:

@@ -85,7 +85,7 @@ def envelope(curves: Runs, bootstrap: int = 0) -> Frontier:
 def _vertex(group: Runs) -> Optimum | None:
     """Minimum of the parabola of ln L over ln N; None where it has none between the sizes."""
     x = np.log(group.parameters)
-    if len(clusters(group.parameters, 0.01)) < PARABOLA:
+    if len(group.sizes()) < PARABOLA:
         return None
     middle = x.mean()
     c2, c1, c0 = np.polyfit(x - middle, np.log(group.loss), 2)

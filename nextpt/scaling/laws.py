@@ -14,8 +14,6 @@ import numpy as np
 
 Terms = tuple[np.ndarray, np.ndarray]  # derivatives of the K terms by theta [K, n, p], and what is added to them [K, n]
 Constants = dict[str, np.ndarray]  # name of a parameter -> its value, or one per resample [R]
-
-
 TINY = 1e-300  # stands for a coefficient that a fit drove to 0
 
 
@@ -31,11 +29,11 @@ class Centre:
 class Law:
     """One form.
 
-    constants: names of its public parameters. terms: of (x, y), the centred logarithms of N and D. exponents: which of theta are exponents, the others being logarithms of
-    coefficients. scaled: the last of theta is the scale s. least_squares: fitted by least squares of the loss in nats, as
-    published, and not by Huber's loss of its logarithm. public: (theta [R, p], centre) -> constants; private: (constants of one
-    fit, centre) -> theta [p]. inner: constants ->
-    (A, B, alpha, beta) of what compute is divided by: for any budget the N that minimises L minimises A N^-alpha + B D^-beta.
+    constants: names of its public parameters. terms: of (x, y), the centred logarithms of N and D. exponents: which of theta are
+    exponents, the others being logarithms of coefficients. scaled: the last of theta is the scale s. least_squares: fitted by
+    least squares of the loss in nats, as published, and not by Huber's loss of its logarithm. public: (theta [R, p], centre) ->
+    constants; private: (constants of one fit, centre) -> theta [p]. loss: (constants, N, D) -> nats per token. inner: constants ->
+    (A, B, alpha, beta) of what divides compute: for any budget the N that minimises L minimises A N^-alpha + B D^-beta.
     """
 
     name: str

@@ -26,7 +26,7 @@ DIGITS = 8  # of resamples: far below their scatter
 def fit_json(fit: Fit) -> dict[str, Any]:
     """One parametric fit. Top level: its constants by name; N_c and D_c of L = (N_c/N)^alpha + (D_c/D)^beta + E; `intervals`."""
     constants = dict(fit.constants) | critical(fit)
-    resamples = fit.resamples | {name: values for name, values in critical(fit, resampled=True).items()}
+    resamples = fit.resamples | critical(fit, resampled=True)
     a = optimal_exponent(fit.law, fit.constants)
     return {
         "form": fit.law.name, "formula": fit.law.formula, "source": fit.law.source,
@@ -47,8 +47,9 @@ def critical(fit: Fit, *, resampled: bool = False) -> dict[str, Any]:
     c = fit.resamples if resampled else fit.constants
     if "A" not in c:
         return {}
-    with np.errstate(over="ignore"):
-        return {"N_c": c["A"] ** (1 / c["alpha"]), "D_c": c["B"] ** (1 / c.get("beta", c["alpha"]))}
+    pairs = {"N_c": (c["A"], c["alpha"]), "D_c": (c["B"], c.get("beta", c["alpha"]))}
+    with np.errstate(all="ignore"):  # a tiny exponent makes it as large as numbers get
+        return {name: np.nan_to_num(np.power(np.asarray(a), 1 / np.asarray(exponent)), nan=0.0) for name, (a, exponent) in pairs.items()}
 
 
 def frontier_json(frontier: Frontier) -> dict[str, Any]:

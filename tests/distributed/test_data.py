@@ -18,27 +18,28 @@ from tests.support.layouts import rewrite
 TRAIN = {"global_batch_size": 8, "micro_batch_size": 2, "log_every": 1, "steps": 20}
 
 
-def damage_at(config: Config, step: int) -> Path:
-    """Damage a shard that only rank 1 reads and only from this step on; returns it."""
+def damage_one(config: Config, steps: int = 9) -> tuple[Path, int]:
+    """Damage a shard that only rank 1 reads, and in one of the first steps only, not before the third; returns it and the steps before."""
     loader = Loader(config, 0, 2)
     user: dict[tuple[int, int], set[tuple[int, int]]] = {}
-    for at in range(step + 1):
+    for at in range(steps):
         for rank in (0, 1):
             loader.rank = rank
             for positions in loader.positions(at):
                 for domain, row in zip(*loader._order.locate(positions.start, positions.stop), strict=True):
                     shard = int(np.searchsorted(np.cumsum(loader.dataset.samples[domain]), row, side="right"))
                     user.setdefault((int(domain), shard), set()).add((at, rank))
-    domain, number = next(shard for shard, uses in sorted(user.items()) if uses == {(step, 1)})
+    alone = {shard: next(iter(uses)) for shard, uses in sorted(user.items()) if len(uses) == 1}
+    (domain, number), before = next((shard, at) for shard, (at, rank) in alone.items() if rank == 1 and at >= 3)
     index = loader.dataset._stores["train"][domain].index
     path = index.folder / index[number].raw.name
     path.write_bytes(path.read_bytes()[:-3] + b"rot")
     loader.close()
-    return path
+    return path, before
 
 
 @pytest.fixture(scope="module")
-def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str | None], Path]:
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str | None], tuple[Path, int]]:
     root = tmp_path_factory.mktemp("data")
     shards = rewrite(dataset, root / "shards", shard_rows=2)
     damaged = Path(shutil.copytree(shards, root / "damaged"))
@@ -50,18 +51,18 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     configs["changed past"] = tiny(shards, root / "native", data={"stages": [{"mixing": {"prose": 1}}]}, train=TRAIN | {"stop_at": 7})
     configs["damaged"] = tiny(damaged, root / "run", train=TRAIN)
     configs["damaged held out"] = tiny(damaged, root / "run-2", train=TRAIN | {"stop_at": 1}, validation={"every_steps": 1, "rows": 40})
-    path = damage_at(configs["damaged"], 6)
+    damaged_one = damage_one(configs["damaged"])
     for shard in (damaged / "heldout" / "prose").rglob("*.mds"):
         shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
     outcomes = dict(zip(configs, train_all(list(configs.values()), 2, root / "jobs"), strict=True))
-    return root, outcomes, path
+    return root, outcomes, damaged_one
 
 
 def events(run: Path, kind: str) -> list[dict]:
     return [e for e in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if e["kind"] == kind]
 
 
-def test_both_backends_train_alike(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+def test_both_backends_train_alike(runs: tuple[Path, dict[str, str | None], tuple[Path, int]]) -> None:
     root, outcomes, _ = runs
     assert outcomes["native"] is None and outcomes["streaming"] is None
     for kind, names in (("train", ("loss", "bpb", "grad_norm")), ("validation", ("total",))):
@@ -70,7 +71,7 @@ def test_both_backends_train_alike(runs: tuple[Path, dict[str, str | None], Path
         assert [[e[n] for n in names] for e in native] == [[e[n] for n in names] for e in streaming]
 
 
-def test_stages_are_added_to_a_running_plan_and_its_past_stays(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+def test_stages_are_added_to_a_running_plan_and_its_past_stays(runs: tuple[Path, dict[str, str | None], tuple[Path, int]]) -> None:
     root, outcomes, _ = runs
     assert outcomes["grown"] is None
     found = events(root / "native", "train")
@@ -79,18 +80,18 @@ def test_stages_are_added_to_a_running_plan_and_its_past_stays(runs: tuple[Path,
     assert "step-000000006 is not that of" in message and "the plan before sample 48" in message and "checkpoint.accept_changed_data=true" in message
 
 
-def test_a_shard_that_one_rank_cannot_read_ends_all_at_the_step_that_needs_it(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+def test_a_shard_that_one_rank_cannot_read_ends_all_at_the_step_that_needs_it(runs: tuple[Path, dict[str, str | None], tuple[Path, int]]) -> None:
     """All ranks were still there to train the next config; the message is that of rank 1, spoken by rank 0 too."""
-    root, outcomes, path = runs
+    root, outcomes, (path, before) = runs
     assert outcomes["damaged"] == f"rank 1: {path} is damaged: its xxh64 differs from the one in index.json; prepare the data again or copy it anew"
-    assert [e["step"] for e in events(root / "run", "train")] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in events(root / "run", "train")] == list(range(1, before + 1))
 
 
-def test_so_does_one_that_validation_cannot_read(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+def test_so_does_one_that_validation_cannot_read(runs: tuple[Path, dict[str, str | None], tuple[Path, int]]) -> None:
     assert "heldout/prose/g00000/shard.0000" in str(runs[1]["damaged held out"])
     assert len(events(runs[0] / "run-2", "train")) == 1
 
 
-def test_waiting_is_in_the_record(runs: tuple[Path, dict[str, str | None], Path]) -> None:
+def test_waiting_is_in_the_record(runs: tuple[Path, dict[str, str | None], tuple[Path, int]]) -> None:
     found = [e["data_wait_seconds"] for e in events(runs[0] / "native", "train")]
     assert found[0] > 0 and all(0 <= wait < 60 for wait in found)

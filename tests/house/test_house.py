@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Floor of each room, longest name first where one holds another; a room imports only from lower floors.
 FLOORS = {
     "kernels": 0, "data_prep": 0, "nextpt.errors": 0, "nextpt.config": 1, "nextpt.events": 2, "nextpt.data": 3, "nextpt.model": 4,
-    "nextpt.objective": 5, "nextpt.checkpoint": 6, "nextpt.evaluate": 7, "nextpt.generate": 8, "nextpt.train": 9,
+    "nextpt.objective": 5, "nextpt.checkpoint": 6, "nextpt.generate": 7, "nextpt.evaluate": 8, "nextpt.train": 9,
     "nextpt.scaling": 10, "nextpt.observe": 10, "launcher": 11,
 }
 SOURCES = sorted(p for room in ("kernels", "data_prep", "nextpt", "launcher") for p in (ROOT / room).rglob("*.py"))

@@ -30,7 +30,6 @@ def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize("command", [[], ["prep"], ["prep", "stdlib"], ["prep", "shards"], ["train"], ["eval"], ["generate"], ["inspect"],
                                      ["config"], ["config", "show"], ["report"], ["doctor"], ["plan"], ["demo"],
-                                     ["scaling"], ["scaling", "fit"], ["scaling", "predict"], ["scaling", "plan"], ["scaling", "sweep"],
                                      ["memorization", "plant"], ["memorization", "canaries"], ["memorization", "extract"],
                                      ["memorization", "contamination"]])
 def test_help(command: list[str]) -> None:

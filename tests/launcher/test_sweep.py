@@ -22,10 +22,12 @@ from nextpt.events import MetricsFile, StepEvent, ValidationEvent, read_events
 from nextpt.model import count
 from nextpt.scaling.ladder import Ladder, Rung, is_done, load_ladder, write_prediction, write_result
 from nextpt.scaling.laws import CHINCHILLA
+from nextpt.scaling.observations import read_run_folders
 from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TRUE = {"A": 30.0, "B": 60.0, "E": 1.5, "alpha": 0.25, "beta": 0.3}
+YOUNG = {"A": 2.0, "B": 3.0, "E": 5.5, "alpha": 0.25, "beta": 0.3}  # near what so few steps reach with 512 tokens, ln 512 = 6.2
 WIDTHS, STEPS = (16, 32, 48), (4, 8, 16)
 
 
@@ -39,14 +41,14 @@ def write_ladder(folder: Path, data: Path, **changes: Any) -> Path:
     return path
 
 
-def finish(ladder: Ladder, rung: Rung, time: float = 1e9) -> None:
+def finish(ladder: Ladder, rung: Rung, time: float = 1e9, law: dict[str, float] = TRUE) -> None:
     """Write what a finished run leaves, with the loss that the law gives it."""
     config, folder = ladder.config(rung), ladder.folder(rung)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     tokens = config.total_steps * config.tokens_per_step
     noise = np.exp(0.001 * np.random.default_rng(tokens + config.model.width).standard_normal())
-    loss = float(CHINCHILLA.loss(TRUE, count(config).parameters, tokens)) * noise
+    loss = float(CHINCHILLA.loss(law, count(config).parameters, tokens)) * noise
     metrics = MetricsFile(folder / "metrics.jsonl", 0)
     metrics.on_event(StepEvent(1, 512, 6.0, 3.0, 1e-3, 1.0, 100.0, time=time))
     metrics.on_event(ValidationEvent(config.total_steps, tokens, {}, {"nats_per_token": loss}))
@@ -93,6 +95,22 @@ def test_a_prediction_is_made_before_and_kept_after(tmp_path: Path) -> None:
         write_prediction(ladder)
 
 
+def test_run_folders_must_be_finished_but_for_curves(tmp_path: Path) -> None:
+    ladder = load_ladder(write_ladder(tmp_path, tmp_path))
+    folders = [ladder.folder(rung) for rung in ladder.rungs]
+    for rung in ladder.rungs:
+        finish(ladder, rung)
+    longer = to_yaml(ladder.config(ladder.rungs[0])).replace("steps: 4", "steps: 5")
+    (folders[0] / "config.yaml").write_text(longer)
+    with pytest.raises(ScalingError, match="w16-s4 is not finished: its last validation is of step 4 of 5"):
+        read_run_folders(folders)
+    curves = read_run_folders(folders, curves=True)
+    assert len(curves) == len(read_run_folders(folders[1:])) + 1
+    small = read_run_folders(folders[1:], "non_embedding_parameters")
+    assert (small.parameters == [count(ladder.config(rung)).non_embedding_parameters for rung in ladder.rungs[1:]]).all()
+    assert (small.tokens == [ladder.config(rung).total_steps * 512 for rung in ladder.rungs[1:]]).all()
+
+
 def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
     ladder = load_ladder(write_ladder(tmp_path, tmp_path))
     assert not is_done(ladder, ladder.rungs[0])
@@ -124,7 +142,7 @@ def test_a_whole_ladder(tmp_path: Path, dataset: Path) -> None:
     path = write_ladder(tmp_path, dataset)
     ladder = load_ladder(path)
     for rung in ladder.rungs[2:]:
-        finish(ladder, rung)
+        finish(ladder, rung, law=YOUNG)
     command = [sys.executable, "-m", "launcher.cli", "scaling", "sweep", str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     first = subprocess.run([*command, "--rung", "0"], capture_output=True, text=True, cwd=ROOT, env=environment)

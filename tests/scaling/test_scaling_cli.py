@@ -44,6 +44,12 @@ def fitted(table: Path) -> Path:
     return path
 
 
+def test_help() -> None:
+    for command in ("fit", "predict", "plan", "sweep"):
+        done = scaling(command, "--help")
+        assert done.exit_code == 0 and f"example: nextpt scaling {command}" in done.stdout
+
+
 def test_fit_writes_constants_intervals_and_a_picture(fitted: Path) -> None:
     values = json.loads(fitted.read_text())
     for name, true in TRUE.items():

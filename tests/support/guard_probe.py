@@ -117,8 +117,8 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     faults, digests = Faults(job.get("faults", []), job.get("never", [])), []
     train_step, outcome = Trainer.train_step, ["finished", "", 0]
 
-    def step(trainer: Trainer, number: int) -> Any:
-        made = train_step(trainer, number)
+    def step(trainer: Trainer, number: int, measure: bool = False) -> Any:
+        made = train_step(trainer, number, measure)
         if job.get("digests"):
             digests.append([number, digest(trainer.engine)])
         return made

@@ -20,7 +20,8 @@ from torch import Tensor
 from data_prep.format import PADDING
 from nextpt.config import Config
 from nextpt.data.rows import Rows
-from nextpt.model import Decoder, KVCache
+from nextpt.generate.decoding import Decoding
+from nextpt.model import Decoder
 
 NEAR = 0.9
 BATCH = 64  # sequences continued at a time
@@ -53,18 +54,14 @@ def sample_sequences(rows: Sequence[Rows], length: int, continuation: int, count
     return Sequences(np.stack(found) if found else np.zeros((0, length), np.int64), continuation)
 
 
-@torch.no_grad()
 def greedy(config: Config, model: Decoder, prefixes: Tensor, count: int) -> Tensor:
     """The `count` most probable tokens one after another, int64 [rows, count], after prefixes int64 [rows, length]."""
-    rows, length = prefixes.shape
-    parameter = next(model.parameters())
-    cache = KVCache.empty(config, rows, length + count, dtype=parameter.dtype, device=parameter.device)
-    new, chosen = prefixes.to(parameter.device), []
+    decoding, chosen = Decoding(config, model, prefixes.tolist(), prefixes.shape[1] + count), []
     for _ in range(count):
-        positions = torch.arange(cache.length, cache.length + new.shape[1], device=new.device).expand_as(new)
-        new = model.lm_head(model(new, positions, cache=cache)[:, -1]).argmax(-1, keepdim=True)
-        chosen.append(new)
-    return torch.cat(chosen, dim=1).cpu()
+        chosen.append(decoding.logits_BV.argmax(-1))
+        if len(chosen) < count:
+            decoding.feed(chosen[-1])
+    return torch.stack(chosen, dim=1)
 
 
 def scores(config: Config, model: Decoder, sequences: Sequences, prefix: int, advance: Callable[[int], None] = lambda n: None) -> np.ndarray:

@@ -1,0 +1,89 @@
+"""`nextpt compress` and `nextpt decompress`: files coded by a model's predictions, lossless."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launcher.console import friendly, out, say, shares_progress, small_table
+
+RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
+Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
+Output = Annotated[Path, typer.Option(help="file to write")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command("compress", epilog="example: nextpt compress book.txt --run runs/demo --output book.nxpt")(friendly(compress))
+    app.command("decompress", epilog="example: nextpt decompress book.nxpt --run runs/demo --output book.txt")(friendly(decompress))
+
+
+def compress(
+    file: Annotated[Path, typer.Argument(help="any file")],
+    run: RunFolder,
+    output: Output,
+    step: Step = None,
+    rows: Annotated[int | None, typer.Option(min=1, max=65535, help="parts of the file coded at once, each from no context; chosen by its size unless given")] = None,
+    given: Annotated[Path | None, typer.Option(help="a text that the other compressors read first, such as what the model was trained on")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
+) -> None:
+    """Code a file by the model's predictions. It is decoded again before anything is written or said; `decompress` needs the same model,
+    library versions and kind of processor."""
+    from nextpt.evaluate.compressors import compare_file
+    from nextpt.evaluate.coding.files import read_file, write_file
+    from nextpt.evaluate.heldout import write_result
+
+    data = read_file(file)
+    before = read_file(given) if given else b""
+    coder = _coder(run, step)
+    with shares_progress("file:") as progress:
+        coded, found = coder.encode(data, rows, progress)
+    others = compare_file(data, before)
+    write_file(output, coded)
+    result = found.as_dict() | {"file": str(file), "run": str(run), "others": others}
+    _show(result, given)
+    if json_path:
+        write_result(result, json_path)
+    say(f"written to {output}, after it was decoded again and compared")
+
+
+def decompress(
+    file: Annotated[Path, typer.Argument(help="what `nextpt compress` wrote")],
+    run: RunFolder,
+    output: Output,
+    step: Step = None,
+) -> None:
+    """Decode a file, or refuse: another model, another environment or a damaged file would give something else."""
+    from nextpt.evaluate.coding.files import read_file, write_file
+
+    coded = read_file(file)
+    coder = _coder(run, step)
+    with shares_progress("file:") as progress:
+        data = coder.decode(coded, str(file), progress)
+    write_file(output, data)
+    say(f"{len(data):,} bytes written to {output}")
+
+
+def _coder(run: Path, step: int | None) -> Any:
+    from nextpt.evaluate.coding.files import FileCoder
+    from nextpt.evaluate.heldout import open_model
+    from nextpt.generate.text import pick_device
+
+    config, model, tokenizer, _ = open_model(run, step, pick_device())
+    return FileCoder(config, model, tokenizer)
+
+
+def _show(result: dict[str, Any], given: Path | None) -> None:
+    size, payload, header = result["bytes"], result["payload"], result["header"]
+    if not size:
+        say(f"an empty file: {header} bytes of header")
+        return
+    say(f"{size:,} bytes, {result['tokens']:,} tokens -> {payload:,} bytes and {header} of header")
+    say(f"the model's code length is {result['code_length']:,.1f} bytes; the coder's own cost {payload - result['code_length']:+,.1f} bytes")
+    say(f"{size / result['seconds']:,.0f} bytes/s coding, {size / result['verify_seconds']:,.0f} bytes/s decoding")
+    heading = "bits per byte" + (f", {given} read first" if given else "")
+    rows = [["this model", f"{payload + header:,}", f"{result['bits_per_byte_total']:.3f}"]]
+    rows += [[name, f"{found['bytes']:,}", f"{found['bits_per_byte']:.3f}"] for name, found in result["others"].items()]
+    out.print(small_table(f"the model itself ({result['model_bytes']:,} bytes) is not counted", ["", "bytes", heading], rows))

@@ -1,0 +1,145 @@
+"""Files come back as they were, at the size that the model's code length says; whatever else is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.tokenizer import Tokenizer
+from nextpt.errors import DataError
+from nextpt.evaluate.coding import container
+from nextpt.evaluate.coding.coder import BITS, Decoder, Encoder
+from nextpt.evaluate.coding.files import FileCoder
+from nextpt.evaluate.coding.frequencies import cumulative
+from nextpt.evaluate.coding.text import Bytes
+from nextpt.evaluate.compressors import COMPRESSORS, compare_file
+from tests.support.models import POSITIONS
+from tests.support.runs import make_run
+from tests.support.tokenizers import KINDS
+
+TOTAL = 2**BITS
+PARTS = st.lists(st.integers(0, BITS).flatmap(lambda bits: st.integers(1, 2**bits)).flatmap(
+    lambda size: st.tuples(st.one_of(st.just(0), st.just(TOTAL - size), st.integers(0, TOTAL - size)), st.just(size))), max_size=200)
+
+
+@settings(deadline=None, max_examples=200)
+@given(PARTS)
+def test_parts_come_back_and_cost_what_they_say(parts: list[tuple[int, int]]) -> None:
+    encoder = Encoder()
+    for part in parts:
+        encoder.encode(*part)
+    data = encoder.finish()
+    bits = sum(BITS - math.log2(size) for _, size in parts)
+    assert 8 * len(data) <= 1.0001 * bits + 12
+    decoder = Decoder(data)
+    for start, size in parts:
+        assert start <= decoder.peek() < start + size
+        decoder.take(start, size)
+
+
+@pytest.mark.parametrize(("vocabulary", "sharpness"), [(256, 4.0), (32_000, 3.0), (50_257, 3.0), (131_072, 3.0), (131_072, 8.0)])
+def test_whole_parts_cost_a_thousandth_at_most(vocabulary: int, sharpness: float) -> None:
+    """Bits of the parts against those of the probabilities, for tokens drawn from them; sharp ones have a code length near 0."""
+    chance = torch.Generator().manual_seed(vocabulary)
+    logits = sharpness * torch.randn(60, vocabulary, generator=chance)
+    ends = cumulative(logits)
+    assert (ends[:, 0] == 0).all() and (ends[:, -1] == TOTAL).all() and (np.diff(ends, axis=1) >= 1).all()
+    probabilities = logits.double().softmax(1)
+    expected = -(probabilities * probabilities.log2()).sum(dim=1)
+    parts = torch.from_numpy(np.diff(ends, axis=1)).double() / TOTAL
+    coded = -(probabilities * parts.log2()).sum(dim=1)
+    assert (coded.sum() / expected.sum()).item() <= 1.001
+    if vocabulary == 131_072:
+        print(f"{coded.sum() / expected.sum() - 1:.2%} at {expected.mean():.1f} bits per token")
+
+
+@pytest.fixture(scope="module")
+def coder(tmp_path_factory: pytest.TempPathFactory) -> FileCoder:
+    return FileCoder(*make_run(tmp_path_factory.mktemp("run") / "run"))
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.one_of(st.binary(max_size=60), st.text(max_size=40).map(lambda t: t.encode("utf-8", "surrogatepass"))), rows=st.integers(1, 5))
+def test_any_bytes_come_back(coder: FileCoder, data: bytes, rows: int) -> None:
+    coded, found = coder.encode(data, rows)
+    assert coder.decode(coded, "it") == data
+    assert found.header + found.payload == len(coded) and found.header <= 128
+    assert found.payload <= 1.001 * found.code_length + 8
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_texts_longer_than_the_context(coder: FileCoder, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "SEGMENT", 150)
+    data = ("Bytes and text: ä 漢字 \U0001f600 " * 12).encode() + bytes(range(256))
+    coded, found = coder.encode(data, rows)
+    assert found.tokens > 2 * 150 > rows * POSITIONS and coder.decode(coded, "it") == data
+    assert found.payload <= 1.001 * found.code_length + 8 + 10 * (found.tokens // 150)
+
+
+def test_a_file_of_another_model_or_environment_is_refused(coder: FileCoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coded, _ = coder.encode(b"some text")
+    config, model, tokenizer = make_run(tmp_path / "other")
+    same = FileCoder(config, model, tokenizer)
+    assert same.decode(coded, "it") == b"some text"
+    with torch.no_grad():
+        model.final_norm.weight[0] += 1e-6
+    with pytest.raises(DataError, match="it was coded with another model"):
+        FileCoder(config, model, tokenizer).decode(coded, "it")
+    monkeypatch.setattr(coder, "environment", "torch 9")
+    with pytest.raises(DataError, match="it was coded with torch 2.*; here is torch 9"):
+        coder.decode(coded, "it")
+
+
+def test_a_damaged_file_is_refused(coder: FileCoder) -> None:
+    data = b"some text, and more of it " * 3
+    coded, found = coder.encode(data)
+    for length in range(len(coded)):
+        with pytest.raises(DataError, match="it "):
+            coder.decode(coded[:length], "it")
+    chance = np.random.default_rng(0)
+    for place in [*range(found.header), *chance.integers(found.header, len(coded), 20)]:
+        flipped = bytearray(coded)
+        flipped[place] ^= 1 << int(chance.integers(8))
+        try:
+            assert coder.decode(bytes(flipped), "it") == data, place  # threads and rows are not checked by themselves
+        except DataError as error:
+            assert "it" in str(error)
+    with pytest.raises(DataError, match="it was not made by nextpt compress"):
+        coder.decode(b"PK\3\4 something else", "it")
+
+
+def test_damage_that_looks_like_a_size_is_refused_at_once(coder: FileCoder) -> None:
+    coded, _ = coder.encode(b"some text")
+    header, segments = container.unpack(coded, "it")
+    for changed in (replace(header, tokens=2**60), replace(header, rows=0), replace(header, size=0), replace(header, window=0)):
+        with pytest.raises(DataError, match="cut off or damaged"):
+            container.unpack(changed.pack() + container.pack_segment(*segments[0]), "it")
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_tokenizer_spells_any_bytes_or_says_that_it_cannot(kind: str, tmp_path: Path) -> None:
+    KINDS[kind](tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    try:
+        spelled = Bytes(tokenizer)
+    except DataError as error:
+        assert "of the 256 bytes" in str(error)
+        assert kind not in ("byte_level", "llama")
+        return
+    for data in (b"", b"plain", bytes(range(256)), "  ä\u0301 é 漢字\n\n don't ﬁ".encode(), b"\xff\xfetext\xc3"):
+        assert spelled.decode(spelled.encode(data)) == data
+
+
+def test_compressors_that_read_another_text_first() -> None:
+    text = b"the same words again and again, and some others: " + bytes(range(65, 91))
+    alone, primed = compare_file(text), compare_file(text, text)
+    assert set(alone) == set(primed) == set(COMPRESSORS)
+    assert all(primed[name]["bytes"] < alone[name]["bytes"] for name in COMPRESSORS)
+    assert compare_file(b"") == {}

@@ -47,10 +47,10 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     """The figures of an evaluation, bits per byte with half the width of their interval."""
     of = "" if result["step"] is None else f", step {result['step']}"
     table = _table(f"loss on whole documents{of} (context {result['window']}, stride {result['stride']})", "domain", "tokens", "bytes",
-                   "nats/token", "bits/token", "perplexity", "bits/byte", "ends paid")
+                   "nats/token", "perplexity", "bits/byte", "ends paid")
     for name, f in (*result["domains"].items(), ("total", result["total"])):
-        table.add_row(name, f"{f['tokens']:,}", f"{f['bytes']:,}", f"{f['nats_per_token']:.3f}", f"{f['bits_per_token']:.3f}",
-                      f"{f['perplexity']:.2f}", _with_interval(f["bpb_text"], f["intervals"]["bpb_text"]), f"{f['bpb_code']:.3f}")
+        table.add_row(name, f"{f['tokens']:,}", f"{f['bytes']:,}", f"{f['nats_per_token']:.3f}", f"{f['perplexity']:.2f}",
+                      _with_interval(f["bpb_text"], f["intervals"]["bpb_text"]), f"{f['bpb_code']:.3f}")
     return table
 
 

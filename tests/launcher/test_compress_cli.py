@@ -1,0 +1,49 @@
+"""`nextpt compress` and `decompress`: there and back, and what is refused leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli import app
+from tests.support.runs import make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    make_run(folder)
+    return folder
+
+
+def nextpt(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    return done.exit_code, done.output
+
+
+def test_there_and_back(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes("words and bytes \xff\n".encode("latin-1") * 6)
+    code, output = nextpt("compress", file, "--run", run, "--output", tmp_path / "coded", "--given", file, "--json", tmp_path / "figures.json")
+    assert code == 0 and "this model" in output and "zstd -22" in output, output
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["total"] == found["payload"] + found["header"] == (tmp_path / "coded").stat().st_size
+    code, output = nextpt("decompress", tmp_path / "coded", "--run", run, "--output", tmp_path / "back")
+    assert code == 0 and (tmp_path / "back").read_bytes() == file.read_bytes(), output
+
+
+def test_an_empty_file(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert nextpt("compress", tmp_path / "empty", "--run", run, "--output", tmp_path / "coded")[0] == 0
+    assert nextpt("decompress", tmp_path / "coded", "--run", run, "--output", tmp_path / "back")[0] == 0
+    assert (tmp_path / "back").read_bytes() == b""
+
+
+@pytest.mark.parametrize("command", [["compress", "missing"], ["decompress", "missing"], ["decompress", "foreign"]])
+def test_what_is_refused_leaves_nothing(command: list[str], run: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").write_bytes(b"PK\3\4")
+    code, _ = nextpt(command[0], tmp_path / command[1], "--run", run, "--output", tmp_path / "out")
+    assert code == 2 and not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def _show(result: dict[str, Any], given: Path | None) -> None:
     say(f"{size:,} bytes, {result['tokens']:,} tokens -> {payload:,} bytes and {header} of header")
     say(f"the model's code length is {result['code_length']:,.1f} bytes; the coder's own cost {payload - result['code_length']:+,.1f} bytes")
     say(f"{size / result['seconds']:,.0f} bytes/s coding, {size / result['verify_seconds']:,.0f} bytes/s decoding")
-    heading = "bits per byte" + (f", {given} read first" if given else "")
+    title = f"the model itself ({result['model_bytes']:,} bytes) is not counted" + (f"; the others have read {given.name} first" if given else "")
     rows = [["this model", f"{payload + header:,}", f"{result['bits_per_byte_total']:.3f}"]]
     rows += [[name, f"{found['bytes']:,}", f"{found['bits_per_byte']:.3f}"] for name, found in result["others"].items()]
-    out.print(small_table(f"the model itself ({result['model_bytes']:,} bytes) is not counted", ["", "bytes", heading], rows))
+    out.print(small_table(title, ["", "bytes", "bits per byte"], rows))

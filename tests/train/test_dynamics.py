@@ -19,6 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_noise_scale_is_that_of_brute_force(stage: int, found: dict[str, Any]) -> None:
     own = found[f"zero-{stage}"]
@@ -27,12 +28,14 @@ def test_noise_scale_is_that_of_brute_force(stage: int, found: dict[str, Any]) -
     assert own["unmeasured"] is None
 
 
+@pytest.mark.slow
 def test_uneven_micro_batches_are_weighed(found: dict[str, Any]) -> None:
     own = found["uneven"]
     assert own["trace"] == pytest.approx(own["expected_trace"], rel=1e-4)
     assert own["square"] == pytest.approx(own["expected_square"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 def test_update_ratios_are_how_far_the_weights_moved(stage: int, found: dict[str, Any]) -> None:
     for step in found[f"zero-{stage}"]["updates"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nextpt.config import Config
+from nextpt.errors import ConfigError
 from nextpt.model import Counts, count
 from nextpt.scaling.machines import Machine
 from nextpt.train.memory import LIVE_PARAMETERS, MemoryEstimate, estimate_memory
@@ -74,9 +75,12 @@ class Plan:
 def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> Plan:
     """Plan a run. utilisation: model FLOP utilisation without recomputation, as a share of the peak (PaLM's definition).
 
-    Raises ConfigError when the batch cannot be divided among the devices.
+    Raises ConfigError when the batch cannot be divided among the devices, or a node into groups of `train.hpz_ranks`.
     """
     accumulation = config.accumulation_steps(devices)
+    if devices > machine.node_size and machine.node_size % (config.train.hpz_ranks or 1):
+        raise ConfigError(f"train.hpz_ranks = {config.train.hpz_ranks} does not divide the {machine.node_size} devices of a node (--node-size); give "
+                          "the ranks of one node, or a divisor of them")
     counts = count(config)
     compute = counts.training_flops_per_token * config.tokens_per_step / (devices * machine.peak * utilisation)
     options = [

@@ -50,6 +50,7 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
     ranks = Ranks()
     refuse_disagreement(ranks, {"config": config.model_dump(mode="json"), "versions": versions()})
     config.accumulation_steps(ranks.world_size)
+    check_hpz(config, [host for host, _ in ranks.gather(place(device))])
     with living(config.run_dir, ranks, config.train.hang_seconds) as life:
         _train(config, device, ranks, life, open_trackers)
 
@@ -157,6 +158,18 @@ def check_causality(config: Config, device: torch.device) -> None:
         raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
     except CausalityError as error:
         raise UserError(f"the attention of this installation is not causal: {error}; choose another model.attention") from error
+
+
+def check_hpz(config: Config, hosts: list[str]) -> None:
+    """Refuse groups of `train.hpz_ranks` that reach over hosts: they would gather over the network. hosts: of every rank, in order of rank.
+
+    Raises ConfigError.
+    """
+    size = config.train.hpz_ranks or 1
+    for first in range(0, len(hosts), size):
+        if len(names := dict.fromkeys(hosts[first : first + size])) > 1:
+            raise ConfigError(f"train.hpz_ranks = {size}: ranks {first} to {first + size - 1} are on different hosts ({', '.join(names)}); "
+                              "give the number of ranks of one host, or a divisor of it")
 
 
 def check_loss(config: Config, device: torch.device) -> None:

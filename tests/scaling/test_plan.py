@@ -74,6 +74,13 @@ def test_hpz_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
         config("7b", *overrides).accumulation_steps(64)
 
 
+def test_hpz_stays_inside_a_node() -> None:
+    done = nextpt_plan("--config", "configs/7b.yaml", "--devices", "64", "train.zero_stage=3", "train.hpz_ranks=16")
+    assert done.returncode == 2 and "does not divide the 8 devices of a node" in done.stderr and done.stderr.count("\n") == 1
+    sixteen = config("7b", "train.zero_stage=3", "train.hpz_ranks=16")
+    assert plan(sixteen, 64, machine("h100", node_size=16), 0.4).best is not None
+
+
 def test_time_is_flops_over_peak() -> None:
     made = plan(config(), 256, MACHINES["h100"], 0.4)
     tokens = made.total_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from launcher.console import friendly, out, say, shares_progress, small_table
 
-RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
+RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Output = Annotated[Path, typer.Option(help="file to write")]
 
@@ -35,13 +36,14 @@ def compress(
     from nextpt.evaluate.coding.files import read_file, write_file
     from nextpt.evaluate.heldout import write_result
 
+    _check_output(file, output)
     data = read_file(file)
     before = read_file(given) if given else b""
     coder = _coder(run, step)
     with shares_progress("file:") as progress:
         coded, found = coder.encode(data, rows, progress)
-    others = compare_file(data, before)
     write_file(output, coded)
+    others = compare_file(data, before)
     result = found.as_dict() | {"file": str(file), "run": str(run), "others": others}
     _show(result, given)
     if json_path:
@@ -58,6 +60,7 @@ def decompress(
     """Decode a file, or refuse: another model, another environment or a damaged file would give something else."""
     from nextpt.evaluate.coding.files import read_file, write_file
 
+    _check_output(file, output)
     coded = read_file(file)
     coder = _coder(run, step)
     with shares_progress("file:") as progress:
@@ -66,13 +69,25 @@ def decompress(
     say(f"{len(data):,} bytes written to {output}")
 
 
+def _check_output(file: Path, output: Path) -> None:
+    """What would only be found after minutes of coding."""
+    from nextpt.errors import DataError
+
+    if not output.absolute().parent.is_dir():
+        raise DataError(f"--output {output}: there is no folder {output.absolute().parent}")
+    if output.is_dir() or (output.exists() and file.exists() and output.samefile(file)):
+        raise DataError(f"--output {output} is {'a folder' if output.is_dir() else 'the file itself'}; give another name")
+
+
 def _coder(run: Path, step: int | None) -> Any:
+    # cuBLAS repeats itself only with a workspace of a fixed size, which it reads when it begins.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from nextpt.evaluate.coding.files import FileCoder
-    from nextpt.evaluate.heldout import open_model
+    from nextpt.evaluate.source import open_source
     from nextpt.generate.text import pick_device
 
-    config, model, tokenizer, _ = open_model(run, step, pick_device())
-    return FileCoder(config, model, tokenizer)
+    source = open_source(run, step, pick_device(), decoder_only=True)
+    return FileCoder(source.config, source.model, source.tokenizer)
 
 
 def _show(result: dict[str, Any], given: Path | None) -> None:

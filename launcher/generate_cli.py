@@ -19,7 +19,7 @@ LENGTH_PENALTY = 0.6  # unless given; see nextpt.generate.beam
 
 
 def generate(
-    run: Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")],
+    run: Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")],
     prompt: Annotated[str | None, typer.Option(help="text to continue; empty unless given")] = None,
     prompts: Annotated[Path | None, typer.Option(help="many of them: .jsonl with a key `prompt`, or .txt with one on each line")] = None,
     step: Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")] = None,
@@ -40,7 +40,8 @@ def generate(
 ) -> None:
     """Continue a prompt, or many. Ends at the end of the document, at a stop string, or where the model's positions end."""
     from nextpt.errors import UserError
-    from nextpt.evaluate.heldout import open_model, write_result
+    from nextpt.evaluate.heldout import write_result
+    from nextpt.evaluate.source import open_source
     from nextpt.generate import Wanted, pick_device, prompt_tokens
     from nextpt.generate.prompts import read_prompts
     from nextpt.generate.records import generation_json, sample_record, save_samples
@@ -52,7 +53,10 @@ def generate(
     sampling = _sampling(given, seed)
     wanted = Wanted(sampling, max_tokens, tuple(stop or ()), samples, batch_size)
     texts = read_prompts(prompts) if prompts else {"the prompt": prompt or ""}
-    config, model, tokenizer, at = open_model(run, step, pick_device())
+    source = open_source(run, step, pick_device(), decoder_only=True)
+    config, model, tokenizer, at = source.config, source.model, source.tokenizer, source.step
+    if save and not source.is_run:
+        raise UserError(f"--save keeps samples for the report of a run, and {run} is a Hugging Face folder; take --json")
     encoded = [prompt_tokens(config, tokenizer, text, name) for name, text in texts.items()]
     found = _show((config, model, tokenizer), texts, encoded, wanted, searching)
     if json_path:

@@ -17,7 +17,7 @@ EXAMPLE = "example: nextpt inspect --run runs/demo --text notes.txt    nextpt in
 
 
 def inspect(
-    run: Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")],
+    run: Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")],
     text: Annotated[Path | None, typer.Option(help="file of UTF-8 text")] = None,
     prompt: Annotated[str | None, typer.Option(help="the text itself")] = None,
     step: Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")] = None,

@@ -28,7 +28,7 @@ def token_spellings(description: Description, vocab_size: int) -> list[bytes]:
     """The bytes that each token stands for as it is spelled; empty for special tokens and holes, and for tokens that are not text
     by themselves (a WordPiece's "##")."""
     spelled = [b""] * vocab_size
-    if description.byte_level:
+    if any(step["type"] == "ByteLevel" for step in description.steps):
         for token, index in description.vocabulary.items():
             if BYTE_OF.keys() >= set(token):
                 spelled[index] = bytes(BYTE_OF[character] for character in token)

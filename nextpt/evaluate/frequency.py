@@ -10,11 +10,8 @@ from data_prep.errors import PrepError
 from data_prep.format import PADDING, DatasetManifest
 from data_prep.tokenizer import Tokenizer
 from nextpt.checkpoint.exchange import same_vocabulary
-from nextpt.data.index import ShardIndex
-from nextpt.data.mds import MappedShard
-from nextpt.data.node import Node
+from nextpt.data.dataset import open_rows
 from nextpt.data.rows import load_manifest
-from nextpt.data.store import Cache, ShardStore
 from nextpt.errors import UserError
 
 MOST_TOKENS = 20_000_000  # counted; the bands are decades, which need no more
@@ -36,18 +33,14 @@ def training_counts(data: Path, tokenizer: Tokenizer) -> np.ndarray | None:
 
 
 def _count(data: Path, manifest: DatasetManifest, vocab_size: int) -> np.ndarray:
-    counts, node = np.zeros(vocab_size, dtype=np.int64), Node()
-    rows = sum(c.rows for c in manifest.splits["train"].values())
-    every = max(1, -(-rows * (manifest.sequence_length + 1) // MOST_TOKENS))  # of this many rows one is counted
-    for number, domain in enumerate(manifest.domains):
-        index = ShardIndex(data, manifest, "train", domain)
-        store = ShardStore(index, f"train/{domain}", node, None, Cache(node, None))
-        for shard in range(len(index)):
-            mapped = MappedShard(store.ready(shard), index[shard].samples, index.columns, number)
-            for i in range(0, mapped.samples, every):
-                row = mapped.row(i)
-                real = np.repeat(row.doc_flags & PADDING, row.doc_lens) == 0
-                counts += np.bincount(row.tokens[real], minlength=vocab_size)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    total = sum(c.rows for c in manifest.splits["train"].values())
+    every = max(1, -(-total * (manifest.sequence_length + 1) // MOST_TOKENS))  # of this many rows one is counted
+    for rows in open_rows(data, "train").values():
+        for number in range(0, len(rows), every):
+            row = rows[number]
+            real = np.repeat(row.doc_flags & PADDING, row.doc_lens) == 0
+            counts += np.bincount(row.tokens[real], minlength=vocab_size)
     return counts
 
 

@@ -15,7 +15,7 @@ from nextpt.generate.sample import Sampling
 from nextpt.generate.text import Continuation
 
 
-def generation_json(run: Path, step: int, settings: dict[str, Any], prompts: Sequence[str], tokenizer: Tokenizer,
+def generation_json(run: Path, step: int | None, settings: dict[str, Any], prompts: Sequence[str], tokenizer: Tokenizer,
                     found: Sequence[Continuation]) -> dict[str, Any]:
     """The form of `nextpt generate --json`. logprob: nats, under the model's own distribution."""
     return {"run": str(run), "step": step, "settings": settings, "continuations": [

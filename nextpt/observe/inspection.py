@@ -21,7 +21,8 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer.description import BYTE_OF
 from nextpt.errors import DataError
 from nextpt.evaluate.calibration import Calibration
-from nextpt.evaluate.heldout import heldout_texts, open_model
+from nextpt.evaluate.heldout import heldout_texts
+from nextpt.evaluate.source import open_source
 from nextpt.evaluate.metrics import Figures
 from nextpt.evaluate.tokens import TokenFigures, next_tokens, score_tokens
 from nextpt.generate import text_tokens
@@ -40,7 +41,7 @@ class Inspection:
     the model expects after it. figures: sums over the text. calibration: of `calibrated_on`."""
 
     run: Path
-    step: int
+    step: int | None  # of a run
     source: str
     window: int
     stride: int
@@ -70,7 +71,10 @@ def inspect_text(run: Path, text: str, source: str, *, step: int | None = None, 
     done). Raises UserError, which begins with `source`, for a text that cannot be encoded, and DataError for held-out documents
     that are not there.
     """
-    config, model, tokenizer, at = open_model(run, step, device)
+    opened = open_source(run, step, device, decoder_only=True)
+    config, model, tokenizer, at = opened.config, opened.model, opened.tokenizer, opened.step
+    if heldout and not opened.is_run:
+        raise DataError(f"{run} is a Hugging Face folder, which names no held-out documents; leave --heldout out")
     window = config.max_position
     stride = max(window // 2, 1)
     document = np.array(text_tokens(tokenizer, text, source))

@@ -1,8 +1,9 @@
 """The form of a coded file, all numbers little-endian.
 
-    "nxpt" | uint8 version | uint8 threads | uint16 rows | uint32 window | 16 bytes digest of the model | uint64 bytes | uint64 tokens
+    "nxpt" | uint8 version | uint16 threads | uint16 rows | uint32 window | 16 bytes digest of the model | uint64 bytes | uint64 tokens
     | uint8 length of the environment | the environment, ASCII
-    then for every SEGMENT tokens, the last ones fewer: uint32 bytes of code | uint32 CRC-32 of the bytes that it stands for | the code
+    then for every SEGMENT tokens, the last ones fewer: uint32 bytes of code | uint32 CRC-32 of it | uint32 CRC-32 of the bytes that
+    it stands for | the code
 
 An environment is what a probability's last bit depends on beside the model: library versions, the processor's instructions, the device.
 """
@@ -10,8 +11,11 @@ An environment is what a probability's last bit depends on beside the model: lib
 from __future__ import annotations
 
 import platform
+import re
 import struct
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +27,10 @@ from nextpt.config import Config
 from nextpt.errors import DataError
 from nextpt.model import Decoder
 
-MAGIC, VERSION = b"nxpt", 1
+MAGIC, VERSION = b"nxpt", 2
 SEGMENT = 2**20  # tokens that one checksum is over: a mistake is found before much is decoded
-_FIXED = struct.Struct("<4sBBHI16sQQB")
-_FRAME = struct.Struct("<II")
+_FIXED = struct.Struct("<4sBHHI16sQQB")
+_FRAME = struct.Struct("<III")
 LONGEST_ENVIRONMENT = 128 - _FIXED.size - _FRAME.size  # so that the header, the first frame included, is 128 bytes at most
 
 
@@ -52,9 +56,14 @@ class Header:
         return [min(SEGMENT, self.tokens - first) for first in range(0, self.tokens, SEGMENT)]
 
 
-def pack_segment(code: bytes, checksum: int) -> bytes:
-    """A frame and the code."""
-    return _FRAME.pack(len(code), checksum) + code
+def pack_segment(code: bytes, original: bytes) -> bytes:
+    """A frame and the code. original: the bytes that it stands for."""
+    return _FRAME.pack(len(code), zlib.crc32(code), zlib.crc32(original)) + code
+
+
+def header_bytes(coded: bytes) -> int:
+    """Of a coded file, up to the first code."""
+    return _FIXED.size + coded[_FIXED.size - 1] + (_FRAME.size if len(coded) > _FIXED.size + coded[_FIXED.size - 1] else 0)
 
 
 def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
@@ -75,13 +84,17 @@ def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
     # A token stands for a byte at least, and a row for a token: more are no sizes of a file.
     if len(header.environment) != length or tokens > size or window < 2 or not threads or (tokens and not 0 < rows <= tokens):
         raise cut_off
+    if -(-tokens // SEGMENT) > (len(data) - at) // _FRAME.size:  # before a list of so many is made
+        raise cut_off
     segments = []
     for _ in header.segments:
         if len(data) < at + _FRAME.size:
             raise cut_off
-        count, checksum = _FRAME.unpack_from(data, at)
+        count, own, checksum = _FRAME.unpack_from(data, at)
         at += _FRAME.size
         segments.append((data[at : at + count], checksum))
+        if zlib.crc32(segments[-1][0]) != own:
+            raise cut_off
         at += count
     if at != len(data):
         raise cut_off
@@ -101,9 +114,18 @@ def digest(config: Config, model: Decoder, tokenizer: Tokenizer) -> bytes:
 
 def environment(device: torch.device) -> str:
     """In words, ASCII, at most LONGEST_ENVIRONMENT characters."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.backends.cpu.get_cpu_capability()} {_processor()}"
     words = f"torch {torch.__version__} numpy {np.__version__} {platform.machine()} {where}"
     words = words.encode("ascii", "replace").decode()
     if len(words) > LONGEST_ENVIRONMENT:
         words = words[: LONGEST_ENVIRONMENT - 9] + " " + xxhash.xxh32_hexdigest(words)
     return words
+
+
+def _processor() -> str:
+    """Its name: libraries choose by more of it than the instructions that torch tells of."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()

@@ -28,8 +28,7 @@ class Bytes:
         tokens: list[int] = []
         for number, part in enumerate(_RAW.split(data.decode("utf-8", "surrogateescape"))):
             if number % 2 == 0:
-                for piece in [part] if self._exact(part) else part.splitlines(keepends=True):
-                    tokens += self._tokenizer.encode(piece).tolist() if self._exact(piece) else self._by_byte(piece.encode())
+                tokens += self._of_text(part)
             else:
                 tokens += self._by_byte(part.encode("utf-8", "surrogateescape"))
         return np.array(tokens, dtype=np.int64)
@@ -38,8 +37,26 @@ class Bytes:
         """What the tokens spell, joined."""
         return b"".join([self._spelled[token] for token in tokens.tolist()])
 
-    def _exact(self, text: str) -> bool:
-        return self.decode(self._tokenizer.encode(text)) == text.encode()
+    def _of_text(self, text: str) -> list[int]:
+        """All of it by the tokenizer where that is exact, else line by line, and what it would change byte by byte."""
+        whole = self._exact(text)
+        if whole is not None:
+            return whole
+        found: list[int] = []
+        for line in text.splitlines(keepends=True):
+            exact = self._exact(line)
+            found += self._by_byte(line.encode()) if exact is None else exact
+        return found
+
+    def _exact(self, text: str) -> list[int] | None:
+        """The tokenizer's tokens when they spell the text, also after the space that some put before it is taken away again."""
+        ids, data = self._tokenizer.encode(text), text.encode()
+        spelled = self.decode(ids)
+        if spelled == data:
+            return ids.tolist()
+        if spelled == b" " + data and self._spelled[ids[0]].startswith(b" "):
+            return self._by_byte(self._spelled[ids[0]][1:]) + ids[1:].tolist()
+        return None
 
     def _by_byte(self, data: bytes) -> list[int]:
         return [self._single[byte] for byte in data]

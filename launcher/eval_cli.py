@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from launcher.console import compressor_table, context_table, curve_table, evaluation_table, frequency_table, out, say, shares_progress
+from launcher.exposure_cli import refuse_others, run_exposure
 from nextpt.errors import UserError
 
 EXAMPLE = "example: nextpt eval --run runs/demo --compressors --json eval.json --plot eval.png"
-WHAT, HOW, MORE = "What is scored", "How", "More figures"
+WHAT, HOW, MORE, FREE = "What is scored", "How", "More figures", "Free running"
 
 
 def evaluate(
@@ -29,6 +30,12 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="of the bootstrap", rich_help_panel=HOW)] = 0,
     compressors: Annotated[bool, typer.Option("--compressors", help="zlib, bz2 and xz on the same bytes", rich_help_panel=MORE)] = False,
     harness: Annotated[bool, typer.Option("--harness", help="lm-evaluation-harness's perplexities, by its own windows", rich_help_panel=MORE)] = False,
+    exposure_bias: Annotated[bool, typer.Option("--exposure-bias", help="instead: the model's own continuations beside the real ones",
+                                                rich_help_panel=FREE)] = False,
+    prefix: Annotated[int | None, typer.Option(help="tokens of real text before them; a quarter of the model's longest unless given",
+                                               rich_help_panel=FREE)] = None,
+    continuation: Annotated[int | None, typer.Option(help="tokens of each; the rest of the model's longest unless given", rich_help_panel=FREE)] = None,
+    stretches: Annotated[int, typer.Option(min=1, help="of each domain, at most", rich_help_panel=FREE)] = 128,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw them: a .png, .svg or .pdf")] = None,
     save: Annotated[bool, typer.Option("--save", help="also keep them in RUN/evaluation.json, for the report")] = False,
@@ -38,12 +45,20 @@ def evaluate(
     Figures are ratios of sums. bits/byte leaves special tokens out; "ends paid" adds what the ends of documents cost.
     """
     from nextpt.evaluate.evaluation import Protocol
+    from nextpt.evaluate.exposure import Exposure
     from nextpt.evaluate.heldout import write_result
     from nextpt.observe.evaluation_picture import check_picture, draw_evaluation
 
     _check(run, model, step, all_steps, data, text, save)
     if plot:
         check_picture(plot)
+    if exposure_bias:
+        refuse_others({"--all-steps": all_steps, "--window": window is not None, "--stride": stride is not None, "--ranks": ranks > 1,
+                       "--compressors": compressors, "--harness": harness, "--save": save})
+        run_exposure(run or model, step, data, text, Exposure(prefix, continuation, stretches, rows, resamples, seed), json_path, plot)
+        return
+    if prefix is not None or continuation is not None:
+        raise UserError("--prefix and --continuation are for --exposure-bias")
     protocol = Protocol(window, stride, rows, ranks, resamples, seed, compressors, harness)
     results = [_evaluate(run or model, at, data, text, protocol) for at in (_steps(run) if all_steps else [step])]
     result = results[-1]

@@ -53,6 +53,14 @@ def test_all_checkpoints_as_a_curve(place: Path) -> None:
     assert "bits/byte at every checkpoint" in shown and "<svg" in (place / "c.svg").read_text()
 
 
+def test_free_running(place: Path) -> None:
+    shown = evaluate("--model", place / "hf", "--text", place / "a.txt", "--exposure-bias", "--prefix", "4", "--continuation", "12", "--resamples", "20",
+                     "--json", place / "free.json", "--plot", place / "free.svg")
+    result = json.loads((place / "free.json").read_text())
+    assert f"{result['total']['drift']['value']:+.3f}" in shown and "a.txt, sampled" in shown
+    assert result["protocol"]["continuation"] == 12 and "<svg" in (place / "free.svg").read_text()
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     ([], "give either --run, a run folder, or --model"),
     (["--run", "run", "--text", "a.txt", "--data", "d"], "give either --data or --text"),
@@ -63,6 +71,8 @@ def test_all_checkpoints_as_a_curve(place: Path) -> None:
     (["--run", "run", "--text", "absent"], "absent cannot be read: No such file"),
     (["--run", "run", "--data", "."], ". has no heldout_text/*.jsonl"),
     (["--run", "run", "--text", "a.txt", "--window", "9999"], "window = 9999 must be between 2 and"),
+    (["--run", "run", "--text", "a.txt", "--prefix", "4"], "--prefix and --continuation are for --exposure-bias"),
+    (["--run", "run", "--exposure-bias", "--all-steps", "--harness"], "--all-steps, --harness cannot be given with --exposure-bias"),
 ], ids=lambda value: value[:30] if isinstance(value, str) else "")
 def test_mistakes_end_with_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                                     arguments: list[str], words: str) -> None:

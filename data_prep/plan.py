@@ -21,7 +21,7 @@ from data_prep.inputs import InputFile, find_files
 from data_prep.records import Fields, Part, Record, read_part, row_groups, unpacked_size
 from data_prep.spec import PrepSpec
 
-UNIT_BYTES = 2**26  # of text: seconds of work, so little is done twice after a kill; small files share a unit
+UNIT_BYTES = 2**25  # of text: seconds of work, so little is done twice after a kill or waited for at the end; small files share a unit
 LISTING_THREADS = 16  # Parquet footers in an object store are latency, not work
 
 

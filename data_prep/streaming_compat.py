@@ -2,8 +2,8 @@
 
 streaming 0.13 imports torchvision and transformers when it is imported, for features that nextpt does not use. The
 torchvision on the registry is a CUDA build that fails beside CPU torch ("operator torchvision::nms does not exist"),
-and transformers is pinned below 5. Where one of them is missing or broken, an empty stand-in serves for the length of
-the import and is then taken away, so that nobody else mistakes it for the real package.
+transformers is pinned below 5 and takes a second to import. Unless the real package is there already, an empty stand-in
+serves for the length of the import and is then taken away, so that nobody else mistakes it for the real one.
 """
 
 from __future__ import annotations
@@ -46,20 +46,9 @@ def import_streaming() -> types.ModuleType:
         return sys.modules["streaming"]
     with contextlib.ExitStack() as stack:
         for package, modules in STAND_INS.items():
-            if not _works(package):
+            if package not in sys.modules:
                 stack.enter_context(_stand_in(package, modules))
         return importlib.import_module("streaming")
-
-
-def _works(package: str) -> bool:
-    """Whether the real package can be imported; what a failed import leaves behind is removed."""
-    try:
-        importlib.import_module(package)
-    except Exception:  # a broken binary raises RuntimeError or OSError, not only ImportError
-        for name in [m for m in sys.modules if m == package or m.startswith(package + ".")]:
-            del sys.modules[name]
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ help:
 	@echo "make test       the tests (minutes)"
 	@echo "make test-slow  the long tests"
 	@echo "make storm      training killed KILLS times (1000), at random instants and in saves; nothing may be lost"
-	@echo "make gpu-check  the kernel tests on a GPU, with the python3 of this shell"
+	@echo "make gpu-check  the kernel tests and benchmarks on a GPU, with the python3 of this shell"
 	@echo "make bench      the benchmarks"
 	@echo "make clean      remove .venv and caches (runs/ stays)"
 
@@ -67,6 +67,11 @@ gpu-check:
 	@python3 -c 'import torch, pytest; assert torch.cuda.is_available()' 2>/dev/null || \
 	  { echo "error: gpu-check needs a GPU and a python3 with torch, triton, pytest and hypothesis"; exit 1; }
 	@python3 -m pytest -q -m gpu tests/kernels
+	@if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --tool memcheck --error-exitcode 1 python3 -m pytest -q -m gpu tests/kernels/test_attention_triton.py -k "nothing or views"; \
+	else echo "note: compute-sanitizer is not there (it comes with the CUDA toolkit); memory accesses are not checked"; fi
+	@device=$$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))'); for kernel in attention cross_entropy; do \
+	  python3 -m kernels.bench.$$kernel --json bench/results/$$kernel-$$device.json || exit 1; done
 
 bench: setup
 	@for b in kernels.bench.cross_entropy kernels.bench.gradient_error kernels.bench.compile_report bench.tokenizers bench.data_prep bench.loader; do \

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from launcher.console import compressor_table, context_table, curve_table, evaluation_table, frequency_table, out, say, shares_progress
-from launcher.exposure_cli import refuse_others, run_exposure
+from launcher.exposure_cli import run_exposure
+from launcher.tasks_cli import asked_for, run_tasks
 from nextpt.errors import UserError
 
 EXAMPLE = "example: nextpt eval --run runs/demo --compressors --json eval.json --plot eval.png"
-WHAT, HOW, MORE, FREE = "What is scored", "How", "More figures", "Free running"
+WHAT, HOW, MORE, FREE, TASKS = "What is scored", "How", "More figures", "Free running", "Tasks"
 
 
 def evaluate(
@@ -36,6 +38,12 @@ def evaluate(
                                                rich_help_panel=FREE)] = None,
     continuation: Annotated[int | None, typer.Option(help="tokens of each; the rest of the model's longest unless given", rich_help_panel=FREE)] = None,
     stretches: Annotated[int, typer.Option(min=1, help="of each domain, at most", rich_help_panel=FREE)] = 128,
+    tasks: Annotated[bool, typer.Option("--tasks", help="instead: what the model can do, all built-in tasks", rich_help_panel=TASKS)] = False,
+    task: Annotated[list[str] | None, typer.Option(help="this one: arithmetic, copying, brackets, induction, cloze; may be repeated",
+                                                   rich_help_panel=TASKS)] = None,
+    lm_eval: Annotated[list[str] | None, typer.Option("--lm-eval", help="a task of lm-evaluation-harness; may be repeated", rich_help_panel=TASKS)] = None,
+    lm_eval_path: Annotated[Path | None, typer.Option(help="folder of further task files (YAML) for --lm-eval", rich_help_panel=TASKS)] = None,
+    items: Annotated[int, typer.Option(min=1, help="of each task", rich_help_panel=TASKS)] = 200,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw them: a .png, .svg or .pdf")] = None,
     save: Annotated[bool, typer.Option("--save", help="also keep them in RUN/evaluation.json, for the report")] = False,
@@ -52,15 +60,22 @@ def evaluate(
     _check(run, model, step, all_steps, data, text, save)
     if plot:
         check_picture(plot)
+    asked = asked_for(tasks, task, lm_eval, lm_eval_path, items, rows, resamples, seed)
+    if exposure_bias or asked:
+        refuse_others("--exposure-bias" if exposure_bias else "tasks", {
+            "--all-steps": all_steps and exposure_bias, "--window": window is not None, "--stride": stride is not None, "--ranks": ranks > 1,
+            "--compressors": compressors, "--harness": harness, "--save": save, "tasks": exposure_bias and asked})
     if exposure_bias:
-        refuse_others({"--all-steps": all_steps, "--window": window is not None, "--stride": stride is not None, "--ranks": ranks > 1,
-                       "--compressors": compressors, "--harness": harness, "--save": save})
         run_exposure(run or model, step, data, text, Exposure(prefix, continuation, stretches, rows, resamples, seed), json_path, plot)
         return
     if prefix is not None or continuation is not None:
         raise UserError("--prefix and --continuation are for --exposure-bias")
+    steps = _steps(run) if all_steps else [step]
+    if asked:
+        run_tasks(run or model, steps, data, text, asked, json_path, plot)
+        return
     protocol = Protocol(window, stride, rows, ranks, resamples, seed, compressors, harness)
-    results = [_evaluate(run or model, at, data, text, protocol) for at in (_steps(run) if all_steps else [step])]
+    results = [_evaluate(run or model, at, data, text, protocol) for at in steps]
     result = results[-1]
     if all_steps:
         result = result | {"checkpoints": [{key: r[key] for key in ("step", "domains", "total")} for r in results]}
@@ -86,6 +101,12 @@ def _check(run: Path | None, model: Path | None, step: int | None, all_steps: bo
         raise UserError("--step, --all-steps and --save are for a --run; a Hugging Face folder is one model and has no report")
     if all_steps and step is not None:
         raise UserError("give either --step or --all-steps")
+
+
+def refuse_others(what: str, given: Mapping[str, object]) -> None:
+    """Raise UserError for options that do not go with `what`, name -> whether it was given."""
+    if others := [name for name, there in given.items() if there]:
+        raise UserError(f"{', '.join(others)} cannot be given with {what}: it says nothing of the loss on whole documents")
 
 
 def _steps(run: Path) -> list[int]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.console import out, say, shares_progress, small_table
-from nextpt.errors import UserError
 
 
 def run_exposure(path: Path, step: int | None, data: Path | None, text: list[Path] | None, wanted: Any, json_path: Path | None,
@@ -30,12 +28,6 @@ def run_exposure(path: Path, step: int | None, data: Path | None, text: list[Pat
     if plot:
         draw_exposure(result, plot)
         say(f"drawn in {plot}")
-
-
-def refuse_others(given: Mapping[str, bool]) -> None:
-    """Raise UserError for options of a plain evaluation, name -> whether it was given."""
-    if others := [name for name, there in given.items() if there]:
-        raise UserError(f"{', '.join(others)} cannot be given with --exposure-bias, which scores stretches of --prefix and --continuation tokens")
 
 
 def _cell(figure: dict[str, Any], signed: bool = False) -> str:

@@ -44,7 +44,7 @@ def draw_evaluation(result: dict[str, Any], path: Path) -> None:
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _reach(values: list[float], intervals: list[list[float] | None]) -> list[list[float]]:
+def whiskers(values: list[float], intervals: list[list[float] | None]) -> list[list[float]]:
     """Whiskers below and above; none where there is no interval."""
     kept = [interval or [value, value] for value, interval in zip(values, intervals, strict=True)]
     return [[max(v - low, 0) for v, (low, _) in zip(values, kept, strict=True)],
@@ -52,7 +52,7 @@ def _reach(values: list[float], intervals: list[list[float] | None]) -> list[lis
 
 
 def _points(axes: Axes, x: Any, values: list[float], intervals: list[list[float] | None], **style: Any) -> None:
-    axes.errorbar(x, values, yerr=_reach(values, intervals), marker="o", markersize=4, capsize=3, **style)
+    axes.errorbar(x, values, yerr=whiskers(values, intervals), marker="o", markersize=4, capsize=3, **style)
 
 
 def _domains(axes: Axes, result: dict[str, Any]) -> None:

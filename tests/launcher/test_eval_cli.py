@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from launcher.cli import app
 from nextpt.checkpoint.exchange import export_hf
-from nextpt.evaluate.heldout import open_run
+from nextpt.evaluate.heldout import open_model, open_run
+from tests.support.models import checkpoint_of
 from tests.support.runs import make_run
 
 FIXED = {"tokens", "bytes", "nats_per_token", "bpb_text", "bpb_code", "perplexity"}
@@ -53,6 +54,20 @@ def test_all_checkpoints_as_a_curve(place: Path) -> None:
     assert "bits/byte at every checkpoint" in shown and "<svg" in (place / "c.svg").read_text()
 
 
+def test_tasks_at_one_checkpoint_and_over_all(place: Path) -> None:
+    make_run(place / "two", max_position=512)
+    shown = evaluate("--run", place / "two", "--text", place / "a.txt", "--tasks", "--items", "5", "--json", place / "tasks.json", "--plot", place / "tasks.svg")
+    result = json.loads((place / "tasks.json").read_text())
+    assert set(result["tasks"]) == {"arithmetic", "copying", "brackets", "induction", "cloze"} and all(name in shown for name in result["tasks"])
+    assert "<svg" in (place / "tasks.svg").read_text()
+    checkpoint_of(*open_model(place / "two", None, "cpu")[:2], place / "two" / "checkpoints", step=7)
+    shown = evaluate("--run", place / "two", "--text", place / "a.txt", "--task", "induction", "--items", "5", "--all-steps", "--json", place / "curve.json",
+                     "--plot", place / "curve.png")
+    curve = json.loads((place / "curve.json").read_text())
+    assert [at["step"] for at in curve["checkpoints"]] == [3, 7] and "at every checkpoint" in shown
+    assert curve["checkpoints"][0]["tasks"] == curve["tasks"] and curve["tasks"]["induction"] == result["tasks"]["induction"]
+
+
 def test_free_running(place: Path) -> None:
     shown = evaluate("--model", place / "hf", "--text", place / "a.txt", "--exposure-bias", "--prefix", "4", "--continuation", "12", "--resamples", "20",
                      "--json", place / "free.json", "--plot", place / "free.svg")
@@ -72,7 +87,10 @@ def test_free_running(place: Path) -> None:
     (["--run", "run", "--data", "."], ". has no heldout_text/*.jsonl"),
     (["--run", "run", "--text", "a.txt", "--window", "9999"], "window = 9999 must be between 2 and"),
     (["--run", "run", "--text", "a.txt", "--prefix", "4"], "--prefix and --continuation are for --exposure-bias"),
-    (["--run", "run", "--exposure-bias", "--all-steps", "--harness"], "--all-steps, --harness cannot be given with --exposure-bias"),
+    (["--run", "run", "--exposure-bias", "--all-steps", "--tasks"], "--all-steps, tasks cannot be given with --exposure-bias"),
+    (["--run", "run", "--tasks", "--harness"], "--harness cannot be given with tasks"),
+    (["--run", "run", "--task", "chess"], "there is no task 'chess'; there are arithmetic, copying"),
+    (["--run", "run", "--lm-eval-path", "."], "--lm-eval-path is for --lm-eval TASK"),
 ], ids=lambda value: value[:30] if isinstance(value, str) else "")
 def test_mistakes_end_with_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                                     arguments: list[str], words: str) -> None:

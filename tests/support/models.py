@@ -52,9 +52,9 @@ def decoder(**model: Any) -> tuple[Config, Decoder]:
     return config, module.eval()
 
 
-def checkpoint_of(config: Config, model: Decoder, root: Path) -> Checkpoint:
-    """Save it as the step 3 of a run and open that."""
-    save(root, ModelState(model), {"step": 3, "config": config.model_dump(mode="json")}, {}, Ranks())
+def checkpoint_of(config: Config, model: Decoder, root: Path, step: int = 3) -> Checkpoint:
+    """Save it as a step of a run and open the newest."""
+    save(root, ModelState(model), {"step": step, "config": config.model_dump(mode="json")}, {}, Ranks())
     return open_newest(root)
 
 

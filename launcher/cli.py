@@ -16,6 +16,8 @@ if (ROOT / "pyproject.toml").is_file():
 
 import typer  # noqa: E402
 
+from launcher.ablate_cli import EXAMPLE as ABLATE_EXAMPLE  # noqa: E402
+from launcher.ablate_cli import ablate  # noqa: E402
 from launcher.checkpoint_cli import checkpoint_app  # noqa: E402
 from launcher.compress_cli import register as register_compress  # noqa: E402
 from launcher.console import friendly, out, say, say_finding  # noqa: E402
@@ -43,6 +45,7 @@ prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
 app.command("eval", epilog=EVAL_EXAMPLE)(friendly(evaluate))
 register_compress(app)
+app.command(epilog=ABLATE_EXAMPLE)(friendly(ablate))
 app.command(epilog=GENERATE_EXAMPLE)(friendly(generate))
 app.command(epilog=INSPECT_EXAMPLE)(friendly(inspect))
 app.add_typer(tokenizer_app, name="tokenizer")

@@ -40,11 +40,20 @@ def warnings(fit: Fit) -> list[str]:
     found += [f"{name} is not determined: half or twice its value fits about as well" for name in _flat(fit)]
     if (e := fit.constants.get("E")) is not None and e < 0.05 * runs.loss.min():
         found.append(f"E = {e:.2g} is nearly 0: the runs do not show a floor, so predictions far beyond them are too low")
+    found += refusals(fit)
     for name, values in fit.resamples.items():
         low, high = interval(values, 0.95)
         if name in ("alpha", "beta", "alpha_N", "alpha_D") and high > 3 * max(low, 1e-9):
             found.append(f"{name} is only known to lie between {low:.3g} and {high:.3g} (95 %)")
     return found
+
+
+def refusals(fit: Fit) -> list[str]:
+    """A line where resamples follow no law."""
+    if not fit.refused:
+        return []
+    drawn = fit.refused + len(next(iter(fit.resamples.values()), ()))
+    return [f"in {fit.refused} of {drawn} resamples loss does not fall with N or D; intervals are of the others, and too narrow"]
 
 
 def _flat(fit: Fit) -> list[str]:

@@ -21,6 +21,7 @@ GRID = {1: 240, 2: 24}  # points per exponent, by how many there are
 EXPONENTS = (0.05, 1.5)  # published ones lie between 0.05 (Kaplan) and 0.7
 BEST_STARTS = 8
 SEED = 42  # of the published bootstrap (arXiv 2404.10102), whose generator this is too: its figures can be repeated
+LEAST = 1e-9  # coefficients and exponents of published laws are above 1e-2
 RUNS_PER_CONSTANT = 5  # fewer than this and resampled runs often leave too little to fit; residuals are resampled then
 
 
@@ -29,7 +30,8 @@ class Fit:
     """A law fitted to runs.
 
     constants: name -> value. delta: of Huber's loss, in units of ln L; None for least squares in nats. residuals [n]: ln L of
-    the law - ln L of the run. resamples: name -> values [R] of the bootstrap, empty without. resampled: "runs" or "residuals".
+    the law - ln L of the run. resamples: name -> values [R] of the bootstrap, empty without. resampled: "runs" or "residuals". refused: how many
+    resamples more there were, in which loss does not fall with N or D: such a fit would be refused.
     """
 
     law: Law
@@ -40,6 +42,7 @@ class Fit:
     residuals: np.ndarray
     resamples: Constants
     resampled: str | None = None
+    refused: int = 0
 
     def loss(self, parameters: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray:
         return self.law.loss(self.constants, np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float))
@@ -126,15 +129,17 @@ def fit(law: Law, runs: Runs, *, delta: float | None = None, bootstrap: int = 0)
     theta, objective = problem.best()
     constants = {name: float(value[0]) for name, value in law.public(theta[None], problem.centre).items()}
     for name, value in constants.items():
-        if name != "E" and value < 1e-9:  # coefficients and exponents of published laws are above 1e-2
+        if name != "E" and value < LEAST:
             raise ScalingError(f"the runs do not follow {law.formula}: the best fit has {name} = {value:.2g}, so loss would not fall with "
                                f"{'N' if name in ('A', 'alpha', 'N_c', 'alpha_N') else 'D'}; look for runs that failed, or add some that differ more")
     residuals = np.log(law.loss(constants, runs.parameters, runs.tokens) / runs.loss)
-    resampled, resamples = None, {}
+    resampled, resamples, falls = None, {}, np.ones(0, bool)
     if bootstrap:
         resampled = "runs" if len(runs) >= RUNS_PER_CONSTANT * len(law.constants) else "residuals"
         resamples = law.public(_bootstrap(problem, theta, bootstrap, resampled), problem.centre)
-    return Fit(law, runs, None if law.least_squares else problem.delta, constants, objective, residuals, resamples, resampled)
+        falls = np.all([values >= LEAST for name, values in resamples.items() if name != "E"], axis=0)
+        resamples = {name: values[falls] for name, values in resamples.items()} if falls.any() else {}
+    return Fit(law, runs, None if law.least_squares else problem.delta, constants, objective, residuals, resamples, resampled, int((~falls).sum()))
 
 
 def check(law: Law, runs: Runs) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nextpt.scaling.allocation import extrapolation, interval, optimum, predictions, price
+from nextpt.scaling.checks import refusals
 from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, Runs
@@ -21,7 +22,7 @@ def predict(fit: Fit, parameters: float, tokens: float, level: float) -> dict[st
     return {
         "parameters": parameters, "tokens": tokens, "flops": flops, "loss": float(fit.loss(parameters, tokens)), "level": level,
         "interval": interval(predictions(fit, parameters, tokens), level) if fit.resamples else None,
-        "warnings": [*_range_warnings(fit.runs, flops), *_ratio_warnings(fit.runs, tokens / parameters)],
+        "warnings": [*_range_warnings(fit.runs, flops), *_ratio_warnings(fit.runs, tokens / parameters), *refusals(fit)],
     }
 
 

@@ -34,7 +34,7 @@ def fit_json(fit: Fit) -> dict[str, Any]:
         "interval_level": LEVEL, "intervals": {name: interval(values, LEVEL) for name, values in resamples.items()} or None,
         "optimal_exponent": {"N": float(a), "D": 1 - float(a),
                              "interval_N": interval(optimal_exponent(fit.law, fit.resamples), LEVEL) if fit.resamples else None},
-        "objective": fit.objective, "delta": fit.delta, "resampled": fit.resampled,
+        "objective": fit.objective, "delta": fit.delta, "resampled": fit.resampled, "refused": fit.refused,
         "residual_rms": float(np.sqrt(np.mean(fit.residuals**2))),
         "warnings": warnings(fit), "sensitivity": [asdict(left) for left in sensitivity(fit)],
         "runs": _runs_json(fit.runs),
@@ -111,7 +111,7 @@ def _restore(values: dict[str, Any]) -> Fit | Frontier:
     constants = {name: values[name] for name in law.constants}
     residuals = np.log(law.loss(constants, runs.parameters, runs.tokens) / runs.loss)
     resamples = {name: np.array(column) for name, column in values["resamples"].items()}
-    return Fit(law, runs, values["delta"], constants, values["objective"], residuals, resamples, values["resampled"])
+    return Fit(law, runs, values["delta"], constants, values["objective"], residuals, resamples, values["resampled"], values.get("refused", 0))
 
 
 def _runs_json(runs: Runs) -> dict[str, Any]:

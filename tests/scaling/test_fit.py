@@ -16,6 +16,7 @@ from nextpt.scaling.fitting import fit, nonnegative
 from nextpt.scaling.frontier import envelope, isoflop
 from nextpt.scaling.laws import CHINCHILLA, KAPLAN, LAWS, OVER_TRAINING, Law
 from nextpt.scaling.observations import Runs, drop_highest, read_csv
+from nextpt.scaling.predict import predict
 from nextpt.scaling.repeats import fit_repeated
 from nextpt.scaling.repeats import loss as repeated_loss
 
@@ -206,3 +207,15 @@ def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
     with pytest.raises(ScalingError, match="--delta"):
         fit(OVER_TRAINING, made(OVER_TRAINING), delta=1e-3)
     assert KAPLAN.constants == tuple(TRUE["kaplan"])
+
+
+def test_resamples_in_which_loss_rises_are_left_out_and_told() -> None:
+    """Runs that hardly tell N's share: some resamples would have larger models lose, and predict anything."""
+    n, d = (grid.ravel() for grid in np.meshgrid([2e5, 3e5, 5e5, 8e5], [5e5, 1e6, 2e6]))
+    noise = np.exp(0.03 * np.random.default_rng(3).standard_normal(len(n)))
+    found = fit(CHINCHILLA, Runs(n, d, (1.5 + 2.0 * n**-0.1 + 60 * d**-0.25) * noise, [str(i) for i in range(len(n))], "all"), bootstrap=400)
+    assert 0 < found.refused < 400 and len(found.resamples["A"]) == 400 - found.refused and found.resamples["alpha"].min() > 0
+    line = f"in {found.refused} of 400 resamples loss does not fall"
+    assert any(line in told for told in warnings(found)) and any(line in told for told in predict(found, 3e6, 3e6, 0.9)["warnings"])
+    low, high = predict(found, 3e6, 3e6, 0.9)["interval"]
+    assert low < predict(found, 3e6, 3e6, 0.9)["loss"] < high < 10

@@ -20,7 +20,7 @@ from nextpt.evaluate.coding.files import FileCoder
 from nextpt.evaluate.coding.frequencies import cumulative
 from nextpt.evaluate.coding.text import Bytes
 from nextpt.evaluate.compressors import COMPRESSORS, compare_file
-from tests.support.models import POSITIONS
+from tests.support.models import POSITIONS, decoder
 from tests.support.runs import make_run
 from tests.support.tokenizers import KINDS
 
@@ -71,6 +71,17 @@ def test_any_bytes_come_back(coder: FileCoder, data: bytes, rows: int) -> None:
     coded, found = coder.encode(data, rows)
     assert coder.decode(coded, "it") == data
     assert found.header + found.payload == len(coded) and found.header <= 128
+    assert found.payload <= 1.001 * found.code_length + 8
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 50_257, 131_072])
+def test_models_of_large_vocabularies_code_at_their_code_length(coder: FileCoder, vocabulary: int) -> None:
+    """Logits of standard deviation 3, as trained models have; the tokenizer uses the first tokens only, so every token is dear."""
+    config, model = decoder(vocab_size=vocabulary, init_std=0.5)
+    large = FileCoder(config, model, coder.tokenizer)
+    data = b"Whan that Aprille with his shoures soote, and \xff\x00 bytes"
+    coded, found = large.encode(data, 4)
+    assert large.decode(coded, "it") == data and found.code_length > 50
     assert found.payload <= 1.001 * found.code_length + 8
 
 

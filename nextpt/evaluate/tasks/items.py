@@ -79,18 +79,18 @@ def brackets(material: Material, rng: np.random.Generator) -> Item | None:
 
 
 def _bracket_string(rng: np.random.Generator) -> tuple[str, str]:
-    """A string that leaves two to four brackets open, and what closes them; a space between all."""
-    depth, open_now, written = int(rng.integers(2, 5)), [], []
-    while len(open_now) < depth or len(written) < depth + 4:
-        if open_now and len(open_now) >= depth or (open_now and rng.random() < 0.3):
-            written.append(PAIRS[open_now.pop()])
+    """A string that opens two to four brackets more than it closes, and what closes those; a space between all."""
+    more, pairs = int(rng.integers(2, 5)), int(rng.integers(3))
+    to_open, to_close, waiting, written = more + pairs, pairs, [], []
+    while to_open or to_close:
+        if waiting and to_close and (not to_open or rng.random() < 0.4):
+            written.append(waiting.pop())
+            to_close -= 1
         else:
-            open_now.append(str(rng.choice(list(PAIRS))))
-            written.append(open_now[-1])
-    while len(open_now) < 2:
-        open_now.append(str(rng.choice(list(PAIRS))))
-        written.append(open_now[-1])
-    return " ".join(written), "".join(f" {PAIRS[b]}" for b in reversed(open_now))
+            written.append(str(rng.choice(list(PAIRS))))
+            waiting.append(PAIRS[written[-1]])
+            to_open -= 1
+    return " ".join(written), "".join(f" {bracket}" for bracket in reversed(waiting))
 
 
 def induction(material: Material, rng: np.random.Generator) -> Item | None:

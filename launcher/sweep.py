@@ -11,6 +11,7 @@ import typer
 
 from data_prep.files import atomic_write
 from launcher.console import say
+from launcher.run_sets import train_one
 from nextpt.errors import ScalingError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def sweep(
         return
     for number, one in enumerate(ladder.rungs):
         if rung in (None, number) and not is_done(ladder, one):
-            _train(ladder, one, f"rung {number + 1}/{len(ladder.rungs)}", ranks)
+            train_one(ladder, one, f"rung {number + 1}/{len(ladder.rungs)}", ranks)
     if rung is not None:
         return
     made = write_prediction(ladder)
@@ -60,26 +61,10 @@ def sweep(
     for warning in made["warnings"]:
         say(f"warning: {warning}")
     if not is_done(ladder, ladder.target):
-        _train(ladder, ladder.target, "target", ranks)
+        train_one(ladder, ladder.target, "target", ranks)
     result = write_result(ladder)
     say(f"measured {result['measured']:.4f}: the prediction is off by {result['error']:+.2%}, {'inside' if result['inside'] else 'OUTSIDE'} its interval; "
         f"written to {ladder.dir / 'result.json'}")
-
-
-def _train(ladder, rung, place: str, ranks: int | None) -> None:
-    """One run, to its end. Ends the command with the run's exit code where it has another than 0."""
-    from launcher.local import start_training
-    from launcher.supervise import RESTARTS, supervise
-    from nextpt.model import count
-
-    config = ladder.config(rung)
-    say(f"\n=== {place} {rung.name}: {count(config).parameters:,} parameters, {config.total_steps * config.tokens_per_step:,} tokens, "
-        f"{ladder.flops(rung):.3g} FLOPs")
-    code = supervise(lambda: start_training(str(ladder.base), ladder.arguments(rung), ranks), config.run_dir, RESTARTS)
-    if code:
-        print(f"error: {rung.name} ended with exit code {code}; the message is above. When that is mended, the same command goes on",
-              file=sys.stderr, flush=True)
-        sys.exit(code)
 
 
 def _write_scripts(ladder_file: Path, folder: Path, rungs: int, ranks: int | None, further: list[str]) -> None:

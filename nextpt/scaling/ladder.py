@@ -10,81 +10,45 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from yaml import YAMLError
+from pydantic import Field
 
 from data_prep.files import atomic_write, canonical_json
-from nextpt.config import Config, load_config
+from nextpt.config import load_config
 from nextpt.errors import ScalingError
 from nextpt.events import read_events
 from nextpt.model import count
 from nextpt.scaling.fitting import fit
 from nextpt.scaling.laws import CHINCHILLA
-from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, read_run_folders
+from nextpt.scaling.observations import read_run_folders
 from nextpt.scaling.predict import predict
 from nextpt.scaling.record import fit_json, write_json
+from nextpt.scaling.run_set import NamedRun, RunSet, read_set, repeated
 
 LEAST_RATIO = 4.0  # compute of the largest rung over that of the biggest fitted one: less would hardly be a prediction
 BOOTSTRAP = 4000
 LEVEL = 0.9
 
 
-class Rung(BaseModel):
-    """One run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and its folder's")
-    overrides: list[str] = Field(description="keys of the base config, key.sub=value")
-
-
-class Ladder(BaseModel):
+class Ladder(RunSet):
     """A ladder as its YAML file says."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    base: Path = Field(description="config that all rungs share, relative to the ladder's file")
-    dir: Path = Field(description="folder of the rungs, the fit, the prediction and the result")
-    overrides: list[str] = Field(default_factory=list, description="keys that all rungs change")
-    rungs: list[Rung] = Field(description="runs that the law is fitted to")
-    target: Rung = Field(description="the run that is predicted")
+    rungs: list[NamedRun] = Field(description="runs that the law is fitted to")
+    target: NamedRun = Field(description="the run that is predicted")
 
     @property
-    def all(self) -> list[Rung]:
+    def all(self) -> list[NamedRun]:
         return [*self.rungs, self.target]
 
-    def folder(self, rung: Rung) -> Path:
-        return self.dir / rung.name
-
-    def arguments(self, rung: Rung) -> list[str]:
-        """Overrides of a rung: one validation, after the last step."""
-        own = [*self.overrides, *rung.overrides, f"run.name={rung.name}", f"run.dir={self.folder(rung)}"]
+    def arguments(self, run: NamedRun) -> list[str]:
+        """All overrides of a rung: one validation, after the last step."""
+        own = super().arguments(run)
         return [*own, f"validation.every_steps={load_config(self.base, own).total_steps}"]
-
-    def config(self, rung: Rung) -> Config:
-        return load_config(self.base, self.arguments(rung))
-
-    def flops(self, rung: Rung) -> float:
-        """C = 6 N D with all parameters."""
-        config = self.config(rung)
-        return float(FLOPS_PER_PARAMETER_AND_TOKEN * count(config).parameters * config.total_steps * config.tokens_per_step)
 
 
 def load_ladder(path: Path) -> Ladder:
     """Read and check a ladder, and every rung's config. Raises ScalingError and ConfigError."""
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        ladder = Ladder.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ScalingError(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}; a ladder has {', '.join(Ladder.model_fields)}") from None
-    except OSError as error:
-        raise ScalingError(f"{path} cannot be read: {error.strerror}") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
-        raise ScalingError(f"{path}: {' '.join(str(error).split())}") from error
-    ladder = ladder.model_copy(update={"base": path.parent / ladder.base})
-    names = [rung.name for rung in ladder.all]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    ladder = read_set(Ladder, path, "a ladder")
+    if twice := repeated([rung.name for rung in ladder.all]):
         raise ScalingError(f"{path}: two rungs have the name {twice}; each needs a folder of its own")
     if len(ladder.rungs) <= len(CHINCHILLA.constants):
         raise ScalingError(f"{path}: {len(ladder.rungs)} rungs are too few; {CHINCHILLA.formula} needs at least {len(CHINCHILLA.constants) + 1}")
@@ -95,17 +59,11 @@ def load_ladder(path: Path) -> Ladder:
     return ladder
 
 
-def is_done(ladder: Ladder, rung: Rung) -> bool:
+def is_done(ladder: Ladder, rung: NamedRun) -> bool:
     """Whether a rung was trained to its end. Raises ScalingError where its folder holds another run."""
-    folder = ladder.folder(rung)
-    events = read_events(folder / "metrics.jsonl", "validation")
-    if not events or not (folder / "config.yaml").is_file():
-        return False
-    config, before = ladder.config(rung), load_config(folder / "config.yaml")
-    if (config.model, config.optimizer, config.data.sequence_length, config.total_steps) != (
-            before.model, before.optimizer, before.data.sequence_length, before.total_steps):
-        raise ScalingError(f"{folder} holds a run of another config than rung {rung.name}; remove it, or give the ladder another dir")
-    return events[-1]["step"] >= config.total_steps
+    config, begun = ladder.config(rung), ladder.is_begun(rung)
+    events = read_events(ladder.folder(rung) / "metrics.jsonl", "validation")
+    return begun and bool(events) and events[-1]["step"] >= config.total_steps
 
 
 def write_prediction(ladder: Ladder) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from nextpt.config import to_yaml
 from nextpt.errors import ScalingError
 from nextpt.events import MetricsFile, StepEvent, ValidationEvent, read_events
 from nextpt.model import count
-from nextpt.scaling.ladder import Ladder, Rung, is_done, load_ladder, write_prediction, write_result
+from nextpt.scaling.ladder import Ladder, is_done, load_ladder, write_prediction, write_result
 from nextpt.scaling.laws import CHINCHILLA
 from nextpt.scaling.observations import read_run_folders
+from nextpt.scaling.run_set import NamedRun
 from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def write_ladder(folder: Path, data: Path, **changes: Any) -> Path:
     return path
 
 
-def finish(ladder: Ladder, rung: Rung, time: float = 1e9, law: dict[str, float] = TRUE) -> None:
+def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, float] = TRUE) -> None:
     """Write what a finished run leaves, with the loss that the law gives it."""
     config, folder = ladder.config(rung), ladder.folder(rung)
     folder.mkdir(parents=True)
@@ -117,7 +118,7 @@ def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
     finish(ladder, ladder.rungs[0])
     assert is_done(ladder, ladder.rungs[0])
     other = ladder.model_copy(update={"overrides": ["optimizer.lr=0.1"]})
-    with pytest.raises(ScalingError, match="another config than rung w16-s4"):
+    with pytest.raises(ScalingError, match="another config than w16-s4 .optimizer.lr"):
         is_done(other, other.rungs[0])
     with pytest.raises(ScalingError, match="has no validation|not a run folder"):
         write_prediction(ladder)

@@ -16,6 +16,8 @@ if (ROOT / "pyproject.toml").is_file():
 
 import typer  # noqa: E402
 
+from launcher.ablate_cli import EXAMPLE as ABLATE_EXAMPLE  # noqa: E402
+from launcher.ablate_cli import ablate  # noqa: E402
 from launcher.checkpoint_cli import checkpoint_app  # noqa: E402
 from launcher.compress_cli import register as register_compress  # noqa: E402
 from launcher.console import friendly, out, say, say_finding  # noqa: E402
@@ -42,6 +44,7 @@ app.add_typer(prep, name="prep")
 prep.command("shards", epilog=SHARDS_EXAMPLE)(friendly(prep_shards))
 register_stored(prep)
 app.command("eval", epilog=EVAL_EXAMPLE)(friendly(evaluate))
+app.command(epilog=ABLATE_EXAMPLE)(friendly(ablate))
 register_compress(app)
 app.command(epilog=GENERATE_EXAMPLE)(friendly(generate))
 app.command(epilog=INSPECT_EXAMPLE)(friendly(inspect))

@@ -71,10 +71,11 @@ def load_ablation(path: Path) -> Ablation:
                 raise ScalingError(f"{path}: {key}: {override}: names and folders follow from the variant's name, seeds are the file's `seeds`")
     for variant in ablation.all:
         _check(ablation, variant, path)
+    changes = [ablation.changes(variant) for variant in ablation.all]
     for number, variant in enumerate(ablation.variants):
-        same = [other.name for other in ablation.all[: number + 1] if ablation.changes(other) == ablation.changes(variant)]
-        if same:
-            raise ScalingError(f"{path}: variants.{number}: {variant.name} is the same run as {same[0]}; change a key of one, or leave it out")
+        if changes[number + 1] in changes[: number + 1]:
+            same = ablation.all[changes.index(changes[number + 1])]
+            raise ScalingError(f"{path}: variants.{number}: {variant.name} is the same run as {same.name}; change a key of one, or leave it out")
     return ablation
 
 

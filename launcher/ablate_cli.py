@@ -1,4 +1,4 @@
-"""`nextpt ablate`: what a change of config does to each domain, measured on runs that differ in nothing else."""
+"""`nextpt ablate`: train a baseline and variants of it, and say how they differ in bits per byte, per domain."""
 
 from __future__ import annotations
 
@@ -7,59 +7,73 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.console import out, say, shares_progress, small_table
-from launcher.sweep import train_run
+from launcher.console import out, say, small_table
 
 EXAMPLE = "example: nextpt ablate configs/ablations/code-weight.yaml --ranks 2"
 
 
 def ablate(
-    file: Annotated[Path, typer.Argument(metavar="ABLATION.yaml", help="base config, seeds, baseline and variants; see docs/ablation.md")],
+    file: Annotated[Path, typer.Argument(metavar="ABLATION.yaml", help="base config, baseline, variants and seeds; see docs/ablation.md")],
     ranks: Annotated[int | None, typer.Option(min=1, help="processes of each run; one per GPU, or 1 without, unless given")] = None,
-    plot: Annotated[Path | None, typer.Option(help="picture to draw; DIR/ablation.svg unless given")] = None,
 ) -> None:
-    """Train a baseline and its variants, and tell the difference in bits per byte of each domain, with intervals.
+    """Train a baseline and variants with several seeds, score all on the held-out documents as `nextpt eval` does, and compare.
 
-    What is finished is not trained again: the same command goes on after an interruption.
+    DIR/ablation.json has the figures and the keys that differ, DIR/ablation.png the picture. What is finished is not trained
+    or scored again: the same command goes on after an interruption.
     """
-    from nextpt.evaluate.heldout import write_result
-    from nextpt.observe.ablation_picture import draw_ablation
-    from nextpt.observe.evaluation_picture import check_picture
-    from nextpt.scaling.ablation import compare, heldout_of, load_ablation, score_run
-    from nextpt.scaling.runs import is_done
+    from launcher.run_sets import train_one
+    from nextpt.generate import pick_device
+    from nextpt.scaling.ablation import is_done, load_ablation
+    from nextpt.scaling.ablation_picture import draw_ablation
+    from nextpt.scaling.ablation_result import SUMS, HeldOut, result_of, score_run
+    from nextpt.scaling.record import write_json
 
     ablation = load_ablation(file)
-    if plot:
-        check_picture(plot)
-    texts = heldout_of(ablation)
-    for number, run in enumerate(ablation.all):
+    heldout, runs, scores = HeldOut.of(ablation.data), ablation.runs(), {}
+    for number, run in enumerate(runs, 1):
         if not is_done(ablation, run):
-            train_run(ablation, run, f"run {number + 1}/{len(ablation.all)}", ranks)
-    scored = {}
-    for run in ablation.all:
-        with shares_progress(f"evaluating {run.name},") as progress:
-            scored[run.name] = score_run(ablation.folder(run), texts, progress)
-    result = compare(ablation, scored, texts)
+            train_one(ablation, run, f"run {number}/{len(runs)}", ranks)
+        folder = ablation.folder(run)
+        if not (folder / SUMS).exists():
+            say(f"scoring {run.name} on {sum(map(len, heldout.texts.values())):,} held-out documents")
+        scores[run.name] = score_run(folder, ablation.config(run).last_step, heldout, pick_device())
+    result = result_of(ablation, heldout, scores)
     _show(result)
-    write_result(result, ablation.dir / "ablation.json")
-    draw_ablation(result, plot or ablation.dir / "ablation.svg")
-    say(f"written to {ablation.dir / 'ablation.json'}, drawn in {plot or ablation.dir / 'ablation.svg'}")
+    write_json(result, ablation.dir / "ablation.json")
+    draw_ablation(result, ablation.dir / "ablation.png")
+    say(f"written to {ablation.dir / 'ablation.json'}, drawn in {ablation.dir / 'ablation.png'}")
 
 
 def _show(result: dict[str, Any]) -> None:
-    base = result["baseline"]
-    domains = list(base["domains"])
-    rows = [[f"{base['name']} (baseline)", *(f"{of['bpb_text']:.4f}" for of in base["domains"].values())]]
-    for name, variant in result["variants"].items():
-        rows.append([name, *(_cell(of) for of in variant["domains"].values())])
-        if len(result["seeds"]) > 1:
-            rows.append(["  by seed", *("  ".join(f"{d:+.4f}" for d in of["by_seed"]) for of in variant["domains"].values())])
-    out.print(small_table("bits per byte of held-out text, and what each variant changes", ["", *domains], rows))
-    spread = ", ".join(f"{d} {max(of['by_seed']) - min(of['by_seed']):.4f}" for d, of in base["domains"].items())
-    if len(result["seeds"]) > 1:
-        say(f"the baseline itself, from seed to seed (largest - smallest): {spread}")
-    say(f"brackets: {result['intervals']['confidence']:.0%} intervals, paired bootstrap of documents; seeds are not in them")
+    baseline, seeds, p = result["baseline"], result["seeds"], result["protocol"]
+    number = f"{len(seeds)} seed" + ("s" if len(seeds) > 1 else "")
+    rows = [[place, f"{f['documents']:,}", f"{f['bytes']:,}", f"{f['bpb_text']:.4f}", _range(f["interval"], ".4f"), _seeds(f, ".4f")]
+            for place, f in _places(baseline)]
+    out.print(small_table(f"{baseline['name']}: bits per byte, step {result['step']:,}, mean of {number}",
+                          ["domain", "documents", "bytes", "bits/byte", "95 %", "seeds"], rows))
+    for variant in result["variants"]:
+        rows = [[place, f"{f['bpb_text']:.4f}", f"{f['difference']:+.4f}", _range(f["interval"], "+.4f"), _seeds(f, "+.4f")]
+                for place, f in _places(variant)]
+        out.print(small_table(f"{variant['name']}: {', '.join(f'{key} {_value(a)} -> {_value(b)}' for key, (a, b) in variant['changes'].items())}",
+                              ["domain", "bits/byte", "difference", "95 %", "seeds"], rows))
+    say(f"\ndifference: from {baseline['name']} with the same seed, mean over seeds; below 0 is better")
+    say(f"95 %: paired bootstrap of documents, {p['intervals']['resamples']} resamples, seed {p['intervals']['seed']}: other documents, these trainings")
+    if len(seeds) > 1:
+        say("seeds: lowest to highest of the seeds' own: these documents, other trainings")
 
 
-def _cell(of: dict[str, Any]) -> str:
-    return f"{of['difference']:+.4f}" + (" [{:+.4f}, {:+.4f}]".format(*of["interval"]) if of["interval"] else "")
+def _places(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [*model["domains"].items(), ("total", model["total"])]
+
+
+def _value(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def _range(interval: list[float] | None, form: str) -> str:
+    return f"{interval[0]:{form}} to {interval[1]:{form}}" if interval else ""
+
+
+def _seeds(figures: dict[str, Any], form: str) -> str:
+    values = figures["by_seed"]
+    return f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else ""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from data_prep.files import atomic_write
 from launcher.console import say
+from launcher.run_sets import train_one
 from nextpt.errors import ScalingError
-
-if TYPE_CHECKING:
-    from nextpt.scaling.runs import Rung, RunSet
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = "example: nextpt scaling sweep configs/ladders/demo.yaml --ranks 2"
@@ -43,8 +41,7 @@ def sweep(
 
     What is finished is not trained again: the same command goes on after an interruption.
     """
-    from nextpt.scaling.ladder import load_ladder, write_prediction, write_result
-    from nextpt.scaling.runs import is_done
+    from nextpt.scaling.ladder import is_done, load_ladder, write_prediction, write_result
 
     ladder = load_ladder(ladder_file)
     if rung is not None and rung >= len(ladder.rungs):
@@ -54,7 +51,7 @@ def sweep(
         return
     for number, one in enumerate(ladder.rungs):
         if rung in (None, number) and not is_done(ladder, one):
-            train_run(ladder, one, f"rung {number + 1}/{len(ladder.rungs)}", ranks)
+            train_one(ladder, one, f"rung {number + 1}/{len(ladder.rungs)}", ranks)
     if rung is not None:
         return
     made = write_prediction(ladder)
@@ -64,26 +61,10 @@ def sweep(
     for warning in made["warnings"]:
         say(f"warning: {warning}")
     if not is_done(ladder, ladder.target):
-        train_run(ladder, ladder.target, "target", ranks)
+        train_one(ladder, ladder.target, "target", ranks)
     result = write_result(ladder)
     say(f"measured {result['measured']:.4f}: the prediction is off by {result['error']:+.2%}, {'inside' if result['inside'] else 'OUTSIDE'} its interval; "
         f"written to {ladder.dir / 'result.json'}")
-
-
-def train_run(runs: RunSet, rung: Rung, place: str, ranks: int | None) -> None:
-    """One run of a set, to its end. Ends the command with the run's exit code where it has another than 0."""
-    from launcher.local import start_training
-    from launcher.supervise import RESTARTS, supervise
-    from nextpt.model import count
-
-    config = runs.config(rung)
-    parameters, tokens = count(config).parameters, config.total_steps * config.tokens_per_step
-    say(f"\n=== {place} {rung.name}: {parameters:,} parameters, {tokens:,} tokens, {6.0 * parameters * tokens:.3g} FLOPs")
-    code = supervise(lambda: start_training(str(runs.base), runs.arguments(rung), ranks), config.run_dir, RESTARTS)
-    if code:
-        print(f"error: {rung.name} ended with exit code {code}; the message is above. When that is mended, the same command goes on",
-              file=sys.stderr, flush=True)
-        sys.exit(code)
 
 
 def _write_scripts(ladder_file: Path, folder: Path, rungs: int, ranks: int | None, further: list[str]) -> None:

@@ -68,9 +68,8 @@ def evaluate_source(source: Source, texts: dict[str, list[str]], protocol: Proto
     counts: int64 [V], how often each token came in training; those of the evaluated text unless given. progress: hears
     (domain, share of it that is done). Raises DataError.
     """
-    _check(texts)
     window, stride = protocol.sizes(source.config.max_position)
-    encoded = {domain: _encode(source, documents) for domain, documents in texts.items()}
+    encoded = _encode(source, texts)
     bands = band_of_tokens(_text_counts(encoded, source) if counts is None else counts)
     sums = {domain: _sums(source, documents, protocol, window, stride, bands, partial(progress, domain))
             for domain, documents in encoded.items()}
@@ -82,7 +81,7 @@ def evaluate_source(source: Source, texts: dict[str, list[str]], protocol: Proto
             domains[domain]["compressors"] = compare([text.encode() for text in documents])
     result: dict[str, Any] = {
         ("run" if source.is_run else "model"): str(source.path), "step": source.step, "window": window, "stride": stride,
-        "protocol": _described(source, protocol, window, stride), "domains": domains,
+        "protocol": describe_protocol(source, protocol), "domains": domains,
         "total": _figures(total, total_drawn, sum(len(s) for s in sums.values())),
         "by_context": _by_context(total, total_drawn, window),
         "by_frequency": {"counted_in": "evaluated text" if counts is None else "training shards", "bands": _by_band(total, total_drawn, window)},
@@ -92,15 +91,26 @@ def evaluate_source(source: Source, texts: dict[str, list[str]], protocol: Proto
     return result
 
 
-def _check(texts: dict[str, list[str]]) -> None:
+def document_sums(source: Source, texts: dict[str, list[str]], protocol: Protocol) -> dict[str, np.ndarray]:
+    """domain -> fp64 [documents, 4]: text tokens, bytes, their nats, nats of special tokens; the columns TOKENS to SPECIAL.
+
+    They are scored as `evaluate_source` does, and are what its figures are ratios of. Raises DataError.
+    """
+    window, stride = protocol.sizes(source.config.max_position)
+    unused = np.zeros(source.tokenizer.vocab_size, dtype=np.int64)
+    return {domain: _sums(source, documents, protocol, window, stride, unused, lambda share: None)[:, : SPECIAL + 1]
+            for domain, documents in _encode(source, texts).items()}
+
+
+def _encode(source: Source, texts: dict[str, list[str]]) -> dict[str, Encoded]:
     for domain, documents in texts.items():
         if not any(documents):
             raise DataError(f"all documents of {domain} are empty; there is nothing to score")
-
-
-def _encode(source: Source, documents: list[str]) -> Encoded:
-    tokens, sizes = zip(*(encode_document(source.tokenizer, text) for text in documents), strict=True)
-    return Encoded(documents, list(tokens), list(sizes))
+    found = {}
+    for domain, documents in texts.items():
+        tokens, sizes = zip(*(encode_document(source.tokenizer, text) for text in documents), strict=True)
+        found[domain] = Encoded(documents, list(tokens), list(sizes))
+    return found
 
 
 def _text_counts(encoded: dict[str, Encoded], source: Source) -> np.ndarray:
@@ -165,7 +175,9 @@ def _by_band(sums: np.ndarray, drawn: np.ndarray, window: int) -> list[dict[str,
     return _rows(sums, drawn, SPECIAL + 1 + 2 * _buckets(window), BANDS, [(0.0, 0.0), *zip(EDGES[:-1], EDGES[1:], strict=True)])
 
 
-def _described(source: Source, protocol: Protocol, window: int, stride: int) -> dict[str, Any]:
+def describe_protocol(source: Source, protocol: Protocol) -> dict[str, Any]:
+    """What decides the figures, for a reader of the JSON."""
+    window, stride = protocol.sizes(source.config.max_position)
     tokenizer = source.tokenizer
     return {
         "window": window, "stride": stride,

@@ -1,106 +1,102 @@
-"""An ablation: runs that differ from a baseline in a few keys, compared on the same held-out documents.
+"""An ablation: a baseline, variants of it, and one difference between each and the baseline, trained with several seeds.
 
-Runs of one seed see the same data in the same order from the same initialisation, so a variant is compared with the baseline of its own
-seed, document by document. The interval is of those pairs: documents are resampled, all runs together (a paired bootstrap). How much a
-difference changes from seed to seed is shown beside it; it is not in the interval.
+Runs of one seed share their initial weights and the order of their data wherever the variant does not change these itself,
+so a variant is compared with the baseline of the same seed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from nextpt.errors import ScalingError
-from nextpt.evaluate.bootstrap import CONFIDENCE, stratified
-from nextpt.evaluate.documents import score_documents
-from nextpt.evaluate.heldout import encode_document, heldout_texts
-from nextpt.evaluate.source import open_source
-from nextpt.scaling.runs import Rung, RunSet, load_set
+from nextpt.checkpoint.folders import steps
+from nextpt.config import Config, flatten
+from nextpt.data.dataset import check_dataset
+from nextpt.data.rows import load_manifest
+from nextpt.errors import ConfigError, ScalingError, UserError
+from nextpt.scaling.run_set import NamedRun, RunSet, read_set, repeated
 
-RESAMPLES = 1000
-Scored = dict[str, np.ndarray]  # domain -> nats of the text of each document, fp64 [documents]
+WEIGHTS = "objective.domain_weights."
 
 
 class Ablation(RunSet):
     """An ablation as its YAML file says."""
 
-    seeds: list[int] = Field([0], min_length=1, description="every run once with each as run.seed")
-    baseline: Rung = Field(description="what the others are compared with")
-    variants: list[Rung] = Field(min_length=1, description="what is changed")
+    seeds: list[int] = Field([0], min_length=1, description="run.seed of the runs; each variant is trained with each")
+    baseline: NamedRun = Field(description="what the variants are compared with")
+    variants: list[NamedRun] = Field(min_length=1, description="what is compared with the baseline")
 
-    def run(self, of: Rung, seed: int) -> Rung:
-        """One run of the baseline or a variant."""
-        return Rung(name=f"{of.name}-seed{seed}", overrides=[*of.overrides, f"run.seed={seed}"])
+    @field_validator("seeds")
+    @classmethod
+    def _differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{seeds} has a seed twice, whose runs would be the same")
+        return seeds
 
     @property
-    def all(self) -> list[Rung]:
-        return [self.run(of, seed) for seed in self.seeds for of in (self.baseline, *self.variants)]
+    def all(self) -> list[NamedRun]:
+        """The baseline, then the variants."""
+        return [self.baseline, *self.variants]
+
+    def seeded(self, variant: NamedRun, seed: int) -> NamedRun:
+        """The run of a variant with a seed: NAME-sSEED."""
+        return NamedRun(name=f"{variant.name}-s{seed}", overrides=[*variant.overrides, f"run.seed={seed}"])
+
+    def runs(self) -> list[NamedRun]:
+        """All runs, those of a seed together."""
+        return [self.seeded(variant, seed) for seed in self.seeds for variant in self.all]
+
+    @property
+    def data(self) -> Path:
+        """The dataset folder of the baseline, whose held-out documents all models are scored on."""
+        return Path(self.config(self.seeded(self.baseline, self.seeds[0])).data.path)
+
+    def changes(self, variant: NamedRun) -> dict[str, list[Any]]:
+        """Keys in which a variant differs from the baseline: [the baseline's value, the variant's]."""
+        base, other = (_meaning(self.config(self.seeded(one, self.seeds[0]))) for one in (self.baseline, variant))
+        pairs = {key: [one.get(key, 1.0 if key.startswith(WEIGHTS) else None) for one in (base, other)] for key in sorted(base.keys() | other.keys())}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def load_ablation(path: Path) -> Ablation:
-    """Read and check an ablation, and every run's config. Raises ScalingError and ConfigError."""
-    found = load_set(path, Ablation)
-    base = found.config(found.run(found.baseline, found.seeds[0]))
-    for variant in found.variants:
-        config = found.config(found.run(variant, found.seeds[0]))
-        if config.data != base.data:
-            raise ScalingError(f"{path}: variant {variant.name} has other data than {found.baseline.name}; its documents could not be compared")
-        if config.model_copy(update={"run": base.run}) == base:
-            raise ScalingError(f"{path}: variant {variant.name} changes nothing of {found.baseline.name}")
-    return found
+    """Read and check an ablation, every config of it, and that the dataset fits. Raises ScalingError, ConfigError and DataError."""
+    ablation = read_set(Ablation, path, "an ablation")
+    if twice := repeated([variant.name for variant in ablation.all]):
+        raise ScalingError(f"{path}: two variants have the name {twice}; each needs folders of its own")
+    for key, overrides in (("overrides", ablation.overrides), *((one.name, one.overrides) for one in ablation.all)):
+        for override in overrides:
+            if override.startswith("run."):
+                raise ScalingError(f"{path}: {key}: {override}: names and folders follow from the variant's name, seeds are the file's `seeds`")
+    for variant in ablation.all:
+        _check(ablation, variant, path)
+    changes = [ablation.changes(variant) for variant in ablation.all]
+    for number, variant in enumerate(ablation.variants):
+        if changes[number + 1] in changes[: number + 1]:
+            same = ablation.all[changes.index(changes[number + 1])]
+            raise ScalingError(f"{path}: variants.{number}: {variant.name} is the same run as {same.name}; change a key of one, or leave it out")
+    return ablation
 
 
-def score_run(folder: Path, texts: dict[str, list[str]], progress: Callable[[str, float], None] = lambda domain, share: None) -> Scored:
-    """Nats of each document under the newest checkpoint of a run, in windows of the whole context that move by half of it."""
-    source = open_source(folder)
-    window = source.config.max_position
-    scored = {}
-    for domain, documents in texts.items():
-        tokens, sizes = zip(*(encode_document(source.tokenizer, text) for text in documents), strict=True)
-        _, scored[domain] = score_documents(source.model, tokens, sizes, source.tokenizer.token_bytes(), window=window, stride=max(1, window // 2),
-                                            progress=partial(progress, domain))
-    return scored
+def _check(ablation: Ablation, variant: NamedRun, path: Path) -> None:
+    """The config of a variant, and that its dataset has what it names; a remote dataset is looked at when training starts."""
+    try:
+        config = ablation.config(ablation.seeded(variant, ablation.seeds[0]))
+        if config.data.remote is None:
+            check_dataset(config, load_manifest(config.data.path))
+    except UserError as error:
+        raise ConfigError(f"{path}: {variant.name}: {error}") from None
 
 
-def compare(ablation: Ablation, scored: dict[str, Scored], texts: dict[str, list[str]]) -> dict[str, Any]:
-    """DIR/ablation.json. scored: run -> nats of its documents. Bits per byte are ratios of sums over documents."""
-    bits = {domain: math.log(2) * np.array([len(text.encode()) for text in documents], float) for domain, documents in texts.items()}
-    runs = [rung.name for rung in ablation.all]
-    columns = {domain: np.stack([bits[domain], *(scored[run][domain] for run in runs)], axis=1) for domain in texts}
-    drawn = dict(zip(columns, stratified(list(columns.values()), RESAMPLES, 0), strict=True))
-    sums = {domain: values.sum(axis=0, keepdims=True) for domain, values in columns.items()}
-    for table in (sums, drawn):
-        table["total"] = sum(table[domain] for domain in texts)
-
-    def bpb(table: np.ndarray, of: Rung, seed: int) -> np.ndarray:
-        return table[:, 1 + runs.index(ablation.run(of, seed).name)] / table[:, 0]
-
-    def mean_bpb(domain: str) -> dict[str, Any]:
-        by_seed = [float(bpb(sums[domain], ablation.baseline, seed)[0]) for seed in ablation.seeds]
-        return {"bpb_text": float(np.mean(by_seed)), "by_seed": by_seed}
-
-    def difference(domain: str, variant: Rung) -> dict[str, Any]:
-        each, resampled = ([bpb(table[domain], variant, seed) - bpb(table[domain], ablation.baseline, seed) for seed in ablation.seeds]
-                           for table in (sums, drawn))
-        ends = np.quantile(np.mean(resampled, axis=0), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return {"difference": float(np.mean(each)), "interval": ends.tolist() if len(columns.get(domain, runs)) > 1 else None,
-                "by_seed": [float(d[0]) for d in each]}
-
-    domains = [*texts, "total"]
-    return {
-        "dir": str(ablation.dir), "seeds": ablation.seeds, "documents": {domain: len(documents) for domain, documents in texts.items()},
-        "intervals": {"confidence": CONFIDENCE, "method": "paired percentile bootstrap of documents, seeds averaged", "resamples": RESAMPLES},
-        "baseline": {"name": ablation.baseline.name, "overrides": ablation.baseline.overrides, "domains": {d: mean_bpb(d) for d in domains}},
-        "variants": {v.name: {"overrides": v.overrides, "domains": {d: difference(d, v) for d in domains}} for v in ablation.variants},
-    }
+def _meaning(config: Config) -> dict[str, Any]:
+    """Keys and values that make a run what it is, without its name and folder. A weight of 1 is no weight."""
+    values = config.model_dump(mode="json")
+    weights = values["objective"].pop("domain_weights")
+    found = flatten(values) | {f"{WEIGHTS}{domain}": weight for domain, weight in weights.items() if weight != 1}
+    return {key: value for key, value in found.items() if key not in ("run.name", "run.dir")}
 
 
-def heldout_of(ablation: Ablation) -> dict[str, list[str]]:
-    """domain -> the held-out documents of the runs' dataset."""
-    return heldout_texts(Path(ablation.config(ablation.all[0]).data.path))
+def is_done(ablation: Ablation, run: NamedRun) -> bool:
+    """Whether a run was trained to its end. Raises ScalingError where its folder holds another run."""
+    return ablation.is_begun(run) and max(steps(ablation.folder(run) / "checkpoints"), default=0) >= ablation.config(run).last_step

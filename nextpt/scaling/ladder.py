@@ -13,15 +13,16 @@ from typing import Any
 from pydantic import Field
 
 from data_prep.files import atomic_write, canonical_json
+from nextpt.config import load_config
 from nextpt.errors import ScalingError
 from nextpt.events import read_events
 from nextpt.model import count
 from nextpt.scaling.fitting import fit
 from nextpt.scaling.laws import CHINCHILLA
-from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, read_run_folders
+from nextpt.scaling.observations import read_run_folders
 from nextpt.scaling.predict import predict
 from nextpt.scaling.record import fit_json, write_json
-from nextpt.scaling.runs import Rung, RunSet, load_set
+from nextpt.scaling.run_set import NamedRun, RunSet, read_set, repeated
 
 LEAST_RATIO = 4.0  # compute of the largest rung over that of the biggest fitted one: less would hardly be a prediction
 BOOTSTRAP = 4000
@@ -31,22 +32,24 @@ LEVEL = 0.9
 class Ladder(RunSet):
     """A ladder as its YAML file says."""
 
-    rungs: list[Rung] = Field(description="runs that the law is fitted to")
-    target: Rung = Field(description="the run that is predicted")
+    rungs: list[NamedRun] = Field(description="runs that the law is fitted to")
+    target: NamedRun = Field(description="the run that is predicted")
 
     @property
-    def all(self) -> list[Rung]:
+    def all(self) -> list[NamedRun]:
         return [*self.rungs, self.target]
 
-    def flops(self, rung: Rung) -> float:
-        """C = 6 N D with all parameters."""
-        config = self.config(rung)
-        return float(FLOPS_PER_PARAMETER_AND_TOKEN * count(config).parameters * config.total_steps * config.tokens_per_step)
+    def arguments(self, run: NamedRun) -> list[str]:
+        """All overrides of a rung: one validation, after the last step."""
+        own = super().arguments(run)
+        return [*own, f"validation.every_steps={load_config(self.base, own).total_steps}"]
 
 
 def load_ladder(path: Path) -> Ladder:
     """Read and check a ladder, and every rung's config. Raises ScalingError and ConfigError."""
-    ladder = load_set(path, Ladder)
+    ladder = read_set(Ladder, path, "a ladder")
+    if twice := repeated([rung.name for rung in ladder.all]):
+        raise ScalingError(f"{path}: two rungs have the name {twice}; each needs a folder of its own")
     if len(ladder.rungs) <= len(CHINCHILLA.constants):
         raise ScalingError(f"{path}: {len(ladder.rungs)} rungs are too few; {CHINCHILLA.formula} needs at least {len(CHINCHILLA.constants) + 1}")
     biggest = max(ladder.rungs, key=ladder.flops)
@@ -54,6 +57,13 @@ def load_ladder(path: Path) -> Ladder:
         raise ScalingError(f"{path}: target {ladder.target.name} takes {ratio:.2f} times the compute of {biggest.name}, the biggest that is fitted; "
                            f"{LEAST_RATIO:g} times or more are needed for a prediction")
     return ladder
+
+
+def is_done(ladder: Ladder, rung: NamedRun) -> bool:
+    """Whether a rung was trained to its end. Raises ScalingError where its folder holds another run."""
+    config, begun = ladder.config(rung), ladder.is_begun(rung)
+    events = read_events(ladder.folder(rung) / "metrics.jsonl", "validation")
+    return begun and bool(events) and events[-1]["step"] >= config.total_steps
 
 
 def write_prediction(ladder: Ladder) -> dict[str, Any]:

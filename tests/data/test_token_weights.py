@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from data_prep.errors import PrepError
+from data_prep.token_weights import add_token_weights
+from data_prep.tokenizer import Tokenizer
 from nextpt.data.loader import Loader
 from nextpt.errors import DataError
+from nextpt.model import Decoder
+from nextpt.objective import local_weight_sum, next_token_loss
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
 
@@ -39,3 +46,46 @@ def test_weights_that_are_not_there_are_refused_but_places_past_the_last_row_nee
     loader = Loader(tiny(weighted, Path("unused"), objective={"token_weights": True}, train=train), 2, 3)
     (batch,) = loader.validation_batches(0, 3)  # all three rows are rank 0's
     assert float(batch.token_weights.sum()) == 0 and (batch.targets < 0).all()
+
+
+def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_count(dataset: Path) -> None:
+    """With weight w: (w G_code + G_prose) / (w n_code + n_prose), G the gradient of a domain's summed nats and n its targets."""
+
+    def gradient(weights: dict[str, float], divided: bool = True) -> tuple[torch.Tensor, float]:
+        loader = Loader(tiny(dataset, Path("unused"), objective={"domain_weights": weights}), 0, 1)
+        batches, model = loader.step_batches(0), Decoder(loader.config)
+        loader.close()
+        total = local_weight_sum(batches)
+        for batch in batches:
+            next_token_loss(model, batch, total if divided else 1.0).total.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]).double(), float(total)
+
+    (code, targets), (prose, others) = gradient({"prose": 0.0}, divided=False), gradient({"code": 0.0}, divided=False)
+    assert targets > 0 and others > 0
+    torch.testing.assert_close(gradient({"code": 3.0})[0], (3 * code + prose) / (3 * targets + others), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(gradient({"code": 3.0, "prose": 3.0})[0], gradient({})[0], rtol=1e-4, atol=1e-7)
+
+
+def test_the_recipe_of_the_docs_writes_the_column(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = re.search(r"```python\n(.*?)```", (Path(__file__).resolve().parents[2] / "docs" / "ablation.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    Path("data/demo").mkdir(parents=True)
+    Path("data/demo/shards").symlink_to(dataset)
+    exec(compile(recipe, "docs/ablation.md", "exec"), {})
+    weighted, tokenizer = tmp_path / "data/demo/weighted", Tokenizer(dataset / "tokenizer.json")
+    plain, loader = Loader(tiny(dataset, tmp_path), 0, 1), Loader(tiny(weighted, tmp_path, objective={"token_weights": True}), 0, 1)
+    for one, batch in zip(plain.step_batches(0), loader.step_batches(0), strict=True):
+        blank = np.array([t >= 0 and tokenizer.decode([t]).isspace() for t in batch.targets.flatten().tolist()]).reshape(batch.targets.shape)
+        assert 0 < blank.mean() < 0.5 and (batch.tokens == one.tokens).all()
+        np.testing.assert_allclose(batch.token_weights.numpy(), np.where(blank, 0.25, 1) * (batch.targets >= 0).numpy())
+    assert sum(1 for _ in loader.validation_batches(0, 3)) == sum(1 for _ in plain.validation_batches(0, 3)) > 0
+    plain.close(), loader.close()
+
+
+def test_weights_that_are_none_leave_nothing_behind(dataset: Path, tmp_path: Path) -> None:
+    for weigh in (lambda row: np.ones(64), lambda row: -np.ones(65), lambda row: np.full(65, np.nan)):
+        with pytest.raises(PrepError, match=r"token weights of a row of heldout/code: expected 65 finite numbers >= 0"):
+            add_token_weights(dataset, tmp_path / "out", weigh)
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(PrepError, match="exists; give another folder"):
+        add_token_weights(dataset, tmp_path, lambda row: np.ones(65))

@@ -20,10 +20,10 @@ from nextpt.config import to_yaml
 from nextpt.errors import ScalingError
 from nextpt.events import MetricsFile, StepEvent, ValidationEvent, read_events
 from nextpt.model import count
-from nextpt.scaling.ladder import Ladder, load_ladder, write_prediction, write_result
+from nextpt.scaling.ladder import Ladder, is_done, load_ladder, write_prediction, write_result
 from nextpt.scaling.laws import CHINCHILLA
 from nextpt.scaling.observations import read_run_folders
-from nextpt.scaling.runs import Rung, is_done
+from nextpt.scaling.run_set import NamedRun
 from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def write_ladder(folder: Path, data: Path, **changes: Any) -> Path:
     return path
 
 
-def finish(ladder: Ladder, rung: Rung, time: float = 1e9, law: dict[str, float] = TRUE) -> None:
+def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, float] = TRUE) -> None:
     """Write what a finished run leaves, with the loss that the law gives it."""
     config, folder = ladder.config(rung), ladder.folder(rung)
     folder.mkdir(parents=True)
@@ -63,9 +63,9 @@ def test_the_shipped_ladder_is_one() -> None:
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"target": {"name": "large", "overrides": ["model.width=48", "train.steps=20"]}}, "target large takes 1.25 times the compute of w48-s16"),
-    ({"target": {"name": "w16-s4", "overrides": []}}, "two runs have the name w16-s4"),
+    ({"target": {"name": "w16-s4", "overrides": []}}, "two rungs have the name w16-s4"),
     ({"rungs": [{"name": f"r{i}", "overrides": []} for i in range(5)]}, "5 rungs are too few"),
-    ({"rung": []}, "rung: Extra inputs are not permitted; it has base, dir"),
+    ({"rung": []}, "rung: Extra inputs are not permitted; a ladder has base, dir"),
     ({"target": {"name": "large", "overrides": ["model.widht=48"]}}, "unknown key model.widht"),
     ({"base": "none.yaml"}, "none.yaml does not exist"),
 ])
@@ -118,7 +118,7 @@ def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
     finish(ladder, ladder.rungs[0])
     assert is_done(ladder, ladder.rungs[0])
     other = ladder.model_copy(update={"overrides": ["optimizer.lr=0.1"]})
-    with pytest.raises(ScalingError, match="another config than w16-s4"):
+    with pytest.raises(ScalingError, match="another config than w16-s4 .optimizer.lr"):
         is_done(other, other.rungs[0])
     with pytest.raises(ScalingError, match="has no validation|not a run folder"):
         write_prediction(ladder)

@@ -1,98 +1,108 @@
-"""Ablations: pairs of documents, seeds, mistakes, and a whole tiny one."""
+"""Ablations: paired differences, their intervals, what a file must be, scores that are kept, and the picture."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from typer.testing import CliRunner
 
-from launcher.cli import app
-from nextpt.config import to_yaml
-from nextpt.observe.ablation_picture import draw_ablation
-from nextpt.scaling.ablation import Ablation, compare, load_ablation, score_run
-from tests.support.datasets import tiny
+from nextpt.errors import ScalingError
+from nextpt.evaluate.bootstrap import ratio_interval, stratified
+from nextpt.evaluate.evaluation import BYTES, NATS, Protocol, evaluate_source
+from nextpt.evaluate.source import open_source
+from nextpt.scaling.ablation import load_ablation
+from nextpt.scaling.ablation_picture import draw_ablation
+from nextpt.scaling.ablation_result import SUMS, HeldOut, score_run
+from nextpt.scaling.paired import paired_figures
 from tests.support.runs import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = {"code": ["def f(): pass\n" * n for n in (1, 3, 8)], "prose": ["Whan that Aprille\n" * n for n in (2, 5)]}
+DOCUMENTS = {"code": 40, "prose": 25}
+TEXTS = {"code": ["def f(x):\n    return x + 1\n" * n for n in (2, 7, 3)], "verse": ["Whan that Aprille with his shoures soote\n" * 3]}
 
 
-def write(folder: Path, data: Path, **changes: Any) -> Path:
-    (folder / "base.yaml").write_text(to_yaml(tiny(data, folder)))
-    values = {"base": "base.yaml", "dir": str(folder / "out"), "seeds": [0, 1], "baseline": {"name": "even", "overrides": []},
-              "variants": [{"name": "twice", "overrides": ["objective.domain_weights.code=2"]}]} | changes
-    path = folder / "ablation.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+def scores(models: int = 3, seeds: int = 2) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Documents that differ widely, models that differ little."""
+    rng = np.random.default_rng(0)
+    sizes = {d: rng.integers(100, 10_000, n) for d, n in DOCUMENTS.items()}
+    nats = {d: s * np.exp(0.3 * rng.standard_normal(len(s))) * (1 + 0.01 * rng.standard_normal((models, seeds, len(s)))) for d, s in sizes.items()}
+    return sizes, nats
 
 
-def scored(ablation: Ablation, change: float) -> dict[str, dict[str, np.ndarray]]:
-    """Runs whose nats are those of the baseline of their seed, times 1 + change in the variants' code."""
-    found = {}
-    for seed in ablation.seeds:
-        base = {d: np.random.default_rng([seed, len(d)]).uniform(5, 9, len(t)) for d, t in TEXTS.items()}
-        found[f"even-seed{seed}"], found[f"twice-seed{seed}"] = base, base | {"code": base["code"] * (1 + change)}
-    return found
+def test_differences_are_those_of_the_figures() -> None:
+    sizes, nats = scores()
+    baseline, *variants = paired_figures(sizes, nats, 300, 0)
+    whole = {**nats, "total": np.concatenate(list(nats.values()), axis=2)}, {**sizes, "total": np.concatenate(list(sizes.values()))}
+    for place in (*DOCUMENTS, "total"):
+        bits = whole[0][place].sum(axis=2) / (math.log(2) * whole[1][place].sum())
+        of = [(m["domains"] | {"total": m["total"]})[place] for m in (baseline, *variants)]
+        assert [f["bpb_text"] for f in of] == pytest.approx(bits.mean(axis=1).tolist())
+        for number, figures in enumerate(of[1:], 1):
+            assert figures["difference"] == pytest.approx(figures["bpb_text"] - of[0]["bpb_text"])
+            assert figures["by_seed"] == pytest.approx((bits[number] - bits[0]).tolist())
+            assert figures["seed_sd"] == pytest.approx(np.std(figures["by_seed"], ddof=1))
+            low, high = figures["interval"]
+            assert low < figures["difference"] < high and high - low < 0.1 * np.ptp(of[0]["interval"])  # pairing takes the documents' own scatter out
 
 
-def test_differences_are_those_of_the_figures(tmp_path: Path) -> None:
-    ablation = load_ablation(write(tmp_path, tmp_path))
-    runs = scored(ablation, -0.1)
-    result = compare(ablation, runs, TEXTS)
-    size = {d: math.log(2) * sum(len(t.encode()) for t in texts) for d, texts in TEXTS.items()}
-    for domain in ("code", "prose"):
-        each = [runs[f"twice-seed{s}"][domain].sum() / size[domain] - runs[f"even-seed{s}"][domain].sum() / size[domain] for s in (0, 1)]
-        of = result["variants"]["twice"]["domains"][domain]
-        assert of["by_seed"] == pytest.approx(each) and of["difference"] == pytest.approx(np.mean(each))
-    changed = result["variants"]["twice"]["domains"]
-    assert changed["prose"]["difference"] == 0 and changed["prose"]["interval"] == [0, 0]
-    low, high = changed["code"]["interval"]
-    assert low <= changed["code"]["difference"] <= high < 0
-    whole = sum(runs["twice-seed0"][d].sum() - runs["even-seed0"][d].sum() for d in TEXTS) / sum(size.values())
-    assert changed["total"]["by_seed"][0] == pytest.approx(whole)
-    assert result["baseline"]["domains"]["code"]["by_seed"][1] == pytest.approx(runs["even-seed1"]["code"].sum() / size["code"])
-    draw_ablation(result, tmp_path / "new" / "picture.svg")
-    assert "twice" in (tmp_path / "new" / "picture.svg").read_text()
+def test_the_interval_is_that_of_the_differences_and_of_one_model_that_of_eval() -> None:
+    sizes, nats = scores(seeds=1)
+    baseline, variant, _ = paired_figures(sizes, nats, 300, 3)
+    drawn = stratified([np.stack([sizes[d], nats[d][0, 0], nats[d][1, 0]], axis=1) for d in DOCUMENTS], 300, 3)
+    for domain, found in zip(DOCUMENTS, drawn, strict=True):
+        bits = math.log(2) * found[:, 0]
+        assert baseline["domains"][domain]["interval"] == pytest.approx(ratio_interval(found[:, 1], bits))
+        assert variant["domains"][domain]["interval"] == pytest.approx(np.quantile((found[:, 2] - found[:, 1]) / bits, [0.025, 0.975]))
+    assert variant["total"]["seed_sd"] is None
 
 
-def test_scores_are_nats_of_documents(tmp_path: Path) -> None:
+def test_identical_models_differ_by_exactly_nothing_and_one_document_has_no_interval() -> None:
+    sizes, nats = scores(models=2)
+    for values in nats.values():
+        values[1] = values[0]
+    figures = paired_figures(sizes, nats, 300, 0)[1]
+    for f in (*figures["domains"].values(), figures["total"]):
+        assert f["difference"] == 0 and f["interval"] == [0, 0] and f["by_seed"] == [0, 0] and f["seed_sd"] == 0
+    sizes["prose"], nats["prose"] = sizes["prose"][:1], scores()[1]["prose"][:2, :, :1]
+    figures = paired_figures(sizes, nats, 300, 0)[1]
+    assert figures["domains"]["prose"]["interval"] is None and figures["domains"]["prose"]["difference"] != 0
+    assert figures["total"]["interval"][0] < figures["total"]["interval"][1]
+
+
+def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    found = score_run(tmp_path / "run", TEXTS)
-    assert [len(found[d]) for d in TEXTS] == [3, 2] and (np.diff(found["code"]) > 0).all()
+    heldout = HeldOut(tmp_path / "heldout_text", TEXTS)
+    found = score_run(tmp_path / "run", 3, heldout, "cpu")
+    figures = evaluate_source(open_source(tmp_path / "run"), TEXTS, Protocol(resamples=2))["domains"]
+    for domain, rows in found["sums"].items():
+        sums = np.array(rows).sum(axis=0)
+        assert sums[NATS] / sums[BYTES] / math.log(2) == pytest.approx(figures[domain]["bpb_text"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert score_run(tmp_path / "run", 3, heldout, "cpu") == json.loads(json.dumps(found))
+    with pytest.raises(ScalingError, match=f"{SUMS} is of other held-out documents than those in .*heldout_text now"):
+        score_run(tmp_path / "run", 3, HeldOut(heldout.folder, TEXTS | {"code": TEXTS["code"][1:]}), "cpu")
+    (tmp_path / "run" / SUMS).write_text("{")
+    with pytest.raises(ScalingError, match=f"{SUMS} cannot be read .*; remove it"):
+        score_run(tmp_path / "run", 3, heldout, "cpu")
 
 
-def test_the_shipped_ablation_is_one() -> None:
+def test_the_picture(tmp_path: Path) -> None:
+    for seeds in (1, 2):
+        baseline, *variants = ({"name": f"m{i}", **m} for i, m in enumerate(paired_figures(*scores(seeds=seeds), 20, 0)))
+        draw_ablation({"baseline": baseline, "variants": variants, "seeds": list(range(seeds))}, tmp_path / "a.svg")
+        drawn = (tmp_path / "a.svg").read_text()
+        assert "<svg" in drawn
+    with pytest.raises(ScalingError, match="cannot be written: No such file"):
+        draw_ablation({"baseline": baseline, "variants": variants, "seeds": [0]}, tmp_path / "none" / "a.png")
+
+
+def test_the_shipped_ablation_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextpt.scaling.ablation.load_manifest", lambda path: None)
+    monkeypatch.setattr("nextpt.scaling.ablation.check_dataset", lambda config, manifest: None)
     ablation = load_ablation(ROOT / "configs" / "ablations" / "code-weight.yaml")
-    assert len(ablation.all) == len(ablation.seeds) * (1 + len(ablation.variants)) >= 6
-    assert {tuple(ablation.config(ablation.run(v, 0)).objective.domain_weights.items()) for v in ablation.variants} >= {(("code", 2.0),)}
-
-
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"variants": [{"name": "same", "overrides": ["objective.domain_weights={}"]}]}, "variant same changes nothing of even"),
-    ({"variants": [{"name": "even", "overrides": ["optimizer.lr=0.1"]}]}, "two runs have the name even-seed0"),
-    ({"variants": [{"name": "other", "overrides": ["data.sequence_length=32"]}]}, "variant other has other data than even"),
-    ({"variants": [{"name": "x", "overrides": ["objective.domain_weight=2"]}]}, "unknown key objective.domain_weight"),
-    ({"variants": []}, "variants: List should have at least 1 item"),
-    ({"seed": 3}, "seed: Extra inputs are not permitted; it has base, dir"),
-])
-def test_mistakes(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(write(tmp_path, tmp_path, **changes))])
-    assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.output
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_whole_ablation_and_again(dataset: Path, tmp_path: Path) -> None:
-    path = write(tmp_path, dataset, seeds=[0], overrides=["train.steps=6"])
-    for trained in (2, 0):
-        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path), "--ranks", "1"])
-        assert done.exit_code == 0, done.output
-        assert done.output.count("=== run ") == trained and "bits per byte of held-out text" in done.output
-    result = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert result["variants"]["twice"]["domains"]["code"]["difference"] != 0 and (tmp_path / "out" / "ablation.svg").exists()
+    assert [list(ablation.changes(variant).values()) for variant in ablation.all] == [[], [[1.0, 2.0]], [[1.0, 4.0]]]
+    assert len({run.name for run in ablation.runs()}) == 9 and ablation.config(ablation.runs()[-1]).run.seed == 2

@@ -1,0 +1,69 @@
+"""A dataset written again with a weight for each token, the optional column `token_weights` of the shard contract (format.py)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import PrepError
+from data_prep.files import atomic_write, canonical_json, sha256_file
+from data_prep.format import DatasetManifest, columns
+from data_prep.group import SHARD_BYTES
+from data_prep.stored import read_rows, shards_of
+from data_prep.streaming_compat import import_streaming
+
+Weigh = Callable[[dict[str, Any]], np.ndarray]
+
+
+def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
+    """Write `dataset` to the folder `output`, each row with the column token_weights = weigh(row), held-out rows too.
+
+    row: the columns of data_prep.format.columns, `tokens` [T + 1] and `domain` (its number) among them. weigh gives [T + 1]: the factor
+    on the loss of each token where it is the target, finite and >= 0. The output appears whole or not at all. Raises PrepError for
+    weights that are none and for an output that is there.
+    """
+    manifest = DatasetManifest.load(dataset)
+    if output.exists():
+        raise PrepError(f"{output} exists; give another folder, or remove it")
+    staging = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        splits = {split: {domain: counts.model_copy(update={"index_sha256": _write(dataset, staging, manifest, split, domain, weigh)})
+                          for domain, counts in domains.items()} for split, domains in manifest.splits.items()}
+        for name in ("tokenizer.json", "token_bytes.npy"):
+            shutil.copyfile(dataset / name, staging / name)
+        shutil.copytree(dataset / "heldout_text", staging / "heldout_text")
+        made = manifest.model_copy(update={"splits": splits, "fingerprint": "", "inputs_sha256": ""})
+        fingerprint = sha256(canonical_json(made.model_dump()).encode()).hexdigest()
+        with atomic_write(staging / "dataset.json") as file:
+            file.write(canonical_json(made.model_copy(update={"fingerprint": fingerprint}).model_dump()))
+        os.rename(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(dataset: Path, output: Path, manifest: DatasetManifest, split: str, domain: str, weigh: Weigh) -> str:
+    """The shards of one domain of one split; the hash of their index, "" where there are none."""
+    import_streaming()
+    from streaming import MDSWriter
+
+    shards = shards_of(dataset, manifest, split, domain)
+    if not shards:
+        return ""
+    length, folder = manifest.sequence_length + 1, output / split / domain
+    layout = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts) | {"token_weights": f"ndarray:float32:{length}"}
+    writer = MDSWriter(columns=layout, out=str(folder), compression=shards[0].entry["compression"], hashes=["xxh64"], size_limit=SHARD_BYTES)
+    for shard in shards:
+        for row in read_rows(shard):
+            weights = np.asarray(weigh(row), dtype=np.float32)
+            if weights.shape != (length,) or not (np.isfinite(weights) & (weights >= 0)).all():
+                raise PrepError(f"token weights of a row of {split}/{domain}: expected {length} finite numbers >= 0, got shape {weights.shape}, "
+                                f"lowest {weights.min(initial=np.inf)}, highest {weights.max(initial=-np.inf)}")
+            writer.write(row | {"token_weights": weights})
+    writer.finish()
+    return sha256_file(folder / "index.json")

@@ -1,0 +1,27 @@
+"""Training one run of a set: a rung of a ladder, a variant of an ablation."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from launcher.console import say
+
+if TYPE_CHECKING:
+    from nextpt.scaling.run_set import NamedRun, RunSet
+
+
+def train_one(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> None:
+    """One run, to its end. Ends the command with the run's exit code where it has another than 0. place: of it in the set, to say."""
+    from launcher.local import start_training
+    from launcher.supervise import RESTARTS, supervise
+    from nextpt.model import count
+
+    config = runs.config(run)
+    say(f"\n=== {place} {run.name}: {count(config).parameters:,} parameters, {config.total_steps * config.tokens_per_step:,} tokens, "
+        f"{runs.flops(run):.3g} FLOPs")
+    code = supervise(lambda: start_training(str(runs.base), runs.arguments(run), ranks), config.run_dir, RESTARTS)
+    if code:
+        print(f"error: {run.name} ended with exit code {code}; the message is above. When that is mended, the same command goes on",
+              file=sys.stderr, flush=True)
+        sys.exit(code)

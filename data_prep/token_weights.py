@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,24 @@ from data_prep.stored import read_rows, shards_of
 from data_prep.streaming_compat import import_streaming
 
 Weigh = Callable[[dict[str, Any]], np.ndarray]
+
+
+def load_function(place: str) -> Weigh:
+    """The function of FILE.py:NAME. Raises PrepError."""
+    file, _, name = place.rpartition(":")
+    if not Path(file).is_file():
+        raise PrepError(f"{place}: expected FILE.py:NAME, a function of a row in a file that is there")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None:
+        raise PrepError(f"{file} is no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does
+        raise PrepError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
+    if not callable(function := getattr(module, name, None)):
+        raise PrepError(f"{file} has no function {name}")
+    return function
 
 
 def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
@@ -43,6 +62,8 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
         with atomic_write(staging / "dataset.json") as file:
             file.write(canonical_json(made.model_copy(update={"fingerprint": fingerprint}).model_dump()))
         os.rename(staging, output)
+    except OSError as error:
+        raise PrepError(f"{error.filename or output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -60,7 +81,10 @@ def _write(dataset: Path, output: Path, manifest: DatasetManifest, split: str, d
     writer = MDSWriter(columns=layout, out=str(folder), compression=shards[0].entry["compression"], hashes=["xxh64"], size_limit=SHARD_BYTES)
     for shard in shards:
         for row in read_rows(shard):
-            weights = np.asarray(weigh(row), dtype=np.float32)
+            try:
+                weights = np.asarray(weigh(row), dtype=np.float32)
+            except Exception as error:  # whatever the function does
+                raise PrepError(f"token weights of a row of {split}/{domain}: {type(error).__name__}: {error}") from error
             if weights.shape != (length,) or not (np.isfinite(weights) & (weights >= 0)).all():
                 raise PrepError(f"token weights of a row of {split}/{domain}: expected {length} finite numbers >= 0, got shape {weights.shape}, "
                                 f"lowest {weights.min(initial=np.inf)}, highest {weights.max(initial=-np.inf)}")

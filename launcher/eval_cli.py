@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from launcher.console import compressor_table, context_table, curve_table, evaluation_table, frequency_table, out, say, shares_progress
 from launcher.exposure_cli import run_exposure
+from launcher.scored import deliver, open_with_texts
 from launcher.tasks_cli import asked_for, run_tasks
 from nextpt.errors import UserError
 
@@ -43,7 +45,7 @@ def evaluate(
                                                    rich_help_panel=TASKS)] = None,
     lm_eval: Annotated[list[str] | None, typer.Option("--lm-eval", help="a task of lm-evaluation-harness; may be repeated", rich_help_panel=TASKS)] = None,
     lm_eval_path: Annotated[Path | None, typer.Option(help="folder of further task files (YAML) for --lm-eval", rich_help_panel=TASKS)] = None,
-    items: Annotated[int, typer.Option(min=1, help="of each task", rich_help_panel=TASKS)] = 200,
+    items: Annotated[int | None, typer.Option(min=1, help="of each task; 200, and all documents of a --lm-eval task, unless given", rich_help_panel=TASKS)] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw them: a .png, .svg or .pdf")] = None,
     save: Annotated[bool, typer.Option("--save", help="also keep them in RUN/evaluation.json, for the report")] = False,
@@ -54,7 +56,6 @@ def evaluate(
     """
     from nextpt.evaluate.evaluation import Protocol
     from nextpt.evaluate.exposure import Exposure
-    from nextpt.evaluate.heldout import write_result
     from nextpt.observe.evaluation_picture import check_picture, draw_evaluation
 
     _check(run, model, step, all_steps, data, text, save)
@@ -81,12 +82,7 @@ def evaluate(
         result = result | {"checkpoints": [{key: r[key] for key in ("step", "domains", "total")} for r in results]}
         out.print(curve_table(result))
     _show(result)
-    for path in filter(None, (json_path, run / "evaluation.json" if run and save else None)):
-        write_result(result, path)
-        say(f"written to {path}")
-    if plot:
-        draw_evaluation(result, plot)
-        say(f"drawn in {plot}")
+    deliver(result, [json_path, run / "evaluation.json" if run and save else None], plot, partial(draw_evaluation, result))
 
 
 def _check(run: Path | None, model: Path | None, step: int | None, all_steps: bool, data: Path | None, text: list[Path] | None,
@@ -121,15 +117,11 @@ def _steps(run: Path) -> list[int]:
 def _evaluate(path: Path, step: int | None, data: Path | None, text: list[Path] | None, protocol: Any) -> dict[str, Any]:
     from nextpt.evaluate.evaluation import evaluate_source
     from nextpt.evaluate.frequency import training_counts
-    from nextpt.evaluate.heldout import heldout_texts, text_files
-    from nextpt.evaluate.source import open_source
-    from nextpt.generate import pick_device
 
-    texts = text_files(text) if text else None
-    source = open_source(path, step, pick_device())
+    source, texts = open_with_texts(path, step, data, text)
     folder = data or (Path(source.config.data.path) if source.is_run else None)
     with shares_progress("evaluating") as progress:
-        return evaluate_source(source, texts or heldout_texts(folder), protocol,
+        return evaluate_source(source, texts, protocol,
                                counts=training_counts(folder, source.tokenizer) if folder else None, progress=progress)
 
 

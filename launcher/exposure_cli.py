@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.console import out, say, shares_progress, small_table
+from launcher.scored import deliver, open_with_texts
 
 
 def run_exposure(path: Path, step: int | None, data: Path | None, text: list[Path] | None, wanted: Any, json_path: Path | None,
                  plot: Path | None) -> None:
     """Measure, print, write, draw. wanted: an Exposure. Raises UserError."""
     from nextpt.evaluate.exposure import exposure_bias
-    from nextpt.evaluate.heldout import heldout_texts, text_files, write_result
-    from nextpt.evaluate.source import open_source
-    from nextpt.generate import pick_device
     from nextpt.observe.exposure_picture import draw_exposure
 
-    texts = text_files(text) if text else None
-    source = open_source(path, step, pick_device(), decoder_only=True)
+    source, texts = open_with_texts(path, step, data, text, decoder_only=True)
     with shares_progress("running free on") as progress:
-        result = exposure_bias(source, texts or heldout_texts(data or Path(source.config.data.path)), wanted, progress)
+        result = exposure_bias(source, texts, wanted, progress)
     _show(result)
-    if json_path:
-        write_result(result, json_path)
-        say(f"written to {json_path}")
-    if plot:
-        draw_exposure(result, plot)
-        say(f"drawn in {plot}")
+    deliver(result, [json_path], plot, partial(draw_exposure, result))
 
 
 def _cell(figure: dict[str, Any], signed: bool = False) -> str:

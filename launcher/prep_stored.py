@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import humanize
 import typer
@@ -18,29 +18,30 @@ def register(prep: typer.Typer) -> None:
     """Add the commands to the group `nextpt prep`."""
     prep.command("export", epilog="example: nextpt prep export --megatron data/shards --output data/megatron/web")(friendly(export))
     prep.command("upload", epilog="example: nextpt prep upload data/shards s3://bucket/web")(friendly(upload))
-    prep.command("weigh", epilog="example: nextpt prep weigh data/shards --weights weights.py:rare_tokens --output data/weighted")(friendly(weigh))
+    prep.command("weigh", epilog="example: nextpt prep weigh data/shards --weights weights.py:blanks --output data/weighted")(friendly(weigh))
 
 
 def weigh(
     data: Dataset,
-    weights: Annotated[str, typer.Option(metavar="FILE.py:NAME", help="function weights(tokens, domain, tokenizer) -> a number >= 0 for each token of a row")],
+    weights: Annotated[str, typer.Option(metavar="FILE.py:NAME", help="function of a row (a dict of its columns) that gives T + 1 numbers >= 0")],
     output: Annotated[Path, typer.Option(help="folder of the new dataset")],
 ) -> None:
-    """Write a dataset once more with a weight for every token, for objective.token_weights=true; see docs/ablation.md.
-
-    The function gets the token ids of a row (int64 [T+1]), the name of its domain and the tokenizer. A token's weight counts where it is the target.
-    """
+    """Write a dataset again with a weight for each token, for objective.token_weights=true; see docs/ablation.md."""
     from rich.progress import Progress
 
     from data_prep.format import DatasetManifest
-    from data_prep.weigh import load_function
-    from data_prep.weigh import weigh as weigh_dataset
+    from data_prep.token_weights import add_token_weights, load_function
 
     function = load_function(weights)
     rows = sum(counts.rows for domains in DatasetManifest.load(data).splits.values() for counts in domains.values())
     with Progress(console=out, disable=not out.is_terminal) as bar:
         task = bar.add_task("weighing rows", total=rows)
-        weigh_dataset(data, output, function, lambda done: bar.advance(task, done))
+
+        def told(row: dict[str, Any]) -> Any:
+            bar.advance(task)
+            return function(row)
+
+        add_token_weights(data, output, told)
     say(f"{output}: {rows:,} rows with token_weights; train on it with data.path={output} objective.token_weights=true")
 
 

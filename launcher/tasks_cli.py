@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.console import out, say, shares_progress, small_table
+from launcher.scored import deliver, open_with_texts
 from nextpt.errors import UserError
+
+
+ITEMS = 200  # of a built-in task
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to do. built_in: names of tasks. harness: names of tasks of lm-evaluation-harness; include: a folder with more of them."""
+    """What to do. built_in: names of tasks. harness: names of tasks of lm-evaluation-harness; include: a folder with more of them.
+    items: of each task; None: ITEMS of built-in ones, all documents of the others."""
 
     built_in: list[str]
     harness: list[str]
     include: Path | None
-    items: int
+    items: int | None
     rows: int
     resamples: int
     seed: int
 
 
-def asked_for(all_tasks: bool, some: list[str] | None, harness: list[str] | None, include: Path | None, items: int, rows: int, resamples: int,
+def asked_for(all_tasks: bool, some: list[str] | None, harness: list[str] | None, include: Path | None, items: int | None, rows: int, resamples: int,
               seed: int) -> Asked | None:
     """None where no task was asked for. Raises UserError."""
     from nextpt.evaluate.tasks.items import TASKS
@@ -41,33 +48,23 @@ def asked_for(all_tasks: bool, some: list[str] | None, harness: list[str] | None
 def run_tasks(path: Path, steps: list[int | None], data: Path | None, text: list[Path] | None, asked: Asked, json_path: Path | None,
               plot: Path | None) -> None:
     """Measure at each step, print, write, draw. Raises UserError."""
-    from nextpt.evaluate.heldout import write_result
     from nextpt.observe.tasks_picture import draw_tasks
 
     found = [_measure(path, step, data, text, asked) for step in steps]
-    result = found[-1] | ({"checkpoints": found} if len(found) > 1 else {})
     if len(found) > 1:
-        out.print(_curve(found))
+        for table in _curves(found):
+            out.print(table)
     _show(found[-1])
-    if json_path:
-        write_result(result, json_path)
-        say(f"written to {json_path}")
-    if plot:
-        draw_tasks(found, plot)
-        say(f"drawn in {plot}")
+    deliver(found[-1] | ({"checkpoints": found} if len(found) > 1 else {}), [json_path], plot, partial(draw_tasks, found))
 
 
 def _measure(path: Path, step: int | None, data: Path | None, text: list[Path] | None, asked: Asked) -> dict[str, Any]:
-    from nextpt.evaluate.heldout import heldout_texts, text_files
-    from nextpt.evaluate.source import open_source
     from nextpt.evaluate.tasks.harness import run_harness
     from nextpt.evaluate.tasks.measure import heldout_loss, measure_tasks
-    from nextpt.generate import pick_device
 
-    source = open_source(path, step, pick_device())
-    texts = text_files(text) if text else heldout_texts(data or Path(source.config.data.path))
+    source, texts = open_with_texts(path, step, data, text)
     with shares_progress("doing" if step is None else f"step {step}:") as progress:
-        tasks = measure_tasks(source, texts, asked.built_in, items=asked.items, rows=asked.rows, seed=asked.seed, resamples=asked.resamples,
+        tasks = measure_tasks(source, texts, asked.built_in, items=asked.items or ITEMS, rows=asked.rows, seed=asked.seed, resamples=asked.resamples,
                               progress=progress)
         loss = heldout_loss(source, texts, asked.rows)
     found = {("run" if source.is_run else "model"): str(source.path), "step": source.step, "seed": asked.seed, "loss": loss, "tasks": tasks}
@@ -92,14 +89,21 @@ def _show(result: dict[str, Any]) -> None:
         say("exact: greedy decoding writes the answer. probability: of the whole answer, the mean over items. nats/token: of the answer's tokens.\n"
             "±: half of a 95% interval, bootstrap of items. chance: a guess that knows which kind of answer is wanted.")
     for name, figures in result.get("harness", {}).items():
-        values = {key: value for key, value in figures.items() if "_stderr" not in key}
-        errors = {key: figures.get(key.replace(",", "_stderr,")) for key in values}
-        say(f"lm-evaluation-harness: {name}: " + ", ".join(f"{key.partition(',')[0]} {value:.4f}" + (f" ±{errors[key]:.4f}" if errors[key] is not None else "")
-                                                           for key, value in values.items()))
+        say(f"lm-evaluation-harness: {name}: " + ", ".join(f"{metric} {_pm(figure, 4)}" for metric, figure in figures.items()))
 
 
-def _curve(found: list[dict[str, Any]]) -> Any:
+def _curves(found: list[dict[str, Any]]) -> list[Any]:
+    """A table each for exact match, for the loss of answers, and for the harness's metrics, over the checkpoints."""
+    tables = []
+
+    def add(title: str, headings: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> None:
+        if headings:
+            tables.append(small_table(f"{title} at every checkpoint", ["step", "bits/byte", *headings],
+                                      [[f"{at['step']:,}", f"{at['loss']['bpb_text']:.3f}", *cells(at)] for at in found]))
+
     names = list(found[-1]["tasks"])
-    return small_table("exact match / nats per answer token at every checkpoint", ["step", "bits/byte", *names], [
-        [f"{at['step']:,}", f"{at['loss']['bpb_text']:.3f}",
-         *(f"{at['tasks'][n]['exact']['value']:.1%} / {at['tasks'][n]['nats_per_token']['value']:.2f}" for n in names)] for at in found])
+    add("exact match", names, lambda at: [f"{at['tasks'][name]['exact']['value']:.1%}" for name in names])
+    add("nats per answer token", names, lambda at: [f"{at['tasks'][name]['nats_per_token']['value']:.2f}" for name in names])
+    for task, figures in found[-1].get("harness", {}).items():
+        add(f"lm-evaluation-harness: {task}", list(figures), lambda at, task=task: [_pm(figure, 4) for figure in at["harness"][task].values()])
+    return tables

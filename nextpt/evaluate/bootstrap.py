@@ -31,9 +31,12 @@ def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> list[flo
     """
     kept = denominators > 0
     ratios = numerators[kept] / denominators[kept]
-    if not len(ratios) or np.ptp(ratios) == 0:
-        return None
-    return np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    return middle(ratios) if len(ratios) and np.ptp(ratios) else None
+
+
+def middle(values: np.ndarray) -> list[float]:
+    """[low, high] that holds the middle CONFIDENCE of resampled values."""
+    return np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
 
 
 def stratified(strata: Sequence[np.ndarray], resamples: int, seed: int) -> list[np.ndarray]:

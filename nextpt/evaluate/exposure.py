@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nextpt.errors import DataError
-from nextpt.evaluate.bootstrap import CONFIDENCE, stratified
+from nextpt.evaluate.bootstrap import CONFIDENCE, middle, stratified
 from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.source import Source
 from nextpt.generate.decoding import Decoding
@@ -178,15 +178,8 @@ class _Sums:
         return _Sums(scores, values[..., -buckets - len(ARMS) : -buckets], values[..., -buckets:])
 
 
-def _interval(values: np.ndarray) -> list[float] | None:
-    """The middle CONFIDENCE of resampled values; None where they are all one."""
-    if np.ptp(values) == 0:
-        return None
-    return np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
-
-
 def _with_interval(value: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
-    return {"value": float(value), "interval": _interval(drawn)}
+    return {"value": float(value), "interval": middle(drawn) if np.ptp(drawn) else None}
 
 
 def _parts(scores: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:

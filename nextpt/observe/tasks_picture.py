@@ -19,16 +19,23 @@ LABELS = {"exact": "exact match, share of items", "probability": "probability of
 
 def draw_tasks(found: list[dict[str, Any]], path: Path) -> None:
     """Draw what `nextpt eval --tasks --json` writes of each checkpoint, lowest step first. Raises DataError."""
+    last = found[-1]
+    panels = [(label, [{name: of[key] for name, of in at["tasks"].items()} for at in found]) for key, label in LABELS.items() if last["tasks"]]
+    if "harness" in last:
+        panels.append(("metric of lm-evaluation-harness", [_flat(at["harness"]) for at in found]))
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(12, 4), layout="constrained")
-        for axes, (key, label) in zip(figure.subplots(1, 3), LABELS.items(), strict=True):
-            _over_loss(axes, found, key) if len(found) > 1 else _one(axes, found[0]["tasks"], key)
+        figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+        for axes, (label, figures) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            if len(found) > 1:
+                _over_loss(axes, [at["loss"]["bpb_text"] for at in found], figures)
+            else:
+                _one(axes, figures[0])
             axes.set_ylabel(label)
-            if key == "exact":
+            if label == LABELS["exact"]:
                 axes.set_ylim(-0.03, 1.03)
-                if len(found) > 1:
-                    axes.legend(fontsize=8)
-        last = found[-1]
+                _chance(axes, last["tasks"]) if len(found) == 1 else None
+            if axes.get_legend_handles_labels()[0] and label in (LABELS["exact"], panels[-1][0]):
+                axes.legend(fontsize=8)
         name = Path(last.get("run") or last["model"]).name
         at = "" if last["step"] is None else f", step {last['step']:,}" if len(found) == 1 else f", {len(found)} checkpoints"
         figure.suptitle(f"{name}{at}: tasks, 95 % intervals from items", x=0.01, ha="left", fontweight="bold", fontsize=11)
@@ -38,23 +45,28 @@ def draw_tasks(found: list[dict[str, Any]], path: Path) -> None:
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _over_loss(axes: Axes, found: list[dict[str, Any]], key: str) -> None:
+def _flat(harness: dict[str, Any]) -> dict[str, Any]:
+    return {f"{task} {metric.partition(',')[0]}": figure for task, figures in harness.items() for metric, figure in figures.items()}
+
+
+def _over_loss(axes: Axes, loss: list[float], figures: list[dict[str, Any]]) -> None:
     """Training goes to the right: the loss falls."""
-    x = [at["loss"]["bpb_text"] for at in found]
-    for colour, task in zip(itertools.cycle(COLOURS), found[-1]["tasks"], strict=False):
-        _points(axes, x, [at["tasks"][task][key] for at in found], label=task, color=colour)
+    for colour, name in zip(itertools.cycle(COLOURS), figures[-1], strict=False):
+        _points(axes, loss, [at[name] for at in figures], label=name, color=colour)
     axes.set_xlabel("held-out loss, bits per byte")
     axes.invert_xaxis()
 
 
-def _one(axes: Axes, tasks: dict[str, Any], key: str) -> None:
-    _points(axes, range(len(tasks)), [of[key] for of in tasks.values()], linestyle="none", color=COLOURS[0])
-    if key == "exact":
-        chances = [(i, of["chance"]) for i, of in enumerate(tasks.values()) if of["chance"] is not None]
-        axes.scatter(*zip(*chances, strict=True), marker="_", s=200, color="0.5", label="chance") if chances else None
-        axes.legend(fontsize=8)
-    axes.set_xticks(range(len(tasks)), list(tasks), fontsize=8, rotation=20)
+def _one(axes: Axes, figures: dict[str, Any]) -> None:
+    _points(axes, range(len(figures)), list(figures.values()), linestyle="none", color=COLOURS[0])
+    axes.set_xticks(range(len(figures)), list(figures), fontsize=8, rotation=20)
     axes.margins(x=0.15)
+
+
+def _chance(axes: Axes, tasks: dict[str, Any]) -> None:
+    places = [(i, of["chance"]) for i, of in enumerate(tasks.values()) if of["chance"] is not None]
+    if places:
+        axes.scatter(*zip(*places, strict=True), marker="_", s=200, color="0.5", label="chance")
 
 
 def _points(axes: Axes, x: Any, figures: list[dict[str, Any]], **style: Any) -> None:

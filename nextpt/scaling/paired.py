@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nextpt.evaluate.bootstrap import CONFIDENCE, stratified
+from nextpt.evaluate.bootstrap import middle, stratified
 
 
 def paired_figures(sizes: dict[str, np.ndarray], nats: dict[str, np.ndarray], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -49,6 +49,6 @@ def _figures(model: int, size: int, nats: np.ndarray, documents: int, drawn: np.
     if model:
         found["difference"] = float(by_seed.mean())
     return found | {
-        "interval": np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist() if several else None,
+        "interval": middle(ratios) if several else None,
         "by_seed": by_seed.tolist(), "seed_sd": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
     }

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from data_prep.errors import PrepError
-from data_prep.token_weights import add_token_weights
+from data_prep.token_weights import add_token_weights, load_function
 from data_prep.tokenizer import Tokenizer
+from launcher.cli import app
 from nextpt.data.loader import Loader
 from nextpt.errors import DataError
 from nextpt.model import Decoder
@@ -71,7 +73,10 @@ def test_the_recipe_of_the_docs_writes_the_column(dataset: Path, tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     Path("data/demo").mkdir(parents=True)
     Path("data/demo/shards").symlink_to(dataset)
-    exec(compile(recipe, "docs/ablation.md", "exec"), {})
+    Path("weights.py").write_text(recipe)
+    command = ["prep", "weigh", "data/demo/shards", "--weights", "weights.py:blanks", "--output", "data/demo/weighted"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "rows with token_weights" in done.output, done.output
     weighted, tokenizer = tmp_path / "data/demo/weighted", Tokenizer(dataset / "tokenizer.json")
     plain, loader = Loader(tiny(dataset, tmp_path), 0, 1), Loader(tiny(weighted, tmp_path, objective={"token_weights": True}), 0, 1)
     for one, batch in zip(plain.step_batches(0), loader.step_batches(0), strict=True):
@@ -89,3 +94,20 @@ def test_weights_that_are_none_leave_nothing_behind(dataset: Path, tmp_path: Pat
         assert not list(tmp_path.iterdir())
     with pytest.raises(PrepError, match="exists; give another folder"):
         add_token_weights(dataset, tmp_path, lambda row: np.ones(65))
+
+
+@pytest.mark.parametrize(("place", "words"), [
+    ("nowhere.py:f", "expected FILE.py:NAME"), ("weights.py", "expected FILE.py:NAME"), ("weights.py:g", "weights.py has no function g"),
+    ("broken.py:f", "broken.py cannot be run: ZeroDivisionError"), ("weights.txt:f", "its name must end in .py"),
+])
+def test_functions_that_are_none_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("weights.py", "def f(row): return row"), ("broken.py", "1 / 0"), ("weights.txt", "")):
+        Path(name).write_text(text)
+    with pytest.raises(PrepError, match=re.escape(words)):
+        load_function(place)
+
+
+def test_a_function_that_fails_is_named_with_the_row(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(PrepError, match="token weights of a row of heldout/code: KeyError: 'none'"):
+        add_token_weights(dataset, tmp_path / "out", lambda row: row["none"])

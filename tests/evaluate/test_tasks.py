@@ -15,9 +15,10 @@ from torch import Tensor
 from nextpt.errors import DataError
 from nextpt.evaluate.memorization.extraction import greedy
 from nextpt.evaluate.source import Source, open_source
-from nextpt.evaluate.tasks.harness import adapter, run_harness
+from nextpt.evaluate.tasks.harness import _with_intervals, adapter, run_harness
 from nextpt.evaluate.tasks.items import COPIED, PAIRS, TASKS, WORDS, Item, Material, make_items
 from nextpt.evaluate.tasks.measure import heldout_loss, measure_tasks, score_items
+from nextpt.observe.tasks_picture import draw_tasks
 from tests.support.models import our_logits
 from tests.support.runs import make_run
 
@@ -157,8 +158,18 @@ def test_mistakes_are_told(source: Source, material: Material) -> None:
 
 def test_the_harness_is_asked_for_by_name_where_it_is_missing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install lm_eval"):
+    with pytest.raises(DataError, match="pip install .lm_eval"):
         run_harness(source, ["lambada_openai"])
+
+
+def test_errors_of_the_harness_become_intervals_and_draw(tmp_path: Path) -> None:
+    found = _with_intervals({"alias": "rhymes", "acc,none": 0.5, "acc_stderr,none": 0.1, "bits,none": 2.0, "bits_stderr,none": "N/A"})
+    assert found["acc,none"]["interval"] == pytest.approx([0.304, 0.696], abs=1e-3) and found["bits,none"] == {"value": 2.0, "interval": None}
+    assert set(found) == {"acc,none", "bits,none"}
+    at = {"run": "runs/x", "step": 3, "loss": {"bpb_text": 2.0}, "tasks": {}, "harness": {"rhymes": found}}
+    for number, checkpoints in enumerate(([at], [at, at | {"step": 5, "loss": {"bpb_text": 1.9}}])):
+        draw_tasks(checkpoints, tmp_path / f"{number}.svg")
+        assert "metric of lm-evaluation-harness" in (tmp_path / f"{number}.svg").read_text()
 
 
 YAML = """task: rhymes
@@ -187,7 +198,9 @@ def test_the_harness_runs_a_task_of_a_folder(source: Source, tmp_path: Path) -> 
     for question, choices, gold in questions:
         items = [Material(source.tokenizer, [], 10_000).item(question, f" {choice.strip()}", None) for choice in choices]
         right += int(np.argmin([n.sum() for n in score_items(source, items)[0]])) == gold
-    assert found["acc,none"] == pytest.approx(right / 4)
+    assert found["acc,none"]["value"] == pytest.approx(right / 4)
+    low, high = found["acc,none"]["interval"]
+    assert low <= right / 4 <= high
     with pytest.raises(DataError, match="has no task nonesuch"):
         run_harness(source, ["nonesuch"], tmp_path)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import norm
+
 from nextpt.errors import DataError
+from nextpt.evaluate.bootstrap import CONFIDENCE
 from nextpt.evaluate.documents import harness_windows, score_targets
 from nextpt.evaluate.foreign import ForeignModel
 from nextpt.evaluate.heldout import encode_document
@@ -24,14 +26,13 @@ MAX_NEW_TOKENS = 256  # where a task does not say
 
 
 def run_harness(source: Source, names: Sequence[str], include: Path | None = None, *, limit: int | None = None, rows: int = 32) -> dict[str, dict[str, Any]]:
-    """{task: {metric: figure}} as the harness names them (`acc,none`, `acc_stderr,none`, ...).
+    """{task: {metric: {"value", "interval"}}}, metrics as the harness names them (`acc,none`); intervals are 95 %, from its standard errors.
 
     include: folder of further task files (YAML). limit: documents of each task, all unless given. rows: requests per pass. Raises DataError where
     lm_eval is not installed, a task is unknown, or its data cannot be had.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise DataError("lm-evaluation-harness is not installed; pip install lm_eval==0.4.13")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        raise DataError("lm-evaluation-harness is not installed; pip install 'lm_eval[hf]==0.4.13'")
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -48,8 +49,19 @@ def run_harness(source: Source, names: Sequence[str], include: Path | None = Non
         raise
     except Exception as error:  # whatever a task, its data set or the network raises
         raise DataError(f"lm-evaluation-harness, {', '.join(names)}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}") from error
-    return {task: {key: value for key, value in figures.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
-            for task, figures in found["results"].items()}
+    return {task: _with_intervals(figures) for task, figures in found["results"].items()}
+
+
+def _with_intervals(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """From {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": ...}; an error may be the text "N/A"."""
+    found = {}
+    for key, value in figures.items():
+        metric, _, kind = key.partition(",")
+        if kind and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            error = figures.get(f"{metric}_stderr,{kind}")
+            reach = norm.ppf((1 + CONFIDENCE) / 2) * error if isinstance(error, (int, float)) else None
+            found[key] = {"value": float(value), "interval": None if reach is None else [float(value - reach), float(value + reach)]}
+    return found
 
 
 def adapter(source: Source, rows: int) -> Any:

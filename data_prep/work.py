@@ -22,6 +22,7 @@ from data_prep.processes import identity, is_gone
 
 HEARTBEAT = 5.0  # seconds between touches of a lease
 STALE = 90.0  # seconds without one after which its worker counts as dead; far above the delays of shared file systems
+LEASE_BYTES = 512  # room for the longest host name
 POLL = 0.2  # seconds between looks at what others are still doing
 
 
@@ -123,8 +124,8 @@ class Lease:
         pause = 0.2  # the first looks come early, so that short items are seen to move
         while not self._stop.wait(pause):
             pause = min(pause * 2, HEARTBEAT)
-            with suppress(OSError):
-                self.path.write_text(_owner(self._advanced))
+            with suppress(OSError), open(self.path, "r+", encoding="utf-8") as file:
+                file.write(_owner(self._advanced))
 
     def release(self) -> None:
         self._stop.set()
@@ -133,7 +134,8 @@ class Lease:
 
 
 def _owner(advanced: int) -> str:
-    return json.dumps(identity() | {"advanced": advanced})
+    """Content of a lease, always as long: written over the last one without a truncation, it is whole whenever its worker dies."""
+    return json.dumps(identity() | {"advanced": advanced}).ljust(LEASE_BYTES)
 
 
 @contextmanager

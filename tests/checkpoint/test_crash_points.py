@@ -16,7 +16,8 @@ from nextpt.checkpoint.keeper import Keeper
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
-from tests.support.file_operations import dying_at, in_a_child
+from tests.support.file_operations import dying_at
+from tests.support.forked import in_a_child
 
 def start_and_save(root: Path, world_size: int, steps: list[int], acknowledge: int | None = None, wait: bool = True) -> list[int]:
     """A job that resumes and saves State(step) at each of the steps; returns, per rank, the step it began with (0: none).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,9 @@ import pytest
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.streaming_compat import import_streaming
+from data_prep.work import _lease
 from data_prep.workers import LocalWorkers
+from tests.support.forked import in_a_child
 from tests.support.prep_worlds import content, small_units, world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,21 +39,6 @@ def expected(given: PrepSpec) -> dict[str, str]:
     with small_units():
         prepare(spec, workers=LocalWorkers(1))
     return content(spec.output)
-
-
-def in_a_child(action: Callable[[], None]) -> int:
-    """Run in a forked process; returns its exit code, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads did not survive the fork
-        signal.alarm(60)
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_at(spec: PrepSpec, rename: int, *, after: bool) -> bool:
@@ -122,6 +110,19 @@ def test_finished_units_are_not_done_again(given: PrepSpec, expected: dict[str, 
     assert content(spec.output) == expected
 
 
+def test_a_lease_can_be_read_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker may be killed while it says that it lives; what cannot be read is waited for until it counts as dead."""
+    monkeypatch.setattr("data_prep.work.HEARTBEAT", 0.0)
+    with _lease(tmp_path, "pack-0") as lease:
+        assert lease is not None
+        written = set()
+        deadline = time.monotonic() + 60
+        while len(written) < 500 and time.monotonic() < deadline:
+            lease.advance(1)
+            written.add(json.loads((tmp_path / "leases" / "pack-0").read_text())["advanced"])
+    assert len(written) == 500
+
+
 DRIVER = """
 import sys
 from pathlib import Path
@@ -129,6 +130,7 @@ import data_prep.plan, data_prep.layout, data_prep.repeats
 data_prep.plan.UNIT_BYTES, data_prep.layout.GROUP_TOKENS, data_prep.repeats.PARTITION = 20_000, 8_000, 50
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
+from data_prep.work import _lease
 from data_prep.workers import LocalWorkers
 if __name__ == "__main__":
     task, tasks, workers = map(int, sys.argv[2:])

@@ -13,7 +13,6 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,20 +170,3 @@ def dying_at(root: Path, at: int | None, real: bool = False, power_loss: bool = 
         yield plan
     finally:
         os.fsync, checkpoint_format.save_file, _plan = sync, save_file, None
-
-
-def in_a_child(action: Callable[[], None]) -> int:
-    """Run in a forked process; returns its exit code, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        signal.alarm(60)
-        torch.set_num_threads(1)  # makes its pool of threads anew after the fork; two threads at once would trip over that
-        try:
-            action()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -50,7 +50,7 @@ from nextpt.events import read_events
 from nextpt.train.ending import read_end
 from nextpt.train.environment import read_starts
 from tests.support.datasets import make_dataset, tiny
-from tests.support.file_operations import in_a_child
+from tests.support.forked import in_a_child
 from tests.support.figures import machine, quantiles
 from tests.support.zygote import Job, adopt, one_thread, orphans, warm
 

@@ -29,8 +29,9 @@ $(STAMP): pyproject.toml scripts/install.py
 demo: setup
 	@$(BIN)/nextpt demo
 
+# A file's tests stay in one process, for what they share. More than four processes would want more memory than a laptop has.
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: setup browser system-deps
 	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu"

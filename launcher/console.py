@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +19,29 @@ from rich.text import Text
 from data_prep.errors import PrepError
 from nextpt.errors import UserError
 
-out = Console(highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """Cuts no figure off: a table that is wider than the terminal is written in full, and the terminal wraps its lines."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        given = self._width
+        for table in objects:
+            if isinstance(table, Table):
+                self.width = max(self.width, self._needed(table))
+        try:
+            super().print(*objects, **options)
+        finally:
+            self._width = given
+
+    def _needed(self, table: Table) -> int:
+        free = self.options.update(max_width=10_000)
+        for column in table.columns:
+            if column.no_wrap:  # which rich cuts all the same
+                column.min_width = max(Measurement.get(self, free, cell).maximum for cell in (column.header, *column.cells))
+        return Measurement.get(self, free, table).minimum
+
+
+out = _Console(highlight=False, soft_wrap=True)
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -73,7 +73,8 @@ def main() -> None:
     others = [d for d in project["dependencies"] if d not in streaming and not d.startswith("torch>")]
     print("setup: the other dependencies")
     pip("wheel")  # deepspeed is published as source only; without wheel, older pips build it in a deprecated way
-    pip(*others, *extras["streaming-lean"], *extras["trackers"], *extras["s3"], *extras["ray"], *extras["compressors"], *extras["test"])
+    pip(*others, *extras["streaming-lean"], *extras["trackers"], *extras["s3"], *extras["ray"], *extras["compressors"],
+        *extras["harness"], *extras["test"])
     pip("--no-deps", *streaming)
     pip("--no-deps", "--editable", ".")
 

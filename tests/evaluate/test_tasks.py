@@ -158,7 +158,7 @@ def test_mistakes_are_told(source: Source, material: Material) -> None:
 
 def test_the_harness_is_asked_for_by_name_where_it_is_missing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install .lm_eval"):
+    with pytest.raises(DataError, match="pip install .nextpt.harness"):
         run_harness(source, ["lambada_openai"])
 
 

@@ -32,7 +32,7 @@ def run_harness(source: Source, names: Sequence[str], include: Path | None = Non
     lm_eval is not installed, a task is unknown, or its data cannot be had.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise DataError("lm-evaluation-harness is not installed; pip install 'lm_eval[hf]==0.4.13'")
+        raise DataError("lm-evaluation-harness is not installed; pip install 'nextpt[harness]'")
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -116,7 +116,7 @@ def test_a_stopped_holder_loses_and_cannot_commit(tmp_path: Path) -> None:
         time.sleep(0.01)
     second = RunLock(tmp_path, 0.1, 0.5)
     os.kill(process.pid, signal.SIGCONT)
-    process.join(20)
+    process.join(60)
     assert (tmp_path / "found").read_text() == "refused out of reach"
     second.check()
     with pytest.raises(RunInUse):

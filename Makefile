@@ -30,11 +30,14 @@ demo: setup
 	@$(BIN)/nextpt demo
 
 # A file's tests stay in one process, for what they share. More than four processes would want more memory than a laptop has.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL)
 
+# Hosts and a Slurm are made once on a machine, so their tests are alone.
 test-slow: setup browser system-deps
-	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu"
+	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu" $(PARALLEL) --ignore tests/cluster; others=$$?; \
+	$(BIN)/python -m pytest -q -rs -m "slow and not gpu" tests/cluster && exit $$others
 
 # Of the demo, and skipped where the demo has been: the rungs train on its corpus.
 SHARDS := data/demo/shards

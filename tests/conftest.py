@@ -27,5 +27,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(Path(sysconfig.get_path("stdlib")) / "email", tmp_path_factory.mktemp("dataset"))
 
 
+# Files with tests that take minutes. They begin first, so that no process is left alone with one of them at the end.
+LONG = ("test_storm", "test_demo", "test_command_line", "test_life", "test_attention_triton", "test_attention", "test_training", "test_crashes", "test_guard",
+        "test_hpz", "test_elastic", "test_sweep")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)

@@ -128,7 +128,7 @@ class RayWorkers(Workers):
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if self.address is None else None,
                      runtime_env={"env_vars": _one_thread_each.VALUES | {"PYTHONPATH": str(ROOT)}})
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise PrepError(f"Ray cluster {self.address or 'of this machine'}: {str(error).splitlines()[0]}") from error
         try:
             count = self.count or max(int(ray.cluster_resources().get("CPU", 1)), 1)

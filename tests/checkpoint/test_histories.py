@@ -194,4 +194,4 @@ def test_random_histories() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_random_histories() -> None:
-    histories(40)()
+    histories(60)()

@@ -130,7 +130,6 @@ import data_prep.plan, data_prep.layout, data_prep.repeats
 data_prep.plan.UNIT_BYTES, data_prep.layout.GROUP_TOKENS, data_prep.repeats.PARTITION = 20_000, 8_000, 50
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
-from data_prep.work import _lease
 from data_prep.workers import LocalWorkers
 if __name__ == "__main__":
     task, tasks, workers = map(int, sys.argv[2:])

@@ -98,7 +98,7 @@ def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(dataset:
     assert read_end(tmp_path / "run") is None and ranks_of(command[2])
     job.kill()
     job.wait()
-    wait_for(lambda: not ranks_of(command[2]), 30)
+    wait_for(lambda: not ranks_of(command[2]), 5)
 
 
 def ranks_of(config: str) -> list[str]:
@@ -136,7 +136,7 @@ def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: 
     os.kill(launch, signal.SIGKILL)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 1 and "training ended without a word" in errors, (job.returncode, errors[-2000:])
-    wait_for(lambda: not ranks_of(command[2]), 30)
+    wait_for(lambda: not ranks_of(command[2]), 5)
 
 
 def test_a_stopped_rank_is_found_and_named(dataset: Path, tmp_path: Path) -> None:

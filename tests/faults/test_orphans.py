@@ -39,7 +39,7 @@ def test_a_stopped_process_ends_with_its_parent() -> None:
         time.sleep(0.01)
     parent.kill()
     parent.wait()
-    assert gone_within(child, 30)
+    assert gone_within(child, 5)
 
 
 def test_a_process_ends_with_its_grandparent() -> None:
@@ -48,7 +48,7 @@ def test_a_process_ends_with_its_grandparent() -> None:
     assert int(top.stdout.readline()) == child and parent_of(child) == middle and parent_of(middle) == top.pid
     top.kill()
     top.wait()
-    assert gone_within(child, 30)
+    assert gone_within(child, 5)
 
 
 def test_a_process_is_known_by_its_number_and_its_start() -> None:

@@ -196,7 +196,7 @@ def test_a_taken_port_is_named(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [1.0, 7.0, 11.0])
+@pytest.mark.parametrize("delay", [1.0, 4.0, 7.0, 9.0, 10.0, 11.0, 12.0])
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(dataset: Path, trained: Path, tmp_path: Path, delay: float) -> None:
     """Every process of the job dies at once; the same command then ends with the metrics of a run that was let be."""
     changes = {"validation": {"every_steps": 3, "rows": 8}, "checkpoint": {"every_steps": 3}}

@@ -2,9 +2,9 @@
 
     python -m bench.checkpoint [--mib 512] [--rounds 5] [--folder DIR] [--json FILE]
 
-One rank, a state of so many MiB. Medians over the rounds. `copy` is a plain copy of the state into memory of its own, made in
-the same round: what a save in the background can at best hold training for. `work` is how much of its pace a loop of
-matrix products keeps while a save is written.
+One rank, a state of so many MiB. Medians over the rounds. `copy` is a plain copy of the state into
+memory of its own, made in the same round: what a save in the background can at best hold training
+for. `work` is how much of its pace a loop of matrix products keeps while a save is written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class State:
 
     def __init__(self, mib: int) -> None:
         flat = torch.randn(ROWS * COLUMNS)
-        self.values = {(f"w{i}", kind): flat + i for i in range(max(1, mib // 24)) for kind in KINDS}
+        self.values = {
+            (f"w{i}", kind): flat + i for i in range(max(1, mib // 24)) for kind in KINDS
+        }
 
     def fragments(self) -> Iterator[Fragment]:
         for (name, kind), tensor in self.values.items():
@@ -67,11 +69,16 @@ def products(until: Callable[[], bool]) -> float:
 def one_round(folder: Path, state: State) -> dict[str, float]:
     """Seconds of each part, and the share of the pace that work keeps."""
     found = {"copy": timed(lambda: [t.clone() for t in state.values.values()])}
-    keepers = {wait: Keeper(folder, CheckpointSection(asynchronous=not wait, keep_last=2), Ranks(), print) for wait in (True, False)}
+    keepers = {
+        wait: Keeper(folder, CheckpointSection(asynchronous=not wait, keep_last=2), Ranks(), print)
+        for wait in (True, False)
+    }
     keepers[True].start()
     saved = [keepers[True].save(state, {"step": step}, {})[0] for step in (1, 2)]
     found |= {"save": saved[1].seconds, "stall of a plain save": saved[1].stall_seconds}
-    found["hashing"] = sum(timed(lambda path=path: describe(path)) for path in saved[1].saved.folder.iterdir())
+    found["hashing"] = sum(
+        timed(lambda path=path: describe(path)) for path in saved[1].saved.folder.iterdir()
+    )
     found["verify"] = timed(lambda: verify(saved[1].saved.folder, Ranks()))
     end = time.monotonic() + 2
     free = products(lambda: time.monotonic() > end)
@@ -79,14 +86,22 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
     keepers[False].save(state, {"step": 3}, {}, wait=False)
     done: list = []
     busy = products(lambda: bool(done.extend(keepers[False].poll()) or done))
-    return found | {"stall in the background": done[0].stall_seconds, "background save": done[0].seconds, "work kept": busy / free}
+    return found | {
+        "stall in the background": done[0].stall_seconds,
+        "background save": done[0].seconds,
+        "work kept": busy / free,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the file system to measure; a temporary one unless given")
+    parser.add_argument(
+        "--folder", type=Path, help="on the file system to measure; a temporary one unless given"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,7 +124,10 @@ def main() -> None:
     print(f"hashing / background save    {result['hashing'] / result['background save']:8.2f}")
     assert all(math.isfinite(value) for value in result.values())
     if options.json:
-        write_json(options.json, {"machine": describe_machine("cpu"), "mib": size, "rounds": rounds, "median": result})
+        write_json(
+            options.json,
+            {"machine": describe_machine("cpu"), "mib": size, "rounds": rounds, "median": result},
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """How other programs tokenize a corpus, made again in a few lines each, to be timed beside `nextpt prep`.
 
-    python -m bench.data_prep_peers NAME CORPUS.jsonl.zst TOKENIZER.json FOLDER    prints one line of JSON
+    python -m bench.data_prep_peers NAME CORPUS.jsonl.zst TOKENIZER.json FOLDER    prints one line
+    of JSON
 
-What is kept is what costs: which call of which library encodes how many documents at once, what is done to the tokens in
-Python, and in what form they are written. What is left out is in the peers' favour: all three read the .zst file the way
-nextpt does (two of them cannot read it at all), and no pool of processes pickles documents and tokens. Run one per
-process, with RAYON_NUM_THREADS=1 for figures per core.
+What is kept is what costs: which call of which library encodes how many documents at once, what is
+done to the tokens in Python, and in what form they are written. What is left out is in the peers'
+favour: all three read the .zst file the way nextpt does (two of them cannot read it at all), and no
+pool of processes pickles documents and tokens. Run one per process, with RAYON_NUM_THREADS=1 for
+figures per core.
 """
 
 from __future__ import annotations
@@ -38,9 +40,7 @@ def lines(corpus: Path) -> Iterator[bytes]:
 
 
 def llm_foundry(corpus: Path, tokenizer_json: Path, folder: Path, max_length: int = 2048) -> int:
-    """llm-foundry's convert_dataset_json --concat_tokens (llmfoundry/command_utils/data_prep/convert_dataset_json.py and
-    ConcatTokensDataset of llmfoundry/data/data.py, v0.22): transformers' fast tokenizer, one document at a time; a Python
-    list that rows are cut from; rows of int32 through MDSWriter. The tokens after the last full row are dropped."""
+    """llm-foundry's convert_dataset_json --concat_tokens (llmfoundry/command_utils/data_prep/convert_dataset_json.py and ConcatTokensDataset of llmfoundry/data/data.py, v0.22): transformers' fast tokenizer, one document at a time; a Python list that rows are cut from; rows of int32 through MDSWriter. The tokens after the last full row are dropped."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers import PreTrainedTokenizerFast
 
@@ -49,12 +49,16 @@ def llm_foundry(corpus: Path, tokenizer_json: Path, folder: Path, max_length: in
     import_streaming()
     from streaming import MDSWriter
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_json), eos_token=END, model_max_length=int(1e30))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_json), eos_token=END, model_max_length=int(1e30)
+    )
     end = tokenizer(END, truncation=False, padding=False, add_special_tokens=False)["input_ids"]
     written, buffer = 0, []
     with MDSWriter(columns={"tokens": "ndarray:int32"}, out=str(folder)) as writer:
         for line in lines(corpus):
-            ids = tokenizer(orjson.loads(line)["text"], truncation=False, padding=False)["input_ids"]
+            ids = tokenizer(orjson.loads(line)["text"], truncation=False, padding=False)[
+                "input_ids"
+            ]
             buffer = buffer + ids + end  # a new list each time, as theirs
             while len(buffer) >= max_length:
                 row, buffer = buffer[:max_length], buffer[max_length:]
@@ -64,14 +68,14 @@ def llm_foundry(corpus: Path, tokenizer_json: Path, folder: Path, max_length: in
 
 
 def datatrove(corpus: Path, tokenizer_json: Path, folder: Path, batch_size: int = 10_000) -> int:
-    """datatrove's DocumentTokenizer with its defaults (src/datatrove/pipeline/tokens/tokenizer.py, 0.10.1): encode_batch
-    of 10,000 documents, the end by a TemplateProcessing, struct.pack of each document's list, then all documents copied
-    once more in shuffled order; beside the tokens their ends as uint64."""
+    """Datatrove's DocumentTokenizer with its defaults (src/datatrove/pipeline/tokens/tokenizer.py, 0.10.1): encode_batch of 10,000 documents, the end by a TemplateProcessing, struct.pack of each document's list, then all documents copied once more in shuffled order; beside the tokens their ends as uint64."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    tokenizer.post_processor = TemplateProcessing(single="$A <EOS>", special_tokens=[("<EOS>", tokenizer.token_to_id(END))], pair=None)
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A <EOS>", special_tokens=[("<EOS>", tokenizer.token_to_id(END))], pair=None
+    )
     size, code = (4, "I") if tokenizer.get_vocab_size() > 2**16 else (2, "H")
     folder.mkdir(parents=True, exist_ok=True)
     ends, total = [], 0
@@ -85,20 +89,23 @@ def datatrove(corpus: Path, tokenizer_json: Path, folder: Path, batch_size: int 
                 total += len(ids)
                 ends.append(total)
     starts, order = [0, *ends], np.random.default_rng(0).permutation(len(ends)).tolist()
-    with open(unshuffled, "rb") as source, open(folder / "00000_00000_doc_shuffled.ds", "wb") as file:
+    with (
+        open(unshuffled, "rb") as source,
+        open(folder / "00000_00000_doc_shuffled.ds", "wb") as file,
+    ):
         for document in order:
             source.seek(starts[document] * size)
             file.write(source.read((starts[document + 1] - starts[document]) * size))
     lengths = np.diff(starts)[order]
-    (folder / "00000_00000_doc_shuffled.ds.index").write_bytes(np.cumsum(lengths).astype("<u8").tobytes())
+    (folder / "00000_00000_doc_shuffled.ds.index").write_bytes(
+        np.cumsum(lengths).astype("<u8").tobytes()
+    )
     unshuffled.unlink()
     return total
 
 
 def megatron(corpus: Path, tokenizer_json: Path, folder: Path) -> int:
-    """Megatron-LM's tools/preprocess_data.py --append-eod, one worker (and IndexedDatasetBuilder of megatron-core 0.16.1):
-    json.loads and `encode` of one document at a time, an array of its tokens to .bin, Python lists of lengths to .idx.
-    Through the tokenizers library itself; Megatron's own wrapper goes through transformers."""
+    """Megatron-LM's tools/preprocess_data.py --append-eod, one worker (and IndexedDatasetBuilder of megatron-core 0.16.1): json.loads and `encode` of one document at a time, an array of its tokens to .bin, Python lists of lengths to .idx. Through the tokenizers library itself; Megatron's own wrapper goes through transformers."""
     from tokenizers import Tokenizer
 
     from data_prep.export import CODES, HEADER, MAGIC, megatron_dtype
@@ -115,21 +122,41 @@ def megatron(corpus: Path, tokenizer_json: Path, folder: Path) -> int:
                 file.write(np.array(ids, dtype=dtype).tobytes())
                 lengths.append(len(ids))
     offsets = np.concatenate(([0], np.cumsum(lengths)))[:-1] * dtype.itemsize
-    header = HEADER.pack(MAGIC, 1, CODES["uint16" if dtype.kind == "u" else "int32"], len(lengths), len(lengths) + 1)
-    tables = (np.array(lengths, "<i4"), offsets.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8"))
-    (folder / "corpus_text_document.idx").write_bytes(b"".join([header, *(table.tobytes() for table in tables)]))
+    header = HEADER.pack(
+        MAGIC, 1, CODES["uint16" if dtype.kind == "u" else "int32"], len(lengths), len(lengths) + 1
+    )
+    tables = (
+        np.array(lengths, "<i4"),
+        offsets.astype("<i8"),
+        np.arange(len(lengths) + 1, dtype="<i8"),
+    )
+    (folder / "corpus_text_document.idx").write_bytes(
+        b"".join([header, *(table.tobytes() for table in tables)])
+    )
     return sum(lengths)
 
 
-PEERS: dict[str, Callable[[Path, Path, Path], int]] = {"llm-foundry": llm_foundry, "datatrove": datatrove, "megatron": megatron}
+PEERS: dict[str, Callable[[Path, Path, Path], int]] = {
+    "llm-foundry": llm_foundry,
+    "datatrove": datatrove,
+    "megatron": megatron,
+}
 
 
 def main() -> None:
     name, corpus, tokenizer, folder = sys.argv[1:]
     started = time.perf_counter(), sum(os.times()[:4])
     tokens = PEERS[name](Path(corpus), Path(tokenizer), Path(folder))
-    print(json.dumps({"peer": name, "tokens": tokens, "seconds": time.perf_counter() - started[0],
-                      "cpu_seconds": sum(os.times()[:4]) - started[1]}))
+    print(
+        json.dumps(
+            {
+                "peer": name,
+                "tokens": tokens,
+                "seconds": time.perf_counter() - started[0],
+                "cpu_seconds": sum(os.times()[:4]) - started[1],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m bench.generation --run runs/demo [--rounds 3] [--json FILE]
 
-Speed: tokens per second of whole continuations of one prompt, 200 tokens each, the median over the rounds, loading left out.
-Difference: the largest over all tokens of continuations of prompts of unlike length, greedy, alone and in one left-padded batch;
-and whether the tokens are the same. Frequencies: the p-value of the chi-squared test over 1e5 draws after one prompt.
+Speed: tokens per second of whole continuations of one prompt, 200 tokens each, the median over the
+rounds, loading left out. Difference: the largest over all tokens of continuations of prompts of
+unlike length, greedy, alone and in one left-padded batch; and whether the tokens are the same.
+Frequencies: the p-value of the chi-squared test over 1e5 draws after one prompt.
 """
 
 from __future__ import annotations
@@ -29,11 +30,23 @@ from nextpt.generate.decoding import Decoding
 from nextpt.generate.sample import distribution, draw, randomness
 from nextpt.model import Decoder
 
-PROMPTS = ("def read_config(path):\n", "", "import", "This module provides", "class A:\n    def __init__(self", "x", "for i in range(", "# ")
+PROMPTS = (
+    "def read_config(path):\n",
+    "",
+    "import",
+    "This module provides",
+    "class A:\n    def __init__(self",
+    "x",
+    "for i in range(",
+    "# ",
+)
 WIDE = PROMPTS[3]  # much may follow it
 TOKENS, DRAWS = 200, 100_000
 SETTINGS: dict[str, dict[str, Any]] = {
-    "temperature 0.7": {"temperature": 0.7}, "top-k 40": {"top_k": 40}, "top-p 0.9": {"top_p": 0.9}, "min-p 0.05": {"min_p": 0.05},
+    "temperature 0.7": {"temperature": 0.7},
+    "top-k 40": {"top_k": 40},
+    "top-p 0.9": {"top_p": 0.9},
+    "min-p 0.05": {"min_p": 0.05},
 }
 Opened = tuple[Config, Decoder, Tokenizer]
 
@@ -44,7 +57,13 @@ def speed(opened: Opened, rows: int, rounds: int) -> float:
     rates = []
     for seed in range(rounds):
         begun = time.monotonic()
-        found = list(generate(*opened, [prompt], Wanted(Sampling(seed=seed), TOKENS, samples=rows, batch_size=rows)))
+        found = list(
+            generate(
+                *opened,
+                [prompt],
+                Wanted(Sampling(seed=seed), TOKENS, samples=rows, batch_size=rows),
+            )
+        )
         rates.append(sum(len(c.tokens) for c in found) / (time.monotonic() - begun))
     return median(rates)
 
@@ -55,50 +74,78 @@ def difference(opened: Opened, found: list[Continuation]) -> float:
     worst = 0.0
     for prompt, c in zip(PROMPTS, found, strict=True):
         document = np.array([*prompt_tokens(config, tokenizer, prompt), *c.tokens])
-        nats = score_tokens(model, document, window=config.max_position, stride=config.max_position).nats[-len(c.tokens):]
+        nats = score_tokens(
+            model, document, window=config.max_position, stride=config.max_position
+        ).nats[-len(c.tokens) :]
         worst = max(worst, float(np.abs(nats + np.array(c.logprobs)).max()))
     return worst
 
 
 def agreement(opened: Opened) -> dict[str, Any]:
     prompts = [prompt_tokens(opened[0], opened[2], prompt) for prompt in PROMPTS]
-    alone, together = (list(generate(*opened, prompts, Wanted(Sampling(temperature=0), TOKENS, batch_size=size))) for size in (1, len(PROMPTS)))
-    return {"tokens": sum(len(c.tokens) for c in alone), "same_tokens": [c.tokens for c in alone] == [c.tokens for c in together],
-            "largest_difference_alone": difference(opened, alone), "largest_difference_together": difference(opened, together)}
+    alone, together = (
+        list(generate(*opened, prompts, Wanted(Sampling(temperature=0), TOKENS, batch_size=size)))
+        for size in (1, len(PROMPTS))
+    )
+    return {
+        "tokens": sum(len(c.tokens) for c in alone),
+        "same_tokens": [c.tokens for c in alone] == [c.tokens for c in together],
+        "largest_difference_alone": difference(opened, alone),
+        "largest_difference_together": difference(opened, together),
+    }
 
 
 def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """p-value of drawn counts [V] against exact probabilities [V]. Tokens expected fewer than 5 times share a cell."""
+    """p-value of drawn counts [V] against exact probabilities [V].
+
+    Tokens expected fewer than 5 times share a cell.
+    """
     expected = probabilities * counts.sum()
     common = expected >= 5  # as the approximation needs
     observed, wanted = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
     cells = wanted > 0
-    return float(chisquare(observed[cells], wanted[cells] * (observed[cells].sum() / wanted[cells].sum())).pvalue)
+    return float(
+        chisquare(
+            observed[cells], wanted[cells] * (observed[cells].sum() / wanted[cells].sum())
+        ).pvalue
+    )
 
 
 def frequencies(opened: Opened) -> dict[str, float]:
     """p-value of each setting."""
     config, model, tokenizer = opened
-    logits = Decoding(config, model, [prompt_tokens(config, tokenizer, WIDE)], config.max_position).logits_BV
+    logits = Decoding(
+        config, model, [prompt_tokens(config, tokenizer, WIDE)], config.max_position
+    ).logits_BV
     found = {}
     for name, settings in SETTINGS.items():
         exact = distribution(logits, Sampling(**settings))
         uniform = torch.from_numpy(randomness(0, 0, 0).random(DRAWS))
-        tokens = torch.cat([draw(exact.expand(len(part), -1), part) for part in uniform.split(1000)])
-        found[name] = chi_squared(np.bincount(tokens.numpy(), minlength=exact.shape[1]), exact[0].numpy())
+        tokens = torch.cat(
+            [draw(exact.expand(len(part), -1), part) for part in uniform.split(1000)]
+        )
+        found[name] = chi_squared(
+            np.bincount(tokens.numpy(), minlength=exact.shape[1]), exact[0].numpy()
+        )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = pick_device()
     opened = open_model(arguments.run, None, device)[:3]
-    result = {"machine": describe_machine(device.type), "agreement": agreement(opened),
-              "p_values": frequencies(opened), "tokens_per_second": {rows: speed(opened, rows, arguments.rounds) for rows in (1, 8, 32)}}
+    result = {
+        "machine": describe_machine(device.type),
+        "agreement": agreement(opened),
+        "p_values": frequencies(opened),
+        "tokens_per_second": {rows: speed(opened, rows, arguments.rounds) for rows in (1, 8, 32)},
+    }
     for key, value in result.items():
         print(f"{key}: {value}")
     if arguments.json:

@@ -2,9 +2,10 @@
 
     python -m bench.guard [--device cpu] [--steps 2000] [--run RUN --window 128]
 
-`judge`: microseconds that each step spends on its verdict, till the device has it; median of 20 parts. With --run, how far the
-logged steps of a run lay above the median of those before them: in standard deviations (as the guard estimates them, without
-its floors) and, for the gradient norm, as a factor. A run with train.log_every=1 tells all steps.
+`judge`: microseconds that each step spends on its verdict, till the device has it; median of 20
+parts. With --run, how far the logged steps of a run lay above the median of those before them: in
+standard deviations (as the guard estimates them, without its floors) and, for the gradient norm, as
+a factor. A run with train.log_every=1 tells all steps.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def judging(device: str, steps: int) -> float:
 
 def heights(run: Path, window: int) -> list[tuple[int, float, float, float]]:
     """(step, standard deviations of the loss, of the log norm, norm / its median) of each logged step after `window` others."""
-    events = [e for e in read_events(run / "metrics.jsonl", "train") if math.isfinite(e["loss"]) and 0 < e["grad_norm"] < math.inf]
+    events = [
+        e
+        for e in read_events(run / "metrics.jsonl", "train")
+        if math.isfinite(e["loss"]) and 0 < e["grad_norm"] < math.inf
+    ]
     values, found = np.array([[e["loss"], math.log(e["grad_norm"])] for e in events]), []
     for number in range(window, len(values)):
         last = values[number - window : number]
@@ -61,12 +66,28 @@ def main() -> None:
     parser.add_argument("--run", type=Path)
     parser.add_argument("--window", type=int, default=GuardSection().window)
     arguments = parser.parse_args()
-    print(", ".join(f"{name} {value}" for name, value in describe_machine(arguments.device).items()))
+    print(
+        ", ".join(f"{name} {value}" for name, value in describe_machine(arguments.device).items())
+    )
     print(f"judge: {judging(arguments.device, max(arguments.steps, PARTS)):.0f} us a step")
     found = heights(arguments.run, arguments.window) if arguments.run else []
-    for place, what in enumerate(("standard deviations of the loss", "standard deviations of log grad norm", "times the median grad norm"), 1):
+    for place, what in enumerate(
+        (
+            "standard deviations of the loss",
+            "standard deviations of log grad norm",
+            "times the median grad norm",
+        ),
+        1,
+    ):
         top = sorted(found, key=lambda one: one[place])[-3:]
-        print(f"highest of {len(found)} steps, {what}:", ", ".join(f"{one[place]:.2f} (step {one[0]})" for one in reversed(top))) if found else None
+        (
+            print(
+                f"highest of {len(found)} steps, {what}:",
+                ", ".join(f"{one[place]:.2f} (step {one[0]})" for one in reversed(top)),
+            )
+            if found
+            else None
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """The loader beside StreamingDataset with torch's DataLoader and a plain numpy memmap: samples per CPU second, start, resume, memory.
 
-`python -m bench.loader` makes a dataset of random rows, then runs every provider in a process of its own, in turn, several
-rounds. CPU seconds are those of the process and its children, user and system; the files are in the page cache. A sample is
-a row of 2048 inputs. The providers:
+`python -m bench.loader` makes a dataset of random rows, then runs every provider in a process of
+its own, in turn, several rounds. CPU seconds are those of the process and its children, user and
+system; the files are in the page cache. A sample is a row of 2048 inputs. The providers:
 
     nextpt            all of a Batch (nine tensors), order, shuffling and prefetch thread included
-    memmap            a numpy memmap of tokens, stretches drawn at random, as nanoGPT's get_batch reads one: inputs and targets
-    memmap, at once   rows of uint16 drawn at random by one indexing, as two int64 tensors: the least that can be done
-    memmap, batch     the same rows made into our Batch by our own collate, so that only storage and order differ
-    streaming N       StreamingDataset, shuffled, N workers of DataLoader, tokens as one int64 tensor, as llm-foundry has them
-    streaming, batch  the same without workers, made into our Batch
+    memmap            a numpy memmap of tokens, stretches drawn at random, as nanoGPT's get_batch
+    reads one: inputs and targets memmap, at once   rows of uint16 drawn at random by one indexing,
+    as two int64 tensors: the least that can be done memmap, batch     the same rows made into our
+    Batch by our own collate, so that only storage and order differ streaming N
+    StreamingDataset, shuffled, N workers of DataLoader, tokens as one int64 tensor, as llm-foundry
+    has them streaming, batch  the same without workers, made into our Batch
 """
 
 from __future__ import annotations
@@ -35,11 +36,20 @@ import psutil
 from kernels.bench.machine import describe_machine, write_json
 
 T, VOCABULARY, BATCH = 2048, 32768, 8
-ROWS, SHARD_ROWS = 24_576, 1024  # a shard of 4.2 MB, a tenth of the usual: as many shards are open as with large datasets
+# A shard of 4.2 MB, a tenth of the usual: as many shards are open as with large datasets
+ROWS, SHARD_ROWS = 24_576, 1024
 SHARDS = 100_000  # of the simulated index
 FAR = 10**9
-SAMPLES = {"nextpt": 50_000, "memmap": 50_000, "memmap, at once": 50_000, "memmap, batch": 50_000, "streaming 0": 8_000, "streaming 1": 8_000, "streaming 2": 8_000,
-           "streaming, batch": 8_000}
+SAMPLES = {
+    "nextpt": 50_000,
+    "memmap": 50_000,
+    "memmap, at once": 50_000,
+    "memmap, batch": 50_000,
+    "streaming 0": 8_000,
+    "streaming 1": 8_000,
+    "streaming 2": 8_000,
+    "streaming, batch": 8_000,
+}
 
 
 def draw_lengths(rng: np.random.Generator) -> np.ndarray:
@@ -65,12 +75,24 @@ def make_dataset(folder: Path) -> None:
     home = folder / "train" / "web"
     tokens = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.uint16, (ROWS, T + 1))
     row_bytes = 2 * (T + 1) + 60
-    writer = MDSWriter(columns=columns(T, VOCABULARY), out=str(home), hashes=["xxh64"], size_limit=row_bytes * SHARD_ROWS)
+    writer = MDSWriter(
+        columns=columns(T, VOCABULARY),
+        out=str(home),
+        hashes=["xxh64"],
+        size_limit=row_bytes * SHARD_ROWS,
+    )
     for i in range(ROWS):
         lengths = draw_lengths(rng)
         tokens[i] = rng.integers(1, VOCABULARY, T + 1, dtype=np.uint16)
-        writer.write({"tokens": np.asarray(tokens[i]), "doc_lens": lengths, "doc_flags": np.zeros(len(lengths), np.uint8), "domain": np.uint16(0),
-                      "text_bytes": np.uint32(0)})
+        writer.write(
+            {
+                "tokens": np.asarray(tokens[i]),
+                "doc_lens": lengths,
+                "doc_flags": np.zeros(len(lengths), np.uint8),
+                "domain": np.uint16(0),
+                "text_bytes": np.uint32(0),
+            }
+        )
     writer.finish()
     tokens.flush()
     np.save(folder / "token_bytes.npy", np.arange(VOCABULARY, dtype=np.uint16) % 9)
@@ -84,10 +106,24 @@ def write_manifest(folder: Path, rows: int) -> None:
     index = (folder / "train" / "web" / "index.json").read_bytes()
     counts = {"documents": 0, "bytes": 0, "tokens": 0, "text_tokens": 0, "padding_tokens": 0}
     manifest = DatasetManifest(
-        sequence_length=T, vocab_size=VOCABULARY, token_dtype="uint16", tokenizer_sha256=sha256(b"{}").hexdigest(), start_id=0, end_id=0, seed=0,
-        heldout_fraction=0, inputs_sha256="", domains=["web"], fingerprint=sha256(index).hexdigest(),
-        splits={"train": {"web": SplitCounts(**counts, rows=rows, index_sha256=sha256(index).hexdigest())},
-                "heldout": {"web": SplitCounts(**counts, rows=0, index_sha256="")}})
+        sequence_length=T,
+        vocab_size=VOCABULARY,
+        token_dtype="uint16",
+        tokenizer_sha256=sha256(b"{}").hexdigest(),
+        start_id=0,
+        end_id=0,
+        seed=0,
+        heldout_fraction=0,
+        inputs_sha256="",
+        domains=["web"],
+        fingerprint=sha256(index).hexdigest(),
+        splits={
+            "train": {
+                "web": SplitCounts(**counts, rows=rows, index_sha256=sha256(index).hexdigest())
+            },
+            "heldout": {"web": SplitCounts(**counts, rows=0, index_sha256="")},
+        },
+    )
     (folder / "dataset.json").write_text(manifest.model_dump_json())
 
 
@@ -119,11 +155,16 @@ def simulate(source: Path, folder: Path) -> None:
 def config_of(folder: Path, scratch: Path) -> Any:
     from nextpt.config import parse_config
 
-    return parse_config({
-        "run": {"name": "bench"}, "data": {"path": str(folder), "sequence_length": T, "scratch": str(scratch)},
-        "model": {"vocab_size": VOCABULARY, "depth": 1, "width": 64, "heads": 1}, "optimizer": {"lr": 1e-3},
-        "train": {"steps": 1000, "global_batch_size": 4 * BATCH, "micro_batch_size": BATCH},
-    }, "bench")
+    return parse_config(
+        {
+            "run": {"name": "bench"},
+            "data": {"path": str(folder), "sequence_length": T, "scratch": str(scratch)},
+            "model": {"vocab_size": VOCABULARY, "depth": 1, "width": 64, "heads": 1},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1000, "global_batch_size": 4 * BATCH, "micro_batch_size": BATCH},
+        },
+        "bench",
+    )
 
 
 def nextpt(folder: Path) -> Iterator[int]:
@@ -148,10 +189,23 @@ def memmap(folder: Path, whole: bool = False) -> Iterator[int]:
         for first in range(0, ROWS, BATCH):
             chosen = order[first : first + BATCH]
             if whole:
-                collate([Row(rows[i], lengths[i], np.zeros(len(lengths[i]), np.uint8), 0) for i in chosen], BATCH, sizes, weights, segments=T // 2, context=T)
+                collate(
+                    [
+                        Row(rows[i], lengths[i], np.zeros(len(lengths[i]), np.uint8), 0)
+                        for i in chosen
+                    ],
+                    BATCH,
+                    sizes,
+                    weights,
+                    segments=T // 2,
+                    context=T,
+                )
             else:
                 block = rows[chosen].astype(np.int64)
-                torch.from_numpy(block[:, :-1]).contiguous(), torch.from_numpy(block[:, 1:]).contiguous()
+                (
+                    torch.from_numpy(block[:, :-1]).contiguous(),
+                    torch.from_numpy(block[:, 1:]).contiguous(),
+                )
             yield BATCH
 
 
@@ -159,7 +213,8 @@ def plain_memmap(folder: Path) -> Iterator[int]:
     import torch
 
     rng = np.random.default_rng(1)
-    data = np.memmap(folder / "rows.npy", np.uint16, "r", offset=128)  # past the header of a .npy of this size: one stream of tokens
+    # Past the header of a .npy of this size: one stream of tokens
+    data = np.memmap(folder / "rows.npy", np.uint16, "r", offset=128)
     while True:
         places = rng.integers(0, len(data) - T - 1, BATCH).tolist()
         torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in places])
@@ -181,18 +236,35 @@ def streaming(folder: Path, workers: int, whole: bool = False) -> Iterator[int]:
 
     def stack(samples: list[dict]) -> Any:
         if whole:
-            return collate([Row(s["tokens"], s["doc_lens"], s["doc_flags"], 0) for s in samples], BATCH, sizes, weights, segments=T // 2, context=T)
+            return collate(
+                [Row(s["tokens"], s["doc_lens"], s["doc_flags"], 0) for s in samples],
+                BATCH,
+                sizes,
+                weights,
+                segments=T // 2,
+                context=T,
+            )
         return torch.from_numpy(np.stack([s["tokens"] for s in samples]).astype(np.int64))
 
-    dataset = StreamingDataset(local=str(folder / "train" / "web"), shuffle=True, shuffle_algo="py1e", batch_size=BATCH, num_canonical_nodes=1)
+    dataset = StreamingDataset(
+        local=str(folder / "train" / "web"),
+        shuffle=True,
+        shuffle_algo="py1e",
+        batch_size=BATCH,
+        num_canonical_nodes=1,
+    )
     while True:
         for _ in DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=stack):
             yield BATCH
 
 
 PROVIDERS: dict[str, Callable[[Path], Iterator[int]]] = {
-    "nextpt": nextpt, "memmap": plain_memmap, "memmap, at once": memmap, "memmap, batch": lambda folder: memmap(folder, True),
-    **{f"streaming {n}": lambda folder, n=n: streaming(folder, n) for n in (0, 1, 2)}, "streaming, batch": lambda folder: streaming(folder, 0, True),
+    "nextpt": nextpt,
+    "memmap": plain_memmap,
+    "memmap, at once": memmap,
+    "memmap, batch": lambda folder: memmap(folder, True),
+    **{f"streaming {n}": lambda folder, n=n: streaming(folder, n) for n in (0, 1, 2)},
+    "streaming, batch": lambda folder: streaming(folder, 0, True),
 }
 
 
@@ -216,7 +288,11 @@ def measure(provider: str, folder: Path) -> dict[str, float]:
 
 def status(key: str) -> int:
     """Bytes of a line of this process's status."""
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return next(
+        1024 * int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key)
+    )
 
 
 def start(folder: Path, position: int) -> dict[str, float]:
@@ -228,7 +304,11 @@ def start(folder: Path, position: int) -> dict[str, float]:
     before, began, cpu = status("VmRSS"), time.perf_counter(), time.process_time()
     loader = Loader(config, 0, 1)
     loader.step_batches(position // (4 * BATCH))
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu, "bytes": status("VmHWM") - before}
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "bytes": status("VmHWM") - before,
+    }
 
 
 def far(folder: Path) -> dict[str, float]:
@@ -239,14 +319,25 @@ def far(folder: Path) -> dict[str, float]:
 
     Path("/proc/self/clear_refs").write_text("5")
     before, began, cpu = status("VmRSS"), time.perf_counter(), time.process_time()
-    Order(Plan(0, (Stage(0, quantise([3.0, 1.0]), T),)), [np.full(SHARDS, 16_384)] * 2).locate(FAR, FAR + 4096)
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu, "bytes": status("VmHWM") - before}
+    Order(Plan(0, (Stage(0, quantise([3.0, 1.0]), T),)), [np.full(SHARDS, 16_384)] * 2).locate(
+        FAR, FAR + 4096
+    )
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "bytes": status("VmHWM") - before,
+    }
 
 
 def run_apart(*arguments: str) -> dict[str, float]:
     """A part of the benchmark in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "bench.loader", *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.loader", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     if done.returncode:
         raise SystemExit(f"error: {' '.join(arguments)}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -257,14 +348,22 @@ def medians(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.loader", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.loader", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the results there")
-    parser.add_argument("--part", nargs=3, metavar=("KIND", "NAME", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", nargs=3, metavar=("KIND", "NAME", "FOLDER"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.part:
         kind, name, folder = options.part
-        parts = {"measure": lambda: measure(name, Path(folder)), "start": lambda: start(Path(folder), int(name)), "far": lambda: far(Path(folder))}
+        parts = {
+            "measure": lambda: measure(name, Path(folder)),
+            "start": lambda: start(Path(folder), int(name)),
+            "far": lambda: far(Path(folder)),
+        }
         print(json.dumps(parts[kind]()), flush=True)
         os._exit(0)  # workers of other libraries need not be waited for
 
@@ -274,7 +373,11 @@ def main() -> None:
         make_dataset(folder)
         simulate(folder, folder / "large")
         found: dict[str, list[dict[str, float]]] = {provider: [] for provider in PROVIDERS}
-        starts: dict[str, list[dict[str, float]]] = {"first batch": [], "batch at 10^9": [], "order at 10^9": []}
+        starts: dict[str, list[dict[str, float]]] = {
+            "first batch": [],
+            "batch at 10^9": [],
+            "order at 10^9": [],
+        }
         for _ in range(options.rounds):
             for provider in PROVIDERS:
                 found[provider].append(run_apart("--part", "measure", provider, name))
@@ -282,8 +385,11 @@ def main() -> None:
             starts["batch at 10^9"].append(run_apart("--part", "start", str(FAR), f"{name}/large"))
             starts["order at 10^9"].append(run_apart("--part", "far", "-", name))
     result = {
-        "machine": describe_machine("cpu") | {n: version(n) for n in ("numpy", "mosaicml-streaming")},
-        "sample": f"{T} inputs, micro-batches of {BATCH}", "rounds": options.rounds,
+        "machine": (
+            describe_machine("cpu") | {n: version(n) for n in ("numpy", "mosaicml-streaming")}
+        ),
+        "sample": f"{T} inputs, micro-batches of {BATCH}",
+        "rounds": options.rounds,
         "providers": {provider: medians(rounds) for provider, rounds in found.items()},
         "start": {what: medians(rounds) for what, rounds in starts.items()},
     }
@@ -293,10 +399,16 @@ def main() -> None:
 
 def show(result: dict[str, Any]) -> None:
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
-    print(f"\n| {result['sample']} | samples per CPU second | tokens per CPU second | samples/s | nextpt to it |\n|---|---|---|---|---|")
+    print(
+        f"\n| {result['sample']} | samples per CPU second | tokens per CPU second | samples/s |"
+        " nextpt to it |\n|---|---|---|---|---|"
+    )
     ours = result["providers"]["nextpt"]["per_core"]
     for name, f in result["providers"].items():
-        print(f"| {name} | {f['per_core']:,.0f} | {f['per_core'] * T / 1e6:,.1f} M | {f['per_second']:,.0f} | {ours / f['per_core']:.2f} |")
+        print(
+            f"| {name} | {f['per_core']:,.0f} | {f['per_core'] * T / 1e6:,.1f} M |"
+            f" {f['per_second']:,.0f} | {ours / f['per_core']:.2f} |"
+        )
     print(f"\n| {SHARDS:,} shards | seconds | CPU seconds | memory, MB |\n|---|---|---|---|")
     for name, f in result["start"].items():
         print(f"| {name} | {f['seconds']:.2f} | {f['cpu_seconds']:.2f} | {f['bytes'] / 1e6:,.0f} |")

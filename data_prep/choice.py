@@ -1,6 +1,7 @@
 """The tokenizer of a preparation: given, trained or made of characters, and the library that encodes with it.
 
-WORK/tokenizer.json and WORK/encoder.json (written last) hold the choice, so that all workers make the same.
+WORK/tokenizer.json and WORK/encoder.json (written last) hold the choice, so that all workers make
+the same.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from data_prep.plan import Plan, Unit
 from data_prep.records import Record, read_part
 from data_prep.tokenizer import Tokenizer, convert, train_bpe, write_character_tokenizer
 
-TRAINING_BYTES = 2**28  # of text that a tokenizer is trained on, taken evenly from all units: more changes little, and takes memory
-SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 16, 2**14  # texts on which the two libraries must agree, from all over the corpus
+# Of text that a tokenizer is trained on, taken evenly from all units: more changes little, and
+# takes memory
+TRAINING_BYTES = 2**28
+# Texts on which the two libraries must agree, from all over the corpus
+SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 16, 2**14
 
 
 def choice_path(work: Path) -> Path:
@@ -35,8 +39,11 @@ def make_tokenizer(plan: Plan) -> None:
     if spec.tokenizer is not None:
         convert(str(spec.tokenizer), path, start=spec.start_token, end=spec.end_token)
     elif spec.characters:
-        # Of both sides: a vocabulary of characters has no way to spell one that only the held-out side has.
-        write_character_tokenizer((text for unit in plan.units for text, _ in _texts(plan, unit)), path)
+        # Of both sides: a vocabulary of characters has no way to spell one that only the held-out
+        # side has.
+        write_character_tokenizer(
+            (text for unit in plan.units for text, _ in _texts(plan, unit)), path
+        )
     else:
         train_bpe(_training_texts(plan), spec.vocab_size, path)
     tokenizer = Tokenizer(path, encoder=spec.encoder)
@@ -47,7 +54,10 @@ def make_tokenizer(plan: Plan) -> None:
         reason += f" and on {len(sample)} texts of this corpus"
         if difference := tokenizer.difference(sample):
             if spec.encoder == "tiktoken":
-                raise PrepError(f"encoder = 'tiktoken', but the two libraries differ on this corpus: {difference}")
+                raise PrepError(
+                    "encoder = 'tiktoken', but the two libraries differ on this corpus:"
+                    f" {difference}"
+                )
             encoder, reason = "tokenizers", f"the two libraries differ on this corpus: {difference}"
     with atomic_write(choice_path(spec.work)) as file:
         json.dump({"encoder": encoder, "reason": reason}, file)
@@ -55,7 +65,10 @@ def make_tokenizer(plan: Plan) -> None:
 
 @lru_cache(maxsize=1)
 def chosen_tokenizer(plan_sha256: str, work: Path) -> Tokenizer:
-    """The tokenizer of a preparation, made once per process; plan_sha256 keeps preparations apart."""
+    """The tokenizer of a preparation, made once per process.
+
+    plan_sha256 keeps preparations apart.
+    """
     choice = json.loads(choice_path(work).read_text(encoding="utf-8"))
     return Tokenizer(work / "tokenizer.json", encoder=choice["encoder"])
 
@@ -73,7 +86,10 @@ def _texts(plan: Plan, unit: Unit) -> Iterator[tuple[str, bool]]:
             if not isinstance(record, Record):
                 continue
             if tail_from is None:
-                yield record.text, xxhash.xxh64_intdigest(record.text.encode("utf-8", "replace")) < threshold
+                yield (
+                    record.text,
+                    xxhash.xxh64_intdigest(record.text.encode("utf-8", "replace")) < threshold,
+                )
                 continue
             head, tail = record.text[:tail_from], record.text[tail_from:]
             tail_from = max(tail_from - len(record.text), 0)

@@ -19,11 +19,18 @@ class Document:
     text: str
 
 
-def read_documents(place: str | Path, text_field: str = "text", id_field: str | None = "id") -> Iterator[Document]:
-    """Documents of a file, folder, glob or URI, in a fixed order. Raises PrepError that names file and place of a bad record."""
+def read_documents(
+    place: str | Path, text_field: str = "text", id_field: str | None = "id"
+) -> Iterator[Document]:
+    """Documents of a file, folder, glob or URI, in a fixed order.
+
+    Raises PrepError that names file and place of a bad record.
+    """
     for file in find_files(place):
         for record in read_part(whole(file), Fields(text_field, id_field)):
             where = f"{file.uri}, {'row' if file.format == '.parquet' else 'byte'} {record.place}"
             if isinstance(record, Bad):
-                raise PrepError(f"{where}: {record.reason}{': ' * bool(record.detail)}{record.detail}")
+                raise PrepError(
+                    f"{where}: {record.reason}{': ' * bool(record.detail)}{record.detail}"
+                )
             yield Document(record.id or where, record.text)

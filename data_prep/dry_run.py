@@ -24,7 +24,10 @@ SHARE_OF_TOKENIZER = 0.85  # of the time of a whole preparation (docs/data.md)
 
 @dataclass(frozen=True)
 class Estimate:
-    """stored: bytes of all inputs. text, tokens, seconds: estimates from the sample; None where no tokenizer is given."""
+    """stored: bytes of all inputs. text, tokens, seconds: estimates from the sample.
+
+    None where no tokenizer is given.
+    """
 
     plan: Plan
     workers: int
@@ -39,21 +42,39 @@ class Estimate:
         """For a person to read."""
         spec, units = self.plan.spec, self.plan.units
         files = {part.file for unit in units for part in unit.parts}
-        found = [f"{len(files)} files, {naturalsize(self.stored)}, in {len(units)} work units of {', '.join(sorted(spec.domains))}"]
+        found = [
+            f"{len(files)} files, {naturalsize(self.stored)}, in {len(units)} work units of"
+            f" {', '.join(sorted(spec.domains))}"
+        ]
         if self.current:
             found.append(f"{spec.output} is there and was made from them: nothing would be done")
         if self.tokens is None:
-            found.append("the tokenizer would be trained first; its speed is not known yet, so neither is the time")
+            found.append(
+                "the tokenizer would be trained first; its speed is not known yet, so neither is"
+                " the time"
+            )
         else:
-            found.append(f"about {naturalsize(self.text)} of text, {self.tokens:,} tokens, {-(-self.tokens // (spec.sequence_length + 1)):,} rows")
-            found.append(f"about {naturaldelta(self.seconds)} with {self.workers} workers ({self.tokens / self.seconds / self.workers:,.0f} tokens/s each)")
+            found.append(
+                f"about {naturalsize(self.text)} of text, {self.tokens:,} tokens,"
+                f" {-(-self.tokens // (spec.sequence_length + 1)):,} rows"
+            )
+            found.append(
+                f"about {naturaldelta(self.seconds)} with {self.workers} workers"
+                f" ({self.tokens / self.seconds / self.workers:,.0f} tokens/s each)"
+            )
             free = shutil.disk_usage(_existing(spec.output)).free
-            found.append(f"about {naturalsize(self.disk)} of disk beside {spec.output} on the way; {naturalsize(free)} are free")
+            found.append(
+                f"about {naturalsize(self.disk)} of disk beside {spec.output} on the way;"
+                f" {naturalsize(free)} are free"
+            )
         return [*found, "nothing was written"]
 
 
 def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
-    """Plan, and tokenize a sample. Writes nothing that stays. Raises PrepError as the preparation would."""
+    """Plan, and tokenize a sample.
+
+    Writes nothing that stays. Raises PrepError as the preparation would.
+    """
     plan = make_plan(spec)
     count = workers or local_workers(plan).count
     stored = sum(unit.size for unit in plan.units)
@@ -74,7 +95,16 @@ def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
     scale = stored / max(used, 1)
     # Tokens lie on the disk twice, before and after packing; padding is far below a per cent.
     disk = int(2 * scale * tokens * token_dtype(tokenizer.vocab_size).itemsize)
-    return Estimate(plan, count, stored, int(scale * size), int(scale * tokens), scale * seconds / count, disk, is_current(spec))
+    return Estimate(
+        plan,
+        count,
+        stored,
+        int(scale * size),
+        int(scale * tokens),
+        scale * seconds / count,
+        disk,
+        is_current(spec),
+    )
 
 
 def _sample(plan: Plan, unit: Unit) -> Iterator[tuple[str, int]]:

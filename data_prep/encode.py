@@ -1,7 +1,8 @@
 """Tokenizing one unit: records in; tokens, held-out texts and quarantined records out.
 
-WORK/tok/NNNNNN.tok is written last (data_prep.tokens); beside it lie NNNNNN.heldout.jsonl and NNNNNN.bad.jsonl.
-Every record is counted once: in documents, in `passed` (why it is passed over) or in `bad` (why it cannot be used).
+WORK/tok/NNNNNN.tok is written last (data_prep.tokens); beside it lie NNNNNN.heldout.jsonl and
+NNNNNN.bad.jsonl. Every record is counted once: in documents, in `passed` (why it is passed over) or
+in `bad` (why it cannot be used).
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from data_prep.spec import PrepSpec, check_domain
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import TokensWriter
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20  # per call of the tokenizer: large enough to cost nothing, small in memory
-CHECKED_CHARACTERS = 2**15  # of each unit's first text, on which the two tokenizer libraries must agree: milliseconds
+# Per call of the tokenizer: large enough to cost nothing, small in memory
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
+# Of each unit's first text, on which the two tokenizer libraries must agree: milliseconds
+CHECKED_CHARACTERS = 2**15
 Advance = Callable[[int], None]
 Write = Callable[[bytes], object]
 
@@ -39,13 +42,20 @@ def tokens_path(work: Path, unit: int) -> Path:
     return work / "tok" / f"{unit:06d}.tok"
 
 
-def encode_unit(plan: Plan, unit: Unit, tokenizer: Tokenizer, advance: Advance = lambda n: None) -> None:
+def encode_unit(
+    plan: Plan, unit: Unit, tokenizer: Tokenizer, advance: Advance = lambda n: None
+) -> None:
     """Tokenize a unit into WORK/tok. Raises PrepError for a file that cannot be read at all."""
     path = tokens_path(plan.spec.work, unit.index)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = TokensWriter(path, token_dtype(tokenizer.vocab_size), sizes=tokenizer.byte_counts == "column")
+    writer = TokensWriter(
+        path, token_dtype(tokenizer.vocab_size), sizes=tokenizer.byte_counts == "column"
+    )
     try:
-        with atomic_write(path.with_suffix(".heldout.jsonl"), "wb") as heldout, atomic_write(path.with_suffix(".bad.jsonl"), "wb") as bad:
+        with (
+            atomic_write(path.with_suffix(".heldout.jsonl"), "wb") as heldout,
+            atomic_write(path.with_suffix(".bad.jsonl"), "wb") as bad,
+        ):
             encoding = _Encoding(plan.spec, unit, tokenizer, writer, heldout.write, bad.write)
             for number, part in enumerate(unit.parts):
                 encoding.encode_part(number, part.file, read_part(part, plan.fields, advance))
@@ -57,7 +67,15 @@ def encode_unit(plan: Plan, unit: Unit, tokenizer: Tokenizer, advance: Advance =
 class _Encoding:
     """One unit on its way through the tokenizer."""
 
-    def __init__(self, spec: PrepSpec, unit: Unit, tokenizer: Tokenizer, writer: TokensWriter, write_heldout: Write, write_bad: Write) -> None:
+    def __init__(
+        self,
+        spec: PrepSpec,
+        unit: Unit,
+        tokenizer: Tokenizer,
+        writer: TokensWriter,
+        write_heldout: Write,
+        write_bad: Write,
+    ) -> None:
         self.spec, self.unit, self.tokenizer, self.writer = spec, unit, tokenizer, writer
         self.write_heldout, self.write_bad = write_heldout, write_bad
         self.table = tokenizer.token_bytes().astype(np.int64)
@@ -91,13 +109,25 @@ class _Encoding:
 
     def _quarantine(self, file: InputFile, bad: Bad) -> None:
         self.bad[bad.reason] += 1
-        line = {"file": file.uri, "place": bad.place, "reason": bad.reason, "detail": bad.detail, "id": bad.id}
+        line = {
+            "file": file.uri,
+            "place": bad.place,
+            "reason": bad.reason,
+            "detail": bad.detail,
+            "id": bad.id,
+        }
         self.write_bad(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def _encode(self, file: InputFile, group: list[Record]) -> None:
         """Tokenize a group; when the tokenizer refuses it, one by one."""
-        wanted = [(record, data) for record in group if (data := self._wanted(file, record)) is not None]
-        sides = [(record, text, data, heldout) for record, data in wanted for text, data, heldout in self._sides(record.text, data)]
+        wanted = [
+            (record, data) for record in group if (data := self._wanted(file, record)) is not None
+        ]
+        sides = [
+            (record, text, data, heldout)
+            for record, data in wanted
+            for text, data, heldout in self._sides(record.text, data)
+        ]
         started = time.process_time()
         try:
             encoded = self._tokens([text for _, text, _, _ in sides])
@@ -118,19 +148,28 @@ class _Encoding:
         return [(ids, None) for ids in self.tokenizer.encode_batch(texts)]
 
     def _check_libraries(self, text: str) -> None:
-        """The choice of the faster library was proved on other texts; go on proving it on one of every unit."""
+        """The choice of the faster library was proved on other texts.
+
+        Go on proving it on one of every unit.
+        """
         self.checked = True
         if difference := self.tokenizer.difference([text]):
-            raise _Disagreement(f"the two tokenizer libraries differ on a text of unit {self.unit.index}: {difference}; "
-                                "start again with --encoder tokenizers")
+            raise _Disagreement(
+                f"the two tokenizer libraries differ on a text of unit {self.unit.index}:"
+                f" {difference}; start again with --encoder tokenizers"
+            )
 
-    def _alone(self, file: InputFile, record: Record, text: str) -> tuple[np.ndarray, np.ndarray | None] | None:
+    def _alone(
+        self, file: InputFile, record: Record, text: str
+    ) -> tuple[np.ndarray, np.ndarray | None] | None:
         try:
             return self._tokens([text])[0]
         except _Disagreement:
             raise
         except PrepError as error:
-            self._quarantine(file, Bad(record.place, "the tokenizer refuses it", str(error), record.id))
+            self._quarantine(
+                file, Bad(record.place, "the tokenizer refuses it", str(error), record.id)
+            )
             return None
 
     def _wanted(self, file: InputFile, record: Record) -> bytes | None:
@@ -138,7 +177,9 @@ class _Encoding:
         try:
             data = record.text.encode()
         except UnicodeEncodeError as error:
-            self._quarantine(file, Bad(record.place, "lone surrogate", f"character {error.start}", record.id))
+            self._quarantine(
+                file, Bad(record.place, "lone surrogate", f"character {error.start}", record.id)
+            )
             return None
         if not data:
             self.passed["empty"] += 1
@@ -165,32 +206,77 @@ class _Encoding:
         head, tail = text[: self.tail_from], text[self.tail_from :]
         self.tail_from = max(self.tail_from - len(text), 0)
         self.cuts += bool(head and tail)
-        return [(side, side.encode(), heldout) for side, heldout in ((head, False), (tail, True)) if side]
+        return [
+            (side, side.encode(), heldout)
+            for side, heldout in ((head, False), (tail, True))
+            if side
+        ]
 
-    def _add(self, file: InputFile, record: Record, text: str, data: bytes, heldout: bool, ids: np.ndarray, sizes: np.ndarray | None) -> None:
+    def _add(
+        self,
+        file: InputFile,
+        record: Record,
+        text: str,
+        data: bytes,
+        heldout: bool,
+        ids: np.ndarray,
+        sizes: np.ndarray | None,
+    ) -> None:
         counted = int(self.table[ids].sum()) if sizes is None else int(sizes.sum())
         if counted != len(data):
-            self._quarantine(file, Bad(record.place, "the tokenizer changes it", f"its tokens stand for {counted} of {len(data)} bytes", record.id))
+            self._quarantine(
+                file,
+                Bad(
+                    record.place,
+                    "the tokenizer changes it",
+                    f"its tokens stand for {counted} of {len(data)} bytes",
+                    record.id,
+                ),
+            )
             return
         domain = record.domain or self.unit.source
         index = self.domains.setdefault(domain, len(self.domains))
         # The tail of a document that was cut has the id of its head, which is no clash.
-        id_hash = _id_hash(domain, record.id) if record.id is not None and record is not self.last else 0
+        id_hash = (
+            _id_hash(domain, record.id) if record.id is not None and record is not self.last else 0
+        )
         self.last = record
-        self.writer.add(ids, sizes, (xxhash.xxh64_intdigest(data), id_hash, record.place, self.part, len(ids), len(data), index, heldout))
+        self.writer.add(
+            ids,
+            sizes,
+            (
+                xxhash.xxh64_intdigest(data),
+                id_hash,
+                record.place,
+                self.part,
+                len(ids),
+                len(data),
+                index,
+                heldout,
+            ),
+        )
         total = self.totals.setdefault(domain, [0, 0, 0, 0])
         for i, amount in enumerate((1, len(ids), len(data), heldout)):
             total[i] += amount
         if heldout:
-            line = {"doc": self.writer.count - 1, "id": record.id or f"{file.name}:{record.place}", "text": text}
+            line = {
+                "doc": self.writer.count - 1,
+                "id": record.id or f"{file.name}:{record.place}",
+                "text": text,
+            }
             self.write_heldout(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def footer(self) -> dict[str, Any]:
-        """What the unit's footer says. records + cuts = documents + passed + bad. totals: domain -> documents, tokens,
-        bytes, held-out documents."""
+        """What the unit's footer says. records + cuts = documents + passed + bad. totals: domain -> documents, tokens, bytes, held-out documents."""
         return {
-            "domains": list(self.domains), "records": self.records, "cuts": self.cuts, "passed": self.passed, "bad": self.bad, "totals": self.totals,
-            "seconds": time.process_time() - self.started, "encoding_seconds": self.encoding_seconds,
+            "domains": list(self.domains),
+            "records": self.records,
+            "cuts": self.cuts,
+            "passed": self.passed,
+            "bad": self.bad,
+            "totals": self.totals,
+            "seconds": time.process_time() - self.started,
+            "encoding_seconds": self.encoding_seconds,
             "worker": f"{socket.gethostname()}:{os.getpid()}",
         }
 

@@ -3,21 +3,24 @@
 Layout (megatron/core/datasets/indexed_dataset.py of Megatron-LM), little-endian:
 
     .bin  the tokens of all sequences, one after the other
-    .idx  b"MMIDIDX\\0\\0", uint64 version 1, uint8 code of the token type (4 int32, 8 uint16), uint64 sequences n,
+    .idx  b"MMIDIDX\\0\\0", uint64 version 1, uint8 code of the token type (4 int32, 8 uint16),
+    uint64 sequences n,
           uint64 entries of the last table, int32 [n] lengths in tokens, int64 [n] offsets in bytes,
           int64 [n + 1] sequence at which each document begins, and n
 
-Megatron's GPTDataset shuffles sequences, joins them to one stream and cuts that into samples, so a sequence here is what
-stays together there: one segment of a row, a document or a piece of one. Rows are shuffled and do not say whose pieces
-they hold, so the pieces of a document longer than a row stay apart: prepare with long rows to keep documents whole.
+Megatron's GPTDataset shuffles sequences, joins them to one stream and cuts that into samples, so a
+sequence here is what stays together there: one segment of a row, a document or a piece of one. Rows
+are shuffled and do not say whose pieces they hold, so the pieces of a document longer than a row
+stay apart: prepare with long rows to keep documents whole.
 
-The stream predicts every token from the one before it, so tokens are kept or left out such that each target of our rows
-is predicted from its own predecessor:
+The stream predicts every token from the one before it, so tokens are kept or left out such that
+each target of our rows is predicted from its own predecessor:
 
-- the token that a piece shares with the piece before it is kept; without it the piece's second token would be predicted
-  from some other document;
-- a document's start is left out where it is the same token as the end: the end of the document before does its work, as
-  with preprocess_data.py --append-eod. Both would teach that an end is followed by an end. A start of its own is kept;
+- the token that a piece shares with the piece before it is kept; without it the piece's second
+  token would be predicted from some other document;
+- a document's start is left out where it is the same token as the end: the end of the document
+  before does its work, as with preprocess_data.py --append-eod. Both would teach that an end is
+  followed by an end. A start of its own is kept;
 - padding is left out.
 """
 
@@ -59,29 +62,50 @@ class Exported:
 def megatron_dtype(vocab_size: int) -> np.dtype:
     """The token type that Megatron itself chooses (DType.optimal_dtype): uint16 below 65500 tokens, else int32."""
     if vocab_size > 2**31:
-        raise PrepError(f"a vocabulary of {vocab_size} tokens does not fit int32, the widest token type of Megatron's files")
+        raise PrepError(
+            f"a vocabulary of {vocab_size} tokens does not fit int32, the widest token type of"
+            " Megatron's files"
+        )
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 def export_megatron(data: Path, prefix: Path, console: Console | None = None) -> list[Exported]:
-    """Write every domain and split of the dataset `data` that has rows; all files appear together or none.
+    """Write every domain and split of the dataset `data` that has rows.
 
-    Memory: one shard and one block of a table. Raises PrepError for a dataset that is not whole, and for files that are there.
+    All files appear together or none.
+
+    Memory: one shard and one block of a table. Raises PrepError for a dataset that is not whole,
+    and for files that are there.
     """
     manifest = DatasetManifest.load(data)
-    parts = {(split, domain): shards_of(data, manifest, split, domain) for split, domains in manifest.splits.items() for domain in domains}
+    parts = {
+        (split, domain): shards_of(data, manifest, split, domain)
+        for split, domains in manifest.splits.items()
+        for domain in domains
+    }
     parts = {part: shards for part, shards in parts.items() if shards}
-    prefixes = {(split, domain): prefix.with_name(f"{prefix.name}-{domain}-{split}") for split, domain in parts}
+    prefixes = {
+        (split, domain): prefix.with_name(f"{prefix.name}-{domain}-{split}")
+        for split, domain in parts
+    }
     for file in (_file(p, suffix) for p in prefixes.values() for suffix in (".bin", ".idx")):
         if file.exists():
             raise PrepError(f"{file} exists; give another --output, or remove it")
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with byte_progress(console) as progress, ExitStack() as files:
-            task = progress.add_task("exporting", total=sum(s.bytes for shards in parts.values() for s in shards))
+            task = progress.add_task(
+                "exporting", total=sum(s.bytes for shards in parts.values() for s in shards)
+            )
             # Files take their names in reverse order: each index after all tokens.
-            indices = {part: files.enter_context(atomic_write(_file(p, ".idx"), "w+b")) for part, p in prefixes.items()}
-            tokens = {part: files.enter_context(atomic_write(_file(p, ".bin"), "wb")) for part, p in prefixes.items()}
+            indices = {
+                part: files.enter_context(atomic_write(_file(p, ".idx"), "w+b"))
+                for part, p in prefixes.items()
+            }
+            tokens = {
+                part: files.enter_context(atomic_write(_file(p, ".bin"), "wb"))
+                for part, p in prefixes.items()
+            }
             done = []
             for part, shards in parts.items():
                 pair = _Pair(tokens[part], indices[part], manifest)
@@ -96,7 +120,10 @@ def export_megatron(data: Path, prefix: Path, console: Console | None = None) ->
 
 
 class _Pair:
-    """One .bin and its .idx while they are written. The lengths go straight to their place; the tables behind them follow."""
+    """One .bin and its .idx while they are written.
+
+    The lengths go straight to their place; the tables behind them follow.
+    """
 
     def __init__(self, tokens: IO[bytes], index: IO[bytes], manifest: DatasetManifest) -> None:
         self._tokens_file, self._index, self._manifest = tokens, index, manifest
@@ -125,20 +152,27 @@ class _Pair:
         counts = self._manifest.splits[split][domain]
         expected = counts.tokens + self._continued + (0 if self._drops_starts else counts.documents)
         if (self._documents, self.tokens) != (counts.documents, expected):
-            raise PrepError(f"{split}/{domain} has {self._documents} documents and {self.tokens} tokens to export where dataset.json "
-                            f"counts {counts.documents} and {expected}; prepare the data again")
+            raise PrepError(
+                f"{split}/{domain} has {self._documents} documents and {self.tokens} tokens to"
+                f" export where dataset.json counts {counts.documents} and {expected}; prepare the"
+                " data again"
+            )
         assert self._tokens_file.tell() == self.tokens * self._dtype.itemsize
         name = {"u": "uint16", "i": "int32"}[self._dtype.kind]
         offset = 0
         for start in range(0, self.sequences, BLOCK):
             self._index.seek(HEADER.size + 4 * start)
-            lengths = np.frombuffer(self._index.read(4 * min(BLOCK, self.sequences - start)), dtype="<i4").astype("<i8")
+            lengths = np.frombuffer(
+                self._index.read(4 * min(BLOCK, self.sequences - start)), dtype="<i4"
+            ).astype("<i8")
             ends = offset + np.cumsum(lengths) * self._dtype.itemsize
             self._index.seek(0, 2)
             self._index.write((ends - lengths * self._dtype.itemsize).tobytes())
             offset = int(ends[-1])
         for start in range(0, self.sequences + 1, BLOCK):
-            self._index.write(np.arange(start, min(start + BLOCK, self.sequences + 1), dtype="<i8").tobytes())
+            self._index.write(
+                np.arange(start, min(start + BLOCK, self.sequences + 1), dtype="<i8").tobytes()
+            )
         self._index.seek(0)
         self._index.write(HEADER.pack(MAGIC, 1, CODES[name], self.sequences, self.sequences + 1))
 
@@ -146,8 +180,12 @@ class _Pair:
 def _segments(row: dict[str, Any], shard: Path) -> Iterator[tuple[np.ndarray, int]]:
     """(tokens, flags) of the segments of a row that hold text."""
     ends = np.cumsum(row["doc_lens"], dtype=np.int64)
-    assert len(ends) and ends[-1] == len(row["tokens"]), f"{shard}: a row's segments do not add up to its tokens"
-    for end, length, flags in zip(ends.tolist(), row["doc_lens"].tolist(), row["doc_flags"].tolist(), strict=True):
+    assert len(ends) and ends[-1] == len(row["tokens"]), (
+        f"{shard}: a row's segments do not add up to its tokens"
+    )
+    for end, length, flags in zip(
+        ends.tolist(), row["doc_lens"].tolist(), row["doc_flags"].tolist(), strict=True
+    ):
         if not flags & PADDING:
             yield row["tokens"][end - length : end], flags
 

@@ -14,9 +14,12 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", *, keep_same: bool = False) -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; it is synced and takes the name when the block ends without an error.
+    """Open a temporary file beside `path`.
 
-    keep_same: a file that holds the same bytes already is left as it is, with its time of modification.
+    It is synced and takes the name when the block ends without an error.
+
+    keep_same: a file that holds the same bytes already is left as it is, with its time of
+    modification.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

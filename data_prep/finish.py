@@ -1,4 +1,7 @@
-"""The last stage: indices, manifest, held-out texts, quarantine and report; then the folder takes its name."""
+"""The last stage: indices, manifest, held-out texts, quarantine and report.
+
+Then the folder takes its name.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +37,25 @@ def is_finished(plan: Plan) -> bool:
         return False
 
 
-def finish(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats, wall_seconds: float) -> None:
+def finish(
+    plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats, wall_seconds: float
+) -> None:
     """Put the dataset together in WORK/dataset, rename it to the output, and remove WORK.
 
-    Asserts that all that the units hold is in the shards, in the quarantine, or counted as passed over.
+    Asserts that all that the units hold is in the shards, in the quarantine, or counted as passed
+    over.
     """
     spec, folder = plan.spec, plan.spec.work / "dataset"
     for leftover in folder.rglob(".*.tmp-*"):
         leftover.unlink(missing_ok=True)  # of a worker that was killed in this stage
-    packed = [json.loads(packed_path(spec.work, group.index).read_text(encoding="utf-8")) for group in layout.groups]
-    counts = {split: {d: _write_index(folder, split, d, layout, packed) for d in layout.domains} for split in SPLITS}
+    packed = [
+        json.loads(packed_path(spec.work, group.index).read_text(encoding="utf-8"))
+        for group in layout.groups
+    ]
+    counts = {
+        split: {d: _write_index(folder, split, d, layout, packed) for d in layout.domains}
+        for split in SPLITS
+    }
     _check_sums(plan, layout, repeats, counts)
     shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
     with atomic_write(folder / "token_bytes.npy", "wb") as file:
@@ -58,9 +70,15 @@ def finish(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats, w
     shutil.rmtree(spec.work, ignore_errors=True)
 
 
-def _write_index(folder: Path, split: str, domain: str, layout: Layout, packed: list[dict[str, Any]]) -> SplitCounts:
+def _write_index(
+    folder: Path, split: str, domain: str, layout: Layout, packed: list[dict[str, Any]]
+) -> SplitCounts:
     """One index.json over all groups of a domain, and the domain's counts."""
-    shards, most, sums = [], 0, dict.fromkeys(("documents", "bytes", "tokens", "text_tokens", "rows", "padding_tokens"), 0)
+    shards = []
+    most = 0
+    sums = dict.fromkeys(
+        ("documents", "bytes", "tokens", "text_tokens", "rows", "padding_tokens"), 0
+    )
     for group, found in zip(layout.groups, packed, strict=True):
         if group.domain != domain:
             continue
@@ -74,7 +92,9 @@ def _write_index(folder: Path, split: str, domain: str, layout: Layout, packed: 
             stored = shard["zip_data"] or shard["raw_data"]
             path = folder / split / domain / stored["basename"]
             if not path.is_file() or path.stat().st_size != stored["bytes"]:
-                raise PrepError(f"{path} is not as it was packed; remove {folder.parent} and start again")
+                raise PrepError(
+                    f"{path} is not as it was packed; remove {folder.parent} and start again"
+                )
             shards.append(shard)
     if not shards:
         return SplitCounts(**sums, max_segments=0, index_sha256="")
@@ -84,8 +104,13 @@ def _write_index(folder: Path, split: str, domain: str, layout: Layout, packed: 
     return SplitCounts(**sums, max_segments=most, index_sha256=sha256_file(index))
 
 
-def _check_sums(plan: Plan, layout: Layout, repeats: Repeats, counts: dict[str, dict[str, SplitCounts]]) -> None:
-    """Counts in = counts out + passed over + quarantined. A difference is a mistake of ours, and nothing is written."""
+def _check_sums(
+    plan: Plan, layout: Layout, repeats: Repeats, counts: dict[str, dict[str, SplitCounts]]
+) -> None:
+    """Counts in = counts out + passed over + quarantined.
+
+    A difference is a mistake of ours, and nothing is written.
+    """
     found = layout.counts
     documents = sum(c.documents for domains in counts.values() for c in domains.values())
     out = documents + sum(found["passed"].values()) + sum(found["bad"].values())
@@ -95,14 +120,19 @@ def _check_sums(plan: Plan, layout: Layout, repeats: Repeats, counts: dict[str, 
     for unit in plan.units:
         lengths = TokensFile(tokens_path(plan.spec.work, unit.index)).documents["tokens"]
         kept += int(np.delete(lengths, dropped(plan, repeats, unit.index)).sum(dtype=np.int64))
-    assert written == kept + documents, f"{kept} tokens in, {written - documents} out, and {documents} ends"
+    assert written == kept + documents, (
+        f"{kept} tokens in, {written - documents} out, and {documents} ends"
+    )
 
 
 def _write_heldout(plan: Plan, layout: Layout, repeats: Repeats, folder: Path) -> None:
     """heldout_text/DOMAIN.jsonl from those of the units, in order, without what was dropped."""
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        files = {d: stack.enter_context(atomic_write(folder / f"{d}.jsonl", "wb")) for d in layout.domains}
+        files = {
+            d: stack.enter_context(atomic_write(folder / f"{d}.jsonl", "wb"))
+            for d in layout.domains
+        }
         for unit in plan.units:
             path = tokens_path(plan.spec.work, unit.index)
             tokens = TokensFile(path)
@@ -117,7 +147,10 @@ def _write_heldout(plan: Plan, layout: Layout, repeats: Repeats, folder: Path) -
 
 
 def _write_quarantine(plan: Plan, repeats: Repeats, path: Path) -> None:
-    """quarantine.jsonl: the bad records of all units, clashes of ids included; no file when there are none."""
+    """quarantine.jsonl: the bad records of all units, clashes of ids included.
+
+    No file when there are none.
+    """
     path.unlink(missing_ok=True)
     lines = [line for unit in plan.units for line in quarantined(plan, repeats, unit)]
     if lines:
@@ -125,21 +158,37 @@ def _write_quarantine(plan: Plan, repeats: Repeats, path: Path) -> None:
             file.writelines(lines)
 
 
-def _manifest(plan: Plan, layout: Layout, tokenizer: Tokenizer, counts: dict[str, dict[str, SplitCounts]]) -> DatasetManifest:
+def _manifest(
+    plan: Plan, layout: Layout, tokenizer: Tokenizer, counts: dict[str, dict[str, SplitCounts]]
+) -> DatasetManifest:
     spec = plan.spec
     manifest = DatasetManifest(
-        sequence_length=spec.sequence_length, vocab_size=tokenizer.vocab_size, token_dtype=token_dtype(tokenizer.vocab_size).name,
-        tokenizer_sha256=tokenizer.sha256, start_id=tokenizer.start_id, end_id=tokenizer.end_id, packing=spec.packing,
-        byte_counts=tokenizer.byte_counts, seed=spec.seed, heldout_fraction=spec.heldout, inputs_sha256="", domains=layout.domains,
-        splits=counts, fingerprint="",
+        sequence_length=spec.sequence_length,
+        vocab_size=tokenizer.vocab_size,
+        token_dtype=token_dtype(tokenizer.vocab_size).name,
+        tokenizer_sha256=tokenizer.sha256,
+        start_id=tokenizer.start_id,
+        end_id=tokenizer.end_id,
+        packing=spec.packing,
+        byte_counts=tokenizer.byte_counts,
+        seed=spec.seed,
+        heldout_fraction=spec.heldout,
+        inputs_sha256="",
+        domains=layout.domains,
+        splits=counts,
+        fingerprint="",
     )
-    # Of what is in the dataset (the indices hold the hashes of all shards), not of where it came from.
+    # Of what is in the dataset (the indices hold the hashes of all shards), not of where it came
+    # from.
     fingerprint = sha256(canonical_json(manifest.model_dump()).encode()).hexdigest()
     return manifest.model_copy(update={"fingerprint": fingerprint, "inputs_sha256": plan.sha256})
 
 
 def _take_name(folder: Path, output: Path) -> None:
-    """Give the finished folder its name; a dataset that it replaces goes after it is whole, not before."""
+    """Give the finished folder its name.
+
+    A dataset that it replaces goes after it is whole, not before.
+    """
     old = output.with_name(f"{output.name}.old-{os.getpid()}")
     if output.exists():
         os.rename(output, old)

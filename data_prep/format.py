@@ -1,24 +1,27 @@
 """The shard contract: what a dataset folder holds and what a row means.
 
-    DATA/dataset.json                     the manifest below; written last, so a folder without it is unfinished
-    DATA/tokenizer.json                   the tokenizer that made the tokens
-    DATA/token_bytes.npy                  uint16 [V]: UTF-8 bytes of each token; 0 says that a token is no text (special, or a hole)
-    DATA/{train,heldout}/DOMAIN/          index.json of an MDS stream, and its shards in folders, gNNNNN/shard.NNNNN.mds[.zstd]
-    DATA/heldout_text/DOMAIN.jsonl        the held-out documents themselves
-    DATA/quarantine.jsonl                 records that could not be used: file, place, reason; only when there are any
-    DATA/report.{json,html}               counts, lengths, packing, repeats, throughput
+    DATA/dataset.json                     the manifest below; written last, so a folder without it
+    is unfinished DATA/tokenizer.json                   the tokenizer that made the tokens
+    DATA/token_bytes.npy                  uint16 [V]: UTF-8 bytes of each token; 0 says that a token
+    is no text (special, or a hole) DATA/{train,heldout}/DOMAIN/          index.json of an MDS
+    stream, and its shards in folders, gNNNNN/shard.NNNNN.mds[.zstd] DATA/heldout_text/DOMAIN.jsonl
+    the held-out documents themselves DATA/quarantine.jsonl                 records that could not
+    be used: file, place, reason; only when there are any DATA/report.{json,html}
+    counts, lengths, packing, repeats, throughput
 
-A row has sequence_length + 1 tokens: T inputs and, shifted by one, T targets. A document is stored as
-[start] + tokens + [end]; one longer than a row is cut into pieces that overlap by one token, so that every token is
-the target exactly once. A row is a sequence of segments: pieces of documents, and perhaps padding at its end.
+A row has sequence_length + 1 tokens: T inputs and, shifted by one, T targets. A document is stored
+as [start] + tokens + [end]; one longer than a row is cut into pieces that overlap by one token, so
+that every token is the target exactly once. A row is a sequence of segments: pieces of documents,
+and perhaps padding at its end.
 
-Bytes. With byte-level tokenizers a token stands for the same bytes everywhere (token_bytes.npy; byte_counts "table").
-With others (normalisation, SentencePiece, WordPiece) that depends on its place; then byte_counts is "column", rows have
-`target_bytes`, and the table only tells text from special tokens. Either way the bytes of all targets of a document
-sum to the UTF-8 bytes of its text.
+Bytes. With byte-level tokenizers a token stands for the same bytes everywhere (token_bytes.npy;
+byte_counts "table"). With others (normalisation, SentencePiece, WordPiece) that depends on its
+place; then byte_counts is "column", rows have `target_bytes`, and the table only tells text from
+special tokens. Either way the bytes of all targets of a document sum to the UTF-8 bytes of its
+text.
 
-A shard may also have `token_weights` (ndarray:float32:T+1): a factor on each token's loss when it is the target, used
-where objective.token_weights is set.
+A shard may also have `token_weights` (ndarray:float32:T+1): a factor on each token's loss when it
+is the target, used where objective.token_weights is set.
 """
 
 from __future__ import annotations
@@ -48,13 +51,17 @@ def token_dtype(vocab_size: int) -> np.dtype:
         return np.dtype(np.uint16)
     if vocab_size <= 2**32:
         return np.dtype(np.uint32)
-    raise PrepError(f"a vocabulary of {vocab_size} tokens does not fit uint32, the widest token type of the shards")
+    raise PrepError(
+        f"a vocabulary of {vocab_size} tokens does not fit uint32, the widest token type of the"
+        " shards"
+    )
 
 
 def columns(sequence_length: int, vocab_size: int, byte_counts: str = "table") -> dict[str, str]:
     """MDS columns of a row. doc_lens and doc_flags: one entry per segment, lengths summing to the row.
 
-    target_bytes (byte_counts "column" only): UTF-8 bytes each token stands for where it is the target.
+    target_bytes (byte_counts "column" only): UTF-8 bytes each token stands for where it is the
+    target.
     text_bytes: their sum over the row's targets.
     """
     found = {
@@ -76,7 +83,8 @@ class _Record(BaseModel):
 class SplitCounts(_Record):
     """One domain of one split. tokens: targets that are predicted, the ends of documents included.
 
-    max_segments: the most segments that any row has, padding included; None where the writer did not say.
+    max_segments: the most segments that any row has, padding included; None where the writer did
+    not say.
     """
 
     documents: int
@@ -113,19 +121,34 @@ class DatasetManifest(_Record):
         """Read and check a dataset folder. Raises PrepError that names the file and the way out."""
         path = folder / "dataset.json"
         if not path.is_file():
-            state = "is not there" if not folder.exists() else "has no dataset.json, so it is not a finished dataset"
-            raise PrepError(f"dataset folder {folder} {state}; make it with: nextpt prep shards --output {folder}")
+            state = (
+                "is not there"
+                if not folder.exists()
+                else "has no dataset.json, so it is not a finished dataset"
+            )
+            raise PrepError(
+                f"dataset folder {folder} {state}; make it with: nextpt prep shards --output"
+                f" {folder}"
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             version = raw.get("format_version")
             if version != FORMAT_VERSION:
-                raise PrepError(f"{path} has format version {version}; this nextpt reads {FORMAT_VERSION}: prepare the data again")
+                raise PrepError(
+                    f"{path} has format version {version}; this nextpt reads {FORMAT_VERSION}:"
+                    " prepare the data again"
+                )
             manifest = cls.model_validate(raw)
         except (ValueError, AttributeError, ValidationError) as error:
             if isinstance(error, PrepError):
                 raise
-            raise PrepError(f"{path} is damaged: {str(error).splitlines()[0]}; prepare the data again") from error
+            raise PrepError(
+                f"{path} is damaged: {str(error).splitlines()[0]}; prepare the data again"
+            ) from error
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.is_file() or sha256_file(tokenizer) != manifest.tokenizer_sha256:
-            raise PrepError(f"{tokenizer} is not the tokenizer that made these shards (its hash differs): prepare the data again")
+            raise PrepError(
+                f"{tokenizer} is not the tokenizer that made these shards (its hash differs):"
+                " prepare the data again"
+            )
         return manifest

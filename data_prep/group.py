@@ -1,7 +1,7 @@
 """Packing one group of documents and writing its rows as MDS shards.
 
-The shards of a group come to lie in WORK/dataset/SPLIT/DOMAIN/gNNNNN, by renaming a whole folder; WORK/packed/NNNNN.json,
-written after that, says what is in them, and that the group is done.
+The shards of a group come to lie in WORK/dataset/SPLIT/DOMAIN/gNNNNN, by renaming a whole folder;
+WORK/packed/NNNNN.json, written after that, says what is in them, and that the group is done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ import xxhash
 from data_prep.encode import Advance, tokens_path
 from data_prep.errors import PrepError
 from data_prep.files import atomic_write
-from data_prep.format import ENDS_MID_DOCUMENT, PADDING, SPLITS, STARTS_MID_DOCUMENT, columns, token_dtype
+from data_prep.format import (
+    ENDS_MID_DOCUMENT,
+    PADDING,
+    SPLITS,
+    STARTS_MID_DOCUMENT,
+    columns,
+    token_dtype,
+)
 from data_prep.layout import Group, dropped
 from data_prep.pack import Pieces, pack, shuffled
 from data_prep.plan import Plan
@@ -47,8 +54,11 @@ def packed_path(work: Path, group: int) -> Path:
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of one split. stream: [start] tokens [end] of all, one after another; sizes: uint32, bytes of each place
-    of the stream, or None; offsets: int64 [documents + 1] into them; bytes: UTF-8 bytes of all texts."""
+    """Documents of one split. stream: [start] tokens [end] of all, one after another.
+
+    sizes: uint32, bytes of each place of the stream, or None; offsets: int64 [documents + 1] into
+    them; bytes: UTF-8 bytes of all texts.
+    """
 
     stream: np.ndarray
     sizes: np.ndarray | None
@@ -60,7 +70,14 @@ class Documents:
         return np.diff(self.offsets)
 
 
-def pack_group(plan: Plan, group: Group, domain: int, tokenizer: Tokenizer, repeats: Repeats, advance: Advance = lambda n: None) -> None:
+def pack_group(
+    plan: Plan,
+    group: Group,
+    domain: int,
+    tokenizer: Tokenizer,
+    repeats: Repeats,
+    advance: Advance = lambda n: None,
+) -> None:
     """Pack a group and write its shards. domain: its number in the dataset."""
     work = plan.spec.work
     name = group_name(group.index)
@@ -76,7 +93,8 @@ def pack_group(plan: Plan, group: Group, domain: int, tokenizer: Tokenizer, repe
             advance(int(documents.offsets[-1]))
         for split in SPLITS:
             target = work / "dataset" / split / group.domain / name
-            if found[split]["rows"] and not target.exists():  # there already: another worker's, of the same bytes
+            # There already: another worker's, of the same bytes
+            if found[split]["rows"] and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(staging / split, target)
     finally:
@@ -85,7 +103,9 @@ def pack_group(plan: Plan, group: Group, domain: int, tokenizer: Tokenizer, repe
         json.dump(found | {"seconds": time.process_time() - started}, file)
 
 
-def gather(plan: Plan, group: Group, repeats: Repeats, tokenizer: Tokenizer, *, heldout: bool) -> Documents:
+def gather(
+    plan: Plan, group: Group, repeats: Repeats, tokenizer: Tokenizer, *, heldout: bool
+) -> Documents:
     """The documents of a group that belong to one split, without those that are dropped."""
     tokens, sizes, lengths, total = [], [], [], 0
     for unit in range(group.start[0], min(group.stop[0] + 1, len(plan.units))):
@@ -109,15 +129,19 @@ def gather(plan: Plan, group: Group, repeats: Repeats, tokenizer: Tokenizer, *, 
     stream[offsets[:-1]], stream[offsets[1:] - 1] = tokenizer.start_id, tokenizer.end_id
     placed = None
     if tokenizer.byte_counts == "column":
-        placed = _spread(sizes, [counts + 1 for counts in lengths], offsets, np.uint32)  # an end has a size too
+        # An end has a size too
+        placed = _spread(sizes, [counts + 1 for counts in lengths], offsets, np.uint32)
         placed[offsets[:-1]] = 0
     return Documents(stream, placed, offsets, total)
 
 
-def _spread(parts: list[np.ndarray], counts: list[np.ndarray], offsets: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
+def _spread(
+    parts: list[np.ndarray], counts: list[np.ndarray], offsets: np.ndarray, dtype: npt.DTypeLike
+) -> np.ndarray:
     """The values of `parts`, of which documents have `counts` each, from the second place of each document on; other places are not set.
 
-    One copy for each document, and no other: a mask over all places takes longer but for the shortest documents.
+    One copy for each document, and no other: a mask over all places takes longer but for the
+    shortest documents.
     """
     spread = np.empty(offsets[-1], dtype=dtype)
     places = iter((offsets[:-1] + 1).tolist())
@@ -135,24 +159,34 @@ def _chosen(documents: np.ndarray, domain: int, heldout: bool) -> np.ndarray:
 
 
 def _select(values: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The stretches of `values` that belong to chosen documents; documents have `counts` values each."""
+    """The stretches of `values` that belong to chosen documents.
+
+    Documents have `counts` values each.
+    """
     if chosen.all():
         return values
     ends = np.cumsum(counts)
     places = np.flatnonzero(chosen)
     if not len(places):
         return values[:0]
-    # Neighbours are copied as one stretch: with one domain per unit that is nearly everything at once.
+    # Neighbours are copied as one stretch: with one domain per unit that is nearly everything at
+    # once.
     breaks = np.flatnonzero(np.diff(places) > 1)
-    firsts, lasts = places[np.concatenate(([0], breaks + 1))], places[np.concatenate((breaks, [len(places) - 1]))]
-    return np.concatenate([values[ends[a] - counts[a] : ends[b]] for a, b in zip(firsts, lasts, strict=True)])
+    firsts = places[np.concatenate(([0], breaks + 1))]
+    lasts = places[np.concatenate((breaks, [len(places) - 1]))]
+    return np.concatenate(
+        [values[ends[a] - counts[a] : ends[b]] for a, b in zip(firsts, lasts, strict=True)]
+    )
 
 
 class _Rows:
     """The rows of one group and split."""
 
     def __init__(self, plan: Plan, tokenizer: Tokenizer, documents: Documents, domain: int) -> None:
-        self.spec, self.documents, self.domain, self.tokenizer = plan.spec, documents, np.uint16(domain).tobytes(), tokenizer
+        self.spec = plan.spec
+        self.documents = documents
+        self.domain = np.uint16(domain).tobytes()
+        self.tokenizer = tokenizer
         self.capacity = plan.spec.sequence_length + 1
         self.table = tokenizer.token_bytes()
         self.pieces, self.rows = pack(documents.lengths, self.capacity, plan.spec.packing)
@@ -167,20 +201,30 @@ class _Rows:
             import_streaming()
             from streaming import MDSWriter
 
-            layout = columns(self.spec.sequence_length, self.tokenizer.vocab_size, self.tokenizer.byte_counts)
-            # Not used as a context: its __exit__ would write an index for half the rows when something fails.
-            writer = MDSWriter(columns=layout, out=str(folder), compression=self.spec.compression, hashes=["xxh64"], size_limit=SHARD_BYTES)
+            layout = columns(
+                self.spec.sequence_length, self.tokenizer.vocab_size, self.tokenizer.byte_counts
+            )
+            # Not used as a context: its __exit__ would write an index for half the rows when
+            # something fails.
+            writer = MDSWriter(
+                columns=layout,
+                out=str(folder),
+                compression=self.spec.compression,
+                hashes=["xxh64"],
+                size_limit=SHARD_BYTES,
+            )
             for row in shuffled(len(self.rows), self.spec.seed, stream).tolist():
                 writer.write(self._sample(self.rows[row]))
             writer.finish()
         return self._summary(_check_shards(folder) if self.rows else [])
 
     def _sample(self, row: list[int]) -> dict[str, bytes]:
-        """One MDS sample (columns of data_prep.format), encoded: the writer takes bytes as they are, and encoding costs it
-        twice as much as all the rest of writing."""
+        """One MDS sample (columns of data_prep.format), encoded: the writer takes bytes as they are, and encoding costs it twice as much as all the rest of writing."""
         begins, ends = self.begins[row].tolist(), self.ends[row].tolist()
-        flags, lengths = self.flags[row].tolist(), [end - begin for begin, end in zip(begins, ends, strict=True)]
-        tokens, filled = self._joined(self.documents.stream, begins, ends, self.tokenizer.end_id), sum(lengths)
+        flags = self.flags[row].tolist()
+        lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        tokens = self._joined(self.documents.stream, begins, ends, self.tokenizer.end_id)
+        filled = sum(lengths)
         own = self.table[tokens]
         firsts = [0, *accumulate(lengths[:-1])]  # no targets
         own[firsts] = own[filled:] = 0
@@ -195,14 +239,19 @@ class _Rows:
             flags.append(PADDING)
         self.max_segments = max(self.max_segments, len(lengths))
         sample = {
-            "tokens": tokens.tobytes(), "doc_lens": _encoded(np.array(lengths, dtype=np.uint32)), "doc_flags": _encoded(np.array(flags, dtype=np.uint8)),
-            "domain": self.domain, "text_bytes": target_bytes.sum(dtype=np.uint32).tobytes(),
+            "tokens": tokens.tobytes(),
+            "doc_lens": _encoded(np.array(lengths, dtype=np.uint32)),
+            "doc_flags": _encoded(np.array(flags, dtype=np.uint8)),
+            "domain": self.domain,
+            "text_bytes": target_bytes.sum(dtype=np.uint32).tobytes(),
         }
         if self.documents.sizes is not None:
             sample["target_bytes"] = target_bytes.tobytes()
         return sample
 
-    def _joined(self, values: np.ndarray, begins: list[int], ends: list[int], padding: int) -> np.ndarray:
+    def _joined(
+        self, values: np.ndarray, begins: list[int], ends: list[int], padding: int
+    ) -> np.ndarray:
         """The stretches of `values` that make a row, padded to its length."""
         row = np.concatenate([values[begin:end] for begin, end in zip(begins, ends, strict=True)])
         short = self.capacity - len(row)
@@ -213,16 +262,25 @@ class _Rows:
         per_document = np.bincount(pieces.document, minlength=len(lengths))
         assert len(self.rows) == sum(shard["samples"] for shard in shards)
         return {
-            "documents": len(lengths), "bytes": self.documents.bytes, "tokens": int((pieces.lengths - 1).sum()),
-            "text_tokens": int(self.text_tokens), "rows": len(self.rows),
+            "documents": len(lengths),
+            "bytes": self.documents.bytes,
+            "tokens": int((pieces.lengths - 1).sum()),
+            "text_tokens": int(self.text_tokens),
+            "rows": len(self.rows),
             "padding_tokens": len(self.rows) * self.capacity - int(pieces.lengths.sum()),
-            "max_segments": self.max_segments, "pieces": len(pieces.start), "cut_documents": int((per_document > 1).sum()), "histogram": length_histogram(lengths).tolist(), "shards": shards,
+            "max_segments": self.max_segments,
+            "pieces": len(pieces.start),
+            "cut_documents": int((per_document > 1).sum()),
+            "histogram": length_histogram(lengths).tolist(),
+            "shards": shards,
         }
 
 
 def _encoded(array: np.ndarray) -> bytes:
     """A vector as MDS has it in a column without a fixed shape: axes and type of the shape, the shape, the values."""
-    kind, shape = next((i, t) for i, t in enumerate(("u1", "<u2", "<u4")) if len(array) < 2 ** (8 << i))
+    kind, shape = next(
+        (i, t) for i, t in enumerate(("u1", "<u2", "<u4")) if len(array) < 2 ** (8 << i)
+    )
     return bytes([1 << 2 | kind]) + np.array(array.shape, dtype=shape).tobytes() + array.tobytes()
 
 
@@ -232,8 +290,10 @@ def _flags(pieces: Pieces, lengths: np.ndarray) -> np.ndarray:
 
 
 def _check_shards(folder: Path) -> list[dict[str, Any]]:
-    """Read back what the writer wrote, against its hashes, and sync it. Returns the shards of its index, which is removed:
-    the whole domain gets one."""
+    """Read back what the writer wrote, against its hashes, and sync it.
+
+    Returns the shards of its index, which is removed: the whole domain gets one.
+    """
     index = folder / "index.json"
     shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
     for shard in shards:
@@ -242,7 +302,10 @@ def _check_shards(folder: Path) -> list[dict[str, Any]]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             data = file.read()
-        if len(data) != stored["bytes"] or xxhash.xxh64_hexdigest(data) != stored["hashes"]["xxh64"]:
+        if (
+            len(data) != stored["bytes"]
+            or xxhash.xxh64_hexdigest(data) != stored["hashes"]["xxh64"]
+        ):
             raise PrepError(f"{path} was not stored as it was written; is the disk failing?")
     index.unlink()
     return shards

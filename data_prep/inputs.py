@@ -22,8 +22,7 @@ READABLE = ".jsonl, .ndjson, .json (one object a line) or .txt, plain, .gz or .z
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file. name: below the corpus it was found in. stamp: changes when the file does: its modification time, ns, as far
-    as the store has one; of small local files the hash of what is in them, so that a copy counts as the same."""
+    """One file. name: below the corpus it was found in. stamp: changes when the file does: its modification time, ns, as far as the store has one; of small local files the hash of what is in them, so that a copy counts as the same."""
 
     uri: str
     name: str
@@ -37,7 +36,7 @@ class InputFile:
 
     @property
     def compression(self) -> str | None:
-        """"gzip", "zstd" or None."""
+        """ "gzip", "zstd" or None."""
         return COMPRESSIONS.get(posixpath.splitext(self.name)[1].lower())
 
 
@@ -51,9 +50,12 @@ def format_of(name: str) -> str | None:
 
 
 def find_files(location: str | Path) -> list[InputFile]:
-    """The readable files of a location in the order of their names. Raises PrepError that names the location.
+    """The readable files of a location in the order of their names.
 
-    Files whose name begins with "." or "_" are markers of other programs and are passed over in folders.
+    Raises PrepError that names the location.
+
+    Files whose name begins with "." or "_" are markers of other programs and are passed over in
+    folders.
     """
     text = str(location)
     pattern = re.search(r"[*?\[]", text)
@@ -75,17 +77,27 @@ def find_files(location: str | Path) -> list[InputFile]:
     return _readable(text, base, path, listing, pattern is not None)
 
 
-def _readable(text: str, base: str, path: str, listing: list[fs.FileInfo], pattern: bool) -> list[InputFile]:
+def _readable(
+    text: str, base: str, path: str, listing: list[fs.FileInfo], pattern: bool
+) -> list[InputFile]:
     """Those of a listing of folder `path` that are read and wanted."""
     found = []
     for entry in listing:
         name = posixpath.relpath(entry.path, path)
         uri = f"{base.rstrip('/')}/{name}" if base else name
-        wanted = _matches(uri, text) if pattern else not any(part.startswith((".", "_")) for part in name.split("/"))
+        wanted = (
+            _matches(uri, text)
+            if pattern
+            else not any(part.startswith((".", "_")) for part in name.split("/"))
+        )
         if entry.type == fs.FileType.File and wanted and format_of(name):
             found.append(_input(uri, name, entry))
     if not found:
-        raise PrepError(f"no file matches {text}, of those that are read: {READABLE}" if pattern else f"folder {text} holds no file that is read: {READABLE}")
+        raise PrepError(
+            f"no file matches {text}, of those that are read: {READABLE}"
+            if pattern
+            else f"folder {text} holds no file that is read: {READABLE}"
+        )
     return sorted(found, key=lambda f: f.name)
 
 
@@ -107,5 +119,7 @@ def _glob_expression(pattern: str) -> str:
             parts.append("(?:[^/]+/)*")
         else:
             expression = fnmatch.translate(segment)  # (?s:...)\Z
-            parts.append(expression.removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*") + "/")
+            parts.append(
+                expression.removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*") + "/"
+            )
     return "".join(parts).removesuffix("/")

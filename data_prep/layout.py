@@ -1,7 +1,8 @@
 """What is packed together: the documents of all units, in the order of the plan, divided into groups of one domain.
 
-Groups are a function of what the units hold, so they too do not depend on the workers. Before any is packed the share
-of bad records is looked at: WORK/layout.json is there when the corpus is good enough to go on.
+Groups are a function of what the units hold, so they too do not depend on the workers. Before any
+is packed the share of bad records is looked at: WORK/layout.json is there when the corpus is good
+enough to go on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from data_prep.plan import Plan, Unit
 from data_prep.repeats import Repeats
 from data_prep.tokens import TokensFile, read_footer
 
-GROUP_TOKENS = 2**26  # packed at once: 128 or 256 MiB, and hardly any padding (a row per group and split)
+# Packed at once: 128 or 256 MiB, and hardly any padding (a row per group and split)
+GROUP_TOKENS = 2**26
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class Layout:
     @classmethod
     def load(cls, work: Path) -> Layout:
         value = json.loads(layout_path(work).read_text(encoding="utf-8"))
-        groups = [Group(i, domain, tuple(start), tuple(stop), tokens) for i, (domain, start, stop, tokens) in enumerate(value["groups"])]
+        groups = [
+            Group(i, domain, tuple(start), tuple(stop), tokens)
+            for i, (domain, start, stop, tokens) in enumerate(value["groups"])
+        ]
         return cls(value["domains"], groups, value["counts"])
 
 
@@ -58,7 +63,10 @@ def layout_path(work: Path) -> Path:
 
 
 def make_layout(plan: Plan, repeats: Repeats) -> None:
-    """Write WORK/layout.json. Raises PrepError when too many records are bad or a domain has nothing to train on."""
+    """Write WORK/layout.json.
+
+    Raises PrepError when too many records are bad or a domain has nothing to train on.
+    """
     work = plan.spec.work
     footers = [read_footer(tokens_path(work, unit.index)) for unit in plan.units]
     counts = _counts(plan, footers, repeats)
@@ -69,7 +77,10 @@ def make_layout(plan: Plan, repeats: Repeats) -> None:
         totals = [footer["totals"].get(domain, [0, 0, 0, 0]) for footer in footers]
         if sum(t[0] - t[3] for t in totals) == 0:
             place = plan.spec.domains.get(domain, ", ".join(map(str, plan.spec.domains.values())))
-            raise PrepError(f"domain {domain} ({place}) has no document to train on: it is empty, or all were held out")
+            raise PrepError(
+                f"domain {domain} ({place}) has no document to train on: it is empty, or all were"
+                " held out"
+            )
     groups = [[domain, *group] for domain in domains for group in _groups(domain, footers, work)]
     with atomic_write(layout_path(work)) as file:
         json.dump({"domains": domains, "groups": groups, "counts": counts}, file)
@@ -82,15 +93,23 @@ def _counts(plan: Plan, footers: list[dict[str, Any]], repeats: Repeats) -> dict
     for footer in footers:
         passed.update(footer["passed"])
         bad.update(footer["bad"])
-    records, documents, cuts = (sum(footer[key] for footer in footers) for key in ("records", "documents", "cuts"))
-    assert records + cuts == documents + passed.total() + bad.total(), f"{records} records became {documents}, {passed}, {bad}"
+    records, documents, cuts = (
+        sum(footer[key] for footer in footers) for key in ("records", "documents", "cuts")
+    )
+    assert records + cuts == documents + passed.total() + bad.total(), (
+        f"{records} records became {documents}, {passed}, {bad}"
+    )
     repeated = len(repeats.texts)
     if plan.spec.duplicates == "drop":
         passed["repeats an earlier text"] = repeated
     if clashes := sum(len(clashing_ids(repeats, unit)) for unit in range(len(footers))):
         bad["repeated id"] = clashes
     return {
-        "records": records, "cuts": cuts, "passed": dict(passed), "bad": dict(bad), "repeated": repeated,
+        "records": records,
+        "cuts": cuts,
+        "passed": dict(passed),
+        "bad": dict(bad),
+        "repeated": repeated,
         "bytes": sum(t[2] for footer in footers for t in footer["totals"].values()),
         "tokens": sum(footer["tokens"] for footer in footers),
         "seconds": sum(footer["seconds"] for footer in footers),
@@ -99,14 +118,21 @@ def _counts(plan: Plan, footers: list[dict[str, Any]], repeats: Repeats) -> dict
 
 
 def clashing_ids(repeats: Repeats, unit: int) -> np.ndarray:
-    """Documents of a unit whose id an earlier one with another text has. A repeated record is a repeat, no clash."""
+    """Documents of a unit whose id an earlier one with another text has.
+
+    A repeated record is a repeat, no clash.
+    """
     return np.setdiff1d(repeats.of_unit("ids", unit), repeats.of_unit("texts", unit))
 
 
 def dropped(plan: Plan, repeats: Repeats, unit: int) -> np.ndarray:
     """Documents of a unit that do not get into the dataset."""
     clashes = clashing_ids(repeats, unit)
-    return np.union1d(clashes, repeats.of_unit("texts", unit)) if plan.spec.duplicates == "drop" else clashes
+    return (
+        np.union1d(clashes, repeats.of_unit("texts", unit))
+        if plan.spec.duplicates == "drop"
+        else clashes
+    )
 
 
 def _check_bad(plan: Plan, repeats: Repeats, counts: dict[str, Any]) -> None:
@@ -116,16 +142,23 @@ def _check_bad(plan: Plan, repeats: Repeats, counts: dict[str, Any]) -> None:
     path = plan.spec.work / "quarantine.jsonl"
     with atomic_write(path, "wb") as file:
         file.writelines(line for unit in plan.units for line in quarantined(plan, repeats, unit))
-    first = orjson.loads(next(line for unit in plan.units for line in quarantined(plan, repeats, unit)))
+    first = orjson.loads(
+        next(line for unit in plan.units for line in quarantined(plan, repeats, unit))
+    )
     reasons = ", ".join(f"{reason}: {count}" for reason, count in counts["bad"].items())
-    raise PrepError(f"{bad} of {records} records are bad, more than max_bad_fraction = {plan.spec.max_bad_fraction} allows ({reasons}); "
-                    f"the first: {first['file']}, {place_of(first)}: {first['reason']}{': ' * bool(first['detail'])}{first['detail']}. "
-                    f"All of them: {path}. Mend them, or allow more")
+    raise PrepError(
+        f"{bad} of {records} records are bad, more than max_bad_fraction ="
+        f" {plan.spec.max_bad_fraction} allows ({reasons}); the first: {first['file']},"
+        f" {place_of(first)}: {first['reason']}{': ' * bool(first['detail'])}{first['detail']}. All"
+        f" of them: {path}. Mend them, or allow more"
+    )
 
 
 def place_of(entry: dict[str, Any]) -> str:
     """Where a quarantined record is, in words."""
-    return f"row {entry['place']}" if entry["file"].endswith(".parquet") else f"byte {entry['place']}"
+    return (
+        f"row {entry['place']}" if entry["file"].endswith(".parquet") else f"byte {entry['place']}"
+    )
 
 
 def quarantined(plan: Plan, repeats: Repeats, unit: Unit) -> Iterator[bytes]:
@@ -135,13 +168,26 @@ def quarantined(plan: Plan, repeats: Repeats, unit: Unit) -> Iterator[bytes]:
         yield from file
     clashes = clashing_ids(repeats, unit.index)
     for document in TokensFile(path).documents[clashes] if len(clashes) else ():
-        entry = {"file": unit.parts[document["part"]].file.uri, "place": int(document["place"]), "reason": "repeated id",
-                 "detail": f"an earlier record has its {plan.spec.id_field}; where that key is not unique, choose another with --id-field", "id": None}
+        entry = {
+            "file": unit.parts[document["part"]].file.uri,
+            "place": int(document["place"]),
+            "reason": "repeated id",
+            "detail": (
+                f"an earlier record has its {plan.spec.id_field}; where that key is not unique,"
+                " choose another with --id-field"
+            ),
+            "id": None,
+        }
         yield orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _groups(domain: str, footers: list[dict[str, Any]], work: Path) -> Iterator[tuple[tuple[int, int], tuple[int, int], int]]:
-    """(start, stop, tokens) of the groups of a domain; a unit larger than a group is divided by documents."""
+def _groups(
+    domain: str, footers: list[dict[str, Any]], work: Path
+) -> Iterator[tuple[tuple[int, int], tuple[int, int], int]]:
+    """(start, stop, tokens) of the groups of a domain.
+
+    A unit larger than a group is divided by documents.
+    """
     start, gathered = (0, 0), 0
     for unit, footer in enumerate(footers):
         documents, tokens, *_ = footer["totals"].get(domain, [0, 0, 0, 0])
@@ -161,10 +207,17 @@ def _groups(domain: str, footers: list[dict[str, Any]], work: Path) -> Iterator[
 def _cuts(domain: str, footer: dict[str, Any], work: Path, unit: int) -> Iterator[tuple[int, int]]:
     """(document to cut before, tokens before it) for every full group inside one unit."""
     documents = TokensFile(tokens_path(work, unit)).documents
-    own = np.where(documents["domain"] == footer["domains"].index(domain), documents["tokens"].astype(np.int64) + 2, 0)
+    own = np.where(
+        documents["domain"] == footer["domains"].index(domain),
+        documents["tokens"].astype(np.int64) + 2,
+        0,
+    )
     ends = np.cumsum(own)
     taken = 0
     while ends[-1] - taken > GROUP_TOKENS:
-        document = max(int(np.searchsorted(ends, taken + GROUP_TOKENS, side="right")), int(np.searchsorted(ends, taken, side="right")) + 1)
+        document = max(
+            int(np.searchsorted(ends, taken + GROUP_TOKENS, side="right")),
+            int(np.searchsorted(ends, taken, side="right")) + 1,
+        )
         yield document, int(ends[document - 1]) - taken
         taken = int(ends[document - 1])

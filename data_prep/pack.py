@@ -9,9 +9,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Pieces:
-    """Stretches [start, stop) of documents, int64 [pieces] each; a document's own overlap by one token.
+    """Stretches [start, stop) of documents, int64 [pieces] each.
 
-    Within a piece all tokens but the first are targets, so each token but a document's first is the target once.
+    A document's own overlap by one token.
+
+    Within a piece all tokens but the first are targets, so each token but a document's first is the
+    target once.
     """
 
     document: np.ndarray
@@ -43,7 +46,10 @@ def pack(lengths: np.ndarray, capacity: int, method: str) -> tuple[Pieces, list[
 
 
 def concatenate(lengths: np.ndarray, capacity: int) -> tuple[Pieces, list[list[int]]]:
-    """Documents one after another, cut wherever a row is full; what is left of one begins the next row."""
+    """Documents one after another, cut wherever a row is full.
+
+    What is left of one begins the next row.
+    """
     cut: list[tuple[int, int, int]] = []
     rows: list[list[int]] = [[]]
     room = capacity
@@ -67,8 +73,9 @@ def concatenate(lengths: np.ndarray, capacity: int) -> tuple[Pieces, list[list[i
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Rows as lists of piece indices: longest pieces first, each into the fullest row that still has room.
 
-    arXiv 2404.10830 (best-fit packing): nearly no padding and no needless cuts. Free space is looked up in an integer
-    whose bit s is set while some row has s tokens free; deterministic. Raises ValueError for a piece above capacity.
+    arXiv 2404.10830 (best-fit packing): nearly no padding and no needless cuts. Free space is
+    looked up in an integer whose bit s is set while some row has s tokens free; deterministic.
+    Raises ValueError for a piece above capacity.
     """
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"a piece of {lengths.max()} tokens is longer than a row of {capacity}")

@@ -1,7 +1,8 @@
 """The plan of a preparation: its inputs cut into work units, which do not depend on how many workers there are.
 
-WORK/plan.json is written once. Every worker reads it, and a preparation that is started again goes on only when its
-settings and inputs (names, sizes, modification times) are those of the plan that it finds.
+WORK/plan.json is written once. Every worker reads it, and a preparation that is started again goes
+on only when its settings and inputs (names, sizes, modification times) are those of the plan that
+it finds.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from data_prep.inputs import InputFile, find_files
 from data_prep.records import Fields, Part, Record, read_part, row_groups, unpacked_size
 from data_prep.spec import PrepSpec
 
-UNIT_BYTES = 2**25  # of text: seconds of work, so little is done twice after a kill or waited for at the end; small files share a unit
+# Of text: seconds of work, so little is done twice after a kill or waited for at the end; small
+# files share a unit
+UNIT_BYTES = 2**25
 LISTING_THREADS = 16  # Parquet footers in an object store are latency, not work
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Work for one worker. source: the name that its corpus was given under. size: bytes stored. text: about how many they
-    unpack to. tail_from: characters of it before the held-out tail begins (split "tail" only)."""
+    """Work for one worker. source: the name that its corpus was given under. size: bytes stored. text: about how many they unpack to. tail_from: characters of it before the held-out tail begins (split "tail" only)."""
 
     index: int
     source: str
@@ -65,7 +67,15 @@ class Plan:
             "sha256": self.sha256,
             "spec": json.loads(self.spec.model_dump_json()),
             "files": [[f.uri, f.name, f.size, f.stamp] for f in files],
-            "units": [[u.source, u.text, u.tail_from, [[index[p.file], p.start, p.stop, p.stored] for p in u.parts]] for u in self.units],
+            "units": [
+                [
+                    u.source,
+                    u.text,
+                    u.tail_from,
+                    [[index[p.file], p.start, p.stop, p.stored] for p in u.parts],
+                ]
+                for u in self.units
+            ],
         }
         self.spec.work.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.spec.work / "plan.json") as file:
@@ -84,7 +94,9 @@ class Plan:
             )
             return cls(PrepSpec.model_validate(value["spec"]), units, value["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PrepError(f"{path} cannot be read: {error}; remove {work} and start again") from error
+            raise PrepError(
+                f"{path} cannot be read: {error}; remove {work} and start again"
+            ) from error
 
 
 def make_plan(spec: PrepSpec) -> Plan:
@@ -93,7 +105,10 @@ def make_plan(spec: PrepSpec) -> Plan:
     found = {name: find_files(place) for name, place in spec.domains.items()}
     units: list[Unit] = []
     for name in sorted(found):
-        units += [Unit(len(units) + i, name, parts, text) for i, (parts, text) in enumerate(_cut(found[name]))]
+        units += [
+            Unit(len(units) + i, name, parts, text)
+            for i, (parts, text) in enumerate(_cut(found[name]))
+        ]
     if spec.split == "tail":
         units = _find_tails(spec, units)
     return Plan(spec, tuple(units), _identity(spec, found))
@@ -137,18 +152,41 @@ def _parts(file: InputFile) -> list[tuple[Part, int]]:
         sizes = row_groups(file)
         if sum(sizes) <= UNIT_BYTES:
             return [(Part(file, 0, len(sizes), file.size), sum(sizes))]
-        return [(Part(file, i, i + 1, file.size * size // sum(sizes)), size) for i, size in enumerate(sizes)]
+        return [
+            (Part(file, i, i + 1, file.size * size // sum(sizes)), size)
+            for i, size in enumerate(sizes)
+        ]
     if file.compression or file.format == ".txt":
         return [(Part(file, 0, file.size, file.size), unpacked_size(file))]
-    ranges = [(start, min(start + UNIT_BYTES, file.size)) for start in range(0, max(file.size, 1), UNIT_BYTES)]
+    ranges = [
+        (start, min(start + UNIT_BYTES, file.size))
+        for start in range(0, max(file.size, 1), UNIT_BYTES)
+    ]
     return [(Part(file, start, stop, stop - start), stop - start) for start, stop in ranges]
 
 
 def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:
-    """Units with the place where the tail of their source begins. Reads everything once: for corpora of one machine."""
+    """Units with the place where the tail of their source begins.
+
+    Reads everything once: for corpora of one machine.
+    """
     fields = Fields(spec.text_field, spec.id_field)
-    lengths = [sum(len(r.text) for part in unit.parts for r in read_part(part, fields) if isinstance(r, Record)) for unit in units]
-    left = {name: int(sum(n for unit, n in zip(units, lengths, strict=True) if unit.source == name) * (1 - spec.heldout)) for name in spec.domains}
+    lengths = [
+        sum(
+            len(r.text)
+            for part in unit.parts
+            for r in read_part(part, fields)
+            if isinstance(r, Record)
+        )
+        for unit in units
+    ]
+    left = {
+        name: int(
+            sum(n for unit, n in zip(units, lengths, strict=True) if unit.source == name)
+            * (1 - spec.heldout)
+        )
+        for name in spec.domains
+    }
     placed = []
     for unit, length in zip(units, lengths, strict=True):
         placed.append(replace(unit, tail_from=left[unit.source]))
@@ -164,4 +202,6 @@ def plan_sha256(spec: PrepSpec) -> str:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Settings and sources, for the report."""
-    return plan.spec.settings() | {"sources": {name: str(place) for name, place in plan.spec.domains.items()}}
+    return plan.spec.settings() | {
+        "sources": {name: str(place) for name, place in plan.spec.domains.items()}
+    }

@@ -1,8 +1,9 @@
 """From corpora to a dataset folder, by any number of workers.
 
-Work goes on in OUTPUT.work, beside the output: plan, tokenizer, tokens of every unit, packed groups (data_prep.stages).
-Killed at any instant and started again, with any number of workers, it goes on with what is not done, and ends with the
-same bytes. The finished folder takes its name by a rename, so a dataset folder exists or does not.
+Work goes on in OUTPUT.work, beside the output: plan, tokenizer, tokens of every unit, packed groups
+(data_prep.stages). Killed at any instant and started again, with any number of workers, it goes on
+with what is not done, and ends with the same bytes. The finished folder takes its name by a rename,
+so a dataset folder exists or does not.
 """
 
 from __future__ import annotations
@@ -19,18 +20,27 @@ from data_prep.encode import tokens_path
 from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
 from data_prep.plan import Plan, make_plan, plan_sha256
-from data_prep.watch import watching
 from data_prep.spec import PrepSpec
+from data_prep.watch import watching
 from data_prep.workers import LocalWorkers, Workers
 
 
-def prepare(spec: PrepSpec, *, overwrite: bool = False, console: Console | None = None, workers: Workers | None = None,
-            alone: bool = True) -> DatasetManifest:
-    """Write the dataset folder `spec.output` and return its manifest; an unchanged dataset is reused, unfinished work continued.
+def prepare(
+    spec: PrepSpec,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    workers: Workers | None = None,
+    alone: bool = True,
+) -> DatasetManifest:
+    """Write the dataset folder `spec.output` and return its manifest.
 
-    overwrite: replace a dataset, or drop unfinished work, of other inputs or settings. workers: where to work; the cores
-    of this machine unless given. alone: no other start of the same preparation is at work now, as tasks of a job array
-    are; then what failed before is tried anew. Raises PrepError (naming file, line or key); the output is as it was then.
+    An unchanged dataset is reused, unfinished work continued.
+
+    overwrite: replace a dataset, or drop unfinished work, of other inputs or settings. workers:
+    where to work; the cores of this machine unless given. alone: no other start of the same
+    preparation is at work now, as tasks of a job array are; then what failed before is tried anew.
+    Raises PrepError (naming file, line or key); the output is as it was then.
     """
     console = console or Console(quiet=True)
     plan = make_plan(spec)
@@ -43,7 +53,10 @@ def prepare(spec: PrepSpec, *, overwrite: bool = False, console: Console | None 
         shutil.rmtree(spec.work, ignore_errors=True)  # the last leases of workers that came late
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PrepError(f"no space left on the device of {spec.output.absolute().parent}; free some and start again") from error
+            raise PrepError(
+                f"no space left on the device of {spec.output.absolute().parent}; free some and"
+                " start again"
+            ) from error
         raise PrepError(f"{error.filename or spec.output}: {error.strerror or error}") from error
     return DatasetManifest.load(spec.output)
 
@@ -62,7 +75,10 @@ def is_current(spec: PrepSpec) -> bool:
 
 
 def _is_to_do(plan: Plan, overwrite: bool, console: Console) -> bool:
-    """False when the output is there already. Raises PrepError when it is something else, and is not to be replaced."""
+    """False when the output is there already.
+
+    Raises PrepError when it is something else, and is not to be replaced.
+    """
     output = plan.spec.output
     if (output / "dataset.json").exists():
         try:
@@ -75,7 +91,10 @@ def _is_to_do(plan: Plan, overwrite: bool, console: Console) -> bool:
             console.print(f"{output} is there and was made from the same inputs")
             return False
         if not overwrite:
-            raise PrepError(f"{output} holds a dataset made from other inputs or settings; give another output or --overwrite")
+            raise PrepError(
+                f"{output} holds a dataset made from other inputs or settings; give another output"
+                " or --overwrite"
+            )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PrepError(f"{output} is there and is no dataset; give another output")
     return True
@@ -89,11 +108,16 @@ def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
         if found.sha256 == plan.sha256:
             done = sum(tokens_path(work, unit.index).exists() for unit in plan.units)
             if alone:
-                console.print(f"going on with {work}: {done} of {len(plan.units)} units are tokenized")
+                console.print(
+                    f"going on with {work}: {done} of {len(plan.units)} units are tokenized"
+                )
                 shutil.rmtree(work / "failed", ignore_errors=True)
             return
         if not overwrite and any((work / "tok").glob("*.tok")):
-            raise PrepError(f"{work} holds unfinished work on other inputs or settings; finish that, or drop it with --overwrite")
+            raise PrepError(
+                f"{work} holds unfinished work on other inputs or settings; finish that, or drop it"
+                " with --overwrite"
+            )
     if work.exists() and alone:
         shutil.rmtree(work)
     plan.save()
@@ -103,7 +127,13 @@ def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
 
 def summary_table(manifest: DatasetManifest) -> Table:
     """Documents, bytes, tokens, bytes per token and packing efficiency, per split and domain."""
-    table = Table(title="dataset", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(
+        title="dataset",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("split", no_wrap=True)
     table.add_column("domain", no_wrap=True)
     for heading in ("docs", "bytes", "tokens", "B/token", "rows", "packing"):
@@ -112,8 +142,13 @@ def summary_table(manifest: DatasetManifest) -> Table:
         for domain, c in domains.items():
             slots = c.rows * (manifest.sequence_length + 1)
             table.add_row(
-                split, domain, f"{c.documents:,}", f"{c.bytes:,}", f"{c.text_tokens:,}",
-                f"{c.bytes / c.text_tokens:.2f}" if c.text_tokens else "-", f"{c.rows:,}",
+                split,
+                domain,
+                f"{c.documents:,}",
+                f"{c.bytes:,}",
+                f"{c.text_tokens:,}",
+                f"{c.bytes / c.text_tokens:.2f}" if c.text_tokens else "-",
+                f"{c.rows:,}",
                 f"{1 - c.padding_tokens / slots:.2%}" if slots else "-",
             )
     return table

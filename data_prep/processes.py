@@ -22,7 +22,8 @@ POLL = 1.0  # seconds between looks at ancestors
 def start_of(pid: int) -> str | None:
     """When a process of this machine began, None when there is none: with its number it names a process until a reboot.
 
-    In clock ticks since boot, which no change of the wall clock moves; what has ended and was not waited for is gone too.
+    In clock ticks since boot, which no change of the wall clock moves; what has ended and was not
+    waited for is gone too.
     """
     fields = _stat(pid)
     return fields[19] if fields and fields[0] not in "ZX" else None
@@ -51,7 +52,12 @@ def children_of(pid: int) -> list[int]:
 
 def identity() -> dict[str, Any]:
     """Names this process among those of all machines. machine: one boot of one kernel, and one space of process numbers."""
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": start_of(os.getpid())}
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": start_of(os.getpid()),
+    }
 
 
 def is_here(owner: dict[str, Any]) -> bool:
@@ -65,10 +71,13 @@ def is_gone(owner: dict[str, Any]) -> bool:
 
 
 def end_with(ancestors: list[int], gone: Callable[[int], None]) -> None:
-    """Call gone(pid) when one of the ancestors (parent first) has ended; the kernel kills this process with its parent.
+    """Call gone(pid) when one of the ancestors (parent first) has ended.
 
-    The kernel's way works also while this process is stopped or inside a library; a thread looks for the others, and for
-    the parent where the kernel has no such way. Ancestors that are dead already are noticed too.
+    The kernel kills this process with its parent.
+
+    The kernel's way works also while this process is stopped or inside a library; a thread looks
+    for the others, and for the parent where the kernel has no such way. Ancestors that are dead
+    already are noticed too.
     """
     if sys.platform == "linux" and ancestors and ancestors[0] == os.getppid():
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,4 +1,7 @@
-"""Records of a part of a file: JSON lines, Parquet or plain text, in bounded memory. A bad one is told, not raised."""
+"""Records of a part of a file: JSON lines, Parquet or plain text, in bounded memory.
+
+A bad one is told, not raised.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,24 @@ from data_prep.stores import STORE_ERRORS, open_store, store_problem
 
 BLOCK = 2**22
 LONGEST_LINE = 2 * LONGEST_DOCUMENT  # a document and what else its record holds
-# Text compresses 3 to 10 times and repetitive logs some hundred; zeros 30,000 times (zstd). A bomb is a file that goes on
-# past this ratio, once it has given more than BOMB_FLOOR bytes.
+# Text compresses 3 to 10 times and repetitive logs some hundred; zeros 30,000 times (zstd). A bomb
+# is a file that goes on past this ratio, once it has given more than BOMB_FLOOR bytes.
 BOMB_RATIO = 1000
 BOMB_FLOOR = 2**26
 PARQUET_ROWS = 256
-# Bytes of a compressed file that tell how far it unpacks, and the ratio taken for files not larger than a few times that.
+# Bytes of a compressed file that tell how far it unpacks, and the ratio taken for files not larger
+# than a few times that.
 HEAD = 2**17
 USUAL_EXPANSION = 4
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of one file. Plain lines: bytes [start, stop) in which a line begins; Parquet: row groups [start, stop);
-    other files are whole: [0, size). stored: bytes of the file that it takes."""
+    """A stretch of one file.
+
+    Plain lines: bytes [start, stop) in which a line begins; Parquet: row groups [start, stop);
+    other files are whole: [0, size). stored: bytes of the file that it takes.
+    """
 
     file: InputFile
     start: int
@@ -41,7 +48,9 @@ class Part:
 
 def whole(file: InputFile) -> Part:
     """All of a file."""
-    return Part(file, 0, len(row_groups(file)) if file.format == ".parquet" else file.size, file.size)
+    return Part(
+        file, 0, len(row_groups(file)) if file.format == ".parquet" else file.size, file.size
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +75,23 @@ class Bad:
 
 @dataclass(frozen=True)
 class Fields:
-    """Keys of a record; a dotted one ("meta.lang") goes down into objects when there is no such key as a whole."""
+    """Keys of a record.
+
+    A dotted one ("meta.lang") goes down into objects when there is no such key as a whole.
+    """
 
     text: str = "text"
     id: str | None = "id"
     domain: str | None = None
 
 
-def read_part(part: Part, fields: Fields, advance: Callable[[int], None] = lambda n: None) -> Iterator[Record | Bad]:
+def read_part(
+    part: Part, fields: Fields, advance: Callable[[int], None] = lambda n: None
+) -> Iterator[Record | Bad]:
     """Records of a part, good and bad, in their order. advance: hears bytes of the stored file as they are used up.
 
-    Raises PrepError, naming the file, for what spoils all of it: a file that is gone, truncated, not in its format, or
-    whose text column has another type.
+    Raises PrepError, naming the file, for what spoils all of it: a file that is gone, truncated,
+    not in its format, or whose text column has another type.
     """
     kind = part.file.format
     try:
@@ -104,7 +118,10 @@ def _open(file: InputFile) -> tuple[pa.NativeFile, pa.NativeFile]:
 
 
 def unpacked_size(file: InputFile) -> int:
-    """Bytes that a file holds once it is unpacked; of a larger compressed file an estimate from its first ones."""
+    """Bytes that a file holds once it is unpacked.
+
+    Of a larger compressed file an estimate from its first ones.
+    """
     if not file.compression:
         return file.size
     if file.size <= 8 * HEAD:
@@ -117,7 +134,9 @@ def unpacked_size(file: InputFile) -> int:
         with pa.CompressedInputStream(pa.BufferReader(head), file.compression) as stream:
             while given < BOMB_RATIO * HEAD and (chunk := stream.read(2**16)):
                 given += len(chunk)
-    except STORE_ERRORS:  # it ends in the middle of its stream, as it must; what else is wrong the one who reads all of it will tell
+    # It ends in the middle of its stream, as it must; what else is wrong the one who reads all of
+    # it will tell
+    except STORE_ERRORS:
         pass
     return file.size * given // HEAD or file.size * USUAL_EXPANSION
 
@@ -133,7 +152,10 @@ def _read_text(part: Part) -> Record | Bad:
 
 
 def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, bytes | Bad]]:
-    """(offset, line) of every line that begins in the part; a line above LONGEST_LINE is skipped in bounded memory."""
+    """(offset, line) of every line that begins in the part.
+
+    A line above LONGEST_LINE is skipped in bounded memory.
+    """
     file = part.file
     stream, raw = _open(file)
     with stream:
@@ -142,7 +164,8 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
             stream.seek(part.start - 1)  # the byte before tells whether a line begins at `start`
             offset = part.start - 1
         used = part.start
-        # The pieces of the line being read are joined once, at its end: joined at every block a long line costs its square.
+        # The pieces of the line being read are joined once, at its end: joined at every block a
+        # long line costs its square.
         pieces: list[bytes] = []
         length, skipping, first = 0, False, part.start > 0
         while chunk := stream.read(BLOCK):
@@ -153,7 +176,10 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
             for end in ends:
                 length += len(end)
                 if not (skipping or first):
-                    yield offset, b"".join([*pieces, end]) if length <= LONGEST_LINE else _too_long(offset)
+                    yield (
+                        offset,
+                        (b"".join([*pieces, end]) if length <= LONGEST_LINE else _too_long(offset)),
+                    )
                 pieces, skipping, first = [], False, False
                 offset, length = offset + length + 1, 0
                 if offset >= part.stop and not file.compression:
@@ -175,8 +201,10 @@ def _too_long(offset: int) -> Bad:
 
 def _refuse_bomb(file: InputFile, given: int) -> None:
     if file.compression and given > BOMB_FLOOR and given > BOMB_RATIO * file.size:
-        raise PrepError(f"{file.uri}: its {file.size} bytes unpack to more than {BOMB_RATIO} times as many, as those of a "
-                        "decompression bomb do; unpack it yourself if it is to be trusted")
+        raise PrepError(
+            f"{file.uri}: its {file.size} bytes unpack to more than {BOMB_RATIO} times as many, as"
+            " those of a decompression bomb do; unpack it yourself if it is to be trusted"
+        )
 
 
 def _parse(place: int, line: bytes, fields: Fields) -> Record | Bad:
@@ -197,9 +225,16 @@ def _record(place: int, record: dict[str, Any], fields: Fields) -> Record | Bad:
     text = _lookup(record, fields.text)
     if text is None:
         known = fields.text in record
-        return Bad(place, "null text" if known else "no text", f"expected a string under key {fields.text!r}", name)
+        return Bad(
+            place,
+            "null text" if known else "no text",
+            f"expected a string under key {fields.text!r}",
+            name,
+        )
     if not isinstance(text, str):
-        return Bad(place, "text is no string", f"key {fields.text!r} holds a {type(text).__name__}", name)
+        return Bad(
+            place, "text is no string", f"key {fields.text!r} holds a {type(text).__name__}", name
+        )
     domain = None
     if fields.domain:
         domain = _lookup(record, fields.domain)
@@ -235,7 +270,9 @@ def row_groups(file: InputFile) -> list[int]:
         raise store_problem(error, f"{file.uri} cannot be read as Parquet") from error
 
 
-def _read_parquet(part: Part, fields: Fields, advance: Callable[[int], None]) -> Iterator[Record | Bad]:
+def _read_parquet(
+    part: Part, fields: Fields, advance: Callable[[int], None]
+) -> Iterator[Record | Bad]:
     store, path = open_store(part.file.uri)
     with store.open_input_file(path) as source:
         table = pq.ParquetFile(source)
@@ -243,7 +280,9 @@ def _read_parquet(part: Part, fields: Fields, advance: Callable[[int], None]) ->
         columns = _columns(part.file, table.schema_arrow, fields)
         row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
         total = max(sum(table.metadata.row_group(i).num_rows for i in groups), 1)
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=list(groups), columns=columns):
+        for batch in table.iter_batches(
+            batch_size=PARQUET_ROWS, row_groups=list(groups), columns=columns
+        ):
             for record in _rows(batch):
                 if isinstance(record, Exception):
                     yield Bad(row, "not UTF-8", str(record))
@@ -254,7 +293,10 @@ def _read_parquet(part: Part, fields: Fields, advance: Callable[[int], None]) ->
 
 
 def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
-    """Columns to read, by their first step. Raises PrepError when the text column is missing or no string."""
+    """Columns to read, by their first step.
+
+    Raises PrepError when the text column is missing or no string.
+    """
     found = []
     for key in (fields.text, fields.id, fields.domain):
         if key is None:
@@ -267,8 +309,15 @@ def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
     if fields.text in schema.names:
         kind = schema.field(fields.text).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind)):
-            raise PrepError(f"{file.uri}: column {fields.text!r} is of type {kind}, expected string")
+        if not (
+            pa.types.is_string(kind)
+            or pa.types.is_large_string(kind)
+            or pa.types.is_string_view(kind)
+            or pa.types.is_null(kind)
+        ):
+            raise PrepError(
+                f"{file.uri}: column {fields.text!r} is of type {kind}, expected string"
+            )
     return list(dict.fromkeys(found))
 
 

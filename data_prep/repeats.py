@@ -1,9 +1,10 @@
 """Documents that are there more than once: by the hash of their text, and by their id.
 
-Hashes are divided among partitions by their remainder, so that memory is bounded by PARTITION records however many
-documents there are, and partitions are work for as many workers. The first of equal documents, in the order of the
-plan, is the one that counts. Equal means equal xxh64, and for texts equal length too: among 10^9 documents one false pair
-is to be expected with a chance of 3 % for ids and far less for texts.
+Hashes are divided among partitions by their remainder, so that memory is bounded by PARTITION
+records however many documents there are, and partitions are work for as many workers. The first of
+equal documents, in the order of the plan, is the one that counts. Equal means equal xxh64, and for
+texts equal length too: among 10^9 documents one false pair is to be expected with a chance of 3 %
+for ids and far less for texts.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def repeats_path(work: Path, partition: int) -> Path:
     return work / "repeats" / f"{partition:05d}.npz"
 
 
-def find_repeats(work: Path, units: int, partition: int, count: int, advance: Advance = lambda n: None) -> None:
+def find_repeats(
+    work: Path, units: int, partition: int, count: int, advance: Advance = lambda n: None
+) -> None:
     """Write the later ones of equal texts and of equal ids among the documents of one partition of `count`."""
     found = {"text": [], "id": []}
     for unit in range(units):
@@ -60,7 +63,9 @@ def _later(keyed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort((keyed["document"], keyed["unit"], keyed["bytes"], keyed["hash"]))
     keyed = keyed[order]
     new = np.ones(len(keyed), dtype=bool)
-    new[1:] = (keyed["hash"][1:] != keyed["hash"][:-1]) | (keyed["bytes"][1:] != keyed["bytes"][:-1])
+    new[1:] = (keyed["hash"][1:] != keyed["hash"][:-1]) | (
+        keyed["bytes"][1:] != keyed["bytes"][:-1]
+    )
     starts = np.flatnonzero(new)
     counts = np.diff(np.append(starts, len(keyed)))
     top = np.argsort(-counts, kind="stable")[:TOP]
@@ -75,16 +80,24 @@ def _later(keyed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Repeats:
-    """What all partitions found. texts, ids: PLACE records in order; often: the most frequent texts."""
+    """What all partitions found. texts, ids: PLACE records in order.
+
+    often: the most frequent texts.
+    """
 
     def __init__(self, work: Path, count: int) -> None:
         parts = []
         for partition in range(count):
             with np.load(repeats_path(work, partition)) as found:
                 parts.append({name: found[name] for name in found.files})
-        self.texts, self.ids = (np.sort(np.concatenate([p[name] for p in parts]), order=("unit", "document")) for name in ("texts", "ids"))
+        self.texts, self.ids = (
+            np.sort(np.concatenate([p[name] for p in parts]), order=("unit", "document"))
+            for name in ("texts", "ids")
+        )
         often = np.concatenate([p["often"] for p in parts])
-        self.often = often[np.lexsort((often["document"], often["unit"], -often["count"].astype(np.int64)))][:TOP]
+        self.often = often[
+            np.lexsort((often["document"], often["unit"], -often["count"].astype(np.int64)))
+        ][:TOP]
 
     def of_unit(self, which: str, unit: int) -> np.ndarray:
         """Documents of a unit that repeat an earlier text ("texts") or id ("ids"), in order."""

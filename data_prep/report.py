@@ -1,7 +1,7 @@
 """The report of a preparation: report.json for programs and report.html for people, one page without network.
 
-Both are made from the models below, which the preparation fills; what can be derived from other figures is derived here
-and also written to report.json.
+Both are made from the models below, which the preparation fills; what can be derived from other
+figures is derived here and also written to report.json.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from data_prep.files import atomic_write, canonical_json
 
 HISTOGRAM_BINS = 32
 # Text out of a corpus may hold lone surrogates, which no file in UTF-8 can.
-FromCorpus = Annotated[str, BeforeValidator(lambda text: text.encode("utf-8", "replace").decode() if isinstance(text, str) else text)]
+FromCorpus = Annotated[
+    str,
+    BeforeValidator(
+        lambda text: text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
+    ),
+]
 
 
 def length_histogram(lengths: np.ndarray) -> np.ndarray:
     """int64 [HISTOGRAM_BINS]: entry i counts the lengths in [2^i, 2^(i+1)). lengths: integers of 1 and more."""
-    exponents = np.frexp(np.asarray(lengths, dtype=np.float64))[1] - 1  # exact, where a rounded log2 is not
+    # exact, where a rounded log2 is not
+    exponents = np.frexp(np.asarray(lengths, dtype=np.float64))[1] - 1
     return np.bincount(exponents, minlength=HISTOGRAM_BINS).astype(np.int64)
 
 
@@ -37,9 +43,10 @@ class _Part(BaseModel):
 class SplitReport(_Part):
     """One domain of one split.
 
-    tokens: targets, the ends of documents included; text_tokens: those of them that are text. slots: tokens that the
-    rows have room for, rows * (sequence_length + 1). pieces: segments that hold text; cut_documents: documents of more
-    than one piece. length_histogram: documents by their tokens with start and end, as length_histogram() bins them.
+    tokens: targets, the ends of documents included; text_tokens: those of them that are text.
+    slots: tokens that the rows have room for, rows * (sequence_length + 1). pieces: segments that
+    hold text; cut_documents: documents of more than one piece. length_histogram: documents by their
+    tokens with start and end, as length_histogram() bins them.
     """
 
     split: str
@@ -73,7 +80,10 @@ class SplitReport(_Part):
 
 
 class RepeatedText(_Part):
-    """A text that came more than once. count: how often in all; bytes: of one copy; id: of the first."""
+    """A text that came more than once. count: how often in all.
+
+    bytes: of one copy; id: of the first.
+    """
 
     count: int
     bytes: int
@@ -82,7 +92,10 @@ class RepeatedText(_Part):
 
 
 class Repeats(_Part):
-    """Exact repeats. documents, bytes: of the copies after the first; dropped: whether they were left out."""
+    """Exact repeats. documents, bytes: of the copies after the first.
+
+    dropped: whether they were left out.
+    """
 
     documents: int
     bytes: int
@@ -107,9 +120,12 @@ class Quarantined(_Part):
 
 
 class Throughput(_Part):
-    """stage_seconds: CPU seconds of all workers by what they did; the tokenizer's own are under "tokenize".
+    """stage_seconds: CPU seconds of all workers by what they did.
 
-    cpu_seconds: of all processes; bytes: UTF-8 of the texts read; input_bytes: of the files as they are, compressed or not.
+    The tokenizer's own are under "tokenize".
+
+    cpu_seconds: of all processes; bytes: UTF-8 of the texts read; input_bytes: of the files as they
+    are, compressed or not.
     """
 
     workers: int
@@ -168,7 +184,10 @@ class InputReport(_Part):
 
 
 class PrepReport(_Part):
-    """Everything the report says. filtered, quarantined: by reason; settings: shown as they are, by name."""
+    """Everything the report says. filtered, quarantined: by reason.
+
+    settings: shown as they are, by name.
+    """
 
     name: str
     fingerprint: str
@@ -188,7 +207,11 @@ class PrepReport(_Part):
 
 def write_report(report: PrepReport, folder: Path) -> None:
     """Write folder/report.json and folder/report.html."""
-    page = _environment().get_template("report.html.j2").render(report=report, total=total_of(report.splits))
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(report=report, total=total_of(report.splits))
+    )
     with atomic_write(folder / "report.json") as file:
         file.write(canonical_json(report.model_dump(mode="json")))
     with atomic_write(folder / "report.html") as file:
@@ -197,7 +220,17 @@ def write_report(report: PrepReport, folder: Path) -> None:
 
 def total_of(splits: list[SplitReport]) -> SplitReport:
     """All domains and splits as one."""
-    counts = ("documents", "bytes", "tokens", "text_tokens", "rows", "slots", "padding_tokens", "pieces", "cut_documents")
+    counts = (
+        "documents",
+        "bytes",
+        "tokens",
+        "text_tokens",
+        "rows",
+        "slots",
+        "padding_tokens",
+        "pieces",
+        "cut_documents",
+    )
     histogram = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
     for part in splits:
         histogram[: len(part.length_histogram)] += np.array(part.length_histogram, dtype=np.int64)
@@ -206,7 +239,7 @@ def total_of(splits: list[SplitReport]) -> SplitReport:
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """part / whole, or None where there is nothing to divide by."""
+    """Part / whole, or None where there is nothing to divide by."""
     return part / whole if whole else None
 
 
@@ -218,8 +251,16 @@ def histogram_bars(counts: list[int], width: float, height: float) -> list[dict[
     first, last = filled[0], filled[-1]
     step = width / max(last - first + 1, 6)  # a few bars do not fill the picture
     tallest = max(counts)
-    return [{"exponent": i, "count": counts[i], "x": (i - first) * step, "width": step - 2,
-             "height": max(height * counts[i] / tallest, 1.0) if counts[i] else 0.0} for i in range(first, last + 1)]
+    return [
+        {
+            "exponent": i,
+            "count": counts[i],
+            "x": (i - first) * step,
+            "width": step - 2,
+            "height": max(height * counts[i] / tallest, 1.0) if counts[i] else 0.0,
+        }
+        for i in range(first, last + 1)
+    ]
 
 
 def bin_position(length: int, bars: list[dict[str, float | int]]) -> float | None:
@@ -246,13 +287,28 @@ def _power(exponent: int) -> str:
 
 
 def _environment() -> Environment:
-    environment = Environment(loader=PackageLoader("data_prep", "."), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("data_prep", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {
-        "count": lambda n: f"{n:,}", "size": partial(humanize.naturalsize, binary=True), "short": _short, "share": _share, "power": _power,
+        "count": lambda n: f"{n:,}",
+        "size": partial(humanize.naturalsize, binary=True),
+        "short": _short,
+        "share": _share,
+        "power": _power,
         "figure": lambda value: "-" if value is None else f"{value:.2f}",
-        "duration": lambda s: humanize.precisedelta(s, minimum_unit="seconds" if s < 90 else "minutes", format="%.0f"),
+        "duration": lambda s: humanize.precisedelta(
+            s, minimum_unit="seconds" if s < 90 else "minutes", format="%.0f"
+        ),
         "date": lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s)),
     }
-    environment.globals |= {"ratio": ratio, "histogram_bars": histogram_bars, "bin_position": bin_position}
+    environment.globals |= {
+        "ratio": ratio,
+        "histogram_bars": histogram_bars,
+        "bin_position": bin_position,
+    }
     return environment

@@ -19,31 +19,77 @@ from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from data_prep.work import Stage, work_through
 
+
 def stages(plan: Plan) -> Iterator[Stage]:
     """Each stage when the one before it is done, as its items depend on what that found."""
     work, units = plan.spec.work, plan.units
-    yield Stage("tokenizer", [1], lambda i: choice_path(work).exists(), lambda i, advance: make_tokenizer(plan))
-    yield Stage("tokenize", [unit.size for unit in units], lambda i: tokens_path(work, i).exists(),
-                lambda i, advance: encode_unit(plan, units[i], _tokenizer(plan), advance), [unit.text for unit in units])
+    yield Stage(
+        "tokenizer",
+        [1],
+        lambda i: choice_path(work).exists(),
+        lambda i, advance: make_tokenizer(plan),
+    )
+    yield Stage(
+        "tokenize",
+        [unit.size for unit in units],
+        lambda i: tokens_path(work, i).exists(),
+        lambda i, advance: encode_unit(plan, units[i], _tokenizer(plan), advance),
+        [unit.text for unit in units],
+    )
     count = partitions(work, len(units))
-    yield Stage("repeats", [len(units)] * count, lambda i: repeats_path(work, i).exists(),
-                lambda i, advance: find_repeats(work, len(units), i, count, advance))
-    yield Stage("layout", [1], lambda i: layout_path(work).exists(), lambda i, advance: make_layout(plan, Repeats(work, count)))
+    yield Stage(
+        "repeats",
+        [len(units)] * count,
+        lambda i: repeats_path(work, i).exists(),
+        lambda i, advance: find_repeats(work, len(units), i, count, advance),
+    )
+    yield Stage(
+        "layout",
+        [1],
+        lambda i: layout_path(work).exists(),
+        lambda i, advance: make_layout(plan, Repeats(work, count)),
+    )
     layout, repeats = Layout.load(work), _repeats(plan.sha256, work, count)
-    yield Stage("pack", [group.tokens for group in layout.groups], lambda i: packed_path(work, i).exists(),
-                lambda i, advance: pack_group(plan, layout.groups[i], layout.domains.index(layout.groups[i].domain), _tokenizer(plan), repeats, advance))
-    yield Stage("finish", [1], lambda i: is_finished(plan),
-                lambda i, advance: finish(plan, layout, _tokenizer(plan), repeats, time.time() - (work / "plan.json").stat().st_mtime))
+    yield Stage(
+        "pack",
+        [group.tokens for group in layout.groups],
+        lambda i: packed_path(work, i).exists(),
+        lambda i, advance: pack_group(
+            plan,
+            layout.groups[i],
+            layout.domains.index(layout.groups[i].domain),
+            _tokenizer(plan),
+            repeats,
+            advance,
+        ),
+    )
+    yield Stage(
+        "finish",
+        [1],
+        lambda i: is_finished(plan),
+        lambda i, advance: finish(
+            plan,
+            layout,
+            _tokenizer(plan),
+            repeats,
+            time.time() - (work / "plan.json").stat().st_mtime,
+        ),
+    )
 
 
 def run_worker(work: Path, worker: int, workers: int) -> None:
-    """Take part in a preparation until it is finished; the same on every host. Raises PrepError when it cannot be."""
+    """Take part in a preparation until it is finished; the same on every host.
+
+    Raises PrepError when it cannot be.
+    """
     plan = Plan.load(work)
     try:
         for stage in stages(plan):
-            work_through(stage, work, worker, workers, idle=import_streaming)  # which takes seconds, and packing needs it
+            # Which takes seconds, and packing needs it
+            work_through(stage, work, worker, workers, idle=import_streaming)
     except (FileNotFoundError, PrepError):
-        if not is_finished(plan):  # else another worker has finished, and removed WORK under this one's feet
+        # Else another worker has finished, and removed WORK under this one's feet
+        if not is_finished(plan):
             raise
 
 

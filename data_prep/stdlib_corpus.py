@@ -1,7 +1,7 @@
 """A real corpus that every machine has: the standard library of the running Python.
 
-Two domains: `code`, its sources with docstrings stripped, and `prose`, its docstrings (those of a module are one
-document), the language reference that pydoc carries, and text files.
+Two domains: `code`, its sources with docstrings stripped, and `prose`, its docstrings (those of a
+module are one document), the language reference that pydoc carries, and text files.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ from data_prep.documents import Document
 from data_prep.errors import PrepError
 from data_prep.files import atomic_write
 
-# Installed packages are not the standard library. Its own tests are left out because distributions do not ship them:
-# so the corpus is nearly the same on every machine.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test"}
+# Installed packages are not the standard library. Its own tests are left out because distributions
+# do not ship them: so the corpus is nearly the same on every machine.
+SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib-dynload",
+    "test",
+    "tests",
+    "idle_test",
+}
 SHORTEST_PROSE = 200  # characters: a module with less says little beyond its signatures
 
 
@@ -35,13 +43,17 @@ class Collected:
 def collect(output: Path, library: Path | None = None) -> Collected:
     """Write OUTPUT/code.jsonl and OUTPUT/prose.jsonl, one {"id", "text"} a line, in a fixed order.
 
-    library: folder of sources; the running Python's standard library unless given. Raises PrepError if it has none.
+    library: folder of sources; the running Python's standard library unless given. Raises PrepError
+    if it has none.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
     result = Collected({"code": 0, "prose": 0}, {"code": 0, "prose": 0}, 0)
     output.mkdir(parents=True, exist_ok=True)
     # Kept when they are the same, as a dataset made from them knows large inputs by their time.
-    with atomic_write(output / "code.jsonl", keep_same=True) as code, atomic_write(output / "prose.jsonl", keep_same=True) as prose:
+    with (
+        atomic_write(output / "code.jsonl", keep_same=True) as code,
+        atomic_write(output / "prose.jsonl", keep_same=True) as prose,
+    ):
         for domain, document in _documents(library, result):
             (code if domain == "code" else prose).write(
                 json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n"
@@ -49,7 +61,10 @@ def collect(output: Path, library: Path | None = None) -> Collected:
             result.documents[domain] += 1
             result.bytes[domain] += len(document.text.encode())
         if not result.documents["code"]:
-            raise PrepError(f"{library} holds no Python sources; is this Python installed with its standard library?")
+            raise PrepError(
+                f"{library} holds no Python sources; is this Python installed with its standard"
+                " library?"
+            )
     return result
 
 
@@ -98,7 +113,12 @@ def _separate(source: str) -> tuple[list[str], str]:
             if docstring is not None:
                 first = node.body[0]
                 docstrings.append(docstring)
-                _cut(lines, first.lineno - 1, first.end_lineno or first.lineno, keep_body=len(node.body) == 1)
+                _cut(
+                    lines,
+                    first.lineno - 1,
+                    first.end_lineno or first.lineno,
+                    keep_body=len(node.body) == 1,
+                )
         for child in ast.iter_child_nodes(node):
             visit(child)
 

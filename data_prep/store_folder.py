@@ -15,10 +15,10 @@ OBJECT_STORES = {"s3", "gcs", "abfs"}  # pyarrow's names of those without folder
 
 
 class StoreFolder:
-    """The folder `place`, which need not exist. durable: what is written to a disk survives a loss of power. background: S3 may
-    take parts of a file later, which is faster; they wait in memory, without a bound where the link is slow.
+    """The folder `place`, which need not exist. durable: what is written to a disk survives a loss of power. background: S3 may take parts of a file later, which is faster; they wait in memory, without a bound where the link is slow.
 
-    Methods raise one of stores.STORE_ERRORS when the store answers badly; the constructor raises PrepError.
+    Methods raise one of stores.STORE_ERRORS when the store answers badly; the constructor raises
+    PrepError.
     """
 
     def __init__(self, place: str | Path, durable: bool = False, background: bool = True) -> None:
@@ -37,8 +37,12 @@ class StoreFolder:
     def sizes(self, below: str = "") -> dict[str, int]:
         """Size of every file, by name; of those in the folder `below` alone where it is given."""
         folder = self.path(below) if below else self.root
-        infos = self.filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-        return {str(PurePosixPath(i.path).relative_to(self.root)): i.size for i in infos if i.is_file}
+        infos = self.filesystem.get_file_info(
+            fs.FileSelector(folder, recursive=True, allow_not_found=True)
+        )
+        return {
+            str(PurePosixPath(i.path).relative_to(self.root)): i.size for i in infos if i.is_file
+        }
 
     def read(self, name: str, limit: int = -1) -> bytes | None:
         """A small file, or its first `limit` bytes; None when it is not there."""
@@ -54,7 +58,10 @@ class StoreFolder:
                 yield block
 
     def write(self, name: str, blocks: Iterable[bytes]) -> None:
-        """Object stores show an object when it is whole; a folder shows a file at once, so there it is renamed."""
+        """Object stores show an object when it is whole.
+
+        A folder shows a file at once, so there it is renamed.
+        """
         path = self.path(name)
         if self._folders:
             self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)

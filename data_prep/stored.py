@@ -19,7 +19,10 @@ from data_prep.streaming_compat import import_streaming
 
 @dataclass(frozen=True)
 class StoredShard:
-    """One shard as it lies on the disk, compressed or not. bytes, xxh64: of that file; entry: what index.json says of it."""
+    """One shard as it lies on the disk, compressed or not. bytes, xxh64: of that file.
+
+    entry: what index.json says of it.
+    """
 
     folder: Path
     name: str
@@ -35,33 +38,48 @@ class StoredShard:
 def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) -> list[StoredShard]:
     """The shards of one domain of one split, in order; none where it has no rows.
 
-    Raises PrepError when the index is not the one of the manifest, names a file outside its folder or without a hash, or
-    when a shard is missing or of another size. Shards are not read.
+    Raises PrepError when the index is not the one of the manifest, names a file outside its folder
+    or without a hash, or when a shard is missing or of another size. Shards are not read.
     """
     counts, folder = manifest.splits[split][domain], root / split / domain
     if not counts.rows:
         return []
     index = folder / "index.json"
     if not index.is_file() or sha256_file(index) != counts.index_sha256:
-        raise PrepError(f"{index} is missing or not the one that dataset.json was written with; prepare the data again or copy it anew")
-    shards = [_shard(folder, entry) for entry in json.loads(index.read_text(encoding="utf-8"))["shards"]]
+        raise PrepError(
+            f"{index} is missing or not the one that dataset.json was written with; prepare the"
+            " data again or copy it anew"
+        )
+    shards = [
+        _shard(folder, entry) for entry in json.loads(index.read_text(encoding="utf-8"))["shards"]
+    ]
     for shard in shards:
         size = shard.path.stat().st_size if shard.path.is_file() else None
         if size != shard.bytes:
-            state = "is missing" if size is None else f"has {size:,} bytes, its index says {shard.bytes:,}"
+            state = (
+                "is missing"
+                if size is None
+                else f"has {size:,} bytes, its index says {shard.bytes:,}"
+            )
             raise PrepError(f"{shard.path} {state}; prepare the data again or copy it anew")
     return shards
 
 
 def read_rows(shard: StoredShard) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, as mosaicml-streaming decodes them. Raises PrepError when its hash differs."""
+    """The rows of a shard, as mosaicml-streaming decodes them.
+
+    Raises PrepError when its hash differs.
+    """
     import_streaming()
     from streaming.base.compression import decompress
     from streaming.base.format import reader_from_json
 
     data = shard.path.read_bytes()
     if xxhash.xxh64_hexdigest(data) != shard.xxh64:
-        raise PrepError(f"{shard.path} is damaged: its xxh64 differs from the one in index.json; prepare the data again or copy it anew")
+        raise PrepError(
+            f"{shard.path} is damaged: its xxh64 differs from the one in index.json; prepare the"
+            " data again or copy it anew"
+        )
     compression = shard.entry["compression"]
     if compression is None:
         yield from reader_from_json(str(shard.folder), None, shard.entry)

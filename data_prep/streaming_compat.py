@@ -1,9 +1,10 @@
 """The one place that imports mosaicml-streaming, and deals with what stands in its way.
 
-streaming 0.13 imports torchvision and transformers when it is imported, for features that nextpt does not use. The
-torchvision on the registry is a CUDA build that fails beside CPU torch ("operator torchvision::nms does not exist"),
-transformers is pinned below 5 and takes a second to import. Unless the real package is there already, an empty stand-in
-serves for the length of the import and is then taken away, so that nobody else mistakes it for the real one.
+streaming 0.13 imports torchvision and transformers when it is imported, for features that nextpt
+does not use. The torchvision on the registry is a CUDA build that fails beside CPU torch ("operator
+torchvision::nms does not exist"), transformers is pinned below 5 and takes a second to import.
+Unless the real package is there already, an empty stand-in serves for the length of the import and
+is then taken away, so that nobody else mistakes it for the real one.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ STAND_INS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def import_streaming() -> types.ModuleType:
-    """The `streaming` module. Also sets LOCAL_WORLD_SIZE, which the deepspeed launcher calls LOCAL_SIZE.
+    """The `streaming` module.
 
-    LOCAL_SIZE comes first: the other may be inherited from a process that started this one. A wrong one would have every
-    rank take itself for the first of its machine, and StreamingDataset wait for ever.
+    Also sets LOCAL_WORLD_SIZE, which the deepspeed launcher calls LOCAL_SIZE.
+
+    LOCAL_SIZE comes first: the other may be inherited from a process that started this one. A wrong
+    one would have every rank take itself for the first of its machine, and StreamingDataset wait
+    for ever.
     """
     if "LOCAL_SIZE" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]

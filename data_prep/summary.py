@@ -34,29 +34,71 @@ EXAMPLES = 3  # of each kind of bad record
 EXCERPT_TOKENS = 48  # of a repeated text
 
 
-def summarise(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats, manifest: DatasetManifest,
-              packed: list[dict[str, Any]], folder: Path, wall_seconds: float) -> None:
+def summarise(
+    plan: Plan,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    repeats: Repeats,
+    manifest: DatasetManifest,
+    packed: list[dict[str, Any]],
+    folder: Path,
+    wall_seconds: float,
+) -> None:
     """Write folder/report.json and folder/report.html. packed: what the markers of the groups say."""
     spec = plan.spec
-    splits = [_split(split, domain, manifest, layout, packed) for split in SPLITS for domain in layout.domains]
+    splits = [
+        _split(split, domain, manifest, layout, packed)
+        for split in SPLITS
+        for domain in layout.domains
+    ]
     settings = spec.settings() | {"unit_count": len(plan.units), "group_count": len(layout.groups)}
-    write_report(PrepReport(
-        name=spec.output.name, fingerprint=manifest.fingerprint, version=_version(), finished=time.time(), sequence_length=spec.sequence_length,
-        documents_read=layout.counts["records"], splits=splits, repeats=_repeats(plan, layout, tokenizer, repeats),
-        filtered=layout.counts["passed"], quarantined=_quarantine(plan, repeats, layout), throughput=_throughput(plan, layout, packed, wall_seconds),
-        tokenizer=TokenizerReport(name=_tokenizer_name(plan), kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.sha256,
-                                  encoder=tokenizer.encoder, reason=encoder_reason(spec.work)),
-        settings=settings, inputs=_inputs(plan),
-    ), folder)
+    write_report(
+        PrepReport(
+            name=spec.output.name,
+            fingerprint=manifest.fingerprint,
+            version=_version(),
+            finished=time.time(),
+            sequence_length=spec.sequence_length,
+            documents_read=layout.counts["records"],
+            splits=splits,
+            repeats=_repeats(plan, layout, tokenizer, repeats),
+            filtered=layout.counts["passed"],
+            quarantined=_quarantine(plan, repeats, layout),
+            throughput=_throughput(plan, layout, packed, wall_seconds),
+            tokenizer=TokenizerReport(
+                name=_tokenizer_name(plan),
+                kind=tokenizer.kind,
+                vocab_size=tokenizer.vocab_size,
+                sha256=tokenizer.sha256,
+                encoder=tokenizer.encoder,
+                reason=encoder_reason(spec.work),
+            ),
+            settings=settings,
+            inputs=_inputs(plan),
+        ),
+        folder,
+    )
 
 
-def _split(split: str, domain: str, manifest: DatasetManifest, layout: Layout, packed: list[dict[str, Any]]) -> SplitReport:
-    found = [group[split] for group, planned in zip(packed, layout.groups, strict=True) if planned.domain == domain]
+def _split(
+    split: str, domain: str, manifest: DatasetManifest, layout: Layout, packed: list[dict[str, Any]]
+) -> SplitReport:
+    found = [
+        group[split]
+        for group, planned in zip(packed, layout.groups, strict=True)
+        if planned.domain == domain
+    ]
     counts = manifest.splits[split][domain]
     return SplitReport(
-        split=split, domain=domain, **counts.model_dump(exclude={"max_segments", "index_sha256"}), slots=counts.rows * (manifest.sequence_length + 1),
-        pieces=sum(f["pieces"] for f in found), cut_documents=sum(f["cut_documents"] for f in found),
-        length_histogram=[sum(column) for column in zip(*(f["histogram"] for f in found), strict=True)],
+        split=split,
+        domain=domain,
+        **counts.model_dump(exclude={"max_segments", "index_sha256"}),
+        slots=counts.rows * (manifest.sequence_length + 1),
+        pieces=sum(f["pieces"] for f in found),
+        cut_documents=sum(f["cut_documents"] for f in found),
+        length_histogram=[
+            sum(column) for column in zip(*(f["histogram"] for f in found), strict=True)
+        ],
     )
 
 
@@ -66,7 +108,10 @@ def _repeats(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats)
         documents = TokensFile(tokens_path(plan.spec.work, unit)).documents
         size += int(documents["bytes"][repeats.of_unit("texts", unit)].sum(dtype="int64"))
     return RepeatsReport(
-        documents=len(repeats.texts), bytes=size, dropped=plan.spec.duplicates == "drop", top=[_often(plan, tokenizer, entry) for entry in repeats.often],
+        documents=len(repeats.texts),
+        bytes=size,
+        dropped=plan.spec.duplicates == "drop",
+        top=[_often(plan, tokenizer, entry) for entry in repeats.often],
         repeated_ids=len(repeats.ids),
     )
 
@@ -79,8 +124,12 @@ def _often(plan: Plan, tokenizer: Tokenizer, entry: Any) -> RepeatedText:
     start = int(file.documents["tokens"][: int(entry["document"])].sum(dtype="int64"))
     tokens = file.tokens[start : start + min(int(document["tokens"]), EXCERPT_TOKENS)]
     source = unit.parts[int(document["part"])].file.uri
-    return RepeatedText(count=int(entry["count"]), bytes=int(entry["bytes"]), excerpt=tokenizer.decode(tokens),
-                        id=f"{source}, {place_of({'file': source, 'place': int(document['place'])})}")
+    return RepeatedText(
+        count=int(entry["count"]),
+        bytes=int(entry["bytes"]),
+        excerpt=tokenizer.decode(tokens),
+        id=f"{source}, {place_of({'file': source, 'place': int(document['place'])})}",
+    )
 
 
 def _quarantine(plan: Plan, repeats: Repeats, layout: Layout) -> dict[str, Quarantined]:
@@ -89,18 +138,35 @@ def _quarantine(plan: Plan, repeats: Repeats, layout: Layout) -> dict[str, Quara
         for line in quarantined(plan, repeats, unit):
             entry = orjson.loads(line)
             if len(examples[entry["reason"]]) < EXAMPLES:
-                examples[entry["reason"]].append(BadRecord(file=entry["file"], place=place_of(entry), detail=entry["detail"]))
-    return {reason: Quarantined(records=layout.counts["bad"][reason], examples=found) for reason, found in examples.items()}
+                examples[entry["reason"]].append(
+                    BadRecord(file=entry["file"], place=place_of(entry), detail=entry["detail"])
+                )
+    return {
+        reason: Quarantined(records=layout.counts["bad"][reason], examples=found)
+        for reason, found in examples.items()
+    }
 
 
-def _throughput(plan: Plan, layout: Layout, packed: list[dict[str, Any]], wall_seconds: float) -> Throughput:
+def _throughput(
+    plan: Plan, layout: Layout, packed: list[dict[str, Any]], wall_seconds: float
+) -> Throughput:
     counts = layout.counts
     packing = sum(group["seconds"] for group in packed)
-    workers = {read_footer(tokens_path(plan.spec.work, unit.index))["worker"] for unit in plan.units}
+    workers = {
+        read_footer(tokens_path(plan.spec.work, unit.index))["worker"] for unit in plan.units
+    }
     return Throughput(
-        workers=len(workers), wall_seconds=wall_seconds, cpu_seconds=counts["seconds"] + packing, bytes=counts["bytes"], input_bytes=plan.size,
-        tokens=counts["tokens"], stage_seconds={"tokenize": counts["encoding_seconds"], "read, check and store": counts["seconds"] - counts["encoding_seconds"],
-                                                "pack and write": packing},
+        workers=len(workers),
+        wall_seconds=wall_seconds,
+        cpu_seconds=counts["seconds"] + packing,
+        bytes=counts["bytes"],
+        input_bytes=plan.size,
+        tokens=counts["tokens"],
+        stage_seconds={
+            "tokenize": counts["encoding_seconds"],
+            "read, check and store": counts["seconds"] - counts["encoding_seconds"],
+            "pack and write": packing,
+        },
     )
 
 
@@ -108,7 +174,11 @@ def _inputs(plan: Plan) -> list[InputReport]:
     found = []
     for name, place in plan.spec.domains.items():
         files = {part.file for unit in plan.units if unit.source == name for part in unit.parts}
-        found.append(InputReport(domain=name, place=str(place), files=len(files), bytes=sum(f.size for f in files)))
+        found.append(
+            InputReport(
+                domain=name, place=str(place), files=len(files), bytes=sum(f.size for f in files)
+            )
+        )
     return found
 
 

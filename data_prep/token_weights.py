@@ -26,7 +26,9 @@ def load_function(place: str) -> Weigh:
     """The function of FILE.py:NAME. Raises PrepError."""
     file, _, name = place.rpartition(":")
     if not Path(file).is_file():
-        raise PrepError(f"{place}: expected FILE.py:NAME, a function of a row in a file that is there")
+        raise PrepError(
+            f"{place}: expected FILE.py:NAME, a function of a row in a file that is there"
+        )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None:
         raise PrepError(f"{file} is no Python file; its name must end in .py")
@@ -43,24 +45,38 @@ def load_function(place: str) -> Weigh:
 def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
     """Write `dataset` to the folder `output`, each row with the column token_weights = weigh(row), held-out rows too.
 
-    row: the columns of data_prep.format.columns, `tokens` [T + 1] and `domain` (its number) among them. weigh gives [T + 1]: the factor
-    on the loss of each token where it is the target, finite and >= 0. The output appears whole or not at all. Raises PrepError for
-    weights that are none and for an output that is there.
+    row: the columns of data_prep.format.columns, `tokens` [T + 1] and `domain` (its number) among
+    them. weigh gives [T + 1]: the factor on the loss of each token where it is the target, finite
+    and >= 0. The output appears whole or not at all. Raises PrepError for weights that are none and
+    for an output that is there.
     """
     manifest = DatasetManifest.load(dataset)
     if output.exists():
         raise PrepError(f"{output} exists; give another folder, or remove it")
     staging = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
-        splits = {split: {domain: counts.model_copy(update={"index_sha256": _write(dataset, staging, manifest, split, domain, weigh)})
-                          for domain, counts in domains.items()} for split, domains in manifest.splits.items()}
+        splits = {
+            split: {
+                domain: counts.model_copy(
+                    update={
+                        "index_sha256": _write(dataset, staging, manifest, split, domain, weigh)
+                    }
+                )
+                for domain, counts in domains.items()
+            }
+            for split, domains in manifest.splits.items()
+        }
         for name in ("tokenizer.json", "token_bytes.npy"):
             shutil.copyfile(dataset / name, staging / name)
         shutil.copytree(dataset / "heldout_text", staging / "heldout_text")
-        made = manifest.model_copy(update={"splits": splits, "fingerprint": "", "inputs_sha256": ""})
+        made = manifest.model_copy(
+            update={"splits": splits, "fingerprint": "", "inputs_sha256": ""}
+        )
         fingerprint = sha256(canonical_json(made.model_dump()).encode()).hexdigest()
         with atomic_write(staging / "dataset.json") as file:
-            file.write(canonical_json(made.model_copy(update={"fingerprint": fingerprint}).model_dump()))
+            file.write(
+                canonical_json(made.model_copy(update={"fingerprint": fingerprint}).model_dump())
+            )
         os.rename(staging, output)
     except OSError as error:
         raise PrepError(f"{error.filename or output}: {error.strerror or error}") from error
@@ -68,7 +84,9 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write(dataset: Path, output: Path, manifest: DatasetManifest, split: str, domain: str, weigh: Weigh) -> str:
+def _write(
+    dataset: Path, output: Path, manifest: DatasetManifest, split: str, domain: str, weigh: Weigh
+) -> str:
     """The shards of one domain of one split; the hash of their index, "" where there are none."""
     import_streaming()
     from streaming import MDSWriter
@@ -77,17 +95,30 @@ def _write(dataset: Path, output: Path, manifest: DatasetManifest, split: str, d
     if not shards:
         return ""
     length, folder = manifest.sequence_length + 1, output / split / domain
-    layout = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts) | {"token_weights": f"ndarray:float32:{length}"}
-    writer = MDSWriter(columns=layout, out=str(folder), compression=shards[0].entry["compression"], hashes=["xxh64"], size_limit=SHARD_BYTES)
+    layout = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts) | {
+        "token_weights": f"ndarray:float32:{length}"
+    }
+    writer = MDSWriter(
+        columns=layout,
+        out=str(folder),
+        compression=shards[0].entry["compression"],
+        hashes=["xxh64"],
+        size_limit=SHARD_BYTES,
+    )
     for shard in shards:
         for row in read_rows(shard):
             try:
                 weights = np.asarray(weigh(row), dtype=np.float32)
             except Exception as error:  # whatever the function does
-                raise PrepError(f"token weights of a row of {split}/{domain}: {type(error).__name__}: {error}") from error
+                raise PrepError(
+                    f"token weights of a row of {split}/{domain}: {type(error).__name__}: {error}"
+                ) from error
             if weights.shape != (length,) or not (np.isfinite(weights) & (weights >= 0)).all():
-                raise PrepError(f"token weights of a row of {split}/{domain}: expected {length} finite numbers >= 0, got shape {weights.shape}, "
-                                f"lowest {weights.min(initial=np.inf)}, highest {weights.max(initial=-np.inf)}")
+                raise PrepError(
+                    f"token weights of a row of {split}/{domain}: expected {length} finite numbers"
+                    f" >= 0, got shape {weights.shape}, lowest {weights.min(initial=np.inf)},"
+                    f" highest {weights.max(initial=-np.inf)}"
+                )
             writer.write(row | {"token_weights": weights})
     writer.finish()
     return sha256_file(folder / "index.json")

@@ -1,10 +1,9 @@
 """The tokens of one unit on disk, between tokenizing and packing: WORK/tok/NNNNNN.tok.
 
     tokens      uint16 or uint32, all documents one after another, without start and end
-    sizes       uint32, only where byte_counts is "column": bytes of every token and of every document's end
-    documents   DOCUMENT records
-    footer      JSON: counts, and the sizes of the sections
-    tail        8 bytes: length of the footer; 8 bytes: MAGIC
+    sizes       uint32, only where byte_counts is "column": bytes of every token and of every
+    document's end documents   DOCUMENT records footer      JSON: counts, and the sizes of the
+    sections tail        8 bytes: length of the footer; 8 bytes: MAGIC
 
 The file takes its name when it is whole, so its being there says that the unit is done.
 """
@@ -23,19 +22,33 @@ import numpy as np
 from data_prep.errors import PrepError
 
 MAGIC = b"nextpt-2"
-DOCUMENT = np.dtype([
-    ("text_hash", "<u8"), ("id_hash", "<u8"),  # id_hash 0: the record has no id
-    ("place", "<u8"), ("part", "<u4"),  # where its record is: data_prep.records.Record.place, in this part of the unit
-    ("tokens", "<u4"), ("bytes", "<u4"), ("domain", "<u2"), ("heldout", "u1"),
-])
+DOCUMENT = np.dtype(
+    [
+        ("text_hash", "<u8"),
+        ("id_hash", "<u8"),  # id_hash 0: the record has no id
+        # Where its record is: data_prep.records.Record.place, in this part of the unit
+        ("place", "<u8"),
+        ("part", "<u4"),
+        ("tokens", "<u4"),
+        ("bytes", "<u4"),
+        ("domain", "<u2"),
+        ("heldout", "u1"),
+    ]
+)
 
 
 class TokensWriter:
-    """Writes one .tok file; memory does not grow with it. Use `finish`, or `abandon` when something failed."""
+    """Writes one .tok file; memory does not grow with it.
+
+    Use `finish`, or `abandon` when something failed.
+    """
 
     def __init__(self, path: Path, dtype: np.dtype, *, sizes: bool) -> None:
         self.path = path
-        self._paths = {name: path.with_name(f".{path.name}.{name}-{os.getpid()}") for name in ("tokens", "sizes", "documents")}
+        self._paths = {
+            name: path.with_name(f".{path.name}.{name}-{os.getpid()}")
+            for name in ("tokens", "sizes", "documents")
+        }
         self._dtype, self._has_sizes = dtype, sizes
         self._files = {name: open(p, "wb") for name, p in self._paths.items()}
         self.count = self.tokens = 0
@@ -58,7 +71,12 @@ class TokensWriter:
             for name in ("sizes", "documents"):
                 with open(self._paths[name], "rb") as source:
                     shutil.copyfileobj(source, target, 2**22)
-            footer |= {"dtype": self._dtype.name, "sections": sections, "documents": self.count, "tokens": self.tokens}
+            footer |= {
+                "dtype": self._dtype.name,
+                "sections": sections,
+                "documents": self.count,
+                "tokens": self.tokens,
+            }
             data = json.dumps(footer).encode()
             target.write(data + struct.pack("<Q", len(data)) + MAGIC)
             target.flush()
@@ -80,7 +98,11 @@ class TokensFile:
         self.path = path
         self.footer = read_footer(path)
         dtype, sections = np.dtype(self.footer["dtype"]), self.footer["sections"]
-        data = np.memmap(path, dtype=np.uint8, mode="r") if sum(sections.values()) else np.zeros(0, np.uint8)
+        data = (
+            np.memmap(path, dtype=np.uint8, mode="r")
+            if sum(sections.values())
+            else np.zeros(0, np.uint8)
+        )
         first, second = sections["tokens"], sections["tokens"] + sections["sizes"]
         self.tokens = data[:first].view(dtype)
         self.sizes = data[first:second].view("<u4")
@@ -100,4 +122,6 @@ def read_footer(path: Path) -> dict[str, Any]:
             file.seek(size - 16 - length)
             return json.loads(file.read(length))
     except (OSError, ValueError, struct.error) as error:
-        raise PrepError(f"{path} is damaged ({error}); remove it and start again, it will be made anew") from error
+        raise PrepError(
+            f"{path} is damaged ({error}); remove it and start again, it will be made anew"
+        ) from error

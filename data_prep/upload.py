@@ -1,8 +1,9 @@
 """Copying a finished dataset to an object store or another folder, so that it is there whole or not at all.
 
-Shards go first, then the other files, the index.json files after them and dataset.json last: readers take a folder without
-it for unfinished. A note beside them says which dataset is being copied; while it agrees, shards that are there in their
-full size are not sent again. It goes away at the end. Each shard is hashed while it is sent, against its index.
+Shards go first, then the other files, the index.json files after them and dataset.json last:
+readers take a folder without it for unfinished. A note beside them says which dataset is being
+copied; while it agrees, shards that are there in their full size are not sent again. It goes away
+at the end. Each shard is hashed while it is sent, against its index.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from rich.console import Console
 from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
 from data_prep.progress import byte_progress
-from data_prep.stored import shards_of
 from data_prep.store_folder import BLOCK, StoreFolder
+from data_prep.stored import shards_of
 from data_prep.stores import STORE_ERRORS, store_problem
 
 NOTE = ".nextpt-upload"
@@ -46,12 +47,14 @@ class Uploaded:
     present_bytes: int
 
 
-def upload(data: Path, remote: str, *, threads: int = THREADS, console: Console | None = None) -> Uploaded:
+def upload(
+    data: Path, remote: str, *, threads: int = THREADS, console: Console | None = None
+) -> Uploaded:
     """Copy the dataset folder `data` to `remote`: s3://, gs://, abfs://, another scheme of fsspec's, or a folder.
 
-    The same call again goes on where one was cut short, and has little to do after one that was not. At the end every file
-    is there in its size. Raises PrepError (one line) when the dataset is not whole, another dataset is at `remote`, or the
-    store refuses.
+    The same call again goes on where one was cut short, and has little to do after one that was
+    not. At the end every file is there in its size. Raises PrepError (one line) when the dataset is
+    not whole, another dataset is at `remote`, or the store refuses.
     """
     manifest = DatasetManifest.load(data)
     shards, others, last = files_of_dataset(data, manifest)
@@ -62,9 +65,15 @@ def upload(data: Path, remote: str, *, threads: int = THREADS, console: Console 
         here = [f for f in shards if present and sizes.get(f.name) == f.bytes]
         todo = [f for f in shards if f not in set(here)]
         with byte_progress(console) as progress:
-            task = progress.add_task("uploading", total=sum(f.bytes for f in (*todo, *others, *last)))
+            task = progress.add_task(
+                "uploading", total=sum(f.bytes for f in (*todo, *others, *last))
+            )
             for stage in (todo, others, *([f] for f in last)):
-                _in_threads(stage, lambda f: target.send(f, lambda n: progress.update(task, advance=n)), threads)
+                _in_threads(
+                    stage,
+                    lambda f: target.send(f, lambda n: progress.update(task, advance=n)),
+                    threads,
+                )
         target.check([*shards, *others, *last])
         target.end()
     except STORE_ERRORS as error:
@@ -73,17 +82,41 @@ def upload(data: Path, remote: str, *, threads: int = THREADS, console: Console 
     return Uploaded(len(sent), sum(f.bytes for f in sent), len(here), sum(f.bytes for f in here))
 
 
-def files_of_dataset(data: Path, manifest: DatasetManifest) -> tuple[list[LocalFile], list[LocalFile], list[LocalFile]]:
-    """(shards, other files, the files that make it readable in their order). Hidden and unfinished files are left out."""
-    shards = [LocalFile(shard.path, _name(shard.path, data), shard.bytes, shard.xxh64)
-              for split, domains in manifest.splits.items() for domain in domains for shard in shards_of(data, manifest, split, domain)]
+def files_of_dataset(
+    data: Path, manifest: DatasetManifest
+) -> tuple[list[LocalFile], list[LocalFile], list[LocalFile]]:
+    """(shards, other files, the files that make it readable in their order).
+
+    Hidden and unfinished files are left out.
+    """
+    shards = [
+        LocalFile(shard.path, _name(shard.path, data), shard.bytes, shard.xxh64)
+        for split, domains in manifest.splits.items()
+        for domain in domains
+        for shard in shards_of(data, manifest, split, domain)
+    ]
     known = {shard.path for shard in shards}
-    indices = [data / split / domain / "index.json" for split, domains in manifest.splits.items() for domain, c in domains.items() if c.rows]
+    indices = [
+        data / split / domain / "index.json"
+        for split, domains in manifest.splits.items()
+        for domain, c in domains.items()
+        if c.rows
+    ]
     final = [*sorted(indices), data / "dataset.json"]
     splits = [data / split for split in manifest.splits]
-    others = sorted(p for p in data.rglob("*") if p.is_file() and p not in known and p not in final and p.name[0] != "."
-                    and not any(p.is_relative_to(split) for split in splits))
-    as_files = ([LocalFile(p, _name(p, data), p.stat().st_size, None) for p in paths] for paths in (others, final))
+    others = sorted(
+        p
+        for p in data.rglob("*")
+        if p.is_file()
+        and p not in known
+        and p not in final
+        and p.name[0] != "."
+        and not any(p.is_relative_to(split) for split in splits)
+    )
+    as_files = (
+        [LocalFile(p, _name(p, data), p.stat().st_size, None) for p in paths]
+        for paths in (others, final)
+    )
     return shards, *as_files
 
 
@@ -102,13 +135,19 @@ class _Target(StoreFolder):
         mine = manifest.fingerprint.encode()
         note, finished = self.read(NOTE), self.read("dataset.json")
         if note not in (None, mine) or (finished is not None and mine not in finished):
-            raise PrepError(f"{self.place} holds another dataset, or part of one; give another place or remove what is there")
+            raise PrepError(
+                f"{self.place} holds another dataset, or part of one; give another place or remove"
+                " what is there"
+            )
         if note is None:
             self.write(NOTE, [mine])
         return note is not None or finished is not None
 
     def send(self, file: LocalFile, advance: Callable[[int], None]) -> None:
-        """Copy one file. Raises PrepError when a shard is not what its index says; what was written of it is removed."""
+        """Copy one file.
+
+        Raises PrepError when a shard is not what its index says; what was written of it is removed.
+        """
         digest = xxhash.xxh64()
 
         def blocks() -> Iterator[bytes]:
@@ -121,15 +160,20 @@ class _Target(StoreFolder):
         self.write(file.name, blocks())
         if file.xxh64 not in (None, digest.hexdigest()):
             self.remove(file.name)
-            raise PrepError(f"{file.path} is damaged: its xxh64 differs from the one in index.json; prepare the data again or copy it anew")
+            raise PrepError(
+                f"{file.path} is damaged: its xxh64 differs from the one in index.json; prepare the"
+                " data again or copy it anew"
+            )
 
     def check(self, files: list[LocalFile]) -> None:
         """Every file must be there in its size."""
         sizes = self.sizes()
         wrong = [f for f in files if sizes.get(f.name) != f.bytes]
         if wrong:
-            raise PrepError(f"{self.place}/{wrong[0].name} has {sizes.get(wrong[0].name)} bytes after the upload, expected {wrong[0].bytes}; "
-                            "start the upload again")
+            raise PrepError(
+                f"{self.place}/{wrong[0].name} has {sizes.get(wrong[0].name)} bytes after the"
+                f" upload, expected {wrong[0].bytes}; start the upload again"
+            )
 
     def end(self) -> None:
         self.remove(NOTE)

@@ -19,8 +19,14 @@ from data_prep.work import Stage, advanced
 
 POLL = 0.5  # seconds; longer where a look takes long, so that looking costs a twentieth at most
 LOG_EVERY = 30.0  # seconds between lines where there is no terminal
-WORDS = {"tokenizer": "choosing the tokenizer", "tokenize": "tokenizing", "repeats": "looking for repeats", "layout": "laying out",
-         "pack": "packing", "finish": "finishing"}
+WORDS = {
+    "tokenizer": "choosing the tokenizer",
+    "tokenize": "tokenizing",
+    "repeats": "looking for repeats",
+    "layout": "laying out",
+    "pack": "packing",
+    "finish": "finishing",
+}
 
 
 @contextmanager
@@ -53,7 +59,8 @@ class _Watch(ABC):
                 if not self._follow(stage):
                     return
         except (OSError, PrepError):
-            return  # the work folder is gone: finished, or failed with an error that the worker tells
+            # The work folder is gone: finished, or failed with an error that the worker tells
+            return
 
     def _follow(self, stage: Stage) -> bool:
         pending = set(range(len(stage.sizes)))
@@ -64,7 +71,12 @@ class _Watch(ABC):
             for item in [i for i in pending if stage.done(i)]:
                 pending.remove(item)
                 finished += stage.sizes[item]
-            self.show(stage, finished + advanced(stage, self.plan.spec.work, pending), total, len(stage.sizes) - len(pending))
+            self.show(
+                stage,
+                finished + advanced(stage, self.plan.spec.work, pending),
+                total,
+                len(stage.sizes) - len(pending),
+            )
             if not pending:
                 return True
             if self.stop.wait(max(POLL, 20 * (time.monotonic() - started))):
@@ -76,15 +88,21 @@ class _Watch(ABC):
 
     @abstractmethod
     def show(self, stage: Stage, amount: int, total: int, items: int) -> None:
-        """amount of `total` done; `items` of its items finished."""
+        """Amount of `total` done; `items` of its items finished."""
 
 
 class _Bars(_Watch):
     """One bar per stage."""
 
     def run(self) -> None:
-        self.progress = Progress(TextColumn("{task.description:<22}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[detail]}"),
-                                 TimeRemainingColumn(), console=self.console)
+        self.progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
         with self.progress:
             super().run()
 
@@ -118,5 +136,10 @@ class _Lines(_Watch):
             return
         self.told = now
         rate = (amount - self.first) / (now - self.began)
-        left = f"{(total - amount) / rate / 60:.0f} minutes left" if rate > 0 else "time left unknown"
-        self.console.print(f"{WORDS[stage.name]}: {amount / total:.0%}, {items} of {len(stage.sizes)} units, {left}")
+        left = (
+            f"{(total - amount) / rate / 60:.0f} minutes left" if rate > 0 else "time left unknown"
+        )
+        self.console.print(
+            f"{WORDS[stage.name]}: {amount / total:.0%}, {items} of {len(stage.sizes)} units,"
+            f" {left}"
+        )

@@ -1,9 +1,10 @@
 """Workers without a master: any number of processes, on any hosts that share WORK, take items until none is left.
 
-A stage is a list of items, each of which is done when its marker file is there. A worker that wants an item makes
-WORK/leases/STAGE-ITEM, which only one can make, and keeps touching it; the lease of a worker that died is taken over.
-Should two workers ever do the same item, nothing is lost: results are the same bytes, and are renamed into place.
-An item that cannot be done leaves WORK/failed/STAGE-ITEM with the reason, and the stage fails when all others are done.
+A stage is a list of items, each of which is done when its marker file is there. A worker that wants
+an item makes WORK/leases/STAGE-ITEM, which only one can make, and keeps touching it; the lease of a
+worker that died is taken over. Should two workers ever do the same item, nothing is lost: results
+are the same bytes, and are renamed into place. An item that cannot be done leaves
+WORK/failed/STAGE-ITEM with the reason, and the stage fails when all others are done.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ from data_prep.files import atomic_write
 from data_prep.processes import identity, is_gone
 
 HEARTBEAT = 5.0  # seconds between touches of a lease
-STALE = 90.0  # seconds without one after which its worker counts as dead; far above the delays of shared file systems
+# Seconds without one after which its worker counts as dead; far above the delays of shared file
+# systems
+STALE = 90.0
 LEASE_BYTES = 512  # room for the longest host name
 POLL = 0.2  # seconds between looks at what others are still doing
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage over `items`. done(i): whether item i is there. run(i, advance): do it; advance hears work done, in the
-    unit of `sizes`, for the progress bar. sizes: work of each item. costs: what each takes of time beside the others, where
-    that is not its size."""
+    """One stage over `items`. done(i): whether item i is there. run(i, advance): do it.
+
+    Advance hears work done, in the unit of `sizes`, for the progress bar. sizes: work of each item.
+    costs: what each takes of time beside the others, where that is not its size.
+    """
 
     name: str
     sizes: Sequence[int]
@@ -43,10 +48,15 @@ class StageFailed(PrepError):
     """Some items of a stage could not be done; says the first of them."""
 
 
-def work_through(stage: Stage, work: Path, worker: int, workers: int, idle: Callable[[], object] = lambda: None) -> None:
-    """Do items of a stage until all are done, by whomever. Starts with this worker's share of the items.
+def work_through(
+    stage: Stage, work: Path, worker: int, workers: int, idle: Callable[[], object] = lambda: None
+) -> None:
+    """Do items of a stage until all are done, by whomever.
 
-    idle: called when all that is left is being done by others. Raises StageFailed when some could not be done, after the others are.
+    Starts with this worker's share of the items.
+
+    idle: called when all that is left is being done by others. Raises StageFailed when some could
+    not be done, after the others are.
     """
     started = time.time()
     pending = _in_order(stage.costs or stage.sizes, worker, workers)
@@ -64,15 +74,20 @@ def work_through(stage: Stage, work: Path, worker: int, workers: int, idle: Call
             idle()
             time.sleep(POLL)
         pending = left
-    failures = [f for f in (_failure(stage, work, i) for i in range(len(stage.sizes)) if not stage.done(i)) if f]
+    failures = [
+        f
+        for f in (_failure(stage, work, i) for i in range(len(stage.sizes)) if not stage.done(i))
+        if f
+    ]
     if failures:
-        more = f" (and {len(failures) - 1} more like it: {work}/failed)" if len(failures) > 1 else ""
+        more = (
+            f" (and {len(failures) - 1} more like it: {work}/failed)" if len(failures) > 1 else ""
+        )
         raise StageFailed(failures[0] + more)
 
 
 def _in_order(costs: Sequence[int], worker: int, workers: int) -> list[int]:
-    """Items, the dearest first, so that the last ones, on which the others wait, are small (Graham 1969, doi 10.1137/0117039). Each worker begins
-    with every `workers`-th and goes on with what the next worker has left."""
+    """Items, the dearest first, so that the last ones, on which the others wait, are small (Graham 1969, doi 10.1137/0117039). Each worker begins with every `workers`-th and goes on with what the next worker has left."""
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
     step = max(workers, 1)
     return [item for share in range(step) for item in order[(worker + share) % step :: step]]
@@ -142,7 +157,8 @@ def _owner(advanced: int) -> str:
 def _lease(work: Path, name: str) -> Iterator[Lease | None]:
     """The lease of an item while the block runs, or None when another worker holds it."""
     path = work / "leases" / name
-    path.parent.mkdir(exist_ok=True)  # not its parents: when WORK is gone, another worker has finished
+    # Not its parents: when WORK is gone, another worker has finished
+    path.parent.mkdir(exist_ok=True)
     if path.exists() and _is_dead(path):
         path.unlink(missing_ok=True)
     try:
@@ -177,5 +193,7 @@ def advanced(stage: Stage, work: Path, pending: set[int]) -> int:
         item = int(path.name.rpartition("-")[2])
         if item in pending:
             with suppress(OSError, ValueError, KeyError):
-                amount += min(json.loads(path.read_text(encoding="utf-8"))["advanced"], stage.sizes[item])
+                amount += min(
+                    json.loads(path.read_text(encoding="utf-8"))["advanced"], stage.sizes[item]
+                )
     return amount

@@ -1,4 +1,7 @@
-"""Where workers run. All of them do the same (data_prep.stages.run_worker); they meet in the work folder only."""
+"""Where workers run.
+
+All of them do the same (data_prep.stages.run_worker); they meet in the work folder only.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ class Workers(ABC):
 
 
 class LocalWorkers(Workers):
-    """Processes of this machine. In a job array this task is number `task` of `tasks`, each with as many processes."""
+    """Processes of this machine.
+
+    In a job array this task is number `task` of `tasks`, each with as many processes.
+    """
 
     def __init__(self, count: int, task: int = 0, tasks: int = 1) -> None:
         self.count, self.first, self.total = count, task * count, tasks * count
@@ -35,12 +41,15 @@ class LocalWorkers(Workers):
         if self.count == 1:
             _work(work, self.first, self.total)
             return
-        context = multiprocessing.get_context("spawn")  # a fork would share threads of libraries that do not survive it
+        # A fork would share threads of libraries that do not survive it
+        context = multiprocessing.get_context("spawn")
         with _one_thread_each():
             children = []
             for i in range(self.count):
                 receiver, sender = context.Pipe(duplex=False)
-                child = context.Process(target=_report, args=(work, self.first + i, self.total, sender), daemon=True)
+                child = context.Process(
+                    target=_report, args=(work, self.first + i, self.total, sender), daemon=True
+                )
                 child.start()
                 sender.close()
                 children.append((child, receiver))
@@ -52,7 +61,10 @@ class LocalWorkers(Workers):
                 child.join()
 
     def _wait(self, children: list[tuple[multiprocessing.Process, Connection]]) -> None:
-        """Until one says why it cannot go on, or all have ended. The work of one that was killed goes to the others."""
+        """Until one says why it cannot go on, or all have ended.
+
+        The work of one that was killed goes to the others.
+        """
         open_ends = {receiver: child for child, receiver in children}
         killed = 0
         while open_ends:
@@ -63,14 +75,24 @@ class LocalWorkers(Workers):
                 except EOFError:
                     child.join()
                     if child.exitcode > 0:
-                        raise PrepError(f"worker {child.pid} broke down with the message above; please report it")
+                        raise PrepError(
+                            f"worker {child.pid} broke down with the message above; please"
+                            " report it"
+                        )
                     killed += 1
-                    print(f"warning: worker {child.pid} was killed (signal {-child.exitcode}); the others do its work", file=sys.stderr)
+                    print(
+                        f"warning: worker {child.pid} was killed (signal {-child.exitcode}); the"
+                        " others do its work",
+                        file=sys.stderr,
+                    )
                     continue
                 if message is not None:
                     raise PrepError(message)
         if killed == len(children):
-            raise PrepError("all workers were killed; is there too little memory? Start again with fewer --workers, it goes on where it was")
+            raise PrepError(
+                "all workers were killed; is there too little memory? Start again with fewer"
+                " --workers, it goes on where it was"
+            )
 
 
 class _one_thread_each:
@@ -106,15 +128,18 @@ def _work(work: Path, worker: int, workers: int) -> None:
         run_worker(work, worker, workers)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PrepError(f"no space left on the device of {work.absolute().parent}; free some and start again, it goes on where it was") from error
+            raise PrepError(
+                f"no space left on the device of {work.absolute().parent}; free some and start"
+                " again, it goes on where it was"
+            ) from error
         raise PrepError(f"{error.filename or work}: {error.strerror or error}") from error
 
 
 class RayWorkers(Workers):
     """Workers of a Ray cluster whose hosts share the work folder, this checkout and its Python environment.
 
-    address: of an existing cluster, "auto" to find one, None to start one on this machine. count: as many as the cluster
-    has cores unless given.
+    address: of an existing cluster, "auto" to find one, None to start one on this machine. count:
+    as many as the cluster has cores unless given.
     """
 
     def __init__(self, address: str | None = None, count: int | None = None) -> None:
@@ -126,10 +151,17 @@ class RayWorkers(Workers):
         except ImportError as error:
             raise PrepError("Ray is not installed: pip install 'nextpt[ray]'") from error
         try:
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if self.address is None else None,
-                     runtime_env={"env_vars": _one_thread_each.VALUES | {"PYTHONPATH": str(ROOT)}})
+            ray.init(
+                address=self.address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False if self.address is None else None,
+                runtime_env={"env_vars": _one_thread_each.VALUES | {"PYTHONPATH": str(ROOT)}},
+            )
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise PrepError(f"Ray cluster {self.address or 'of this machine'}: {str(error).splitlines()[0]}") from error
+            raise PrepError(
+                f"Ray cluster {self.address or 'of this machine'}: {str(error).splitlines()[0]}"
+            ) from error
         try:
             count = self.count or max(int(ray.cluster_resources().get("CPU", 1)), 1)
             task = ray.remote(num_cpus=1, max_retries=3)(_work)
@@ -138,6 +170,8 @@ class RayWorkers(Workers):
             cause = error.cause if isinstance(error.cause, PrepError) else error
             raise PrepError(str(cause)) from None
         except ray.exceptions.RayError as error:
-            raise PrepError(f"Ray gave up: {str(error).splitlines()[0]}; start again, it goes on where it was") from error
+            raise PrepError(
+                f"Ray gave up: {str(error).splitlines()[0]}; start again, it goes on where it was"
+            ) from error
         finally:
             ray.shutdown()

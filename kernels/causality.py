@@ -1,7 +1,7 @@
 """Proof that attention does not look ahead: by perturbation and by gradient, for any implementation.
 
-The intervention keeps all shapes: replacing tokens tests what is seen, shortening the input would test how sums are
-ordered.
+The intervention keeps all shapes: replacing tokens tests what is seen, shortening the input would
+test how sums are ordered.
 """
 
 from __future__ import annotations
@@ -16,22 +16,33 @@ class CausalityError(AssertionError):
     """An output depends on a token that it must not see."""
 
 
-def check_attention(implementation: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                    window: int | None = None) -> None:
+def check_attention(
+    implementation: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+) -> None:
     """Raise CausalityError if any output depends on a later token or on another document of the row.
 
-    Perturbation: keys and values of one position are replaced; outputs that may not see it must not change by a bit.
-    Gradient: the derivative of one output by all keys and values must be exactly 0 where it may not look.
+    Perturbation: keys and values of one position are replaced; outputs that may not see it must not
+    change by a bit. Gradient: the derivative of one output by all keys and values must be exactly 0
+    where it may not look.
     """
     generator = torch.Generator().manual_seed(0)
     shape, kv_shape = (2, 12, 4, 16), (2, 12, 2, 16)
-    q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in (shape, kv_shape, kv_shape))
-    ids = torch.tensor([[0] * 5 + [1] * 7, [0] + [1] * 8 + [2] * 3], dtype=torch.int32, device=device)
+    q, k, v = (
+        torch.randn(s, generator=generator).to(device, dtype) for s in (shape, kv_shape, kv_shape)
+    )
+    ids = torch.tensor(
+        [[0] * 5 + [1] * 7, [0] + [1] * 8 + [2] * 3], dtype=torch.int32, device=device
+    )
     for documents in (None, PackedDocuments.from_document_ids(ids)):
         allowed = _allowed(ids if documents is not None else torch.zeros_like(ids), window)
 
         def run(k: Tensor, v: Tensor, documents: PackedDocuments | None = documents) -> Tensor:
-            return attention(q, k, v, documents=documents, window=window, implementation=implementation)
+            return attention(
+                q, k, v, documents=documents, window=window, implementation=implementation
+            )
 
         _check_perturbation(run, k, v, allowed)
         _check_gradient(run, k, v, allowed)
@@ -45,11 +56,13 @@ def _allowed(ids: Tensor, window: int | None) -> Tensor:
     for b in range(rows):
         for i in range(length):
             for j in range(i + 1):
-                allowed[b, i, j] = listed[b][i] == listed[b][j] and (window is None or i - j < window)
+                allowed[b, i, j] = listed[b][i] == listed[b][j] and (
+                    window is None or i - j < window
+                )
     return allowed.to(ids.device)
 
 
-def _check_perturbation(run, k: Tensor, v: Tensor, allowed: Tensor) -> None:  # noqa: ANN001
+def _check_perturbation(run, k: Tensor, v: Tensor, allowed: Tensor) -> None:
     before = run(k, v)
     for j in range(k.shape[1]):
         changed_k, changed_v = k.clone(), v.clone()
@@ -59,7 +72,7 @@ def _check_perturbation(run, k: Tensor, v: Tensor, allowed: Tensor) -> None:  # 
         _demand(moved, allowed[:, :, j], f"replacing token {j}")
 
 
-def _check_gradient(run, k: Tensor, v: Tensor, allowed: Tensor) -> None:  # noqa: ANN001
+def _check_gradient(run, k: Tensor, v: Tensor, allowed: Tensor) -> None:
     k, v = k.detach().requires_grad_(), v.detach().requires_grad_()
     out = run(k, v).float()
     for i in range(out.shape[1]):
@@ -69,8 +82,17 @@ def _check_gradient(run, k: Tensor, v: Tensor, allowed: Tensor) -> None:  # noqa
 
 
 def _demand(moved: Tensor, allowed: Tensor, what: str) -> None:
-    """What moved must be allowed; and what is allowed must have moved, or the check sees nothing at all."""
+    """What moved must be allowed.
+
+    And what is allowed must have moved, or the check sees nothing at all.
+    """
     if bool((moved & ~allowed).any()):
-        raise CausalityError(f"{what} reaches tokens that may not see it, (row, token): {(moved & ~allowed).nonzero().tolist()}")
+        raise CausalityError(
+            f"{what} reaches tokens that may not see it, (row, token):"
+            f" {(moved & ~allowed).nonzero().tolist()}"
+        )
     if not bool((moved == allowed).all()):
-        raise CausalityError(f"{what} does not reach tokens that see it, (row, token): {(allowed & ~moved).nonzero().tolist()}")
+        raise CausalityError(
+            f"{what} does not reach tokens that see it, (row, token):"
+            f" {(allowed & ~moved).nonzero().tolist()}"
+        )

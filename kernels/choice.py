@@ -11,8 +11,8 @@ from typing import Any
 class Implementation:
     """One way to compute something.
 
-    features: what it can do beyond the plain case. devices: torch device types it runs on. available: why it cannot
-    be used in this process, or None.
+    features: what it can do beyond the plain case. devices: torch device types it runs on.
+    available: why it cannot be used in this process, or None.
     """
 
     name: str
@@ -27,7 +27,9 @@ class Implementation:
         found = [reason] if reason else []
         if device not in self.devices:
             found.append(f"it does not run on {device}")
-        return found + [f"it has no {feature}" for feature in sorted(features) if feature not in self.features]
+        return found + [
+            f"it has no {feature}" for feature in sorted(features) if feature not in self.features
+        ]
 
 
 class TritonImplementation(Implementation):
@@ -45,8 +47,13 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def choose(table: dict[str, Implementation], order: Iterable[str], name: str, device: str,
-           features: Iterable[str]) -> Implementation:
+def choose(
+    table: dict[str, Implementation],
+    order: Iterable[str],
+    name: str,
+    device: str,
+    features: Iterable[str],
+) -> Implementation:
     """The named implementation, or for "auto" the first in `order` that can do what is asked.
 
     Raises ValueError that says what the named one lacks, or lists the names there are.
@@ -58,7 +65,9 @@ def choose(table: dict[str, Implementation], order: Iterable[str], name: str, de
                 return table[candidate]
         raise ValueError(f"no implementation on {device} has all of: {', '.join(sorted(features))}")
     if name not in table:
-        raise ValueError(f"unknown implementation {name!r}; there are auto, {', '.join(sorted(table))}")
+        raise ValueError(
+            f"unknown implementation {name!r}; there are auto, {', '.join(sorted(table))}"
+        )
     if lacking := table[name].lacks(device, features):
         raise ValueError(f"implementation {name!r} cannot be used here: {'; '.join(lacking)}")
     return table[name]

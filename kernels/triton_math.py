@@ -10,11 +10,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def tanh(x):
-    """tanh with a relative error near 1e-7 everywhere."""
+    """Tanh with a relative error near 1e-7 everywhere."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     large = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
     s = x * x
-    small = x * (1.0 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * 0.021869488536155203))))
+    small = x * (
+        1.0
+        + s
+        * (
+            -0.3333333333333333
+            + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * 0.021869488536155203))
+        )
+    )
     return tl.where(tl.abs(x) < 0.3, small, large)
 
 

@@ -13,13 +13,22 @@ EXAMPLE = "example: nextpt ablate configs/ablations/code-weight.yaml --ranks 2"
 
 
 def ablate(
-    file: Annotated[Path, typer.Argument(metavar="ABLATION.yaml", help="base config, baseline, variants and seeds; see docs/ablation.md")],
-    ranks: Annotated[int | None, typer.Option(min=1, help="processes of each run; one per GPU, or 1 without, unless given")] = None,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ABLATION.yaml",
+            help="base config, baseline, variants and seeds; see docs/ablation.md",
+        ),
+    ],
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes of each run; one per GPU, or 1 without, unless given"),
+    ] = None,
 ) -> None:
     """Train a baseline and variants with several seeds, score all on the held-out documents as `nextpt eval` does, and compare.
 
-    DIR/ablation.json has the figures and the keys that differ, DIR/ablation.png the picture. What is finished is not trained
-    or scored again: the same command goes on after an interruption.
+    DIR/ablation.json has the figures and the keys that differ, DIR/ablation.png the picture. What
+    is finished is not trained or scored again: the same command goes on after an interruption.
     """
     from launcher.run_sets import train_one
     from nextpt.generate import pick_device
@@ -35,7 +44,10 @@ def ablate(
             train_one(ablation, run, f"run {number}/{len(runs)}", ranks)
         folder = ablation.folder(run)
         if not (folder / SUMS).exists():
-            say(f"scoring {run.name} on {sum(map(len, heldout.texts.values())):,} held-out documents")
+            say(
+                f"scoring {run.name} on {sum(map(len, heldout.texts.values())):,} held-out"
+                " documents"
+            )
         scores[run.name] = score_run(folder, ablation.config(run).last_step, heldout, pick_device())
     result = result_of(ablation, heldout, scores)
     _show(result)
@@ -47,17 +59,51 @@ def ablate(
 def _show(result: dict[str, Any]) -> None:
     baseline, seeds, p = result["baseline"], result["seeds"], result["protocol"]
     number = f"{len(seeds)} seed" + ("s" if len(seeds) > 1 else "")
-    rows = [[place, f"{f['documents']:,}", f"{f['bytes']:,}", f"{f['bpb_text']:.4f}", _range(f["interval"], ".4f"), _seeds(f, ".4f")]
-            for place, f in _places(baseline)]
-    out.print(small_table(f"{baseline['name']}: bits per byte, step {result['step']:,}, mean of {number}",
-                          ["domain", "documents", "bytes", "bits/byte", "95 %", "seeds"], rows))
+    rows = [
+        [
+            place,
+            f"{f['documents']:,}",
+            f"{f['bytes']:,}",
+            f"{f['bpb_text']:.4f}",
+            _range(f["interval"], ".4f"),
+            _seeds(f, ".4f"),
+        ]
+        for place, f in _places(baseline)
+    ]
+    out.print(
+        small_table(
+            f"{baseline['name']}: bits per byte, step {result['step']:,}, mean of {number}",
+            ["domain", "documents", "bytes", "bits/byte", "95 %", "seeds"],
+            rows,
+        )
+    )
     for variant in result["variants"]:
-        rows = [[place, f"{f['bpb_text']:.4f}", f"{f['difference']:+.4f}", _range(f["interval"], "+.4f"), _seeds(f, "+.4f")]
-                for place, f in _places(variant)]
-        out.print(small_table(f"{variant['name']}: {', '.join(f'{key} {_value(a)} -> {_value(b)}' for key, (a, b) in variant['changes'].items())}",
-                              ["domain", "bits/byte", "difference", "95 %", "seeds"], rows))
-    say(f"\ndifference: from {baseline['name']} with the same seed, mean over seeds; below 0 is better")
-    say(f"95 %: paired bootstrap of documents, {p['intervals']['resamples']} resamples, seed {p['intervals']['seed']}: other documents, these trainings")
+        rows = [
+            [
+                place,
+                f"{f['bpb_text']:.4f}",
+                f"{f['difference']:+.4f}",
+                _range(f["interval"], "+.4f"),
+                _seeds(f, "+.4f"),
+            ]
+            for place, f in _places(variant)
+        ]
+        out.print(
+            small_table(
+                f"{variant['name']}:"
+                f" {', '.join(f'{key} {_value(a)} -> {_value(b)}' for key, (a, b) in variant['changes'].items())}",
+                ["domain", "bits/byte", "difference", "95 %", "seeds"],
+                rows,
+            )
+        )
+    say(
+        f"\ndifference: from {baseline['name']} with the same seed, mean over seeds; below 0 is"
+        " better"
+    )
+    say(
+        f"95 %: paired bootstrap of documents, {p['intervals']['resamples']} resamples, seed"
+        f" {p['intervals']['seed']}: other documents, these trainings"
+    )
     if len(seeds) > 1:
         say("seeds: lowest to highest of the seeds' own: these documents, other trainings")
 

@@ -15,10 +15,19 @@ from data_prep.stores import STORE_ERRORS, is_uri, store_problem
 from launcher.console import friendly, out, say
 from nextpt.errors import DAMAGED, CheckpointError
 
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run or of its mirror, see docs/reliability.md.")
+checkpoint_app = typer.Typer(
+    no_args_is_help=True, help="Checkpoints of a run or of its mirror, see docs/reliability.md."
+)
 T = TypeVar("T")
-Place = Annotated[str, typer.Argument(help="run folder, such as runs/demo, or the address of a mirror, such as s3://BUCKET/RUN")]
-Step = Annotated[int | None, typer.Option(help="of this step only; the newest where there are several")]
+Place = Annotated[
+    str,
+    typer.Argument(
+        help="run folder, such as runs/demo, or the address of a mirror, such as s3://BUCKET/RUN"
+    ),
+]
+Step = Annotated[
+    int | None, typer.Option(help="of this step only; the newest where there are several")
+]
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,15 @@ def list_checkpoints(place: Place) -> None:
     _show(rows, "complete")
 
 
-@checkpoint_app.command("verify", epilog="example: nextpt checkpoint verify s3://bucket/run --step 5000")
+@checkpoint_app.command(
+    "verify", epilog="example: nextpt checkpoint verify s3://bucket/run --step 5000"
+)
 @friendly
 def verify_checkpoints(place: Place, step: Step = None) -> None:
-    """Read every file and compare it with the manifest. Exit codes: 0 all are whole, 65 one is not, 2 there is none."""
+    """Read every file and compare it with the manifest.
+
+    Exit codes: 0 all are whole, 65 one is not, 2 there is none.
+    """
     from nextpt.checkpoint.archive import Stored
     from nextpt.checkpoint.commit import intact
     from nextpt.checkpoint.ranks import Ranks
@@ -65,11 +79,15 @@ def verify_checkpoints(place: Place, step: Step = None) -> None:
         raise typer.Exit(DAMAGED)
 
 
-@checkpoint_app.command("fetch", epilog="example: nextpt checkpoint fetch s3://bucket/run --output runs/copy")
+@checkpoint_app.command(
+    "fetch", epilog="example: nextpt checkpoint fetch s3://bucket/run --output runs/copy"
+)
 @friendly
 def fetch_checkpoint(
     place: Annotated[str, typer.Argument(help="address of a mirror, such as s3://BUCKET/RUN")],
-    output: Annotated[Path, typer.Option(help="run folder that gets the checkpoint, in OUTPUT/checkpoints")],
+    output: Annotated[
+        Path, typer.Option(help="run folder that gets the checkpoint, in OUTPUT/checkpoints")
+    ],
     step: Step = None,
 ) -> None:
     """Copy the newest whole checkpoint of a mirror, or that of a step, into a run folder, and verify it on the way.
@@ -82,12 +100,19 @@ def fetch_checkpoint(
     from nextpt.errors import NoValidCheckpoint
 
     for row in _of_step(list(_rows(place, mirror=True)), step, place):
-        problem = row.problem or fetch(_archive(place), Stored(row.name, True), output / "checkpoints", Ranks())
+        problem = row.problem or fetch(
+            _archive(place), Stored(row.name, True), output / "checkpoints", Ranks()
+        )
         if problem is None:
-            say(f"step {row.step} fetched to {output}/checkpoints, {row.bytes / 1e6:,.1f} MB, verified")
+            say(
+                f"step {row.step} fetched to {output}/checkpoints, {row.bytes / 1e6:,.1f} MB,"
+                " verified"
+            )
             return
         say(f"warning: {row.name} is not usable: {problem}")
-    raise NoValidCheckpoint(f"{place} holds no whole checkpoint{'' if step is None else f' of step {step}'}")
+    raise NoValidCheckpoint(
+        f"{place} holds no whole checkpoint{'' if step is None else f' of step {step}'}"
+    )
 
 
 def _is_mirror(place: str) -> bool:
@@ -97,7 +122,7 @@ def _is_mirror(place: str) -> bool:
     return is_uri(place) or (Path(place) / NOTE).is_file()
 
 
-def _archive(place: str):  # noqa: ANN202 - imported late
+def _archive(place: str):
     from nextpt.checkpoint.archive import Archive
 
     return Archive(place)
@@ -116,10 +141,19 @@ def _rows(place: str, mirror: bool = False) -> Iterator[Row]:
     from nextpt.checkpoint.folders import listing, step_of
 
     if not _root(place).is_dir():
-        raise CheckpointError(f"{place} is not a folder; expected a run folder or the address of a mirror")
+        raise CheckpointError(
+            f"{place} is not a folder; expected a run folder or the address of a mirror"
+        )
     found, damaged, foreign = listing(_root(place))
     for one in found:
-        yield Row(one.folder.name, one.manifest.step, None, one.manifest.sequence, one.manifest.bytes, one.manifest.loss)
+        yield Row(
+            one.folder.name,
+            one.manifest.step,
+            None,
+            one.manifest.sequence,
+            one.manifest.bytes,
+            one.manifest.loss,
+        )
     for folder, problem in (*damaged, *foreign):
         yield Row(folder.name, step_of(folder), problem)
 
@@ -149,7 +183,10 @@ def _of_step(rows: list[Row], step: int | None, place: str) -> list[Row]:
     chosen = [row for row in rows if step in (None, row.step)]
     if not chosen:
         steps = ", ".join(str(row.step) for row in rows) or "none"
-        raise CheckpointError(f"{place} holds no checkpoint{'' if step is None else f' of step {step}'}; there are: {steps}")
+        raise CheckpointError(
+            f"{place} holds no checkpoint{'' if step is None else f' of step {step}'}; there are:"
+            f" {steps}"
+        )
     return chosen
 
 
@@ -161,8 +198,14 @@ def _show(rows: list[Row], good: str) -> None:
     table.add_column("state", no_wrap=True)
     table.add_column("name", overflow="fold")
     for row in rows:
-        table.add_row(str(row.step), str(row.sequence), f"{row.bytes / 1e6:,.1f}", "" if row.loss is None else f"{row.loss:.4f}",
-                      "not usable" if row.problem else good, row.name)
+        table.add_row(
+            str(row.step),
+            str(row.sequence),
+            f"{row.bytes / 1e6:,.1f}",
+            "" if row.loss is None else f"{row.loss:.4f}",
+            "not usable" if row.problem else good,
+            row.name,
+        )
     out.print(table)
     for row in rows:
         if row.problem:

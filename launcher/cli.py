@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-# The checkout before installed packages: Hugging Face has a package `kernels` too, and ours must be found.
+# The checkout before installed packages: Hugging Face has a package `kernels` too, and ours must be
+# found.
 ROOT = Path(__file__).resolve().parent.parent
 if (ROOT / "pyproject.toml").is_file():
     sys.path.insert(0, str(ROOT))
@@ -36,8 +37,12 @@ from launcher.scaling_cli import scaling_app  # noqa: E402
 from launcher.slurm_cli import slurm_app  # noqa: E402
 from launcher.tokenizer_cli import tokenizer_app  # noqa: E402
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
-                  help="Pretrain decoder-only language models: prepare data, train, evaluate, generate.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Pretrain decoder-only language models: prepare data, train, evaluate, generate.",
+)
 prep = typer.Typer(no_args_is_help=True, help="Turn text into packed, tokenized shards.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at configs.")
 app.add_typer(prep, name="prep")
@@ -57,13 +62,18 @@ app.add_typer(export_app, name="export")
 app.add_typer(import_app, name="import")
 app.add_typer(scaling_app, name="scaling")
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")
+]
 
 
 @app.command()
 @friendly
 def demo() -> None:
-    """The whole path on this CPU in minutes: corpus, training, resume, evaluation, samples, report; `make demo`."""
+    """The whole path on this CPU in minutes: corpus, training, resume, evaluation, samples, report.
+
+    `make demo`.
+    """
     from launcher.demo import main as run_demo
 
     run_demo()
@@ -71,7 +81,9 @@ def demo() -> None:
 
 @prep.command("stdlib", epilog="example: nextpt prep stdlib --output data/stdlib")
 @friendly
-def prep_stdlib(output: Annotated[Path, typer.Option(help="folder for code.jsonl and prose.jsonl")]) -> None:
+def prep_stdlib(
+    output: Annotated[Path, typer.Option(help="folder for code.jsonl and prose.jsonl")],
+) -> None:
     """Collect a corpus that every machine has: this Python's standard library, as code and prose."""
     from data_prep.stdlib_corpus import collect
 
@@ -85,18 +97,37 @@ def prep_stdlib(output: Annotated[Path, typer.Option(help="folder for code.jsonl
 def train(
     config: Annotated[str, typer.Option(help="YAML file, see configs/")],
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU, or 1 without, unless given")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="TCP port where ranks meet; a free one unless given")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="train on the hosts of this file, lines `NAME slots=N`, over ssh")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="processes; one per GPU, or 1 without, unless given")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="TCP port where ranks meet; a free one unless given"),
+    ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(help="train on the hosts of this file, lines `NAME slots=N`, over ssh"),
+    ] = None,
     ssh: Annotated[str, typer.Option(help="how hosts are reached, such as 'ssh -p 2222'")] = "ssh",
-    restarts: Annotated[int, typer.Option(min=0, help="how often in a row, without a new checkpoint, to start again what hung, crashed or was killed")] = 3,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help=(
+                "how often in a row, without a new checkpoint, to start again what hung, crashed or"
+                " was killed"
+            ),
+        ),
+    ] = 3,
 ) -> None:
     """Train on this machine, or on the hosts of a hostfile. The same command again resumes the run.
 
-    SIGTERM and SIGUSR1 save and end. Exit codes: 0 finished, 1 crashed, 2 a mistake to mend first, 4 another job works in
-    the run folder, 65 no valid checkpoint where there were some, 75 told to stop, 76 a rank did not answer, 128+N ended by signal N. RUN/exit.json has the reason.
+    SIGTERM and SIGUSR1 save and end. Exit codes: 0 finished, 1 crashed, 2 a mistake to mend first,
+    4 another job works in the run folder, 65 no valid checkpoint where there were some, 75 told to
+    stop, 76 a rank did not answer, 128+N ended by signal N. RUN/exit.json has the reason.
 
-    On a cluster also: `deepspeed --hostfile HOSTS launcher/run.py --config FILE`, or `nextpt slurm submit`; see docs/clusters.md.
+    On a cluster also: `deepspeed --hostfile HOSTS launcher/run.py --config FILE`, or `nextpt slurm
+    submit`; see docs/clusters.md.
     """
     from launcher.fleet import Fleet
     from launcher.hosts import read_hostfile
@@ -109,7 +140,9 @@ def train(
     settings = load_config(config, overrides or [])
     check_trackers(settings)  # a wrong key is told before any process starts
     if hostfile and ranks:
-        raise ConfigError("--ranks is for this machine; the hostfile says how many each host has (slots=N)")
+        raise ConfigError(
+            "--ranks is for this machine; the hostfile says how many each host has (slots=N)"
+        )
     if hostfile:
         start = Fleet(config, overrides or [], read_hostfile(hostfile), ssh, port).start
     else:
@@ -117,11 +150,18 @@ def train(
     sys.exit(supervise(start, settings.run_dir, restarts))
 
 
-@app.command(epilog="example: nextpt report runs/demo    nextpt report runs/a runs/b --output compare.html")
+@app.command(
+    epilog="example: nextpt report runs/demo    nextpt report runs/a runs/b --output compare.html"
+)
 @friendly
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; several are laid over each other")],
-    output: Annotated[Path | None, typer.Option(help="file to write; RUN/report.html unless given")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="run folders; several are laid over each other"),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="file to write; RUN/report.html unless given")
+    ] = None,
 ) -> None:
     """Write one HTML page about one run or several, which opens without network."""
     from nextpt.observe.report import default_output, write_report
@@ -136,17 +176,30 @@ def report(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
     folder: Annotated[Path, typer.Option(help="folder that runs are written to")] = Path("runs"),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port where ranks of deepspeed meet")] = 29500,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="TCP port where ranks of deepspeed meet")
+    ] = 29500,
 ) -> None:
-    """Say what this machine has and what to do about each lack. Exit code 1 when training would not work."""
+    """Say what this machine has and what to do about each lack.
+
+    Exit code 1 when training would not work.
+    """
     from launcher.doctor import Status, examine
 
     with out.status("looking at libraries and the machine") if not as_json else nullcontext():
         findings = examine(folder, port)
     counts = {status: sum(f.status == status for f in findings) for status in Status}
     if as_json:
-        print(json.dumps({"problems": counts[Status.PROBLEM], "warnings": counts[Status.WARNING],
-                          "findings": [asdict(f) for f in findings]}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "problems": counts[Status.PROBLEM],
+                    "warnings": counts[Status.WARNING],
+                    "findings": [asdict(f) for f in findings],
+                },
+                indent=1,
+            )
+        )
     else:
         for finding in findings:
             say_finding(finding.subject, finding.status, finding.found, finding.advice)
@@ -154,19 +207,40 @@ def doctor(
     sys.exit(1 if counts[Status.PROBLEM] else 0)
 
 
-@app.command(epilog="example: nextpt plan --config configs/7b.yaml --devices 256 --device h100 train.micro_batch_size=2")
+@app.command(
+    epilog=(
+        "example: nextpt plan --config configs/7b.yaml --devices 256 --device h100"
+        " train.micro_batch_size=2"
+    )
+)
 @friendly
 def plan(
     config: Annotated[str, typer.Option(help="YAML file, see configs/")],
     devices: Annotated[int, typer.Option(min=1, help="how many devices, one rank on each")],
     overrides: Overrides = None,
-    device: Annotated[str, typer.Option(help="a10, l40s, a100-40, a100, h100, h200 or b200")] = "h100",
-    utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="share of the peak that the model's FLOPs reach")] = 0.4,
-    memory: Annotated[float | None, typer.Option(min=0.1, help="memory of a device, GiB; the device's own unless given")] = None,
-    peak: Annotated[float | None, typer.Option(min=0.001, help="dense peak of a device, TFLOP/s")] = None,
-    link: Annotated[float | None, typer.Option(min=0.001, help="GB/s of a device inside its node, one direction")] = None,
-    network: Annotated[float | None, typer.Option(min=0.001, help="GB/s of a node, all adapters; 400 unless given")] = None,
-    node_size: Annotated[int | None, typer.Option(min=1, help="devices per node; 8 unless given")] = None,
+    device: Annotated[
+        str, typer.Option(help="a10, l40s, a100-40, a100, h100, h200 or b200")
+    ] = "h100",
+    utilisation: Annotated[
+        float, typer.Option(min=0.001, max=1, help="share of the peak that the model's FLOPs reach")
+    ] = 0.4,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="memory of a device, GiB; the device's own unless given"),
+    ] = None,
+    peak: Annotated[
+        float | None, typer.Option(min=0.001, help="dense peak of a device, TFLOP/s")
+    ] = None,
+    link: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GB/s of a device inside its node, one direction"),
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.001, help="GB/s of a node, all adapters; 400 unless given")
+    ] = None,
+    node_size: Annotated[
+        int | None, typer.Option(min=1, help="devices per node; 8 unless given")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
 ) -> None:
     """Memory, time and traffic of a run on many devices, for every ZeRO stage, before it is started."""
@@ -175,7 +249,14 @@ def plan(
     from nextpt.scaling.machines import machine
     from nextpt.scaling.plan import plan as make_plan
 
-    chosen = machine(device, memory_gib=memory, peak_tflops=peak, link_gbs=link, node_gbs=network, node_size=node_size)
+    chosen = machine(
+        device,
+        memory_gib=memory,
+        peak_tflops=peak,
+        link_gbs=link,
+        node_gbs=network,
+        node_size=node_size,
+    )
     made = make_plan(load_config(config, overrides or []), devices, chosen, utilisation)
     if as_json:
         print(json.dumps(plan_json(made), indent=1))
@@ -183,7 +264,9 @@ def plan(
         say_plan(made)
 
 
-@config_app.command("show", epilog="example: nextpt config show configs/7b.yaml --ranks 64 train.zero_stage=3")
+@config_app.command(
+    "show", epilog="example: nextpt config show configs/7b.yaml --ranks 64 train.zero_stage=3"
+)
 @friendly
 def config_show(
     file: Annotated[str, typer.Argument(help="YAML file, see configs/")],
@@ -203,12 +286,21 @@ def config_show(
     say("# derived")
     say(f"parameters              {counts.parameters:>20,}")
     say(f"  non-embedding         {counts.non_embedding_parameters:>20,}")
-    say(f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}   (causal: {counts.causal_flops_per_token:,.0f})")
-    say(f"tokens per step         {config.tokens_per_step:>20,}   ({accumulation} micro-batches on each of {ranks} ranks)")
+    say(
+        f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}   (causal:"
+        f" {counts.causal_flops_per_token:,.0f})"
+    )
+    say(
+        f"tokens per step         {config.tokens_per_step:>20,}   ({accumulation} micro-batches on"
+        f" each of {ranks} ranks)"
+    )
     say(f"steps                   {config.total_steps:>20,}")
     say(f"total tokens            {tokens:>20,}")
     say(f"tokens per parameter    {tokens / counts.parameters:>20,.1f}")
-    say(f"memory per rank         {memory.total / 2**30:>16,.2f} GiB   (estimate for ZeRO-{config.train.zero_stage})")
+    say(
+        f"memory per rank         {memory.total / 2**30:>16,.2f} GiB   (estimate for"
+        f" ZeRO-{config.train.zero_stage})"
+    )
     for name in ("weights", "gradients", "optimizer", "buffers", "activations", "loss"):
         say(f"  {name:<21} {getattr(memory, name) / 2**30:>16,.2f} GiB")
 

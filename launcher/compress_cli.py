@@ -10,15 +10,22 @@ import typer
 
 from launcher.console import friendly, out, say, shares_progress, small_table
 
-RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")]
+RunFolder = Annotated[
+    Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")
+]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Output = Annotated[Path, typer.Option(help="file to write")]
 
 
 def register(app: typer.Typer) -> None:
     """Add both commands."""
-    app.command("compress", epilog="example: nextpt compress book.txt --run runs/demo --output book.nxpt")(friendly(compress))
-    app.command("decompress", epilog="example: nextpt decompress book.nxpt --run runs/demo --output book.txt")(friendly(decompress))
+    app.command(
+        "compress", epilog="example: nextpt compress book.txt --run runs/demo --output book.nxpt"
+    )(friendly(compress))
+    app.command(
+        "decompress",
+        epilog="example: nextpt decompress book.nxpt --run runs/demo --output book.txt",
+    )(friendly(decompress))
 
 
 def compress(
@@ -26,14 +33,37 @@ def compress(
     run: RunFolder,
     output: Output,
     step: Step = None,
-    rows: Annotated[int | None, typer.Option(min=1, max=65535, help="parts of the file coded at once, each from no context; chosen by its size unless given")] = None,
-    given: Annotated[Path | None, typer.Option(help="a text that the other compressors read first, such as what the model was trained on")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help=(
+                "parts of the file coded at once, each from no context; chosen by its size unless"
+                " given"
+            ),
+        ),
+    ] = None,
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "a text that the other compressors read first, such as what the model was"
+                " trained on"
+            )
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="also write the figures to this file")
+    ] = None,
 ) -> None:
-    """Code a file by the model's predictions. It is decoded again before anything is written or said; `decompress` needs the same model,
-    library versions and kind of processor."""
-    from nextpt.evaluate.compressors import compare_file
+    """Code a file by the model's predictions.
+
+    It is decoded again before anything is written or said; `decompress` needs the same model,
+    library versions and kind of processor.
+    """
     from nextpt.evaluate.coding.files import read_file, write_file
+    from nextpt.evaluate.compressors import compare_file
     from nextpt.evaluate.heldout import write_result
 
     _check_output(file, output)
@@ -76,7 +106,10 @@ def _check_output(file: Path, output: Path) -> None:
     if not output.absolute().parent.is_dir():
         raise DataError(f"--output {output}: there is no folder {output.absolute().parent}")
     if output.is_dir() or (output.exists() and file.exists() and output.samefile(file)):
-        raise DataError(f"--output {output} is {'a folder' if output.is_dir() else 'the file itself'}; give another name")
+        raise DataError(
+            f"--output {output} is {'a folder' if output.is_dir() else 'the file itself'}; give"
+            " another name"
+        )
 
 
 def _coder(run: Path, step: int | None) -> Any:
@@ -96,9 +129,20 @@ def _show(result: dict[str, Any], given: Path | None) -> None:
         say(f"an empty file: {header} bytes of header")
         return
     say(f"{size:,} bytes, {result['tokens']:,} tokens -> {payload:,} bytes and {header} of header")
-    say(f"the model's code length is {result['code_length']:,.1f} bytes; the coder's own cost {payload - result['code_length']:+,.1f} bytes")
-    say(f"{size / result['seconds']:,.0f} bytes/s coding, {size / result['verify_seconds']:,.0f} bytes/s decoding")
-    title = f"the model itself ({result['model_bytes']:,} bytes) is not counted" + (f"; the others have read {given.name} first" if given else "")
+    say(
+        f"the model's code length is {result['code_length']:,.1f} bytes; the coder's own cost"
+        f" {payload - result['code_length']:+,.1f} bytes"
+    )
+    say(
+        f"{size / result['seconds']:,.0f} bytes/s coding, {size / result['verify_seconds']:,.0f}"
+        " bytes/s decoding"
+    )
+    title = f"the model itself ({result['model_bytes']:,} bytes) is not counted" + (
+        f"; the others have read {given.name} first" if given else ""
+    )
     rows = [["this model", f"{payload + header:,}", f"{result['bits_per_byte_total']:.3f}"]]
-    rows += [[name, f"{found['bytes']:,}", f"{found['bits_per_byte']:.3f}"] for name, found in result["others"].items()]
+    rows += [
+        [name, f"{found['bytes']:,}", f"{found['bits_per_byte']:.3f}"]
+        for name, found in result["others"].items()
+    ]
     out.print(small_table(title, ["", "bytes", "bits per byte"], rows))

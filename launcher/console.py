@@ -12,7 +12,14 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -37,7 +44,10 @@ class _Console(Console):
         free = self.options.update(max_width=10_000)
         for column in table.columns:
             if column.no_wrap:  # which rich cuts all the same
-                column.min_width = max(Measurement.get(self, free, cell).maximum for cell in (column.header, *column.cells))
+                column.min_width = max(
+                    Measurement.get(self, free, cell).maximum
+                    for cell in (column.header, *column.cells)
+                )
         return Measurement.get(self, free, table).minimum
 
 
@@ -45,7 +55,9 @@ out = _Console(highlight=False, soft_wrap=True)
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Mistakes of the user's end a command with one line and exit code 2 (or the error's own); NEXTPT_TRACEBACK=1 shows where.
+    """Mistakes of the user's end a command with one line and exit code 2 (or the error's own).
+
+    NEXTPT_TRACEBACK=1 shows where.
 
     An interrupt ends it with one line and exit code 130: every command can be started again.
     """
@@ -60,7 +72,11 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code if isinstance(error, UserError) else 2)
         except KeyboardInterrupt:
-            print("\ninterrupted; nothing is half-written, and the same command goes on", file=sys.stderr, flush=True)
+            print(
+                "\ninterrupted; nothing is half-written, and the same command goes on",
+                file=sys.stderr,
+                flush=True,
+            )
             sys.exit(130)
 
     return run
@@ -69,11 +85,26 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 def evaluation_table(result: dict[str, Any]) -> Table:
     """The figures of an evaluation, bits per byte with half the width of their interval."""
     of = "" if result["step"] is None else f", step {result['step']}"
-    table = _table(f"loss on whole documents{of} (context {result['window']}, stride {result['stride']})", "domain", "tokens", "bytes",
-                   "nats/token", "perplexity", "bits/byte", "ends paid")
+    table = _table(
+        f"loss on whole documents{of} (context {result['window']}, stride {result['stride']})",
+        "domain",
+        "tokens",
+        "bytes",
+        "nats/token",
+        "perplexity",
+        "bits/byte",
+        "ends paid",
+    )
     for name, f in (*result["domains"].items(), ("total", result["total"])):
-        table.add_row(name, f"{f['tokens']:,}", f"{f['bytes']:,}", f"{f['nats_per_token']:.3f}", f"{f['perplexity']:.2f}",
-                      _with_interval(f["bpb_text"], f["intervals"]["bpb_text"]), f"{f['bpb_code']:.3f}")
+        table.add_row(
+            name,
+            f"{f['tokens']:,}",
+            f"{f['bytes']:,}",
+            f"{f['nats_per_token']:.3f}",
+            f"{f['perplexity']:.2f}",
+            _with_interval(f["bpb_text"], f["intervals"]["bpb_text"]),
+            f"{f['bpb_code']:.3f}",
+        )
     return table
 
 
@@ -81,17 +112,31 @@ def context_table(result: dict[str, Any]) -> Table:
     """Loss by how much the model saw before the token."""
     table = _table("by tokens of context", "context", "tokens", "nats/token", "95 %")
     for row in result["by_context"]:
-        name = f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} to {row['to']:,}"
-        table.add_row(name, f"{row['tokens']:,}", f"{row['nats_per_token']:.3f}", _interval(row["interval"]))
+        name = (
+            f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} to {row['to']:,}"
+        )
+        table.add_row(
+            name, f"{row['tokens']:,}", f"{row['nats_per_token']:.3f}", _interval(row["interval"])
+        )
     return table
 
 
 def frequency_table(result: dict[str, Any]) -> Table:
     """Loss by how frequent the token is."""
-    table = _table(f"by share of the token among all tokens of the {result['by_frequency']['counted_in']}", "share", "tokens",
-                   "nats/token", "95 %")
+    table = _table(
+        f"by share of the token among all tokens of the {result['by_frequency']['counted_in']}",
+        "share",
+        "tokens",
+        "nats/token",
+        "95 %",
+    )
     for row in result["by_frequency"]["bands"]:
-        table.add_row(band_name(row), f"{row['tokens']:,}", f"{row['nats_per_token']:.3f}", _interval(row["interval"]))
+        table.add_row(
+            band_name(row),
+            f"{row['tokens']:,}",
+            f"{row['nats_per_token']:.3f}",
+            _interval(row["interval"]),
+        )
     return table
 
 
@@ -100,20 +145,33 @@ def band_name(row: dict[str, Any]) -> str:
     if row["to"] == 0:
         return "never"
     low, high = (f"1 in {round(1 / row[end]):,}" if row[end] else "" for end in ("from", "to"))
-    return f"below {high}" if not row["from"] else f"above {low}" if row["to"] == 1 else f"{low} to {high}"
+    return (
+        f"below {high}"
+        if not row["from"]
+        else f"above {low}"
+        if row["to"] == 1
+        else f"{low} to {high}"
+    )
 
 
 def curve_table(result: dict[str, Any]) -> Table:
     """Bits per byte of every checkpoint."""
     table = _table("bits/byte at every checkpoint", "step", *result["domains"], "total")
     for at in result["checkpoints"]:
-        table.add_row(f"{at['step']:,}", *(_with_interval(f["bpb_text"], f["intervals"]["bpb_text"])
-                                           for f in (*at["domains"].values(), at["total"])))
+        table.add_row(
+            f"{at['step']:,}",
+            *(
+                _with_interval(f["bpb_text"], f["intervals"]["bpb_text"])
+                for f in (*at["domains"].values(), at["total"])
+            ),
+        )
     return table
 
 
 def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column(first, no_wrap=True)
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -130,8 +188,12 @@ def _interval(interval: list[float] | None) -> str:
 
 def compressor_table(result: dict[str, Any]) -> Table:
     """Bits per byte of the model beside general-purpose compressors on the same bytes."""
-    table = Table(title="bits per byte: all documents as one stream / document by document", box=box.SIMPLE_HEAD,
-                  title_justify="left", pad_edge=False)
+    table = Table(
+        title="bits per byte: all documents as one stream / document by document",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+    )
     table.add_column("", no_wrap=True)
     domains = result["domains"]
     for name in domains:
@@ -139,13 +201,17 @@ def compressor_table(result: dict[str, Any]) -> Table:
     table.add_row("this model", *(f"{f['bpb_text']:.3f}" for f in domains.values()), style="bold")
     for compressor in next(iter(domains.values()))["compressors"]:
         cells = (f["compressors"][compressor] for f in domains.values())
-        table.add_row(compressor, *(f"{c['bpb_concatenated']:.3f} / {c['bpb_documents']:.3f}" for c in cells))
+        table.add_row(
+            compressor, *(f"{c['bpb_concatenated']:.3f} / {c['bpb_documents']:.3f}" for c in cells)
+        )
     return table
 
 
 def small_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
     """A table whose first column is text and whose others are figures."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in rows:
@@ -155,9 +221,18 @@ def small_table(title: str, headings: list[str], rows: list[list[str]]) -> Table
 
 @contextmanager
 def shares_progress(verb: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar per thing (domain, side) that hears the share that is done, on a terminal; elsewhere a line when one is done."""
-    with Progress(TextColumn(verb + " {task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=out,
-                  disable=not out.is_terminal) as progress:
+    """A bar per thing (domain, side) that hears the share that is done, on a terminal.
+
+    Elsewhere a line when one is done.
+    """
+    with Progress(
+        TextColumn(verb + " {task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=out,
+        disable=not out.is_terminal,
+    ) as progress:
         tasks: dict[str, TaskID] = {}
 
         def update(domain: str, share: float) -> None:

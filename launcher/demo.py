@@ -1,4 +1,7 @@
-"""The whole path on this CPU: corpus, shards, training, resume, evaluation, samples, report. `make demo` runs it."""
+"""The whole path on this CPU: corpus, shards, training, resume, evaluation, samples, report.
+
+`make demo` runs it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ from nextpt.observe.run_record import read_runs
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 RANKS = 2
 RESUMED_STEPS = 20  # enough for four logged losses
-# A stride of a quarter: three quarters of the context before nearly every token, at four times the work of none.
+# A stride of a quarter: three quarters of the context before nearly every token, at four times the
+# work of none.
 STRIDES_PER_WINDOW = 4
 PROMPTS = {"code": "def read_config(path):\n", "prose": "This module provides", "empty": ""}
 STAGES = (
@@ -49,7 +53,8 @@ STAGES = (
 
 def main() -> None:
     """Run all stages; raises UserError at the first that fails."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo is the same everywhere, and shows the CPU path
+    # The demo is the same everywhere, and shows the CPU path
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config = load_config(CONFIG)
     tell_what_is_there(config)
     stage(1)
@@ -59,12 +64,18 @@ def main() -> None:
     for domain, count in found.documents.items():
         say(f"{domain}: {count:,} documents, {found.bytes[domain]:,} bytes")
     stage(2)
-    spec = PrepSpec(domains={d: corpus / f"{d}.jsonl" for d in found.documents}, output=Path(config.data.path),
-                    sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size)
+    spec = PrepSpec(
+        domains={d: corpus / f"{d}.jsonl" for d in found.documents},
+        output=Path(config.data.path),
+        sequence_length=config.data.sequence_length,
+        vocab_size=config.model.vocab_size,
+    )
     current = is_current(spec)
     if not current and spec.output.exists() and steps(config.run_dir / "checkpoints"):
-        raise UserError(f"{spec.output}, which {config.run_dir} was trained on, was made from another corpus (another Python) or by another "
-                        f"nextpt; start afresh: {start_afresh(config)}")
+        raise UserError(
+            f"{spec.output}, which {config.run_dir} was trained on, was made from another corpus"
+            f" (another Python) or by another nextpt; start afresh: {start_afresh(config)}"
+        )
     out.print(summary_table(prepare(spec, overwrite=not current, console=out)))
     stage(3)
     train(config)
@@ -91,10 +102,15 @@ def tell_what_is_there(config: Config) -> None:
     if not found:
         return
     if found[0] >= config.last_step:
-        say(f"The run {config.run_dir} is there and complete (step {found[0]}): it is not trained again, but checked, evaluated and "
-            "sampled again.")
+        say(
+            f"The run {config.run_dir} is there and complete (step {found[0]}): it is not trained"
+            " again, but checked, evaluated and sampled again."
+        )
     else:
-        say(f"The run {config.run_dir} is there up to step {found[0]} of {config.last_step}: training resumes from it.")
+        say(
+            f"The run {config.run_dir} is there up to step {found[0]} of {config.last_step}:"
+            " training resumes from it."
+        )
     say(f"To start afresh: {start_afresh(config)}")
 
 
@@ -106,7 +122,10 @@ def train(config: Config, *overrides: str) -> None:
     started = time.monotonic()
     code = start_training(str(CONFIG), list(overrides), ranks=RANKS)
     if code:
-        raise UserError(f"training ended with exit code {code}; the message is above. When that is mended, make demo goes on")
+        raise UserError(
+            f"training ended with exit code {code}; the message is above. When that is mended, make"
+            " demo goes on"
+        )
     if not overrides:
         say(f"took {(time.monotonic() - started) / 60:.1f} minutes with start-up")
 
@@ -117,19 +136,32 @@ def prove_resume(config: Config) -> int:
     Returns how many losses were identical; raises UserError when one was not.
     """
     run, copy = config.run_dir, config.run_dir.with_name(config.run_dir.name + "-resumed")
-    middle = next(s for s in sorted(steps(run / "checkpoints")) if s >= config.checkpoint.every_steps)
+    middle = next(
+        s for s in sorted(steps(run / "checkpoints")) if s >= config.checkpoint.every_steps
+    )
     stop = min(middle + RESUMED_STEPS, config.last_step)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder_of(run / "checkpoints", middle), folder_of(copy / "checkpoints", middle))
     shutil.copy(run / "config.yaml", copy)
     train(config, f"run.dir={copy}", f"train.stop_at={stop}", "validation.every_steps=null")
-    losses = [{e["step"]: e["loss"] for e in read_events(folder / "metrics.jsonl", "train") if middle < e["step"] <= stop}
-              for folder in (run, copy)]
+    losses = [
+        {
+            e["step"]: e["loss"]
+            for e in read_events(folder / "metrics.jsonl", "train")
+            if middle < e["step"] <= stop
+        }
+        for folder in (run, copy)
+    ]
     for step, loss in losses[1].items():
         same = losses[0].get(step) == loss
-        say(f"step {step}: uninterrupted {losses[0].get(step)!r}, resumed {loss!r}: {'identical' if same else 'DIFFERENT'}")
+        say(
+            f"step {step}: uninterrupted {losses[0].get(step)!r}, resumed {loss!r}:"
+            f" {'identical' if same else 'DIFFERENT'}"
+        )
     if not losses[1] or any(losses[0].get(step) != loss for step, loss in losses[1].items()):
-        raise UserError("the resumed run is not the uninterrupted one; please report this with the lines above")
+        raise UserError(
+            "the resumed run is not the uninterrupted one; please report this with the lines above"
+        )
     shutil.rmtree(copy)
     return len(losses[1])
 
@@ -138,15 +170,29 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Figures beside the compressors'; raises UserError when the model is worse than zlib."""
     protocol = Protocol(stride=config.max_position // STRIDES_PER_WINDOW, compressors=True)
     with shares_progress("evaluating") as progress:
-        result = evaluate_source(open_source(config.run_dir), heldout_texts(Path(config.data.path)), protocol, progress=progress)
+        result = evaluate_source(
+            open_source(config.run_dir),
+            heldout_texts(Path(config.data.path)),
+            protocol,
+            progress=progress,
+        )
     write_result(result, config.run_dir / "evaluation.json")
     out.print(evaluation_table(result))
     out.print(compressor_table(result))
     for compressor in ("zlib -9", "bz2 -9", "xz -9e"):
-        behind = [d for d, f in result["domains"].items() if f["bpb_text"] >= f["compressors"][compressor]["bpb_concatenated"]]
-        say(f"against {compressor} on one stream: " + (f"behind in {', '.join(behind)}" if behind else "ahead in every domain"))
+        behind = [
+            d
+            for d, f in result["domains"].items()
+            if f["bpb_text"] >= f["compressors"][compressor]["bpb_concatenated"]
+        ]
+        say(
+            f"against {compressor} on one stream: "
+            + (f"behind in {', '.join(behind)}" if behind else "ahead in every domain")
+        )
         if behind and compressor == "zlib -9":
-            raise UserError(f"the model is worse than zlib in {', '.join(behind)}; was training cut short?")
+            raise UserError(
+                f"the model is worse than zlib in {', '.join(behind)}; was training cut short?"
+            )
     return result
 
 
@@ -159,31 +205,60 @@ def sample(config: Config) -> None:
     for kind, prompt, continuation in zip(PROMPTS, prompts, found, strict=True):
         say(f"\n--- {kind} prompt: {json.dumps(prompt)}")
         say(prompt + continuation.text)
-    save_samples(config.run_dir, [sample_record(step, prompt, c, sampling) for prompt, c in zip(prompts, found, strict=True)])
+    save_samples(
+        config.run_dir,
+        [
+            sample_record(step, prompt, c, sampling)
+            for prompt, c in zip(prompts, found, strict=True)
+        ],
+    )
 
 
 def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> None:
     """The last table: what was learned, and what to do next."""
     record = read_runs([config.run_dir])[0]
-    table = Table(title="what was learned, in bits per byte of held-out text", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(
+        title="what was learned, in bits per byte of held-out text",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+    )
     table.add_column("", no_wrap=True)
     domains = result["domains"]
     for name in domains:
         table.add_column(name, justify="right")
-    untrained = [math.log2(config.model.vocab_size) * f["tokens"] / f["bytes"] for f in domains.values()]
-    table.add_row("before training (every token equally likely)", *(f"{bits:.3f}" for bits in untrained))
-    table.add_row("the model now", *(f"{f['bpb_text']:.3f}" for f in domains.values()), style="bold")
-    best = [min((c["bpb_concatenated"], name) for name, c in f["compressors"].items()) for f in domains.values()]
+    untrained = [
+        math.log2(config.model.vocab_size) * f["tokens"] / f["bytes"] for f in domains.values()
+    ]
+    table.add_row(
+        "before training (every token equally likely)", *(f"{bits:.3f}" for bits in untrained)
+    )
+    table.add_row(
+        "the model now", *(f"{f['bpb_text']:.3f}" for f in domains.values()), style="bold"
+    )
+    best = [
+        min((c["bpb_concatenated"], name) for name, c in f["compressors"].items())
+        for f in domains.values()
+    ]
     table.add_row("the best compressor", *(f"{bits:.3f} ({name})" for bits, name in best))
     say()
     out.print(table)
-    say(f"{record.parameters:,} parameters, {record.last['tokens']:,} tokens in {readable_duration(record.seconds())} of steps, "
-        f"{record.median_rate():,.0f} tokens/s; {proved} losses of the resumed run bit-identical")
+    say(
+        f"{record.parameters:,} parameters, {record.last['tokens']:,} tokens in"
+        f" {readable_duration(record.seconds())} of steps, {record.median_rate():,.0f} tokens/s;"
+        f" {proved} losses of the resumed run bit-identical"
+    )
     say("\nNext:")
     for text, command in (
         ("see all of it", f"open {page} in a browser"),
         ("let it write", f".venv/bin/nextpt generate --run {config.run_dir} --prompt 'import '"),
-        ("try another shape", ".venv/bin/nextpt train --config configs/demo.yaml run.name=wide model.width=256 --ranks 2"),
+        (
+            "try another shape",
+            (
+                ".venv/bin/nextpt train --config configs/demo.yaml run.name=wide model.width=256"
+                " --ranks 2"
+            ),
+        ),
         ("compare the two", f".venv/bin/nextpt report {config.run_dir} runs/wide"),
         ("use your own text", ".venv/bin/nextpt prep shards --help"),
         ("start afresh", start_afresh(config)),

@@ -9,8 +9,12 @@ import typer
 
 from launcher.console import friendly, say
 
-export_app = typer.Typer(no_args_is_help=True, help="Write a checkpoint in another layout, see docs/export.md.")
-import_app = typer.Typer(no_args_is_help=True, help="Start from a model that others trained, see docs/export.md.")
+export_app = typer.Typer(
+    no_args_is_help=True, help="Write a checkpoint in another layout, see docs/export.md."
+)
+import_app = typer.Typer(
+    no_args_is_help=True, help="Start from a model that others trained, see docs/export.md."
+)
 Run = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Output = Annotated[Path, typer.Option(help="folder to write; it must not exist")]
@@ -33,8 +37,13 @@ def hf_export(
     say(f"step {checkpoint.step} written to {output} as {architecture}, {dtype}, {_size(output)}")
 
 
-@export_app.command("deepspeed", epilog="example: nextpt export deepspeed --run runs/demo --output exported && "
-                                        "python exported/zero_to_fp32.py exported weights")
+@export_app.command(
+    "deepspeed",
+    epilog=(
+        "example: nextpt export deepspeed --run runs/demo --output exported && "
+        "python exported/zero_to_fp32.py exported weights"
+    ),
+)
 @friendly
 def deepspeed_export(run: Run, output: Output, step: Step = None) -> None:
     """The fp32 weights in DeepSpeed's layout, with its zero_to_fp32.py."""
@@ -43,14 +52,24 @@ def deepspeed_export(run: Run, output: Output, step: Step = None) -> None:
 
     checkpoint = open_run(run, step)
     export_deepspeed(checkpoint, output)
-    say(f"step {checkpoint.step} written to {output}, {_size(output)}; next: python {output}/zero_to_fp32.py {output} WEIGHTS")
+    say(
+        f"step {checkpoint.step} written to {output}, {_size(output)}; next: python"
+        f" {output}/zero_to_fp32.py {output} WEIGHTS"
+    )
 
 
-@import_app.command("hf", epilog="example: nextpt import hf Qwen3-0.6B --data data/mine --output continued.yaml")
+@import_app.command(
+    "hf", epilog="example: nextpt import hf Qwen3-0.6B --data data/mine --output continued.yaml"
+)
 @friendly
 def hf_import(
     folder: Annotated[Path, typer.Argument(help="local folder with config.json and *.safetensors")],
-    data: Annotated[Path, typer.Option(help="dataset folder, made with `nextpt prep shards --tokenizer FOLDER/tokenizer.json`")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="dataset folder, made with `nextpt prep shards --tokenizer FOLDER/tokenizer.json`"
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="YAML file to write; it must not exist")],
 ) -> None:
     """Check a Hugging Face model and write the config of a run that starts from its weights."""
@@ -66,7 +85,9 @@ def hf_import(
     if output.exists():
         raise ConfigError(f"{output} exists already; remove it or name another --output")
     weights, manifest = HFWeights(folder), DatasetManifest.load(data)
-    config = config_from_hf(weights, name=output.stem, data=data, sequence_length=manifest.sequence_length)
+    config = config_from_hf(
+        weights, name=output.stem, data=data, sequence_length=manifest.sequence_length
+    )
     check_dataset(config, manifest)
     check_tokenizer(config)
     try:
@@ -74,8 +95,10 @@ def hf_import(
             file.write(to_yaml(config))
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
-    say(f"{weights.architecture.name}, {count(config).parameters:,} parameters; look at optimizer, schedule and train in {output},"
-        f" then: nextpt train --config {output}")
+    say(
+        f"{weights.architecture.name}, {count(config).parameters:,} parameters; look at optimizer,"
+        f" schedule and train in {output}, then: nextpt train --config {output}"
+    )
 
 
 def _size(folder: Path) -> str:

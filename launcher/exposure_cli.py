@@ -10,8 +10,15 @@ from launcher.console import out, say, shares_progress, small_table
 from launcher.scored import deliver, open_with_texts
 
 
-def run_exposure(path: Path, step: int | None, data: Path | None, text: list[Path] | None, wanted: Any, json_path: Path | None,
-                 plot: Path | None) -> None:
+def run_exposure(
+    path: Path,
+    step: int | None,
+    data: Path | None,
+    text: list[Path] | None,
+    wanted: Any,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
     """Measure, print, write, draw. wanted: an Exposure. Raises UserError."""
     from nextpt.evaluate.exposure import exposure_bias
     from nextpt.observe.exposure_picture import draw_exposure
@@ -25,26 +32,73 @@ def run_exposure(path: Path, step: int | None, data: Path | None, text: list[Pat
 
 def _cell(figure: dict[str, Any], signed: bool = False) -> str:
     low_high = figure["interval"]
-    return f"{figure['value']:{'+' if signed else ''}.3f}" + (f" ±{(low_high[1] - low_high[0]) / 2:.3f}" if low_high else "")
+    return f"{figure['value']:{'+' if signed else ''}.3f}" + (
+        f" ±{(low_high[1] - low_high[0]) / 2:.3f}" if low_high else ""
+    )
 
 
 def _show(result: dict[str, Any]) -> None:
     p, rows = result["protocol"], []
-    domains = result["domains"] if len(result["domains"]) == 1 else result["domains"] | {"total": result["total"]}
+    domains = (
+        result["domains"]
+        if len(result["domains"]) == 1
+        else result["domains"] | {"total": result["total"]}
+    )
     for domain, of in domains.items():
-        rows += [[f"{domain}, {name}", *(_cell(figures[key]) for key in ("nats_per_token", "entropy")), f"{figures['repeats']['value']:.1%}"]
-                 for name, figures in of["arms"].items()]
+        rows += [
+            [
+                f"{domain}, {name}",
+                *(_cell(figures[key]) for key in ("nats_per_token", "entropy")),
+                f"{figures['repeats']['value']:.1%}",
+            ]
+            for name, figures in of["arms"].items()
+        ]
     at = "" if result["step"] is None else f", step {result['step']}"
-    title = f"{p['continuation']} tokens after {p['prefix']} of held-out text{at}: the real ones, and the model's own"
+    title = (
+        f"{p['continuation']} tokens after {p['prefix']} of held-out text{at}: the real ones, and"
+        " the model's own"
+    )
     out.print(small_table(title, ["", "nats/token", "entropy", "repeated 4-grams"], rows))
-    out.print(small_table("gap, real - sampled = miscalibration + drift, nats/token", ["", "stretches", "gap", "miscalibration", "drift"], [
-        [domain, f"{of['stretches']:,}", *(_cell(of[key], signed=True) for key in ("gap", "miscalibration", "drift"))]
-        for domain, of in domains.items()]))
-    out.print(small_table("nats/token by place in the continuation", ["places", "real", "sampled", "greedy", "gap", "drift"], [
-        [f"{row['from']}" if row["from"] == row["to"] else f"{row['from']} to {row['to']}",
-         *(f"{row[name]['value']:.3f}" for name in ("real", "sampled", "greedy")), *(_cell(row[name], signed=True) for name in ("gap", "drift"))]
-        for row in result["by_position"]]))
-    say("miscalibration: loss on real text beyond the entropy of what was predicted there. drift: that entropy less the loss on the model's own\n"
-        "text, 0 if its own text were to it as real text is. Special tokens are left out, so figures differ a little from those of nextpt eval.")
-    say(f"±: half of {p['intervals']['confidence']:.0%} intervals, bootstrap of documents, {p['intervals']['resamples']} resamples, seed {p['seed']}; none where there is "
-        "one document")
+    out.print(
+        small_table(
+            "gap, real - sampled = miscalibration + drift, nats/token",
+            ["", "stretches", "gap", "miscalibration", "drift"],
+            [
+                [
+                    domain,
+                    f"{of['stretches']:,}",
+                    *(_cell(of[key], signed=True) for key in ("gap", "miscalibration", "drift")),
+                ]
+                for domain, of in domains.items()
+            ],
+        )
+    )
+    out.print(
+        small_table(
+            "nats/token by place in the continuation",
+            ["places", "real", "sampled", "greedy", "gap", "drift"],
+            [
+                [
+                    (
+                        f"{row['from']}"
+                        if row["from"] == row["to"]
+                        else f"{row['from']} to {row['to']}"
+                    ),
+                    *(f"{row[name]['value']:.3f}" for name in ("real", "sampled", "greedy")),
+                    *(_cell(row[name], signed=True) for name in ("gap", "drift")),
+                ]
+                for row in result["by_position"]
+            ],
+        )
+    )
+    say(
+        "miscalibration: loss on real text beyond the entropy of what was predicted there. drift:"
+        " that entropy less the loss on the model's own\ntext, 0 if its own text were to it as real"
+        " text is. Special tokens are left out, so figures differ a little from those of nextpt"
+        " eval."
+    )
+    say(
+        f"±: half of {p['intervals']['confidence']:.0%} intervals, bootstrap of documents,"
+        f" {p['intervals']['resamples']} resamples, seed {p['seed']}; none where there is one"
+        " document"
+    )

@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.files import atomic_write
 from launcher.hosts import Host, Unreachable, exported_variables, probe, ssh_command
 from launcher.local import free_port, interrupt
-from nextpt.config import Config, load_config, to_yaml
+from nextpt.config import load_config, to_yaml
 from nextpt.errors import CRASHED, DAMAGED, HUNG, IN_USE, MISTAKE, REQUEUE, ConfigError
 from nextpt.train.ending import read_end
 from nextpt.train.stop import SIGNALS
@@ -27,20 +27,32 @@ AFTER = 45.0  # seconds beyond train.hang_seconds that other hosts have to end w
 
 
 class Fleet:
-    """A training on hosts; `start` runs it once. The second start leaves out hosts that are no longer there.
+    """A training on hosts; `start` runs it once.
+
+    The second start leaves out hosts that are no longer there.
 
     Raises UserError (Unreachable, ConfigError) before anything starts.
     """
 
-    def __init__(self, config: str, overrides: list[str], hosts: list[Host], ssh: str, port: int | None) -> None:
-        self.config, self.hosts, self.ssh, self.port = load_config(config, overrides), hosts, ssh, port
+    def __init__(
+        self, config: str, overrides: list[str], hosts: list[Host], ssh: str, port: int | None
+    ) -> None:
+        self.config = load_config(config, overrides)
+        self.hosts = hosts
+        self.ssh = ssh
+        self.port = port
         self.variables = exported_variables() | {
-            "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"), "NEXTPT_COMMAND": shlex.join(["nextpt", *sys.argv[1:]])}
+            "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+            "NEXTPT_COMMAND": shlex.join(["nextpt", *sys.argv[1:]]),
+        }
         self.started = False
         self._nodes: list[subprocess.Popen] = []
 
     def start(self) -> int:
-        """Train until all ranks have ended. Returns the exit code of the job; see nextpt/errors.py."""
+        """Train until all ranks have ended.
+
+        Returns the exit code of the job; see nextpt/errors.py.
+        """
         answers = self._reachable()
         self.config.accumulation_steps(sum(host.slots for host in self.hosts))
         self.started = True
@@ -56,7 +68,11 @@ class Fleet:
         try:
             first = 0
             for host in self.hosts:
-                self._nodes.append(self._start(host, first, address, port, settings, cpu=not answers[host.name]["gpus"]))
+                self._nodes.append(
+                    self._start(
+                        host, first, address, port, settings, cpu=not answers[host.name]["gpus"]
+                    )
+                )
                 first += host.slots
             codes = self._wait()
         finally:
@@ -66,7 +82,10 @@ class Fleet:
         return self._code(codes)
 
     def _reachable(self) -> dict[str, dict[str, Any]]:
-        """Answers of the hosts; after the first start those that do not answer are left out, where the batch allows it."""
+        """Answers of the hosts.
+
+        After the first start those that do not answer are left out, where the batch allows it.
+        """
         while True:
             try:
                 return probe(self.hosts, self.ssh, self.config)
@@ -78,21 +97,39 @@ class Fleet:
                     self.config.accumulation_steps(sum(host.slots for host in rest))
                 except ConfigError as problem:
                     raise ConfigError(f"{error}; and without it {problem}") from error
-                print(f"nextpt: going on without {', '.join(host.name for host in error.hosts)}: {error}", file=sys.stderr, flush=True)
+                print(
+                    f"nextpt: going on without {', '.join(host.name for host in error.hosts)}:"
+                    f" {error}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 self.hosts = rest
 
-    def _start(self, host: Host, first: int, address: str, port: int, settings: Path, cpu: bool) -> subprocess.Popen:
+    def _start(
+        self, host: Host, first: int, address: str, port: int, settings: Path, cpu: bool
+    ) -> subprocess.Popen:
         request = {
-            "action": "start", "folder": os.getcwd(), "slots": host.slots, "first_rank": first, "address": address, "port": port,
-            "world_size": sum(h.slots for h in self.hosts), "arguments": ["--config", str(settings)],
+            "action": "start",
+            "folder": os.getcwd(),
+            "slots": host.slots,
+            "first_rank": first,
+            "address": address,
+            "port": port,
+            "world_size": sum(h.slots for h in self.hosts),
+            "arguments": ["--config", str(settings)],
             "variables": self.variables | ({"DS_ACCELERATOR": "cpu"} if cpu else {}),
         }
-        node = subprocess.Popen(ssh_command(self.ssh, host), stdin=subprocess.PIPE, text=True, start_new_session=True)
+        node = subprocess.Popen(
+            ssh_command(self.ssh, host), stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
         _write(node, json.dumps(request))
         return node
 
     def _wait(self) -> list[int]:
-        """Exit codes of all nodes. When one has ended badly the others get the time in which they find that out."""
+        """Exit codes of all nodes.
+
+        When one has ended badly the others get the time in which they find that out.
+        """
         deadline = float("inf")
         while any(node.poll() is None for node in self._nodes):
             if deadline == float("inf") and any(node.returncode for node in self._nodes):
@@ -131,10 +168,25 @@ class Fleet:
         killed = [code for code in codes if code > 128 and code != LOST]
         lost = [host.name for host, code in zip(self.hosts, codes, strict=True) if code == LOST]
         if lost:
-            print(f"error: the connection to {', '.join(lost)} was lost", file=sys.stderr, flush=True)
+            print(
+                f"error: the connection to {', '.join(lost)} was lost", file=sys.stderr, flush=True
+            )
         if killed:
-            print(f"error: a rank was ended by signal {killed[0] - 128} ({signal.strsignal(killed[0] - 128)})", file=sys.stderr, flush=True)
-        return killed[0] if killed else HUNG if lost or HUNG in codes else end["code"] if end and end["code"] else CRASHED
+            print(
+                f"error: a rank was ended by signal {killed[0] - 128}"
+                f" ({signal.strsignal(killed[0] - 128)})",
+                file=sys.stderr,
+                flush=True,
+            )
+        return (
+            killed[0]
+            if killed
+            else HUNG
+            if lost or HUNG in codes
+            else end["code"]
+            if end and end["code"]
+            else CRASHED
+        )
 
 
 def _write(node: subprocess.Popen, line: str) -> None:

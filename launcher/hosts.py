@@ -23,7 +23,16 @@ from nextpt.errors import ConfigError, UserError
 
 NODE = Path(__file__).resolve().parent / "node.py"
 # No question may be asked, and a connection without an answer for 15 s is lost.
-SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+SSH_OPTIONS = (
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "ConnectTimeout=10",
+    "-o",
+    "ServerAliveInterval=5",
+    "-o",
+    "ServerAliveCountMax=3",
+)
 PROBE_SECONDS = 120
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=(?P<slots>[0-9]{1,4})\s*(#.*)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[A-Za-z0-9_@%+=:,./~-]*")
@@ -46,34 +55,47 @@ class Unreachable(UserError):
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Hosts of a file with lines `NAME slots=N`; empty lines and those that begin with # are left out. Raises ConfigError.
+    """Hosts of a file with lines `NAME slots=N`.
 
-    Stricter than deepspeed, which hands names on to shells and takes a file that is not there for one machine.
+    Empty lines and those that begin with # are left out. Raises ConfigError.
+
+    Stricter than deepspeed, which hands names on to shells and takes a file that is not there for
+    one machine.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(
+            f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     hosts: list[Host] = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _LINE.fullmatch(line.strip())
         if not match or int(match["slots"]) == 0:
-            raise ConfigError(f"hostfile {path}, line {number}: {line.strip()!r} is not of the form `NAME slots=N` with N at least 1"
-                              " (a name is letters, digits, dots, _ and -)")
+            raise ConfigError(
+                f"hostfile {path}, line {number}: {line.strip()!r} is not of the form `NAME"
+                " slots=N` with N at least 1 (a name is letters, digits, dots, _ and -)"
+            )
         if match["name"] in {host.name for host in hosts}:
-            raise ConfigError(f"hostfile {path}, line {number}: host {match['name']} is there twice; give it one line with all its slots")
+            raise ConfigError(
+                f"hostfile {path}, line {number}: host {match['name']} is there twice; give it one"
+                " line with all its slots"
+            )
         hosts.append(Host(match["name"], int(match["slots"])))
     if not hosts:
-        raise ConfigError(f"hostfile {path} names no host; it needs lines of the form `NAME slots=N`")
+        raise ConfigError(
+            f"hostfile {path} names no host; it needs lines of the form `NAME slots=N`"
+        )
     return hosts
 
 
 def exported_variables() -> dict[str, str]:
     """Variables of ~/.deepspeed_env and ./.deepspeed_env, where people keep what all hosts are to have. Raises ConfigError.
 
-    deepspeed pastes their values into a shell command on every host: one that a shell would act upon is refused here.
+    deepspeed pastes their values into a shell command on every host: one that a shell would act
+    upon is refused here.
     """
     found: dict[str, str] = {}
     for path in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
@@ -82,29 +104,56 @@ def exported_variables() -> dict[str, str]:
             if not line.strip() or line.startswith("#"):
                 continue
             if not _VARIABLE.fullmatch(line.strip()):
-                raise ConfigError(f"{path}, line {number}: {line.strip()!r} is not NAME=value with a value of letters, digits and @%+=:,./~_-;"
-                                  " deepspeed would give it to a shell on every host")
+                raise ConfigError(
+                    f"{path}, line {number}: {line.strip()!r} is not NAME=value with a value of"
+                    " letters, digits and @%+=:,./~_-; deepspeed would give it to a shell on every"
+                    " host"
+                )
             name, _, value = line.strip().partition("=")
             found[name] = value
     return found
 
 
 def ssh_command(ssh: str, host: Host) -> list[str]:
-    """The command that starts launcher/node.py on a host; what it is to do goes through its standard input."""
-    return [*shlex.split(ssh), *SSH_OPTIONS, host.name, f"exec {shlex.quote(sys.executable)} -u {shlex.quote(str(NODE))}"]
+    """The command that starts launcher/node.py on a host.
+
+    What it is to do goes through its standard input.
+    """
+    return [
+        *shlex.split(ssh),
+        *SSH_OPTIONS,
+        host.name,
+        f"exec {shlex.quote(sys.executable)} -u {shlex.quote(str(NODE))}",
+    ]
 
 
 def probe(hosts: list[Host], ssh: str, config: Config) -> dict[str, dict[str, Any]]:
-    """What each host says of itself (node.py, `look`), after all agree. Raises Unreachable, or UserError naming host and difference."""
+    """What each host says of itself (node.py, `look`), after all agree.
+
+    Raises Unreachable, or UserError naming host and difference.
+    """
     run = config.run_dir.resolve()
     data = Path(config.data.path).resolve() / "dataset.json"
     with _mark(run) as mark:
-        request = {"action": "look", "folder": os.getcwd(), "mark": str(mark), "data": None if config.data.remote else str(data)}
+        request = {
+            "action": "look",
+            "folder": os.getcwd(),
+            "mark": str(mark),
+            "data": None if config.data.remote else str(data),
+        }
         with ThreadPoolExecutor(min(len(hosts), 32)) as threads:
-            answers = dict(zip((h.name for h in hosts), threads.map(lambda host: _ask(ssh, host, request), hosts), strict=True))
+            answers = dict(
+                zip(
+                    (h.name for h in hosts),
+                    threads.map(lambda host: _ask(ssh, host, request), hosts),
+                    strict=True,
+                )
+            )
     silent = [host for host in hosts if isinstance(answers[host.name], str)]
     if silent:
-        raise Unreachable("; ".join(f"host {host.name}: {answers[host.name]}" for host in silent), silent)
+        raise Unreachable(
+            "; ".join(f"host {host.name}: {answers[host.name]}" for host in silent), silent
+        )
     wanted = sha256_file(data) if data.is_file() else None
     for host in hosts:
         _check(host, answers[host.name], run, data, None if config.data.remote else wanted)
@@ -127,7 +176,13 @@ def _mark(run: Path) -> Iterator[Path]:
 def _ask(ssh: str, host: Host, request: dict[str, Any]) -> dict[str, Any] | str:
     """The answer of a host, or what is wrong."""
     try:
-        done = subprocess.run(ssh_command(ssh, host), input=json.dumps(request) + "\n", capture_output=True, text=True, timeout=PROBE_SECONDS)
+        done = subprocess.run(
+            ssh_command(ssh, host),
+            input=json.dumps(request) + "\n",
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+        )
     except subprocess.TimeoutExpired:
         return f"no answer for {PROBE_SECONDS} s"
     except OSError as error:
@@ -138,21 +193,38 @@ def _ask(ssh: str, host: Host, request: dict[str, Any]) -> dict[str, Any] | str:
     if done.returncode == 255:
         return f"not reachable by ssh without a password ({said})"
     if done.returncode in (126, 127) or "No such file" in said or "can't open file" in said:
-        return f"does not have {sys.executable} and {NODE} as this machine has: the project must lie on a disk that all hosts see ({said})"
+        return (
+            f"does not have {sys.executable} and {NODE} as this machine has: the project must lie"
+            f" on a disk that all hosts see ({said})"
+        )
     return said
 
 
 def _check(host: Host, answer: dict[str, Any], run: Path, data: Path, wanted: str | None) -> None:
-    """Raises UserError. wanted: hash of the dataset's manifest here; None where hosts fetch it from elsewhere."""
+    """Raises UserError. wanted: hash of the dataset's manifest here.
+
+    None where hosts fetch it from elsewhere.
+    """
     if not answer["folder"]:
-        raise UserError(f"host {host.name} has no folder {os.getcwd()}; start from a folder on a disk that all hosts see")
+        raise UserError(
+            f"host {host.name} has no folder {os.getcwd()}; start from a folder on a disk that all"
+            " hosts see"
+        )
     if not answer["mark"]:
-        raise UserError(f"host {host.name} does not see the run folder {run} of this machine; run.dir must lie on a disk that all hosts share")
+        raise UserError(
+            f"host {host.name} does not see the run folder {run} of this machine; run.dir must lie"
+            " on a disk that all hosts share"
+        )
     if wanted and answer["data"] != wanted:
-        raise UserError(f"host {host.name} does not have the dataset {data.parent} as this machine has; put it on a disk that all hosts see, "
-                        "or give data.remote")
+        raise UserError(
+            f"host {host.name} does not have the dataset {data.parent} as this machine has; put it"
+            " on a disk that all hosts see, or give data.remote"
+        )
     if answer["gpus"] and host.slots > answer["gpus"]:
-        raise UserError(f"host {host.name} has {answer['gpus']} GPUs and the hostfile says slots={host.slots}; give at most one rank for each GPU")
+        raise UserError(
+            f"host {host.name} has {answer['gpus']} GPUs and the hostfile says slots={host.slots};"
+            " give at most one rank for each GPU"
+        )
 
 
 def _compare_versions(answers: dict[str, dict[str, Any]]) -> None:
@@ -161,7 +233,13 @@ def _compare_versions(answers: dict[str, dict[str, Any]]) -> None:
         usual = Counter(found.values()).most_common(1)[0][0]
         other = next((host for host, version in found.items() if version != usual), None)
         if other:
-            raise UserError(f"host {other} has {name} {found[other]} and others have {usual}; install the same everywhere")
+            raise UserError(
+                f"host {other} has {name} {found[other]} and others have {usual}; install the same"
+                " everywhere"
+            )
     kinds = {host: bool(answer["gpus"]) for host, answer in answers.items()}
     if len(set(kinds.values())) > 1:
-        raise UserError(f"host {next(h for h, has in kinds.items() if not has)} has no GPU that torch sees, others have; leave it out of the hostfile")
+        raise UserError(
+            f"host {next(h for h, has in kinds.items() if not has)} has no GPU that torch sees,"
+            " others have; leave it out of the hostfile"
+        )

@@ -13,19 +13,36 @@ from launcher.console import out, say, shares_progress
 if TYPE_CHECKING:
     from nextpt.observe.inspection import Inspection
 
-EXAMPLE = "example: nextpt inspect --run runs/demo --text notes.txt    nextpt inspect --run runs/demo --prompt 'import os' --heldout"
+EXAMPLE = (
+    "example: nextpt inspect --run runs/demo --text notes.txt    nextpt inspect --run runs/demo"
+    " --prompt 'import os' --heldout"
+)
 
 
 def inspect(
-    run: Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")],
+    run: Annotated[
+        Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")
+    ],
     text: Annotated[Path | None, typer.Option(help="file of UTF-8 text")] = None,
     prompt: Annotated[str | None, typer.Option(help="the text itself")] = None,
-    step: Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")] = None,
-    heldout: Annotated[bool, typer.Option("--heldout", help="calibration on the run's held-out documents, not on this text")] = False,
-    output: Annotated[Path | None, typer.Option(help="folder to write; RUN/inspect unless given")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="step of the checkpoint; the newest unless given")
+    ] = None,
+    heldout: Annotated[
+        bool,
+        typer.Option(
+            "--heldout", help="calibration on the run's held-out documents, not on this text"
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="folder to write; RUN/inspect unless given")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="tokens in the table")] = 12,
 ) -> None:
-    """Each token's probability, rank, entropy and alternatives, as a page coloured by surprise; and a calibration curve."""
+    """Each token's probability, rank, entropy and alternatives, as a page coloured by surprise.
+
+    And a calibration curve.
+    """
     from nextpt.errors import UserError
     from nextpt.generate import pick_device
     from nextpt.observe.inspection import inspect_text, write_inspection
@@ -37,7 +54,9 @@ def inspect(
     if not content:
         raise UserError(f"{name} is empty: there is no token to look at")
     with shares_progress("reading") as progress:
-        found = inspect_text(run, content, name, step=step, heldout=heldout, device=pick_device(), progress=progress)
+        found = inspect_text(
+            run, content, name, step=step, heldout=heldout, device=pick_device(), progress=progress
+        )
     target = output or run / "inspect"
     write_inspection(found, target)
     _say(found, top)
@@ -63,20 +82,50 @@ def _say(found: Inspection, top: int) -> None:
 
     from nextpt.observe.inspection import visible
 
-    table = Table(title=Text(f"the most surprising tokens of {found.source}"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False,
-                  padding=(0, 1, 0, 0))
-    for heading in ("place", "before it", "token", "bits", "probability", "rank", "expected instead"):
-        table.add_column(heading, justify="left" if heading in ("token", "expected instead") else "right", no_wrap=True)
+    table = Table(
+        title=Text(f"the most surprising tokens of {found.source}"),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in (
+        "place",
+        "before it",
+        "token",
+        "bits",
+        "probability",
+        "rank",
+        "expected instead",
+    ):
+        table.add_column(
+            heading,
+            justify="left" if heading in ("token", "expected instead") else "right",
+            no_wrap=True,
+        )
     for place, t in found.most_surprising(top):
         before = "".join(b["text"] for b in found.tokens[max(place - 13, 0) : place - 1])[-24:]
         others = [_percent(a) for a in t["alternatives"] if a["id"] != t["id"]]
-        table.add_row(f"{place:,}", Text(visible(before), style="dim"), Text(visible(t["token"]), style="bold"), f"{t['nats'] / math.log(2):.2f}",
-                      f"{t['probability']:.2g}", f"{t['rank']:,}", Text(", ".join(others[:2])))
+        table.add_row(
+            f"{place:,}",
+            Text(visible(before), style="dim"),
+            Text(visible(t["token"]), style="bold"),
+            f"{t['nats'] / math.log(2):.2f}",
+            f"{t['probability']:.2g}",
+            f"{t['rank']:,}",
+            Text(", ".join(others[:2])),
+        )
     out.print(table)
     figures = found.figures
-    say(f"{figures.tokens:,} tokens, {figures.bytes:,} bytes: {figures.nats_per_token:.3f} nats per token, {figures.bpb_text:.3f} bits per byte")
+    say(
+        f"{figures.tokens:,} tokens, {figures.bytes:,} bytes: {figures.nats_per_token:.3f} nats per"
+        f" token, {figures.bpb_text:.3f} bits per byte"
+    )
     say("then it expects " + ", ".join(_percent(a) for a in found.following["alternatives"][:4]))
-    say(f"expected calibration error {found.calibration.top.expected_error:.3f} over {found.calibration.places:,} places of {found.calibrated_on}")
+    say(
+        f"expected calibration error {found.calibration.top.expected_error:.3f} over"
+        f" {found.calibration.places:,} places of {found.calibrated_on}"
+    )
 
 
 def _percent(alternative: dict[str, Any]) -> str:

@@ -19,7 +19,9 @@ from nextpt.errors import CRASHED, REQUEUE, UserError
 from nextpt.train.ending import read_end
 from nextpt.train.stop import SIGNALS
 
-OUT_OF_MEMORY = ", most likely because memory ran out (see dmesg; nextpt plan tells what a run needs)"
+OUT_OF_MEMORY = (
+    ", most likely because memory ran out (see dmesg; nextpt plan tells what a run needs)"
+)
 RUN = Path(__file__).resolve().parent / "run.py"
 LAUNCH = "deepspeed.launcher.launch"
 
@@ -31,27 +33,61 @@ class Told(Exception):
 def train_command(config: str, overrides: list[str], ranks: int, port: int) -> list[str]:
     """The command that a person would type: deepspeed launcher/run.py --config ... on this machine."""
     return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_addr", "127.0.0.1",
-        "--master_port", str(port), "--log_level", "critical", "--hostfile", os.devnull, str(RUN), "--config", config, *overrides,
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(ranks),
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+        "--log_level",
+        "critical",
+        "--hostfile",
+        os.devnull,
+        str(RUN),
+        "--config",
+        config,
+        *overrides,
     ]
 
 
-def start_training(config: str, overrides: list[str], ranks: int | None = None, port: int | None = None) -> int:
-    """Train on this machine; returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given.
+def start_training(
+    config: str, overrides: list[str], ranks: int | None = None, port: int | None = None
+) -> int:
+    """Train on this machine.
 
-    SIGTERM and SIGUSR1 go on to the ranks, which save and end (nextpt/train/stop.py). Raises KeyboardInterrupt, with all
-    ranks ended, when this process is interrupted or its terminal closed.
+    Returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given.
+
+    SIGTERM and SIGUSR1 go on to the ranks, which save and end (nextpt/train/stop.py). Raises
+    KeyboardInterrupt, with all ranks ended, when this process is interrupted or its terminal
+    closed.
     """
     environment = os.environ | {
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"), "NEXTPT_SUPERVISOR": str(os.getpid()),
-        "NEXTPT_COMMAND": shlex.join(["nextpt", "train", "--config", config, *(["--ranks", str(ranks)] if ranks else []), *overrides]),
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+        "NEXTPT_SUPERVISOR": str(os.getpid()),
+        "NEXTPT_COMMAND": shlex.join(
+            [
+                "nextpt",
+                "train",
+                "--config",
+                config,
+                *(["--ranks", str(ranks)] if ranks else []),
+                *overrides,
+            ]
+        ),
     }
     if not _gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     command = train_command(config, overrides, ranks or max(_gpus(), 1), port or free_port())
-    # In a session of its own: Ctrl-C reaches this process alone, and not every rank, each with a traceback to show.
+    # In a session of its own: Ctrl-C reaches this process alone, and not every rank, each with a
+    # traceback to show.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = {number: signal.signal(number, lambda number, frame: _tell_ranks(process.pid, number)) for number in SIGNALS}
+    before = {
+        number: signal.signal(number, lambda number, frame: _tell_ranks(process.pid, number))
+        for number in SIGNALS
+    }
     before[signal.SIGHUP] = signal.signal(signal.SIGHUP, interrupt)
     try:
         code = process.wait()
@@ -64,11 +100,18 @@ def start_training(config: str, overrides: list[str], ranks: int | None = None, 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code < 0 or code > 128:  # of deepspeed itself -9; of a rank deepspeed passes it on as 247, a shell as 137
+    # Of deepspeed itself -9; of a rank deepspeed passes it on as 247, a shell as 137
+    if code < 0 or code > 128:
         number = -code if code < 0 else 256 - code if code > 192 else code - 128
-        print(f"error: a rank was ended by signal {number} ({signal.strsignal(number)}){OUT_OF_MEMORY if number == signal.SIGKILL else ''}; "
-              "the same command resumes", file=sys.stderr, flush=True)
-        return REQUEUE if number in SIGNALS else 128 + number  # of SIGNALS a rank dies only before it has anything to save
+        print(
+            f"error: a rank was ended by signal {number}"
+            f" ({signal.strsignal(number)}){OUT_OF_MEMORY if number == signal.SIGKILL else ''}; the"
+            " same command resumes",
+            file=sys.stderr,
+            flush=True,
+        )
+        # Of SIGNALS a rank dies only before it has anything to save
+        return REQUEUE if number in SIGNALS else 128 + number
     return code or _recorded_code(load_config(config, overrides).run_dir)
 
 
@@ -76,8 +119,12 @@ def _recorded_code(run: Path) -> int:
     """The code of a job whose launcher says 0: deepspeed's says so too when the process below it was killed."""
     end = read_end(run)
     if end is None:
-        print(f"error: training ended without a word: {run / 'exit.json'} is not there. Something killed it{OUT_OF_MEMORY}; "
-              "the same command resumes", file=sys.stderr, flush=True)
+        print(
+            f"error: training ended without a word: {run / 'exit.json'} is not there. Something"
+            f" killed it{OUT_OF_MEMORY}; the same command resumes",
+            file=sys.stderr,
+            flush=True,
+        )
         return CRASHED
     return end["code"]
 
@@ -90,7 +137,11 @@ def _tell_ranks(launcher: int, number: int) -> None:
     below = [launcher]
     for pid in below:  # grows while it is read
         below += children_of(pid)
-    told = [pid for pid in below if f"{RUN} --local_rank" in (command := command_of(pid)) and LAUNCH not in command]
+    told = [
+        pid
+        for pid in below
+        if f"{RUN} --local_rank" in (command := command_of(pid)) and LAUNCH not in command
+    ]
     for pid in told:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -106,7 +157,8 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def _end(process: subprocess.Popen) -> None:
     """End the launcher and its ranks, and give the terminal its cursor back, which a live line hides."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # a checkpoint exists or does not: nothing can be half-written
+        # A checkpoint exists or does not: nothing can be half-written
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     out.show_cursor(True)
 
@@ -124,4 +176,7 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", 0))
             return probe.getsockname()[1]
     except OSError as error:
-        raise UserError(f"no free TCP port on this machine ({error.strerror}); close some connections, or give --port") from error
+        raise UserError(
+            f"no free TCP port on this machine ({error.strerror}); close some connections, or give"
+            " --port"
+        ) from error

@@ -9,7 +9,10 @@ import typer
 
 from launcher.console import friendly, out, say, shares_progress, small_table
 
-memorization_app = typer.Typer(no_args_is_help=True, help="What a run has by heart, and what of an evaluation set it was trained on.")
+memorization_app = typer.Typer(
+    no_args_is_help=True,
+    help="What a run has by heart, and what of an evaluation set it was trained on.",
+)
 
 RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
@@ -17,11 +20,24 @@ Json = Annotated[Path | None, typer.Option("--json", help="also write the figure
 Plot = Annotated[Path | None, typer.Option(help="also draw them: a .png, .svg or .pdf file")]
 
 
-@memorization_app.command("plant", epilog="example: nextpt memorization plant data/canaries, then prep shards ... canaries=data/canaries/canaries.jsonl")
+@memorization_app.command(
+    "plant",
+    epilog=(
+        "example: nextpt memorization plant data/canaries, then prep shards ..."
+        " canaries=data/canaries/canaries.jsonl"
+    ),
+)
 @friendly
 def plant(
-    folder: Annotated[Path, typer.Argument(help="where canaries.jsonl (for `nextpt prep shards`) and canaries.json are written")],
-    each: Annotated[int, typer.Option(min=1, help="canaries for each number of repeats, 1, 2, 4, ... 128")] = 8,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="where canaries.jsonl (for `nextpt prep shards`) and canaries.json are written"
+        ),
+    ],
+    each: Annotated[
+        int, typer.Option(min=1, help="canaries for each number of repeats, 1, 2, 4, ... 128")
+    ] = 8,
     controls: Annotated[int, typer.Option(min=1, help="canaries that are never shown")] = 256,
     seed: Annotated[int, typer.Option(help="of the random texts")] = 0,
 ) -> None:
@@ -30,10 +46,15 @@ def plant(
 
     made = make_canaries(each, controls, seed)
     write_canaries(made, folder)
-    say(f"{folder}/canaries.jsonl: {sum(c.repeats for c in made):,} documents, {len(made) - controls} texts; keep {folder}/canaries.json")
+    say(
+        f"{folder}/canaries.jsonl: {sum(c.repeats for c in made):,} documents,"
+        f" {len(made) - controls} texts; keep {folder}/canaries.json"
+    )
 
 
-@memorization_app.command("canaries", epilog="example: nextpt memorization canaries data/canaries --run runs/mine")
+@memorization_app.command(
+    "canaries", epilog="example: nextpt memorization canaries data/canaries --run runs/mine"
+)
 @friendly
 def canaries(
     folder: Annotated[Path, typer.Argument(help="what `plant` wrote")],
@@ -53,9 +74,23 @@ def canaries(
     with shares_progress("trying") as progress:
         found = measure_canaries(config, model, tokenizer, planted, progress)
     result = {"run": str(run), "step": at, "by_repeats": found}
-    rows = [[repeats if int(repeats) else "never", f"{f['nats']['of']}", interval(f["extracted"], "share", 100), interval(f["score"], "mean", 100),
-             interval(f["exposure_bits"], "mean")] for repeats, f in found.items()]
-    out.print(small_table(f"canaries, step {at} (95 % intervals)", ["shown", "texts", "extracted, %", "tokens agree, %", "exposure, bits"], rows))
+    rows = [
+        [
+            repeats if int(repeats) else "never",
+            f"{f['nats']['of']}",
+            interval(f["extracted"], "share", 100),
+            interval(f["score"], "mean", 100),
+            interval(f["exposure_bits"], "mean"),
+        ]
+        for repeats, f in found.items()
+    ]
+    out.print(
+        small_table(
+            f"canaries, step {at} (95 % intervals)",
+            ["shown", "texts", "extracted, %", "tokens agree, %", "exposure, bits"],
+            rows,
+        )
+    )
     _write(result, json_path)
     if plot:
         from nextpt.observe.memorization_plots import draw_canaries
@@ -64,12 +99,20 @@ def canaries(
         say(f"drawn in {plot}")
 
 
-@memorization_app.command("extract", epilog="example: nextpt memorization extract --run runs/demo --prefixes 16,64,128 --plot extraction.png")
+@memorization_app.command(
+    "extract",
+    epilog=(
+        "example: nextpt memorization extract --run runs/demo --prefixes 16,64,128 --plot"
+        " extraction.png"
+    ),
+)
 @friendly
 def extract(
     run: RunFolder,
     step: Step = None,
-    data: Annotated[Path | None, typer.Option(help="dataset folder; the run's own unless given")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="dataset folder; the run's own unless given")
+    ] = None,
     prefixes: Annotated[str, typer.Option(help="lengths of the prefixes, tokens")] = "16,32,64,128",
     continuation: Annotated[int, typer.Option(min=1, help="tokens that the model must give")] = 32,
     count: Annotated[int, typer.Option(min=1, help="sequences of each side")] = 256,
@@ -88,15 +131,39 @@ def extract(
     config, model, _, at = open_model(run, step, pick_device())
     folder = data or Path(config.data.path)
     with shares_progress("continuing") as progress:
-        found = measure_extraction(config, model, {side: list(open_rows(folder, side).values()) for side in SPLITS}, prefixes=lengths,
-                                   continuation=continuation, count=count, seed=seed, progress=progress)
+        found = measure_extraction(
+            config,
+            model,
+            {side: list(open_rows(folder, side).values()) for side in SPLITS},
+            prefixes=lengths,
+            continuation=continuation,
+            count=count,
+            seed=seed,
+            progress=progress,
+        )
     result = {"run": str(run), "step": at, "continuation": continuation, "seed": seed} | found
     columns = (("exact", "share"), ("near", "share"), ("score", "mean"))
-    rows = [[side, str(p), *(interval(found[side]["prefixes"][str(p)][name], key, 100) for name, key in columns)] for side in SPLITS for p in lengths]
-    out.print(small_table(f"continuations of {continuation} tokens, greedy, step {at} (95 % intervals)",
-                          ["side", "prefix", "all agree, %", "9 of 10 agree, %", "tokens agree, %"], rows))
+    rows = [
+        [
+            side,
+            str(p),
+            *(interval(found[side]["prefixes"][str(p)][name], key, 100) for name, key in columns),
+        ]
+        for side in SPLITS
+        for p in lengths
+    ]
+    out.print(
+        small_table(
+            f"continuations of {continuation} tokens, greedy, step {at} (95 % intervals)",
+            ["side", "prefix", "all agree, %", "9 of 10 agree, %", "tokens agree, %"],
+            rows,
+        )
+    )
     for side in SPLITS:
-        say(f"{side}: {interval(found[side]['nats_per_token'], 'mean', digits=3)} nats per token of the continuations, of {found[side]['sequences']} sequences")
+        say(
+            f"{side}: {interval(found[side]['nats_per_token'], 'mean', digits=3)} nats per token of"
+            f" the continuations, of {found[side]['sequences']} sequences"
+        )
     say(f"gap: {found['gap_nats_per_token']:.3f} nats per token")
     _write(result, json_path)
     if plot:
@@ -106,13 +173,40 @@ def extract(
         say(f"drawn in {plot}")
 
 
-@memorization_app.command("contamination", epilog="example: nextpt memorization contamination --run runs/demo    or: --data data/mine --text benchmark.jsonl")
+@memorization_app.command(
+    "contamination",
+    epilog=(
+        "example: nextpt memorization contamination --run runs/demo    or: --data data/mine --text"
+        " benchmark.jsonl"
+    ),
+)
 @friendly
 def contamination(
-    run: Annotated[Path | None, typer.Option(help="run folder: its data, and bits per byte with and without what was found")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="run folder: its data, and bits per byte with and without what was found"
+        ),
+    ] = None,
     step: Step = None,
-    data: Annotated[Path | None, typer.Option(help="dataset folder whose training shards are looked through; the run's own unless given")] = None,
-    text: Annotated[str | None, typer.Option(help="the evaluation set, in any form that `nextpt prep` reads; the held-out texts unless given")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "dataset folder whose training shards are looked through; the run's own unless"
+                " given"
+            )
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "the evaluation set, in any form that `nextpt prep` reads; the held-out texts"
+                " unless given"
+            )
+        ),
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Which documents of an evaluation set share 13 words, or 50 characters, with the training shards?"""
@@ -120,21 +214,44 @@ def contamination(
 
     with shares_progress("reading") as progress:
         result = examine(run, step, data, text, progress)
-    rows = [[domain, f"{f['documents']:,}", f"{f['contaminated']:,}", f"{f['with_13_words']:,}", f"{f['with_50_characters']:,}",
-             " / ".join(_bits(f.get("bits_per_byte", {}).get(part)) for part in ("all", "clean", "contaminated"))] for domain, f in result["domains"].items()]
-    out.print(small_table("documents that share text with the training shards (bits per byte: all / clean / found)",
-                          ["domain", "documents", "found", "13 words", "50 chars", "bits per byte"], rows))
+    rows = [
+        [
+            domain,
+            f"{f['documents']:,}",
+            f"{f['contaminated']:,}",
+            f"{f['with_13_words']:,}",
+            f"{f['with_50_characters']:,}",
+            " / ".join(
+                _bits(f.get("bits_per_byte", {}).get(part))
+                for part in ("all", "clean", "contaminated")
+            ),
+        ]
+        for domain, f in result["domains"].items()
+    ]
+    out.print(
+        small_table(
+            "documents that share text with the training shards (bits per byte: all / clean /"
+            " found)",
+            ["domain", "documents", "found", "13 words", "50 chars", "bits per byte"],
+            rows,
+        )
+    )
     if json_path is None and any(f["contaminated"] for f in result["domains"].values()):
         say("which ones: --json FILE")
     _write(result, json_path)
 
 
 def interval(value: dict[str, Any], key: str, scale: float = 1.0, digits: int | None = None) -> str:
-    """"x (low-high)" of a figure times `scale`, with its interval; the figure alone where it has none."""
+    """ "x (low-high)" of a figure times `scale`, with its interval.
+
+    The figure alone where it has none.
+    """
     if value[key] is None:
         return "-"
     digits = digits if digits is not None else 1 if scale == 100 else 2
-    middle, low, high = (None if value[k] is None else f"{scale * value[k]:.{digits}f}" for k in (key, "low", "high"))
+    middle, low, high = (
+        None if value[k] is None else f"{scale * value[k]:.{digits}f}" for k in (key, "low", "high")
+    )
     return middle if low is None else f"{middle} ({low}-{high})"
 
 
@@ -150,7 +267,10 @@ def _lengths(text: str) -> list[int]:
     except ValueError:
         lengths = []
     if not lengths or lengths[0] < 1:
-        raise ConfigError(f"--prefixes {text}: expected numbers of tokens with commas between them, such as 16,32,64")
+        raise ConfigError(
+            f"--prefixes {text}: expected numbers of tokens with commas between them, such as"
+            " 16,32,64"
+        )
     return lengths
 
 

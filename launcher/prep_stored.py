@@ -16,24 +16,48 @@ Dataset = Annotated[Path, typer.Argument(metavar="DATA", help="dataset folder")]
 
 def register(prep: typer.Typer) -> None:
     """Add the commands to the group `nextpt prep`."""
-    prep.command("export", epilog="example: nextpt prep export --megatron data/shards --output data/megatron/web")(friendly(export))
-    prep.command("upload", epilog="example: nextpt prep upload data/shards s3://bucket/web")(friendly(upload))
-    prep.command("weigh", epilog="example: nextpt prep weigh data/shards --weights weights.py:blanks --output data/weighted")(friendly(weigh))
+    prep.command(
+        "export",
+        epilog="example: nextpt prep export --megatron data/shards --output data/megatron/web",
+    )(friendly(export))
+    prep.command("upload", epilog="example: nextpt prep upload data/shards s3://bucket/web")(
+        friendly(upload)
+    )
+    prep.command(
+        "weigh",
+        epilog=(
+            "example: nextpt prep weigh data/shards --weights weights.py:blanks --output"
+            " data/weighted"
+        ),
+    )(friendly(weigh))
 
 
 def weigh(
     data: Dataset,
-    weights: Annotated[str, typer.Option(metavar="FILE.py:NAME", help="function of a row (a dict of its columns) that gives T + 1 numbers >= 0")],
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.py:NAME",
+            help="function of a row (a dict of its columns) that gives T + 1 numbers >= 0",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="folder of the new dataset")],
 ) -> None:
-    """Write a dataset again with a weight for each token, for objective.token_weights=true; see docs/ablation.md."""
+    """Write a dataset again with a weight for each token, for objective.token_weights=true.
+
+    See docs/ablation.md.
+    """
     from rich.progress import Progress
 
     from data_prep.format import DatasetManifest
     from data_prep.token_weights import add_token_weights, load_function
 
     function = load_function(weights)
-    rows = sum(counts.rows for domains in DatasetManifest.load(data).splits.values() for counts in domains.values())
+    rows = sum(
+        counts.rows
+        for domains in DatasetManifest.load(data).splits.values()
+        for counts in domains.values()
+    )
     with Progress(console=out, disable=not out.is_terminal) as bar:
         task = bar.add_task("weighing rows", total=rows)
 
@@ -42,13 +66,20 @@ def weigh(
             return function(row)
 
         add_token_weights(data, output, told)
-    say(f"{output}: {rows:,} rows with token_weights; train on it with data.path={output} objective.token_weights=true")
+    say(
+        f"{output}: {rows:,} rows with token_weights; train on it with data.path={output}"
+        " objective.token_weights=true"
+    )
 
 
 def export(
     data: Dataset,
-    output: Annotated[Path, typer.Option(metavar="PREFIX", help="files are PREFIX-DOMAIN-SPLIT.bin and .idx")],
-    megatron: Annotated[bool, typer.Option("--megatron", help="as Megatron-LM's indexed datasets")] = False,
+    output: Annotated[
+        Path, typer.Option(metavar="PREFIX", help="files are PREFIX-DOMAIN-SPLIT.bin and .idx")
+    ],
+    megatron: Annotated[
+        bool, typer.Option("--megatron", help="as Megatron-LM's indexed datasets")
+    ] = False,
 ) -> None:
     """Write a dataset in another program's format."""
     from data_prep.export import export_megatron
@@ -64,15 +95,28 @@ def export(
 
 def upload(
     data: Dataset,
-    remote: Annotated[str, typer.Argument(metavar="REMOTE", help="s3://, gs://, abfs://, another scheme of fsspec's, or a folder")],
+    remote: Annotated[
+        str,
+        typer.Argument(
+            metavar="REMOTE", help="s3://, gs://, abfs://, another scheme of fsspec's, or a folder"
+        ),
+    ],
     threads: Annotated[int, typer.Option(min=1, help="files sent at the same time")] = 8,
 ) -> None:
-    """Copy a finished dataset to an object store, dataset.json last. The same command again goes on.
+    """Copy a finished dataset to an object store, dataset.json last.
+
+    The same command again goes on.
 
     S3_ENDPOINT_URL names an S3 that is not Amazon's.
     """
     from data_prep.upload import upload as send
 
     done = send(data, remote, threads=threads, console=out)
-    there = f"; {done.present_files} shards were there already ({humanize.naturalsize(done.present_bytes, binary=True)})" * bool(done.present_files)
-    say(f"{remote}: {done.sent_files} files, {humanize.naturalsize(done.sent_bytes, binary=True)} sent{there}")
+    there = (
+        f"; {done.present_files} shards were there already"
+        f" ({humanize.naturalsize(done.present_bytes, binary=True)})" * bool(done.present_files)
+    )
+    say(
+        f"{remote}: {done.sent_files} files, {humanize.naturalsize(done.sent_bytes, binary=True)}"
+        f" sent{there}"
+    )

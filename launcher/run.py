@@ -1,6 +1,6 @@
 """What `deepspeed`, `srun` and `nextpt train` start on every rank: train one config.
 
-    deepspeed launcher/run.py --config configs/demo.yaml train.steps=50 model.depth=4
+deepspeed launcher/run.py --config configs/demo.yaml train.steps=50 model.depth=4
 """
 
 import argparse
@@ -27,17 +27,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="deepspeed launcher/run.py",
         description="Train the run that a YAML file describes. The same command again resumes it.",
-        epilog="example: deepspeed --num_gpus 8 launcher/run.py --config configs/124m.yaml train.steps=1000\n\n" + CODES,
+        epilog=(
+            "example: deepspeed --num_gpus 8 launcher/run.py --config configs/124m.yaml"
+            " train.steps=1000\n\n"
+        )
+        + CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
-    parser.add_argument("--local_rank", type=int, default=None, help="given by the deepspeed launcher")
-    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the file")
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help="given by the deepspeed launcher"
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="show the Python traceback of an error"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override a key of the file"
+    )
     options = parser.parse_args(arguments)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training listens: there is nothing to save yet
+    # Until training listens: there is nothing to save yet
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: os._exit(REQUEUE))
     end_with(launchers(), _orphaned)
     try:
@@ -65,8 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()
             return CRASHED
-        print(f"error: no space left for {error.filename or 'the run folder'}; free some and start the same command again,"
-              " it resumes", file=sys.stderr, flush=True)
+        print(
+            f"error: no space left for {error.filename or 'the run folder'}; free some and start"
+            " the same command again, it resumes",
+            file=sys.stderr,
+            flush=True,
+        )
         return MISTAKE
     except KeyboardInterrupt:
         return 130
@@ -76,16 +91,25 @@ def main(arguments: list[str] | None = None) -> int:
         lost = lost_peer(error)
         if lost is None or options.traceback:
             traceback.print_exc()
-        if lost:  # launchers end all ranks when one ends, and pass on the code of that one: the rank that was lost is to be it
+        # Launchers end all ranks when one ends, and pass on the code of that one: the rank that was
+        # lost is to be it
+        if lost:
             rank = os.environ.get("RANK", "0")
-            print(f"error: rank {rank} lost another rank ({lost}); the same command resumes", file=sys.stderr, flush=True)
+            print(
+                f"error: rank {rank} lost another rank ({lost}); the same command resumes",
+                file=sys.stderr,
+                flush=True,
+            )
             _linger(CRASHED)
         return CRASHED
     return 0
 
 
 def _linger(code: int) -> None:
-    """Let another rank end first. The launcher's signal that follows is no wish of anybody's: it changes no exit code."""
+    """Let another rank end first.
+
+    The launcher's signal that follows is no wish of anybody's: it changes no exit code.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: os._exit(code))
     time.sleep(3)
@@ -94,23 +118,30 @@ def _linger(code: int) -> None:
 def launchers() -> list[int]:
     """Processes above this one that exist for this job alone: when one of them is gone, nobody waits for this rank.
 
-    A process started by hand, or with nohup, may outlive its parent: only ranks that a launcher started may not.
+    A process started by hand, or with nohup, may outlive its parent: only ranks that a launcher
+    started may not.
     """
     if "RANK" not in os.environ:
         return []
     found = [os.getppid()]
     above = parent_of(found[0]) if "deepspeed" in command_of(found[0]) else None
-    if above and "deepspeed" in command_of(above):  # its runner, or on another host the shell that pdsh had started
+    # Its runner, or on another host the shell that pdsh had started
+    if above and "deepspeed" in command_of(above):
         found.append(above)
         above = parent_of(above)
-    if above and command_of(above).startswith("sshd"):  # pdsh's connection; a person's own has a shell of his between
+    # pdsh's connection; a person's own has a shell of his between
+    if above and command_of(above).startswith("sshd"):
         found.append(above)
     supervisor = os.environ.get("NEXTPT_SUPERVISOR")
     return found + ([int(supervisor)] if supervisor else [])
 
 
 def _orphaned(pid: int) -> None:
-    print(f"error: the process {pid} that started this rank is gone; the same command resumes", file=sys.stderr, flush=True)
+    print(
+        f"error: the process {pid} that started this rank is gone; the same command resumes",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(CRASHED)
 
 

@@ -12,16 +12,28 @@ if TYPE_CHECKING:
 
 
 def train_one(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> None:
-    """One run, to its end. Ends the command with the run's exit code where it has another than 0. place: of it in the set, to say."""
+    """One run, to its end.
+
+    Ends the command with the run's exit code where it has another than 0. place: of it in the set,
+    to say.
+    """
     from launcher.local import start_training
     from launcher.supervise import RESTARTS, supervise
     from nextpt.model import count
 
     config = runs.config(run)
-    say(f"\n=== {place} {run.name}: {count(config).parameters:,} parameters, {config.total_steps * config.tokens_per_step:,} tokens, "
-        f"{runs.flops(run):.3g} FLOPs")
-    code = supervise(lambda: start_training(str(runs.base), runs.arguments(run), ranks), config.run_dir, RESTARTS)
+    say(
+        f"\n=== {place} {run.name}: {count(config).parameters:,} parameters,"
+        f" {config.total_steps * config.tokens_per_step:,} tokens, {runs.flops(run):.3g} FLOPs"
+    )
+    code = supervise(
+        lambda: start_training(str(runs.base), runs.arguments(run), ranks), config.run_dir, RESTARTS
+    )
     if code:
-        print(f"error: {run.name} ended with exit code {code}; the message is above. When that is mended, the same command goes on",
-              file=sys.stderr, flush=True)
+        print(
+            f"error: {run.name} ended with exit code {code}; the message is above. When that is"
+            " mended, the same command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(code)

@@ -17,31 +17,80 @@ if TYPE_CHECKING:
     from nextpt.scaling.fitting import Fit
     from nextpt.scaling.observations import Runs
 
-scaling_app = typer.Typer(no_args_is_help=True, help="Fit scaling laws to runs, predict, plan; see docs/scaling.md.")
+scaling_app = typer.Typer(
+    no_args_is_help=True, help="Fit scaling laws to runs, predict, plan; see docs/scaling.md."
+)
 scaling_app.command("sweep", epilog=SWEEP_EXAMPLE)(friendly(sweep))
 FORMS = ("chinchilla", "kaplan", "over-training", "repeated", "isoflop", "envelope")
-FitFile = Annotated[Path, typer.Argument(metavar="FIT.json", help="what `nextpt scaling fit --json` wrote")]
+FitFile = Annotated[
+    Path, typer.Argument(metavar="FIT.json", help="what `nextpt scaling fit --json` wrote")
+]
 Level = Annotated[float, typer.Option(min=0.01, max=0.999, help="of the intervals")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 
 
-@scaling_app.command("fit", epilog="example: nextpt scaling fit runs.csv --params-column N --tokens-column D --loss-column loss --json fit.json    "
-                                   "nextpt scaling fit runs/small runs/middle runs/... --json fit.json")
+@scaling_app.command(
+    "fit",
+    epilog=(
+        "example: nextpt scaling fit runs.csv --params-column N --tokens-column D --loss-column"
+        " loss --json fit.json    nextpt scaling fit runs/small runs/middle runs/... --json"
+        " fit.json"
+    ),
+)
 @friendly
 def fit_command(
-    sources: Annotated[list[Path], typer.Argument(metavar="DATA.csv | RUN...", help="a CSV file with a line per run, or run folders")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DATA.csv | RUN...", help="a CSV file with a line per run, or run folders"
+        ),
+    ],
     params_column: Annotated[str | None, typer.Option(help="column of parameters N")] = None,
     tokens_column: Annotated[str | None, typer.Option(help="column of training tokens D")] = None,
-    flops_column: Annotated[str | None, typer.Option(help="column of training compute C, FLOPs; then D = C / (6 N)")] = None,
-    loss_column: Annotated[str | None, typer.Option(help="column of the loss, nats per token")] = None,
-    unique_column: Annotated[str | None, typer.Option(help="column of different tokens, for --form repeated")] = None,
-    count: Annotated[str, typer.Option(help="of run folders: parameters, non_embedding_parameters or matmul_parameters is N")] = "parameters",
-    form: Annotated[str, typer.Option(help=f"{', '.join(FORMS[:-2])}; isoflop and envelope are Chinchilla's approaches 2 and 1")] = "chinchilla",
-    drop_highest: Annotated[int, typer.Option(min=0, help="leave out the runs of so many highest losses")] = 0,
-    delta: Annotated[float | None, typer.Option(min=0, help="of Huber's loss, in units of ln loss; 0: least absolute deviations; 0.001 unless given")] = None,
+    flops_column: Annotated[
+        str | None, typer.Option(help="column of training compute C, FLOPs; then D = C / (6 N)")
+    ] = None,
+    loss_column: Annotated[
+        str | None, typer.Option(help="column of the loss, nats per token")
+    ] = None,
+    unique_column: Annotated[
+        str | None, typer.Option(help="column of different tokens, for --form repeated")
+    ] = None,
+    count: Annotated[
+        str,
+        typer.Option(
+            help="of run folders: parameters, non_embedding_parameters or matmul_parameters is N"
+        ),
+    ] = "parameters",
+    form: Annotated[
+        str,
+        typer.Option(
+            help=(
+                f"{', '.join(FORMS[:-2])}; isoflop and envelope are Chinchilla's approaches 2 and 1"
+            )
+        ),
+    ] = "chinchilla",
+    drop_highest: Annotated[
+        int, typer.Option(min=0, help="leave out the runs of so many highest losses")
+    ] = 0,
+    delta: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help=(
+                "of Huber's loss, in units of ln loss; 0: least absolute deviations; 0.001 unless"
+                " given"
+            ),
+        ),
+    ] = None,
     bootstrap: Annotated[int, typer.Option(min=0, help="resamples for intervals; 0: none")] = 1000,
-    json_path: Annotated[Path | None, typer.Option("--json", help="also write constants, intervals and resamples to this file")] = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw a picture: .svg, .png or .pdf")] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", help="also write constants, intervals and resamples to this file"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="also draw a picture: .svg, .png or .pdf")
+    ] = None,
 ) -> None:
     """Fit a scaling law. C = 6 N D. Intervals are of 95 %, by the bootstrap."""
     from launcher.scaling_tables import say_fit, say_frontier, say_repeated
@@ -58,7 +107,13 @@ def fit_command(
         raise ScalingError(f"--delta belongs to Huber's loss; --form {form} has none")
     if plot:
         check_name(plot, form)
-    columns = {"parameters": params_column, "tokens": tokens_column, "flops": flops_column, "loss": loss_column, "unique_tokens": unique_column}
+    columns = {
+        "parameters": params_column,
+        "tokens": tokens_column,
+        "flops": flops_column,
+        "loss": loss_column,
+        "unique_tokens": unique_column,
+    }
     runs = drop(_read(sources, columns, count, curves=form == "envelope"), drop_highest)
     if form in LAWS:
         found = fit(LAWS[form], runs, delta=delta, bootstrap=bootstrap)
@@ -80,11 +135,15 @@ def fit_command(
         say(f"drawn in {plot}")
 
 
-@scaling_app.command("predict", epilog="example: nextpt scaling predict fit.json --params 70e9 --tokens 1.4e12")
+@scaling_app.command(
+    "predict", epilog="example: nextpt scaling predict fit.json --params 70e9 --tokens 1.4e12"
+)
 @friendly
 def predict(
     fit_file: FitFile,
-    params: Annotated[float, typer.Option(help="parameters N of the model that is not trained yet")],
+    params: Annotated[
+        float, typer.Option(help="parameters N of the model that is not trained yet")
+    ],
     tokens: Annotated[float, typer.Option(help="training tokens D")],
     level: Level = 0.9,
     as_json: AsJson = False,
@@ -97,22 +156,45 @@ def predict(
     if as_json:
         print(json.dumps(made, indent=1))
         return
-    between = f", {level:.0%} between {made['interval'][0]:.4f} and {made['interval'][1]:.4f}" if made["interval"] else \
-        "; no interval: the fit has no resamples (--bootstrap 0)"
-    say(f"N = {params:.4g}, D = {tokens:.4g} ({tokens / params:.1f} tokens per parameter), C = 6 N D = {made['flops']:.3g} FLOPs")
+    between = (
+        f", {level:.0%} between {made['interval'][0]:.4f} and {made['interval'][1]:.4f}"
+        if made["interval"]
+        else "; no interval: the fit has no resamples (--bootstrap 0)"
+    )
+    say(
+        f"N = {params:.4g}, D = {tokens:.4g} ({tokens / params:.1f} tokens per parameter), C = 6 N"
+        f" D = {made['flops']:.3g} FLOPs"
+    )
     say(f"loss {made['loss']:.4f} nats per token{between}")
     for warning in made["warnings"]:
         say(f"warning: {warning}")
 
 
-@scaling_app.command("plan", epilog="example: nextpt scaling plan fit.json --flops 1e21    nextpt scaling plan fit.json --gpu-hours 5000 --device h100")
+@scaling_app.command(
+    "plan",
+    epilog=(
+        "example: nextpt scaling plan fit.json --flops 1e21    nextpt scaling plan fit.json"
+        " --gpu-hours 5000 --device h100"
+    ),
+)
 @friendly
 def plan(
     fit_file: FitFile,
     flops: Annotated[float | None, typer.Option(help="budget, FLOPs of training")] = None,
-    gpu_hours: Annotated[float | None, typer.Option(help="budget, hours of one device; or give --flops")] = None,
-    device: Annotated[str, typer.Option(help="with --gpu-hours: a10, l40s, a100-40, a100, h100, h200 or b200")] = "h100",
-    utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="with --gpu-hours: share of the peak that the model's FLOPs reach")] = 0.4,
+    gpu_hours: Annotated[
+        float | None, typer.Option(help="budget, hours of one device; or give --flops")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="with --gpu-hours: a10, l40s, a100-40, a100, h100, h200 or b200")
+    ] = "h100",
+    utilisation: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="with --gpu-hours: share of the peak that the model's FLOPs reach",
+        ),
+    ] = 0.4,
     level: Level = 0.9,
     as_json: AsJson = False,
 ) -> None:
@@ -131,7 +213,9 @@ def plan(
         print(json.dumps(made, indent=1))
         return
     if gpu_hours is not None:
-        say(f"{gpu_hours:,g} hours of {device} at {utilisation:.0%} of its peak: {budget:.3g} FLOPs")
+        say(
+            f"{gpu_hours:,g} hours of {device} at {utilisation:.0%} of its peak: {budget:.3g} FLOPs"
+        )
     say_budget(made)
 
 
@@ -140,14 +224,20 @@ def _read(sources: list[Path], columns: dict[str, str | None], count: str, *, cu
 
     if any(source.is_dir() for source in sources):
         if given := [name for name, column in columns.items() if column]:
-            raise ScalingError(f"{sources[0]} is a run folder, which has no columns; leave out the column of {given[0]}")
+            raise ScalingError(
+                f"{sources[0]} is a run folder, which has no columns; leave out the column of"
+                f" {given[0]}"
+            )
         if count not in COUNTS:
             raise ScalingError(f"--count {count}: known are {', '.join(COUNTS)}")
         return read_run_folders(sources, count, curves=curves)
     if len(sources) > 1:
         raise ScalingError(f"{len(sources)} files: give one CSV file, or run folders")
     if columns["parameters"] is None or columns["loss"] is None:
-        raise ScalingError(f"{sources[0]}: name its columns with --params-column, --loss-column and --tokens-column or --flops-column")
+        raise ScalingError(
+            f"{sources[0]}: name its columns with --params-column, --loss-column and"
+            " --tokens-column or --flops-column"
+        )
     return read_csv(sources[0], **columns)
 
 
@@ -157,7 +247,10 @@ def _parametric(path: Path) -> Fit:
 
     found = read_fit(path)
     if not isinstance(found, Fit):
-        raise ScalingError(f"{path} is a fit of the form {found.name}, which gives optimal sizes and no losses; fit with --form chinchilla")
+        raise ScalingError(
+            f"{path} is a fit of the form {found.name}, which gives optimal sizes and no losses;"
+            " fit with --form chinchilla"
+        )
     return found
 
 

@@ -24,14 +24,33 @@ def say_fit(fit: Fit, values: dict[str, Any]) -> None:
     if fit.delta is None:
         say(f"least squares in nats, residuals {values['residual_rms']:.2%} rms of the loss")
     else:
-        kind = f"Huber's loss of ln L, delta {fit.delta:g}" if fit.delta else "least absolute deviations of ln L (delta -> 0)"
+        kind = (
+            f"Huber's loss of ln L, delta {fit.delta:g}"
+            if fit.delta
+            else "least absolute deviations of ln L (delta -> 0)"
+        )
         say(f"{kind}; residuals {values['residual_rms']:.2%} rms of the loss")
-    names = list(fit.constants) + [name for name in ("N_c", "D_c") if name in values and name not in fit.constants]
-    out.print(_constants({name: values[name] for name in names}, values, len(next(iter(fit.resamples.values()), ()))))
+    names = list(fit.constants) + [
+        name for name in ("N_c", "D_c") if name in values and name not in fit.constants
+    ]
+    out.print(
+        _constants(
+            {name: values[name] for name in names},
+            values,
+            len(next(iter(fit.resamples.values()), ())),
+        )
+    )
     if "A" in values:
-        say("the same law as L = (N_c / N)^alpha + (D_c / D)^beta + E, N_c = A^(1/alpha) in parameters, D_c = B^(1/beta) in tokens")
+        say(
+            "the same law as L = (N_c / N)^alpha + (D_c / D)^beta + E, N_c = A^(1/alpha) in"
+            " parameters, D_c = B^(1/beta) in tokens"
+        )
     optimal = values["optimal_exponent"]
-    between = f" (95 % {optimal['interval_N'][0]:.3f} to {optimal['interval_N'][1]:.3f})" if optimal["interval_N"] else ""
+    between = (
+        f" (95 % {optimal['interval_N'][0]:.3f} to {optimal['interval_N'][1]:.3f})"
+        if optimal["interval_N"]
+        else ""
+    )
     say(f"compute-optimal: N grows as C^{optimal['N']:.3f}{between}, D as C^{optimal['D']:.3f}")
     if fit.resampled == "residuals":
         say(f"{len(fit.runs)} runs are too few to resample runs: the intervals resample residuals")
@@ -43,15 +62,33 @@ def say_frontier(found: Frontier, values: dict[str, Any]) -> None:
     """The exponent, and the best sizes that it goes through."""
     say(describe(found.runs))
     say(found.runs.convention)
-    between = "" if values["intervals"] is None else f" (95 % {values['intervals']['a'][0]:.3f} to {values['intervals']['a'][1]:.3f})"
-    say(f"compute-optimal: N = {np.exp(found.log_k):.3g} C^{found.a:.3f}{between}, D as C^{1 - found.a:.3f}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left",
-                  title=f"best sizes: {len(found.optima)} amounts of compute" + (", ten of them shown" if len(found.optima) > 10 else ""))
+    between = (
+        ""
+        if values["intervals"] is None
+        else f" (95 % {values['intervals']['a'][0]:.3f} to {values['intervals']['a'][1]:.3f})"
+    )
+    say(
+        f"compute-optimal: N = {np.exp(found.log_k):.3g} C^{found.a:.3f}{between}, D as"
+        f" C^{1 - found.a:.3f}"
+    )
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+        title=f"best sizes: {len(found.optima)} amounts of compute"
+        + (", ten of them shown" if len(found.optima) > 10 else ""),
+    )
     for heading in ("C, FLOPs", "N", "D", "D / N", "loss"):
         table.add_column(heading, justify="right")
     for i in np.unique(np.linspace(0, len(found.optima) - 1, 10).astype(int)):
         o = found.optima[i]
-        table.add_row(f"{o.flops:.3g}", f"{o.parameters:.3g}", f"{o.tokens:.3g}", f"{o.tokens / o.parameters:.1f}", f"{o.loss:.4f}")
+        table.add_row(
+            f"{o.flops:.3g}",
+            f"{o.parameters:.3g}",
+            f"{o.tokens:.3g}",
+            f"{o.tokens / o.parameters:.1f}",
+            f"{o.loss:.4f}",
+        )
     out.print(table)
     _say_warnings(values)
 
@@ -62,32 +99,58 @@ def say_repeated(found: RepeatedFit, values: dict[str, Any]) -> None:
     say(describe(found.runs))
     say(found.runs.convention)
     out.print(_constants(found.constants, values, len(next(iter(found.resamples.values()), ()))))
-    say("R_D: repetitions after which further ones are worth 1/e of new tokens; R_N: the same for parameters beyond what the tokens need")
+    say(
+        "R_D: repetitions after which further ones are worth 1/e of new tokens; R_N: the same for"
+        " parameters beyond what the tokens need"
+    )
     _say_warnings(values)
 
 
 def say_budget(made: dict[str, Any]) -> None:
     """The optimum of a budget and the price of smaller models."""
+
     def between(pair: list[float] | None) -> str:
         return f"   {made['level']:.0%} {pair[0]:.3g} to {pair[1]:.3g}" if pair else ""
+
     say(f"budget          {made['flops']:.3g} FLOPs")
     say(f"parameters N    {made['parameters']:.3g}{between(made['parameters_interval'])}")
-    say(f"tokens D        {made['tokens']:.3g}{between(made['tokens_interval'])}   {made['tokens_per_parameter']:.1f} per parameter")
+    say(
+        f"tokens D        {made['tokens']:.3g}{between(made['tokens_interval'])}  "
+        f" {made['tokens_per_parameter']:.1f} per parameter"
+    )
     if "loss" in made:
-        say(f"loss            {made['loss']['loss']:.4f}{'' if not made['loss']['interval'] else '   {:.0%} {:.4f} to {:.4f}'.format(made['level'], *made['loss']['interval'])}")
+        say(
+            "loss           "
+            f" {made['loss']['loss']:.4f}{'' if not made['loss']['interval'] else '   {:.0%} {:.4f} to {:.4f}'.format(made['level'], *made['loss']['interval'])}"
+        )
     for warning in dict.fromkeys([*made["warnings"], *made.get("loss", {}).get("warnings", [])]):
         say(f"warning: {warning}")
     if "price" not in made:
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", padding=(0, 1, 0, 0),
-                  title="over-training: smaller models at the same compute, and the tokens and compute with which they reach its loss")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        title=(
+            "over-training: smaller models at the same compute, and the tokens and compute with"
+            " which they reach its loss"
+        ),
+    )
     for heading in ("N / best N", "N", "D", "D / N", "loss", "more loss", "D for it", "C for it"):
         table.add_column(heading, justify="right", no_wrap=True)
     for p in made["price"]:
         reached = p["same_loss_tokens"] is not None
-        table.add_row(f"{p['share']:g}", f"{p['parameters']:.3g}", f"{p['tokens']:.3g}", f"{p['tokens'] / p['parameters']:.1f}", f"{p['loss']:.4f}",
-                      f"{p['loss'] - made['price'][0]['loss']:.4f}", f"{p['same_loss_tokens']:.3g}" if reached else "never",
-                      f"{p['same_loss_flops'] / made['flops']:.2f} x" if reached else "")
+        table.add_row(
+            f"{p['share']:g}",
+            f"{p['parameters']:.3g}",
+            f"{p['tokens']:.3g}",
+            f"{p['tokens'] / p['parameters']:.1f}",
+            f"{p['loss']:.4f}",
+            f"{p['loss'] - made['price'][0]['loss']:.4f}",
+            f"{p['same_loss_tokens']:.3g}" if reached else "never",
+            f"{p['same_loss_flops'] / made['flops']:.2f} x" if reached else "",
+        )
     out.print(table)
 
 
@@ -100,7 +163,11 @@ def _constants(constants: dict[str, float], values: dict[str, Any], resamples: i
         table.add_column(f"{LEVEL:.0%} from", justify="right")
         table.add_column("to", justify="right")
     for name, value in constants.items():
-        table.add_row(name, f"{value:.5g}", *(f"{end:.5g}" for end in (values["intervals"][name] if resamples else ())))
+        table.add_row(
+            name,
+            f"{value:.5g}",
+            *(f"{end:.5g}" for end in (values["intervals"][name] if resamples else ())),
+        )
     return table
 
 
@@ -112,11 +179,24 @@ def _say_warnings(values: dict[str, Any]) -> None:
 def _say_sensitivity(values: dict[str, Any]) -> None:
     found = values["sensitivity"]
     names = list(found[0]["constants"])
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", padding=(0, 1, 0, 0),
-                  title=f"the same fit without some runs; L: compute-optimal loss at {BEYOND:g} times the largest compute")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        title=(
+            f"the same fit without some runs; L: compute-optimal loss at {BEYOND:g} times the"
+            " largest compute"
+        ),
+    )
     table.add_column("", overflow="fold")
     for heading in ("runs", *names, "L"):
         table.add_column(heading, justify="right", no_wrap=True)
     for left in found:
-        table.add_row(left["what"], str(left["runs"]), *(f"{left['constants'][name]:.4g}" for name in names), f"{left['loss']:.4f}")
+        table.add_row(
+            left["what"],
+            str(left["runs"]),
+            *(f"{left['constants'][name]:.4g}" for name in names),
+            f"{left['loss']:.4f}",
+        )
     out.print(table)

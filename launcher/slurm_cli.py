@@ -17,10 +17,14 @@ from launcher.console import friendly, say
 from nextpt.config import Config, load_config
 from nextpt.errors import ConfigError, UserError
 
-slurm_app = typer.Typer(no_args_is_help=True, help="Train on a Slurm cluster, see docs/clusters.md.")
+slurm_app = typer.Typer(
+    no_args_is_help=True, help="Train on a Slurm cluster, see docs/clusters.md."
+)
 TEMPLATE = Path(__file__).resolve().parent / "slurm" / "train.sbatch"
 ROOT = TEMPLATE.parents[2]
-LEAST_LEAD = 120  # seconds from the signal to the time limit, as Slurm may send it up to 60 s too early or late (sbatch --signal)
+# Seconds from the signal to the time limit, as Slurm may send it up to 60 s too early or late
+# (sbatch --signal)
+LEAST_LEAD = 120
 
 
 def job_script(config: Path, overrides: list[str], options: dict[str, str]) -> str:
@@ -34,32 +38,63 @@ def job_script(config: Path, overrides: list[str], options: dict[str, str]) -> s
     last = max(i for i, line in enumerate(kept) if line.startswith("#SBATCH"))
     added = [f"#SBATCH {name}={value}" for name, value in options.items() if value]
     # Slurm copies the script to the node: it cannot find by itself what it belongs to.
-    given = [f"set -- {shlex.join([str(config), *overrides])}", f"NEXTPT_ROOT={shlex.quote(str(ROOT))}",
-             f"PYTHON={shlex.quote(sys.executable)}"]
+    given = [
+        f"set -- {shlex.join([str(config), *overrides])}",
+        f"NEXTPT_ROOT={shlex.quote(str(ROOT))}",
+        f"PYTHON={shlex.quote(sys.executable)}",
+    ]
     return "\n".join([*kept[: last + 1], *added, *given, *kept[last + 1 :]]) + "\n"
 
 
-@slurm_app.command("submit", epilog="example: nextpt slurm submit --config configs/1.3b.yaml --nodes 4 --sbatch --partition=gpu data.path=/data/shards")
+@slurm_app.command(
+    "submit",
+    epilog=(
+        "example: nextpt slurm submit --config configs/1.3b.yaml --nodes 4 --sbatch --partition=gpu"
+        " data.path=/data/shards"
+    ),
+)
 @friendly
 def submit(
     config: Annotated[Path, typer.Option(help="YAML file, see configs/")],
     nodes: Annotated[int, typer.Option(min=1)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")
+    ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="one rank each; 0 trains on CPUs")] = 8,
-    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="where there are no GPUs: 1 unless given")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="where there are no GPUs: 1 unless given")
+    ] = None,
     cpus_per_rank: Annotated[int, typer.Option(min=1)] = 8,
-    time: Annotated[str, typer.Option(help="time limit, as sbatch takes it; the job saves and queues itself again before it")] = "24:00:00",
-    sbatch: Annotated[list[str] | None, typer.Option(help="a further option for sbatch, such as --partition=gpu; may be repeated")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="write the script and show it, submit nothing")] = False,
+    time: Annotated[
+        str,
+        typer.Option(
+            help="time limit, as sbatch takes it; the job saves and queues itself again before it"
+        ),
+    ] = "24:00:00",
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="a further option for sbatch, such as --partition=gpu; may be repeated"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write the script and show it, submit nothing")
+    ] = False,
 ) -> None:
-    """Write RUN/slurm/job.sbatch and submit it. The job resumes the run, and requeues itself when it is preempted or out of time."""
+    """Write RUN/slurm/job.sbatch and submit it.
+
+    The job resumes the run, and requeues itself when it is preempted or out of time.
+    """
     settings = load_config(str(config), overrides or [])
     ranks = _ranks_per_node(gpus_per_node, ranks_per_node)
     settings.accumulation_steps(nodes * ranks)
     _check_paths(settings)
     options = {
-        "--job-name": settings.run.name, "--nodes": str(nodes), "--ntasks-per-node": str(ranks), "--cpus-per-task": str(cpus_per_rank),
-        "--gpus-per-node": str(gpus_per_node) if gpus_per_node else "", "--time": time, "--signal": f"USR1@{_lead(settings)}",
+        "--job-name": settings.run.name,
+        "--nodes": str(nodes),
+        "--ntasks-per-node": str(ranks),
+        "--cpus-per-task": str(cpus_per_rank),
+        "--gpus-per-node": str(gpus_per_node) if gpus_per_node else "",
+        "--time": time,
+        "--signal": f"USR1@{_lead(settings)}",
         "--output": str((settings.run_dir / "slurm" / "%j.log").resolve()),
     } | dict(further_option(option) for option in sbatch or [])
     script = settings.run_dir / "slurm" / "job.sbatch"
@@ -73,12 +108,18 @@ def submit(
     number = _sbatch(script)
     log = options["--output"].replace("%j", number)
     say(f"job {number}: {nodes} nodes x {ranks} ranks, script {script}")
-    say(f"watch: tail -F {log}; save and end: scancel --signal=USR1 {number} (it queues itself again) or scancel {number}")
+    say(
+        f"watch: tail -F {log}; save and end: scancel --signal=USR1 {number} (it queues itself"
+        f" again) or scancel {number}"
+    )
 
 
 def _ranks_per_node(gpus: int, ranks: int | None) -> int:
     if gpus and ranks not in (None, gpus):
-        raise ConfigError(f"--ranks-per-node {ranks} and --gpus-per-node {gpus}: there is one rank for each GPU; leave one of them out")
+        raise ConfigError(
+            f"--ranks-per-node {ranks} and --gpus-per-node {gpus}: there is one rank for each GPU;"
+            " leave one of them out"
+        )
     return gpus or ranks or 1
 
 
@@ -89,21 +130,30 @@ def _lead(settings: Config) -> int:
 def _check_paths(settings: Config) -> None:
     """The job starts somewhere else, later: what it would not find should be said now."""
     if settings.data.remote is None and not (Path(settings.data.path) / "dataset.json").is_file():
-        raise ConfigError(f"data.path = {settings.data.path} holds no dataset.json; prepare the dataset on a disk that all nodes see first")
+        raise ConfigError(
+            f"data.path = {settings.data.path} holds no dataset.json; prepare the dataset on a disk"
+            " that all nodes see first"
+        )
 
 
 def further_option(option: str) -> tuple[str, str]:
     """--name and value of an option for sbatch. Raises ConfigError for another form."""
     name, equals, value = option.partition("=")
     if not re.fullmatch(r"--[a-z][a-z-]*", name) or not equals or "\n" in value:
-        raise ConfigError(f"--sbatch {option!r} is not of the form --name=value, such as --sbatch=--partition=gpu")
+        raise ConfigError(
+            f"--sbatch {option!r} is not of the form --name=value, such as --sbatch=--partition=gpu"
+        )
     return name, value
 
 
 def _sbatch(script: Path) -> str:
     if shutil.which("sbatch") is None:
-        raise UserError(f"sbatch is not on this machine; run this where jobs are submitted, or: sbatch {script}")
+        raise UserError(
+            f"sbatch is not on this machine; run this where jobs are submitted, or: sbatch {script}"
+        )
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"sbatch refuses {script}: {' '.join((done.stderr or done.stdout).split())}")
+        raise UserError(
+            f"sbatch refuses {script}: {' '.join((done.stderr or done.stdout).split())}"
+        )
     return done.stdout.strip().partition(";")[0]

@@ -18,10 +18,12 @@ _WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def supervise(start: Callable[[], int], run: Path, restarts: int) -> int:
-    """Call start() (a whole training; returns its exit code) again while that helps; returns the last code.
+    """Call start() (a whole training.
 
-    restarts: how often in a row without a new checkpoint. What a person must mend, or wished, is not tried again; nor is
-    a crash before the first step, which the next start would only repeat.
+    Returns its exit code) again while that helps; returns the last code.
+
+    restarts: how often in a row without a new checkpoint. What a person must mend, or wished, is
+    not tried again; nor is a crash before the first step, which the next start would only repeat.
     """
     left, newest = restarts, _newest(run)
     while True:
@@ -30,16 +32,21 @@ def supervise(start: Callable[[], int], run: Path, restarts: int) -> int:
         saved = _newest(run)
         if saved > newest:
             left, newest = restarts, saved
-        if left == 0 or not _is_accident(code) or code == CRASHED and _last_step(run) <= before:
+        if left == 0 or not _is_accident(code) or (code == CRASHED and _last_step(run) <= before):
             return code
         left -= 1
         end = read_end(run)
-        print(f"nextpt: training ended with {code} ({end['reason'] if end else 'killed'}); starting it again after step {saved}, "
-              f"{left} more such start{'s' * (left != 1)} if no checkpoint comes between", file=sys.stderr, flush=True)
+        print(
+            f"nextpt: training ended with {code} ({end['reason'] if end else 'killed'}); starting"
+            f" it again after step {saved}, {left} more such start{'s' * (left != 1)} if no"
+            " checkpoint comes between",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _is_accident(code: int) -> bool:
-    return code in (CRASHED, HUNG) or code > 128 and code - 128 not in _WISHES
+    return code in (CRASHED, HUNG) or (code > 128 and code - 128 not in _WISHES)
 
 
 def _newest(run: Path) -> int:

@@ -31,11 +31,32 @@ exec {python} -m launcher.cli scaling sweep {arguments}
 
 
 def sweep(
-    ladder_file: Annotated[Path, typer.Argument(metavar="LADDER.yaml", help="base config, rungs and target; see docs/scaling.md")],
-    ranks: Annotated[int | None, typer.Option(min=1, help="processes of each run; one per GPU, or 1 without, unless given")] = None,
-    rung: Annotated[int | None, typer.Option(min=0, help="train only the rung of this number, from 0, and end")] = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="write DIR/slurm/rungs.sbatch (an array) and target.sbatch, train nothing")] = False,
-    sbatch: Annotated[list[str] | None, typer.Option(help="with --slurm: a further option for sbatch, such as --gpus=8; may be repeated")] = None,
+    ladder_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LADDER.yaml", help="base config, rungs and target; see docs/scaling.md"
+        ),
+    ],
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes of each run; one per GPU, or 1 without, unless given"),
+    ] = None,
+    rung: Annotated[
+        int | None, typer.Option(min=0, help="train only the rung of this number, from 0, and end")
+    ] = None,
+    slurm: Annotated[
+        bool,
+        typer.Option(
+            "--slurm",
+            help="write DIR/slurm/rungs.sbatch (an array) and target.sbatch, train nothing",
+        ),
+    ] = False,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="with --slurm: a further option for sbatch, such as --gpus=8; may be repeated"
+        ),
+    ] = None,
 ) -> None:
     """Train a ladder of small runs, write the prediction of the largest to disk, train that, and report the error.
 
@@ -45,7 +66,9 @@ def sweep(
 
     ladder = load_ladder(ladder_file)
     if rung is not None and rung >= len(ladder.rungs):
-        raise ScalingError(f"--rung {rung}: the ladder has {len(ladder.rungs)} rungs, 0 to {len(ladder.rungs) - 1}")
+        raise ScalingError(
+            f"--rung {rung}: the ladder has {len(ladder.rungs)} rungs, 0 to {len(ladder.rungs) - 1}"
+        )
     if slurm:
         _write_scripts(ladder_file, ladder.dir, len(ladder.rungs), ranks, sbatch or [])
         return
@@ -56,34 +79,60 @@ def sweep(
         return
     made = write_prediction(ladder)
     low, high = made["interval"]
-    say(f"predicted {ladder.target.name} ({made['compute_ratio']:.1f} times the compute of the biggest fitted rung): "
-        f"{made['loss']:.4f} nats per token, {made['level']:.0%} between {low:.4f} and {high:.4f}; written to {ladder.dir / 'prediction.json'}")
+    say(
+        f"predicted {ladder.target.name} ({made['compute_ratio']:.1f} times the compute of the"
+        f" biggest fitted rung): {made['loss']:.4f} nats per token, {made['level']:.0%} between"
+        f" {low:.4f} and {high:.4f}; written to {ladder.dir / 'prediction.json'}"
+    )
     for warning in made["warnings"]:
         say(f"warning: {warning}")
     if not is_done(ladder, ladder.target):
         train_one(ladder, ladder.target, "target", ranks)
     result = write_result(ladder)
-    say(f"measured {result['measured']:.4f}: the prediction is off by {result['error']:+.2%}, {'inside' if result['inside'] else 'OUTSIDE'} its interval; "
-        f"written to {ladder.dir / 'result.json'}")
+    say(
+        f"measured {result['measured']:.4f}: the prediction is off by {result['error']:+.2%},"
+        f" {'inside' if result['inside'] else 'OUTSIDE'} its interval; written to"
+        f" {ladder.dir / 'result.json'}"
+    )
 
 
-def _write_scripts(ladder_file: Path, folder: Path, rungs: int, ranks: int | None, further: list[str]) -> None:
+def _write_scripts(
+    ladder_file: Path, folder: Path, rungs: int, ranks: int | None, further: list[str]
+) -> None:
     from launcher.slurm_cli import further_option
 
     options = "".join(f"#SBATCH {name}={value}\n" for name, value in map(further_option, further))
     shared = [str(ladder_file.resolve()), *(["--ranks", str(ranks)] if ranks else [])]
     place = folder.resolve() / "slurm"
     place.mkdir(parents=True, exist_ok=True)
-    common = {"here": shlex.quote(str(Path.cwd())), "root": shlex.quote(str(ROOT)), "python": shlex.quote(sys.executable)}
+    common = {
+        "here": shlex.quote(str(Path.cwd())),
+        "root": shlex.quote(str(ROOT)),
+        "python": shlex.quote(sys.executable),
+    }
     scripts = {
-        "rungs.sbatch": SCRIPT.format(what=f"The rungs of {ladder_file.name}, one a task; those that are finished end at once.", logs=place / "%A_%a.log",
-                                      options=f"#SBATCH --array=0-{rungs - 1}\n{options}",
-                                      arguments=shlex.join(shared) + ' --rung "$SLURM_ARRAY_TASK_ID"', **common),
-        "target.sbatch": SCRIPT.format(what=f"The prediction of {ladder_file.name}'s target, and the target, after all rungs.", logs=place / "%j.log",
-                                       options=options, arguments=shlex.join(shared), **common),
+        "rungs.sbatch": SCRIPT.format(
+            what=(
+                f"The rungs of {ladder_file.name}, one a task; those that are finished end at once."
+            ),
+            logs=place / "%A_%a.log",
+            options=f"#SBATCH --array=0-{rungs - 1}\n{options}",
+            arguments=shlex.join(shared) + ' --rung "$SLURM_ARRAY_TASK_ID"',
+            **common,
+        ),
+        "target.sbatch": SCRIPT.format(
+            what=f"The prediction of {ladder_file.name}'s target, and the target, after all rungs.",
+            logs=place / "%j.log",
+            options=options,
+            arguments=shlex.join(shared),
+            **common,
+        ),
     }
     for name, text in scripts.items():
         with atomic_write(place / name) as file:
             file.write(text)
     say(f"written to {place}; nothing was submitted. Submit both:")
-    say(f"  job=$(sbatch --parsable {place / 'rungs.sbatch'}) && sbatch --dependency=afterok:$job {place / 'target.sbatch'}")
+    say(
+        f"  job=$(sbatch --parsable {place / 'rungs.sbatch'}) && sbatch --dependency=afterok:$job"
+        f" {place / 'target.sbatch'}"
+    )

@@ -18,18 +18,40 @@ if TYPE_CHECKING:
 
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train, convert and look at tokenizers.")
 Output = Annotated[Path, typer.Option(help="tokenizer.json to write")]
-Start = Annotated[str | None, typer.Option(help="special token put before a document; the usual one unless given")]
-End = Annotated[str | None, typer.Option(help="special token put after a document; the usual one unless given")]
+Start = Annotated[
+    str | None, typer.Option(help="special token put before a document; the usual one unless given")
+]
+End = Annotated[
+    str | None, typer.Option(help="special token put after a document; the usual one unless given")
+]
 TextField = Annotated[str, typer.Option(help="key or column of the text")]
 
 
-@tokenizer_app.command("train", epilog="example: nextpt tokenizer train code=data/code.jsonl data/prose --vocab-size 32768 --output tokenizer.json")
+@tokenizer_app.command(
+    "train",
+    epilog=(
+        "example: nextpt tokenizer train code=data/code.jsonl data/prose --vocab-size 32768"
+        " --output tokenizer.json"
+    ),
+)
 @friendly
 def tokenizer_train(
-    corpora: Annotated[list[str], typer.Argument(metavar="[DOMAIN=]PATH...", help="files, folders, globs or URIs: .jsonl, .txt [.gz|.zst], .parquet")],
+    corpora: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[DOMAIN=]PATH...",
+            help="files, folders, globs or URIs: .jsonl, .txt [.gz|.zst], .parquet",
+        ),
+    ],
     output: Output,
     vocab_size: Annotated[int, typer.Option(help="tokens, the end of text included")] = 32768,
-    max_bytes: Annotated[float, typer.Option(min=1, help="text to learn from at most, an even sample of the corpus; it is held in memory")] = 1e9,
+    max_bytes: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="text to learn from at most, an even sample of the corpus; it is held in memory",
+        ),
+    ] = 1e9,
     text_field: TextField = "text",
 ) -> None:
     """Learn a byte-level BPE from a corpus."""
@@ -63,7 +85,9 @@ def _read(places: list[str], text_field: str) -> Iterator[str]:
     with byte_progress(out) as progress:
         task = progress.add_task("reading", total=sum(file.size for file in files))
         for file in files:
-            for record in read_part(whole(file), Fields(text_field, None), partial(progress.advance, task)):
+            for record in read_part(
+                whole(file), Fields(text_field, None), partial(progress.advance, task)
+            ):
                 if isinstance(record, Bad):
                     bad += 1
                 else:
@@ -72,13 +96,36 @@ def _read(places: list[str], text_field: str) -> Iterator[str]:
         say(f"{bad:,} bad records passed over; nextpt prep shards names them")
 
 
-@tokenizer_app.command("convert", epilog="example: nextpt tokenizer convert tekken.json --output tokenizer.json")
+@tokenizer_app.command(
+    "convert", epilog="example: nextpt tokenizer convert tekken.json --output tokenizer.json"
+)
 @friendly
 def tokenizer_convert(
-    source: Annotated[str, typer.Argument(help="tokenizer.json, ranks (.tiktoken), encoder.json with vocab.bpe, tekken.json, or a name such as cl100k_base")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help=(
+                "tokenizer.json, ranks (.tiktoken), encoder.json with vocab.bpe, tekken.json, or a"
+                " name such as cl100k_base"
+            )
+        ),
+    ],
     output: Output,
-    pattern: Annotated[str | None, typer.Option(help="how a file of ranks cuts text: gpt2, cl100k_base, llama3, o200k_base, qwen, or a regular expression")] = None,
-    special: Annotated[list[str] | None, typer.Option(metavar="TOKEN[=ID]", help="special tokens of a file of ranks, in their order")] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "how a file of ranks cuts text: gpt2, cl100k_base, llama3, o200k_base, qwen, or a"
+                " regular expression"
+            )
+        ),
+    ] = None,
+    special: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN[=ID]", help="special tokens of a file of ranks, in their order"
+        ),
+    ] = None,
     start: Start = None,
     end: End = None,
 ) -> None:
@@ -89,11 +136,15 @@ def tokenizer_convert(
     _say(_facts(Tokenizer(output), []))
 
 
-@tokenizer_app.command("show", epilog="example: nextpt tokenizer show tokenizer.json --text data/prose.jsonl")
+@tokenizer_app.command(
+    "show", epilog="example: nextpt tokenizer show tokenizer.json --text data/prose.jsonl"
+)
 @friendly
 def tokenizer_show(
     file: Annotated[Path, typer.Argument(help="tokenizer.json, or a folder that holds one")],
-    text: Annotated[str | None, typer.Option(help="corpus to encode; both libraries are compared on it")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="corpus to encode; both libraries are compared on it")
+    ] = None,
     text_field: TextField = "text",
     start: Start = None,
     end: End = None,
@@ -114,9 +165,15 @@ def tokenizer_show(
 def _facts(tokenizer: Tokenizer, texts: Any) -> dict[str, Any]:
     """What `show` tells. texts: strings to encode, none for what no text is needed for."""
     facts = {
-        "file": str(tokenizer.path), "sha256": tokenizer.sha256, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
-        "start": f"{tokenizer.token(tokenizer.start_id)} ({tokenizer.start_id})", "end": f"{tokenizer.token(tokenizer.end_id)} ({tokenizer.end_id})",
-        "encoder": tokenizer.encoder, "encoder_reason": tokenizer.encoder_reason, "byte_counts": tokenizer.byte_counts,
+        "file": str(tokenizer.path),
+        "sha256": tokenizer.sha256,
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "start": f"{tokenizer.token(tokenizer.start_id)} ({tokenizer.start_id})",
+        "end": f"{tokenizer.token(tokenizer.end_id)} ({tokenizer.end_id})",
+        "encoder": tokenizer.encoder,
+        "encoder_reason": tokenizer.encoder_reason,
+        "byte_counts": tokenizer.byte_counts,
     }
     size = tokens = 0
     difference = None
@@ -124,12 +181,22 @@ def _facts(tokenizer: Tokenizer, texts: Any) -> dict[str, Any]:
         size, tokens = size + len(text.encode()), tokens + len(tokenizer.encode(text))
         difference = difference or tokenizer.difference([text])
     if tokens:
-        facts |= {"text_bytes": size, "text_tokens": tokens, "bytes_per_token": round(size / tokens, 3)}
+        facts |= {
+            "text_bytes": size,
+            "text_tokens": tokens,
+            "bytes_per_token": round(size / tokens, 3),
+        }
         if tokenizer.encoder == "tiktoken":
-            facts["difference"] = difference or "none: both libraries give the same tokens on this text"
+            facts["difference"] = (
+                difference or "none: both libraries give the same tokens on this text"
+            )
     return facts
 
 
 def _say(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
-        say(f"{name.replace('_', ' '):<16} {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):<16} {value}")
+        say(
+            f"{name.replace('_', ' '):<16} {value:,}"
+            if isinstance(value, int)
+            else f"{name.replace('_', ' '):<16} {value}"
+        )

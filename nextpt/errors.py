@@ -1,12 +1,17 @@
-"""Mistakes that a person can mend, and what a process ends with. Each message is one line that names the thing and the way out."""
+"""Mistakes that a person can mend, and what a process ends with.
 
-# Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of sysexits.h.
+Each message is one line that names the thing and the way out.
+"""
+
+# Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of
+# sysexits.h.
 CRASHED = 1  # an error of the program; a traceback was shown
 MISTAKE = 2  # something that a person must mend first
 IN_USE = 4  # another job works in the run folder
 DAMAGED = 65  # EX_DATAERR: the run has checkpoints and none of them is valid; a person must look
 REQUEUE = 75  # EX_TEMPFAIL: told to stop; the same command goes on
-HUNG = 76  # no progress: a rank or the network does not answer; the same command goes on, on sound machines
+# No progress: a rank or the network does not answer; the same command goes on, on sound machines
+HUNG = 76
 
 
 class UserError(Exception):
@@ -14,8 +19,8 @@ class UserError(Exception):
 
     exit_code: what the process ends with.
 
-    every_rank: the error is this rank's own (its disk is full, its shard is corrupt), so this rank must print it;
-    other errors are the same on all ranks and rank 0 speaks for them.
+    every_rank: the error is this rank's own (its disk is full, its shard is corrupt), so this rank
+    must print it; other errors are the same on all ranks and rank 0 speaks for them.
     """
 
     exit_code = MISTAKE
@@ -39,9 +44,12 @@ class CheckpointError(UserError):
 
 
 class SaveFailed(CheckpointError):
-    """The disk did not take a checkpoint; none of it was left, and those before it are whole. The same on every rank.
+    """The disk did not take a checkpoint; none of it was left, and those before it are whole.
 
-    rank: the first that failed. number: errno of what happened there, None where the system gave none.
+    The same on every rank.
+
+    rank: the first that failed. number: errno of what happened there, None where the system gave
+    none.
     """
 
     every_rank = False
@@ -52,7 +60,10 @@ class SaveFailed(CheckpointError):
 
 
 class NoValidCheckpoint(CheckpointError):
-    """A run folder holds checkpoints and none of them verifies: a person must look; to start again would lose the run."""
+    """A run folder holds checkpoints and none of them verifies: a person must look.
+
+    To start again would lose the run.
+    """
 
     exit_code = DAMAGED
 
@@ -68,6 +79,9 @@ class RunInUse(UserError):
 
 
 class Stopped(Exception):
-    """Training ended before its last step because it was told to. Not a mistake; the message says how to go on."""
+    """Training ended before its last step because it was told to.
+
+    Not a mistake; the message says how to go on.
+    """
 
     exit_code = REQUEUE

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 class StepEvent:
     """One logged optimizer step. loss: weighted nats per target. bpb: bits per byte of the step's text tokens.
 
-    noise: the step's estimates of the gradient noise, {"trace": tr(S), "square": |G|^2}; average both over many steps before dividing
-    (train/dynamics.py). None where a step is one micro-batch. update_ratios: kind of parameter -> |update| / |weights|.
+    noise: the step's estimates of the gradient noise, {"trace": tr(S), "square": |G|^2}; average
+    both over many steps before dividing (train/dynamics.py). None where a step is one micro-batch.
+    update_ratios: kind of parameter -> |update| / |weights|.
     """
 
     step: int
@@ -41,7 +42,10 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class ValidationEvent:
-    """Loss on held-out rows after `step` steps; `domains` holds figures per domain, `total` those of all."""
+    """Loss on held-out rows after `step` steps.
+
+    `domains` holds figures per domain, `total` those of all.
+    """
 
     step: int
     tokens: int
@@ -68,7 +72,8 @@ class CheckpointEvent:
 class SkipEvent:
     """A step that changed nothing: its loss (nats per token) or gradient norm was not finite, or a spike.
 
-    in_row: bad steps in a row up to this one. skipped: in the whole run. Limits: those of a spike; None while none is looked for.
+    in_row: bad steps in a row up to this one. skipped: in the whole run. Limits: those of a spike;
+    None while none is looked for.
     """
 
     step: int
@@ -85,9 +90,12 @@ class SkipEvent:
 
 @dataclass(frozen=True)
 class RollbackEvent:
-    """Training went back to the checkpoint of `step`, over bad steps first_bad..last_bad; records of later steps no longer hold.
+    """Training went back to the checkpoint of `step`, over bad steps first_bad..last_bad.
 
-    reason: of the last of them. first_sample, stop_sample: what is passed over, in the order of samples (docs/loader.md).
+    Records of later steps no longer hold.
+
+    reason: of the last of them. first_sample, stop_sample: what is passed over, in the order of
+    samples (docs/loader.md).
     rollbacks: how often so far without getting any further.
     """
 
@@ -117,8 +125,10 @@ class SaveFailedEvent:
 
 @dataclass(frozen=True)
 class MirrorEvent:
-    """The mirror of the checkpoints. status: "mirrored" (path: where; seconds, bytes: of its way there); "passed over": `step` will
-    not be mirrored; "damaged": one there is not usable; "failing": the store does not take them now; "ended": mirroring is over.
+    """The mirror of the checkpoints. status: "mirrored" (path: where.
+
+    seconds, bytes: of its way there); "passed over": `step` will not be mirrored; "damaged": one
+    there is not usable; "failing": the store does not take them now; "ended": mirroring is over.
 
     waiting: checkpoints that are still to be mirrored.
     """
@@ -134,8 +144,15 @@ class MirrorEvent:
     kind: str = "mirror"
 
 
-Event = (StepEvent | ValidationEvent | CheckpointEvent | SkipEvent | RollbackEvent | SaveFailedEvent
-         | MirrorEvent)
+Event = (
+    StepEvent
+    | ValidationEvent
+    | CheckpointEvent
+    | SkipEvent
+    | RollbackEvent
+    | SaveFailedEvent
+    | MirrorEvent
+)
 
 
 class Listener(Protocol):
@@ -160,15 +177,18 @@ def scalars(event: Event) -> dict[str, float]:
             elif isinstance(value, (int, float)):
                 found[prefix + name] = float(value)
 
-    walk(f"{event.kind}/", {k: v for k, v in asdict(event).items() if k not in ("step", "time", "kind")})
+    walk(
+        f"{event.kind}/",
+        {k: v for k, v in asdict(event).items() if k not in ("step", "time", "kind")},
+    )
     return found
 
 
 class MetricsFile:
     """Appends events to metrics.jsonl. Scripts find the keys of a training record at the top level.
 
-    Records of steps after `resume_step` are cut off first, and those after that of a rollback when it comes: those steps
-    will be made again.
+    Records of steps after `resume_step` are cut off first, and those after that of a rollback when
+    it comes: those steps will be made again.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -184,7 +204,11 @@ class MetricsFile:
     def _lines(self) -> list[str]:
         if not self.path.exists():
             return []
-        return [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) >= 0]
+        return [
+            line
+            for line in self.path.read_text(encoding="utf-8").splitlines()
+            if _step_of(line) >= 0
+        ]
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, RollbackEvent):
@@ -197,10 +221,17 @@ class MetricsFile:
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """All records of a metrics file, or those of one kind. A torn last line (a killed run) is passed over."""
+    """All records of a metrics file, or those of one kind.
+
+    A torn last line (a killed run) is passed over.
+    """
     if not path.exists():
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) >= 0]
+    records = [
+        json.loads(line)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if _step_of(line) >= 0
+    ]
     return [record for record in records if kind is None or record["kind"] == kind]
 
 

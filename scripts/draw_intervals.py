@@ -1,4 +1,7 @@
-"""Draws docs/attention.svg: what a tile of queries reads. `python scripts/draw_intervals.py`, from the repository."""
+"""Draws docs/attention.svg: what a tile of queries reads.
+
+`python scripts/draw_intervals.py`, from the repository.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,37 @@ COLOURS = {"read, with a mask": "#f4b183", "read whole": "#9dc3e6", "not read": 
 
 
 def kind_of(block: torch.Tensor) -> str:
-    return "read whole" if bool(block.all()) else "read, with a mask" if bool(block.any()) else "not read"
+    return (
+        "read whole"
+        if bool(block.all())
+        else "read, with a mask"
+        if bool(block.any())
+        else "not read"
+    )
 
 
-def draw(axes, title: str, window: int | None) -> None:  # noqa: ANN001
+def draw(axes, title: str, window: int | None) -> None:
     ids = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).unsqueeze(0)
     mask = of_documents(ids, window).mask()[0, 0]
     size = mask.shape[0]
     for q in range(0, size, TILE):
         for k in range(0, size, TILE):
             colour = COLOURS[kind_of(mask[q : q + TILE, k : k + TILE])]
-            axes.add_patch(Rectangle((k, q), TILE, TILE, facecolor=colour, edgecolor="white", linewidth=1.5))
+            axes.add_patch(
+                Rectangle((k, q), TILE, TILE, facecolor=colour, edgecolor="white", linewidth=1.5)
+            )
     for query, row in enumerate(mask):
         seen = row.nonzero().flatten()
-        axes.plot([int(seen[0]), int(seen[-1]) + 1], [query + 0.5] * 2, color="#1f4e79", linewidth=2, solid_capstyle="butt")
-    axes.set(xlim=(0, size), ylim=(size, 0), xlabel="keys", ylabel="queries", title=title, aspect="equal")
+        axes.plot(
+            [int(seen[0]), int(seen[-1]) + 1],
+            [query + 0.5] * 2,
+            color="#1f4e79",
+            linewidth=2,
+            solid_capstyle="butt",
+        )
+    axes.set(
+        xlim=(0, size), ylim=(size, 0), xlabel="keys", ylabel="queries", title=title, aspect="equal"
+    )
 
 
 def main() -> None:
@@ -40,7 +59,11 @@ def main() -> None:
     panels = figure.subplots(1, 2)
     draw(panels[0], f"documents of {', '.join(map(str, LENGTHS))} tokens", None)
     draw(panels[1], "the same with a window of 6", 6)
-    figure.legend(handles=[Patch(color=c, label=name) for name, c in COLOURS.items()], loc="outside lower center", ncols=3)
+    figure.legend(
+        handles=[Patch(color=c, label=name) for name, c in COLOURS.items()],
+        loc="outside lower center",
+        ncols=3,
+    )
     figure.savefig(ROOT / "docs" / "attention.svg", metadata={"Date": None})
 
 

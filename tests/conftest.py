@@ -1,4 +1,7 @@
-"""Fixtures that many tests share. One thread per process: two cores, and results that do not depend on their number."""
+"""Fixtures that many tests share.
+
+One thread per process: two cores, and results that do not depend on their number.
+"""
 
 import os
 import sysconfig
@@ -7,10 +10,11 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-if not torch.cuda.is_available():  # Triton kernels run in its interpreter; the switch must be on when triton loads
+# Triton kernels run in its interpreter; the switch must be on when triton loads
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
@@ -24,12 +28,27 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Here and not above: the kernel tests run where only torch and pytest are installed.
     from tests.support.datasets import make_dataset
 
-    return make_dataset(Path(sysconfig.get_path("stdlib")) / "email", tmp_path_factory.mktemp("dataset"))
+    return make_dataset(
+        Path(sysconfig.get_path("stdlib")) / "email", tmp_path_factory.mktemp("dataset")
+    )
 
 
-# Files with tests that take minutes. They begin first, so that no process is left alone with one of them at the end.
-LONG = ("test_storm", "test_demo", "test_command_line", "test_life", "test_attention_triton", "test_attention", "test_training", "test_crashes", "test_guard",
-        "test_hpz", "test_elastic", "test_sweep")
+# Files with tests that take minutes. They begin first, so that no process is left alone with one of
+# them at the end.
+LONG = (
+    "test_storm",
+    "test_demo",
+    "test_command_line",
+    "test_life",
+    "test_attention_triton",
+    "test_attention",
+    "test_training",
+    "test_crashes",
+    "test_guard",
+    "test_hpz",
+    "test_elastic",
+    "test_sweep",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,21 +12,30 @@ from data_prep.tokenizer.description import BYTE_OF, Description
 def token_lengths(description: Description, vocab_size: int) -> np.ndarray:
     """uint16 [vocab_size]: UTF-8 bytes of each token as it is spelled, 0 for special tokens and holes.
 
-    With tokenizers whose tokens have no bytes of their own every text token has at least 1, and the token for what the
-    vocabulary cannot spell counts as text: it stands for bytes of the document.
+    With tokenizers whose tokens have no bytes of their own every text token has at least 1, and the
+    token for what the vocabulary cannot spell counts as text: it stands for bytes of the document.
     """
     lengths = np.zeros(vocab_size, dtype=np.uint16)
     for token, index in description.vocabulary.items():
         # byte-level: one character of the token per byte
-        lengths[index] = min(len(token) if description.byte_level else max(len(token.encode()), 1), 2**16 - 1)
+        lengths[index] = min(
+            len(token) if description.byte_level else max(len(token.encode()), 1), 2**16 - 1
+        )
     for token in description.added:
-        lengths[token.id] = 0 if token.special and token.id != description.unknown_id else min(len(token.content.encode()), 2**16 - 1)
+        lengths[token.id] = (
+            0
+            if token.special and token.id != description.unknown_id
+            else min(len(token.content.encode()), 2**16 - 1)
+        )
     return lengths
 
 
 def token_spellings(description: Description, vocab_size: int) -> list[bytes]:
-    """The bytes that each token stands for as it is spelled; empty for special tokens and holes, and for tokens that are not text
-    by themselves (a WordPiece's "##")."""
+    """The bytes that each token stands for as it is spelled.
+
+    Empty for special tokens and holes, and for tokens that are not text by themselves (a
+    WordPiece's "##").
+    """
     spelled = [b""] * vocab_size
     if any(step["type"] == "ByteLevel" for step in description.steps):
         for token, index in description.vocabulary.items():
@@ -35,7 +44,9 @@ def token_spellings(description: Description, vocab_size: int) -> list[bytes]:
     elif description.model.get("byte_fallback"):
         for token, index in description.vocabulary.items():
             byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-            spelled[index] = bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+            spelled[index] = (
+                bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+            )
     for token in description.added:
         spelled[token.id] = b"" if token.special else token.content.encode()
     return spelled
@@ -51,12 +62,15 @@ def utf8_positions(text: str) -> np.ndarray:
 
 
 def sizes_from_offsets(text: str, offsets: np.ndarray) -> np.ndarray:
-    """uint32 [n + 1]: bytes of `text` that each of n tokens stands for, and the end token's last; they sum to all of them.
+    """uint32 [n + 1]: bytes of `text` that each of n tokens stands for, and the end token's last.
 
-    offsets: int64 [n, 2], characters [start, stop) of each token as the tokenizers library tells them. A token takes the
-    bytes before its end that no earlier token took, so dropped text goes to what follows it, and at the end of the text to
-    the last token. Tokens of one and the same place, such as the bytes of a character that is spelled byte by byte, share
-    its bytes. The end token has bytes only where no other token has any.
+    They sum to all of them.
+
+    offsets: int64 [n, 2], characters [start, stop) of each token as the tokenizers library tells
+    them. A token takes the bytes before its end that no earlier token took, so dropped text goes to
+    what follows it, and at the end of the text to the last token. Tokens of one and the same place,
+    such as the bytes of a character that is spelled byte by byte, share its bytes. The end token
+    has bytes only where no other token has any.
     """
     positions = utf8_positions(text)
     count, total = len(offsets), int(positions[-1])
@@ -80,6 +94,8 @@ def _share(sizes: np.ndarray, same: np.ndarray) -> None:
     """
     run = np.concatenate(([0], np.cumsum(~same)))
     lengths = np.bincount(run)
-    totals = np.add.reduceat(sizes[:-1], np.flatnonzero(np.concatenate(([True], ~same)))).astype(np.int64)
+    totals = np.add.reduceat(sizes[:-1], np.flatnonzero(np.concatenate(([True], ~same)))).astype(
+        np.int64
+    )
     index = np.arange(len(run)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     sizes[:-1] = (totals // lengths)[run] + (index >= (lengths - totals % lengths)[run])

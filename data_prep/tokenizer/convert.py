@@ -1,6 +1,7 @@
 """From the formats that tokenizers are published in to tokenizer.json, the one form that nextpt reads.
 
-Read are tokenizer.json itself, tiktoken's rank files and its encodings by name, GPT-2's pair of files, and Mistral's tekken.
+Read are tokenizer.json itself, tiktoken's rank files and its encodings by name, GPT-2's pair of
+files, and Mistral's tekken.
 """
 
 from __future__ import annotations
@@ -25,15 +26,34 @@ from data_prep.tokenizer.nasty import nasty_texts
 from data_prep.tokenizer.patterns import PATTERNS, SPECIALS, for_oniguruma
 from data_prep.tokenizer.tiktoken_encoder import last_pair
 
-# Mistral's special tokens 0, 1, ... where a tekken file does not list them (mistral-common, tokens/tokenizers/tekken.py).
+# Mistral's special tokens 0, 1, ... where a tekken file does not list them (mistral-common,
+# tokens/tokenizers/tekken.py).
 TEKKEN_SPECIALS = (
-    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-    "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]",
-    "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
 )
 EXPECTED = (
-    "expected tokenizer.json, a .tiktoken file of ranks, a folder with encoder.json and vocab.bpe, tekken.json, or the name of a "
-    f"tiktoken encoding ({', '.join(tiktoken.list_encoding_names())})"
+    "expected tokenizer.json, a .tiktoken file of ranks, a folder with encoder.json and vocab.bpe,"
+    " tekken.json, or the name of a tiktoken encoding"
+    f" ({', '.join(tiktoken.list_encoding_names())})"
 )
 
 
@@ -46,13 +66,21 @@ class Ranks:
     specials: dict[str, int]
 
 
-def convert(source: str, output: Path, *, pattern: str | None = None, specials: Iterable[str] = (), start: str | None = None,
-            end: str | None = None) -> None:
+def convert(
+    source: str,
+    output: Path,
+    *,
+    pattern: str | None = None,
+    specials: Iterable[str] = (),
+    start: str | None = None,
+    end: str | None = None,
+) -> None:
     """Write the tokenizer.json that encodes as `source` does: a file, a folder, or the name of a tiktoken encoding.
 
-    pattern: for a file of ranks, one of PATTERNS by name or a regular expression. specials: its special tokens, "TOKEN" or
-    "TOKEN=ID". start, end: special tokens that begin and end a document, where the usual ones are not meant. Raises PrepError,
-    which names file and line, and then writes nothing.
+    pattern: for a file of ranks, one of PATTERNS by name or a regular expression. specials: its
+    special tokens, "TOKEN" or "TOKEN=ID". start, end: special tokens that begin and end a document,
+    where the usual ones are not meant. Raises PrepError, which names file and line, and then writes
+    nothing.
     """
     content = _content(source, pattern, list(specials))
     description = Description(content, Path(source))
@@ -63,7 +91,9 @@ def convert(source: str, output: Path, *, pattern: str | None = None, specials: 
     try:
         HFTokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise PrepError(f"{source} is not a tokenizer.json that the tokenizers library reads: {error}") from error
+        raise PrepError(
+            f"{source} is not a tokenizer.json that the tokenizers library reads: {error}"
+        ) from error
     try:
         with atomic_write(output) as file:
             file.write(text)
@@ -86,7 +116,10 @@ def _content(source: str, pattern: str | None, specials: list[str]) -> dict[str,
     if data.lstrip()[:1] != b"{":
         return _from_ranks(_rank_file(path, data, pattern, specials), source)
     if pattern or specials:
-        raise PrepError(f"{path} has its own pattern and special tokens; --pattern and --special are for files of ranks")
+        raise PrepError(
+            f"{path} has its own pattern and special tokens; --pattern and --special are for files"
+            " of ranks"
+        )
     try:
         content = json.loads(data)
     except ValueError as error:
@@ -104,7 +137,10 @@ def _in_folder(folder: Path) -> Path:
     for pattern in ("tokenizer.json", "*vocab.bpe", "merges.txt", "*tekken*.json*", "*.tiktoken"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            raise PrepError(f"folder {folder} holds several tokenizers ({', '.join(p.name for p in found)}): name one")
+            raise PrepError(
+                f"folder {folder} holds several tokenizers ({', '.join(p.name for p in found)}):"
+                " name one"
+            )
         if found:
             return found[0]
     raise PrepError(f"folder {folder} holds no tokenizer; {EXPECTED}")
@@ -112,13 +148,23 @@ def _in_folder(folder: Path) -> Path:
 
 def _partner(path: Path) -> Path:
     """The other file of GPT-2's pair: gpt2_encoder.json and gpt2_vocab.bpe, or vocab.json and merges.txt."""
-    for one, other in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")):
+    for one, other in (
+        ("encoder.json", "vocab.bpe"),
+        ("vocab.json", "merges.txt"),
+        ("vocab.bpe", "encoder.json"),
+        ("merges.txt", "vocab.json"),
+    ):
         if path.name.endswith(one):
             partner = path.with_name(path.name.removesuffix(one) + other)
             if not partner.is_file():
-                raise PrepError(f"{path} needs {partner.name} beside it, the other file of GPT-2's pair")
+                raise PrepError(
+                    f"{path} needs {partner.name} beside it, the other file of GPT-2's pair"
+                )
             return partner
-    raise PrepError(f"{path} looks like a vocabulary of GPT-2's pair; name it encoder.json, with vocab.bpe beside it")
+    raise PrepError(
+        f"{path} looks like a vocabulary of GPT-2's pair; name it encoder.json, with vocab.bpe"
+        " beside it"
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -132,10 +178,12 @@ def _read(path: Path) -> bytes:
 def _by_name(name: str) -> Ranks:
     try:
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # requests raises many kinds, and tiktoken ValueError for a damaged file
+    # Requests raises many kinds, and tiktoken ValueError for a damaged file
+    except Exception as error:
         raise PrepError(
-            f"tiktoken cannot fetch the encoding {name} ({type(error).__name__}): it needs the network, or a copy in the folder that "
-            f"TIKTOKEN_CACHE_DIR names; or give a file: nextpt tokenizer convert {name}.tiktoken"
+            f"tiktoken cannot fetch the encoding {name} ({type(error).__name__}): it needs the"
+            " network, or a copy in the folder that TIKTOKEN_CACHE_DIR names; or give a file:"
+            f" nextpt tokenizer convert {name}.tiktoken"
         ) from error
     return Ranks(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
 
@@ -150,15 +198,25 @@ def _rank_file(path: Path, data: bytes, pattern: str | None, specials: list[str]
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise PrepError(f"{path}:{number}: expected a token in base64 and its rank, not {line[:40]!r}; {EXPECTED}") from None
+            raise PrepError(
+                f"{path}:{number}: expected a token in base64 and its rank, not {line[:40]!r};"
+                f" {EXPECTED}"
+            ) from None
     if pattern is None and name not in PATTERNS:
-        raise PrepError(f"{path} holds ranks and no pattern: give --pattern, one of {', '.join(PATTERNS)}, or a regular expression")
-    chosen = _named_specials(specials, max(ranks.values(), default=0)) or SPECIALS.get(name) or {END_OF_TEXT: max(ranks.values(), default=0) + 1}
+        raise PrepError(
+            f"{path} holds ranks and no pattern: give --pattern, one of {', '.join(PATTERNS)}, or a"
+            " regular expression"
+        )
+    chosen = (
+        _named_specials(specials, max(ranks.values(), default=0))
+        or SPECIALS.get(name)
+        or {END_OF_TEXT: max(ranks.values(), default=0) + 1}
+    )
     return Ranks(ranks, PATTERNS.get(pattern or name, pattern or ""), chosen)
 
 
 def _named_specials(specials: list[str], largest: int) -> dict[str, int]:
-    """"TOKEN=ID" or "TOKEN", which takes the next id."""
+    """ "TOKEN=ID" or "TOKEN", which takes the next id."""
     named: dict[str, int] = {}
     for item in specials:
         content, equals, index = item.rpartition("=")
@@ -174,12 +232,23 @@ def _tekken(content: dict[str, Any], path: Path) -> Ranks:
     try:
         config = content["config"]
         count, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
-        listed = content.get("special_tokens") or [{"rank": rank, "token_str": name} for rank, name in enumerate(TEKKEN_SPECIALS[:count])]
-        names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)} | {entry["rank"]: entry["token_str"] for entry in listed}
-        ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] + count for entry in content["vocab"] if entry["rank"] < size - count}
+        listed = content.get("special_tokens") or [
+            {"rank": rank, "token_str": name} for rank, name in enumerate(TEKKEN_SPECIALS[:count])
+        ]
+        names = {rank: f"<SPECIAL_{rank}>" for rank in range(count)} | {
+            entry["rank"]: entry["token_str"] for entry in listed
+        }
+        ranks = {
+            base64.b64decode(entry["token_bytes"]): entry["rank"] + count
+            for entry in content["vocab"]
+            if entry["rank"] < size - count
+        }
         return Ranks(ranks, config["pattern"], {name: rank for rank, name in names.items()})
     except (KeyError, TypeError, ValueError) as error:
-        raise PrepError(f"{path} is not a tekken file as mistral-common reads it: {type(error).__name__} {error}") from error
+        raise PrepError(
+            f"{path} is not a tekken file as mistral-common reads it: {type(error).__name__}"
+            f" {error}"
+        ) from error
 
 
 def _gpt2_pair(encoder: Path, merges: Path) -> dict[str, Any]:
@@ -194,7 +263,10 @@ def _gpt2_pair(encoder: Path, merges: Path) -> dict[str, Any]:
             continue
         pair = line.split(" ")
         if len(pair) != 2 or "".join(pair) not in vocabulary:
-            raise PrepError(f"{merges}:{number}: expected two parts of a token of {encoder.name}, not {line[:40]!r}")
+            raise PrepError(
+                f"{merges}:{number}: expected two parts of a token of {encoder.name}, not"
+                f" {line[:40]!r}"
+            )
         pairs.append(pair)
     spelled = {*BYTE_CHARACTERS, *("".join(pair) for pair in pairs)}
     specials = {token: index for token, index in vocabulary.items() if token not in spelled}
@@ -204,10 +276,16 @@ def _gpt2_pair(encoder: Path, merges: Path) -> dict[str, Any]:
 def _from_ranks(ranks: Ranks, source: str) -> dict[str, Any]:
     """tokenizer.json of an encoding, compared with tiktoken on the difficult texts and on every token's own. Raises PrepError."""
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks.mergeable]:
-        raise PrepError(f"{source} has no token for byte {lacking[0]:#04x} ({len(lacking)} are lacking); tiktoken needs all 256")
+        raise PrepError(
+            f"{source} has no token for byte {lacking[0]:#04x} ({len(lacking)} are lacking);"
+            " tiktoken needs all 256"
+        )
     ids = [*ranks.mergeable.values(), *ranks.specials.values()]
     if len(set(ids)) != len(ids):
-        raise PrepError(f"{source} gives two tokens one id; special tokens: {', '.join(f'{t}={i}' for t, i in list(ranks.specials.items())[:8])}")
+        raise PrepError(
+            f"{source} gives two tokens one id; special tokens:"
+            f" {', '.join(f'{t}={i}' for t, i in list(ranks.specials.items())[:8])}"
+        )
     vocabulary, pairs = dict(ranks.specials), []
     for token, rank in sorted(ranks.mergeable.items(), key=lambda item: item[1]):
         spelled = _characters(token)
@@ -216,41 +294,90 @@ def _from_ranks(ranks: Ranks, source: str) -> dict[str, Any]:
         vocabulary[spelled] = rank
         if pair := last_pair(token, ranks.mergeable):
             pairs.append([_characters(part) for part in pair])
-    content = _byte_level(vocabulary, pairs, ranks.specials, for_oniguruma(ranks.pattern), ignore_merges=True)
+    content = _byte_level(
+        vocabulary, pairs, ranks.specials, for_oniguruma(ranks.pattern), ignore_merges=True
+    )
     _compare(content, ranks, source)
     return content
 
 
 def _compare(content: dict[str, Any], ranks: Ranks, source: str) -> None:
     try:
-        encoding = tiktoken.Encoding(source, pat_str=ranks.pattern, mergeable_ranks=ranks.mergeable, special_tokens={})
+        encoding = tiktoken.Encoding(
+            source, pat_str=ranks.pattern, mergeable_ranks=ranks.mergeable, special_tokens={}
+        )
         library = HFTokenizer.from_str(json.dumps(content))
-    except Exception as error:  # both raise bare Exception or ValueError for a pattern that they cannot read
-        raise PrepError(f"{source}: the pattern {ranks.pattern!r} cannot be read: {error}") from error
+    # Both raise bare Exception or ValueError for a pattern that they cannot read
+    except Exception as error:
+        raise PrepError(
+            f"{source}: the pattern {ranks.pattern!r} cannot be read: {error}"
+        ) from error
     library.encode_special_tokens = True
     texts = [*nasty_texts(), *(token.decode("utf-8", "replace") for token in ranks.mergeable)]
-    for text, encoded in zip(texts, library.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+    for text, encoded in zip(
+        texts, library.encode_batch_fast(texts, add_special_tokens=False), strict=True
+    ):
         if not np.array_equal(encoding.encode_to_numpy(text, disallowed_special=()), encoded.ids):
-            raise PrepError(f"{source}: the tokenizers library reads the pattern {ranks.pattern!r} otherwise than tiktoken, or it leaves out text: "
-                            f"they differ on {text[:40]!r}")
+            raise PrepError(
+                f"{source}: the tokenizers library reads the pattern {ranks.pattern!r} otherwise"
+                f" than tiktoken, or it leaves out text: they differ on {text[:40]!r}"
+            )
 
 
 def _characters(token: bytes) -> str:
     return "".join(BYTE_CHARACTERS[byte] for byte in token)
 
 
-def _byte_level(vocabulary: dict[str, int], merges: list[list[str]], specials: dict[str, int], pattern: str, *,
-                ignore_merges: bool) -> dict[str, Any]:
+def _byte_level(
+    vocabulary: dict[str, int],
+    merges: list[list[str]],
+    specials: dict[str, int],
+    pattern: str,
+    *,
+    ignore_merges: bool,
+) -> dict[str, Any]:
     """tokenizer.json of a byte-level BPE. ignore_merges: what is one token between two cuts is taken whole, as by tiktoken."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": index, "content": content} | flags for content, index in sorted(specials.items(), key=lambda item: item[1])],
-        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None, "decoder": level,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": content} | flags
+            for content, index in sorted(specials.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": None,
+        "decoder": level,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges, "vocab": vocabulary, "merges": merges,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": vocabulary,
+            "merges": merges,
         },
     }

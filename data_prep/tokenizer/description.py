@@ -8,20 +8,40 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-
 from data_prep.errors import PrepError
 
 OTHERS = "other formats: nextpt tokenizer convert SOURCE --output tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-# What published tokenizers call the token that ends a document, and the one that starts it; the first that is there.
-ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>", "[SEP]", "<|eos|>", "[EOS]")
-STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>", "[CLS]", "<|bos|>", "[BOS]")
+# What published tokenizers call the token that ends a document, and the one that starts it; the
+# first that is there.
+ENDS = (
+    END_OF_TEXT,
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|end▁of▁sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "[SEP]",
+    "<|eos|>",
+    "[EOS]",
+)
+STARTS = (
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<｜begin▁of▁sentence｜>",
+    "[CLS]",
+    "<|bos|>",
+    "[BOS]",
+)
 
 
 def byte_characters() -> list[str]:
     """The character that stands for each byte 0..255 in byte-level vocabularies.
 
-    Printable bytes of Latin-1 stand for themselves, the others are counted up from U+0100 (GPT-2, src/encoder.py).
+    Printable bytes of Latin-1 stand for themselves, the others are counted up from U+0100 (GPT-2,
+    src/encoder.py).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
@@ -46,7 +66,10 @@ class AddedToken:
 
 
 class Description:
-    """The parts of a tokenizer.json that nextpt decides by. Raises PrepError for content that is none; `path` names it."""
+    """The parts of a tokenizer.json that nextpt decides by.
+
+    Raises PrepError for content that is none; `path` names it.
+    """
 
     def __init__(self, content: Any, path: Path) -> None:
         try:
@@ -54,11 +77,19 @@ class Description:
             self.model: dict[str, Any] = self.content["model"]
             self.kind: str = self.model.get("type") or "BPE"
             self.added = [
-                AddedToken(t["id"], t["content"], t["special"], t["normalized"], t["single_word"] or t["lstrip"] or t["rstrip"])
+                AddedToken(
+                    t["id"],
+                    t["content"],
+                    t["special"],
+                    t["normalized"],
+                    t["single_word"] or t["lstrip"] or t["rstrip"],
+                )
                 for t in self.content.get("added_tokens", [])
             ]
         except (KeyError, TypeError, AttributeError) as error:
-            raise PrepError(f"{path} is not a tokenizer.json ({type(error).__name__}: {error}); {OTHERS}") from error
+            raise PrepError(
+                f"{path} is not a tokenizer.json ({type(error).__name__}: {error}); {OTHERS}"
+            ) from error
         self.path = path
         self.specials = {t.content: t.id for t in self.added if t.special}
         self.literals = {t.content: t.id for t in self.added if not t.special}
@@ -73,9 +104,13 @@ class Description:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """token -> id, without what is only an added token."""
+        """Token -> id, without what is only an added token."""
         vocabulary = self.model["vocab"]
-        return vocabulary if isinstance(vocabulary, dict) else {piece: index for index, (piece, _) in enumerate(vocabulary)}
+        return (
+            vocabulary
+            if isinstance(vocabulary, dict)
+            else {piece: index for index, (piece, _) in enumerate(vocabulary)}
+        )
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
@@ -84,13 +119,23 @@ class Description:
 
     @cached_property
     def byte_level(self) -> bool:
-        """BPE over bytes that neither adds, drops nor changes one on the way to the model; a normalizer aside."""
+        """BPE over bytes that neither adds, drops nor changes one on the way to the model.
+
+        A normalizer aside.
+        """
         levels = [s for s in self.steps if s["type"] == "ByteLevel"]
         return (
-            self.kind == "BPE" and len(levels) == 1 and not levels[0].get("add_prefix_space", True)
-            and all(s["type"] in ("ByteLevel", "Digits", "Split", "Punctuation") for s in self.steps)
+            self.kind == "BPE"
+            and len(levels) == 1
+            and not levels[0].get("add_prefix_space", True)
+            and all(
+                s["type"] in ("ByteLevel", "Digits", "Split", "Punctuation") for s in self.steps
+            )
             and not any(s.get("behavior") == "Removed" and not s.get("invert") for s in self.steps)
-            and not any(self.model.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"))
+            and not any(
+                self.model.get(k)
+                for k in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+            )
             and all(character in self.vocabulary for character in TEXT_CHARACTERS)
         )
 
@@ -98,15 +143,20 @@ class Description:
     def characters(self) -> bool:
         """Every character is one token, as write_character_tokenizer makes them."""
         return (
-            self.kind == "WordLevel" and not self.content.get("normalizer") and all(len(token) == 1 for token in self.vocabulary)
+            self.kind == "WordLevel"
+            and not self.content.get("normalizer")
+            and all(len(token) == 1 for token in self.vocabulary)
             and self.model.get("unk_token") not in self.vocabulary
-            and [(s["type"], s.get("pattern"), s.get("behavior")) for s in self.steps] == [("Split", {"Regex": "(?m:.)"}, "Isolated")]
+            and [(s["type"], s.get("pattern"), s.get("behavior")) for s in self.steps]
+            == [("Split", {"Regex": "(?m:.)"}, "Isolated")]
         )
 
     @property
     def own_bytes(self) -> bool:
         """Whether a token stands for the same bytes everywhere: byte_counts "table" of data_prep.format."""
-        plain = not self.content.get("normalizer") and not any(t.stretches for t in self.added if not t.special)
+        plain = not self.content.get("normalizer") and not any(
+            t.stretches for t in self.added if not t.special
+        )
         return plain and (self.byte_level or self.characters)
 
     @property
@@ -116,7 +166,11 @@ class Description:
             return "byte-level BPE" + ("" if self.own_bytes else " that changes text")
         if self.characters:
             return "characters"
-        return "BPE with byte fallback" if self.kind == "BPE" and self.model.get("byte_fallback") else self.kind
+        return (
+            "BPE with byte fallback"
+            if self.kind == "BPE" and self.model.get("byte_fallback")
+            else self.kind
+        )
 
     @cached_property
     def unknown_id(self) -> int | None:
@@ -134,25 +188,46 @@ class Description:
         """
         for name in (start, end):
             if name is not None and name not in self.specials:
-                raise PrepError(f"{self.path}: {name!r} is not one of its special tokens ({_shown(self.specials)})")
+                raise PrepError(
+                    f"{self.path}: {name!r} is not one of its special tokens"
+                    f" ({_shown(self.specials)})"
+                )
         first, last = self._template()
         end = end or last or next((name for name in ENDS if name in self.specials), None)
         if end is None:
-            raise PrepError(f"{self.path} has no end-of-text token ({END_OF_TEXT} or </s>) among its special tokens "
-                            f"({_shown(self.specials)}); name the one that ends a document")
+            raise PrepError(
+                f"{self.path} has no end-of-text token ({END_OF_TEXT} or </s>) among its special"
+                f" tokens ({_shown(self.specials)}); name the one that ends a document"
+            )
         start = start or first or next((name for name in STARTS if name in self.specials), end)
         return self.specials[start], self.specials[end]
 
     def with_template(self, start_id: int, end_id: int | None) -> dict[str, Any]:
-        """The content of the file with a template that puts these special tokens around a text; no end: only before it."""
+        """The content of the file with a template that puts these special tokens around a text.
+
+        No end: only before it.
+        """
         names = {index: content for content, index in self.specials.items()}
         ids = [start_id] if end_id is None else [start_id, end_id]
-        around = {names[index]: {"id": names[index], "ids": [index], "tokens": [names[index]]} for index in ids}
+        around = {
+            names[index]: {"id": names[index], "ids": [index], "tokens": [names[index]]}
+            for index in ids
+        }
         specials = [{"SpecialToken": {"id": names[index], "type_id": 0}} for index in ids]
         single, pair = (
-            [specials[0], *({"Sequence": {"id": text, "type_id": 0}} for text in texts), *specials[1:]] for texts in ("A", "AB")
+            [
+                specials[0],
+                *({"Sequence": {"id": text, "type_id": 0}} for text in texts),
+                *specials[1:],
+            ]
+            for texts in ("A", "AB")
         )
-        template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": around}
+        template = {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": pair,
+            "special_tokens": around,
+        }
         return self.content | {"post_processor": template}
 
     def _template(self) -> tuple[str | None, str | None]:
@@ -161,10 +236,15 @@ class Description:
             if step["type"] in ("BertProcessing", "RobertaProcessing"):
                 pieces = [step["cls"][0], None, step["sep"][0]]
             elif step["type"] == "TemplateProcessing":
-                pieces = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in step["single"]]
+                pieces = [
+                    piece["SpecialToken"]["id"] if "SpecialToken" in piece else None
+                    for piece in step["single"]
+                ]
             else:
                 continue
-            first, last = (piece if piece in self.specials else None for piece in (pieces[0], pieces[-1]))
+            first, last = (
+                piece if piece in self.specials else None for piece in (pieces[0], pieces[-1])
+            )
             return first, last
         return None, None
 
@@ -172,7 +252,11 @@ class Description:
 def _flat(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     if not step:
         return []
-    return [inner for part in step[key] for inner in _flat(part, key)] if step["type"] == "Sequence" else [step]
+    return (
+        [inner for part in step[key] for inner in _flat(part, key)]
+        if step["type"] == "Sequence"
+        else [step]
+    )
 
 
 def _shown(names: dict[str, int]) -> str:

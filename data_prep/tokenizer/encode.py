@@ -26,19 +26,32 @@ COMPARED = 256  # texts per call when the two libraries are compared
 
 
 class Tokenizer:
-    """A tokenizer.json, and what nextpt needs to know of it. Text that spells a special token stays text.
+    """A tokenizer.json, and what nextpt needs to know of it.
 
-    path, sha256: the file. vocab_size: the largest id + 1. start_id, end_id: the tokens put before and after a document.
-    encoder: the library that encodes, and encoder_reason why that one. byte_counts: "table" when a token stands for the same
-    bytes everywhere, else "column" (see data_prep.format). library: the tokenizer as the tokenizers library has it.
+    Text that spells a special token stays text.
+
+    path, sha256: the file. vocab_size: the largest id + 1. start_id, end_id: the tokens put before
+    and after a document.
+    encoder: the library that encodes, and encoder_reason why that one. byte_counts: "table" when a
+    token stands for the same bytes everywhere, else "column" (see data_prep.format). library: the
+    tokenizer as the tokenizers library has it.
     """
 
-    def __init__(self, path: Path, *, encoder: Literal["auto", "tiktoken", "tokenizers"] = "auto", start: str | None = None,
-                 end: str | None = None) -> None:
-        """start, end: contents of special tokens; unless given those of the file's template or the usual ones.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        encoder: Literal["auto", "tiktoken", "tokenizers"] = "auto",
+        start: str | None = None,
+        end: str | None = None,
+    ) -> None:
+        """start, end: contents of special tokens.
 
-        encoder: "auto" takes tiktoken, which is several times as fast, where it gives the same tokens. Raises PrepError
-        for a file that is no tokenizer.json, special tokens that are not there, and "tiktoken" where it would differ.
+        Unless given those of the file's template or the usual ones.
+
+        encoder: "auto" takes tiktoken, which is several times as fast, where it gives the same
+        tokens. Raises PrepError for a file that is no tokenizer.json, special tokens that are not
+        there, and "tiktoken" where it would differ.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if not path.is_file():
@@ -47,9 +60,13 @@ class Tokenizer:
         self._description = description
         self.library = _open_library(path)
         self.path, self.sha256 = path, sha256_file(path)
-        self.vocab_size = max([*description.vocabulary.values(), *(t.id for t in description.added)]) + 1
+        self.vocab_size = (
+            max([*description.vocabulary.values(), *(t.id for t in description.added)]) + 1
+        )
         self.start_id, self.end_id = description.start_and_end(start, end)
-        self.byte_counts: Literal["table", "column"] = "table" if description.own_bytes else "column"
+        self.byte_counts: Literal["table", "column"] = (
+            "table" if description.own_bytes else "column"
+        )
         self._lengths = token_lengths(description, self.vocab_size)
         self._respell = Respeller(description, self.library, self.vocab_size)
         self._fast, self.encoder_reason = self._choose(encoder)
@@ -75,7 +92,10 @@ class Tokenizer:
         return self._description.name
 
     def difference(self, texts: Iterable[str]) -> str | None:
-        """The first of `texts` on which the two libraries differ, shown shortly; None when there is none or one library is in use."""
+        """The first of `texts` on which the two libraries differ, shown shortly.
+
+        None when there is none or one library is in use.
+        """
         return self._compare(self._fast, texts) if self._fast else None
 
     def _compare(self, fast: TiktokenEncoder, texts: Iterable[str]) -> str | None:
@@ -87,13 +107,19 @@ class Tokenizer:
         return None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, uint32, without start and end. Raises PrepError for a text that cannot be encoded."""
+        """Token ids of each text, uint32, without start and end.
+
+        Raises PrepError for a text that cannot be encoded.
+        """
         if self._fast is None:
             return self._encode_by_library(texts)
         return [self.encode(text) for text in texts]
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, uint32, without start and end. Raises PrepError for a text that cannot be encoded."""
+        """Token ids, uint32, without start and end.
+
+        Raises PrepError for a text that cannot be encoded.
+        """
         if self._fast is not None:
             ids = self._fast.encode(text)
             if ids is not None:
@@ -106,22 +132,28 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise PrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
         found = [np.array(e.ids, dtype=np.uint32) for e in encoded]
-        return [self._with_places(text)[0] if self._respell.suspects(text, ids) else ids for text, ids in zip(texts, found, strict=True)]
+        return [
+            self._with_places(text)[0] if self._respell.suspects(text, ids) else ids
+            for text, ids in zip(texts, found, strict=True)
+        ]
 
     def _with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """ids uint32 [n] and their places int64 [n, 2], characters [start, stop) of the text."""
+        """Ids uint32 [n] and their places int64 [n, 2], characters [start, stop) of the text."""
         try:
             encoded: Encoding = self.library.encode(text, add_special_tokens=False)
         except Exception as error:
             raise PrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
         ids = np.array(encoded.ids, dtype=np.uint32)
         places = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
-        return self._respell(text, ids, places) if self._respell.suspects(text, ids) else (ids, places)
+        return (
+            self._respell(text, ids, places) if self._respell.suspects(text, ids) else (ids, places)
+        )
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """ids uint32 [n], and uint32 [n + 1]: UTF-8 bytes of `text` that each stands for, the end token's last.
+        """Ids uint32 [n], and uint32 [n + 1]: UTF-8 bytes of `text` that each stands for, the end token's last.
 
-        The bytes sum to all of the text's. The end token has 0, unless the document has no other token.
+        The bytes sum to all of the text's. The end token has 0, unless the document has no other
+        token.
         """
         ids = self._fast.encode(text) if self._fast is not None else None
         if ids is None and self.byte_counts == "table":
@@ -131,7 +163,10 @@ class Tokenizer:
             return ids, sizes_from_offsets(text, places)
         sizes = np.append(self._lengths[ids].astype(np.uint32), np.uint32(0))
         if int(sizes.sum()) != len(text.encode()):
-            raise PrepError(f"the tokenizer {self.path} drops text: its tokens stand for {int(sizes.sum())} of {len(text.encode())} bytes")
+            raise PrepError(
+                f"the tokenizer {self.path} drops text: its tokens stand for {int(sizes.sum())} of"
+                f" {len(text.encode())} bytes"
+            )
         return ids, sizes
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -143,14 +178,20 @@ class Tokenizer:
         return self.library.id_to_token(index)
 
     def token_bytes(self) -> np.ndarray:
-        """uint16 [V]: UTF-8 bytes each token stands for; 0 for special tokens and holes in the vocabulary.
+        """uint16 [V]: UTF-8 bytes each token stands for.
 
-        Exact when byte_counts is "table"; when it is "column" they only tell text (at least 1) from what is none.
+        0 for special tokens and holes in the vocabulary.
+
+        Exact when byte_counts is "table"; when it is "column" they only tell text (at least 1) from
+        what is none.
         """
         return self._lengths.copy()
 
     def spellings(self) -> list[bytes]:
-        """The bytes that each token is spelled with; empty for special tokens, and for all of a tokenizer that knows no bytes."""
+        """The bytes that each token is spelled with.
+
+        Empty for special tokens, and for all of a tokenizer that knows no bytes.
+        """
         return token_spellings(self._description, self.vocab_size)
 
     def copy_to(self, path: Path) -> None:
@@ -160,19 +201,27 @@ class Tokenizer:
             shutil.copyfile(self.path, path)
             return
         with atomic_write(path) as file:
-            json.dump(self._description.with_template(self.start_id, self.end_id), file, ensure_ascii=False)
+            json.dump(
+                self._description.with_template(self.start_id, self.end_id),
+                file,
+                ensure_ascii=False,
+            )
 
     def write_with_start(self, path: Path) -> None:
         """Write the tokenizer.json to `path`, such that other programs put the start token before a text and nothing after it."""
         with atomic_write(path) as file:
-            json.dump(self._description.with_template(self.start_id, None), file, ensure_ascii=False)
+            json.dump(
+                self._description.with_template(self.start_id, None), file, ensure_ascii=False
+            )
 
 
 def _open_library(path: Path) -> HFTokenizer:
     try:
         library = HFTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise PrepError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from error
+        raise PrepError(
+            f"{path} is not a tokenizer.json that the tokenizers library reads: {error}"
+        ) from error
     library.encode_special_tokens = True
     library.no_padding()
     library.no_truncation()
@@ -187,6 +236,12 @@ def _groups(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def _show_difference(text: str, ids: np.ndarray, slow: np.ndarray) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(ids, slow, strict=False)) if a != b), min(len(ids), len(slow)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(ids, slow, strict=False)) if a != b),
+        min(len(ids), len(slow)),
+    )
     shown = repr(text if len(text) <= 60 else text[:60] + "...")
-    return f"{shown}: from token {same} on {ids[same:same + 4].tolist()} by tiktoken, {slow[same:same + 4].tolist()} by tokenizers"
+    return (
+        f"{shown}: from token {same} on {ids[same : same + 4].tolist()} by tiktoken,"
+        f" {slow[same : same + 4].tolist()} by tokenizers"
+    )

@@ -12,9 +12,9 @@ from data_prep.tokenizer.description import BYTE_CHARACTERS, Description
 class Respeller:
     """Puts the tokens of single characters in the place of special tokens that a model made of text.
 
-    The tokenizers library passes over special tokens in the text, but a model whose vocabulary holds "</s>" as a piece, as
-    Unigram's does, may still make it of the same characters. The token for unknown text is no such case, unless the text
-    spells its name.
+    The tokenizers library passes over special tokens in the text, but a model whose vocabulary
+    holds "</s>" as a piece, as Unigram's does, may still make it of the same characters. The token
+    for unknown text is no such case, unless the text spells its name.
     """
 
     def __init__(self, description: Description, library: HFTokenizer, vocab_size: int) -> None:
@@ -29,14 +29,20 @@ class Respeller:
 
     def suspects(self, text: str, ids: np.ndarray) -> bool:
         """Whether there is a special token among the ids of a text."""
-        return bool(self._special[ids].any()) or (self._unknown is not None and self._names[self._unknown] in text)
+        return bool(self._special[ids].any()) or (
+            self._unknown is not None and self._names[self._unknown] in text
+        )
 
-    def __call__(self, text: str, ids: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, text: str, ids: np.ndarray, places: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The same ids and places (int64 [n, 2], characters) with special tokens spelled by the characters they stand for."""
         new_ids: list[int] = []
         new_places: list[tuple[int, int]] = []
         for index, (start, stop) in zip(ids.tolist(), places.tolist(), strict=True):
-            spells_unknown = index == self._unknown and text[start:stop].strip() == self._names[index]
+            spells_unknown = (
+                index == self._unknown and text[start:stop].strip() == self._names[index]
+            )
             if not self._special[index] and not spells_unknown:
                 new_ids.append(index)
                 new_places.append((start, stop))
@@ -45,14 +51,25 @@ class Respeller:
                 spelled = self._character(text[place], index)
                 new_ids += spelled
                 new_places += [(place, place + 1)] * len(spelled)
-        return np.array(new_ids, dtype=np.uint32), np.array(new_places, dtype=np.int64).reshape(-1, 2)
+        return np.array(new_ids, dtype=np.uint32), np.array(new_places, dtype=np.int64).reshape(
+            -1, 2
+        )
 
     def _character(self, character: str, special: int) -> list[int]:
         """The tokens of one character."""
         if character not in self._spellings:
-            spelling = [BYTE_CHARACTERS[b] for b in character.encode()] if self._description.byte_level else [character]
-            self._spellings[character] = [token.id for part in spelling for token in self._library.model.tokenize(part)]
+            spelling = (
+                [BYTE_CHARACTERS[b] for b in character.encode()]
+                if self._description.byte_level
+                else [character]
+            )
+            self._spellings[character] = [
+                token.id for part in spelling for token in self._library.model.tokenize(part)
+            ]
         found = self._spellings[character]
         if self._special[found].any():
-            raise PrepError(f"the tokenizer {self._description.path} has no way to spell the special token {self._names[special]!r} in a text")
+            raise PrepError(
+                f"the tokenizer {self._description.path} has no way to spell the special token"
+                f" {self._names[special]!r} in a text"
+            )
         return found

@@ -1,11 +1,13 @@
 """Encoding by tiktoken what a byte-level tokenizer.json describes, where both libraries must give the same tokens.
 
-Why the merges are the same. Both libraries merge, again and again, the pair with the lowest rank that stands leftmost;
-the tokenizers library ranks listed pairs, tiktoken any pair whose joined bytes are a token, by that token's id. While a
-token comes to be inside a text, the merges within its bytes happen in the order in which they would in its bytes alone, so
-it always comes from the one pair that is left last there. Hence both are equal when listed merges are in the order of the
-ids they make, and a token can be reached by merging in one library exactly when it can in the other; `_ranks` checks both.
-The patterns run in two regular-expression engines, about which there is no such proof: they are compared on texts.
+Why the merges are the same. Both libraries merge, again and again, the pair with the lowest rank
+that stands leftmost; the tokenizers library ranks listed pairs, tiktoken any pair whose joined
+bytes are a token, by that token's id. While a token comes to be inside a text, the merges within
+its bytes happen in the order in which they would in its bytes alone, so it always comes from the
+one pair that is left last there. Hence both are equal when listed merges are in the order of the
+ids they make, and a token can be reached by merging in one library exactly when it can in the
+other; `_ranks` checks both. The patterns run in two regular-expression engines, about which there
+is no such proof: they are compared on texts.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from tokenizers import Tokenizer as HFTokenizer
 from data_prep.tokenizer.description import BYTE_OF, TEXT_CHARACTERS, Description
 from data_prep.tokenizer.patterns import PATTERNS
 
-
-# Characters up to which a text goes through encode_ordinary: a third faster than encode_to_numpy, which also looks for special
-# tokens, but it makes Python integers (40 bytes each), and panics where the other raises (a run of 10^6 spaces).
+# Characters up to which a text goes through encode_ordinary: a third faster than encode_to_numpy,
+# which also looks for special tokens, but it makes Python integers (40 bytes each), and panics
+# where the other raises (a run of 10^6 spaces).
 SHORT = 2**19
 
 
@@ -32,19 +34,30 @@ class NotEligibleError(Exception):
 
 
 class TiktokenEncoder:
-    """ids of a text by tiktoken, or None for a text that must go through the tokenizers library. Raises NotEligibleError."""
+    """ids of a text by tiktoken, or None for a text that must go through the tokenizers library.
+
+    Raises NotEligibleError.
+    """
 
     def __init__(self, description: Description, library: HFTokenizer) -> None:
         pattern = _pattern(description)
         self._normalizing = _normalizing(description)
         self._split = _literals(description)
-        self._literal_ids = {content: np.uint32(index).tobytes() for content, index in description.literals.items()}
+        self._literal_ids = {
+            content: np.uint32(index).tobytes() for content, index in description.literals.items()
+        }
         self._encoding = tiktoken.Encoding(
-            description.path.stem, pat_str=pattern, mergeable_ranks=_ranks(description, library), special_tokens={}
+            description.path.stem,
+            pat_str=pattern,
+            mergeable_ranks=_ranks(description, library),
+            special_tokens={},
         )
 
     def encode(self, text: str) -> np.ndarray | None:
-        """uint32 [tokens]. None: not in normal form, or too much for the regular-expression engine (10^6 spaces)."""
+        """uint32 [tokens].
+
+        None: not in normal form, or too much for the regular-expression engine (10^6 spaces).
+        """
         if self._normalizing and not _is_nfc(text):
             return None
         try:
@@ -54,7 +67,8 @@ class TiktokenEncoder:
             return self._ids(text) if len(found) == 1 else self._pieces(found)
         except ValueError:
             return None
-        except BaseException as error:  # what Rust's panics become in Python is no Exception, and can only be told by its name
+        # What Rust's panics become in Python is no Exception, and can only be told by its name
+        except BaseException as error:
             if type(error).__name__ == "PanicException":
                 return None
             raise
@@ -62,11 +76,15 @@ class TiktokenEncoder:
     def _ids(self, text: str) -> np.ndarray:
         if len(text) > SHORT:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        text.isascii() or text.encode()  # encode_ordinary would replace a lone surrogate without a word
+        # encode_ordinary would replace a lone surrogate without a word
+        text.isascii() or text.encode()
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
     def _pieces(self, found: list[str]) -> np.ndarray:
-        """Tokens of text, literal, text, ...; a special token spelled in the text is text, and cuts it nowhere."""
+        """Tokens of text, literal, text, ....
+
+        A special token spelled in the text is text, and cuts it nowhere.
+        """
         joined, rest = [], found[0]
         for literal, text in zip(found[1::2], found[2::2], strict=True):
             token = self._literal_ids.get(literal)
@@ -107,21 +125,29 @@ def _normalizing(description: Description) -> bool:
 def _literals(description: Description) -> re.Pattern[str] | None:
     """Cuts text at added tokens that are not special, leftmost and longest first, as the tokenizers library does.
 
-    Special tokens that the library looks for in the same pass are in it too: one that it passes over hides what it overlaps.
+    Special tokens that the library looks for in the same pass are in it too: one that it passes
+    over hides what it overlaps.
     """
     literals = [t for t in description.added if not t.special]
     if not literals:
         return None
     if any(t.stretches for t in literals) or len({t.normalized for t in literals}) > 1:
-        raise NotEligibleError("it has added tokens that take the spaces beside them, or of two passes")
+        raise NotEligibleError(
+            "it has added tokens that take the spaces beside them, or of two passes"
+        )
     if description.content.get("normalizer") and not all(_is_nfc(t.content) for t in literals):
         raise NotEligibleError("it has added tokens that are not in normal form")
     sought = [t.content for t in description.added if t.normalized == literals[0].normalized]
-    return re.compile("(" + "|".join(re.escape(c) for c in sorted(sought, key=len, reverse=True)) + ")")
+    return re.compile(
+        "(" + "|".join(re.escape(c) for c in sorted(sought, key=len, reverse=True)) + ")"
+    )
 
 
 def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
-    """bytes -> id of the tokens that tiktoken must know. Raises NotEligibleError unless both libraries merge alike."""
+    """Bytes -> id of the tokens that tiktoken must know.
+
+    Raises NotEligibleError unless both libraries merge alike.
+    """
     vocabulary = description.vocabulary
     specials = set(description.specials.values())
     made = _ids_in_order(description)
@@ -130,27 +156,41 @@ def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
     model = library.model
     keeps_whole, model.ignore_merges = model.ignore_merges, False
     try:
-        spelled = {t for t, i in vocabulary.items() if (i in made or len(t) == 1) and i not in specials and BYTE_OF.keys() >= set(t)}
-        reached = {t for t in spelled if [piece.id for piece in model.tokenize(t)] == [vocabulary[t]]}
+        spelled = {
+            t
+            for t, i in vocabulary.items()
+            if (i in made or len(t) == 1) and i not in specials and BYTE_OF.keys() >= set(t)
+        }
+        reached = {
+            t for t in spelled if [piece.id for piece in model.tokenize(t)] == [vocabulary[t]]
+        }
     finally:
         model.ignore_merges = keeps_whole
     if any(character not in reached for character in TEXT_CHARACTERS):
         raise NotEligibleError("a byte of it is no token")
     ranks = {bytes(BYTE_OF[c] for c in token): vocabulary[token] for token in reached}
-    if keeps_whole:  # a token that no merging reaches is still found where it is all there is between two cuts
+    # A token that no merging reaches is still found where it is all there is between two cuts
+    if keeps_whole:
         whole = {t: i for t, i in vocabulary.items() if t not in reached and i not in specials}
         try:
             ranks |= {bytes(BYTE_OF[c] for c in token): index for token, index in whole.items()}
         except KeyError as error:
-            raise NotEligibleError(f"a token of it has the character {error}, which is no byte") from None
+            raise NotEligibleError(
+                f"a token of it has the character {error}, which is no byte"
+            ) from None
         for token in whole:
             if last_pair(data := bytes(BYTE_OF[c] for c in token), ranks):
-                raise NotEligibleError(f"tiktoken would merge {data!r}, which its list of merges does not")
+                raise NotEligibleError(
+                    f"tiktoken would merge {data!r}, which its list of merges does not"
+                )
     return ranks
 
 
 def _ids_in_order(description: Description) -> set[int]:
-    """Ids of the tokens that merges make. Raises NotEligibleError when merges are not in their order."""
+    """Ids of the tokens that merges make.
+
+    Raises NotEligibleError when merges are not in their order.
+    """
     made, before = set(), -1
     for merge in description.model["merges"]:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -163,10 +203,16 @@ def _ids_in_order(description: Description) -> set[int]:
 
 
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two parts that `token` is merged from, by rank of the joined bytes and leftmost first; None where merging ends before."""
+    """The two parts that `token` is merged from, by rank of the joined bytes and leftmost first.
+
+    None where merging ends before.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        rank, place = min((ranks.get(a + b, sys.maxsize), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)))
+        rank, place = min(
+            (ranks.get(a + b, sys.maxsize), i)
+            for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+        )
         if rank == sys.maxsize:
             return None
         parts[place : place + 2] = [parts[place] + parts[place + 1]]

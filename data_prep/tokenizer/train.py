@@ -15,41 +15,62 @@ from data_prep.tokenizer.description import END_OF_TEXT
 from data_prep.tokenizer.patterns import PATTERNS
 
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
-PIECE = 2**16  # characters that a sample takes or leaves: far longer than a word, far shorter than a sample
+# Characters that a sample takes or leaves: far longer than a word, far shorter than a sample
+PIECE = 2**16
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, *, total: int | None = None, progress: bool = False) -> None:
-    """Train a byte-level BPE on `texts` and write tokenizer.json. Every byte is a token, so nothing is unknown.
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    path: Path,
+    *,
+    total: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Train a byte-level BPE on `texts` and write tokenizer.json.
 
-    total: how many texts there are, for the bars that progress shows on a terminal. Raises PrepError when vocab_size is too small, or larger than the texts can fill.
+    Every byte is a token, so nothing is unknown.
+
+    total: how many texts there are, for the bars that progress shows on a terminal. Raises
+    PrepError when vocab_size is too small, or larger than the texts can fill.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise PrepError(f"vocab_size = {vocab_size} is too small: 256 bytes and the end of text need {SMALLEST_VOCABULARY}")
+        raise PrepError(
+            f"vocab_size = {vocab_size} is too small: 256 bytes and the end of text need"
+            f" {SMALLEST_VOCABULARY}"
+        )
     tokenizer = HFTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERNS["cl100k_base"]), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERNS["cl100k_base"]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=progress,
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=progress,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer, length=total)
     if tokenizer.get_vocab_size() < vocab_size:
         raise PrepError(
-            f"the texts give only {tokenizer.get_vocab_size()} tokens, fewer than vocab_size = {vocab_size}: "
-            "ask for fewer or give more text"
+            f"the texts give only {tokenizer.get_vocab_size()} tokens, fewer than vocab_size ="
+            f" {vocab_size}: ask for fewer or give more text"
         )
     with atomic_write(path) as file:
         file.write(tokenizer.to_str(pretty=True))
 
 
 def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """About half of `max_bytes` to all of it, in UTF-8, of texts that have more; all of those that have less.
+    """About half of `max_bytes` to all of it, in UTF-8, of texts that have more.
 
-    Pieces of texts are taken by their hash, so the sample is spread evenly, and it does not depend on the order of the
-    texts. No more than max_bytes is held: when that is reached, half of the hashes no longer count.
+    All of those that have less.
+
+    Pieces of texts are taken by their hash, so the sample is spread evenly, and it does not depend
+    on the order of the texts. No more than max_bytes is held: when that is reached, half of the
+    hashes no longer count.
     """
     kept: list[tuple[int, bytes]] = []
     size, limit = 0, 2**64
@@ -71,13 +92,19 @@ def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
 def write_character_tokenizer(texts: Iterable[str], path: Path) -> None:
     """Write a tokenizer.json in which every character of `texts` is a token, in order of code point, the end of text last.
 
-    It spells nothing else: a text with another character is refused when it is encoded. Raises PrepError without a text.
+    It spells nothing else: a text with another character is refused when it is encoded. Raises
+    PrepError without a text.
     """
     characters = sorted(set().union(*texts))
     if not characters:
         raise PrepError("the texts hold no character to make tokens of")
-    tokenizer = HFTokenizer(models.WordLevel({character: index for index, character in enumerate(characters)}, unk_token="unknown"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), behavior="isolated")  # onig's m: the dot is any character
+    tokenizer = HFTokenizer(
+        models.WordLevel(
+            {character: index for index, character in enumerate(characters)}, unk_token="unknown"
+        )
+    )
+    # onig's m: the dot is any character
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([END_OF_TEXT])
     tokenizer.save(str(path))

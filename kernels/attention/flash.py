@@ -1,4 +1,7 @@
-"""The flash_attn package, if it is installed. Untested here: it cannot be built on a machine without CUDA."""
+"""The flash_attn package, if it is installed.
+
+Untested here: it cannot be built on a machine without CUDA.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,34 @@ from kernels.choice import Implementation
 
 
 def _unavailable() -> str | None:
-    return None if importlib.util.find_spec("flash_attn") else "the package flash_attn is not installed"
+    return (
+        None
+        if importlib.util.find_spec("flash_attn")
+        else "the package flash_attn is not installed"
+    )
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, *, documents: Packing | None, window: int | None, scale: float,
-        softcap: float | None, sinks: None, return_lse: bool) -> Tensor:
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Packing | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks: None,
+    return_lse: bool,
+) -> Tensor:
     """See kernels.attention.attention; no sinks or log-sum-exp."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    options = {"softmax_scale": scale, "causal": True, "softcap": softcap or 0.0,
-               "window_size": (-1, -1) if window is None else (window - 1, 0)}
+    options = {
+        "softmax_scale": scale,
+        "causal": True,
+        "softcap": softcap or 0.0,
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+    }
     if documents is None:
         return flash_attn_func(q, k, v, **options)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
@@ -29,5 +50,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, *, documents: Packing | None, window: i
 
 
 IMPLEMENTATION = Implementation(
-    "flash_attn", run, frozenset({"cuda"}), frozenset({"documents", "window", "softcap"}), _unavailable
+    "flash_attn",
+    run,
+    frozenset({"cuda"}),
+    frozenset({"documents", "window", "softcap"}),
+    _unavailable,
 )

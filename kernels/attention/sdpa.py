@@ -11,19 +11,38 @@ from kernels.attention.features import SHAPES_AND_TYPES
 from kernels.choice import Implementation
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, *, documents: Packing | None, window: int | None, scale: float,
-        softcap: None, sinks: None, return_lse: bool) -> Tensor:
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Packing | None,
+    window: int | None,
+    scale: float,
+    softcap: None,
+    sinks: None,
+    return_lse: bool,
+) -> Tensor:
     """See kernels.attention.attention; no soft-cap, sinks or log-sum-exp."""
     queries, keys = q.shape[1], k.shape[1]
     plain = documents is None and window is None
     mask = None
     if not plain:
-        mask = causal_mask(queries, keys, window, q.device) if documents is None else documents.mask(window)
+        mask = (
+            causal_mask(queries, keys, window, q.device)
+            if documents is None
+            else documents.mask(window)
+        )
     elif queries != keys and queries > 1:  # torch aligns its own causal mask top-left
         mask = causal_mask(queries, keys, None, q.device)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-        is_causal=mask is None and queries > 1, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and queries > 1,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)
     if queries > keys:  # the first queries see nothing; torch gives NaN or 0 there, by backend
         unseen = torch.arange(queries, device=q.device) < queries - keys
@@ -31,4 +50,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, *, documents: Packing | None, window: i
     return out
 
 
-IMPLEMENTATION = Implementation("sdpa", run, frozenset({"cpu", "cuda"}), frozenset({"documents", "window", *SHAPES_AND_TYPES}))
+IMPLEMENTATION = Implementation(
+    "sdpa", run, frozenset({"cpu", "cuda"}), frozenset({"documents", "window", *SHAPES_AND_TYPES})
+)

@@ -1,8 +1,8 @@
 """Our attention beside its peers, on a GPU: `python -m kernels.bench.attention [--json FILE] [--plot FILE.svg]`.
 
-Causal bf16, 16k tokens in all; forward, backward and both, all providers in turn within each round, medians. TFLOP/s count
-4 D per visible pair of query and key forward and 2.5 times that backward, as the literature does; the rate of a large
-matrix product in the same rounds is the ceiling.
+Causal bf16, 16k tokens in all; forward, backward and both, all providers in turn within each round,
+medians. TFLOP/s count 4 D per visible pair of query and key forward and 2.5 times that backward, as
+the literature does; the rate of a large matrix product in the same rounds is the ceiling.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ from kernels.attention import PackedDocuments, attention
 from kernels.bench.machine import describe_machine, time_in_turn, write_json
 
 TOKENS = 16384
-# 2048 columns of heads; D=64 at 4096 tokens without groups is the shape of Triton's fused-attention tutorial.
-SHAPES = [(d, s, group) for d in (64, 128, 256) for s in (1024, 2048, 4096, 8192, 16384, 32768) for group in (1, 8)]
+# 2048 columns of heads; D=64 at 4096 tokens without groups is the shape of Triton's fused-attention
+# tutorial.
+SHAPES = [
+    (d, s, group)
+    for d in (64, 128, 256)
+    for s in (1024, 2048, 4096, 8192, 16384, 32768)
+    for group in (1, 8)
+]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -40,8 +46,11 @@ def backend(name: str) -> Attend:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, name)):
-            return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True,
-                                                  enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+            return F.scaled_dot_product_attention(
+                *(t.transpose(1, 2) for t in (q, k, v)),
+                is_causal=True,
+                enable_gqa=q.shape[2] != k.shape[2],
+            ).transpose(1, 2)
 
     return run
 
@@ -49,39 +58,80 @@ def backend(name: str) -> Attend:
 def flex(document_ids: Tensor | None, length: int) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def mask(b, h, i, j):  # noqa: ANN001, ANN202
-        return (i >= j) if document_ids is None else (i >= j) & (document_ids[b, i] == document_ids[b, j])
+    def mask(b, h, i, j):
+        return (
+            (i >= j)
+            if document_ids is None
+            else (i >= j) & (document_ids[b, i] == document_ids[b, j])
+        )
 
     blocks = create_block_mask(mask, None, None, length, length, device="cuda")
     compiled = torch.compile(flex_attention)
-    return lambda q, k, v: compiled(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=blocks, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    return lambda q, k, v: compiled(
+        *(t.transpose(1, 2) for t in (q, k, v)),
+        block_mask=blocks,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
 
 
 def providers(length: int, document_ids: Tensor | None) -> dict[str, Attend]:
     documents = None if document_ids is None else PackedDocuments.from_document_ids(document_ids)
-    found: dict[str, Attend] = {"nextpt": lambda q, k, v: attention(q, k, v, documents=documents, implementation="triton")}
+    found: dict[str, Attend] = {
+        "nextpt": lambda q, k, v: attention(q, k, v, documents=documents, implementation="triton")
+    }
     if documents is None:
-        found |= {f"SDPA {n.split('_')[0].lower()}": backend(n) for n in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
+        found |= {
+            f"SDPA {n.split('_')[0].lower()}": backend(n)
+            for n in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
+        }
     else:
-        found["SDPA with a mask"] = lambda q, k, v: attention(q, k, v, documents=documents, implementation="sdpa")
+        found["SDPA with a mask"] = lambda q, k, v: attention(
+            q, k, v, documents=documents, implementation="sdpa"
+        )
     found["FlexAttention"] = flex(document_ids, length)
     try:
         import flash_attn  # noqa: F401
 
-        found["flash_attn"] = lambda q, k, v: attention(q, k, v, documents=documents, implementation="flash_attn")
+        found["flash_attn"] = lambda q, k, v: attention(
+            q, k, v, documents=documents, implementation="flash_attn"
+        )
     except ImportError:
         pass
     return found
 
 
-def compare(width: int, length: int, group: int, rounds: int, packed: bool = False) -> dict[str, Any]:
+def compare(
+    width: int, length: int, group: int, rounds: int, packed: bool = False
+) -> dict[str, Any]:
     """TFLOP/s forward, backward and both, per provider."""
     rows, heads = max(TOKENS // length, 1), 2048 // width
     g = torch.Generator("cuda").manual_seed(0)
-    q, d_out = (torch.randn(rows, length, heads, width, generator=g, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    k, v = (torch.randn(rows, length, max(heads // group, 1), width, generator=g, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q, d_out = (
+        torch.randn(rows, length, heads, width, generator=g, device="cuda", dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    k, v = (
+        torch.randn(
+            rows,
+            length,
+            max(heads // group, 1),
+            width,
+            generator=g,
+            device="cuda",
+            dtype=torch.bfloat16,
+        )
+        for _ in range(2)
+    )
     lengths = document_lengths(length) if packed else [length]
-    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int().cuda().expand(rows, -1).contiguous() if packed else None
+    ids = (
+        torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        .int()
+        .cuda()
+        .expand(rows, -1)
+        .contiguous()
+        if packed
+        else None
+    )
     inputs = [t.requires_grad_() for t in (q, k, v)]
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     flops = 4 * rows * heads * width * pairs
@@ -93,21 +143,42 @@ def compare(width: int, length: int, group: int, rounds: int, packed: bool = Fal
             out = run(*inputs)
             torch.autograd.grad(out, inputs, d_out, retain_graph=True)
         except Exception as problem:  # a peer that fails is a result too
-            table[name] = {"failed": f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"}
+            table[name] = {
+                "failed": (
+                    f"{type(problem).__name__}:"
+                    f" {str(problem).splitlines()[0] if str(problem) else ''}"
+                )
+            }
             continue
         jobs[f"{name}|forward"] = lambda run=run: run(*inputs)
-        jobs[f"{name}|backward"] = lambda out=out: torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+        jobs[f"{name}|backward"] = lambda out=out: torch.autograd.grad(
+            out, inputs, d_out, retain_graph=True
+        )
     times = time_in_turn(jobs, rounds, "cuda")
     for name in dict.fromkeys(job.split("|")[0] for job in jobs if "|" in job):
         forward, backward = times[f"{name}|forward"], times[f"{name}|backward"]
-        table[name] = {"forward": 1e-12 * flops / forward, "backward": 2.5e-12 * flops / backward, "both": 3.5e-12 * flops / (forward + backward)}
-    return {"width": width, "length": length, "group": group, "packed": packed, "product": 2e-12 * 8192**3 / times["product"], "providers": table}
+        table[name] = {
+            "forward": 1e-12 * flops / forward,
+            "backward": 2.5e-12 * flops / backward,
+            "both": 3.5e-12 * flops / (forward + backward),
+        }
+    return {
+        "width": width,
+        "length": length,
+        "group": group,
+        "packed": packed,
+        "product": 2e-12 * 8192**3 / times["product"],
+        "providers": table,
+    }
 
 
 def show(result: dict[str, Any]) -> None:
     kind = "packed documents" if result["packed"] else "causal"
-    print(f"\nD={result['width']}, {result['length']} tokens a row, {result['group']} query heads per key head, {kind}; "
-          f"matrix product {result['product']:.0f} TFLOP/s\n\n| TFLOP/s | forward | backward | both | ours to it, both |\n|---|---|---|---|---|")
+    print(
+        f"\nD={result['width']}, {result['length']} tokens a row, {result['group']} query heads per"
+        f" key head, {kind}; matrix product {result['product']:.0f} TFLOP/s\n\n| TFLOP/s | forward"
+        " | backward | both | ours to it, both |\n|---|---|---|---|---|"
+    )
     ours = result["providers"].get("nextpt", {}).get("both")
     for name, f in result["providers"].items():
         if "failed" in f:
@@ -126,16 +197,24 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(1, 3, panel + 1)
         chosen = [r for r in results if r["width"] == width and r["group"] == 1 and not r["packed"]]
         for name in dict.fromkeys(n for r in chosen for n in r["providers"]):
-            points = [(r["length"], r["providers"][name]["both"]) for r in chosen if "both" in r["providers"].get(name, {})]
+            points = [
+                (r["length"], r["providers"][name]["both"])
+                for r in chosen
+                if "both" in r["providers"].get(name, {})
+            ]
             axes.plot(*zip(*points, strict=True), marker="o", label=name) if points else None
-        axes.set(xscale="log", xlabel="tokens a row", ylabel="TFLOP/s, both passes", title=f"D = {width}")
+        axes.set(
+            xscale="log", xlabel="tokens a row", ylabel="TFLOP/s, both passes", title=f"D = {width}"
+        )
         axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench.attention", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench.attention", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the results there")
     parser.add_argument("--plot", type=Path, help="also draw them there")

@@ -1,7 +1,8 @@
 """The fused loss beside its peers: `python -m kernels.bench.cross_entropy [--shapes NxDxV ...] [--json FILE]`.
 
-Forward and backward, all providers in turn within each round, so that clocks and neighbours are the same for all;
-medians. The floor is the three matrix products of the definition alone (6 N D V FLOPs), timed in the same rounds.
+Forward and backward, all providers in turn within each round, so that clocks and neighbours are the
+same for all; medians. The floor is the three matrix products of the definition alone (6 N D V
+FLOPs), timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -19,13 +20,22 @@ from kernels.bench.machine import describe_machine, measure_peak, time_in_turn, 
 from kernels.cross_entropy import linear_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-GPU_SHAPES = ("8192x4096x128256", "16384x2048x248320", "8192x2304x256000", "1024x4096x128256", "8192x2048x50304")
+GPU_SHAPES = (
+    "8192x4096x128256",
+    "16384x2048x248320",
+    "8192x2304x256000",
+    "1024x4096x128256",
+    "8192x2048x50304",
+)
 CPU_SHAPES = ("4096x512x50304",)
 SLICE = 512  # entries of the vocabulary and tokens whose gradients are compared with fp64
 
 
 def eager(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-    """Mean cross-entropy through all logits. Liger's reference (TorchLMHeadCE of its tests) is the same computation."""
+    """Mean cross-entropy through all logits.
+
+    Liger's reference (TorchLMHeadCE of its tests) is the same computation.
+    """
     return F.cross_entropy(F.linear(x, w).float(), t)
 
 
@@ -37,12 +47,17 @@ def providers(device: str) -> dict[str, Loss]:
     """Those that can run here, by name."""
     found: dict[str, Loss] = {"nextpt": ours()}
     if device == "cuda":
-        found |= {"nextpt, small": ours(gradient="small"), "nextpt, fp32 logits": ours(logits_dtype=torch.float32)}
+        found |= {
+            "nextpt, small": ours(gradient="small"),
+            "nextpt, fp32 logits": ours(logits_dtype=torch.float32),
+        }
     found |= {"torch eager": eager, "torch.compile": torch.compile(eager)}
     if hasattr(F, "linear_cross_entropy"):
         found["torch F.linear_cross_entropy"] = lambda x, w, t: F.linear_cross_entropy(x, w, t)
         chunked = torch.nn.LinearCrossEntropyOptions()
-        found["torch F.linear_cross_entropy, chunked"] = lambda x, w, t: F.linear_cross_entropy(x, w, t, options=chunked)
+        found["torch F.linear_cross_entropy, chunked"] = lambda x, w, t: F.linear_cross_entropy(
+            x, w, t, options=chunked
+        )
     return found | (_triton_peers() if device == "cuda" else {})
 
 
@@ -50,7 +65,9 @@ def _triton_peers() -> dict[str, Loss]:
     """Liger 0.8.5, CCE 25.1, QuACK 0.6, where installed; none of them has a CPU path."""
     found: dict[str, Loss] = {}
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction as Liger,
+        )
 
         found["Liger, default"] = lambda x, w, t: _first(Liger.apply(x, w, t))
         for factor in (8, 16):
@@ -78,14 +95,35 @@ def _first(result: Any) -> Tensor:
 
 
 def _liger_with_chunks(factor: int) -> Loss:
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+    from liger_kernel.ops.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyFunction as Liger,
+    )
 
-    rest = (None, None, -100, 0.0, 0.0, "mean", None, False, None, False, False, False, None, None, factor)  # chunk_mem_const is the last
+    # chunk_mem_const is the last
+    rest = (
+        None,
+        None,
+        -100,
+        0.0,
+        0.0,
+        "mean",
+        None,
+        False,
+        None,
+        False,
+        False,
+        False,
+        None,
+        None,
+        factor,
+    )
     return lambda x, w, t: _first(Liger.apply(x, w, t, *rest))
 
 
-def inputs(n: int, d: int, v: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden with unit variance, weight that gives logits of standard deviation 1.4, uniform targets, a tenth ignored."""
+def inputs(
+    n: int, d: int, v: int, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden with unit variance, weight that gives logits of standard deviation 1.4, uniform targets, a tenth ignored."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(n, d, generator=generator, device=device, dtype=dtype)
     w = torch.randn(v, d, generator=generator, device=device, dtype=dtype).mul_(1.4 / d**0.5)
@@ -103,7 +141,9 @@ def products(x: Tensor, w: Tensor) -> Callable[[], None]:
     """The three products alone, in chunks of tokens that fit beside the gradients."""
     rows = min(x.shape[0], 4096)
     x, w = x.detach(), w.detach()
-    logits, dx, dw = torch.empty(rows, w.shape[0], dtype=x.dtype, device=x.device), torch.empty_like(x), torch.empty_like(w)
+    logits = torch.empty(rows, w.shape[0], dtype=x.dtype, device=x.device)
+    dx = torch.empty_like(x)
+    dw = torch.empty_like(w)
 
     def run() -> None:
         for part in x.split(rows):
@@ -119,7 +159,8 @@ def exact_slices(x: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """(dX of the first tokens, dW of the first entries) in fp64."""
     wide, valid = w.detach().double(), t != -100
     place = torch.where(valid, t, 0)
-    dx, dw = [], torch.zeros(min(SLICE, w.shape[0]), w.shape[1], dtype=torch.float64, device=w.device)
+    dx = []
+    dw = torch.zeros(min(SLICE, w.shape[0]), w.shape[1], dtype=torch.float64, device=w.device)
     for first in range(0, x.shape[0], SLICE):
         part = slice(first, first + SLICE)
         rows = x.detach()[part].double()
@@ -146,34 +187,71 @@ def compare(shape: str, device: str, dtype: torch.dtype, rounds: int) -> dict[st
             step(loss, x, w, t)  # compiles, and warms up
             x.grad = w.grad = None
             peak = measure_peak(device, lambda loss=loss: step(loss, x, w, t))
-            table[name] = {"peak_mib": peak / 2**20, "dx_error": error(x.grad, exact[0]), "dw_error": error(w.grad, exact[1])}
+            table[name] = {
+                "peak_mib": peak / 2**20,
+                "dx_error": error(x.grad, exact[0]),
+                "dw_error": error(w.grad, exact[1]),
+            }
             jobs[name] = lambda loss=loss: step(loss, x, w, t)
         except Exception as problem:  # a peer that fails is a result too
-            table[name] = {"failed": f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"}
+            table[name] = {
+                "failed": (
+                    f"{type(problem).__name__}:"
+                    f" {str(problem).splitlines()[0] if str(problem) else ''}"
+                )
+            }
         x.grad = w.grad = None
     times = time_in_turn(jobs, rounds, device)
     floor = times["three products"]
     for name, seconds in times.items():
         table.setdefault(name, {}).update(ms=1000 * seconds, to_floor=seconds / floor)
-    return {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "tflops": 6e-12 * n * d * v / floor, "providers": table}
+    return {
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tflops": 6e-12 * n * d * v / floor,
+        "providers": table,
+    }
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['shape']} {result['dtype']}: floor of 6 N D V at {result['tflops']:.3g} TFLOP/s\n")
-    print("| provider | ms | to the floor | peak MiB | dX error | dW error |\n|---|---|---|---|---|---|")
-    for name, f in sorted(result["providers"].items(), key=lambda item: item[1].get("ms", float("inf"))):
+    print(
+        f"\n{result['shape']} {result['dtype']}: floor of 6 N D V at {result['tflops']:.3g}"
+        " TFLOP/s\n"
+    )
+    print(
+        "| provider | ms | to the floor | peak MiB | dX error | dW error"
+        " |\n|---|---|---|---|---|---|"
+    )
+    for name, f in sorted(
+        result["providers"].items(), key=lambda item: item[1].get("ms", float("inf"))
+    ):
         if "failed" in f:
             print(f"| {name} | failed: {f['failed'][:80]} | | | | |")
             continue
-        extra = f"{f['peak_mib']:.0f} | {f['dx_error']:.1e} | {f['dw_error']:.1e}" if "peak_mib" in f else " | | "
+        extra = (
+            f"{f['peak_mib']:.0f} | {f['dx_error']:.1e} | {f['dw_error']:.1e}"
+            if "peak_mib" in f
+            else " | | "
+        )
         print(f"| {name} | {f['ms']:.1f} | {f['to_floor']:.2f} | {extra} |")
 
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench.cross_entropy", description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=GPU_SHAPES if device == "cuda" else CPU_SHAPES, metavar="NxDxV")
-    parser.add_argument("--dtype", default="bfloat16" if device == "cuda" else "float32", choices=("bfloat16", "float16", "float32"))
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench.cross_entropy", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=GPU_SHAPES if device == "cuda" else CPU_SHAPES,
+        metavar="NxDxV",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16" if device == "cuda" else "float32",
+        choices=("bfloat16", "float16", "float32"),
+    )
     parser.add_argument("--rounds", type=int, default=20 if device == "cuda" else 5)
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """Error of the matrix gradient by number of chunks: `python -m kernels.bench.gradient_error [--tokens N] [--json FILE]`.
 
-bf16 inputs, bf16 logits and logit gradients as on a GPU, products summed in fp32 and rounded once per chunk, as
-cuBLAS and the CPU path both do. Relative Frobenius norm of the difference from fp64.
+bf16 inputs, bf16 logits and logit gradients as on a GPU, products summed in fp32 and rounded once
+per chunk, as cuBLAS and the CPU path both do. Relative Frobenius norm of the difference from fp64.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from kernels.cross_entropy.fused import Problem, run
 from kernels.cross_entropy.ops import scalar_coefficients
 
 
-def inputs(tokens: int, width: int, vocabulary: int, realistic: bool) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    tokens: int, width: int, vocabulary: int, realistic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """bf16 hidden and weight whose logits have a standard deviation of 1.4, and targets.
 
-    realistic: hidden states share a mean and targets follow Zipf's law, as in text; independent and uniform otherwise,
-    where sums of gradients grow like a random walk.
+    realistic: hidden states share a mean and targets follow Zipf's law, as in text; independent and
+    uniform otherwise, where sums of gradients grow like a random walk.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator)
     targets = torch.randint(0, vocabulary, (tokens, 1), generator=generator)
     if realistic:
         hidden = (hidden + torch.randn(width, generator=generator)) / 2**0.5
-        targets = torch.multinomial(1 / torch.arange(1, vocabulary + 1).double(), tokens, True, generator=generator).unsqueeze(1)
+        targets = torch.multinomial(
+            1 / torch.arange(1, vocabulary + 1).double(), tokens, True, generator=generator
+        ).unsqueeze(1)
     weight = torch.randn(vocabulary, width, generator=generator) * 1.4 / width**0.5
     return hidden.bfloat16(), weight.bfloat16(), targets
 
@@ -40,15 +44,26 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return g.T @ hidden.double()
 
 
-def error(hidden: Tensor, weight: Tensor, targets: Tensor, expected: Tensor, chunks: int, sums: Sums) -> float:
-    """Relative error of our matrix gradient, summed over `chunks`; "result": in bf16, which no mode does."""
+def error(
+    hidden: Tensor, weight: Tensor, targets: Tensor, expected: Tensor, chunks: int, sums: Sums
+) -> float:
+    """Relative error of our matrix gradient, summed over `chunks`.
+
+    "result": in bf16, which no mode does.
+    """
     rows = -(-hidden.shape[0] // chunks)
     p = Problem(hidden, weight, None, targets, None, rows, sums, False, "torch")
-    _, gradients = run(p, (False, True, False), scalar_coefficients(torch.ones(targets.shape), 0.0, 0.0, weight.shape[0]))
+    _, gradients = run(
+        p,
+        (False, True, False),
+        scalar_coefficients(torch.ones(targets.shape), 0.0, 0.0, weight.shape[0]),
+    )
     return float((gradients.weight.double() - expected).norm() / expected.norm())
 
 
-def table(tokens: int, width: int, vocabulary: int, counts: list[int]) -> dict[str, dict[str, float]]:
+def table(
+    tokens: int, width: int, vocabulary: int, counts: list[int]
+) -> dict[str, dict[str, float]]:
     """{inputs, sums: {chunks: error}}."""
     found = {}
     for name, realistic in (("independent", False), ("like text", True)):
@@ -60,7 +75,9 @@ def table(tokens: int, width: int, vocabulary: int, counts: list[int]) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench.gradient_error", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench.gradient_error", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=32768)
@@ -69,7 +86,10 @@ def main() -> None:
     counts = [1, 2, 4, 8, 16, 32, 64]
     found = table(arguments.tokens, arguments.width, arguments.vocabulary, counts)
     machine = describe_machine("cpu")
-    print(f"{', '.join(f'{k} {v}' for k, v in machine.items())}; {arguments.tokens} x {arguments.width} x {arguments.vocabulary}\n")
+    print(
+        f"{', '.join(f'{k} {v}' for k, v in machine.items())}; {arguments.tokens} x"
+        f" {arguments.width} x {arguments.vocabulary}\n"
+    )
     print(f"| chunks | {' | '.join(found)} |\n|{'---|' * (len(found) + 1)}")
     for k in map(str, counts):
         print(f"| {k} | {' | '.join(f'{errors[k]:.4f}' for errors in found.values())} |")

@@ -21,8 +21,16 @@ def describe_machine(device: str) -> dict[str, str]:
         name = torch.cuda.get_device_name()
     else:
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = f"{model.group(1) if model else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return {"device": name, "Python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+        name = (
+            f"{model.group(1) if model else platform.machine()}, {os.cpu_count()} cores,"
+            f" {torch.get_num_threads()} threads"
+        )
+    return {
+        "device": name,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
 
 
 def synchronize(device: str) -> None:
@@ -30,8 +38,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def time_in_turn(jobs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each job; in every round all run one after another, so that clocks and neighbours are the same."""
+def time_in_turn(
+    jobs: dict[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, float]:
+    """Median seconds of each job.
+
+    In every round all run one after another, so that clocks and neighbours are the same.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
@@ -65,4 +78,6 @@ def measure_peak(device: str, job: Callable[[], None]) -> int:
 
 
 def _status(key: str) -> int:
-    return 1024 * int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+    return 1024 * int(
+        re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)
+    )

@@ -1,12 +1,14 @@
 """How many tokens have their logits at once: a function of shapes and a stated budget alone.
 
-Workspace is what exists beside the inputs and the gradients that are returned: one slab of logits, which is turned
-into its own gradient in place, and what sums the matrix gradient over several chunks. Free memory is never asked: the
-number of chunks changes the last bits, so it must be the same on every rank and after a restart.
+Workspace is what exists beside the inputs and the gradients that are returned: one slab of logits,
+which is turned into its own gradient in place, and what sums the matrix gradient over several
+chunks. Free memory is never asked: the number of chunks changes the last bits, so it must be the
+same on every rank and after a restart.
 
-A 16-bit matrix gradient is rounded once in any case, an error of 0.0017 of its norm. Added up in bf16 it would be rounded
-once more per chunk (0.0025 to 0.0027 at 4 chunks, 0.0060 to 0.0087 at 32); with fp16 sums it is 0.0017 to 0.0018 at 8
-chunks and 0.0019 to 0.0020 at 32, with fp32 sums 0.0017 (python -m kernels.bench.gradient_error; docs/kernels.md).
+A 16-bit matrix gradient is rounded once in any case, an error of 0.0017 of its norm. Added up in
+bf16 it would be rounded once more per chunk (0.0025 to 0.0027 at 4 chunks, 0.0060 to 0.0087 at 32);
+with fp16 sums it is 0.0017 to 0.0018 at 8 chunks and 0.0019 to 0.0020 at 32, with fp32 sums 0.0017
+(python -m kernels.bench.gradient_error; docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 Gradient = Literal["precise", "small"]
-Sums = Literal["result", "fp16", "fp32"]  # in the result itself, in its memory as fp16, in a matrix of their own
+# In the result itself, in its memory as fp16, in a matrix of their own
+Sums = Literal["result", "fp16", "fp32"]
 MIB = 2**20
 # CPU: 256 MiB of logits keep the matrix products at full speed; a laptop has little more to spare.
 DEFAULT_BUDGET = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
-ALIGNMENT = 64  # elements: rows of logits start at multiples of 128 bytes, so that vector loads fit any vocabulary
+# elements: rows of logits start at multiples of 128 bytes, so that vector loads fit any vocabulary
+ALIGNMENT = 64
 ROW_MULTIPLE = 128  # rows of a chunk, for the tiles of the matrix products
 SMALL_CHUNKS = 8  # that the small mode takes unless the budget asks for more
 SMALL_ROWS = 1024  # tokens in them: thinner products waste the tensor cores
@@ -32,8 +36,7 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Chunking:
-    """rows: tokens per chunk, the last may have fewer. sums: how the chunks of the matrix gradient are added up.
-    workspace: bytes beside inputs and returned gradients at the highest point."""
+    """rows: tokens per chunk, the last may have fewer. sums: how the chunks of the matrix gradient are added up. workspace: bytes beside inputs and returned gradients at the highest point."""
 
     rows: int
     chunks: int
@@ -53,14 +56,23 @@ def given_chunks(tokens: int, rows: int, gradient_bytes: int | None, mode: Gradi
     return Chunking(rows, chunks, "result" if single else "fp16" if mode == "small" else "fp32", 0)
 
 
-def plan_chunks(tokens: int, width: int, vocabulary: int, *, logits_bytes: int, gradient_bytes: int | None,
-                budget: int, mode: Gradient = "precise") -> Chunking:
+def plan_chunks(
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    *,
+    logits_bytes: int,
+    gradient_bytes: int | None,
+    budget: int,
+    mode: Gradient = "precise",
+) -> Chunking:
     """Choose the chunks for N tokens, D width, V vocabulary.
 
-    logits_bytes: of one logit in the slab. gradient_bytes: of one element of the matrix gradient that is returned,
-    None when there is none. budget: bytes of workspace. mode: "precise" takes one chunk if that fits, else fp32 sums
-    and the largest chunks that fit; "small" takes 8 chunks of at least 1024 tokens, or as many more as the budget asks
-    for, and fp16 sums, which need no memory. 4-byte results are sums themselves.
+    logits_bytes: of one logit in the slab. gradient_bytes: of one element of the matrix gradient
+    that is returned, None when there is none. budget: bytes of workspace. mode: "precise" takes one
+    chunk if that fits, else fp32 sums and the largest chunks that fit; "small" takes 8 chunks of at
+    least 1024 tokens, or as many more as the budget asks for, and fp16 sums, which need no memory.
+    4-byte results are sums themselves.
 
     Raises BudgetError when nothing fits.
     """
@@ -72,12 +84,18 @@ def plan_chunks(tokens: int, width: int, vocabulary: int, *, logits_bytes: int, 
     if tokens * row <= budget:
         return Chunking(max(tokens, 1), 1, "result", tokens * row)
     # The result comes to be when the slab is gone, so the slab may lie where the result will.
-    return _largest(tokens, row, 4 * vocabulary * width, gradient_bytes * vocabulary * width, budget)
+    return _largest(
+        tokens, row, 4 * vocabulary * width, gradient_bytes * vocabulary * width, budget
+    )
 
 
 def _small(tokens: int, row: int, budget: int) -> Chunking | None:
     """row: bytes of logits and of the fp16 image of the hidden state of one token."""
-    count = max(min(SMALL_CHUNKS, tokens // SMALL_ROWS), _count(tokens, budget // row) if row <= budget else MOST_SMALL_CHUNKS, 1)
+    count = max(
+        min(SMALL_CHUNKS, tokens // SMALL_ROWS),
+        _count(tokens, budget // row) if row <= budget else MOST_SMALL_CHUNKS,
+        1,
+    )
     rows = _even(tokens, count)
     while rows > ROW_MULTIPLE and rows * row > budget:  # rounding up to the multiple went over
         rows -= ROW_MULTIPLE
@@ -88,14 +106,26 @@ def _small(tokens: int, row: int, budget: int) -> Chunking | None:
 
 
 def _largest(tokens: int, row: int, sums: int, result: int, budget: int) -> Chunking:
-    """sums, result: bytes of an fp32 matrix and of the 16-bit one that it becomes; 0 where there is none."""
+    """sums, result: bytes of an fp32 matrix and of the 16-bit one that it becomes.
+
+    0 where there is none.
+    """
     least = max(min(tokens, ROW_MULTIPLE), 1)
     room = budget - sums + min(result, sums)
     if budget < sums or room < least * row:
         need = max(sums, sums - min(result, sums) + least * row)
-        hint = "" if not sums else f", {_mib(sums)} MiB of them fp32 sums of the matrix gradient, which mode small does without"
-        raise BudgetError(f"a workspace of {_mib(budget)} MiB is too small for the loss: {least} tokens at once take "
-                          f"{_mib(need)} MiB{hint}; give at least that, or shorter micro-batches")
+        hint = (
+            ""
+            if not sums
+            else (
+                f", {_mib(sums)} MiB of them fp32 sums of the matrix gradient, which mode small"
+                " does without"
+            )
+        )
+        raise BudgetError(
+            f"a workspace of {_mib(budget)} MiB is too small for the loss: {least} tokens at once"
+            f" take {_mib(need)} MiB{hint}; give at least that, or shorter micro-batches"
+        )
     rows = _even(tokens, _count(tokens, room // row))
     while rows > least and rows * row > room:  # rounding up to the multiple went over
         rows -= min(ROW_MULTIPLE, rows - least)

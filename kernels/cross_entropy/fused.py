@@ -1,6 +1,7 @@
 """The loss in chunks of tokens: logits of a chunk, their statistics, their gradient in place, two more products.
 
-With gradients that is 6 N D V FLOPs, the least there is; without, 2 N D V. The slab of logits is allocated once.
+With gradients that is 6 N D V FLOPs, the least there is; without, 2 N D V. The slab of logits is
+allocated once.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from kernels.cross_entropy.rows import Coefficients, Statistics
 class Problem(NamedTuple):
     """hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N, K] with -1 for none.
 
-    softcap: None or the cap. rows: tokens per chunk. sums: how chunks of the matrix gradient are summed, see
-    chunking.Sums. wide: fp32 logits for 16-bit inputs. kernel: "torch" or "triton".
+    softcap: None or the cap. rows: tokens per chunk. sums: how chunks of the matrix gradient are
+    summed, see chunking.Sums. wide: fp32 logits for 16-bit inputs. kernel: "torch" or "triton".
     """
 
     hidden: Tensor
@@ -57,18 +58,36 @@ class Gradients(NamedTuple):
         wide = p.sums == "fp32" or p.gradient_dtype() == torch.float32
         return cls(
             torch.empty_like(p.hidden, memory_format=torch.contiguous_format) if needs[0] else None,
-            torch.empty(p.weight.shape, dtype=p.dtype if wide else p.weight.dtype, device=p.weight.device) if needs[1] else None,
-            torch.zeros(p.weight.shape[0], dtype=p.dtype, device=p.weight.device) if needs[2] else None,
+            (
+                torch.empty(
+                    p.weight.shape,
+                    dtype=p.dtype if wide else p.weight.dtype,
+                    device=p.weight.device,
+                )
+                if needs[1]
+                else None
+            ),
+            (
+                torch.zeros(p.weight.shape[0], dtype=p.dtype, device=p.weight.device)
+                if needs[2]
+                else None
+            ),
         )
 
 
-def run(p: Problem, needs: tuple[bool, bool, bool], coefficients: Coefficients | None,
-        statistics: Statistics | None = None, total: bool = False,
-        combine: Callable[[slice, Statistics], None] | None = None) -> tuple[Statistics, Gradients]:
+def run(
+    p: Problem,
+    needs: tuple[bool, bool, bool],
+    coefficients: Coefficients | None,
+    statistics: Statistics | None = None,
+    total: bool = False,
+    combine: Callable[[slice, Statistics], None] | None = None,
+) -> tuple[Statistics, Gradients]:
     """Statistics of all tokens (or those given) and the gradients asked for.
 
-    coefficients: what the gradient of a row consists of, see `rows`; None where no gradient is needed. total: whether
-    the sums of logits are wanted. combine: completes the statistics of a slice of tokens in place, before they are used.
+    coefficients: what the gradient of a row consists of, see `rows`; None where no gradient is
+    needed. total: whether the sums of logits are wanted. combine: completes the statistics of a
+    slice of tokens in place, before they are used.
     """
     known = statistics is not None
     if statistics is None:
@@ -77,18 +96,32 @@ def run(p: Problem, needs: tuple[bool, bool, bool], coefficients: Coefficients |
     if p.hidden.shape[0] == 0:
         return statistics, Gradients(*(None if g is None else g.zero_() for g in gradients))
     slab = Slab(p, any(needs))
-    halves = HalfSums(gradients.weight, p.hidden, coefficients, p.kernel) if needs[1] and p.sums == "fp16" else None
+    halves = (
+        HalfSums(gradients.weight, p.hidden, coefficients, p.kernel)
+        if needs[1] and p.sums == "fp16"
+        else None
+    )
     for first in range(0, p.hidden.shape[0], p.rows):
         part = slice(first, first + p.rows)
         x = p.hidden[part]
         logits, g = slab.views(x.shape[0])
         logits_into(logits, x, p.weight)
-        here, wanted = statistics.part(part), None if coefficients is None else coefficients.part(part)
+        here = statistics.part(part)
+        wanted = None if coefficients is None else coefficients.part(part)
         if combine is not None and not known:
             slab.work(logits, None, p.bias, p.targets[part], p.softcap, here, None, False)
             combine(part, here)
         if g is not None or combine is None:
-            slab.work(logits, g, p.bias, p.targets[part], p.softcap, here, wanted, known or combine is not None)
+            slab.work(
+                logits,
+                g,
+                p.bias,
+                p.targets[part],
+                p.softcap,
+                here,
+                wanted,
+                known or combine is not None,
+            )
         if g is None:
             continue
         if gradients.hidden is not None:
@@ -113,16 +146,24 @@ class Slab:
     def __init__(self, p: Problem, gradient: bool) -> None:
         if p.kernel == "triton":
             from kernels.cross_entropy import rows_triton
+
             self.work = rows_triton.work
         else:
             self.work = rows_torch.work
         dtype = p.dtype if p.wide else p.hidden.dtype
         self._vocabulary, self._gradient = p.weight.shape[0], gradient
-        self._memory = torch.empty(min(p.rows, p.hidden.shape[0]), padded(self._vocabulary), dtype=dtype, device=p.hidden.device)
+        self._memory = torch.empty(
+            min(p.rows, p.hidden.shape[0]),
+            padded(self._vocabulary),
+            dtype=dtype,
+            device=p.hidden.device,
+        )
         # Triton narrows in place; the CPU's products take fp32 as it is.
         self._narrow = p.hidden.dtype if p.kernel == "triton" or p.hidden.is_cuda else dtype
 
     def views(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """(logits [rows, V], gradient [rows, V] in the same bytes, or None)."""
         logits = self._memory[:rows, : self._vocabulary]
-        return logits, self._memory.view(self._narrow)[:rows, : self._vocabulary] if self._gradient else None
+        return logits, (
+            self._memory.view(self._narrow)[:rows, : self._vocabulary] if self._gradient else None
+        )

@@ -1,9 +1,10 @@
 """Sums of bf16 products in fp16, which keeps 11 bits where bf16 keeps 8, in the memory of the bf16 result.
 
-fp16 has little range, so all is scaled by powers of two, which change no digit: logit gradients to at most 2^12 (a
-z-loss may add to that: there is room for 15 times as much), hidden states to at most 1, and the product of N tokens by
-1 / 4N, so that sums stay below 2^14. Nothing is lost above 2^-29 of the largest logit gradient. Two scales are found
-on the device, from bounds and not from products, so that they are known before the first chunk.
+fp16 has little range, so all is scaled by powers of two, which change no digit: logit gradients to
+at most 2^12 (a z-loss may add to that: there is room for 15 times as much), hidden states to at
+most 1, and the product of N tokens by 1 / 4N, so that sums stay below 2^14. Nothing is lost above
+2^-29 of the largest logit gradient. Two scales are found on the device, from bounds and not from
+products, so that they are known before the first chunk.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from kernels.cross_entropy.rows import Coefficients
 class HalfSums:
     """Adds up g^T x over chunks for a bf16 matrix `result` [V, D], whose memory it uses until `finish`."""
 
-    def __init__(self, result: Tensor, hidden: Tensor, coefficients: Coefficients, kernel: str) -> None:
-        self._triton, c = kernel == "triton" and hidden.is_cuda, coefficients  # interpreted stores to bf16 truncate
+    def __init__(
+        self, result: Tensor, hidden: Tensor, coefficients: Coefficients, kernel: str
+    ) -> None:
+        # Interpreted stores to bf16 truncate
+        self._triton, c = kernel == "triton" and hidden.is_cuda, coefficients
         bound = 2 * c.b.abs().sum(1)  # of |gradient_j|, see rows.py; p is at most 1
         for part in (c.linear, c.flat):
             bound = bound if part is None else bound + part.abs()
@@ -29,7 +33,7 @@ class HalfSums:
         self._alpha = 2.0 ** -(2 + (hidden.shape[0] - 1).bit_length())
 
     def add(self, g: Tensor, x: Tensor, first: bool) -> None:
-        """g [n, V], which is written over, x [n, D]."""
+        """G [n, V], which is written over, x [n, D]."""
         half_product_into(self._sums, g, x, (self._of_g, self._of_x), self._alpha, first)
 
     def finish(self) -> None:
@@ -37,6 +41,7 @@ class HalfSums:
         factor = 1 / (self._of_g * self._of_x * self._alpha)
         if self._triton:
             from kernels.cross_entropy.scale_triton import scale
+
             scale(self._sums, factor, self._result)
         else:  # one after the other: torch would multiply in fp16, whose range ends at 2^16
             self._result.copy_(self._sums).mul_(factor)

@@ -1,8 +1,9 @@
 """The three matrix products of a chunk, written where the result belongs.
 
-CPUs without units for them multiply 16-bit matrices slowly: fp16 at 1 to 31 GFLOP/s where fp32 has 140 to 170
-(docs/lab-notes.md). There operands are widened in blocks of the vocabulary: the copy stays small, the sums are fp32.
-So they are, too, where a CPU would round to 16 bits what is summed in more.
+CPUs without units for them multiply 16-bit matrices slowly: fp16 at 1 to 31 GFLOP/s where fp32 has
+140 to 170 (docs/lab-notes.md). There operands are widened in blocks of the vocabulary: the copy
+stays small, the sums are fp32. So they are, too, where a CPU would round to 16 bits what is summed
+in more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ BLOCK = 4096  # vocabulary entries widened at once
 
 
 def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """out [n, V] = x weight^T. out has the dtype of x or fp32."""
+    """Out [n, V] = x weight^T. out has the dtype of x or fp32."""
     if out.dtype == x.dtype and multiplies(x.device.type, x.dtype):
         torch.mm(x, weight.T, out=out)
     elif x.is_cuda:
@@ -32,7 +33,7 @@ def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
-    """out [n, D] = g weight. g has the dtype of weight or, on a CPU, fp32."""
+    """Out [n, D] = g weight. g has the dtype of weight or, on a CPU, fp32."""
     if g.dtype == weight.dtype and multiplies(g.device.type, g.dtype):
         torch.mm(g, weight, out=out)
         return
@@ -43,7 +44,10 @@ def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
 
 
 def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
-    """out [V, D] = g^T x if first, else out += g^T x. out has the dtype of x or fp32, g too; one rounding per call."""
+    """Out [V, D] = g^T x if first, else out += g^T x. out has the dtype of x or fp32, g too.
+
+    One rounding per call.
+    """
     if not x.is_cuda and not (g.dtype == out.dtype == x.dtype and multiplies("cpu", x.dtype)):
         wide = x.float()
         for part in _blocks(out):
@@ -51,7 +55,8 @@ def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None
             out[part] = product if first else product.add_(out[part])
     elif out.dtype == x.dtype:
         torch.mm(g.T, x, out=out) if first else torch.addmm(out, g.T, x, out=out)
-    elif torch.cuda.get_device_capability(x.device) < (8, 0):  # cuBLAS there has no such product for all layouts
+    # cuBLAS there has no such product for all layouts
+    elif torch.cuda.get_device_capability(x.device) < (8, 0):
         out.copy_(g.T @ x) if first else out.add_(g.T @ x)
     elif first:
         torch.mm(g.T, x, out_dtype=out.dtype, out=out)
@@ -59,7 +64,9 @@ def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None
         torch.addmm(out, g.T, x, out_dtype=out.dtype, out=out)
 
 
-def half_product_into(out: Tensor, g: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], alpha: float, first: bool) -> None:
+def half_product_into(
+    out: Tensor, g: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], alpha: float, first: bool
+) -> None:
     """fp16 out [V, D] = alpha (g scales[0])^T (x scales[1]) if first, else out += that. bf16 g is written over on a GPU."""
     if not x.is_cuda:
         wide = x.float() * (scales[0] * scales[1] * alpha)
@@ -68,14 +75,17 @@ def half_product_into(out: Tensor, g: Tensor, x: Tensor, scales: tuple[Tensor, T
             out[part] = product if first else product.add_(out[part])
         return
     g_half, x_half = g.view(torch.float16), torch.empty_like(x, dtype=torch.float16)
-    torch.mul(g, scales[0], out=g_half)  # in its own memory: an element is read and written by one thread
+    # In its own memory: an element is read and written by one thread
+    torch.mul(g, scales[0], out=g_half)
     torch.mul(x, scales[1], out=x_half)
     torch.addmm(out, g_half.T, x_half, beta=0 if first else 1, alpha=alpha, out=out)
 
 
 def multiplies(device: str, dtype: torch.dtype) -> bool:
     """Whether devices of this type multiply matrices of this dtype at speed."""
-    return device == "cuda" or dtype.itemsize >= 4 or (dtype == torch.bfloat16 and _has_bf16_units())
+    return (
+        device == "cuda" or dtype.itemsize >= 4 or (dtype == torch.bfloat16 and _has_bf16_units())
+    )
 
 
 @cache

@@ -1,12 +1,14 @@
 """What is computed per row of logits z [V] with targets t_1..t_K, and the torch implementation of it.
 
     lse = log sum_j exp z_j              nats_k = lse - z_{t_k}
-    gradient_j = A p_j - sum_k b_k [j = t_k] + flat,   A = sum_k b_k + linear + 2 square lse,   p = exp(z - lse)
+    gradient_j = A p_j - sum_k b_k [j = t_k] + flat,   A = sum_k b_k + linear + 2 square lse,   p =
+    exp(z - lse)
 
-b_k weighs nats_k, linear weighs lse, square weighs lse^2 and flat is added to every column, which is all that
-weights, z-loss, label smoothing and upstream gradients need. Row statistics keep their digits: the sum leaves the
-targets out, so that nats = log1p(others / target) is exact as p -> 1, and so is the target's own gradient,
-b (p - 1) = b expm1(-nats). lse is kept as peak + log_sum: large logits do not cancel.
+b_k weighs nats_k, linear weighs lse, square weighs lse^2 and flat is added to every column, which
+is all that weights, z-loss, label smoothing and upstream gradients need. Row statistics keep their
+digits: the sum leaves the targets out, so that nats = log1p(others / target) is exact as p -> 1,
+and so is the target's own gradient, b (p - 1) = b expm1(-nats). lse is kept as peak + log_sum:
+large logits do not cancel.
 
 A soft cap turns z into c tanh(z / c) first, and multiplies the gradient by 1 - tanh^2.
 """
@@ -19,13 +21,17 @@ import torch
 from torch import Tensor
 
 NO_TARGET = -1  # in targets; all else that is not in the vocabulary is a mistake
-# Elements worked on at once on a CPU: 16 rows of a 50K vocabulary; several passes stay in its caches.
+# Elements worked on at once on a CPU: 16 rows of a 50K vocabulary; several passes stay in its
+# caches.
 BLOCK_ELEMENTS = 2**20
 
 
 class Statistics(NamedTuple):
-    """nats [n, K], 0 where there is no target; peak, log_sum [n] with lse = peak + log_sum; total [n]: sum of logits,
-    or None where nobody asks;    hits bool [n, K]: whether the target's logit is above all others. fp32 (fp64 for fp64)."""
+    """nats [n, K], 0 where there is no target.
+
+    peak, log_sum [n] with lse = peak + log_sum; total [n]: sum of logits, or None where nobody
+    asks;    hits bool [n, K]: whether the target's logit is above all others. fp32 (fp64 for fp64).
+    """
 
     nats: Tensor
     peak: Tensor
@@ -34,8 +40,12 @@ class Statistics(NamedTuple):
     hits: Tensor
 
     @classmethod
-    def empty(cls, rows: int, targets: int, dtype: torch.dtype, device: torch.device, total: bool) -> Statistics:
-        nats, hits = (torch.empty(rows, targets, dtype=d, device=device) for d in (dtype, torch.bool))
+    def empty(
+        cls, rows: int, targets: int, dtype: torch.dtype, device: torch.device, total: bool
+    ) -> Statistics:
+        nats, hits = (
+            torch.empty(rows, targets, dtype=d, device=device) for d in (dtype, torch.bool)
+        )
         peak, log_sum, summed = (torch.empty(rows, dtype=dtype, device=device) for _ in range(3))
         return cls(nats, peak, log_sum, summed if total else None, hits)
 
@@ -46,7 +56,8 @@ class Statistics(NamedTuple):
 class Coefficients(NamedTuple):
     """b [n, K] and linear, square, flat [n], see above; the last three may be None.
 
-    b is 0 where a row has no target. It counts in A also where the target is in another rank's slice of the vocabulary.
+    b is 0 where a row has no target. It counts in A also where the target is in another rank's
+    slice of the vocabulary.
     """
 
     b: Tensor
@@ -59,26 +70,47 @@ class Coefficients(NamedTuple):
 
 
 def mark_absent(targets: Tensor, ignore_index: int) -> Tensor:
-    """NO_TARGET for ignore_index. Other negative targets are moved down by one, so that they stay mistakes."""
-    return torch.where(targets == ignore_index, NO_TARGET, torch.where(targets < 0, targets - 1, targets))
+    """NO_TARGET for ignore_index.
+
+    Other negative targets are moved down by one, so that they stay mistakes.
+    """
+    return torch.where(
+        targets == ignore_index, NO_TARGET, torch.where(targets < 0, targets - 1, targets)
+    )
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """Raise ValueError for a target, as mark_absent leaves it, outside the vocabulary. Reads the device."""
+    """Raise ValueError for a target, as mark_absent leaves it, outside the vocabulary.
+
+    Reads the device.
+    """
     if not targets.numel():
         return
     least, most = (int(t) for t in targets.aminmax())
     if most >= vocabulary or least < NO_TARGET:
         found = most if most >= vocabulary else least + 1
-        raise ValueError(f"target {found} is not in the vocabulary of {vocabulary} entries; ignore_index marks tokens without one")
+        raise ValueError(
+            f"target {found} is not in the vocabulary of {vocabulary} entries; ignore_index marks"
+            " tokens without one"
+        )
 
 
-def work(logits: Tensor, gradient: Tensor | None, bias: Tensor | None, targets: Tensor, softcap: float | None,
-         statistics: Statistics, coefficients: Coefficients | None, known: bool) -> None:
-    """Fill `statistics` (unless they are `known`), then `gradient` (unless None; it may be `logits` itself).
+def work(
+    logits: Tensor,
+    gradient: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    statistics: Statistics,
+    coefficients: Coefficients | None,
+    known: bool,
+) -> None:
+    """Fill `statistics` (unless they are `known`), then `gradient` (unless None.
 
-    logits [n, V] without bias and cap, kept where there is no gradient to make; targets int64 [n, K], NO_TARGET where
-    there is none; bias [V].
+    It may be `logits` itself).
+
+    logits [n, V] without bias and cap, kept where there is no gradient to make; targets int64 [n,
+    K], NO_TARGET where there is none; bias [V].
     """
     step = max(BLOCK_ELEMENTS // logits.shape[1], 1)
     for first in range(0, logits.shape[0], step):
@@ -126,8 +158,13 @@ def _describe(z: Tensor, place: Tensor, present: Tensor, out: Statistics) -> Non
     out.nats.copy_(torch.where(present, nats, 0.0))
 
 
-def _gradient(z: Tensor, place: Tensor, present: Tensor, known: Statistics, c: Coefficients, whole: bool) -> Tensor:
-    """z holds p (if whole) or exp(z - peak); it becomes the gradient with respect to the capped logits."""
+def _gradient(
+    z: Tensor, place: Tensor, present: Tensor, known: Statistics, c: Coefficients, whole: bool
+) -> Tensor:
+    """Z holds p (if whole) or exp(z - peak).
+
+    It becomes the gradient with respect to the capped logits.
+    """
     a = c.b.sum(-1, keepdim=True)
     if c.linear is not None:
         a = a + c.linear.unsqueeze(1)
@@ -138,17 +175,23 @@ def _gradient(z: Tensor, place: Tensor, present: Tensor, known: Statistics, c: C
     z.masked_fill_(a == 0, 0.0)  # a row without weight may hold inf or nan
     mine = (c.b.unsqueeze(1) * same).sum(-1)
     entry = mine * torch.expm1(-known.nats) + (a - mine) * torch.exp(-known.nats)
-    # An absent target writes what its place holds or, where that is another's column, what that one writes.
+    # An absent target writes what its place holds or, where that is another's column, what that one
+    # writes.
     entry = torch.where(present, entry, z.gather(1, place)).gather(1, _writer(same))
     z.scatter_(1, place, entry)
     return z if c.flat is None else z.add_(c.flat.unsqueeze(1))
 
 
 def _same(place: Tensor, present: Tensor) -> Tensor:
-    """bool [n, k, j]: target j is there and is the column of place k."""
+    """Bool [n, k, j]: target j is there and is the column of place k."""
     return (place.unsqueeze(2) == place.unsqueeze(1)) & present.unsqueeze(1)
 
 
 def _writer(same: Tensor) -> Tensor:
-    """[n, K]: for each k the first target that is there in its column; k itself where there is none."""
-    return torch.where(same.any(-1), same.int().argmax(-1), torch.arange(same.shape[1], device=same.device))
+    """[n, K]: for each k the first target that is there in its column.
+
+    K itself where there is none.
+    """
+    return torch.where(
+        same.any(-1), same.int().argmax(-1), torch.arange(same.shape[1], device=same.device)
+    )

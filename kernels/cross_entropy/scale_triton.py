@@ -21,7 +21,7 @@ def scale_kernel(values, out, factor, count, BLOCK: tl.constexpr, ALWAYS: tl.con
 
 
 def scale(values: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
-    """out = values * factor; values contiguous, factor a scalar on the same device.
+    """Out = values * factor; values contiguous, factor a scalar on the same device.
 
     out: values itself unless given, or a view of its bytes as another type of the same width.
     """
@@ -30,4 +30,12 @@ def scale(values: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     elif values.numel():
         grid = (triton.cdiv(values.numel(), BLOCK),)
         target = values if out is None else out
-        scale_kernel[grid](values, target, factor, values.numel(), BLOCK=BLOCK, ALWAYS=out is not None, enable_fp_fusion=True)
+        scale_kernel[grid](
+            values,
+            target,
+            factor,
+            values.numel(),
+            BLOCK=BLOCK,
+            ALWAYS=out is not None,
+            enable_fp_fusion=True,
+        )

@@ -1,8 +1,9 @@
 """The loss where each rank holds a slice of the vocabulary (arXiv 1909.08053 section 3).
 
-Per chunk of tokens each rank describes its slice of the logits, one all-gather shares peak, log-sum and the targets'
-nats, and every rank completes them alike, in the same order, so that all have the same bits. The gradient of the
-hidden states is a sum over ranks: one all-reduce. Logits never travel.
+Per chunk of tokens each rank describes its slice of the logits, one all-gather shares peak, log-sum
+and the targets' nats, and every rank completes them alike, in the same order, so that all have the
+same bits. The gradient of the hidden states is a sum over ranks: one all-reduce. Logits never
+travel.
 """
 
 from __future__ import annotations
@@ -28,24 +29,41 @@ def slice_of(vocabulary: int, rank: int, ranks: int) -> range:
 
 
 def vocabulary_parallel_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: int, group: dist.ProcessGroup,
-    token_weights: Tensor | None = None, normalizer: Tensor | float | None = None, bias: Tensor | None = None,
-    ignore_index: int = -100, z_loss: float = 0.0, softcap: float | None = None, label_smoothing: float = 0.0,
-    gradient: Gradient = "precise", logits_dtype: torch.dtype | None = None, workspace_bytes: int | None = None,
-    chunk_tokens: int | None = None, implementation: str = "auto",
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary: int,
+    group: dist.ProcessGroup,
+    token_weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    gradient: Gradient = "precise",
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    chunk_tokens: int | None = None,
+    implementation: str = "auto",
 ) -> LossOutput:
     """As linear_cross_entropy with reduction="sum", for a weight [V_r, D] (and bias) that is this rank's `slice_of`.
 
-    hidden, targets and weights are the same on all ranks of the group; targets are entries of the whole vocabulary.
-    All results are the same on all ranks; the gradient of hidden is the whole one, that of weight is the slice's.
-    bf16, fp32 and fp64. Raises ValueError as linear_cross_entropy, and for a slice of another size.
+    hidden, targets and weights are the same on all ranks of the group; targets are entries of the
+    whole vocabulary. All results are the same on all ranks; the gradient of hidden is the whole
+    one, that of weight is the slice's. bf16, fp32 and fp64. Raises ValueError as
+    linear_cross_entropy, and for a slice of another size.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, logits_dtype)
     mine = slice_of(vocabulary, dist.get_rank(group), dist.get_world_size(group))
     if weight.shape[0] != len(mine) or not len(mine):
-        raise ValueError(f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} holds entries {mine.start} to {mine.stop} of "
-                         f"{vocabulary}, at least one; got a weight of {weight.shape[0]}")
+        raise ValueError(
+            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} holds entries"
+            f" {mine.start} to {mine.stop} of {vocabulary}, at least one; got a weight of"
+            f" {weight.shape[0]}"
+        )
     if hidden.dtype == torch.float16:
         raise ValueError("vocabulary_parallel_cross_entropy takes bf16 or fp32, not fp16")
     kernel = pick(implementation, hidden.device.type).name
@@ -53,22 +71,56 @@ def vocabulary_parallel_cross_entropy(
     targets, scale = prepare(hidden, targets, token_weights, normalizer, ignore_index, "sum")
     if not targets.is_cuda:
         check_targets(targets, vocabulary)
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    training = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
     wide = wide_logits(hidden.device.type, hidden.dtype, logits_dtype, training, kernel)
     # Chunks by the largest slice: every rank must come to the same number of collectives.
     largest = len(slice_of(vocabulary, 0, dist.get_world_size(group)))
-    plan = chunking(hidden, largest, weight.requires_grad, wide, gradient, workspace_bytes, chunk_tokens)
-    loss, z_part, nats, lse, hits = _Loss.apply(hidden, weight, bias, targets, scale, z_loss, label_smoothing, softcap, plan, wide,
-                                                kernel, vocabulary, group)
+    plan = chunking(
+        hidden, largest, weight.requires_grad, wide, gradient, workspace_bytes, chunk_tokens
+    )
+    loss, z_part, nats, lse, hits = _Loss.apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        scale,
+        z_loss,
+        label_smoothing,
+        softcap,
+        plan,
+        wide,
+        kernel,
+        vocabulary,
+        group,
+    )
     return LossOutput(loss, z_part, nats.reshape(shape), lse, hits.reshape(shape))
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, z_loss, smoothing, softcap, plan, wide, kernel, vocabulary, group):  # noqa: ANN001, ANN205
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        scale,
+        z_loss,
+        smoothing,
+        softcap,
+        plan,
+        wide,
+        kernel,
+        vocabulary,
+        group,
+    ):
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         mine = slice_of(vocabulary, rank, ranks)
-        local = torch.where((targets >= mine.start) & (targets < mine.stop), targets - mine.start, NO_TARGET)
+        local = torch.where(
+            (targets >= mine.start) & (targets < mine.stop), targets - mine.start, NO_TARGET
+        )
         owner = torch.where(targets >= 0, targets // len(slice_of(vocabulary, 0, ranks)), NO_TARGET)
         p = Problem(hidden, weight, bias, local, softcap, plan.rows, plan.sums, wide, kernel)
         needs = tuple(ctx.needs_input_grad[:3])
@@ -77,14 +129,20 @@ class _Loss(torch.autograd.Function):
             _complete(here, owner[part], _gathered(here, group))
 
         coefficients = scalar_coefficients(scale, z_loss, smoothing, vocabulary)
-        statistics, gradients = fused.run(p, needs, coefficients if any(needs) else None, total=smoothing > 0, combine=combine)
+        statistics, gradients = fused.run(
+            p, needs, coefficients if any(needs) else None, total=smoothing > 0, combine=combine
+        )
         if gradients.hidden is not None:
             dist.all_reduce(gradients.hidden, group=group)
         lse, row = statistics.peak + statistics.log_sum, scale.sum(1)
         z_part = z_loss * (row * lse.square()).sum()
         loss = (scale * statistics.nats).sum() * (1 - smoothing) + z_part
         if smoothing:
-            loss = loss + smoothing * torch.where(row != 0, row * (lse - statistics.total / vocabulary), 0.0).sum()
+            loss = (
+                loss
+                + smoothing
+                * torch.where(row != 0, row * (lse - statistics.total / vocabulary), 0.0).sum()
+            )
         ctx.gradients = gradients
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(z_part, statistics.nats, lse, statistics.hits)
@@ -92,17 +150,33 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, *_):  # noqa: ANN001, ANN002, ANN205
+    def backward(ctx, upstream, *_):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients of this loss were given out; call it again for a second backward pass")
-        return (*(None if g is None else scaled(g, upstream).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *[None] * 10)
+            raise RuntimeError(
+                "the gradients of this loss were given out; call it again for a second backward"
+                " pass"
+            )
+        return (
+            *(
+                None if g is None else scaled(g, upstream).to(d)
+                for g, d in zip(gradients, ctx.dtypes, strict=True)
+            ),
+            *[None] * 10,
+        )
 
 
 def _gathered(here: Statistics, group: dist.ProcessGroup) -> Tensor:
     """[ranks, n, C]: peak, log_sum, total, nats and hits of every rank's slice."""
     total = torch.zeros_like(here.peak) if here.total is None else here.total
-    packed = torch.cat([torch.stack((here.peak, here.log_sum, total), 1), here.nats, here.hits.to(here.nats.dtype)], 1)
+    packed = torch.cat(
+        [
+            torch.stack((here.peak, here.log_sum, total), 1),
+            here.nats,
+            here.hits.to(here.nats.dtype),
+        ],
+        1,
+    )
     everyone = packed.new_empty(dist.get_world_size(group) * packed.shape[0], packed.shape[1])
     dist.all_gather_into_tensor(everyone, packed, group=group)
     return everyone.view(-1, *packed.shape)
@@ -118,14 +192,21 @@ def _complete(here: Statistics, owner: Tensor, everyone: Tensor) -> None:
     nats = everyone[:, :, 3 : 3 + count].gather(0, held.unsqueeze(0))[0]
     hits = everyone[:, :, 3 + count :].gather(0, held.unsqueeze(0))[0] > 0
     own_peak, own_sum = peaks.T.gather(1, held), log_sums.T.gather(1, held)
-    # Everything but the target, over the target: within its slice e^nats - 1, in another slice e^(lse - z_t).
+    # Everything but the target, over the target: within its slice e^nats - 1, in another slice
+    # e^(lse - z_t).
     others = torch.expm1(nats)
     for rank in range(everyone.shape[0]):
-        away = (peaks[rank].unsqueeze(1) - own_peak) + (log_sums[rank].unsqueeze(1) - own_sum) + nats
+        away = (
+            (peaks[rank].unsqueeze(1) - own_peak) + (log_sums[rank].unsqueeze(1) - own_sum) + nats
+        )
         elsewhere = held != rank
         others = others + torch.where(elsewhere, away.exp(), 0.0)
         hits = hits & (~elsewhere | (own_peak > peaks[rank].unsqueeze(1)))
-    whole = torch.where(others < 1, torch.log1p(others), (peak.unsqueeze(1) - own_peak) + (log_sum.unsqueeze(1) - own_sum) + nats)
+    whole = torch.where(
+        others < 1,
+        torch.log1p(others),
+        (peak.unsqueeze(1) - own_peak) + (log_sum.unsqueeze(1) - own_sum) + nats,
+    )
     here.nats.copy_(torch.where(owner >= 0, whole, 0.0))
     here.hits.copy_(hits & (owner >= 0))
     here.peak.copy_(peak)

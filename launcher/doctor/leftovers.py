@@ -23,26 +23,46 @@ def extensions_folder() -> Path:
 
 
 def extension_locks(root: Path | None = None) -> Finding:
-    """A compilation holds an open file named `lock`; one that nobody has open was left by a killed process."""
+    """A compilation holds an open file named `lock`.
+
+    One that nobody has open was left by a killed process.
+    """
     root = root or extensions_folder()
     locks = list(root.rglob("lock")) if root.is_dir() else []
     held = set(open_files()) if locks else set()
     stale = [lock for lock in locks if str(lock.resolve()) not in held]
     if stale:
-        return warning("extension locks", f"{len(stale)} left by killed compilations: {', '.join(map(str, stale[:3]))}",
-                       f"rm {' '.join(map(str, stale))}: whatever compiles the same extension waits for ever otherwise (nextpt compiles none)")
-    return ok("extension locks", f"none stale in {root}" + (f", {len(locks)} in use" if locks else ""))
+        return warning(
+            "extension locks",
+            f"{len(stale)} left by killed compilations: {', '.join(map(str, stale[:3]))}",
+            f"rm {' '.join(map(str, stale))}: whatever compiles the same extension waits for ever"
+            " otherwise (nextpt compiles none)",
+        )
+    return ok(
+        "extension locks", f"none stale in {root}" + (f", {len(locks)} in use" if locks else "")
+    )
 
 
 def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
     """This user's files in shared memory that no process has open or mapped."""
-    mine = [f for f in root.iterdir() if f.is_file() and f.stat().st_uid == os.getuid()] if root.is_dir() else []
+    mine = (
+        [f for f in root.iterdir() if f.is_file() and f.stat().st_uid == os.getuid()]
+        if root.is_dir()
+        else []
+    )
     used = set(open_files()) | set(mapped_files()) if mine else set()
     now = time.time()
     stale = [f for f in mine if str(f) not in used and now - f.stat().st_mtime > YOUNG]
     if not stale:
-        return ok("stale shared memory", f"none in {root}" + (f", {len(mine)} files in use" if mine else ""))
+        return ok(
+            "stale shared memory",
+            f"none in {root}" + (f", {len(mine)} files in use" if mine else ""),
+        )
     size = sum(f.stat().st_blocks * 512 for f in stale)
     names = " ".join(f"'{f}'" for f in stale[:5]) + (" ..." if len(stale) > 5 else "")
-    return warning("stale shared memory", f"{len(stale)} files, {size / 2**20:.1f} MiB, that no process uses: {names}",
-                   "remove them when no job of yours starts at this moment: they hold memory until the machine restarts")
+    return warning(
+        "stale shared memory",
+        f"{len(stale)} files, {size / 2**20:.1f} MiB, that no process uses: {names}",
+        "remove them when no job of yours starts at this moment: they hold memory until the machine"
+        " restarts",
+    )

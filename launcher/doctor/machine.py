@@ -14,29 +14,65 @@ import psutil
 from launcher.doctor.finding import Finding, note, ok, problem, warning
 
 GIB = 2**30
-LEAST_DISK, LITTLE_DISK = 1 * GIB, 10 * GIB  # a checkpoint of the demo; one of a 1.3B model is 16 GiB
+# A checkpoint of the demo; one of a 1.3B model is 16 GiB
+LEAST_DISK, LITTLE_DISK = 1 * GIB, 10 * GIB
 LITTLE_MEMORY = 4 * GIB  # torch, deepspeed and a small model on two ranks take about two
 LITTLE_SHM = 1 * GIB  # Docker gives 64 MiB; NCCL and streaming need more
 FEW_FILES = 4096  # shards, sockets of all ranks and libraries; 1024 is a common default
 # Variables that change how ranks meet and compute.
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "LD_PRELOAD", "TORCH_EXTENSIONS_DIR")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PYTHONPATH",
+    "LD_PRELOAD",
+    "TORCH_EXTENSIONS_DIR",
+)
 PREFIXES = ("NCCL_", "GLOO_", "DS_", "UCX_", "TORCH_NCCL_", "PYTORCH_")
 
 
 def examine_machine(folder: Path, port: int) -> list[Finding]:
     """folder: where runs are written. port: where ranks of `deepspeed` meet unless told otherwise."""
-    return [processor(), memory(), *disks(folder), shared_memory(), *limits(), free_port(port), host_name(), *deepspeed_env(), variables()]
+    return [
+        processor(),
+        memory(),
+        *disks(folder),
+        shared_memory(),
+        *limits(),
+        free_port(port),
+        host_name(),
+        *deepspeed_env(),
+        variables(),
+    ]
 
 
 def processor() -> Finding:
     try:
-        flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "").split()
+        flags = next(
+            (
+                line
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("flags")
+            ),
+            "",
+        ).split()
     except OSError:
         flags = []
-    vector = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "no AVX2")
+    vector = next(
+        (name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags),
+        "no AVX2",
+    )
     bf16 = any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
-    text = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable, {vector}, {'bf16' if bf16 else 'no bf16'} instructions"
-    return ok("processor", text) if bf16 else note("processor", text, "when training on this CPU use train.precision=fp32")
+    text = (
+        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable, {vector},"
+        f" {'bf16' if bf16 else 'no bf16'} instructions"
+    )
+    return (
+        ok("processor", text)
+        if bf16
+        else note("processor", text, "when training on this CPU use train.precision=fp32")
+    )
 
 
 def memory() -> Finding:
@@ -47,16 +83,27 @@ def memory() -> Finding:
         available = min(available, limit - _cgroup_used())
     text = f"{available / GIB:.1f} GiB of {total / GIB:.1f} GiB free ({source})"
     if available < LITTLE_MEMORY:
-        return warning("memory", text, f"ranks of a CPU run need about 1 GiB each; free some, below {LITTLE_MEMORY / GIB:.0f} GiB they are killed")
+        return warning(
+            "memory",
+            text,
+            f"ranks of a CPU run need about 1 GiB each; free some, below {LITTLE_MEMORY / GIB:.0f}"
+            " GiB they are killed",
+        )
     return ok("memory", text)
 
 
 def _cgroup_limit() -> int | None:
-    return _number("/sys/fs/cgroup/memory.max") or _number("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    return _number("/sys/fs/cgroup/memory.max") or _number(
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes"
+    )
 
 
 def _cgroup_used() -> int:
-    return _number("/sys/fs/cgroup/memory.current") or _number("/sys/fs/cgroup/memory/memory.usage_in_bytes") or 0
+    return (
+        _number("/sys/fs/cgroup/memory.current")
+        or _number("/sys/fs/cgroup/memory/memory.usage_in_bytes")
+        or 0
+    )
 
 
 def _number(path: str) -> int | None:
@@ -69,7 +116,10 @@ def _number(path: str) -> int | None:
 def disks(folder: Path) -> list[Finding]:
     """Free space where runs and temporary files go, each disk once."""
     found, seen = [], set()
-    for use, path in (("runs", folder.absolute()), ("temporary files", Path(tempfile.gettempdir()))):
+    for use, path in (
+        ("runs", folder.absolute()),
+        ("temporary files", Path(tempfile.gettempdir())),
+    ):
         while not path.exists():
             path = path.parent
         if (device := path.stat().st_dev) in seen:
@@ -78,11 +128,25 @@ def disks(folder: Path) -> list[Finding]:
         free = shutil.disk_usage(path).free
         subject, text = f"disk for {use}", f"{free / GIB:.1f} GiB free at {path}"
         if not os.access(path, os.W_OK):
-            found.append(problem(subject, f"{path} is not writable", "give another folder with run.dir, or change its permissions"))
+            found.append(
+                problem(
+                    subject,
+                    f"{path} is not writable",
+                    "give another folder with run.dir, or change its permissions",
+                )
+            )
         elif free < LEAST_DISK:
-            found.append(problem(subject, text, "free some: a checkpoint holds 12 bytes per parameter"))
+            found.append(
+                problem(subject, text, "free some: a checkpoint holds 12 bytes per parameter")
+            )
         elif free < LITTLE_DISK:
-            found.append(warning(subject, text, "a checkpoint holds 12 bytes per parameter: 15 GiB for 1.3B parameters"))
+            found.append(
+                warning(
+                    subject,
+                    text,
+                    "a checkpoint holds 12 bytes per parameter: 15 GiB for 1.3B parameters",
+                )
+            )
         else:
             found.append(ok(subject, text))
     return found
@@ -90,11 +154,17 @@ def disks(folder: Path) -> list[Finding]:
 
 def shared_memory(path: Path = Path("/dev/shm")) -> Finding:
     if not path.is_dir():
-        return warning("shared memory", f"{path} is missing", "mount it: mount -t tmpfs tmpfs /dev/shm")
+        return warning(
+            "shared memory", f"{path} is missing", "mount it: mount -t tmpfs tmpfs /dev/shm"
+        )
     size = shutil.disk_usage(path)
     text = f"{size.free / GIB:.1f} GiB of {size.total / GIB:.1f} GiB free at {path}"
     if size.free < LITTLE_SHM:
-        return warning("shared memory", text, "start the container with --shm-size=8g (or --ipc=host), or remove what is left there")
+        return warning(
+            "shared memory",
+            text,
+            "start the container with --shm-size=8g (or --ipc=host), or remove what is left there",
+        )
     return ok("shared memory", text)
 
 
@@ -103,18 +173,38 @@ def limits() -> list[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = f"{_limit(soft)} (hard limit {_limit(hard)})"
     if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
-        found.append(warning("open files", text, f"ulimit -n {min(65536, hard) if hard > 0 else 65536} before the start, or nofile in "
-                             "/etc/security/limits.conf"))
+        found.append(
+            warning(
+                "open files",
+                text,
+                f"ulimit -n {min(65536, hard) if hard > 0 else 65536} before the start, or nofile"
+                " in /etc/security/limits.conf",
+            )
+        )
     else:
         found.append(ok("open files", text))
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
-        found.append(warning("processes and threads", f"{_limit(soft)} (hard limit {_limit(hard)})", "ulimit -u 65536: each rank starts dozens of threads"))
+        found.append(
+            warning(
+                "processes and threads",
+                f"{_limit(soft)} (hard limit {_limit(hard)})",
+                "ulimit -u 65536: each rank starts dozens of threads",
+            )
+        )
     if any(Path("/sys/class/infiniband").glob("*")):
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         locked = "locked memory"
-        found.append(ok(locked, "unlimited") if soft == resource.RLIM_INFINITY else
-                     warning(locked, _limit(soft), "InfiniBand needs it unlimited: ulimit -l unlimited, for Slurm in slurmd's service file"))
+        found.append(
+            ok(locked, "unlimited")
+            if soft == resource.RLIM_INFINITY
+            else warning(
+                locked,
+                _limit(soft),
+                "InfiniBand needs it unlimited: ulimit -l unlimited, for Slurm in slurmd's service"
+                " file",
+            )
+        )
     return found
 
 
@@ -128,22 +218,30 @@ def free_port(port: int) -> Finding:
         try:
             probe.bind(("", port))
         except OSError as error:
-            return warning(f"port {port}", f"not free ({error.strerror})", "another job may be training: deepspeed --master_port 29501; "
-                           "nextpt train takes a free one by itself")
+            return warning(
+                f"port {port}",
+                f"not free ({error.strerror})",
+                "another job may be training: deepspeed --master_port 29501; "
+                "nextpt train takes a free one by itself",
+            )
     return ok(f"port {port}", "free; deepspeed's ranks meet there unless told otherwise")
 
 
 def host_name() -> Finding:
-    """gloo asks for the address of the own host name; where that fails, ranks cannot meet."""
+    """Gloo asks for the address of the own host name; where that fails, ranks cannot meet."""
     name = socket.gethostname()
     try:
         return ok("host name", f"{name} is {socket.gethostbyname(name)}")
     except OSError:
-        return problem("host name", f"{name} has no address", f"add '127.0.1.1 {name}' to /etc/hosts, or set GLOO_SOCKET_IFNAME to an interface")
+        return problem(
+            "host name",
+            f"{name} has no address",
+            f"add '127.0.1.1 {name}' to /etc/hosts, or set GLOO_SOCKET_IFNAME to an interface",
+        )
 
 
 def deepspeed_env() -> list[Finding]:
-    """deepspeed reads .deepspeed_env line by line: an empty line crashes it and a comment becomes an export."""
+    """Deepspeed reads .deepspeed_env line by line: an empty line crashes it and a comment becomes an export."""
     found = []
     for folder in (Path.home(), Path.cwd()):
         path = folder / ".deepspeed_env"
@@ -151,15 +249,30 @@ def deepspeed_env() -> list[Finding]:
             lines = path.read_text().splitlines()
         except (OSError, UnicodeDecodeError):
             continue
-        bad = [str(number) for number, line in enumerate(lines, 1) if "=" not in line or line.lstrip().startswith("#")]
+        bad = [
+            str(number)
+            for number, line in enumerate(lines, 1)
+            if "=" not in line or line.lstrip().startswith("#")
+        ]
         if bad:
-            found.append(problem(".deepspeed_env", f"{path}: line {', '.join(bad)} is not NAME=value", "remove empty lines and comments: deepspeed "
-                                 "fails on them"))
+            found.append(
+                problem(
+                    ".deepspeed_env",
+                    f"{path}: line {', '.join(bad)} is not NAME=value",
+                    "remove empty lines and comments: deepspeed fails on them",
+                )
+            )
         else:
             found.append(note(".deepspeed_env", f"{path} is exported on every host"))
     return found
 
 
 def variables() -> Finding:
-    there = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name in VARIABLES or name.startswith(PREFIXES)]
-    return note("environment", "; ".join(there) if there else "no variable that changes training is set")
+    there = [
+        f"{name}={os.environ[name]}"
+        for name in sorted(os.environ)
+        if name in VARIABLES or name.startswith(PREFIXES)
+    ]
+    return note(
+        "environment", "; ".join(there) if there else "no variable that changes training is set"
+    )

@@ -21,7 +21,9 @@ OUR_KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 # What starts ranks elsewhere, and what for; none is needed on one machine.
 TOOLS = {
     "ssh": "to start ranks on other hosts (deepspeed --hostfile)",
-    "pdsh": "deepspeed's default way to other hosts; without it: deepspeed --launcher openmpi, or Slurm",
+    "pdsh": (
+        "deepspeed's default way to other hosts; without it: deepspeed --launcher openmpi, or Slurm"
+    ),
     "srun": "for launcher/slurm/train.sbatch",
     "numactl": "for deepspeed --bind_cores_to_rank",
     "nvcc": "only for DeepSpeed ops that are compiled; nextpt needs none",
@@ -30,19 +32,30 @@ TOOLS = {
 
 def examine_software(probed: dict[str, dict[str, Any]]) -> list[Finding]:
     """probed: what `probe` found."""
-    return [python(), *packages(), *imports(probed), accelerator(probed.get("torch", {}), nvidia_smi()), *ops(probed.get("deepspeed", {})),
-            kernels(probed.get("kernels", {})), *tools()]
+    return [
+        python(),
+        *packages(),
+        *imports(probed),
+        accelerator(probed.get("torch", {}), nvidia_smi()),
+        *ops(probed.get("deepspeed", {})),
+        kernels(probed.get("kernels", {})),
+        *tools(),
+    ]
 
 
 def probe() -> dict[str, dict[str, Any]]:
-    """Facts per library, from a child process; a library after which nothing came has {"error": ...}."""
+    """Facts per library, from a child process.
+
+    A library after which nothing came has {"error": ...}.
+    """
     # -P: as an installed command sees the packages, not as a shell in the checkout does.
     command = [sys.executable, "-P", "-m", "launcher.doctor.probe"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
         out, end = done.stdout, f"the import ended the process (exit code {done.returncode})"
     except subprocess.TimeoutExpired as error:
-        out, end = (error.stdout or b"").decode(), f"the import did not end within {PROBE_SECONDS} s"
+        out = (error.stdout or b"").decode()
+        end = f"the import did not end within {PROBE_SECONDS} s"
     found = {}
     for line in out.splitlines():
         try:
@@ -61,9 +74,15 @@ def python() -> Finding:
     running = sys.version_info[:2]
     text = f"{platform.python_version()} at {sys.prefix}, {platform.system()} {platform.release()}"
     if running < TESTED_PYTHONS[0]:
-        return problem("python", text, "nextpt needs 3.11 or newer: make setup PYTHON=/path/to/python3.12")
+        return problem(
+            "python", text, "nextpt needs 3.11 or newer: make setup PYTHON=/path/to/python3.12"
+        )
     if running not in TESTED_PYTHONS:
-        return warning("python", text, "tested are 3.11 and 3.12; on trouble: make setup PYTHON=/path/to/python3.12")
+        return warning(
+            "python",
+            text,
+            "tested are 3.11 and 3.12; on trouble: make setup PYTHON=/path/to/python3.12",
+        )
     return ok("python", text)
 
 
@@ -72,11 +91,19 @@ def packages() -> list[Finding]:
     try:
         declared = [Requirement(text) for text in requires("nextpt") or []]
     except PackageNotFoundError:
-        return [problem("nextpt", "not installed in this Python", "run make setup, or pip install -e . in the checkout")]
+        return [
+            problem(
+                "nextpt",
+                "not installed in this Python",
+                "run make setup, or pip install -e . in the checkout",
+            )
+        ]
     found = [ok("nextpt", f"{version('nextpt')} at {OUR_KERNELS.parent}")]
     for requirement in declared:
         optional = requirement.marker is not None and "extra" in str(requirement.marker)
-        if optional and requirement.name != "flash-attn" or requirement.marker and not optional and not requirement.marker.evaluate():
+        if (optional and requirement.name != "flash-attn") or (
+            requirement.marker and not optional and not requirement.marker.evaluate()
+        ):
             continue
         found.append(_package(requirement, optional))
     return found
@@ -88,33 +115,69 @@ def _package(requirement: Requirement, optional: bool) -> Finding:
         installed = version(name)
     except PackageNotFoundError:
         if optional:
-            return note(name, "not installed", "optional: pip install flash-attn on a GPU machine; attention falls back to torch's")
+            return note(
+                name,
+                "not installed",
+                "optional: pip install flash-attn on a GPU machine; attention falls back to"
+                " torch's",
+            )
         return problem(name, f"not installed; {wanted} is needed", "run make setup")
     if not requirement.specifier.contains(installed, prereleases=True):
-        return problem(name, f"{installed}, outside {wanted}", f"pip install '{name}{wanted}', or make setup in a new checkout")
+        return problem(
+            name,
+            f"{installed}, outside {wanted}",
+            f"pip install '{name}{wanted}', or make setup in a new checkout",
+        )
     return ok(name, f"{installed} ({wanted})")
 
 
 def imports(probed: dict[str, dict[str, Any]]) -> list[Finding]:
     """Libraries that are installed and still do not load."""
     advice = {
-        "streaming": "torchvision of another torch build is the usual cause: pip uninstall torchvision; nextpt does not need it",
-        "torch": "run make setup again, or install torch for this machine: https://pytorch.org/get-started",
+        "streaming": (
+            "torchvision of another torch build is the usual cause: pip uninstall torchvision;"
+            " nextpt does not need it"
+        ),
+        "torch": (
+            "run make setup again, or install torch for this machine:"
+            " https://pytorch.org/get-started"
+        ),
     }
-    return [problem(f"import {name}", facts["error"], advice.get(name, "run make setup; NEXTPT_TRACEBACK=1 python -m launcher.doctor.probe "
-                    "shows more")) for name, facts in probed.items() if "error" in facts]
+    return [
+        problem(
+            f"import {name}",
+            facts["error"],
+            advice.get(
+                name,
+                "run make setup; NEXTPT_TRACEBACK=1 python -m launcher.doctor.probe shows more",
+            ),
+        )
+        for name, facts in probed.items()
+        if "error" in facts
+    ]
 
 
 def nvidia_smi() -> list[list[str]] | None:
-    """[name, driver, memory MiB, used MiB] per GPU as the driver tells; None without a driver, [] when it fails."""
+    """[name, driver, memory MiB, used MiB] per GPU as the driver tells.
+
+    None without a driver, [] when it fails.
+    """
     if not shutil.which("nvidia-smi"):
         return None
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.total,memory.used",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return []
-    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return (
+        [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+        if done.returncode == 0
+        else []
+    )
 
 
 def accelerator(torch: dict[str, Any], driver: list[list[str]] | None) -> Finding:
@@ -123,24 +186,51 @@ def accelerator(torch: dict[str, Any], driver: list[list[str]] | None) -> Findin
     if "error" in torch or not torch:
         return note(name, "unknown: torch does not load", "mend torch first")
     if torch["devices"]:
-        kinds = {f"{d['name']}, {d['memory'] / 2**30:.0f} GiB, sm_{d['capability'][0]}{d['capability'][1]}" for d in torch["devices"]}
-        text = (f"{len(torch['devices'])} x {'; '.join(sorted(kinds))}; driver {driver[0][1] if driver else 'unknown'}, "
-                f"CUDA {torch['cuda_build']}, NCCL {torch['nccl']}")
+        kinds = {
+            f"{d['name']}, {d['memory'] / 2**30:.0f} GiB,"
+            f" sm_{d['capability'][0]}{d['capability'][1]}"
+            for d in torch["devices"]
+        }
+        text = (
+            f"{len(torch['devices'])} x {'; '.join(sorted(kinds))}; driver"
+            f" {driver[0][1] if driver else 'unknown'}, CUDA {torch['cuda_build']}, NCCL"
+            f" {torch['nccl']}"
+        )
         busy = [str(i) for i, gpu in enumerate(driver or []) if float(gpu[3]) > 0.1 * float(gpu[2])]
         if busy:
-            return warning(name, f"{text}; memory of GPU {', '.join(busy)} is in use", "nvidia-smi names the processes; end them, or "
-                           "choose other GPUs with CUDA_VISIBLE_DEVICES")
+            return warning(
+                name,
+                f"{text}; memory of GPU {', '.join(busy)} is in use",
+                "nvidia-smi names the processes; end them, or "
+                "choose other GPUs with CUDA_VISIBLE_DEVICES",
+            )
         return ok(name, text)
     if driver is None:
-        other = "; an AMD GPU's driver is here, which nextpt has never run on" if Path("/dev/kfd").exists() else ""
+        other = (
+            "; an AMD GPU's driver is here, which nextpt has never run on"
+            if Path("/dev/kfd").exists()
+            else ""
+        )
         return note(name, f"none: training runs on the CPU{other}")
     if not driver:
-        return problem(name, "nvidia-smi is here and the driver does not answer", "reload or reinstall the NVIDIA driver; see dmesg")
+        return problem(
+            name,
+            "nvidia-smi is here and the driver does not answer",
+            "reload or reinstall the NVIDIA driver; see dmesg",
+        )
     if not torch["cuda_build"]:
-        return problem(name, f"{driver[0][0]}, but this torch is a CPU build", "rm -r .venv && make setup takes the CUDA build")
-    return problem(name, f"{driver[0][0]} with driver {driver[0][1]}, but torch (CUDA {torch['cuda_build']}) cannot use it",
-                   "the driver is older than this CUDA needs, or CUDA_VISIBLE_DEVICES hides the GPU: update the driver, or install a "
-                   "torch of an older CUDA")
+        return problem(
+            name,
+            f"{driver[0][0]}, but this torch is a CPU build",
+            "rm -r .venv && make setup takes the CUDA build",
+        )
+    return problem(
+        name,
+        f"{driver[0][0]} with driver {driver[0][1]}, but torch (CUDA {torch['cuda_build']}) cannot"
+        " use it",
+        "the driver is older than this CUDA needs, or CUDA_VISIBLE_DEVICES hides the GPU: update"
+        " the driver, or install a torch of an older CUDA",
+    )
 
 
 def ops(deepspeed: dict[str, Any]) -> list[Finding]:
@@ -148,7 +238,13 @@ def ops(deepspeed: dict[str, Any]) -> list[Finding]:
     if "compatible" not in deepspeed:
         return []
     listed = ", ".join(deepspeed["compatible"]) or "none"
-    return [ok("deepspeed ops", f"none is needed; could be compiled here: {listed}; prebuilt: {', '.join(deepspeed['prebuilt']) or 'none'}")]
+    return [
+        ok(
+            "deepspeed ops",
+            f"none is needed; could be compiled here: {listed}; prebuilt:"
+            f" {', '.join(deepspeed['prebuilt']) or 'none'}",
+        )
+    ]
 
 
 def kernels(facts: dict[str, Any]) -> Finding:
@@ -160,15 +256,28 @@ def kernels(facts: dict[str, Any]) -> Finding:
         foreign = None
     ours = facts.get("path") == str(OUR_KERNELS)
     if not ours:
-        return problem(name, f"import kernels gives {facts.get('path', 'an error')}, not {OUR_KERNELS}",
-                       "pip uninstall kernels, or start from the root of the checkout")
+        return problem(
+            name,
+            f"import kernels gives {facts.get('path', 'an error')}, not {OUR_KERNELS}",
+            "pip uninstall kernels, or start from the root of the checkout",
+        )
     if foreign is not None:
-        return warning(name, f"ours is found first, but Hugging Face's kernels {foreign.version} is installed too",
-                       "use one environment for each: pip uninstall kernels here, or transformers may call ours for its own")
+        return warning(
+            name,
+            f"ours is found first, but Hugging Face's kernels {foreign.version} is installed too",
+            "use one environment for each: pip uninstall kernels here, or transformers may call"
+            " ours for its own",
+        )
     return ok(name, f"ours, {OUR_KERNELS}")
 
 
 def tools() -> list[Finding]:
     there = [name for name in TOOLS if shutil.which(name)]
     lacking = [f"{name} ({use})" for name, use in TOOLS.items() if name not in there]
-    return [note("tools", f"found: {', '.join(there) or 'none'}" + (f"; not found: {'; '.join(lacking)}" if lacking else ""))]
+    return [
+        note(
+            "tools",
+            f"found: {', '.join(there) or 'none'}"
+            + (f"; not found: {'; '.join(lacking)}" if lacking else ""),
+        )
+    ]

@@ -1,12 +1,15 @@
 """Checkpoints in an object store: their names there, and how one gets there, is looked at, comes back and goes.
 
-    PLACE/mirror.json                                        the run, and the job that writes here now
-    PLACE/000000012-step-000000500-3fa9c1d2e4b5a697/         sequence number, step, hash of its manifest (first half)
+    PLACE/mirror.json                                        the run, and the job that writes here
+    now PLACE/000000012-step-000000500-3fa9c1d2e4b5a697/         sequence number, step, hash of its
+    manifest (first half)
         rank-00000.safetensors, rank-00000.json, state.json  as in the run's folder
-        manifest.json                                        written last, when the others were read back and agreed
+        manifest.json                                        written last, when the others were read
+        back and agreed
 
-A store has no renaming. So a folder without manifest.json is no checkpoint, and the name holds a hash of the content: what
-lies under it is a part of this checkpoint or damaged, never one of another, and sending it twice does no harm.
+A store has no renaming. So a folder without manifest.json is no checkpoint, and the name holds a
+hash of the content: what lies under it is a part of this checkpoint or damaged, never one of
+another, and sending it twice does no harm.
 """
 
 from __future__ import annotations
@@ -31,15 +34,22 @@ from data_prep.files import canonical_json
 from data_prep.store_folder import BLOCK, StoreFolder
 from data_prep.stores import is_refusal
 from nextpt.checkpoint.jsonfile import open_regular
-from nextpt.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST, Damaged, Manifest, OtherVersion, read_manifest
+from nextpt.checkpoint.manifest import (
+    LARGEST_MANIFEST,
+    MANIFEST,
+    Damaged,
+    Manifest,
+    OtherVersion,
+    read_manifest,
+)
 from nextpt.errors import UserError
 
 T = TypeVar("T")
 NOTE = "mirror.json"
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 ATTEMPTS = 5  # of a start, which a person may wait for
-# Seconds without an answer or a block; no client that pyarrow has gives up on a connection that hangs (Linux). A part of S3 is
-# 10 MiB, so a link of 1 Mbit/s passes.
+# Seconds without an answer or a block; no client that pyarrow has gives up on a connection that
+# hangs (Linux). A part of S3 is 10 MiB, so a link of 1 Mbit/s passes.
 STALL = 120.0
 _CHANCE = random.Random()  # not the process's own: training's random state is part of a checkpoint
 NAME = re.compile(r"(\d{9,19})-(step-(\d{9,18}))-([0-9a-f]{16})")
@@ -47,7 +57,10 @@ NAME = re.compile(r"(\d{9,19})-(step-(\d{9,18}))-([0-9a-f]{16})")
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint in the store, by its name. complete: it has a manifest; its files were not looked at."""
+    """A checkpoint in the store, by its name. complete: it has a manifest.
+
+    Its files were not looked at.
+    """
 
     name: str
     complete: bool
@@ -76,15 +89,22 @@ def pause(failures: int) -> float:
     return min(FIRST_PAUSE * 2 ** min(failures - 1, 30), LONGEST_PAUSE) * _CHANCE.uniform(0.5, 1.0)
 
 
-def in_time(action: Callable[[], T], progress: Callable[[], int] = lambda: 0, ended: Callable[[], bool] = lambda: False) -> T:
-    """What `action` returns, in a thread of its own. Raises TimeoutError after STALL seconds in which `progress` did not change,
-    and CancelledError when `ended`; the thread is left to itself then."""
+def in_time(
+    action: Callable[[], T],
+    progress: Callable[[], int] = lambda: 0,
+    ended: Callable[[], bool] = lambda: False,
+) -> T:
+    """What `action` returns, in a thread of its own.
+
+    Raises TimeoutError after STALL seconds in which `progress` did not change, and CancelledError
+    when `ended`; the thread is left to itself then.
+    """
     outcome: Future[T] = Future()
 
     def run() -> None:
         try:
             outcome.set_result(action())
-        except BaseException as error:  # noqa: BLE001 - raised by result()
+        except BaseException as error:
             outcome.set_exception(error)
 
     threading.Thread(target=run, name="store", daemon=True).start()
@@ -101,15 +121,19 @@ def in_time(action: Callable[[], T], progress: Callable[[], int] = lambda: 0, en
 
 
 def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
-    """What `action` returns, tried again with growing pauses; not when the store refuses. What is damaged is read twice.
+    """What `action` returns, tried again with growing pauses; not when the store refuses.
+
+    What is damaged is read twice.
 
     progress: see `in_time`.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return in_time(action, progress)
-        except Exception as error:  # noqa: BLE001 - every store's client has exceptions of its own
-            final = isinstance(error, (UserError, PrepError, OtherVersion, TimeoutError)) or isinstance(error, Damaged) and attempt > 1
+        except Exception as error:
+            final = isinstance(error, (UserError, PrepError, OtherVersion, TimeoutError)) or (
+                isinstance(error, Damaged) and attempt > 1
+            )
             if final or attempt == ATTEMPTS or is_refusal(error):
                 raise
             time.sleep(pause(attempt))
@@ -117,7 +141,9 @@ def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) 
 
 
 class Archive:
-    """The checkpoints of one run at `place`, an address or a folder. Methods raise what the store's client raises.
+    """The checkpoints of one run at `place`, an address or a folder.
+
+    Methods raise what the store's client raises.
 
     Raises PrepError when the address is none. Not for two threads at a time.
     """
@@ -134,13 +160,17 @@ class Archive:
 
     def claim(self, run: str, owner: str, host: str) -> None:
         """Say that this job writes here now. Shows whether the store can be written."""
-        self.store.write(NOTE, [canonical_json({"host": host, "owner": owner, "run": run}).encode()])
+        self.store.write(
+            NOTE, [canonical_json({"host": host, "owner": owner, "run": run}).encode()]
+        )
 
     def stored(self) -> list[Stored]:
         """All that is there, newest first, also what has no manifest."""
         files = self.store.sizes()
         names = {name.partition("/")[0] for name in files}
-        found = [Stored(name, f"{name}/{MANIFEST}" in files) for name in names if NAME.fullmatch(name)]
+        found = [
+            Stored(name, f"{name}/{MANIFEST}" in files) for name in names if NAME.fullmatch(name)
+        ]
         return sorted(found, key=lambda one: (one.sequence, one.step, one.name), reverse=True)
 
     def manifest(self, stored: Stored) -> Manifest:
@@ -165,7 +195,9 @@ class Archive:
         return manifest
 
     def problem(self, stored: Stored, going_on: Callable[[], None] = lambda: None) -> str | None:
-        """Read all of it back: the first difference from its manifest, found twice; None when it is whole.
+        """Read all of it back: the first difference from its manifest, found twice.
+
+        None when it is whole.
 
         going_on: called between blocks; may raise to end it. Raises OtherVersion.
         """
@@ -193,13 +225,18 @@ class Archive:
             size += len(block)
         return expected == {"size": size, "xxh3": digest.hexdigest()}
 
-    def send(self, folder: Path, manifest: Manifest, may_finish: Callable[[], None] = lambda: None,
-             going_on: Callable[[], None] = lambda: None) -> Stored:
+    def send(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        may_finish: Callable[[], None] = lambda: None,
+        going_on: Callable[[], None] = lambda: None,
+    ) -> Stored:
         """Bring a checkpoint there and read it back; what is there already of it is only read.
 
-        may_finish: asked before the manifest makes it a checkpoint; raises to refuse. going_on: called between blocks; may
-        raise to end it. Raises Damaged when a local file is not what the manifest says, OSError when the store does not give
-        back what it was sent.
+        may_finish: asked before the manifest makes it a checkpoint; raises to refuse. going_on:
+        called between blocks; may raise to end it. Raises Damaged when a local file is not what the
+        manifest says, OSError when the store does not give back what it was sent.
         """
         stored = Stored(name_in_store(folder, manifest), True)
         sizes = self.store.sizes(stored.name)
@@ -219,20 +256,28 @@ class Archive:
         return stored
 
     def fetch(self, stored: Stored, name: str, target: Path) -> None:
-        """Copy one file, the manifest or one that it names, durably. Raises Damaged when it is not what the manifest says."""
+        """Copy one file, the manifest or one that it names, durably.
+
+        Raises Damaged when it is not what the manifest says.
+        """
         manifest = self.manifest(stored)
         expected = None if name == MANIFEST else manifest.files[name].model_dump()
         digest, size = xxhash.xxh3_128(), 0
         with open(target, "wb") as file:
-            for block in self.store.blocks(f"{stored.name}/{name}", expected["size"] + 1 if expected else LARGEST_MANIFEST):
+            for block in self.store.blocks(
+                f"{stored.name}/{name}", expected["size"] + 1 if expected else LARGEST_MANIFEST
+            ):
                 digest.update(block)
                 size += len(block)
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
         if expected and {"size": size, "xxh3": digest.hexdigest()} != expected:
-            raise Damaged(f"{name} is damaged: its hash differs from the manifest's" if size == expected["size"]
-                          else f"{name} has {size} bytes, expected {expected['size']}")
+            raise Damaged(
+                f"{name} is damaged: its hash differs from the manifest's"
+                if size == expected["size"]
+                else f"{name} has {size} bytes, expected {expected['size']}"
+            )
 
     def remove(self, stored: Stored) -> None:
         """Take one away: the manifest first, so that a half is never taken for a whole."""

@@ -1,7 +1,7 @@
 """Ranges of flattened tensors as boxes: one slice per axis.
 
-ZeRO divides parameters along flat ranges; a fragment on disk carries a slice per axis, so that any other division
-(by rows, by columns, by experts) can be written and read in the same form.
+ZeRO divides parameters along flat ranges; a fragment on disk carries a slice per axis, so that any
+other division (by rows, by columns, by experts) can be written and read in the same form.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ Box = tuple[tuple[int, int], ...]
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
-    """Boxes that tile the elements [start, stop) of a row-major tensor, in order; each is itself one flat range.
+    """Boxes that tile the elements [start, stop) of a row-major tensor, in order.
 
-    At most 2 n - 1 of them for n axes: part of a first row, whole rows, part of a last row, and so on downwards.
+    Each is itself one flat range.
+
+    At most 2 n - 1 of them for n axes: part of a first row, whole rows, part of a last row, and so
+    on downwards.
     """
     if start >= stop:
         return []
@@ -52,4 +55,6 @@ def intersection(a: Box, b: Box) -> Box | None:
 
 def within(box: Box, outer: Box) -> tuple[slice, ...]:
     """Slices that pick `box` from a tensor that holds `outer`."""
-    return tuple(slice(start - o, stop - o) for (start, stop), (o, _) in zip(box, outer, strict=True))
+    return tuple(
+        slice(start - o, stop - o) for (start, stop), (o, _) in zip(box, outer, strict=True)
+    )

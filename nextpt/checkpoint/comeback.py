@@ -17,30 +17,60 @@ from nextpt.checkpoint.ranks import Ranks
 from nextpt.errors import CheckpointError, UserError
 
 
-def look(place: str, look_there: Callable[[], list[Stored]], has_checkpoints: bool, root: Path, warn: Callable[[str], None]) -> list[Stored]:
-    """What a mirror holds, newest first. Raises CheckpointError when it refuses, or cannot be reached and might hold the run.
+def look(
+    place: str,
+    look_there: Callable[[], list[Stored]],
+    has_checkpoints: bool,
+    root: Path,
+    warn: Callable[[str], None],
+) -> list[Stored]:
+    """What a mirror holds, newest first.
 
-    has_checkpoints: whether the run folder has some. Then a store that cannot be reached is told of and left for later.
+    Raises CheckpointError when it refuses, or cannot be reached and might hold the run.
+
+    has_checkpoints: whether the run folder has some. Then a store that cannot be reached is told of
+    and left for later.
     """
     try:
         return patiently(look_there)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - every store's client has exceptions of its own
+    except Exception as error:
         problem = error if isinstance(error, PrepError) else store_problem(error, place)
         if has_checkpoints and not is_refusal(error):
-            warn(f"warning: checkpoint.mirror: {problem}; training goes on from {root}, and the mirror follows when the store answers")
+            warn(
+                f"warning: checkpoint.mirror: {problem}; training goes on from {root}, and the"
+                " mirror follows when the store answers"
+            )
             return []
-        more = "" if has_checkpoints else f". {root} has no checkpoint, and training does not start from nothing while the mirror may have some"
-        raise CheckpointError(f"checkpoint.mirror: {problem}{more}; mend it, or checkpoint.mirror=null goes without") from error
+        more = (
+            ""
+            if has_checkpoints
+            else (
+                f". {root} has no checkpoint, and training does not start from nothing while the"
+                " mirror may have some"
+            )
+        )
+        raise CheckpointError(
+            f"checkpoint.mirror: {problem}{more}; mend it, or checkpoint.mirror=null goes without"
+        ) from error
 
 
-def fetch(archive: Archive, stored: Stored, root: Path, ranks: Ranks, accept: Callable[[Path], None] = lambda folder: None,
-          may_commit: Callable[[], None] = lambda: None) -> str | None:
-    """Bring a checkpoint of the mirror into the run's folder. Collective: the ranks share the files.
+def fetch(
+    archive: Archive,
+    stored: Stored,
+    root: Path,
+    ranks: Ranks,
+    accept: Callable[[Path], None] = lambda folder: None,
+    may_commit: Callable[[], None] = lambda: None,
+) -> str | None:
+    """Bring a checkpoint of the mirror into the run's folder.
 
-    Returns why it is none, and then nothing is left; None when it is there. accept: asked on rank 0 about the whole folder
-    before it has a name; raises UserError to refuse. Raises CheckpointError when the store does not give it.
+    Collective: the ranks share the files.
+
+    Returns why it is none, and then nothing is left; None when it is there. accept: asked on rank 0
+    about the whole folder before it has a name; raises UserError to refuse. Raises CheckpointError
+    when the store does not give it.
     """
     staging = root / f"{STAGING}fetch-{stored.name}"
 
@@ -51,8 +81,11 @@ def fetch(archive: Archive, stored: Stored, root: Path, ranks: Ranks, accept: Ca
 
     def share() -> None:
         names = sorted(patiently(lambda: archive.manifest(stored)).files)
-        for name in names[ranks.rank::ranks.world_size]:
-            patiently(lambda name=name: archive.fetch(stored, name, staging / name), lambda name=name: _size(staging / name))
+        for name in names[ranks.rank :: ranks.world_size]:
+            patiently(
+                lambda name=name: archive.fetch(stored, name, staging / name),
+                lambda name=name: _size(staging / name),
+            )
 
     def finish() -> None:
         check_files(staging, read_manifest(staging))
@@ -64,7 +97,9 @@ def fetch(archive: Archive, stored: Stored, root: Path, ranks: Ranks, accept: Ca
 
     try:
         for action, everywhere in ((begin, False), (share, True), (finish, False)):
-            if problem := _together(action if everywhere or ranks.rank == 0 else lambda: None, archive, stored, ranks):
+            if problem := _together(
+                action if everywhere or ranks.rank == 0 else lambda: None, archive, stored, ranks
+            ):
                 return problem
         return None
     finally:
@@ -76,7 +111,9 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _together(action: Callable[[], None], archive: Archive, stored: Stored, ranks: Ranks) -> str | None:
+def _together(
+    action: Callable[[], None], archive: Archive, stored: Stored, ranks: Ranks
+) -> str | None:
     """Run on every rank, then vote: what is damaged, or None; all raise when one failed."""
     damaged = failed = None
     try:
@@ -85,12 +122,15 @@ def _together(action: Callable[[], None], archive: Archive, stored: Stored, rank
         damaged = str(problem)
     except (OtherVersion, UserError) as problem:
         failed = str(problem)
-    except Exception as error:  # noqa: BLE001 - every store's client has exceptions of its own; the others must hear of it
+    except Exception as error:
         failed = str(store_problem(error, f"{archive.place}/{stored.name}"))
     told = ranks.gather([damaged, failed])
     for rank, (_, problem) in enumerate(told):
         if problem:
-            failure = CheckpointError(f"the checkpoint {archive.place}/{stored.name} cannot be fetched (rank {rank}): {problem}")
+            failure = CheckpointError(
+                f"the checkpoint {archive.place}/{stored.name} cannot be fetched (rank {rank}):"
+                f" {problem}"
+            )
             failure.every_rank = False
             raise failure
     return next((problem for problem, _ in told if problem), None)

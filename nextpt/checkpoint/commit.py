@@ -1,9 +1,10 @@
 """How a checkpoint comes to exist, and which one a start takes.
 
-Save: every rank copies its state; rank 0 makes a staging folder; all ranks write and sync their files in it; sizes and
-hashes are gathered; rank 0 writes state.json, then manifest.json, and renames the folder. Every stage ends with a vote,
-so a rank that fails makes all fail with one message and none waits for it. A process killed at any moment leaves either
-the whole checkpoint or a staging folder that the next save removes.
+Save: every rank copies its state; rank 0 makes a staging folder; all ranks write and sync their
+files in it; sizes and hashes are gathered; rank 0 writes state.json, then manifest.json, and
+renames the folder. Every stage ends with a vote, so a rank that fails makes all fail with one
+message and none waits for it. A process killed at any moment leaves either the whole checkpoint or
+a staging folder that the next save removes.
 """
 
 from __future__ import annotations
@@ -60,28 +61,55 @@ class Saved:
     line: list[list[int]]
 
 
-def save(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks,
-         line: list[list[int]] = (), loss: float | None = None, may_commit: Callable[[], None] = lambda: None) -> Saved:
+def save(
+    root: Path,
+    state: ShardedState,
+    extras: dict[str, Any],
+    rng: dict[str, Any],
+    ranks: Ranks,
+    line: list[list[int]] = (),
+    loss: float | None = None,
+    may_commit: Callable[[], None] = lambda: None,
+) -> Saved:
     """Write a checkpoint of extras["step"] under `root`; returns when it is durable. Collective.
 
-    extras: JSON values for state.json; step, world size, parameter shapes and scalars are put beside them. line: that of
-    the checkpoint that this one continues. loss: of the last validation, nats per token. may_commit: asked on rank 0 when
-    all is written and only the name is missing; raises to refuse. Raises CheckpointError on all ranks when any of them
-    fails, SaveFailed where the disk was the reason; then nothing is left behind.
+    extras: JSON values for state.json; step, world size, parameter shapes and scalars are put
+    beside them. line: that of the checkpoint that this one continues. loss: of the last validation,
+    nats per token. may_commit: asked on rank 0 when all is written and only the name is missing;
+    raises to refuse. Raises CheckpointError on all ranks when any of them fails, SaveFailed where
+    the disk was the reason; then nothing is left behind.
     """
-    return commit(root, snapshot_together(root, state, extras, rng, ranks), ranks, line, loss, may_commit)
+    return commit(
+        root, snapshot_together(root, state, extras, rng, ranks), ranks, line, loss, may_commit
+    )
 
 
-def snapshot_together(root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks) -> Snapshot:
-    """Copy the state of every rank. Collective; raises CheckpointError on all ranks when one fails."""
+def snapshot_together(
+    root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks
+) -> Snapshot:
+    """Copy the state of every rank.
+
+    Collective; raises CheckpointError on all ranks when one fails.
+    """
     taken: list[Snapshot] = []
-    _together(lambda: taken.append(take_snapshot(state, extras, rng, ranks.world_size)), root, ranks)
+    _together(
+        lambda: taken.append(take_snapshot(state, extras, rng, ranks.world_size)), root, ranks
+    )
     return taken[0]
 
 
-def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] = (), loss: float | None = None,
-           may_commit: Callable[[], None] = lambda: None, above: int = 0) -> Saved:
-    """Make a checkpoint of the snapshots of all ranks; returns when it is durable. Collective; raises as `save` does.
+def commit(
+    root: Path,
+    snapshot: Snapshot,
+    ranks: Ranks,
+    line: list[list[int]] = (),
+    loss: float | None = None,
+    may_commit: Callable[[], None] = lambda: None,
+    above: int = 0,
+) -> Saved:
+    """Make a checkpoint of the snapshots of all ranks; returns when it is durable.
+
+    Collective; raises as `save` does.
 
     above: a sequence number that is taken already, elsewhere.
     """
@@ -100,12 +128,19 @@ def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] =
         if ranks.rank == 0:
             write_json(staging / STATE, snapshot.contents)
             files[STATE] = describe(staging / STATE)
-            # Above the line's own too: the manifests on the disk may have become unreadable since it was begun.
+            # Above the line's own too: the manifests on the disk may have become unreadable since
+            # it was begun.
             sequence = 1 + max([last_sequence(root), above, *(last for _, last in line)])
-            manifest = Manifest.model_validate({
-                "files": files, "step": snapshot.step, "world_size": ranks.world_size, "sequence": sequence,
-                "line": next_line(list(line), sequence), "loss": loss,
-            })
+            manifest = Manifest.model_validate(
+                {
+                    "files": files,
+                    "step": snapshot.step,
+                    "world_size": ranks.world_size,
+                    "sequence": sequence,
+                    "line": next_line(list(line), sequence),
+                    "loss": loss,
+                }
+            )
             write_manifest(staging, manifest)
             sync(staging)
             may_commit()
@@ -125,7 +160,9 @@ def commit(root: Path, snapshot: Snapshot, ranks: Ranks, line: list[list[int]] =
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    name, size, line = ranks.from_first([saved[0].folder.name, saved[0].bytes, saved[0].line] if saved else None)
+    name, size, line = ranks.from_first(
+        [saved[0].folder.name, saved[0].bytes, saved[0].line] if saved else None
+    )
     return Saved(root / name, size, line)
 
 
@@ -144,13 +181,19 @@ def _together(action: Callable[[], None], root: Path, ranks: Ranks) -> None:
 
 def _number(error: Exception) -> int | None:
     """The errno of an error; safetensors has that of its own library in its text only."""
-    told = re.search(r"\b(?:code: |os error )(\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    told = (
+        re.search(r"\b(?:code: |os error )(\d+)", str(error))
+        if isinstance(error, SafetensorError)
+        else None
+    )
     return int(told[1]) if told else getattr(error, "errno", None)
 
 
 def _is_of_the_system(error: Exception) -> bool:
     """Whether the disk or the system refused, and not this program or another job."""
-    return isinstance(error, OSError) or isinstance(error, SafetensorError) and _number(error) is not None
+    return isinstance(error, OSError) or (
+        isinstance(error, SafetensorError) and _number(error) is not None
+    )
 
 
 def _phrase(error: Exception, root: Path) -> str:
@@ -164,12 +207,17 @@ def _phrase(error: Exception, root: Path) -> str:
     return f"{name}: {text}" if name else text
 
 
-def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], None], mend: bool = False) -> Checkpoint | None:
-    """The checkpoint that `resume` asks for (config key checkpoint.resume), verified; None for a fresh start. Collective.
+def choose(
+    root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], None], mend: bool = False
+) -> Checkpoint | None:
+    """The checkpoint that `resume` asks for (config key checkpoint.resume), verified.
 
-    "auto": the newest (see folders.listing) that verifies; damaged newer ones are named through `warn` and, where `mend`
-    is set, set aside. A step: the newest of that step. "never": none may be there. Raises CheckpointError otherwise, and
-    NoValidCheckpoint where there are checkpoints and none of them verifies.
+    None for a fresh start. Collective.
+
+    "auto": the newest (see folders.listing) that verifies; damaged newer ones are named through
+    `warn` and, where `mend` is set, set aside. A step: the newest of that step. "never": none may
+    be there. Raises CheckpointError otherwise, and NoValidCheckpoint where there are checkpoints
+    and none of them verifies.
     """
     candidates, bad = on_first(lambda: _candidates(root, resume), root, ranks)
     found, bad = _first_whole(root, candidates, bad, ranks, warn, mend)
@@ -180,31 +228,55 @@ def choose(root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], No
     aside = on_first(lambda: [folder.name for folder in set_aside_folders(root)], root, ranks)
     bad += [(root / name, "it was set aside as damaged") for name in aside]
     if bad:
-        raise same_everywhere("; ".join(_unusable(*b) for b in bad) + ". Training does not start from nothing over them: restore one, "
-                    "or remove the folders", NoValidCheckpoint)
+        raise same_everywhere(
+            "; ".join(_unusable(*b) for b in bad)
+            + ". Training does not start from nothing over them: restore one, "
+            "or remove the folders",
+            NoValidCheckpoint,
+        )
     return None
 
 
-def choose_earlier(root: Path, step: int, line: list[list[int]], ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint of a line from before `step` that verifies; None when there is none. Collective.
+def choose_earlier(
+    root: Path, step: int, line: list[list[int]], ranks: Ranks, warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest checkpoint of a line from before `step` that verifies; None when there is none.
+
+    Collective.
 
     Damaged ones are named through `warn` and set aside. line: see Manifest.
     """
+
     def look() -> list[str]:
-        return [one.folder.name for one in listing(root)[0] if one.manifest.step < step and one.manifest.is_of(line)]
+        return [
+            one.folder.name
+            for one in listing(root)[0]
+            if one.manifest.step < step and one.manifest.is_of(line)
+        ]
 
     return _first_whole(root, on_first(look, root, ranks), [], ranks, warn, mend=True)[0]
 
 
-def _first_whole(root: Path, candidates: list[str], bad: list[tuple[str, str]], ranks: Ranks, warn: Callable[[str], None],
-                 mend: bool) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """(the first candidate that verifies, what was found bad before it). Collective. bad: what is known to be; see `choose`."""
+def _first_whole(
+    root: Path,
+    candidates: list[str],
+    bad: list[tuple[str, str]],
+    ranks: Ranks,
+    warn: Callable[[str], None],
+    mend: bool,
+) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """(the first candidate that verifies, what was found bad before it).
+
+    Collective. bad: what is known to be; see `choose`.
+    """
     bad = [(root / name, problem) for name, problem in bad]
     for folder in (root / name for name in candidates):
         problem = verify(folder, ranks)
         if problem is None:
             if bad:
-                done = on_first(lambda: [out_of_the_way(f) if mend else "" for f, _ in bad], root, ranks)
+                done = on_first(
+                    lambda: [out_of_the_way(f) if mend else "" for f, _ in bad], root, ranks
+                )
                 told = "; ".join(f"{_unusable(*b)}{how}" for b, how in zip(bad, done, strict=True))
                 warn(f"warning: {told}; resuming from step {step_of(folder)}")
             return Checkpoint(folder), bad
@@ -221,19 +293,29 @@ def _candidates(root: Path, resume: str | int) -> tuple[list[str], list[tuple[st
     available = steps(root)
     if resume == "never":
         if available:
-            raise CheckpointError(f"checkpoint.resume = never, but {root} holds checkpoints (newest: step {available[0]}); "
-                                  "give another run.dir or remove them")
+            raise CheckpointError(
+                f"checkpoint.resume = never, but {root} holds checkpoints (newest: step"
+                f" {available[0]}); give another run.dir or remove them"
+            )
         return [], []
     if resume != "auto":
         if resume not in available:
             listed = ", ".join(map(str, available)) or "none"
-            raise CheckpointError(f"checkpoint.resume = {resume}: {root} has no checkpoint of that step; there are: {listed}")
+            raise CheckpointError(
+                f"checkpoint.resume = {resume}: {root} has no checkpoint of that step; there are:"
+                f" {listed}"
+            )
         return [folder_of(root, resume).name], []
     found, damaged, foreign = listing(root)
     if foreign:
-        # It may be in order, and newer than the rest: to train on from an older one would be a rollback that nobody asked for.
-        raise CheckpointError(_unusable(*foreign[0]) + ", or give checkpoint.resume=STEP to go on from another one")
-    return [one.folder.name for one in found], [(folder.name, problem) for folder, problem in damaged]
+        # It may be in order, and newer than the rest: to train on from an older one would be a
+        # rollback that nobody asked for.
+        raise CheckpointError(
+            _unusable(*foreign[0]) + ", or give checkpoint.resume=STEP to go on from another one"
+        )
+    return [one.folder.name for one in found], [
+        (folder.name, problem) for folder, problem in damaged
+    ]
 
 
 def on_first(look: Callable[[], Any], root: Path, ranks: Ranks) -> Any:
@@ -261,7 +343,10 @@ def out_of_the_way(folder: Path) -> str:
 
 
 def verify(folder: Path, ranks: Ranks) -> str | None:
-    """First problem of a checkpoint; the files to look at are divided among the ranks. Collective."""
+    """First problem of a checkpoint; the files to look at are divided among the ranks.
+
+    Collective.
+    """
     problem = intact(folder, ranks)
     if problem is None:
         problem = _first(ranks.gather(_contents_problem(folder, ranks)))
@@ -269,10 +354,23 @@ def verify(folder: Path, ranks: Ranks) -> str | None:
 
 
 def intact(folder: Path, ranks: Ranks) -> str | None:
-    """First difference of a folder from its manifest, hashes included; what the files say is not looked at. Collective."""
-    problem = ranks.from_first(_said(lambda: check_files(folder, read_manifest(folder))) if ranks.rank == 0 else None)
+    """First difference of a folder from its manifest, hashes included.
+
+    What the files say is not looked at. Collective.
+    """
+    problem = ranks.from_first(
+        _said(lambda: check_files(folder, read_manifest(folder))) if ranks.rank == 0 else None
+    )
     if problem is None:
-        problem = _first(ranks.gather(_said(lambda: hash_problem(folder, read_manifest(folder), ranks.rank, ranks.world_size))))
+        problem = _first(
+            ranks.gather(
+                _said(
+                    lambda: hash_problem(
+                        folder, read_manifest(folder), ranks.rank, ranks.world_size
+                    )
+                )
+            )
+        )
     return problem
 
 
@@ -286,7 +384,10 @@ def _contents_problem(folder: Path, ranks: Ranks) -> str | None:
 
 
 def _said(look: Callable[[], str | None]) -> str | None:
-    """What a look at a checkpoint finds wrong, as text. Whatever it raises, the other ranks must hear of it and not wait."""
+    """What a look at a checkpoint finds wrong, as text.
+
+    Whatever it raises, the other ranks must hear of it and not wait.
+    """
     try:
         return look()
     except (Damaged, OtherVersion) as problem:
@@ -299,7 +400,9 @@ def _first(problems: list[str | None]) -> str | None:
     return next(filter(None, problems), None)
 
 
-def open_newest(root: Path, step: int | None = None, warn: Callable[[str], None] = print) -> Checkpoint:
+def open_newest(
+    root: Path, step: int | None = None, warn: Callable[[str], None] = print
+) -> Checkpoint:
     """For readers (evaluation, generation): the newest checkpoint, or that of `step`, verified, in one process. Changes nothing."""
     found = choose(root, "auto" if step is None else step, Ranks(), warn)
     if found is None:

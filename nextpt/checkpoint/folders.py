@@ -1,11 +1,13 @@
 """The folders of a run's checkpoints: their names, their order, and how they get out of the way.
 
     step-000000500              a checkpoint
-    step-000000500.2            the second one of that step: training was rolled back and came by again
-    step-000000600.damaged      one that did not verify, set aside when a start took another; never read, never removed
-    .staging-*, .removing-*     a save or a removal under way, or a killed one; the next save clears them
+    step-000000500.2            the second one of that step: training was rolled back and came by
+    again step-000000600.damaged      one that did not verify, set aside when a start took another;
+    never read, never removed .staging-*, .removing-*     a save or a removal under way, or a killed
+    one; the next save clears them
 
-A name is given once, by renaming a finished folder, and a folder that has one is never written into.
+A name is given once, by renaming a finished folder, and a folder that has one is never written
+into.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ STAGING, REMOVING, DAMAGED = ".staging-", ".removing-", ".damaged"
 def checkpoint_folders(root: Path) -> list[Path]:
     """All folders with the name of a checkpoint, newest step and attempt first."""
     found = [(match, root / match[0]) for match in map(FOLDER.fullmatch, _names(root)) if match]
-    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 1)), reverse=True)]
+    return [
+        path
+        for _, path in sorted(
+            found, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 1)), reverse=True
+        )
+    ]
 
 
 def _names(root: Path) -> list[str]:
@@ -42,21 +49,27 @@ def step_of(folder: Path) -> int:
 
 def folder_of(root: Path, step: int) -> Path:
     """The newest folder of a step; where there is none, the one that its first save would make."""
-    return next((f for f in checkpoint_folders(root) if step_of(f) == step), root / f"step-{step:09d}")
+    return next(
+        (f for f in checkpoint_folders(root) if step_of(f) == step), root / f"step-{step:09d}"
+    )
 
 
 def free_name(root: Path, step: int) -> Path:
     """The name for a new checkpoint of a step: one that no folder has, and above all attempts that are there."""
     taken = [FOLDER.fullmatch(f.name)[2] for f in checkpoint_folders(root) if step_of(f) == step]
     plain = root / f"step-{step:09d}"
-    return plain.with_name(f"{plain.name}.{max(int(t or 1) for t in taken) + 1}") if taken else plain
+    return (
+        plain.with_name(f"{plain.name}.{max(int(t or 1) for t in taken) + 1}") if taken else plain
+    )
 
 
 def listing(root: Path) -> tuple[list[Listed], list[tuple[Path, str]], list[tuple[Path, str]]]:
-    """(checkpoints by their manifests, damaged, of another version), each newest first; a damaged one with its problem.
+    """(checkpoints by their manifests, damaged, of another version), each newest first.
 
-    Newest is the highest sequence number: the line of training that was saved last, at whatever step. Clocks and times
-    of files decide nothing.
+    A damaged one with its problem.
+
+    Newest is the highest sequence number: the line of training that was saved last, at whatever
+    step. Clocks and times of files decide nothing.
     """
     listed, damaged, foreign = [], [], []
     for folder in checkpoint_folders(root):
@@ -72,11 +85,18 @@ def listing(root: Path) -> tuple[list[Listed], list[tuple[Path, str]], list[tupl
 
 def set_aside_folders(root: Path) -> list[Path]:
     """What `set_aside` has renamed, in order of name."""
-    return sorted(root / name for name in _names(root) if DAMAGED in name and FOLDER.fullmatch(name.split(DAMAGED)[0]))
+    return sorted(
+        root / name
+        for name in _names(root)
+        if DAMAGED in name and FOLDER.fullmatch(name.split(DAMAGED)[0])
+    )
 
 
 def last_sequence(root: Path) -> int:
-    """The highest sequence number that any manifest under `root` carries, damaged folders' too; 0 for none."""
+    """The highest sequence number that any manifest under `root` carries, damaged folders' too.
+
+    0 for none.
+    """
     numbers = [found.manifest.sequence for found in listing(root)[0]]
     for folder in set_aside_folders(root):
         try:

@@ -2,12 +2,13 @@
 
     step-000000500/
         rank-00000.safetensors   fp32 fragments; one tensor per box
-        rank-00000.json          which parameter, kind, full shape and slice per axis each tensor is; random states
-        state.json               step, config, versions, data position, optimizer scalars, parameter shapes
-        manifest.json            sizes and hashes of all other files, and the line of training; written last
+        rank-00000.json          which parameter, kind, full shape and slice per axis each tensor
+        is; random states state.json               step, config, versions, data position, optimizer
+        scalars, parameter shapes manifest.json            sizes and hashes of all other files, and
+        the line of training; written last
 
-JSON is canonical (sorted keys), so equal state gives equal bytes. Nothing is pickled. A folder is a checkpoint only if
-its manifest verifies (manifest.py) and its parts fit together (index.py).
+JSON is canonical (sorted keys), so equal state gives equal bytes. Nothing is pickled. A folder is a
+checkpoint only if its manifest verifies (manifest.py) and its parts fit together (index.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from nextpt.checkpoint.manifest import Damaged, OtherVersion, describe
 from nextpt.checkpoint.state import ShardedState
 from nextpt.errors import CheckpointError
 
-MOST_MAPPED = 2**25  # bytes. Files are mapped to be read; opening one again reads its header, a few hundred kB at most
+# bytes. Files are mapped to be read; opening one again reads its header, a few hundred kB at most
+MOST_MAPPED = 2**25
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,13 @@ class Snapshot:
         return self.contents["step"]
 
 
-def take_snapshot(state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], world_size: int) -> Snapshot:
-    """Copy this rank's fragments. extras: JSON values for state.json, with `step`; rng: this rank's random states."""
+def take_snapshot(
+    state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], world_size: int
+) -> Snapshot:
+    """Copy this rank's fragments. extras: JSON values for state.json, with `step`.
+
+    rng: this rank's random states.
+    """
     tensors: dict[str, Tensor] = {}
     entries = []
     for fragment in state.fragments():
@@ -60,7 +67,15 @@ def take_snapshot(state: ShardedState, extras: dict[str, Any], rng: dict[str, An
             # A copy in any case, and one per box: safetensors refuses views that share storage.
             tensors[key] = part.to("cpu", torch.float32, copy=True).reshape([b - a for a, b in box])
             offset += volume(box)
-            entries.append({"tensor": key, "name": fragment.name, "kind": fragment.kind, "shape": fragment.shape, "slices": box})
+            entries.append(
+                {
+                    "tensor": key,
+                    "name": fragment.name,
+                    "kind": fragment.kind,
+                    "shape": fragment.shape,
+                    "slices": box,
+                }
+            )
     contents = extras | {
         "world_size": world_size,
         "scalars": state.scalars(),
@@ -79,7 +94,10 @@ def write_rank(folder: Path, rank: int, snapshot: Snapshot) -> dict[str, dict[st
 
 
 class Checkpoint:
-    """A checkpoint that was verified. `state`: what state.json holds. Raises CheckpointError when its parts do not fit together."""
+    """A checkpoint that was verified.
+
+    `state`: what state.json holds. Raises CheckpointError when its parts do not fit together.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,9 +108,12 @@ class Checkpoint:
         self._fragments: dict[tuple[str, str], list[tuple[str, Entry]]] = {}
         for rank, index in enumerate(self._ranks):
             for entry in index.fragments:
-                self._fragments.setdefault((entry.name, entry.kind), []).append((f"rank-{rank:05d}.safetensors", entry))
+                self._fragments.setdefault((entry.name, entry.kind), []).append(
+                    (f"rank-{rank:05d}.safetensors", entry)
+                )
         self._open: dict[str, Any] = {}
-        self._mapped = 0  # bytes read since the files were opened: so much of them counts as memory of this process
+        # Bytes read since the files were opened: so much of them counts as memory of this process
+        self._mapped = 0
 
     @property
     def step(self) -> int:
@@ -106,7 +127,10 @@ class Checkpoint:
         return {name: tuple(shape) for name, shape in self.state["parameters"].items()}
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """fp32 [stop - start]: elements [start, stop) of a parameter in row-major order. Reads only what is asked for."""
+        """fp32 [stop - start]: elements [start, stop) of a parameter in row-major order.
+
+        Reads only what is asked for.
+        """
         out = torch.empty(stop - start, dtype=torch.float32)
         offset = filled = 0
         for wanted in boxes(self.shapes()[name], start, stop):
@@ -115,12 +139,16 @@ class Checkpoint:
             for file, entry in self._fragments.get((name, kind), []):
                 common = intersection(wanted, entry.box)
                 if common is not None:
-                    place[within(common, wanted)] = self._slice(file, entry.tensor, within(common, entry.box))
+                    place[within(common, wanted)] = self._slice(
+                        file, entry.tensor, within(common, entry.box)
+                    )
                     filled += volume(common)
                     self._mapped += 4 * volume(common)
         if self._mapped > MOST_MAPPED:
             self.close()
-        assert filled == stop - start, f"{name} ({kind}): fragments that tile were checked for when the checkpoint was opened"
+        assert filled == stop - start, (
+            f"{name} ({kind}): fragments that tile were checked for when the checkpoint was opened"
+        )
         return out
 
     def close(self) -> None:
@@ -140,4 +168,6 @@ class Checkpoint:
             part = self._open[file].get_slice(tensor)
             return part[slices] if slices else part[:]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"checkpoint {self.folder}: {file} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"checkpoint {self.folder}: {file} cannot be read: {error}"
+            ) from error

@@ -60,7 +60,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path, rank: int, parameters: dict[str, list[int]]) -> Index:
-    """rank-*.json; every entry is a box inside a parameter that state.json knows. Raises Damaged."""
+    """rank-*.json; every entry is a box inside a parameter that state.json knows.
+
+    Raises Damaged.
+    """
     path = folder / f"rank-{rank:05d}.json"
     index = _read(path, TypeAdapter(Index))
     for entry in index.fragments:
@@ -69,8 +72,10 @@ def read_index(folder: Path, rank: int, parameters: dict[str, list[int]]) -> Ind
             a < b <= size for (a, b), size in zip(entry.slices, entry.shape, strict=True)
         )
         if shape is None or shape != entry.shape or entry.kind not in KINDS or not inside:
-            raise Damaged(f"{path.name}: tensor {entry.tensor} is slices {entry.slices} of {entry.shape} of {entry.name!r} "
-                          f"({entry.kind!r}), which {STATE} does not have room for")
+            raise Damaged(
+                f"{path.name}: tensor {entry.tensor} is slices {entry.slices} of {entry.shape} of"
+                f" {entry.name!r} ({entry.kind!r}), which {STATE} does not have room for"
+            )
     return index
 
 
@@ -80,7 +85,9 @@ def _read(path: Path, kind: TypeAdapter, keep: bool = False) -> Any:
         checked = kind.validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise Damaged(f"{path.name} is not in order: {'.'.join(map(repr, first['loc']))}: {first['msg']}") from None
+        raise Damaged(
+            f"{path.name} is not in order: {'.'.join(map(repr, first['loc']))}: {first['msg']}"
+        ) from None
     except (OSError, ValueError) as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from None
     return value if keep else checked
@@ -92,18 +99,25 @@ def check_tensors(folder: Path, rank: int, index: Index) -> None:
     try:
         with safe_open(folder / name, framework="pt") as file:
             stored = set(file.keys())
-            if len(index.fragments) != len(stored) or {entry.tensor for entry in index.fragments} != stored:
+            if (
+                len(index.fragments) != len(stored)
+                or {entry.tensor for entry in index.fragments} != stored
+            ):
                 raise Damaged(f"{name} and its index do not name the same tensors")
             for entry in index.fragments:
                 part, sides = file.get_slice(entry.tensor), [b - a for a, b in entry.slices]
                 if part.get_dtype() != "F32" or part.get_shape() != sides:
-                    raise Damaged(f"{name}: tensor {entry.tensor} is {part.get_dtype()} {part.get_shape()}, "
-                                  f"its index says F32 {sides}")
+                    raise Damaged(
+                        f"{name}: tensor {entry.tensor} is {part.get_dtype()} {part.get_shape()}, "
+                        f"its index says F32 {sides}"
+                    )
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{name} cannot be read: {error}") from None
 
 
-def check_coverage(parameters: dict[str, list[int]], entries: dict[tuple[str, str], list[Box]]) -> None:
+def check_coverage(
+    parameters: dict[str, list[int]], entries: dict[tuple[str, str], list[Box]]
+) -> None:
     """Every element of every kind of every parameter comes exactly once. Raises Damaged.
 
     Boxes that share no element and hold as many elements together as the parameter has tile it.
@@ -116,7 +130,10 @@ def check_coverage(parameters: dict[str, list[int]], entries: dict[tuple[str, st
 
 
 def _overlap(found: Iterable[Box]) -> bool:
-    """Whether two boxes share an element. Sorted by their first axis, only neighbours there are compared."""
+    """Whether two boxes share an element.
+
+    Sorted by their first axis, only neighbours there are compared.
+    """
     active: list[Box] = []
     for box in sorted(found):
         if not box:  # of a scalar: a second one is a second volume
@@ -129,7 +146,9 @@ def _overlap(found: Iterable[Box]) -> bool:
 
 
 def read_contents(folder: Path) -> tuple[dict[str, Any], list[Index]]:
-    """(state.json, index of each rank) of a folder, checked against each other and the manifest. Raises Damaged, OtherVersion.
+    """(state.json, index of each rank) of a folder, checked against each other and the manifest.
+
+    Raises Damaged, OtherVersion.
 
     Hashes are not looked at, and neither are tensors: see check_tensors.
     """
@@ -137,7 +156,9 @@ def read_contents(folder: Path) -> tuple[dict[str, Any], list[Index]]:
     state = read_state(folder)
     for key in ("step", "world_size"):
         if state[key] != getattr(manifest, key):
-            raise Damaged(f"{STATE} says {key} = {state[key]}, the manifest {getattr(manifest, key)}")
+            raise Damaged(
+                f"{STATE} says {key} = {state[key]}, the manifest {getattr(manifest, key)}"
+            )
     indexes = [read_index(folder, rank, state["parameters"]) for rank in range(manifest.world_size)]
     found: dict[tuple[str, str], list[Box]] = {}
     for index in indexes:

@@ -30,10 +30,14 @@ def sync(path: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read; never through a symbolic link, and never one that is no plain file. Raises OSError."""
+    """Open a file to read; never through a symbolic link, and never one that is no plain file.
+
+    Raises OSError.
+    """
     if path.is_symlink():  # for the message; the flag below is what keeps the promise
         raise OSError(f"{path.name} is a symbolic link")
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not make it wait
+    # A pipe must not make it wait
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(f"{path.name} is not a plain file")
@@ -41,15 +45,26 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises OSError, or ValueError for what canonical JSON never holds."""
+    """The value of a JSON file.
+
+    Raises OSError, or ValueError for what canonical JSON never holds.
+    """
     with open_regular(path) as file:
         return parse_json(file.read())
 
 
 def parse_json(data: bytes) -> Any:
-    """Strict JSON: UTF-8, finite numbers, no key twice, and no nesting that exhausts the stack. Raises ValueError."""
+    """Strict JSON: UTF-8, finite numbers, no key twice, and no nesting that exhausts the stack.
+
+    Raises ValueError.
+    """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_float=_finite,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -54,16 +54,31 @@ class Failed:
 
 
 class Keeper:
-    """warn: shows a line to the person; rank 0's is the one to listen to. may_commit: see `save` of commit.py. All methods
-    are collective.
+    """warn: shows a line to the person.
 
-    With checkpoint.asynchronous a thread writes, one save at a time. It has a process group of its own, because two
-    threads of a rank must not take turns in one. What it finds is agreed upon and told by the thread of the training.
+    Rank 0's is the one to listen to. may_commit: see `save` of commit.py. All methods are
+    collective.
+
+    With checkpoint.asynchronous a thread writes, one save at a time. It has a process group of its
+    own, because two threads of a rank must not take turns in one. What it finds is agreed upon and
+    told by the thread of the training.
     """
 
-    def __init__(self, root: Path, settings: CheckpointSection, ranks: Ranks, warn: Callable[[str], None],
-                 may_commit: Callable[[], None] = lambda: None, mirror: Mirror | None = None) -> None:
-        self.root, self.settings, self.ranks, self.warn, self.may_commit, self.mirror = root, settings, ranks, warn, may_commit, mirror
+    def __init__(
+        self,
+        root: Path,
+        settings: CheckpointSection,
+        ranks: Ranks,
+        warn: Callable[[str], None],
+        may_commit: Callable[[], None] = lambda: None,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.root = root
+        self.settings = settings
+        self.ranks = ranks
+        self.warn = warn
+        self.may_commit = may_commit
+        self.mirror = mirror
         self._above = 0  # sequence numbers that the mirror has
         self._line: list[list[int]] = []
         self._writers = ranks.another() if settings.asynchronous else ranks
@@ -72,8 +87,10 @@ class Keeper:
         self._begun = self._stall = 0.0
 
     def start(self) -> Checkpoint | None:
-        """What to resume from; see `choose`, and `_come_back` with a mirror. Saves will continue its line. Leftovers of killed saves
-        are removed: after a job that was killed in its last save they would stay for ever.
+        """What to resume from; see `choose`, and `_come_back` with a mirror.
+
+        Saves will continue its line. Leftovers of killed saves are removed: after a job that was
+        killed in its last save they would stay for ever.
         """
         on_first(lambda: clear_leftovers(self.root), self.root, self.ranks)
         found = self._come_back() if self.mirror else self._choose()
@@ -82,8 +99,10 @@ class Keeper:
         return found
 
     def go_back(self, step: int) -> Checkpoint | None:
-        """The newest checkpoint of this line from before `step`, verified; None when there is none. Saves will continue from it.
-        No save may be under way."""
+        """The newest checkpoint of this line from before `step`, verified; None when there is none.
+
+        Saves will continue from it. No save may be under way.
+        """
         assert self._flight is None
         found = choose_earlier(self.root, step, self._line, self.ranks, self.warn)
         if found is not None:
@@ -101,44 +120,72 @@ class Keeper:
         there = self._look_there()
         found = problem = None
         resume = self.settings.resume
-        if resume in ("auto", "never") or resume in on_first(lambda: steps(self.root), self.root, self.ranks):
+        if resume in ("auto", "never") or resume in on_first(
+            lambda: steps(self.root), self.root, self.ranks
+        ):
             try:
                 found = self._choose()
             except NoValidCheckpoint as error:
                 problem = error
         newest = -1 if found is None else read_manifest(found.folder).sequence
-        wanted = [one for one in there if (one.sequence > newest if resume == "auto" else found is None and one.step == resume)]
+        wanted = [
+            one
+            for one in there
+            if (one.sequence > newest if resume == "auto" else found is None and one.step == resume)
+        ]
         for one in wanted:
-            why = fetch(self.mirror.archive, one, self.root, self.ranks, self.mirror.accept, self.may_commit)
+            why = fetch(
+                self.mirror.archive, one, self.root, self.ranks, self.mirror.accept, self.may_commit
+            )
             if why is None:
                 self.warn(f"step {one.step} fetched from the mirror {self.mirror.archive.place}")
                 return self._choose()
-            self.warn(f"warning: checkpoint {self.mirror.archive.place}/{one.name} is not usable: {why}; the one before it is looked for")
+            self.warn(
+                f"warning: checkpoint {self.mirror.archive.place}/{one.name} is not usable: {why};"
+                " the one before it is looked for"
+            )
         if found is None and (problem or wanted):
-            raise problem or same_everywhere(f"the mirror {self.mirror.archive.place} has checkpoints of this run and none that is whole; "
-                                             "look at them, or give another run.dir and checkpoint.mirror", NoValidCheckpoint)
+            raise problem or same_everywhere(
+                f"the mirror {self.mirror.archive.place} has checkpoints of this run and none that"
+                " is whole; look at them, or give another run.dir and checkpoint.mirror",
+                NoValidCheckpoint,
+            )
         return self._choose() if found is None else found
 
     def _look_there(self) -> list[Stored]:
-        """Checkpoints of the mirror, newest first. Raises CheckpointError where there are some and none is wanted."""
+        """Checkpoints of the mirror, newest first.
+
+        Raises CheckpointError where there are some and none is wanted.
+        """
 
         def look() -> list[list]:
             there = self.mirror.look(bool(steps(self.root)), self.warn)
             if self.settings.resume == "never" and any(one.complete for one in there):
-                raise CheckpointError(f"checkpoint.resume = never, but the mirror {self.mirror.archive.place} holds checkpoints of this run; "
-                                      "give another one or remove them")
+                raise CheckpointError(
+                    f"checkpoint.resume = never, but the mirror {self.mirror.archive.place} holds"
+                    " checkpoints of this run; give another one or remove them"
+                )
             return [[one.name, one.complete] for one in there]
 
         there = [Stored(*one) for one in on_first(look, self.root, self.ranks)]
         self._above = max((one.sequence for one in there), default=0)
         return [one for one in there if one.complete]
 
-    def save(self, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], loss: float | None = None,
-             wait: bool = True) -> list[Finished | Failed]:
-        """Save extras["step"]; see `save` of commit.py. Returns what became durable and what failed for the disk; raises the rest.
+    def save(
+        self,
+        state: ShardedState,
+        extras: dict[str, Any],
+        rng: dict[str, Any],
+        loss: float | None = None,
+        wait: bool = True,
+    ) -> list[Finished | Failed]:
+        """Save extras["step"]; see `save` of commit.py.
 
-        wait: until it is durable, and those are removed that need not be kept. Otherwise, with checkpoint.asynchronous,
-        only until the state is copied, and `poll` tells the rest. A save that is still under way is waited for first.
+        Returns what became durable and what failed for the disk; raises the rest.
+
+        wait: until it is durable, and those are removed that need not be kept. Otherwise, with
+        checkpoint.asynchronous, only until the state is copied, and `poll` tells the rest. A save
+        that is still under way is waited for first.
         """
         begun = time.monotonic()
         finished = self._settle() if self._flight else []
@@ -146,7 +193,9 @@ class Keeper:
         flight = self._flight = Future()
         self._begun, self._step = begun, extras["step"]
         if self.settings.asynchronous and not wait:
-            Thread(target=self._write, args=(flight, snapshot, loss), name="checkpoint", daemon=True).start()
+            Thread(
+                target=self._write, args=(flight, snapshot, loss), name="checkpoint", daemon=True
+            ).start()
             self._stall = time.monotonic() - begun
             return finished
         self._write(flight, snapshot, loss)
@@ -154,11 +203,13 @@ class Keeper:
         return finished + self._settle()
 
     def poll(self, wait: bool = False) -> list[Finished | Failed]:
-        """What became of the save under way; nothing while a rank is at it. Costs nothing when there is none. Raises as `save` does.
+        """What became of the save under way; nothing while a rank is at it.
+
+        Costs nothing when there is none. Raises as `save` does.
 
         wait: until it is.
         """
-        if self._flight is None or not wait and self.ranks.any(not self._flight.done()):
+        if self._flight is None or (not wait and self.ranks.any(not self._flight.done())):
             return []
         return self._settle()
 
@@ -179,7 +230,9 @@ class Keeper:
     def _write(self, flight: Future, snapshot: Snapshot, loss: float | None) -> None:
         """Commit, then let go of what need not be kept; the future gets the result."""
         try:
-            saved = commit(self.root, snapshot, self._writers, self._line, loss, self.may_commit, self._above)
+            saved = commit(
+                self.root, snapshot, self._writers, self._line, loss, self.may_commit, self._above
+            )
             if self.mirror and self._writers.rank == 0:
                 self.mirror.saved(saved.folder)
             durable = time.monotonic()
@@ -188,11 +241,14 @@ class Keeper:
             except CheckpointError as error:  # the new one is durable: that is no failed save
                 warnings = [f"warning: no old checkpoint was removed: {error}"]
             flight.set_result((saved, durable, warnings))
-        except BaseException as error:  # it is raised where the result is asked for; without one that would wait for ever
+        # It is raised where the result is asked for; without one that would wait for ever
+        except BaseException as error:
             flight.set_exception(error)
 
     def _retire(self) -> list[str]:
-        """Remove what retention does not keep, if at least two of the others prove whole. Returns what to warn of.
+        """Remove what retention does not keep, if at least two of the others prove whole.
+
+        Returns what to warn of.
 
         The newest was read when it was hashed, a moment ago.
         """
@@ -207,17 +263,30 @@ class Keeper:
             if problem is None:
                 whole.append(name)
             else:
-                how = on_first(lambda name=name: out_of_the_way(self.root / name), self.root, self._writers)
-                warnings.append(f"warning: checkpoint {self.root / name} is not usable: {problem}{how}")
+                how = on_first(
+                    lambda name=name: out_of_the_way(self.root / name), self.root, self._writers
+                )
+                warnings.append(
+                    f"warning: checkpoint {self.root / name} is not usable: {problem}{how}"
+                )
                 surplus = [other for other in surplus if other != name]
         if len(whole) == VERIFIED:
-            warnings += on_first(lambda: self._remove([name for name in surplus if name not in whole]), self.root, self._writers)
+            warnings += on_first(
+                lambda: self._remove([name for name in surplus if name not in whole]),
+                self.root,
+                self._writers,
+            )
         return warnings
 
     def _plan(self) -> tuple[list[str], list[str]]:
         """Names of (those to keep, those to let go), newest first."""
         listed = listing(self.root)[0]
-        keep = [one.folder.name for one in kept(listed, self.settings.keep_last, self.settings.keep_every, self.settings.keep_best)]
+        keep = [
+            one.folder.name
+            for one in kept(
+                listed, self.settings.keep_last, self.settings.keep_every, self.settings.keep_best
+            )
+        ]
         return keep, [one.folder.name for one in listed if one.folder.name not in keep]
 
     def _remove(self, names: list[str]) -> list[str]:
@@ -228,5 +297,8 @@ class Keeper:
                     if may:
                         remove(self.root / name)
             except OSError as error:  # training need not end for it; the next save tries again
-                warnings.append(f"warning: checkpoint {self.root / name} is no longer needed and cannot be removed: {error.strerror}")
+                warnings.append(
+                    f"warning: checkpoint {self.root / name} is no longer needed and cannot be"
+                    f" removed: {error.strerror}"
+                )
         return warnings

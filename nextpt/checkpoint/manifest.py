@@ -1,7 +1,8 @@
 """The manifest: what a checkpoint folder holds, of which step, and of which line of training.
 
-It is written last. A folder is a checkpoint only if its manifest is in order, it holds the named files and no others, and
-their sizes and hashes agree. The manifest carries a hash of itself, so a flipped bit in it is seen as well.
+It is written last. A folder is a checkpoint only if its manifest is in order, it holds the named
+files and no others, and their sizes and hashes agree. The manifest carries a hash of itself, so a
+flipped bit in it is seen as well.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class FileEntry(BaseModel):
 class Manifest(BaseModel):
     """sequence: grows by one with every save of the run folder; 0 in version 1, which had none.
 
-    line: ranges [first, last] of the sequence numbers of all saves that this one descends from, and its own; what lies
-    between them was abandoned by a rollback. loss: of the last validation before it, nats per token.
+    line: ranges [first, last] of the sequence numbers of all saves that this one descends from, and
+    its own; what lies between them was abandoned by a rollback. loss: of the last validation before
+    it, nats per token.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -68,11 +70,17 @@ class Manifest(BaseModel):
         return sum(entry.size for entry in self.files.values())
 
     def descends_from(self, other: Manifest) -> bool:
-        """Whether training went through `other` on its way here. Saves without a number are told by their step."""
+        """Whether training went through `other` on its way here.
+
+        Saves without a number are told by their step.
+        """
         return other.step <= self.step if other.sequence == 0 else other.is_of(self.line)
 
     def is_of(self, line: list[list[int]]) -> bool:
-        """Whether a line went through this save. One without a number is older than all that have one."""
+        """Whether a line went through this save.
+
+        One without a number is older than all that have one.
+        """
         return self.sequence == 0 or any(first <= self.sequence <= last for first, last in line)
 
 
@@ -85,7 +93,9 @@ def next_line(line: list[list[int]], sequence: int) -> list[list[int]]:
 
 def file_names(world_size: int) -> set[str]:
     """Files of a checkpoint that so many ranks wrote, but for the manifest."""
-    return {STATE} | {f"rank-{rank:05d}.{kind}" for rank in range(world_size) for kind in ("safetensors", "json")}
+    return {STATE} | {
+        f"rank-{rank:05d}.{kind}" for rank in range(world_size) for kind in ("safetensors", "json")
+    }
 
 
 @dataclass(frozen=True)
@@ -112,19 +122,26 @@ def read_manifest(folder: Path) -> Manifest:
         version = value.get("format_version") if isinstance(value, dict) else None
         version = version if type(version) is int else None  # a bool is an int, and true equals 1
         if version is not None and version > FORMAT_VERSION:
-            raise OtherVersion(f"its format version is {version}, this nextpt reads up to {FORMAT_VERSION}; use a newer one")
+            raise OtherVersion(
+                f"its format version is {version}, this nextpt reads up to {FORMAT_VERSION}; use a"
+                " newer one"
+            )
         if version == 1:
             manifest = _first_version(folder, value)
         else:
             digest = value.pop("xxh3", None) if isinstance(value, dict) else None
             manifest = Manifest.model_validate(value)
             if digest != _digest(value):
-                raise Damaged("its manifest is damaged: it does not have the hash that it gives for itself")
+                raise Damaged(
+                    "its manifest is damaged: it does not have the hash that it gives for itself"
+                )
     except FileNotFoundError:
         raise Damaged("it has no manifest: it was not finished, or lost it") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise Damaged(f"its manifest is not in order: {'.'.join(map(repr, first['loc']))}: {first['msg']}") from None
+        raise Damaged(
+            f"its manifest is not in order: {'.'.join(map(repr, first['loc']))}: {first['msg']}"
+        ) from None
     except (OSError, ValueError) as error:
         raise Damaged(f"its manifest cannot be read: {error}") from None
     _check_names(folder, manifest)
@@ -147,9 +164,14 @@ def _first_version(folder: Path, value: dict[str, Any]) -> Manifest:
     if value != {"format_version": 1} or not isinstance(files, dict):
         raise ValueError("version 1 has only files and format_version")
     match = FOLDER.fullmatch(folder.name)
-    return Manifest.model_validate({
-        "format_version": 1, "files": files, "step": int(match[1]) if match else 0, "world_size": max(1, (len(files) - 1) // 2),
-    })
+    return Manifest.model_validate(
+        {
+            "format_version": 1,
+            "files": files,
+            "step": int(match[1]) if match else 0,
+            "world_size": max(1, (len(files) - 1) // 2),
+        }
+    )
 
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
@@ -160,7 +182,10 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     for name in sorted(manifest.files.keys() ^ expected):
         if name in expected:
             raise Damaged(f"its manifest does not name {name}")
-        raise Damaged(f"its manifest names a file that no checkpoint of {manifest.world_size} ranks has: {name!r}")
+        raise Damaged(
+            f"its manifest names a file that no checkpoint of {manifest.world_size} ranks has:"
+            f" {name!r}"
+        )
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -183,7 +208,10 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def manifest_problem(folder: Path) -> str | None:
-    """Why a folder cannot be a checkpoint, by its manifest and file sizes alone; None if it may be one."""
+    """Why a folder cannot be a checkpoint, by its manifest and file sizes alone.
+
+    None if it may be one.
+    """
     try:
         check_files(folder, read_manifest(folder))
     except (Damaged, OtherVersion) as problem:
@@ -195,7 +223,8 @@ def describe(path: Path) -> dict[str, Any]:
     """{"size", "xxh3"} of a file, from its bytes on the disk."""
     digest, size = xxhash.xxh3_128(), 0
     with open_regular(path) as file:
-        # In large pieces: between two of them a thread that writes must get Python's lock back from the one that trains.
+        # In large pieces: between two of them a thread that writes must get Python's lock back from
+        # the one that trains.
         buffer = memoryview(bytearray(max(1, min(os.fstat(file.fileno()).st_size, 2**24))))
         while read := file.readinto(buffer):
             digest.update(buffer[:read])
@@ -204,7 +233,10 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def hash_problem(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> str | None:
-    """Why a folder is no checkpoint, by the hashes of every `shares`-th file from `share`; None if they are in order."""
+    """Why a folder is no checkpoint, by the hashes of every `shares`-th file from `share`.
+
+    None if they are in order.
+    """
     for name in sorted(manifest.files)[share::shares]:
         try:
             found = describe(folder / name)

@@ -1,8 +1,11 @@
-"""The mirror of a run's checkpoints in an object store: a thread of rank 0 brings them there; training never waits for it.
+"""The mirror of a run's checkpoints in an object store: a thread of rank 0 brings them there.
 
-The newest that is not there comes first. What the run's own retention removes before its turn came is passed over and told,
-so an outage of any length neither fills the disk nor holds training; only the one being sent stays until it is there. The
-mirror keeps what the run keeps, and removes nothing unless two of those that stay were read back and are whole.
+Training never waits for it.
+
+The newest that is not there comes first. What the run's own retention removes before its turn came
+is passed over and told, so an outage of any length neither fills the disk nor holds training; only
+the one being sent stays until it is there. The mirror keeps what the run keeps, and removes nothing
+unless two of those that stay were read back and are whole.
 """
 
 from __future__ import annotations
@@ -41,13 +44,26 @@ class _Lost(Exception):
 class Mirror:
     """root: the folder of the run's checkpoints. may_write: raises RunInUse when another job took the run folder.
 
-    accept: raises UserError for a folder with a checkpoint of another run. Every rank has one, for coming back; on rank 0
-    `begin` starts the thread. The other methods are for the thread of the training, and for that which saves.
+    accept: raises UserError for a folder with a checkpoint of another run. Every rank has one, for
+    coming back; on rank 0 `begin` starts the thread. The other methods are for the thread of the
+    training, and for that which saves.
     """
 
-    def __init__(self, archive: Archive, root: Path, settings: CheckpointSection, run: str,
-                 may_write: Callable[[], None] = lambda: None, accept: Callable[[Path], None] = lambda folder: None) -> None:
-        self.archive, self.root, self.settings, self.run, self.may_write, self.accept = archive, root, settings, run, may_write, accept
+    def __init__(
+        self,
+        archive: Archive,
+        root: Path,
+        settings: CheckpointSection,
+        run: str,
+        may_write: Callable[[], None] = lambda: None,
+        accept: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        self.archive = archive
+        self.root = root
+        self.settings = settings
+        self.run = run
+        self.may_write = may_write
+        self.accept = accept
         self.owner, self.claimed = uuid.uuid4().hex, False
         self._news: queue.SimpleQueue[MirrorEvent] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of what follows, and of the removal of local checkpoints
@@ -63,7 +79,10 @@ class Mirror:
         self._blocks = 0  # sent or read
 
     def look(self, has_checkpoints: bool, warn: Callable[[str], None]) -> list[Stored]:
-        """What is there, newest first, and the mirror is this job's from now on; see `comeback.look`."""
+        """What is there, newest first, and the mirror is this job's from now on.
+
+        See `comeback.look`.
+        """
 
         def look_there() -> list[Stored]:
             self._own()
@@ -80,13 +99,16 @@ class Mirror:
 
     def saved(self, folder: Path) -> None:
         """Hear of a new checkpoint."""
-        with suppress(OSError, Damaged):  # what cannot be read now is looked for again in the next round
+        # What cannot be read now is looked for again in the next round
+        with suppress(OSError, Damaged):
             self._note(Listed(folder, read_manifest(folder)))
         self._changed.set()
 
     def _note(self, one: Listed) -> None:
         with self._lock:
-            self._waiting.setdefault(name_in_store(one.folder, one.manifest), (one.folder.name, one.manifest.step))
+            self._waiting.setdefault(
+                name_in_store(one.folder, one.manifest), (one.folder.name, one.manifest.step)
+            )
 
     @contextmanager
     def removing(self, name: str) -> Iterator[bool]:
@@ -103,8 +125,15 @@ class Mirror:
                 return
 
     def finish(self, seconds_left: Callable[[], float]) -> list[int]:
-        """Wait until all is mirrored, as long as there is time; then end the thread. Returns the steps that are not."""
-        while not self._over.is_set() and (self._changed.is_set() or not self._idle.is_set()) and seconds_left() > 0:
+        """Wait until all is mirrored, as long as there is time; then end the thread.
+
+        Returns the steps that are not.
+        """
+        while (
+            not self._over.is_set()
+            and (self._changed.is_set() or not self._idle.is_set())
+            and seconds_left() > 0
+        ):
             self._over.wait(0.05)
         self.end()
         with self._lock:
@@ -118,7 +147,8 @@ class Mirror:
     def _work(self) -> None:
         failures = 0
         while not self._ending.is_set():
-            self._idle.clear()  # before the next: `finish` must never find both clear while there is something to do
+            # Before the next: `finish` must never find both clear while there is something to do
+            self._idle.clear()
             self._changed.clear()
             try:
                 more = self._turn()
@@ -129,7 +159,7 @@ class Mirror:
                 self._tell(0, "ended", str(end))
                 self._over.set()
                 return
-            except Exception as error:  # noqa: BLE001 - every store's client has exceptions of its own
+            except Exception as error:
                 failures += 1
                 self._tell_failure(error)
                 self._ending.wait(pause(failures))
@@ -139,7 +169,10 @@ class Mirror:
                 self._changed.wait()
 
     def _turn(self) -> bool:
-        """A round in a thread that is left to itself when the store hangs; should it ever go on, it ends at its next block."""
+        """A round in a thread that is left to itself when the store hangs.
+
+        Should it ever go on, it ends at its next block.
+        """
 
         def act() -> bool:
             self._sender = threading.current_thread()
@@ -155,11 +188,21 @@ class Mirror:
     def _round(self) -> bool:
         """Do the most urgent thing. False when there was none."""
         with self._lock:
-            self._pass_over([name for name, (local, _) in self._waiting.items() if not (self.root / local / MANIFEST).exists()])
+            self._pass_over(
+                [
+                    name
+                    for name, (local, _) in self._waiting.items()
+                    if not (self.root / local / MANIFEST).exists()
+                ]
+            )
         self._own()
         stored = {one.name: one for one in self.archive.stored()}
         here, there = self._here(), self._there(stored)
-        todo = [name for name in self._keep(here | there) if name not in there and name not in self._spoiled]
+        todo = [
+            name
+            for name in self._keep(here | there)
+            if name not in there and name not in self._spoiled
+        ]
         self._going_on()
         with self._lock:
             for name in self._waiting.keys() & there.keys():
@@ -171,13 +214,19 @@ class Mirror:
         return self._retire(stored, there)
 
     def _own(self) -> None:
-        """Be the one that writes here. Raises RunInUse, CheckpointError or _Lost when that may not be."""
+        """Be the one that writes here.
+
+        Raises RunInUse, CheckpointError or _Lost when that may not be.
+        """
         self.may_write()
-        if not self.claimed:  # by `look` already, in the thread of the training, where the store answered
+        # By `look` already, in the thread of the training, where the store answered
+        if not self.claimed:
             note = self.archive.note()
             if note is not None and note.get("run") != self.run:
-                raise CheckpointError(f"checkpoint.mirror = {self.archive.place} holds the run {note.get('run')!r}, and this one is {self.run!r}; "
-                                      "give each run an address of its own")
+                raise CheckpointError(
+                    f"checkpoint.mirror = {self.archive.place} holds the run {note.get('run')!r},"
+                    f" and this one is {self.run!r}; give each run an address of its own"
+                )
             self.archive.claim(self.run, self.owner, platform.node())
             self.claimed = True
         note = self.archive.note() or {}
@@ -220,7 +269,15 @@ class Mirror:
         """Those that retention keeps of these, newest first."""
         newest_first = sorted(found.values(), key=lambda one: one.manifest.sequence, reverse=True)
         names = {id(one): name for name, one in found.items()}
-        return [names[id(one)] for one in kept(newest_first, self.settings.keep_last, self.settings.keep_every, self.settings.keep_best)]
+        return [
+            names[id(one)]
+            for one in kept(
+                newest_first,
+                self.settings.keep_last,
+                self.settings.keep_every,
+                self.settings.keep_best,
+            )
+        ]
 
     def _send(self, name: str, one: Listed) -> None:
         with self._lock:
@@ -242,13 +299,21 @@ class Mirror:
             return  # it was set aside as damaged, or removed by a person
         finally:
             with self._lock:
-                self._sending = None if threading.current_thread() is self._sender else self._sending
+                self._sending = (
+                    None if threading.current_thread() is self._sender else self._sending
+                )
         self._going_on()
         self._whole.add(name)
         self._bad.discard(name)
         with self._lock:
             self._waiting.pop(name, None)
-        self._tell(one.manifest.step, "mirrored", path=f"{self.archive.place}/{name}", seconds=time.monotonic() - begun, size=one.manifest.bytes)
+        self._tell(
+            one.manifest.step,
+            "mirrored",
+            path=f"{self.archive.place}/{name}",
+            seconds=time.monotonic() - begun,
+            size=one.manifest.bytes,
+        )
 
     def _retire(self, stored: dict[str, Stored], there: dict[str, Listed]) -> bool:
         """Remove what retention does not keep, if two of those that stay prove whole, and what was not finished. False: nothing to do."""
@@ -263,7 +328,9 @@ class Mirror:
         for name in [*keep, *surplus]:
             if len(whole) == VERIFIED:
                 break
-            problem = None if name in self._whole else self.archive.problem(stored[name], self._going_on)
+            problem = (
+                None if name in self._whole else self.archive.problem(stored[name], self._going_on)
+            )
             if problem:
                 self._found_damaged(stored[name], problem)
                 return True  # it may be here to be sent again
@@ -289,9 +356,24 @@ class Mirror:
     def _pass_over(self, names: list[str]) -> None:
         for name in names:
             local, step = self._waiting.pop(name)
-            self._news.put(MirrorEvent(step, "passed over", f"{self.root / local} was let go before it could be mirrored", waiting=len(self._waiting)))
+            self._news.put(
+                MirrorEvent(
+                    step,
+                    "passed over",
+                    f"{self.root / local} was let go before it could be mirrored",
+                    waiting=len(self._waiting),
+                )
+            )
 
-    def _tell(self, step: int, status: str, message: str = "", path: str = "", seconds: float = 0.0, size: int = 0) -> None:
+    def _tell(
+        self,
+        step: int,
+        status: str,
+        message: str = "",
+        path: str = "",
+        seconds: float = 0.0,
+        size: int = 0,
+    ) -> None:
         self._news.put(MirrorEvent(step, status, message, path, seconds, size, len(self._waiting)))
 
     def _tell_failure(self, error: Exception) -> None:

@@ -37,7 +37,10 @@ class Ranks:
         padded[: data.numel()] = data
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(parts, padded, group=self._group)
-        return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        return [
+            json.loads(part[: int(size)].numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective."""

@@ -10,16 +10,21 @@ from nextpt.errors import CheckpointError
 from nextpt.model import Decoder
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> tuple[Config, Decoder]:
+def load_model(
+    checkpoint: Checkpoint, device: torch.device | str = "cpu"
+) -> tuple[Config, Decoder]:
     """The config of the run and its model, fp32, in evaluation mode.
 
-    Implementations and the loss's workspace were chosen for the machine that trained it; here they are chosen anew.
+    Implementations and the loss's workspace were chosen for the machine that trained it; here they
+    are chosen anew.
     """
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
-    config = config.model_copy(update={
-        "model": config.model.model_copy(update={"attention": "auto", "cross_entropy": "auto"}),
-        "train": config.train.model_copy(update={"loss_workspace_mib": None}),
-    })
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"attention": "auto", "cross_entropy": "auto"}),
+            "train": config.train.model_copy(update={"loss_workspace_mib": None}),
+        }
+    )
     model = Decoder(config)
     check_shapes(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
     with torch.no_grad():
@@ -29,13 +34,17 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> tu
 
 
 def check_shapes(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError when the checkpoint is of another model; the first difference is named."""
+    """Raise CheckpointError when the checkpoint is of another model.
+
+    The first difference is named.
+    """
     stored = checkpoint.shapes()
     for name in sorted(stored.keys() | shapes.keys()):
         if stored.get(name) != shapes.get(name):
             error = CheckpointError(
-                f"checkpoint {checkpoint.folder} is of another model: {name} is {stored.get(name, 'missing')} there and "
-                f"{shapes.get(name, 'missing')} here; use its own config or another run.dir"
+                f"checkpoint {checkpoint.folder} is of another model: {name} is"
+                f" {stored.get(name, 'missing')} there and {shapes.get(name, 'missing')} here; use"
+                " its own config or another run.dir"
             )
             error.every_rank = False
             raise error

@@ -19,13 +19,17 @@ IGNORE_INDEX = -100  # torch's own default for targets that are not predicted
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens, targets (IGNORE_INDEX: none), position_ids: int64 [B, T]; document_ids: int32 [B, T], padding -1.
+    """tokens, targets (IGNORE_INDEX: none), position_ids: int64 [B, T].
 
-    cu_seqlens: int32 [B * segments + 1], starts of the segments in the flattened inputs (padding is one), then B * T over
-    and over; `segments` is a constant of the run (segments_per_row), so the size is too, and the longest is at most T.
-    token_weights: fp32 [B, T], 0 where ignored. target_bytes: int32 [B, T], UTF-8 bytes of each target, 0 where ignored.
-    is_text: bool [B, T], the target is counted as text: not ignored and not a special token. domain_ids: int64 [B].
-    Positions start at 0 in every segment of a row.
+    document_ids: int32 [B, T], padding -1.
+
+    cu_seqlens: int32 [B * segments + 1], starts of the segments in the flattened inputs (padding is
+    one), then B * T over and over; `segments` is a constant of the run (segments_per_row), so the
+    size is too, and the longest is at most T.
+    token_weights: fp32 [B, T], 0 where ignored. target_bytes: int32 [B, T], UTF-8 bytes of each
+    target, 0 where ignored.
+    is_text: bool [B, T], the target is counted as text: not ignored and not a special token.
+    domain_ids: int64 [B]. Positions start at 0 in every segment of a row.
     """
 
     tokens: Tensor
@@ -40,7 +44,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; from pinned memory the copies do not block."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return Batch(
+            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        )
 
     def pinned(self) -> Batch:
         """The batch in page-locked memory."""
@@ -48,7 +54,10 @@ class Batch:
 
 
 class Row(NamedTuple):
-    """One packed sequence as stored (data_prep.format). tokens: [T + 1]; token_weights: fp32, target_bytes: [T + 1] or None."""
+    """One packed sequence as stored (data_prep.format). tokens: [T + 1].
+
+    token_weights: fp32, target_bytes: [T + 1] or None.
+    """
 
     tokens: np.ndarray
     doc_lens: np.ndarray
@@ -66,21 +75,30 @@ def blank_row(length: int, domain: int) -> Row:
 def segments_per_row(length: int, context: int, most: int | None = None) -> int:
     """Segments of the T = length inputs of a row that cu_seqlens has room for.
 
-    most: the largest number in any row of the dataset, where it is known; else T / 2 + 2, because a segment that predicts
-    anything has two tokens and only the ends of a row may hold shorter ones. Cutting at `context` adds one per cut.
+    most: the largest number in any row of the dataset, where it is known; else T / 2 + 2, because a
+    segment that predicts anything has two tokens and only the ends of a row may hold shorter ones.
+    Cutting at `context` adds one per cut.
     """
     cuts = (length - 1) // context
     return min((most or length // 2 + 2) + cuts, length)
 
 
-def collate(rows: Sequence[Row], size: int, token_bytes: np.ndarray, domain_weights: np.ndarray, *, segments: int,
-            context: int) -> list[Batch]:
+def collate(
+    rows: Sequence[Row],
+    size: int,
+    token_bytes: np.ndarray,
+    domain_weights: np.ndarray,
+    *,
+    segments: int,
+    context: int,
+) -> list[Batch]:
     """Rows as batches of `size`. token_bytes: int32 [V]. domain_weights: fp32 [domains], the loss weight of each domain's tokens.
 
-    segments: segments_per_row. context: no input sees further back than the last multiple of it in its row; where it cuts
-    a segment a new one begins, and the target across the cut is predicted all the same. A target counts when it belongs to
-    the document piece of its input; the first token of a piece is never predicted. All rows are made together, because a
-    few tokens cost numpy as much as a thousand. Raises DataError when a row contradicts itself or the tokenizer.
+    segments: segments_per_row. context: no input sees further back than the last multiple of it in
+    its row; where it cuts a segment a new one begins, and the target across the cut is predicted
+    all the same. A target counts when it belongs to the document piece of its input; the first
+    token of a piece is never predicted. All rows are made together, because a few tokens cost numpy
+    as much as a thousand. Raises DataError when a row contradicts itself or the tokenizer.
     """
     count, length = len(rows), len(rows[0].tokens) - 1
     assert count % size == 0, (count, size)
@@ -93,7 +111,10 @@ def collate(rows: Sequence[Row], size: int, token_bytes: np.ndarray, domain_weig
         bytes_of_targets = token_bytes.take(targets)
         token_bytes.take(inputs[:, 0])
     except IndexError as error:
-        raise DataError(f"a row holds a token outside the vocabulary of {len(token_bytes)}: {error}; prepare the data again") from None
+        raise DataError(
+            f"a row holds a token outside the vocabulary of {len(token_bytes)}: {error}; prepare"
+            " the data again"
+        ) from None
     is_text = bytes_of_targets > 0
     domains = np.array([row.domain for row in rows], dtype=np.int64)
     weights = np.empty((count, length), np.float32)
@@ -110,9 +131,23 @@ def collate(rows: Sequence[Row], size: int, token_bytes: np.ndarray, domain_weig
         for values in (weights, bytes_of_targets, is_text):
             values.reshape(-1)[none] = 0
     seen = pieces if context >= length else pieces.cut(context)
-    whole = (inputs, targets, seen.positions(), seen.ids(), weights, bytes_of_targets, is_text, domains)
-    return [Batch(*(torch.from_numpy(part[first : first + size]) for part in whole), cu_seqlens=torch.from_numpy(cu))
-            for first, cu in zip(range(0, count, size), seen.cu_seqlens(size, segments), strict=True)]
+    whole = (
+        inputs,
+        targets,
+        seen.positions(),
+        seen.ids(),
+        weights,
+        bytes_of_targets,
+        is_text,
+        domains,
+    )
+    return [
+        Batch(
+            *(torch.from_numpy(part[first : first + size]) for part in whole),
+            cu_seqlens=torch.from_numpy(cu),
+        )
+        for first, cu in zip(range(0, count, size), seen.cu_seqlens(size, segments), strict=True)
+    ]
 
 
 @lru_cache(maxsize=2)
@@ -127,8 +162,19 @@ class _Segments:
     last_inputs: places of inputs whose successor is of another segment, so not theirs to predict.
     """
 
-    def __init__(self, count: int, length: int, starts: np.ndarray, padding: np.ndarray, last_inputs: np.ndarray) -> None:
-        self.count, self.length, self.starts, self.padding, self.last_inputs = count, length, starts, padding, last_inputs
+    def __init__(
+        self,
+        count: int,
+        length: int,
+        starts: np.ndarray,
+        padding: np.ndarray,
+        last_inputs: np.ndarray,
+    ) -> None:
+        self.count = count
+        self.length = length
+        self.starts = starts
+        self.padding = padding
+        self.last_inputs = last_inputs
         self.lengths = np.diff(starts, append=count * length)
 
     @classmethod
@@ -139,16 +185,26 @@ class _Segments:
         lasts = np.cumsum(counts) - 1
         sums = np.add.reduceat(lengths, lasts - counts + 1)
         if len(flags) != len(lengths) or (sums != length + 1).any() or lengths.min() < 1:
-            raise DataError(f"the segments of a row do not add up to its {length + 1} tokens; prepare the data again")
+            raise DataError(
+                f"the segments of a row do not add up to its {length + 1} tokens; prepare the data"
+                " again"
+            )
         lengths[lasts] -= 1  # the last token of a row is a target only
         starts = np.cumsum(lengths) - lengths
         later = np.ones(len(lengths), bool)
         later[lasts - counts + 1] = False  # all but the first of each row
         there = lengths > 0
-        return cls(len(rows), length, starts[there], (flags[there] & PADDING) > 0, starts[later] - 1)
+        return cls(
+            len(rows), length, starts[there], (flags[there] & PADDING) > 0, starts[later] - 1
+        )
 
     def padding_inputs(self) -> list[slice]:
-        return [slice(s, s + n) for s, n in zip(self.starts[self.padding].tolist(), self.lengths[self.padding].tolist(), strict=True)]
+        return [
+            slice(s, s + n)
+            for s, n in zip(
+                self.starts[self.padding].tolist(), self.lengths[self.padding].tolist(), strict=True
+            )
+        ]
 
     def cut(self, context: int) -> _Segments:
         """The segments with a new one at every multiple of `context` in a row."""
@@ -168,7 +224,9 @@ class _Segments:
         """int32 [rows, length]: numbers of segments within their rows; -1 in padding."""
         rows = self.starts // self.length
         firsts = np.searchsorted(self.starts, np.arange(self.count) * self.length)
-        ids = np.where(self.padding, -1, np.arange(len(self.starts)) - firsts[rows]).astype(np.int32)
+        ids = np.where(self.padding, -1, np.arange(len(self.starts)) - firsts[rows]).astype(
+            np.int32
+        )
         return np.repeat(ids, self.lengths).reshape(self.count, self.length)
 
     def cu_seqlens(self, size: int, per_row: int) -> np.ndarray:
@@ -178,8 +236,10 @@ class _Segments:
         firsts = np.searchsorted(batch, np.arange(batches))
         place = np.arange(len(batch)) - firsts[batch]
         if place.max() >= size * per_row:
-            raise DataError(f"{size} rows hold {place.max() + 1} segments, more than the {per_row} per row that there is room for; "
-                            "prepare the data again")
+            raise DataError(
+                f"{size} rows hold {place.max() + 1} segments, more than the {per_row} per row that"
+                " there is room for; prepare the data again"
+            )
         found = np.full((batches, size * per_row + 1), total, np.int32)
         found[batch, place] = start
         return found

@@ -1,8 +1,8 @@
 """Random permutations that are a function of integers alone, on every machine and with every version of numpy.
 
-numpy promises the raw stream of a bit generator for ever, but not what Generator.permutation makes of it (NEP 19). So a
-permutation here is the stable sorting order of raw 64-bit words of Philox (Salmon et al., SC 2011), which reaches any
-(key, counter) at once.
+numpy promises the raw stream of a bit generator for ever, but not what Generator.permutation makes
+of it (NEP 19). So a permutation here is the stable sorting order of raw 64-bit words of Philox
+(Salmon et al., SC 2011), which reaches any (key, counter) at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Micro-batches of one rank, by optimizer step. The position is that of the step, after what was passed over: no other state."""
+"""Micro-batches of one rank, by optimizer step.
+
+The position is that of the step, after what was passed over: no other state.
+"""
 
 from __future__ import annotations
 
@@ -24,51 +27,77 @@ WINDOWS_AHEAD = 2  # windows of shards made ready: the one being read and the ne
 
 
 class Loader:
-    """Reads the rows of one rank. Threads make batches ahead, and have shards fetched and verified before those need them.
+    """Reads the rows of one rank.
 
-    pin: copy batches into page-locked memory, for a GPU. Raises ConfigError when the dataset is not the one that the
-    config describes or the plan breaks a repeat cap, DataError when the dataset is missing or damaged.
+    Threads make batches ahead, and have shards fetched and verified before those need them.
+
+    pin: copy batches into page-locked memory, for a GPU. Raises ConfigError when the dataset is not
+    the one that the config describes or the plan breaks a repeat cap, DataError when the dataset is
+    missing or damaged.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, *, pin: bool = False) -> None:
         self.config, self.rank, self.world_size, self.pin = config, rank, world_size, pin
         self.dataset = Dataset(config)
         self.manifest, self.domains = self.dataset.manifest, self.dataset.domains
-        self._weights = np.array([config.objective.domain_weights.get(d, 1.0) for d in self.domains], dtype=np.float32)
+        self._weights = np.array(
+            [config.objective.domain_weights.get(d, 1.0) for d in self.domains], dtype=np.float32
+        )
         counts = [int(samples.sum()) for samples in self.dataset.samples]
         self.plan = make_plan(config, self.domains, counts)
         self._order = Order(self.plan, self.dataset.samples)
-        check_repeats(config, self.domains, counts, self._order.given(config.total_steps * config.train.global_batch_size))
+        check_repeats(
+            config,
+            self.domains,
+            counts,
+            self._order.given(config.total_steps * config.train.global_batch_size),
+        )
         shortest = min(stage.sequence_length for stage in self.plan.stages)
-        self._segments = segments_per_row(self.manifest.sequence_length, shortest, self.dataset.max_segments())
+        self._segments = segments_per_row(
+            self.manifest.sequence_length, shortest, self.dataset.max_segments()
+        )
         self.wait_seconds = 0.0
-        self.passed_over: list[tuple[int, int]] = []  # ranges of positions, rising, none beside another; whole steps
+        # Ranges of positions, rising, none beside another; whole steps
+        self.passed_over: list[tuple[int, int]] = []
         # StreamingDataset is asked by one thread: its cache is not meant for several.
         threads = config.data.prefetch_threads if config.data.backend == "native" else 1
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
-        self._window: dict[int, tuple[int, int]] = {}  # domain -> samples of it for which shards were last made ready
+        # Domain -> samples of it for which shards were last made ready
+        self._window: dict[int, tuple[int, int]] = {}
         self._window_lock = threading.Lock()
 
     def position(self, step: int) -> int:
         """First sample of the step-th optimizer step, counted from 0: after those of all steps before and those passed over."""
-        return step * self.config.train.global_batch_size + sum(stop - first for first, stop in self.passed_over)
+        return step * self.config.train.global_batch_size + sum(
+            stop - first for first, stop in self.passed_over
+        )
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint after `step` steps keeps: the position, what was passed over, and what it is a position in."""
         position = self.position(step)
         return {
-            "position": position, "passed_over": [list(span) for span in self.passed_over], "order_version": ORDER_VERSION,
-            "dataset": self.manifest.fingerprint, "plan": self.plan.hash, "plan_before": self.plan.prefix_hash(position),
+            "position": position,
+            "passed_over": [list(span) for span in self.passed_over],
+            "order_version": ORDER_VERSION,
+            "dataset": self.manifest.fingerprint,
+            "plan": self.plan.hash,
+            "plan_before": self.plan.prefix_hash(position),
         }
 
     def go_on(self, state: dict[str, Any]) -> None:
-        """Read on from a state, whose data `check_state` compares. Raises KeyError, TypeError or ValueError for one that is none."""
+        """Read on from a state, whose data `check_state` compares.
+
+        Raises KeyError, TypeError or ValueError for one that is none.
+        """
         passed = [(int(first), int(stop)) for first, stop in state.get("passed_over", [])]
-        edges, size = [edge for span in passed for edge in span], self.config.train.global_batch_size
+        edges = [edge for span in passed for edge in span]
+        size = self.config.train.global_batch_size
         inside = all(0 <= edge <= state["position"] and edge % size == 0 for edge in edges)
         if edges != sorted(set(edges)) or not inside:
-            raise ValueError(f"passed_over = {passed} are not whole steps before position {state['position']}")
+            raise ValueError(
+                f"passed_over = {passed} are not whole steps before position {state['position']}"
+            )
         self._forget_ahead()
         self.passed_over = passed
 
@@ -100,18 +129,28 @@ class Loader:
             raise DataError("it was saved by an older nextpt, whose order of samples was another")
         position, changed = state["position"], []
         if state["order_version"] != ORDER_VERSION:
-            changed.append(f"the version of the order of samples ({state['order_version']} -> {ORDER_VERSION}, by another nextpt)")
+            changed.append(
+                f"the version of the order of samples ({state['order_version']} -> {ORDER_VERSION},"
+                " by another nextpt)"
+            )
         if state["dataset"] != self.manifest.fingerprint:
-            changed.append(f"the dataset (fingerprint {state['dataset'][:12]} -> {self.manifest.fingerprint[:12]})")
+            changed.append(
+                f"the dataset (fingerprint {state['dataset'][:12]} ->"
+                f" {self.manifest.fingerprint[:12]})"
+            )
         elif state["plan_before"] != self.plan.prefix_hash(position):
-            changed.append(f"the plan before sample {position} (data.mixing, data.stages, run.seed; later stages may change)")
+            changed.append(
+                f"the plan before sample {position} (data.mixing, data.stages, run.seed; later"
+                " stages may change)"
+            )
         if changed:
             raise DataError("changed since: " + " and ".join(changed))
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of this rank for the step-th optimizer step, counted from 0.
 
-        Raises DataError when one of its shards cannot be read; steps before are not disturbed by what is read ahead.
+        Raises DataError when one of its shards cannot be read; steps before are not disturbed by
+        what is read ahead.
         """
         started = time.monotonic()
         for old in [s for s in self._ahead if not step <= s <= step + AHEAD]:
@@ -133,15 +172,20 @@ class Loader:
         return [range(start, start + train.micro_batch_size) for start in starts]
 
     def validation_batches(self, domain: int, rows: int) -> Iterator[Batch]:
-        """This rank's share of the first `rows` held-out rows of a domain; every rank gets the same number of batches.
+        """This rank's share of the first `rows` held-out rows of a domain.
 
-        Places past the last row are filled with padding, which no sum counts. The context is always the whole row.
+        Every rank gets the same number of batches.
+
+        Places past the last row are filled with padding, which no sum counts. The context is always
+        the whole row.
         """
         available, size = self.dataset.rows["heldout"][domain], self.config.train.micro_batch_size
         rows = min(rows, len(available))
         for first in range(0, rows, size * self.world_size):
             start = first + self.rank * size
-            yield self._threads.submit(self._heldout_batch, available, domain, range(start, start + size), rows).result()
+            yield self._threads.submit(
+                self._heldout_batch, available, domain, range(start, start + size), rows
+            ).result()
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -149,12 +193,17 @@ class Loader:
         self.dataset.close()
 
     def _read_step(self, step: int) -> list[Batch]:
-        parts = [self._order.nths(positions.start, positions.stop) for positions in self.positions(step)]
+        parts = [
+            self._order.nths(positions.start, positions.stop) for positions in self.positions(step)
+        ]
         domains, nths = (np.concatenate(column) for column in zip(*parts, strict=True))
         self._look_ahead(domains, nths)
         rows, train = self._order.rows(domains, nths).tolist(), self.dataset.rows["train"]
         context = self._order.sequence_length(self.position(step))
-        return self._collate([train[domain][row] for domain, row in zip(domains.tolist(), rows, strict=True)], context)
+        return self._collate(
+            [train[domain][row] for domain, row in zip(domains.tolist(), rows, strict=True)],
+            context,
+        )
 
     def _look_ahead(self, domains: np.ndarray, nths: np.ndarray) -> None:
         """Have the shards made ready of the window that a domain has come to, and of the next."""
@@ -170,13 +219,28 @@ class Loader:
 
     def _heldout_batch(self, source: Rows, domain: int, indices: range, stop: int) -> Batch:
         length = self.manifest.sequence_length
-        return self._collate([source[i] if i < stop else blank_row(length + 1, domain) for i in indices], length)[0]
+        return self._collate(
+            [source[i] if i < stop else blank_row(length + 1, domain) for i in indices], length
+        )[0]
 
     def _collate(self, rows: list[Row], context: int) -> list[Batch]:
         if not self.config.objective.token_weights:
-            rows = [row._replace(token_weights=None) if row.token_weights is not None else row for row in rows]
+            rows = [
+                row._replace(token_weights=None) if row.token_weights is not None else row
+                for row in rows
+            ]
         elif any(row.token_weights is None and not row.doc_flags[0] & PADDING for row in rows):
-            raise DataError(f"objective.token_weights is set, and {self.config.data.path} has no token_weights column")
+            raise DataError(
+                f"objective.token_weights is set, and {self.config.data.path} has no token_weights"
+                " column"
+            )
         size = self.config.train.micro_batch_size
-        batches = collate(rows, size, self.dataset.token_bytes, self._weights, segments=self._segments, context=context)
+        batches = collate(
+            rows,
+            size,
+            self.dataset.token_bytes,
+            self._weights,
+            segments=self._segments,
+            context=context,
+        )
         return [batch.pinned() for batch in batches] if self.pin else batches

@@ -1,7 +1,8 @@
 """What the processes of one machine know in common: locks, which files were verified, room for unpacked shards.
 
-All of it is in one folder of the machine's own disk, by default TMPDIR/nextpt-UID, and may be deleted at any time: it only
-saves work. Locks are the kernel's (flock), so one that a crashed process held is free at once.
+All of it is in one folder of the machine's own disk, by default TMPDIR/nextpt-UID, and may be
+deleted at any time: it only saves work. Locks are the kernel's (flock), so one that a crashed
+process held is free at once.
 """
 
 from __future__ import annotations
@@ -18,30 +19,50 @@ import xxhash
 
 from nextpt.errors import ConfigError
 
-LOCKS = 256  # files that all locks share; two names that fall on the same one only wait for each other
+# Files that all locks share; two names that fall on the same one only wait for each other
+LOCKS = 256
 
 
 class Node:
-    """folder: where; must belong to this user alone, or others could vouch for files. Raises ConfigError."""
+    """folder: where; must belong to this user alone, or others could vouch for files.
+
+    Raises ConfigError.
+    """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = Path(folder) if folder else Path(tempfile.gettempdir()) / f"nextpt-{os.getuid()}"
+        self.folder = (
+            Path(folder) if folder else Path(tempfile.gettempdir()) / f"nextpt-{os.getuid()}"
+        )
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = os.stat(self.folder, follow_symlinks=bool(folder))
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-                raise ConfigError(f"{self.folder} must be a folder that only this user can write; set data.scratch to another")
+            if (
+                not stat.S_ISDIR(found.st_mode)
+                or found.st_uid != os.getuid()
+                or found.st_mode & 0o022
+            ):
+                raise ConfigError(
+                    f"{self.folder} must be a folder that only this user can write; set"
+                    " data.scratch to another"
+                )
             for part in ("locks", "verified", "unpacked"):
                 (self.folder / part).mkdir(exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"data.scratch: {error.filename}: {error.strerror}; give a folder on this machine's disk "
-                              "that can be written") from None
+            raise ConfigError(
+                f"data.scratch: {error.filename}: {error.strerror}; give a folder on this machine's"
+                " disk that can be written"
+            ) from None
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold the lock of a name against all processes and threads of this machine. Not nested: names share locks."""
+        """Hold the lock of a name against all processes and threads of this machine.
+
+        Not nested: names share locks.
+        """
         number = xxhash.xxh64_intdigest(os.fsencode(name)) % LOCKS
-        file = os.open(self.folder / "locks" / str(number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.open(
+            self.folder / "locks" / str(number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -49,7 +70,9 @@ class Node:
             os.close(file)
 
     def mark(self, path: Path, xxh64: int) -> Path:
-        """The file that exists when `path`, as it is now, was found to have this hash. Raises FileNotFoundError.
+        """The file that exists when `path`, as it is now, was found to have this hash.
+
+        Raises FileNotFoundError.
 
         Its time of change says when the shard was last opened here.
         """

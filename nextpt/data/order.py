@@ -1,10 +1,11 @@
 """The global order of rows: a pure function of (seed, plan, rows per shard, position).
 
-Positions 0, 1, 2, ... are the samples in the order in which training sees them, whatever the number of ranks, the
-micro-batch size or the number of reading threads; those only slice it.
+Positions 0, 1, 2, ... are the samples in the order in which training sees them, whatever the number
+of ranks, the micro-batch size or the number of reading threads; those only slice it.
 
-    position g  ->  stage s that holds it, block (g - start_s) div BLOCK of that stage, place within the block
-    block       ->  how many samples of each domain it holds and all before it held (mixture.py), in integers; which
+    position g  ->  stage s that holds it, block (g - start_s) div BLOCK of that stage, place within
+    the block block       ->  how many samples of each domain it holds and all before it held
+    (mixture.py), in integers; which
                     places they have is a permutation drawn from (seed, stage, block)
     k-th sample that the domain ever gives, over all stages  ->  row (passes.py)
 
@@ -65,7 +66,9 @@ class Order:
             block, place = divmod(first - start, BLOCK)
             upto = min(stop, start + (block + 1) * BLOCK, stop if end is None else end)
             domains, nths = self._block(number, block)
-            parts.append((domains[place : place + upto - first], nths[place : place + upto - first]))
+            parts.append(
+                (domains[place : place + upto - first], nths[place : place + upto - first])
+            )
             first = upto
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 

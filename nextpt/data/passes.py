@@ -1,8 +1,9 @@
 """The order of one domain's rows: passes over its shards, in windows of shards that are shuffled together.
 
-The k-th row that a domain ever gives belongs to pass k div N, N its rows. A pass permutes the shards and cuts them into
-windows of WINDOW; the rows of a window's shards are permuted together. So a pass is a permutation of all rows, reading
-it touches few shards at a time, and any place in it is reached by drawing one window.
+The k-th row that a domain ever gives belongs to pass k div N, N its rows. A pass permutes the
+shards and cuts them into windows of WINDOW; the rows of a window's shards are permuted together. So
+a pass is a permutation of all rows, reading it touches few shards at a time, and any place in it is
+reached by drawing one window.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import numpy as np
 
 from nextpt.data.draw import permutation
 
-# Rows of 16 shards of 64 MB, at 2048 tokens a quarter of a million, are mixed well enough; MosaicML's py1e shuffles
-# as many by default (its block size is 2^18 samples). 1 GB stays in the page cache.
+# Rows of 16 shards of 64 MB, at 2048 tokens a quarter of a million, are mixed well enough;
+# MosaicML's py1e shuffles as many by default (its block size is 2^18 samples). 1 GB stays in the
+# page cache.
 WINDOW = 16
 SHARDS, ROWS = 0, 1  # what a draw is for
 
@@ -64,15 +66,22 @@ class DomainOrder:
 
     def _draw_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(shards in their order int32, rows before each window and in all int64)."""
-        shards = permutation(len(self._samples), self._seed, self._stream, (number, 0, SHARDS)).astype(np.int32)
+        shards = permutation(
+            len(self._samples), self._seed, self._stream, (number, 0, SHARDS)
+        ).astype(np.int32)
         shards = shards[self._samples[shards] > 0]
         ends = np.cumsum(self._samples[shards])
         last = ends[-1:] if len(shards) % WINDOW else ends[:0]
         return shards, np.concatenate((np.zeros(1, np.int64), ends[WINDOW - 1 :: WINDOW], last))
 
     def _draw_window(self, number: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows counted through the window's shards, in their order, int32; what to add per shard; where shards begin)."""
+        """(rows counted through the window's shards, in their order, int32.
+
+        What to add per shard; where shards begin).
+        """
         shards = self._pass(number)[0][WINDOW * window : WINDOW * (window + 1)]
         begins = np.concatenate(([0], np.cumsum(self._samples[shards])))
-        drawn = permutation(int(begins[-1]), self._seed, self._stream, (number, window, ROWS)).astype(np.int32)
+        drawn = permutation(
+            int(begins[-1]), self._seed, self._stream, (number, window, ROWS)
+        ).astype(np.int32)
         return drawn, self.starts[shards] - begins[:-1], begins

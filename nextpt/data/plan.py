@@ -1,7 +1,8 @@
 """The plan of a run's data: stages with a mixture and a context each, their hashes, and how often rows come again.
 
-A stage starts at a sample (a multiple of the global batch size) and gives `weights` (mixture.quantise) and the longest
-context. The last one has no end. Positions in a plan are samples from 0.
+A stage starts at a sample (a multiple of the global batch size) and gives `weights`
+(mixture.quantise) and the longest context. The last one has no end. Positions in a plan are samples
+from 0.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Plan:
 
     def prefix_hash(self, position: int | None) -> str:
         """Hash of what decides the samples before `position`; of the whole plan if None."""
-        begun = [asdict(stage) for stage in self.stages if position is None or stage.start < position]
+        begun = [
+            asdict(stage) for stage in self.stages if position is None or stage.start < position
+        ]
         inputs = json.dumps([self.seed, BLOCK, UNIT, WINDOW, position, begun])
         return hashlib.sha256(inputs.encode()).hexdigest()
 
@@ -58,16 +61,27 @@ def make_plan(config: Config, domains: list[str], rows: list[int]) -> Plan:
     """
     data, stages, start = config.data, [], 0
     if not data.stages:
-        return Plan(config.run.seed, (Stage(0, _weights("data.mixing", data.mixing, domains, rows), data.sequence_length),))
+        return Plan(
+            config.run.seed,
+            (Stage(0, _weights("data.mixing", data.mixing, domains, rows), data.sequence_length),),
+        )
     for number, stage in enumerate(data.stages):
         key = f"data.stages.{number}.mixing" if stage.mixing is not None else "data.mixing"
         mixing = data.mixing if stage.mixing is None else stage.mixing
-        stages.append(Stage(start, _weights(key, mixing, domains, rows), stage.sequence_length or data.sequence_length))
+        stages.append(
+            Stage(
+                start,
+                _weights(key, mixing, domains, rows),
+                stage.sequence_length or data.sequence_length,
+            )
+        )
         start += (stage.steps or 0) * config.train.global_batch_size
     return Plan(config.run.seed, tuple(stages))
 
 
-def _weights(key: str, mixing: dict[str, float] | None, domains: list[str], rows: list[int]) -> tuple[int, ...]:
+def _weights(
+    key: str, mixing: dict[str, float] | None, domains: list[str], rows: list[int]
+) -> tuple[int, ...]:
     if mixing is None:
         if not any(rows):
             raise ConfigError("the dataset has no training rows")
@@ -93,12 +107,16 @@ def check_repeats(config: Config, domains: list[str], rows: list[int], given: li
     if caps is None:
         return
     if isinstance(caps, dict) and (unknown := caps.keys() - set(domains)):
-        raise ConfigError(f"data.repeat_caps names domain {min(unknown)!r}; the dataset has {', '.join(domains)}")
+        raise ConfigError(
+            f"data.repeat_caps names domain {min(unknown)!r}; the dataset has {', '.join(domains)}"
+        )
     for name, size, samples in zip(domains, rows, given, strict=True):
         cap = caps.get(name) if isinstance(caps, dict) else caps
         if cap is None or samples <= cap * size:
             continue
         raise ConfigError(
-            f"data.repeat_caps allows {cap:g} passes over domain {name}, but the plan makes {samples / size:.2f}: {samples} samples of"
-            f" {size} rows in {config.total_steps} steps; give it a smaller share in data.mixing or data.stages, train for fewer"
-            " steps, or raise the cap")
+            f"data.repeat_caps allows {cap:g} passes over domain {name}, but the plan makes"
+            f" {samples / size:.2f}: {samples} samples of {size} rows in {config.total_steps}"
+            " steps; give it a smaller share in data.mixing or data.stages, train for fewer steps,"
+            " or raise the cap"
+        )

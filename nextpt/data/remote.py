@@ -1,6 +1,7 @@
 """Fetching files of a dataset from an object store, through mosaicml-streaming's downloaders.
 
-`data.remote` is any address that streaming knows (s3://, gs://, ...; S3_ENDPOINT_URL names another S3) or a folder.
+`data.remote` is any address that streaming knows (s3://, gs://, ...; S3_ENDPOINT_URL names another
+S3) or a folder.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ TIMEOUT = 120.0  # seconds, of a read from the store
 class Remote:
     """The dataset at `address`, copied file by file below `root`. Safe to use from several threads.
 
-    Downloads go to root/.incoming and are renamed when they are whole and right, so any number of processes may share
-    `root`. Raises ConfigError for an address that no downloader knows.
+    Downloads go to root/.incoming and are renamed when they are whole and right, so any number of
+    processes may share `root`. Raises ConfigError for an address that no downloader knows.
     """
 
     def __init__(self, address: str, root: Path) -> None:
@@ -40,7 +41,10 @@ class Remote:
         self.address, self.root = address.rstrip("/"), root
         self._own = threading.local()
         if os.path.realpath(address) == os.path.realpath(root):
-            raise ConfigError(f"data.remote and data.path are the same folder, {address}; data.path is where copies are kept")
+            raise ConfigError(
+                f"data.remote and data.path are the same folder, {address}; data.path is where"
+                " copies are kept"
+            )
         try:
             self._downloader()
         except (ValueError, ImportError) as error:
@@ -50,15 +54,22 @@ class Remote:
             self._incoming.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
         except OSError as error:
-            raise ConfigError(f"data.path: {error.filename}: {error.strerror}; with data.remote it must be a folder "
-                              "that can be written") from None
+            raise ConfigError(
+                f"data.path: {error.filename}: {error.strerror}; with data.remote it must be a"
+                " folder that can be written"
+            ) from None
 
-    def fetch(self, name: str, target: Path, check: Callable[[Path], str | None] = lambda path: None) -> None:
+    def fetch(
+        self, name: str, target: Path, check: Callable[[Path], str | None] = lambda path: None
+    ) -> None:
         """Copy the file `name`, relative to the address, to `target`. check: what is wrong with the copy, or None.
 
         Tries again a few times. Raises DataError that names the file and what happened last.
         """
-        temporary = self._incoming / f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}-{target.name}"
+        temporary = (
+            self._incoming
+            / f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}-{target.name}"
+        )
         trouble = ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -71,14 +82,16 @@ class Remote:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(temporary, target)
                     return
-            except Exception as error:  # noqa: BLE001 - every store has exceptions of its own
+            except Exception as error:
                 trouble = " ".join(str(error).split()) or type(error).__name__
             finally:
                 temporary.unlink(missing_ok=True)
         raise DataError(f"{self.address}/{name} cannot be fetched ({ATTEMPTS} attempts): {trouble}")
 
     def fetch_dataset(self, node: Node) -> None:
-        """Bring everything but the shards, dataset.json last. One process of a machine does it, the others wait.
+        """Bring everything but the shards, dataset.json last.
+
+        One process of a machine does it, the others wait.
 
         Raises DataError when `root` holds another dataset.
         """
@@ -98,26 +111,49 @@ class Remote:
         try:
             manifest = DatasetManifest.load(fresh)
         except PrepError as error:
-            raise DataError(f"{self.address}: {str(error).replace(str(fresh), self.address)}") from None
+            raise DataError(
+                f"{self.address}: {str(error).replace(str(fresh), self.address)}"
+            ) from None
         present = self.root / "dataset.json"
         if present.exists() and present.read_bytes() != (fresh / "dataset.json").read_bytes():
-            raise DataError(f"{self.root} holds copies of another dataset than {self.address}; give another data.path, "
-                            "or delete that folder")
-        missing = [n for n in ("token_bytes.npy", *(f"heldout_text/{d}.jsonl" for d in manifest.domains)) if not (self.root / n).exists()]
+            raise DataError(
+                f"{self.root} holds copies of another dataset than {self.address}; give another"
+                " data.path, or delete that folder"
+            )
+        missing = [
+            n
+            for n in ("token_bytes.npy", *(f"heldout_text/{d}.jsonl" for d in manifest.domains))
+            if not (self.root / n).exists()
+        ]
         for name in missing:
-            if name.startswith("heldout_text/") and not manifest.splits["heldout"][name[13:-6]].documents:
+            if (
+                name.startswith("heldout_text/")
+                and not manifest.splits["heldout"][name[13:-6]].documents
+            ):
                 continue
             self.fetch(name, self.root / name)
         for split, domains in manifest.splits.items():
             for domain, counts in domains.items():
                 target = self.root / split / domain / "index.json"
-                if counts.rows and not (target.exists() and sha256_file(target) == counts.index_sha256):
-                    self.fetch(f"{split}/{domain}/index.json", target, lambda path, sha=counts.index_sha256: (
-                        None if sha256_file(path) == sha else "it is not the one that dataset.json was written with (its hash differs)"))
+                if counts.rows and not (
+                    target.exists() and sha256_file(target) == counts.index_sha256
+                ):
+                    self.fetch(
+                        f"{split}/{domain}/index.json",
+                        target,
+                        lambda path, sha=counts.index_sha256: (
+                            None
+                            if sha256_file(path) == sha
+                            else (
+                                "it is not the one that dataset.json was written with (its hash"
+                                " differs)"
+                            )
+                        ),
+                    )
         for name in ("tokenizer.json", "dataset.json"):
             os.replace(fresh / name, self.root / name)
 
-    def _downloader(self):  # noqa: ANN202 - a class of streaming
+    def _downloader(self):
         """One per thread: not all of streaming's downloaders may be shared."""
         if not hasattr(self._own, "downloader"):
             from streaming.base.storage import CloudDownloader
@@ -145,4 +181,8 @@ def wrong_bytes(path: Path, expected: File) -> str | None:
     with open(path, "rb") as file:
         while block := file.read(2**22):
             digest.update(block)
-    return None if digest.intdigest() == expected.xxh64 else "its xxh64 differs from the one in index.json"
+    return (
+        None
+        if digest.intdigest() == expected.xxh64
+        else "its xxh64 differs from the one in index.json"
+    )

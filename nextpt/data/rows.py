@@ -20,7 +20,8 @@ from nextpt.data.passes import WINDOW
 from nextpt.data.store import ShardStore
 from nextpt.errors import DataError
 
-MAPS = 2 * WINDOW + 2  # open maps of a domain: the window being read, the one after it, and the ends of steps read ahead
+# Open maps of a domain: the window being read, the one after it, and the ends of steps read ahead
+MAPS = 2 * WINDOW + 2
 TRIES = 10
 
 
@@ -51,12 +52,17 @@ def load_token_bytes(path: str | Path, vocab_size: int) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}; prepare the data again") from None
     if sizes.shape != (vocab_size,):
-        raise DataError(f"{file} has shape {sizes.shape}, expected ({vocab_size},); prepare the data again")
+        raise DataError(
+            f"{file} has shape {sizes.shape}, expected ({vocab_size},); prepare the data again"
+        )
     return sizes.astype(np.int32)
 
 
 class MappedRows:
-    """Rows read from memory maps. domain: label of the rows. threads: make shards ready ahead; shared by all domains."""
+    """Rows read from memory maps. domain: label of the rows. threads: make shards ready ahead.
+
+    Shared by all domains.
+    """
 
     def __init__(self, store: ShardStore, domain: int, threads: ThreadPoolExecutor) -> None:
         self._store, self._domain, self._threads = store, domain, threads
@@ -94,14 +100,19 @@ class MappedRows:
         return opened
 
     def _open(self, shard: int, coming: Future[Path] | None) -> MappedShard:
-        """What was begun ahead is waited for; what has not begun is done here and now, before what is less urgent."""
+        """What was begun ahead is waited for.
+
+        What has not begun is done here and now, before what is less urgent.
+        """
         path = None
         if coming is not None and not coming.cancel():
             path = coming.result()
         for _ in range(TRIES):
             path = path or self._store.ready(shard)
             try:
-                opened = MappedShard(path, self._store.index[shard].samples, self._store.index.columns, self._domain)
+                opened = MappedShard(
+                    path, self._store.index[shard].samples, self._store.index.columns, self._domain
+                )
             except FileNotFoundError:
                 path = None  # another process needed the room
                 continue
@@ -109,5 +120,8 @@ class MappedRows:
                 raise DataError(f"{path}: {error.strerror or error}") from error
             self._store.touch(shard, path)
             return opened
-        raise DataError(f"{self._store.folder}/{self._store.index[shard].raw.name} was deleted {TRIES} times before it could be opened; "
-                        "raise data.cache_limit_gib, or keep others from that folder")
+        raise DataError(
+            f"{self._store.folder}/{self._store.index[shard].raw.name} was deleted {TRIES} times"
+            " before it could be opened; raise data.cache_limit_gib, or keep others from that"
+            " folder"
+        )

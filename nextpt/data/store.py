@@ -1,8 +1,9 @@
 """Shard files: where they lie, whether they are whole, and how they get there.
 
-A shard is ready when its raw file is on this machine and one process of the machine has found its hash right. A file that
-is missing is fetched (data.remote) or unpacked (a zstd shard); one that is wrong is fetched or unpacked again where that
-can mend it, and refused by name where it is the only copy.
+A shard is ready when its raw file is on this machine and one process of the machine has found its
+hash right. A file that is missing is fetched (data.remote) or unpacked (a zstd shard); one that is
+wrong is fetched or unpacked again where that can mend it, and refused by name where it is the only
+copy.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from nextpt.data.remote import Remote, wrong_bytes
 from nextpt.errors import ConfigError, DataError
 
 CHUNK = 2**20
-ROOM = 0.95  # of the limit is left in use, so that not every shard that comes has to look for one to go
+# Of the limit is left in use, so that not every shard that comes has to look for one to go
+ROOM = 0.95
 
 
 class ShardStore:
-    """The shards of one domain of one split. place: "SPLIT/DOMAIN". Safe to use from several threads and processes.
+    """The shards of one domain of one split. place: "SPLIT/DOMAIN".
 
-    Unpacked shards lie beside the downloaded ones, or in the node's folder where the dataset itself is local.
+    Safe to use from several threads and processes.
+
+    Unpacked shards lie beside the downloaded ones, or in the node's folder where the dataset itself
+    is local.
     """
 
-    def __init__(self, index: ShardIndex, place: str, node: Node, remote: Remote | None, cache: Cache) -> None:
+    def __init__(
+        self, index: ShardIndex, place: str, node: Node, remote: Remote | None, cache: Cache
+    ) -> None:
         self.index, self.place, self.node, self.remote = index, place, node, remote
         self.folder = index.folder
         self._cache = cache
@@ -51,7 +58,9 @@ class ShardStore:
                 return path
             if not is_copy:
                 if trouble := self._trouble(path, shard.raw):
-                    raise DataError(f"{path} is damaged: {trouble}; prepare the data again or copy it anew")
+                    raise DataError(
+                        f"{path} is damaged: {trouble}; prepare the data again or copy it anew"
+                    )
             elif not path.exists() or wrong_bytes(path, shard.raw):
                 self._make(shard, path)
             mark = self.node.mark(path, shard.raw.xxh64)
@@ -117,7 +126,10 @@ class ShardStore:
         if not hasattr(self, "_by_name"):
             self._by_name = {self.index[i].raw.name: i for i in range(len(self.index))}
         for folder in (self.folder, self._unpacked):
-            if path.is_relative_to(folder) and (number := self._by_name.get(str(path.relative_to(folder)))) is not None:
+            if (
+                path.is_relative_to(folder)
+                and (number := self._by_name.get(str(path.relative_to(folder)))) is not None
+            ):
                 yield number
 
     def _make(self, shard: Shard, path: Path) -> None:
@@ -129,7 +141,9 @@ class ShardStore:
         check_inside(packed, self.folder)
         trouble = self._trouble(packed, shard.packed)
         if trouble and not self.remote:
-            raise DataError(f"{packed} is damaged: {trouble}; prepare the data again or copy it anew")
+            raise DataError(
+                f"{packed} is damaged: {trouble}; prepare the data again or copy it anew"
+            )
         if trouble:
             self._fetch(shard.packed, packed)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,31 +157,46 @@ class ShardStore:
 
 
 def _unpack(packed: Path, target: Path, raw: File) -> None:
-    """Write the raw form of a zstd file. Raises DataError when it is not what the index says; never writes more than that."""
+    """Write the raw form of a zstd file.
+
+    Raises DataError when it is not what the index says; never writes more than that.
+    """
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         with open(packed, "rb") as source, open(temporary, "wb") as out:
-            reader, left = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True), raw.bytes
+            reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
+            left = raw.bytes
             while data := reader.read(min(CHUNK, left + 1)):
                 left -= len(data)
                 if left < 0:
-                    raise DataError(f"{packed} unpacks to more than the {raw.bytes} bytes that its index says; it is damaged or hostile")
+                    raise DataError(
+                        f"{packed} unpacks to more than the {raw.bytes} bytes that its index says;"
+                        " it is damaged or hostile"
+                    )
                 out.write(data)
         if trouble := wrong_bytes(temporary, raw):
-            raise DataError(f"{packed} does not unpack to the shard of its index: {trouble}; prepare the data again")
+            raise DataError(
+                f"{packed} does not unpack to the shard of its index: {trouble}; prepare the data"
+                " again"
+            )
         os.replace(temporary, target)
     except zstandard.ZstdError as error:
-        raise DataError(f"{packed} cannot be unpacked: {error}; prepare the data again or copy it anew") from None
+        raise DataError(
+            f"{packed} cannot be unpacked: {error}; prepare the data again or copy it anew"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class Cache:
-    """Keeps the files that can be made again below `limit` bytes (None: no limit); those unused for longest go first.
+    """Keeps the files that can be made again below `limit` bytes (None: no limit).
 
-    Only what a store reports as made is ever deleted: the only copy of a shard never is. A file that some process has
-    mapped may be deleted; its map stays good. The processes of a machine look at the files one after another, and not
-    again before they may together have made as much as was free then.
+    Those unused for longest go first.
+
+    Only what a store reports as made is ever deleted: the only copy of a shard never is. A file
+    that some process has mapped may be deleted; its map stays good. The processes of a machine look
+    at the files one after another, and not again before they may together have made as much as was
+    free then.
     """
 
     def __init__(self, node: Node, limit: int | None) -> None:
@@ -180,14 +209,23 @@ class Cache:
         self._stores.append(store)
 
     def check(self, needed: int) -> None:
-        """Refuse a limit that does not hold the shards that are read at the same time. Raises ConfigError."""
+        """Refuse a limit that does not hold the shards that are read at the same time.
+
+        Raises ConfigError.
+        """
         if self.limit is None:
             return
         if not self._stores:
-            raise ConfigError("data.cache_limit_gib is set, but nothing is cached: the shards are local and not compressed; leave it out")
+            raise ConfigError(
+                "data.cache_limit_gib is set, but nothing is cached: the shards are local and not"
+                " compressed; leave it out"
+            )
         if self.limit < needed:
-            raise ConfigError(f"data.cache_limit_gib = {self.limit / 2**30:.3g}, but the shards that are read and read ahead together take "
-                              f"{needed / 2**30:.3g} GiB; raise it, or every shard would be made again and again")
+            raise ConfigError(
+                f"data.cache_limit_gib = {self.limit / 2**30:.3g}, but the shards that are read and"
+                f" read ahead together take {needed / 2**30:.3g} GiB; raise it, or every shard"
+                " would be made again and again"
+            )
 
     def trim(self, made: int = 0) -> None:
         """Delete files when the limit may be passed. made: bytes of a file that this process has just made."""
@@ -197,11 +235,14 @@ class Cache:
         if self._made < self._free:
             return
         with self.node.lock("trim"):
-            files = sorted((used, path, size) for store in self._stores for path, used, size in store.made())
+            files = sorted(
+                (used, path, size) for store in self._stores for path, used, size in store.made()
+            )
             total = sum(size for _, _, size in files)
             if total > self.limit:
                 for used, path, size in files:
-                    if total <= ROOM * self.limit or used > time.time() - 1:  # just made: its reader may not have opened it yet
+                    # Just made: its reader may not have opened it yet
+                    if total <= ROOM * self.limit or used > time.time() - 1:
                         break
                     path.unlink(missing_ok=True)
                     total -= size

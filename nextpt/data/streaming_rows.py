@@ -1,15 +1,19 @@
 """Rows read by mosaicml-streaming itself: data.backend = streaming.
 
-The order stays ours; StreamingDataset serves as a store that is asked for sample i. So both backends give the same samples in the
-same order, each can be checked against the other, and StreamingDataset's traps are out of reach:
+The order stays ours; StreamingDataset serves as a store that is asked for sample i. So both
+backends give the same samples in the same order, each can be checked against the other, and
+StreamingDataset's traps are out of reach:
 
-- Its own iteration, with its worker processes, locks per sample and state without a fingerprint, is not used; the state of a
-  run is our position whichever backend reads. Everything its order depends on is set all the same, never left to defaults.
+- Its own iteration, with its worker processes, locks per sample and state without a fingerprint, is
+  not used; the state of a run is our position whichever backend reads. Everything its order depends
+  on is set all the same, never left to defaults.
 - It needs LOCAL_WORLD_SIZE, which deepspeed does not set (import_streaming does).
 - cache_limit deletes shards that have no remote: refused without data.remote.
-- It verifies a hash only when it downloads or unpacks; what lies on the disk is verified by our store first.
-- It refuses a folder that another StreamingDataset of the machine names, so two runs cannot share one; the native backend can.
-  It takes what a killed one left in shared memory for such another: that is removed first.
+- It verifies a hash only when it downloads or unpacks; what lies on the disk is verified by our
+  store first.
+- It refuses a folder that another StreamingDataset of the machine names, so two runs cannot share
+  one; the native backend can. It takes what a killed one left in shared memory for such another:
+  that is removed first.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ from nextpt.errors import ConfigError, DataError
 
 
 def open_split(config: Config, stores: list[ShardStore]) -> Any:
-    """A StreamingDataset over the domains of a split that have rows, one after another; None when none has. Collective.
+    """A StreamingDataset over the domains of a split that have rows, one after another.
+
+    None when none has. Collective.
 
     Raises ConfigError for settings that would lose data.
     """
@@ -39,36 +45,55 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
     from streaming import Stream, StreamingDataset
 
     if config.data.cache_limit_gib and not config.data.remote:
-        raise ConfigError("data.cache_limit_gib without data.remote: StreamingDataset would delete the only copy of each shard; "
-                          "leave it out")
+        raise ConfigError(
+            "data.cache_limit_gib without data.remote: StreamingDataset would delete the only copy"
+            " of each shard; leave it out"
+        )
     stores = [store for store in stores if len(store.index)]
     if not stores:
         return None
     remote = config.data.remote.rstrip("/") if config.data.remote else None
-    streams = [Stream(remote=f"{remote}/{store.place}" if remote else None, local=str(store.folder)) for store in stores]
+    streams = [
+        Stream(remote=f"{remote}/{store.place}" if remote else None, local=str(store.folder))
+        for store in stores
+    ]
     limit = int(config.data.cache_limit_gib * 2**30) if config.data.cache_limit_gib else None
     try:
         return StreamingDataset(
-            streams=streams, validate_hash="xxh64", keep_zip=False, cache_limit=limit, batch_size=config.train.micro_batch_size,
+            streams=streams,
+            validate_hash="xxh64",
+            keep_zip=False,
+            cache_limit=limit,
+            batch_size=config.train.micro_batch_size,
             predownload=config.train.micro_batch_size,
-            num_canonical_nodes=1, shuffle=False, shuffle_algo="py1e", shuffle_seed=config.run.seed, shuffle_block_size=2**18,
-            sampling_method="balanced", partition_algo="relaxed", batching_method="random", allow_unsafe_types=False,
+            num_canonical_nodes=1,
+            shuffle=False,
+            shuffle_algo="py1e",
+            shuffle_seed=config.run.seed,
+            shuffle_block_size=2**18,
+            sampling_method="balanced",
+            partition_algo="relaxed",
+            batching_method="random",
+            allow_unsafe_types=False,
         )
     except (ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"StreamingDataset cannot open {config.data.path}: {' '.join(str(error).split())}") from error
+        raise DataError(
+            f"StreamingDataset cannot open {config.data.path}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def remove_stale(folders: list[str], shared: Path = Path("/dev/shm")) -> None:
     """Remove the shared memory of datasets in these folders that no process of this machine has open or mapped.
 
-    A job that is killed as a whole leaves it, and StreamingDataset would refuse the folders to the next. To be called on every
-    rank before it opens the first dataset: one that is opened maps what others left, and creates nothing before all ranks are there.
+    A job that is killed as a whole leaves it, and StreamingDataset would refuse the folders to the
+    next. To be called on every rank before it opens the first dataset: one that is opened maps what
+    others left, and creates nothing before all ranks are there.
     """
     ours, groups = {os.path.abspath(folder) for folder in folders}, []
     for path in shared.glob("[0-9]*_locals") if shared.is_dir() else ():
         try:
             data = path.read_bytes()
-            theirs = data[4:int.from_bytes(data[:4], "little")].decode().split("\0")[:-1]
+            theirs = data[4 : int.from_bytes(data[:4], "little")].decode().split("\0")[:-1]
         except (OSError, ValueError):
             continue  # another user's, gone, or not what it seems
         if ours & {os.path.abspath(folder) for folder in theirs}:
@@ -101,16 +126,26 @@ class StreamingRows:
             self._verified.add(shard)
         try:
             sample = self._dataset[self._first + index]
-        except Exception as error:  # noqa: BLE001 - it raises whatever its stores raise
-            raise DataError(f"{self._store.folder}/{name}: StreamingDataset: {' '.join(str(error).split())}") from error
-        return Row(sample["tokens"], sample["doc_lens"], sample["doc_flags"], self._domain,
-                   sample.get("token_weights"), sample.get("target_bytes"))
+        except Exception as error:
+            raise DataError(
+                f"{self._store.folder}/{name}: StreamingDataset: {' '.join(str(error).split())}"
+            ) from error
+        return Row(
+            sample["tokens"],
+            sample["doc_lens"],
+            sample["doc_flags"],
+            self._domain,
+            sample.get("token_weights"),
+            sample.get("target_bytes"),
+        )
 
     def prepare(self, shards: Iterable[int]) -> None:
         """Nothing: StreamingDataset fetches a shard when it is asked for a row of it."""
 
 
-def streaming_rows(config: Config, stores: list[ShardStore], threads: ThreadPoolExecutor) -> list[StreamingRows]:
+def streaming_rows(
+    config: Config, stores: list[ShardStore], threads: ThreadPoolExecutor
+) -> list[StreamingRows]:
     """Rows of every domain of a split. Collective. threads: not used."""
     dataset, first, found = open_split(config, stores), 0, []
     for domain, store in enumerate(stores):

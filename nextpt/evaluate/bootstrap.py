@@ -1,7 +1,8 @@
 """Intervals of ratios of sums, by resampling documents (Efron's percentile bootstrap).
 
-Tokens of one document depend on each other, documents hardly do: so whole documents are drawn, with replacement, as many as
-there are. Of several domains each is resampled by itself, for its share in the total was chosen and not drawn.
+Tokens of one document depend on each other, documents hardly do: so whole documents are drawn, with
+replacement, as many as there are. Of several domains each is resampled by itself, for its share in
+the total was chosen and not drawn.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def resampled_sums(sums: np.ndarray, resamples: int, rng: np.random.Generator) -
 
 
 def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> list[float] | None:
-    """[low, high] that holds the middle CONFIDENCE of the ratios; None without at least two different ones.
+    """[low, high] that holds the middle CONFIDENCE of the ratios.
+
+    None without at least two different ones.
 
     Draws whose denominator is 0 say nothing of the ratio and are left out.
     """
@@ -40,6 +43,9 @@ def middle(values: np.ndarray) -> list[float]:
 
 
 def stratified(strata: Sequence[np.ndarray], resamples: int, seed: int) -> list[np.ndarray]:
-    """The resampled sums of each stratum, independent of each other; their sum is that of the whole."""
+    """The resampled sums of each stratum, independent of each other.
+
+    Their sum is that of the whole.
+    """
     streams = np.random.default_rng(seed).spawn(len(strata))
     return [resampled_sums(sums, resamples, rng) for sums, rng in zip(strata, streams, strict=True)]

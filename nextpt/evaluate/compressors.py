@@ -19,21 +19,25 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 with suppress(ImportError):  # of the extra `compressors`
     import pyppmd
 
-    # 7-Zip's PPMd, of order 6 as its own default; memory for far more than any text that is compared here
+    # 7-Zip's PPMd, of order 6 as its own default; memory for far more than any text that is
+    # compared here
     COMPRESSORS["PPMd -o6"] = lambda data: pyppmd.compress(data, max_order=6, mem_size=2**28)
 
 
 def compare(documents: list[bytes]) -> dict[str, dict[str, float]]:
     """{compressor: {"bpb_documents", "bpb_concatenated"}}: bits per byte one by one, and on all of them joined.
 
-    Joined, a compressor learns from all documents before the one it codes; a model learned from other ones before.
+    Joined, a compressor learns from all documents before the one it codes; a model learned from
+    other ones before.
     """
     joined = b"".join(documents)
     if not joined:
         return {}
     return {
         name: {
-            "bpb_documents": 8 * sum(len(compress(document)) for document in documents) / len(joined),
+            "bpb_documents": (
+                8 * sum(len(compress(document)) for document in documents) / len(joined)
+            ),
             "bpb_concatenated": 8 * len(compress(joined)) / len(joined),
         }
         for name, compress in COMPRESSORS.items()
@@ -41,8 +45,16 @@ def compare(documents: list[bytes]) -> dict[str, dict[str, float]]:
 
 
 def compare_file(data: bytes, before: bytes = b"") -> dict[str, dict[str, float]]:
-    """{compressor: {"bytes", "bits_per_byte"}} of one file. before: what each has read first; then it is what `data` adds to that."""
+    """{compressor: {"bytes", "bits_per_byte"}} of one file. before: what each has read first.
+
+    Then it is what `data` adds to that.
+    """
     if not data:
         return {}
-    found = {name: len(compress(before + data)) - (len(compress(before)) if before else 0) for name, compress in COMPRESSORS.items()}
-    return {name: {"bytes": size, "bits_per_byte": 8 * size / len(data)} for name, size in found.items()}
+    found = {
+        name: len(compress(before + data)) - (len(compress(before)) if before else 0)
+        for name, compress in COMPRESSORS.items()
+    }
+    return {
+        name: {"bytes": size, "bits_per_byte": 8 * size / len(data)} for name, size in found.items()
+    }

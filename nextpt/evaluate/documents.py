@@ -1,7 +1,8 @@
 """Scoring whole documents: sliding windows, every token predicted once.
 
-A document is [start] + tokens + [end]. Windows of `window` inputs move by `stride`; each scores only the targets
-that no earlier window scored, so all but those of the first window have at least window - stride tokens of context.
+A document is [start] + tokens + [end]. Windows of `window` inputs move by `stride`; each scores
+only the targets that no earlier window scored, so all but those of the first window have at least
+window - stride tokens of context.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from nextpt.model import Decoder
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs tokens[start:stop], targets tokens[start+1:stop+1]; targets before `fresh` (an offset) are not scored."""
+    """Inputs tokens[start:stop], targets tokens[start+1:stop+1].
+
+    Targets before `fresh` (an offset) are not scored.
+    """
 
     document: int
     start: int
@@ -46,8 +50,8 @@ def windows(lengths: list[int], window: int, stride: int) -> Iterator[Window]:
 def harness_windows(lengths: list[int], window: int) -> Iterator[Window]:
     """Windows as lm-evaluation-harness rolls them (context_len 1): disjoint, but the last has `window` inputs all the same.
 
-    So the last targets of a document have more context than `windows` with stride = window gives them
-    (lm_eval/utils.py, get_rolling_token_windows).
+    So the last targets of a document have more context than `windows` with stride = window gives
+    them (lm_eval/utils.py, get_rolling_token_windows).
     """
     for document, length in enumerate(lengths):
         for scored in range(0, length - 1, window):
@@ -64,12 +68,20 @@ def contexts(length: int, planned: Iterator[Window] | Sequence[Window]) -> np.nd
     return found
 
 
-def score_targets(model: Decoder | ForeignModel, documents: Sequence[np.ndarray], planned: Iterable[Window], *, rows: int = 32,
-                  progress: Callable[[float], None] = lambda share: None) -> list[np.ndarray]:
-    """Nats of every target: fp64 [len(document) - 1] of each document. Targets that no window scores have 0.
+def score_targets(
+    model: Decoder | ForeignModel,
+    documents: Sequence[np.ndarray],
+    planned: Iterable[Window],
+    *,
+    rows: int = 32,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[np.ndarray]:
+    """Nats of every target: fp64 [len(document) - 1] of each document.
 
-    rows: windows per forward pass; windows of like length share one, so little is padded. progress: hears the share
-    of the windows that is done.
+    Targets that no window scores have 0.
+
+    rows: windows per forward pass; windows of like length share one, so little is padded. progress:
+    hears the share of the windows that is done.
     """
     device = next(model.parameters()).device
     order = sorted(planned, key=lambda w: (w.start - w.stop, w.document, w.start))
@@ -80,30 +92,43 @@ def score_targets(model: Decoder | ForeignModel, documents: Sequence[np.ndarray]
             inputs, targets = _stack(group, documents)
             nats = _nats(model, inputs.to(device), targets.to(device)).cpu().double().numpy()
             for row, w in enumerate(group):
-                found[w.document][w.start + w.fresh : w.stop] = nats[row, w.fresh : w.stop - w.start]
+                found[w.document][w.start + w.fresh : w.stop] = nats[
+                    row, w.fresh : w.stop - w.start
+                ]
             progress((first + len(group)) / len(order))
     return found
 
 
-def score_documents(model: Decoder | ForeignModel, documents: Sequence[np.ndarray], sizes: Sequence[np.ndarray], token_bytes: np.ndarray,
-                    *, window: int, stride: int, rows: int = 32,
-                    progress: Callable[[float], None] = lambda share: None) -> tuple[Figures, np.ndarray]:
+def score_documents(
+    model: Decoder | ForeignModel,
+    documents: Sequence[np.ndarray],
+    sizes: Sequence[np.ndarray],
+    token_bytes: np.ndarray,
+    *,
+    window: int,
+    stride: int,
+    rows: int = 32,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[Figures, np.ndarray]:
     """Figures over all documents, and nats per document (fp64 [documents], text targets only).
 
-    documents: token arrays, start and end tokens included. sizes: per document the UTF-8 bytes that each target stands for,
-    one entry fewer than tokens; they all count, also those on an end token. token_bytes [V]: 0 says that a token is no text.
-    rows, progress: as of `score_targets`.
+    documents: token arrays, start and end tokens included. sizes: per document the UTF-8 bytes that
+    each target stands for, one entry fewer than tokens; they all count, also those on an end token.
+    token_bytes [V]: 0 says that a token is no text. rows, progress: as of `score_targets`.
     """
     planned = windows([len(d) for d in documents], window, stride)
     scores = score_targets(model, documents, planned, rows=rows, progress=progress)
     text = [token_bytes[d[1:]] > 0 for d in documents]
     nats = np.array([float(s[t].sum()) for s, t in zip(scores, text, strict=True)])
     ends = sum(float(s[~t].sum()) for s, t in zip(scores, text, strict=True))
-    size = sum(int(of_document.sum(dtype=np.int64)) for of_document in sizes)  # every target is scored once
+    # Every target is scored once
+    size = sum(int(of_document.sum(dtype=np.int64)) for of_document in sizes)
     return Figures(sum(int(t.sum()) for t in text), size, float(nats.sum()), ends), nats
 
 
-def _stack(group: list[Window], documents: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(
+    group: list[Window], documents: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets int64 [rows, longest]; padding comes last, so no real token sees it."""
     longest = max(w.stop - w.start for w in group)
     inputs = torch.zeros(len(group), longest, dtype=torch.long)
@@ -115,7 +140,9 @@ def _stack(group: list[Window], documents: Sequence[np.ndarray]) -> tuple[torch.
     return inputs, targets
 
 
-def _nats(model: Decoder | ForeignModel, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _nats(
+    model: Decoder | ForeignModel, inputs: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     """Per-token nats [rows, T], 0 where ignored."""
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     hidden = model(inputs, positions)

@@ -11,15 +11,25 @@ from torch import Tensor, nn
 from nextpt.config import Config, parse_config
 from nextpt.errors import CheckpointError
 
-LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")  # keys of a config.json that say how long inputs may be
+# Keys of a config.json that say how long inputs may be
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 class LogitHead(nn.Module):
     """Stands where a Decoder's lm_head does; what it is given are logits already."""
 
-    def forward(self, logits: Tensor, targets: Tensor | None = None, weights: Tensor | None = None,
-                divisor: float = 1.0) -> Tensor | tuple[Tensor, None, Tensor]:
-        """Without targets the logits; else (loss, None, nats fp32 [n]), nats 0 where targets are ignored, as a Decoder's gives them."""
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        divisor: float = 1.0,
+    ) -> Tensor | tuple[Tensor, None, Tensor]:
+        """Without targets the logits.
+
+        Else (loss, None, nats fp32 [n]), nats 0 where targets are ignored, as a Decoder's gives
+        them.
+        """
         if targets is None:
             return logits
         nats = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
@@ -39,30 +49,56 @@ class ForeignModel(nn.Module):
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
-            raise CheckpointError(f"{folder} is of an architecture that nextpt cannot express, and transformers, which may run it, is not "
-                                  "installed; pip install transformers") from None
+            raise CheckpointError(
+                f"{folder} is of an architecture that nextpt cannot express, and transformers,"
+                " which may run it, is not installed; pip install transformers"
+            ) from None
         try:
-            inner = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                                                         local_files_only=True)
+            inner = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
         except Exception as error:  # the library raises OSError, ValueError, KeyError and its own
-            raise CheckpointError(f"{folder} cannot be read by transformers: {str(error).strip().splitlines()[0]}") from None
+            raise CheckpointError(
+                f"{folder} cannot be read by transformers: {str(error).strip().splitlines()[0]}"
+            ) from None
         return cls(inner).to(device).eval()
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits [B, T, V]. tokens, positions: int64 [B, T]."""
-        return self.inner(input_ids=tokens, use_cache=False).logits  # not every architecture takes positions
+        # Not every architecture takes positions
+        return self.inner(input_ids=tokens, use_cache=False).logits
 
 
 def foreign_config(folder: Path, model: ForeignModel) -> Config:
-    """A config that says only what scoring asks: vocabulary and positions. Its other figures describe no model."""
+    """A config that says only what scoring asks: vocabulary and positions.
+
+    Its other figures describe no model.
+    """
     described = model.inner.config
     positions = next((value for key in LENGTHS if (value := getattr(described, key, None))), None)
     if positions is None:
-        raise CheckpointError(f"{folder}/config.json does not say how long inputs may be; expected one of {', '.join(LENGTHS)}")
-    return parse_config({
-        "run": {"name": "foreign"}, "data": {"path": str(folder), "sequence_length": positions},
-        "model": {"vocab_size": model.inner.get_output_embeddings().weight.shape[0], "depth": 1, "width": 64, "heads": 1,
-                  "max_position": positions},
-        "optimizer": {"lr": 1e-5}, "schedule": {"warmup": 1},
-        "train": {"steps": 2, "global_batch_size": 1, "micro_batch_size": 1},
-    }, str(folder))
+        raise CheckpointError(
+            f"{folder}/config.json does not say how long inputs may be; expected one of"
+            f" {', '.join(LENGTHS)}"
+        )
+    return parse_config(
+        {
+            "run": {"name": "foreign"},
+            "data": {"path": str(folder), "sequence_length": positions},
+            "model": {
+                "vocab_size": model.inner.get_output_embeddings().weight.shape[0],
+                "depth": 1,
+                "width": 64,
+                "heads": 1,
+                "max_position": positions,
+            },
+            "optimizer": {"lr": 1e-5},
+            "schedule": {"warmup": 1},
+            "train": {"steps": 2, "global_batch_size": 1, "micro_batch_size": 1},
+        },
+        str(folder),
+    )

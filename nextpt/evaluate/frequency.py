@@ -35,7 +35,8 @@ def training_counts(data: Path, tokenizer: Tokenizer) -> np.ndarray | None:
 def _count(data: Path, manifest: DatasetManifest, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size, dtype=np.int64)
     total = sum(c.rows for c in manifest.splits["train"].values())
-    every = max(1, -(-total * (manifest.sequence_length + 1) // MOST_TOKENS))  # of this many rows one is counted
+    # Of this many rows one is counted
+    every = max(1, -(-total * (manifest.sequence_length + 1) // MOST_TOKENS))
     for rows in open_rows(data, "train").values():
         for number in range(0, len(rows), every):
             row = rows[number]
@@ -47,4 +48,6 @@ def _count(data: Path, manifest: DatasetManifest, vocab_size: int) -> np.ndarray
 def band_of_tokens(counts: np.ndarray) -> np.ndarray:
     """int64 [V]: 0 for a token that never came, else 1 + the number of the band of EDGES that its share of all tokens is in."""
     shares = counts / max(int(counts.sum()), 1)
-    return np.where(counts == 0, 0, np.clip(np.searchsorted(EDGES, shares, side="right"), 1, len(EDGES) - 1))
+    return np.where(
+        counts == 0, 0, np.clip(np.searchsorted(EDGES, shares, side="right"), 1, len(EDGES) - 1)
+    )

@@ -1,10 +1,13 @@
-"""Per-domain sums of nats, tokens and bytes; every figure is a ratio of such sums, never a mean of ratios.
+"""Per-domain sums of nats, tokens and bytes.
 
-In `nats_per_token`, `perplexity` and `bpb_text` only text counts: the nats and the number of special tokens (start and end of
-document) are left out, the bytes are those of all text, so `bpb_text` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and
-not on how it was cut into tokens. `bpb_code` pays for the ends of documents too, over the same bytes: what a file that can be
-decoded costs. Where a tokenizer changes text, a text token may stand for no bytes and the end of a document for some (spaces
-that were stripped).
+Every figure is a ratio of such sums, never a mean of ratios.
+
+In `nats_per_token`, `perplexity` and `bpb_text` only text counts: the nats and the number of
+special tokens (start and end of document) are left out, the bytes are those of all text, so
+`bpb_text` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into
+tokens. `bpb_code` pays for the ends of documents too, over the same bytes: what a file that can be
+decoded costs. Where a tokenizer changes text, a text token may stand for no bytes and the end of a
+document for some (spaces that were stripped).
 """
 
 from __future__ import annotations
@@ -29,7 +32,12 @@ class Figures:
     special_nats: float = 0.0
 
     def __add__(self, other: Figures) -> Figures:
-        return Figures(self.tokens + other.tokens, self.bytes + other.bytes, self.nats + other.nats, self.special_nats + other.special_nats)
+        return Figures(
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+            self.nats + other.nats,
+            self.special_nats + other.special_nats,
+        )
 
     @property
     def nats_per_token(self) -> float:
@@ -41,7 +49,9 @@ class Figures:
 
     @property
     def bpb_code(self) -> float:
-        return (self.nats + self.special_nats) / (math.log(2) * self.bytes) if self.bytes else math.nan
+        return (
+            (self.nats + self.special_nats) / (math.log(2) * self.bytes) if self.bytes else math.nan
+        )
 
     def as_dict(self) -> dict[str, float]:
         nats = self.nats_per_token
@@ -57,21 +67,37 @@ class Figures:
 
 
 class DomainSums:
-    """Accumulates on the device, without synchronisation; fp64 because fp32 stops growing at 2^24 tokens."""
+    """Accumulates on the device, without synchronisation.
+
+    fp64 because fp32 stops growing at 2^24 tokens.
+    """
 
     def __init__(self, domains: list[str], device: torch.device) -> None:
         self.domains = domains
         self.sums = torch.zeros(len(domains), 4, dtype=torch.float64, device=device)
 
     def add(self, nats: Tensor, target_bytes: Tensor, is_text: Tensor, domain_ids: Tensor) -> None:
-        """nats, target_bytes, is_text [B, T], nats and bytes 0 where no target is predicted; domain_ids [B]."""
-        columns = (is_text.double(), target_bytes.double(), nats.double() * is_text, nats.double() * ~is_text)
-        self.sums.index_add_(0, domain_ids, torch.stack([column.sum(dim=1) for column in columns], dim=1))
+        """nats, target_bytes, is_text [B, T], nats and bytes 0 where no target is predicted.
+
+        domain_ids [B].
+        """
+        columns = (
+            is_text.double(),
+            target_bytes.double(),
+            nats.double() * is_text,
+            nats.double() * ~is_text,
+        )
+        self.sums.index_add_(
+            0, domain_ids, torch.stack([column.sum(dim=1) for column in columns], dim=1)
+        )
 
     def figures(self) -> dict[str, Figures]:
         """Figures per domain; reads the device. Domains without a token are left out."""
         rows = self.sums.tolist()
-        found = {d: Figures(int(tokens), int(size), *nats) for d, (tokens, size, *nats) in zip(self.domains, rows, strict=True)}
+        found = {
+            d: Figures(int(tokens), int(size), *nats)
+            for d, (tokens, size, *nats) in zip(self.domains, rows, strict=True)
+        }
         return {domain: figures for domain, figures in found.items() if figures.tokens}
 
     def total(self) -> Figures:

@@ -37,24 +37,35 @@ class Source:
         return self.step is not None
 
 
-def open_source(path: Path, step: int | None = None, device: torch.device | str = "cpu", *, decoder_only: bool = False) -> Source:
+def open_source(
+    path: Path,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    decoder_only: bool = False,
+) -> Source:
     """The model of a run folder (its newest checkpoint, or that of a step) or of a local Hugging Face folder.
 
-    A Hugging Face folder holds config.json, *.safetensors and tokenizer.json; pickles are never read. Architectures that
-    `nextpt import hf` knows become a Decoder; others are run by the transformers library where it is installed, and are
-    refused with decoder_only. Raises CheckpointError, or DataError for a tokenizer that is missing or does not fit.
+    A Hugging Face folder holds config.json, *.safetensors and tokenizer.json; pickles are never
+    read. Architectures that `nextpt import hf` knows become a Decoder; others are run by the
+    transformers library where it is installed, and are refused with decoder_only. Raises
+    CheckpointError, or DataError for a tokenizer that is missing or does not fit.
     """
     if (path / "config.json").is_file():
         if step is not None:
-            raise CheckpointError(f"{path} is a Hugging Face folder, which has no steps; leave --step out")
+            raise CheckpointError(
+                f"{path} is a Hugging Face folder, which has no steps; leave --step out"
+            )
         config, model = _open_hf(path, device, decoder_only)
         source = Source(path, config, model, _tokenizer(path / "tokenizer.json"), None)
     else:
         config, model, tokenizer, at = open_model(path, step, device)
         source = Source(path, config, model, tokenizer, at)
     if source.tokenizer.vocab_size > source.config.model.vocab_size:
-        raise DataError(f"{path}/tokenizer.json has {source.tokenizer.vocab_size} tokens, the model {source.config.model.vocab_size}; "
-                        "it is not the tokenizer of this model")
+        raise DataError(
+            f"{path}/tokenizer.json has {source.tokenizer.vocab_size} tokens, the model"
+            f" {source.config.model.vocab_size}; it is not the tokenizer of this model"
+        )
     return source
 
 
@@ -65,7 +76,9 @@ def _tokenizer(path: Path) -> Tokenizer:
         raise DataError(str(error)) from None
 
 
-def _open_hf(folder: Path, device: torch.device | str, decoder_only: bool) -> tuple[Config, Decoder | ForeignModel]:
+def _open_hf(
+    folder: Path, device: torch.device | str, decoder_only: bool
+) -> tuple[Config, Decoder | ForeignModel]:
     path = folder / "config.json"
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
@@ -74,6 +87,9 @@ def _open_hf(folder: Path, device: torch.device | str, decoder_only: bool) -> tu
     if kind in ARCHITECTURES:
         return load_hf(folder, device)
     if decoder_only:
-        raise CheckpointError(f"{path}: model_type = {kind!r} cannot be imported; these can: {', '.join(sorted(ARCHITECTURES))}")
+        raise CheckpointError(
+            f"{path}: model_type = {kind!r} cannot be imported; these can:"
+            f" {', '.join(sorted(ARCHITECTURES))}"
+        )
     model = ForeignModel.load(folder, device)
     return foreign_config(folder, model), model

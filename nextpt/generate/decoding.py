@@ -1,7 +1,7 @@
 """The model over several growing texts: logits of the next token, with a key-value cache.
 
-Shapes: B rows, V vocabulary. The texts are padded on the left, so that all of them end in the last column; a row's positions
-count from its own first token, and its tokens do not see the padding.
+Shapes: B rows, V vocabulary. The texts are padded on the left, so that all of them end in the last
+column; a row's positions count from its own first token, and its tokens do not see the padding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class Decoding:
     logits_BV: fp32 on the CPU, of the token after each row: there arithmetic repeats bit for bit.
     """
 
-    def __init__(self, config: Config, model: Decoder, texts: Sequence[Sequence[int]], capacity: int) -> None:
+    def __init__(
+        self, config: Config, model: Decoder, texts: Sequence[Sequence[int]], capacity: int
+    ) -> None:
         """texts: tokens of each row, at least one. capacity: columns that the cache has room for, the longest text's included."""
         self._model, parameter = model, next(model.parameters())
         longest = max(len(text) for text in texts)
@@ -33,7 +35,9 @@ class Decoding:
         for row, text in enumerate(texts):
             tokens[row, longest - len(text) :] = torch.tensor(text)
         self._pad(torch.tensor([longest - len(text) for text in texts], device=parameter.device))
-        self._cache = KVCache.empty(config, len(texts), capacity, dtype=parameter.dtype, device=parameter.device)
+        self._cache = KVCache.empty(
+            config, len(texts), capacity, dtype=parameter.dtype, device=parameter.device
+        )
         self._run(tokens)
 
     def feed(self, tokens_B: Tensor) -> None:
@@ -49,7 +53,8 @@ class Decoding:
         self._pad(self._padding[index])
 
     def _pad(self, padding: Tensor) -> None:
-        self._padding, self._padded = padding, bool(padding.any())  # read here, so that no step waits for the device
+        # Read here, so that no step waits for the device
+        self._padding, self._padded = padding, bool(padding.any())
 
     @torch.no_grad()
     def _run(self, tokens_BT: Tensor) -> None:

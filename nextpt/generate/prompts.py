@@ -9,12 +9,18 @@ from nextpt.errors import UserError
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Where it stands ("FILE, line 3") -> prompt. *.jsonl: objects with a key `prompt`; *.txt: each line is one, without its end.
+    """Where it stands ("FILE, line 3") -> prompt. *.jsonl: objects with a key `prompt`.
 
-    An empty line of a .txt is the empty prompt; of a .jsonl it is passed over. Raises UserError that names the line.
+    *.txt: each line is one, without its end.
+
+    An empty line of a .txt is the empty prompt; of a .jsonl it is passed over. Raises UserError
+    that names the line.
     """
     if path.suffix not in (".jsonl", ".txt"):
-        raise UserError(f"{path}: prompts are read from .jsonl (objects with a key `prompt`) or .txt (one on each line)")
+        raise UserError(
+            f"{path}: prompts are read from .jsonl (objects with a key `prompt`) or .txt (one on"
+            " each line)"
+        )
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
@@ -35,5 +41,7 @@ def _prompt_of(place: str, line: str) -> str:
     except ValueError as error:
         raise UserError(f"{place} is not JSON: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise UserError(f'{place} is not an object with a text under "prompt", such as {{"prompt": "Once"}}')
+        raise UserError(
+            f'{place} is not an object with a text under "prompt", such as {{"prompt": "Once"}}'
+        )
     return value["prompt"]

@@ -15,26 +15,51 @@ from nextpt.generate.sample import Sampling
 from nextpt.generate.text import Continuation
 
 
-def generation_json(run: Path, step: int | None, settings: dict[str, Any], prompts: Sequence[str], tokenizer: Tokenizer,
-                    found: Sequence[Continuation]) -> dict[str, Any]:
+def generation_json(
+    run: Path,
+    step: int | None,
+    settings: dict[str, Any],
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    found: Sequence[Continuation],
+) -> dict[str, Any]:
     """The form of `nextpt generate --json`. logprob: nats, under the model's own distribution."""
-    return {"run": str(run), "step": step, "settings": settings, "continuations": [
-        {
-            "prompt": prompts[c.prompt], "prompt_number": c.prompt, "sample": c.sample, "text": c.text, "ending": c.ending,
-            "logprob": sum(c.logprobs),
-            "tokens": [{"id": token, "token": tokenizer.token(token), "logprob": logprob}
-                       for token, logprob in zip(c.tokens, c.logprobs, strict=True)],
-        }
-        for c in found]}
+    return {
+        "run": str(run),
+        "step": step,
+        "settings": settings,
+        "continuations": [
+            {
+                "prompt": prompts[c.prompt],
+                "prompt_number": c.prompt,
+                "sample": c.sample,
+                "text": c.text,
+                "ending": c.ending,
+                "logprob": sum(c.logprobs),
+                "tokens": [
+                    {"id": token, "token": tokenizer.token(token), "logprob": logprob}
+                    for token, logprob in zip(c.tokens, c.logprobs, strict=True)
+                ],
+            }
+            for c in found
+        ],
+    }
 
 
-def sample_record(step: int, prompt: str, found: Continuation, sampling: Sampling) -> dict[str, Any]:
+def sample_record(
+    step: int, prompt: str, found: Continuation, sampling: Sampling
+) -> dict[str, Any]:
     """One entry of RUN/samples.json. text: the continuation, without the prompt."""
-    return {"step": step, "prompt": prompt, "sample": found.sample, "text": found.text} | asdict(sampling)
+    return {"step": step, "prompt": prompt, "sample": found.sample, "text": found.text} | asdict(
+        sampling
+    )
 
 
 def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
-    """Add samples to RUN/samples.json; one with the same step, prompt and settings is replaced. Raises DataError."""
+    """Add samples to RUN/samples.json; one with the same step, prompt and settings is replaced.
+
+    Raises DataError.
+    """
     path = run / "samples.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

@@ -15,11 +15,12 @@ from nextpt.errors import UserError
 class Sampling:
     """How the next token is chosen. temperature 0: the most probable one (greedy).
 
-    repetition_penalty: logits of tokens that were there already are divided by it where positive and multiplied where
-    negative (CTRL, arXiv 1909.05858, section 4.1, which divides them all: that would favour tokens of negative logit).
-    Then the temperature; then top_k keeps the k most probable tokens, top_p the smallest set whose probability reaches p
-    (arXiv 1904.09751), min_p those with at least p times the probability of the most probable one (arXiv 2407.01082).
-    Raises UserError for a value out of bounds.
+    repetition_penalty: logits of tokens that were there already are divided by it where positive
+    and multiplied where negative (CTRL, arXiv 1909.05858, section 4.1, which divides them all: that
+    would favour tokens of negative logit). Then the temperature; then top_k keeps the k most
+    probable tokens, top_p the smallest set whose probability reaches p (arXiv 1904.09751), min_p
+    those with at least p times the probability of the most probable one (arXiv 2407.01082). Raises
+    UserError for a value out of bounds.
     """
 
     temperature: float = 1.0
@@ -39,13 +40,17 @@ class Sampling:
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"min_p = {self.min_p} must be at least 0 and at most 1")
         if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition_penalty = {self.repetition_penalty} must be above 0 (1: none)")
+            raise UserError(
+                f"repetition_penalty = {self.repetition_penalty} must be above 0 (1: none)"
+            )
         if self.seed < 0:
             raise UserError(f"seed = {self.seed} must be >= 0")
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
-    """Probabilities fp64 [B, V] that tokens are drawn from. Greedy is all on the arg-max, the first one of several.
+    """Probabilities fp64 [B, V] that tokens are drawn from.
+
+    Greedy is all on the arg-max, the first one of several.
 
     seen_BV: True for tokens that were there already; needed where there is a penalty.
     """
@@ -53,10 +58,13 @@ def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None =
     if sampling.repetition_penalty != 1:
         assert seen_BV is not None
         penalty = sampling.repetition_penalty
-        scaled = torch.where(seen_BV, torch.where(scaled > 0, scaled / penalty, scaled * penalty), scaled)
+        scaled = torch.where(
+            seen_BV, torch.where(scaled > 0, scaled / penalty, scaled * penalty), scaled
+        )
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(scaled.argmax(-1), scaled.shape[-1]).double()
-    scaled = scaled - scaled.amax(-1, keepdim=True)  # a small temperature would make infinities of large logits
+    # A small temperature would make infinities of large logits
+    scaled = scaled - scaled.amax(-1, keepdim=True)
     probabilities = (scaled / sampling.temperature).softmax(-1)
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         values, places = probabilities.topk(sampling.top_k)
@@ -79,11 +87,13 @@ def _renormalised(probabilities: Tensor) -> Tensor:
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """int64 [B]: where the cumulative probability first exceeds a uniform number of [0, 1), both fp64.
 
-    Inversion and not torch.multinomial: a row's token then depends on its own random number alone, whatever else is in the batch.
+    Inversion and not torch.multinomial: a row's token then depends on its own random number alone,
+    whatever else is in the batch.
     """
     cumulative = probabilities_BV.cumsum(-1)
     total = cumulative[:, -1]
-    reached = torch.minimum(uniform_B * total, torch.nextafter(total, torch.zeros_like(total)))  # the sum is 1 but for rounding
+    # The sum is 1 but for rounding
+    reached = torch.minimum(uniform_B * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, reached.unsqueeze(-1), right=True).squeeze(-1)
 
 

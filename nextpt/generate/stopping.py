@@ -8,15 +8,19 @@ from data_prep.tokenizer import Tokenizer
 
 
 class GrowingText:
-    """The text of a growing list of tokens, piece by piece; joined, the pieces are the text after that of the first tokens.
+    """The text of a growing list of tokens, piece by piece.
 
-    What a token reads as depends on those before it: decoders take the space off the front of a text, and a character may
-    take several tokens. So the tokens of the piece before are decoded again with the new ones.
+    joined, the pieces are the text after that of the first tokens.
+
+    What a token reads as depends on those before it: decoders take the space off the front of a
+    text, and a character may take several tokens. So the tokens of the piece before are decoded
+    again with the new ones.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> None:
         self._tokenizer, self._tokens = tokenizer, list(tokens)
-        self._before, self._shown = 0, len(tokens)  # where the piece before begins, and the tokens whose text was given
+        # Where the piece before begins, and the tokens whose text was given
+        self._before, self._shown = 0, len(tokens)
 
     def add(self, token: int) -> Iterator[str]:
         """Take one more token; yields the text that is now whole, if any."""
@@ -31,10 +35,14 @@ class GrowingText:
             self._before, self._shown = self._shown, len(self._tokens)
 
     def _new(self) -> str:
-        given, text = (self._tokenizer.decode(self._tokens[self._before : stop]) for stop in (self._shown, None))
+        given, text = (
+            self._tokenizer.decode(self._tokens[self._before : stop])
+            for stop in (self._shown, None)
+        )
         if text.startswith(given):
-            return text[len(given):]
-        # A byte that ends no character makes the decoder of byte tokens take back those before it, which were right.
+            return text[len(given) :]
+        # A byte that ends no character makes the decoder of byte tokens take back those before it,
+        # which were right.
         return self._tokenizer.decode(self._tokens[self._shown :])
 
 
@@ -53,8 +61,14 @@ class StopStrings:
             self.found = True
             return self._give(min(places))
         longest = max((len(stop) for stop in self._stops), default=1) - 1
-        held = next((n for n in range(min(longest, len(self._held)), 0, -1)
-                     if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0)
+        held = next(
+            (
+                n
+                for n in range(min(longest, len(self._held)), 0, -1)
+                if any(stop.startswith(self._held[-n:]) for stop in self._stops)
+            ),
+            0,
+        )
         return self._give(len(self._held) - held)
 
     def rest(self) -> str:

@@ -18,7 +18,8 @@ from nextpt.generate.sample import Sampling, distribution, draw, randomness
 from nextpt.generate.stopping import GrowingText, StopStrings
 from nextpt.model import Decoder
 
-Hear = Callable[[int, int, str], None]  # number of the prompt, number of the sample, a piece of text
+# Number of the prompt, number of the sample, a piece of text
+Hear = Callable[[int, int, str], None]
 
 
 class Ending(StrEnum):
@@ -34,8 +35,8 @@ class Ending(StrEnum):
 class Wanted:
     """What to generate. max_tokens: of each continuation. stop: texts that end it. samples: continuations of each prompt.
 
-    batch_size: continuations that are decoded together; the same tokens come at any size but where rounding decides.
-    Raises UserError for a number below 1 and an empty stop string.
+    batch_size: continuations that are decoded together; the same tokens come at any size but where
+    rounding decides. Raises UserError for a number below 1 and an empty stop string.
     """
 
     sampling: Sampling = Sampling()
@@ -56,8 +57,9 @@ class Wanted:
 class Continuation:
     """One continuation of a prompt.
 
-    tokens: all that were chosen, the end of the document and those of a stop string too. logprobs: of each, nats, under the
-    model's own distribution (no temperature, nothing cut off). text: without the prompt and the stop string.
+    tokens: all that were chosen, the end of the document and those of a stop string too. logprobs:
+    of each, nats, under the model's own distribution (no temperature, nothing cut off). text:
+    without the prompt and the stop string.
     """
 
     prompt: int
@@ -69,8 +71,12 @@ class Continuation:
 
 
 def text_tokens(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
-    """The start token and those of a text. Raises UserError, which begins with `name`, for a text that cannot be encoded."""
-    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python holds bytes of the command line that are none
+    """The start token and those of a text.
+
+    Raises UserError, which begins with `name`, for a text that cannot be encoded.
+    """
+    # How Python holds bytes of the command line that are none
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name} is not UTF-8")
     try:
         return [tokenizer.start_id, *tokenizer.encode(text).tolist()]
@@ -78,24 +84,39 @@ def text_tokens(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
         raise UserError(f"{name} cannot be encoded: {error}") from None
 
 
-def prompt_tokens(config: Config, tokenizer: Tokenizer, prompt: str, name: str = "the prompt") -> list[int]:
+def prompt_tokens(
+    config: Config, tokenizer: Tokenizer, prompt: str, name: str = "the prompt"
+) -> list[int]:
     """`text_tokens` of a prompt. Raises UserError also where they leave no room."""
     tokens = text_tokens(tokenizer, prompt, name)
     if len(tokens) >= config.max_position:
-        raise UserError(f"{name} has {len(tokens):,} tokens with the start token; the model's positions end at {config.max_position:,}: shorten it")
+        raise UserError(
+            f"{name} has {len(tokens):,} tokens with the start token; the model's positions end at"
+            f" {config.max_position:,}: shorten it"
+        )
     return tokens
 
 
-def generate(config: Config, model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], wanted: Wanted,
-             hear: Hear = lambda prompt, sample, piece: None) -> Iterator[Continuation]:
+def generate(
+    config: Config,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    wanted: Wanted,
+    hear: Hear = lambda prompt, sample, piece: None,
+) -> Iterator[Continuation]:
     """Yield the continuations of all prompts (of `prompt_tokens`), samples of one prompt together, in order.
 
-    hear: gets text as it grows; a character spread over several tokens comes when it is whole, and never a part of a stop
-    string. A continuation that reaches the model's last position ends there: the context is not moved.
+    hear: gets text as it grows; a character spread over several tokens comes when it is whole, and
+    never a part of a stop string. A continuation that reaches the model's last position ends there:
+    the context is not moved.
     """
     wishes = [(p, s) for p in range(len(prompts)) for s in range(wanted.samples)]
     for first in range(0, len(wishes), wanted.batch_size):
-        rows = [_Row(config, tokenizer, prompts[p], p, s, wanted, hear) for p, s in wishes[first : first + wanted.batch_size]]
+        rows = [
+            _Row(config, tokenizer, prompts[p], p, s, wanted, hear)
+            for p, s in wishes[first : first + wanted.batch_size]
+        ]
         _decode(config, model, rows, wanted.sampling)
         yield from (row.result for row in rows)
 
@@ -103,8 +124,16 @@ def generate(config: Config, model: Decoder, tokenizer: Tokenizer, prompts: Sequ
 class _Row:
     """A continuation under way."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, prompt: Sequence[int], number: int, sample: int, wanted: Wanted,
-                 hear: Hear) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        number: int,
+        sample: int,
+        wanted: Wanted,
+        hear: Hear,
+    ) -> None:
         self.prompt, self.result = prompt, Continuation(number, sample)
         self.random = randomness(wanted.sampling.seed, number, sample)
         room = config.max_position - len(prompt)
@@ -145,12 +174,16 @@ def _decode(config: Config, model: Decoder, rows: list[_Row], sampling: Sampling
     numbers = sorted({row.result.prompt for row in rows})
     texts = {row.result.prompt: row.prompt for row in rows}
     longest = max(len(row.prompt) for row in rows)
-    decoding = Decoding(config, model, [texts[n] for n in numbers], longest + max(row.most for row in rows))
+    decoding = Decoding(
+        config, model, [texts[n] for n in numbers], longest + max(row.most for row in rows)
+    )
     decoding.take([numbers.index(row.result.prompt) for row in rows])
     seen_BV = _seen(decoding.logits_BV, rows)
     while True:
         probabilities = distribution(decoding.logits_BV, sampling, seen_BV)
-        tokens = draw(probabilities, torch.tensor([row.random.random() for row in rows], dtype=torch.float64))
+        tokens = draw(
+            probabilities, torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+        )
         logprobs = decoding.logits_BV.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
         seen_BV.scatter_(1, tokens.unsqueeze(1), True)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):

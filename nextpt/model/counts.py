@@ -1,9 +1,9 @@
 """Parameters and FLOPs by formula.
 
-Two FLOP conventions are in use and differ by a tenth or more; both are given. `training_flops_per_token` counts
-attention without the causal half (PaLM, arXiv 2204.02311 appendix B: 6 N + 12 L H E T, N the parameters of all
-matrix products, the output matrix included and the input embedding not); `causal_flops_per_token` counts what a
-causal kernel must do.
+Two FLOP conventions are in use and differ by a tenth or more; both are given.
+`training_flops_per_token` counts attention without the causal half (PaLM, arXiv 2204.02311 appendix
+B: 6 N + 12 L H E T, N the parameters of all matrix products, the output matrix included and the
+input embedding not); `causal_flops_per_token` counts what a causal kernel must do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Initial values: a function of (seed, parameter name) alone, so the same for any number of ranks.
 
-Each matrix is drawn where its layer is built. Under ZeRO-3's partitioned construction a layer is divided among the
-ranks as soon as it is complete, so no rank ever holds more than one whole layer.
+Each matrix is drawn where its layer is built. Under ZeRO-3's partitioned construction a layer is
+divided among the ranks as soon as it is complete, so no rank ever holds more than one whole layer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 class Init:
     """Draws initial matrices.
 
-    seed: of the run. std: of input-side matrices. depth: number of blocks; matrices that write into the residual
-    stream get std / sqrt(2 depth) (GPT-2, Radford et al. 2019, section 2.3), so its variance does not grow with depth.
+    seed: of the run. std: of input-side matrices. depth: number of blocks; matrices that write into
+    the residual stream get std / sqrt(2 depth) (GPT-2, Radford et al. 2019, section 2.3), so its
+    variance does not grow with depth.
     """
 
     seed: int
@@ -27,7 +28,10 @@ class Init:
     depth: int
 
     def normal_(self, tensor: Tensor, name: str, *, residual: bool = False) -> None:
-        """Fill `tensor` in place, normal, mean 0; drawn in fp32 on the CPU so that devices agree."""
+        """Fill `tensor` in place, normal, mean 0.
+
+        Drawn in fp32 on the CPU so that devices agree.
+        """
         std = self.std / math.sqrt(2 * self.depth) if residual else self.std
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

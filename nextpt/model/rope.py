@@ -23,10 +23,19 @@ def frequencies(head_dim: int, base: float, scaling: RopeScaling | None) -> Tens
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = ((rotations - low) / (high - low)).clamp(0, 1)
     else:  # YaRN, arXiv 2309.00071 eq. 23, with the ramp over dimension indices
+
         def index(r: float) -> float:
-            return head_dim * math.log(scaling.original_max_position / (2 * math.pi * r)) / (2 * math.log(base))
-        first, last = max(math.floor(index(scaling.beta_fast)), 0), min(math.ceil(index(scaling.beta_slow)), head_dim - 1)
-        ramp = (torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - first) / max(last - first, 1e-3)
+            return (
+                head_dim
+                * math.log(scaling.original_max_position / (2 * math.pi * r))
+                / (2 * math.log(base))
+            )
+
+        first = max(math.floor(index(scaling.beta_fast)), 0)
+        last = min(math.ceil(index(scaling.beta_slow)), head_dim - 1)
+        ramp = (torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - first) / max(
+            last - first, 1e-3
+        )
         keep = 1 - ramp.clamp(0, 1)
     return plain * keep + stretched * (1 - keep)
 
@@ -38,9 +47,14 @@ def attention_temperature(scaling: RopeScaling | None) -> float:
     return 0.1 * math.log(scaling.factor) + 1.0
 
 
-def tables(positions: int, head_dim: int, base: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+def tables(
+    positions: int, head_dim: int, base: float, scaling: RopeScaling | None
+) -> tuple[Tensor, Tensor]:
     """(cos, sin), each fp32 [positions, head_dim / 2]."""
-    angles = torch.outer(torch.arange(positions, dtype=torch.float64, device="cpu"), frequencies(head_dim, base, scaling))
+    angles = torch.outer(
+        torch.arange(positions, dtype=torch.float64, device="cpu"),
+        frequencies(head_dim, base, scaling),
+    )
     temperature = attention_temperature(scaling)
     return (angles.cos() * temperature).float(), (angles.sin() * temperature).float()
 
@@ -48,5 +62,7 @@ def tables(positions: int, head_dim: int, base: float, scaling: RopeScaling | No
 def rotate(x_BTHD: Tensor, cos_BT1E: Tensor, sin_BT1E: Tensor) -> Tensor:
     """Rotate pairs (i, i + D/2), in fp32; the dtype of x is kept. E = D / 2."""
     first, second = x_BTHD.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos_BT1E - second * sin_BT1E, second * cos_BT1E + first * sin_BT1E), dim=-1)
+    turned = torch.cat(
+        (first * cos_BT1E - second * sin_BT1E, second * cos_BT1E + first * sin_BT1E), dim=-1
+    )
     return turned.type_as(x_BTHD)

@@ -1,7 +1,7 @@
 """A pre-norm decoder: RMSNorm, rotary grouped-query attention, gated feed-forward.
 
-Shapes: B rows, T tokens, D residual width, H query heads, K key/value heads, E head width, F feed-forward width,
-V vocabulary.
+Shapes: B rows, T tokens, D residual width, H query heads, K key/value heads, E head width, F
+feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,16 +23,24 @@ from nextpt.model.rope import rotate, tables
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair [B, capacity, K, E] per block. `length` tokens are filled."""
+    """Keys and values of the tokens seen so far, one pair [B, capacity, K, E] per block.
+
+    `length` tokens are filled.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int = 0
 
     @classmethod
-    def empty(cls, config: Config, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> KVCache:
+    def empty(
+        cls, config: Config, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
         shape = (rows, capacity, config.model.kv_heads_, config.model.head_dim_)
-        blank = [[torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.model.depth)] for _ in range(2)]
+        blank = [
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.model.depth)]
+            for _ in range(2)
+        ]
         return cls(*blank)
 
     def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +58,16 @@ class KVCache:
 class Linear(nn.Module):
     """x W^T (+ b), drawn by `init` under its own name."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, init: Init, name: str, residual: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        init: Init,
+        name: str,
+        residual: bool = False,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
@@ -91,15 +108,28 @@ class Attention(nn.Module):
         super().__init__()
         self.c, self.index = c, index
         heads, kv_heads, head_dim = c.heads, c.kv_heads_, c.head_dim_
-        self.q_proj = Linear(c.width, heads * head_dim, bias=c.bias, init=init, name=f"{name}.q_proj")
-        self.k_proj = Linear(c.width, kv_heads * head_dim, bias=c.bias, init=init, name=f"{name}.k_proj")
-        self.v_proj = Linear(c.width, kv_heads * head_dim, bias=c.bias, init=init, name=f"{name}.v_proj")
-        self.o_proj = Linear(heads * head_dim, c.width, bias=c.bias, init=init, name=f"{name}.o_proj", residual=True)
+        self.q_proj = Linear(
+            c.width, heads * head_dim, bias=c.bias, init=init, name=f"{name}.q_proj"
+        )
+        self.k_proj = Linear(
+            c.width, kv_heads * head_dim, bias=c.bias, init=init, name=f"{name}.k_proj"
+        )
+        self.v_proj = Linear(
+            c.width, kv_heads * head_dim, bias=c.bias, init=init, name=f"{name}.v_proj"
+        )
+        self.o_proj = Linear(
+            heads * head_dim, c.width, bias=c.bias, init=init, name=f"{name}.o_proj", residual=True
+        )
         self.q_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], documents: Packing | None,
-                cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        documents: Packing | None,
+        cache: KVCache | None,
+    ) -> Tensor:
         c, (rows, length, _) = self.c, x_BTD.shape
         q = self.q_proj(x_BTD).view(rows, length, c.heads, c.head_dim_)
         k = self.k_proj(x_BTD).view(rows, length, c.kv_heads_, c.head_dim_)
@@ -109,7 +139,9 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        out = attention(q, k, v, documents=documents, window=c.sliding_window, implementation=c.attention)
+        out = attention(
+            q, k, v, documents=documents, window=c.sliding_window, implementation=c.attention
+        )
         return self.o_proj(out.reshape(rows, length, -1))
 
 
@@ -119,13 +151,21 @@ class FeedForward(nn.Module):
     def __init__(self, c: ModelSection, init: Init, name: str) -> None:
         super().__init__()
         width = c.ffn_width_
-        self.gate_proj = Linear(c.width, width, bias=c.bias, init=init, name=f"{name}.gate_proj") if c.ffn == "swiglu" else None
+        self.gate_proj = (
+            Linear(c.width, width, bias=c.bias, init=init, name=f"{name}.gate_proj")
+            if c.ffn == "swiglu"
+            else None
+        )
         self.up_proj = Linear(c.width, width, bias=c.bias, init=init, name=f"{name}.up_proj")
-        self.down_proj = Linear(width, c.width, bias=c.bias, init=init, name=f"{name}.down_proj", residual=True)
+        self.down_proj = Linear(
+            width, c.width, bias=c.bias, init=init, name=f"{name}.down_proj", residual=True
+        )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up_proj(x_BTD)
-        hidden_BTF = F.silu(self.gate_proj(x_BTD)) * up_BTF if self.gate_proj is not None else F.gelu(up_BTF)
+        hidden_BTF = (
+            F.silu(self.gate_proj(x_BTD)) * up_BTF if self.gate_proj is not None else F.gelu(up_BTF)
+        )
         return self.down_proj(hidden_BTF)
 
 
@@ -139,8 +179,13 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.width, c.norm_eps)
         self.ffn = FeedForward(c, init, f"{name}.ffn")
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], documents: Packing | None,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        documents: Packing | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, documents, cache)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
@@ -155,7 +200,10 @@ class LMHead(LinearCrossEntropy):
             weight = nn.Parameter(torch.empty(c.vocab_size, c.width))
             init.normal_(weight, "lm_head")
         super().__init__(
-            weight, softcap=c.logit_softcap, implementation=c.cross_entropy, gradient=train.loss_gradient,
+            weight,
+            softcap=c.logit_softcap,
+            implementation=c.cross_entropy,
+            gradient=train.loss_gradient,
             logits_dtype=torch.float32 if train.loss_logits_fp32 else None,
             workspace_bytes=train.loss_workspace_mib * 2**20 if train.loss_workspace_mib else None,
         )
@@ -173,19 +221,29 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.width, c.norm_eps)
         self.lm_head = LMHead(config, init, self.embed_tokens)
         self.activation_checkpointing = config.train.activation_checkpointing
-        # Not registered as buffers: they must stay fp32 and on no checkpoint, and are cheap to make again.
+        # Not registered as buffers: they must stay fp32 and on no checkpoint, and are cheap to make
+        # again.
         self._rope = tables(config.max_position, c.head_dim_, c.rope_base, c.rope_scaling)
 
-    def forward(self, tokens_BT: Tensor, position_ids_BT: Tensor, documents: Packing | None = None,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        position_ids_BT: Tensor,
+        documents: Packing | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Final hidden states [B, T, D], normalised, ready for `lm_head`.
 
-        tokens, position_ids: int64 [B, T]; positions below config.max_position. documents: which tokens may see each
-        other; all of a row unless given. cache: appended to; the T tokens follow those in it.
+        tokens, position_ids: int64 [B, T]; positions below config.max_position. documents: which
+        tokens may see each other; all of a row unless given. cache: appended to; the T tokens
+        follow those in it.
         """
         if self._rope[0].device != tokens_BT.device:
             self._rope = (self._rope[0].to(tokens_BT.device), self._rope[1].to(tokens_BT.device))
-        rope = (self._rope[0][position_ids_BT].unsqueeze(2), self._rope[1][position_ids_BT].unsqueeze(2))
+        rope = (
+            self._rope[0][position_ids_BT].unsqueeze(2),
+            self._rope[1][position_ids_BT].unsqueeze(2),
+        )
         x_BTD = self.embed_tokens(tokens_BT)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:

@@ -17,14 +17,27 @@ def calibration_picture(found: dict[str, Any], of: str) -> Picture:
         figure = Figure(figsize=(9.6, 4.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         _curve(left, found["top"], COLOURS[0])
-        left.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the most probable token", ylabel="share in which it came")
+        left.set(
+            xlim=(0, 1),
+            ylim=(0, 1),
+            xlabel="probability of the most probable token",
+            ylabel="share in which it came",
+        )
         right.set(xscale="log", yscale="log")
         _curve(right, found["every"], COLOURS[1])
         bins = [b for b in found["every"] if b["observed"] > 0]
         least = min((min(b["predicted"], b["interval"][0]) for b in bins), default=1e-6)
-        right.set(xlim=(least / 2, 1.3), ylim=(least / 2, 1.3), xlabel="predicted probability, every token of the vocabulary",
-                  ylabel="share in which it came")
-        left.set_title(f"Most probable token: expected error {found['expected_calibration_error']:.3f}", loc="left", fontsize=10)
+        right.set(
+            xlim=(least / 2, 1.3),
+            ylim=(least / 2, 1.3),
+            xlabel="predicted probability, every token of the vocabulary",
+            ylabel="share in which it came",
+        )
+        left.set_title(
+            f"Most probable token: expected error {found['expected_calibration_error']:.3f}",
+            loc="left",
+            fontsize=10,
+        )
         right.set_title("All tokens", loc="left", fontsize=10)
         title = f"Calibration on {of}, {found['places']:,} places"
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
@@ -33,10 +46,26 @@ def calibration_picture(found: dict[str, Any], of: str) -> Picture:
 
 
 def _curve(axes: Axes, bins: list[dict[str, Any]], colour: str) -> None:
-    """Points with intervals, and the diagonal of a calibrated model. A logarithmic axis has no place for shares of 0."""
+    """Points with intervals, and the diagonal of a calibrated model.
+
+    A logarithmic axis has no place for shares of 0.
+    """
     axes.plot([1e-9, 1], [1e-9, 1], color="#777777", linestyle=":", linewidth=1, label="calibrated")
     kept = [b for b in bins if b["observed"] > 0 or axes.get_yscale() == "linear"]
     x, y = [b["predicted"] for b in kept], [b["observed"] for b in kept]
-    reach = [[b["observed"] - b["interval"][0] for b in kept], [b["interval"][1] - b["observed"] for b in kept]]
-    axes.errorbar(x, y, yerr=reach, color=colour, marker="o", markersize=4, linewidth=1.2, capsize=2, label="this model, 95 % intervals")
+    reach = [
+        [b["observed"] - b["interval"][0] for b in kept],
+        [b["interval"][1] - b["observed"] for b in kept],
+    ]
+    axes.errorbar(
+        x,
+        y,
+        yerr=reach,
+        color=colour,
+        marker="o",
+        markersize=4,
+        linewidth=1.2,
+        capsize=2,
+        label="this model, 95 % intervals",
+    )
     axes.legend(fontsize=8, loc="upper left")

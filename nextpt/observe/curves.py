@@ -22,10 +22,19 @@ from nextpt.observe.run_record import RunRecord
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MOST_POINTS = 1500  # of a line; more are thinned, keeping the extremes of every stretch
 NOISE_SHARE = 0.2  # of the run, that the noise scale is a mean over
-WARM_UP_SHARE = 0.05  # of the run, above which losses may leave the frame: the first steps would flatten all others
+# Of the run, above which losses may leave the frame: the first steps would flatten all others
+WARM_UP_SHARE = 0.05
 SETTINGS = {
-    "svg.hashsalt": "nextpt", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True, "legend.frameon": False,
+    "svg.hashsalt": "nextpt",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
 }
 
 
@@ -49,22 +58,49 @@ def pictures(runs: list[RunRecord]) -> list[Picture]:
         *_losses(runs, "bits per byte", "bpb", "bpb_text"),
         _compressors(runs),
         _quantity(runs, "Learning rate", "learning rate", lambda e: e["lr"], smooth=False),
-        _quantity(runs, "Gradient norm, before clipping", "global L2 norm", lambda e: e["grad_norm"] if e["grad_norm"] >= 0 else math.nan,
-                  log=True),
+        _quantity(
+            runs,
+            "Gradient norm, before clipping",
+            "global L2 norm",
+            lambda e: e["grad_norm"] if e["grad_norm"] >= 0 else math.nan,
+            log=True,
+        ),
         _noise(runs),
         _updates(runs),
-        _quantity(runs, "Throughput", "tokens per second, all ranks", lambda e: e["tokens_per_second"], from_zero=True, unit=""),
+        _quantity(
+            runs,
+            "Throughput",
+            "tokens per second, all ranks",
+            lambda e: e["tokens_per_second"],
+            from_zero=True,
+            unit="",
+        ),
         _quantity(runs, "Waiting for data", "share of the time, %", _waiting, from_zero=True),
-        _quantity(runs, "Memory of the first rank", "bytes (peak on a GPU)", lambda e: e["memory_bytes"] or math.nan, from_zero=True,
-                  unit="B", smooth=False),
-        _quantity(runs, "Model FLOP utilisation", "share of the peak, %", lambda e: math.nan if e.get("mfu") is None else 100 * e["mfu"],
-                  from_zero=True),
+        _quantity(
+            runs,
+            "Memory of the first rank",
+            "bytes (peak on a GPU)",
+            lambda e: e["memory_bytes"] or math.nan,
+            from_zero=True,
+            unit="B",
+            smooth=False,
+        ),
+        _quantity(
+            runs,
+            "Model FLOP utilisation",
+            "share of the peak, %",
+            lambda e: math.nan if e.get("mfu") is None else 100 * e["mfu"],
+            from_zero=True,
+        ),
     ]
     return [picture for picture in drawn if picture]
 
 
 def _waiting(event: dict[str, Any]) -> float:
-    """Percent of the logged interval that rank 0 waited for its loader; `interval_tokens` is put there by _series."""
+    """Percent of the logged interval that rank 0 waited for its loader.
+
+    `interval_tokens` is put there by _series.
+    """
     seconds = event["interval_tokens"] / event["tokens_per_second"]
     return 100 * event["data_wait_seconds"] / seconds if seconds else math.nan
 
@@ -83,17 +119,23 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndar
 
 
 def running_mean(y: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Mean over a centred window of `share` of the line (at least 5 points); what is not finite is left out."""
+    """Mean over a centred window of `share` of the line (at least 5 points).
+
+    What is not finite is left out.
+    """
     half = max(int(len(y) * share / 2), 2)
     finite = np.isfinite(y)
     sums = np.concatenate(([0.0], np.cumsum(np.where(finite, y, 0.0))))
     counts = np.concatenate(([0], np.cumsum(finite)))
-    low, high = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))
+    low = np.maximum(np.arange(len(y)) - half, 0)
+    high = np.minimum(np.arange(len(y)) + half + 1, len(y))
     n = counts[high] - counts[low]
     return np.divide(sums[high] - sums[low], n, out=np.full(len(y), np.nan), where=n > 0)
 
 
-def _series(run: RunRecord, value: Callable[[dict[str, Any]], float]) -> tuple[np.ndarray, np.ndarray]:
+def _series(
+    run: RunRecord, value: Callable[[dict[str, Any]], float]
+) -> tuple[np.ndarray, np.ndarray]:
     before, values = 0, []
     for event in run.train:
         values.append(value(event | {"interval_tokens": event["tokens"] - before}))
@@ -102,17 +144,27 @@ def _series(run: RunRecord, value: Callable[[dict[str, Any]], float]) -> tuple[n
 
 
 def _losses(runs: list[RunRecord], unit: str, train_key: str, heldout_key: str) -> list[Picture]:
-    """Loss against tokens. One run: one picture with a line per domain. Several: one picture per domain, a line per run."""
-    domains = sorted({d for run in runs for e in (*run.train, *run.validation) for d in e["domains"]})
+    """Loss against tokens.
+
+    One run: one picture with a line per domain. Several: one picture per domain, a line per run.
+    """
+    domains = sorted(
+        {d for run in runs for e in (*run.train, *run.validation) for d in e["domains"]}
+    )
     if len(runs) == 1:
         groups = [(f"Loss, {unit}", [(runs[0], domain, domain) for domain in domains])]
     else:
-        groups = [(f"Loss on {domain}, {unit}", [(run, domain, run.label) for run in runs]) for domain in domains]
+        groups = [
+            (f"Loss on {domain}, {unit}", [(run, domain, run.label) for run in runs])
+            for domain in domains
+        ]
     drawn = [_loss(title, unit, lines, train_key, heldout_key) for title, lines in groups]
     return [picture for picture in drawn if picture]
 
 
-def _loss(title: str, unit: str, lines: list[tuple[RunRecord, str, str]], train_key: str, heldout_key: str) -> Picture | None:
+def _loss(
+    title: str, unit: str, lines: list[tuple[RunRecord, str, str]], train_key: str, heldout_key: str
+) -> Picture | None:
     """Training thin, held-out rows thick with marks. lines: (run, domain, name in the legend)."""
     figure, axes = _canvas()
     tops, parts = [], []
@@ -122,11 +174,30 @@ def _loss(title: str, unit: str, lines: list[tuple[RunRecord, str, str]], train_
             continue
         if len({line[0].label for line in lines}) == 1:
             axes.plot(*thin(x, y), color=colour, alpha=0.2, linewidth=0.8)
-        axes.plot(*thin(x, running_mean(y)), color=colour, linewidth=1.1, marker="o" if len(x) == 1 else None, label=f"{name}, training")
-        if held := [(e["tokens"], e["domains"][domain][heldout_key]) for e in run.validation if domain in e["domains"]]:
-            axes.plot(*zip(*held, strict=True), color=colour, linewidth=2.2, marker="o", markersize=5, label=f"{name}, held out")
+        axes.plot(
+            *thin(x, running_mean(y)),
+            color=colour,
+            linewidth=1.1,
+            marker="o" if len(x) == 1 else None,
+            label=f"{name}, training",
+        )
+        if held := [
+            (e["tokens"], e["domains"][domain][heldout_key])
+            for e in run.validation
+            if domain in e["domains"]
+        ]:
+            axes.plot(
+                *zip(*held, strict=True),
+                color=colour,
+                linewidth=2.2,
+                marker="o",
+                markersize=5,
+                label=f"{name}, held out",
+            )
             parts.append(f"{name} ends at {held[-1][1]:.3f} on held-out rows")
-        tops.append(np.nanmax(np.where((x >= WARM_UP_SHARE * x[-1]) & np.isfinite(y), y, -math.inf)))
+        tops.append(
+            np.nanmax(np.where((x >= WARM_UP_SHARE * x[-1]) & np.isfinite(y), y, -math.inf))
+        )
         _mark_resumes(axes, run)
     if not tops:
         return None
@@ -138,8 +209,17 @@ def _loss(title: str, unit: str, lines: list[tuple[RunRecord, str, str]], train_
     return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
 
 
-def _quantity(runs: list[RunRecord], title: str, label: str, value: Callable[[dict[str, Any]], float], *, log: bool = False,
-              from_zero: bool = False, unit: str | None = None, smooth: bool = True) -> Picture | None:
+def _quantity(
+    runs: list[RunRecord],
+    title: str,
+    label: str,
+    value: Callable[[dict[str, Any]], float],
+    *,
+    log: bool = False,
+    from_zero: bool = False,
+    unit: str | None = None,
+    smooth: bool = True,
+) -> Picture | None:
     """One number of each logged step against tokens. unit: shown with SI prefixes where given."""
     figure, axes = _canvas()
     parts = []
@@ -148,8 +228,14 @@ def _quantity(runs: list[RunRecord], title: str, label: str, value: Callable[[di
         if not np.isfinite(y).any():
             continue
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(*thin(x, y), color=colour, linewidth=0.8 if smooth else 1.6, alpha=0.3 if smooth else 1.0,
-                  marker="o" if len(x) == 1 else None, label=None if smooth else run.label)
+        axes.plot(
+            *thin(x, y),
+            color=colour,
+            linewidth=0.8 if smooth else 1.6,
+            alpha=0.3 if smooth else 1.0,
+            marker="o" if len(x) == 1 else None,
+            label=None if smooth else run.label,
+        )
         if smooth:
             axes.plot(*thin(x, running_mean(y)), color=colour, linewidth=1.6, label=run.label)
         parts.append(f"{run.label} from {np.nanmin(y):.3g} to {np.nanmax(y):.3g}")
@@ -178,11 +264,21 @@ def _noise(runs: list[RunRecord]) -> Picture | None:
         if not np.isfinite(trace).any():
             continue
         below = running_mean(square, NOISE_SHARE)
-        scale = np.divide(running_mean(trace, NOISE_SHARE), below, out=np.full(len(x), np.nan), where=below > 0)
+        scale = np.divide(
+            running_mean(trace, NOISE_SHARE), below, out=np.full(len(x), np.nan), where=below > 0
+        )
         axes.plot(*thin(x, scale), color=COLOURS[number % len(COLOURS)], label=run.label)
-        axes.axhline(run.config.tokens_per_step, color=COLOURS[number % len(COLOURS)], linestyle="--", linewidth=0.9)
+        axes.axhline(
+            run.config.tokens_per_step,
+            color=COLOURS[number % len(COLOURS)],
+            linestyle="--",
+            linewidth=0.9,
+        )
         if np.isfinite(scale).any():
-            parts.append(f"{run.label} ends at {scale[np.isfinite(scale)][-1]:.3g} targets, its batch has {run.config.tokens_per_step:,}")
+            parts.append(
+                f"{run.label} ends at {scale[np.isfinite(scale)][-1]:.3g} targets, its batch has"
+                f" {run.config.tokens_per_step:,}"
+            )
         _mark_resumes(axes, run)
     if not parts:
         return None
@@ -190,13 +286,19 @@ def _noise(runs: list[RunRecord]) -> Picture | None:
     _frame(axes, runs, "Gradient noise scale (dashed: the batch)", "targets")
     if len(runs) > 1:
         axes.legend(fontsize=8)
-    return finish(figure, "Gradient noise scale", "Gradient noise scale against tokens: " + "; ".join(parts))
+    return finish(
+        figure, "Gradient noise scale", "Gradient noise scale against tokens: " + "; ".join(parts)
+    )
 
 
 def _updates(runs: list[RunRecord]) -> Picture | None:
     """Size of updates: of one run a line per kind of parameter, of several the feed-forward's."""
     kinds = sorted({kind for run in runs for e in run.train for kind in e.get("update_ratios", {})})
-    lines = [(runs[0], kind, kind.replace("_", "-")) for kind in kinds] if len(runs) == 1 else [(run, "feed_forward", run.label) for run in runs]
+    lines = (
+        [(runs[0], kind, kind.replace("_", "-")) for kind in kinds]
+        if len(runs) == 1
+        else [(run, "feed_forward", run.label) for run in runs]
+    )
     figure, axes = _canvas()
     parts = []
     for (run, kind, name), colour in zip(lines, itertools.cycle(COLOURS), strict=False):
@@ -208,25 +310,43 @@ def _updates(runs: list[RunRecord]) -> Picture | None:
     if not parts:
         return None
     axes.set_yscale("log")
-    _frame(axes, runs, "Size of updates" if len(runs) == 1 else "Size of updates, feed-forward", "norm of the update / norm of the weights")
+    _frame(
+        axes,
+        runs,
+        "Size of updates" if len(runs) == 1 else "Size of updates, feed-forward",
+        "norm of the update / norm of the weights",
+    )
     axes.legend(fontsize=8)
-    return finish(figure, "Size of updates", "Update divided by weights against tokens: " + "; ".join(parts))
+    return finish(
+        figure, "Size of updates", "Update divided by weights against tokens: " + "; ".join(parts)
+    )
 
 
 def _compressors(runs: list[RunRecord]) -> Picture | None:
     """Bits per byte of held-out documents beside the compressors', all documents as one stream."""
     measured = [run for run in runs if run.evaluation]
-    compared = next((r for r in measured if all("compressors" in f for f in r.evaluation["domains"].values())), None)
+    compared = next(
+        (r for r in measured if all("compressors" in f for f in r.evaluation["domains"].values())),
+        None,
+    )
     if compared is None:
         return None
     domains = list(compared.evaluation["domains"])
     bars: list[tuple[str, list[float], str]] = [
-        (run.label, [run.evaluation["domains"].get(d, {}).get("bpb_text", math.nan) for d in domains], COLOURS[i % len(COLOURS)])
-        for i, run in enumerate(measured)]
+        (
+            run.label,
+            [run.evaluation["domains"].get(d, {}).get("bpb_text", math.nan) for d in domains],
+            COLOURS[i % len(COLOURS)],
+        )
+        for i, run in enumerate(measured)
+    ]
     greys = ("#bdbdbd", "#969696", "#636363")
     first = compared.evaluation["domains"][domains[0]]["compressors"]
     for number, name in enumerate(sorted(first, key=lambda name: -first[name]["bpb_concatenated"])):
-        values = [compared.evaluation["domains"][d]["compressors"][name]["bpb_concatenated"] for d in domains]
+        values = [
+            compared.evaluation["domains"][d]["compressors"][name]["bpb_concatenated"]
+            for d in domains
+        ]
         bars.append((name, values, greys[number % len(greys)]))
     figure, axes = _canvas()
     width = 0.8 / len(bars)
@@ -239,8 +359,12 @@ def _compressors(runs: list[RunRecord]) -> Picture | None:
     axes.set_ylabel("bits per byte, lower is better")
     axes.set_title("Held-out documents beside compressors", loc="left", fontweight="bold")
     axes.legend(fontsize=8, ncols=min(len(bars), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    return finish(figure, "Held-out documents beside compressors",
-                   "Bits per byte: " + "; ".join(f"{name} " + ", ".join(f"{v:.3f}" for v in values) for name, values, _ in bars))
+    return finish(
+        figure,
+        "Held-out documents beside compressors",
+        "Bits per byte: "
+        + "; ".join(f"{name} " + ", ".join(f"{v:.3f}" for v in values) for name, values, _ in bars),
+    )
 
 
 def _canvas() -> tuple[Figure, Axes]:
@@ -261,7 +385,12 @@ def _frame(axes: Axes, runs: list[RunRecord], title: str, label: str) -> None:
 def _mark_resumes(axes: Axes, run: RunRecord) -> None:
     """A dotted line where a later start went on."""
     for start in run.starts[1:]:
-        axes.axvline((start["first_step"] - 1) * run.config.tokens_per_step, color="#999999", linestyle=":", linewidth=0.9)
+        axes.axvline(
+            (start["first_step"] - 1) * run.config.tokens_per_step,
+            color="#999999",
+            linestyle=":",
+            linewidth=0.9,
+        )
 
 
 def finish(figure: Figure, title: str, alt: str) -> Picture:
@@ -269,4 +398,6 @@ def finish(figure: Figure, title: str, alt: str) -> Picture:
     buffer = io.BytesIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(title, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode(), alt)
+    return Picture(
+        title, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode(), alt
+    )

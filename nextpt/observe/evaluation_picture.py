@@ -24,7 +24,10 @@ def check_picture(path: Path) -> None:
 
 
 def draw_evaluation(result: dict[str, Any], path: Path) -> None:
-    """Draw what `nextpt eval --json` writes. Bars and whiskers are 95 % intervals. Raises DataError."""
+    """Draw what `nextpt eval --json` writes.
+
+    Bars and whiskers are 95 % intervals. Raises DataError.
+    """
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(12, 4), layout="constrained")
         first, second, third = figure.subplots(1, 3)
@@ -36,8 +39,14 @@ def draw_evaluation(result: dict[str, Any], path: Path) -> None:
         _bands(third, result["by_frequency"])
         name = Path(result.get("run") or result["model"]).name
         at = "" if result["step"] is None else f", step {result['step']:,}"
-        figure.suptitle(f"{name}{at}: context {result['window']}, stride {result['stride']}, 95 % intervals from documents",
-                        x=0.01, ha="left", fontweight="bold", fontsize=11)
+        figure.suptitle(
+            f"{name}{at}: context {result['window']}, stride {result['stride']}, 95 % intervals"
+            " from documents",
+            x=0.01,
+            ha="left",
+            fontweight="bold",
+            fontsize=11,
+        )
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:
@@ -47,19 +56,35 @@ def draw_evaluation(result: dict[str, Any], path: Path) -> None:
 def whiskers(values: list[float], intervals: list[list[float] | None]) -> list[list[float]]:
     """Whiskers below and above; none where there is no interval."""
     kept = [interval or [value, value] for value, interval in zip(values, intervals, strict=True)]
-    return [[max(v - low, 0) for v, (low, _) in zip(values, kept, strict=True)],
-            [max(high - v, 0) for v, (_, high) in zip(values, kept, strict=True)]]
+    return [
+        [max(v - low, 0) for v, (low, _) in zip(values, kept, strict=True)],
+        [max(high - v, 0) for v, (_, high) in zip(values, kept, strict=True)],
+    ]
 
 
-def _points(axes: Axes, x: Any, values: list[float], intervals: list[list[float] | None], **style: Any) -> None:
-    axes.errorbar(x, values, yerr=whiskers(values, intervals), marker="o", markersize=4, capsize=3, **style)
+def _points(
+    axes: Axes, x: Any, values: list[float], intervals: list[list[float] | None], **style: Any
+) -> None:
+    axes.errorbar(
+        x, values, yerr=whiskers(values, intervals), marker="o", markersize=4, capsize=3, **style
+    )
 
 
 def _domains(axes: Axes, result: dict[str, Any]) -> None:
     figures = [*result["domains"].items(), ("total", result["total"])]
-    for offset, key, label in ((-0.1, "bpb_text", "text only"), (0.1, "bpb_code", "ends of documents paid")):
-        _points(axes, [i + offset for i in range(len(figures))], [f[key] for _, f in figures], [f["intervals"][key] for _, f in figures],
-                linestyle="none", label=label, color=COLOURS[offset > 0])
+    for offset, key, label in (
+        (-0.1, "bpb_text", "text only"),
+        (0.1, "bpb_code", "ends of documents paid"),
+    ):
+        _points(
+            axes,
+            [i + offset for i in range(len(figures))],
+            [f[key] for _, f in figures],
+            [f["intervals"][key] for _, f in figures],
+            linestyle="none",
+            label=label,
+            color=COLOURS[offset > 0],
+        )
     axes.set_xticks(range(len(figures)), [name for name, _ in figures])
     axes.set(ylabel="bits per byte", xlabel="domain")
     axes.margins(x=0.15, y=0.15)
@@ -69,24 +94,54 @@ def _domains(axes: Axes, result: dict[str, Any]) -> None:
 def _checkpoints(axes: Axes, checkpoints: list[dict[str, Any]]) -> None:
     steps = [at["step"] for at in checkpoints]
     for colour, name in zip([*COLOURS[1:], *COLOURS[1:]], checkpoints[0]["domains"], strict=False):
-        _points(axes, steps, [at["domains"][name]["bpb_text"] for at in checkpoints],
-                [at["domains"][name]["intervals"]["bpb_text"] for at in checkpoints], label=name, color=colour)
-    _points(axes, steps, [at["total"]["bpb_text"] for at in checkpoints], [at["total"]["intervals"]["bpb_text"] for at in checkpoints],
-            label="total", color=COLOURS[0], linewidth=2)
+        _points(
+            axes,
+            steps,
+            [at["domains"][name]["bpb_text"] for at in checkpoints],
+            [at["domains"][name]["intervals"]["bpb_text"] for at in checkpoints],
+            label=name,
+            color=colour,
+        )
+    _points(
+        axes,
+        steps,
+        [at["total"]["bpb_text"] for at in checkpoints],
+        [at["total"]["intervals"]["bpb_text"] for at in checkpoints],
+        label="total",
+        color=COLOURS[0],
+        linewidth=2,
+    )
     axes.set(xlabel="step", ylabel="bits per byte")
     axes.legend(fontsize=8)
 
 
 def _contexts(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    _points(axes, [(row["from"] * row["to"]) ** 0.5 for row in rows], [row["nats_per_token"] for row in rows],
-            [row["interval"] for row in rows], color=COLOURS[0])
+    _points(
+        axes,
+        [(row["from"] * row["to"]) ** 0.5 for row in rows],
+        [row["nats_per_token"] for row in rows],
+        [row["interval"] for row in rows],
+        color=COLOURS[0],
+    )
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens of context", ylabel="nats per token")
 
 
 def _bands(axes: Axes, frequency: dict[str, Any]) -> None:
     rows = frequency["bands"]
-    _points(axes, range(len(rows)), [row["nats_per_token"] for row in rows], [row["interval"] for row in rows], color=COLOURS[0])
-    axes.set_xticks(range(len(rows)), [f"≥ {row['from']:.0e}" if row["from"] else "rarer" if row["to"] else "never" for row in rows],
-                    fontsize=8)
+    _points(
+        axes,
+        range(len(rows)),
+        [row["nats_per_token"] for row in rows],
+        [row["interval"] for row in rows],
+        color=COLOURS[0],
+    )
+    axes.set_xticks(
+        range(len(rows)),
+        [
+            f"≥ {row['from']:.0e}" if row["from"] else "rarer" if row["to"] else "never"
+            for row in rows
+        ],
+        fontsize=8,
+    )
     axes.set(xlabel=f"share of the token in the {frequency['counted_in']}", ylabel="nats per token")

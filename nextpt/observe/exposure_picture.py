@@ -14,12 +14,19 @@ from nextpt.observe.curves import COLOURS, SETTINGS
 
 
 def draw_exposure(result: dict[str, Any], path: Path) -> None:
-    """Draw what `nextpt eval --exposure-bias --json` writes, all domains together; bands are 95 % intervals. Raises DataError."""
+    """Draw what `nextpt eval --exposure-bias --json` writes, all domains together.
+
+    Bands are 95 % intervals. Raises DataError.
+    """
     rows, p = result["by_position"], result["protocol"]
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(10, 4), layout="constrained")
         first, second = figure.subplots(1, 2)
-        for colour, (name, label) in zip(COLOURS, (("real", "real text"), ("sampled", "its own, sampled"), ("greedy", "its own, greedy")), strict=False):
+        for colour, (name, label) in zip(
+            COLOURS,
+            (("real", "real text"), ("sampled", "its own, sampled"), ("greedy", "its own, greedy")),
+            strict=False,
+        ):
             _curve(first, rows, name, label, colour)
         for colour, name in zip(COLOURS[3:], ("miscalibration", "drift"), strict=False):
             _curve(second, rows, name, name, colour)
@@ -32,8 +39,14 @@ def draw_exposure(result: dict[str, Any], path: Path) -> None:
             axes.legend(fontsize=8)
         name = Path(result.get("run") or result["model"]).name
         at = "" if result["step"] is None else f", step {result['step']:,}"
-        figure.suptitle(f"{name}{at}: after {p['prefix']} tokens of held-out text, 95 % intervals from documents", x=0.01, ha="left", fontweight="bold",
-                        fontsize=11)
+        figure.suptitle(
+            f"{name}{at}: after {p['prefix']} tokens of held-out text, 95 % intervals from"
+            " documents",
+            x=0.01,
+            ha="left",
+            fontweight="bold",
+            fontsize=11,
+        )
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:
@@ -42,6 +55,15 @@ def draw_exposure(result: dict[str, Any], path: Path) -> None:
 
 def _curve(axes: Axes, rows: list[dict[str, Any]], name: str, label: str, colour: str) -> None:
     x = [(row["from"] * row["to"]) ** 0.5 for row in rows]
-    axes.plot(x, [row[name]["value"] for row in rows], marker="o", markersize=4, label=label, color=colour)
+    axes.plot(
+        x, [row[name]["value"] for row in rows], marker="o", markersize=4, label=label, color=colour
+    )
     ends = [row[name]["interval"] or [row[name]["value"]] * 2 for row in rows]
-    axes.fill_between(x, [low for low, _ in ends], [high for _, high in ends], color=colour, alpha=0.15, linewidth=0)
+    axes.fill_between(
+        x,
+        [low for low, _ in ends],
+        [high for _, high in ends],
+        color=colour,
+        alpha=0.15,
+        linewidth=0,
+    )

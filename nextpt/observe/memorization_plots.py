@@ -18,11 +18,15 @@ NAMES = {"train": "training documents", "heldout": "held-out documents"}
 def draw_extraction(result: dict[str, Any], path: Path) -> None:
     """What `nextpt memorization extract` found. Raises DataError when it cannot be written."""
     figure = _figure()
-    columns = (("score", "mean", "tokens that agree, %"), ("exact", "share", "continued without a mistake, %"))
+    columns = (
+        ("score", "mean", "tokens that agree, %"),
+        ("exact", "share", "continued without a mistake, %"),
+    )
     for axes, (key, part, title) in zip(figure.axes, columns, strict=True):
         for side, colour in SIDES.items():
             points = {int(p): f[key] for p, f in result[side]["prefixes"].items()}
-            places = [p * (1.03 if side == "train" else 1 / 1.03) for p in points]  # beside each other, so that both bars are seen
+            # Beside each other, so that both bars are seen
+            places = [p * (1.03 if side == "train" else 1 / 1.03) for p in points]
             _points(axes, places, list(points.values()), part, 100, colour, NAMES[side])
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(points), [str(p) for p in points])
@@ -30,7 +34,11 @@ def draw_extraction(result: dict[str, Any], path: Path) -> None:
         axes.set_ylabel(title)
         axes.set_ylim(bottom=0)
     figure.axes[0].legend()
-    figure.suptitle(f"greedy continuations of {result['continuation']} tokens, step {result['step']}; bars: 95 % intervals", fontsize=10)
+    figure.suptitle(
+        f"greedy continuations of {result['continuation']} tokens, step {result['step']}; bars: 95"
+        " % intervals",
+        fontsize=10,
+    )
     _save(figure, path)
 
 
@@ -38,7 +46,10 @@ def draw_canaries(result: dict[str, Any], path: Path) -> None:
     """What `nextpt memorization canaries` found. Raises DataError when it cannot be written."""
     figure, by_repeats = _figure(), result["by_repeats"]
     places = list(range(len(by_repeats)))
-    columns = (("exposure_bits", "mean", 1, "exposure, bits"), ("extracted", "share", 100, "extracted, %"))
+    columns = (
+        ("exposure_bits", "mean", 1, "exposure, bits"),
+        ("extracted", "share", 100, "extracted, %"),
+    )
     for axes, (key, part, scale, title) in zip(figure.axes, columns, strict=True):
         _points(axes, places, [f[key] for f in by_repeats.values()], part, scale, COLOURS[0], None)
         axes.set_xticks(places, [r if int(r) else "never" for r in by_repeats])
@@ -56,12 +67,36 @@ def _figure() -> Figure:
     return figure
 
 
-def _points(axes: Any, places: list[float], values: list[dict[str, Any]], part: str, scale: float, colour: str, name: str | None) -> None:
+def _points(
+    axes: Any,
+    places: list[float],
+    values: list[dict[str, Any]],
+    part: str,
+    scale: float,
+    colour: str,
+    name: str | None,
+) -> None:
     middle = [scale * v[part] for v in values]
-    below = [m - scale * (v["low"] if v["low"] is not None else v[part]) for m, v in zip(middle, values, strict=True)]
-    above = [scale * (v["high"] if v["high"] is not None else v[part]) - m for m, v in zip(middle, values, strict=True)]
+    below = [
+        m - scale * (v["low"] if v["low"] is not None else v[part])
+        for m, v in zip(middle, values, strict=True)
+    ]
+    above = [
+        scale * (v["high"] if v["high"] is not None else v[part]) - m
+        for m, v in zip(middle, values, strict=True)
+    ]
     bars = [[max(b, 0) for b in below], [max(a, 0) for a in above]]
-    axes.errorbar(places, middle, yerr=bars, color=colour, marker="o", markersize=4, capsize=3, label=name, clip_on=False)
+    axes.errorbar(
+        places,
+        middle,
+        yerr=bars,
+        color=colour,
+        marker="o",
+        markersize=4,
+        capsize=3,
+        label=name,
+        clip_on=False,
+    )
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,6 +1,7 @@
 """One HTML page about one run or several: pictures, tables, samples, config, environment, checkpoints.
 
-The page is one file and opens from disk without network; its Content-Security-Policy forbids it any request.
+The page is one file and opens from disk without network; its Content-Security-Policy forbids it any
+request.
 """
 
 from __future__ import annotations
@@ -23,16 +24,32 @@ from nextpt.observe.run_record import RunRecord, read_runs
 
 def default_output(folders: list[Path]) -> Path:
     """RUN/report.html of one run; of several, report.html beside the first."""
-    return folders[0] / "report.html" if len(folders) == 1 else folders[0].resolve().parent / "report.html"
+    return (
+        folders[0] / "report.html"
+        if len(folders) == 1
+        else folders[0].resolve().parent / "report.html"
+    )
 
 
 def write_report(folders: list[Path], output: Path) -> None:
-    """Write the page. Raises DataError for a folder that is not a run, or a file that cannot be written."""
+    """Write the page.
+
+    Raises DataError for a folder that is not a run, or a file that cannot be written.
+    """
     runs = read_runs(folders)
-    page = environment().get_template("report.html.j2").render(
-        title=", ".join(run.label for run in runs), runs=runs, pictures=pictures(runs), differences=config_differences(runs),
-        configs={run.label: to_yaml(run.config) for run in runs}, version=nextpt.__version__, now=time.time(),
-        heldout=heldout_rows(runs),
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=", ".join(run.label for run in runs),
+            runs=runs,
+            pictures=pictures(runs),
+            differences=config_differences(runs),
+            configs={run.label: to_yaml(run.config) for run in runs},
+            version=nextpt.__version__,
+            now=time.time(),
+            heldout=heldout_rows(runs),
+        )
     )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -52,16 +69,30 @@ def config_differences(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
 
 def heldout_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
     """Validation figures as a table: one row per run, step and domain."""
-    return [{"run": run.label, "step": e["step"], "tokens": e["tokens"], "domain": name} | figures
-            for run in runs for e in run.validation for name, figures in e["domains"].items()]
+    return [
+        {"run": run.label, "step": e["step"], "tokens": e["tokens"], "domain": name} | figures
+        for run in runs
+        for e in run.validation
+        for name, figures in e["domains"].items()
+    ]
 
 
 def environment() -> Environment:
     """Of all pages: templates of this folder, everything escaped, numbers and times for people."""
-    made = Environment(loader=PackageLoader("nextpt.observe", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                       lstrip_blocks=True)
-    made.filters |= {"count": lambda n: f"{n:,}", "size": partial(humanize.naturalsize, binary=True), "date": readable_time, "duration": readable_duration,
-                     "short": humanize.metric}
+    made = Environment(
+        loader=PackageLoader("nextpt.observe", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "count": lambda n: f"{n:,}",
+        "size": partial(humanize.naturalsize, binary=True),
+        "date": readable_time,
+        "duration": readable_duration,
+        "short": humanize.metric,
+    }
     return made
 
 
@@ -71,4 +102,6 @@ def readable_time(seconds: float) -> str:
 
 def readable_duration(seconds: float) -> str:
     """300 -> 5 minutes."""
-    return humanize.precisedelta(seconds, minimum_unit="seconds" if seconds < 90 else "minutes", format="%.0f")
+    return humanize.precisedelta(
+        seconds, minimum_unit="seconds" if seconds < 90 else "minutes", format="%.0f"
+    )

@@ -1,4 +1,7 @@
-"""Everything that a run folder tells, read into one record. Reads only; a folder of a run under way is fine."""
+"""Everything that a run folder tells, read into one record.
+
+Reads only; a folder of a run under way is fine.
+"""
 
 from __future__ import annotations
 
@@ -63,11 +66,17 @@ class RunRecord:
 
 
 def read_runs(folders: list[Path]) -> list[RunRecord]:
-    """Read run folders, in the order given. Raises DataError that names the folder and what it lacks."""
+    """Read run folders, in the order given.
+
+    Raises DataError that names the folder and what it lacks.
+    """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise DataError("a run folder is given twice; give each once")
     names = [folder.resolve().name for folder in folders]
-    return [_read(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)]
+    return [
+        _read(folder, name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def _read(folder: Path, label: str) -> RunRecord:
@@ -78,15 +87,24 @@ def _read(folder: Path, label: str) -> RunRecord:
     config = load_config(folder / "config.yaml")
     train = read_events(folder / "metrics.jsonl", "train")
     if not train:
-        raise DataError(f"{folder} has no logged step yet (metrics.jsonl); train first, with trackers.jsonl on")
+        raise DataError(
+            f"{folder} has no logged step yet (metrics.jsonl); train first, with trackers.jsonl on"
+        )
     return RunRecord(
-        label=label, folder=folder, config=config, train=train,
+        label=label,
+        folder=folder,
+        config=config,
+        train=train,
         validation=read_events(folder / "metrics.jsonl", "validation"),
         evaluation=_json(folder / "evaluation.json"),
         samples=_json(folder / "samples.json") or [],
         starts=read_starts(folder),
         checkpoints=_checkpoints(folder / "checkpoints"),
-        notes=_notes(train, read_events(folder / "metrics.jsonl", "skip"), read_events(folder / "metrics.jsonl", "rollback")),
+        notes=_notes(
+            train,
+            read_events(folder / "metrics.jsonl", "skip"),
+            read_events(folder / "metrics.jsonl", "rollback"),
+        ),
     )
 
 
@@ -101,28 +119,49 @@ def _json(path: Path) -> Any:
 
 
 def _checkpoints(root: Path) -> list[dict[str, Any]]:
-    """Step, bytes, time and state of each checkpoint folder, oldest first. Sizes are checked, hashes are not."""
+    """Step, bytes, time and state of each checkpoint folder, oldest first.
+
+    Sizes are checked, hashes are not.
+    """
     found = []
     for folder in reversed(checkpoint_folders(root)):
         problem = manifest_problem(folder)
         entry: dict[str, Any] = {"step": step_of(folder), "folder": str(folder), "problem": problem}
         if problem is None:
             manifest = read_manifest(folder)
-            entry |= {"bytes": manifest.bytes, "files": len(manifest.files), "time": (folder / MANIFEST).stat().st_mtime}
+            entry |= {
+                "bytes": manifest.bytes,
+                "files": len(manifest.files),
+                "time": (folder / MANIFEST).stat().st_mtime,
+            }
         found.append(entry)
     return found
 
 
-def _notes(train: list[dict[str, Any]], skips: list[dict[str, Any]], rollbacks: list[dict[str, Any]]) -> list[str]:
+def _notes(
+    train: list[dict[str, Any]], skips: list[dict[str, Any]], rollbacks: list[dict[str, Any]]
+) -> list[str]:
     """What a reader should be warned of."""
     notes = []
     lost = [e["step"] for e in train if not math.isfinite(e["loss"])]
     if lost:
-        notes.append(f"{len(lost)} logged steps have a loss that is not finite, the first is step {lost[0]:,}")
+        notes.append(
+            f"{len(lost)} logged steps have a loss that is not finite, the first is step"
+            f" {lost[0]:,}"
+        )
     if skips:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(e["reason"] for e in skips).items()))
-        notes.append(f"{len(skips)} steps were skipped by the guard ({reasons}), the first is step {skips[0]['step']:,}")
+        reasons = ", ".join(
+            f"{count} {reason}"
+            for reason, count in sorted(Counter(e["reason"] for e in skips).items())
+        )
+        notes.append(
+            f"{len(skips)} steps were skipped by the guard ({reasons}), the first is step"
+            f" {skips[0]['step']:,}"
+        )
     for event in rollbacks:
-        notes.append(f"rolled back to step {event['step']:,} after bad steps {event['first_bad']:,} to {event['last_bad']:,} "
-                     f"({event['reason']}); samples {event['first_sample']:,} to {event['stop_sample'] - 1:,} were passed over")
+        notes.append(
+            f"rolled back to step {event['step']:,} after bad steps {event['first_bad']:,} to"
+            f" {event['last_bad']:,} ({event['reason']}); samples {event['first_sample']:,} to"
+            f" {event['stop_sample'] - 1:,} were passed over"
+        )
     return notes

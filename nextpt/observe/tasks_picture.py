@@ -14,18 +14,31 @@ from nextpt.errors import DataError
 from nextpt.observe.curves import COLOURS, SETTINGS
 from nextpt.observe.evaluation_picture import whiskers
 
-LABELS = {"exact": "exact match, share of items", "probability": "probability of the answer", "nats_per_token": "nats per answer token"}
+LABELS = {
+    "exact": "exact match, share of items",
+    "probability": "probability of the answer",
+    "nats_per_token": "nats per answer token",
+}
 
 
 def draw_tasks(found: list[dict[str, Any]], path: Path) -> None:
-    """Draw what `nextpt eval --tasks --json` writes of each checkpoint, lowest step first. Raises DataError."""
+    """Draw what `nextpt eval --tasks --json` writes of each checkpoint, lowest step first.
+
+    Raises DataError.
+    """
     last = found[-1]
-    panels = [(label, [{name: of[key] for name, of in at["tasks"].items()} for at in found]) for key, label in LABELS.items() if last["tasks"]]
+    panels = [
+        (label, [{name: of[key] for name, of in at["tasks"].items()} for at in found])
+        for key, label in LABELS.items()
+        if last["tasks"]
+    ]
     if "harness" in last:
         panels.append(("metric of lm-evaluation-harness", [_flat(at["harness"]) for at in found]))
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
-        for axes, (label, figures) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for axes, (label, figures) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
             if len(found) > 1:
                 _over_loss(axes, [at["loss"]["bpb_text"] for at in found], figures)
             else:
@@ -37,8 +50,20 @@ def draw_tasks(found: list[dict[str, Any]], path: Path) -> None:
             if axes.get_legend_handles_labels()[0] and label in (LABELS["exact"], panels[-1][0]):
                 axes.legend(fontsize=8)
         name = Path(last.get("run") or last["model"]).name
-        at = "" if last["step"] is None else f", step {last['step']:,}" if len(found) == 1 else f", {len(found)} checkpoints"
-        figure.suptitle(f"{name}{at}: tasks, 95 % intervals from items", x=0.01, ha="left", fontweight="bold", fontsize=11)
+        at = (
+            ""
+            if last["step"] is None
+            else f", step {last['step']:,}"
+            if len(found) == 1
+            else f", {len(found)} checkpoints"
+        )
+        figure.suptitle(
+            f"{name}{at}: tasks, 95 % intervals from items",
+            x=0.01,
+            ha="left",
+            fontweight="bold",
+            fontsize=11,
+        )
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:
@@ -46,7 +71,11 @@ def draw_tasks(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def _flat(harness: dict[str, Any]) -> dict[str, Any]:
-    return {f"{task} {metric.partition(',')[0]}": figure for task, figures in harness.items() for metric, figure in figures.items()}
+    return {
+        f"{task} {metric.partition(',')[0]}": figure
+        for task, figures in harness.items()
+        for metric, figure in figures.items()
+    }
 
 
 def _over_loss(axes: Axes, loss: list[float], figures: list[dict[str, Any]]) -> None:
@@ -71,4 +100,12 @@ def _chance(axes: Axes, tasks: dict[str, Any]) -> None:
 
 def _points(axes: Axes, x: Any, figures: list[dict[str, Any]], **style: Any) -> None:
     values = [f["value"] for f in figures]
-    axes.errorbar(x, values, yerr=whiskers(values, [f["interval"] for f in figures]), marker="o", markersize=4, capsize=3, **style)
+    axes.errorbar(
+        x,
+        values,
+        yerr=whiskers(values, [f["interval"] for f in figures]),
+        marker="o",
+        markersize=4,
+        capsize=3,
+        **style,
+    )

@@ -1,7 +1,7 @@
 """An ablation: a baseline, variants of it, and one difference between each and the baseline, trained with several seeds.
 
-Runs of one seed share their initial weights and the order of their data wherever the variant does not change these itself,
-so a variant is compared with the baseline of the same seed.
+Runs of one seed share their initial weights and the order of their data wherever the variant does
+not change these itself, so a variant is compared with the baseline of the same seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ WEIGHTS = "objective.domain_weights."
 class Ablation(RunSet):
     """An ablation as its YAML file says."""
 
-    seeds: list[int] = Field([0], min_length=1, description="run.seed of the runs; each variant is trained with each")
+    seeds: list[int] = Field(
+        [0], min_length=1, description="run.seed of the runs; each variant is trained with each"
+    )
     baseline: NamedRun = Field(description="what the variants are compared with")
     variants: list[NamedRun] = Field(min_length=1, description="what is compared with the baseline")
 
@@ -42,7 +44,9 @@ class Ablation(RunSet):
 
     def seeded(self, variant: NamedRun, seed: int) -> NamedRun:
         """The run of a variant with a seed: NAME-sSEED."""
-        return NamedRun(name=f"{variant.name}-s{seed}", overrides=[*variant.overrides, f"run.seed={seed}"])
+        return NamedRun(
+            name=f"{variant.name}-s{seed}", overrides=[*variant.overrides, f"run.seed={seed}"]
+        )
 
     def runs(self) -> list[NamedRun]:
         """All runs, those of a seed together."""
@@ -55,32 +59,55 @@ class Ablation(RunSet):
 
     def changes(self, variant: NamedRun) -> dict[str, list[Any]]:
         """Keys in which a variant differs from the baseline: [the baseline's value, the variant's]."""
-        base, other = (_meaning(self.config(self.seeded(one, self.seeds[0]))) for one in (self.baseline, variant))
-        pairs = {key: [one.get(key, 1.0 if key.startswith(WEIGHTS) else None) for one in (base, other)] for key in sorted(base.keys() | other.keys())}
+        base, other = (
+            _meaning(self.config(self.seeded(one, self.seeds[0])))
+            for one in (self.baseline, variant)
+        )
+        pairs = {
+            key: [one.get(key, 1.0 if key.startswith(WEIGHTS) else None) for one in (base, other)]
+            for key in sorted(base.keys() | other.keys())
+        }
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def load_ablation(path: Path) -> Ablation:
-    """Read and check an ablation, every config of it, and that the dataset fits. Raises ScalingError, ConfigError and DataError."""
+    """Read and check an ablation, every config of it, and that the dataset fits.
+
+    Raises ScalingError, ConfigError and DataError.
+    """
     ablation = read_set(Ablation, path, "an ablation")
     if twice := repeated([variant.name for variant in ablation.all]):
-        raise ScalingError(f"{path}: two variants have the name {twice}; each needs folders of its own")
-    for key, overrides in (("overrides", ablation.overrides), *((one.name, one.overrides) for one in ablation.all)):
+        raise ScalingError(
+            f"{path}: two variants have the name {twice}; each needs folders of its own"
+        )
+    for key, overrides in (
+        ("overrides", ablation.overrides),
+        *((one.name, one.overrides) for one in ablation.all),
+    ):
         for override in overrides:
             if override.startswith("run."):
-                raise ScalingError(f"{path}: {key}: {override}: names and folders follow from the variant's name, seeds are the file's `seeds`")
+                raise ScalingError(
+                    f"{path}: {key}: {override}: names and folders follow from the variant's name,"
+                    " seeds are the file's `seeds`"
+                )
     for variant in ablation.all:
         _check(ablation, variant, path)
     changes = [ablation.changes(variant) for variant in ablation.all]
     for number, variant in enumerate(ablation.variants):
         if changes[number + 1] in changes[: number + 1]:
             same = ablation.all[changes.index(changes[number + 1])]
-            raise ScalingError(f"{path}: variants.{number}: {variant.name} is the same run as {same.name}; change a key of one, or leave it out")
+            raise ScalingError(
+                f"{path}: variants.{number}: {variant.name} is the same run as {same.name}; change"
+                " a key of one, or leave it out"
+            )
     return ablation
 
 
 def _check(ablation: Ablation, variant: NamedRun, path: Path) -> None:
-    """The config of a variant, and that its dataset has what it names; a remote dataset is looked at when training starts."""
+    """The config of a variant, and that its dataset has what it names.
+
+    A remote dataset is looked at when training starts.
+    """
     try:
         config = ablation.config(ablation.seeded(variant, ablation.seeds[0]))
         if config.data.remote is None:
@@ -90,13 +117,25 @@ def _check(ablation: Ablation, variant: NamedRun, path: Path) -> None:
 
 
 def _meaning(config: Config) -> dict[str, Any]:
-    """Keys and values that make a run what it is, without its name and folder. A weight of 1 is no weight."""
+    """Keys and values that make a run what it is, without its name and folder.
+
+    A weight of 1 is no weight.
+    """
     values = config.model_dump(mode="json")
     weights = values["objective"].pop("domain_weights")
-    found = flatten(values) | {f"{WEIGHTS}{domain}": weight for domain, weight in weights.items() if weight != 1}
+    found = flatten(values) | {
+        f"{WEIGHTS}{domain}": weight for domain, weight in weights.items() if weight != 1
+    }
     return {key: value for key, value in found.items() if key not in ("run.name", "run.dir")}
 
 
 def is_done(ablation: Ablation, run: NamedRun) -> bool:
-    """Whether a run was trained to its end. Raises ScalingError where its folder holds another run."""
-    return ablation.is_begun(run) and max(steps(ablation.folder(run) / "checkpoints"), default=0) >= ablation.config(run).last_step
+    """Whether a run was trained to its end.
+
+    Raises ScalingError where its folder holds another run.
+    """
+    return (
+        ablation.is_begun(run)
+        and max(steps(ablation.folder(run) / "checkpoints"), default=0)
+        >= ablation.config(run).last_step
+    )

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from nextpt.errors import ScalingError
 from nextpt.scaling.pictures import GREY, SETTINGS
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito's, told apart in print and when colour-blind
+# Okabe and Ito's, told apart in print and when colour-blind
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SPREAD = 0.5  # width that the variants of a domain share, in domains
 
 
@@ -27,10 +28,16 @@ def draw_ablation(result: dict[str, Any], path: Path) -> None:
         for number, variant in enumerate(variants):
             offset = SPREAD * ((number + 0.5) / len(variants) - 0.5)
             _variant(axes, variant, offset, COLOURS[number % len(COLOURS)], seeds)
-        labels = [f"{name}\n{figures['bpb_text']:.3f}" for name, figures in (*baseline["domains"].items(), ("total", baseline["total"]))]
+        labels = [
+            f"{name}\n{figures['bpb_text']:.3f}"
+            for name, figures in (*baseline["domains"].items(), ("total", baseline["total"]))
+        ]
         axes.set_xticks(range(len(places)), labels)
-        axes.set(xlabel=f"domain, and bits per byte of {baseline['name']} there", ylabel=f"difference from {baseline['name']}, bits per byte",
-                 xlim=(-0.6, len(places) - 0.4))
+        axes.set(
+            xlabel=f"domain, and bits per byte of {baseline['name']} there",
+            ylabel=f"difference from {baseline['name']}, bits per byte",
+            xlim=(-0.6, len(places) - 0.4),
+        )
         axes.set_title("Below 0: better than the baseline", loc="left", fontweight="bold")
         figure.legend(loc="outside lower left", ncols=2, fontsize=8)
         try:
@@ -43,11 +50,32 @@ def _variant(axes: Axes, variant: dict[str, Any], offset: float, colour: str, se
     """Means with their intervals; where there are several seeds, a ring for each beside them."""
     figures = [*variant["domains"].values(), variant["total"]]
     means = [f["difference"] for f in figures]
-    reach = [[max(f["difference"] - f["interval"][0], 0) if f["interval"] else 0 for f in figures],
-             [max(f["interval"][1] - f["difference"], 0) if f["interval"] else 0 for f in figures]]
-    label = f"{variant['name']}{f', mean of {seeds} seeds' if seeds > 1 else ''}; 95 % interval over documents"
-    axes.errorbar([i + offset for i in range(len(figures))], means, yerr=reach, linestyle="none", marker="o", markersize=5, capsize=3,
-                  color=colour, label=label)
+    reach = [
+        [max(f["difference"] - f["interval"][0], 0) if f["interval"] else 0 for f in figures],
+        [max(f["interval"][1] - f["difference"], 0) if f["interval"] else 0 for f in figures],
+    ]
+    label = (
+        f"{variant['name']}{f', mean of {seeds} seeds' if seeds > 1 else ''}; 95 % interval over"
+        " documents"
+    )
+    axes.errorbar(
+        [i + offset for i in range(len(figures))],
+        means,
+        yerr=reach,
+        linestyle="none",
+        marker="o",
+        markersize=5,
+        capsize=3,
+        color=colour,
+        label=label,
+    )
     if seeds > 1:
-        axes.scatter([i + offset + 0.07 for i, f in enumerate(figures) for _ in f["by_seed"]], [value for f in figures for value in f["by_seed"]],
-                     s=16, facecolors="none", edgecolors=colour, linewidths=1, label=f"{variant['name']}, each seed")
+        axes.scatter(
+            [i + offset + 0.07 for i, f in enumerate(figures) for _ in f["by_seed"]],
+            [value for f in figures for value in f["by_seed"]],
+            s=16,
+            facecolors="none",
+            edgecolors=colour,
+            linewidths=1,
+            label=f"{variant['name']}, each seed",
+        )

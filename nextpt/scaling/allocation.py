@@ -1,4 +1,7 @@
-"""Dividing compute between parameters and tokens, and what it costs to divide it otherwise. C = 6 N D throughout."""
+"""Dividing compute between parameters and tokens, and what it costs to divide it otherwise.
+
+C = 6 N D throughout.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from nextpt.scaling.fitting import Fit
 from nextpt.scaling.laws import Constants, Law
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, Runs
 
-SMALLER = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)  # sizes whose price is told, as shares of the compute-optimal one
+# Sizes whose price is told, as shares of the compute-optimal one
+SMALLER = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
 
 MOST_TOKENS = 1e30  # stands for any number of tokens
 
@@ -19,8 +23,8 @@ MOST_TOKENS = 1e30  # stands for any number of tokens
 class Priced:
     """A model of `share` of the compute-optimal size.
 
-    tokens, loss: at the same compute. same_loss_tokens, same_loss_flops: what it takes to reach the optimal model's loss
-    all the same; None where no amount of tokens would.
+    tokens, loss: at the same compute. same_loss_tokens, same_loss_flops: what it takes to reach the
+    optimal model's loss all the same; None where no amount of tokens would.
     """
 
     share: float
@@ -38,28 +42,37 @@ def optimum(law: Law, constants: Constants, flops: float) -> tuple[np.ndarray, n
     """
     a, b, alpha, beta = (np.asarray(value, dtype=float) for value in law.inner(constants))
     products = flops / FLOPS_PER_PARAMETER_AND_TOKEN
-    with np.errstate(all="ignore"):  # single resamples may be degenerate; `interval` counts what is not finite
+    # Single resamples may be degenerate; `interval` counts what is not finite
+    with np.errstate(all="ignore"):
         log_g = (np.log(alpha * a) - np.log(beta * b)) / (alpha + beta)
         parameters = np.exp(log_g + beta / (alpha + beta) * np.log(products))
         return parameters, products / parameters
 
 
 def optimal_exponent(law: Law, constants: Constants) -> np.ndarray:
-    """a of N = k C^a."""
+    """A of N = k C^a."""
     _, _, alpha, beta = (np.asarray(value, dtype=float) for value in law.inner(constants))
     return beta / (alpha + beta)
 
 
 def interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    """The central interval of `level` of the resamples, by percentiles; those that are not finite count as the largest number."""
-    low, high = np.quantile(np.where(np.isfinite(values), values, np.finfo(float).max), [(1 - level) / 2, (1 + level) / 2], method="lower")
+    """The central interval of `level` of the resamples, by percentiles.
+
+    Those that are not finite count as the largest number.
+    """
+    low, high = np.quantile(
+        np.where(np.isfinite(values), values, np.finfo(float).max),
+        [(1 - level) / 2, (1 + level) / 2],
+        method="lower",
+    )
     return float(low), float(high)
 
 
 def predictions(fit: Fit, parameters: float, tokens: float) -> np.ndarray:
     """Losses [R] that a new run of this size may have: the law of every resample, times the scatter of a single run.
 
-    The scatter is that of the fit's residuals, made larger by sqrt(n / (n - p)) for the p constants that were fitted to them.
+    The scatter is that of the fit's residuals, made larger by sqrt(n / (n - p)) for the p constants
+    that were fitted to them.
     """
     n, p = len(fit.runs), len(fit.law.constants)
     generator = np.random.RandomState(0)
@@ -74,7 +87,10 @@ def extrapolation(runs: Runs, flops: float) -> float:
 
 
 def price(fit: Fit, flops: float) -> list[Priced]:
-    """What models smaller than the optimum cost at training time; each is cheaper to run by its share."""
+    """What models smaller than the optimum cost at training time.
+
+    Each is cheaper to run by its share.
+    """
     best, _ = optimum(fit.law, fit.constants, flops)
     target = float(fit.loss(best, flops / FLOPS_PER_PARAMETER_AND_TOKEN / best))
     found = []
@@ -82,13 +98,24 @@ def price(fit: Fit, flops: float) -> list[Priced]:
         parameters = float(best) * share
         tokens = flops / FLOPS_PER_PARAMETER_AND_TOKEN / parameters
         needed = _tokens_for(fit, parameters, target) if share < 1 else tokens
-        found.append(Priced(share, parameters, tokens, float(fit.loss(parameters, tokens)), needed,
-                            needed and FLOPS_PER_PARAMETER_AND_TOKEN * parameters * needed))
+        found.append(
+            Priced(
+                share,
+                parameters,
+                tokens,
+                float(fit.loss(parameters, tokens)),
+                needed,
+                needed and FLOPS_PER_PARAMETER_AND_TOKEN * parameters * needed,
+            )
+        )
     return found
 
 
 def _tokens_for(fit: Fit, parameters: float, loss: float) -> float | None:
-    """Tokens after which a model has a loss: bisection of ln D, as every law falls with D. None where it never has it."""
+    """Tokens after which a model has a loss: bisection of ln D, as every law falls with D.
+
+    None where it never has it.
+    """
     low, high = 0.0, np.log(MOST_TOKENS)
     if fit.loss(parameters, np.exp(high)) > loss:
         return None

@@ -30,16 +30,31 @@ class Left:
 def warnings(fit: Fit) -> list[str]:
     """What a reader must know before believing the constants, one line each."""
     runs, found = fit.runs, []
-    for what, letter, values in (("model sizes", "N", runs.parameters), ("numbers of tokens", "D", runs.tokens)):
+    for what, letter, values in (
+        ("model sizes", "N", runs.parameters),
+        ("numbers of tokens", "D", runs.tokens),
+    ):
         if (number := len(clusters(values, SAME))) < FEW_SIZES:
-            found.append(f"only {number} {what}: the exponent of {letter} and E trade against each other; {FEW_SIZES} or more are needed")
+            found.append(
+                f"only {number} {what}: the exponent of {letter} and E trade against each other;"
+                f" {FEW_SIZES} or more are needed"
+            )
     ratio = runs.tokens / runs.parameters
     if ratio.max() < NARROW * ratio.min():
-        found.append(f"all runs have about one D/N ({ratio.min():.3g} to {ratio.max():.3g} tokens per parameter): the shares of N and of D cannot "
-                     "be told apart, and nothing follows about other ratios or the optimum")
-    found += [f"{name} is not determined: half or twice its value fits about as well" for name in _flat(fit)]
+        found.append(
+            f"all runs have about one D/N ({ratio.min():.3g} to {ratio.max():.3g} tokens per"
+            " parameter): the shares of N and of D cannot be told apart, and nothing follows about"
+            " other ratios or the optimum"
+        )
+    found += [
+        f"{name} is not determined: half or twice its value fits about as well"
+        for name in _flat(fit)
+    ]
     if (e := fit.constants.get("E")) is not None and e < 0.05 * runs.loss.min():
-        found.append(f"E = {e:.2g} is nearly 0: the runs do not show a floor, so predictions far beyond them are too low")
+        found.append(
+            f"E = {e:.2g} is nearly 0: the runs do not show a floor, so predictions far beyond them"
+            " are too low"
+        )
     found += refusals(fit)
     for name, values in fit.resamples.items():
         low, high = interval(values, 0.95)
@@ -53,12 +68,14 @@ def refusals(fit: Fit) -> list[str]:
     if not fit.refused:
         return []
     drawn = fit.refused + len(next(iter(fit.resamples.values()), ()))
-    return [f"in {fit.refused} of {drawn} resamples loss does not fall with N or D; intervals are of the others, and too narrow"]
+    return [
+        f"in {fit.refused} of {drawn} resamples loss does not fall with N or D; intervals are of"
+        " the others, and too narrow"
+    ]
 
 
 def _flat(fit: Fit) -> list[str]:
-    """Exponents whose profile is flat: held at a FLAT multiple, all else fitted again, the objective grows by less than its own
-    size per degree of freedom (one standard error, were it a likelihood)."""
+    """Exponents whose profile is flat: held at a FLAT multiple, all else fitted again, the objective grows by less than its own size per degree of freedom (one standard error, were it a likelihood)."""
     problem = Problem(fit.law, fit.runs, fit.delta)
     theta = fit.law.private(fit.constants, problem.centre)
     ones = np.ones((len(FLAT), len(fit.runs)))
@@ -80,21 +97,50 @@ def sensitivity(fit: Fit) -> list[Left]:
     """The fit without the highest losses, without the smallest or the largest size, and without the one run that moves it most."""
     runs = fit.runs
     order, sizes = np.argsort(-runs.loss), runs.sizes()
-    left_out = {"all runs": np.array([], dtype=int), "without the highest loss": order[:1], "without the 5 highest losses": order[:5],
-                "without the smallest size": sizes[0], "without the largest size": sizes[-1]}
+    left_out = {
+        "all runs": np.array([], dtype=int),
+        "without the highest loss": order[:1],
+        "without the 5 highest losses": order[:5],
+        "without the smallest size": sizes[0],
+        "without the largest size": sizes[-1],
+    }
     problem = Problem(fit.law, runs, fit.delta)
-    masks = np.array([~np.isin(np.arange(len(runs)), out) for out in left_out.values()] + list(~np.eye(len(runs), dtype=bool)))
-    enough = np.array([mask.sum() > len(fit.law.constants) and len(clusters(runs.parameters[mask], SAME)) > 1 for mask in masks])
+    masks = np.array(
+        [~np.isin(np.arange(len(runs)), out) for out in left_out.values()]
+        + list(~np.eye(len(runs), dtype=bool))
+    )
+    enough = np.array(
+        [
+            mask.sum() > len(fit.law.constants) and len(clusters(runs.parameters[mask], SAME)) > 1
+            for mask in masks
+        ]
+    )
     masks = masks[enough]
     theta = fit.law.private(fit.constants, problem.centre)
     constants = fit.law.public(problem.solve(masks.astype(float), theta)[0], problem.centre)
     losses = _beyond(fit, constants)
-    names = [name for name, kept in zip([*left_out, *(f"without {label}, which counts most" for label in runs.labels)], enough, strict=True) if kept]
+    names = [
+        name
+        for name, kept in zip(
+            [*left_out, *(f"without {label}, which counts most" for label in runs.labels)],
+            enough,
+            strict=True,
+        )
+        if kept
+    ]
     named = [i for i, name in enumerate(names) if name in left_out]
     single = [i for i in range(len(names)) if i not in named]
     if single:
         named.append(max(single, key=lambda i: abs(losses[i] - losses[0])))
-    return [Left(names[i], int(masks[i].sum()), {key: float(value[i]) for key, value in constants.items()}, float(losses[i])) for i in named]
+    return [
+        Left(
+            names[i],
+            int(masks[i].sum()),
+            {key: float(value[i]) for key, value in constants.items()},
+            float(losses[i]),
+        )
+        for i in named
+    ]
 
 
 def _beyond(fit: Fit, constants: Constants) -> np.ndarray:
@@ -104,7 +150,11 @@ def _beyond(fit: Fit, constants: Constants) -> np.ndarray:
 
 def describe(runs: Runs) -> str:
     """Ranges of what was fitted, in one line."""
+
     def span(values: np.ndarray) -> str:
         return f"{values.min():.3g} to {values.max():.3g}"
-    return (f"{len(runs)} runs, {len(runs.sizes())} sizes: N {span(runs.parameters)}, D {span(runs.tokens)}, C = 6 N D {span(runs.flops)} FLOPs, "
-            f"loss {span(runs.loss)}")
+
+    return (
+        f"{len(runs)} runs, {len(runs.sizes())} sizes: N {span(runs.parameters)}, D"
+        f" {span(runs.tokens)}, C = 6 N D {span(runs.flops)} FLOPs, loss {span(runs.loss)}"
+    )

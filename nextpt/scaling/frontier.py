@@ -1,8 +1,9 @@
 """Compute-optimal sizes without a parametric law: Chinchilla's approaches 1 and 2 (Hoffmann et al., arXiv 2203.15556, section 3).
 
-Both find the best size at several amounts of compute, and draw N = k C^a through them. Approach 1 takes, at each compute, the
-lowest of all training curves; approach 2 the minimum of a parabola of the loss over ln N through runs of equal compute. A parabola
-is biased where the sizes do not lie evenly about the optimum, and a training curve where its learning rate has not decayed.
+Both find the best size at several amounts of compute, and draw N = k C^a through them. Approach 1
+takes, at each compute, the lowest of all training curves; approach 2 the minimum of a parabola of
+the loss over ln N through runs of equal compute. A parabola is biased where the sizes do not lie
+evenly about the optimum, and a training curve where its learning rate has not decayed.
 """
 
 from __future__ import annotations
@@ -51,33 +52,55 @@ class Frontier:
 
 
 def isoflop(runs: Runs, bootstrap: int = 0) -> Frontier:
-    """Approach 2. The bootstrap resamples the runs of every group. Raises ScalingError for fewer than two groups with a minimum."""
+    """Approach 2.
+
+    The bootstrap resamples the runs of every group. Raises ScalingError for fewer than two groups
+    with a minimum.
+    """
     groups = [runs.only(group) for group in clusters(runs.flops, EQUAL_COMPUTE)]
     usable = [group for group in groups if len(group.sizes()) >= PARABOLA]
     optima, notes = [], []
     for group in usable:
         if (best := _vertex(group)) is None:
-            notes.append(f"the runs of about {group.flops.mean():.2e} FLOPs show no minimum between their sizes; they are left out")
+            notes.append(
+                f"the runs of about {group.flops.mean():.2e} FLOPs show no minimum between their"
+                " sizes; they are left out"
+            )
         else:
             optima.append(best)
     if len(optima) < 2:
-        raise ScalingError(f"approach 2 needs two or more amounts of compute with {PARABOLA} or more sizes each and a minimum between them; "
-                           f"of {len(runs)} runs in {len(groups)} groups of equal compute (within {EQUAL_COMPUTE:.0%}) {len(optima)} are such")
-    draw = lambda generator: [v for g in usable if (v := _vertex(g.only(generator.choice(len(g), len(g)))))]  # noqa: E731
+        raise ScalingError(
+            f"approach 2 needs two or more amounts of compute with {PARABOLA} or more sizes each"
+            f" and a minimum between them; of {len(runs)} runs in {len(groups)} groups of equal"
+            f" compute (within {EQUAL_COMPUTE:.0%}) {len(optima)} are such"
+        )
+    draw = lambda generator: [
+        v for g in usable if (v := _vertex(g.only(generator.choice(len(g), len(g)))))
+    ]
     return _frontier("isoflop", runs, optima, draw, bootstrap, notes)
 
 
 def envelope(curves: Runs, bootstrap: int = 0) -> Frontier:
-    """Approach 1: rows are points of training curves, those of one size one curve. The bootstrap resamples curves.
+    """Approach 1: rows are points of training curves, those of one size one curve.
+
+    The bootstrap resamples curves.
 
     Raises ScalingError where fewer than three sizes have two points or more.
     """
-    lines = [_curve(curves, size) for size in curves.sizes() if len(np.unique(curves.tokens[size])) > 1]
+    lines = [
+        _curve(curves, size) for size in curves.sizes() if len(np.unique(curves.tokens[size])) > 1
+    ]
     if len(lines) < 3:
-        raise ScalingError(f"approach 1 needs training curves (two or more points each) of three or more sizes; there are {len(lines)}")
+        raise ScalingError(
+            "approach 1 needs training curves (two or more points each) of three or more sizes;"
+            f" there are {len(lines)}"
+        )
     optima = _lowest(lines)
     if len({o.parameters for o in optima}) < 2:
-        raise ScalingError("one size has the lowest loss at every amount of compute: there is no frontier between sizes; add larger or smaller ones")
+        raise ScalingError(
+            "one size has the lowest loss at every amount of compute: there is no frontier between"
+            " sizes; add larger or smaller ones"
+        )
     draw = lambda generator: _lowest([lines[i] for i in generator.choice(len(lines), len(lines))])  # noqa: E731
     return _frontier("envelope", curves, optima, draw, bootstrap, [])
 
@@ -92,18 +115,32 @@ def _vertex(group: Runs) -> Optimum | None:
     if c2 <= 0 or not x.min() < (at := middle - c1 / (2 * c2)) < x.max():
         return None
     flops = float(np.exp(np.log(group.flops).mean()))
-    return Optimum(flops, float(np.exp(at)), flops / FLOPS_PER_PARAMETER_AND_TOKEN / float(np.exp(at)), float(np.exp(c0 - c1**2 / (4 * c2))))
+    return Optimum(
+        flops,
+        float(np.exp(at)),
+        flops / FLOPS_PER_PARAMETER_AND_TOKEN / float(np.exp(at)),
+        float(np.exp(c0 - c1**2 / (4 * c2))),
+    )
 
 
 def _curve(curves: Runs, size: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """N of a size, ln C and ln L of its points in order."""
     order = size[np.argsort(curves.tokens[size], kind="stable")]
-    return float(curves.parameters[size].mean()), np.log(curves.flops[order]), np.log(curves.loss[order])
+    return (
+        float(curves.parameters[size].mean()),
+        np.log(curves.flops[order]),
+        np.log(curves.loss[order]),
+    )
 
 
 def _lowest(lines: list[tuple[float, np.ndarray, np.ndarray]]) -> list[Optimum]:
-    """At each compute the size of the lowest curve; only where its neighbours in size have curves too, so that it had rivals."""
-    grid = np.linspace(min(line[1][0] for line in lines), max(line[1][-1] for line in lines), POINTS)
+    """At each compute the size of the lowest curve.
+
+    Only where its neighbours in size have curves too, so that it had rivals.
+    """
+    grid = np.linspace(
+        min(line[1][0] for line in lines), max(line[1][-1] for line in lines), POINTS
+    )
     losses = np.stack([np.interp(grid, c, loss, left=np.nan, right=np.nan) for _, c, loss in lines])
     sizes = np.array([line[0] for line in lines])
     found = []
@@ -112,26 +149,48 @@ def _lowest(lines: list[tuple[float, np.ndarray, np.ndarray]]) -> list[Optimum]:
         if there.sum() < 2:
             continue
         best = int(np.nanargmin(column))
-        # The smallest or the largest that has a curve here may be lowest only because the better size was not trained this far.
+        # The smallest or the largest that has a curve here may be lowest only because the better
+        # size was not trained this far.
         if sizes[best] in (sizes[there].min(), sizes[there].max()):
             continue
         flops = float(np.exp(at))
-        found.append(Optimum(flops, float(sizes[best]), flops / FLOPS_PER_PARAMETER_AND_TOKEN / float(sizes[best]), float(np.exp(column[best]))))
+        found.append(
+            Optimum(
+                flops,
+                float(sizes[best]),
+                flops / FLOPS_PER_PARAMETER_AND_TOKEN / float(sizes[best]),
+                float(np.exp(column[best])),
+            )
+        )
     return found
 
 
 def _line(optima: list[Optimum]) -> tuple[float, float]:
-    a, log_k = np.polyfit(np.log([o.flops for o in optima]), np.log([o.parameters for o in optima]), 1)
+    a, log_k = np.polyfit(
+        np.log([o.flops for o in optima]), np.log([o.parameters for o in optima]), 1
+    )
     return float(a), float(log_k)
 
 
-def _frontier(name: str, runs: Runs, optima: list[Optimum], draw: Callable[[np.random.RandomState], list[Optimum]],
-              bootstrap: int, notes: list[str]) -> Frontier:
+def _frontier(
+    name: str,
+    runs: Runs,
+    optima: list[Optimum],
+    draw: Callable[[np.random.RandomState], list[Optimum]],
+    bootstrap: int,
+    notes: list[str],
+) -> Frontier:
     generator, lines = np.random.RandomState(SEED), []
     for _ in range(bootstrap):
         drawn = draw(generator)
         if len({o.flops for o in drawn}) > 1 and len({o.parameters for o in drawn}) > 1:
             lines.append(_line(drawn))
     if len(lines) < 0.9 * bootstrap:
-        notes = [*notes, f"{bootstrap - len(lines)} of {bootstrap} resamples show no frontier; the interval is of the others, and too narrow"]
+        notes = [
+            *notes,
+            (
+                f"{bootstrap - len(lines)} of {bootstrap} resamples show no frontier; the interval"
+                " is of the others, and too narrow"
+            ),
+        ]
     return Frontier(name, runs, optima, *_line(optima), np.array(lines).reshape(-1, 2), notes)

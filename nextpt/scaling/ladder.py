@@ -1,6 +1,7 @@
 """A ladder of runs: small ones that a law is fitted to, and a large one whose loss is predicted before it is trained.
 
-The prediction is on disk before the first step of the largest rung, and is not written again once that rung has begun.
+The prediction is on disk before the first step of the largest rung, and is not written again once
+that rung has begun.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from nextpt.scaling.predict import predict
 from nextpt.scaling.record import fit_json, write_json
 from nextpt.scaling.run_set import NamedRun, RunSet, read_set, repeated
 
-LEAST_RATIO = 4.0  # compute of the largest rung over that of the biggest fitted one: less would hardly be a prediction
+# Compute of the largest rung over that of the biggest fitted one: less would hardly be a prediction
+LEAST_RATIO = 4.0
 BOOTSTRAP = 4000
 LEVEL = 0.9
 
@@ -49,42 +51,66 @@ def load_ladder(path: Path) -> Ladder:
     """Read and check a ladder, and every rung's config. Raises ScalingError and ConfigError."""
     ladder = read_set(Ladder, path, "a ladder")
     if twice := repeated([rung.name for rung in ladder.all]):
-        raise ScalingError(f"{path}: two rungs have the name {twice}; each needs a folder of its own")
+        raise ScalingError(
+            f"{path}: two rungs have the name {twice}; each needs a folder of its own"
+        )
     if len(ladder.rungs) <= len(CHINCHILLA.constants):
-        raise ScalingError(f"{path}: {len(ladder.rungs)} rungs are too few; {CHINCHILLA.formula} needs at least {len(CHINCHILLA.constants) + 1}")
+        raise ScalingError(
+            f"{path}: {len(ladder.rungs)} rungs are too few; {CHINCHILLA.formula} needs at least"
+            f" {len(CHINCHILLA.constants) + 1}"
+        )
     biggest = max(ladder.rungs, key=ladder.flops)
     if (ratio := ladder.flops(ladder.target) / ladder.flops(biggest)) < LEAST_RATIO:
-        raise ScalingError(f"{path}: target {ladder.target.name} takes {ratio:.2f} times the compute of {biggest.name}, the biggest that is fitted; "
-                           f"{LEAST_RATIO:g} times or more are needed for a prediction")
+        raise ScalingError(
+            f"{path}: target {ladder.target.name} takes {ratio:.2f} times the compute of"
+            f" {biggest.name}, the biggest that is fitted; {LEAST_RATIO:g} times or more are needed"
+            " for a prediction"
+        )
     return ladder
 
 
 def is_done(ladder: Ladder, rung: NamedRun) -> bool:
-    """Whether a rung was trained to its end. Raises ScalingError where its folder holds another run."""
+    """Whether a rung was trained to its end.
+
+    Raises ScalingError where its folder holds another run.
+    """
     config, begun = ladder.config(rung), ladder.is_begun(rung)
     events = read_events(ladder.folder(rung) / "metrics.jsonl", "validation")
     return begun and bool(events) and events[-1]["step"] >= config.total_steps
 
 
 def write_prediction(ladder: Ladder) -> dict[str, Any]:
-    """Fit the finished rungs and write DIR/fit.json and DIR/prediction.json; what is written before the target began is kept.
+    """Fit the finished rungs and write DIR/fit.json and DIR/prediction.json.
 
-    Raises ScalingError where the target has begun without a prediction: none could be honest any more.
+    What is written before the target began is kept.
+
+    Raises ScalingError where the target has begun without a prediction: none could be honest any
+    more.
     """
     path, target = ladder.dir / "prediction.json", ladder.target
     begun = bool(read_events(ladder.folder(target) / "metrics.jsonl"))
     if begun and path.exists():
         return read(path)
     if begun:
-        raise ScalingError(f"{ladder.folder(target)} has begun and {path} is not there: a prediction must come first; remove that folder")
+        raise ScalingError(
+            f"{ladder.folder(target)} has begun and {path} is not there: a prediction must come"
+            " first; remove that folder"
+        )
     runs = read_run_folders([ladder.folder(rung) for rung in ladder.rungs])
     found = fit(CHINCHILLA, runs, bootstrap=BOOTSTRAP)
     values = fit_json(found)
     write_json(values, ladder.dir / "fit.json")
     config = ladder.config(target)
-    made = predict(found, count(config).parameters, config.total_steps * config.tokens_per_step, LEVEL)
-    made |= {"run": str(ladder.folder(target)), "written": time.time(), "compute_ratio": made["flops"] / float(runs.flops.max()),
-             "fit": {name: values[name] for name in ("form", *CHINCHILLA.constants)}, "warnings": list(dict.fromkeys([*made["warnings"], *values["warnings"]]))}
+    made = predict(
+        found, count(config).parameters, config.total_steps * config.tokens_per_step, LEVEL
+    )
+    made |= {
+        "run": str(ladder.folder(target)),
+        "written": time.time(),
+        "compute_ratio": made["flops"] / float(runs.flops.max()),
+        "fit": {name: values[name] for name in ("form", *CHINCHILLA.constants)},
+        "warnings": list(dict.fromkeys([*made["warnings"], *values["warnings"]])),
+    }
     _write(made, path)
     return made
 
@@ -95,8 +121,16 @@ def write_result(ladder: Ladder) -> dict[str, Any]:
     runs = read_run_folders([ladder.folder(ladder.target)])
     measured, (low, high) = float(runs.loss[0]), made["interval"]
     first = read_events(ladder.folder(ladder.target) / "metrics.jsonl", "train")[0]["time"]
-    result = {"predicted": made["loss"], "level": made["level"], "interval": [low, high], "measured": measured, "error": made["loss"] / measured - 1,
-              "inside": low <= measured <= high, "compute_ratio": made["compute_ratio"], "prediction_before_first_step": made["written"] < first}
+    result = {
+        "predicted": made["loss"],
+        "level": made["level"],
+        "interval": [low, high],
+        "measured": measured,
+        "error": made["loss"] / measured - 1,
+        "inside": low <= measured <= high,
+        "compute_ratio": made["compute_ratio"],
+        "prediction_before_first_step": made["written"] < first,
+    }
     _write(result, ladder.dir / "result.json")
     return result
 

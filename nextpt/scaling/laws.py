@@ -1,8 +1,9 @@
 """The forms of scaling laws: loss as a function of parameters N and training tokens D.
 
-Each is a scaled sum of powers, L = (sum_k exp(t_k))^s, with terms t_k linear in the unknowns theta once logarithms are taken;
-Kaplan's has a scale s, for the others it is 1. Logarithms of N and D are taken from their means over the runs: it brings the condition of the
-normal equations from 4e6 to 4e3 on Chinchilla's runs.
+Each is a scaled sum of powers, L = (sum_k exp(t_k))^s, with terms t_k linear in the unknowns theta
+once logarithms are taken; Kaplan's has a scale s, for the others it is 1. Logarithms of N and D are
+taken from their means over the runs: it brings the condition of the normal equations from 4e6 to
+4e3 on Chinchilla's runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Terms = tuple[np.ndarray, np.ndarray]  # derivatives of the K terms by theta [K, n, p], and what is added to them [K, n]
+# Derivatives of the K terms by theta [K, n, p], and what is added to them [K, n]
+Terms = tuple[np.ndarray, np.ndarray]
 Constants = dict[str, np.ndarray]  # name of a parameter -> its value, or one per resample [R]
 TINY = 1e-300  # stands for a coefficient that a fit drove to 0
 
@@ -29,11 +31,13 @@ class Centre:
 class Law:
     """One form.
 
-    constants: names of its public parameters. terms: of (x, y), the centred logarithms of N and D. exponents: which of theta are
-    exponents, the others being logarithms of coefficients. scaled: the last of theta is the scale s. least_squares: fitted by
-    least squares of the loss in nats, as published, and not by Huber's loss of its logarithm. public: (theta [R, p], centre) ->
-    constants; private: (constants of one fit, centre) -> theta [p]. loss: (constants, N, D) -> nats per token. inner: constants ->
-    (A, B, alpha, beta) of what divides compute: for any budget the N that minimises L minimises A N^-alpha + B D^-beta.
+    constants: names of its public parameters. terms: of (x, y), the centred logarithms of N and D.
+    exponents: which of theta are exponents, the others being logarithms of coefficients. scaled:
+    the last of theta is the scale s. least_squares: fitted by least squares of the loss in nats, as
+    published, and not by Huber's loss of its logarithm. public: (theta [R, p], centre) ->
+    constants; private: (constants of one fit, centre) -> theta [p]. loss: (constants, N, D) -> nats
+    per token. inner: constants -> (A, B, alpha, beta) of what divides compute: for any budget the N
+    that minimises L minimises A N^-alpha + B D^-beta.
     """
 
     name: str
@@ -51,7 +55,7 @@ class Law:
     least_squares: bool = False
 
     def log_loss(self, theta: np.ndarray, terms: Terms) -> tuple[np.ndarray, np.ndarray]:
-        """ln L [R, n] of theta [R, p], and its derivatives [R, n, p]."""
+        """Ln L [R, n] of theta [R, p], and its derivatives [R, n, p]."""
         design, added = terms
         logs = np.einsum("knp,rp->krn", design, theta) + added[:, None, :]
         largest = logs.max(0)
@@ -69,7 +73,9 @@ class Law:
 
 def _design(*rows: tuple[np.ndarray | float, ...]) -> np.ndarray:
     n = next(len(cell) for row in rows for cell in row if isinstance(cell, np.ndarray))
-    return np.stack([np.stack([np.broadcast_to(cell, n) for cell in row], axis=1) for row in rows]).astype(float)
+    return np.stack(
+        [np.stack([np.broadcast_to(cell, n) for cell in row], axis=1) for row in rows]
+    ).astype(float)
 
 
 def _sum(*rows: tuple[np.ndarray | float, ...]) -> Terms:
@@ -79,13 +85,26 @@ def _sum(*rows: tuple[np.ndarray | float, ...]) -> Terms:
 
 def _chinchilla_constants(theta: np.ndarray, centre: Centre) -> Constants:
     a, b, e, alpha, beta = theta.T
-    return {"A": np.exp(a + alpha * centre.log_parameters), "B": np.exp(b + beta * centre.log_tokens), "E": np.exp(e),
-            "alpha": alpha, "beta": beta}
+    return {
+        "A": np.exp(a + alpha * centre.log_parameters),
+        "B": np.exp(b + beta * centre.log_tokens),
+        "E": np.exp(e),
+        "alpha": alpha,
+        "beta": beta,
+    }
 
 
 def _chinchilla_theta(c: Constants, centre: Centre) -> np.ndarray:
     logs = [np.log(max(float(c[name]), TINY)) for name in ("A", "B", "E")]
-    return np.array([logs[0] - c["alpha"] * centre.log_parameters, logs[1] - c["beta"] * centre.log_tokens, logs[2], c["alpha"], c["beta"]])
+    return np.array(
+        [
+            logs[0] - c["alpha"] * centre.log_parameters,
+            logs[1] - c["beta"] * centre.log_tokens,
+            logs[2],
+            c["alpha"],
+            c["beta"],
+        ]
+    )
 
 
 def _chinchilla_loss(c: Constants, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -93,32 +112,60 @@ def _chinchilla_loss(c: Constants, parameters: np.ndarray, tokens: np.ndarray) -
 
 
 CHINCHILLA = Law(
-    "chinchilla", "L = E + A / N^alpha + B / D^beta", "Hoffmann et al., arXiv 2203.15556, approach 3",
+    "chinchilla",
+    "L = E + A / N^alpha + B / D^beta",
+    "Hoffmann et al., arXiv 2203.15556, approach 3",
     ("A", "B", "E", "alpha", "beta"),
     terms=lambda x, y: _sum((1, 0, 0, -x, 0), (0, 1, 0, 0, -y), (0, 0, 1, 0, 0)),
-    exponents=(3, 4), exponent_names=("alpha", "beta"), public=_chinchilla_constants, private=_chinchilla_theta, loss=_chinchilla_loss, inner=lambda c: (c["A"], c["B"], c["alpha"], c["beta"]),
+    exponents=(3, 4),
+    exponent_names=("alpha", "beta"),
+    public=_chinchilla_constants,
+    private=_chinchilla_theta,
+    loss=_chinchilla_loss,
+    inner=lambda c: (c["A"], c["B"], c["alpha"], c["beta"]),
 )
 OVER_TRAINING = Law(
-    "over-training", "L = E + A / N^alpha + B / D^alpha", "Gadre et al., arXiv 2403.08540, with alpha = beta = 2 eta",
+    "over-training",
+    "L = E + A / N^alpha + B / D^alpha",
+    "Gadre et al., arXiv 2403.08540, with alpha = beta = 2 eta",
     ("A", "B", "E", "alpha"),
     terms=lambda x, y: _sum((1, 0, 0, -x), (0, 1, 0, -y), (0, 0, 1, 0)),
-    exponents=(3,), exponent_names=("alpha",), least_squares=True,
-    public=lambda theta, centre: {name: value for name, value in _chinchilla_constants(theta[:, [0, 1, 2, 3, 3]], centre).items() if name != "beta"},
+    exponents=(3,),
+    exponent_names=("alpha",),
+    least_squares=True,
+    public=lambda theta, centre: {
+        name: value
+        for name, value in _chinchilla_constants(theta[:, [0, 1, 2, 3, 3]], centre).items()
+        if name != "beta"
+    },
     private=lambda c, centre: _chinchilla_theta({**c, "beta": c["alpha"]}, centre)[:4],
-    loss=lambda c, parameters, tokens: _chinchilla_loss({**c, "beta": c["alpha"]}, parameters, tokens),
+    loss=lambda c, parameters, tokens: _chinchilla_loss(
+        {**c, "beta": c["alpha"]}, parameters, tokens
+    ),
     inner=lambda c: (c["A"], c["B"], c["alpha"], c["alpha"]),
 )
 
 
 def _kaplan_constants(theta: np.ndarray, centre: Centre) -> Constants:
     p, q, ratio, alpha_d = theta.T
-    return {"N_c": np.exp(p / ratio + centre.log_parameters), "D_c": np.exp(q + centre.log_tokens),
-            "alpha_N": ratio * alpha_d, "alpha_D": alpha_d}
+    return {
+        "N_c": np.exp(p / ratio + centre.log_parameters),
+        "D_c": np.exp(q + centre.log_tokens),
+        "alpha_N": ratio * alpha_d,
+        "alpha_D": alpha_d,
+    }
 
 
 def _kaplan_theta(c: Constants, centre: Centre) -> np.ndarray:
     ratio = c["alpha_N"] / c["alpha_D"]
-    return np.array([ratio * (np.log(c["N_c"]) - centre.log_parameters), np.log(c["D_c"]) - centre.log_tokens, ratio, c["alpha_D"]])
+    return np.array(
+        [
+            ratio * (np.log(c["N_c"]) - centre.log_parameters),
+            np.log(c["D_c"]) - centre.log_tokens,
+            ratio,
+            c["alpha_D"],
+        ]
+    )
 
 
 def _kaplan_inner(c: Constants) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -127,13 +174,23 @@ def _kaplan_inner(c: Constants) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def _kaplan_loss(c: Constants, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    return ((c["N_c"] / parameters) ** (c["alpha_N"] / c["alpha_D"]) + c["D_c"] / tokens) ** c["alpha_D"]
+    return ((c["N_c"] / parameters) ** (c["alpha_N"] / c["alpha_D"]) + c["D_c"] / tokens) ** c[
+        "alpha_D"
+    ]
 
 
 KAPLAN = Law(
-    "kaplan", "L = [(N_c / N)^(alpha_N / alpha_D) + D_c / D]^alpha_D", "Kaplan et al., arXiv 2001.08361, equation 1.5",
+    "kaplan",
+    "L = [(N_c / N)^(alpha_N / alpha_D) + D_c / D]^alpha_D",
+    "Kaplan et al., arXiv 2001.08361, equation 1.5",
     ("N_c", "D_c", "alpha_N", "alpha_D"),
     terms=lambda x, y: (_design((1, 0, -x, 0), (0, 1, 0, 0)), np.stack([np.zeros_like(y), -y])),
-    exponents=(2, 3), exponent_names=("alpha_N / alpha_D", "alpha_D"), scaled=True, public=_kaplan_constants, private=_kaplan_theta, loss=_kaplan_loss, inner=_kaplan_inner,
+    exponents=(2, 3),
+    exponent_names=("alpha_N / alpha_D", "alpha_D"),
+    scaled=True,
+    public=_kaplan_constants,
+    private=_kaplan_theta,
+    loss=_kaplan_loss,
+    inner=_kaplan_inner,
 )
 LAWS = {law.name: law for law in (CHINCHILLA, OVER_TRAINING, KAPLAN)}

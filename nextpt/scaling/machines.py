@@ -12,8 +12,10 @@ from nextpt.train.hardware import PEAK_BF16_TFLOPS
 class Machine:
     """One kind of device and how many of it are joined.
 
-    memory: bytes. peak: dense bf16 FLOP/s. link: bytes/s that one device sends to others of its node (one direction).
-    node_network: bytes/s that one node sends to others, all its adapters together. node_size: devices per node.
+    memory: bytes. peak: dense bf16 FLOP/s. link: bytes/s that one device sends to others of its
+    node (one direction).
+    node_network: bytes/s that one node sends to others, all its adapters together. node_size:
+    devices per node.
     """
 
     name: str
@@ -26,7 +28,8 @@ class Machine:
     def bus(self, devices: int) -> float:
         """Bytes/s per device of a ring over `devices`: the slower of the links and of the nodes' networks.
 
-        A ring crosses each node boundary once, over all adapters of a node together (NCCL lays one ring per adapter).
+        A ring crosses each node boundary once, over all adapters of a node together (NCCL lays one
+        ring per adapter).
         """
         return self.link if devices <= self.node_size else min(self.link, self.node_network)
 
@@ -35,20 +38,44 @@ def _gpu(name: str, gib: float, link: float) -> Machine:
     return Machine(name, int(gib * 2**30), PEAK_BF16_TFLOPS[name] * 1e12, link)
 
 
-# Memory as the driver shows it, rounded down; NVLink per direction is half of the advertised sum; L40S and A10 have PCIe 4.
+# Memory as the driver shows it, rounded down; NVLink per direction is half of the advertised sum;
+# L40S and A10 have PCIe 4.
 MACHINES = {
-    "a10": _gpu("A10", 22, 32e9), "l40s": _gpu("L40S", 44, 32e9), "a100": _gpu("A100", 79, 300e9),
-    "a100-40": replace(_gpu("A100", 39, 300e9), name="A100 40 GB"), "h100": _gpu("H100", 79, 450e9),
-    "h200": _gpu("H200", 139, 450e9), "b200": _gpu("B200", 178, 900e9),
+    "a10": _gpu("A10", 22, 32e9),
+    "l40s": _gpu("L40S", 44, 32e9),
+    "a100": _gpu("A100", 79, 300e9),
+    "a100-40": replace(_gpu("A100", 39, 300e9), name="A100 40 GB"),
+    "h100": _gpu("H100", 79, 450e9),
+    "h200": _gpu("H200", 139, 450e9),
+    "b200": _gpu("B200", 178, 900e9),
 }
 
 
-def machine(name: str, *, memory_gib: float | None = None, peak_tflops: float | None = None, link_gbs: float | None = None,
-            node_gbs: float | None = None, node_size: int | None = None) -> Machine:
-    """A machine by name, with what is known better put in its place. Raises ConfigError for an unknown name."""
+def machine(
+    name: str,
+    *,
+    memory_gib: float | None = None,
+    peak_tflops: float | None = None,
+    link_gbs: float | None = None,
+    node_gbs: float | None = None,
+    node_size: int | None = None,
+) -> Machine:
+    """A machine by name, with what is known better put in its place.
+
+    Raises ConfigError for an unknown name.
+    """
     if name.lower() not in MACHINES:
-        raise ConfigError(f"--device {name}: known are {', '.join(MACHINES)}; for another, name the nearest and give --memory, "
-                          "--peak and --link")
-    changes = {"memory": memory_gib and int(memory_gib * 2**30), "peak": peak_tflops and peak_tflops * 1e12,
-               "link": link_gbs and link_gbs * 1e9, "node_network": node_gbs and node_gbs * 1e9, "node_size": node_size}
-    return replace(MACHINES[name.lower()], **{key: value for key, value in changes.items() if value})
+        raise ConfigError(
+            f"--device {name}: known are {', '.join(MACHINES)}; for another, name the nearest and"
+            " give --memory, --peak and --link"
+        )
+    changes = {
+        "memory": memory_gib and int(memory_gib * 2**30),
+        "peak": peak_tflops and peak_tflops * 1e12,
+        "link": link_gbs and link_gbs * 1e9,
+        "node_network": node_gbs and node_gbs * 1e9,
+        "node_size": node_size,
+    }
+    return replace(
+        MACHINES[name.lower()], **{key: value for key, value in changes.items() if value}
+    )

@@ -1,7 +1,8 @@
 """What scaling laws are fitted to: runs with their parameters, training tokens and final loss, from a CSV or from run folders.
 
-Conventions: N counts all parameters unless said otherwise, D the training tokens, and compute is C = 6 N D FLOPs
-(arXiv 2001.08361, section 2.1). A file that gives compute instead of tokens has D = C / (6 N).
+Conventions: N counts all parameters unless said otherwise, D the training tokens, and compute is C
+= 6 N D FLOPs (arXiv 2001.08361, section 2.1). A file that gives compute instead of tokens has D = C
+/ (6 N).
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ COUNTS = ("parameters", "non_embedding_parameters", "matmul_parameters")  # of n
 
 @dataclass(frozen=True)
 class Runs:
-    """n runs. parameters, tokens, loss (nats per token): float64 [n]. labels: what names each in messages. unique_tokens [n]: D
-    without repetition, where known. convention: how parameters were counted and where tokens come from."""
+    """n runs. parameters, tokens, loss (nats per token): float64 [n]. labels: what names each in messages. unique_tokens [n]: D without repetition, where known. convention: how parameters were counted and where tokens come from."""
 
     parameters: np.ndarray
     tokens: np.ndarray
@@ -47,7 +47,14 @@ class Runs:
         """Those that a mask or an array of indices names."""
         labels = [self.labels[i] for i in np.arange(len(self))[kept]]
         unique = None if self.unique_tokens is None else self.unique_tokens[kept]
-        return replace(self, parameters=self.parameters[kept], tokens=self.tokens[kept], loss=self.loss[kept], labels=labels, unique_tokens=unique)
+        return replace(
+            self,
+            parameters=self.parameters[kept],
+            tokens=self.tokens[kept],
+            loss=self.loss[kept],
+            labels=labels,
+            unique_tokens=unique,
+        )
 
     def sizes(self) -> list[np.ndarray]:
         """Indices of the runs of each model size, smallest first; those within SAME are one."""
@@ -70,29 +77,61 @@ def drop_highest(runs: Runs, number: int) -> Runs:
     return runs.only(runs.loss < np.sort(runs.loss)[-number])
 
 
-def read_csv(path: Path, *, parameters: str, loss: str, tokens: str | None = None, flops: str | None = None,
-             unique_tokens: str | None = None) -> Runs:
-    """Runs of a CSV file with a header; the other arguments name its columns. tokens or flops must be given.
+def read_csv(
+    path: Path,
+    *,
+    parameters: str,
+    loss: str,
+    tokens: str | None = None,
+    flops: str | None = None,
+    unique_tokens: str | None = None,
+) -> Runs:
+    """Runs of a CSV file with a header.
+
+    The other arguments name its columns. tokens or flops must be given.
 
     Raises ScalingError that names the file, the line and the column.
     """
     if (tokens is None) == (flops is None):
-        raise ScalingError("give either --tokens-column or --flops-column: tokens, or compute in FLOPs from which D = C / (6 N)")
-    named = {"parameters": parameters, "tokens": tokens or flops, "loss": loss, "unique tokens": unique_tokens}
+        raise ScalingError(
+            "give either --tokens-column or --flops-column: tokens, or compute in FLOPs from which"
+            " D = C / (6 N)"
+        )
+    named = {
+        "parameters": parameters,
+        "tokens": tokens or flops,
+        "loss": loss,
+        "unique tokens": unique_tokens,
+    }
     header, rows = _rows(path)
     for column in named.values():
         if column is not None and column not in header:
-            near = difflib.get_close_matches(column, header, n=1, cutoff=0.4) or difflib.get_close_matches(
-                column.lower(), [name.lower() for name in header], n=1, cutoff=0.4)
+            near = difflib.get_close_matches(
+                column, header, n=1, cutoff=0.4
+            ) or difflib.get_close_matches(
+                column.lower(), [name.lower() for name in header], n=1, cutoff=0.4
+            )
             near = [name for name in header if name.lower() == near[0].lower()] if near else []
-            raise ScalingError(f"{path} has no column {column!r}; " + (f"the nearest is {near[0]!r}" if near else f"it has {', '.join(header)}"))
-    read = {what: np.array([_number(path, line, row, column, what) for line, row in rows])
-            for what, column in named.items() if column is not None}
+            raise ScalingError(
+                f"{path} has no column {column!r}; "
+                + (f"the nearest is {near[0]!r}" if near else f"it has {', '.join(header)}")
+            )
+    read = {
+        what: np.array([_number(path, line, row, column, what) for line, row in rows])
+        for what, column in named.items()
+        if column is not None
+    }
     if flops is not None:
         read["tokens"] /= FLOPS_PER_PARAMETER_AND_TOKEN * read["parameters"]
-    return Runs(read["parameters"], read["tokens"], read["loss"], [f"line {line}" for line, _ in rows],
-                f"N as in column {parameters!r}; " + (f"D as in column {tokens!r}" if tokens else f"D = C / (6 N), C as in column {flops!r}"),
-                read.get("unique tokens"))
+    return Runs(
+        read["parameters"],
+        read["tokens"],
+        read["loss"],
+        [f"line {line}" for line, _ in rows],
+        f"N as in column {parameters!r}; "
+        + (f"D as in column {tokens!r}" if tokens else f"D = C / (6 N), C as in column {flops!r}"),
+        read.get("unique tokens"),
+    )
 
 
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -107,7 +146,9 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ScalingError(f"{path} is not a CSV file in UTF-8: {error}") from error
     if not rows:
-        raise ScalingError(f"{path} holds no runs: a header with names of columns is expected, then one run a line")
+        raise ScalingError(
+            f"{path} holds no runs: a header with names of columns is expected, then one run a line"
+        )
     return header, rows
 
 
@@ -118,15 +159,20 @@ def _number(path: Path, line: int, row: dict[str, str], column: str, what: str) 
     except (TypeError, ValueError):
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
-        raise ScalingError(f"{path} line {line}: {column} = {text!r}; {what} must be a finite number above 0 "
-                           "(a run that failed has no place in a fit: remove its line)")
+        raise ScalingError(
+            f"{path} line {line}: {column} = {text!r}; {what} must be a finite number above 0 "
+            "(a run that failed has no place in a fit: remove its line)"
+        )
     return value
 
 
-def read_run_folders(folders: list[Path], counted: str = "parameters", *, curves: bool = False) -> Runs:
+def read_run_folders(
+    folders: list[Path], counted: str = "parameters", *, curves: bool = False
+) -> Runs:
     """Finished runs of nextpt: N by `counted` (one of COUNTS), D and the total held-out loss of the last validation.
 
-    curves: every validation of each run instead of the last one; runs may then be unfinished. Raises ScalingError.
+    curves: every validation of each run instead of the last one; runs may then be unfinished.
+    Raises ScalingError.
     """
     found = []
     for folder in folders:
@@ -135,14 +181,32 @@ def read_run_folders(folders: list[Path], counted: str = "parameters", *, curves
         config = load_config(folder / "config.yaml")
         events = read_events(folder / "metrics.jsonl", "validation")
         if not events:
-            raise ScalingError(f"{folder} has no validation in metrics.jsonl; train with validation.every_steps")
+            raise ScalingError(
+                f"{folder} has no validation in metrics.jsonl; train with validation.every_steps"
+            )
         if not curves and events[-1]["step"] < config.total_steps:
-            raise ScalingError(f"{folder} is not finished: its last validation is of step {events[-1]['step']:,} of {config.total_steps:,}; "
-                               "a loss before the learning rate has decayed belongs to another law")
+            raise ScalingError(
+                f"{folder} is not finished: its last validation is of step {events[-1]['step']:,}"
+                f" of {config.total_steps:,}; a loss before the learning rate has decayed belongs"
+                " to another law"
+            )
         for event in events if curves else events[-1:]:
-            found.append((getattr(count(config), counted), event["tokens"], event["total"]["nats_per_token"], f"{folder} step {event['step']}"))
+            found.append(
+                (
+                    getattr(count(config), counted),
+                    event["tokens"],
+                    event["total"]["nats_per_token"],
+                    f"{folder} step {event['step']}",
+                )
+            )
     for *_, loss, label in found:
         if not (loss > 0 and math.isfinite(loss)):
-            raise ScalingError(f"{label}: the held-out loss is {loss}; a run that diverged has no place in a fit")
+            raise ScalingError(
+                f"{label}: the held-out loss is {loss}; a run that diverged has no place in a fit"
+            )
     columns = [np.array(column, dtype=float) for column in list(zip(*found, strict=True))[:3]]
-    return Runs(*columns, [label for *_, label in found], f"N: {counted.replace('_', ' ')}; D: tokens trained on; held-out nats per token")
+    return Runs(
+        *columns,
+        [label for *_, label in found],
+        f"N: {counted.replace('_', ' ')}; D: tokens trained on; held-out nats per token",
+    )

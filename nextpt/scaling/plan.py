@@ -1,6 +1,7 @@
 """What a run will take, before any GPU hour is spent: memory, time and traffic for every ZeRO stage.
 
-Nothing is measured here and nothing starts; a config is planned for any number of devices, on any machine.
+Nothing is measured here and nothing starts; a config is planned for any number of devices, on any
+machine.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from nextpt.model import Counts, count
 from nextpt.scaling.machines import Machine
 from nextpt.train.memory import LIVE_PARAMETERS, MemoryEstimate, estimate_memory
 
-# Kept free: CUDA context, NCCL's buffers, fragmentation of the allocator. An assumption, not measured.
+# Kept free: CUDA context, NCCL's buffers, fragmentation of the allocator. An assumption, not
+# measured.
 RESERVED = 0.10
-BACKWARD = 2 / 3  # of the compute of a step, in which gradients can travel (arXiv 2001.08361: backward is twice forward)
-RECOMPUTE = 1 / 3  # more compute with activation checkpointing: one more forward pass (arXiv 1604.06174)
+# Of the compute of a step, in which gradients can travel (arXiv 2001.08361: backward is twice
+# forward)
+BACKWARD = 2 / 3
+# More compute with activation checkpointing: one more forward pass (arXiv 1604.06174)
+RECOMPUTE = 1 / 3
 
 
 @dataclass(frozen=True)
 class Option:
     """One way to run: a ZeRO stage with or without activation checkpointing.
 
-    traffic: bytes that one device sends in a step. communication, seconds: of one step, alone and as planned, where
-    what exceeds the backward pass is not hidden.
+    traffic: bytes that one device sends in a step. communication, seconds: of one step, alone and
+    as planned, where what exceeds the backward pass is not hidden.
     """
 
     stage: int
@@ -58,7 +63,9 @@ class Plan:
     def best(self) -> Option | None:
         """The quickest option that fits; of equally quick ones the lowest stage."""
         fitting = [option for option in self.options if option.fits]
-        return min(fitting, key=lambda o: (round(o.seconds, 6), o.stage, o.checkpointing), default=None)
+        return min(
+            fitting, key=lambda o: (round(o.seconds, 6), o.stage, o.checkpointing), default=None
+        )
 
     @property
     def total_tokens(self) -> int:
@@ -75,17 +82,26 @@ class Plan:
 def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> Plan:
     """Plan a run. utilisation: model FLOP utilisation without recomputation, as a share of the peak (PaLM's definition).
 
-    Raises ConfigError when the batch cannot be divided among the devices, or a node into groups of `train.hpz_ranks`.
+    Raises ConfigError when the batch cannot be divided among the devices, or a node into groups of
+    `train.hpz_ranks`.
     """
     accumulation = config.accumulation_steps(devices)
     if devices > machine.node_size and machine.node_size % (config.train.hpz_ranks or 1):
-        raise ConfigError(f"train.hpz_ranks = {config.train.hpz_ranks} does not divide the {machine.node_size} devices of a node (--node-size); give "
-                          "the ranks of one node, or a divisor of them")
+        raise ConfigError(
+            f"train.hpz_ranks = {config.train.hpz_ranks} does not divide the {machine.node_size}"
+            " devices of a node (--node-size); give the ranks of one node, or a divisor of them"
+        )
     counts = count(config)
-    compute = counts.training_flops_per_token * config.tokens_per_step / (devices * machine.peak * utilisation)
+    compute = (
+        counts.training_flops_per_token
+        * config.tokens_per_step
+        / (devices * machine.peak * utilisation)
+    )
     options = [
         _option(config, devices, machine, compute, stage, checkpointing)
-        for stage in range(4) if not (stage == 0 and config.train.precision == "bf16")  # refused by the config, with the reason
+        # Refused by the config, with the reason
+        for stage in range(4)
+        if not (stage == 0 and config.train.precision == "bf16")
         for checkpointing in (False, True)
     ]
     return Plan(config, machine, devices, utilisation, counts, accumulation, compute, options)
@@ -93,7 +109,9 @@ def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> 
 
 def variant(config: Config, stage: int, checkpointing: bool) -> Config:
     """The config at another stage."""
-    train = config.train.model_copy(update={"zero_stage": stage, "activation_checkpointing": checkpointing})
+    train = config.train.model_copy(
+        update={"zero_stage": stage, "activation_checkpointing": checkpointing}
+    )
     return config.model_copy(update={"train": train})
 
 
@@ -112,11 +130,14 @@ class Traffic:
 def traffic(config: Config, devices: int) -> Traffic:
     """What one device sends in an optimizer step, by the ring algorithms: (N - 1)/N of the data per pass.
 
-    arXiv 1910.02054 section 7, as DeepSpeed 0.19.8 does it and with our widths (tests/cluster/test_traffic.py counts it): gradients
-    travel in fp32, weights in the width of training. All ranks get all gradients at stages 0 to 2, two passes each, once per step (0, 1)
-    or per micro-batch (2); at stage 3 each gets its own, one pass per micro-batch. Stage 3 gathers the weights for the forward pass of
-    every micro-batch, and again for the backward pass when they are too many to stay gathered; with hpZ (arXiv 2306.10209) only the
-    first of these is among all ranks, and the others are inside a node. Small parameters, which stay gathered, are not taken off.
+    arXiv 1910.02054 section 7, as DeepSpeed 0.19.8 does it and with our widths
+    (tests/cluster/test_traffic.py counts it): gradients travel in fp32, weights in the width of
+    training. All ranks get all gradients at stages 0 to 2, two passes each, once per step (0, 1) or
+    per micro-batch (2); at stage 3 each gets its own, one pass per micro-batch. Stage 3 gathers the
+    weights for the forward pass of every micro-batch, and again for the backward pass when they are
+    too many to stay gathered; with hpZ (arXiv 2306.10209) only the first of these is among all
+    ranks, and the others are inside a node. Small parameters, which stay gathered, are not taken
+    off.
     """
     train, n, micro = config.train, count(config).parameters, config.accumulation_steps(devices)
     weights, gradients = n * (2 if train.precision == "bf16" else 4), 4 * n
@@ -136,13 +157,25 @@ def _ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _option(config: Config, devices: int, machine: Machine, compute: float, stage: int, checkpointing: bool) -> Option:
+def _option(
+    config: Config, devices: int, machine: Machine, compute: float, stage: int, checkpointing: bool
+) -> Option:
     changed = variant(config, stage, checkpointing)
     memory = estimate_memory(changed, devices, device="cuda")
     sent = traffic(changed, devices)
-    communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(changed.train.hpz_ranks or 1)
+    communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(
+        changed.train.hpz_ranks or 1
+    )
     work = compute * (1 + RECOMPUTE * checkpointing)
-    # Stages 0 and 1 reduce after the last backward pass; only stages 2 and 3 send while others compute.
+    # Stages 0 and 1 reduce after the last backward pass; only stages 2 and 3 send while others
+    # compute.
     hidden = BACKWARD * work if stage >= 2 else 0.0
-    return Option(stage, checkpointing, memory, memory.total <= (1 - RESERVED) * machine.memory, sent.total, communication,
-                  work + max(communication - hidden, 0.0))
+    return Option(
+        stage,
+        checkpointing,
+        memory,
+        memory.total <= (1 - RESERVED) * machine.memory,
+        sent.total,
+        communication,
+        work + max(communication - hidden, 0.0),
+    )

@@ -1,4 +1,7 @@
-"""Answers from a fit: the loss of a model that is not trained yet, and how to divide a budget; as plain values for JSON."""
+"""Answers from a fit: the loss of a model that is not trained yet, and how to divide a budget.
+
+As plain values for JSON.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +16,61 @@ from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, Runs
 
-FAR = 100.0  # times the fitted compute, beyond which the interval says little: the form itself is then the doubt
+# Times the fitted compute, beyond which the interval says little: the form itself is then the doubt
+FAR = 100.0
 
 
 def predict(fit: Fit, parameters: float, tokens: float, level: float) -> dict[str, Any]:
     """Loss in nats per token with the interval of a single new run (None without resamples), and warnings."""
     flops = FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens
     return {
-        "parameters": parameters, "tokens": tokens, "flops": flops, "loss": float(fit.loss(parameters, tokens)), "level": level,
-        "interval": interval(predictions(fit, parameters, tokens), level) if fit.resamples else None,
-        "warnings": [*_range_warnings(fit.runs, flops), *_ratio_warnings(fit.runs, tokens / parameters), *refusals(fit)],
+        "parameters": parameters,
+        "tokens": tokens,
+        "flops": flops,
+        "loss": float(fit.loss(parameters, tokens)),
+        "level": level,
+        "interval": (
+            interval(predictions(fit, parameters, tokens), level) if fit.resamples else None
+        ),
+        "warnings": [
+            *_range_warnings(fit.runs, flops),
+            *_ratio_warnings(fit.runs, tokens / parameters),
+            *refusals(fit),
+        ],
     }
 
 
 def plan_budget(found: Fit | Frontier, flops: float, level: float) -> dict[str, Any]:
-    """Compute-optimal N and D for a budget with intervals; from a parametric fit also the loss and the price of smaller models."""
+    """Compute-optimal N and D for a budget with intervals.
+
+    From a parametric fit also the loss and the price of smaller models.
+    """
     if isinstance(found, Fit):
         best, tokens = (float(value) for value in optimum(found.law, found.constants, flops))
-        resampled = optimum(found.law, found.resamples, flops)[0] if found.resamples else np.empty(0)
-        more = {"loss": predict(found, best, tokens, level), "price": [asdict(priced) for priced in price(found, flops)]}
+        resampled = (
+            optimum(found.law, found.resamples, flops)[0] if found.resamples else np.empty(0)
+        )
+        more = {
+            "loss": predict(found, best, tokens, level),
+            "price": [asdict(priced) for priced in price(found, flops)],
+        }
     else:
         best = found.parameters(flops)
         tokens = flops / FLOPS_PER_PARAMETER_AND_TOKEN / best
-        resampled, more = found.parameter_resamples(flops) if len(found.resamples) else np.empty(0), {}
+        resampled = found.parameter_resamples(flops) if len(found.resamples) else np.empty(0)
+        more = {}
     low, high = interval(resampled, level) if len(resampled) else (None, None)
     products = flops / FLOPS_PER_PARAMETER_AND_TOKEN
     return {
-        "flops": flops, "parameters": best, "tokens": tokens, "tokens_per_parameter": tokens / best, "level": level,
-        "parameters_interval": [low, high] if low else None, "tokens_interval": [products / high, products / low] if low else None,
-        "warnings": _range_warnings(found.runs, flops), **more,
+        "flops": flops,
+        "parameters": best,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / best,
+        "level": level,
+        "parameters_interval": [low, high] if low else None,
+        "tokens_interval": [products / high, products / low] if low else None,
+        "warnings": _range_warnings(found.runs, flops),
+        **more,
     }
 
 
@@ -49,10 +78,22 @@ def _range_warnings(runs: Runs, flops: float) -> list[str]:
     factor = extrapolation(runs, flops)
     if factor == 1:
         return []
-    where, end = ("largest", runs.flops.max()) if flops > runs.flops.max() else ("smallest", runs.flops.min())
+    where, end = (
+        ("largest", runs.flops.max())
+        if flops > runs.flops.max()
+        else ("smallest", runs.flops.min())
+    )
     ratio = f"{factor:,.3g} times" if where == "largest" else f"1/{factor:,.3g} of"
-    far = "; so far outside, the form of the law is more in doubt than its constants, which alone make the interval" if factor > FAR else ""
-    return [f"extrapolation: {flops:.3g} FLOPs are {ratio} those of the {where} fitted run ({end:.3g}){far}"]
+    far = (
+        "; so far outside, the form of the law is more in doubt than its constants, which alone"
+        " make the interval"
+        if factor > FAR
+        else ""
+    )
+    return [
+        f"extrapolation: {flops:.3g} FLOPs are {ratio} those of the {where} fitted run"
+        f" ({end:.3g}){far}"
+    ]
 
 
 def _ratio_warnings(runs: Runs, ratio: float) -> list[str]:

@@ -24,21 +24,40 @@ DIGITS = 8  # of resamples: far below their scatter
 
 
 def fit_json(fit: Fit) -> dict[str, Any]:
-    """One parametric fit. Top level: its constants by name; N_c and D_c of L = (N_c/N)^alpha + (D_c/D)^beta + E; `intervals`."""
+    """One parametric fit.
+
+    Top level: its constants by name; N_c and D_c of L = (N_c/N)^alpha + (D_c/D)^beta + E;
+    `intervals`.
+    """
     constants = dict(fit.constants) | critical(fit)
     resamples = fit.resamples | critical(fit, resampled=True)
     a = optimal_exponent(fit.law, fit.constants)
     return {
-        "form": fit.law.name, "formula": fit.law.formula, "source": fit.law.source,
+        "form": fit.law.name,
+        "formula": fit.law.formula,
+        "source": fit.law.source,
         **{name: float(value) for name, value in constants.items()},
-        "interval_level": LEVEL, "intervals": {name: interval(values, LEVEL) for name, values in resamples.items()} or None,
-        "optimal_exponent": {"N": float(a), "D": 1 - float(a),
-                             "interval_N": interval(optimal_exponent(fit.law, fit.resamples), LEVEL) if fit.resamples else None},
-        "objective": fit.objective, "delta": fit.delta, "resampled": fit.resampled, "refused": fit.refused,
+        "interval_level": LEVEL,
+        "intervals": {name: interval(values, LEVEL) for name, values in resamples.items()} or None,
+        "optimal_exponent": {
+            "N": float(a),
+            "D": 1 - float(a),
+            "interval_N": (
+                interval(optimal_exponent(fit.law, fit.resamples), LEVEL) if fit.resamples else None
+            ),
+        },
+        "objective": fit.objective,
+        "delta": fit.delta,
+        "resampled": fit.resampled,
+        "refused": fit.refused,
         "residual_rms": float(np.sqrt(np.mean(fit.residuals**2))),
-        "warnings": warnings(fit), "sensitivity": [asdict(left) for left in sensitivity(fit)],
+        "warnings": warnings(fit),
+        "sensitivity": [asdict(left) for left in sensitivity(fit)],
         "runs": _runs_json(fit.runs),
-        "resamples": {name: [float(f"{value:.{DIGITS}g}") for value in values] for name, values in fit.resamples.items()},
+        "resamples": {
+            name: [float(f"{value:.{DIGITS}g}") for value in values]
+            for name, values in fit.resamples.items()
+        },
     }
 
 
@@ -49,16 +68,26 @@ def critical(fit: Fit, *, resampled: bool = False) -> dict[str, Any]:
         return {}
     pairs = {"N_c": (c["A"], c["alpha"]), "D_c": (c["B"], c.get("beta", c["alpha"]))}
     with np.errstate(all="ignore"):  # a tiny exponent makes it as large as numbers get
-        return {name: np.nan_to_num(np.power(np.asarray(a), 1 / np.asarray(exponent)), nan=0.0) for name, (a, exponent) in pairs.items()}
+        return {
+            name: np.nan_to_num(np.power(np.asarray(a), 1 / np.asarray(exponent)), nan=0.0)
+            for name, (a, exponent) in pairs.items()
+        }
 
 
 def frontier_json(frontier: Frontier) -> dict[str, Any]:
     """Approach 1 or 2."""
     resampled = len(frontier.resamples) > 0
     return {
-        "form": frontier.name, "formula": "N = k C^a, D = C / (6 N)", "a": frontier.a, "b": 1 - frontier.a, "log_k": frontier.log_k,
-        "interval_level": LEVEL, "intervals": {"a": interval(frontier.resamples[:, 0], LEVEL)} if resampled else None,
-        "optima": [asdict(o) for o in frontier.optima], "warnings": frontier.notes, "runs": _runs_json(frontier.runs),
+        "form": frontier.name,
+        "formula": "N = k C^a, D = C / (6 N)",
+        "a": frontier.a,
+        "b": 1 - frontier.a,
+        "log_k": frontier.log_k,
+        "interval_level": LEVEL,
+        "intervals": {"a": interval(frontier.resamples[:, 0], LEVEL)} if resampled else None,
+        "optima": [asdict(o) for o in frontier.optima],
+        "warnings": frontier.notes,
+        "runs": _runs_json(frontier.runs),
         "resamples": frontier.resamples.tolist(),
     }
 
@@ -66,10 +95,17 @@ def frontier_json(frontier: Frontier) -> dict[str, Any]:
 def repeated_json(found: RepeatedFit) -> dict[str, Any]:
     """The law of repeated data: seven constants, of which R_N and R_D are the half-lives R_N* and R_D*."""
     return {
-        "form": "repeated", "formula": "L = E + A / N'^alpha + B / D'^beta", "source": "Muennighoff et al., arXiv 2305.16264",
-        **found.constants, "interval_level": LEVEL,
-        "intervals": {name: interval(values, LEVEL) for name, values in found.resamples.items()} or None,
-        "objective": found.objective, "delta": found.delta, "warnings": found.notes,
+        "form": "repeated",
+        "formula": "L = E + A / N'^alpha + B / D'^beta",
+        "source": "Muennighoff et al., arXiv 2305.16264",
+        **found.constants,
+        "interval_level": LEVEL,
+        "intervals": (
+            {name: interval(values, LEVEL) for name, values in found.resamples.items()} or None
+        ),
+        "objective": found.objective,
+        "delta": found.delta,
+        "warnings": found.notes,
         "runs": _runs_json(found.runs) | {"unique_tokens": found.runs.unique_tokens.tolist()},
         "resamples": {name: values.tolist() for name, values in found.resamples.items()},
     }
@@ -92,18 +128,28 @@ def read_fit(path: Path) -> Fit | Frontier:
     except OSError as error:
         raise ScalingError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ScalingError(f"{path} is not JSON ({error}); give the file that `nextpt scaling fit ... --json` wrote") from error
+        raise ScalingError(
+            f"{path} is not JSON ({error}); give the file that `nextpt scaling fit ... --json`"
+            " wrote"
+        ) from error
     try:
         return _restore(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ScalingError(f"{path} is not a fit: {error!r}; give the file that `nextpt scaling fit ... --json` wrote") from error
+        raise ScalingError(
+            f"{path} is not a fit: {error!r}; give the file that `nextpt scaling fit ... --json`"
+            " wrote"
+        ) from error
 
 
 def _restore(values: dict[str, Any]) -> Fit | Frontier:
     if values["form"] == "repeated":
         raise ValueError("a fit of repeated data is not used for predictions")
     columns = values["runs"]
-    runs = Runs(*(np.array(columns[name]) for name in ("parameters", "tokens", "loss")), columns["labels"], columns["convention"])
+    runs = Runs(
+        *(np.array(columns[name]) for name in ("parameters", "tokens", "loss")),
+        columns["labels"],
+        columns["convention"],
+    )
     if values["form"] not in LAWS:
         frontier = values["form"], runs, [], values["a"], values["log_k"]
         return Frontier(*frontier, np.array(values["resamples"]).reshape(-1, 2), values["warnings"])
@@ -111,9 +157,25 @@ def _restore(values: dict[str, Any]) -> Fit | Frontier:
     constants = {name: values[name] for name in law.constants}
     residuals = np.log(law.loss(constants, runs.parameters, runs.tokens) / runs.loss)
     resamples = {name: np.array(column) for name, column in values["resamples"].items()}
-    return Fit(law, runs, values["delta"], constants, values["objective"], residuals, resamples, values["resampled"], values.get("refused", 0))
+    return Fit(
+        law,
+        runs,
+        values["delta"],
+        constants,
+        values["objective"],
+        residuals,
+        resamples,
+        values["resampled"],
+        values.get("refused", 0),
+    )
 
 
 def _runs_json(runs: Runs) -> dict[str, Any]:
-    return {"convention": runs.convention, "count": len(runs), "labels": runs.labels, "parameters": runs.parameters.tolist(),
-            "tokens": runs.tokens.tolist(), "loss": runs.loss.tolist()}
+    return {
+        "convention": runs.convention,
+        "count": len(runs),
+        "labels": runs.labels,
+        "parameters": runs.parameters.tolist(),
+        "tokens": runs.tokens.tolist(),
+        "loss": runs.loss.tolist(),
+    }

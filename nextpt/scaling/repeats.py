@@ -1,8 +1,10 @@
 """The law of repeated data: what further passes over the same tokens are worth (Muennighoff et al., arXiv 2305.16264, section 3.1).
 
-L = E + A / N'^alpha + B / D'^beta with D' = U_D (1 + R_D* (1 - exp(-R_D / R_D*))), where U_D are the unique tokens and R_D = D / U_D - 1
-the repetitions; N' likewise with U_N = min(N, the compute-optimal N of U_D tokens) and R_N = N / U_N - 1. The paper fits the half-lives
-R_N* and R_D* after the other constants; here all seven are fitted together, since N' differs from N in runs of one pass too.
+L = E + A / N'^alpha + B / D'^beta with D' = U_D (1 + R_D* (1 - exp(-R_D / R_D*))), where U_D are
+the unique tokens and R_D = D / U_D - 1 the repetitions; N' likewise with U_N = min(N, the
+compute-optimal N of U_D tokens) and R_N = N / U_N - 1. The paper fits the half-lives R_N* and R_D*
+after the other constants; here all seven are fitted together, since N' differs from N in runs of
+one pass too.
 """
 
 from __future__ import annotations
@@ -36,15 +38,22 @@ class RepeatedFit:
     notes: list[str]
 
 
-def loss(constants: Constants, parameters: np.ndarray, tokens: np.ndarray, unique: np.ndarray) -> np.ndarray:
+def loss(
+    constants: Constants, parameters: np.ndarray, tokens: np.ndarray, unique: np.ndarray
+) -> np.ndarray:
     """Nats per token. All arguments broadcast."""
     alpha, beta = constants["alpha"], constants["beta"]
     unique = np.minimum(unique, tokens)
     log_g = (np.log(alpha * constants["A"]) - np.log(beta * constants["B"])) / (alpha + beta)
-    # From N = G P^(beta/(alpha+beta)) and D = P^(alpha/(alpha+beta)) / G of a budget of P = C / 6, with D = U_D.
+    # From N = G P^(beta/(alpha+beta)) and D = P^(alpha/(alpha+beta)) / G of a budget of P = C / 6,
+    # with D = U_D.
     log_optimal = (alpha + beta) / alpha * (log_g + np.log(unique)) - np.log(unique)
     needed = np.minimum(parameters, np.exp(np.minimum(log_optimal, 700)))
-    return CHINCHILLA.loss(constants, _worth(parameters, needed, constants["R_N"]), _worth(tokens, unique, constants["R_D"]))
+    return CHINCHILLA.loss(
+        constants,
+        _worth(parameters, needed, constants["R_N"]),
+        _worth(tokens, unique, constants["R_D"]),
+    )
 
 
 def _worth(amount: np.ndarray, once: np.ndarray, half_life: np.ndarray) -> np.ndarray:
@@ -52,15 +61,25 @@ def _worth(amount: np.ndarray, once: np.ndarray, half_life: np.ndarray) -> np.nd
 
 
 def fit_repeated(runs: Runs, *, delta: float | None = None, bootstrap: int = 0) -> RepeatedFit:
-    """Fit all seven constants by Huber's loss of ln L; the bootstrap resamples runs. Raises ScalingError."""
+    """Fit all seven constants by Huber's loss of ln L; the bootstrap resamples runs.
+
+    Raises ScalingError.
+    """
     if runs.unique_tokens is None:
-        raise ScalingError("the form repeated needs --unique-column: how many different tokens each run saw")
+        raise ScalingError(
+            "the form repeated needs --unique-column: how many different tokens each run saw"
+        )
     once = runs.tokens <= ONE_PASS * runs.unique_tokens
     if (~once).sum() < 3:
-        raise ScalingError(f"only {(~once).sum()} of {len(runs)} runs repeat their data; 3 or more are needed to fit two half-lives")
+        raise ScalingError(
+            f"only {(~once).sum()} of {len(runs)} runs repeat their data; 3 or more are needed to"
+            " fit two half-lives"
+        )
     if once.sum() < len(CHINCHILLA.constants) + 1:
-        raise ScalingError(f"only {once.sum()} of {len(runs)} runs see their data once; the constants besides the half-lives need "
-                           f"{len(CHINCHILLA.constants) + 1} or more")
+        raise ScalingError(
+            f"only {once.sum()} of {len(runs)} runs see their data once; the constants besides the"
+            f" half-lives need {len(CHINCHILLA.constants) + 1} or more"
+        )
     check(CHINCHILLA, runs.only(once))
     delta = DELTA if delta is None else delta
     first = Problem(CHINCHILLA, runs.only(once), delta)
@@ -68,14 +87,19 @@ def fit_repeated(runs: Runs, *, delta: float | None = None, bootstrap: int = 0) 
 
     def constants_of(theta: np.ndarray) -> Constants:
         halves = np.exp(np.clip(theta[:, 5:], *HALF_LIVES)).T
-        return CHINCHILLA.public(theta[:, :5], first.centre) | dict(zip(NAMES[5:], halves, strict=True))
+        return CHINCHILLA.public(theta[:, :5], first.centre) | dict(
+            zip(NAMES[5:], halves, strict=True)
+        )
 
     def losses(theta: np.ndarray) -> np.ndarray:
         columns = {name: values[:, None] for name, values in constants_of(theta).items()}
         return np.log(loss(columns, runs.parameters, runs.tokens, runs.unique_tokens))
 
     def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        slopes = [(losses(theta + step) - losses(theta - step)) / (2 * STEP) for step in STEP * np.eye(len(NAMES))]
+        slopes = [
+            (losses(theta + step) - losses(theta - step)) / (2 * STEP)
+            for step in STEP * np.eye(len(NAMES))
+        ]
         return losses(theta), np.stack(slopes, axis=-1)
 
     points = np.linspace(*HALF_LIVES, GRID)
@@ -85,13 +109,27 @@ def fit_repeated(runs: Runs, *, delta: float | None = None, bootstrap: int = 0) 
     best, objective = minimise(model, target, ones, start, delta)
     resamples: Constants = {}
     if bootstrap:
-        drawn = np.random.RandomState(SEED).multinomial(len(runs), np.full(len(runs), 1 / len(runs)), bootstrap).astype(float)
-        resamples = constants_of(minimise(model, target, drawn, np.repeat(best, bootstrap, 0), delta)[0])
+        drawn = (
+            np.random.RandomState(SEED)
+            .multinomial(len(runs), np.full(len(runs), 1 / len(runs)), bootstrap)
+            .astype(float)
+        )
+        resamples = constants_of(
+            minimise(model, target, drawn, np.repeat(best, bootstrap, 0), delta)[0]
+        )
     constants = {name: float(value[0]) for name, value in constants_of(best).items()}
     # A profile with all else held: flat there is flat however the others move.
     allowed = max(float(objective[0]), 1e-20) * (1 + 1 / max(len(runs) - len(NAMES), 1))
     moved = best + np.log(2) * np.concatenate([np.eye(7)[5:], -np.eye(7)[5:]])
-    flat = (huber(losses(moved) - target, max(delta, SMALLEST_DELTA)).sum(1) < allowed).reshape(2, 2).any(0)
-    notes = [f"{name}* is not determined: its profile is flat, half or twice {constants[name]:.3g} fits about as well"
-             for name, is_flat in zip(NAMES[5:], flat, strict=True) if is_flat]
+    flat = (
+        (huber(losses(moved) - target, max(delta, SMALLEST_DELTA)).sum(1) < allowed)
+        .reshape(2, 2)
+        .any(0)
+    )
+    notes = [
+        f"{name}* is not determined: its profile is flat, half or twice {constants[name]:.3g} fits"
+        " about as well"
+        for name, is_flat in zip(NAMES[5:], flat, strict=True)
+        if is_flat
+    ]
     return RepeatedFit(runs, constants, float(objective[0]), delta, resamples, notes)

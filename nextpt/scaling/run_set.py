@@ -1,6 +1,7 @@
 """Runs that are trained as a set: a YAML file names their base config, their folder, and what each changes.
 
-Ladders (ladder.py) and ablations (ablation.py) are such sets. A run lies in DIR/NAME; one that is finished is not trained again.
+Ladders (ladder.py) and ablations (ablation.py) are such sets. A run lies in DIR/NAME; one that is
+finished is not trained again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class NamedRun(BaseModel):
     """One run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and its folder's")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and its folder's"
+    )
     overrides: list[str] = Field(description="keys of the base config, key.sub=value")
 
 
@@ -40,7 +43,12 @@ class RunSet(BaseModel):
 
     def arguments(self, run: NamedRun) -> list[str]:
         """All overrides of a run."""
-        return [*self.overrides, *run.overrides, f"run.name={run.name}", f"run.dir={self.folder(run)}"]
+        return [
+            *self.overrides,
+            *run.overrides,
+            f"run.name={run.name}",
+            f"run.dir={self.folder(run)}",
+        ]
 
     def config(self, run: NamedRun) -> Config:
         return load_config(self.base, self.arguments(run))
@@ -48,10 +56,18 @@ class RunSet(BaseModel):
     def flops(self, run: NamedRun) -> float:
         """C = 6 N D with all parameters."""
         config = self.config(run)
-        return float(FLOPS_PER_PARAMETER_AND_TOKEN * count(config).parameters * config.total_steps * config.tokens_per_step)
+        return float(
+            FLOPS_PER_PARAMETER_AND_TOKEN
+            * count(config).parameters
+            * config.total_steps
+            * config.tokens_per_step
+        )
 
     def is_begun(self, run: NamedRun) -> bool:
-        """Whether a run's folder holds the run. Raises ScalingError where it holds one of another config."""
+        """Whether a run's folder holds the run.
+
+        Raises ScalingError where it holds one of another config.
+        """
         folder = self.folder(run)
         if not (folder / "config.yaml").is_file():
             return False
@@ -60,7 +76,10 @@ class RunSet(BaseModel):
         if before.total_steps != config.total_steps:
             changed.append(f"steps: {before.total_steps} -> {config.total_steps}")
         if changed:
-            raise ScalingError(f"{folder} holds a run of another config than {run.name} ({', '.join(changed)}); remove it, or give the set another dir")
+            raise ScalingError(
+                f"{folder} holds a run of another config than {run.name} ({', '.join(changed)});"
+                " remove it, or give the set another dir"
+            )
         return True
 
 
@@ -68,12 +87,18 @@ Kind = TypeVar("Kind", bound=RunSet)
 
 
 def read_set(kind: type[Kind], path: Path, what: str) -> Kind:
-    """A set as its file says, its base found beside the file. what: its name in messages. Raises ScalingError that names file and key."""
+    """A set as its file says, its base found beside the file. what: its name in messages.
+
+    Raises ScalingError that names file and key.
+    """
     try:
         found = kind.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ScalingError(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}; {what} has {', '.join(kind.model_fields)}") from None
+        raise ScalingError(
+            f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}; {what} has"
+            f" {', '.join(kind.model_fields)}"
+        ) from None
     except OSError as error:
         raise ScalingError(f"{path} cannot be read: {error.strerror}") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:

@@ -15,8 +15,8 @@ from nextpt.errors import ConfigError
 def refuse_disagreement(ranks: Ranks, facts: dict[str, Any]) -> None:
     """Raise one ConfigError on all ranks unless `facts` (nested, of JSON values) are the same on all. Collective.
 
-    It names the rank that is not like most (on a tie: not like rank 0), the key, and both values. Only digests travel
-    while all agree.
+    It names the rank that is not like most (on a tie: not like rank 0), the key, and both values.
+    Only digests travel while all agree.
     """
     flat = flatten(facts)
     digests = ranks.gather(hashlib.sha256(canonical_json(flat).encode()).hexdigest())
@@ -31,5 +31,7 @@ def refuse_disagreement(ranks: Ranks, facts: dict[str, Any]) -> None:
             phrases = [f"{k} = {found.get(k)!r} (elsewhere {model.get(k)!r})" for k in keys[:3]]
             problems.append(f"rank {rank}: {', '.join(phrases)}")
     more = f"; and {len(problems) - 3} ranks more" if len(problems) > 3 else ""
-    raise ConfigError(f"the ranks were not started alike: {'; '.join(problems[:3])}{more}; "
-                      "start all with the same config, code and data")
+    raise ConfigError(
+        f"the ranks were not started alike: {'; '.join(problems[:3])}{more}; "
+        "start all with the same config, code and data"
+    )

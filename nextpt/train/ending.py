@@ -1,7 +1,8 @@
 """How a run ended: RUN/exit.json, for scripts and for launchers that lose exit codes.
 
-It is there only when a job of this folder came to an end that it could still write down. A start removes that of the
-job before it; so a folder without one holds a job that runs, or one that was killed.
+It is there only when a job of this folder came to an end that it could still write down. A start
+removes that of the job before it; so a folder without one holds a job that runs, or one that was
+killed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,22 @@ class Progress:
 
 
 def write_end(run: Path, code: int, reason: str, step: int) -> None:
-    """Write RUN/exit.json; silent where that cannot be done, for the reason of the end must not be lost over it."""
+    """Write RUN/exit.json.
+
+    Silent where that cannot be done, for the reason of the end must not be lost over it.
+    """
     with suppress(OSError), atomic_write(run / NAME) as file:
-        file.write(canonical_json({"code": code, "reason": reason, "step": step, "time": time.time(), "host": platform.node()}))
+        file.write(
+            canonical_json(
+                {
+                    "code": code,
+                    "reason": reason,
+                    "step": step,
+                    "time": time.time(),
+                    "host": platform.node(),
+                }
+            )
+        )
 
 
 def read_end(run: Path) -> dict[str, Any] | None:

@@ -1,10 +1,12 @@
 """DeepSpeed, and nothing of it anywhere else: its start, its configuration, the step, and its state as fragments.
 
 Differences from DeepSpeed's defaults, each on purpose:
-- its JIT-built shared-memory collective is switched off on CPU: a process killed while it builds leaves a lock on
-  which every later run hangs; gloo alone gives the same losses and needs no compiler;
-- clipping and the guard against bad steps run in our optimizer, on the device (see optimizer.py, guard.py); DeepSpeed's
-  own checks read the norm on the host in every step and skip steps without a word; a skip of its own is an error here;
+- its JIT-built shared-memory collective is switched off on CPU: a process killed while it builds
+  leaves a lock on which every later run hangs; gloo alone gives the same losses and needs no
+  compiler;
+- clipping and the guard against bad steps run in our optimizer, on the device (see optimizer.py,
+  guard.py); DeepSpeed's own checks read the norm on the host in every step and skip steps without a
+  word; a skip of its own is an error here;
 - its checkpoints are not used (see nextpt/checkpoint).
 """
 
@@ -41,36 +43,49 @@ from nextpt.train.guard import Judge  # noqa: E402
 from nextpt.train.memory import LIVE_PARAMETERS, reduce_bucket  # noqa: E402
 from nextpt.train.optimizer import GuardedAdamW, decays, parameter_groups  # noqa: E402
 
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is meant to be: a CPU, an optimizer of ours
+# It warns of what is meant to be: a CPU, an optimizer of ours
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def start_distributed(timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group; returns this rank's device.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher; a process started alone becomes
-    rank 0 of 1 on a free port.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the launcher; a process
+    started alone becomes rank 0 of 1 on a free port.
     """
     cuda = torch.cuda.is_available()
     if not cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if not cuda and "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
+        )
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     if interface := _interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+            dist_backend="nccl" if cuda else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            verbose=False,
         )
     except (RuntimeError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"ranks cannot meet at {address}: {_first_line(error)}; another job may use the port: give "
-                        "--master_port to deepspeed, or set MASTER_PORT") from error
+        raise UserError(
+            f"ranks cannot meet at {address}: {_first_line(error)}; another job may use the port:"
+            " give --master_port to deepspeed, or set MASTER_PORT"
+        ) from error
     if cuda:
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -106,17 +121,25 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
 
 
 def _never_invalid(norm: object) -> bool:
-    """Stands in for DeepSpeed's host-side check; GuardedAdamW makes the same decision on the device."""
+    """Stands in for DeepSpeed's host-side check.
+
+    GuardedAdamW makes the same decision on the device.
+    """
     return False
 
 
 def _stop_host_checks() -> None:
-    """DeepSpeed reads the gradient norm on the host in every step to look for infinities. Ours is on the device."""
+    """DeepSpeed reads the gradient norm on the host in every step to look for infinities.
+
+    Ours is on the device.
+    """
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     for module in (bf16_optimizer, stage3, stage_1_and_2):
-        assert hasattr(module, "is_invalid_grad_norm"), f"{module.__name__} changed; see deepspeed's version bounds"
+        assert hasattr(module, "is_invalid_grad_norm"), (
+            f"{module.__name__} changed; see deepspeed's version bounds"
+        )
         module.is_invalid_grad_norm = _never_invalid
 
 
@@ -148,15 +171,22 @@ class Engine:
             for block in module.model.blocks:
                 block.compile()
         self.judge = Judge(config.guard, device)
-        self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # of the step under way: (total, z part), over all ranks
+        # Of the step under way: (total, z part), over all ranks
+        self._loss = torch.zeros(2, dtype=torch.float64, device=device)
         # ZeRO-3 makes a step when it is built, which is not judged.
         good = torch.zeros((), dtype=torch.bool, device=device)
         self._verdict: tuple[Tensor, Tensor] | None = (torch.zeros((), device=device), good)
-        self._optimizer = GuardedAdamW(parameter_groups(module, config.optimizer), config.optimizer, self._verdict_now)
+        self._optimizer = GuardedAdamW(
+            parameter_groups(module, config.optimizer), config.optimizer, self._verdict_now
+        )
         self._module, self._zero = module, None
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=settings)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self._optimizer, config=settings
+        )
         self._zero = self._engine.optimizer if config.train.zero_stage else None
-        self._names = {parameter: name.removeprefix("model.") for name, parameter in module.named_parameters()}
+        self._names = {
+            parameter: name.removeprefix("model.") for name, parameter in module.named_parameters()
+        }
         self._create_moments()
         self._noise = GradientNoise(module, device, self.world_size)
 
@@ -166,15 +196,23 @@ class Engine:
 
     def _construction(self, settings: dict):
         """ZeRO-3 divides each layer as soon as it is built, so that models larger than one device can be built."""
-        return deepspeed.zero.Init(config_dict_or_path=settings) if self.config.train.zero_stage == 3 else nullcontext()
+        return (
+            deepspeed.zero.Init(config_dict_or_path=settings)
+            if self.config.train.zero_stage == 3
+            else nullcontext()
+        )
 
-    # ---- the step -------------------------------------------------------------------------------------------
+    # ---- the step
+    #   -------------------------------------------------------------------------------------------
 
-    def step(self, batches: list[Batch], weight_sum: Tensor, lr: float, measure: bool = False) -> list[Loss]:
+    def step(
+        self, batches: list[Batch], weight_sum: Tensor, lr: float, measure: bool = False
+    ) -> list[Loss]:
         """One optimizer step over this rank's micro-batches, which changes nothing when `judge` finds it bad. No host synchronisation.
 
-        weight_sum: sum of token weights over all ranks and micro-batches. DeepSpeed averages gradients over ranks;
-        multiplying by their number makes that the sum which the normalisation asks for. measure: for `gradient_noise`.
+        weight_sum: sum of token weights over all ranks and micro-batches. DeepSpeed averages
+        gradients over ranks; multiplying by their number makes that the sum which the normalisation
+        asks for. measure: for `gradient_noise`.
         """
         self._noise.begin(measure)
         for group in self._optimizer.param_groups:
@@ -187,32 +225,49 @@ class Engine:
             self._noise.end_micro_batch(batch.token_weights.sum(), weight_sum)
             losses.append(Loss(loss.total.detach(), loss.z_part, loss.nats))
             if len(losses) == len(batches):
-                parts = torch.stack([torch.stack([one.total.double(), one.z_part.double()]) for one in losses])
+                parts = torch.stack(
+                    [torch.stack([one.total.double(), one.z_part.double()]) for one in losses]
+                )
                 self._loss, self._verdict = self.all_sum(parts.sum(dim=0)), None
             self._engine.step()
         self._check_stepped()
         return losses
 
     def _verdict_now(self) -> tuple[Tensor, Tensor]:
-        """(global gradient norm before clipping, whether the step is bad) of the step under way. Called by the optimizer."""
+        """(global gradient norm before clipping, whether the step is bad) of the step under way.
+
+        Called by the optimizer.
+        """
         if self._verdict is None:
             if self._zero is not None:
                 norm = self._zero._global_grad_norm
             else:
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self._module.parameters() if p.grad is not None])
+                norm = torch.nn.utils.get_total_norm(
+                    [p.grad for p in self._module.parameters() if p.grad is not None]
+                )
             norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device).reshape(())
             self._verdict = norm, self.judge.judge(*self._loss, norm)
         return self._verdict
 
-    def gradient_noise(self, micro_batches: int, weight_sum: Tensor, norm: float) -> dict[str, float] | None:
+    def gradient_noise(
+        self, micro_batches: int, weight_sum: Tensor, norm: float
+    ) -> dict[str, float] | None:
         """Of the step just made (train/dynamics.py), where that was measured. micro_batches: of this rank. Collective."""
         return self._noise.estimate(self.all_sum, micro_batches * self.world_size, weight_sum, norm)
 
     def update_ratios(self) -> dict[str, float]:
         """|last update| / |weights| by kind of parameter (train/dynamics.py). Collective."""
         section = self.config.optimizer
-        shares = ((name, section.weight_decay * decays(name, shape, section), tensors) for name, shape, _, tensors in self._shares())
-        updates = AdamWUpdates(self._optimizer.param_groups[0]["lr"], section.betas, section.eps, self.scalars()["optimizer_updates"])
+        shares = (
+            (name, section.weight_decay * decays(name, shape, section), tensors)
+            for name, shape, _, tensors in self._shares()
+        )
+        updates = AdamWUpdates(
+            self._optimizer.param_groups[0]["lr"],
+            section.betas,
+            section.eps,
+            self.scalars()["optimizer_updates"],
+        )
         return update_ratios(shares, updates, self.all_sum, self.device)
 
     def _check_stepped(self) -> None:
@@ -220,12 +275,18 @@ class Engine:
         skipped = self._engine.skipped_steps
         if skipped or self._verdict is None:
             overflow = getattr(self._engine.optimizer, "overflow", None)
-            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} skipped an optimizer step by itself (engine.skipped_steps = {skipped}, "
-                               f"optimizer.overflow = {overflow}); nextpt's guard alone decides that: nextpt does not know this version")
+            raise RuntimeError(
+                f"DeepSpeed {deepspeed.__version__} skipped an optimizer step by itself"
+                f" (engine.skipped_steps = {skipped}, optimizer.overflow = {overflow}); nextpt's"
+                " guard alone decides that: nextpt does not know this version"
+            )
 
     @contextmanager
     def evaluating(self) -> Iterator[TrainingModule]:
-        """The module in evaluation mode, without gradients. All ranks must call it equally often (ZeRO-3 gathers)."""
+        """The module in evaluation mode, without gradients.
+
+        All ranks must call it equally often (ZeRO-3 gathers).
+        """
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -238,17 +299,32 @@ class Engine:
         dist.all_reduce(tensor)
         return tensor
 
-    # ---- ShardedState ---------------------------------------------------------------------------------------
+    # ---- ShardedState
+    #   ---------------------------------------------------------------------------------------
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of the fp32 weights and moments, as flat ranges of named parameters. No gathering."""
+        """This rank's share of the fp32 weights and moments, as flat ranges of named parameters.
+
+        No gathering.
+        """
         for name, shape, start, tensors in self._shares():
             for kind, tensor in tensors.items():
-                yield Fragment(name=name, kind=kind, shape=shape, start=start, stop=start + tensor.numel(), tensor=tensor)
+                yield Fragment(
+                    name=name,
+                    kind=kind,
+                    shape=shape,
+                    start=start,
+                    stop=start + tensor.numel(),
+                    tensor=tensor,
+                )
 
     def scalars(self) -> dict[str, float]:
         """Number of updates the optimizer has made."""
-        return {"optimizer_updates": float(max((float(s["step"]) for s in self._optimizer.state.values()), default=0.0))}
+        return {
+            "optimizer_updates": float(
+                max((float(s["step"]) for s in self._optimizer.state.values()), default=0.0)
+            )
+        }
 
     def load(self, reader: FragmentReader, scalars: dict[str, float]) -> None:
         """Read this rank's ranges into place, then bring the working weights in line with the master weights."""
@@ -259,7 +335,8 @@ class Engine:
             for state in self._optimizer.state.values():
                 state["step"].fill_(scalars["optimizer_updates"])
         if self.config.train.zero_stage == 3:
-            self._zero.invalidate_secondary_tensor()  # hpZ's copies, which a validation may have made of other weights
+            # hpZ's copies, which a validation may have made of other weights
+            self._zero.invalidate_secondary_tensor()
             for group in range(len(self._zero.fp32_partitioned_groups_flat)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
             if self._zero.persistent_parameters:
@@ -271,15 +348,20 @@ class Engine:
         """Full shape of every parameter, by name. A tied matrix appears once."""
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in self._names.items()}
 
-    def _shares(self, whole: bool = False) -> Iterator[tuple[str, tuple[int, ...], int, dict[str, Tensor]]]:
+    def _shares(
+        self, whole: bool = False
+    ) -> Iterator[tuple[str, tuple[int, ...], int, dict[str, Tensor]]]:
         """(name, full shape, first flat element, {kind: 1-D fp32 view}) of each parameter this rank holds a part of.
 
-        whole: at stage 0, where every rank holds everything, all of it (to load) and not an equal share (to save).
+        whole: at stage 0, where every rank holds everything, all of it (to load) and not an equal
+        share (to save).
         """
         shapes = self.parameter_shapes()
         for parameter, name in self._names.items():
             stage = self.config.train.zero_stage
-            place = {0: self._place_0, 1: self._place_1_2, 2: self._place_1_2, 3: self._place_3}[stage](parameter)
+            place = {0: self._place_0, 1: self._place_1_2, 2: self._place_1_2, 3: self._place_3}[
+                stage
+            ](parameter)
             if place is None:
                 continue
             flat, offset, start, length = place
@@ -288,11 +370,16 @@ class Engine:
                 start = min(self.rank * share, length)
                 offset, length = start, min(share, length - start)
             if length > 0:
-                kinds = {"weight": flat} | {kind: self._optimizer.state[flat][kind] for kind in MOMENTS}
-                views = {kind: t.detach().view(-1)[offset : offset + length] for kind, t in kinds.items()}
+                kinds = {"weight": flat} | {
+                    kind: self._optimizer.state[flat][kind] for kind in MOMENTS
+                }
+                views = {
+                    kind: t.detach().view(-1)[offset : offset + length] for kind, t in kinds.items()
+                }
                 yield name, shapes[name], start, views
 
-    # Each returns (flat fp32 tensor that the optimizer steps, offset in it, first flat element of the parameter, length).
+    # Each returns (flat fp32 tensor that the optimizer steps, offset in it, first flat element of
+    # the parameter, length).
 
     def _place_0(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
         return parameter, 0, 0, parameter.numel()
@@ -302,7 +389,12 @@ class Engine:
         if link is None:
             return None
         flat = self._flat_partitions()[link.param_group_index]
-        return flat, link.hp_fragment_address.start, link.lp_fragment_address.start, link.lp_fragment_address.numel
+        return (
+            flat,
+            link.hp_fragment_address.start,
+            link.lp_fragment_address.start,
+            link.lp_fragment_address.numel,
+        )
 
     def _place_3(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
         group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
@@ -313,15 +405,23 @@ class Engine:
 
     def _flat_partitions(self) -> list[Tensor]:
         """The flat fp32 tensors of this rank, one per group, that the optimizer steps."""
-        for attribute in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
+        for attribute in (
+            "fp32_partitioned_groups_flat",
+            "fp32_groups_flat_partition",
+            "single_partition_of_fp32_groups",
+        ):
             if hasattr(self._zero, attribute):
                 return getattr(self._zero, attribute)
-        raise AssertionError(f"{type(self._zero).__name__} holds no known fp32 partitions; see deepspeed's version bounds")
+        raise AssertionError(
+            f"{type(self._zero).__name__} holds no known fp32 partitions; see deepspeed's version"
+            " bounds"
+        )
 
     def _create_moments(self) -> None:
         """Zero moments before the first step, so that saving and loading see the same state at any time.
 
-        ZeRO-3 creates them by a step on zero gradients, which counts as an update: the count is set back.
+        ZeRO-3 creates them by a step on zero gradients, which counts as an update: the count is set
+        back.
         """
         for group in self._optimizer.param_groups:
             for parameter in group["params"] if self._zero is None else ():
@@ -339,7 +439,9 @@ class Engine:
 
 
 def _interface_to(address: str) -> str | None:
-    """The network interface by which this host reaches the first rank; None where that cannot be told.
+    """The network interface by which this host reaches the first rank.
+
+    None where that cannot be told.
 
     Left alone gloo takes the one that the host's own name resolves to, which often is the loopback.
     """
@@ -349,7 +451,14 @@ def _interface_to(address: str) -> str | None:
             own = probe.getsockname()[0]
     except OSError:
         return None
-    return next((name for name, found in psutil.net_if_addrs().items() if any(a.address == own for a in found)), None)
+    return next(
+        (
+            name
+            for name, found in psutil.net_if_addrs().items()
+            if any(a.address == own for a in found)
+        ),
+        None,
+    )
 
 
 def _free_port() -> int:

@@ -19,11 +19,23 @@ import torch
 from data_prep.files import atomic_write, canonical_json
 from nextpt.config import Config
 
-PACKAGES = ("nextpt", "torch", "deepspeed", "triton", "mosaicml-streaming", "pyarrow", "numpy", "tokenizers")
+PACKAGES = (
+    "nextpt",
+    "torch",
+    "deepspeed",
+    "triton",
+    "mosaicml-streaming",
+    "pyarrow",
+    "numpy",
+    "tokenizers",
+)
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on; those not installed are left out."""
+    """Versions of Python and of the packages that results depend on.
+
+    Those not installed are left out.
+    """
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -40,7 +52,9 @@ def place(device: torch.device) -> tuple[str, str]:
     return platform.node(), f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def describe_start(config: Config, places: list[tuple[str, str]], first_step: int) -> dict[str, Any]:
+def describe_start(
+    config: Config, places: list[tuple[str, str]], first_step: int
+) -> dict[str, Any]:
     """What is true of this start. places: (host, device) of every rank, as `place` tells them."""
     return {
         "time": time.time(),
@@ -78,11 +92,17 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this code runs from, `-dirty` where files differ; None outside a checkout."""
+    """Commit of the checkout this code runs from, `-dirty` where files differ.
+
+    None outside a checkout.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed; the folder may lie in somebody else's checkout
         return None

@@ -1,12 +1,14 @@
 """The guard against NaN, infinities and spikes: whether a step counts is decided on the device, what follows on the host.
 
-A step is bad when its loss or its gradient norm is not finite, or lies far above those of the last accepted steps:
+A step is bad when its loss or its gradient norm is not finite, or lies far above those of the last
+accepted steps:
 
     above median + spikes * max(1.4826 * MAD, floor)    of the last `window` accepted steps
 
-for the loss in nats per token, and for the logarithm of the norm, because norms are positive and scatter by factors.
-1.4826 * MAD (median absolute deviation) estimates the standard deviation of normal data; half of the window may be outliers
-before it breaks down. Only a full window judges, and only upward: a loss that falls is never a spike.
+for the loss in nats per token, and for the logarithm of the norm, because norms are positive and
+scatter by factors. 1.4826 * MAD (median absolute deviation) estimates the standard deviation of
+normal data; half of the window may be outliers before it breaks down. Only a full window judges,
+and only upward: a loss that falls is never a spike.
 """
 
 from __future__ import annotations
@@ -22,20 +24,28 @@ from nextpt.config import GuardSection
 from nextpt.events import SkipEvent
 
 REASONS = ("", "loss not finite", "gradient not finite", "loss spike", "gradient spike")
-NORMAL = 1.4826  # standard deviation of normal data / MAD: 1 / (the normal distribution's third quartile)
-# Least standard deviations assumed, of the loss (nats) and of log norm: where nearly nothing scatters, nearly everything
-# would be a spike. At 8 of them a loss within 0.08 nats, or a norm within 3.3 times its median, never is. The logarithm of the
-# norm has tails: healthy runs go 7 of its own deviations up, but to 2.5 times the median only (docs/reliability.md).
+# Standard deviation of normal data / MAD: 1 / (the normal distribution's third quartile)
+NORMAL = 1.4826
+# Least standard deviations assumed, of the loss (nats) and of log norm: where nearly nothing
+# scatters, nearly everything would be a spike. At 8 of them a loss within 0.08 nats, or a norm
+# within 3.3 times its median, never is. The logarithm of the norm has tails: healthy runs go 7 of
+# its own deviations up, but to 2.5 times the median only (docs/reliability.md).
 FLOORS = (0.01, 0.15)
 # The state of a guard that has seen nothing.
-NOTHING = {"accepted": [[], []], "skipped": 0, "since": 0, "in_row": 0, "rollbacks": 0, "reason": ""}
+NOTHING = {
+    "accepted": [[], []],
+    "skipped": 0,
+    "since": 0,
+    "in_row": 0,
+    "rollbacks": 0,
+    "reason": "",
+}
 LEAST_NORM = 1e-30  # has a logarithm, and is below any gradient that fp32 weights would feel
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the device found of one step. reason: of REASONS, "" when it was accepted. loss, z_part: nats per token, over all
-    ranks. Limits: those above which it is a spike; infinite while none is looked for."""
+    """What the device found of one step. reason: of REASONS, "" when it was accepted. loss, z_part: nats per token, over all ranks. Limits: those above which it is a spike; infinite while none is looked for."""
 
     reason: str
     loss: float
@@ -46,14 +56,17 @@ class Judgement:
 
 
 class Judge:
-    """The device's part: statistics of accepted steps, and the verdict on the next one. Only `read` and `state` wait for it.
+    """The device's part: statistics of accepted steps, and the verdict on the next one.
+
+    Only `read` and `state` wait for it.
 
     All ranks must give it the same numbers.
     """
 
     def __init__(self, section: GuardSection, device: torch.device) -> None:
         self.section = section
-        # Rows: loss, log norm. Column n % window holds the n-th accepted step since the last `forget`.
+        # Rows: loss, log norm. Column n % window holds the n-th accepted step since the last
+        # `forget`.
         self._values = torch.zeros(2, section.window, dtype=torch.float64, device=device)
         self._accepted = torch.zeros((), dtype=torch.int64, device=device)
         self._places = torch.arange(section.window, device=device)
@@ -61,9 +74,12 @@ class Judge:
         self._unread: list[Tensor] = []
 
     def judge(self, loss: Tensor, z_part: Tensor, norm: Tensor) -> Tensor:
-        """Whether the step is bad (bool scalar), without waiting for the device; an accepted one enters the statistics.
+        """Whether the step is bad (bool scalar), without waiting for the device.
 
-        loss, z_part: fp64 scalars, z_part a part of loss. norm: of the gradient; negative is DeepSpeed's mark for a bad one.
+        An accepted one enters the statistics.
+
+        loss, z_part: fp64 scalars, z_part a part of loss. norm: of the gradient; negative is
+        DeepSpeed's mark for a bad one.
         """
         loss, norm = loss - z_part, norm.double()
         values = torch.stack([loss, norm.clamp(min=LEAST_NORM).log()])
@@ -79,7 +95,9 @@ class Judge:
         here = (self._places == self._accepted % self.section.window) & ~bad
         self._values = torch.where(here, values[:, None], self._values)
         self._accepted = self._accepted + ~bad
-        self._unread.append(torch.stack([reason.double(), loss, z_part, norm, limits[0], limits[1].exp()]))
+        self._unread.append(
+            torch.stack([reason.double(), loss, z_part, norm, limits[0], limits[1].exp()])
+        )
         return bad
 
     def _limits(self) -> Tensor:
@@ -87,8 +105,12 @@ class Judge:
         if self.section.spikes is None:
             return torch.full_like(self._floors, math.inf)
         centre = _median(self._values)
-        sigma = torch.maximum(NORMAL * _median((self._values - centre[:, None]).abs()), self._floors)
-        return torch.where(self._accepted >= self.section.window, centre + self.section.spikes * sigma, math.inf)
+        sigma = torch.maximum(
+            NORMAL * _median((self._values - centre[:, None]).abs()), self._floors
+        )
+        return torch.where(
+            self._accepted >= self.section.window, centre + self.section.spikes * sigma, math.inf
+        )
 
     def forget(self) -> None:
         """Begin the statistics anew: what comes now is not to be compared with what was."""
@@ -103,11 +125,18 @@ class Judge:
     def state(self) -> list[list[float]]:
         """(losses, log norms) of the accepted steps, oldest first; waits for the device."""
         count, window = int(self._accepted), self.section.window
-        values = self._values.roll(-(count % window), dims=1) if count >= window else self._values[:, :count]
+        values = (
+            self._values.roll(-(count % window), dims=1)
+            if count >= window
+            else self._values[:, :count]
+        )
         return values.tolist()
 
     def load(self, state: list[list[float]]) -> None:
-        """Go on from statistics, also of another window. Raises ValueError or TypeError where they are none."""
+        """Go on from statistics, also of another window.
+
+        Raises ValueError or TypeError where they are none.
+        """
         kept = torch.tensor(state, dtype=torch.float64)
         if kept.ndim != 2 or len(kept) != 2 or not kept.isfinite().all():
             raise ValueError("the guard's statistics are not two rows of finite numbers")
@@ -128,8 +157,9 @@ def _median(values: Tensor) -> Tensor:
 class Guard:
     """The host's part: counts bad steps and says when training must go back.
 
-    skipped: bad steps so far, abandoned ones too. since, in_row: the first of the run of bad steps, and how many they are; 0
-    and 0 when the last step was good. rollbacks: how often training went back since it got any further.
+    skipped: bad steps so far, abandoned ones too. since, in_row: the first of the run of bad steps,
+    and how many they are; 0 and 0 when the last step was good. rollbacks: how often training went
+    back since it got any further.
     """
 
     def __init__(self, section: GuardSection, judge: Judge) -> None:
@@ -143,9 +173,12 @@ class Guard:
         return self.in_row >= self.section.rollback_after
 
     def hear(self, step: int) -> tuple[list[Judgement], list[SkipEvent]]:
-        """Judgements of the steps up to `step` since the last call, and those skipped as events. Waits for the device.
+        """Judgements of the steps up to `step` since the last call, and those skipped as events.
 
-        What came after too many in a row will be made again and is passed over, so that nothing depends on when one looks.
+        Waits for the device.
+
+        What came after too many in a row will be made again and is passed over, so that nothing
+        depends on when one looks.
         """
         judged, events = self.judge.read(), []
         for at, one in enumerate(judged, step - len(judged) + 1):
@@ -154,21 +187,47 @@ class Guard:
             if not one.reason:
                 self.since = self.in_row = 0
                 continue
-            self.skipped, self.in_row, self.since, self.reason = self.skipped + 1, self.in_row + 1, self.since or at, one.reason
-            limits = {name: value if math.isfinite(value) else None
-                      for name, value in (("loss_limit", one.loss_limit), ("grad_norm_limit", one.norm_limit))}
-            events.append(SkipEvent(at, one.reason, one.loss, one.grad_norm, self.in_row, self.skipped, **limits))
+            self.skipped, self.in_row, self.since, self.reason = (
+                self.skipped + 1,
+                self.in_row + 1,
+                self.since or at,
+                one.reason,
+            )
+            limits = {
+                name: value if math.isfinite(value) else None
+                for name, value in (
+                    ("loss_limit", one.loss_limit),
+                    ("grad_norm_limit", one.norm_limit),
+                )
+            }
+            events.append(
+                SkipEvent(
+                    at, one.reason, one.loss, one.grad_norm, self.in_row, self.skipped, **limits
+                )
+            )
         return judged, events
 
     def seen(self) -> str:
         """The run of bad steps, for a person."""
-        return f"{self.in_row} bad steps in a row, {self.since} to {self.since + self.in_row - 1} (the last one: {self.reason})"
+        return (
+            f"{self.in_row} bad steps in a row, {self.since} to {self.since + self.in_row - 1} (the"
+            f" last one: {self.reason})"
+        )
 
     def went_back(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state after a rollback to it. `tripped` is false from here on."""
+        """Go on from a checkpoint's state after a rollback to it.
+
+        `tripped` is false from here on.
+        """
         skipped, reason = self.skipped, self.reason
         self.load(state)
-        self.skipped, self.reason, self.since, self.in_row, self.rollbacks = skipped, reason, 0, 0, self.rollbacks + 1
+        self.skipped, self.reason, self.since, self.in_row, self.rollbacks = (
+            skipped,
+            reason,
+            0,
+            0,
+            self.rollbacks + 1,
+        )
 
     def progressed(self) -> None:
         """Hear that a later checkpoint than that of the last rollback is made."""
@@ -176,11 +235,19 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; waits for the device."""
-        return {"accepted": self.judge.state(), "skipped": self.skipped, "since": self.since, "in_row": self.in_row,
-                "rollbacks": self.rollbacks, "reason": self.reason}
+        return {
+            "accepted": self.judge.state(),
+            "skipped": self.skipped,
+            "since": self.since,
+            "in_row": self.in_row,
+            "rollbacks": self.rollbacks,
+            "reason": self.reason,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Raises KeyError, TypeError or ValueError where it is not what `state` gave."""
         self.judge.load(state["accepted"])
-        self.skipped, self.since, self.in_row, self.rollbacks = (int(state[k]) for k in ("skipped", "since", "in_row", "rollbacks"))
+        self.skipped, self.since, self.in_row, self.rollbacks = (
+            int(state[k]) for k in ("skipped", "since", "in_row", "rollbacks")
+        )
         self.reason = str(state["reason"])

@@ -7,10 +7,18 @@ import torch
 
 from nextpt.config import Config
 
-# Dense bf16 peak in TFLOP/s, from the vendor's data sheets; without sparsity. Longest name first where one holds another.
+# Dense bf16 peak in TFLOP/s, from the vendor's data sheets; without sparsity. Longest name first
+# where one holds another.
 PEAK_BF16_TFLOPS = {
-    "B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0,
-    "A100": 312.0, "L40S": 362.0, "A10": 125.0,
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10": 125.0,
 }
 
 
@@ -26,4 +34,8 @@ def peak_flops(config: Config, device: torch.device) -> float | None:
 
 def memory_in_use(device: torch.device) -> int:
     """Bytes: peak of the allocator on a GPU, resident memory of this process on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else psutil.Process().memory_info().rss
+    )

@@ -18,9 +18,17 @@ from nextpt.train.watchdog import Watchdog
 class Life:
     """What the loop tells and asks. Built with nothing, it never ends a loop."""
 
-    def __init__(self, stop: StopRequest | None = None, watchdog: Watchdog | None = None, lock: RunLock | None = None,
-                 progress: Progress | None = None) -> None:
-        self.stop, self.watchdog, self.lock, self.progress = stop or StopRequest(), watchdog, lock, progress or Progress()
+    def __init__(
+        self,
+        stop: StopRequest | None = None,
+        watchdog: Watchdog | None = None,
+        lock: RunLock | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.stop = stop or StopRequest()
+        self.watchdog = watchdog
+        self.lock = lock
+        self.progress = progress or Progress()
 
     def doing(self, kind: str, step: int) -> None:
         """Hear what is being done from now on."""
@@ -36,7 +44,10 @@ class Life:
         return self.stop.name is not None
 
     def check(self) -> None:
-        """Raises RunInUse on the rank that held the run folder when another job has taken it; costs nothing."""
+        """Raises RunInUse on the rank that held the run folder when another job has taken it.
+
+        Costs nothing.
+        """
         if self.lock and self.lock.lost:
             self.lock.check()
 
@@ -48,7 +59,10 @@ class Life:
 
 @contextmanager
 def living(run: Path, ranks: Ranks, hang_seconds: float) -> Iterator[Life]:
-    """Take the run folder and watch the block on every rank, then let go. Collective. Raises RunInUse on all ranks."""
+    """Take the run folder and watch the block on every rank, then let go.
+
+    Collective. Raises RunInUse on all ranks.
+    """
     taken: list[RunLock] = []
 
     def take() -> None:

@@ -1,10 +1,12 @@
 """One job in a run folder: RUN/lock-N.json says who works in it.
 
-N is the fencing token. It only grows: a start makes the file after the newest one, which only one of many can make, and
-the newest file is the lock. A holder rewrites its file every few seconds. A start is refused while the holder lives; it
-takes over when the holder has given up the lock, has ended (known at once on its own machine), or was silent for a whole
-lease, as this start's own clock has it: no two clocks are compared. A holder that was stopped and lost the lock finds a
-newer file right before its checkpoint would get its name, and the staging folders that it left were renamed by then.
+N is the fencing token. It only grows: a start makes the file after the newest one, which only one
+of many can make, and the newest file is the lock. A holder rewrites its file every few seconds. A
+start is refused while the holder lives; it takes over when the holder has given up the lock, has
+ended (known at once on its own machine), or was silent for a whole lease, as this start's own clock
+has it: no two clocks are compared. A holder that was stopped and lost the lock finds a newer file
+right before its checkpoint would get its name, and the staging folders that it left were renamed by
+then.
 """
 
 from __future__ import annotations
@@ -24,20 +26,29 @@ from nextpt.checkpoint.folders import STAGING
 from nextpt.errors import RunInUse
 
 HEARTBEAT = 5.0  # seconds between signs of life
-LEASE = 60.0  # seconds of silence after which a holder has lost; far above the delays of shared file systems
+# Seconds of silence after which a holder has lost; far above the delays of shared file systems
+LEASE = 60.0
 NAME = re.compile(r"lock-(\d+)\.json")
 
 
 class RunLock:
-    """Holds the lock of a run folder from its construction until `release`. Made on one rank of a job.
+    """Holds the lock of a run folder from its construction until `release`.
 
-    Raises RunInUse while another job holds it, before anything is written; may wait up to a lease to find that out.
+    Made on one rank of a job.
+
+    Raises RunInUse while another job holds it, before anything is written; may wait up to a lease
+    to find that out.
     """
 
     def __init__(self, folder: Path, heartbeat: float = HEARTBEAT, lease: float = LEASE) -> None:
         self.folder, self.heartbeat = folder, heartbeat
         self.lost = False
-        self._content = identity() | {"job": os.environ.get("SLURM_JOB_ID"), "since": time.time(), "held": True, "beat": 0}
+        self._content = identity() | {
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "since": time.time(),
+            "held": True,
+            "beat": 0,
+        }
         self.token = self._acquire(lease)
         self._remove_older()
         self._remove_temporary()
@@ -47,12 +58,19 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RunInUse when another job has taken the lock. Looks at the folder: for right before a commit."""
+        """Raises RunInUse when another job has taken the lock.
+
+        Looks at the folder: for right before a commit.
+        """
         newest = max(_tokens(self.folder), default=0)
         self.lost = self.lost or newest != self.token
         if self.lost:
-            raise RunInUse(f"run folder {self.folder} was taken over by {_phrase(_read(_path(self.folder, newest)))}, because this job"
-                           " was silent for too long (stopped, or cut off from the disk); it ends and leaves the folder to that one")
+            raise RunInUse(
+                f"run folder {self.folder} was taken over by"
+                f" {_phrase(_read(_path(self.folder, newest)))}, because this job was silent for"
+                " too long (stopped, or cut off from the disk); it ends and leaves the folder to"
+                " that one"
+            )
 
     def release(self) -> None:
         """Let the next start go on at once. Does nothing to a lock that was lost."""
@@ -67,8 +85,11 @@ class RunLock:
         while True:
             newest = max(_tokens(self.folder), default=0)
             if newest and not _is_over(_path(self.folder, newest), lease):
-                raise RunInUse(f"run folder {self.folder} is in use by {_phrase(_read(_path(self.folder, newest)))}; "
-                               "wait for it, end it, or give another run.dir")
+                raise RunInUse(
+                    f"run folder {self.folder} is in use by"
+                    f" {_phrase(_read(_path(self.folder, newest)))}; wait for it, end it, or give"
+                    " another run.dir"
+                )
             token = newest + 1
             path = _path(self.folder, token)
             try:
@@ -78,7 +99,8 @@ class RunLock:
                 continue
             if max(_tokens(self.folder)) == token:
                 return token
-            path.unlink(missing_ok=True)  # others went on while this one slept, and removed the file of this number
+            # Others went on while this one slept, and removed the file of this number
+            path.unlink(missing_ok=True)
 
     def _remove_older(self) -> None:
         for token in _tokens(self.folder):
@@ -91,7 +113,10 @@ class RunLock:
             path.unlink(missing_ok=True)
 
     def _set_staging_aside(self) -> None:
-        """What a stopped holder was writing can no longer be given its name; the next save removes it."""
+        """What a stopped holder was writing can no longer be given its name.
+
+        The next save removes it.
+        """
         for number, path in enumerate((self.folder / "checkpoints").glob(f"{STAGING}*")):
             with suppress(FileNotFoundError):
                 os.rename(path, path.with_name(f"{STAGING}fenced-{self.token}-{number}"))
@@ -120,7 +145,10 @@ def _tokens(folder: Path) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the holder wrote; {} while a new one is writing its first, None when there is no such file."""
+    """What the holder wrote.
+
+    {} while a new one is writing its first, None when there is no such file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
@@ -131,7 +159,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _is_over(path: Path, lease: float) -> bool:
-    """Whether the holder gave up the lock, ended, or is silent for a whole lease; waits as long as that is not known."""
+    """Whether the holder gave up the lock, ended, or is silent for a whole lease.
+
+    Waits as long as that is not known.
+    """
     first = _read(path)
     deadline = time.monotonic() + lease
     while True:
@@ -140,7 +171,7 @@ def _is_over(path: Path, lease: float) -> bool:
             return True
         if content and (not content.get("held") or is_gone(content)):
             return True
-        if content != first or content and is_here(content) and not is_stopped(content["pid"]):
+        if content != first or (content and is_here(content) and not is_stopped(content["pid"])):
             return False
         if time.monotonic() >= deadline:
             return True

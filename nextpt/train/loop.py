@@ -16,8 +16,8 @@ from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config
 from nextpt.data.batch import Batch
 from nextpt.data.loader import Loader
-from nextpt.evaluate.metrics import DomainSums, figures_json
 from nextpt.errors import Stopped, UserError
+from nextpt.evaluate.metrics import DomainSums, figures_json
 from nextpt.events import Event, RollbackEvent, StepEvent, ValidationEvent
 from nextpt.model import count
 from nextpt.objective import local_weight_sum
@@ -53,39 +53,66 @@ class Made:
 class Trainer:
     """Runs optimizer steps first_step..config.last_step of one rank.
 
-    save: begins a checkpoint of the given step with what `state` gives; the last argument asks it to wait until that is
-    durable. poll: called after every step, tells what became of it; its argument asks it to wait. Both are collective, and
-    return what became durable, and what failed where training may go on without it. emit: hears events (rank 0 only does
-    something with them; computing them is collective). life: hears what is being done, and says when to end. go_back: puts the engine where the
-    newest checkpoint from before a step has it, and returns the state of that; None when there is none; collective.
+    save: begins a checkpoint of the given step with what `state` gives; the last argument asks it
+    to wait until that is durable. poll: called after every step, tells what became of it; its
+    argument asks it to wait. Both are collective, and return what became durable, and what failed
+    where training may go on without it. emit: hears events (rank 0 only does something with them;
+    computing them is collective). life: hears what is being done, and says when to end. go_back:
+    puts the engine where the newest checkpoint from before a step has it, and returns the state of
+    that; None when there is none; collective.
     """
 
-    def __init__(self, config: Config, engine: Engine, loader: Loader, ranks: Ranks,
-                 save: Callable[[int, dict[str, Any], bool], Outcomes], poll: Callable[[bool], Outcomes],
-                 emit: Callable[[Event], None], life: Life | None = None,
-                 go_back: Callable[[int], dict[str, Any] | None] = lambda step: None) -> None:
-        self.config, self.engine, self.loader, self.ranks, self.domains = config, engine, loader, ranks, loader.domains
-        self.save, self.poll, self.emit, self.life, self.go_back = save, poll, emit, life or Life(), go_back
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        loader: Loader,
+        ranks: Ranks,
+        save: Callable[[int, dict[str, Any], bool], Outcomes],
+        poll: Callable[[bool], Outcomes],
+        emit: Callable[[Event], None],
+        life: Life | None = None,
+        go_back: Callable[[int], dict[str, Any] | None] = lambda step: None,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.loader = loader
+        self.ranks = ranks
+        self.domains = loader.domains
+        self.save = save
+        self.poll = poll
+        self.emit = emit
+        self.life = life or Life()
+        self.go_back = go_back
         self.guard, self.validation = Guard(config.guard, engine.judge), None
         self.flops_per_token = count(config).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()
-        self.saved_step, self.save_seconds = 0, None  # of the last checkpoint; None: none was made since the start
+        # Of the last checkpoint; None: none was made since the start
+        self.saved_step, self.save_seconds = 0, None
         self.durable_step = 0  # lags behind saved_step while a save is under way
         self.save_owed = False
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the trainer: the last validation, and the guard. Waits for the device."""
+        """What a checkpoint keeps of the trainer: the last validation, and the guard.
+
+        Waits for the device.
+        """
         return {"validation": self.validation, "guard": self.guard.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state; one of an older nextpt has no guard. Raises KeyError, TypeError or ValueError."""
+        """Go on from a checkpoint's state; one of an older nextpt has no guard.
+
+        Raises KeyError, TypeError or ValueError.
+        """
         self.validation = state.get("validation")
         self.guard.load(state.get("guard", NOTHING))
 
     def run(self, first_step: int) -> None:
-        """Train, then save the last step. first_step: 1 for a fresh run. Raises Stopped when a rank was told to stop, and
-        UserError when the guard gives up."""
+        """Train, then save the last step. first_step: 1 for a fresh run.
+
+        Raises Stopped when a rank was told to stop, and UserError when the guard gives up.
+        """
         config, last, step = self.config, self.config.last_step, first_step - 1
         self.saved_step = self.durable_step = step
         clock = self._clock(step)
@@ -114,7 +141,8 @@ class Trainer:
                 if not self.validate(step):
                     self.end_early(step)
                 clock = self._clock(step)
-            # In a run of bad steps there is nothing new to save, and a rollback needs one from before it.
+            # In a run of bad steps there is nothing new to save, and a rollback needs one from
+            # before it.
             if self.save_owed and (step == last or not self.guard.in_row):
                 self.guard.progressed()
                 self.save_now(step, wait=step == last)
@@ -126,28 +154,37 @@ class Trainer:
         judged, skipped = self.guard.hear(step)
         told = self.ranks.gather([self.guard.skipped, self.guard.in_row])
         if any(one != told[0] for one in told):
-            raise RuntimeError(f"the ranks judged steps up to {step} differently: [skipped in all, in a row] is {told}, by rank; "
-                               "their losses or gradients are no longer the same, so one of them computes wrongly")
+            raise RuntimeError(
+                f"the ranks judged steps up to {step} differently: [skipped in all, in a row] is"
+                f" {told}, by rank; their losses or gradients are no longer the same, so one of"
+                " them computes wrongly"
+            )
         for event in skipped:
             self.emit(event)
         return judged
 
     def roll_back(self) -> int:
-        """Go back to the newest checkpoint from before the bad steps, pass over their data, and save that at once, so that the
-        next start takes it; returns its step. Collective. Raises UserError when the guard gives up."""
+        """Go back to the newest checkpoint from before the bad steps, pass over their data, and save that at once, so that the next start takes it; returns its step. Collective. Raises UserError when the guard gives up."""
         guard, first, last = self.guard, self.guard.since, self.guard.since + self.guard.in_row - 1
         self.life.doing("rolling back", last)
         self.look(wait=True)
-        seen, stop = guard.seen(), self.loader.position(last)  # the loader counts steps from 0: that after the last bad one
+        # The loader counts steps from 0: that after the last bad one
+        seen, stop = guard.seen(), self.loader.position(last)
         state = self.go_back(first)
         if state is None:
-            raise UserError(f"{seen}, and there is no checkpoint from before them to go back to; look at the data and the learning rate, "
-                            "save more often (checkpoint.every_steps), or give guard.rollback_after or guard.spikes a larger value")
+            raise UserError(
+                f"{seen}, and there is no checkpoint from before them to go back to; look at the"
+                " data and the learning rate, save more often (checkpoint.every_steps), or give"
+                " guard.rollback_after or guard.spikes a larger value"
+            )
         step, most = state["step"], self.config.guard.max_rollbacks
         guard.went_back(state.get("guard", NOTHING))
         if guard.rollbacks > most:
-            raise UserError(f"{seen}, after {most} rollbacks to step {step} (guard.max_rollbacks); look at the data, at metrics.jsonl and "
-                            "at the learning rate, go further back with checkpoint.resume=STEP, or give guard.spikes a larger value")
+            raise UserError(
+                f"{seen}, after {most} rollbacks to step {step} (guard.max_rollbacks); look at the"
+                " data, at metrics.jsonl and at the learning rate, go further back with"
+                " checkpoint.resume=STEP, or give guard.spikes a larger value"
+            )
         self.loader.go_on(state["data"])
         begin = self.loader.position(step)
         self.loader.pass_over(step, stop)
@@ -181,14 +218,18 @@ class Trainer:
         """Save `step`, the last that was made, where that fits into the time that is left, and raise Stopped. Collective."""
         self.judged(step)
         grace = self.config.checkpoint.grace_seconds
-        told = self.ranks.gather([self.life.stop.name, self.life.stop.seconds_left(grace), self.save_seconds])
+        told = self.ranks.gather(
+            [self.life.stop.name, self.life.stop.seconds_left(grace), self.save_seconds]
+        )
         name = next(name for name, _, _ in told if name)
         left = min(seconds for _, seconds, _ in told if seconds is not None)
         measured = [seconds for _, _, seconds in told if seconds is not None]
         why = "the save failed"
         if step > self.saved_step and measured and max(measured) > left:
-            why = (f"the last save took {max(measured):.1f} s and {max(left, 0.0):.1f} s of checkpoint.grace_seconds"
-                   f" = {grace:g} were left")
+            why = (
+                f"the last save took {max(measured):.1f} s and {max(left, 0.0):.1f} s of"
+                f" checkpoint.grace_seconds = {grace:g} were left"
+            )
         elif step > self.saved_step:
             self.save_now(step, wait=True)
         self.life.doing("save", step)
@@ -196,23 +237,30 @@ class Trainer:
         text = "saved" if step else "nothing to save yet"
         if step > self.saved_step:
             text = f"not saved, for {why}; the checkpoint of step {self.saved_step} is kept"
-        raise Stopped(f"stopped by {name} after step {step} ({text}); this resumes: {resume_command()}")
+        raise Stopped(
+            f"stopped by {name} after step {step} ({text}); this resumes: {resume_command()}"
+        )
 
     def train_step(self, step: int, measure: bool = False) -> Made | None:
-        """One optimizer step; nothing here waits for the device. None, and no step, when a rank was told to stop.
+        """One optimizer step; nothing here waits for the device.
+
+        None, and no step, when a rank was told to stop.
 
         measure: also the noise of its gradient.
 
         Raises UserError on every rank when the batches of one cannot be read.
         """
         self.life.doing("batches", step)
-        read, stopping = on_all_or_stop(self.ranks, lambda: self._read(step), self.life.told_to_stop)
+        read, stopping = on_all_or_stop(
+            self.ranks, lambda: self._read(step), self.life.told_to_stop
+        )
         if stopping:
             return None
         self.life.doing("training", step)
         batches = [batch.to(self.engine.device) for batch in read]
         weights = self.engine.all_sum(local_weight_sum(batches))
-        if self.loader.begins_stage(step - 1):  # of another mixture or context: its losses are not those of the last steps
+        # Of another mixture or context: its losses are not those of the last steps
+        if self.loader.begins_stage(step - 1):
             self.engine.judge.forget()
         losses = self.engine.step(batches, weights, learning_rate(self.config, step), measure)
         sums = DomainSums(self.domains, self.engine.device)
@@ -227,30 +275,46 @@ class Trainer:
         return batches
 
     def log(self, step: int, made: Made, judged: Judgement, clock: Clock) -> None:
-        """Sum over ranks, read the device, emit the step's event. A step that was skipped is logged as it was."""
+        """Sum over ranks, read the device, emit the step's event.
+
+        A step that was skipped is logged as it was.
+        """
         sums = made.sums
         self.engine.all_sum(sums.sums)
         now, steps = time.monotonic(), max(step - clock.step, 1)
         rate = steps * self.config.tokens_per_step / max(now - clock.started, 1e-9)
-        self.emit(StepEvent(
-            step=step,
-            tokens=step * self.config.tokens_per_step,
-            loss=judged.loss,
-            bpb=sums.total().bpb_text,
-            lr=learning_rate(self.config, step),
-            grad_norm=judged.grad_norm,
-            tokens_per_second=rate,
-            z_loss=judged.z_part,
-            data_wait_seconds=self.loader.wait_seconds - clock.waited,
-            memory_bytes=memory_in_use(self.engine.device),
-            mfu=rate * self.flops_per_token / (self.peak * self.engine.world_size) if self.peak else None,
-            noise=self.engine.gradient_noise(made.micro_batches, made.weights, judged.grad_norm),
-            update_ratios=self.engine.update_ratios(),
-            domains={name: {"nats_per_token": f.nats_per_token, "bpb": f.bpb_text} for name, f in sums.figures().items()},
-        ))
+        self.emit(
+            StepEvent(
+                step=step,
+                tokens=step * self.config.tokens_per_step,
+                loss=judged.loss,
+                bpb=sums.total().bpb_text,
+                lr=learning_rate(self.config, step),
+                grad_norm=judged.grad_norm,
+                tokens_per_second=rate,
+                z_loss=judged.z_part,
+                data_wait_seconds=self.loader.wait_seconds - clock.waited,
+                memory_bytes=memory_in_use(self.engine.device),
+                mfu=(
+                    rate * self.flops_per_token / (self.peak * self.engine.world_size)
+                    if self.peak
+                    else None
+                ),
+                noise=self.engine.gradient_noise(
+                    made.micro_batches, made.weights, judged.grad_norm
+                ),
+                update_ratios=self.engine.update_ratios(),
+                domains={
+                    name: {"nats_per_token": f.nats_per_token, "bpb": f.bpb_text}
+                    for name, f in sums.figures().items()
+                },
+            )
+        )
 
     def validate(self, step: int) -> bool:
-        """Loss on the held-out rows of every domain; the same number of forward passes on every rank.
+        """Loss on the held-out rows of every domain.
+
+        The same number of forward passes on every rank.
 
         False, and no event, when a rank was told to stop.
         """
@@ -261,13 +325,17 @@ class Trainer:
                 batches = self.loader.validation_batches(domain, config.validation.rows)
                 while True:
                     self.life.doing("validation", step)
-                    batch, stopping = on_all_or_stop(self.ranks, lambda: next(batches, None), self.life.told_to_stop)
+                    batch, stopping = on_all_or_stop(
+                        self.ranks, lambda: next(batches, None), self.life.told_to_stop
+                    )
                     if stopping:
                         return False
                     if batch is None:
                         break
                     batch = batch.to(self.engine.device)
-                    sums.add(module(batch, 1.0).nats, batch.target_bytes, batch.is_text, batch.domain_ids)
+                    sums.add(
+                        module(batch, 1.0).nats, batch.target_bytes, batch.is_text, batch.domain_ids
+                    )
         self.engine.all_sum(sums.sums)
         figures = figures_json(sums)
         nats = figures["total"]["nats_per_token"]

@@ -1,4 +1,7 @@
-"""Estimated memory of one rank, by formula; tests/train/test_memory.py compares it with measured ranks."""
+"""Estimated memory of one rank, by formula.
+
+tests/train/test_memory.py compares it with measured ranks.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,17 @@ from nextpt.config import Config
 from nextpt.errors import ConfigError
 from nextpt.model import count
 
-# Elements; what the engine gives to DeepSpeed. Below DeepSpeed's 5e8: 0.8 GB of fp32 is enough for a link to be busy.
+# Elements; what the engine gives to DeepSpeed. Below DeepSpeed's 5e8: 0.8 GB of fp32 is enough for
+# a link to be busy.
 REDUCE_BUCKET = 200_000_000
 LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3: parameters gathered at once (DeepSpeed's own default)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank. States: arXiv 1910.02054 section 3; activations: arXiv 2205.05198 section 4, without dropout.
+    """Bytes on one rank.
+
+    States: arXiv 1910.02054 section 3; activations: arXiv 2205.05198 section 4, without dropout.
 
     buffers: what DeepSpeed 0.19 stages gradients and gathered parameters in.
     """
@@ -33,7 +39,14 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.loss
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.buffers
+            + self.activations
+            + self.loss
+        )
 
 
 def reduce_bucket(config: Config) -> int:
@@ -44,10 +57,11 @@ def reduce_bucket(config: Config) -> int:
 def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> MemoryEstimate:
     """Memory of one of `world_size` ranks: weights (2 or 4 bytes), fp32 gradients, fp32 master weights and moments.
 
-    Stage 1 divides the optimizer state, stage 2 the gradients too, stage 3 the weights too. fp32 training needs no
-    separate master weights at stage 0; DeepSpeed keeps a partition of them from stage 1 on. hpZ keeps a second share of the
-    weights in every node. device: on cuda
-    gradients are reduced beside the backward pass, which takes a second bucket, and the loss has a larger workspace.
+    Stage 1 divides the optimizer state, stage 2 the gradients too, stage 3 the weights too. fp32
+    training needs no separate master weights at stage 0; DeepSpeed keeps a partition of them from
+    stage 1 on. hpZ keeps a second share of the weights in every node. device: on cuda gradients are
+    reduced beside the backward pass, which takes a second bucket, and the loss has a larger
+    workspace.
     """
     train, parameters = config.train, count(config).parameters
     stage = train.zero_stage
@@ -58,34 +72,40 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
         return -(-size // world_size) if stage >= from_stage else size
 
     return MemoryEstimate(
-        weights=share(width * parameters, 3) + (width * parameters // train.hpz_ranks if stage == 3 and train.hpz_ranks else 0),
+        weights=share(width * parameters, 3)
+        + (width * parameters // train.hpz_ranks if stage == 3 and train.hpz_ranks else 0),
         gradients=share(4 * parameters, 2),
         optimizer=share((master + 8) * parameters, 1),
         buffers=_buffers(config, width, device == "cuda"),
         activations=_activations(config, width),
-        loss=loss_chunking(config, device).workspace + width * config.model.vocab_size * config.model.width,
+        loss=loss_chunking(config, device).workspace
+        + width * config.model.vocab_size * config.model.width,
     )
 
 
 def _buffers(config: Config, width: int, overlap: bool) -> int:
     """Bytes of staging, found by reading DeepSpeed 0.19.8 and by measuring.
 
-    Stage 1 in bf16 copies a bucket of fp32 gradients for its all-reduce. Stage 2 has a bucket in the width of the
-    weights, and in bf16 its fp32 image. Stage 3 has an fp32 bucket, its rearranged copy, and whole gathered layers.
+    Stage 1 in bf16 copies a bucket of fp32 gradients for its all-reduce. Stage 2 has a bucket in
+    the width of the weights, and in bf16 its fp32 image. Stage 3 has an fp32 bucket, its rearranged
+    copy, and whole gathered layers.
     """
     bucket, stage = reduce_bucket(config), config.train.zero_stage
     if stage < 2:
         return 4 * bucket if stage == 1 and width == 2 else 0
     if stage == 2:
         return width * bucket * (2 if overlap else 1) + (4 * bucket if width == 2 else 0)
-    return 4 * bucket * (3 if overlap else 2) + width * min(count(config).parameters, LIVE_PARAMETERS)
+    return 4 * bucket * (3 if overlap else 2) + width * min(
+        count(config).parameters, LIVE_PARAMETERS
+    )
 
 
 def _activations(config: Config, width: int) -> int:
     """Tensors kept for the backward pass of one micro-batch, and the gradients of the block at work.
 
-    Per token and block: the inputs of both norms and their images (torch keeps both where the norm is not fused), the
-    inputs of the matrices, queries, keys, values and output of attention, which keeps no score matrix (flash attention).
+    Per token and block: the inputs of both norms and their images (torch keeps both where the norm
+    is not fused), the inputs of the matrices, queries, keys, values and output of attention, which
+    keeps no score matrix (flash attention).
     """
     c, tokens = config.model, config.train.micro_batch_size * config.data.sequence_length
     queries, keys = c.heads * c.head_dim_, c.kv_heads_ * c.head_dim_
@@ -93,18 +113,32 @@ def _activations(config: Config, width: int) -> int:
     ffn = (4 if c.ffn == "swiglu" else 2) * c.ffn_width_
     block = 6 * c.width + attention + ffn
     kept = c.depth * c.width + block if config.train.activation_checkpointing else c.depth * block
-    at_work = ffn // 2 + 2 * c.width  # gradients of the widest tensors; the others take the place of what is freed
+    # Gradients of the widest tensors; the others take the place of what is freed
+    at_work = ffn // 2 + 2 * c.width
     return width * tokens * (kept + 2 * c.width + at_work)
 
 
 def loss_chunking(config: Config, device: str) -> Chunking:
-    """How the loss divides the tokens of a micro-batch on a device. Raises ConfigError when its workspace is too small."""
-    train, dtype = config.train, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    wide = wide_logits(device, dtype, torch.float32 if train.loss_logits_fp32 else None, True, "torch")
+    """How the loss divides the tokens of a micro-batch on a device.
+
+    Raises ConfigError when its workspace is too small.
+    """
+    train = config.train
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    wide = wide_logits(
+        device, dtype, torch.float32 if train.loss_logits_fp32 else None, True, "torch"
+    )
     budget = train.loss_workspace_mib * MIB if train.loss_workspace_mib else DEFAULT_BUDGET[device]
     try:
-        return plan_chunks(train.micro_batch_size * config.data.sequence_length, config.model.width, config.model.vocab_size,
-                           logits_bytes=4 if wide else dtype.itemsize, gradient_bytes=dtype.itemsize, budget=budget, mode=train.loss_gradient)
+        return plan_chunks(
+            train.micro_batch_size * config.data.sequence_length,
+            config.model.width,
+            config.model.vocab_size,
+            logits_bytes=4 if wide else dtype.itemsize,
+            gradient_bytes=dtype.itemsize,
+            budget=budget,
+            mode=train.loss_gradient,
+        )
     except BudgetError as error:
         raise ConfigError(f"train.loss_workspace_mib = {budget // MIB}: {error}") from None
 

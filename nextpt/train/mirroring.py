@@ -18,14 +18,17 @@ from nextpt.errors import ConfigError, Stopped
 from nextpt.events import Event
 from nextpt.train.life import Life
 
-# Seconds that the end of a run may wait for its last checkpoints to be mirrored: 30 GB at 100 MB/s, sent and read back.
-# Nothing is lost after that: the same command goes on with what is missing.
+# Seconds that the end of a run may wait for its last checkpoints to be mirrored: 30 GB at 100 MB/s,
+# sent and read back. Nothing is lost after that: the same command goes on with what is missing.
 END_SECONDS = 600.0
 MARGIN = 3.0  # seconds of checkpoint.grace_seconds that are left for the rest of the end
 
 
 def open_mirror(config: Config, root: Path, life: Life) -> Mirror | None:
-    """The mirror that checkpoint.mirror names; None without. root: of the checkpoints. Raises ConfigError for an address that is none."""
+    """The mirror that checkpoint.mirror names; None without. root: of the checkpoints.
+
+    Raises ConfigError for an address that is none.
+    """
     place = config.checkpoint.mirror
     if place is None:
         return None
@@ -33,20 +36,39 @@ def open_mirror(config: Config, root: Path, life: Life) -> Mirror | None:
         archive = Archive(place)
     except PrepError as error:
         raise ConfigError(f"checkpoint.mirror: {error}") from None
-    return Mirror(archive, root, config.checkpoint, config.run.name, life.may_commit, lambda folder: check_same_run(config, folder))
+    return Mirror(
+        archive,
+        root,
+        config.checkpoint,
+        config.run.name,
+        life.may_commit,
+        lambda folder: check_same_run(config, folder),
+    )
 
 
 def check_same_run(config: Config, folder: Path) -> None:
     """Refuse a checkpoint of a run that differs in what it learns. Raises ConfigError."""
     _, forbidden = differences(parse_config(read_json(folder / STATE)["config"], STATE), config)
     if forbidden:
-        raise ConfigError(f"it is of another run ({'; '.join(forbidden)}); set these keys back, or give another checkpoint.mirror")
+        raise ConfigError(
+            f"it is of another run ({'; '.join(forbidden)}); set these keys back, or give another"
+            " checkpoint.mirror"
+        )
 
 
 @contextmanager
-def mirroring(mirror: Mirror | None, config: Config, ranks: Ranks, life: Life, emit: Callable[[Event], None],
-              say: Callable[[str], None]) -> Iterator[None]:
-    """Mirror while the block runs. When it ends, or was told to stop, wait for the rest as long as that may take. Collective."""
+def mirroring(
+    mirror: Mirror | None,
+    config: Config,
+    ranks: Ranks,
+    life: Life,
+    emit: Callable[[Event], None],
+    say: Callable[[str], None],
+) -> Iterator[None]:
+    """Mirror while the block runs.
+
+    When it ends, or was told to stop, wait for the rest as long as that may take. Collective.
+    """
     if mirror is None:
         yield
         return
@@ -67,18 +89,26 @@ def mirroring(mirror: Mirror | None, config: Config, ranks: Ranks, life: Life, e
         raise stopped
 
 
-def _finish(mirror: Mirror, config: Config, ranks: Ranks, life: Life, say: Callable[[str], None]) -> None:
+def _finish(
+    mirror: Mirror, config: Config, ranks: Ranks, life: Life, say: Callable[[str], None]
+) -> None:
     """All ranks wait for the first, for launchers end all when one ends."""
     begun, grace = time.monotonic(), config.checkpoint.grace_seconds
-    told = [seconds for seconds in ranks.gather(life.stop.seconds_left(grace)) if seconds is not None]
+    told = [
+        seconds for seconds in ranks.gather(life.stop.seconds_left(grace)) if seconds is not None
+    ]
     most = min([END_SECONDS, *(seconds - MARGIN for seconds in told)])
 
     def seconds_left() -> float:
         since = life.stop.seconds_left(grace)  # a signal may come meanwhile
-        return min(most - (time.monotonic() - begun), END_SECONDS if since is None else since - MARGIN)
+        return min(
+            most - (time.monotonic() - begun), END_SECONDS if since is None else since - MARGIN
+        )
 
     life.doing("mirroring", life.progress.step)
     steps = ranks.from_first(mirror.finish(seconds_left) if ranks.rank == 0 else None)
     if steps:
-        say(f"warning: not mirrored yet in {mirror.archive.place}: the checkpoints of steps {', '.join(map(str, steps))}; "
-            "the same command goes on with them")
+        say(
+            f"warning: not mirrored yet in {mirror.archive.place}: the checkpoints of steps"
+            f" {', '.join(map(str, steps))}; the same command goes on with them"
+        )

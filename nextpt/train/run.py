@@ -39,12 +39,17 @@ from nextpt.train.together import on_all, on_first
 OpenTrackers = Callable[[Config, int], list[Listener]]
 
 
-def run_training(config: Config, open_trackers: OpenTrackers = lambda config, first_step: []) -> None:
-    """Train the run that `config` describes, resuming it when its folder holds checkpoints. Collective.
+def run_training(
+    config: Config, open_trackers: OpenTrackers = lambda config, first_step: []
+) -> None:
+    """Train the run that `config` describes, resuming it when its folder holds checkpoints.
 
-    open_trackers(config, first_step): further listeners, made on rank 0 only; the trainer knows no tracker by name.
-    Raises UserError for everything a person can mend, before anything is written where that is possible (RunInUse while
-    another job works in the folder), and Stopped when the job was told to end and did.
+    Collective.
+
+    open_trackers(config, first_step): further listeners, made on rank 0 only; the trainer knows no
+    tracker by name. Raises UserError for everything a person can mend, before anything is written
+    where that is possible (RunInUse while another job works in the folder), and Stopped when the
+    job was told to end and did.
     """
     device = start_distributed()
     ranks = Ranks()
@@ -55,11 +60,17 @@ def run_training(config: Config, open_trackers: OpenTrackers = lambda config, fi
         _train(config, device, ranks, life, open_trackers)
 
 
-def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_trackers: OpenTrackers) -> None:
-    loader = on_all(ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda"))
+def _train(
+    config: Config, device: torch.device, ranks: Ranks, life: Life, open_trackers: OpenTrackers
+) -> None:
+    loader = on_all(
+        ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda")
+    )
     root = config.run_dir / "checkpoints"
     mirror = on_all(ranks, lambda: open_mirror(config, root, life))
-    keeper = Keeper(root, config.checkpoint, ranks, lambda text: _say(ranks, text), life.may_commit, mirror)
+    keeper = Keeper(
+        root, config.checkpoint, ranks, lambda text: _say(ranks, text), life.may_commit, mirror
+    )
     refuse_disagreement(ranks, {"dataset": loader.state(0)})
     on_first(ranks, lambda: _check_run_folder(config))
     checkpoint = keeper.start()
@@ -68,10 +79,20 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
     if checkpoint:
         _check_data(config, checkpoint, loader)
         if first_step > config.last_step:
-            with mirroring(mirror, config, ranks, life, lambda event: None, lambda text: _say(ranks, text)):
-                _say(ranks, f"run {config.run_dir} is complete at step {checkpoint.step}; to train on, raise train.steps")
+            with mirroring(
+                mirror, config, ranks, life, lambda event: None, lambda text: _say(ranks, text)
+            ):
+                _say(
+                    ranks,
+                    f"run {config.run_dir} is complete at step {checkpoint.step}; to train on,"
+                    " raise train.steps",
+                )
             return
-    start = on_all(ranks, lambda: open_start(config, lambda text: _say(ranks, text))) if checkpoint is None else None
+    start = (
+        on_all(ranks, lambda: open_start(config, lambda text: _say(ranks, text)))
+        if checkpoint is None
+        else None
+    )
     check_causality(config, device)
     check_loss(config, device)
     random.seed(config.run.seed + ranks.rank)
@@ -79,18 +100,27 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
     engine = Engine(config, device)
     if checkpoint:
         resume(engine, checkpoint, ranks)
-        _say(ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}")
+        _say(
+            ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}"
+        )
     if start:
         start_from(engine, start)
         _say(ranks, f"starting from the weights in {start.folder}")
     places = ranks.gather(place(device))
     started = describe_start(config, places, first_step)
     on_first(ranks, lambda: _open_run_folder(config, started))
-    listeners = on_all(ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else [])
+    listeners = on_all(
+        ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else []
+    )
 
     def save_step(step: int, kept: dict[str, Any], wait: bool) -> Outcomes:
-        extras, validation = _extras(config, loader, step) | kept | {"start": started}, kept["validation"]
-        return tell(lambda: keeper.save(engine, extras, get_rng(), validation and validation["nats_per_token"], wait))
+        extras = _extras(config, loader, step) | kept | {"start": started}
+        validation = kept["validation"]
+        return tell(
+            lambda: keeper.save(
+                engine, extras, get_rng(), validation and validation["nats_per_token"], wait
+            )
+        )
 
     def go_back(step: int) -> dict[str, Any] | None:
         earlier = keeper.go_back(step)
@@ -108,10 +138,22 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
             if isinstance(one, Failed):
                 on_all(ranks, life.check)
                 go_on_without(config, one)
-                emit(SaveFailedEvent(one.step, str(one.error), one.error.rank, one.error.number, one.in_row))
+                emit(
+                    SaveFailedEvent(
+                        one.step, str(one.error), one.error.rank, one.error.number, one.in_row
+                    )
+                )
             else:
                 folder = one.saved.folder
-                emit(CheckpointEvent(step_of(folder), str(folder), one.seconds, one.saved.bytes, one.stall_seconds))
+                emit(
+                    CheckpointEvent(
+                        step_of(folder),
+                        str(folder),
+                        one.seconds,
+                        one.saved.bytes,
+                        one.stall_seconds,
+                    )
+                )
         return outcomes
 
     def poll(wait: bool) -> Outcomes:
@@ -140,24 +182,41 @@ def _train(config: Config, device: torch.device, ranks: Ranks, life: Life, open_
 def go_on_without(config: Config, failed: Failed) -> None:
     """Raises the error of a failed save where training must not go on without it."""
     settings = config.checkpoint
-    if settings.on_failure == "stop" or failed.in_row >= settings.max_failures or failed.step == config.last_step:
+    if (
+        settings.on_failure == "stop"
+        or failed.in_row >= settings.max_failures
+        or failed.step == config.last_step
+    ):
         raise failed.error
 
 
 def check_causality(config: Config, device: torch.device) -> None:
-    """Prove on this device that the attention of this run does not look ahead; takes a fraction of a second.
+    """Prove on this device that the attention of this run does not look ahead.
+
+    Takes a fraction of a second.
 
     Raises ConfigError first where the named implementation cannot do what the run asks for.
     """
-    dtype = torch.bfloat16 if config.train.precision == "bf16" and device.type == "cuda" else torch.float32
+    dtype = (
+        torch.bfloat16
+        if config.train.precision == "bf16" and device.type == "cuda"
+        else torch.float32
+    )
     head = torch.empty(1, 1, 1, config.model.head_dim_, dtype=dtype, device="meta")
     try:
-        choose_attention(config.model.attention, device.type, asked(head, head, documents=True, window=config.model.sliding_window))
+        choose_attention(
+            config.model.attention,
+            device.type,
+            asked(head, head, documents=True, window=config.model.sliding_window),
+        )
         check_attention(config.model.attention, device, dtype, config.model.sliding_window)
     except ValueError as error:
         raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
     except CausalityError as error:
-        raise UserError(f"the attention of this installation is not causal: {error}; choose another model.attention") from error
+        raise UserError(
+            f"the attention of this installation is not causal: {error}; choose another"
+            " model.attention"
+        ) from error
 
 
 def check_hpz(config: Config, hosts: list[str]) -> None:
@@ -168,8 +227,11 @@ def check_hpz(config: Config, hosts: list[str]) -> None:
     size = config.train.hpz_ranks or 1
     for first in range(0, len(hosts), size):
         if len(names := dict.fromkeys(hosts[first : first + size])) > 1:
-            raise ConfigError(f"train.hpz_ranks = {size}: ranks {first} to {first + size - 1} are on different hosts ({', '.join(names)}); "
-                              "give the number of ranks of one host, or a divisor of it")
+            raise ConfigError(
+                f"train.hpz_ranks = {size}: ranks {first} to {first + size - 1} are on different"
+                f" hosts ({', '.join(names)}); give the number of ranks of one host, or a divisor"
+                " of it"
+            )
 
 
 def check_loss(config: Config, device: torch.device) -> None:
@@ -182,28 +244,41 @@ def check_loss(config: Config, device: torch.device) -> None:
 
 
 def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Put the engine and the random states where the checkpoint has them. Collective. Raises CheckpointError."""
+    """Put the engine and the random states where the checkpoint has them.
+
+    Collective. Raises CheckpointError.
+    """
     check_shapes(checkpoint, engine.parameter_shapes())
     if checkpoint.state["scalars"].keys() != engine.scalars().keys():
-        raise CheckpointError(f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])}, "
-                              f"expected {sorted(engine.scalars())}; it was not written by this nextpt")
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])},"
+            f" expected {sorted(engine.scalars())}; it was not written by this nextpt"
+        )
     engine.load(checkpoint, checkpoint.state["scalars"])
     checkpoint.close()
     try:
         if states := checkpoint.rng(ranks.rank):
             set_rng(states)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.folder}: the random states of rank {ranks.rank} cannot be used: {error}"
-                              ) from error
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder}: the random states of rank {ranks.rank} cannot be"
+            f" used: {error}"
+        ) from error
 
 
 def go_on(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put the trainer, its guard and its loader where the checkpoint has them. Raises CheckpointError."""
+    """Put the trainer, its guard and its loader where the checkpoint has them.
+
+    Raises CheckpointError.
+    """
     try:
         trainer.load(checkpoint.state)
         trainer.loader.go_on(checkpoint.state["data"])
     except (KeyError, TypeError, ValueError) as error:
-        refusal = CheckpointError(f"checkpoint {checkpoint.folder}: the state of the guard or of the data cannot be used: {error}")
+        refusal = CheckpointError(
+            f"checkpoint {checkpoint.folder}: the state of the guard or of the data cannot be used:"
+            f" {error}"
+        )
         refusal.every_rank = False
         raise refusal from error
 
@@ -219,14 +294,19 @@ def _extras(config: Config, loader: Loader, step: int) -> dict[str, Any]:
 
 
 def _check_run_folder(config: Config) -> None:
-    """Refuse a folder that holds checkpoints of a run that differs in what it learns; say what else differs."""
+    """Refuse a folder that holds checkpoints of a run that differs in what it learns.
+
+    Say what else differs.
+    """
     path = config.run_dir / "config.yaml"
     if not path.is_file() or not steps(config.run_dir / "checkpoints"):
         return
     allowed, forbidden = differences(load_config(path), config)
     if forbidden:
-        raise ConfigError(f"run folder {config.run_dir} holds another run ({'; '.join(forbidden)}); "
-                          "set these keys back, or give another run.dir")
+        raise ConfigError(
+            f"run folder {config.run_dir} holds another run ({'; '.join(forbidden)}); "
+            "set these keys back, or give another run.dir"
+        )
     if allowed:
         print(f"changed since the last start: {'; '.join(allowed)}", flush=True)
 
@@ -238,8 +318,10 @@ def _check_data(config: Config, checkpoint: Checkpoint, loader: Loader) -> None:
     try:
         loader.check_state(checkpoint.state["data"])
     except DataError as error:
-        refusal = DataError(f"the data of {checkpoint.folder} is not that of {config.data.path}: {error}; give the old data, "
-                            "or checkpoint.accept_changed_data=true to train on with this all the same")
+        refusal = DataError(
+            f"the data of {checkpoint.folder} is not that of {config.data.path}: {error}; give the"
+            " old data, or checkpoint.accept_changed_data=true to train on with this all the same"
+        )
         refusal.every_rank = False
         raise refusal from None
 
@@ -249,8 +331,10 @@ def _open_run_folder(config: Config, started: dict[str, Any]) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with atomic_write(config.run_dir / "config.yaml") as file:
         file.write(to_yaml(config))
-    with open(Path(config.data.path) / "tokenizer.json", "rb") as source, \
-            atomic_write(config.run_dir / "tokenizer.json", "wb") as target:
+    with (
+        open(Path(config.data.path) / "tokenizer.json", "rb") as source,
+        atomic_write(config.run_dir / "tokenizer.json", "wb") as target,
+    ):
         shutil.copyfileobj(source, target)
     record_start(config.run_dir, started)
 
@@ -258,7 +342,11 @@ def _open_run_folder(config: Config, started: dict[str, Any]) -> None:
 def _listeners(config: Config, first_step: int, open_trackers: OpenTrackers) -> list[Listener]:
     """Trackers first: one that cannot start must say so before the console takes the line."""
     trackers = open_trackers(config, first_step)
-    files = [MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1)] if config.trackers.jsonl else []
+    files = (
+        [MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1)]
+        if config.trackers.jsonl
+        else []
+    )
     return [*files, *trackers, ConsoleListener(first_step, config.last_step)]
 
 

@@ -10,8 +10,9 @@ from nextpt.config import Config
 def learning_rate(config: Config, step: int) -> float:
     """Learning rate of optimizer step `step` (1 to config.total_steps).
 
-    Warm-up is linear from lr / warmup to lr. cosine: arXiv 1608.03983 without restarts, down to final_ratio at the
-    last step. wsd: constant, then linear down over the decay (arXiv 2404.06395; linear as in arXiv 2405.18392).
+    Warm-up is linear from lr / warmup to lr. cosine: arXiv 1608.03983 without restarts, down to
+    final_ratio at the last step. wsd: constant, then linear down over the decay (arXiv 2404.06395;
+    linear as in arXiv 2405.18392).
     """
     schedule, peak = config.schedule, config.optimizer.lr
     unit = config.tokens_per_step if schedule.unit == "tokens" else 1

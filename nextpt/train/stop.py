@@ -1,7 +1,8 @@
 """Being told to stop, by SIGTERM or SIGUSR1 (Slurm: preemption, time limit): the signal is only noted; the loop acts on it.
 
-Python runs handlers between two of its instructions, and not while it waits inside a library. So a thread of its own
-reads what the C part of the handler writes, and a second signal ends the process whatever the first thread does.
+Python runs handlers between two of its instructions, and not while it waits inside a library. So a
+thread of its own reads what the C part of the handler writes, and a second signal ends the process
+whatever the first thread does.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from contextlib import contextmanager
 from nextpt.errors import REQUEUE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Launchers pass one signal on along several ways (Slurm to every step, deepspeed's to all below it): within this many
-# seconds it is the same one.
+# Launchers pass one signal on along several ways (Slurm to every step, deepspeed's to all below
+# it): within this many seconds it is the same one.
 REPEAT = 2.0
 
 
@@ -32,12 +33,19 @@ class StopRequest:
         self.at = 0.0
 
     def note(self, number: int) -> None:
-        """Hear a signal. One that comes again, later than launchers repeat it, ends the process at once."""
+        """Hear a signal.
+
+        One that comes again, later than launchers repeat it, ends the process at once.
+        """
         now = time.monotonic()
         if self.name is None:
             self.at, self.name = now, signal.Signals(number).name
             if os.environ.get("RANK", "0") == "0":
-                print(f"{self.name}: saving after this step, then ending; once more ends at once", file=sys.stderr, flush=True)
+                print(
+                    f"{self.name}: saving after this step, then ending; once more ends at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
         elif now - self.at > REPEAT:
             os._exit(REQUEUE)
 
@@ -48,7 +56,10 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Note signals while the block runs. Elsewhere than in the first thread, where signals cannot be had, none comes."""
+    """Note signals while the block runs.
+
+    Elsewhere than in the first thread, where signals cannot be had, none comes.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -80,7 +91,9 @@ def listening() -> Iterator[StopRequest]:
 def resume_command() -> str:
     """The command that goes on with this run, as a person typed it."""
     typed = os.environ.get("NEXTPT_COMMAND")
-    return typed or shlex.join([*_starter(), *(a for a in sys.argv if not a.startswith("--local_rank"))])
+    return typed or shlex.join(
+        [*_starter(), *(a for a in sys.argv if not a.startswith("--local_rank"))]
+    )
 
 
 def _starter() -> list[str]:

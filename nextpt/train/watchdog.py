@@ -1,11 +1,13 @@
 """Ending a job that makes no progress, and saying which rank is to blame.
 
-Every rank says what it does now (`doing`); a thread looks at how long it has been doing it. A kind of work that was done
-before may take HANG seconds or ten times its median, whichever is longer; the first of a kind, which may compile or
-connect, FIRST. A rank past half of that writes a report beside those of the others, again and again; one past all of it,
-or one that sees another there, writes the stacks of its threads, waits for the others to do so too, judges, and ends.
+Every rank says what it does now (`doing`); a thread looks at how long it has been doing it. A kind
+of work that was done before may take HANG seconds or ten times its median, whichever is longer; the
+first of a kind, which may compile or connect, FIRST. A rank past half of that writes a report
+beside those of the others, again and again; one past all of it, or one that sees another there,
+writes the stacks of its threads, waits for the others to do so too, judges, and ends.
 
-Nothing is written while all goes well. A gap in the thread's own time (the whole job was suspended) is not counted.
+Nothing is written while all goes well. A gap in the thread's own time (the whole job was suspended)
+is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from nextpt.errors import HUNG
 from nextpt.train.ending import write_end
 
 FIRST = 1800.0  # seconds for the first of a kind of work: the collectives' own time limit
-MEDIANS = 10  # a stall of ten times the usual is no longer noise; shorter ones fall under hang_seconds
+# A stall of ten times the usual is no longer noise; shorter ones fall under hang_seconds
+MEDIANS = 10
 REMEMBERED = 50  # durations of each kind
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # where a rank waits for others
 
@@ -51,7 +54,10 @@ class Watchdog:
         self._thread.start()
 
     def doing(self, kind: str, step: int) -> None:
-        """Hear that work of a kind begins (and what was being done has ended). All ranks say the same in the same order."""
+        """Hear that work of a kind begins (and what was being done has ended).
+
+        All ranks say the same in the same order.
+        """
         now = time.monotonic()
         self._durations[self._kind].append(now - self._began)
         self._kind, self._text, self._began, self.step = kind, f"{kind}, step {step}", now, step
@@ -65,13 +71,19 @@ class Watchdog:
     def limit(self) -> float:
         """Seconds that what is being done may take."""
         known = list(self._durations.get(self._kind, ()))
-        return max(self.seconds, MEDIANS * statistics.median(known)) if known else max(FIRST, self.seconds)
+        return (
+            max(self.seconds, MEDIANS * statistics.median(known))
+            if known
+            else max(FIRST, self.seconds)
+        )
 
     def _watch(self) -> None:
         before, seen = time.monotonic(), self._count
         while not self._stop.wait(self.tick):
             now = time.monotonic()
-            self._idle = self._idle + min(now - before, 2 * self.tick) if self._count == seen else 0.0
+            self._idle = (
+                self._idle + min(now - before, 2 * self.tick) if self._count == seen else 0.0
+            )
             before, seen = now, self._count
             limit = self.limit()
             if self._idle < limit / 2:
@@ -79,7 +91,9 @@ class Watchdog:
             with suppress(OSError):
                 self._report(fired=False)
             # One tick early rather than one late.
-            if self._idle + self.tick >= limit or any(r.get("fired") for r in self._reports().values()):
+            if self._idle + self.tick >= limit or any(
+                r.get("fired") for r in self._reports().values()
+            ):
                 self._end()
 
     def _end(self) -> None:
@@ -94,7 +108,10 @@ class Watchdog:
         speaks = self.rank == min((r for r in last if last[r].get("fired")), default=self.rank)
         if speaks:
             verdict = judge(first, last, self.hosts)
-            text = f"no progress for {self._idle:.0f} s at {self._text}: {verdict}; stacks of all ranks that answer are in {self._folder}"
+            text = (
+                f"no progress for {self._idle:.0f} s at {self._text}: {verdict}; stacks of all"
+                f" ranks that answer are in {self._folder}"
+            )
             write_end(self.run, HUNG, text, self.step)
             print(f"error: {text}; the same command resumes", file=sys.stderr, flush=True)
         else:
@@ -104,7 +121,10 @@ class Watchdog:
     def _dump(self) -> None:
         self._folder.mkdir(exist_ok=True)
         with open(self._stacks_of(self.rank), "w", encoding="utf-8") as file:
-            file.write(f"rank {self.rank} on {self.hosts[self.rank]}, process {os.getpid()}, at {self._text}\n\n")
+            file.write(
+                f"rank {self.rank} on {self.hosts[self.rank]}, process {os.getpid()}, at"
+                f" {self._text}\n\n"
+            )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
@@ -113,8 +133,18 @@ class Watchdog:
         self._beat += 1
         waits, place = self._where()
         with atomic_write(self._report_of(self.rank)) as file:
-            file.write(canonical_json({"beat": self._beat, "count": self._count, "doing": self._text, "waits": waits, "place": place,
-                                       "fired": fired}))
+            file.write(
+                canonical_json(
+                    {
+                        "beat": self._beat,
+                        "count": self._count,
+                        "doing": self._text,
+                        "waits": waits,
+                        "place": place,
+                        "fired": fired,
+                    }
+                )
+            )
 
     def _where(self) -> tuple[bool, str]:
         """Whether the watched thread is inside a collective, and the innermost line of ours or of a caller of ours."""
@@ -141,23 +171,43 @@ class Watchdog:
         return found
 
 
-def judge(first: dict[int, dict[str, Any]], last: dict[int, dict[str, Any]], hosts: list[str]) -> str:
+def judge(
+    first: dict[int, dict[str, Any]], last: dict[int, dict[str, Any]], hosts: list[str]
+) -> str:
     """Who holds up whom, from two looks at the reports of the ranks (rank -> what `Watchdog` writes).
 
-    In this order: ranks whose report is missing, or did not move between the looks; ranks that are behind the others;
-    ranks that are not inside a collective while others are; else all wait for each other.
+    In this order: ranks whose report is missing, or did not move between the looks; ranks that are
+    behind the others; ranks that are not inside a collective while others are; else all wait for
+    each other.
     """
-    silent = [r for r in range(len(hosts)) if r not in last or not last[r]["fired"] and last[r]["beat"] == first.get(r, {}).get("beat")]
+    silent = [
+        r
+        for r in range(len(hosts))
+        if r not in last
+        or (not last[r]["fired"] and last[r]["beat"] == first.get(r, {}).get("beat"))
+    ]
     if silent:
-        return f"{_names(silent, hosts)} shows no sign of life (stopped, or cut off from the others)"
+        return (
+            f"{_names(silent, hosts)} shows no sign of life (stopped, or cut off from the others)"
+        )
     counts = {r: last[r]["count"] for r in last}
     behind = [r for r in counts if counts[r] < max(counts.values())]
     if behind:
-        return f"{_names(behind, hosts)} is behind the others, at {last[behind[0]]['doing']}, {last[behind[0]]['place']}"
+        return (
+            f"{_names(behind, hosts)} is behind the others, at {last[behind[0]]['doing']},"
+            f" {last[behind[0]]['place']}"
+        )
     busy = [r for r in last if not last[r]["waits"]]
-    if busy and len(busy) < len(last) or len(hosts) == 1:
-        return f"{_names(busy or [0], hosts)} does not come to where the others wait; it is at {last[(busy or [0])[0]]['place']}"
-    return "all ranks wait for each other; the network between them may be cut" if not busy else "all ranks are busy, none waits for another"
+    if (busy and len(busy) < len(last)) or len(hosts) == 1:
+        return (
+            f"{_names(busy or [0], hosts)} does not come to where the others wait; it is at"
+            f" {last[(busy or [0])[0]]['place']}"
+        )
+    return (
+        "all ranks wait for each other; the network between them may be cut"
+        if not busy
+        else "all ranks are busy, none waits for another"
+    )
 
 
 def _names(ranks: list[int], hosts: list[str]) -> str:

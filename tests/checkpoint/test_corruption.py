@@ -49,9 +49,26 @@ def put(folder: Path, files: Files) -> None:
 @st.composite
 def damages(draw: st.DrawFn) -> Callable[[Files, Files], Files]:
     """(files of the newest, files of the one before) -> the newest after one accident."""
-    kind = draw(st.sampled_from(["flip", "flips", "zeros", "noise", "cut", "extend", "remove", "rename", "swap ranks", "other step", "empty"]))
+    kind = draw(
+        st.sampled_from(
+            [
+                "flip",
+                "flips",
+                "zeros",
+                "noise",
+                "cut",
+                "extend",
+                "remove",
+                "rename",
+                "swap ranks",
+                "other step",
+                "empty",
+            ]
+        )
+    )
     name, other = draw(st.sampled_from(NAMES)), draw(st.sampled_from(NAMES))
-    place, length = draw(st.floats(0, 1, exclude_max=True)), draw(st.sampled_from([1, 2, 16, 512, 4096]))
+    place = draw(st.floats(0, 1, exclude_max=True))
+    length = draw(st.sampled_from([1, 2, 16, 512, 4096]))
     seed = draw(st.integers(0, 2**32))
 
     def damage(files: Files, before: Files) -> Files:
@@ -102,16 +119,22 @@ def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
         shutil.move(root / "before", root / OLD)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(damage=damages())
 def test_every_accident_is_noticed(root: Path, damage: Callable[[Files, Files], Files]) -> None:
     check(root, damage)
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(damage=damages())
-def test_a_thousand_accidents_are_noticed(root: Path, damage: Callable[[Files, Files], Files]) -> None:
+def test_a_thousand_accidents_are_noticed(
+    root: Path, damage: Callable[[Files, Files], Files]
+) -> None:
     check(root, damage)
 
 
@@ -137,16 +160,27 @@ def test_an_undamaged_one_is_taken(root: Path) -> None:
     assert found is not None and found.step == 2 and holds(found, 2.0)
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: m.update(sequence=9), lambda m: m.update(line=[[1, 1], [9, 9]]), lambda m: m.update(loss=0.5), lambda m: m.update(xxh3="0" * 32),
-    lambda m: m.pop("xxh3"),
-])
-def test_what_only_the_manifest_says_has_its_own_hash(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(sequence=9),
+        lambda m: m.update(line=[[1, 1], [9, 9]]),
+        lambda m: m.update(loss=0.5),
+        lambda m: m.update(xxh3="0" * 32),
+        lambda m: m.pop("xxh3"),
+    ],
+)
+def test_what_only_the_manifest_says_has_its_own_hash(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
     for step in (1, 2):
         write(tmp_path, step)
     edit(tmp_path / NEW / "manifest.json", change)
     said: list[str] = []
-    assert choose(tmp_path, "auto", Ranks(), said.append).step == 1 and "its manifest is damaged" in said[0]
+    assert (
+        choose(tmp_path, "auto", Ranks(), said.append).step == 1
+        and "its manifest is damaged" in said[0]
+    )
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 7])
@@ -169,7 +203,10 @@ def test_damaged_ones_are_set_aside_and_their_step_saved_anew(tmp_path: Path) ->
         (tmp_path / NEW / "state.json").write_text("{}")
         said: list[str] = []
         assert choose(tmp_path, "auto", Ranks(), said.append, mend=True).step == 1
-        assert f"(set aside as {NEW}.damaged{attempt})" in said[0] and (tmp_path / f"{NEW}.damaged{attempt}" / "state.json").read_text() == "{}"
+        assert (
+            f"(set aside as {NEW}.damaged{attempt})" in said[0]
+            and (tmp_path / f"{NEW}.damaged{attempt}" / "state.json").read_text() == "{}"
+        )
         assert choose(tmp_path, "auto", Ranks(), pytest.fail, mend=True).step == 1  # told once
         assert write(tmp_path, 2).name == NEW
     shutil.rmtree(tmp_path / OLD)

@@ -19,19 +19,31 @@ from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import dying_at
 from tests.support.forked import in_a_child
 
-def start_and_save(root: Path, world_size: int, steps: list[int], acknowledge: int | None = None, wait: bool = True) -> list[int]:
-    """A job that resumes and saves State(step) at each of the steps; returns, per rank, the step it began with (0: none).
+
+def start_and_save(
+    root: Path, world_size: int, steps: list[int], acknowledge: int | None = None, wait: bool = True
+) -> list[int]:
+    """A job that resumes and saves State(step) at each of the steps.
+
+    returns, per rank, the step it began with (0: none).
 
     wait: for each save. Otherwise each is written by a thread, and waited for when the next begins.
     """
 
     def job(ranks: Ranks) -> int:
-        keeper = Keeper(root, CheckpointSection(keep_last=2, asynchronous=not wait), ranks, lambda text: None)
+        keeper = Keeper(
+            root, CheckpointSection(keep_last=2, asynchronous=not wait), ranks, lambda text: None
+        )
         found = keeper.start()
         assert found is None or holds(found, found.step)
         for step in steps:
             extras = {"step": step, "config": {}}
-            finished = keeper.save(State(step, ranks.rank, ranks.world_size), extras, {}, wait=wait or step == steps[-1])
+            finished = keeper.save(
+                State(step, ranks.rank, ranks.world_size),
+                extras,
+                {},
+                wait=wait or step == steps[-1],
+            )
             if acknowledge is not None and ranks.rank == 0:
                 os.write(acknowledge, bytes(step_of(one.saved.folder) for one in finished))
         return found.step if found else 0
@@ -56,12 +68,24 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("world_size", "wait", "stride", "power_loss"), [
-    (1, True, 1, True), (1, True, 5, False), (2, True, 7, True), (2, False, 7, True),
-    *(pytest.param(world_size, wait, 1, power_loss, marks=pytest.mark.slow)
-      for world_size in (1, 2) for wait in (True, False) for power_loss in (False, True)),
-])
-def test_killed_before_every_operation(before: Path, tmp_path: Path, world_size: int, wait: bool, stride: int, power_loss: bool) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "wait", "stride", "power_loss"),
+    [
+        (1, True, 1, True),
+        (1, True, 5, False),
+        (2, True, 7, True),
+        (2, False, 7, True),
+        *(
+            pytest.param(world_size, wait, 1, power_loss, marks=pytest.mark.slow)
+            for world_size in (1, 2)
+            for wait in (True, False)
+            for power_loss in (False, True)
+        ),
+    ],
+)
+def test_killed_before_every_operation(
+    before: Path, tmp_path: Path, world_size: int, wait: bool, stride: int, power_loss: bool
+) -> None:
     """A start that sets a damaged one aside, three saves, two retentions: every place (or every stride-th), one after the other."""
     ends: set[str] = set()
     for at in count(0, stride):
@@ -89,7 +113,11 @@ def test_killed_before_every_operation(before: Path, tmp_path: Path, world_size:
         assert good(root) == [9, found[0]]
         assert not [p for p in root.iterdir() if p.name.startswith(".")]
         shutil.rmtree(root.parent)
-    assert at >= 70 and {"2", "3 2", "4 3", "5 4"} <= ends and (stride > 1 or ends & {"4 3 2", "5 4 3"}), (at, ends)
+    assert (
+        at >= 70
+        and {"2", "3 2", "4 3", "5 4"} <= ends
+        and (stride > 1 or ends & {"4 3 2", "5 4 3"})
+    ), (at, ends)
 
 
 def test_killed_before_every_operation_of_a_first_save(tmp_path: Path) -> None:

@@ -18,7 +18,12 @@ def test_zero_to_fp32_gives_our_weights(tmp_path: Path) -> None:
     config, model = decoder(tied_embeddings=True, bias=True, vocab_size=96, width=33, head_dim=6)
     assert sum(p.numel() for p in model.parameters()) % 2 == 1
     export_deepspeed(checkpoint_of(config, model, tmp_path / "checkpoints"), tmp_path / "ds")
-    script = [sys.executable, str(tmp_path / "ds" / "zero_to_fp32.py"), str(tmp_path / "ds"), str(tmp_path / "out")]
+    script = [
+        sys.executable,
+        str(tmp_path / "ds" / "zero_to_fp32.py"),
+        str(tmp_path / "ds"),
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     again = Decoder(config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})}))
@@ -31,7 +36,9 @@ def test_the_module_s_state_is_in_it(tmp_path: Path) -> None:
     config, model = decoder(tied_embeddings=True)
     export_deepspeed(checkpoint_of(config, model, tmp_path / "checkpoints"), tmp_path / "ds")
     assert (tmp_path / "ds" / "latest").read_text() == "global_step3"
-    states = torch.load(tmp_path / "ds" / "global_step3" / "mp_rank_00_model_states.pt", weights_only=False)
+    states = torch.load(
+        tmp_path / "ds" / "global_step3" / "mp_rank_00_model_states.pt", weights_only=False
+    )
     again = Decoder(config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})}))
     again.load_state_dict(states["module"])
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())

@@ -21,7 +21,12 @@ from tests.support.file_operations import refusing
 
 
 def save(keeper: Keeper, ranks: Ranks, step: int, wait: bool) -> list[object]:
-    outcomes = keeper.save(State(float(step), ranks.rank, ranks.world_size), {"step": step, "config": {}}, {}, wait=wait)
+    outcomes = keeper.save(
+        State(float(step), ranks.rank, ranks.world_size),
+        {"step": step, "config": {}},
+        {},
+        wait=wait,
+    )
     while not outcomes:
         outcomes = keeper.poll()
     return outcomes
@@ -29,14 +34,32 @@ def save(keeper: Keeper, ranks: Ranks, step: int, wait: bool) -> list[object]:
 
 def told(outcomes: list[object]) -> list[object]:
     """Of saves that failed: step, rank, errno, how many in a row; of the others their folder."""
-    return [(o.step, o.error.rank, o.error.number, o.in_row) if isinstance(o, Failed) else o.saved.folder.name for o in outcomes]
+    return [
+        (
+            (o.step, o.error.rank, o.error.number, o.in_row)
+            if isinstance(o, Failed)
+            else o.saved.folder.name
+        )
+        for o in outcomes
+    ]
 
 
-def fail_twice(root: Path, begin: Callable[[], object], end: Callable[[], object], asynchronous: bool, world_size: int = 2) -> list[list[object]]:
-    """Save steps 1 to 4 on each rank, 2 and 3 between `begin` and `end`; returns what rank 0 was told of each, and the first message."""
+def fail_twice(
+    root: Path,
+    begin: Callable[[], object],
+    end: Callable[[], object],
+    asynchronous: bool,
+    world_size: int = 2,
+) -> list[list[object]]:
+    """Save steps 1 to 4 on each rank, 2 and 3 between `begin` and `end`.
+
+    Returns what rank 0 was told of each, and the first message.
+    """
 
     def job(ranks: Ranks) -> list[list[object]]:
-        keeper = Keeper(root, CheckpointSection(asynchronous=asynchronous), ranks, lambda text: None)
+        keeper = Keeper(
+            root, CheckpointSection(asynchronous=asynchronous), ranks, lambda text: None
+        )
         keeper.start()
         all_told = []
         for step in (1, 2, 3, 4):
@@ -46,7 +69,8 @@ def fail_twice(root: Path, begin: Callable[[], object], end: Callable[[], object
             all_told.append(told(outcomes) + [str(o.error) for o in outcomes if step == 2])
             ranks.gather(None)
             if step in (2, 3) and ranks.rank == 0:
-                assert open_newest(root).step == 1 and not list(root.glob(".*"))  # the one before is whole, nothing is half-written
+                # The one before is whole, nothing is half-written
+                assert open_newest(root).step == 1 and not list(root.glob(".*"))
             ranks.gather(None)
         return all_told
 
@@ -58,20 +82,44 @@ def fail_twice(root: Path, begin: Callable[[], object], end: Callable[[], object
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(("number", "pattern", "rank"), [
-    (errno.EDQUOT, r"rank-00001\.safetensors", 1), (errno.EIO, r"rank-00001\.json", 1), (errno.EIO, "manifest", 0), (errno.EROFS, "state", 0),
-])
-def test_the_rank_and_the_true_error_are_told_on_all_ranks(tmp_path: Path, number: int, pattern: str, rank: int, asynchronous: bool) -> None:
+@pytest.mark.parametrize(
+    ("number", "pattern", "rank"),
+    [
+        (errno.EDQUOT, r"rank-00001\.safetensors", 1),
+        (errno.EIO, r"rank-00001\.json", 1),
+        (errno.EIO, "manifest", 0),
+        (errno.EROFS, "state", 0),
+    ],
+)
+def test_the_rank_and_the_true_error_are_told_on_all_ranks(
+    tmp_path: Path, number: int, pattern: str, rank: int, asynchronous: bool
+) -> None:
     shim = refusing(pattern, number)
-    first, second, third, fourth = fail_twice(tmp_path, shim.__enter__, lambda: shim.__exit__(None, None, None), asynchronous)
+    first, second, third, fourth = fail_twice(
+        tmp_path, shim.__enter__, lambda: shim.__exit__(None, None, None), asynchronous
+    )
     message = second.pop()
-    assert (first, second, third, fourth) == (["step-000000001"], [(2, rank, number, 1)], [(3, rank, number, 2)], ["step-000000004"])
-    assert f"failed on rank {rank}: " in message and os.strerror(number) in message and errno.errorcode[number] in message
+    assert (first, second, third, fourth) == (
+        ["step-000000001"],
+        [(2, rank, number, 1)],
+        [(3, rank, number, 2)],
+        ["step-000000004"],
+    )
+    assert (
+        f"failed on rank {rank}: " in message
+        and os.strerror(number) in message
+        and errno.errorcode[number] in message
+    )
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a small file system is not allowed here")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
@@ -90,10 +138,15 @@ def test_a_full_disk_that_gets_room_again(small_disk: Path, asynchronous: bool) 
                 pass
 
     _, second, *_ = fail_twice(small_disk / "run", fill, ballast.unlink, asynchronous)
-    assert second[0][2:] == (errno.ENOSPC, 1) and "No space left on device (ENOSPC); free some" in second[1]
+    assert (
+        second[0][2:] == (errno.ENOSPC, 1)
+        and "No space left on device (ENOSPC); free some" in second[1]
+    )
 
 
-def test_tensors_that_no_longer_fit_are_told_with_the_number_of_the_system(small_disk: Path) -> None:
+def test_tensors_that_no_longer_fit_are_told_with_the_number_of_the_system(
+    small_disk: Path,
+) -> None:
     """The library that writes them has the error in its text only."""
     keeper = Keeper(small_disk / "run", CheckpointSection(), Ranks(), lambda text: None)
     save(keeper, Ranks(), 1, wait=True)
@@ -101,7 +154,8 @@ def test_tensors_that_no_longer_fit_are_told_with_the_number_of_the_system(small
     state.values = {key: flat.repeat(1) for key, flat in state.values.items()}
     (small_disk / "ballast").write_bytes(bytes(2**17 + 2**16 + 2**15))
     free = os.statvfs(small_disk).f_bavail * 4096
-    (small_disk / "more").write_bytes(bytes(free - 4096))  # one page: room for the names, not for the tensors
+    # One page: room for the names, not for the tensors
+    (small_disk / "more").write_bytes(bytes(free - 4096))
     (failed,) = keeper.save(state, {"step": 2, "config": {}}, {})
     assert failed.error.number == errno.ENOSPC and "No space left on device" in str(failed.error)
 
@@ -110,18 +164,24 @@ def test_a_file_system_that_turns_read_only(small_disk: Path) -> None:
     def remount(mode: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{mode}", str(small_disk)], check=True)
 
-    _, second, *_ = fail_twice(small_disk / "run", lambda: remount("ro"), lambda: remount("rw"), asynchronous=True)
+    _, second, *_ = fail_twice(
+        small_disk / "run", lambda: remount("ro"), lambda: remount("rw"), asynchronous=True
+    )
     assert second[0] == (2, 0, errno.EROFS, 1) and "Read-only file system (EROFS)" in second[1]
 
 
 def test_what_is_not_the_disk_still_ends_training(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path, CheckpointSection(), Ranks(), lambda text: None, may_commit=lambda: 1 / 0)
+    keeper = Keeper(
+        tmp_path, CheckpointSection(), Ranks(), lambda text: None, may_commit=lambda: 1 / 0
+    )
     with pytest.raises(CheckpointError, match="ZeroDivisionError") as raised:
         save(keeper, Ranks(), 1, wait=True)
     assert type(raised.value) is CheckpointError and not list(tmp_path.iterdir())
 
 
-def test_a_retention_that_fails_is_no_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retention_that_fails_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     keeper = Keeper(tmp_path, CheckpointSection(), Ranks(), said.append)
 
@@ -130,4 +190,8 @@ def test_a_retention_that_fails_is_no_failed_save(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(keeper, "_plan", refuse)
     assert told(save(keeper, Ranks(), 1, wait=True)) == ["step-000000001"]
-    assert len(said) == 1 and "no old checkpoint was removed" in said[0] and "Input/output error" in said[0]
+    assert (
+        len(said) == 1
+        and "no old checkpoint was removed" in said[0]
+        and "Input/output error" in said[0]
+    )

@@ -23,6 +23,7 @@ from nextpt.checkpoint.state import KINDS, Fragment
 from nextpt.errors import CheckpointError
 from tests.support.checkpoints import SHAPES, State, write
 
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), st.data())
 def test_boxes_tile_any_range(shape: tuple[int, ...], data: st.DataObject) -> None:
     size = math.prod(shape)
@@ -31,19 +32,25 @@ def test_boxes_tile_any_range(shape: tuple[int, ...], data: st.DataObject) -> No
     marks = torch.arange(size).view(shape)
     tiles = boxes(shape, start, stop)
     whole = tuple((0, s) for s in shape)
-    assert [int(i) for box in tiles for i in marks[within(box, whole)].flatten()] == list(range(start, stop))
+    assert [int(i) for box in tiles for i in marks[within(box, whole)].flatten()] == list(
+        range(start, stop)
+    )
     assert len(tiles) <= 2 * len(shape) - 1 and sum(map(volume, tiles)) == stop - start
 
 
 @given(name=st.sampled_from(sorted(SHAPES)), data=st.data())
-def test_any_range_reads_back(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_range_reads_back(
+    name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     root = tmp_path_factory.getbasetemp() / "ranges"
     checkpoint = Checkpoint(folder_of(root, 1)) if root.exists() else Checkpoint(write(root, 1))
     size = math.prod(SHAPES[name])
     start = data.draw(st.integers(0, size - 1))
     stop = data.draw(st.integers(start + 1, size))
     for kind in KINDS:
-        assert torch.equal(checkpoint.read(name, kind, start, stop), State().values[(name, kind)][start:stop])
+        assert torch.equal(
+            checkpoint.read(name, kind, start, stop), State().values[(name, kind)][start:stop]
+        )
 
 
 def test_equal_state_gives_equal_bytes(tmp_path: Path) -> None:
@@ -53,9 +60,13 @@ def test_equal_state_gives_equal_bytes(tmp_path: Path) -> None:
     assert all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
 
 
-@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_newest_is_named_and_the_one_before_taken(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_newest_is_named_and_the_one_before_taken(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     write(tmp_path, 1)
     path = write(tmp_path, 2) / name
     data = bytearray(path.read_bytes())
@@ -93,10 +104,17 @@ def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path
 def test_saving_a_step_again_takes_another_name_and_wins(tmp_path: Path) -> None:
     first = write(tmp_path, 4, 1.0)
     before = {p.name: p.read_bytes() for p in first.iterdir()}
-    assert write(tmp_path, 4, 2.0).name == "step-000000004.2" and write(tmp_path, 4, 3.0).name == "step-000000004.3"
+    assert (
+        write(tmp_path, 4, 2.0).name == "step-000000004.2"
+        and write(tmp_path, 4, 3.0).name == "step-000000004.3"
+    )
     assert {p.name: p.read_bytes() for p in first.iterdir()} == before
-    assert torch.equal(open_newest(tmp_path).read("b", "weight", 0, 4), State(3.0).values[("b", "weight")])
-    assert torch.equal(open_newest(tmp_path, 4).read("b", "weight", 0, 4), State(3.0).values[("b", "weight")])
+    assert torch.equal(
+        open_newest(tmp_path).read("b", "weight", 0, 4), State(3.0).values[("b", "weight")]
+    )
+    assert torch.equal(
+        open_newest(tmp_path, 4).read("b", "weight", 0, 4), State(3.0).values[("b", "weight")]
+    )
 
 
 def test_a_failing_save_leaves_the_previous_one_and_nothing_else(tmp_path: Path) -> None:
@@ -123,7 +141,9 @@ def test_gaps_are_not_read_as_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_named_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         write(tmp_path, 1)

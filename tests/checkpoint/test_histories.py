@@ -1,6 +1,7 @@
 """Random histories of a run folder: saves, kills inside them, damage, rollbacks, other numbers of ranks, starts over.
 
-A plain list of what was committed is kept beside the real folder; what a start takes must follow from that list.
+A plain list of what was committed is kept beside the real folder; what a start takes must follow
+from that list.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
@@ -29,14 +37,18 @@ from tests.support.file_operations import Killed, dying_at
 class Save:
     """One committed checkpoint. value: of its State, told to no other. line: the saves that led to it, itself last."""
 
-    def __init__(self, folder: Path, step: int, value: float, line: list[Save], loss: float | None) -> None:
+    def __init__(
+        self, folder: Path, step: int, value: float, line: list[Save], loss: float | None
+    ) -> None:
         self.folder, self.step, self.value, self.loss = folder, step, value, loss
         self.line = [*line, self]
         self.damaged = False
 
 
 class Histories(RuleBasedStateMachine):
-    @initialize(last=st.integers(2, 3), every=st.sampled_from([None, 3]), best=st.sampled_from([None, 1]))
+    @initialize(
+        last=st.integers(2, 3), every=st.sampled_from([None, 3]), best=st.sampled_from([None, 1])
+    )
     def begin(self, last: int, every: int | None, best: int | None) -> None:
         self.root = Path(tempfile.mkdtemp()) / "checkpoints"
         self.root.parent.mkdir(exist_ok=True)
@@ -50,14 +62,22 @@ class Histories(RuleBasedStateMachine):
             shutil.rmtree(self.root.parent, ignore_errors=True)
 
     def present(self) -> list[Save]:
-        """Committed and not removed, newest first. A removed one's name may have been given anew."""
+        """Committed and not removed, newest first.
+
+        A removed one's name may have been given anew.
+        """
         last = {save.folder: save for save in self.saves}
-        return [save for save in reversed(self.saves) if save.folder.exists() and last[save.folder] is save]
+        return [
+            save
+            for save in reversed(self.saves)
+            if save.folder.exists() and last[save.folder] is save
+        ]
 
     def good(self) -> list[Save]:
         return [save for save in self.present() if not save.damaged]
 
-    # ---- what happens ---------------------------------------------------------------------------------------
+    # ---- what happens
+    #   ---------------------------------------------------------------------------------------
 
     @precondition(lambda self: not self.running)
     @rule(world_size=st.integers(1, 3))
@@ -70,7 +90,9 @@ class Histories(RuleBasedStateMachine):
             shutil.rmtree(self.root)  # a person looks, and gives up
             self.saves = []
             return
-        assert (self.line[-1:] == good[:1]) and not [s for s in self.present() if s.damaged and self.newer(s)]
+        assert (self.line[-1:] == good[:1]) and not [
+            s for s in self.present() if s.damaged and self.newer(s)
+        ]
 
     def newer(self, save: Save) -> bool:
         return bool(self.line) and self.saves.index(save) > self.saves.index(self.line[-1])
@@ -92,17 +114,25 @@ class Histories(RuleBasedStateMachine):
         def job(ranks: Ranks) -> float | None:
             self.keepers[ranks.rank] = Keeper(self.root, settings, ranks, lambda text: None)
             found = self.keepers[ranks.rank].start()
-            values = [save.value for save in self.saves if found is not None and holds(found, save.value)]
+            values = [
+                save.value for save in self.saves if found is not None and holds(found, save.value)
+            ]
             return values[0] if found else None
 
         self.keepers: dict[int, Keeper] = {}
         found = on_ranks(world_size, job, in_turn=True)
         assert len(set(found)) == 1
         self.line = next((save.line for save in self.saves if save.value == found[0]), [])
-        self.world_size, self.running, self.step = world_size, True, self.line[-1].step if self.line else 0
+        self.world_size = world_size
+        self.running = True
+        self.step = self.line[-1].step if self.line else 0
 
     @precondition(lambda self: self.running)
-    @rule(ahead=st.integers(1, 3), loss=st.sampled_from([None, 1.0, 2.0, 3.0]), at=st.none() | st.integers(0, 60))
+    @rule(
+        ahead=st.integers(1, 3),
+        loss=st.sampled_from([None, 1.0, 2.0, 3.0]),
+        at=st.none() | st.integers(0, 60),
+    )
     def save(self, ahead: int, loss: float | None, at: int | None) -> None:
         """Train on and save; killed before the operation number `at`, if there are so many."""
         self.step, self.value = self.step + ahead, self.value + 1.0
@@ -111,8 +141,14 @@ class Histories(RuleBasedStateMachine):
 
         def job(ranks: Ranks) -> None:
             keeper = self.keepers[ranks.rank]
-            keeper.ranks = keeper._writers = ranks  # other threads than those of the start are the same ranks
-            keeper.save(State(self.value, ranks.rank, ranks.world_size), {"step": self.step, "config": {}}, {}, loss)
+            # Other threads than those of the start are the same ranks
+            keeper.ranks = keeper._writers = ranks
+            keeper.save(
+                State(self.value, ranks.rank, ranks.world_size),
+                {"step": self.step, "config": {}},
+                {},
+                loss,
+            )
 
         try:
             with dying_at(self.root, at, watch=lambda: self.enough(had)):
@@ -130,7 +166,9 @@ class Histories(RuleBasedStateMachine):
 
     def enough(self, had: int) -> None:
         """At every instant two verified good ones, or as many as there were."""
-        assert sum(verify(folder, Ranks()) is None for folder in checkpoint_folders(self.root)) >= min(2, had)
+        assert sum(
+            verify(folder, Ranks()) is None for folder in checkpoint_folders(self.root)
+        ) >= min(2, had)
 
     @precondition(lambda self: self.running)
     @rule()
@@ -148,19 +186,25 @@ class Histories(RuleBasedStateMachine):
         path.write_bytes(content)
         save.damaged = True
 
-    # ---- what must always hold ------------------------------------------------------------------------------
+    # ---- what must always hold
+    #   ------------------------------------------------------------------------------
 
     @invariant()
     def what_is_kept_is_what_the_settings_say(self) -> None:
         """Right after a save that was not disturbed: the last of the line, every third for ever, the best; bounded."""
-        if not getattr(self, "saves", None) or not self.running or any(save.damaged for save in self.saves):
+        if (
+            not getattr(self, "saves", None)
+            or not self.running
+            or any(save.damaged for save in self.saves)
+        ):
             return
         present, line = self.present(), self.saves[-1].line
         if self.line is not line:
             return  # rolled back and not saved yet
         last, every, best = self.limits.values()
         kept = {save.value for save in present}
-        line = [save for save in line if save in self.there] + line[-1:]  # an earlier save may have taken others away
+        # An earlier save may have taken others away
+        line = [save for save in line if save in self.there] + line[-1:]
         assert {save.value for save in line[-last:]} <= kept
         if every:
             assert {save.value for save in self.there if save.step % every == 0} <= kept
@@ -181,10 +225,18 @@ class Histories(RuleBasedStateMachine):
 
 
 def histories(examples: int) -> Callable[[], None]:
-    return lambda: run_state_machine_as_test(Histories, settings=settings(
-        max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes and shows little more
-    ))
+    return lambda: run_state_machine_as_test(
+        Histories,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
+            # Shrinking takes minutes and shows little more
+            phases=[Phase.explicit, Phase.reuse, Phase.generate],
+        ),
+    )
 
 
 def test_random_histories() -> None:

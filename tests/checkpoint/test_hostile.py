@@ -1,4 +1,7 @@
-"""Checkpoints that somebody made to do harm: sizes and hashes agree, what they say does not. Each is refused in one line."""
+"""Checkpoints that somebody made to do harm: sizes and hashes agree, what they say does not.
+
+Each is refused in one line.
+"""
 
 from __future__ import annotations
 
@@ -43,32 +46,67 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
     (folder / "manifest.json").write_text(canonical_json(value))
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda m: m["files"].update({"../../etc/passwd": m["files"]["state.json"]}), "a file that no checkpoint of 1 ranks has: '../../etc/passwd'"),
-    (lambda m: m["files"].update({"/etc/passwd": m["files"]["state.json"]}), "a file that no checkpoint of 1 ranks has: '/etc/passwd'"),
-    (lambda m: m["files"].update({"\x1b[2J": m["files"]["state.json"]}), r"'\x1b[2J'"),
-    (lambda m: m["files"].pop("state.json"), "does not name state.json"),
-    (lambda m: m["files"].pop(TENSORS), f"does not name {TENSORS}"),
-    (lambda m: m["files"]["state.json"].update(size=-1), "'size': Input should be greater than or equal to 0"),
-    (lambda m: m["files"]["state.json"].update(size=2**63), "'size': Input should be less than"),
-    (lambda m: m["files"]["state.json"].update(size=10**5000), "digit"),
-    (lambda m: m["files"]["state.json"].update(size=1e300), "'size': Input should be a valid integer"),
-    (lambda m: m["files"]["state.json"].update(size=True), "'size': Input should be a valid integer"),
-    (lambda m: m["files"]["state.json"].update(size=2**62), "expected 4611686018427387904"),
-    (lambda m: m["files"]["state.json"].update(xxh3="zz"), "'xxh3': String should match"),
-    (lambda m: m["files"]["state.json"].update(mode=0o777), "'mode': Extra inputs"),
-    (lambda m: m.update(files=[]), "'files': Input should be"),
-    (lambda m: m.update(world_size=10**9), "'world_size': Input should be less than"),
-    (lambda m: m.update(world_size=2), "does not name rank-00001.json"),
-    (lambda m: m.update(step=7), "its manifest is of step 7"),
-    (lambda m: m.update(step=-7), "'step': Input should be greater"),
-    (lambda m: m.update(line=[[1]]), "'line'"),
-    (lambda m: m.update(format_version=3), "its format version is 3, this nextpt reads up to 2"),
-    (lambda m: m.update(format_version=0), "'format_version': Input should be greater than or equal to 1"),
-    (lambda m: m.update(format_version="2"), "'format_version': Input should be a valid integer"),
-    (lambda m: m.update(format_version=True), "'format_version': Input should be a valid integer"),
-])
-def test_a_manifest_that_lies(tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda m: m["files"].update({"../../etc/passwd": m["files"]["state.json"]}),
+            "a file that no checkpoint of 1 ranks has: '../../etc/passwd'",
+        ),
+        (
+            lambda m: m["files"].update({"/etc/passwd": m["files"]["state.json"]}),
+            "a file that no checkpoint of 1 ranks has: '/etc/passwd'",
+        ),
+        (lambda m: m["files"].update({"\x1b[2J": m["files"]["state.json"]}), r"'\x1b[2J'"),
+        (lambda m: m["files"].pop("state.json"), "does not name state.json"),
+        (lambda m: m["files"].pop(TENSORS), f"does not name {TENSORS}"),
+        (
+            lambda m: m["files"]["state.json"].update(size=-1),
+            "'size': Input should be greater than or equal to 0",
+        ),
+        (
+            lambda m: m["files"]["state.json"].update(size=2**63),
+            "'size': Input should be less than",
+        ),
+        (lambda m: m["files"]["state.json"].update(size=10**5000), "digit"),
+        (
+            lambda m: m["files"]["state.json"].update(size=1e300),
+            "'size': Input should be a valid integer",
+        ),
+        (
+            lambda m: m["files"]["state.json"].update(size=True),
+            "'size': Input should be a valid integer",
+        ),
+        (lambda m: m["files"]["state.json"].update(size=2**62), "expected 4611686018427387904"),
+        (lambda m: m["files"]["state.json"].update(xxh3="zz"), "'xxh3': String should match"),
+        (lambda m: m["files"]["state.json"].update(mode=0o777), "'mode': Extra inputs"),
+        (lambda m: m.update(files=[]), "'files': Input should be"),
+        (lambda m: m.update(world_size=10**9), "'world_size': Input should be less than"),
+        (lambda m: m.update(world_size=2), "does not name rank-00001.json"),
+        (lambda m: m.update(step=7), "its manifest is of step 7"),
+        (lambda m: m.update(step=-7), "'step': Input should be greater"),
+        (lambda m: m.update(line=[[1]]), "'line'"),
+        (
+            lambda m: m.update(format_version=3),
+            "its format version is 3, this nextpt reads up to 2",
+        ),
+        (
+            lambda m: m.update(format_version=0),
+            "'format_version': Input should be greater than or equal to 1",
+        ),
+        (
+            lambda m: m.update(format_version="2"),
+            "'format_version': Input should be a valid integer",
+        ),
+        (
+            lambda m: m.update(format_version=True),
+            "'format_version': Input should be a valid integer",
+        ),
+    ],
+)
+def test_a_manifest_that_lies(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
     limit = sys.get_int_max_str_digits()
     folder = write(tmp_path, 1)
     sys.set_int_max_str_digits(0)
@@ -77,25 +115,29 @@ def test_a_manifest_that_lies(tmp_path: Path, change: Callable[[dict[str, Any]],
     assert words in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ('{"files": {}, "files": {}}', "the key 'files' comes twice"),
-    ('{"files": NaN}', "NaN is not finite"),
-    ('{"files": -Infinity}', "-Infinity is not finite"),
-    ('{"files": 1e999}', "1e999 is not finite"),
-    ("[" * 10**6, "nested too deeply"),
-    ('{"a":' * 10**5 + "1" + "}" * 10**5, "nested too deeply"),
-    ("", "Expecting value"),
-    ("[]\n", "in order"),
-    ("null\n", "in order"),
-    ('{"files": "\\ud800"}', "surrogates not allowed"),
-    ("\x00" * 100, "Expecting value"),
-    ('{"files":{}}', "not written as nextpt writes it"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"files": {}, "files": {}}', "the key 'files' comes twice"),
+        ('{"files": NaN}', "NaN is not finite"),
+        ('{"files": -Infinity}', "-Infinity is not finite"),
+        ('{"files": 1e999}', "1e999 is not finite"),
+        ("[" * 10**6, "nested too deeply"),
+        ('{"a":' * 10**5 + "1" + "}" * 10**5, "nested too deeply"),
+        ("", "Expecting value"),
+        ("[]\n", "in order"),
+        ("null\n", "in order"),
+        ('{"files": "\\ud800"}', "surrogates not allowed"),
+        ("\x00" * 100, "Expecting value"),
+        ('{"files":{}}', "not written as nextpt writes it"),
+    ],
+)
 def test_a_manifest_that_is_no_manifest(tmp_path: Path, text: str, words: str) -> None:
     folder = write(tmp_path, 1)
     (folder / "manifest.json").write_text(text)
     assert words in refusal(tmp_path)
-    if "nested" in words or "twice" in words or "finite" in words:  # the other files are read as strictly
+    # The other files are read as strictly
+    if "nested" in words or "twice" in words or "finite" in words:
         for name in ("state.json", INDEX):
             other = write(tmp_path / name, 1)
             (other / name).write_text(text)
@@ -138,50 +180,72 @@ def first(value: dict[str, Any], name: str = "a") -> dict[str, Any]:
     return next(f for f in value["fragments"] if f["name"] == name and f["slices"][0][0] == 0)
 
 
-@pytest.mark.parametrize(("name", "change", "words"), [
-    (INDEX, lambda v: v["fragments"].pop(0), "leave gaps or overlap"),
-    (INDEX, lambda v: v["fragments"].append(v["fragments"][0]), "leave gaps or overlap"),
-    (INDEX, lambda v: first(v).update(slices=[[1, 3], [0, 3]]), "leave gaps or overlap"),
-    (INDEX, lambda v: first(v).update(kind="exp_avg" if first(v)["kind"] == "weight" else "weight"), "leave gaps or overlap"),
-    (INDEX, lambda v: first(v).update(kind="gradient"), "does not have room"),
-    (INDEX, lambda v: first(v).update(slices=[[0, 6], [0, 3]]), "does not have room"),
-    (INDEX, lambda v: first(v).update(slices=[[2, 2], [0, 3]]), "does not have room"),
-    (INDEX, lambda v: first(v).update(slices=[[3, 1], [0, 3]]), "does not have room"),
-    (INDEX, lambda v: first(v).update(slices=[[-1, 2], [0, 3]]), "greater than or equal to 0"),
-    (INDEX, lambda v: first(v).update(slices=[[0, 2]]), "does not have room"),
-    (INDEX, lambda v: first(v).update(slices=[[0, 2, 4], [0, 3]]), "at most 2 items"),
-    (INDEX, lambda v: first(v).update(shape=[5, 4]), "does not have room"),
-    (INDEX, lambda v: first(v).update(name="z"), "does not have room"),
-    (INDEX, lambda v: first(v).update(tensor="../x"), "String should match"),
-    (INDEX, lambda v: first(v).update(tensor="000099"), "do not name the same tensors"),
-    (INDEX, lambda v: v.update(fragments={}), "should be a valid list"),
-    (INDEX, lambda v: v.pop("rng"), "Field required"),
-    ("state.json", lambda v: v["parameters"].update(a=[2**40, 2**40]), "does not have room"),
-    ("state.json", lambda v: v["parameters"].update(z=[3]), "fragments of 'z' (weight) leave gaps or overlap"),
-    ("state.json", lambda v: v["parameters"].update(a=[5, -3]), "greater than or equal to 0"),
-    ("state.json", lambda v: v["parameters"].pop("a"), "does not have room"),
-    ("state.json", lambda v: v.update(step=2), "state.json says step = 2, the manifest 1"),
-    ("state.json", lambda v: v.update(step="1"), "valid integer"),
-    ("state.json", lambda v: v.update(world_size=2), "state.json says world_size = 2, the manifest 1"),
-    ("state.json", lambda v: v["scalars"].update(optimizer_updates="1"), "valid number"),
-    ("state.json", lambda v: v.pop("scalars"), "Field required"),
-])
-def test_files_that_do_not_fit_together(tmp_path: Path, name: str, change: Callable[[Any], None], words: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (INDEX, lambda v: v["fragments"].pop(0), "leave gaps or overlap"),
+        (INDEX, lambda v: v["fragments"].append(v["fragments"][0]), "leave gaps or overlap"),
+        (INDEX, lambda v: first(v).update(slices=[[1, 3], [0, 3]]), "leave gaps or overlap"),
+        (
+            INDEX,
+            lambda v: first(v).update(kind="exp_avg" if first(v)["kind"] == "weight" else "weight"),
+            "leave gaps or overlap",
+        ),
+        (INDEX, lambda v: first(v).update(kind="gradient"), "does not have room"),
+        (INDEX, lambda v: first(v).update(slices=[[0, 6], [0, 3]]), "does not have room"),
+        (INDEX, lambda v: first(v).update(slices=[[2, 2], [0, 3]]), "does not have room"),
+        (INDEX, lambda v: first(v).update(slices=[[3, 1], [0, 3]]), "does not have room"),
+        (INDEX, lambda v: first(v).update(slices=[[-1, 2], [0, 3]]), "greater than or equal to 0"),
+        (INDEX, lambda v: first(v).update(slices=[[0, 2]]), "does not have room"),
+        (INDEX, lambda v: first(v).update(slices=[[0, 2, 4], [0, 3]]), "at most 2 items"),
+        (INDEX, lambda v: first(v).update(shape=[5, 4]), "does not have room"),
+        (INDEX, lambda v: first(v).update(name="z"), "does not have room"),
+        (INDEX, lambda v: first(v).update(tensor="../x"), "String should match"),
+        (INDEX, lambda v: first(v).update(tensor="000099"), "do not name the same tensors"),
+        (INDEX, lambda v: v.update(fragments={}), "should be a valid list"),
+        (INDEX, lambda v: v.pop("rng"), "Field required"),
+        ("state.json", lambda v: v["parameters"].update(a=[2**40, 2**40]), "does not have room"),
+        (
+            "state.json",
+            lambda v: v["parameters"].update(z=[3]),
+            "fragments of 'z' (weight) leave gaps or overlap",
+        ),
+        ("state.json", lambda v: v["parameters"].update(a=[5, -3]), "greater than or equal to 0"),
+        ("state.json", lambda v: v["parameters"].pop("a"), "does not have room"),
+        ("state.json", lambda v: v.update(step=2), "state.json says step = 2, the manifest 1"),
+        ("state.json", lambda v: v.update(step="1"), "valid integer"),
+        (
+            "state.json",
+            lambda v: v.update(world_size=2),
+            "state.json says world_size = 2, the manifest 1",
+        ),
+        ("state.json", lambda v: v["scalars"].update(optimizer_updates="1"), "valid number"),
+        ("state.json", lambda v: v.pop("scalars"), "Field required"),
+    ],
+)
+def test_files_that_do_not_fit_together(
+    tmp_path: Path, name: str, change: Callable[[Any], None], words: str
+) -> None:
     folder = write(tmp_path, 1)
     edit(folder / name, change)
     forge(folder)
     assert words in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    lambda t: t.update({"000000": t["000000"].double()}),
-    lambda t: t.update({"000000": t["000000"].to(torch.int32)}),
-    lambda t: t.update({"000000": t["000000"][:1]}),
-    lambda t: t.update({"000000": t["000000"].flatten()}),
-    lambda t: t.update({"999999": torch.zeros(1)}),
-    lambda t: t.pop("000000"),
-])
-def test_tensors_that_do_not_fit_their_index(tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update({"000000": t["000000"].double()}),
+        lambda t: t.update({"000000": t["000000"].to(torch.int32)}),
+        lambda t: t.update({"000000": t["000000"][:1]}),
+        lambda t: t.update({"000000": t["000000"].flatten()}),
+        lambda t: t.update({"999999": torch.zeros(1)}),
+        lambda t: t.pop("000000"),
+    ],
+)
+def test_tensors_that_do_not_fit_their_index(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]
+) -> None:
     folder = write(tmp_path, 1)
     tensors = load_file(folder / TENSORS)
     change(tensors)
@@ -190,7 +254,16 @@ def test_tensors_that_do_not_fit_their_index(tmp_path: Path, change: Callable[[d
     assert TENSORS in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\x00" * 64, (2**63).to_bytes(8, "little") + b"{}", (10**8).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 64,
+        b"\x00" * 64,
+        (2**63).to_bytes(8, "little") + b"{}",
+        (10**8).to_bytes(8, "little") + b"{}",
+    ],
+)
 def test_a_tensor_file_that_is_none(tmp_path: Path, data: bytes) -> None:
     folder = write(tmp_path, 1)
     (folder / TENSORS).write_bytes(data)
@@ -211,22 +284,46 @@ def test_a_folder_under_the_name_of_another_step(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.sampled_from(["step", "files", "slices", "x"]), children, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.dictionaries(st.sampled_from(["step", "files", "slices", "x"]), children, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
     """Paths of all values inside a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(p for key, child in items for p in places(child, (*path, key)))]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(["manifest.json", "state.json", INDEX]), pick=st.integers(0, 10**6), new=JSON)
-def test_any_value_in_any_place_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory, name: str, pick: int, new: Any) -> None:
-    """Never anything but a CheckpointError in one line; and what is accepted holds the tensors that were written."""
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(["manifest.json", "state.json", INDEX]),
+    pick=st.integers(0, 10**6),
+    new=JSON,
+)
+def test_any_value_in_any_place_is_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, name: str, pick: int, new: Any
+) -> None:
+    """Never anything but a CheckpointError in one line.
+
+    And what is accepted holds the tensors that were written.
+    """
     root = tmp_path_factory.mktemp("any")
     folder = write(root, 1)
 
@@ -308,7 +405,9 @@ print("clean")
 
 def test_no_path_through_loading_runs_code(tmp_path: Path) -> None:
     """Watched by an audit hook: a good checkpoint, fallbacks, a refusal, and files that hold pickles. Nothing is even imported."""
-    good, fallback, refused, pickled = (tmp_path / name for name in ("good", "fallback", "refused", "pickled"))
+    good, fallback, refused, pickled = (
+        tmp_path / name for name in ("good", "fallback", "refused", "pickled")
+    )
     for root in (good, fallback):
         write(root, 1, world_size=2)
     (write(fallback, 2) / "state.json").write_text("{}")
@@ -317,5 +416,16 @@ def test_no_path_through_loading_runs_code(tmp_path: Path) -> None:
     (write(refused, 1) / "manifest.json").unlink()
     torch.save({"a": torch.zeros(3)}, write(pickled, 1) / TENSORS)
     forge(pickled / "step-000000001")
-    done = subprocess.run([sys.executable, "-c", LOAD, *map(str, (good, fallback, refused, pickled))], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["read", "read", "NoValidCheckpoint", "NoValidCheckpoint", "clean"], done.stderr + done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, (good, fallback, refused, pickled))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == [
+        "read",
+        "read",
+        "NoValidCheckpoint",
+        "NoValidCheckpoint",
+        "clean",
+    ], done.stderr + done.stdout

@@ -15,32 +15,54 @@ from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
 
 
-def run(root: Path, ranks: Ranks, saves: list[tuple[int, float | None]], said: list[str] | None = None, **settings: object) -> list[Finished]:
+def run(
+    root: Path,
+    ranks: Ranks,
+    saves: list[tuple[int, float | None]],
+    said: list[str] | None = None,
+    **settings: object,
+) -> list[Finished]:
     """Start, then save each (step, validation loss) and wait for it."""
-    keeper = Keeper(root, CheckpointSection(**settings), ranks, (said if said is not None else []).append)
+    keeper = Keeper(
+        root, CheckpointSection(**settings), ranks, (said if said is not None else []).append
+    )
     keeper.start()
     state = State(1.0, ranks.rank, ranks.world_size)
-    return [one for step, loss in saves for one in keeper.save(state, {"step": step, "config": {}}, {}, loss)]
+    return [
+        one
+        for step, loss in saves
+        for one in keeper.save(state, {"step": step, "config": {}}, {}, loss)
+    ]
 
 
 def names(root: Path) -> list[str]:
     return sorted(path.name.replace("step-00000000", "") for path in root.iterdir())
 
 
-@pytest.mark.parametrize(("settings", "left"), [
-    ({}, ["6", "7", "8"]),
-    ({"keep_last": None}, ["1", "2", "3", "4", "5", "6", "7", "8"]),
-    ({"keep_last": 2}, ["7", "8"]),
-    ({"keep_last": 2, "keep_every": 3}, ["3", "6", "7", "8"]),
-    ({"keep_last": 2, "keep_best": 1}, ["3", "7", "8"]),
-    ({"keep_last": 2, "keep_best": 2}, ["3", "4", "7", "8"]),
-    ({"keep_last": 2, "keep_best": 9}, ["2", "3", "4", "7", "8"]),
-])
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({}, ["6", "7", "8"]),
+        ({"keep_last": None}, ["1", "2", "3", "4", "5", "6", "7", "8"]),
+        ({"keep_last": 2}, ["7", "8"]),
+        ({"keep_last": 2, "keep_every": 3}, ["3", "6", "7", "8"]),
+        ({"keep_last": 2, "keep_best": 1}, ["3", "7", "8"]),
+        ({"keep_last": 2, "keep_best": 2}, ["3", "4", "7", "8"]),
+        ({"keep_last": 2, "keep_best": 9}, ["2", "3", "4", "7", "8"]),
+    ],
+)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_is_kept(tmp_path: Path, settings: dict[str, object], left: list[str], world_size: int) -> None:
+def test_what_is_kept(
+    tmp_path: Path, settings: dict[str, object], left: list[str], world_size: int
+) -> None:
     losses = {2: 5.0, 3: 1.0, 4: 1.0, 7: 2.0}
     for part in (range(1, 5), range(5, 9)):  # a start in between changes nothing
-        on_ranks(world_size, lambda ranks, part=part: run(tmp_path, ranks, [(s, losses.get(s)) for s in part], **settings))
+        on_ranks(
+            world_size,
+            lambda ranks, part=part: run(
+                tmp_path, ranks, [(s, losses.get(s)) for s in part], **settings
+            ),
+        )
     assert names(tmp_path) == left
 
 
@@ -69,22 +91,36 @@ def test_a_rollback_keeps_what_it_went_back_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_going_back_keeps_to_the_line_and_to_what_is_whole(tmp_path: Path, world_size: int) -> None:
     """Steps 5 and 6 were abandoned for 5.2; 4 is damaged; 7 is not from before."""
-    on_ranks(world_size, lambda ranks: run(tmp_path, ranks, [(s, None) for s in (2, 3, 4, 5, 6)], keep_last=None))
-    on_ranks(world_size, lambda ranks: run(tmp_path, ranks, [(5, None), (7, None)], keep_last=None, resume=4))
+    on_ranks(
+        world_size,
+        lambda ranks: run(tmp_path, ranks, [(s, None) for s in (2, 3, 4, 5, 6)], keep_last=None),
+    )
+    on_ranks(
+        world_size,
+        lambda ranks: run(tmp_path, ranks, [(5, None), (7, None)], keep_last=None, resume=4),
+    )
     path = tmp_path / "step-000000004" / "state.json"
     path.write_text(path.read_text().replace("4", "5"))
     said: list[str] = []
 
     def back(ranks: Ranks) -> None:
-        keeper = Keeper(tmp_path, CheckpointSection(keep_last=None), ranks, said.append if ranks.rank == 0 else lambda text: None)
+        keeper = Keeper(
+            tmp_path,
+            CheckpointSection(keep_last=None),
+            ranks,
+            said.append if ranks.rank == 0 else lambda text: None,
+        )
         assert keeper.start().step == 7
         assert keeper.go_back(7).folder.name == "step-000000005.2" and keeper.go_back(5).step == 3
         assert keeper.go_back(2) is None
         keeper.save(State(1.0, ranks.rank, ranks.world_size), {"step": 3, "config": {}}, {})
-        assert keeper.go_back(7).folder.name == "step-000000003.2"  # and not 5.2, which was abandoned by that
+        # And not 5.2, which was abandoned by that
+        assert keeper.go_back(7).folder.name == "step-000000003.2"
 
     on_ranks(world_size, back)
-    assert len(said) == 1 and "state.json is damaged" in said[0] and "resuming from step 3" in said[0]
+    assert (
+        len(said) == 1 and "state.json is damaged" in said[0] and "resuming from step 3" in said[0]
+    )
     assert open_newest(tmp_path).folder.name == "step-000000003.2"
 
 
@@ -97,17 +133,29 @@ def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> No
     path.write_text(path.read_text().replace("1", "2"))
     keeper.save(State(), {"step": 3, "config": {}}, {})
     assert names(tmp_path) == ["1", "2.damaged", "3"]
-    assert len(said) == 1 and "state.json is damaged" in said[0] and "set aside as step-000000002.damaged" in said[0]
+    assert (
+        len(said) == 1
+        and "state.json is damaged" in said[0]
+        and "set aside as step-000000002.damaged" in said[0]
+    )
 
 
-def test_what_cannot_be_removed_is_told_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_removed_is_told_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(folder: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(keeper_module, "remove", refuse)
     said: list[str] = []
-    assert [one.saved.folder.name[-1] for one in run(tmp_path, Ranks(), [(1, None), (2, None), (3, None)], said, keep_last=2)] == ["1", "2", "3"]
-    assert len(said) == 1 and "step-000000001 is no longer needed and cannot be removed: Permission denied" in said[0]
+    assert [
+        one.saved.folder.name[-1]
+        for one in run(tmp_path, Ranks(), [(1, None), (2, None), (3, None)], said, keep_last=2)
+    ] == ["1", "2", "3"]
+    assert (
+        len(said) == 1
+        and "step-000000001 is no longer needed and cannot be removed: Permission denied" in said[0]
+    )
 
 
 @pytest.fixture
@@ -124,7 +172,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, gate: threading.Event, world_size: int) -> None:
+def test_training_goes_on_while_a_copy_is_written(
+    tmp_path: Path, gate: threading.Event, world_size: int
+) -> None:
     def job(ranks: Ranks) -> list[Finished]:
         keeper = Keeper(tmp_path, CheckpointSection(asynchronous=True), ranks, lambda text: None)
         assert keeper.start() is None
@@ -146,7 +196,9 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, gate: threadin
     assert holds(open_newest(tmp_path), 1.0)
 
 
-def test_one_save_is_under_way_and_the_last_is_waited_for(tmp_path: Path, gate: threading.Event) -> None:
+def test_one_save_is_under_way_and_the_last_is_waited_for(
+    tmp_path: Path, gate: threading.Event
+) -> None:
     keeper = Keeper(tmp_path, CheckpointSection(asynchronous=True), Ranks(), lambda text: None)
     assert keeper.save(State(1.0), {"step": 1, "config": {}}, {}, wait=False) == []
     threading.Timer(0.2, gate.set).start()
@@ -158,18 +210,27 @@ def test_one_save_is_under_way_and_the_last_is_waited_for(tmp_path: Path, gate: 
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(tmp_path: Path, world_size: int) -> None:
+def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(
+    tmp_path: Path, world_size: int
+) -> None:
     def job(ranks: Ranks) -> str:
-        keeper = Keeper(tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None)
+        keeper = Keeper(
+            tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None
+        )
         (tmp_path / "run").write_text("a file where the folder should be")
-        found = keeper.save(State(1.0, ranks.rank, ranks.world_size), {"step": 1, "config": {}}, {}, wait=False)
+        found = keeper.save(
+            State(1.0, ranks.rank, ranks.world_size), {"step": 1, "config": {}}, {}, wait=False
+        )
         while not found:
             found = keeper.poll()
         assert keeper.poll() == [] and isinstance(found[0], Failed)
         return str(found[0].error)
 
     messages = on_ranks(world_size, job)
-    assert len(set(messages)) == 1 and f"failed on rank 0: {tmp_path / 'run'}: File exists (EEXIST)" in messages[0]
+    assert (
+        len(set(messages)) == 1
+        and f"failed on rank 0: {tmp_path / 'run'}: File exists (EEXIST)" in messages[0]
+    )
 
 
 def test_numbers_grow_although_the_manifests_on_the_disk_are_lost(tmp_path: Path) -> None:

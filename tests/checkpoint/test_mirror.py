@@ -66,8 +66,16 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 class Job:
     """A job of one rank with a mirror: it starts, saves and ends."""
 
-    def __init__(self, root: Path, place: str, ranks: Ranks | None = None, may_write: Callable[[], None] = lambda: None,
-                 accept: Callable[[Path], None] = lambda folder: None, run: str = "run", **options: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        place: str,
+        ranks: Ranks | None = None,
+        may_write: Callable[[], None] = lambda: None,
+        accept: Callable[[Path], None] = lambda folder: None,
+        run: str = "run",
+        **options: Any,
+    ) -> None:
         self.root, self.ranks, self.said, self.events = root, ranks or Ranks(), [], []
         section = CheckpointSection(**{"keep_last": 2} | options)
         self.mirror = Mirror(Archive(place), root, section, run, may_write, accept)
@@ -78,7 +86,11 @@ class Job:
 
     def save(self, *which: int) -> Job:
         for step in which:
-            self.keeper.save(State(float(step), self.ranks.rank, self.ranks.world_size), {"step": step, "config": {}}, {})
+            self.keeper.save(
+                State(float(step), self.ranks.rank, self.ranks.world_size),
+                {"step": step, "config": {}},
+                {},
+            )
         return self
 
     def end(self, seconds: float = 60.0) -> list[int]:
@@ -103,8 +115,17 @@ def whole(place: str) -> list[int]:
     """Steps of the checkpoints there, newest first. All must be whole, and nothing else there."""
     archive = Archive(place)
     stored = archive.stored()
-    assert [archive.problem(one) for one in stored] == [None] * len(stored) and all(one.complete for one in stored)
-    known = {NOTE, *(f"{one.name}/{name}" for one in stored for name in [*archive.manifest(one).files, "manifest.json"])}
+    assert [archive.problem(one) for one in stored] == [None] * len(stored) and all(
+        one.complete for one in stored
+    )
+    known = {
+        NOTE,
+        *(
+            f"{one.name}/{name}"
+            for one in stored
+            for name in [*archive.manifest(one).files, "manifest.json"]
+        ),
+    }
     assert set(archive.store.sizes()) <= known
     return [one.step for one in stored]
 
@@ -114,8 +135,12 @@ PLACES = ["s3://bucket/{}", "memory://mirrors/{}", "file://{}/mirror", "{}/mirro
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_the_run_keeps_is_there_and_comes_back(link: Proxy, tmp_path: Path, place: str, world_size: int) -> None:
-    place = place.format(tmp_path if "file" in place or place[0] == "{" else f"{tmp_path.name}-{world_size}")
+def test_what_the_run_keeps_is_there_and_comes_back(
+    link: Proxy, tmp_path: Path, place: str, world_size: int
+) -> None:
+    place = place.format(
+        tmp_path if "file" in place or place[0] == "{" else f"{tmp_path.name}-{world_size}"
+    )
 
     def run(ranks: Ranks) -> None:
         job = Job(tmp_path / "run", place, ranks, keep_every=3).save(1, 2, 3, 4, 5, 6)
@@ -125,7 +150,8 @@ def test_what_the_run_keeps_is_there_and_comes_back(link: Proxy, tmp_path: Path,
 
     on_ranks(world_size, run)
     assert whole(place) == [6, 5, 3]
-    assert {6, 5, 3} <= set(steps(tmp_path / "run")) and len(steps(tmp_path / "run")) <= 4  # one was perhaps being sent when its time came
+    # One was perhaps being sent when its time came
+    assert {6, 5, 3} <= set(steps(tmp_path / "run")) and len(steps(tmp_path / "run")) <= 4
     shutil.rmtree(tmp_path / "run")
 
     def again(ranks: Ranks) -> None:
@@ -136,12 +162,22 @@ def test_what_the_run_keeps_is_there_and_comes_back(link: Proxy, tmp_path: Path,
         assert ranks.rank or job.end() == []
 
     on_ranks(world_size, again)
-    assert whole(place) == [7, 6, 3] and read_manifest(tmp_path / "run" / "step-000000007").line == [[1, 7]]
+    assert whole(place) == [7, 6, 3] and read_manifest(
+        tmp_path / "run" / "step-000000007"
+    ).line == [[1, 7]]
     assert not list((tmp_path / "run").glob(".*"))
 
 
-@pytest.mark.parametrize("mode", ["503", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("refuse", "hang", "truncate"))])
-def test_an_outage_holds_nothing_up_and_is_made_up_for(link: Proxy, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "503",
+        *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("refuse", "hang", "truncate")),
+    ],
+)
+def test_an_outage_holds_nothing_up_and_is_made_up_for(
+    link: Proxy, tmp_path: Path, mode: str
+) -> None:
     place = f"s3://bucket/{tmp_path.name}"
     job = Job(tmp_path / "run", place).save(1)
     job.wait_for("mirrored", 1)
@@ -152,7 +188,12 @@ def test_an_outage_holds_nothing_up_and_is_made_up_for(link: Proxy, tmp_path: Pa
     assert len(steps(tmp_path / "run")) <= 3  # two, and the one that is being sent
     link.mode = "pass"
     job.save(9)
-    assert job.end() == [] and 9 in job.told("mirrored") and whole(place)[0] == 9 and len(whole(place)) == 2
+    assert (
+        job.end() == []
+        and 9 in job.told("mirrored")
+        and whole(place)[0] == 9
+        and len(whole(place)) == 2
+    )
     missed = set(range(2, 9)) - set(job.told("mirrored"))
     assert sorted(job.told("passed over")) == sorted(missed) and len(missed) >= 5
     assert len(job.told("failing")) == 1
@@ -160,7 +201,9 @@ def test_an_outage_holds_nothing_up_and_is_made_up_for(link: Proxy, tmp_path: Pa
     assert message.startswith(f"{place}: ") and "\n" not in message
 
 
-def test_an_end_in_an_outage_says_what_is_missing_and_the_next_start_goes_on(link: Proxy, tmp_path: Path) -> None:
+def test_an_end_in_an_outage_says_what_is_missing_and_the_next_start_goes_on(
+    link: Proxy, tmp_path: Path
+) -> None:
     place = f"s3://bucket/{tmp_path.name}"
     job = Job(tmp_path / "run", place).save(1)
     job.wait_for("mirrored", 1)
@@ -188,17 +231,29 @@ def test_the_one_being_sent_stays(tmp_path: Path) -> None:
     go_on.set()
     job.wait_for("mirrored", 1)
     job.save(5)
-    assert 1 not in steps(tmp_path / "run") and job.end() == [] and whole(f"file://{tmp_path}/mirror") == [5, 4]
+    assert (
+        1 not in steps(tmp_path / "run")
+        and job.end() == []
+        and whole(f"file://{tmp_path}/mirror") == [5, 4]
+    )
 
 
 @pytest.mark.slow
-def test_a_kill_in_the_middle_leaves_no_half_and_the_next_start_goes_on(link: Proxy, tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_leaves_no_half_and_the_next_start_goes_on(
+    link: Proxy, tmp_path: Path
+) -> None:
     place = f"s3://bucket/{tmp_path.name}"
     assert Job(tmp_path / "run", place).save(1).end() == []
-    script = ("import sys; from pathlib import Path; from tests.checkpoint.test_mirror import Job\n"
-              "job = Job(Path(sys.argv[1]), sys.argv[2]).save(2, 3)\nprint(job.end())")
+    script = (
+        "import sys; from pathlib import Path; from tests.checkpoint.test_mirror import Job\n"
+        "job = Job(Path(sys.argv[1]), sys.argv[2]).save(2, 3)\nprint(job.end())"
+    )
     link.mode = "slow"
-    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run"), place], cwd=ROOT, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run"), place],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
     direct = Archive(place)
     deadline = time.monotonic() + 90
     while not (half := [one for one in direct.stored() if not one.complete]):
@@ -214,18 +269,34 @@ def test_a_kill_in_the_middle_leaves_no_half_and_the_next_start_goes_on(link: Pr
     assert Job(tmp_path / "run", place).end() == [] and whole(place) == [3, 2]
 
 
-def corrupt(place: str, step: int, name: str, change: Callable[[bytes], bytes] = lambda data: data[:-1] + bytes([data[-1] ^ 1])) -> None:
+def corrupt(
+    place: str,
+    step: int,
+    name: str,
+    change: Callable[[bytes], bytes] = lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+) -> None:
     archive = Archive(place)
     stored = next(one for one in archive.stored() if one.step == step)
-    archive.store.write(f"{stored.name}/{name}", [change(archive.store.read(f"{stored.name}/{name}"))])
+    archive.store.write(
+        f"{stored.name}/{name}", [change(archive.store.read(f"{stored.name}/{name}"))]
+    )
 
 
-@pytest.mark.parametrize(("name", "change", "why"), [
-    ("rank-00000.safetensors", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "its hash differs"),
-    ("state.json", lambda d: d[:-1], "bytes, expected"),
-    ("manifest.json", lambda d: d.replace(b"rank-00000.json", b"rank-00001.json"), "it does not have the hash that its name gives"),
-])
-def test_a_damaged_one_there_is_found_and_the_one_before_it_taken(tmp_path: Path, name: str, change: Callable[[bytes], bytes], why: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("rank-00000.safetensors", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "its hash differs"),
+        ("state.json", lambda d: d[:-1], "bytes, expected"),
+        (
+            "manifest.json",
+            lambda d: d.replace(b"rank-00000.json", b"rank-00001.json"),
+            "it does not have the hash that its name gives",
+        ),
+    ],
+)
+def test_a_damaged_one_there_is_found_and_the_one_before_it_taken(
+    tmp_path: Path, name: str, change: Callable[[bytes], bytes], why: str
+) -> None:
     place = f"file://{tmp_path}/mirror"
     assert Job(tmp_path / "run", place).save(1, 2, 3).end() == []
     corrupt(place, 3, name, change)
@@ -282,12 +353,17 @@ def test_the_higher_number_wins_here_or_there(tmp_path: Path) -> None:
     place = f"file://{tmp_path}/mirror"
     assert Job(tmp_path / "a", place).save(1, 2).end() == []
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert Job(tmp_path / "b", place).save(3).end() == []  # on another machine, with a disk of its own
+    # On another machine, with a disk of its own
+    assert Job(tmp_path / "b", place).save(3).end() == []
     back = Job(tmp_path / "a", place)
     assert back.found.step == 3 and steps(tmp_path / "a") == [3, 2, 1]
     back.mirror.end()
     rolled = Job(tmp_path / "a", place, resume=2).save(3)  # the new line is here only for a moment
-    assert rolled.found.step == 2 and rolled.end() == [] and Job(tmp_path / "a", place).found.folder.name == "step-000000003.2"
+    assert (
+        rolled.found.step == 2
+        and rolled.end() == []
+        and Job(tmp_path / "a", place).found.folder.name == "step-000000003.2"
+    )
     shutil.rmtree(tmp_path / "a")
     assert read_manifest(Job(tmp_path / "a", place).found.folder).line == [[1, 2], [4, 4]]
 
@@ -336,13 +412,18 @@ def test_a_damaged_one_here_is_not_mirrored(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     assert mirror.finish(lambda: deadline - time.monotonic()) == [] and whole(place) == [1]
     assert [event.message for event in mirror.news() if event.status == "passed over"] == [
-        f"{tmp_path}/run/step-000000002 is not mirrored: state.json is not what its manifest says"]
+        f"{tmp_path}/run/step-000000002 is not mirrored: state.json is not what its manifest says"
+    ]
 
 
-def test_mistakes_are_told_at_the_start(link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_told_at_the_start(
+    link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(PrepError, match="expected a path, s3://"):
         Archive("nosuch://bucket/run")
-    with pytest.raises(CheckpointError, match="checkpoint.mirror: s3://nowhere/run: there is no such bucket"):
+    with pytest.raises(
+        CheckpointError, match="checkpoint.mirror: s3://nowhere/run: there is no such bucket"
+    ):
         Job(tmp_path / "run", "s3://nowhere/run")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="checkpoint.mirror: .*file/x"):
@@ -352,7 +433,10 @@ def test_mistakes_are_told_at_the_start(link: Proxy, tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match="holds the run 'one', and this one is 'two'"):
         Job(tmp_path / "other", place, run="two")
     link.mode = "refuse"
-    with pytest.raises(CheckpointError, match="cannot be reached.*does not start from nothing while the mirror may have some"):
+    with pytest.raises(
+        CheckpointError,
+        match="cannot be reached.*does not start from nothing while the mirror may have some",
+    ):
         Job(tmp_path / "empty", place, run="one")
     assert not (tmp_path / "empty").exists()
     monkeypatch.setattr(archive_module, "STALL", 0.5)
@@ -369,9 +453,15 @@ def test_mistakes_are_told_at_the_start(link: Proxy, tmp_path: Path, monkeypatch
     assert job.end() == [] and whole(place) == [2, 1]
 
 
-def test_missing_credentials_are_told_at_the_start(link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0.0)  # from now on the server knows nobody
-    with pytest.raises(CheckpointError, match="checkpoint.mirror: s3://bucket/.*: the store refuses these credentials"):
+def test_missing_credentials_are_told_at_the_start(
+    link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From now on the server knows nobody
+    monkeypatch.setattr(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0.0)
+    with pytest.raises(
+        CheckpointError,
+        match="checkpoint.mirror: s3://bucket/.*: the store refuses these credentials",
+    ):
         Job(tmp_path / "run", f"s3://bucket/{tmp_path.name}")
 
 
@@ -391,12 +481,17 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_has_a_name(tmp_path: P
 def test_a_disk_that_is_full_when_coming_back_leaves_nothing(tmp_path: Path) -> None:
     place = f"file://{tmp_path}/mirror"
     assert Job(tmp_path / "run", place).save(1).end() == []
-    with refusing(r"staging-fetch.*safetensors", 28), pytest.raises(CheckpointError, match="No space left on device"):
+    with (
+        refusing(r"staging-fetch.*safetensors", 28),
+        pytest.raises(CheckpointError, match="No space left on device"),
+    ):
         Job(tmp_path / "other", place)
     assert not list((tmp_path / "other").iterdir())
 
 
-def test_answers_cut_short_when_coming_back_leave_nothing(link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_cut_short_when_coming_back_leave_nothing(
+    link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = f"s3://bucket/{tmp_path.name}"
     assert Job(tmp_path / "run", place).save(1).end() == []
     fetch_there = keeper_module.fetch
@@ -415,14 +510,25 @@ def test_answers_cut_short_when_coming_back_leave_nothing(link: Proxy, tmp_path:
     assert Job(tmp_path / "other", place).found.step == 1
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
-def test_two_whole_ones_are_there_at_every_instant_once_there_were_two(tmp_path: Path, seed: int) -> None:
-    """Over saves, rollbacks, lost disks, starts and damage there that leaves two, in any order; looked at before each removal."""
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))]
+)
+def test_two_whole_ones_are_there_at_every_instant_once_there_were_two(
+    tmp_path: Path, seed: int
+) -> None:
+    """Over saves, rollbacks, lost disks, starts and damage there that leaves two, in any order.
+
+    Looked at before each removal.
+    """
     chance, place, step, had_two = random.Random(seed), f"file://{tmp_path}/mirror", 0, False
 
     def now_whole(without: str = "") -> int:
         archive = Archive(place)
-        return sum(one.complete and archive.problem(one) is None for one in archive.stored() if one.name != without)
+        return sum(
+            one.complete and archive.problem(one) is None
+            for one in archive.stored()
+            if one.name != without
+        )
 
     def watched(job: Job) -> Job:
         remove_there = job.mirror.archive.store.remove
@@ -438,8 +544,14 @@ def test_two_whole_ones_are_there_at_every_instant_once_there_were_two(tmp_path:
     for _ in range(12):
         if had_two and chance.random() < 0.3:
             shutil.rmtree(tmp_path / "run")
-        resume = chance.choice(steps(tmp_path / "run")) if (tmp_path / "run").exists() and chance.random() < 0.2 else "auto"
-        job = watched(Job(tmp_path / "run", place, keep_every=chance.choice([None, 3]), resume=resume))
+        resume = (
+            chance.choice(steps(tmp_path / "run"))
+            if (tmp_path / "run").exists() and chance.random() < 0.2
+            else "auto"
+        )
+        job = watched(
+            Job(tmp_path / "run", place, keep_every=chance.choice([None, 3]), resume=resume)
+        )
         step = job.found.step if job.found else 0
         for _ in range(chance.randint(1, 3)):
             step += 1

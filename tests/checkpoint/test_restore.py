@@ -14,12 +14,22 @@ from tests.support.datasets import tiny
 
 def test_a_run_of_a_gpu_is_read_on_a_cpu() -> None:
     """Its kernels and its workspace were those of another machine."""
-    model = {"vocab_size": 20000, "depth": 1, "width": 32, "heads": 4}  # 20 tokens of it take more than a MiB
-    config = tiny(Path("none"), Path("none"), model=model | {"attention": "triton", "cross_entropy": "triton"}, train={"loss_workspace_mib": 1})
+    # 20 tokens of it take more than a MiB
+    model = {"vocab_size": 20000, "depth": 1, "width": 32, "heads": 4}
+    config = tiny(
+        Path("none"),
+        Path("none"),
+        model=model | {"attention": "triton", "cross_entropy": "triton"},
+        train={"loss_workspace_mib": 1},
+    )
     source = Decoder(config)
     weights = {name: p.detach() for name, p in source.named_parameters()}
-    checkpoint = SimpleNamespace(state={"config": config.model_dump(mode="json")}, folder=Path("none"), shapes=lambda: {n: tuple(w.shape) for n, w in weights.items()},
-                                 read_whole=weights.__getitem__)
+    checkpoint = SimpleNamespace(
+        state={"config": config.model_dump(mode="json")},
+        folder=Path("none"),
+        shapes=lambda: {n: tuple(w.shape) for n, w in weights.items()},
+        read_whole=weights.__getitem__,
+    )
     _, found = load_model(checkpoint)
     tokens = torch.arange(20).unsqueeze(0)
     hidden = found(tokens, tokens)

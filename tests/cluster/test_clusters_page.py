@@ -30,13 +30,23 @@ class World:
     environment: dict[str, str]
 
     def follow(self, section: str) -> list[str]:
-        """Run the commands of a section, block by block, each as one shell would; returns what each block printed."""
+        """Run the commands of a section, block by block, each as one shell would.
+
+        Returns what each block printed.
+        """
         return [self._run(block) for block in blocks(section)]
 
     def _run(self, block: str) -> str:
         commands = "\n".join(line for line in block.splitlines() if line not in NOT_RUN)
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=self.folder, env=self.environment, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, timeout=BLOCK_SECONDS)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=BLOCK_SECONDS,
+        )
         assert done.returncode == 0, f"{commands}\n{done.stdout[-3000:]}"
         return done.stdout
 
@@ -45,7 +55,7 @@ class World:
 
 
 def sections() -> dict[str, str]:
-    """heading -> text below it; what comes before the first is under ""."""
+    """Heading -> text below it; what comes before the first is under ""."""
     parts = re.split(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -63,11 +73,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         assert "NEXTPT_REQUIRE_ALL" not in os.environ, lacking
         pytest.skip(lacking)
     folder = tmp_path_factory.mktemp("checkout")
-    for name in (".venv", "configs", "data_prep", "kernels", "launcher", "nextpt", "pyproject.toml"):
+    for name in (
+        ".venv",
+        "configs",
+        "data_prep",
+        "kernels",
+        "launcher",
+        "nextpt",
+        "pyproject.toml",
+    ):
         (folder / name).symlink_to(ROOT / name)
     base = tmp_path_factory.mktemp("machines")
-    with slurm_cluster.slurm(base / "slurm") as slurm, net_hosts.hosts(base / "hosts", 2, prefix="node") as hosts:
-        made = World(folder, os.environ | slurm.variables | hosts.variables | {"OMP_NUM_THREADS": "1"})
+    with (
+        slurm_cluster.slurm(base / "slurm") as slurm,
+        net_hosts.hosts(base / "hosts", 2, prefix="node") as hosts,
+    ):
+        made = World(
+            folder, os.environ | slurm.variables | hosts.variables | {"OMP_NUM_THREADS": "1"}
+        )
         made.follow("")
         yield made
 
@@ -75,7 +98,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def test_every_section_with_commands_is_followed() -> None:
     followed = {"", "Slurm", "A hostfile", "deepspeed", "When it hangs"}
     assert {name for name in sections() if blocks(name)} == followed
-    assert set(NOT_RUN) <= {line for name in followed for block in blocks(name) for line in block.splitlines()}
+    assert set(NOT_RUN) <= {
+        line for name in followed for block in blocks(name) for line in block.splitlines()
+    }
 
 
 def test_slurm(world: World) -> None:
@@ -95,13 +120,13 @@ def test_the_hostfile(world: World) -> None:
 
 
 def test_deepspeed(world: World) -> None:
-    output, = world.follow("deepspeed")
+    (output,) = world.follow("deepspeed")
     assert json.loads(output[output.rindex("{") :])["code"] == 0
     assert losses(world.folder / "runs/by-deepspeed") == losses(world.folder / "runs/by-slurm")
 
 
 def test_when_it_hangs(world: World) -> None:
-    output, = world.follow("When it hangs")
+    (output,) = world.follow("When it hangs")
     end = world.end("hanging")
     assert end["code"] == 76 and "rank 1" in end["reason"] and "node2" in end["reason"], output
     assert "rank 1" in output[output.index("}") :] and "node2" in output

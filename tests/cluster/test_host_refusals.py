@@ -1,4 +1,7 @@
-"""What is wrong with hosts is told before any rank starts. A module of its own: a machine has room for one world of hosts at a time."""
+"""What is wrong with hosts is told before any rank starts.
+
+A module of its own: a machine has room for one world of hosts at a time.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,32 @@ def test_what_is_wrong_is_told_before_any_rank_starts(dataset: Path, tmp_path: P
     hidden.mkdir()
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9\n")
-    with hosts(tmp_path / "hosts", 3, hidden={"h2": hidden}, variables={"h3": f"PYTHONPATH={other.parent}"}) as made:
+    with hosts(
+        tmp_path / "hosts", 3, hidden={"h2": hidden}, variables={"h3": f"PYTHONPATH={other.parent}"}
+    ) as made:
         cases = {
             ("h1", "h2"): f"host h2 does not see the run folder {hidden}/run of this machine",
-            ("h1", "h3"): "host h3 has numpy 9.9 and others have", ("h1", "nobody"): "host nobody: not reachable by ssh",
+            ("h1", "h3"): "host h3 has numpy 9.9 and others have",
+            ("h1", "nobody"): "host nobody: not reachable by ssh",
         }
         for names, said in cases.items():
             (tmp_path / "output").unlink(missing_ok=True)
-            code = start(made, made.hostfile(1, *names), config(dataset, hidden / "run"), tmp_path).wait(120)
+            code = start(
+                made, made.hostfile(1, *names), config(dataset, hidden / "run"), tmp_path
+            ).wait(120)
             output = (tmp_path / "output").read_text()
-            assert code == 2 and output.count("\n") == 1 and output.startswith("error: ") and said in output, output
-        assert start(made, made.hostfile(7, "h1"), config(dataset, hidden / "run"), tmp_path).wait(120) == 2
-        assert "is not a multiple of train.micro_batch_size x ranks = 2 x 7" in (tmp_path / "output").read_text()
+            assert (
+                code == 2
+                and output.count("\n") == 1
+                and output.startswith("error: ")
+                and said in output
+            ), output
+        assert (
+            start(made, made.hostfile(7, "h1"), config(dataset, hidden / "run"), tmp_path).wait(120)
+            == 2
+        )
+        assert (
+            "is not a multiple of train.micro_batch_size x ranks = 2 x 7"
+            in (tmp_path / "output").read_text()
+        )
         assert not list((hidden / "run").iterdir())

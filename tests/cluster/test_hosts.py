@@ -41,7 +41,12 @@ def require(*commands: str) -> None:
 
 
 def config(dataset: Path, run: Path, **train: int) -> Config:
-    return tiny(dataset, run, train={"steps": STEPS, "zero_stage": 1, "global_batch_size": 12} | train, checkpoint={"every_steps": 20})
+    return tiny(
+        dataset,
+        run,
+        train={"steps": STEPS, "zero_stage": 1, "global_batch_size": 12} | train,
+        checkpoint={"every_steps": 20},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +60,24 @@ def losses(run: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in read_events(run / "metrics.jsonl", "train")}
 
 
-def start(on: Hosts, hostfile: Path, settings: Config, folder: Path, *options: str) -> subprocess.Popen:
+def start(
+    on: Hosts, hostfile: Path, settings: Config, folder: Path, *options: str
+) -> subprocess.Popen:
     (folder / "config.yaml").write_text(to_yaml(settings))
-    command = [sys.executable, str(ROOT / "launcher" / "cli.py"), "train", "--config", "config.yaml", "--hostfile", str(hostfile), *options]
+    command = [
+        sys.executable,
+        str(ROOT / "launcher" / "cli.py"),
+        "train",
+        "--config",
+        "config.yaml",
+        "--hostfile",
+        str(hostfile),
+        *options,
+    ]
     with open(folder / "output", "a") as output:
-        return subprocess.Popen(command, cwd=folder, env=os.environ | on.variables, stdout=output, stderr=output)
+        return subprocess.Popen(
+            command, cwd=folder, env=os.environ | on.variables, stdout=output, stderr=output
+        )
 
 
 def ranks(on: Hosts, name: str) -> list[int]:
@@ -67,10 +85,14 @@ def ranks(on: Hosts, name: str) -> list[int]:
 
 
 def close(found: dict[int, float], wanted: dict[int, float]) -> bool:
-    return found.keys() == wanted.keys() and all(abs(found[s] - wanted[s]) <= 1e-6 * wanted[s] for s in wanted)
+    return found.keys() == wanted.keys() and all(
+        abs(found[s] - wanted[s]) <= 1e-6 * wanted[s] for s in wanted
+    )
 
 
-def test_a_host_that_loses_its_processes_and_a_signal(three: Hosts, dataset: Path, unbroken: dict[int, float], tmp_path: Path) -> None:
+def test_a_host_that_loses_its_processes_and_a_signal(
+    three: Hosts, dataset: Path, unbroken: dict[int, float], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     job = start(three, three.hostfile(1, "h1", "h2"), config(dataset, run), tmp_path)
     wait_for(lambda: max(losses(run), default=0) > 25)
@@ -84,11 +106,15 @@ def test_a_host_that_loses_its_processes_and_a_signal(three: Hosts, dataset: Pat
     job.send_signal(signal.SIGTERM)
     assert job.wait(120) == 75, (tmp_path / "output").read_text()
     assert read_end(run)["code"] == 75 and not ranks(three, "h1") and not ranks(three, "h2")
-    assert start(three, three.hostfile(1, "h1", "h2"), config(dataset, run), tmp_path).wait(300) == 0, (tmp_path / "output").read_text()
+    assert (
+        start(three, three.hostfile(1, "h1", "h2"), config(dataset, run), tmp_path).wait(300) == 0
+    ), (tmp_path / "output").read_text()
     assert losses(run) == unbroken
 
 
-def test_a_cut_link_is_found_and_the_run_finishes_on_the_other_hosts(three: Hosts, dataset: Path, unbroken: dict[int, float], tmp_path: Path) -> None:
+def test_a_cut_link_is_found_and_the_run_finishes_on_the_other_hosts(
+    three: Hosts, dataset: Path, unbroken: dict[int, float], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     settings = config(dataset, run, hang_seconds=20)
     job = start(three, three.hostfile(1), settings, tmp_path)
@@ -106,24 +132,47 @@ def test_a_cut_link_is_found_and_the_run_finishes_on_the_other_hosts(three: Host
     wait_for(lambda: not ranks(three, "h3"), 60)
 
 
-def test_no_rank_outlives_the_one_who_started_it(three: Hosts, dataset: Path, tmp_path: Path) -> None:
-    job = start(three, three.hostfile(1, "h1", "h2"), config(dataset, tmp_path / "run", steps=100_000), tmp_path)
+def test_no_rank_outlives_the_one_who_started_it(
+    three: Hosts, dataset: Path, tmp_path: Path
+) -> None:
+    job = start(
+        three,
+        three.hostfile(1, "h1", "h2"),
+        config(dataset, tmp_path / "run", steps=100_000),
+        tmp_path,
+    )
     wait_for(lambda: max(losses(tmp_path / "run"), default=0) > 2)
     job.kill()
     job.wait()
     wait_for(lambda: not ranks(three, "h1") and not ranks(three, "h2"), 5)
 
 
-def test_deepspeed_over_pdsh(three: Hosts, dataset: Path, unbroken: dict[int, float], tmp_path: Path) -> None:
+def test_deepspeed_over_pdsh(
+    three: Hosts, dataset: Path, unbroken: dict[int, float], tmp_path: Path
+) -> None:
     """As people start it who have always done so: killed on one host, begun again with one host less."""
     run = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(to_yaml(config(dataset, run)))
 
     def deepspeed(hostfile: Path) -> subprocess.Popen:
         with open(tmp_path / "output", "a") as output:
-            return subprocess.Popen([str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile), "--force_multi", "--master_addr",
-                                     three.address("h1"), RUN, "--config", str(tmp_path / "config.yaml")], cwd=ROOT, stdout=output, stderr=output,
-                                    env=os.environ | three.variables)
+            return subprocess.Popen(
+                [
+                    str(Path(sys.executable).parent / "deepspeed"),
+                    "--hostfile",
+                    str(hostfile),
+                    "--force_multi",
+                    "--master_addr",
+                    three.address("h1"),
+                    RUN,
+                    "--config",
+                    str(tmp_path / "config.yaml"),
+                ],
+                cwd=ROOT,
+                stdout=output,
+                stderr=output,
+                env=os.environ | three.variables,
+            )
 
     job = deepspeed(three.hostfile(1, "h1", "h2"))
     wait_for(lambda: max(losses(run), default=0) > 25)
@@ -138,9 +187,23 @@ def test_deepspeed_over_pdsh(three: Hosts, dataset: Path, unbroken: dict[int, fl
 def test_pdsh_that_is_gone_leaves_no_ranks(three: Hosts, dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(to_yaml(config(dataset, run, steps=100_000)))
-    job = subprocess.Popen([str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(three.hostfile(1, "h1", "h2")), "--master_addr",
-                            three.address("h1"), RUN, "--config", str(tmp_path / "config.yaml")], cwd=ROOT, start_new_session=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | three.variables)
+    job = subprocess.Popen(
+        [
+            str(Path(sys.executable).parent / "deepspeed"),
+            "--hostfile",
+            str(three.hostfile(1, "h1", "h2")),
+            "--master_addr",
+            three.address("h1"),
+            RUN,
+            "--config",
+            str(tmp_path / "config.yaml"),
+        ],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | three.variables,
+    )
     wait_for(lambda: max(losses(run), default=0) > 2)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()

@@ -34,13 +34,29 @@ class Work:
 
     def submit(self, cluster: Slurm, script: str, log: str, *options: str) -> str:  # noqa: F811
         """Number of a job."""
-        return cluster.submit(*options, "--cpus-per-task=1", "--mem-per-cpu=100", f"--output={self.folder}/{log}", str(ROOT / "launcher/slurm" / script),
-                              *(f"{name}={place}" for name, place in self.spec.domains.items()), "--sequence-length", "64", "--heldout", "0.2",
-                              "--tokenizer", str(self.spec.tokenizer), "--output", str(self.output), cwd=self.folder)
+        return cluster.submit(
+            *options,
+            "--cpus-per-task=1",
+            "--mem-per-cpu=100",
+            f"--output={self.folder}/{log}",
+            str(ROOT / "launcher/slurm" / script),
+            *(f"{name}={place}" for name, place in self.spec.domains.items()),
+            "--sequence-length",
+            "64",
+            "--heldout",
+            "0.2",
+            "--tokenizer",
+            str(self.spec.tokenizer),
+            "--output",
+            str(self.output),
+            cwd=self.folder,
+        )
 
     def done(self) -> dict[Path, int]:
         """Units that are tokenized, and when each was."""
-        return {path: path.stat().st_mtime_ns for path in Path(f"{self.output}.work").glob("tok/*.tok")}
+        return {
+            path: path.stat().st_mtime_ns for path in Path(f"{self.output}.work").glob("tok/*.tok")
+        }
 
     def logs(self) -> str:
         return "\n".join(p.read_text(errors="replace")[-2000:] for p in self.folder.glob("*.log"))
@@ -56,7 +72,12 @@ class Work:
 def work(tmp_path: Path) -> Work:
     spec = world(tmp_path)
     many = texts(2000, 7) * 12  # repeats are dropped
-    domains = {f"d{i}": write_lines(tmp_path / f"in/d{i}.jsonl", [f"{i} {j} {text}" for j, text in enumerate(many)]) for i in range(4)}
+    domains = {
+        f"d{i}": write_lines(
+            tmp_path / f"in/d{i}.jsonl", [f"{i} {j} {text}" for j, text in enumerate(many)]
+        )
+        for i in range(4)
+    }
     for name in (".venv", "launcher", "data_prep", "nextpt", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     return Work(spec.model_copy(update={"domains": domains}), tmp_path / "by_jobs", tmp_path)
@@ -66,7 +87,9 @@ def gone(cluster: Slurm, job: str) -> bool:  # noqa: F811
     return not cluster.run("squeue", "-h", "-j", job)
 
 
-def test_an_array_that_was_killed_goes_on_with_another_number_of_tasks(cluster: Slurm, work: Work) -> None:  # noqa: F811
+def test_an_array_that_was_killed_goes_on_with_another_number_of_tasks(
+    cluster: Slurm, work: Work
+) -> None:
     job = work.submit(cluster, "prep_array.sbatch", "%A_%a.log", "--array", "0-1")
     wait_for(work.done)
     cluster.run("scancel", "--full", "--signal=KILL", job)
@@ -83,18 +106,32 @@ RAY = ("ray::", "raylet", "gcs_server", "bin/ray start", "ray/_private")
 
 def ray_processes(*words: str) -> list[psutil.Process]:
     """Processes of Ray whose command line has all the words."""
-    return [process for process in psutil.process_iter(["cmdline"])
-            if (line := " ".join(process.info["cmdline"] or [])) and any(name in line for name in RAY) and all(word in line for word in words)]
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (line := " ".join(process.info["cmdline"] or []))
+        and any(name in line for name in RAY)
+        and all(word in line for word in words)
+    ]
 
 
 @pytest.fixture
 def no_ray_left() -> Iterator[None]:
-    """Slurm without cgroups, as in these tests, does not end processes that left their group; Ray's do."""
+    """Slurm without cgroups, as in these tests, does not end processes that left their group.
+
+    Ray's do.
+    """
     yield
-    subprocess.run([str(Path(sys.executable).parent / "ray"), "stop", "--force"], capture_output=True, timeout=60)
+    subprocess.run(
+        [str(Path(sys.executable).parent / "ray"), "stop", "--force"],
+        capture_output=True,
+        timeout=60,
+    )
 
 
-def test_ray_that_was_killed_goes_on_with_fewer_nodes(cluster: Slurm, work: Work, no_ray_left: None) -> None:  # noqa: F811
+def test_ray_that_was_killed_goes_on_with_fewer_nodes(
+    cluster: Slurm, work: Work, no_ray_left: None
+) -> None:
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
     wait_for(lambda: work.done() or cluster.job(job)["JobState"] == "FAILED", 120)
     assert work.done(), work.logs()
@@ -108,7 +145,9 @@ def test_ray_that_was_killed_goes_on_with_fewer_nodes(cluster: Slurm, work: Work
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=1")
     wait_for(lambda: work.done().keys() > before.keys() or gone(cluster, job), 120)
     again = work.done()
-    assert all(again.get(path, when) == when for path, when in before.items()), "a unit that was done was done again"
+    assert all(again.get(path, when) == when for path, when in before.items()), (
+        "a unit that was done was done again"
+    )
     wait_for(lambda: gone(cluster, job), 300)
     work.check()
 

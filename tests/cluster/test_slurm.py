@@ -47,9 +47,28 @@ def endless(dataset: Path, run: Path, **train: int) -> Config:
 def submit(cluster: Slurm, config: Config, folder: Path, *options: str) -> str:
     """Number of a job that `nextpt slurm submit` made, from a folder that is not the repository."""
     (folder / "config.yaml").write_text(to_yaml(config))
-    done = subprocess.run([sys.executable, str(ROOT / "launcher" / "cli.py"), "slurm", "submit", "--config", "config.yaml", "--nodes", "2",
-                           "--gpus-per-node", "0", "--cpus-per-rank", "1", *options], capture_output=True, text=True, cwd=folder,
-                          env=os.environ | cluster.variables, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "launcher" / "cli.py"),
+            "slurm",
+            "submit",
+            "--config",
+            "config.yaml",
+            "--nodes",
+            "2",
+            "--gpus-per-node",
+            "0",
+            "--cpus-per-rank",
+            "1",
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | cluster.variables,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.split("job ")[1].split(":")[0]
 
@@ -60,18 +79,28 @@ def log(run: Path, job: str) -> str:
 
 def start_again(cluster: Slurm, job: str, restarts: int) -> None:
     """Wait until a job was queued again, and spare it the two minutes that Slurm lets a requeued job wait."""
-    wait_for(lambda: (state := cluster.job(job))["Restarts"] == str(restarts) and state["JobState"] in ("PENDING", "RUNNING"), 60)
+    wait_for(
+        lambda: (
+            (state := cluster.job(job))["Restarts"] == str(restarts)
+            and state["JobState"] in ("PENDING", "RUNNING")
+        ),
+        60,
+    )
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
-def test_preempted_again_and_again_with_the_losses_of_an_unbroken_run(cluster: Slurm, dataset: Path, tmp_path: Path) -> None:
+def test_preempted_again_and_again_with_the_losses_of_an_unbroken_run(
+    cluster: Slurm, dataset: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     job = submit(cluster, endless(dataset, run), tmp_path)
     ends = []
     for cycle in range(1, CYCLES + 1):
         seen = steps_made(run)
         wait_for(lambda: steps_made(run) > seen)
-        other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
+        other = cluster.submit(
+            "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true"
+        )
         cluster.wait_for(other, "COMPLETED")
         end = read_end(run)
         assert end["code"] == 75 and end["step"] > seen, (cycle, end, log(run, job))
@@ -83,13 +112,19 @@ def test_preempted_again_and_again_with_the_losses_of_an_unbroken_run(cluster: S
     cluster.run("scancel", job)
     cluster.wait_for(job, "CANCELLED")
     found = losses(run)
-    assert train_all([endless(dataset, tmp_path / "unbroken", stop_at=max(found))], 2, tmp_path / "logs") == [None]
+    assert train_all(
+        [endless(dataset, tmp_path / "unbroken", stop_at=max(found))], 2, tmp_path / "logs"
+    ) == [None]
     assert found == losses(tmp_path / "unbroken")
     resumed = [line for line in log(run, job).splitlines() if line.startswith("resuming")]
-    assert [int(line.split("after step ")[1].split()[0]) for line in resumed][:CYCLES] == ends, resumed
+    assert [int(line.split("after step ")[1].split()[0]) for line in resumed][:CYCLES] == ends, (
+        resumed
+    )
 
 
-def test_out_of_time_it_saves_and_queues_itself_again(cluster: Slurm, dataset: Path, tmp_path: Path) -> None:
+def test_out_of_time_it_saves_and_queues_itself_again(
+    cluster: Slurm, dataset: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     job = submit(cluster, endless(dataset, run), tmp_path, "--time", "2")
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", 150)
@@ -98,23 +133,33 @@ def test_out_of_time_it_saves_and_queues_itself_again(cluster: Slurm, dataset: P
     assert cluster.wait_for(job, "CANCELLED")["Restarts"] == "1"
 
 
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Slurm, dataset: Path, tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_stays_cancelled(
+    cluster: Slurm, dataset: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     job = submit(cluster, endless(dataset, run), tmp_path)
     wait_for(lambda: steps_made(run) > 0)
     cluster.run("scancel", job)
     job_state = cluster.wait_for(job, "CANCELLED")
     wait_for(lambda: read_end(run) is not None, 30)
-    assert job_state["Restarts"] == "0" and read_end(run)["code"] == 75 and "saved" in read_end(run)["reason"]
+    assert (
+        job_state["Restarts"] == "0"
+        and read_end(run)["code"] == 75
+        and "saved" in read_end(run)["reason"]
+    )
 
 
-def test_a_mistake_ends_the_job_and_is_not_tried_again(cluster: Slurm, dataset: Path, tmp_path: Path) -> None:
+def test_a_mistake_ends_the_job_and_is_not_tried_again(
+    cluster: Slurm, dataset: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     config = endless(dataset, run)
     job = submit(cluster, config, tmp_path, "train.init_from=nowhere")
     state = cluster.wait_for(job, "FAILED")
     assert state["ExitCode"] == "2:0" and state["Restarts"] == "0"
-    assert sum(line.startswith("error: ") for line in log(run, job).splitlines()) == 1, log(run, job)
+    assert sum(line.startswith("error: ") for line in log(run, job).splitlines()) == 1, log(
+        run, job
+    )
 
 
 def test_a_finished_run_completes(cluster: Slurm, dataset: Path, tmp_path: Path) -> None:

@@ -32,11 +32,23 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 def config(ranks: int, stage: int, precision: str, hpz: int | None = None) -> Config:
     """Matrices large enough not to stay gathered at stage 3 (DeepSpeed keeps those below 10^5 elements)."""
-    return tiny(Path("."), Path("."), model={"vocab_size": 2048, "depth": 3, "width": 384}, train={
-        "zero_stage": stage, "precision": precision, "hpz_ranks": hpz, "micro_batch_size": 1, "global_batch_size": MICRO_BATCHES * ranks})
+    return tiny(
+        Path("."),
+        Path("."),
+        model={"vocab_size": 2048, "depth": 3, "width": 384},
+        train={
+            "zero_stage": stage,
+            "precision": precision,
+            "hpz_ranks": hpz,
+            "micro_batch_size": 1,
+            "global_batch_size": MICRO_BATCHES * ranks,
+        },
+    )
 
 
-def count(on: Hosts, configs: list[Config], per_host: int, folder: Path) -> list[list[dict[str, Any]]]:
+def count(
+    on: Hosts, configs: list[Config], per_host: int, folder: Path
+) -> list[list[dict[str, Any]]]:
     """[config][rank] -> what the probe counted, on two hosts."""
     paths = []
     for number, one in enumerate(configs):
@@ -45,9 +57,23 @@ def count(on: Hosts, configs: list[Config], per_host: int, folder: Path) -> list
     world, running = 2 * per_host, []
     for rank in range(world):
         name = on.names[rank // per_host]
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank % per_host), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(per_host),
-                                    "MASTER_ADDR": on.address(on.names[0]), "MASTER_PORT": "29401", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.support.traffic_probe", str(folder / "out"), *map(str, paths)]
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % per_host),
+            "WORLD_SIZE": str(world),
+            "LOCAL_SIZE": str(per_host),
+            "MASTER_ADDR": on.address(on.names[0]),
+            "MASTER_PORT": "29401",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "tests.support.traffic_probe",
+            str(folder / "out"),
+            *map(str, paths),
+        ]
         running.append(on.start(name, command, environment, folder / f"{rank}.log"))
     codes = [process.wait(300) for process in running]
     assert not any(codes), "\n".join(p.read_text()[-3000:] for p in folder.glob("*.log"))
@@ -60,37 +86,69 @@ def sent(found: dict[str, Any], ranks: int) -> float:
     return sum(one["bytes"] for one in found["sent"] if len(one["ranks"]) == ranks)
 
 
-def test_each_stage_sends_what_the_plan_says(two: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_sends_what_the_plan_says(
+    two: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan, "LIVE_PARAMETERS", 1)
-    cases = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+    cases = [
+        (0, "fp32"),
+        (1, "fp32"),
+        (1, "bf16"),
+        (2, "fp32"),
+        (2, "bf16"),
+        (3, "fp32"),
+        (3, "bf16"),
+    ]
     configs = [config(2, *case) for case in cases]
-    print("\nstage precision  MB by the formula  counted in collectives  on the wire  buckets sent before the first backward pass ends")
+    print(
+        "\nstage precision  MB by the formula  counted in collectives  on the wire  buckets sent"
+        " before the first backward pass ends"
+    )
     for case, one, found in zip(cases, configs, count(two, configs, 1, tmp_path), strict=True):
         formula = plan.traffic(one, 2)
         order = found[0]["order"]
-        early = sum(kind in ("all_reduce", "reduce_scatter") for kind in order[: order.index(FIRST_BLOCK)])
-        print(f"{case[0]}     {case[1]}       {formula.total / 1e6:10.2f} {sent(found[0], 2) / 1e6:18.2f} {found[0]['wire'] / 1e6:18.2f} {early:10}")
-        assert early >= 3 if case[0] >= 2 else early == 0, order  # of some six buckets; stages 0 and 1 reduce after the last backward pass
+        early = sum(
+            kind in ("all_reduce", "reduce_scatter") for kind in order[: order.index(FIRST_BLOCK)]
+        )
+        print(
+            f"{case[0]}     {case[1]}       {formula.total / 1e6:10.2f}"
+            f" {sent(found[0], 2) / 1e6:18.2f} {found[0]['wire'] / 1e6:18.2f} {early:10}"
+        )
+        # Of some six buckets; stages 0 and 1 reduce after the last backward pass
+        assert early >= 3 if case[0] >= 2 else early == 0, order
         # At stage 3 small parameters stay gathered, and so does what the backward pass begins with.
-        assert (0.9 if case[0] == 3 else 1.0) * formula.total <= sent(found[0], 2) <= formula.total * 1.0001, case
+        assert (
+            (0.9 if case[0] == 3 else 1.0) * formula.total
+            <= sent(found[0], 2)
+            <= formula.total * 1.0001
+        ), case
         assert sent(found[0], 2) == sent(found[1], 2)
-        # gloo sends a reduce-scatter as an all-reduce would, both passes; headers and acknowledgements come on top.
+        # gloo sends a reduce-scatter as an all-reduce would, both passes; headers and
+        # acknowledgements come on top.
         scattered = sum(s["bytes"] for s in found[0]["sent"] if s["kind"] == "reduce_scatter")
         assert found[0]["wire"] == pytest.approx(sent(found[0], 2) + scattered, rel=0.05), case
 
 
-def test_hpz_takes_the_gathering_off_the_network(two: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hpz_takes_the_gathering_off_the_network(
+    two: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan, "LIVE_PARAMETERS", 1)
     configs = [config(4, 3, "bf16"), config(4, 3, "bf16", hpz=2)]
     plain, hpz = count(two, configs, 2, tmp_path)
     assert plain[0]["losses"] == hpz[0]["losses"]
     for rank, found in enumerate(hpz):
         inside = [one["ranks"] for one in found["sent"] if len(one["ranks"]) == 2]
-        assert inside and all(rank in ranks and ranks in ([0, 1], [2, 3]) for ranks in inside), "a gathering of two ranks leaves its host"
+        assert inside and all(rank in ranks and ranks in ([0, 1], [2, 3]) for ranks in inside), (
+            "a gathering of two ranks leaves its host"
+        )
     formulas = [plan.traffic(one, 4) for one in configs]
-    print(f"\nhpZ of 2 on 2 hosts x 2 ranks, MB a rank: among all {sent(plain[0], 4) / 1e6:.2f} -> {sent(hpz[0], 4) / 1e6:.2f} "
-          f"(formula {formulas[0].everywhere / 1e6:.2f} -> {formulas[1].everywhere / 1e6:.2f}), inside a host 0 -> {sent(hpz[0], 2) / 1e6:.2f} "
-          f"(formula {formulas[1].in_node / 1e6:.2f}); on the wire of a host {plain[0]['wire'] / 1e6:.2f} -> {hpz[0]['wire'] / 1e6:.2f}")
+    print(
+        f"\nhpZ of 2 on 2 hosts x 2 ranks, MB a rank: among all {sent(plain[0], 4) / 1e6:.2f} ->"
+        f" {sent(hpz[0], 4) / 1e6:.2f} (formula {formulas[0].everywhere / 1e6:.2f} ->"
+        f" {formulas[1].everywhere / 1e6:.2f}), inside a host 0 -> {sent(hpz[0], 2) / 1e6:.2f}"
+        f" (formula {formulas[1].in_node / 1e6:.2f}); on the wire of a host"
+        f" {plain[0]['wire'] / 1e6:.2f} -> {hpz[0]['wire'] / 1e6:.2f}"
+    )
     for found, formula in ((plain[0], formulas[0]), (hpz[0], formulas[1])):
         assert 0.9 * formula.everywhere <= sent(found, 4) <= 1.05 * formula.everywhere
         assert 0.8 * formula.in_node <= sent(found, 2) <= formula.in_node

@@ -36,7 +36,9 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     path = write(tmp_path, to_yaml(config()))
-    loaded = load_config(path, ["train.steps=50", "model.depth=4", "objective.domain_weights.code=2.5"])
+    loaded = load_config(
+        path, ["train.steps=50", "model.depth=4", "objective.domain_weights.code=2.5"]
+    )
     assert (loaded.train.steps, loaded.model.depth) == (50, 4)
     assert loaded.objective.domain_weights == {"code": 2.5}
 
@@ -100,7 +102,9 @@ def test_accumulation_divides_the_batch_or_says_why(ranks: int, micro: int, batc
 
 
 def test_differences_tell_what_a_resumed_run_may_change() -> None:
-    allowed, forbidden = differences(config(), config(train={"steps": 20, "zero_stage": 2}, model={"depth": 3}))
+    allowed, forbidden = differences(
+        config(), config(train={"steps": 20, "zero_stage": 2}, model={"depth": 3})
+    )
     assert allowed == ["train.steps: 10 -> 20", "train.zero_stage: 1 -> 2"]
     assert forbidden == ["model.depth: 2 -> 3"]
 

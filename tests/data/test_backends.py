@@ -20,7 +20,9 @@ from tests.support.layouts import rewrite, rows_of
 
 @pytest.fixture(scope="module")
 def packed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rewrite(dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_rows=40)
+    return rewrite(
+        dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_rows=40
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,16 @@ def leave_no_shared_memory() -> Iterator[None]:
 
 def open_loader(path: Path, backend: str, **data: Any) -> Loader:
     stages = [{"steps": 9, "mixing": {"code": 0.4, "prose": 0.6}}, {"sequence_length": 16}]
-    return Loader(tiny(path, Path("unused"), data={"backend": backend, "stages": stages} | data, train={"steps": 40}), 0, 1)
+    return Loader(
+        tiny(
+            path,
+            Path("unused"),
+            data={"backend": backend, "stages": stages} | data,
+            train={"steps": 40},
+        ),
+        0,
+        1,
+    )
 
 
 def batches(loader: Loader) -> list[dict[str, torch.Tensor]]:
@@ -56,19 +67,28 @@ def assert_equal(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("layout", ["dataset", "grouped", "packed"])
-def test_both_backends_give_the_same_batches(request: pytest.FixtureRequest, layout: str, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(request.getfixturevalue(layout), tmp_path / "d"))  # streaming unpacks beside the packed shards
+def test_both_backends_give_the_same_batches(
+    request: pytest.FixtureRequest, layout: str, tmp_path: Path
+) -> None:
+    # Streaming unpacks beside the packed shards
+    folder = Path(shutil.copytree(request.getfixturevalue(layout), tmp_path / "d"))
     expected = batches(open_loader(folder, "native"))
     assert_equal(batches(open_loader(folder, "streaming")), expected)
     assert_equal(batches(open_loader(folder, "native")), expected)
 
 
 @pytest.mark.parametrize("layout", ["grouped", "packed"])
-def test_both_backends_read_a_remote_dataset(request: pytest.FixtureRequest, layout: str, tmp_path: Path) -> None:
+def test_both_backends_read_a_remote_dataset(
+    request: pytest.FixtureRequest, layout: str, tmp_path: Path
+) -> None:
     folder = request.getfixturevalue(layout)
     expected = batches(open_loader(folder, "native"))
-    assert_equal(batches(open_loader(tmp_path / "a", "streaming", remote=str(folder), cache_limit_gib=1)), expected)
-    assert_equal(batches(open_loader(tmp_path / "a", "native", remote=str(folder))), expected)  # over the other's copies
+    assert_equal(
+        batches(open_loader(tmp_path / "a", "streaming", remote=str(folder), cache_limit_gib=1)),
+        expected,
+    )
+    # Over the other's copies
+    assert_equal(batches(open_loader(tmp_path / "a", "native", remote=str(folder))), expected)
 
 
 def test_states_are_the_same_for_both_backends(dataset: Path) -> None:
@@ -78,11 +98,19 @@ def test_states_are_the_same_for_both_backends(dataset: Path) -> None:
     native.close(), streaming.close()
 
 
-@pytest.mark.parametrize(("reader", "layout"), [
-    ("StreamingDataset", "dataset"), ("StreamingDataset", "grouped"), ("StreamingDataset", "packed"),
-    ("LocalDataset", "dataset"), ("LocalDataset", "grouped"),  # which does not unpack
-])
-def test_streamings_own_iteration_yields_our_rows_sample_for_sample(request: pytest.FixtureRequest, layout: str, reader: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("reader", "layout"),
+    [
+        ("StreamingDataset", "dataset"),
+        ("StreamingDataset", "grouped"),
+        ("StreamingDataset", "packed"),
+        ("LocalDataset", "dataset"),
+        ("LocalDataset", "grouped"),  # which does not unpack
+    ],
+)
+def test_streamings_own_iteration_yields_our_rows_sample_for_sample(
+    request: pytest.FixtureRequest, layout: str, reader: str, tmp_path: Path
+) -> None:
     import_streaming()
     import streaming
 
@@ -93,7 +121,11 @@ def test_streamings_own_iteration_yields_our_rows_sample_for_sample(request: pyt
         local = streaming.LocalDataset(local=folder)
         theirs = [local[i] for i in range(len(local))]
     else:
-        theirs = list(streaming.StreamingDataset(local=folder, shuffle=False, batch_size=1, num_canonical_nodes=1))
+        theirs = list(
+            streaming.StreamingDataset(
+                local=folder, shuffle=False, batch_size=1, num_canonical_nodes=1
+            )
+        )
     assert len(theirs) == len(ours)
     for i, sample in enumerate(theirs):
         row = ours[i]
@@ -108,10 +140,29 @@ def test_a_shuffled_epoch_of_streaming_is_a_pass_of_ours(grouped: Path, tmp_path
     from streaming import StreamingDataset
 
     folder = str(shutil.copytree(grouped / "train" / "prose", tmp_path / "d"))
-    theirs = StreamingDataset(local=folder, shuffle=True, shuffle_algo="py1e", shuffle_seed=1, shuffle_block_size=2**18, batch_size=4, num_canonical_nodes=1)
-    loader = Loader(tiny(grouped, Path("unused"), data={"mixing": {"prose": 1}}, train={"global_batch_size": 1, "micro_batch_size": 1}), 0, 1)
+    theirs = StreamingDataset(
+        local=folder,
+        shuffle=True,
+        shuffle_algo="py1e",
+        shuffle_seed=1,
+        shuffle_block_size=2**18,
+        batch_size=4,
+        num_canonical_nodes=1,
+    )
+    loader = Loader(
+        tiny(
+            grouped,
+            Path("unused"),
+            data={"mixing": {"prose": 1}},
+            train={"global_batch_size": 1, "micro_batch_size": 1},
+        ),
+        0,
+        1,
+    )
     rows, read = loader._order.locate(0, len(theirs))[1], loader.dataset.rows["train"][1]
-    assert sorted(s["tokens"].tobytes() for s in theirs) == sorted(read[int(r)].tokens.tobytes() for r in rows)
+    assert sorted(s["tokens"].tobytes() for s in theirs) == sorted(
+        read[int(r)].tokens.tobytes() for r in rows
+    )
     loader.close()
 
 
@@ -121,7 +172,9 @@ def test_a_limit_that_would_delete_the_only_copy_is_refused(packed: Path, tmp_pa
         open_loader(folder, "streaming", cache_limit_gib=1)
 
 
-def test_the_library_path_also_refuses_damaged_shards_by_name(grouped: Path, packed: Path, tmp_path: Path) -> None:
+def test_the_library_path_also_refuses_damaged_shards_by_name(
+    grouped: Path, packed: Path, tmp_path: Path
+) -> None:
     """Streaming never looks at the hash of a file that is there."""
     for name, source, pattern in (("grouped", grouped, "*.mds"), ("packed", packed, "*.zstd")):
         folder = Path(shutil.copytree(source, tmp_path / name))
@@ -142,14 +195,31 @@ def test_the_library_path_has_rotten_copies_fetched_again(grouped: Path, tmp_pat
 
 
 def test_local_world_size_is_set_before_streaming_needs_it(dataset: Path, tmp_path: Path) -> None:
-    """deepspeed sets LOCAL_SIZE only; without the other, each rank would take itself for the first of its machine."""
+    """Deepspeed sets LOCAL_SIZE only.
+
+    Without the other, each rank would take itself for the first of its machine.
+    """
     import os
     import subprocess
     import sys
 
-    script = ("import os, sys\nfrom data_prep.streaming_compat import import_streaming\nimport_streaming()\n"
-              "from streaming.base.world import World\nw = World.detect()\nprint(w.ranks_per_node, w.is_local_leader)")
-    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    script = (
+        "import os, sys\nfrom data_prep.streaming_compat import"
+        " import_streaming\nimport_streaming()\nfrom streaming.base.world import World\nw ="
+        " World.detect()\nprint(w.ranks_per_node, w.is_local_leader)"
+    )
+    environment = os.environ | {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "2",
+    }
     environment["LOCAL_WORLD_SIZE"] = "1"  # of a parent that used streaming itself
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.stdout.split() == ["2", "False"], done.stderr

@@ -27,13 +27,30 @@ WEIGHTS = np.array([1.0, 2.0], dtype=np.float32)
 
 def make(rows: list[Row], context: int | None = None) -> Batch:
     length = len(rows[0].tokens) - 1
-    (batch,) = collate(rows, len(rows), SIZES, WEIGHTS, segments=segments_per_row(length, context or length), context=context or length)
+    (batch,) = collate(
+        rows,
+        len(rows),
+        SIZES,
+        WEIGHTS,
+        segments=segments_per_row(length, context or length),
+        context=context or length,
+    )
     return batch
 
 
 def test_a_batch_says_what_its_row_says() -> None:
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 0, 0])
-    batch = make([Row(tokens, np.array([4, 3, 2]), np.array([0, 2, PADDING]), 1, np.arange(9, dtype=np.float32))])
+    batch = make(
+        [
+            Row(
+                tokens,
+                np.array([4, 3, 2]),
+                np.array([0, 2, PADDING]),
+                1,
+                np.arange(9, dtype=np.float32),
+            )
+        ]
+    )
     assert batch.tokens.tolist() == [[9, 1, 2, 9, 9, 3, 4, 0]]
     assert batch.targets.tolist() == [[1, 2, 9, X, 3, 4, X, X]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1, -1]]
@@ -58,7 +75,14 @@ def test_a_shorter_context_cuts_what_is_seen_and_nothing_that_is_predicted() -> 
 
 def test_bytes_come_from_the_column_where_rows_have_one() -> None:
     """A text token may stand for nothing and the end of a document for something."""
-    row = Row(np.array([9, 1, 2, 9, 0]), np.array([4, 1]), np.array([0, PADDING]), 0, None, np.array([0, 0, 5, 2, 0], dtype=np.uint32))
+    row = Row(
+        np.array([9, 1, 2, 9, 0]),
+        np.array([4, 1]),
+        np.array([0, PADDING]),
+        0,
+        None,
+        np.array([0, 0, 5, 2, 0], dtype=np.uint32),
+    )
     batch = make([row, blank_row(5, 0)])
     assert batch.target_bytes.tolist() == [[0, 5, 2, 0], [0] * 4]
     assert batch.is_text.tolist() == [[True, True, False, False], [False] * 4]
@@ -76,8 +100,17 @@ def rows(draw: st.DrawFn) -> tuple[list[Row], int]:
             left -= lengths[-1]
         flags = np.zeros(len(lengths), np.uint8)
         flags[-1] = draw(st.sampled_from([0, PADDING]))
-        made.append(Row(np.array(draw(st.lists(st.integers(0, 9), min_size=length + 1, max_size=length + 1)), np.uint16),
-                        np.array(lengths, np.uint32), flags, draw(st.integers(0, 1))))
+        made.append(
+            Row(
+                np.array(
+                    draw(st.lists(st.integers(0, 9), min_size=length + 1, max_size=length + 1)),
+                    np.uint16,
+                ),
+                np.array(lengths, np.uint32),
+                flags,
+                draw(st.integers(0, 1)),
+            )
+        )
     return made, draw(st.integers(1, length + 3))
 
 
@@ -102,7 +135,10 @@ def test_batches_follow_their_definition(case: tuple[list[Row], int]) -> None:
             assert float(batch.token_weights[i, t]) == predicted * WEIGHTS[row.domain]
             assert int(batch.target_bytes[i, t]) == predicted * SIZES[row.tokens[t + 1]]
             assert bool(batch.is_text[i, t]) == (predicted and SIZES[row.tokens[t + 1]] > 0)
-    assert batch.cu_seqlens.shape == (len(made) * segments_per_row(length, context) + 1,) and batch.cu_seqlens.dtype == torch.int32
+    assert (
+        batch.cu_seqlens.shape == (len(made) * segments_per_row(length, context) + 1,)
+        and batch.cu_seqlens.dtype == torch.int32
+    )
     if context >= length:  # else padding is cut in cu_seqlens and is one run in document_ids
         total = len(made) * length
         mask = PackedSequences(batch.cu_seqlens, batch.cu_seqlens, total, total).mask(None)[0, 0]
@@ -112,38 +148,63 @@ def test_batches_follow_their_definition(case: tuple[list[Row], int]) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(rows(), st.integers(1, 3))
-def test_batches_made_together_are_those_made_apart(case: tuple[list[Row], int], times: int) -> None:
+def test_batches_made_together_are_those_made_apart(
+    case: tuple[list[Row], int], times: int
+) -> None:
     made, context = case
     options = {"segments": segments_per_row(len(made[0].tokens) - 1, context), "context": context}
     together = collate(made * times, len(made), SIZES, WEIGHTS, **options)
     assert len(together) == times
-    for batch in (*together, *(b for row in made for b in collate([row], 1, SIZES, WEIGHTS, **options))):
+    for batch in (
+        *together,
+        *(b for row in made for b in collate([row], 1, SIZES, WEIGHTS, **options)),
+    ):
         assert all(tensor.is_contiguous() for tensor in vars(batch).values())
-    assert all(torch.equal(a, b) for batch in together for a, b in zip(vars(batch).values(), vars(make(made, context)).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for batch in together
+        for a, b in zip(vars(batch).values(), vars(make(made, context)).values(), strict=True)
+    )
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    (Row(np.array([9, 1, 2]), np.array([2, 2]), np.array([0, 0]), 0), "do not add up"),
-    (Row(np.array([9, 1, 2]), np.array([3]), np.array([0, 0]), 0), "do not add up"),
-    (Row(np.array([9, 1, 2]), np.array([0, 3]), np.array([0, 0]), 0), "do not add up"),
-    (Row(np.array([9, 1, 10]), np.array([3]), np.array([0]), 0), "outside the vocabulary"),
-    (Row(np.array([10, 1, 1]), np.array([3]), np.array([0]), 0), "outside the vocabulary"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row(np.array([9, 1, 2]), np.array([2, 2]), np.array([0, 0]), 0), "do not add up"),
+        (Row(np.array([9, 1, 2]), np.array([3]), np.array([0, 0]), 0), "do not add up"),
+        (Row(np.array([9, 1, 2]), np.array([0, 3]), np.array([0, 0]), 0), "do not add up"),
+        (Row(np.array([9, 1, 10]), np.array([3]), np.array([0]), 0), "outside the vocabulary"),
+        (Row(np.array([10, 1, 1]), np.array([3]), np.array([0]), 0), "outside the vocabulary"),
+    ],
+)
 def test_rows_that_contradict_themselves_are_refused(row: Row, message: str) -> None:
     with pytest.raises(DataError, match=message):
         make([row])
 
 
 def test_more_segments_than_there_is_room_for_are_refused() -> None:
-    row = Row(np.array([9, 1, 2, 3, 1, 1, 1, 1, 1]), np.ones(9, np.uint32), np.zeros(9, np.uint8), 0)
+    row = Row(
+        np.array([9, 1, 2, 3, 1, 1, 1, 1, 1]), np.ones(9, np.uint32), np.zeros(9, np.uint8), 0
+    )
     with pytest.raises(DataError, match="segments"):
         make([row])
-    assert segments_per_row(64, 64, most=5) == 5 and segments_per_row(64, 16, most=5) == 8 and segments_per_row(64, 1) == 64
+    assert (
+        segments_per_row(64, 64, most=5) == 5
+        and segments_per_row(64, 16, most=5) == 8
+        and segments_per_row(64, 1) == 64
+    )
 
 
-def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_row_needs(dataset: Path) -> None:
+def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_row_needs(
+    dataset: Path,
+) -> None:
     loader = Loader(tiny(dataset, Path("unused")), 0, 1)
-    most = max(len(rows[i].doc_lens) for split in ("train", "heldout") for rows in loader.dataset.rows[split] for i in range(len(rows)))
+    most = max(
+        len(rows[i].doc_lens)
+        for split in ("train", "heldout")
+        for rows in loader.dataset.rows[split]
+        for i in range(len(rows))
+    )
     assert loader.dataset.max_segments() == most < 64 // 2
     assert loader.step_batches(0)[0].cu_seqlens.shape == (2 * most + 1,)
     loader.close()
@@ -153,7 +214,16 @@ def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_row_needs(da
 def test_one_pass_sees_every_byte_and_every_token_once(dataset: Path, context: int) -> None:
     stage = {"sequence_length": context}
     rows_of_all = {"global_batch_size": 1, "micro_batch_size": 1}
-    loader = Loader(tiny(dataset, Path("unused"), data={"stages": [stage], "mixing": {"code": 1.0}}, train=rows_of_all), 0, 1)
+    loader = Loader(
+        tiny(
+            dataset,
+            Path("unused"),
+            data={"stages": [stage], "mixing": {"code": 1.0}},
+            train=rows_of_all,
+        ),
+        0,
+        1,
+    )
     counts = loader.manifest.splits["train"]["code"]
     found = [loader.step_batches(step)[0] for step in range(counts.rows)]
     assert sum(int(b.target_bytes.sum()) for b in found) == counts.bytes
@@ -181,18 +251,40 @@ def test_bytes_of_a_column_reach_the_figures(dataset: Path, tmp_path: Path) -> N
     for number, batch in enumerate(loader.validation_batches(0, len(rows))):
         expected = np.zeros((2, 64), np.int64)
         for i in range(min(2, len(rows) - 2 * number)):
-            expected[i] = later({"tokens": rows[2 * number + i].tokens, "doc_lens": rows[2 * number + i].doc_lens})["target_bytes"][1:]
-        np.testing.assert_array_equal(batch.target_bytes.numpy(), np.where(batch.targets != X, expected, 0))
-        assert torch.equal(batch.is_text, (batch.targets != X) & (torch.from_numpy(table.astype(np.int64))[batch.targets.clamp(min=0)] > 0))
-        sums.add(torch.ones_like(batch.token_weights), batch.target_bytes, batch.is_text, batch.domain_ids)
-        differ, predicted = differ + int((batch.is_text != (batch.target_bytes > 0)).sum()), predicted + int((batch.targets != X).sum())
+            expected[i] = later(
+                {"tokens": rows[2 * number + i].tokens, "doc_lens": rows[2 * number + i].doc_lens}
+            )["target_bytes"][1:]
+        np.testing.assert_array_equal(
+            batch.target_bytes.numpy(), np.where(batch.targets != X, expected, 0)
+        )
+        assert torch.equal(
+            batch.is_text,
+            (batch.targets != X)
+            & (torch.from_numpy(table.astype(np.int64))[batch.targets.clamp(min=0)] > 0),
+        )
+        sums.add(
+            torch.ones_like(batch.token_weights),
+            batch.target_bytes,
+            batch.is_text,
+            batch.domain_ids,
+        )
+        differ, predicted = (
+            differ + int((batch.is_text != (batch.target_bytes > 0)).sum()),
+            predicted + int((batch.targets != X).sum()),
+        )
     total = sums.total()
-    assert differ and total.tokens < predicted and total.tokens == loader.manifest.splits["heldout"]["code"].text_tokens
+    assert (
+        differ
+        and total.tokens < predicted
+        and total.tokens == loader.manifest.splits["heldout"]["code"].text_tokens
+    )
     loader.close()
 
 
 def test_held_out_rows_hold_every_byte_once(dataset: Path) -> None:
-    loader = Loader(tiny(dataset, Path("unused"), train={"global_batch_size": 1, "micro_batch_size": 1}), 0, 1)
+    loader = Loader(
+        tiny(dataset, Path("unused"), train={"global_batch_size": 1, "micro_batch_size": 1}), 0, 1
+    )
     counts = loader.manifest.splits["heldout"]
     for domain, name in enumerate(loader.domains):
         batches = list(loader.validation_batches(domain, 10**9))

@@ -15,7 +15,11 @@ from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
 
 GLOBAL = 64
-STAGES = [{"steps": 7, "mixing": {"code": 0.7, "prose": 0.3}}, {"steps": 5, "sequence_length": 16}, {"mixing": {"prose": 1.0}}]
+STAGES = [
+    {"steps": 7, "mixing": {"code": 0.7, "prose": 0.3}},
+    {"steps": 5, "sequence_length": 16},
+    {"mixing": {"prose": 1.0}},
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +28,12 @@ def shards(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(shards: Path, micro: int, threads: int = 2, **data: Any) -> Config:
-    return tiny(shards, Path("unused"), data={"stages": STAGES, "prefetch_threads": threads} | data,
-                train={"steps": 40, "global_batch_size": GLOBAL, "micro_batch_size": micro})
+    return tiny(
+        shards,
+        Path("unused"),
+        data={"stages": STAGES, "prefetch_threads": threads} | data,
+        train={"steps": 40, "global_batch_size": GLOBAL, "micro_batch_size": micro},
+    )
 
 
 def global_batches(config: Config, world: int, steps: range) -> list[dict[str, torch.Tensor]]:
@@ -35,11 +43,22 @@ def global_batches(config: Config, world: int, steps: range) -> list[dict[str, t
     for step in steps:
         rows: dict[int, dict[str, torch.Tensor]] = {}
         for loader in loaders:
-            for positions, batch in zip(loader.positions(step), loader.step_batches(step), strict=True):
+            for positions, batch in zip(
+                loader.positions(step), loader.step_batches(step), strict=True
+            ):
                 for i, position in enumerate(positions):
-                    rows[position] = {name: getattr(batch, name)[i] for name in vars(batch) if name != "cu_seqlens"}
+                    rows[position] = {
+                        name: getattr(batch, name)[i]
+                        for name in vars(batch)
+                        if name != "cu_seqlens"
+                    }
         assert sorted(rows) == list(range(step * GLOBAL, (step + 1) * GLOBAL))
-        found.append({name: torch.stack([rows[p][name] for p in sorted(rows)]) for name in rows[step * GLOBAL]})
+        found.append(
+            {
+                name: torch.stack([rows[p][name] for p in sorted(rows)])
+                for name in rows[step * GLOBAL]
+            }
+        )
     for loader in loaders:
         loader.close()
     return found
@@ -50,22 +69,34 @@ def whole(shards: Path) -> list[dict[str, torch.Tensor]]:
     return global_batches(config_of(shards, GLOBAL, threads=1), 1, range(24))
 
 
-def assert_equal(found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:
+def assert_equal(
+    found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]
+) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-@pytest.mark.parametrize(("world", "micro", "threads"), [(1, 16, 3), (2, 8, 1), (4, 16, 2), (8, 2, 4), (64, 1, 1)])
+@pytest.mark.parametrize(
+    ("world", "micro", "threads"), [(1, 16, 3), (2, 8, 1), (4, 16, 2), (8, 2, 4), (64, 1, 1)]
+)
 def test_ranks_micro_batches_and_threads_only_slice_the_order(
-        shards: Path, whole: list[dict[str, torch.Tensor]], world: int, micro: int, threads: int) -> None:
+    shards: Path, whole: list[dict[str, torch.Tensor]], world: int, micro: int, threads: int
+) -> None:
     assert_equal(global_batches(config_of(shards, micro, threads), world, range(16)), whole[:16])
 
 
-def test_a_run_may_be_resumed_with_other_ranks_again_and_again(shards: Path, whole: list[dict[str, torch.Tensor]]) -> None:
+def test_a_run_may_be_resumed_with_other_ranks_again_and_again(
+    shards: Path, whole: list[dict[str, torch.Tensor]]
+) -> None:
     """Within stages and across their ends; a checkpoint's state is accepted by each."""
     found, state = [], None
-    for world, micro, steps in ((2, 4, range(0, 5)), (8, 8, range(5, 13)), (1, 32, range(13, 17)), (64, 1, range(17, 24))):
+    for world, micro, steps in (
+        (2, 4, range(5)),
+        (8, 8, range(5, 13)),
+        (1, 32, range(13, 17)),
+        (64, 1, range(17, 24)),
+    ):
         config = config_of(shards, micro)
         loader = Loader(config, 0, world)
         if state is not None:
@@ -77,7 +108,9 @@ def test_a_run_may_be_resumed_with_other_ranks_again_and_again(shards: Path, who
     assert_equal(found, whole)
 
 
-def test_steps_may_be_asked_for_in_any_order(shards: Path, whole: list[dict[str, torch.Tensor]]) -> None:
+def test_steps_may_be_asked_for_in_any_order(
+    shards: Path, whole: list[dict[str, torch.Tensor]]
+) -> None:
     loader = Loader(config_of(shards, GLOBAL), 0, 1)
     for step in (0, 11, 3, 3, 12, 0):
         (batch,) = loader.step_batches(step)
@@ -86,32 +119,58 @@ def test_steps_may_be_asked_for_in_any_order(shards: Path, whole: list[dict[str,
     loader.close()
 
 
-def test_what_is_passed_over_is_not_read_also_after_a_resume(shards: Path, whole: list[dict[str, torch.Tensor]]) -> None:
+def test_what_is_passed_over_is_not_read_also_after_a_resume(
+    shards: Path, whole: list[dict[str, torch.Tensor]]
+) -> None:
     """Also across the end of a stage, twice from the same step, and with what was read ahead before it was known."""
     loader = Loader(config_of(shards, GLOBAL), 0, 1)
 
     def reads(one: Loader, step: int) -> int:
         (batch,) = one.step_batches(step)
-        return next(n for n, expected in enumerate(whole) if torch.equal(batch.tokens, expected["tokens"]))
+        return next(
+            n for n, expected in enumerate(whole) if torch.equal(batch.tokens, expected["tokens"])
+        )
 
     assert [reads(loader, step) for step in range(4)] == [0, 1, 2, 3]
     loader.pass_over(2, 5 * GLOBAL)
-    assert [reads(loader, step) for step in range(2, 5)] == [5, 6, 7] and loader.passed_over == [(128, 320)]
-    assert [step for step in range(1, 7) if loader.begins_stage(step)] == [4]  # which reads the 8th batch: the stage ends after 7
+    assert [reads(loader, step) for step in range(2, 5)] == [5, 6, 7] and loader.passed_over == [
+        (128, 320)
+    ]
+    # Which reads the 8th batch: the stage ends after 7
+    assert [step for step in range(1, 7) if loader.begins_stage(step)] == [4]
     loader.pass_over(2, 8 * GLOBAL)
-    assert [reads(loader, step) for step in range(2, 4)] == [8, 9] and loader.passed_over == [(128, 512)] and loader.begins_stage(2)
+    assert (
+        [reads(loader, step) for step in range(2, 4)] == [8, 9]
+        and loader.passed_over == [(128, 512)]
+        and loader.begins_stage(2)
+    )
     loader.pass_over(4, 12 * GLOBAL)
-    assert loader.passed_over == [(128, 512), (640, 768)] and not loader.begins_stage(3) and loader.begins_stage(4)
+    assert (
+        loader.passed_over == [(128, 512), (640, 768)]
+        and not loader.begins_stage(3)
+        and loader.begins_stage(4)
+    )
     state = loader.state(5)
     assert state["position"] == 13 * GLOBAL and state["passed_over"] == [[128, 512], [640, 768]]
     resumed = Loader(config_of(shards, 16), 1, 2)
     resumed.check_state(state)
     resumed.go_on(state)
     first, second = resumed.positions(5)
-    assert (first[0], second[0]) == (13 * GLOBAL + 16, 13 * GLOBAL + 48) and resumed.state(5) == state
-    resumed.go_on({name: value for name, value in state.items() if name != "passed_over"})  # of an older nextpt
+    assert (first[0], second[0]) == (13 * GLOBAL + 16, 13 * GLOBAL + 48) and resumed.state(
+        5
+    ) == state
+    # Of an older nextpt
+    resumed.go_on({name: value for name, value in state.items() if name != "passed_over"})
     assert resumed.position(5) == 5 * GLOBAL
-    for spans in ([[0, 1]], [[128, 64]], [[0, 64], [64, 128]], [[0, 64 * GLOBAL]], [[0]], ["ab"], 7):
+    for spans in (
+        [[0, 1]],
+        [[128, 64]],
+        [[0, 64], [64, 128]],
+        [[0, 64 * GLOBAL]],
+        [[0]],
+        ["ab"],
+        7,
+    ):
         with pytest.raises((KeyError, TypeError, ValueError)):
             resumed.go_on(state | {"passed_over": spans})
     loader.close()
@@ -120,16 +179,22 @@ def test_what_is_passed_over_is_not_read_also_after_a_resume(shards: Path, whole
 
 def test_one_epoch_after_another(shards: Path) -> None:
     """Without a mixture, the samples of one pass are all rows once, up to how the last block falls out."""
-    loader = Loader(tiny(shards, Path("unused"), train={"global_batch_size": 64, "micro_batch_size": 64}), 0, 1)
+    loader = Loader(
+        tiny(shards, Path("unused"), train={"global_batch_size": 64, "micro_batch_size": 64}), 0, 1
+    )
     counts = [int(s.sum()) for s in loader.dataset.samples]
     domains, rows = loader._order.locate(0, sum(counts))
     for domain, count in enumerate(counts):
         given = rows[domains == domain]
-        assert abs(len(given) - count) < 0.05 * count and len(set(given[:count])) == min(len(given), count)
+        assert abs(len(given) - count) < 0.05 * count and len(set(given[:count])) == min(
+            len(given), count
+        )
     loader.close()
 
 
-def test_stages_change_the_mixture_and_the_context_and_no_shape(whole: list[dict[str, torch.Tensor]]) -> None:
+def test_stages_change_the_mixture_and_the_context_and_no_shape(
+    whole: list[dict[str, torch.Tensor]],
+) -> None:
     prose = [float(batch["domain_ids"].double().mean()) for batch in whole]
     assert 0.15 < sum(prose[:7]) / 7 < 0.45 and all(share == 1 for share in prose[12:])
     longest = [int(batch["position_ids"].max()) for batch in whole]
@@ -140,7 +205,10 @@ def test_stages_change_the_mixture_and_the_context_and_no_shape(whole: list[dict
 def test_cu_seqlens_have_one_size_over_all_stages(shards: Path) -> None:
     loader = Loader(config_of(shards, 8), 0, 2)
     most = loader.dataset.max_segments()
-    assert most and {batch.cu_seqlens.shape for step in range(14) for batch in loader.step_batches(step)} == {(8 * (most + 3) + 1,)}  # 64 / 16 - 1 cuts
+    # 64 / 16 - 1 cuts
+    assert most and {
+        batch.cu_seqlens.shape for step in range(14) for batch in loader.step_batches(step)
+    } == {(8 * (most + 3) + 1,)}
     loader.close()
 
 
@@ -149,7 +217,9 @@ def test_waiting_is_measured(shards: Path, monkeypatch: pytest.MonkeyPatch) -> N
     import time
 
     read, seconds = Loader._read_step, 0.15
-    monkeypatch.setattr(Loader, "_read_step", lambda self, step: (time.sleep(seconds), read(self, step))[1])
+    monkeypatch.setattr(
+        Loader, "_read_step", lambda self, step: (time.sleep(seconds), read(self, step))[1]
+    )
     loader = Loader(config_of(shards, GLOBAL), 0, 1)
     loader.step_batches(0)
     first = loader.wait_seconds

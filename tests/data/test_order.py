@@ -48,7 +48,8 @@ def test_counts_of_blocks_are_exact_whatever_their_number(shares: list[float], b
         amounts = mixture.amounts(b)
         assert amounts.min() >= 0 and int(amounts.sum()) == BLOCK
         assert (mixture.before(b) + amounts == mixture.before(b + 1)).all()
-    assert (mixture.before(block + PERIOD) - mixture.before(block) == weights).all()  # no drift, also after 10^12 samples
+    # No drift, also after 10^12 samples
+    assert (mixture.before(block + PERIOD) - mixture.before(block) == weights).all()
     for weight, given_samples in zip(weights, mixture.before(block), strict=True):
         assert abs(int(given_samples) - Fraction(weight * block, PERIOD)) <= np.log2(PERIOD)
     assert (mixture.before(0) == 0).all()
@@ -56,7 +57,9 @@ def test_counts_of_blocks_are_exact_whatever_their_number(shares: list[float], b
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=70).filter(any), st.integers(0, 2**31 - 1))
-def test_a_pass_is_a_permutation_that_touches_few_shards_at_a_time(samples: list[int], seed: int) -> None:
+def test_a_pass_is_a_permutation_that_touches_few_shards_at_a_time(
+    samples: list[int], seed: int
+) -> None:
     order, total = DomainOrder(np.array(samples), seed, 1), sum(samples)
     shard_of = np.repeat(np.arange(len(samples)), samples)
     for number in (0, 1, 10**9):
@@ -77,17 +80,24 @@ def test_passes_and_windows_differ_and_mix_their_shards() -> None:
     order = DomainOrder(np.full(40, 50), 1, 1)
     first, second = order.rows(np.arange(2000)), order.rows(np.arange(2000, 4000))
     assert (first != second).mean() > 0.9
-    assert len(set(first[:WINDOW * 5] // 50)) > WINDOW // 2  # not one shard after another
+    assert len(set(first[: WINDOW * 5] // 50)) > WINDOW // 2  # not one shard after another
     assert (first[:800] != DomainOrder(np.full(40, 50), 2, 1).rows(np.arange(800))).mean() > 0.9
     ahead, end = order.shards_ahead(1990, 2)
-    assert end == 2000 and set(ahead[:8]) == set(first[1600:] // 50) and set(ahead[8:]) == set(second[:800] // 50)
+    assert (
+        end == 2000
+        and set(ahead[:8]) == set(first[1600:] // 50)
+        and set(ahead[8:]) == set(second[:800] // 50)
+    )
     some = np.array([3, 790, 801, 1999, 2000, 3999])  # a rank's share has gaps
     assert (order.rows(some) == np.concatenate((first, second))[some]).all()
 
 
 def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:
     sizes = (300, 50, 7)
-    order = Order(plan((0, [0.5, 0.3, 0.2]), (3000, [0.1, 0.1, 0.8]), (5001, [0, 1, 0]), seed=1), [np.full(30, 10), np.full(10, 5), np.array([7])])
+    order = Order(
+        plan((0, [0.5, 0.3, 0.2]), (3000, [0.1, 0.1, 0.8]), (5001, [0, 1, 0]), seed=1),
+        [np.full(30, 10), np.full(10, 5), np.array([7])],
+    )
     domains, rows = order.locate(0, 9000)
     for domain, size in enumerate(sizes):
         of_domain = rows[domains == domain]
@@ -100,24 +110,34 @@ def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:
 
 def test_order_depends_on_the_seed_and_the_place_and_nothing_else() -> None:
     shards = [np.full(20, 5), np.full(4, 5)]
-    a, b, other = (Order(plan((0, [0.9, 0.1]), (5000, [0.5, 0.5]), seed=seed), shards) for seed in (1, 1, 2))
+    a, b, other = (
+        Order(plan((0, [0.9, 0.1]), (5000, [0.5, 0.5]), seed=seed), shards) for seed in (1, 1, 2)
+    )
     places = [9000, 5000, 3, 4095, 4096, 4999]
     assert [a[p] for p in places] == [b[p] for p in reversed(places)][::-1]
     domains, rows = a.locate(4990, 5100)
-    assert list(zip(domains.tolist(), rows.tolist(), strict=True)) == [b[p] for p in range(4990, 5100)]
+    assert list(zip(domains.tolist(), rows.tolist(), strict=True)) == [
+        b[p] for p in range(4990, 5100)
+    ]
     assert [a[p] for p in range(50)] != [other[p] for p in range(50)]
 
 
 def test_the_order_is_the_one_of_this_version() -> None:
     """When this fails the order has changed: raise ORDER_VERSION, or runs would go on with other samples than they think."""
     assert permutation(8, 1, 2, (3, 4, 5)).tolist() == PINNED_DRAW
-    order = Order(plan((0, [0.7, 0.2, 0.1]), (10000, [0.2, 0.2, 0.6]), seed=7), [np.arange(1, 60), np.full(33, 8), np.array([3])])
+    order = Order(
+        plan((0, [0.7, 0.2, 0.1]), (10000, [0.2, 0.2, 0.6]), seed=7),
+        [np.arange(1, 60), np.full(33, 8), np.array([3])],
+    )
     found = np.stack(order.locate(5000, 20000)).astype("<i8").tobytes()
     assert hashlib.sha256(found).hexdigest() == PINNED_ORDER
 
 
 def test_sample_a_thousand_million_is_reached_at_once() -> None:
-    """200 MB beyond what the imports take, with 10^5 shards and 1.6 10^9 rows a domain; the time is in bench/loader.py."""
+    """200 MB beyond what the imports take, with 10^5 shards and 1.6 10^9 rows a domain.
+
+    The time is in bench/loader.py.
+    """
     script = """
 import resource, numpy as np
 from nextpt.data.mixture import quantise
@@ -129,7 +149,13 @@ order = Order(Plan(0, (Stage(0, quantise([3, 1]), 64),)), [np.full(100_000, 16_3
 order.locate(10**9, 10**9 + 4096)
 print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert 0 <= int(done.stdout) < 200e6
 
 

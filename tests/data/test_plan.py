@@ -22,8 +22,16 @@ def other(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rewrite(dataset, tmp_path_factory.mktemp("other") / "d", shard_rows=200)
 
 
-def open_loader(dataset: Path, steps: int = 100, seed: int = 0, batch: int = 8, **data: Any) -> Loader:
-    config = tiny(dataset, Path("unused"), run={"seed": seed}, data=data, train={"steps": steps, "global_batch_size": batch, "micro_batch_size": 2})
+def open_loader(
+    dataset: Path, steps: int = 100, seed: int = 0, batch: int = 8, **data: Any
+) -> Loader:
+    config = tiny(
+        dataset,
+        Path("unused"),
+        run={"seed": seed},
+        data=data,
+        train={"steps": steps, "global_batch_size": batch, "micro_batch_size": 2},
+    )
     loader = Loader(config, 0, 1)
     loader.close()
     return loader
@@ -34,26 +42,48 @@ def stages(*parts: tuple[int | None, dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def test_a_state_is_small_and_the_same_on_all_ranks(dataset: Path) -> None:
-    a, b = (Loader(tiny(dataset, Path("unused"), train={"global_batch_size": 8, "micro_batch_size": m}), rank, world).state(50)
-            for rank, world, m in ((0, 1, 8), (3, 4, 1)))
+    a, b = (
+        Loader(
+            tiny(dataset, Path("unused"), train={"global_batch_size": 8, "micro_batch_size": m}),
+            rank,
+            world,
+        ).state(50)
+        for rank, world, m in ((0, 1, 8), (3, 4, 1))
+    )
     assert a == b and a["position"] == 400 and len(str(a)) < 400
 
 
-@pytest.mark.parametrize("later", [
-    stages((60, A), (None, B)), stages((60, A), (10, B), (None, C)), stages((50, A), (None, B)), stages((None, A)),
-])
+@pytest.mark.parametrize(
+    "later",
+    [
+        stages((60, A), (None, B)),
+        stages((60, A), (10, B), (None, C)),
+        stages((50, A), (None, B)),
+        stages((None, A)),
+    ],
+)
 def test_stages_may_be_added_after_the_position(dataset: Path, later: list[dict[str, Any]]) -> None:
     state = open_loader(dataset, stages=stages((None, A))).state(50)
     grown = open_loader(dataset, stages=later)
     grown.check_state(state)
     before = open_loader(dataset, stages=stages((None, A)))._order
-    assert [x.tolist() for x in before.locate(0, 400)] == [x.tolist() for x in grown._order.locate(0, 400)]
+    assert [x.tolist() for x in before.locate(0, 400)] == [
+        x.tolist() for x in grown._order.locate(0, 400)
+    ]
 
 
-@pytest.mark.parametrize("later", [
-    {"stages": stages((40, A), (None, B))}, {"stages": stages((None, B))}, {"stages": stages((40, A), (None, A))}, {"mixing": B},
-    {"stages": [{"mixing": A, "sequence_length": 32}]}, {"mixing": A, "seed": 1}, {},
-])
+@pytest.mark.parametrize(
+    "later",
+    [
+        {"stages": stages((40, A), (None, B))},
+        {"stages": stages((None, B))},
+        {"stages": stages((40, A), (None, A))},
+        {"mixing": B},
+        {"stages": [{"mixing": A, "sequence_length": 32}]},
+        {"mixing": A, "seed": 1},
+        {},
+    ],
+)
 def test_a_changed_past_is_refused(dataset: Path, later: dict[str, Any]) -> None:
     state = open_loader(dataset, mixing=A).state(50)
     with pytest.raises(DataError, match="the plan before sample 400"):
@@ -61,7 +91,9 @@ def test_a_changed_past_is_refused(dataset: Path, later: dict[str, Any]) -> None
 
 
 def test_one_stage_is_no_stage(dataset: Path) -> None:
-    open_loader(dataset, stages=stages((None, A))).check_state(open_loader(dataset, mixing=A).state(50))
+    open_loader(dataset, stages=stages((None, A))).check_state(
+        open_loader(dataset, mixing=A).state(50)
+    )
 
 
 def test_what_changed_is_named(dataset: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +115,13 @@ def test_a_longer_run_is_the_same_plan(dataset: Path) -> None:
 def test_repeat_caps_are_checked_over_the_whole_run(dataset: Path) -> None:
     rows = open_loader(dataset).manifest.splits["train"]["prose"].rows
     steps = 2 * rows // 8 + 1
-    with pytest.raises(ConfigError, match=rf"data.repeat_caps allows 2 passes over domain prose, but the plan makes 2.0\d: \d+ samples of {rows} rows"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"data.repeat_caps allows 2 passes over domain prose, but the plan makes 2.0\d: \d+"
+            rf" samples of {rows} rows"
+        ),
+    ):
         open_loader(dataset, steps=steps, mixing={"prose": 1}, repeat_caps={"prose": 2})
     open_loader(dataset, steps=steps - 1, mixing={"prose": 1}, repeat_caps={"prose": 2})
     open_loader(dataset, steps=steps, mixing={"prose": 1}, repeat_caps={"code": 1e-3})
@@ -95,29 +133,55 @@ def test_repeat_caps_are_checked_over_the_whole_run(dataset: Path) -> None:
         open_loader(dataset, repeat_caps={"poems": 2})
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ({"mixing": {"poems": 1}}, "data.mixing names domain 'poems'; the dataset has code, prose"),
-    ({"mixing": {"code": 0}}, "data.mixing gives every domain the share 0"),
-    ({"mixing": {"code": -1}}, "data.mixing.code = -1.0 must be finite"),
-    ({"mixing": {"code": float("nan")}}, "data.mixing.code = nan must be finite"),
-    ({"stages": [{"steps": 5}, {"mixing": {"poems": 1}}]}, "data.stages.1.mixing names domain 'poems'"),
-    ({"stages": [{}, {}]}, "data.stages.0 has no steps"),
-    ({"stages": []}, "data.stages is empty"),
-    ({"stages": [{"steps": 5}]}, "data.stages end after 5 steps and the run has 100"),
-    ({"stages": [{"sequence_length": 65}]}, "data.stages.0.sequence_length = 65 is above data.sequence_length = 64"),
-    ({"stages": [{"steps": 0}]}, "stages.0.steps"),
-    ({"stages": [{"mixin": {}}]}, "unknown key data.stages.0.mixin; the nearest is data.stages.mixing"),
-    ({"repeat_caps": 0}, "data.repeat_caps = 0.0 must be finite and > 0"),
-    ({"repeat_caps": {"code": -1}}, "data.repeat_caps.code = -1.0"),
-])
-def test_plans_that_make_no_sense_are_refused(dataset: Path, data: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"mixing": {"poems": 1}}, "data.mixing names domain 'poems'; the dataset has code, prose"),
+        ({"mixing": {"code": 0}}, "data.mixing gives every domain the share 0"),
+        ({"mixing": {"code": -1}}, "data.mixing.code = -1.0 must be finite"),
+        ({"mixing": {"code": float("nan")}}, "data.mixing.code = nan must be finite"),
+        (
+            {"stages": [{"steps": 5}, {"mixing": {"poems": 1}}]},
+            "data.stages.1.mixing names domain 'poems'",
+        ),
+        ({"stages": [{}, {}]}, "data.stages.0 has no steps"),
+        ({"stages": []}, "data.stages is empty"),
+        ({"stages": [{"steps": 5}]}, "data.stages end after 5 steps and the run has 100"),
+        (
+            {"stages": [{"sequence_length": 65}]},
+            "data.stages.0.sequence_length = 65 is above data.sequence_length = 64",
+        ),
+        ({"stages": [{"steps": 0}]}, "stages.0.steps"),
+        (
+            {"stages": [{"mixin": {}}]},
+            "unknown key data.stages.0.mixin; the nearest is data.stages.mixing",
+        ),
+        ({"repeat_caps": 0}, "data.repeat_caps = 0.0 must be finite and > 0"),
+        ({"repeat_caps": {"code": -1}}, "data.repeat_caps.code = -1.0"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(
+    dataset: Path, data: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         open_loader(dataset, **data)
 
 
 def test_stages_and_where_data_lies_may_differ_in_a_resumed_run(dataset: Path) -> None:
     old = tiny(dataset, Path("unused"), data={"mixing": A})
-    new = tiny(dataset, Path("unused"), data={"mixing": A, "stages": [{"mixing": A}], "repeat_caps": {"code": 3}, "remote": "s3://x", "cache_limit_gib": 1,
-                                              "backend": "streaming", "prefetch_threads": 1, "scratch": "/x"})
+    new = tiny(
+        dataset,
+        Path("unused"),
+        data={
+            "mixing": A,
+            "stages": [{"mixing": A}],
+            "repeat_caps": {"code": 3},
+            "remote": "s3://x",
+            "cache_limit_gib": 1,
+            "backend": "streaming",
+            "prefetch_threads": 1,
+            "scratch": "/x",
+        },
+    )
     assert differences(old, new)[1] == [] and differences(new, old)[1] == []
     assert differences(old, tiny(dataset, Path("unused"), data={"mixing": B}))[1]

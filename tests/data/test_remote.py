@@ -28,7 +28,9 @@ BUCKET = "corpus"
 
 @pytest.fixture(scope="module")
 def packed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rewrite(dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_rows=8)
+    return rewrite(
+        dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_rows=8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,10 @@ def grouped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of few files, for a server that is not quick."""
     root = tmp_path_factory.mktemp("few")
-    return {name: rewrite(dataset, root / name, compression=kind, shard_rows=128) for name, kind in (("packed", "zstd"), ("grouped", None))}
+    return {
+        name: rewrite(dataset, root / name, compression=kind, shard_rows=128)
+        for name, kind in (("packed", "zstd"), ("grouped", None))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +70,46 @@ def finish(loader: Loader) -> None:
 
 
 def loader_of(remote: str | Path | None, path: Path, tmp_path: Path, **data: object) -> Loader:
-    return Loader(tiny(path, Path("unused"), data={"remote": str(remote) if remote else None, "scratch": str(tmp_path / "node")} | data), 0, 1)
+    return Loader(
+        tiny(
+            path,
+            Path("unused"),
+            data={"remote": str(remote) if remote else None, "scratch": str(tmp_path / "node")}
+            | data,
+        ),
+        0,
+        1,
+    )
 
 
 def first_steps(loader: Loader, steps: int = 12) -> list[bytes]:
-    found = [batch.tokens.numpy().tobytes() for step in range(steps) for batch in loader.step_batches(step)]
+    found = [
+        batch.tokens.numpy().tobytes()
+        for step in range(steps)
+        for batch in loader.step_batches(step)
+    ]
     finish(loader)
     return found
 
 
 @pytest.mark.parametrize("name", ["packed", "grouped"])
-def test_a_dataset_of_an_object_store_gives_the_same_batches(few: dict[str, Path], s3: None, name: str, tmp_path: Path) -> None:
+def test_a_dataset_of_an_object_store_gives_the_same_batches(
+    few: dict[str, Path], s3: None, name: str, tmp_path: Path
+) -> None:
     expected, cache = first_steps(loader_of(None, few[name], tmp_path)), tmp_path / "cache"
     loader = loader_of(f"s3://{BUCKET}/{name}/", cache, tmp_path)
     assert first_steps(loader) == expected
     cached = {str(f.relative_to(cache)) for f in cache.rglob("*") if f.is_file()}
-    assert {"dataset.json", "tokenizer.json", "token_bytes.npy", "heldout_text/code.jsonl", "train/code/index.json"} <= cached
-    assert any(n.endswith(".mds") for n in cached) and not any(n.endswith(".zstd") or ".incoming/" in n for n in cached)
+    assert {
+        "dataset.json",
+        "tokenizer.json",
+        "token_bytes.npy",
+        "heldout_text/code.jsonl",
+        "train/code/index.json",
+    } <= cached
+    assert any(n.endswith(".mds") for n in cached) and not any(
+        n.endswith(".zstd") or ".incoming/" in n for n in cached
+    )
 
 
 def test_a_copy_that_rotted_is_fetched_again(packed: Path, tmp_path: Path) -> None:
@@ -97,10 +125,18 @@ def test_what_is_wrong_in_the_store_is_refused_by_name(grouped: Path, tmp_path: 
     for shard in source.rglob("*.mds"):
         shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
     loader = loader_of(source, tmp_path / "cache", tmp_path)
-    with pytest.raises(DataError, match=r"source/train/\w+/g\d{5}/shard.\d{5}.mds cannot be fetched \(3 attempts\): its xxh64 differs"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"source/train/\w+/g\d{5}/shard.\d{5}.mds cannot be fetched \(3 attempts\): its xxh64"
+            r" differs"
+        ),
+    ):
         loader.step_batches(0)
     finish(loader)
-    assert not list((tmp_path / "cache").rglob("*.mds")) and not list((tmp_path / "cache" / ".incoming").iterdir())
+    assert not list((tmp_path / "cache").rglob("*.mds")) and not list(
+        (tmp_path / "cache" / ".incoming").iterdir()
+    )
     for shard in source.rglob("*.mds"):
         shard.unlink()
     loader = loader_of(source, tmp_path / "cache", tmp_path)
@@ -109,10 +145,16 @@ def test_what_is_wrong_in_the_store_is_refused_by_name(grouped: Path, tmp_path: 
     finish(loader)
 
 
-@pytest.mark.parametrize(("remote", "message"), [
-    ("s3://corpus/nothing", "s3://corpus/nothing/dataset.json cannot be fetched"), ("s3://nowhere/x", "s3://nowhere/x/dataset.json cannot be fetched"),
-])
-def test_a_store_without_the_dataset_is_refused(s3: None, remote: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("remote", "message"),
+    [
+        ("s3://corpus/nothing", "s3://corpus/nothing/dataset.json cannot be fetched"),
+        ("s3://nowhere/x", "s3://nowhere/x/dataset.json cannot be fetched"),
+    ],
+)
+def test_a_store_without_the_dataset_is_refused(
+    s3: None, remote: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=message):
         loader_of(remote, tmp_path / "cache", tmp_path)
     assert not list((tmp_path / "cache" / ".incoming").iterdir())
@@ -128,16 +170,26 @@ def test_addresses_that_cannot_be_meant_are_refused(packed: Path, tmp_path: Path
         loader_of(packed, tmp_path / "file", tmp_path)
 
 
-def test_copies_of_another_dataset_are_not_mixed(packed: Path, grouped: Path, tmp_path: Path) -> None:
+def test_copies_of_another_dataset_are_not_mixed(
+    packed: Path, grouped: Path, tmp_path: Path
+) -> None:
     loader_of(packed, tmp_path / "cache", tmp_path).close()
     with pytest.raises(DataError, match="copies of another dataset"):
         loader_of(grouped, tmp_path / "cache", tmp_path)
 
 
-def test_an_index_of_the_store_that_is_not_the_manifests_is_refused(packed: Path, tmp_path: Path) -> None:
+def test_an_index_of_the_store_that_is_not_the_manifests_is_refused(
+    packed: Path, tmp_path: Path
+) -> None:
     source = Path(shutil.copytree(packed, tmp_path / "source"))
     (source / "train" / "code" / "index.json").write_text("{}")
-    with pytest.raises(DataError, match="train/code/index.json cannot be fetched .* not the one that dataset.json was written with"):
+    with pytest.raises(
+        DataError,
+        match=(
+            "train/code/index.json cannot be fetched .* not the one that dataset.json was written"
+            " with"
+        ),
+    ):
         loader_of(source, tmp_path / "cache", tmp_path)
 
 
@@ -165,8 +217,13 @@ print(json.dumps([__import__("hashlib").sha256(b"".join(tokens)).hexdigest(), fe
 
 def test_processes_of_a_machine_share_one_copy(packed: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", READER, str(packed), str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(3)]
-    found = [json.loads(process.communicate(timeout=200)[0].splitlines()[-1]) for process in processes]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        for _ in range(3)
+    ]
+    found = [
+        json.loads(process.communicate(timeout=200)[0].splitlines()[-1]) for process in processes
+    ]
     assert len({digest for digest, _ in found}) == 1
     shards = [name for _, names in found for name in names if name.endswith(".zstd")]
     assert len(shards) == len(set(shards)) > 20
@@ -178,15 +235,20 @@ def test_what_killed_processes_left_is_removed(packed: Path, tmp_path: Path) -> 
 
     incoming = tmp_path / "cache" / ".incoming"
     incoming.mkdir(parents=True)
-    gone, alive, elsewhere = f"{socket.gethostname()}-4194305-1-x", f"{socket.gethostname()}-{os.getpid()}-1-x", "other-host-4194305-1-x"
+    gone = f"{socket.gethostname()}-4194305-1-x"
+    alive = f"{socket.gethostname()}-{os.getpid()}-1-x"
+    elsewhere = "other-host-4194305-1-x"
     for name in (gone, alive, elsewhere):
         (incoming / name).touch()
     loader_of(packed, tmp_path / "cache", tmp_path).close()
     assert {f.name for f in incoming.iterdir()} == {alive, elsewhere}
 
 
-def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Cache, "check", lambda self, needed: None)  # all of so small a dataset is read together
+def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of so small a dataset is read together
+    monkeypatch.setattr(Cache, "check", lambda self, needed: None)
     expected = first_steps(loader_of(None, packed, tmp_path), 40)
     trimmed = []
     trim = Cache.trim
@@ -205,14 +267,26 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(packed: P
 
     monkeypatch.setattr(Cache, "trim", trim_and_look)
     limit, shard = 100_000, 3_500
-    assert first_steps(loader_of(packed, tmp_path / "cache", tmp_path, cache_limit_gib=limit / 2**30), 40) == expected
-    raw = [s["raw_data"]["bytes"] for d in ("code", "prose") for s in json.loads((packed / "train" / d / "index.json").read_text())["shards"]]
+    assert (
+        first_steps(
+            loader_of(packed, tmp_path / "cache", tmp_path, cache_limit_gib=limit / 2**30), 40
+        )
+        == expected
+    )
+    raw = [
+        s["raw_data"]["bytes"]
+        for d in ("code", "prose")
+        for s in json.loads((packed / "train" / d / "index.json").read_text())["shards"]
+    ]
     assert sum(raw) > 2.5 * limit and max(raw) <= shard
-    assert len(trimmed) > 30 and max(trimmed) <= limit + 8 * shard  # eight threads may be making one each
+    # Eight threads may be making one each
+    assert len(trimmed) > 30 and max(trimmed) <= limit + 8 * shard
     assert len(list(packed.rglob("*.zstd"))) > 30  # the source is whole
 
 
-def test_the_one_unused_for_longest_goes_first_and_only_copies_do(packed: Path, tmp_path: Path) -> None:
+def test_the_one_unused_for_longest_goes_first_and_only_copies_do(
+    packed: Path, tmp_path: Path
+) -> None:
     loader = loader_of(packed, tmp_path / "cache", tmp_path)
     store = loader.dataset._stores["train"][0]
     paths = [store.ready(i) for i in range(4)]
@@ -220,7 +294,8 @@ def test_the_one_unused_for_longest_goes_first_and_only_copies_do(packed: Path, 
     for path in (*(tmp_path / "cache").rglob("*.mds"), *(tmp_path / "node" / "verified").iterdir()):
         os.utime(path, (1000, 1000))
     for path in paths:
-        store.node.mark(path, store.index[paths.index(path)].raw.xxh64).touch()  # the clock of files moved: marks are others now
+        # The clock of files moved: marks are others now
+        store.node.mark(path, store.index[paths.index(path)].raw.xxh64).touch()
     os.utime(store.node.mark(paths[2], store.index[2].raw.xxh64), (500, 500))
     for i in (0, 1, 3):
         os.utime(store.node.mark(paths[i], store.index[i].raw.xxh64), (2000 + i, 2000 + i))

@@ -37,12 +37,12 @@ def packed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rewrite(dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd:3")
 
 
-@pytest.fixture()
+@pytest.fixture
 def copy(grouped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(grouped, tmp_path / "d"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def packed_copy(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "d"))
 
@@ -57,10 +57,13 @@ def first_row(folder: Path, scratch: Path | None = None) -> Any:
 
 @pytest.mark.parametrize("layout", ["dataset", "grouped", "packed"])
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_rows_are_what_streaming_reads(request: pytest.FixtureRequest, dataset: Path, layout: str, split: str, tmp_path: Path) -> None:
+def test_rows_are_what_streaming_reads(
+    request: pytest.FixtureRequest, dataset: Path, layout: str, split: str, tmp_path: Path
+) -> None:
     folder = request.getfixturevalue(layout)
     for domain in ("code", "prose"):
-        rows, samples = rows_of(folder, split, domain, tmp_path), list(samples_of(dataset, split, domain))
+        rows = rows_of(folder, split, domain, tmp_path)
+        samples = list(samples_of(dataset, split, domain))
         assert len(rows) == len(samples) > 10
         for i, sample in enumerate(samples):
             row = rows[i]
@@ -73,12 +76,26 @@ def test_rows_are_what_streaming_reads(request: pytest.FixtureRequest, dataset: 
 
 
 def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, packed: Path) -> None:
-    """Not in their order, which follows the shards; but one pass over a domain holds the same rows."""
+    """Not in their order, which follows the shards.
+
+    But one pass over a domain holds the same rows.
+    """
     found = []
     for folder in (dataset, grouped, packed):
-        loader = Loader(tiny(folder, Path("unused"), data={"mixing": {"prose": 1}}, train={"global_batch_size": 1, "micro_batch_size": 1}), 0, 1)
+        loader = Loader(
+            tiny(
+                folder,
+                Path("unused"),
+                data={"mixing": {"prose": 1}},
+                train={"global_batch_size": 1, "micro_batch_size": 1},
+            ),
+            0,
+            1,
+        )
         count = loader.manifest.splits["train"]["prose"].rows
-        found.append(sorted(loader.step_batches(step)[0].tokens.numpy().tobytes() for step in range(count)))
+        found.append(
+            sorted(loader.step_batches(step)[0].tokens.numpy().tobytes() for step in range(count))
+        )
         loader.close()
     assert found[0] == found[1] == found[2]
 
@@ -94,18 +111,25 @@ def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) ->
         rows[i]
     maps = sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert maps <= MAPS + 2 and len(os.listdir("/proc/self/fd")) <= descriptors + 1
-    assert kept[0].tobytes() == rows[0].tokens.tobytes()  # views outlive the reader's interest in their shard
+    # Views outlive the reader's interest in their shard
+    assert kept[0].tobytes() == rows[0].tokens.tobytes()
 
 
-def test_a_shard_that_is_needed_does_not_wait_behind_those_that_will_be(grouped: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_needed_does_not_wait_behind_those_that_will_be(
+    grouped: Path, tmp_path: Path
+) -> None:
     rows, busy = rows_of(grouped, "train", "code", tmp_path), threading.Event()
     rows._threads.submit(busy.wait)
     rows.prepare(range(5))
     with ThreadPoolExecutor(1) as caller:
-        assert caller.submit(lambda: rows[0]).result(30).tokens.tobytes() == rows_of(grouped, "train", "code", tmp_path)[0].tokens.tobytes()
+        assert (
+            caller.submit(lambda: rows[0]).result(30).tokens.tobytes()
+            == rows_of(grouped, "train", "code", tmp_path)[0].tokens.tobytes()
+        )
         busy.set()
     rows._threads.shutdown(wait=True)
-    assert len(list((tmp_path / "verified").iterdir())) == 5  # the others were made ready in their turn
+    # The others were made ready in their turn
+    assert len(list((tmp_path / "verified").iterdir())) == 5
 
 
 def _damage(path: Path, change: Callable[[bytearray], bytes]) -> None:
@@ -117,10 +141,19 @@ def _flip(data: bytearray) -> bytes:
     return data
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (_flip, "xxh64"), (lambda d: d[:-1], "bytes"), (lambda d: d[:5], "bytes"), (lambda d: b"", "bytes"), (lambda d: d + b"x", "bytes"),
-])
-def test_a_damaged_shard_is_refused_by_name(copy: Path, change: Callable[[bytearray], bytes], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_flip, "xxh64"),
+        (lambda d: d[:-1], "bytes"),
+        (lambda d: d[:5], "bytes"),
+        (lambda d: b"", "bytes"),
+        (lambda d: d + b"x", "bytes"),
+    ],
+)
+def test_a_damaged_shard_is_refused_by_name(
+    copy: Path, change: Callable[[bytearray], bytes], message: str
+) -> None:
     _damage(shard(copy), change)
     with pytest.raises(DataError, match=rf"g00000/shard.00000.mds is damaged: .*{message}"):
         first_row(copy)
@@ -132,14 +165,20 @@ def test_a_missing_shard_is_refused_by_name(copy: Path) -> None:
         first_row(copy)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda d: (d[0] + 1).to_bytes(1, "little") + d[1:], "rows"),
-    (lambda d: d[:4] + b"\xff\xff\xff\x7f" + d[8:], "offsets"),
-    (lambda d: d + b"x", "offsets"), (lambda d: d[:-1], "offsets"),
-    (lambda d: d.replace(b"doc_lens", b"doc_lenz"), "columns"),
-    (lambda d: d.replace(b'{"column', b'{{column'), "settings"),
-])
-def test_a_shard_that_contradicts_itself_is_refused_though_its_hash_is_right(copy: Path, change: Callable[[bytearray], bytes], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d[0] + 1).to_bytes(1, "little") + d[1:], "rows"),
+        (lambda d: d[:4] + b"\xff\xff\xff\x7f" + d[8:], "offsets"),
+        (lambda d: d + b"x", "offsets"),
+        (lambda d: d[:-1], "offsets"),
+        (lambda d: d.replace(b"doc_lens", b"doc_lenz"), "columns"),
+        (lambda d: d.replace(b'{"column', b"{{column"), "settings"),
+    ],
+)
+def test_a_shard_that_contradicts_itself_is_refused_though_its_hash_is_right(
+    copy: Path, change: Callable[[bytearray], bytes], message: str
+) -> None:
     """What a broken writer would make."""
     import xxhash
 
@@ -151,10 +190,23 @@ def test_a_shard_that_contradicts_itself_is_refused_though_its_hash_is_right(cop
         first_row(copy)
 
 
-@pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "g00000/../../x", "", ".", "g00000//shard.00000.mds", "a\\b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../secret",
+        "/etc/passwd",
+        "g00000/../../x",
+        "",
+        ".",
+        "g00000//shard.00000.mds",
+        "a\\b",
+    ],
+)
 @pytest.mark.parametrize("part", ["raw_data", "zip_data"])
 def test_names_outside_the_folder_are_refused(packed_copy: Path, name: str, part: str) -> None:
-    edit_index(packed_copy, "train", "code", lambda index: index["shards"][0][part].update(basename=name))
+    edit_index(
+        packed_copy, "train", "code", lambda index: index["shards"][0][part].update(basename=name)
+    )
     with pytest.raises(DataError, match="outside its folder"):
         first_row(packed_copy)
 
@@ -173,19 +225,24 @@ def test_a_dataset_may_itself_be_a_link(copy: Path, tmp_path: Path) -> None:
     assert first_row(tmp_path / "link").tokens.tobytes() == first_row(copy).tokens.tobytes()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda i: i["shards"][0]["raw_data"].pop("hashes"), "no xxh64 hash"),
-    (lambda i: i["shards"][0].pop("samples"), "damaged: KeyError 'samples'"),
-    (lambda i: i["shards"][0].update(samples=-1), "damaged"),
-    (lambda i: i["shards"][0].update(samples=1), "rows in index.json"),
-    (lambda i: i["shards"].pop(), "rows in index.json"),
-    (lambda i: i.update(shards=[]), "0 rows in index.json"),
-    (lambda i: i.update(shards=["x"]), "damaged"),
-    (lambda i: i["shards"][0].update(format="json"), "expected .* in mds"),
-    (lambda i: i["shards"][0]["column_encodings"].__setitem__(0, "pkl"), "expected"),
-    (lambda i: i.pop("shards"), "damaged"),
-])
-def test_an_index_that_is_not_of_the_format_is_refused(copy: Path, change: Callable[[dict], Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i["shards"][0]["raw_data"].pop("hashes"), "no xxh64 hash"),
+        (lambda i: i["shards"][0].pop("samples"), "damaged: KeyError 'samples'"),
+        (lambda i: i["shards"][0].update(samples=-1), "damaged"),
+        (lambda i: i["shards"][0].update(samples=1), "rows in index.json"),
+        (lambda i: i["shards"].pop(), "rows in index.json"),
+        (lambda i: i.update(shards=[]), "0 rows in index.json"),
+        (lambda i: i.update(shards=["x"]), "damaged"),
+        (lambda i: i["shards"][0].update(format="json"), "expected .* in mds"),
+        (lambda i: i["shards"][0]["column_encodings"].__setitem__(0, "pkl"), "expected"),
+        (lambda i: i.pop("shards"), "damaged"),
+    ],
+)
+def test_an_index_that_is_not_of_the_format_is_refused(
+    copy: Path, change: Callable[[dict], Any], message: str
+) -> None:
     edit_index(copy, "train", "code", change)
     with pytest.raises(DataError, match=message):
         rows_of(copy, "train", "code")
@@ -202,17 +259,25 @@ def test_an_index_that_was_changed_or_is_gone_is_refused(copy: Path) -> None:
 
 
 def test_an_index_is_read_however_it_is_written(copy: Path) -> None:
-    raw, path = json.loads((copy / "dataset.json").read_text()), copy / "train" / "code" / "index.json"
+    raw = json.loads((copy / "dataset.json").read_text())
+    path = copy / "train" / "code" / "index.json"
     path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=3))
     raw["splits"]["train"]["code"]["index_sha256"] = sha256_file(path)
     (copy / "dataset.json").write_text(json.dumps(raw))
     assert len(rows_of(copy, "train", "code")) == raw["splits"]["train"]["code"]["rows"]
 
 
-def test_a_shard_is_hashed_once_per_machine_and_again_when_it_changes(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_hashed_once_per_machine_and_again_when_it_changes(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashed = []
-    monkeypatch.setattr("nextpt.data.store.wrong_bytes", lambda path, file, real=__import__("nextpt.data.remote").data.remote.wrong_bytes: (
-        hashed.append(path), real(path, file))[1])
+    monkeypatch.setattr(
+        "nextpt.data.store.wrong_bytes",
+        lambda path, file, real=__import__("nextpt.data.remote").data.remote.wrong_bytes: (
+            hashed.append(path),
+            real(path, file),
+        )[1],
+    )
     for _ in range(3):  # as many processes
         store_of(copy, "train", "code", tmp_path / "node").ready(0)
     assert hashed == [shard(copy)]
@@ -239,6 +304,7 @@ def test_a_crash_leaves_no_lock_behind(tmp_path: Path) -> None:
     process.start()
     assert ready.wait(60)
     with ThreadPoolExecutor(1) as thread:
+
         def take() -> str:
             with Node(tmp_path).lock("x"):
                 return "taken"
@@ -261,7 +327,9 @@ def test_the_nodes_folder_must_be_ones_own(tmp_path: Path) -> None:
         Node(tmp_path / "file")
 
 
-def test_compressed_shards_are_unpacked_once_and_the_dataset_is_left_alone(packed: Path, tmp_path: Path) -> None:
+def test_compressed_shards_are_unpacked_once_and_the_dataset_is_left_alone(
+    packed: Path, tmp_path: Path
+) -> None:
     before = sorted(packed.rglob("*"))
     first_row(packed, tmp_path)
     unpacked = list((tmp_path / "unpacked").rglob("*.mds"))
@@ -274,41 +342,65 @@ def test_compressed_shards_are_unpacked_once_and_the_dataset_is_left_alone(packe
     assert unpacked[0].stat().st_size == made.st_size
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (_flip, "is damaged: its xxh64"), (lambda d: d[:-9], "is damaged: it has"),
-    (lambda d: zstandard.compress(b"\0" * 2**28), "unpacks to more than"), (lambda d: zstandard.compress(b"abc"), "does not unpack to the shard"),
-    (lambda d: b"no zstd at all, but long enough", "cannot be unpacked"),
-])
-def test_damaged_compressed_shards_and_bombs_are_refused(packed_copy: Path, tmp_path: Path, change: Callable[[bytearray], bytes], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_flip, "is damaged: its xxh64"),
+        (lambda d: d[:-9], "is damaged: it has"),
+        (lambda d: zstandard.compress(b"\0" * 2**28), "unpacks to more than"),
+        (lambda d: zstandard.compress(b"abc"), "does not unpack to the shard"),
+        (lambda d: b"no zstd at all, but long enough", "cannot be unpacked"),
+    ],
+)
+def test_damaged_compressed_shards_and_bombs_are_refused(
+    packed_copy: Path, tmp_path: Path, change: Callable[[bytearray], bytes], message: str
+) -> None:
     import xxhash
 
     path = shard(packed_copy, ".zstd")
     _damage(path, change)
     if "is damaged" not in message:  # hostile: the index vouches for it
         data = path.read_bytes()
-        edit_index(packed_copy, "train", "code", lambda index: index["shards"][0]["zip_data"].update(
-            bytes=len(data), hashes={"xxh64": xxhash.xxh64_hexdigest(data)}))
+        edit_index(
+            packed_copy,
+            "train",
+            "code",
+            lambda index: index["shards"][0]["zip_data"].update(
+                bytes=len(data), hashes={"xxh64": xxhash.xxh64_hexdigest(data)}
+            ),
+        )
     with pytest.raises(DataError, match=rf"shard.00000.mds.zstd {message}"):
         first_row(packed_copy, tmp_path / "node")
     assert not [f for f in (tmp_path / "node" / "unpacked").rglob("*") if f.is_file()]
 
 
 def test_other_compressions_are_refused(packed_copy: Path) -> None:
-    edit_index(packed_copy, "train", "code", lambda index: index["shards"][0].update(compression="br:5"))
+    edit_index(
+        packed_copy, "train", "code", lambda index: index["shards"][0].update(compression="br:5")
+    )
     with pytest.raises(DataError, match="compression br:5 is not read"):
         first_row(packed_copy)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_trouble_in_a_thread_comes_out_at_the_step_that_needs_it(copy: Path, tmp_path: Path, threads: int) -> None:
-    config = tiny(copy, Path("unused"), data={"prefetch_threads": threads, "scratch": str(tmp_path / "node")})
+def test_trouble_in_a_thread_comes_out_at_the_step_that_needs_it(
+    copy: Path, tmp_path: Path, threads: int
+) -> None:
+    config = tiny(
+        copy, Path("unused"), data={"prefetch_threads": threads, "scratch": str(tmp_path / "node")}
+    )
     loader = Loader(config, 0, 1)
     domains, rows = loader._order.locate(0, 8 * 60)
     needed = [set() for _ in range(60)]
     for at, (domain, row) in enumerate(zip(domains, rows, strict=True)):
         starts = np.concatenate(([0], np.cumsum(loader.dataset.samples[domain])))
         needed[at // 8].add((int(domain), int(np.searchsorted(starts, row, side="right")) - 1))
-    bad, step = next((s, n) for n, shards in enumerate(needed) for s in shards if n > 4 and not any(s in before for before in needed[:n]))
+    bad, step = next(
+        (s, n)
+        for n, shards in enumerate(needed)
+        for s in shards
+        if n > 4 and not any(s in before for before in needed[:n])
+    )
     index = loader.dataset._stores["train"][bad[0]].index
     path = index.folder / index[bad[1]].raw.name
     _damage(path, _flip)

@@ -25,13 +25,21 @@ from tests.support.layouts import rewrite
 @pytest.fixture(scope="module")
 def weighted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset with weights: 2 for tokens of even id, 0.5 for odd ones."""
-    return rewrite(dataset, tmp_path_factory.mktemp("weighted") / "shards", extra={"token_weights": "ndarray:float32:65"},
-                   change=lambda s: s | {"token_weights": np.where(s["tokens"] % 2, 0.5, 2.0).astype(np.float32)})
+    return rewrite(
+        dataset,
+        tmp_path_factory.mktemp("weighted") / "shards",
+        extra={"token_weights": "ndarray:float32:65"},
+        change=lambda s: (
+            s | {"token_weights": np.where(s["tokens"] % 2, 0.5, 2.0).astype(np.float32)}
+        ),
+    )
 
 
 @pytest.mark.parametrize("used", [True, False])
 def test_weights_of_the_shards_reach_the_batch_where_asked_for(weighted: Path, used: bool) -> None:
-    config = tiny(weighted, Path("unused"), objective={"token_weights": used, "domain_weights": {"code": 3.0}})
+    config = tiny(
+        weighted, Path("unused"), objective={"token_weights": used, "domain_weights": {"code": 3.0}}
+    )
     loader = Loader(config, 0, 1)
     for batch in loader.step_batches(0):
         factor = np.where(batch.domain_ids[:, None] == loader.domains.index("code"), 3.0, 1.0)
@@ -41,16 +49,24 @@ def test_weights_of_the_shards_reach_the_batch_where_asked_for(weighted: Path, u
     loader.close()
 
 
-def test_weights_that_are_not_there_are_refused_but_places_past_the_last_row_need_none(dataset: Path, weighted: Path) -> None:
+def test_weights_that_are_not_there_are_refused_but_places_past_the_last_row_need_none(
+    dataset: Path, weighted: Path
+) -> None:
     train = {"global_batch_size": 12, "micro_batch_size": 4}
     with pytest.raises(DataError, match="no token_weights column"):
-        Loader(tiny(dataset, Path("unused"), objective={"token_weights": True}), 0, 1).step_batches(0)
-    loader = Loader(tiny(weighted, Path("unused"), objective={"token_weights": True}, train=train), 2, 3)
+        Loader(tiny(dataset, Path("unused"), objective={"token_weights": True}), 0, 1).step_batches(
+            0
+        )
+    loader = Loader(
+        tiny(weighted, Path("unused"), objective={"token_weights": True}, train=train), 2, 3
+    )
     (batch,) = loader.validation_batches(0, 3)  # all three rows are rank 0's
     assert float(batch.token_weights.sum()) == 0 and (batch.targets < 0).all()
 
 
-def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_count(dataset: Path) -> None:
+def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_count(
+    dataset: Path,
+) -> None:
     """With weight w: (w G_code + G_prose) / (w n_code + n_prose), G the gradient of a domain's summed nats and n its targets."""
 
     def gradient(weights: dict[str, float], divided: bool = True) -> tuple[torch.Tensor, float]:
@@ -62,47 +78,99 @@ def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_
             next_token_loss(model, batch, total if divided else 1.0).total.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()]).double(), float(total)
 
-    (code, targets), (prose, others) = gradient({"prose": 0.0}, divided=False), gradient({"code": 0.0}, divided=False)
+    (code, targets), (prose, others) = (
+        gradient({"prose": 0.0}, divided=False),
+        gradient({"code": 0.0}, divided=False),
+    )
     assert targets > 0 and others > 0
-    torch.testing.assert_close(gradient({"code": 3.0})[0], (3 * code + prose) / (3 * targets + others), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(gradient({"code": 3.0, "prose": 3.0})[0], gradient({})[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        gradient({"code": 3.0})[0],
+        (3 * code + prose) / (3 * targets + others),
+        rtol=1e-4,
+        atol=1e-7,
+    )
+    torch.testing.assert_close(
+        gradient({"code": 3.0, "prose": 3.0})[0], gradient({})[0], rtol=1e-4, atol=1e-7
+    )
 
 
-def test_the_recipe_of_the_docs_writes_the_column(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = re.search(r"```python\n(.*?)```", (Path(__file__).resolve().parents[2] / "docs" / "ablation.md").read_text(), re.DOTALL)[1]
+def test_the_recipe_of_the_docs_writes_the_column(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = re.search(
+        r"```python\n(.*?)```",
+        (Path(__file__).resolve().parents[2] / "docs" / "ablation.md").read_text(),
+        re.DOTALL,
+    )[1]
     monkeypatch.chdir(tmp_path)
     Path("data/demo").mkdir(parents=True)
     Path("data/demo/shards").symlink_to(dataset)
     Path("weights.py").write_text(recipe)
-    command = ["prep", "weigh", "data/demo/shards", "--weights", "weights.py:blanks", "--output", "data/demo/weighted"]
+    command = [
+        "prep",
+        "weigh",
+        "data/demo/shards",
+        "--weights",
+        "weights.py:blanks",
+        "--output",
+        "data/demo/weighted",
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and "rows with token_weights" in done.output, done.output
     weighted, tokenizer = tmp_path / "data/demo/weighted", Tokenizer(dataset / "tokenizer.json")
-    plain, loader = Loader(tiny(dataset, tmp_path), 0, 1), Loader(tiny(weighted, tmp_path, objective={"token_weights": True}), 0, 1)
+    plain = Loader(tiny(dataset, tmp_path), 0, 1)
+    loader = Loader(tiny(weighted, tmp_path, objective={"token_weights": True}), 0, 1)
     for one, batch in zip(plain.step_batches(0), loader.step_batches(0), strict=True):
-        blank = np.array([t >= 0 and tokenizer.decode([t]).isspace() for t in batch.targets.flatten().tolist()]).reshape(batch.targets.shape)
+        blank = np.array(
+            [t >= 0 and tokenizer.decode([t]).isspace() for t in batch.targets.flatten().tolist()]
+        ).reshape(batch.targets.shape)
         assert 0 < blank.mean() < 0.5 and (batch.tokens == one.tokens).all()
-        np.testing.assert_allclose(batch.token_weights.numpy(), np.where(blank, 0.25, 1) * (batch.targets >= 0).numpy())
-    assert sum(1 for _ in loader.validation_batches(0, 3)) == sum(1 for _ in plain.validation_batches(0, 3)) > 0
+        np.testing.assert_allclose(
+            batch.token_weights.numpy(), np.where(blank, 0.25, 1) * (batch.targets >= 0).numpy()
+        )
+    assert (
+        sum(1 for _ in loader.validation_batches(0, 3))
+        == sum(1 for _ in plain.validation_batches(0, 3))
+        > 0
+    )
     plain.close(), loader.close()
 
 
 def test_weights_that_are_none_leave_nothing_behind(dataset: Path, tmp_path: Path) -> None:
-    for weigh in (lambda row: np.ones(64), lambda row: -np.ones(65), lambda row: np.full(65, np.nan)):
-        with pytest.raises(PrepError, match=r"token weights of a row of heldout/code: expected 65 finite numbers >= 0"):
+    for weigh in (
+        lambda row: np.ones(64),
+        lambda row: -np.ones(65),
+        lambda row: np.full(65, np.nan),
+    ):
+        with pytest.raises(
+            PrepError,
+            match=r"token weights of a row of heldout/code: expected 65 finite numbers >= 0",
+        ):
             add_token_weights(dataset, tmp_path / "out", weigh)
         assert not list(tmp_path.iterdir())
     with pytest.raises(PrepError, match="exists; give another folder"):
         add_token_weights(dataset, tmp_path, lambda row: np.ones(65))
 
 
-@pytest.mark.parametrize(("place", "words"), [
-    ("nowhere.py:f", "expected FILE.py:NAME"), ("weights.py", "expected FILE.py:NAME"), ("weights.py:g", "weights.py has no function g"),
-    ("broken.py:f", "broken.py cannot be run: ZeroDivisionError"), ("weights.txt:f", "its name must end in .py"),
-])
-def test_functions_that_are_none_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("nowhere.py:f", "expected FILE.py:NAME"),
+        ("weights.py", "expected FILE.py:NAME"),
+        ("weights.py:g", "weights.py has no function g"),
+        ("broken.py:f", "broken.py cannot be run: ZeroDivisionError"),
+        ("weights.txt:f", "its name must end in .py"),
+    ],
+)
+def test_functions_that_are_none_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, words: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in (("weights.py", "def f(row): return row"), ("broken.py", "1 / 0"), ("weights.txt", "")):
+    for name, text in (
+        ("weights.py", "def f(row): return row"),
+        ("broken.py", "1 / 0"),
+        ("weights.txt", ""),
+    ):
         Path(name).write_text(text)
     with pytest.raises(PrepError, match=re.escape(words)):
         load_function(place)

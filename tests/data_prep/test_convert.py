@@ -26,10 +26,14 @@ from tests.support.tokenizers import KINDS, TEXTS
 
 ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 FRAGMENTS = st.lists(st.sampled_from(nasty_texts()[:120]) | ANY, max_size=6).map("".join)
-# tiktoken's own forms of the patterns (0.14, tiktoken_ext/openai_public.py), which its published encodings bring along.
+# tiktoken's own forms of the patterns (0.14, tiktoken_ext/openai_public.py), which its published
+# encodings bring along.
 POSSESSIVE = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
-    "cl100k_base": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "cl100k_base": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
 }
 
 
@@ -38,12 +42,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[bytes, int]:
     """Ranks of a small encoding, with a token that no merging reaches."""
     path = tmp_path_factory.mktemp("ranks") / "trained.json"
     train_bpe(TEXTS, 420, path)
-    found = {bytes(BYTE_OF[c] for c in token): index - 1 for token, index in Description.read(path).vocabulary.items() if index}
+    found = {
+        bytes(BYTE_OF[c] for c in token): index - 1
+        for token, index in Description.read(path).vocabulary.items()
+        if index
+    }
     return found | {b" zqzq": 419}
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    )
     return path
 
 
@@ -61,21 +71,48 @@ def opened() -> dict[str, tuple[Tokenizer, tiktoken.Encoding]]:
 @pytest.mark.parametrize("pattern", sorted(set(PATTERNS.values()) | set(POSSESSIVE.values())))
 @settings(max_examples=60, deadline=None)
 @given(text=FRAGMENTS)
-def test_ranks_encode_as_tiktoken(ranks: dict[bytes, int], opened: dict, tmp_path_factory: pytest.TempPathFactory, pattern: str, text: str) -> None:
+def test_ranks_encode_as_tiktoken(
+    ranks: dict[bytes, int],
+    opened: dict,
+    tmp_path_factory: pytest.TempPathFactory,
+    pattern: str,
+    text: str,
+) -> None:
     if pattern not in opened:
         folder = tmp_path_factory.mktemp("converted")
-        convert(str(write_ranks(folder / "own.tiktoken", ranks)), folder / "tokenizer.json", pattern=pattern)
-        opened[pattern] = (Tokenizer(folder / "tokenizer.json"),
-                           tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 420}))
+        convert(
+            str(write_ranks(folder / "own.tiktoken", ranks)),
+            folder / "tokenizer.json",
+            pattern=pattern,
+        )
+        opened[pattern] = (
+            Tokenizer(folder / "tokenizer.json"),
+            tiktoken.Encoding(
+                "own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 420}
+            ),
+        )
     tokenizer, encoding = opened[pattern]
-    assert (tokenizer.encoder, tokenizer.byte_counts, tokenizer.end_id, tokenizer.vocab_size) == ("tiktoken", "table", 420, 421)
+    assert (tokenizer.encoder, tokenizer.byte_counts, tokenizer.end_id, tokenizer.vocab_size) == (
+        "tiktoken",
+        "table",
+        420,
+        421,
+    )
     check_equal(tokenizer, encoding, text)
 
 
 @pytest.mark.parametrize("pattern", sorted(set(PATTERNS.values()) | set(POSSESSIVE.values())))
-def test_ranks_encode_difficult_texts_as_tiktoken(ranks: dict[bytes, int], tmp_path: Path, pattern: str) -> None:
-    convert(str(write_ranks(tmp_path / "own.tiktoken", ranks)), tmp_path / "tokenizer.json", pattern=pattern)
-    encoding = tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 420})
+def test_ranks_encode_difficult_texts_as_tiktoken(
+    ranks: dict[bytes, int], tmp_path: Path, pattern: str
+) -> None:
+    convert(
+        str(write_ranks(tmp_path / "own.tiktoken", ranks)),
+        tmp_path / "tokenizer.json",
+        pattern=pattern,
+    )
+    encoding = tiktoken.Encoding(
+        "own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 420}
+    )
     for encoder in ("tiktoken", "tokenizers"):
         tokenizer = Tokenizer(tmp_path / "tokenizer.json", encoder=encoder)
         for text in [*nasty_texts(), *TEXTS]:
@@ -84,23 +121,42 @@ def test_ranks_encode_difficult_texts_as_tiktoken(ranks: dict[bytes, int], tmp_p
 
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
-def test_any_ranks_encode_as_tiktoken(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_ranks_encode_as_tiktoken(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     """Also vocabularies that no training makes: random tokens in random order, few of which merging reaches."""
-    tokens = data.draw(st.lists(st.binary(min_size=2, max_size=6).map(lambda b: bytes(97 + c % 3 for c in b)), unique=True, max_size=25))
+    tokens = data.draw(
+        st.lists(
+            st.binary(min_size=2, max_size=6).map(lambda b: bytes(97 + c % 3 for c in b)),
+            unique=True,
+            max_size=25,
+        )
+    )
     ranks = {bytes([b]): b for b in range(256)} | {token: 256 + i for i, token in enumerate(tokens)}
     folder = tmp_path_factory.mktemp("any")
-    convert(str(write_ranks(folder / "own.tiktoken", ranks)), folder / "tokenizer.json", pattern="gpt2")
+    convert(
+        str(write_ranks(folder / "own.tiktoken", ranks)), folder / "tokenizer.json", pattern="gpt2"
+    )
     tokenizer = Tokenizer(folder / "tokenizer.json")
-    encoding = tiktoken.Encoding("own", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding(
+        "own", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={}
+    )
     assert tokenizer.encoder == "tiktoken"
-    for text in [*(token.decode() for token in tokens), *data.draw(st.lists(st.text("abc", max_size=60), min_size=20, max_size=50))]:
+    for text in [
+        *(token.decode() for token in tokens),
+        *data.draw(st.lists(st.text("abc", max_size=60), min_size=20, max_size=50)),
+    ]:
         check_equal(tokenizer, encoding, text)
 
 
 def test_the_pair_a_token_is_merged_from() -> None:
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"bc": 3, b"ab": 4, b"abc": 5, b"cab": 6, b"cc": 9}
     assert last_pair(b"abc", ranks) == (b"a", b"bc") and last_pair(b"cab", ranks) == (b"c", b"ab")
-    assert last_pair(b"ccb", ranks) == (b"cc", b"b") and last_pair(b"bacb", ranks) is None and last_pair(b"a", ranks) is None
+    assert (
+        last_pair(b"ccb", ranks) == (b"cc", b"b")
+        and last_pair(b"bacb", ranks) is None
+        and last_pair(b"a", ranks) is None
+    )
 
 
 def test_patterns_for_the_other_engine() -> None:
@@ -109,18 +165,43 @@ def test_patterns_for_the_other_engine() -> None:
 
 def test_special_tokens_of_ranks(ranks: dict[bytes, int], tmp_path: Path) -> None:
     source, output = write_ranks(tmp_path / "tokenizer.model", ranks), tmp_path / "tokenizer.json"
-    convert(str(source), output, pattern="llama3", specials=["<|begin_of_text|>", "<|end_of_text|>=500", "<|pad|>"])
+    convert(
+        str(source),
+        output,
+        pattern="llama3",
+        specials=["<|begin_of_text|>", "<|end_of_text|>=500", "<|pad|>"],
+    )
     tokenizer = Tokenizer(output)
-    assert (tokenizer.start_id, tokenizer.end_id, tokenizer.token(501), tokenizer.vocab_size) == (420, 500, "<|pad|>", 502)
-    convert(str(source), output, pattern="llama3", specials=["<|a|>", "<|b|>", "<|end_of_text|>"], start="<|a|>", end="<|b|>")
+    assert (tokenizer.start_id, tokenizer.end_id, tokenizer.token(501), tokenizer.vocab_size) == (
+        420,
+        500,
+        "<|pad|>",
+        502,
+    )
+    convert(
+        str(source),
+        output,
+        pattern="llama3",
+        specials=["<|a|>", "<|b|>", "<|end_of_text|>"],
+        start="<|a|>",
+        end="<|b|>",
+    )
     tokenizer = Tokenizer(output)  # the file itself says what surrounds a document
     assert (tokenizer.start_id, tokenizer.end_id) == (420, 421)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer.model"]
 
 
 def tekken(ranks: dict[bytes, int], **more: object) -> dict[str, object]:
-    vocab = [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None} for token, rank in ranks.items()]
-    config = {"pattern": PATTERNS["o200k_base"], "default_vocab_size": 440, "default_num_special_tokens": 30, "num_vocab_tokens": len(vocab)}
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for token, rank in ranks.items()
+    ]
+    config = {
+        "pattern": PATTERNS["o200k_base"],
+        "default_vocab_size": 440,
+        "default_num_special_tokens": 30,
+        "num_vocab_tokens": len(vocab),
+    }
     return {"config": config, "vocab": vocab, "version": "v3"} | more
 
 
@@ -130,16 +211,25 @@ def test_tekken(ranks: dict[bytes, int], tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(lzma.compress(data) if name.endswith("xz") else data)
     convert(str(tmp_path), tmp_path / "out.json")
     tokenizer = Tokenizer(tmp_path / "out.json")
-    assert (tokenizer.vocab_size, tokenizer.token(tokenizer.start_id), tokenizer.token(tokenizer.end_id)) == (440, "<s>", "</s>")
+    assert (
+        tokenizer.vocab_size,
+        tokenizer.token(tokenizer.start_id),
+        tokenizer.token(tokenizer.end_id),
+    ) == (440, "<s>", "</s>")
     assert [tokenizer.token(i) for i in (0, 3, 29)] == ["<unk>", "[INST]", "<SPECIAL_29>"]
     kept = {token: rank + 30 for token, rank in ranks.items() if rank < 410}
-    encoding = tiktoken.Encoding("tekken", pat_str=PATTERNS["o200k_base"], mergeable_ranks=kept, special_tokens={})
+    encoding = tiktoken.Encoding(
+        "tekken", pat_str=PATTERNS["o200k_base"], mergeable_ranks=kept, special_tokens={}
+    )
     for text in [*nasty_texts(), *TEXTS]:
         check_equal(tokenizer, encoding, text)
 
 
 def test_tekken_with_a_list_of_its_own(ranks: dict[bytes, int], tmp_path: Path) -> None:
-    special = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(["<unk>", "<s>", "</s>", "[NEW]"])]
+    special = [
+        {"rank": i, "token_str": name, "is_control": True}
+        for i, name in enumerate(["<unk>", "<s>", "</s>", "[NEW]"])
+    ]
     (tmp_path / "tekken.json").write_text(json.dumps(tekken(ranks, special_tokens=special)))
     convert(str(tmp_path / "tekken.json"), tmp_path / "out.json")
     tokenizer = Tokenizer(tmp_path / "out.json")
@@ -152,10 +242,21 @@ def write_pair(folder: Path, prefix: str = "") -> None:
     content = json.loads((folder / "trained.json").read_text(encoding="utf-8"))
     (folder / "trained.json").unlink()
     merges = [" ".join(pair) for pair in content["model"]["merges"]]
-    ids = {chr_: i for i, chr_ in enumerate(sorted(BYTE_OF, key=lambda c: (not 33 <= BYTE_OF[c] < 127, BYTE_OF[c])))}
-    vocabulary = ids | {merge.replace(" ", ""): 256 + i for i, merge in enumerate(merges)} | {"<|endoftext|>": 256 + len(merges)}
+    ids = {
+        chr_: i
+        for i, chr_ in enumerate(
+            sorted(BYTE_OF, key=lambda c: (not 33 <= BYTE_OF[c] < 127, BYTE_OF[c]))
+        )
+    }
+    vocabulary = (
+        ids
+        | {merge.replace(" ", ""): 256 + i for i, merge in enumerate(merges)}
+        | {"<|endoftext|>": 256 + len(merges)}
+    )
     (folder / f"{prefix}encoder.json").write_text(json.dumps(vocabulary))
-    (folder / f"{prefix}vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (folder / f"{prefix}vocab.bpe").write_text(
+        "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("source", ["", "my_encoder.json", "my_vocab.bpe"])
@@ -164,8 +265,14 @@ def test_gpt2s_pair(tmp_path: Path, source: str) -> None:
     convert(str(tmp_path / source), tmp_path / "out.json")
     tokenizer = Tokenizer(tmp_path / "out.json")
     content = json.loads((tmp_path / "my_encoder.json").read_text())
-    ranks = {bytes(BYTE_OF[c] for c in token): rank for token, rank in content.items() if token != "<|endoftext|>"}
-    encoding = tiktoken.Encoding("pair", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={})
+    ranks = {
+        bytes(BYTE_OF[c] for c in token): rank
+        for token, rank in content.items()
+        if token != "<|endoftext|>"
+    }
+    encoding = tiktoken.Encoding(
+        "pair", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={}
+    )
     assert tokenizer.token(tokenizer.end_id) == "<|endoftext|>"
     for text in [*nasty_texts(), *TEXTS]:
         check_equal(tokenizer, encoding, text)
@@ -176,21 +283,32 @@ def test_tokenizer_json_passes_through(tmp_path: Path) -> None:
     convert(str(tmp_path / "in.json"), tmp_path / "out.json", start="<pad>")
     before, after = Tokenizer(tmp_path / "in.json"), Tokenizer(tmp_path / "out.json")
     assert (after.start_id, after.end_id) == (0, before.end_id)
-    assert all(before.encode(text).tolist() == after.encode(text).tolist() for text in nasty_texts())
+    assert all(
+        before.encode(text).tolist() == after.encode(text).tolist() for text in nasty_texts()
+    )
 
 
-def test_names_need_the_network_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: dict[bytes, int]) -> None:
+def test_names_need_the_network_or_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: dict[bytes, int]
+) -> None:
     """A copy that is not what OpenAI published is refused by tiktoken, and it cannot fetch another."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with pytest.raises(PrepError, match="tiktoken cannot fetch the encoding p50k_base .*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(
+        PrepError, match="tiktoken cannot fetch the encoding p50k_base .*TIKTOKEN_CACHE_DIR"
+    ):
         convert("p50k_base", tmp_path / "out.json")
     assert not list(tmp_path.iterdir())
 
 
 def drop_byte(folder: Path, ranks: dict[bytes, int]) -> str:
-    return str(write_ranks(folder / "in.tiktoken", {token: rank for token, rank in ranks.items() if token != b"\xff"}))
+    return str(
+        write_ranks(
+            folder / "in.tiktoken",
+            {token: rank for token, rank in ranks.items() if token != b"\xff"},
+        )
+    )
 
 
 def bad_line(folder: Path, ranks: dict[bytes, int]) -> str:
@@ -224,27 +342,69 @@ def broken_pair(folder: Path, ranks: dict[bytes, int]) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("make", "options", "words"), [
-    (lambda folder, ranks: str(folder / "none"), {}, "does not exist; expected tokenizer.json"),
-    (lambda folder, ranks: str(folder), {}, "holds no tokenizer"),
-    (drop_byte, {"pattern": "gpt2"}, "no token for byte 0xff"),
-    (bad_line, {"pattern": "gpt2"}, r"in.tiktoken:421: expected a token in base64"),
-    (same_rank, {"pattern": "gpt2"}, "two tokens one id"),
-    (lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)), {}, "give --pattern"),
-    (lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)), {"pattern": "[a-z"}, "cannot be read"),
-    (lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)), {"pattern": "[a-z]+"}, "leaves out text"),
-    (lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)), {"pattern": "gpt2", "specials": ["x=3"]}, "two tokens one id"),
-    (lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)), {"pattern": "gpt2", "specials": ["th"]}, "both a special token"),
-    (lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)), {"pattern": "gpt2", "specials": ["<|x|>"]}, "name the one that ends"),
-    (lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)), {"pattern": "gpt2", "end": "<|x|>"}, "not one of its special"),
-    (content(b"{"), {}, "is not JSON"), (content(b"{}"), {}, "no tokenizer that nextpt knows"),
-    (content(b'{"vocab": [], "config": {}}'), {}, "not a tekken file"), (content(b'{"model": {}}'), {"pattern": "gpt2"}, "its own pattern"),
-    (content(b"nonsense\n", "in.tiktoken"), {"pattern": "gpt2"}, "in.tiktoken:1"), (content(b"\n\x0e\xff", "tokenizer.model"), {}, "tokenizer.model:2"),
-    (content(b"", "in.tiktoken"), {"pattern": "gpt2"}, "no token for byte 0x00"), (content(b"xx", "tekken.json.xz"), {}, "cannot be read"),
-    (content(b'{"a": 1}'), {}, "name it encoder.json"), (lonely, {}, "needs vocab.bpe beside it"), (broken_pair, {}, r"vocab.bpe:\d+: expected two parts"),
-])
-def test_bad_sources_are_named(ranks: dict[bytes, int], tmp_path: Path, make: Callable[[Path, dict[bytes, int]], str], options: dict,
-                               words: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (lambda folder, ranks: str(folder / "none"), {}, "does not exist; expected tokenizer.json"),
+        (lambda folder, ranks: str(folder), {}, "holds no tokenizer"),
+        (drop_byte, {"pattern": "gpt2"}, "no token for byte 0xff"),
+        (bad_line, {"pattern": "gpt2"}, r"in.tiktoken:421: expected a token in base64"),
+        (same_rank, {"pattern": "gpt2"}, "two tokens one id"),
+        (
+            lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)),
+            {},
+            "give --pattern",
+        ),
+        (
+            lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)),
+            {"pattern": "[a-z"},
+            "cannot be read",
+        ),
+        (
+            lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)),
+            {"pattern": "[a-z]+"},
+            "leaves out text",
+        ),
+        (
+            lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)),
+            {"pattern": "gpt2", "specials": ["x=3"]},
+            "two tokens one id",
+        ),
+        (
+            lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)),
+            {"pattern": "gpt2", "specials": ["th"]},
+            "both a special token",
+        ),
+        (
+            lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)),
+            {"pattern": "gpt2", "specials": ["<|x|>"]},
+            "name the one that ends",
+        ),
+        (
+            lambda folder, ranks: str(write_ranks(folder / "in.tiktoken", ranks)),
+            {"pattern": "gpt2", "end": "<|x|>"},
+            "not one of its special",
+        ),
+        (content(b"{"), {}, "is not JSON"),
+        (content(b"{}"), {}, "no tokenizer that nextpt knows"),
+        (content(b'{"vocab": [], "config": {}}'), {}, "not a tekken file"),
+        (content(b'{"model": {}}'), {"pattern": "gpt2"}, "its own pattern"),
+        (content(b"nonsense\n", "in.tiktoken"), {"pattern": "gpt2"}, "in.tiktoken:1"),
+        (content(b"\n\x0e\xff", "tokenizer.model"), {}, "tokenizer.model:2"),
+        (content(b"", "in.tiktoken"), {"pattern": "gpt2"}, "no token for byte 0x00"),
+        (content(b"xx", "tekken.json.xz"), {}, "cannot be read"),
+        (content(b'{"a": 1}'), {}, "name it encoder.json"),
+        (lonely, {}, "needs vocab.bpe beside it"),
+        (broken_pair, {}, r"vocab.bpe:\d+: expected two parts"),
+    ],
+)
+def test_bad_sources_are_named(
+    ranks: dict[bytes, int],
+    tmp_path: Path,
+    make: Callable[[Path, dict[bytes, int]], str],
+    options: dict,
+    words: str,
+) -> None:
     source = make(tmp_path, ranks)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(PrepError, match=words) as raised:
@@ -258,7 +418,10 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         convert(str(tmp_path / "in.json"), tmp_path / "nowhere" / "out.json")
 
 
-real = pytest.mark.skipif("NEXTPT_TEST_DATA" not in os.environ, reason="NEXTPT_TEST_DATA names no folder of real tokenizers")
+real = pytest.mark.skipif(
+    "NEXTPT_TEST_DATA" not in os.environ,
+    reason="NEXTPT_TEST_DATA names no folder of real tokenizers",
+)
 
 
 def real_file(name: str) -> Path:
@@ -269,9 +432,16 @@ def real_file(name: str) -> Path:
 def test_the_real_gpt2(tmp_path: Path) -> None:
     convert(str(real_file("gpt2_encoder.json")), tmp_path / "out.json")
     tokenizer = Tokenizer(tmp_path / "out.json")
-    ranks = data_gym_to_mergeable_bpe_ranks(str(real_file("gpt2_vocab.bpe")), str(real_file("gpt2_encoder.json")))
-    encoding = tiktoken.Encoding("gpt2", pat_str=POSSESSIVE["gpt2"], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256},
-                                 explicit_n_vocab=50257)
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(real_file("gpt2_vocab.bpe")), str(real_file("gpt2_encoder.json"))
+    )
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        pat_str=POSSESSIVE["gpt2"],
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+        explicit_n_vocab=50257,
+    )
     assert tokenizer.encode("hello world").tolist() == [31373, 995]  # tiktoken's README
     assert (tokenizer.vocab_size, tokenizer.end_id, tokenizer.encoder) == (50257, 50256, "tiktoken")
     check_real(tokenizer, encoding)
@@ -282,7 +452,9 @@ def test_the_real_gpt2_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """From copies where tiktoken keeps them; it checks that they are what OpenAI published."""
     base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     for name in ("vocab.bpe", "encoder.json"):
-        (tmp_path / hashlib.sha1((base + name).encode()).hexdigest()).write_bytes(real_file(f"gpt2_{name}").read_bytes())
+        (tmp_path / hashlib.sha1((base + name).encode()).hexdigest()).write_bytes(
+            real_file(f"gpt2_{name}").read_bytes()
+        )
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     tokenizers = []
     for source in ("gpt2", str(real_file("gpt2_vocab.bpe"))):
@@ -290,7 +462,10 @@ def test_the_real_gpt2_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         tokenizers.append(Tokenizer(tmp_path / "out.json"))
     by_name, by_file = tokenizers
     assert (by_name.vocab_size, by_name.end_id, by_name.encoder) == (50257, 50256, "tiktoken")
-    assert all(by_name.encode(text).tolist() == by_file.encode(text).tolist() for text in [*nasty_texts(), *real_texts()])
+    assert all(
+        by_name.encode(text).tolist() == by_file.encode(text).tolist()
+        for text in [*nasty_texts(), *real_texts()]
+    )
 
 
 @real
@@ -298,18 +473,37 @@ def test_the_real_tekken(tmp_path: Path) -> None:
     convert(str(real_file("tekken_240911.json.xz")), tmp_path / "out.json")
     tokenizer = Tokenizer(tmp_path / "out.json")
     content = json.loads(lzma.decompress(real_file("tekken_240911.json.xz").read_bytes()))
-    ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] + 1000 for entry in content["vocab"][: 131072 - 1000]}
-    encoding = tiktoken.Encoding("tekken", pat_str=content["config"]["pattern"], mergeable_ranks=ranks, special_tokens={})
+    ranks = {
+        base64.b64decode(entry["token_bytes"]): entry["rank"] + 1000
+        for entry in content["vocab"][: 131072 - 1000]
+    }
+    encoding = tiktoken.Encoding(
+        "tekken", pat_str=content["config"]["pattern"], mergeable_ranks=ranks, special_tokens={}
+    )
     # what mistral-common makes of it
-    assert [tokenizer.start_id, *tokenizer.encode("Hello world!").tolist(), tokenizer.end_id] == [1, 22177, 4304, 1033, 2]
-    assert (tokenizer.vocab_size, tokenizer.byte_counts, tokenizer.encoder) == (131072, "table", "tiktoken")
+    assert [tokenizer.start_id, *tokenizer.encode("Hello world!").tolist(), tokenizer.end_id] == [
+        1,
+        22177,
+        4304,
+        1033,
+        2,
+    ]
+    assert (tokenizer.vocab_size, tokenizer.byte_counts, tokenizer.encoder) == (
+        131072,
+        "table",
+        "tiktoken",
+    )
     check_real(tokenizer, encoding)
 
 
 @real
 def test_the_real_gpt_neox() -> None:
     tokenizer = Tokenizer(real_file("gptneox_20B_tokenizer.json"))
-    assert (tokenizer.encoder, tokenizer.byte_counts, tokenizer.vocab_size) == ("tiktoken", "column", 50277)
+    assert (tokenizer.encoder, tokenizer.byte_counts, tokenizer.vocab_size) == (
+        "tiktoken",
+        "column",
+        50277,
+    )
     texts = [*nasty_texts(), *real_texts()]
     assert tokenizer.difference(texts) is None
     for text in texts:
@@ -317,8 +511,13 @@ def test_the_real_gpt_neox() -> None:
 
 
 def real_texts() -> list[str]:
-    text = (Path(os.environ["NEXTPT_TEST_DATA"]) / "tinyshakespeare.txt").read_text(encoding="utf-8")
-    sources = [Path(path).read_text(encoding="utf-8") for path in (json.__file__, tiktoken.__file__, __file__)]
+    text = (Path(os.environ["NEXTPT_TEST_DATA"]) / "tinyshakespeare.txt").read_text(
+        encoding="utf-8"
+    )
+    sources = [
+        Path(path).read_text(encoding="utf-8")
+        for path in (json.__file__, tiktoken.__file__, __file__)
+    ]
     return [text[:200_000], *sources]
 
 

@@ -42,7 +42,10 @@ def expected(given: PrepSpec) -> dict[str, str]:
 
 
 def killed_at(spec: PrepSpec, rename: int, *, after: bool) -> bool:
-    """Prepare in a child that is killed right before or after its n-th rename. False when it needed fewer."""
+    """Prepare in a child that is killed right before or after its n-th rename.
+
+    False when it needed fewer.
+    """
 
     def action() -> None:
         done = 0
@@ -79,7 +82,9 @@ def test_there_are_many_steps(expected: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 4, 13, 30, 47])
-def test_killed_at_a_rename_and_started_again(given: PrepSpec, expected: dict[str, str], tmp_path: Path, step: int) -> None:
+def test_killed_at_a_rename_and_started_again(
+    given: PrepSpec, expected: dict[str, str], tmp_path: Path, step: int
+) -> None:
     spec = given.model_copy(update={"output": tmp_path / "out"})
     killed_at(spec, step, after=step % 2 == 0)
     finish(spec)
@@ -99,7 +104,9 @@ def test_killed_at_every_rename(given: PrepSpec, expected: dict[str, str], tmp_p
     assert step > 40
 
 
-def test_finished_units_are_not_done_again(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+def test_finished_units_are_not_done_again(
+    given: PrepSpec, expected: dict[str, str], tmp_path: Path
+) -> None:
     spec = given.model_copy(update={"output": tmp_path / "out"})
     assert killed_at(spec, 14, after=True)
     done = {p: p.stat().st_mtime_ns for p in (spec.work / "tok").glob("*.tok")}
@@ -111,7 +118,10 @@ def test_finished_units_are_not_done_again(given: PrepSpec, expected: dict[str, 
 
 
 def test_a_lease_can_be_read_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its worker may be killed while it says that it lives; what cannot be read is waited for until it counts as dead."""
+    """Its worker may be killed while it says that it lives.
+
+    What cannot be read is waited for until it counts as dead.
+    """
     monkeypatch.setattr("data_prep.work.HEARTBEAT", 0.0)
     with _lease(tmp_path, "pack-0") as lease:
         assert lease is not None
@@ -137,14 +147,30 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path: Path, spec: PrepSpec, task: int, tasks: int, workers: int) -> subprocess.Popen[str]:
+def start(
+    tmp_path: Path, spec: PrepSpec, task: int, tasks: int, workers: int
+) -> subprocess.Popen[str]:
     (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    return subprocess.Popen([sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "spec.json"), str(task), str(tasks), str(workers)],
-                            env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(tmp_path / "driver.py"),
+            str(tmp_path / "spec.json"),
+            str(task),
+            str(tasks),
+            str(workers),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def test_tasks_of_an_array_share_the_work(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+def test_tasks_of_an_array_share_the_work(
+    given: PrepSpec, expected: dict[str, str], tmp_path: Path
+) -> None:
     spec = given.model_copy(update={"output": tmp_path / "out"})
     tasks = [start(tmp_path, spec, i, 3, 1) for i in range(3)]
     for task in tasks:
@@ -152,12 +178,16 @@ def test_tasks_of_an_array_share_the_work(given: PrepSpec, expected: dict[str, s
     assert content(spec.output) == expected and not spec.work.exists()
 
 
-def test_a_killed_worker_s_work_goes_to_the_others(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_worker_s_work_goes_to_the_others(
+    given: PrepSpec, expected: dict[str, str], tmp_path: Path
+) -> None:
     spec = given.model_copy(update={"output": tmp_path / "out"})
     task = start(tmp_path, spec, 0, 1, 2)
     children: list[psutil.Process] = []
     while len(children) < 2 and task.poll() is None:
-        children = [c for c in psutil.Process(task.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+        children = [
+            c for c in psutil.Process(task.pid).children() if "spawn_main" in " ".join(c.cmdline())
+        ]
         time.sleep(0.01)
     while not (spec.work / "tok").exists() and task.poll() is None:
         time.sleep(0.01)
@@ -168,7 +198,9 @@ def test_a_killed_worker_s_work_goes_to_the_others(given: PrepSpec, expected: di
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_with_other_numbers_of_workers(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+def test_killed_again_and_again_with_other_numbers_of_workers(
+    given: PrepSpec, expected: dict[str, str], tmp_path: Path
+) -> None:
     spec = given.model_copy(update={"output": tmp_path / "out"})
     for round_, workers in enumerate((2, 1, 3, 2, 4, 1)):
         task = start(tmp_path, spec, 0, 1, workers)

@@ -1,4 +1,7 @@
-"""What datatrove wrote is read as it is. The files in fixtures/datatrove are what version 0.10.1 made of raw/ (docs/curation.md)."""
+"""What datatrove wrote is read as it is.
+
+The files in fixtures/datatrove are what version 0.10.1 made of raw/ (docs/curation.md).
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,34 @@ FOLDER = Path(__file__).parent / "fixtures" / "datatrove"
 
 def raw() -> dict[str, str]:
     """Text of each document that was given to datatrove, by id."""
-    lines = (line for file in sorted((FOLDER / "raw").iterdir()) for line in open(file, encoding="utf-8"))
+    lines = (
+        line for file in sorted((FOLDER / "raw").iterdir()) for line in open(file, encoding="utf-8")
+    )
     return {record["id"]: record["text"] for record in map(json.loads, lines)}
 
 
 def test_documents_of_datatrove_are_those_it_let_through() -> None:
     found = {document.id: document.text for document in read_documents(str(FOLDER / "*.jsonl.gz"))}
-    assert found == {name: text for name, text in raw().items() if name.startswith("letters/")} and len(found) == 5
+    assert (
+        found == {name: text for name, text in raw().items() if name.startswith("letters/")}
+        and len(found) == 5
+    )
 
 
 def test_they_are_prepared_with_their_metadata_as_domain(dataset: Path, tmp_path: Path) -> None:
-    prepare(PrepSpec(domains={"web": FOLDER / "*.jsonl.gz"}, output=tmp_path / "data", sequence_length=64, tokenizer=dataset / "tokenizer.json",
-                     heldout=0.0, domain_field="metadata.source"))
+    prepare(
+        PrepSpec(
+            domains={"web": FOLDER / "*.jsonl.gz"},
+            output=tmp_path / "data",
+            sequence_length=64,
+            tokenizer=dataset / "tokenizer.json",
+            heldout=0.0,
+            domain_field="metadata.source",
+        )
+    )
     manifest = DatasetManifest.load(tmp_path / "data")
     counts = manifest.splits["train"]["letters"]
     assert manifest.domains == ["letters"] and counts.documents == 5
-    assert counts.bytes == sum(len(text.encode()) for name, text in raw().items() if name.startswith("letters/"))
+    assert counts.bytes == sum(
+        len(text.encode()) for name, text in raw().items() if name.startswith("letters/")
+    )

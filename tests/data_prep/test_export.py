@@ -28,7 +28,9 @@ def read_pair(prefix: str) -> list[np.ndarray]:
     lengths = np.frombuffer(index, "<i4", count, 34)
     offsets = np.frombuffer(index, "<i8", count, 34 + 4 * count)
     documents = np.frombuffer(index, "<i8", entries, 34 + 12 * count)
-    assert len(index) == 34 + 12 * count + 8 * entries and documents.tolist() == list(range(count + 1))
+    assert len(index) == 34 + 12 * count + 8 * entries and documents.tolist() == list(
+        range(count + 1)
+    )
     found, at = [], 0
     for length, offset in zip(lengths.tolist(), offsets.tolist(), strict=True):
         assert offset == at
@@ -38,10 +40,14 @@ def read_pair(prefix: str) -> list[np.ndarray]:
     return found
 
 
-def test_documents_of_a_real_dataset_come_out_as_they_went_in(dataset: Path, tmp_path: Path) -> None:
+def test_documents_of_a_real_dataset_come_out_as_they_went_in(
+    dataset: Path, tmp_path: Path
+) -> None:
     done = export_megatron(dataset, tmp_path / "out" / "stdlib")
     manifest = DatasetManifest.load(dataset)
-    assert {(e.split, e.domain) for e in done} == {(s, d) for s in ("train", "heldout") for d in ("code", "prose")}
+    assert {(e.split, e.domain) for e in done} == {
+        (s, d) for s in ("train", "heldout") for d in ("code", "prose")
+    }
     for part in done:
         counts = manifest.splits[part.split][part.domain]
         sequences = read_pair(str(part.prefix))
@@ -50,32 +56,61 @@ def test_documents_of_a_real_dataset_come_out_as_they_went_in(dataset: Path, tmp
         assert part.tokens == counts.tokens + part.sequences - counts.documents
         assert sum(s[-1] == manifest.end_id for s in sequences) == counts.documents
         assert all(manifest.end_id not in s[:-1] for s in sequences)
-    # What was held out is also there as text: cut it anew, and exactly these sequences must have come out.
+    # What was held out is also there as text: cut it anew, and exactly these sequences must have
+    # come out.
     tokenizer, length = Tokenizer(dataset / "tokenizer.json"), manifest.sequence_length
     for domain in manifest.domains:
         expected: Counter[bytes] = Counter()
         for line in open(dataset / "heldout_text" / f"{domain}.jsonl", encoding="utf-8"):
-            document = np.concatenate([[manifest.start_id], tokenizer.encode(json.loads(line)["text"]), [manifest.end_id]]).astype("<u2")
+            document = np.concatenate(
+                [[manifest.start_id], tokenizer.encode(json.loads(line)["text"]), [manifest.end_id]]
+            ).astype("<u2")
             pieces = [document[at : at + length + 1] for at in range(0, len(document) - 1, length)]
             expected.update(piece.tobytes() for piece in (pieces[0][1:], *pieces[1:]))
-        assert Counter(s.tobytes() for s in read_pair(str(tmp_path / "out" / f"stdlib-{domain}-heldout"))) == expected
+        assert (
+            Counter(
+                s.tobytes() for s in read_pair(str(tmp_path / "out" / f"stdlib-{domain}-heldout"))
+            )
+            == expected
+        )
 
 
-# One row of 8 tokens: a document, the end of a longer one, padding. The other: the beginning of the longer one.
+# One row of 8 tokens: a document, the end of a longer one, padding. The other: the beginning of the
+# longer one.
 ROWS = [
-    {"tokens": [9, 1, 2, 9, 5, 6, 9, 9], "doc_lens": [4, 3, 1], "doc_flags": [0, STARTS_MID_DOCUMENT, PADDING]},
+    {
+        "tokens": [9, 1, 2, 9, 5, 6, 9, 9],
+        "doc_lens": [4, 3, 1],
+        "doc_flags": [0, STARTS_MID_DOCUMENT, PADDING],
+    },
     {"tokens": [9, 3, 4, 3, 4, 3, 4, 5], "doc_lens": [8], "doc_flags": [ENDS_MID_DOCUMENT]},
 ]
 
 
 @pytest.mark.parametrize("compression", [None, "zstd:3"])
-@pytest.mark.parametrize(("start", "vocab_size", "expected"), [
-    (9, 65_499, [[1, 2, 9], [5, 6, 9], [3, 4, 3, 4, 3, 4, 5]]),
-    (8, 65_500, [[8, 1, 2, 9], [5, 6, 9], [8, 3, 4, 3, 4, 3, 4, 5]]),
-])
-def test_each_byte_is_the_described_one(tmp_path: Path, compression: str | None, start: int, vocab_size: int, expected: list[list[int]]) -> None:
-    rows = [row | {"tokens": [start if i in (0, 8) and t == 9 else t for i, t in enumerate(row["tokens"])]} for row in ROWS]
-    write_dataset(tmp_path / "data", {"a.b": rows}, start_id=start, end_id=9, vocab_size=vocab_size, compression=compression)
+@pytest.mark.parametrize(
+    ("start", "vocab_size", "expected"),
+    [
+        (9, 65_499, [[1, 2, 9], [5, 6, 9], [3, 4, 3, 4, 3, 4, 5]]),
+        (8, 65_500, [[8, 1, 2, 9], [5, 6, 9], [8, 3, 4, 3, 4, 3, 4, 5]]),
+    ],
+)
+def test_each_byte_is_the_described_one(
+    tmp_path: Path, compression: str | None, start: int, vocab_size: int, expected: list[list[int]]
+) -> None:
+    rows = [
+        row
+        | {"tokens": [start if i in (0, 8) and t == 9 else t for i, t in enumerate(row["tokens"])]}
+        for row in ROWS
+    ]
+    write_dataset(
+        tmp_path / "data",
+        {"a.b": rows},
+        start_id=start,
+        end_id=9,
+        vocab_size=vocab_size,
+        compression=compression,
+    )
     export_megatron(tmp_path / "data", tmp_path / "x")
     code, form = (8, "H") if vocab_size < 65_500 else (4, "i")
     flat = [t for sequence in expected for t in sequence]
@@ -83,19 +118,34 @@ def test_each_byte_is_the_described_one(tmp_path: Path, compression: str | None,
     size = struct.calcsize(form)
     offsets = [0, lengths[0] * size, (lengths[0] + lengths[1]) * size]
     assert (tmp_path / "x-a.b-train.bin").read_bytes() == struct.pack(f"<{len(flat)}{form}", *flat)
-    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ3i3q4q", 1, code, 3, 4, *lengths, *offsets, 0, 1, 2, 3)
+    index = b"MMIDIDX\0\0" + struct.pack(
+        "<QBQQ3i3q4q", 1, code, 3, 4, *lengths, *offsets, 0, 1, 2, 3
+    )
     assert (tmp_path / "x-a.b-train.idx").read_bytes() == index
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "x-a.b-train.bin", "x-a.b-train.idx"]  # no heldout rows, no temporaries
+    # No heldout rows, no temporaries
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "data",
+        "x-a.b-train.bin",
+        "x-a.b-train.idx",
+    ]
 
 
 def test_tables_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"tokens": [9, i, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]} for i in range(1, 8)]
+    rows = [
+        {"tokens": [9, i, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]}
+        for i in range(1, 8)
+    ]
     write_dataset(tmp_path / "data", {"a": rows}, start_id=9, end_id=9, vocab_size=10)
     export_megatron(tmp_path / "data", tmp_path / "whole")
     monkeypatch.setattr("data_prep.export.BLOCK", 3)
     export_megatron(tmp_path / "data", tmp_path / "blocks")
-    assert (tmp_path / "whole-a-train.idx").read_bytes() == (tmp_path / "blocks-a-train.idx").read_bytes()
-    assert [s.tolist() for s in read_pair(str(tmp_path / "blocks-a-train"))][:2] == [[1, 9], [2, 3, 4, 9]]
+    assert (tmp_path / "whole-a-train.idx").read_bytes() == (
+        tmp_path / "blocks-a-train.idx"
+    ).read_bytes()
+    assert [s.tolist() for s in read_pair(str(tmp_path / "blocks-a-train"))][:2] == [
+        [1, 9],
+        [2, 3, 4, 9],
+    ]
 
 
 def test_the_token_type_is_megatrons_own() -> None:
@@ -106,14 +156,19 @@ def test_the_token_type_is_megatrons_own() -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "data", {"a": ROWS, "b": ROWS}, start_id=9, end_id=9, vocab_size=10)
+    return write_dataset(
+        tmp_path / "data", {"a": ROWS, "b": ROWS}, start_id=9, end_id=9, vocab_size=10
+    )
 
 
 def test_nothing_is_overwritten(small: Path, tmp_path: Path) -> None:
     (tmp_path / "x-b-train.bin").write_text("mine")
     with pytest.raises(PrepError, match="x-b-train.bin exists"):
         export_megatron(small, tmp_path / "x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "x-b-train.bin"] and (tmp_path / "x-b-train.bin").read_text() == "mine"
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["data", "x-b-train.bin"]
+        and (tmp_path / "x-b-train.bin").read_text() == "mine"
+    )
 
 
 def damage_shard(data: Path) -> str:
@@ -142,7 +197,8 @@ def change_index(data: Path) -> str:
 
 
 def _edit(data: Path, change: Any) -> None:
-    index, manifest = data / "train" / "b" / "index.json", json.loads((data / "dataset.json").read_text())
+    index = data / "train" / "b" / "index.json"
+    manifest = json.loads((data / "dataset.json").read_text())
     entries = json.loads(index.read_text())
     change(entries["shards"][0], manifest["splits"]["train"]["b"])
     index.write_text(json.dumps(entries))
@@ -160,8 +216,12 @@ def miscount(data: Path) -> str:
     return "train/b has 2 documents and 13 tokens to export where dataset.json counts 2 and 14"
 
 
-@pytest.mark.parametrize("damage", [damage_shard, cut_shard, lose_shard, change_index, point_outside, miscount])
-def test_a_damaged_dataset_is_refused_and_nothing_left(small: Path, tmp_path: Path, damage: Any) -> None:
+@pytest.mark.parametrize(
+    "damage", [damage_shard, cut_shard, lose_shard, change_index, point_outside, miscount]
+)
+def test_a_damaged_dataset_is_refused_and_nothing_left(
+    small: Path, tmp_path: Path, damage: Any
+) -> None:
     told = damage(small)
     with pytest.raises(PrepError) as refused:
         export_megatron(small, tmp_path / "x")

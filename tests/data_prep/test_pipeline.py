@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from data_prep.errors import PrepError
 from data_prep.files import sha256_file
-from data_prep.format import ENDS_MID_DOCUMENT, PADDING, SPLITS, STARTS_MID_DOCUMENT, DatasetManifest
+from data_prep.format import (
+    ENDS_MID_DOCUMENT,
+    PADDING,
+    SPLITS,
+    STARTS_MID_DOCUMENT,
+    DatasetManifest,
+)
 from data_prep.prepare import is_current
 from data_prep.repeats import KEYED, _later
 from data_prep.spec import PrepSpec
@@ -38,7 +44,9 @@ def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
             import zstandard
 
             path = dataset / split / domain / shard["zip_data"]["basename"]
-            (dataset / split / domain / shard["raw_data"]["basename"]).write_bytes(zstandard.decompress(path.read_bytes(), shard["raw_data"]["bytes"]))
+            (dataset / split / domain / shard["raw_data"]["basename"]).write_bytes(
+                zstandard.decompress(path.read_bytes(), shard["raw_data"]["bytes"])
+            )
         reader = reader_from_json(str(dataset / split / domain), None, shard)
         found += [reader[i] for i in range(shard["samples"])]
     return found
@@ -49,7 +57,9 @@ def segments(rows: list[dict[str, Any]]) -> list[tuple[np.ndarray, int]]:
     found = []
     for row in rows:
         ends = np.cumsum(row["doc_lens"]).tolist()
-        for end, length, flags in zip(ends, row["doc_lens"].tolist(), row["doc_flags"].tolist(), strict=True):
+        for end, length, flags in zip(
+            ends, row["doc_lens"].tolist(), row["doc_flags"].tolist(), strict=True
+        ):
             if not flags & PADDING:
                 found.append((row["tokens"][end - length : end], flags))
     return found
@@ -70,8 +80,12 @@ def given_texts(spec: PrepSpec, domain: str) -> list[str]:
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "single"])
 @pytest.mark.parametrize("compression", [None, "zstd:3"])
-def test_rows_hold_every_document_once(prepared: PrepSpec, tmp_path: Path, packing: str, compression: str | None) -> None:
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "packing": packing, "compression": compression})
+def test_rows_hold_every_document_once(
+    prepared: PrepSpec, tmp_path: Path, packing: str, compression: str | None
+) -> None:
+    spec = prepared.model_copy(
+        update={"output": tmp_path / "out", "packing": packing, "compression": compression}
+    )
     with small_units():
         manifest = prepare(spec)
     tokenizer = Tokenizer(spec.output / "tokenizer.json")
@@ -81,12 +95,16 @@ def test_rows_hold_every_document_once(prepared: PrepSpec, tmp_path: Path, packi
         for split in SPLITS:
             rows = read_rows(spec.output, split, domain)
             counts = manifest.splits[split][domain]
-            assert len(rows) == counts.rows and sum(int(r["text_bytes"]) for r in rows) == counts.bytes
+            assert (
+                len(rows) == counts.rows and sum(int(r["text_bytes"]) for r in rows) == counts.bytes
+            )
             found = segments(rows)
             assert sum(len(t) - 1 for t, _ in found) == counts.tokens
             assert len(rows) * 65 - sum(len(t) for t, _ in found) == counts.padding_tokens
             inner = STARTS_MID_DOCUMENT | ENDS_MID_DOCUMENT
-            assert all((t[0] == tokenizer.start_id) == (not f & STARTS_MID_DOCUMENT) for t, f in found)
+            assert all(
+                (t[0] == tokenizer.start_id) == (not f & STARTS_MID_DOCUMENT) for t, f in found
+            )
             assert all((t[-1] == tokenizer.end_id) == (not f & ENDS_MID_DOCUMENT) for t, f in found)
             whole.update(tokenizer.decode(t) for t, f in found if not f & inner)
             tokens += counts.tokens
@@ -97,58 +115,109 @@ def test_rows_hold_every_document_once(prepared: PrepSpec, tmp_path: Path, packi
         short = Counter(text for text in given if whole[text])
         assert whole == short and len(whole) > (0 if packing == "concat" else 10)
     if packing == "concat":
-        assert all(manifest.splits[s][d].padding_tokens <= 66 * 9 for s in SPLITS for d in ("a", "b"))
+        assert all(
+            manifest.splits[s][d].padding_tokens <= 66 * 9 for s in SPLITS for d in ("a", "b")
+        )
 
 
 def test_the_index_of_a_domain_lists_shards_in_folders(prepared: PrepSpec) -> None:
     index = json.loads((prepared.output / "train/a/index.json").read_text())
     names = [shard["raw_data"]["basename"] for shard in index["shards"]]
-    assert len(names) > 1 and all(name.startswith("g0") and "/" in name for name in names) and len(set(names)) == len(names)
+    assert (
+        len(names) > 1
+        and all(name.startswith("g0") and "/" in name for name in names)
+        and len(set(names)) == len(names)
+    )
     manifest = DatasetManifest.load(prepared.output)
-    assert manifest.splits["train"]["a"].index_sha256 == sha256_file(prepared.output / "train/a/index.json")
+    assert manifest.splits["train"]["a"].index_sha256 == sha256_file(
+        prepared.output / "train/a/index.json"
+    )
 
 
-def test_units_and_groups_change_neither_sides_nor_counts(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_units_and_groups_change_neither_sides_nor_counts(
+    prepared: PrepSpec, tmp_path: Path
+) -> None:
     """Only how rows are filled depends on groups; what is in them does not."""
     spec = prepared.model_copy(update={"output": tmp_path / "out"})
     one, many = prepare(spec), DatasetManifest.load(prepared.output)
     for split in SPLITS:
         for domain in ("a", "b"):
             a, b = one.splits[split][domain], many.splits[split][domain]
-            assert (a.documents, a.bytes, a.tokens, a.text_tokens) == (b.documents, b.bytes, b.tokens, b.text_tokens)
-        assert (spec.output / "heldout_text/a.jsonl").read_bytes() == (prepared.output / "heldout_text/a.jsonl").read_bytes()
+            assert (a.documents, a.bytes, a.tokens, a.text_tokens) == (
+                b.documents,
+                b.bytes,
+                b.tokens,
+                b.text_tokens,
+            )
+        assert (spec.output / "heldout_text/a.jsonl").read_bytes() == (
+            prepared.output / "heldout_text/a.jsonl"
+        ).read_bytes()
 
 
-def test_a_unit_larger_than_a_group_is_divided_by_documents(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_a_unit_larger_than_a_group_is_divided_by_documents(
+    prepared: PrepSpec, tmp_path: Path
+) -> None:
     spec = prepared.model_copy(update={"output": tmp_path / "out"})
     with small_units(10**9, 3000):
         made = prepare(spec)
-    groups = {domain: sorted(p.name for p in (spec.output / "train" / domain).glob("g*")) for domain in ("a", "b")}
-    tokens = {domain: sum(made.splits[s][domain].tokens + made.splits[s][domain].documents for s in SPLITS) for domain in groups}
-    assert all(tokens[d] / 3000 <= len(groups[d]) <= 1 + tokens[d] / 2000 for d in groups)  # no document has above 1000 tokens
+    groups = {
+        domain: sorted(p.name for p in (spec.output / "train" / domain).glob("g*"))
+        for domain in ("a", "b")
+    }
+    tokens = {
+        domain: sum(
+            made.splits[s][domain].tokens + made.splits[s][domain].documents for s in SPLITS
+        )
+        for domain in groups
+    }
+    # No document has above 1000 tokens
+    assert all(tokens[d] / 3000 <= len(groups[d]) <= 1 + tokens[d] / 2000 for d in groups)
     before = DatasetManifest.load(prepared.output)
     for split in SPLITS:
         for domain in groups:
             a, b = made.splits[split][domain], before.splits[split][domain]
-            assert (a.documents, a.bytes, a.tokens, a.text_tokens) == (b.documents, b.bytes, b.tokens, b.text_tokens)
+            assert (a.documents, a.bytes, a.tokens, a.text_tokens) == (
+                b.documents,
+                b.bytes,
+                b.tokens,
+                b.text_tokens,
+            )
 
 
 def test_texts_are_equal_when_hash_and_length_are() -> None:
-    keyed = np.array([(7, 5, 0, 0), (7, 6, 0, 1), (7, 5, 0, 2), (7, 6, 1, 0), (8, 5, 1, 1), (7, 5, 2, 0)], dtype=KEYED)
+    keyed = np.array(
+        [(7, 5, 0, 0), (7, 6, 0, 1), (7, 5, 0, 2), (7, 6, 1, 0), (8, 5, 1, 1), (7, 5, 2, 0)],
+        dtype=KEYED,
+    )
     later, often = _later(keyed)
-    assert later.tolist() == [(0, 2), (1, 0), (2, 0)] and often.tolist() == [(3, 5, 0, 0), (2, 6, 0, 1)]
+    assert later.tolist() == [(0, 2), (1, 0), (2, 0)] and often.tolist() == [
+        (3, 5, 0, 0),
+        (2, 6, 0, 1),
+    ]
 
 
-def test_tokens_that_do_not_stand_for_all_of_a_text_are_found_out(prepared: PrepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_do_not_stand_for_all_of_a_text_are_found_out(
+    prepared: PrepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No tokenizer that is known does this; the sum is looked at all the same."""
     encode = Tokenizer.encode_batch
 
     def forgetful(self: Tokenizer, found: list[str]) -> list[np.ndarray]:
-        return [ids[:-1] if "queen" in text else ids for ids, text in zip(encode(self, found), found, strict=True)]
+        return [
+            ids[:-1] if "queen" in text else ids
+            for ids, text in zip(encode(self, found), found, strict=True)
+        ]
 
     monkeypatch.setattr(Tokenizer, "encode_batch", forgetful)
     write_lines(tmp_path / "x.jsonl", ["plain", "a queen", "more", "and more"])
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}, "max_bad_fraction": 0.5, "heldout": 0.0})
+    spec = prepared.model_copy(
+        update={
+            "output": tmp_path / "out",
+            "domains": {"x": tmp_path / "x.jsonl"},
+            "max_bad_fraction": 0.5,
+            "heldout": 0.0,
+        }
+    )
     assert prepare(spec).splits["train"]["x"].documents == 3
     assert "the tokenizer changes it" in (spec.output / "quarantine.jsonl").read_text()
 
@@ -157,34 +226,56 @@ def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path
     base = texts(40, 9)
     write_lines(tmp_path / "x/1.jsonl", base + base[:7])
     write_lines(tmp_path / "x/2.jsonl", base[5:9] + texts(5, 10))
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x"}})
+    spec = prepared.model_copy(
+        update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x"}}
+    )
     with small_units(2000):
         kept = prepare(spec)
     report = json.loads((spec.output / "report.json").read_text())
     assert sum(kept.splits[s]["x"].documents for s in SPLITS) == 56
-    assert report["repeats"]["documents"] == 11 and report["repeats"]["bytes"] == sum(len(t.encode()) for t in base[:7] + base[5:9])
+    assert report["repeats"]["documents"] == 11 and report["repeats"]["bytes"] == sum(
+        len(t.encode()) for t in base[:7] + base[5:9]
+    )
     assert [t["count"] for t in report["repeats"]["top"]] == [3, 3, *[2] * 7]
     with small_units(2000):
-        dropped = prepare(spec.model_copy(update={"output": tmp_path / "dropped", "duplicates": "drop"}))
+        dropped = prepare(
+            spec.model_copy(update={"output": tmp_path / "dropped", "duplicates": "drop"})
+        )
     assert sum(dropped.splits[s]["x"].documents for s in SPLITS) == 45
-    found = Counter(json.loads(line)["text"] for line in open(tmp_path / "dropped/heldout_text/x.jsonl"))
+    found = Counter(
+        json.loads(line)["text"] for line in open(tmp_path / "dropped/heldout_text/x.jsonl")
+    )
     assert set(found.values()) == {1}
-    assert json.loads((tmp_path / "dropped/report.json").read_text())["filtered"] == {"repeats an earlier text": 11}
+    assert json.loads((tmp_path / "dropped/report.json").read_text())["filtered"] == {
+        "repeats an earlier text": 11
+    }
 
 
 def test_repeats_never_straddle_the_split(prepared: PrepSpec, tmp_path: Path) -> None:
     write_lines(tmp_path / "x.jsonl", texts(30, 4) * 3)
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}})
+    spec = prepared.model_copy(
+        update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
+    )
     prepare(spec)
-    heldout = Counter(json.loads(line)["text"] for line in open(spec.output / "heldout_text/x.jsonl"))
+    heldout = Counter(
+        json.loads(line)["text"] for line in open(spec.output / "heldout_text/x.jsonl")
+    )
     assert heldout and set(heldout.values()) == {3}
 
 
-def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(
+    prepared: PrepSpec, tmp_path: Path
+) -> None:
     found = texts(20, 5)
-    records = [{"id": i, "text": t} for i, t in enumerate(found)] + [{"id": 3, "text": "another text"}, {"id": 4, "text": found[4]}, {"text": "none"}]
+    records = [{"id": i, "text": t} for i, t in enumerate(found)] + [
+        {"id": 3, "text": "another text"},
+        {"id": 4, "text": found[4]},
+        {"text": "none"},
+    ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}})
+    spec = prepared.model_copy(
+        update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
+    )
     with pytest.raises(PrepError, match="1 of 23 records are bad.*repeated id: 1.*--id-field"):
         prepare(spec)
     made = prepare(spec.model_copy(update={"max_bad_fraction": 0.1}), overwrite=True)
@@ -196,41 +287,82 @@ def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(prepared: Pre
     assert sum(made.splits[s]["x"].documents for s in SPLITS) == 23
 
 
-def test_bad_records_are_quarantined_up_to_the_stated_share(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_bad_records_are_quarantined_up_to_the_stated_share(
+    prepared: PrepSpec, tmp_path: Path
+) -> None:
     good = texts(97, 6)
     write_lines(tmp_path / "x.jsonl", good)
     with open(tmp_path / "x.jsonl", "ab") as file:
         file.write(b'{"text": 5}\n{"text": "\xff"}\n{"id": "e", "text": ""}\nno\n')
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}, "max_bad_fraction": 0.02})
-    with pytest.raises(PrepError, match="3 of 101 records are bad, more than max_bad_fraction = 0.02"):
+    spec = prepared.model_copy(
+        update={
+            "output": tmp_path / "out",
+            "domains": {"x": tmp_path / "x.jsonl"},
+            "max_bad_fraction": 0.02,
+        }
+    )
+    with pytest.raises(
+        PrepError, match="3 of 101 records are bad, more than max_bad_fraction = 0.02"
+    ):
         prepare(spec)
-    assert len((spec.work / "quarantine.jsonl").read_text().splitlines()) == 3 and not spec.output.exists()
+    assert (
+        len((spec.work / "quarantine.jsonl").read_text().splitlines()) == 3
+        and not spec.output.exists()
+    )
     spec = spec.model_copy(update={"max_bad_fraction": 0.03})
     made = prepare(spec, overwrite=True)
     assert sum(made.splits[s]["x"].documents for s in SPLITS) == 97
     report = json.loads((spec.output / "report.json").read_text())
     assert report["filtered"] == {"empty": 1} and report["documents_read"] == 101
-    assert {reason: q["records"] for reason, q in report["quarantined"].items()} == {"text is no string": 1, "not UTF-8": 1, "not a JSON object": 1}
-    assert [json.loads(line)["reason"] for line in open(spec.output / "quarantine.jsonl")] == ["text is no string", "not UTF-8", "not a JSON object"]
+    assert {reason: q["records"] for reason, q in report["quarantined"].items()} == {
+        "text is no string": 1,
+        "not UTF-8": 1,
+        "not a JSON object": 1,
+    }
+    assert [json.loads(line)["reason"] for line in open(spec.output / "quarantine.jsonl")] == [
+        "text is no string",
+        "not UTF-8",
+        "not a JSON object",
+    ]
 
 
 def test_length_bounds(prepared: PrepSpec, tmp_path: Path) -> None:
     write_lines(tmp_path / "x.jsonl", ["é" * n for n in range(1, 41)])
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}, "min_bytes": 5, "max_bytes": 60})
+    spec = prepared.model_copy(
+        update={
+            "output": tmp_path / "out",
+            "domains": {"x": tmp_path / "x.jsonl"},
+            "min_bytes": 5,
+            "max_bytes": 60,
+        }
+    )
     made = prepare(spec)
     assert sum(made.splits[s]["x"].documents for s in SPLITS) == 28
-    assert json.loads((spec.output / "report.json").read_text())["filtered"] == {"shorter than min_bytes": 2, "longer than max_bytes": 10}
+    assert json.loads((spec.output / "report.json").read_text())["filtered"] == {
+        "shorter than min_bytes": 2,
+        "longer than max_bytes": 10,
+    }
 
 
 def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
     for name in ("de", "en", "fr"):
-        write_lines(tmp_path / f"{name}.jsonl", texts(40, len(name) + ord(name[0])), meta={"lang": name})
+        write_lines(
+            tmp_path / f"{name}.jsonl", texts(40, len(name) + ord(name[0])), meta={"lang": name}
+        )
     lines = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("de", "en", "fr")]
     (tmp_path / "x").mkdir()
-    (tmp_path / "x/mixed.jsonl").write_text("".join(line + "\n" for group in zip(*lines, strict=True) for line in group)
-                                            + '{"text": "x", "meta": {"lang": "../up"}}\n')
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"web": tmp_path / "x"}, "domain_field": "meta.lang",
-                                       "max_bad_fraction": 0.01})
+    (tmp_path / "x/mixed.jsonl").write_text(
+        "".join(line + "\n" for group in zip(*lines, strict=True) for line in group)
+        + '{"text": "x", "meta": {"lang": "../up"}}\n'
+    )
+    spec = prepared.model_copy(
+        update={
+            "output": tmp_path / "out",
+            "domains": {"web": tmp_path / "x"},
+            "domain_field": "meta.lang",
+            "max_bad_fraction": 0.01,
+        }
+    )
     with small_units(3000, 2000):
         made = prepare(spec)
     assert made.domains == ["de", "en", "fr"]
@@ -238,9 +370,16 @@ def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
     for name, group in zip(made.domains, lines, strict=True):
         given = {json.loads(line)["text"] for line in group}
         assert sum(made.splits[s][name].documents for s in SPLITS) == 40
-        whole = {tokenizer.decode(t) for s in SPLITS for t, f in segments(read_rows(spec.output, s, name)) if not f & 3}
+        whole = {
+            tokenizer.decode(t)
+            for s in SPLITS
+            for t, f in segments(read_rows(spec.output, s, name))
+            if not f & 3
+        }
         assert whole and whole <= given
-        assert {int(r["domain"]) for s in SPLITS for r in read_rows(spec.output, s, name)} == {made.domains.index(name)}
+        assert {int(r["domain"]) for s in SPLITS for r in read_rows(spec.output, s, name)} == {
+            made.domains.index(name)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -251,26 +390,57 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: folder / f"{kind}.json" for kind in ANY_TEXT}
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=200), min_size=1, max_size=12),
-       st.sampled_from(ANY_TEXT), st.sampled_from(["best_fit", "concat", "single"]), st.integers(2, 40))
-def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(prepared: PrepSpec, tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory,
-                                                            found: list[str], kind: str, packing: str, length: int) -> None:
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=200), min_size=1, max_size=12
+    ),
+    st.sampled_from(ANY_TEXT),
+    st.sampled_from(["best_fit", "concat", "single"]),
+    st.integers(2, 40),
+)
+def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(
+    prepared: PrepSpec,
+    tokenizers: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    found: list[str],
+    kind: str,
+    packing: str,
+    length: int,
+) -> None:
     folder = tmp_path_factory.mktemp("any")
     write_lines(folder / "x.jsonl", [*found, "one more"])
-    spec = prepared.model_copy(update={"output": folder / "out", "domains": {"x": folder / "x.jsonl"}, "packing": packing, "sequence_length": length,
-                                       "heldout": 0.0, "tokenizer": tokenizers[kind]})
+    spec = prepared.model_copy(
+        update={
+            "output": folder / "out",
+            "domains": {"x": folder / "x.jsonl"},
+            "packing": packing,
+            "sequence_length": length,
+            "heldout": 0.0,
+            "tokenizer": tokenizers[kind],
+        }
+    )
     made = prepare(spec)
     rows = read_rows(spec.output, "train", "x")
-    assert sum(int(r["text_bytes"]) for r in rows) == made.splits["train"]["x"].bytes == sum(len(t.encode()) for t in [*found, "one more"])
+    assert (
+        sum(int(r["text_bytes"]) for r in rows)
+        == made.splits["train"]["x"].bytes
+        == sum(len(t.encode()) for t in [*found, "one more"])
+    )
     assert made.splits["train"]["x"].documents == 1 + sum(map(bool, found))
     for row in rows if made.byte_counts == "column" else ():
         assert row["target_bytes"].sum() == row["text_bytes"] and row["target_bytes"][0] == 0
 
 
-def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(
+    prepared: PrepSpec, tmp_path: Path
+) -> None:
     write_lines(tmp_path / "x.jsonl", texts(30, 8))
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}})
+    spec = prepared.model_copy(
+        update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
+    )
     prepare(spec)
     assert is_current(spec) and not is_current(spec.model_copy(update={"seed": 1}))
     write_lines(tmp_path / "x.jsonl", texts(31, 8))
@@ -278,13 +448,20 @@ def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(prepared: Prep
     with pytest.raises(PrepError, match="other inputs or settings.*--overwrite"):
         prepare(spec)
     old = (spec.output / "dataset.json").read_bytes()
-    assert prepare(spec, overwrite=True).splits["train"]["x"].documents and (spec.output / "dataset.json").read_bytes() != old
+    assert (
+        prepare(spec, overwrite=True).splits["train"]["x"].documents
+        and (spec.output / "dataset.json").read_bytes() != old
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "x.jsonl"]
 
 
-def test_unfinished_work_on_something_else_is_not_touched(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_unfinished_work_on_something_else_is_not_touched(
+    prepared: PrepSpec, tmp_path: Path
+) -> None:
     (tmp_path / "x.jsonl").write_text("no\n")
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}})
+    spec = prepared.model_copy(
+        update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
+    )
     with pytest.raises(PrepError, match="records are bad"):
         prepare(spec)
     write_lines(tmp_path / "x.jsonl", texts(30, 8))
@@ -295,7 +472,9 @@ def test_unfinished_work_on_something_else_is_not_touched(prepared: PrepSpec, tm
 
 def test_work_that_had_not_begun_is_simply_begun_anew(prepared: PrepSpec, tmp_path: Path) -> None:
     (tmp_path / "no.json").write_text("{}")
-    spec = prepared.model_copy(update={"output": tmp_path / "out", "tokenizer": tmp_path / "no.json"})
+    spec = prepared.model_copy(
+        update={"output": tmp_path / "out", "tokenizer": tmp_path / "no.json"}
+    )
     with pytest.raises(PrepError, match="no.json"):
         prepare(spec)
     prepare(spec.model_copy(update={"tokenizer": prepared.tokenizer}))

@@ -1,4 +1,7 @@
-"""Where inputs lie and where workers run: object stores, Ray, this machine; and how much memory a worker takes."""
+"""Where inputs lie and where workers run: object stores, Ray, this machine.
+
+And how much memory a worker takes.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,34 @@ def test_inputs_in_an_object_store_give_the_same_dataset(tmp_path: Path) -> None
     prepare(spec)
     with s3_server("bucket"):
         store, _ = open_store("s3://bucket")
-        for name, place in (("in/a/1.jsonl", "a/1.jsonl"), ("in/a/2.jsonl", "a/2.jsonl"), ("in/b.jsonl", "b.jsonl")):
+        for name, place in (
+            ("in/a/1.jsonl", "a/1.jsonl"),
+            ("in/a/2.jsonl", "a/2.jsonl"),
+            ("in/b.jsonl", "b.jsonl"),
+        ):
             with store.open_output_stream(f"bucket/{place}") as stream:
                 stream.write((tmp_path / name).read_bytes())
-        remote = spec.model_copy(update={"domains": {"a": "s3://bucket/a/*.jsonl", "b": "s3://bucket/b.jsonl"}, "output": tmp_path / "remote"})
+        remote = spec.model_copy(
+            update={
+                "domains": {"a": "s3://bucket/a/*.jsonl", "b": "s3://bucket/b.jsonl"},
+                "output": tmp_path / "remote",
+            }
+        )
         prepare(remote)
         with pytest.raises(PrepError, match="s3://bucket/c"):
-            prepare(remote.model_copy(update={"domains": {"a": "s3://bucket/c"}, "output": tmp_path / "none"}))
+            prepare(
+                remote.model_copy(
+                    update={"domains": {"a": "s3://bucket/c"}, "output": tmp_path / "none"}
+                )
+            )
     ours, theirs = content(spec.output), content(remote.output)
-    assert {k: v for k, v in ours.items() if k != "dataset.json"} == {k: v for k, v in theirs.items() if k != "dataset.json"}
-    assert DatasetManifest.load(spec.output).fingerprint == DatasetManifest.load(remote.output).fingerprint
+    assert {k: v for k, v in ours.items() if k != "dataset.json"} == {
+        k: v for k, v in theirs.items() if k != "dataset.json"
+    }
+    assert (
+        DatasetManifest.load(spec.output).fingerprint
+        == DatasetManifest.load(remote.output).fingerprint
+    )
 
 
 def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tmp_path: Path) -> None:
@@ -61,7 +82,9 @@ def test_a_ray_cluster_of_this_machine(tmp_path: Path) -> None:
     write_lines(tmp_path / "in/b.jsonl", ["x"])
     (tmp_path / "in/b.jsonl").write_text("no\n")
     with pytest.raises(PrepError, match="records are bad"):
-        prepare_anywhere(by_ray.model_copy(update={"output": tmp_path / "bad"}), workers=RayWorkers(None, 1))
+        prepare_anywhere(
+            by_ray.model_copy(update={"output": tmp_path / "bad"}), workers=RayWorkers(None, 1)
+        )
 
 
 MEASURE = """
@@ -86,9 +109,20 @@ def test_a_worker_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
             file.writelines(json.dumps({"text": f"{i} {text}"}) + "\n" for text in some)
         file.write(json.dumps({"text": "word " * 8_000_000}) + "\n")
         file.write('{"text": "' + "x" * 140_000_000 + '"}\n')
-    spec = spec.model_copy(update={"domains": {"big": tmp_path / "big.jsonl"}, "sequence_length": 2048, "max_bad_fraction": 0.001})
+    spec = spec.model_copy(
+        update={
+            "domains": {"big": tmp_path / "big.jsonl"},
+            "sequence_length": 2048,
+            "max_bad_fraction": 0.001,
+        }
+    )
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "spec.json")], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "spec.json")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 2**20  # KiB
     assert "line too long" in (spec.output / "quarantine.jsonl").read_text()

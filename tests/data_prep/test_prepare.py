@@ -23,30 +23,50 @@ from data_prep.stdlib_corpus import collect
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer, train_bpe
 
-TEXTS = [f"line {i}: the quick brown fox jumps over {i * 7919} lazy dogs, again and again\n" * (1 + i % 9) for i in range(60)]
+TEXTS = [
+    f"line {i}: the quick brown fox jumps over {i * 7919} lazy dogs, again and again\n"
+    * (1 + i % 9)
+    for i in range(60)
+]
 
 
 def write(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"id": str(i), "text": t}) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"id": str(i), "text": t}) + "\n" for i, t in enumerate(texts)),
+        encoding="utf-8",
+    )
     return path
 
 
 def spec(tmp_path: Path, texts: list[str] = TEXTS, **changes: object) -> PrepSpec:
     values: dict[str, object] = {
-        "domains": {"a": write(tmp_path / "a.jsonl", texts)}, "output": tmp_path / "out", "sequence_length": 16,
-        "vocab_size": 300, "heldout": 0.2,
+        "domains": {"a": write(tmp_path / "a.jsonl", texts)},
+        "output": tmp_path / "out",
+        "sequence_length": 16,
+        "vocab_size": 300,
+        "heldout": 0.2,
     }
     return PrepSpec(**(values | changes))
 
 
-@given(st.lists(st.integers(2, 200), max_size=20), st.integers(3, 40), st.sampled_from(["best_fit", "concat", "single"]))
-def test_every_packing_predicts_each_token_once(lengths: list[int], capacity: int, method: str) -> None:
+@given(
+    st.lists(st.integers(2, 200), max_size=20),
+    st.integers(3, 40),
+    st.sampled_from(["best_fit", "concat", "single"]),
+)
+def test_every_packing_predicts_each_token_once(
+    lengths: list[int], capacity: int, method: str
+) -> None:
     pieces, rows = pack(np.array(lengths, dtype=np.int64), capacity, method)
-    found = list(zip(pieces.document.tolist(), pieces.start.tolist(), pieces.stop.tolist(), strict=True))
+    found = list(
+        zip(pieces.document.tolist(), pieces.start.tolist(), pieces.stop.tolist(), strict=True)
+    )
     assert sorted(i for row in rows for i in row) == list(range(len(found)))
     assert all(0 < sum(pieces.lengths[i] for i in row) <= capacity for row in rows)
     targets = [(document, t) for document, start, stop in found for t in range(start + 1, stop)]
-    assert sorted(targets) == [(document, t) for document, length in enumerate(lengths) for t in range(1, length)]
+    assert sorted(targets) == [
+        (document, t) for document, length in enumerate(lengths) for t in range(1, length)
+    ]
 
 
 @given(st.lists(st.integers(2, 17), max_size=80))
@@ -55,7 +75,8 @@ def test_packing_places_every_piece_once(lengths: list[int]) -> None:
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= 17 for row in rows)
     fullness = sorted(sum(lengths[i] for i in row) for row in rows)
-    assert len(fullness) < 2 or fullness[0] + fullness[1] > 17  # best fit never leaves two rows that fit in one
+    # Best fit never leaves two rows that fit in one
+    assert len(fullness) < 2 or fullness[0] + fullness[1] > 17
 
 
 def test_packing_refuses_what_does_not_fit() -> None:
@@ -83,15 +104,25 @@ def test_rows_give_back_the_documents(tmp_path: Path) -> None:
                 assert int(row["doc_lens"].sum()) == 17
                 size += int(row["text_bytes"])
                 starts = np.cumsum(row["doc_lens"]) - row["doc_lens"]
-                for start, length, flag in zip(starts, row["doc_lens"], row["doc_flags"], strict=True):
+                for start, length, flag in zip(
+                    starts, row["doc_lens"], row["doc_flags"], strict=True
+                ):
                     if not flag & PADDING:
-                        pieces.append(tokenizer.decode(row["tokens"][int(start) : int(start + length)][1:]))
+                        pieces.append(
+                            tokenizer.decode(row["tokens"][int(start) : int(start + length)][1:])
+                        )
         counts = manifest.splits[split]["a"]
         assert size == counts.bytes and counts.rows == sum(s["samples"] for s in index["shards"])
-    assert manifest.splits["train"]["a"].documents + manifest.splits["heldout"]["a"].documents == len(TEXTS)
+    assert manifest.splits["train"]["a"].documents + manifest.splits["heldout"][
+        "a"
+    ].documents == len(TEXTS)
     assert sum(map(len, pieces)) == sum(map(len, TEXTS))
-    heldout = [json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl")]
-    assert 0 < len(heldout) == manifest.splits["heldout"]["a"].documents and set(heldout) <= set(TEXTS)
+    heldout = [
+        json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl")
+    ]
+    assert 0 < len(heldout) == manifest.splits["heldout"]["a"].documents and set(heldout) <= set(
+        TEXTS
+    )
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -99,7 +130,10 @@ def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     second = prepare(spec(tmp_path, output=tmp_path / "again"))
     assert first == second
     for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.stem != "report"):
-        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "out")).read_bytes(), path
+        assert (
+            path.read_bytes()
+            == (tmp_path / "again" / path.relative_to(tmp_path / "out")).read_bytes()
+        ), path
 
 
 def test_a_document_keeps_its_side_when_the_corpus_grows(tmp_path: Path) -> None:
@@ -130,7 +164,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
-def test_any_unicode_text_survives_and_its_bytes_are_counted(tokenizer: Tokenizer, text: str) -> None:
+def test_any_unicode_text_survives_and_its_bytes_are_counted(
+    tokenizer: Tokenizer, text: str
+) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert int(tokenizer.token_bytes()[ids].sum()) == len(text.encode())
@@ -141,39 +177,62 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer) -> No
     assert tokenizer.end_id not in ids.tolist() and tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("a.jsonl", b'{"text": "x"}\n{"text": \n', ["a.jsonl, byte 14", "not a JSON object", "1 of 2 records"]),
-    ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', ["a.jsonl, byte 14", "no text", "'text'"]),
-    ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl, byte 0", "not UTF-8"]),
-    ("a.txt", b"fine\xfe", ["a.txt, byte 0", "byte 4 of it"]),
-    ("a.parquet", b"PAR1 no", ["a.parquet", "Parquet"]),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], ["a.jsonl.gz", "Truncated"]),
-    ("a.csv", b"x", ["expected", ".jsonl"]),
-    ("a.jsonl", b"", ["domain d", "no document to train on"]),
-])
-def test_bad_corpora_are_named_and_nothing_takes_the_output_s_name(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": \n',
+            ["a.jsonl, byte 14", "not a JSON object", "1 of 2 records"],
+        ),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', ["a.jsonl, byte 14", "no text", "'text'"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl, byte 0", "not UTF-8"]),
+        ("a.txt", b"fine\xfe", ["a.txt, byte 0", "byte 4 of it"]),
+        ("a.parquet", b"PAR1 no", ["a.parquet", "Parquet"]),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9],
+            ["a.jsonl.gz", "Truncated"],
+        ),
+        ("a.csv", b"x", ["expected", ".jsonl"]),
+        ("a.jsonl", b"", ["domain d", "no document to train on"]),
+    ],
+)
+def test_bad_corpora_are_named_and_nothing_takes_the_output_s_name(
+    tmp_path: Path, name: str, content: bytes, words: list[str]
+) -> None:
     (tmp_path / name).write_bytes(content)
     # with a tokenizer of its own an empty corpus gets as far as the split
     train_bpe(TEXTS, 300, tmp_path / "given.json")
     with pytest.raises(PrepError) as raised:
-        prepare(PrepSpec(domains={"d": tmp_path / name}, output=tmp_path / "out", sequence_length=16, tokenizer=tmp_path / "given.json"))
+        prepare(
+            PrepSpec(
+                domains={"d": tmp_path / name},
+                output=tmp_path / "out",
+                sequence_length=16,
+                tokenizer=tmp_path / "given.json",
+            )
+        )
     assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
     assert {p.name for p in tmp_path.iterdir()} <= {name, "given.json", "out.work"}
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"vocab_size": 100}, "too small"),
-    ({"vocab_size": 100_000}, "the texts give only"),
-    ({"vocab_size": 2**33}, "does not fit uint32"),
-    ({"heldout": 1.5}, "heldout = 1.5"),
-    ({"split": "head"}, "split = 'head'"),
-    ({"characters": True}, "give one of vocab_size"),
-    ({"sequence_length": 1}, "sequence_length = 1"),
-    ({"vocab_size": None}, "give one of"),
-    ({"domains": {"a/b": Path("/")}}, "domain name 'a/b'"),
-    ({"domains": {"a": Path("/nowhere")}}, "/nowhere does not exist"),
-    ({"vocab_size": None, "tokenizer": Path("/nowhere.json")}, "nowhere.json"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 100}, "too small"),
+        ({"vocab_size": 100_000}, "the texts give only"),
+        ({"vocab_size": 2**33}, "does not fit uint32"),
+        ({"heldout": 1.5}, "heldout = 1.5"),
+        ({"split": "head"}, "split = 'head'"),
+        ({"characters": True}, "give one of vocab_size"),
+        ({"sequence_length": 1}, "sequence_length = 1"),
+        ({"vocab_size": None}, "give one of"),
+        ({"domains": {"a/b": Path("/")}}, "domain name 'a/b'"),
+        ({"domains": {"a": Path("/nowhere")}}, "/nowhere does not exist"),
+        ({"vocab_size": None, "tokenizer": Path("/nowhere.json")}, "nowhere.json"),
+    ],
+)
 def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises((PrepError, OSError), match=words.replace(".", r"\.")):
         prepare(spec(tmp_path, **changes))
@@ -188,7 +247,9 @@ def test_all_formats_read_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     with pa.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as stream:
         stream.write(plain.read_bytes())
-    pq.write_table(pa.table({"id": [str(i) for i in range(len(TEXTS))], "text": TEXTS}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"id": [str(i) for i in range(len(TEXTS))], "text": TEXTS}), tmp_path / "a.parquet"
+    )
     expected = list(read_documents(plain))
     assert [d.text for d in expected] == TEXTS
     for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
@@ -203,13 +264,20 @@ def test_stdlib_corpus_separates_docstrings_from_code(tmp_path: Path) -> None:
     library = tmp_path / "lib"
     library.mkdir()
     doc = "Words about the module. " * 12
-    (library / "m.py").write_text(f'"""{doc}"""\n\n\ndef f(x):\n    """Say it."""\n    return x  # kept\n\n\nclass C:\n    """Only words."""\n')
+    (library / "m.py").write_text(
+        f'"""{doc}"""\n\n\ndef f(x):\n    """Say it."""\n    return x  # kept\n\n\nclass C:\n   '
+        ' """Only words."""\n'
+    )
     (library / "broken.py").write_text("def (:\n")
     found = collect(tmp_path / "out", library)
     code = [json.loads(line) for line in open(tmp_path / "out" / "code.jsonl")]
     prose = [json.loads(line) for line in open(tmp_path / "out" / "prose.jsonl")]
     assert found.documents == {"code": 1, "prose": 1} and found.skipped == 1
-    assert code[0]["id"] == "m.py" and "return x  # kept" in code[0]["text"] and "Words" not in code[0]["text"]
+    assert (
+        code[0]["id"] == "m.py"
+        and "return x  # kept" in code[0]["text"]
+        and "Words" not in code[0]["text"]
+    )
     compile(code[0]["text"], "m.py", "exec")
     assert "Say it." in prose[0]["text"] and "Only words." in prose[0]["text"]
 
@@ -218,7 +286,9 @@ def test_stdlib_corpus_separates_docstrings_from_code(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         given = spec(tmp_path, TEXTS * 40, output=disk / "out")
@@ -234,16 +304,38 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
     """One long text, as character models are trained on: the last share is held out, every character is one token."""
-    text = "".join(f"{i}: to be or not to be, that is the question \u2014 \u00e9\n" for i in range(200))
+    text = "".join(
+        f"{i}: to be or not to be, that is the question \u2014 \u00e9\n" for i in range(200)
+    )
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
-    made = prepare(spec(tmp_path, domains={"a": tmp_path / "one.txt"}, vocab_size=None, characters=True, split="tail", heldout=0.1))
+    made = prepare(
+        spec(
+            tmp_path,
+            domains={"a": tmp_path / "one.txt"},
+            vocab_size=None,
+            characters=True,
+            split="tail",
+            heldout=0.1,
+        )
+    )
     boundary = int(len(text) * 0.9)
     counts = {split: made.splits[split]["a"] for split in ("train", "heldout")}
-    assert counts["train"].text_tokens == boundary and counts["heldout"].text_tokens == len(text) - boundary
-    assert counts["train"].bytes == len(text[:boundary].encode()) and made.vocab_size == len(set(text)) + 1
+    assert (
+        counts["train"].text_tokens == boundary
+        and counts["heldout"].text_tokens == len(text) - boundary
+    )
+    assert (
+        counts["train"].bytes == len(text[:boundary].encode())
+        and made.vocab_size == len(set(text)) + 1
+    )
     tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.json")
-    assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) == len(text)
-    heldout = [json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl", encoding="utf-8")]
+    assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) == len(
+        text
+    )
+    heldout = [
+        json.loads(line)["text"]
+        for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl", encoding="utf-8")
+    ]
     assert heldout == [text[boundary:]]
     with pytest.raises(PrepError, match="refuses a text"):
         tokenizer.encode("Z")
@@ -251,7 +343,14 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
 
 def test_the_tail_of_many_documents_is_cut_once(tmp_path: Path) -> None:
     made = prepare(spec(tmp_path, split="tail", heldout=0.3))
-    tail = "".join(json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl"))
-    assert "".join(TEXTS).endswith(tail) and len(tail) == len("".join(TEXTS)) - int(len("".join(TEXTS)) * 0.7)
+    tail = "".join(
+        json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl")
+    )
+    assert "".join(TEXTS).endswith(tail) and len(tail) == len("".join(TEXTS)) - int(
+        len("".join(TEXTS)) * 0.7
+    )
     assert made.splits["train"]["a"].bytes + len(tail) == len("".join(TEXTS))
-    assert sum(made.splits[s]["a"].documents for s in ("train", "heldout")) in (len(TEXTS), len(TEXTS) + 1)
+    assert sum(made.splits[s]["a"].documents for s in ("train", "heldout")) in (
+        len(TEXTS),
+        len(TEXTS) + 1,
+    )

@@ -1,8 +1,8 @@
 """Our shards in the hands of others: mosaicml-streaming's two readers, and llm-foundry's conventions on top of them.
 
-What must come out is decoded here from the bytes of the shards, by the published layout of MDS: uint32 samples n, uint32
-[n + 1] offsets of the samples; a sample is the uint32 sizes of its columns of variable size and then all columns, in the
-order of the index.
+What must come out is decoded here from the bytes of the shards, by the published layout of MDS:
+uint32 samples n, uint32 [n + 1] offsets of the samples; a sample is the uint32 sizes of its columns
+of variable size and then all columns, in the order of the index.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def decode_shards(folder: Path) -> Iterator[dict[str, Any]]:
             fixed = list(shard["column_sizes"])
             sizes = iter(np.frombuffer(data, "<u4", fixed.count(None), begin).tolist())
             at, sample = begin + 4 * fixed.count(None), {}
-            for name, encoding, size in zip(shard["column_names"], shard["column_encodings"], fixed, strict=True):
+            for name, encoding, size in zip(
+                shard["column_names"], shard["column_encodings"], fixed, strict=True
+            ):
                 size = next(sizes) if size is None else size
                 sample[name] = _value(encoding, data[at : at + size])
                 at += size
@@ -50,13 +52,16 @@ def _value(encoding: str, data: bytes) -> Any:
         return int.from_bytes(data, "little")
     if len(rest) == 2:
         return np.frombuffer(data, rest[0])
-    # Without a shape in the encoding: a byte, 4 * dimensions + a code for the width of their sizes, then these.
+    # Without a shape in the encoding: a byte, 4 * dimensions + a code for the width of their sizes,
+    # then these.
     width = 1 << (data[0] % 4)
     return np.frombuffer(data[1 + width :], rest[0])
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    return found.keys() == wanted.keys() and all(
+        np.array_equal(found[name], wanted[name]) for name in wanted
+    )
 
 
 def parts(manifest: DatasetManifest) -> list[tuple[str, str]]:
@@ -73,18 +78,45 @@ def test_local_dataset_reads_every_sample(dataset: Path) -> None:
         found = LocalDataset(str(dataset / split / domain))
         assert len(found) == len(wanted) == manifest.splits[split][domain].rows > 0
         assert all(same(found[i], wanted[i]) for i in range(len(wanted)))
-        assert set(wanted[0]) == set(columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts))
+        assert set(wanted[0]) == set(
+            columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts)
+        )
         assert sum(row["text_bytes"] for row in wanted) == manifest.splits[split][domain].bytes
 
 
-def test_one_stream_over_several_groups(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of a domain lie in a folder per group under one index; basenames hold a slash, which MDS allows."""
+def test_one_stream_over_several_groups(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of a domain lie in a folder per group under one index.
+
+    Basenames hold a slash, which MDS allows.
+    """
     monkeypatch.setattr("data_prep.layout.GROUP_TOKENS", 20_000)
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": f"{i} " + "word and word " * (i % 40)}) + "\n" for i in range(800)))
-    prepare(PrepSpec(domains={"a": corpus}, output=tmp_path / "data", sequence_length=64, tokenizer=dataset / "tokenizer.json", heldout=0.0))
+    corpus.write_text(
+        "".join(
+            json.dumps({"text": f"{i} " + "word and word " * (i % 40)}) + "\n" for i in range(800)
+        )
+    )
+    prepare(
+        PrepSpec(
+            domains={"a": corpus},
+            output=tmp_path / "data",
+            sequence_length=64,
+            tokenizer=dataset / "tokenizer.json",
+            heldout=0.0,
+        )
+    )
     folder = tmp_path / "data" / "train" / "a"
-    assert len({Path(s["raw_data"]["basename"]).parent for s in json.loads((folder / "index.json").read_text())["shards"]}) > 2
+    assert (
+        len(
+            {
+                Path(s["raw_data"]["basename"]).parent
+                for s in json.loads((folder / "index.json").read_text())["shards"]
+            }
+        )
+        > 2
+    )
     import_streaming()
     from streaming import LocalDataset
 
@@ -92,9 +124,10 @@ def test_one_stream_over_several_groups(tmp_path: Path, dataset: Path, monkeypat
     assert len(found) == len(wanted) and all(same(found[i], wanted[i]) for i in range(len(wanted)))
 
 
-# Through StreamingDataset itself, in a process of its own: it leaves threads and shared memory behind. The class is
-# llm-foundry's convention for tokens (llmfoundry/data/text_data.py, StreamingTextDataset): the column is called "tokens",
-# an array of any integer type is cut to max_seq_len and given as int64, and the collator stacks such tensors.
+# Through StreamingDataset itself, in a process of its own: it leaves threads and shared memory
+# behind. The class is llm-foundry's convention for tokens (llmfoundry/data/text_data.py,
+# StreamingTextDataset): the column is called "tokens", an array of any integer type is cut to
+# max_seq_len and given as int64, and the collator stacks such tensors.
 READ = """
 import sys
 import numpy as np, torch
@@ -130,7 +163,9 @@ def test_streaming_dataset_and_llm_foundry_read_every_sample(dataset: Path, tmp_
     assert done.returncode == 0, done.stderr
     for split in manifest.splits:
         found = np.load(tmp_path / f"{split}.npz")
-        wanted = [row for domain in manifest.domains for row in decode_shards(dataset / split / domain)]
+        wanted = [
+            row for domain in manifest.domains for row in decode_shards(dataset / split / domain)
+        ]
         for name in ("tokens", "doc_lens", "doc_flags"):
             assert np.array_equal(found[name], np.concatenate([row[name] for row in wanted])), name
         for name in ("domain", "text_bytes"):

@@ -24,7 +24,10 @@ TEXTS = [f"text {i} " + "é" * (i % 5) for i in range(50)]
 
 
 def lines(texts: list[str]) -> bytes:
-    return "".join(json.dumps({"id": str(i), "text": t}, ensure_ascii=False) + "\n" for i, t in enumerate(texts)).encode()
+    return "".join(
+        json.dumps({"id": str(i), "text": t}, ensure_ascii=False) + "\n"
+        for i, t in enumerate(texts)
+    ).encode()
 
 
 def read(path: Path, fields: Fields = Fields()) -> list[Record | Bad]:
@@ -35,12 +38,17 @@ def reasons(path: Path, fields: Fields = Fields()) -> list[str]:
     return [r.reason if isinstance(r, Bad) else "good" for r in read(path, fields)]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst"]
+)
 def test_json_lines_plain_and_compressed(tmp_path: Path, name: str) -> None:
     data = lines(TEXTS)
     pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(name.rpartition(".")[2], bytes)
-    (tmp_path / name).write_bytes(pack(data[:700]) + pack(data[700:]))  # two members, as `cat a.gz b.gz` makes
-    assert [(r.text, r.id) for r in read(tmp_path / name)] == [(t, str(i)) for i, t in enumerate(TEXTS)]
+    # Two members, as `cat a.gz b.gz` makes
+    (tmp_path / name).write_bytes(pack(data[:700]) + pack(data[700:]))
+    assert [(r.text, r.id) for r in read(tmp_path / name)] == [
+        (t, str(i)) for i, t in enumerate(TEXTS)
+    ]
 
 
 def test_lines_of_all_kinds_of_ends(tmp_path: Path) -> None:
@@ -53,12 +61,16 @@ def test_lines_of_all_kinds_of_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [7, 64, 2**22])
 @pytest.mark.parametrize("size", [1, 3, 50, 200, 10**6])
-def test_parts_of_a_file_hold_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, size: int) -> None:
+def test_parts_of_a_file_hold_every_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, size: int
+) -> None:
     monkeypatch.setattr(records, "BLOCK", block)
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(TEXTS[:12]))
     file = find_files(path)[0]
-    parts = [Part(file, start, min(start + size, file.size), size) for start in range(0, file.size, size)]
+    parts = [
+        Part(file, start, min(start + size, file.size), size) for start in range(0, file.size, size)
+    ]
     found = [r for part in parts for r in read_part(part, Fields())]
     assert found == read(path) and len(found) == 12
 
@@ -70,19 +82,35 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     found = [r for i in range(8) for r in read_part(Part(file, i, i + 1, 0), Fields())]
     assert [(r.text, r.id, r.place) for r in found] == [(t, str(i), i) for i, t in enumerate(TEXTS)]
     for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
-        pq.write_table(table.set_column(1, "text", pa.array(TEXTS).cast(kind)), tmp_path / "b.parquet")
+        pq.write_table(
+            table.set_column(1, "text", pa.array(TEXTS).cast(kind)), tmp_path / "b.parquet"
+        )
         assert [r.text for r in read(tmp_path / "b.parquet")] == TEXTS
 
 
-def test_parquet_files_larger_than_a_unit_are_divided_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_files_larger_than_a_unit_are_divided_by_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = pa.table({"id": list(range(50)), "text": TEXTS})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     pq.write_table(table, tmp_path / "b.parquet")
     monkeypatch.setattr("data_prep.plan.UNIT_BYTES", 700)
-    plan = make_plan(PrepSpec(domains={"x": tmp_path}, output=tmp_path / "out", sequence_length=8, vocab_size=300))
+    plan = make_plan(
+        PrepSpec(
+            domains={"x": tmp_path}, output=tmp_path / "out", sequence_length=8, vocab_size=300
+        )
+    )
     parts = [(part.file.name, part.start, part.stop) for unit in plan.units for part in unit.parts]
-    assert parts == [("a.parquet", i, i + 1) for i in range(8)] + [("b.parquet", 0, 1)] and 2 < len(plan.units) < 9
-    assert abs(plan.size - sum((tmp_path / name).stat().st_size for name in ("a.parquet", "b.parquet"))) < 16
+    assert (
+        parts == [("a.parquet", i, i + 1) for i in range(8)] + [("b.parquet", 0, 1)]
+        and 2 < len(plan.units) < 9
+    )
+    assert (
+        abs(
+            plan.size - sum((tmp_path / name).stat().st_size for name in ("a.parquet", "b.parquet"))
+        )
+        < 16
+    )
 
 
 def test_parquet_rows_that_are_null_or_no_utf8_are_told_one_by_one(tmp_path: Path) -> None:
@@ -92,8 +120,12 @@ def test_parquet_rows_that_are_null_or_no_utf8_are_told_one_by_one(tmp_path: Pat
     assert reasons(tmp_path / "a.parquet") == ["good", "not UTF-8", "null text", "good"]
 
 
-@pytest.mark.parametrize(("column", "words"), [(pa.array([1, 2]), "type int64"), (pa.array([b"a", b"b"]), "type binary")])
-def test_a_parquet_file_whose_text_column_has_another_type_is_named(tmp_path: Path, column: pa.Array, words: str) -> None:
+@pytest.mark.parametrize(
+    ("column", "words"), [(pa.array([1, 2]), "type int64"), (pa.array([b"a", b"b"]), "type binary")]
+)
+def test_a_parquet_file_whose_text_column_has_another_type_is_named(
+    tmp_path: Path, column: pa.Array, words: str
+) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(PrepError, match=f"a.parquet: column 'text' is of {words}"):
         read(tmp_path / "a.parquet")
@@ -103,18 +135,30 @@ def test_a_parquet_file_whose_text_column_has_another_type_is_named(tmp_path: Pa
 
 def test_text_files_are_documents(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("zwei\n\u2028")
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("eins".encode()))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"eins"))
     (tmp_path / "_SUCCESS").write_text("")
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "notes.md").write_text("no")
-    assert [(d.id, d.text) for d in read_documents(tmp_path)] == [("a.txt.gz", "eins"), ("b.txt", "zwei\n\u2028")]
+    assert [(d.id, d.text) for d in read_documents(tmp_path)] == [
+        ("a.txt.gz", "eins"),
+        ("b.txt", "zwei\n\u2028"),
+    ]
 
 
-@pytest.mark.parametrize(("line", "reason"), [
-    (b'{"text": ', "not a JSON object"), (b"[1]", "not a JSON object"), (b'{"body": "x"}', "no text"), (b'{"text": null}', "null text"),
-    (b'{"text": 7}', "text is no string"), (b'{"text": ["x"]}', "text is no string"), (b'{"text": "\xff"}', "not UTF-8"),
-    (b'{"text": "\\ud800"}', "not a JSON object"), (b'{"text": NaN}', "not a JSON object"),
-])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": ', "not a JSON object"),
+        (b"[1]", "not a JSON object"),
+        (b'{"body": "x"}', "no text"),
+        (b'{"text": null}', "null text"),
+        (b'{"text": 7}', "text is no string"),
+        (b'{"text": ["x"]}', "text is no string"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "not a JSON object"),
+        (b'{"text": NaN}', "not a JSON object"),
+    ],
+)
 def test_a_bad_line_is_told_and_spoils_no_other(tmp_path: Path, line: bytes, reason: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     assert reasons(tmp_path / "a.jsonl") == ["good", reason, "good"]
@@ -122,14 +166,18 @@ def test_a_bad_line_is_told_and_spoils_no_other(tmp_path: Path, line: bytes, rea
 
 
 def test_keys_are_chosen_and_dots_go_down(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"data": {"text": "a", "lang": "de"}, "n": 5}\n{"data.text": "b", "data": {"lang": "en"}, "n": 6}\n'
-                                      '{"data": {"text": "c"}, "n": 7}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"data": {"text": "a", "lang": "de"}, "n": 5}\n{"data.text": "b", "data": {"lang": "en"},'
+        ' "n": 6}\n{"data": {"text": "c"}, "n": 7}\n'
+    )
     found = read(tmp_path / "a.jsonl", Fields("data.text", "n", "data.lang"))
     assert [(r.text, r.id, r.domain) for r in found[:2]] == [("a", "5", "de"), ("b", "6", "en")]
     assert found[2].reason == "no domain" and found[2].id == "7"
 
 
-def test_a_line_without_end_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_end_is_skipped_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(records, "LONGEST_LINE", 1000)
     monkeypatch.setattr(records, "BLOCK", 300)
     path = tmp_path / "a.jsonl"
@@ -140,17 +188,24 @@ def test_a_line_without_end_is_skipped_in_bounded_memory(tmp_path: Path, monkeyp
     assert reasons(path) == ["line too long"]
 
 
-def test_a_text_file_that_is_too_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_file_that_is_too_long_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(records, "LONGEST_DOCUMENT", 100)
     (tmp_path / "a.txt").write_bytes(b"x" * 101)
     (tmp_path / "b.txt").write_bytes(b"x" * 100)
-    assert [reasons(tmp_path / name) for name in ("a.txt", "b.txt")] == [["document too long"], ["good"]]
+    assert [reasons(tmp_path / name) for name in ("a.txt", "b.txt")] == [
+        ["document too long"],
+        ["good"],
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
 def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
     data = np.random.default_rng(0).bytes(20_000).hex().encode()
-    whole_file = {"gz": gzip.compress, "zst": zstandard.compress}[name.rpartition(".")[2]](b'{"text": "' + data + b'"}\n')
+    whole_file = {"gz": gzip.compress, "zst": zstandard.compress}[name.rpartition(".")[2]](
+        b'{"text": "' + data + b'"}\n'
+    )
     (tmp_path / name).write_bytes(whole_file[: len(whole_file) // 2])
     with pytest.raises(PrepError, match=f"{name} cannot be read: .*[Tt]runcated"):
         read(tmp_path / name)
@@ -179,9 +234,18 @@ def test_globs_folders_and_places_that_hold_nothing(tmp_path: Path) -> None:
         return [f.uri.removeprefix(f"{tmp_path}/") for f in find_files(f"{tmp_path}/{pattern}")]
 
     assert found("x") == ["x/a.jsonl", "x/y/b.jsonl", "x/y/c.txt"]
-    assert found("x/*.jsonl") == ["x/a.jsonl"] and found("x/**/*.jsonl") == ["x/a.jsonl", "x/y/b.jsonl"]
-    assert found("*/?.jsonl") == ["x/a.jsonl", "z/d.jsonl"] and found("[xz]/[a-c].jsonl") == ["x/a.jsonl"]
-    for place, words in (("x/*.gz", "no file matches"), ("nowhere", "does not exist"), ("x/y/../y/e.csv", "does not exist")):
+    assert found("x/*.jsonl") == ["x/a.jsonl"] and found("x/**/*.jsonl") == [
+        "x/a.jsonl",
+        "x/y/b.jsonl",
+    ]
+    assert found("*/?.jsonl") == ["x/a.jsonl", "z/d.jsonl"] and found("[xz]/[a-c].jsonl") == [
+        "x/a.jsonl"
+    ]
+    for place, words in (
+        ("x/*.gz", "no file matches"),
+        ("nowhere", "does not exist"),
+        ("x/y/../y/e.csv", "does not exist"),
+    ):
         with pytest.raises(PrepError, match=words):
             find_files(f"{tmp_path}/{place}")
     (tmp_path / "empty").mkdir()
@@ -189,7 +253,9 @@ def test_globs_folders_and_places_that_hold_nothing(tmp_path: Path) -> None:
         find_files(tmp_path / "empty")
 
 
-def test_small_files_are_known_by_content_and_large_ones_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_are_known_by_content_and_large_ones_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(TEXTS))
     before = find_files(path)

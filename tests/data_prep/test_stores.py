@@ -22,7 +22,12 @@ def s3() -> Iterator[str]:
 def test_local_places_are_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b%20c?.txt").write_text("x")
-    places = ["a b%20c?.txt", Path("a b%20c?.txt"), str(tmp_path / "a b%20c?.txt"), (tmp_path / "a b%20c?.txt").as_uri()]
+    places = [
+        "a b%20c?.txt",
+        Path("a b%20c?.txt"),
+        str(tmp_path / "a b%20c?.txt"),
+        (tmp_path / "a b%20c?.txt").as_uri(),
+    ]
     for place in places:
         filesystem, path = open_store(place)
         assert path == str(tmp_path / "a b%20c?.txt")
@@ -31,7 +36,10 @@ def test_local_places_are_absolute_paths(tmp_path: Path, monkeypatch: pytest.Mon
     assert not is_uri("C:/folder") and is_uri("s3://bucket") and not is_uri("folder/s3://bucket")
 
 
-@pytest.mark.parametrize("name", ["plain.txt", "folder/with space/ü.txt", "percent%20sign", "glob[1]*?", "question?mark.txt"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain.txt", "folder/with space/ü.txt", "percent%20sign", "glob[1]*?", "question?mark.txt"],
+)
 def test_a_name_in_s3_is_taken_as_it_is(s3: str, name: str) -> None:
     import boto3
 
@@ -43,19 +51,27 @@ def test_a_name_in_s3_is_taken_as_it_is(s3: str, name: str) -> None:
 
 
 def test_a_bucket_alone_and_a_trailing_slash(s3: str) -> None:
-    assert [open_store(f"s3://bucket{end}")[1] for end in ("", "/", "/folder/")] == ["bucket", "bucket", "bucket/folder"]
+    assert [open_store(f"s3://bucket{end}")[1] for end in ("", "/", "/folder/")] == [
+        "bucket",
+        "bucket",
+        "bucket/folder",
+    ]
     assert open_store("s3://bucket/a")[0] is open_store("s3://bucket/b")[0]  # no look-up per file
 
 
 def test_options_of_pyarrow_may_follow_the_path(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("S3_ENDPOINT_URL")
-    filesystem, path = open_store(f"s3://bucket/a/b?endpoint_override={s3.removeprefix('http://')}&scheme=http&region=eu-west-1")
+    filesystem, path = open_store(
+        f"s3://bucket/a/b?endpoint_override={s3.removeprefix('http://')}&scheme=http&region=eu-west-1"
+    )
     assert path == "bucket/a/b" and filesystem.region == "eu-west-1"
     assert filesystem.get_file_info(path).type is fs.FileType.NotFound
 
 
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-def test_the_endpoint_may_have_the_names_of_aws(s3: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_the_endpoint_may_have_the_names_of_aws(
+    s3: str, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     monkeypatch.delenv("S3_ENDPOINT_URL")
     monkeypatch.setenv(variable, s3 + "/")
     filesystem, path = open_store("s3://bucket/none")
@@ -71,12 +87,15 @@ def test_other_schemes_go_through_fsspec() -> None:
     assert [(i.base_name, i.size) for i in infos] == [("file.txt", 4)]
 
 
-@pytest.mark.parametrize(("place", "told"), [
-    ("nosuch://bucket/file", "expected a path, s3://"),
-    ("s3:///file", "expected s3://BUCKET/PATH"),
-    ("dropbox://file", "not installed"),
-    ("abfs://container/file", "account name"),
-])
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("nosuch://bucket/file", "expected a path, s3://"),
+        ("s3:///file", "expected s3://BUCKET/PATH"),
+        ("dropbox://file", "not installed"),
+        ("abfs://container/file", "account name"),
+    ],
+)
 def test_a_place_that_cannot_be_opened_is_refused_by_name(place: str, told: str) -> None:
     with pytest.raises(PrepError, match=told) as refused:
         open_store(place)
@@ -88,9 +107,19 @@ def test_what_a_store_answers_is_explained_in_one_line(s3: str) -> None:
     with pytest.raises(STORE_ERRORS) as answered:
         filesystem.get_file_info(fs.FileSelector(path))
     problem = store_problem(answered.value, "s3://elsewhere/file")
-    assert isinstance(problem, PrepError) and "s3://elsewhere/file: there is no such bucket" in str(problem)
-    denied = OSError("When reading information for key 'x' in bucket 'b':\n AWS Error ACCESS_DENIED during HeadObject operation: No response body.")
-    assert "credentials" in str(store_problem(denied, "s3://b/x")) and "\n" not in str(store_problem(denied, "s3://b/x"))
-    gone = OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 6, Could not resolve hostname")
+    assert isinstance(problem, PrepError) and "s3://elsewhere/file: there is no such bucket" in str(
+        problem
+    )
+    denied = OSError(
+        "When reading information for key 'x' in bucket 'b':\n AWS Error ACCESS_DENIED during"
+        " HeadObject operation: No response body."
+    )
+    assert "credentials" in str(store_problem(denied, "s3://b/x")) and "\n" not in str(
+        store_problem(denied, "s3://b/x")
+    )
+    gone = OSError(
+        "AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 6, Could not resolve"
+        " hostname"
+    )
     assert "cannot be reached" in str(store_problem(gone, "s3://b/x"))
     assert str(store_problem(OSError("something else"), "s3://b/x")) == "s3://b/x: something else"

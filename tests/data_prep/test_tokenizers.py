@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import normalizers
 
 from data_prep.errors import PrepError
-from data_prep.tokenizer import tiktoken_encoder
-from data_prep.tokenizer import Tokenizer, evenly_sampled, train_bpe
+from data_prep.tokenizer import Tokenizer, evenly_sampled, tiktoken_encoder, train_bpe
 from data_prep.tokenizer.byte_counts import sizes_from_offsets
 from data_prep.tokenizer.nasty import nasty_texts
 from tests.support.tokenizers import ANY_TEXT, KINDS, TEXTS
@@ -26,7 +25,9 @@ from tests.support.tokenizers import ANY_TEXT, KINDS, TEXTS
 FAST = ("byte_level", "gpt2", "whole", "neox")
 ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 FRAGMENTS = st.lists(st.sampled_from(nasty_texts()[:120]) | ANY, max_size=6).map("".join)
-RUNS = st.builds(lambda text, times: text * times, st.text(min_size=1, max_size=3), st.integers(1, 300))
+RUNS = st.builds(
+    lambda text, times: text * times, st.text(min_size=1, max_size=3), st.integers(1, 300)
+)
 TEXT = ANY | FRAGMENTS | RUNS.filter(lambda text: text.isprintable() or text.isascii())
 
 
@@ -57,7 +58,11 @@ def check_bytes(tokenizer: Tokenizer, text: str) -> None:
     ids, sizes = tokenizer.encode_with_bytes(text)
     assert len(sizes) == len(ids) + 1 and sizes.dtype == ids.dtype == np.uint32
     assert int(sizes.sum()) == len(text.encode()) and (sizes[-1] == 0 or len(ids) == 0)
-    assert ids.tolist() == tokenizer.encode(text).tolist() == tokenizer.encode_batch([text, "a", text])[2].tolist()
+    assert (
+        ids.tolist()
+        == tokenizer.encode(text).tolist()
+        == tokenizer.encode_batch([text, "a", text])[2].tolist()
+    )
     table = tokenizer.token_bytes()
     assert (table[ids] > 0).all(), "a special token in a text"
     if tokenizer.byte_counts == "table":
@@ -80,7 +85,9 @@ def test_bytes_sum_to_difficult_texts(made: dict[str, Tokenizer], kind: str) -> 
 def test_characters_have_the_bytes_of_utf8(made: dict[str, Tokenizer]) -> None:
     for text in TEXTS:
         check_bytes(made["characters"], text)
-        assert made["characters"].encode_with_bytes(text)[1].tolist() == [len(c.encode()) for c in text] + [0]
+        assert made["characters"].encode_with_bytes(text)[1].tolist() == [
+            len(c.encode()) for c in text
+        ] + [0]
     assert made["characters"].byte_counts == "table"
     with pytest.raises(PrepError, match="refuses a text"):
         made["characters"].encode_with_bytes("\u2603")
@@ -91,23 +98,47 @@ def test_every_token_of_bytes_has_its_own(made: dict[str, Tokenizer]) -> None:
     for kind in FAST:
         library, table = plain(made[kind].path), made[kind].token_bytes()
         for index in range(made[kind].vocab_size):
-            if table[index] and "\ufffd" not in (text := library.decode([index], skip_special_tokens=False)):
+            if table[index] and "\ufffd" not in (
+                text := library.decode([index], skip_special_tokens=False)
+            ):
                 assert table[index] == len(text.encode()), (kind, index, text)
         assert int((table == 0).sum()) == 1  # the end of text
 
 
-@pytest.mark.parametrize(("kind", "text", "expected"), [
-    ("llama", "a\n\U0001f680b", [("\u2581", 0), ("a", 1), ("\n", 1), ("<0xF0>", 1), ("<0x9F>", 1), ("<0x9A>", 1), ("<0x80>", 1), ("b", 1)]),
-    ("wordpiece", "  \u00c9 the  ", [("e", 4), ("the", 6)]),
-    ("prefix_space", "th\u00e9", [("\u0120th", 2), ("\u00c3\u00a9", 2)]),
-    ("prefix_space", " a", [("\u0120", 1), ("a", 1)]),  # a post-processor trims the places of spaces, unless it is left out
-    # the library tells the place of a composed character by its first: the mark counts as dropped, so it goes to what follows
-    ("neox", "e\u0301  th", [("\u00c3\u00a9", 1), ("  ", 4), ("th", 2)]),
-])
-def test_bytes_by_place(made: dict[str, Tokenizer], kind: str, text: str, expected: list[tuple[str, int]]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        (
+            "llama",
+            "a\n\U0001f680b",
+            [
+                ("\u2581", 0),
+                ("a", 1),
+                ("\n", 1),
+                ("<0xF0>", 1),
+                ("<0x9F>", 1),
+                ("<0x9A>", 1),
+                ("<0x80>", 1),
+                ("b", 1),
+            ],
+        ),
+        ("wordpiece", "  \u00c9 the  ", [("e", 4), ("the", 6)]),
+        ("prefix_space", "th\u00e9", [("\u0120th", 2), ("\u00c3\u00a9", 2)]),
+        # A post-processor trims the places of spaces, unless it is left out
+        ("prefix_space", " a", [("\u0120", 1), ("a", 1)]),
+        # the library tells the place of a composed character by its first: the mark counts as
+        # dropped, so it goes to what follows
+        ("neox", "e\u0301  th", [("\u00c3\u00a9", 1), ("  ", 4), ("th", 2)]),
+    ],
+)
+def test_bytes_by_place(
+    made: dict[str, Tokenizer], kind: str, text: str, expected: list[tuple[str, int]]
+) -> None:
     ids, sizes = made[kind].encode_with_bytes(text)
     assert made[kind].byte_counts == "column"
-    assert [(made[kind].token(i), size) for i, size in zip(ids.tolist(), sizes.tolist(), strict=False)] == expected
+    assert [
+        (made[kind].token(i), size) for i, size in zip(ids.tolist(), sizes.tolist(), strict=False)
+    ] == expected
 
 
 def test_a_text_without_tokens_leaves_its_bytes_to_the_end(made: dict[str, Tokenizer]) -> None:
@@ -117,7 +148,9 @@ def test_a_text_without_tokens_leaves_its_bytes_to_the_end(made: dict[str, Token
 
 
 def test_places_that_go_back_or_repeat() -> None:
-    found = sizes_from_offsets("abcde\u20ac", np.array([[0, 2], [1, 1], [0, 2], [4, 5], [4, 5], [4, 5], [5, 5]]))
+    found = sizes_from_offsets(
+        "abcde\u20ac", np.array([[0, 2], [1, 1], [0, 2], [4, 5], [4, 5], [4, 5], [5, 5]])
+    )
     assert found.tolist() == [2, 0, 0, 1, 1, 1, 3, 0]
 
 
@@ -137,27 +170,50 @@ def test_special_tokens_spelled_in_a_text_are_text(made: dict[str, Tokenizer], k
             assert not set(ids) & (set(specials.values()) - {unknown}), (text, ids)
             check_bytes(tokenizer, text)
     if kind == "unigram":  # here the model itself spells the token, which the library lets through
-        assert specials["</s>"] in plain(tokenizer.path).encode("the</s>", add_special_tokens=False).ids
+        assert (
+            specials["</s>"]
+            in plain(tokenizer.path).encode("the</s>", add_special_tokens=False).ids
+        )
         assert len(tokenizer.encode("<unk>")) > 1
     if kind == "wordpiece":  # a word that cannot be spelled is still one token
-        assert tokenizer.encode("[UNK] zz\u2603").tolist() == [*tokenizer.encode("[UNK]").tolist(), specials["[UNK]"]]
+        assert tokenizer.encode("[UNK] zz\u2603").tolist() == [
+            *tokenizer.encode("[UNK]").tolist(),
+            specials["[UNK]"],
+        ]
 
 
 @pytest.mark.parametrize("kind", FAST)
 @settings(max_examples=100, deadline=None)
 @given(text=TEXT)
-def test_tiktoken_gives_the_librarys_tokens(made: dict[str, Tokenizer], kind: str, text: str) -> None:
+def test_tiktoken_gives_the_librarys_tokens(
+    made: dict[str, Tokenizer], kind: str, text: str
+) -> None:
     tokenizer = made[kind]
     assert tokenizer.encoder == "tiktoken" and tokenizer.difference([text]) is None
-    assert tokenizer.encode(text).tolist() == plain(tokenizer.path).encode(text, add_special_tokens=False).ids
+    assert (
+        tokenizer.encode(text).tolist()
+        == plain(tokenizer.path).encode(text, add_special_tokens=False).ids
+    )
 
 
 def test_other_kinds_go_through_the_library_and_say_why(made: dict[str, Tokenizer]) -> None:
-    reasons = {kind: made[kind].encoder_reason for kind in KINDS if made[kind].encoder == "tokenizers"}
-    assert reasons == {"prefix_space": "it is byte-level BPE that changes text", "llama": "it is BPE with byte fallback",
-                       "unigram": "it is Unigram", "wordpiece": "it is WordPiece", "characters": "it is characters"}
+    reasons = {
+        kind: made[kind].encoder_reason for kind in KINDS if made[kind].encoder == "tokenizers"
+    }
+    assert reasons == {
+        "prefix_space": "it is byte-level BPE that changes text",
+        "llama": "it is BPE with byte fallback",
+        "unigram": "it is Unigram",
+        "wordpiece": "it is WordPiece",
+        "characters": "it is characters",
+    }
     assert made["llama"].difference(["a"]) is None
-    assert {kind: made[kind].byte_counts for kind in FAST} == {"byte_level": "table", "gpt2": "table", "whole": "table", "neox": "column"}
+    assert {kind: made[kind].byte_counts for kind in FAST} == {
+        "byte_level": "table",
+        "gpt2": "table",
+        "whole": "table",
+        "neox": "column",
+    }
 
 
 def swap_merges(content: dict[str, Any]) -> None:
@@ -184,26 +240,41 @@ def set_pattern(pattern: str) -> Callable[[dict[str, Any]], None]:
 
 def add_literal(**flags: bool) -> Callable[[dict[str, Any]], None]:
     def change(content: dict[str, Any]) -> None:
-        token = content["added_tokens"][0] | {"id": len(content["model"]["vocab"]), "content": "==", "special": False}
+        token = content["added_tokens"][0] | {
+            "id": len(content["model"]["vocab"]),
+            "content": "==",
+            "special": False,
+        }
         content["added_tokens"].append(token | flags)
 
     return change
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    (swap_merges, "merges are not in the order"),
-    (add_token_of_two_bytes, "tiktoken would merge b'zq'"),
-    (make_a_merged_token_special, "a special token of it is also made by merging"),
-    # "{1,3}+" repeats for one engine what is possessive for the other, and "$" stands before the end of a line
-    (set_pattern(r"\p{N}{1,3}+|\P{N}+"), "differs from it on"),
-    (set_pattern(r"\s+$|[^\s]+|\s"), "differs from it on"),
-    (set_pattern(r"[a-z]+"), "differs from it on"),
-    (add_literal(lstrip=True), "take the spaces beside them"),
-    (lambda content: content.update(normalizer={"type": "Lowercase"}), "it is byte-level BPE that changes text|a normalizer, Lowercase"),
-    (lambda content: content["model"].update(dropout=0.1), "BPE"),
-])
-def test_tiktoken_is_not_taken_where_it_would_differ(made: dict[str, Tokenizer], tmp_path: Path, change: Callable[[dict[str, Any]], None],
-                                                     reason: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (swap_merges, "merges are not in the order"),
+        (add_token_of_two_bytes, "tiktoken would merge b'zq'"),
+        (make_a_merged_token_special, "a special token of it is also made by merging"),
+        # "{1,3}+" repeats for one engine what is possessive for the other, and "$" stands before
+        # the end of a line
+        (set_pattern(r"\p{N}{1,3}+|\P{N}+"), "differs from it on"),
+        (set_pattern(r"\s+$|[^\s]+|\s"), "differs from it on"),
+        (set_pattern(r"[a-z]+"), "differs from it on"),
+        (add_literal(lstrip=True), "take the spaces beside them"),
+        (
+            lambda content: content.update(normalizer={"type": "Lowercase"}),
+            "it is byte-level BPE that changes text|a normalizer, Lowercase",
+        ),
+        (lambda content: content["model"].update(dropout=0.1), "BPE"),
+    ],
+)
+def test_tiktoken_is_not_taken_where_it_would_differ(
+    made: dict[str, Tokenizer],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    reason: str,
+) -> None:
     path = changed(made["byte_level"], tmp_path / "tokenizer.json", change)
     tokenizer = Tokenizer(path)
     assert tokenizer.encoder == "tokenizers"
@@ -213,12 +284,21 @@ def test_tiktoken_is_not_taken_where_it_would_differ(made: dict[str, Tokenizer],
         assert int(tokenizer.encode_with_bytes(text)[1].sum()) == len(text.encode())
 
 
-def test_a_token_that_no_merging_reaches_is_known_only_where_it_counts(made: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_a_token_that_no_merging_reaches_is_known_only_where_it_counts(
+    made: dict[str, Tokenizer], tmp_path: Path
+) -> None:
     assert made["whole"].encode("a zqzq").tolist()[-1] == 420  # taken whole between two cuts
-    path = changed(made["whole"], tmp_path / "tokenizer.json", lambda content: content["model"].update(ignore_merges=False))
+    path = changed(
+        made["whole"],
+        tmp_path / "tokenizer.json",
+        lambda content: content["model"].update(ignore_merges=False),
+    )
     without = Tokenizer(path)
     assert without.encoder == "tiktoken" and 420 not in without.encode("a zqzq").tolist()
-    assert without.encode("a zqzq").tolist() == plain(path).encode("a zqzq", add_special_tokens=False).ids
+    assert (
+        without.encode("a zqzq").tolist()
+        == plain(path).encode("a zqzq", add_special_tokens=False).ids
+    )
 
 
 LETTERS = ("a", "b", "c", "\u0120")
@@ -226,7 +306,10 @@ LETTERS = ("a", "b", "c", "\u0120")
 
 @st.composite
 def listed_merges(draw: st.DrawFn) -> list[tuple[str, str]]:
-    """Merges of random tokens in random order, as no training makes them; some are never reached, some make one token twice."""
+    """Merges of random tokens in random order, as no training makes them.
+
+    Some are never reached, some make one token twice.
+    """
     known, merges = list(LETTERS), []
     for _ in range(draw(st.integers(0, 14))):
         pair = (draw(st.sampled_from(known)), draw(st.sampled_from(known)))
@@ -238,14 +321,22 @@ def listed_merges(draw: st.DrawFn) -> list[tuple[str, str]]:
 
 @settings(max_examples=40, deadline=None)
 @given(merges=listed_merges(), whole=st.booleans(), data=st.data())
-def test_any_list_of_merges_is_encoded_as_by_the_library(made: dict[str, Tokenizer], merges: list[tuple[str, str]], whole: bool,
-                                                         data: st.DataObject) -> None:
-    """tiktoken is taken where the order of the ids is that of the merges, or else it is not; both are right."""
+def test_any_list_of_merges_is_encoded_as_by_the_library(
+    made: dict[str, Tokenizer], merges: list[tuple[str, str]], whole: bool, data: st.DataObject
+) -> None:
+    """Tiktoken is taken where the order of the ids is that of the merges, or else it is not.
+
+    Both are right.
+    """
     content = json.loads(made["byte_level"].path.read_text(encoding="utf-8"))
     vocabulary = {t: i for t, i in content["model"]["vocab"].items() if i <= 256}
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))
-    content["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges], "ignore_merges": whole}
+    content["model"] |= {
+        "vocab": vocabulary,
+        "merges": [list(pair) for pair in merges],
+        "ignore_merges": whole,
+    }
     path = made["byte_level"].path.with_name("merges.json")
     path.write_text(json.dumps(content), encoding="utf-8")
     tokenizer, library = Tokenizer(path), plain(path)
@@ -262,13 +353,38 @@ def test_the_library_decomposes_nothing_that_python_does_not_know() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(parts=st.lists(st.sampled_from(["==", "=", "===", " ", "a", "<|endoftext|>", "<|end", "=<", ">", "\n", "\u00e9", "e\u0301"]), max_size=12))
-def test_literal_tokens_are_cut_out_as_the_library_does(made: dict[str, Tokenizer], parts: list[str]) -> None:
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            [
+                "==",
+                "=",
+                "===",
+                " ",
+                "a",
+                "<|endoftext|>",
+                "<|end",
+                "=<",
+                ">",
+                "\n",
+                "\u00e9",
+                "e\u0301",
+            ]
+        ),
+        max_size=12,
+    )
+)
+def test_literal_tokens_are_cut_out_as_the_library_does(
+    made: dict[str, Tokenizer], parts: list[str]
+) -> None:
     path = made["byte_level"].path.with_name("literal.json")
     if "literal" not in made:
         changed(made["byte_level"], path, add_literal())
         content = json.loads(path.read_text())
-        content["added_tokens"] += [content["added_tokens"][-1] | {"id": 421 + i, "content": name} for i, name in enumerate(("=<|end", ">="))]
+        content["added_tokens"] += [
+            content["added_tokens"][-1] | {"id": 421 + i, "content": name}
+            for i, name in enumerate(("=<|end", ">="))
+        ]
         path.write_text(json.dumps(content))
         made["literal"] = Tokenizer(path)
     tokenizer = made["literal"]
@@ -278,25 +394,38 @@ def test_literal_tokens_are_cut_out_as_the_library_does(made: dict[str, Tokenize
     check_bytes(tokenizer, text)
 
 
-HUGE = {"spaces": " " * 10**6, "spaces, then a word": " " * 10**6 + "the", "letters": "a" * 10**6, "emojis": "\U0001f600" * 10**6,
-        "newlines": "\n" * 10**6, "line ends": "\r\n" * (10**6 // 2), "all": " \n\r\n\t" * 10**5, "combining": "a" + "\u0301" * 10**5}
+HUGE = {
+    "spaces": " " * 10**6,
+    "spaces, then a word": " " * 10**6 + "the",
+    "letters": "a" * 10**6,
+    "emojis": "\U0001f600" * 10**6,
+    "newlines": "\n" * 10**6,
+    "line ends": "\r\n" * (10**6 // 2),
+    "all": " \n\r\n\t" * 10**5,
+    "combining": "a" + "\u0301" * 10**5,
+}
 
 
 @pytest.mark.parametrize("name", HUGE)
 def test_runs_of_a_million(made: dict[str, Tokenizer], name: str) -> None:
-    """tiktoken's engine gives up on some of these; the tokens are the library's all the same."""
+    """Tiktoken's engine gives up on some of these; the tokens are the library's all the same."""
     text = HUGE[name]
     ids, sizes = made["byte_level"].encode_with_bytes(text)
     assert ids.tolist() == plain(made["byte_level"].path).encode(text, add_special_tokens=False).ids
     assert int(sizes.sum()) == len(text.encode())
 
 
-def test_a_panic_of_the_engine_is_no_end(made: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_of_the_engine_is_no_end(
+    made: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Texts up to SHORT go a way on which the engine panics where the other raises."""
     monkeypatch.setattr(tiktoken_encoder, "SHORT", 2**30)
     text = HUGE["spaces, then a word"]
     assert made["byte_level"]._fast.encode(text) is None
-    assert made["byte_level"].encode(text).tolist() == plain(made["byte_level"].path).encode(text, add_special_tokens=False).ids
+    assert (
+        made["byte_level"].encode(text).tolist()
+        == plain(made["byte_level"].path).encode(text, add_special_tokens=False).ids
+    )
 
 
 @pytest.mark.parametrize("kind", ["neox", "llama", "unigram", "wordpiece"])
@@ -315,7 +444,11 @@ def test_a_lone_surrogate_is_refused(made: dict[str, Tokenizer]) -> None:
 def test_start_and_end(made: dict[str, Tokenizer], tmp_path: Path) -> None:
     usual = {kind: [t.token(i) for i in (t.start_id, t.end_id)] for kind, t in made.items()}
     assert usual["byte_level"] == usual["characters"] == ["<|endoftext|>"] * 2
-    assert usual["llama"] == ["<s>", "</s>"] and usual["unigram"] == ["</s>", "</s>"] and usual["wordpiece"] == ["[CLS]", "[SEP]"]
+    assert (
+        usual["llama"] == ["<s>", "</s>"]
+        and usual["unigram"] == ["</s>", "</s>"]
+        and usual["wordpiece"] == ["[CLS]", "[SEP]"]
+    )
     named = Tokenizer(made["wordpiece"].path, start="[MASK]", end="[PAD]")
     named.copy_to(tmp_path / "copy.json")
     copied = Tokenizer(tmp_path / "copy.json")
@@ -323,15 +456,34 @@ def test_start_and_end(made: dict[str, Tokenizer], tmp_path: Path) -> None:
     assert copied.encode(TEXTS[0]).tolist() == named.encode(TEXTS[0]).tolist()
     made["llama"].copy_to(tmp_path / "same.json")
     assert (tmp_path / "same.json").read_bytes() == made["llama"].path.read_bytes()
-    with pytest.raises(PrepError, match=r"'<bos>' is not one of its special tokens \(<unk>, <s>, </s>\)"):
+    with pytest.raises(
+        PrepError, match=r"'<bos>' is not one of its special tokens \(<unk>, <s>, </s>\)"
+    ):
         Tokenizer(made["llama"].path, start="<bos>")
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("{", "is not a tokenizer.json"), ("[]", "is not a tokenizer.json"), ('{"model": {"type": "BPE"}}', "is not a tokenizer.json"),
-    ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}, "added_tokens": []}', "the tokenizers library reads"),
-    ('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}', "no end-of-text token"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not a tokenizer.json"),
+        ("[]", "is not a tokenizer.json"),
+        ('{"model": {"type": "BPE"}}', "is not a tokenizer.json"),
+        (
+            (
+                '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]},'
+                ' "added_tokens": []}'
+            ),
+            "the tokenizers library reads",
+        ),
+        (
+            (
+                '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},'
+                ' "added_tokens": []}'
+            ),
+            "no end-of-text token",
+        ),
+    ],
+)
 def test_files_that_are_no_tokenizer(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(content)
@@ -346,7 +498,9 @@ def test_trained_tokenizers_are_encoded_by_tiktoken(tmp_path: Path) -> None:
     before = (tmp_path / "tokenizer.json").read_bytes()
     with pytest.raises(PrepError, match="only"):
         train_bpe(TEXTS, 10**6, tmp_path / "tokenizer.json")
-    assert (tmp_path / "tokenizer.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "tokenizer.json").read_bytes() == before and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 def test_samples_are_even_bounded_and_the_same_in_any_order() -> None:

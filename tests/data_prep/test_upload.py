@@ -1,4 +1,7 @@
-"""Uploads to a real HTTP S3 and to folders, cut short and begun again; what arrives is read by mosaicml-streaming."""
+"""Uploads to a real HTTP S3 and to folders, cut short and begun again.
+
+What arrives is read by mosaicml-streaming.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +36,40 @@ def s3() -> Iterator[str]:
 
 def names(address: str, prefix: str) -> dict[str, int]:
     """Size of each object below `prefix`, without the empty one that pyarrow leaves for a folder when it removes a file."""
-    pages = boto3.client("s3", endpoint_url=address).get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix + "/")
-    return {o["Key"].removeprefix(prefix + "/"): o["Size"] for page in pages for o in page.get("Contents", [])
-            if not o["Key"].endswith("/")}
+    pages = (
+        boto3.client("s3", endpoint_url=address)
+        .get_paginator("list_objects_v2")
+        .paginate(Bucket="bucket", Prefix=prefix + "/")
+    )
+    return {
+        o["Key"].removeprefix(prefix + "/"): o["Size"]
+        for page in pages
+        for o in page.get("Contents", [])
+        if not o["Key"].endswith("/")
+    }
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     """Twenty shards of three rows in each of two domains."""
-    rows = [{"tokens": [9, i % 7, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]} for i in range(60)]
-    return write_dataset(tmp_path / "data", {"a": rows, "b": rows}, start_id=9, end_id=9, vocab_size=10, size_limit=500)
+    rows = [
+        {"tokens": [9, i % 7, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]}
+        for i in range(60)
+    ]
+    return write_dataset(
+        tmp_path / "data",
+        {"a": rows, "b": rows},
+        start_id=9,
+        end_id=9,
+        vocab_size=10,
+        size_limit=500,
+    )
 
 
 def test_shards_go_first_and_the_manifest_last(many: Path) -> None:
@@ -62,7 +85,9 @@ def test_to_a_folder_and_again(many: Path, tmp_path: Path) -> None:
     target = tmp_path / "a b" / "copy"
     first = upload(many, str(target))
     assert files(target) == files(many)
-    assert (first.sent_files, first.present_files) == (45, 0) and first.sent_bytes == sum(map(len, files(many).values()))
+    assert (first.sent_files, first.present_files) == (45, 0) and first.sent_bytes == sum(
+        map(len, files(many).values())
+    )
     again = upload(many, str(target))
     assert (again.sent_files, again.present_files) == (5, 40) and files(target) == files(many)
     DatasetManifest.load(target)
@@ -73,7 +98,9 @@ def test_to_a_scheme_of_fsspecs(many: Path) -> None:
 
     assert upload(many, "memory://some/where").sent_files == 45
     store = fsspec.filesystem("memory")
-    assert {p.removeprefix("/some/where/"): store.cat_file(p) for p in store.find("/some/where")} == files(many)
+    assert {
+        p.removeprefix("/some/where/"): store.cat_file(p) for p in store.find("/some/where")
+    } == files(many)
     assert upload(many, "memory://some/where").present_files == 40
 
 
@@ -85,14 +112,26 @@ def test_a_damaged_shard_stops_it_and_it_goes_on_from_there(s3: str, many: Path)
         upload(many, "s3://bucket/damaged", threads=1)
     there = names(s3, "damaged")
     shards = [f"train/{domain}/g00000/shard.{i:05d}.mds" for domain in "ab" for i in range(20)]
-    assert set(shards[:27]) | {NOTE} <= set(there) < set(shards) | {NOTE} and shards[27] not in there
+    assert (
+        set(shards[:27]) | {NOTE} <= set(there) < set(shards) | {NOTE} and shards[27] not in there
+    )
     shard.write_bytes(whole)
     assert upload(many, "s3://bucket/damaged").present_files == len(there) - 1
     assert names(s3, "damaged") == {name: len(data) for name, data in files(many).items()}
 
 
 def test_killed_and_started_again(s3: str, many: Path) -> None:
-    command = [sys.executable, "-m", "launcher.cli", "prep", "upload", str(many), "s3://bucket/killed", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.cli",
+        "prep",
+        "upload",
+        str(many),
+        "s3://bucket/killed",
+        "--threads",
+        "1",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and len(names(s3, "killed")) < 3:
         time.sleep(0.01)
@@ -134,7 +173,9 @@ def test_another_dataset_is_not_overwritten(many: Path, tmp_path: Path) -> None:
     (target / NOTE).write_text("a" * 64)
     with pytest.raises(PrepError, match="another dataset, or part of one"):
         upload(many, str(target))
-    assert {k: v for k, v in files(target).items() if k != NOTE} == {k: v for k, v in before.items() if k != "dataset.json"}
+    assert {k: v for k, v in files(target).items() if k != NOTE} == {
+        k: v for k, v in before.items() if k != "dataset.json"
+    }
 
 
 def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> None:
@@ -147,13 +188,16 @@ def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> 
     assert not (tmp_path / "copy").exists()
 
 
-def test_stores_that_refuse_are_explained(s3: str, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stores_that_refuse_are_explained(
+    s3: str, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(PrepError, match="s3://nowhere/x: there is no such bucket"):
         upload(many, "s3://nowhere/x")
     (tmp_path / "file").write_text("")
     with pytest.raises(PrepError, match="file/x"):
         upload(many, str(tmp_path / "file" / "x"))
-    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")  # the port of "discard": nobody listens
+    # The port of "discard": nobody listens
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(PrepError, match="cannot be reached"):
         upload(many, "s3://bucket/x")
 
@@ -173,19 +217,49 @@ np.save(output, np.stack(rows))
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_streaming_downloads_what_was_uploaded(s3: str, dataset: Path, many: Path, tmp_path: Path, compression: str | None) -> None:
+def test_streaming_downloads_what_was_uploaded(
+    s3: str, dataset: Path, many: Path, tmp_path: Path, compression: str | None
+) -> None:
     """Through StreamingDataset itself, in a process of its own: it leaves threads and shared memory behind."""
     from data_prep.stored import read_rows, shards_of
 
     data = dataset
     if compression:
-        rows = [{"tokens": [9, i % 7, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]} for i in range(30)]
-        data = write_dataset(tmp_path / "packed", {"a": rows, "b": rows}, start_id=9, end_id=9, vocab_size=10, size_limit=900,
-                             compression=compression)
+        rows = [
+            {"tokens": [9, i % 7, 9, 9, 2, 3, 4, 9], "doc_lens": [3, 5], "doc_flags": [0, 0]}
+            for i in range(30)
+        ]
+        data = write_dataset(
+            tmp_path / "packed",
+            {"a": rows, "b": rows},
+            start_id=9,
+            end_id=9,
+            vocab_size=10,
+            size_limit=900,
+            compression=compression,
+        )
     manifest = DatasetManifest.load(data)
     remote = f"s3://bucket/round-trip-{compression}"
     upload(data, remote)
-    subprocess.run([sys.executable, "-c", READ, remote, "train", ",".join(manifest.domains), str(tmp_path / "rows.npy")], cwd=ROOT, check=True,
-                   env=os.environ | {"LOCAL_WORLD_SIZE": "1"}, timeout=120)
-    own = [row["tokens"] for domain in manifest.domains for shard in shards_of(data, manifest, "train", domain) for row in read_rows(shard)]
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            READ,
+            remote,
+            "train",
+            ",".join(manifest.domains),
+            str(tmp_path / "rows.npy"),
+        ],
+        cwd=ROOT,
+        check=True,
+        env=os.environ | {"LOCAL_WORLD_SIZE": "1"},
+        timeout=120,
+    )
+    own = [
+        row["tokens"]
+        for domain in manifest.domains
+        for shard in shards_of(data, manifest, "train", domain)
+        for row in read_rows(shard)
+    ]
     assert np.array_equal(np.load(tmp_path / "rows.npy"), np.stack(own))

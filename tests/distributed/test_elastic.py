@@ -17,7 +17,11 @@ CHAIN = [(1, 1), (2, 3), (4, 2), (3, 3), (1, 2)]  # (ranks, ZeRO stage) of ten s
 
 
 def job(dataset: Path, folder: Path, **train: object) -> Config:
-    return tiny(dataset, folder, train={"steps": STEPS, "global_batch_size": 12, "micro_batch_size": 1} | train)
+    return tiny(
+        dataset,
+        folder,
+        train={"steps": STEPS, "global_batch_size": 12, "micro_batch_size": 1} | train,
+    )
 
 
 def losses(run: Path) -> list[float]:
@@ -29,17 +33,27 @@ def losses(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("elastic")
-    jobs = [(job(dataset, root / "unbroken"), 1), (job(dataset, root / "bf16", precision="bf16"), 1)]
-    jobs += [(job(dataset, root / "chain", zero_stage=stage, stop_at=10 * n), ranks) for n, (ranks, stage) in enumerate(CHAIN, 1)]
-    jobs += [(job(dataset, root / "precisions", precision=precision, stop_at=stop), 1)
-             for precision, stop in (("fp32", 15), ("bf16", 30), ("fp32", STEPS))]
+    jobs = [
+        (job(dataset, root / "unbroken"), 1),
+        (job(dataset, root / "bf16", precision="bf16"), 1),
+    ]
+    jobs += [
+        (job(dataset, root / "chain", zero_stage=stage, stop_at=10 * n), ranks)
+        for n, (ranks, stage) in enumerate(CHAIN, 1)
+    ]
+    jobs += [
+        (job(dataset, root / "precisions", precision=precision, stop_at=stop), 1)
+        for precision, stop in (("fp32", 15), ("bf16", 30), ("fp32", STEPS))
+    ]
     run_jobs(jobs, root / "jobs")
     return root
 
 
 @pytest.mark.slow
 def test_other_ranks_and_stages_follow_the_unbroken_curve(runs: Path) -> None:
-    assert [(start["world_size"], start["zero_stage"]) for start in read_starts(runs / "chain")] == CHAIN
+    assert [
+        (start["world_size"], start["zero_stage"]) for start in read_starts(runs / "chain")
+    ] == CHAIN
     expected = losses(runs / "unbroken")
     assert expected[-1] < expected[0] - 0.5
     assert losses(runs / "chain") == pytest.approx(expected, rel=1e-6)
@@ -47,8 +61,13 @@ def test_other_ranks_and_stages_follow_the_unbroken_curve(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_another_precision_goes_on_without_a_jump(runs: Path) -> None:
-    """At no step further from the fp32 run than a whole run in bf16 is somewhere; bit-identical before the change."""
-    expected, found, bf16 = losses(runs / "unbroken"), losses(runs / "precisions"), losses(runs / "bf16")
+    """At no step further from the fp32 run than a whole run in bf16 is somewhere.
+
+    bit-identical before the change.
+    """
+    expected = losses(runs / "unbroken")
+    found = losses(runs / "precisions")
+    bf16 = losses(runs / "bf16")
     bound = max(abs(a - b) for a, b in zip(expected, bf16, strict=True))
     assert found[:15] == expected[:15] and found[15:30] != expected[15:30]
     assert 0 < max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= bound

@@ -23,7 +23,9 @@ TWO_AND_THREE = r"\.staging-step-00000000[23]/rank-00001"
 
 
 @pytest.fixture(scope="module")
-def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str | None]]:
+def jobs(
+    dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str | None]]:
     """(folder of the runs, name -> how each ended)"""
     root = tmp_path_factory.mktemp("refusing")
     wanted = {
@@ -36,35 +38,64 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     }
     arguments = []
     for name, (pattern, number, checkpoint) in wanted.items():
-        config = tiny(dataset, root / name, train={"steps": STEPS, "zero_stage": 1}, checkpoint={"every_steps": 1, "keep_last": None} | checkpoint)
+        config = tiny(
+            dataset,
+            root / name,
+            train={"steps": STEPS, "zero_stage": 1},
+            checkpoint={"every_steps": 1, "keep_last": None} | checkpoint,
+        )
         (root / f"{name}.yaml").write_text(to_yaml(config))
         arguments += [pattern, str(number), str(root / f"{name}.yaml")]
-    run_ranks(["-m", "tests.support.disk_probe", str(root / "outcomes.json"), "1", *arguments], 2, root / "logs")
+    run_ranks(
+        ["-m", "tests.support.disk_probe", str(root / "outcomes.json"), "1", *arguments],
+        2,
+        root / "logs",
+    )
     return root, dict(zip(wanted, json.loads((root / "outcomes.json").read_text()), strict=True))
 
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint = open_newest(run / "checkpoints")
     assert checkpoint.step == STEPS
-    return {(name, kind): checkpoint.read_whole(name, kind) for name in checkpoint.shapes() for kind in KINDS}
+    return {
+        (name, kind): checkpoint.read_whole(name, kind)
+        for name in checkpoint.shapes()
+        for kind in KINDS
+    }
 
 
-@pytest.mark.parametrize(("name", "number"), [("synchronous", errno.EDQUOT), ("background", errno.EIO)])
-def test_training_goes_on_untouched(jobs: tuple[Path, dict[str, str | None]], name: str, number: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "number"), [("synchronous", errno.EDQUOT), ("background", errno.EIO)]
+)
+def test_training_goes_on_untouched(
+    jobs: tuple[Path, dict[str, str | None]], name: str, number: int
+) -> None:
     root, ends = jobs
     assert ends[name] is None and steps(root / name / "checkpoints") == [6, 5, 4, 1]
-    losses = [[e["loss"] for e in read_events(root / run / "metrics.jsonl", "train")] for run in ("plain", name)]
+    losses = [
+        [e["loss"] for e in read_events(root / run / "metrics.jsonl", "train")]
+        for run in ("plain", name)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
     expected, found = state(root / "plain"), state(root / name)
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     events = read_events(root / name / "metrics.jsonl", "save_failed")
-    assert [(e["step"], e["rank"], e["errno"], e["in_row"]) for e in events] == [(2, 1, number, 1), (3, 1, number, 2)]
+    assert [(e["step"], e["rank"], e["errno"], e["in_row"]) for e in events] == [
+        (2, 1, number, 1),
+        (3, 1, number, 2),
+    ]
     assert errno.errorcode[number] in events[0]["message"]
-    assert (root / "logs" / "rank-0.log").read_text().count(f"warning: no checkpoint of step 2: saving to {root / name}/checkpoints failed on rank 1") == 1
+    assert (root / "logs" / "rank-0.log").read_text().count(
+        f"warning: no checkpoint of step 2: saving to {root / name}/checkpoints failed on rank 1"
+    ) == 1
 
 
-@pytest.mark.parametrize(("name", "left"), [("stop", [1]), ("too many", [1]), ("the last", [5, 4, 3, 2, 1])])
-def test_training_ends_with_the_error_where_that_is_asked_for(jobs: tuple[Path, dict[str, str | None]], name: str, left: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "left"), [("stop", [1]), ("too many", [1]), ("the last", [5, 4, 3, 2, 1])]
+)
+def test_training_ends_with_the_error_where_that_is_asked_for(
+    jobs: tuple[Path, dict[str, str | None]], name: str, left: list[int]
+) -> None:
     root, ends = jobs
     assert "failed on rank 1: " in ends[name] and steps(root / name / "checkpoints") == left
     assert not list((root / name / "checkpoints").glob(".*"))

@@ -16,15 +16,25 @@ pytestmark = pytest.mark.slow
 
 def test_losses_and_resume_are_those_without_it(dataset: Path, tmp_path: Path) -> None:
     def config(run: str, hpz: int | None, **train: int) -> Config:
-        return tiny(dataset, tmp_path / run, model={"width": 384}, train={"steps": 8, "zero_stage": 3, "hpz_ranks": hpz, "micro_batch_size": 1} | train, validation={"every_steps": 2, "rows": 8},
-                    checkpoint={"every_steps": 2})
+        return tiny(
+            dataset,
+            tmp_path / run,
+            model={"width": 384},
+            train={"steps": 8, "zero_stage": 3, "hpz_ranks": hpz, "micro_batch_size": 1} | train,
+            validation={"every_steps": 2, "rows": 8},
+            checkpoint={"every_steps": 2},
+        )
 
     def figures(run: str) -> list[tuple[int, float]]:
         events = read_events(tmp_path / run / "metrics.jsonl")
-        return [(e["step"], e["loss"]) for e in events if e["kind"] == "train"] + [(e["step"], e["total"]["nats_per_token"]) for e in events if e["kind"] == "validation"]
+        return [(e["step"], e["loss"]) for e in events if e["kind"] == "train"] + [
+            (e["step"], e["total"]["nats_per_token"]) for e in events if e["kind"] == "validation"
+        ]
 
     # A process can have one engine with hpZ: DeepSpeed keeps its groups for good.
-    for number, job in enumerate((config("plain", None), config("hpz", 2, stop_at=4), config("hpz", 2))):
+    for number, job in enumerate(
+        (config("plain", None), config("hpz", 2, stop_at=4), config("hpz", 2))
+    ):
         assert train_all([job], 4, tmp_path / f"logs-{number}") == [None]
     assert len(figures("plain")) == 12
     assert sorted(figures("hpz")) == sorted(figures("plain"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +20,11 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_over_ranks_and_micro_batches(differences: dict[str, dict[str, float]], stage: int, tied: bool, recompute: bool, scaled: bool) -> None:
+def test_gradients_over_ranks_and_micro_batches(
+    differences: dict[str, dict[str, float]], stage: int, tied: bool, recompute: bool, scaled: bool
+) -> None:
     found = differences[f"{stage} {tied} {recompute} {scaled}"]
-    assert {"embedding.weight", "layer.weight", "head.bias"} <= found.keys() and ("head.weight" in found) != tied
+    assert {"embedding.weight", "layer.weight", "head.bias"} <= found.keys() and (
+        "head.weight" in found
+    ) != tied
     assert max(found.values()) < 2e-5, found

@@ -27,34 +27,55 @@ STEPS = 8
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint = open_newest(run / "checkpoints")
     assert checkpoint.step == STEPS
-    return {(name, kind): checkpoint.read_whole(name, kind) for name in checkpoint.shapes() for kind in KINDS}
+    return {
+        (name, kind): checkpoint.read_whole(name, kind)
+        for name in checkpoint.shapes()
+        for kind in KINDS
+    }
 
 
 def losses(run: Path) -> list[float]:
     return [event["loss"] for event in read_events(run / "metrics.jsonl", "train")]
 
 
-def test_an_outage_and_a_lost_disk_leave_no_trace_in_the_training(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_and_a_lost_disk_leave_no_trace_in_the_training(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def job(name: str, **changes: object) -> Config:
-        return tiny(dataset, tmp_path / name, train={"steps": STEPS, "zero_stage": 1} | changes.pop("train", {}),
-                    checkpoint={"every_steps": 1, "keep_last": 2, "asynchronous": True} | changes)
+        return tiny(
+            dataset,
+            tmp_path / name,
+            train={"steps": STEPS, "zero_stage": 1} | changes.pop("train", {}),
+            checkpoint={"every_steps": 1, "keep_last": 2, "asynchronous": True} | changes,
+        )
 
     with s3_server("bucket") as server, proxy(server) as link:
         monkeypatch.setenv("S3_ENDPOINT_URL", link.address)
         place = "s3://bucket/run"
-        plain, mirrored, wrong = job("plain"), job("mirrored", mirror=place, train={"stop_at": 6}), job("wrong", mirror="s3://nowhere/run")
+        plain = job("plain")
+        mirrored = job("mirrored", mirror=place, train={"stop_at": 6})
+        wrong = job("wrong", mirror="s3://nowhere/run")
         ends = train_all([plain, wrong], 2, tmp_path / "logs")
-        assert ends[0] is None and "checkpoint.mirror: s3://nowhere/run: there is no such bucket" in ends[1]
+        assert (
+            ends[0] is None
+            and "checkpoint.mirror: s3://nowhere/run: there is no such bucket" in ends[1]
+        )
         assert not (tmp_path / "wrong" / "metrics.jsonl").exists()
 
         (tmp_path / "mirrored.yaml").write_text(to_yaml(mirrored))
         switch = tmp_path / "switch"
-        ranks = start_ranks([["-m", "tests.support.mirror_probe", str(switch), str(tmp_path / "mirrored.yaml")]] * 2, tmp_path / "outage")
+        ranks = start_ranks(
+            [["-m", "tests.support.mirror_probe", str(switch), str(tmp_path / "mirrored.yaml")]]
+            * 2,
+            tmp_path / "outage",
+        )
         modes = {1: "pass", 2: "refuse", 3: "503", 4: "hang", 5: "pass", 6: "pass"}
         deadline = time.monotonic() + 300
         for step, mode in modes.items():
             while not switch.exists():
-                assert time.monotonic() < deadline and all(r.poll() is None for r in ranks), (tmp_path / "outage" / "rank-0.log").read_text()
+                assert time.monotonic() < deadline and all(r.poll() is None for r in ranks), (
+                    tmp_path / "outage" / "rank-0.log"
+                ).read_text()
                 time.sleep(0.01)
             assert switch.read_text() == str(step)
             if mode != link.mode:
@@ -63,12 +84,21 @@ def test_an_outage_and_a_lost_disk_leave_no_trace_in_the_training(dataset: Path,
         assert [r.wait(200) for r in ranks] == [0, 0]
         assert {one.step for one in Archive(place).stored() if one.complete} == {5, 6}
 
-        shutil.rmtree(tmp_path / "mirrored" / "checkpoints")  # the disk is lost; the losses so far are kept for the comparison
+        # The disk is lost; the losses so far are kept for the comparison
+        shutil.rmtree(tmp_path / "mirrored" / "checkpoints")
         assert train_all([job("mirrored", mirror=place)], 2, tmp_path / "back") == [None]
-        assert f"step 6 fetched from the mirror {place}" in (tmp_path / "back" / "rank-0.log").read_text()
+        assert (
+            f"step 6 fetched from the mirror {place}"
+            in (tmp_path / "back" / "rank-0.log").read_text()
+        )
         assert [one.step for one in Archive(place).stored()] == [8, 7]
-    assert losses(tmp_path / "mirrored") == losses(tmp_path / "plain") and len(losses(tmp_path / "plain")) == STEPS
+    assert (
+        losses(tmp_path / "mirrored") == losses(tmp_path / "plain")
+        and len(losses(tmp_path / "plain")) == STEPS
+    )
     expected, found = state(tmp_path / "plain"), state(tmp_path / "mirrored")
-    assert [key for key in expected if not torch.equal(expected[key], found[key])] == [] and 8 in steps(tmp_path / "mirrored" / "checkpoints")
+    assert [
+        key for key in expected if not torch.equal(expected[key], found[key])
+    ] == [] and 8 in steps(tmp_path / "mirrored" / "checkpoints")
     events = read_events(tmp_path / "mirrored" / "metrics.jsonl", "mirror")
     assert [e["step"] for e in events if e["status"] == "mirrored"][-1] == 8

@@ -17,7 +17,8 @@ from tests.support.models import checkpoint_of, decoder
 from tests.support.ranks import train_all
 from tests.support.tokenizers import KINDS
 
-# Shape of the folder's model: more rows than the tokenizer has tokens, tied, and an architecture that stores changed values.
+# Shape of the folder's model: more rows than the tokenizer has tokens, tied, and an architecture
+# that stores changed values.
 SHAPE = {"vocab_size": 520, "tied_embeddings": True, "logit_softcap": 5.0, "max_position": 64}
 BETA = 0.9
 
@@ -26,42 +27,75 @@ BETA = 0.9
 def start(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Decoder]:
     root = tmp_path_factory.mktemp("start")
     config, model = decoder(**SHAPE)
-    export_hf(checkpoint_of(config, model, root / "checkpoints"), dataset / "tokenizer.json", root / "hf")
+    export_hf(
+        checkpoint_of(config, model, root / "checkpoints"), dataset / "tokenizer.json", root / "hf"
+    )
     return root / "hf", model
 
 
 def config_of(folder: Path, dataset: Path, run: Path, **sections: dict[str, Any]) -> Config:
     """What `nextpt import hf` writes, for one step on two ranks whose learning rate moves nothing."""
-    values = config_from_hf(HFWeights(folder), name="run", data=dataset, sequence_length=64).model_dump(mode="json")
+    values = config_from_hf(
+        HFWeights(folder), name="run", data=dataset, sequence_length=64
+    ).model_dump(mode="json")
     values["run"]["dir"] = str(run)
     values["optimizer"] |= {"lr": 1e-30, "betas": [BETA, 0.95], "grad_clip": None}
     values["schedule"] = {"kind": "constant"}
-    values["train"] |= {"steps": 1, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "log_every": 1}
+    values["train"] |= {
+        "steps": 1,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "precision": "fp32",
+        "log_every": 1,
+    }
     for section, changes in sections.items():
         values[section] |= changes
     return parse_config(values, "test")
 
 
 @pytest.fixture(scope="module")
-def jobs(start: tuple[Path, Decoder], dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str | None]]:
+def jobs(
+    start: tuple[Path, Decoder], dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str | None]]:
     """All two-rank jobs of this file; the messages of those that fail."""
     root, (folder, _) = tmp_path_factory.mktemp("started"), start
     other = root / "other"
     shutil.copytree(folder, other)
     KINDS["gpt2"](other / "tokenizer.json")
-    named = {f"{precision}-{stage}": config_of(folder, dataset, root / f"{precision}-{stage}", train={"zero_stage": stage, "precision": precision})
-             for precision, stage in (("fp32", 0), ("fp32", 3))}
-    named["bf16-2"] = config_of(folder, dataset, root / "bf16-2", train={"zero_stage": 2, "precision": "bf16"}, model={"rope_base": 5e5})
-    named["resumed"] = config_of(folder, dataset, root / "fp32-3", train={"steps": 2, "zero_stage": 3})
+    named = {
+        f"{precision}-{stage}": config_of(
+            folder,
+            dataset,
+            root / f"{precision}-{stage}",
+            train={"zero_stage": stage, "precision": precision},
+        )
+        for precision, stage in (("fp32", 0), ("fp32", 3))
+    }
+    named["bf16-2"] = config_of(
+        folder,
+        dataset,
+        root / "bf16-2",
+        train={"zero_stage": 2, "precision": "bf16"},
+        model={"rope_base": 5e5},
+    )
+    named["resumed"] = config_of(
+        folder, dataset, root / "fp32-3", train={"steps": 2, "zero_stage": 3}
+    )
     named["depth"] = config_of(folder, dataset, root / "depth", model={"depth": 3})
-    named["missing"] = config_of(folder, dataset, root / "missing", train={"init_from": str(root / "none")})
-    named["tokenizer"] = config_of(folder, dataset, root / "tokenizer", train={"init_from": str(other)})
+    named["missing"] = config_of(
+        folder, dataset, root / "missing", train={"init_from": str(root / "none")}
+    )
+    named["tokenizer"] = config_of(
+        folder, dataset, root / "tokenizer", train={"init_from": str(other)}
+    )
     named["vocabulary"] = config_of(folder, dataset, root / "vocabulary", train={"init_from": None})
     return root, dict(zip(named, train_all(list(named.values()), 2, root / "logs"), strict=True))
 
 
 @pytest.mark.parametrize("job", ["fp32-0", "bf16-2"])
-def test_the_first_step_begins_at_the_folder_s_weights(job: str, jobs: tuple[Path, dict[str, str | None]], start: tuple[Path, Decoder]) -> None:
+def test_the_first_step_begins_at_the_folder_s_weights(
+    job: str, jobs: tuple[Path, dict[str, str | None]], start: tuple[Path, Decoder]
+) -> None:
     root, messages = jobs
     assert messages[job] is None
     checkpoint = open_newest(root / job / "checkpoints")
@@ -74,29 +108,49 @@ def test_the_first_step_begins_at_the_folder_s_weights(job: str, jobs: tuple[Pat
     assert checkpoint.read_whole("embed_tokens.weight", "exp_avg").any()
 
 
-def test_a_start_goes_on_from_its_own_checkpoints(jobs: tuple[Path, dict[str, str | None]], start: tuple[Path, Decoder]) -> None:
+def test_a_start_goes_on_from_its_own_checkpoints(
+    jobs: tuple[Path, dict[str, str | None]], start: tuple[Path, Decoder]
+) -> None:
     root, messages = jobs
     assert messages["fp32-3"] is None and messages["resumed"] is None
     checkpoint = open_newest(root / "fp32-3" / "checkpoints")
     assert checkpoint.step == 2 and checkpoint.state["scalars"] == {"optimizer_updates": 2.0}
-    assert all(torch.equal(checkpoint.read_whole(name), p) for name, p in start[1].named_parameters())
+    assert all(
+        torch.equal(checkpoint.read_whole(name), p) for name, p in start[1].named_parameters()
+    )
     log = (root / "logs" / "rank-0.log").read_text()
     assert log.count("starting from the weights in") == 3 and log.count("resuming") == 1
 
 
-@pytest.mark.parametrize(("job", "words"), [
-    ("depth", "holds another model: model.depth = 3, there 2"),
-    ("missing", "none does not exist; give a local Hugging Face folder"),
-    ("tokenizer", "is not the tokenizer of the model in train.init_from: prepare the data with --tokenizer"),
-    ("vocabulary", "model.vocab_size = 520, but the tokenizer of"),
-])
-def test_mistakes_are_told_before_anything_is_written(job: str, words: str, jobs: tuple[Path, dict[str, str | None]]) -> None:
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("depth", "holds another model: model.depth = 3, there 2"),
+        ("missing", "none does not exist; give a local Hugging Face folder"),
+        (
+            "tokenizer",
+            (
+                "is not the tokenizer of the model in train.init_from: prepare the data with"
+                " --tokenizer"
+            ),
+        ),
+        ("vocabulary", "model.vocab_size = 520, but the tokenizer of"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    job: str, words: str, jobs: tuple[Path, dict[str, str | None]]
+) -> None:
     root, messages = jobs
     assert words in (messages[job] or "")
-    assert not any((root / job / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl"))
+    assert not any(
+        (root / job / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl")
+    )
 
 
 def test_another_use_of_the_same_weights_is_told(jobs: tuple[Path, dict[str, str | None]]) -> None:
     root, messages = jobs
     assert messages["bf16-2"] is None
-    assert "warning: model.rope_base = 500000.0, there 10000.0 in train.init_from" in (root / "logs" / "rank-0.log").read_text()
+    assert (
+        "warning: model.rope_base = 500000.0, there 10000.0 in train.init_from"
+        in (root / "logs" / "rank-0.log").read_text()
+    )

@@ -11,16 +11,35 @@ from nextpt.config import to_yaml
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks
 
-REST = 40 * 2**20  # bytes: what is mapped to be read (32 MiB) or to hash (16), one tensor on its way, indexes, what Python keeps
+# bytes: what is mapped to be read (32 MiB) or to hash (16), one tensor on its way, indexes, what
+# Python keeps
+REST = 40 * 2**20
 
 
 def measure(what: str, dataset: Path, folder: Path, ranks: int, stage: int) -> list[dict]:
     name = f"{what}-{ranks}-{stage}"
-    config = tiny(dataset, folder / "run", model={"width": 512, "depth": 8}, train={"zero_stage": stage, "micro_batch_size": 1})
+    config = tiny(
+        dataset,
+        folder / "run",
+        model={"width": 512, "depth": 8},
+        train={"zero_stage": stage, "micro_batch_size": 1},
+    )
     (folder / f"{name}.yaml").write_text(to_yaml(config))
-    # One arena and its own mapping for all that is large: what is freed is given back, and does not count for ever.
-    run_ranks(["-m", "tests.support.state_memory", what, str(folder / f"{name}.yaml"), str(folder / name)], ranks, folder / f"logs-{name}",
-              MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536")
+    # One arena and its own mapping for all that is large: what is freed is given back, and does not
+    # count for ever.
+    run_ranks(
+        [
+            "-m",
+            "tests.support.state_memory",
+            what,
+            str(folder / f"{name}.yaml"),
+            str(folder / name),
+        ],
+        ranks,
+        folder / f"logs-{name}",
+        MALLOC_ARENA_MAX="1",
+        MALLOC_MMAP_THRESHOLD_="65536",
+    )
     return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(ranks)]
 
 

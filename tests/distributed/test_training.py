@@ -24,7 +24,11 @@ def losses(run: Path) -> list[float]:
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint: Checkpoint = open_newest(run / "checkpoints")
     assert checkpoint.step == STEPS
-    return {(name, kind): checkpoint.read_whole(name, kind) for name in checkpoint.shapes() for kind in KINDS}
+    return {
+        (name, kind): checkpoint.read_whole(name, kind)
+        for name in checkpoint.shapes()
+        for kind in KINDS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +41,45 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             train = {"zero_stage": stage, "precision": precision, "steps": STEPS}
             configs.append(tiny(dataset, root / f"{precision}-{stage}", train=_train(**train)))
             configs += [
-                tiny(dataset, root / f"{precision}-{stage}-resumed", train=_train(**train, stop_at=stop)) for stop in (2, 4, 6)
+                tiny(
+                    dataset,
+                    root / f"{precision}-{stage}-resumed",
+                    train=_train(**train, stop_at=stop),
+                )
+                for stop in (2, 4, 6)
             ]
     for micro in (4, 2, 1):
-        configs.append(tiny(dataset, root / f"ranks-2-micro-{micro}", train=_train(micro_batch_size=micro, zero_stage=2)))
+        configs.append(
+            tiny(
+                dataset,
+                root / f"ranks-2-micro-{micro}",
+                train=_train(micro_batch_size=micro, zero_stage=2),
+            )
+        )
     for stage in (2, 3):
-        configs.append(tiny(dataset, root / f"recompute-{stage}", train=_train(zero_stage=stage, activation_checkpointing=True)))
-        configs.append(tiny(dataset, root / f"tied-{stage}", model={"tied_embeddings": True, "bias": True}, train=_train(zero_stage=stage)))
-    configs.append(tiny(dataset, root / "uneven", objective={"domain_weights": {"prose": 0.0}}, train=_train(zero_stage=2)))
+        configs.append(
+            tiny(
+                dataset,
+                root / f"recompute-{stage}",
+                train=_train(zero_stage=stage, activation_checkpointing=True),
+            )
+        )
+        configs.append(
+            tiny(
+                dataset,
+                root / f"tied-{stage}",
+                model={"tied_embeddings": True, "bias": True},
+                train=_train(zero_stage=stage),
+            )
+        )
+    configs.append(
+        tiny(
+            dataset,
+            root / "uneven",
+            objective={"domain_weights": {"prose": 0.0}},
+            train=_train(zero_stage=2),
+        )
+    )
     assert train_all(configs, 2, root / "logs") == [None] * len(configs)
     return root
 
@@ -53,15 +88,30 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank, 1, 2 and 4 accumulation steps."""
     root = tmp_path_factory.mktemp("single")
-    configs = [tiny(dataset, root / f"ranks-1-micro-{m}", train=_train(micro_batch_size=m, zero_stage=0)) for m in (8, 4, 2)]
-    configs.append(tiny(dataset, root / "uneven", objective={"domain_weights": {"prose": 0.0}},
-                        train=_train(micro_batch_size=8, zero_stage=0)))
+    configs = [
+        tiny(dataset, root / f"ranks-1-micro-{m}", train=_train(micro_batch_size=m, zero_stage=0))
+        for m in (8, 4, 2)
+    ]
+    configs.append(
+        tiny(
+            dataset,
+            root / "uneven",
+            objective={"domain_weights": {"prose": 0.0}},
+            train=_train(micro_batch_size=8, zero_stage=0),
+        )
+    )
     assert train_all(configs, 1, root / "logs") == [None] * len(configs)
     return root
 
 
 def _train(**changes: object) -> dict[str, object]:
-    return {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "log_every": 1} | changes
+    return {
+        "steps": STEPS,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "precision": "fp32",
+        "log_every": 1,
+    } | changes
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -81,7 +131,9 @@ def test_training_learns(jobs: Path) -> None:
     assert len(found) == STEPS and found[-1] < found[0] - 0.1
 
 
-@pytest.mark.parametrize("job", ["fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-1", "bf16-2", "bf16-3"])
+@pytest.mark.parametrize(
+    "job", ["fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-1", "bf16-2", "bf16-3"]
+)
 def test_resuming_twice_changes_no_bit(jobs: Path, job: str) -> None:
     assert losses(jobs / f"{job}-resumed") == losses(jobs / job)
     expected, found = state(jobs / job), state(jobs / f"{job}-resumed")
@@ -99,20 +151,27 @@ def test_accumulation_equals_one_big_batch(single: Path, micro: int) -> None:
     assert_same_training(single / f"ranks-1-micro-{micro}", single / "ranks-1-micro-8")
 
 
-def test_weights_of_zero_for_a_domain_keep_the_normalisation_global(jobs: Path, single: Path) -> None:
+def test_weights_of_zero_for_a_domain_keep_the_normalisation_global(
+    jobs: Path, single: Path
+) -> None:
     """Micro-batches differ widely in their weight sums here; means of means would be off."""
     assert_same_training(jobs / "uneven", single / "uneven")
 
 
 def assert_same_training(run: Path, reference: Path) -> None:
     assert losses(run) == pytest.approx(losses(reference), rel=2e-5)
-    norms = [[e["grad_norm"] for e in read_events(r / "metrics.jsonl", "train")] for r in (run, reference)]
+    norms = [
+        [e["grad_norm"] for e in read_events(r / "metrics.jsonl", "train")]
+        for r in (run, reference)
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_recomputing_activations_changes_nothing(jobs: Path, stage: int) -> None:
-    assert losses(jobs / f"recompute-{stage}") == pytest.approx(losses(jobs / f"fp32-{stage}"), rel=1e-6)
+    assert losses(jobs / f"recompute-{stage}") == pytest.approx(
+        losses(jobs / f"fp32-{stage}"), rel=1e-6
+    )
 
 
 def test_tied_embeddings_train_alike_when_divided(jobs: Path) -> None:
@@ -128,4 +187,6 @@ def test_moments_are_those_of_the_steps_made(jobs: Path) -> None:
         found = state(jobs / f"fp32-{stage}")
         for key in expected:
             assert torch.allclose(found[key], expected[key], rtol=5e-2, atol=5e-4), (stage, key)
-    assert all(tensor.abs().max() > 0 for (_, kind), tensor in expected.items() if kind == "exp_avg_sq")
+    assert all(
+        tensor.abs().max() > 0 for (_, kind), tensor in expected.items() if kind == "exp_avg_sq"
+    )

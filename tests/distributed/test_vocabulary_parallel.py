@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,13 +13,20 @@ from tests.support.vocabulary_ranks import CASES, NORMALIZER, UPSTREAM, build
 
 RANKS = 2
 SHARED = ("dX", "nats", "lse", "hits", "z_loss", "loss")
-RUNS = [(name, kernel) for name in CASES for kernel in ("torch", "triton") if (name, kernel) != ("bf16", "triton")]
+RUNS = [
+    (name, kernel)
+    for name in CASES
+    for kernel in ("torch", "triton")
+    if (name, kernel) != ("bf16", "triton")
+]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("vocabulary")
-    run_ranks(["-m", "tests.support.vocabulary_ranks", str(folder)], RANKS, folder, TRITON_INTERPRET="1")
+    run_ranks(
+        ["-m", "tests.support.vocabulary_ranks", str(folder)], RANKS, folder, TRITON_INTERPRET="1"
+    )
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 
@@ -31,12 +36,19 @@ def test_is_the_loss_of_the_whole_vocabulary(ranks: list[dict], name: str, kerne
     parts = [rank["found"][f"{name}, {kernel}"] for rank in ranks]
     for key in SHARED:
         assert torch.equal(parts[0][key], parts[1][key]), f"{key} differs between ranks"
-    found = parts[0] | {key: torch.cat([p[key] for p in parts]) for key in ("dW", "db") if key in parts[0]}
+    found = parts[0] | {
+        key: torch.cat([p[key] for p in parts]) for key in ("dW", "db") if key in parts[0]
+    }
     wide = case.wide()
-    exact, plain = define(wide, normalizer=NORMALIZER, **options), define(case, normalizer=NORMALIZER, **options)
+    exact = define(wide, normalizer=NORMALIZER, **options)
+    plain = define(case, normalizer=NORMALIZER, **options)
     dtype = case.hidden.dtype
     assert torch.equal(found["hits"], exact.hits) and (found["z_loss"] > 0) == ("z_loss" in options)
-    for key, e, p in (("nats", exact.nats, plain.nats), ("lse", exact.lse, plain.lse), ("loss", exact.each.sum(), plain.each.sum())):
+    for key, e, p in (
+        ("nats", exact.nats, plain.nats),
+        ("lse", exact.lse, plain.lse),
+        ("loss", exact.each.sum(), plain.each.sum()),
+    ):
         assert_as_exact(found[key], e.detach(), p, 3, dtype, key)
     expected = torch.autograd.grad(exact.each.sum() * UPSTREAM, wide.leaves())
     rough = torch.autograd.grad(plain.each.sum() * UPSTREAM, case.leaves())
@@ -47,7 +59,15 @@ def test_is_the_loss_of_the_whole_vocabulary(ranks: list[dict], name: str, kerne
 
 def test_agrees_with_one_rank(ranks: list[dict]) -> None:
     case, options = build("everything")
-    out = linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, token_weights=case.token_weights, normalizer=NORMALIZER, **options)
+    out = linear_cross_entropy(
+        case.hidden,
+        case.weight,
+        case.targets,
+        bias=case.bias,
+        token_weights=case.token_weights,
+        normalizer=NORMALIZER,
+        **options,
+    )
     found = ranks[0]["found"]["everything, torch"]
     torch.testing.assert_close(found["loss"], out.loss.detach())
     torch.testing.assert_close(found["z_loss"], out.z_loss)
@@ -55,11 +75,15 @@ def test_agrees_with_one_rank(ranks: list[dict]) -> None:
 
 
 def test_mistakes_are_named(ranks: list[dict]) -> None:
-    for messages, entries in zip((r["refusals"] for r in ranks), ("0 to 10", "10 to 20"), strict=True):
+    for messages, entries in zip(
+        (r["refusals"] for r in ranks), ("0 to 10", "10 to 20"), strict=True
+    ):
         assert entries in messages[0] and "target 100 is not in the vocabulary of 20" in messages[1]
         assert "not fp16" in messages[2] and "call it again" in messages[3]
 
 
 def test_slices_cover_the_vocabulary() -> None:
     for vocabulary, count in ((53, 2), (2, 2), (7, 4), (128256, 8)):
-        assert [i for r in range(count) for i in slice_of(vocabulary, r, count)] == list(range(vocabulary))
+        assert [i for r in range(count) for i in slice_of(vocabulary, r, count)] == list(
+            range(vocabulary)
+        )

@@ -1,4 +1,7 @@
-"""Files come back as they were, at the size that the model's code length says; whatever else is refused."""
+"""Files come back as they were, at the size that the model's code length says.
+
+Whatever else is refused.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,17 @@ from tests.support.runs import make_run
 from tests.support.tokenizers import KINDS
 
 TOTAL = 2**BITS
-PARTS = st.lists(st.integers(0, BITS).flatmap(lambda bits: st.integers(1, 2**bits)).flatmap(
-    lambda size: st.tuples(st.one_of(st.just(0), st.just(TOTAL - size), st.integers(0, TOTAL - size)), st.just(size))), max_size=200)
+PARTS = st.lists(
+    st.integers(0, BITS)
+    .flatmap(lambda bits: st.integers(1, 2**bits))
+    .flatmap(
+        lambda size: st.tuples(
+            st.one_of(st.just(0), st.just(TOTAL - size), st.integers(0, TOTAL - size)),
+            st.just(size),
+        )
+    ),
+    max_size=200,
+)
 
 
 @settings(deadline=None, max_examples=200)
@@ -44,13 +56,23 @@ def test_parts_come_back_and_cost_what_they_say(parts: list[tuple[int, int]]) ->
         decoder.take(start, size)
 
 
-@pytest.mark.parametrize(("vocabulary", "sharpness"), [(256, 4.0), (32_000, 3.0), (50_257, 3.0), (131_072, 3.0), (131_072, 8.0)])
+@pytest.mark.parametrize(
+    ("vocabulary", "sharpness"),
+    [(256, 4.0), (32_000, 3.0), (50_257, 3.0), (131_072, 3.0), (131_072, 8.0)],
+)
 def test_whole_parts_cost_a_thousandth_at_most(vocabulary: int, sharpness: float) -> None:
-    """Bits of the parts against those of the probabilities, for tokens drawn from them; sharp ones have a code length near 0."""
+    """Bits of the parts against those of the probabilities, for tokens drawn from them.
+
+    Sharp ones have a code length near 0.
+    """
     chance = torch.Generator().manual_seed(vocabulary)
     logits = sharpness * torch.randn(60, vocabulary, generator=chance)
     ends = cumulative(logits)
-    assert (ends[:, 0] == 0).all() and (ends[:, -1] == TOTAL).all() and (np.diff(ends, axis=1) >= 1).all()
+    assert (
+        (ends[:, 0] == 0).all()
+        and (ends[:, -1] == TOTAL).all()
+        and (np.diff(ends, axis=1) >= 1).all()
+    )
     probabilities = logits.double().softmax(1)
     expected = -(probabilities * probabilities.log2()).sum(dim=1)
     parts = torch.from_numpy(np.diff(ends, axis=1)).double() / TOTAL
@@ -65,8 +87,16 @@ def coder(tmp_path_factory: pytest.TempPathFactory) -> FileCoder:
     return FileCoder(*make_run(tmp_path_factory.mktemp("run") / "run"))
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.one_of(st.binary(max_size=60), st.text(max_size=40).map(lambda t: t.encode("utf-8", "surrogatepass"))), rows=st.integers(1, 5))
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    data=st.one_of(
+        st.binary(max_size=60),
+        st.text(max_size=40).map(lambda t: t.encode("utf-8", "surrogatepass")),
+    ),
+    rows=st.integers(1, 5),
+)
 def test_any_bytes_come_back(coder: FileCoder, data: bytes, rows: int) -> None:
     coded, found = coder.encode(data, rows)
     assert coder.decode(coded, "it") == data
@@ -75,8 +105,13 @@ def test_any_bytes_come_back(coder: FileCoder, data: bytes, rows: int) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [32_000, 50_257, 131_072])
-def test_models_of_large_vocabularies_code_at_their_code_length(coder: FileCoder, vocabulary: int) -> None:
-    """Logits of standard deviation 3, as trained models have; the tokenizer uses the first tokens only, so every token is dear."""
+def test_models_of_large_vocabularies_code_at_their_code_length(
+    coder: FileCoder, vocabulary: int
+) -> None:
+    """Logits of standard deviation 3, as trained models have.
+
+    The tokenizer uses the first tokens only, so every token is dear.
+    """
     config, model = decoder(vocab_size=vocabulary, init_std=0.5)
     large = FileCoder(config, model, coder.tokenizer)
     data = b"Whan that Aprille with his shoures soote, and \xff\x00 bytes"
@@ -86,7 +121,9 @@ def test_models_of_large_vocabularies_code_at_their_code_length(coder: FileCoder
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_texts_longer_than_the_context(coder: FileCoder, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_longer_than_the_context(
+    coder: FileCoder, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(container, "SEGMENT", 150)
     data = ("Bytes and text: ä 漢字 \U0001f600 " * 12).encode() + bytes(range(256))
     coded, found = coder.encode(data, rows)
@@ -94,7 +131,9 @@ def test_texts_longer_than_the_context(coder: FileCoder, rows: int, monkeypatch:
     assert found.payload <= 1.001 * found.code_length + 8 + 14 * (found.tokens // 150)
 
 
-def test_a_file_of_another_model_or_environment_is_refused(coder: FileCoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_model_or_environment_is_refused(
+    coder: FileCoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     coded, _ = coder.encode(b"some text")
     config, model, tokenizer = make_run(tmp_path / "other")
     same = FileCoder(config, model, tokenizer)
@@ -119,7 +158,8 @@ def test_a_damaged_file_is_refused(coder: FileCoder) -> None:
         flipped = bytearray(coded)
         flipped[place] ^= 1 << int(chance.integers(8))
         try:
-            assert coder.decode(bytes(flipped), "it") == data, place  # threads and rows are not checked by themselves
+            # Threads and rows are not checked by themselves
+            assert coder.decode(bytes(flipped), "it") == data, place
         except DataError as error:
             assert "it" in str(error)
     with pytest.raises(DataError, match="it was not made by nextpt compress"):
@@ -129,9 +169,17 @@ def test_a_damaged_file_is_refused(coder: FileCoder) -> None:
 def test_damage_that_looks_like_a_size_is_refused_at_once(coder: FileCoder) -> None:
     coded, _ = coder.encode(b"some text")
     header, segments = container.unpack(coded, "it")
-    for changed in (replace(header, tokens=2**60), replace(header, tokens=2**50, size=2**62), replace(header, rows=0), replace(header, size=0), replace(header, window=0)):
+    for changed in (
+        replace(header, tokens=2**60),
+        replace(header, tokens=2**50, size=2**62),
+        replace(header, rows=0),
+        replace(header, size=0),
+        replace(header, window=0),
+    ):
         with pytest.raises(DataError, match="cut off or damaged"):
-            container.unpack(changed.pack() + container.pack_segment(segments[0][0], b"some text"), "it")
+            container.unpack(
+                changed.pack() + container.pack_segment(segments[0][0], b"some text"), "it"
+            )
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -147,7 +195,13 @@ def test_every_tokenizer_spells_any_bytes_or_says_that_it_cannot(kind: str, tmp_
         return
     text = "plain words, and no others. " * 4
     assert len(spelled.encode(text.encode())) < 0.9 * len(text)  # not byte by byte
-    for data in (b"", b"plain", bytes(range(256)), "  ä\u0301 é 漢字\n\n don't ﬁ".encode(), b"\xff\xfetext\xc3"):
+    for data in (
+        b"",
+        b"plain",
+        bytes(range(256)),
+        "  ä\u0301 é 漢字\n\n don't ﬁ".encode(),
+        b"\xff\xfetext\xc3",
+    ):
         assert spelled.decode(spelled.encode(data)) == data
 
 
@@ -159,7 +213,9 @@ def test_compressors_that_read_another_text_first() -> None:
     assert compare_file(b"") == {}
 
 
-def test_a_device_that_does_not_repeat_itself_is_found_out(coder: FileCoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_does_not_repeat_itself_is_found_out(
+    coder: FileCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(coder, "decode", lambda *_: b"something else")
     with pytest.raises(DataError, match="does not come back as it was"):
         coder.encode(b"some text")

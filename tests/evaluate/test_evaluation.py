@@ -39,13 +39,24 @@ def result(source: Source) -> dict:
     return evaluate_source(source, TEXTS, Protocol(resamples=200, harness=True))
 
 
-@pytest.mark.parametrize("protocol", [
-    Protocol(rows=1, resamples=200), Protocol(rows=7, resamples=200),
-    pytest.param(Protocol(ranks=2, resamples=200), marks=pytest.mark.slow), pytest.param(Protocol(ranks=3, rows=5, resamples=200), marks=pytest.mark.slow),
-], ids=lambda p: f"rows={p.rows},ranks={p.ranks}")
-def test_any_batch_size_and_rank_count_give_the_same(source: Source, result: dict, protocol: Protocol) -> None:
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        Protocol(rows=1, resamples=200),
+        Protocol(rows=7, resamples=200),
+        pytest.param(Protocol(ranks=2, resamples=200), marks=pytest.mark.slow),
+        pytest.param(Protocol(ranks=3, rows=5, resamples=200), marks=pytest.mark.slow),
+    ],
+    ids=lambda p: f"rows={p.rows},ranks={p.ranks}",
+)
+def test_any_batch_size_and_rank_count_give_the_same(
+    source: Source, result: dict, protocol: Protocol
+) -> None:
     again = evaluate_source(source, TEXTS, protocol)
-    for a, b in ((result["total"], again["total"]), *((result["domains"][d], again["domains"][d]) for d in TEXTS)):
+    for a, b in (
+        (result["total"], again["total"]),
+        *((result["domains"][d], again["domains"][d]) for d in TEXTS),
+    ):
         assert (a["tokens"], a["bytes"]) == (b["tokens"], b["bytes"])
         for key in ("nats_per_token", "bpb_text", "bpb_code", "perplexity"):
             assert b[key] == pytest.approx(a[key], rel=1e-6)
@@ -56,8 +67,12 @@ def test_contexts_and_bands_divide_all_text_tokens(result: dict) -> None:
     total = result["total"]
     for rows in (result["by_context"], result["by_frequency"]["bands"]):
         assert sum(row["tokens"] for row in rows) == total["tokens"]
-        assert sum(row["tokens"] * row["nats_per_token"] for row in rows) == pytest.approx(total["nats_per_token"] * total["tokens"])
-    assert result["by_context"][0]["from"] == 1 and result["by_context"][-1]["to"] == result["window"]
+        assert sum(row["tokens"] * row["nats_per_token"] for row in rows) == pytest.approx(
+            total["nats_per_token"] * total["tokens"]
+        )
+    assert (
+        result["by_context"][0]["from"] == 1 and result["by_context"][-1]["to"] == result["window"]
+    )
     assert result["by_frequency"]["counted_in"] == "evaluated text"
 
 
@@ -68,7 +83,9 @@ def test_totals_are_ratios_of_sums_and_lie_in_their_intervals(result: dict) -> N
     for figures in (*domains, total):
         for key, (low, high) in figures["intervals"].items():
             assert low <= figures[key] <= high
-    assert {"start_token", "end_token", "documents", "window", "stride"} <= result["protocol"].keys()
+    assert {"start_token", "end_token", "documents", "window", "stride"} <= result[
+        "protocol"
+    ].keys()
 
 
 def test_contexts_count_what_the_window_shows() -> None:
@@ -82,7 +99,10 @@ def test_the_bootstrap_has_the_error_of_the_mean() -> None:
     drawn = resampled_sums(np.stack([values, np.ones(400)], axis=1), 4000, rng)
     low, high = ratio_interval(drawn[:, 0], drawn[:, 1])
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
-    assert ratio_interval(np.ones(5), np.ones(5)) is None and ratio_interval(np.ones(5), np.zeros(5)) is None
+    assert (
+        ratio_interval(np.ones(5), np.ones(5)) is None
+        and ratio_interval(np.ones(5), np.zeros(5)) is None
+    )
 
 
 def test_bands_follow_the_share_of_a_token() -> None:
@@ -114,8 +134,14 @@ def harness_by_its_definition(source: Source, text: str) -> float:
     for inputs, targets in pairs:
         ids = torch.tensor([inputs])
         with torch.no_grad():
-            logits = source.model.lm_head(source.model(ids, torch.arange(len(inputs)).unsqueeze(0)))[0].double()
-        total += float(logits.log_softmax(-1)[-len(targets) :].gather(1, torch.tensor(targets).unsqueeze(1)).sum())
+            logits = source.model.lm_head(
+                source.model(ids, torch.arange(len(inputs)).unsqueeze(0))
+            )[0].double()
+        total += float(
+            logits.log_softmax(-1)[-len(targets) :]
+            .gather(1, torch.tensor(targets).unsqueeze(1))
+            .sum()
+        )
     return total
 
 
@@ -125,7 +151,8 @@ def test_the_metrics_of_lm_evaluation_harness(source: Source, result: dict) -> N
         words = sum(len(re.split(r"\s+", text)) for text in texts)
         size = sum(len(text.encode("utf-8")) for text in texts)
         found = result["harness"][domain]
-        assert found["word_perplexity"] == pytest.approx(math.exp(-likelihood / words), rel=1e-4)  # an exponential of a large number
+        # An exponential of a large number
+        assert found["word_perplexity"] == pytest.approx(math.exp(-likelihood / words), rel=1e-4)
         assert math.log(found["word_perplexity"]) == pytest.approx(-likelihood / words, rel=1e-6)
         assert found["byte_perplexity"] == pytest.approx(math.exp(-likelihood / size), rel=1e-6)
         assert found["bits_per_byte"] == pytest.approx(-likelihood / size / math.log(2), rel=1e-6)
@@ -134,7 +161,11 @@ def test_the_metrics_of_lm_evaluation_harness(source: Source, result: dict) -> N
 def test_texts_that_cannot_be_scored(source: Source, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))
-    for name, words in (("empty", "is empty"), ("latin", "is no UTF-8 text: byte 3 is 0xe9"), ("absent", "cannot be read: No such file")):
+    for name, words in (
+        ("empty", "is empty"),
+        ("latin", "is no UTF-8 text: byte 3 is 0xe9"),
+        ("absent", "cannot be read: No such file"),
+    ):
         with pytest.raises(DataError, match=words):
             text_files([tmp_path / name])
     with pytest.raises(DataError, match="all documents of d are empty"):
@@ -142,4 +173,7 @@ def test_texts_that_cannot_be_scored(source: Source, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="stride = 99 must be between 1 and the window"):
         evaluate_source(source, {"d": ["a"]}, Protocol(stride=99))
     one = evaluate_source(source, {"d": ["a text far longer than the context " * 30]}, Protocol())
-    assert one["total"]["intervals"]["bpb_text"] is None and one["total"]["tokens"] > source.config.max_position
+    assert (
+        one["total"]["intervals"]["bpb_text"] is None
+        and one["total"]["tokens"] > source.config.max_position
+    )

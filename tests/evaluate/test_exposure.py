@@ -16,7 +16,10 @@ from nextpt.evaluate.source import Source, open_source
 from nextpt.generate.sample import Sampling
 from tests.support.runs import make_run
 
-TEXTS = {"verse": ["Whan that Aprille with his shoures soote\n" * n for n in (4, 9)], "code": ["def f(x):\n    return x + 1\n" * 9]}
+TEXTS = {
+    "verse": ["Whan that Aprille with his shoures soote\n" * n for n in (4, 9)],
+    "code": ["def f(x):\n    return x + 1\n" * 9],
+}
 WANTED = Exposure(prefix=4, continuation=12, stretches=9, resamples=50)
 
 
@@ -32,43 +35,79 @@ def banned(source: Source) -> torch.Tensor:
 
 
 def test_scores_leave_special_tokens_out_and_nothing_else(source: Source) -> None:
-    tokens = torch.from_numpy(source.tokenizer.encode(TEXTS["verse"][1])[:16].astype(np.int64)).unsqueeze(0)
+    tokens = torch.from_numpy(
+        source.tokenizer.encode(TEXTS["verse"][1])[:16].astype(np.int64)
+    ).unsqueeze(0)
     nats, entropy = _scores(source.model, tokens, 4, banned(source))
     with torch.no_grad():
-        logits = source.model.lm_head(source.model(tokens[:, :-1], torch.arange(15).unsqueeze(0))).double()[0, 3:]
+        logits = source.model.lm_head(
+            source.model(tokens[:, :-1], torch.arange(15).unsqueeze(0))
+        ).double()[0, 3:]
     probabilities = logits.softmax(-1)
     probabilities[:, banned(source)] = 0
     assert 0 < float(probabilities.sum(-1).max()) < 1  # there is something to leave out
     probabilities /= probabilities.sum(-1, keepdim=True)
-    assert nats[0] == pytest.approx(-probabilities[torch.arange(12), tokens[0, 4:]].log().numpy(), abs=1e-5)
+    assert nats[0] == pytest.approx(
+        -probabilities[torch.arange(12), tokens[0, 4:]].log().numpy(), abs=1e-5
+    )
     assert entropy[0] == pytest.approx(torch.special.entr(probabilities).sum(-1).numpy(), abs=1e-5)
 
 
 def test_continuations_have_no_special_token_and_follow_the_model(source: Source) -> None:
-    prefixes = torch.from_numpy(np.stack([source.tokenizer.encode(TEXTS["verse"][1])[at : at + 4] for at in range(40)]).astype(np.int64))
+    prefixes = torch.from_numpy(
+        np.stack(
+            [source.tokenizer.encode(TEXTS["verse"][1])[at : at + 4] for at in range(40)]
+        ).astype(np.int64)
+    )
     places = [(0, row) for row in range(40)]
     drawn = continue_freely(source, prefixes, 12, banned(source), Sampling(seed=3), places)
     assert not banned(source)[drawn].any() and len(drawn.unique()) > 20
     nats, entropy = _scores(source.model, torch.cat([prefixes, drawn], dim=1), 4, banned(source))
-    surplus = (nats - entropy).sum(axis=1)  # of tokens that are drawn from what the model says, 0 on average
+    # Of tokens that are drawn from what the model says, 0 on average
+    surplus = (nats - entropy).sum(axis=1)
     assert abs(surplus.mean()) < 4 * surplus.std() / math.sqrt(40)
-    assert torch.equal(drawn[7:9], continue_freely(source, prefixes[7:9], 12, banned(source), Sampling(seed=3), places[7:9]))
+    assert torch.equal(
+        drawn[7:9],
+        continue_freely(source, prefixes[7:9], 12, banned(source), Sampling(seed=3), places[7:9]),
+    )
     nothing = torch.zeros_like(banned(source))
-    assert torch.equal(continue_freely(source, prefixes, 12, nothing, Sampling(temperature=0), places), greedy(source.config, source.model, prefixes, 12))
+    assert torch.equal(
+        continue_freely(source, prefixes, 12, nothing, Sampling(temperature=0), places),
+        greedy(source.config, source.model, prefixes, 12),
+    )
 
 
 def test_the_parts_sum_to_the_gap_at_any_batch_size(source: Source) -> None:
     result = exposure_bias(source, TEXTS, WANTED)
     for of in (result["total"], *result["domains"].values(), *result["by_position"]):
-        assert of["gap"]["value"] == pytest.approx(of["miscalibration"]["value"] + of["drift"]["value"], abs=1e-12)
+        assert of["gap"]["value"] == pytest.approx(
+            of["miscalibration"]["value"] + of["drift"]["value"], abs=1e-12
+        )
     total, arms = result["total"], result["total"]["arms"]
-    assert total["gap"]["value"] == pytest.approx(arms["real"]["nats_per_token"]["value"] - arms["sampled"]["nats_per_token"]["value"])
-    assert total["stretches"] == sum(of["stretches"] for of in result["domains"].values()) and total["tokens"] == 12 * total["stretches"]
-    assert [(row["from"], row["to"]) for row in result["by_position"]] == [(1, 1), (2, 3), (4, 7), (8, 12)]
+    assert total["gap"]["value"] == pytest.approx(
+        arms["real"]["nats_per_token"]["value"] - arms["sampled"]["nats_per_token"]["value"]
+    )
+    assert (
+        total["stretches"] == sum(of["stretches"] for of in result["domains"].values())
+        and total["tokens"] == 12 * total["stretches"]
+    )
+    assert [(row["from"], row["to"]) for row in result["by_position"]] == [
+        (1, 1),
+        (2, 3),
+        (4, 7),
+        (8, 12),
+    ]
     weights = np.array([1, 2, 4, 5]) / 12
-    assert weights @ [row["real"]["value"] for row in result["by_position"]] == pytest.approx(arms["real"]["nats_per_token"]["value"])
-    assert result["domains"]["code"]["gap"]["interval"] is None and len(total["gap"]["interval"]) == 2  # code is one document
-    again = exposure_bias(source, TEXTS, Exposure(prefix=4, continuation=12, stretches=9, rows=2, resamples=50))
+    assert weights @ [row["real"]["value"] for row in result["by_position"]] == pytest.approx(
+        arms["real"]["nats_per_token"]["value"]
+    )
+    # Code is one document
+    assert (
+        result["domains"]["code"]["gap"]["interval"] is None and len(total["gap"]["interval"]) == 2
+    )
+    again = exposure_bias(
+        source, TEXTS, Exposure(prefix=4, continuation=12, stretches=9, rows=2, resamples=50)
+    )
     assert again["total"]["drift"]["value"] == pytest.approx(total["drift"]["value"], abs=1e-6)
 
 
@@ -78,9 +117,14 @@ def test_a_model_that_says_nothing_has_no_gap(tmp_path: Path) -> None:
     torch.nn.init.zeros_(source.model.lm_head.weight)
     of = exposure_bias(source, TEXTS, WANTED)["total"]
     even = math.log(int((source.tokenizer.token_bytes() > 0).sum()))
-    assert [of["arms"][arm]["nats_per_token"]["value"] for arm in ("real", "sampled", "greedy")] == pytest.approx([even] * 3)
-    assert [of[part]["value"] for part in ("gap", "miscalibration", "drift")] == pytest.approx([0, 0, 0], abs=1e-5)
-    assert of["arms"]["greedy"]["repeats"]["value"] == pytest.approx(8 / 9)  # one token twelve times: 9 grams, 1 kind
+    assert [
+        of["arms"][arm]["nats_per_token"]["value"] for arm in ("real", "sampled", "greedy")
+    ] == pytest.approx([even] * 3)
+    assert [of[part]["value"] for part in ("gap", "miscalibration", "drift")] == pytest.approx(
+        [0, 0, 0], abs=1e-5
+    )
+    # One token twelve times: 9 grams, 1 kind
+    assert of["arms"]["greedy"]["repeats"]["value"] == pytest.approx(8 / 9)
 
 
 def test_repeats() -> None:
@@ -88,7 +132,11 @@ def test_repeats() -> None:
 
 
 def test_sizes() -> None:
-    assert Exposure().sizes(256) == (64, 192) and Exposure(continuation=56).sizes(256) == (200, 56) and Exposure(prefix=6).sizes(256) == (6, 250)
+    assert (
+        Exposure().sizes(256) == (64, 192)
+        and Exposure(continuation=56).sizes(256) == (200, 56)
+        and Exposure(prefix=6).sizes(256) == (6, 250)
+    )
     for prefix, continuation in ((0, None), (250, 20), (255, None), (None, 256)):
         with pytest.raises(DataError, match="together at most the model's 256 positions"):
             Exposure(prefix, continuation).sizes(256)

@@ -1,4 +1,7 @@
-"""Figures are ratios of sums; sliding windows score every token once, with the model's own probabilities."""
+"""Figures are ratios of sums.
+
+Sliding windows score every token once, with the model's own probabilities.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ from tests.support.runs import make_run
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=5), st.integers(1, 20), st.data())
-def test_windows_score_each_target_once(lengths: list[int], window: int, data: st.DataObject) -> None:
+def test_windows_score_each_target_once(
+    lengths: list[int], window: int, data: st.DataObject
+) -> None:
     stride = data.draw(st.integers(1, window))
     scored: dict[int, list[int]] = {d: [] for d in range(len(lengths))}
     for w in windows(lengths, window, stride):
@@ -47,12 +52,16 @@ def test_scores_are_the_models_log_probabilities() -> None:
         inputs = torch.from_numpy(d[:-1]).unsqueeze(0)
         with torch.no_grad():
             logits = model.lm_head(model(inputs, torch.arange(len(d) - 1).unsqueeze(0)))[0]
-        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(d[1:]), reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(d[1:]), reduction="none"
+        )
         text = torch.from_numpy(is_text[d[1:]] > 0)
         expected.append(float(losses[text].sum()))
         size, count = size + int(of_document.sum()), count + int(text.sum())
     assert nats == pytest.approx(expected, rel=1e-5)
-    assert (figures.tokens, figures.bytes) == (count, size) and figures.nats == pytest.approx(sum(expected), rel=1e-5)
+    assert (figures.tokens, figures.bytes) == (count, size) and figures.nats == pytest.approx(
+        sum(expected), rel=1e-5
+    )
 
 
 def test_long_documents_get_context_from_the_stride() -> None:
@@ -82,13 +91,20 @@ def test_sums_count_text_only_and_keep_domains_apart() -> None:
     sums.add(nats, target_bytes, is_text, torch.tensor([0, 0]))
     found = sums.figures()
     assert found == {"a": Figures(6, 12, 53.0, 66.0), "b": Figures(2, 4, 5.0, 2.0)}
-    assert set(figures_json(sums)["domains"]) == {"a", "b"} and sums.total() == Figures(8, 16, 58.0, 68.0)
+    assert set(figures_json(sums)["domains"]) == {"a", "b"} and sums.total() == Figures(
+        8, 16, 58.0, 68.0
+    )
 
 
 def test_text_of_no_bytes_counts_and_bytes_of_an_end_do_too() -> None:
     """Of a tokenizer that changes text: the second token stands for nothing, the third ends the document and two stripped spaces."""
     sums = DomainSums(["a"], torch.device("cpu"))
-    sums.add(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[3, 0, 2]]), torch.tensor([[True, True, False]]), torch.tensor([0]))
+    sums.add(
+        torch.tensor([[1.0, 2.0, 4.0]]),
+        torch.tensor([[3, 0, 2]]),
+        torch.tensor([[True, True, False]]),
+        torch.tensor([0]),
+    )
     assert sums.figures() == {"a": Figures(2, 5, 3.0, 4.0)}
 
 
@@ -97,8 +113,14 @@ def test_compressors_are_measured_on_the_same_bytes() -> None:
     joined = b"".join(documents)
     found = compare(documents)
     assert found["zlib -9"]["bpb_concatenated"] == 8 * len(zlib.compress(joined, 9)) / 450
-    assert found["bz2 -9"]["bpb_documents"] == 8 * sum(len(bz2.compress(d, 9)) for d in documents) / 450
-    assert found["xz -9e"]["bpb_concatenated"] == 8 * len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)) / 450
+    assert (
+        found["bz2 -9"]["bpb_documents"]
+        == 8 * sum(len(bz2.compress(d, 9)) for d in documents) / 450
+    )
+    assert (
+        found["xz -9e"]["bpb_concatenated"]
+        == 8 * len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)) / 450
+    )
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "llama", "byte_level"])
@@ -106,7 +128,14 @@ def test_all_bytes_of_held_out_documents_count(tmp_path: Path, kind: str) -> Non
     """Whatever the tokenizer makes of a text, and also where it makes nothing of it."""
     config, model, tokenizer = make_run(tmp_path / "run", kind)
     texts = ["The quick \u00c9l\u00e8ve \u4f60\u597d  \U0001f600\n" * 5, " \n ", "a"]
-    total = evaluate_source(Source(tmp_path, config, model.eval(), tokenizer, 3), {"d": texts}, Protocol(stride=4, resamples=10))["total"]
+    total = evaluate_source(
+        Source(tmp_path, config, model.eval(), tokenizer, 3),
+        {"d": texts},
+        Protocol(stride=4, resamples=10),
+    )["total"]
     assert total["bytes"] == sum(len(text.encode()) for text in texts)
-    assert total["tokens"] == sum(len(tokenizer.encode(text)) for text in texts) and total["nats_per_token"] > 0
+    assert (
+        total["tokens"] == sum(len(tokenizer.encode(text)) for text in texts)
+        and total["nats_per_token"] > 0
+    )
     assert total["bpb_code"] > total["bpb_text"]

@@ -1,7 +1,8 @@
 """lm-evaluation-harness itself, on an exported checkpoint, gives what `nextpt eval --harness` gives of the run.
 
-An export's tokenizer puts the start token before a text, and the harness puts its prefix token before that: unless it is told
-add_bos_token=False, it scores a start token after a start token, which no training ever saw.
+An export's tokenizer puts the start token before a text, and the harness puts its prefix token
+before that: unless it is told add_bos_token=False, it scores a start token after a start token,
+which no training ever saw.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from tests.support.runs import make_run
 
 pytest.importorskip("lm_eval")
 
-TEXTS = ["Whan that Aprille with his shoures soote\n" * n for n in (1, 4, 9)] + ["\u00e9\u4f60 def f(x):\n"]
+TEXTS = ["Whan that Aprille with his shoures soote\n" * n for n in (1, 4, 9)] + [
+    "\u00e9\u4f60 def f(x):\n"
+]
 
 
 @pytest.mark.slow
@@ -31,14 +34,27 @@ def test_the_harness_measures_the_same_on_an_export(tmp_path: Path) -> None:
 
     make_run(tmp_path / "run")
     export_hf(open_run(tmp_path / "run"), tmp_path / "run" / "tokenizer.json", tmp_path / "hf")
-    model = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", batch_size=2, dtype="float32", add_bos_token=False)
+    model = HFLM(
+        pretrained=str(tmp_path / "hf"),
+        device="cpu",
+        batch_size=2,
+        dtype="float32",
+        add_bos_token=False,
+    )
     assert model.prefix_token_id == open_source(tmp_path / "run").tokenizer.start_id
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
     likelihoods = model.loglikelihood_rolling(requests)
     sizes = [len(text.encode()) for text in TEXTS]
-    found = evaluate_source(open_source(tmp_path / "run"), {"d": TEXTS}, Protocol(resamples=10, harness=True))["harness"]["d"]
-    assert found["bits_per_byte"] == pytest.approx(bits_per_byte(list(zip(likelihoods, sizes, strict=True))), rel=1e-6)
-    assert found["byte_perplexity"] == pytest.approx(weighted_perplexity(list(zip(likelihoods, sizes, strict=True))), rel=1e-6)
-    words = [len(re.split(r"\s+", text)) for text in TEXTS]  # lm_eval/tasks/wikitext/preprocess_wikitext.py
+    found = evaluate_source(
+        open_source(tmp_path / "run"), {"d": TEXTS}, Protocol(resamples=10, harness=True)
+    )["harness"]["d"]
+    assert found["bits_per_byte"] == pytest.approx(
+        bits_per_byte(list(zip(likelihoods, sizes, strict=True))), rel=1e-6
+    )
+    assert found["byte_perplexity"] == pytest.approx(
+        weighted_perplexity(list(zip(likelihoods, sizes, strict=True))), rel=1e-6
+    )
+    # lm_eval/tasks/wikitext/preprocess_wikitext.py
+    words = [len(re.split(r"\s+", text)) for text in TEXTS]
     expected = weighted_perplexity(list(zip(likelihoods, words, strict=True)))
     assert math.log(found["word_perplexity"]) == pytest.approx(math.log(expected), rel=1e-6)

@@ -1,4 +1,7 @@
-"""Planted overlaps are found, all of them; a model that was trained on a text has it by heart, and canaries say so."""
+"""Planted overlaps are found, all of them.
+
+A model that was trained on a text has it by heart, and canaries say so.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,20 @@ from data_prep.tokenizer import Tokenizer
 from nextpt.config import Config
 from nextpt.data.dataset import open_rows
 from nextpt.errors import DataError
-from nextpt.evaluate.memorization.canaries import Canary, exposure, make_canaries, read_canaries, write_canaries
+from nextpt.evaluate.memorization.canaries import (
+    Canary,
+    exposure,
+    make_canaries,
+    read_canaries,
+    write_canaries,
+)
 from nextpt.evaluate.memorization.contamination import find_overlaps, training_texts
 from nextpt.evaluate.memorization.extraction import greedy, sample_sequences, scores
-from nextpt.evaluate.memorization.measure import bits_per_byte_by_contamination, measure_canaries, measure_extraction
+from nextpt.evaluate.memorization.measure import (
+    bits_per_byte_by_contamination,
+    measure_canaries,
+    measure_extraction,
+)
 from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, stretch_hashes, units
 from nextpt.model import Decoder
 from tests.support.datasets import tiny
@@ -55,17 +68,31 @@ def test_units_pass_over_case_and_marks() -> None:
 def corpus(folder: Path, training: list[str], sequence_length: int, **more: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in training))
-    prepare(PrepSpec(domains={"text": folder / "text.jsonl"}, output=folder / "shards", sequence_length=sequence_length, heldout=0.0, **more))
+    prepare(
+        PrepSpec(
+            domains={"text": folder / "text.jsonl"},
+            output=folder / "shards",
+            sequence_length=sequence_length,
+            heldout=0.0,
+            **more,
+        )
+    )
     return folder / "shards"
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[bool]]:
     """A dataset, an evaluation set, and which of its documents share text with the dataset, whose long documents are cut."""
-    shared = [text_of(1000 + 30 * i, 26) for i in range(8)]  # 26 words and some 100 characters: found across any cut
-    training = [f"{text_of(40 * i, 40)} {s} {text_of(2000 + 40 * i, 40)}" for i, s in enumerate(shared)]
+    # 26 words and some 100 characters: found across any cut
+    shared = [text_of(1000 + 30 * i, 26) for i in range(8)]
+    training = [
+        f"{text_of(40 * i, 40)} {s} {text_of(2000 + 40 * i, 40)}" for i, s in enumerate(shared)
+    ]
     evaluated = [f"other{i} begins {s.upper()}, and ends other{i}" for i, s in enumerate(shared)]
-    clean = [f"clean{i} " + " ".join(f"c{i}x{j}" for j in range(60)) for i in range(8)] + ["short", ""]
+    clean = [f"clean{i} " + " ".join(f"c{i}x{j}" for j in range(60)) for i in range(8)] + [
+        "short",
+        "",
+    ]
     data = corpus(tmp_path_factory.mktemp("planted"), training, 128, vocab_size=300)
     return data, evaluated + clean, [True] * len(evaluated) + [False] * len(clean)
 
@@ -73,30 +100,48 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
 def test_every_planted_overlap_is_found(planted: tuple[Path, list[str], list[bool]]) -> None:
     data, evaluated, expected = planted
     tokenizer = Tokenizer(data / "tokenizer.json")
-    assert max(len(tokenizer.encode(t)) for t in evaluated[:1]) > 64  # so documents of three such are cut by rows of 128
+    # So documents of three such are cut by rows of 128
+    assert max(len(tokenizer.encode(t)) for t in evaluated[:1]) > 64
     found = find_overlaps({"set": evaluated}, training_texts(data, tokenizer))
     assert [f.contaminated for f in found] == expected
-    assert all(f.shares["words"] > 0 and f.shares["characters"] > 0 for f in found if f.contaminated)
+    assert all(
+        f.shares["words"] > 0 and f.shares["characters"] > 0 for f in found if f.contaminated
+    )
 
 
 @pytest.mark.parametrize(("words", "found"), [(WORDS, True), (WORDS - 1, False)])
 def test_thirteen_words_and_no_fewer(words: int, found: bool) -> None:
-    shared = " ".join(f"{chr(97 + i)}" for i in range(words))  # one character each: the characters alone do not tell
-    result, = find_overlaps({"set": [f"before {shared} after"]}, iter([f"earlier {shared} later"]))
+    # One character each: the characters alone do not tell
+    shared = " ".join(f"{chr(97 + i)}" for i in range(words))
+    (result,) = find_overlaps(
+        {"set": [f"before {shared} after"]}, iter([f"earlier {shared} later"])
+    )
     assert (result.shares["words"] > 0, result.shares["characters"] > 0) == (found, False)
 
 
 @pytest.mark.parametrize(("characters", "found"), [(CHARACTERS, True), (CHARACTERS - 1, False)])
 def test_fifty_characters_and_no_fewer(characters: int, found: bool) -> None:
     shared = "".join(chr(97 + i % 23) for i in range(characters))
-    result, = find_overlaps({"set": [f"0 {shared} 1"]}, iter([f"2 {shared} 3"]))
-    assert result.shares == {"words": 0.0, "characters": pytest.approx(1 / (characters + 2 - CHARACTERS + 1)) if found else 0.0}
+    (result,) = find_overlaps({"set": [f"0 {shared} 1"]}, iter([f"2 {shared} 3"]))
+    assert result.shares == {
+        "words": 0.0,
+        "characters": pytest.approx(1 / (characters + 2 - CHARACTERS + 1)) if found else 0.0,
+    }
 
 
 def test_bits_per_byte_are_ratios_of_sums() -> None:
-    found = bits_per_byte_by_contamination(np.log(2) * np.array([8.0, 2.0, 5.0]), np.array([8, 1, 1]), np.array([False, True, False]))
-    assert found == {"all": pytest.approx(1.5), "clean": pytest.approx(13 / 9), "contaminated": pytest.approx(2.0)}
-    assert bits_per_byte_by_contamination(np.ones(1), np.ones(1), np.zeros(1, bool))["contaminated"] is None
+    found = bits_per_byte_by_contamination(
+        np.log(2) * np.array([8.0, 2.0, 5.0]), np.array([8, 1, 1]), np.array([False, True, False])
+    )
+    assert found == {
+        "all": pytest.approx(1.5),
+        "clean": pytest.approx(13 / 9),
+        "contaminated": pytest.approx(2.0),
+    }
+    assert (
+        bits_per_byte_by_contamination(np.ones(1), np.ones(1), np.zeros(1, bool))["contaminated"]
+        is None
+    )
 
 
 def learned(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
@@ -106,7 +151,9 @@ def learned(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
     rows = torch.tensor(tokens)
     for _ in range(steps):
         hidden = model(rows[:, :-1], torch.arange(rows.shape[1] - 1).expand(len(rows), -1))
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), rows[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            model.lm_head(hidden).flatten(0, 1), rows[:, 1:].flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -130,14 +177,36 @@ def test_what_was_trained_on_is_extracted_and_the_rest_is_not(tmp_path: Path) ->
     data = corpus(tmp_path / "train", texts[:8], 32, characters=True)
     other = corpus(tmp_path / "other", texts[8:], 32, characters=True)
     tokenizer = Tokenizer(data / "tokenizer.json")
-    config = tiny(data, tmp_path, data={"sequence_length": 32}, model={"vocab_size": tokenizer.vocab_size, "width": 64})
-    stored = [[tokenizer.start_id, *tokenizer.encode(t).tolist(), tokenizer.end_id] for t in texts[:8]]
-    model = learned(config, [document[at : at + 24] for document in stored for at in range(len(document) - 23)], 80)  # begun anywhere
-    sides = {"train": list(open_rows(data, "train").values()), "heldout": list(open_rows(other, "train").values())}
+    config = tiny(
+        data,
+        tmp_path,
+        data={"sequence_length": 32},
+        model={"vocab_size": tokenizer.vocab_size, "width": 64},
+    )
+    stored = [
+        [tokenizer.start_id, *tokenizer.encode(t).tolist(), tokenizer.end_id] for t in texts[:8]
+    ]
+    # Begun anywhere
+    model = learned(
+        config,
+        [document[at : at + 24] for document in stored for at in range(len(document) - 23)],
+        80,
+    )
+    sides = {
+        "train": list(open_rows(data, "train").values()),
+        "heldout": list(open_rows(other, "train").values()),
+    }
     found = measure_extraction(config, model, sides, prefixes=[16], continuation=8, count=40)
     assert found["train"]["sequences"] == 40
-    assert found["train"]["prefixes"]["16"]["score"]["mean"] > 0.6 > found["heldout"]["prefixes"]["16"]["score"]["mean"]
-    assert found["train"]["prefixes"]["16"]["exact"]["low"] > found["heldout"]["prefixes"]["16"]["exact"]["share"]
+    assert (
+        found["train"]["prefixes"]["16"]["score"]["mean"]
+        > 0.6
+        > found["heldout"]["prefixes"]["16"]["score"]["mean"]
+    )
+    assert (
+        found["train"]["prefixes"]["16"]["exact"]["low"]
+        > found["heldout"]["prefixes"]["16"]["exact"]["share"]
+    )
     assert found["gap_nats_per_token"] > 0.5
     with pytest.raises(DataError, match="more than the model's 32 positions"):
         measure_extraction(config, model, sides, prefixes=[30], continuation=8, count=4)
@@ -149,21 +218,38 @@ def test_sequences_lie_inside_one_document(planted: tuple[Path, list[str], list[
     found = sample_sequences(rows, 20, 5, 50, np.random.default_rng(1))
     assert found.tokens.shape == (50, 20)
     assert not np.isin(found.tokens[:, 1:-1], [tokenizer.start_id, tokenizer.end_id]).any()
-    assert np.array_equal(found.tokens, sample_sequences(rows, 20, 5, 50, np.random.default_rng(1)).tokens)
+    assert np.array_equal(
+        found.tokens, sample_sequences(rows, 20, 5, 50, np.random.default_rng(1)).tokens
+    )
     assert sample_sequences(rows, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
 
 
 def test_canaries_are_told_from_controls(tmp_path: Path) -> None:
     made = make_canaries(each=2, controls=20, seed=3)
-    assert made == make_canaries(each=2, controls=20, seed=3) != make_canaries(each=2, controls=20, seed=4)
+    assert (
+        made
+        == make_canaries(each=2, controls=20, seed=3)
+        != make_canaries(each=2, controls=20, seed=4)
+    )
     write_canaries(made, tmp_path)
     assert read_canaries(tmp_path) == made
-    lines = [json.loads(line)["text"] for line in (tmp_path / "canaries.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["text"] for line in (tmp_path / "canaries.jsonl").read_text().splitlines()
+    ]
     assert {c.text: lines.count(c.text) for c in made} == {c.text: c.repeats for c in made}
-    tokenizer = Tokenizer(corpus(tmp_path / "data", [c.text for c in made], 128, characters=True) / "tokenizer.json")
-    config = tiny(tmp_path, tmp_path, data={"sequence_length": 192}, model={"vocab_size": tokenizer.vocab_size, "width": 64})
+    tokenizer = Tokenizer(
+        corpus(tmp_path / "data", [c.text for c in made], 128, characters=True) / "tokenizer.json"
+    )
+    config = tiny(
+        tmp_path,
+        tmp_path,
+        data={"sequence_length": 192},
+        model={"vocab_size": tokenizer.vocab_size, "width": 64},
+    )
     taught = [c for c in made if c.repeats == 128]
-    model = learned(config, [[tokenizer.start_id, *tokenizer.encode(c.text).tolist()[:80]] for c in taught], 150)
+    model = learned(
+        config, [[tokenizer.start_id, *tokenizer.encode(c.text).tolist()[:80]] for c in taught], 150
+    )
     short = [Canary(c.text[:80], c.repeats) for c in made if c.repeats in (0, 128)]
     found = measure_canaries(config, model, tokenizer, short)
     assert found["128"]["extracted"]["share"] == 1 and found["0"]["extracted"]["share"] == 0

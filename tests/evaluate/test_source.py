@@ -25,14 +25,18 @@ TEXT = "Whan that Aprille with his shoures soote \u00e9\n" * 4
 
 def nats_of(source) -> float:
     tokens, sizes = encode_document(source.tokenizer, TEXT)
-    return score_documents(source.model, [tokens], [sizes], source.tokenizer.token_bytes(), window=16, stride=8)[0].nats
+    return score_documents(
+        source.model, [tokens], [sizes], source.tokenizer.token_bytes(), window=16, stride=8
+    )[0].nats
 
 
 def test_a_run_and_its_export_are_one_model(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     export_hf(open_run(tmp_path / "run"), tmp_path / "run" / "tokenizer.json", tmp_path / "hf")
     run, exported = open_source(tmp_path / "run"), open_source(tmp_path / "hf")
-    assert run.is_run and run.step == 3 and not exported.is_run and isinstance(exported.model, Decoder)
+    assert (
+        run.is_run and run.step == 3 and not exported.is_run and isinstance(exported.model, Decoder)
+    )
     assert nats_of(run) == pytest.approx(nats_of(exported), rel=1e-9)
 
 
@@ -40,7 +44,9 @@ def test_a_run_and_its_export_are_one_model(tmp_path: Path) -> None:
 def gpt2(tmp_path: Path) -> Path:
     folder = tmp_path / "gpt2"
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=32, n_embd=32, n_layer=2, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=1024, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    ).save_pretrained(folder)
     KINDS["byte_level"](folder / "tokenizer.json")
     return folder
 
@@ -52,10 +58,16 @@ def test_a_foreign_architecture_is_run_by_transformers(gpt2: Path) -> None:
     tokens, sizes = encode_document(source.tokenizer, "a short text")
     ids = torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0)
     with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")[:-1].sum()
-    found, _ = score_documents(source.model, [tokens], [sizes], source.tokenizer.token_bytes(), window=32, stride=16)
+        expected = torch.nn.functional.cross_entropy(
+            model(ids).logits[0, :-1], ids[0, 1:], reduction="none"
+        )[:-1].sum()
+    found, _ = score_documents(
+        source.model, [tokens], [sizes], source.tokenizer.token_bytes(), window=32, stride=16
+    )
     assert found.nats == pytest.approx(float(expected), rel=1e-6)
-    with pytest.raises(CheckpointError, match="model_type = 'gpt2' cannot be imported; these can: apertus"):
+    with pytest.raises(
+        CheckpointError, match="model_type = 'gpt2' cannot be imported; these can: apertus"
+    ):
         open_source(gpt2, decoder_only=True)
 
 
@@ -80,7 +92,9 @@ def test_what_cannot_be_opened_is_named(gpt2: Path, tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
     KINDS["byte_level"](folder / "tokenizer.json")
     with pytest.raises(DataError, match="not the tokenizer of this model"):
         open_source(folder)

@@ -22,7 +22,13 @@ from nextpt.observe.tasks_picture import draw_tasks
 from tests.support.models import our_logits
 from tests.support.runs import make_run
 
-TEXTS = {"verse": ["Whan that Aprille with his shoures soote the droghte of March hath perced to the roote\n" * n for n in (4, 9)]}
+TEXTS = {
+    "verse": [
+        "Whan that Aprille with his shoures soote the droghte of March hath perced to the roote\n"
+        * n
+        for n in (4, 9)
+    ]
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,9 @@ def spelled(material: Material, item: Item) -> tuple[str, str]:
 @pytest.mark.parametrize("name", TASKS)
 def test_items_are_a_function_of_the_seed_and_differ(material: Material, name: str) -> None:
     items = make_items(name, material, 20, seed=1)
-    assert len(items) == 20 and items == make_items(name, material, 20, seed=1) != make_items(name, material, 20, seed=2)
+    assert len(items) == 20 and items == make_items(name, material, 20, seed=1) != make_items(
+        name, material, 20, seed=2
+    )
     assert len({tuple(item.prompt) for item in items}) > 10
     assert make_items(name, material, 5, seed=1) == items[:5]
 
@@ -54,13 +62,20 @@ def test_sums_are_right(material: Material) -> None:
     for item in make_items("arithmetic", material, 30, 0):
         prompt, answer = spelled(material, item)
         sums = re.findall(r"(\d\d) \+ (\d\d) = (\d+)\n", prompt + answer + "\n")
-        assert len(sums) == 5 and all(int(a) + int(b) == int(c) for a, b, c in sums) and answer.startswith(" ")
+        assert (
+            len(sums) == 5
+            and all(int(a) + int(b) == int(c) for a, b, c in sums)
+            and answer.startswith(" ")
+        )
 
 
 def test_copies_are_right(material: Material) -> None:
     for item in make_items("copying", material, 30, 0):
         lines = "".join(spelled(material, item)).split("\n")
-        assert len(lines) == 3 and all(left == right and len(left.split()) == COPIED for left, right in (line.split(" | ") for line in lines))
+        assert len(lines) == 3 and all(
+            left == right and len(left.split()) == COPIED
+            for left, right in (line.split(" | ") for line in lines)
+        )
         assert set(lines[-1].replace("| ", "").split()) <= set(WORDS)
 
 
@@ -76,22 +91,33 @@ def test_brackets_close_what_is_open_and_no_less(material: Material) -> None:
                 else:
                     assert waiting.pop() == bracket
             assert not waiting
-        assert len(answer.split()) >= 2 and item.chance == pytest.approx(3.0 ** -len(answer.split()))
+        assert len(answer.split()) >= 2 and item.chance == pytest.approx(
+            3.0 ** -len(answer.split())
+        )
 
 
 def test_induction_asks_for_what_came_after(material: Material) -> None:
     for item in make_items("induction", material, 30, 0):
         sequence, again = item.prompt[1:25], item.prompt[25:]
-        assert len(set(sequence)) == 24 and again == sequence[: len(again)] and again and item.answer == [sequence[len(again)]]
+        assert (
+            len(set(sequence)) == 24
+            and again == sequence[: len(again)]
+            and again
+            and item.answer == [sequence[len(again)]]
+        )
         assert (material.tokenizer.token_bytes()[sequence] > 0).all()
 
 
 def test_cloze_is_a_word_of_the_text_where_it_stands(material: Material) -> None:
     for item in make_items("cloze", material, 30, 0):
         prompt, answer = spelled(material, item)
-        assert re.fullmatch(r" \w{4,}", answer) and any((prompt + answer) in text for text in TEXTS["verse"])
+        assert re.fullmatch(r" \w{4,}", answer) and any(
+            (prompt + answer) in text for text in TEXTS["verse"]
+        )
     short = Material(material.tokenizer, TEXTS["verse"], 300)
-    assert all(len(item.prompt) + len(item.answer) <= 300 for item in make_items("cloze", short, 30, 0))
+    assert all(
+        len(item.prompt) + len(item.answer) <= 300 for item in make_items("cloze", short, 30, 0)
+    )
 
 
 def test_exact_is_what_greedy_decoding_writes(source: Source) -> None:
@@ -99,13 +125,20 @@ def test_exact_is_what_greedy_decoding_writes(source: Source) -> None:
     prompts = torch.from_numpy(np.random.default_rng(0).integers(10, 200, (8, 20)))
     answers = greedy(source.config, source.model, prompts, 4)
     items = [Item(p, a) for p, a in zip(prompts.tolist(), answers.tolist(), strict=True)]
-    changed = [Item(item.prompt, [*item.answer[:at], item.answer[at] + 1, *item.answer[at + 1 :]]) for at, item in enumerate(items[:4])]
+    changed = [
+        Item(item.prompt, [*item.answer[:at], item.answer[at] + 1, *item.answer[at + 1 :]])
+        for at, item in enumerate(items[:4])
+    ]
     nats, hits = score_items(source, [*items, *changed], rows=5)
     assert all(h.all() for h in hits[:8])
     for at, h in enumerate(hits[8:]):
         assert h[:at].all() and not h[at]
-    logits = our_logits(source.model, torch.tensor([items[0].prompt + items[0].answer]))[0].log_softmax(-1)
-    assert nats[0] == pytest.approx([-float(logits[19 + k, token]) for k, token in enumerate(items[0].answer)], abs=1e-5)
+    logits = our_logits(source.model, torch.tensor([items[0].prompt + items[0].answer]))[
+        0
+    ].log_softmax(-1)
+    assert nats[0] == pytest.approx(
+        [-float(logits[19 + k, token]) for k, token in enumerate(items[0].answer)], abs=1e-5
+    )
     alone, _ = score_items(source, items[2:3], rows=1)
     assert nats[2] == pytest.approx(alone[0], abs=1e-5)
 
@@ -131,42 +164,78 @@ class Copier(torch.nn.Module):
 
 
 def test_a_model_that_copies_is_found_out(source: Source) -> None:
-    copier = Source(source.path, source.config, Copier(source.config.model.vocab_size), source.tokenizer, 3)
+    copier = Source(
+        source.path, source.config, Copier(source.config.model.vocab_size), source.tokenizer, 3
+    )
     found = measure_tasks(copier, TEXTS, ["induction", "arithmetic"], items=20, resamples=50)
     induction = found["induction"]
-    assert induction["exact"]["value"] == 1 and induction["exact"]["interval"][1] == 1 and 0.8 < induction["exact"]["interval"][0] < 1
+    assert (
+        induction["exact"]["value"] == 1
+        and induction["exact"]["interval"][1] == 1
+        and 0.8 < induction["exact"]["interval"][0] < 1
+    )
     per_answer = math.log1p((source.config.model.vocab_size - 1) * math.exp(-12))
     assert induction["nats_per_token"]["value"] == pytest.approx(per_answer, rel=1e-3)
-    assert induction["probability"]["value"] == pytest.approx(math.exp(-per_answer), rel=1e-3) and induction["token_accuracy"]["value"] == 1
-    assert found["arithmetic"]["exact"]["value"] < 0.5 and found["arithmetic"]["chance"] == pytest.approx(1 / 179)
+    assert (
+        induction["probability"]["value"] == pytest.approx(math.exp(-per_answer), rel=1e-3)
+        and induction["token_accuracy"]["value"] == 1
+    )
+    assert found["arithmetic"]["exact"]["value"] < 0.5 and found["arithmetic"][
+        "chance"
+    ] == pytest.approx(1 / 179)
 
 
-def test_heldout_loss_is_that_of_the_first_documents(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heldout_loss_is_that_of_the_first_documents(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = heldout_loss(source, TEXTS, rows=4)
     monkeypatch.setattr("nextpt.evaluate.tasks.measure.LOSS_TOKENS", 50)
     assert heldout_loss(source, TEXTS, rows=4)["tokens"] == 50 < whole["tokens"]
 
 
 def test_mistakes_are_told(source: Source, material: Material) -> None:
-    with pytest.raises(DataError, match="there is no task 'chess'; there are arithmetic, copying, brackets, induction, cloze"):
+    with pytest.raises(
+        DataError,
+        match="there is no task 'chess'; there are arithmetic, copying, brackets, induction, cloze",
+    ):
         make_items("chess", material, 3, 0)
     with pytest.raises(DataError, match="no item of task copying fits the model's 8 positions"):
         make_items("copying", Material(source.tokenizer, [], 8), 3, 0)
-    with pytest.raises(DataError, match="or the texts have no word for it; choose others with --task"):
+    with pytest.raises(
+        DataError, match="or the texts have no word for it; choose others with --task"
+    ):
         make_items("cloze", Material(source.tokenizer, ["a b c"], 99), 3, 0)
 
 
-def test_the_harness_is_asked_for_by_name_where_it_is_missing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_is_asked_for_by_name_where_it_is_missing(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install .nextpt.harness"):
         run_harness(source, ["lambada_openai"])
 
 
 def test_errors_of_the_harness_become_intervals_and_draw(tmp_path: Path) -> None:
-    found = _with_intervals({"alias": "rhymes", "acc,none": 0.5, "acc_stderr,none": 0.1, "bits,none": 2.0, "bits_stderr,none": "N/A"})
-    assert found["acc,none"]["interval"] == pytest.approx([0.304, 0.696], abs=1e-3) and found["bits,none"] == {"value": 2.0, "interval": None}
+    found = _with_intervals(
+        {
+            "alias": "rhymes",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.1,
+            "bits,none": 2.0,
+            "bits_stderr,none": "N/A",
+        }
+    )
+    assert found["acc,none"]["interval"] == pytest.approx([0.304, 0.696], abs=1e-3) and found[
+        "bits,none"
+    ] == {"value": 2.0, "interval": None}
     assert set(found) == {"acc,none", "bits,none"}
-    at = {"run": "runs/x", "step": 3, "loss": {"bpb_text": 2.0}, "tasks": {}, "harness": {"rhymes": found}}
+    at = {
+        "run": "runs/x",
+        "step": 3,
+        "loss": {"bpb_text": 2.0},
+        "tasks": {},
+        "harness": {"rhymes": found},
+    }
     for number, checkpoints in enumerate(([at], [at, at | {"step": 5, "loss": {"bpb_text": 1.9}}])):
         draw_tasks(checkpoints, tmp_path / f"{number}.svg")
         assert "metric of lm-evaluation-harness" in (tmp_path / f"{number}.svg").read_text()
@@ -187,16 +256,27 @@ metric_list: [{{metric: acc}}]
 
 @pytest.mark.slow
 def test_the_harness_runs_a_task_of_a_folder(source: Source, tmp_path: Path) -> None:
-    """Its accuracy is what our scores of the same choices say; log-likelihoods of whole texts are ours; what it generates is greedy."""
+    """Its accuracy is what our scores of the same choices say.
+
+    log-likelihoods of whole texts are ours; what it generates is greedy.
+    """
     pytest.importorskip("lm_eval")
-    questions = [("Whan that Aprille", [" soote", " roote", " March"], i % 3) for i in range(3)] + [("droghte of", [" a b", " perced to"], 0)]
-    rows = [f'{{"question": "{q}", "choices": {str(c).replace(chr(39), chr(34))}, "gold": {g}}}' for q, c, g in questions]
+    questions = [("Whan that Aprille", [" soote", " roote", " March"], i % 3) for i in range(3)] + [
+        ("droghte of", [" a b", " perced to"], 0)
+    ]
+    rows = [
+        f'{{"question": "{q}", "choices": {str(c).replace(chr(39), chr(34))}, "gold": {g}}}'
+        for q, c, g in questions
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
     (tmp_path / "rhymes.yaml").write_text(YAML.format(data=tmp_path / "data.jsonl"))
     found = run_harness(source, ["rhymes"], tmp_path)["rhymes"]
     right = 0
     for question, choices, gold in questions:
-        items = [Material(source.tokenizer, [], 10_000).item(question, f" {choice.strip()}", None) for choice in choices]
+        items = [
+            Material(source.tokenizer, [], 10_000).item(question, f" {choice.strip()}", None)
+            for choice in choices
+        ]
         right += int(np.argmin([n.sum() for n in score_items(source, items)[0]])) == gold
     assert found["acc,none"]["value"] == pytest.approx(right / 4)
     low, high = found["acc,none"]["interval"]
@@ -213,6 +293,10 @@ def test_the_adapter_scores_and_generates(source: Source) -> None:
     [rolling] = live.loglikelihood_rolling([SimpleNamespace(args=(text[:60],))])
     assert whole == pytest.approx(rolling, rel=1e-6)
     prompt = [source.tokenizer.start_id, *source.tokenizer.encode(text[:30]).tolist()]
-    expected = source.tokenizer.decode(greedy(source.config, source.model, torch.tensor([prompt]), 6)[0].tolist())
-    made = live.generate_until([SimpleNamespace(args=(text[:30], {"until": ["\u0000never"], "max_gen_toks": 6}))])
+    expected = source.tokenizer.decode(
+        greedy(source.config, source.model, torch.tensor([prompt]), 6)[0].tolist()
+    )
+    made = live.generate_until(
+        [SimpleNamespace(args=(text[:30], {"until": ["\u0000never"], "max_gen_toks": 6}))]
+    )
     assert made == [expected]

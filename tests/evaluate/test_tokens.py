@@ -1,4 +1,7 @@
-"""Figures of single tokens are those of the whole distribution; calibration counts by definition."""
+"""Figures of single tokens are those of the whole distribution.
+
+Calibration counts by definition.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+from nextpt.evaluate import tokens as module
 from nextpt.evaluate.calibration import EVERY_BINS, TOP_BINS, Calibration, Reliability
 from nextpt.evaluate.documents import score_documents
-from nextpt.evaluate import tokens as module
 from nextpt.evaluate.tokens import next_tokens, score_tokens
 from tests.support.models import POSITIONS, decoder, our_logits, some_tokens
 
@@ -29,10 +32,14 @@ def test_figures_are_those_of_the_whole_distribution(monkeypatch: pytest.MonkeyP
             assert found.rank[place] == 1 + int((p > p[token]).sum())
             assert found.entropy[place] == pytest.approx(-float((p * p.log()).sum()), abs=1e-4)
             assert found.alternatives[place].tolist() == p.topk(5).indices.tolist()
-            assert np.exp(-found.alternative_nats[place]) == pytest.approx(p.topk(5).values.tolist(), rel=1e-4)
+            assert np.exp(-found.alternative_nats[place]) == pytest.approx(
+                p.topk(5).values.tolist(), rel=1e-4
+            )
     entropy, ids, nats = next_tokens(model, document.numpy(), window=POSITIONS, alternatives=3)
     assert ids.tolist() == probabilities[-1].topk(3).indices.tolist()
-    assert entropy == pytest.approx(-float((probabilities[-1] * probabilities[-1].log()).sum()), abs=1e-4)
+    assert entropy == pytest.approx(
+        -float((probabilities[-1] * probabilities[-1].log()).sum()), abs=1e-4
+    )
     assert np.exp(-nats) == pytest.approx(probabilities[-1].topk(3).values.tolist(), rel=1e-4)
 
 
@@ -41,8 +48,17 @@ def test_a_text_longer_than_the_context_is_scored_as_by_evaluation(stride: int) 
     _, model = decoder()
     document = torch.cat(list(some_tokens(96, 90))).numpy()
     found = score_tokens(model, document, window=POSITIONS, stride=stride)
-    figures, _ = score_documents(model, [document], [np.ones(179, dtype=np.uint32)], np.ones(96, dtype=np.uint16), window=POSITIONS, stride=stride)
-    assert len(found.nats) == figures.tokens == 179 and found.nats.sum() == pytest.approx(figures.nats, rel=1e-6)
+    figures, _ = score_documents(
+        model,
+        [document],
+        [np.ones(179, dtype=np.uint32)],
+        np.ones(96, dtype=np.uint16),
+        window=POSITIONS,
+        stride=stride,
+    )
+    assert len(found.nats) == figures.tokens == 179 and found.nats.sum() == pytest.approx(
+        figures.nats, rel=1e-6
+    )
     assert next_tokens(model, document, window=POSITIONS)[1].shape == (8,)
 
 
@@ -62,7 +78,11 @@ def test_tokens_drawn_from_the_distribution_are_calibrated_and_others_are_not() 
     bins = [b for curve in (right.top, right.every) for b in curve.bins()]
     inside = [b["interval"][0] <= b["predicted"] <= b["interval"][1] for b in bins]
     assert sum(inside) >= 0.8 * len(inside)
-    wrong = [b["interval"][0] <= b["predicted"] <= b["interval"][1] for b in sure.every.bins() if b["count"] > 1000]
+    wrong = [
+        b["interval"][0] <= b["predicted"] <= b["interval"][1]
+        for b in sure.every.bins()
+        if b["count"] > 1000
+    ]
     assert sum(wrong) <= 0.3 * len(wrong)
 
 
@@ -71,15 +91,26 @@ def test_counts_by_hand() -> None:
     reliability.add(torch.tensor([0.2, 0.4, 0.5, 0.9]), torch.tensor([0.4, 0.9]))
     low, high = reliability.bins()
     assert (low["count"], low["predicted"], low["observed"]) == (2, pytest.approx(0.3), 0.5)
-    assert (high["low"], high["count"], high["predicted"], high["observed"]) == (0.5, 2, pytest.approx(0.7), 0.5)
+    assert (high["low"], high["count"], high["predicted"], high["observed"]) == (
+        0.5,
+        2,
+        pytest.approx(0.7),
+        0.5,
+    )
     assert low["interval"] == list(binomtest(1, 2).proportion_ci(0.95, "wilson"))
     assert reliability.expected_error == pytest.approx(0.5 * 0.2 + 0.5 * 0.2)
 
 
 def test_every_token_of_the_vocabulary_counts_once() -> None:
-    logits = torch.randn(30, 50, generator=torch.Generator().manual_seed(1)) * 20  # down to probability 0
+    # Down to probability 0
+    logits = torch.randn(30, 50, generator=torch.Generator().manual_seed(1)) * 20
     calibration = calibration_of(logits, torch.arange(30))
     every, top = calibration.as_dict()["every"], calibration.as_dict()["top"]
-    assert sum(b["count"] for b in every) == 30 * 50 and sum(b["count"] for b in top) == calibration.places == 30
+    assert (
+        sum(b["count"] for b in every) == 30 * 50
+        and sum(b["count"] for b in top) == calibration.places == 30
+    )
     assert sum(b["count"] * b["observed"] for b in every) == pytest.approx(30)
-    assert (TOP_BINS[0], TOP_BINS[-1], EVERY_BINS[0], EVERY_BINS[-1]) == (0, 1, 0, 1) and len(TOP_BINS) == 16
+    assert (TOP_BINS[0], TOP_BINS[-1], EVERY_BINS[0], EVERY_BINS[-1]) == (0, 1, 0, 1) and len(
+        TOP_BINS
+    ) == 16

@@ -32,7 +32,10 @@ RUN = str(ROOT / "launcher" / "run.py")
 @pytest.fixture
 def shared() -> Iterator[dict[str, Path]]:
     """Files in shared memory as DeepSpeed names them: of a dead job, and of a living one, this process."""
-    files = {state: Path(f"/dev/shm/deepspeed_allreduce_buffer_{uuid.uuid4().hex}_{state}") for state in ("dead", "living")}
+    files = {
+        state: Path(f"/dev/shm/deepspeed_allreduce_buffer_{uuid.uuid4().hex}_{state}")
+        for state in ("dead", "living")
+    }
     for state, path in files.items():
         path.write_bytes(state.encode() * 1000)
     with open(files["living"], "r+b") as file, mmap.mmap(file.fileno(), 0):
@@ -43,8 +46,17 @@ def shared() -> Iterator[dict[str, Path]]:
 
 def test_a_lock_gets_its_folder_clean_of_temporary_files_and_keeps_the_rest(tmp_path: Path) -> None:
     (tmp_path / "stacks").mkdir()
-    left = [tmp_path / ".config.yaml.tmp-1234", tmp_path / ".lock-1.json.tmp-99", tmp_path / "stacks" / ".rank-0.json.tmp-7"]
-    kept = [tmp_path / "metrics.jsonl", tmp_path / "notes.tmp-1", tmp_path / ".hidden", tmp_path / "stacks" / "rank-0.txt"]
+    left = [
+        tmp_path / ".config.yaml.tmp-1234",
+        tmp_path / ".lock-1.json.tmp-99",
+        tmp_path / "stacks" / ".rank-0.json.tmp-7",
+    ]
+    kept = [
+        tmp_path / "metrics.jsonl",
+        tmp_path / "notes.tmp-1",
+        tmp_path / ".hidden",
+        tmp_path / "stacks" / "rank-0.txt",
+    ]
     for path in left + kept:
         path.write_text("x")
     lock = RunLock(tmp_path)
@@ -77,31 +89,52 @@ def test_a_start_among_leftovers(dataset: Path, tmp_path: Path, shared: dict[str
     lock = RunLock(run)
     lock._stop.set()
     [path] = run.glob("lock-*.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "1"}))  # this process lives, and is not that one
+    # This process lives, and is not that one
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "1"}))
     before = {state: file.read_bytes() for state, file in shared.items()}
 
-    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, run, train={"steps": 3, "zero_stage": 3}, checkpoint={"every_steps": 2})))
-    run_ranks([RUN, "--config", str(tmp_path / "tiny.yaml")], 2, tmp_path / "logs", TORCH_EXTENSIONS_DIR=str(extensions))
+    (tmp_path / "tiny.yaml").write_text(
+        to_yaml(
+            tiny(dataset, run, train={"steps": 3, "zero_stage": 3}, checkpoint={"every_steps": 2})
+        )
+    )
+    run_ranks(
+        [RUN, "--config", str(tmp_path / "tiny.yaml")],
+        2,
+        tmp_path / "logs",
+        TORCH_EXTENSIONS_DIR=str(extensions),
+    )
     assert [event["step"] for event in read_events(run / "metrics.jsonl", "train")] == [1, 2, 3]
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000000002", "step-000000003"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-000000002",
+        "step-000000003",
+    ]
     assert not [p for p in run.iterdir() if ".tmp" in p.name]
     assert len(list(extensions.rglob("lock"))) == 8, "not ours: another job may wait at one of them"
     assert {state: file.read_bytes() for state, file in shared.items()} == before
 
 
 @pytest.mark.slow
-def test_a_taken_port_is_told_in_one_line_and_left_to_its_owner(dataset: Path, tmp_path: Path) -> None:
+def test_a_taken_port_is_told_in_one_line_and_left_to_its_owner(
+    dataset: Path, tmp_path: Path
+) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run")))
     with socket.socket() as owner:
         owner.bind(("127.0.0.1", 0))
         owner.listen()
         port = str(owner.getsockname()[1])
-        [rank] = start_ranks([[RUN, "--config", str(tmp_path / "tiny.yaml")]], tmp_path / "logs", MASTER_PORT=port)
+        [rank] = start_ranks(
+            [[RUN, "--config", str(tmp_path / "tiny.yaml")]], tmp_path / "logs", MASTER_PORT=port
+        )
         assert rank.wait(120) == 2
         with socket.create_connection(owner.getsockname(), 5):
             owner.accept()[0].close()
     said = (tmp_path / "logs" / "rank-0.log").read_text()
-    assert said.count("\n") == 1 and f"error: ranks cannot meet at 127.0.0.1:{port}: " in said and "set MASTER_PORT" in said, said
+    assert (
+        said.count("\n") == 1
+        and f"error: ranks cannot meet at 127.0.0.1:{port}: " in said
+        and "set MASTER_PORT" in said
+    ), said
     assert not (tmp_path / "run").exists()
 
 
@@ -115,9 +148,15 @@ def left_by_streaming(shared: Path, number: int, folder: str) -> list[Path]:
     return files
 
 
-def test_shared_memory_of_a_dead_dataset_in_the_same_folder_goes_and_no_other(tmp_path: Path) -> None:
-    dead, mapped, opened, elsewhere = (left_by_streaming(tmp_path, n, folder) for n, folder in
-                                       enumerate(["/data/train", "/data/train", "/data/other/../train", "/data/heldout"]))
+def test_shared_memory_of_a_dead_dataset_in_the_same_folder_goes_and_no_other(
+    tmp_path: Path,
+) -> None:
+    dead, mapped, opened, elsewhere = (
+        left_by_streaming(tmp_path, n, folder)
+        for n, folder in enumerate(
+            ["/data/train", "/data/train", "/data/other/../train", "/data/heldout"]
+        )
+    )
     (tmp_path / "000009_locals").write_bytes(b"\xff")
     with open(mapped[1], "r+b") as file:
         area = mmap.mmap(file.fileno(), 0)
@@ -131,26 +170,44 @@ def test_shared_memory_of_a_dead_dataset_in_the_same_folder_goes_and_no_other(tm
 
 
 @pytest.mark.slow
-def test_a_run_that_reads_through_streaming_goes_on_after_all_its_processes_were_killed(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_that_reads_through_streaming_goes_on_after_all_its_processes_were_killed(
+    dataset: Path, tmp_path: Path
+) -> None:
     """Python's resource tracker, which would clean up, too: as the kernel does with a whole control group."""
     (tmp_path / "tmp").mkdir()
-    config = tiny(tmp_path / "local", tmp_path / "run", data={"backend": "streaming", "remote": str(dataset), "scratch": str(tmp_path / "scratch")},
-                  train={"steps": 100_000, "zero_stage": 1}, checkpoint={"every_steps": 2})
+    config = tiny(
+        tmp_path / "local",
+        tmp_path / "run",
+        data={"backend": "streaming", "remote": str(dataset), "scratch": str(tmp_path / "scratch")},
+        train={"steps": 100_000, "zero_stage": 1},
+        checkpoint={"every_steps": 2},
+    )
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     command = [RUN, "--config", str(tmp_path / "run.yaml")]
     ranks = start_ranks([command] * 2, tmp_path / "first", TMPDIR=str(tmp_path / "tmp"))
     deadline = time.monotonic() + 120
     while not read_events(tmp_path / "run" / "metrics.jsonl", "checkpoint"):
-        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), (tmp_path / "first" / "rank-0.log").read_text()
+        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), (
+            tmp_path / "first" / "rank-0.log"
+        ).read_text()
         time.sleep(0.05)
-    for pid in [child for rank in ranks for child in children_of(rank.pid)] + [rank.pid for rank in ranks]:
+    for pid in [child for rank in ranks for child in children_of(rank.pid)] + [
+        rank.pid for rank in ranks
+    ]:
         os.kill(pid, signal.SIGKILL)
     for rank in ranks:
         rank.wait()
-    assert any(str(tmp_path / "local").encode() in path.read_bytes() for path in Path("/dev/shm").glob("*_locals"))
-    ranks = start_ranks([[*command, "train.stop_at=20"]] * 2, tmp_path / "second", TMPDIR=str(tmp_path / "tmp"))
+    assert any(
+        str(tmp_path / "local").encode() in path.read_bytes()
+        for path in Path("/dev/shm").glob("*_locals")
+    )
+    ranks = start_ranks(
+        [[*command, "train.stop_at=20"]] * 2, tmp_path / "second", TMPDIR=str(tmp_path / "tmp")
+    )
     try:
-        assert [rank.wait(150) for rank in ranks] == [0, 0], (tmp_path / "second" / "rank-0.log").read_text()[-3000:]
+        assert [rank.wait(150) for rank in ranks] == [0, 0], (
+            tmp_path / "second" / "rank-0.log"
+        ).read_text()[-3000:]
     finally:
         for rank in ranks:
             rank.kill()

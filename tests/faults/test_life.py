@@ -59,7 +59,9 @@ def end(processes: list[subprocess.Popen], seconds: float = 240) -> list[int]:
     return [process.wait() for process in processes]
 
 
-def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_begun(dataset: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_begun(
+    dataset: Path, tmp_path: Path
+) -> None:
     run, command = tmp_path / "run", write(dataset, tmp_path)
     ranks = start_ranks([command] * 2, tmp_path / "first")
     wait_for(lambda: steps_made(run) >= 3)
@@ -68,7 +70,10 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_beg
     [saved] = steps(run / "checkpoints")
     found = read_end(run)
     assert found["code"] == 75 and found["step"] == saved == steps_made(run), found
-    assert f"stopped by SIGTERM after step {saved} (saved); this resumes: python {RUN} --config" in logs(tmp_path / "first")
+    assert (
+        f"stopped by SIGTERM after step {saved} (saved); this resumes: python {RUN} --config"
+        in logs(tmp_path / "first")
+    )
 
     often = [*command, f"checkpoint.every_steps={saved + 2}", "checkpoint.grace_seconds=0.00001"]
     ranks = start_ranks([often] * 2, tmp_path / "second")
@@ -78,19 +83,38 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_beg
     assert end(ranks) == [75, 75], logs(tmp_path / "second")
     found = read_end(run)
     kept = max(steps(run / "checkpoints"))
-    assert kept % (saved + 2) == 0 and f"the checkpoint of step {kept} is kept" in found["reason"], found
-    assert "0.0 s of checkpoint.grace_seconds = 1e-05 were left" in found["reason"] and found["step"] > kept
+    assert (
+        kept % (saved + 2) == 0 and f"the checkpoint of step {kept} is kept" in found["reason"]
+    ), found
+    assert (
+        "0.0 s of checkpoint.grace_seconds = 1e-05 were left" in found["reason"]
+        and found["step"] > kept
+    )
 
     ranks = start_ranks([[*command, f"train.stop_at={found['step'] + 1}"]] * 2, tmp_path / "third")
     assert end(ranks) == [0, 0], logs(tmp_path / "third")
-    assert read_end(run) | {"time": 0, "host": ""} == {"code": 0, "reason": "finished", "step": found["step"] + 1, "time": 0, "host": ""}
-    assert [e["step"] for e in read_events(run / "metrics.jsonl", "train")] == list(range(1, found["step"] + 2))
+    assert read_end(run) | {"time": 0, "host": ""} == {
+        "code": 0,
+        "reason": "finished",
+        "step": found["step"] + 1,
+        "time": 0,
+        "host": "",
+    }
+    assert [e["step"] for e in read_events(run / "metrics.jsonl", "train")] == list(
+        range(1, found["step"] + 2)
+    )
 
 
-def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(dataset: Path, tmp_path: Path) -> None:
+def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(
+    dataset: Path, tmp_path: Path
+) -> None:
     command = write(dataset, tmp_path)
-    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"], cwd=ROOT,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for(lambda: steps_made(tmp_path / "run") >= 2)
     second = start_ranks([command], tmp_path / "second")
     assert end(second) == [4]
@@ -114,28 +138,61 @@ def ranks_of(config: str) -> list[str]:
     return found
 
 
-def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(dataset: Path, tmp_path: Path) -> None:
+def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(
+    dataset: Path, tmp_path: Path
+) -> None:
     command = write(dataset, tmp_path)
-    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"], cwd=ROOT,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: steps_made(tmp_path / "run") >= 2)
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=120)
-    assert job.returncode == 75 and f"this resumes: nextpt train --config {command[2]} --ranks 2" in errors, errors[-3000:]
+    assert (
+        job.returncode == 75
+        and f"this resumes: nextpt train --config {command[2]} --ranks 2" in errors
+    ), errors[-3000:]
     assert read_end(tmp_path / "run")["code"] == 75 and not ranks_of(command[2])
 
 
 @pytest.mark.slow
 def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: Path) -> None:
-    """deepspeed's runner exits 0 then."""
+    """Deepspeed's runner exits 0 then."""
     command = write(dataset, tmp_path)
-    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "1", "--restarts", "0"], cwd=ROOT,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "launcher.cli",
+            "train",
+            "--config",
+            command[2],
+            "--ranks",
+            "1",
+            "--restarts",
+            "0",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: steps_made(tmp_path / "run") >= 2)
-    [launch] = [pid for pid in map(int, ranks_of(command[2])) if "deepspeed.launcher.launch" in command_of(pid)]
+    [launch] = [
+        pid
+        for pid in map(int, ranks_of(command[2]))
+        if "deepspeed.launcher.launch" in command_of(pid)
+    ]
     os.kill(launch, signal.SIGKILL)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 1 and "training ended without a word" in errors, (job.returncode, errors[-2000:])
+    assert job.returncode == 1 and "training ended without a word" in errors, (
+        job.returncode,
+        errors[-2000:],
+    )
     wait_for(lambda: not ranks_of(command[2]), 5)
 
 
@@ -147,20 +204,37 @@ def test_a_stopped_rank_is_found_and_named(dataset: Path, tmp_path: Path) -> Non
     assert ranks[0].wait(90) == 76, logs(tmp_path / "logs")
     ranks[1].kill()
     found = read_end(tmp_path / "run")
-    assert found["code"] == 76 and f"rank 1 on {os.uname().nodename} shows no sign of life" in found["reason"], found
-    stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()  # where it waited depends on the instant of the stop
-    assert re.search(r"^rank 0 on .*, at (batches|the vote on batches|training|logging), step \d+$", stacks, re.MULTILINE), stacks
+    assert (
+        found["code"] == 76
+        and f"rank 1 on {os.uname().nodename} shows no sign of life" in found["reason"]
+    ), found
+    # Where it waited depends on the instant of the stop
+    stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
+    assert re.search(
+        r"^rank 0 on .*, at (batches|the vote on batches|training|logging), step \d+$",
+        stacks,
+        re.MULTILINE,
+    ), stacks
     assert "in run_training" in stacks and "loop.py" in stacks, stacks
     assert end(ranks)[1] == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_a_rank_that_sleeps_inside_a_step_is_named_with_its_line(dataset: Path, tmp_path: Path) -> None:
+def test_a_rank_that_sleeps_inside_a_step_is_named_with_its_line(
+    dataset: Path, tmp_path: Path
+) -> None:
     command = write(dataset, tmp_path, train={"hang_seconds": 3})
-    ranks = start_ranks([["-m", "tests.support.life_probe", str(tmp_path / "out.json"), f"sleeping={command[2]}"]] * 2, tmp_path / "logs")
+    ranks = start_ranks(
+        [["-m", "tests.support.life_probe", str(tmp_path / "out.json"), f"sleeping={command[2]}"]]
+        * 2,
+        tmp_path / "logs",
+    )
     assert end(ranks) == [76, 76], logs(tmp_path / "logs")
     reason = read_end(tmp_path / "run")["reason"]
-    assert f"rank 1 on {os.uname().nodename} does not come to where the others wait; it is at " in reason, reason
+    assert (
+        f"rank 1 on {os.uname().nodename} does not come to where the others wait; it is at "
+        in reason
+    ), reason
     assert "life_probe.py" in reason and "at training, step 4" in reason
 
 
@@ -172,14 +246,23 @@ def test_a_signal_before_training_listens_leaves_nothing(dataset: Path, tmp_path
 
 
 def catches(pid: int, number: int) -> bool:
-    [mask] = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    [mask] = [
+        line.split()[1]
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("SigCgt")
+    ]
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_ranks_started_differently_are_refused_by_key(dataset: Path, tmp_path: Path) -> None:
     command = write(dataset, tmp_path)
-    ranks = start_ranks([command, command, [*command, "optimizer.lr=0.5", "checkpoint.every_steps=4"]], tmp_path / "logs")
+    ranks = start_ranks(
+        [command, command, [*command, "optimizer.lr=0.5", "checkpoint.every_steps=4"]],
+        tmp_path / "logs",
+    )
     assert end(ranks) == [2, 2, 2], logs(tmp_path / "logs")
-    assert ("error: the ranks were not started alike: rank 2: config.checkpoint.every_steps = 4 (elsewhere None), "
-            "config.optimizer.lr = 0.5 (elsewhere 0.003)") in logs(tmp_path / "logs")
+    assert (
+        "error: the ranks were not started alike: rank 2: config.checkpoint.every_steps = 4"
+        " (elsewhere None), config.optimizer.lr = 0.5 (elsewhere 0.003)" in logs(tmp_path / "logs")
+    )
     assert not (tmp_path / "run").exists()

@@ -43,12 +43,20 @@ def hold_in_another_process(folder: Path, heartbeat: float = 0.1) -> multiproces
     return process
 
 
-def test_the_second_is_refused_with_host_process_job_and_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_is_refused_with_host_process_job_and_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     lock = RunLock(tmp_path)
     rewrite(tmp_path, since=time.time() - 600)
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
-    with pytest.raises(RunInUse, match=rf"process {os.getpid()} on {os.uname().nodename}, Slurm job 4711, which started 10 min ago"):
+    with pytest.raises(
+        RunInUse,
+        match=(
+            rf"process {os.getpid()} on {os.uname().nodename}, Slurm job 4711, which started 10"
+            r" min ago"
+        ),
+    ):
         RunLock(tmp_path)
     assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
     lock.release()
@@ -179,7 +187,9 @@ def test_a_torn_lock_file_is_waited_for(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_one_that_was_slow_to_take_over_does_not_get_between_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_was_slow_to_take_over_does_not_get_between_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While it looks at a dead holder, two others come and go, or stay: the file it then makes has a number that was used."""
     RunLock(tmp_path)._stop.set()
     rewrite(tmp_path, started="1")

@@ -34,7 +34,9 @@ def prepare(folder: Path, state: str) -> None:
     lock._stop.set()
     [path] = folder.glob("lock-*.json")
     holder = json.loads(path.read_text())
-    path.write_text(json.dumps(holder | ({"pid": 2**22 + 1} if state == "dead" else {"started": "1"})))
+    path.write_text(
+        json.dumps(holder | ({"pid": 2**22 + 1} if state == "dead" else {"started": "1"}))
+    )
 
 
 def racer(root: Path, number: int, barrier: Barrier) -> None:
@@ -66,8 +68,15 @@ def test_of_a_pair_exactly_one_wins(tmp_path: Path) -> None:
     for process in racers:
         process.join(120)
     assert [process.exitcode for process in racers] == [0, 0]
-    outcomes = {pair: sorted(p.name.split("-", 1)[1] for p in tmp_path.glob(f"{pair}-*")) for pair in range(PAIRS)}
-    wrong = {pair: found for pair, found in outcomes.items() if [f.split("-")[1] for f in found] not in (["won", "refused"], ["refused", "won"])}
+    outcomes = {
+        pair: sorted(p.name.split("-", 1)[1] for p in tmp_path.glob(f"{pair}-*"))
+        for pair in range(PAIRS)
+    }
+    wrong = {
+        pair: found
+        for pair, found in outcomes.items()
+        if [f.split("-")[1] for f in found] not in (["won", "refused"], ["refused", "won"])
+    }
     assert not wrong
     winners = {found[0].endswith("won") for found in outcomes.values()}
     assert winners == {True, False}, "one of the racers always wins: they do not race"
@@ -75,7 +84,10 @@ def test_of_a_pair_exactly_one_wins(tmp_path: Path) -> None:
 
 
 def stopped_holder(folder: Path, answers: Path) -> None:
-    """Gets the lock, begins to commit and is stopped there; when it goes on, it says whether it may commit, then tries all the same."""
+    """Gets the lock, begins to commit and is stopped there.
+
+    When it goes on, it says whether it may commit, then tries all the same.
+    """
     lock = RunLock(folder, 0.05, 0.3)
     staging = folder / "checkpoints" / ".staging-step-000000001"
     staging.mkdir(parents=True)
@@ -95,10 +107,15 @@ def stopped_holder(folder: Path, answers: Path) -> None:
 
 
 @pytest.mark.parametrize("skew", [-DAY, DAY])
-def test_of_a_pair_that_finds_a_stopped_holder_one_follows_and_the_holder_is_fenced(tmp_path: Path, skew: float) -> None:
+def test_of_a_pair_that_finds_a_stopped_holder_one_follows_and_the_holder_is_fenced(
+    tmp_path: Path, skew: float
+) -> None:
     """Several folders at a time: a lease has to pass in each."""
     folders = [tmp_path / str(n) for n in range(5)]
-    holders = [FORK.Process(target=stopped_holder, args=(folder, folder.with_suffix(".answer"))) for folder in folders]
+    holders = [
+        FORK.Process(target=stopped_holder, args=(folder, folder.with_suffix(".answer")))
+        for folder in folders
+    ]
     for holder in holders:
         holder.start()
     while not all(is_stopped(holder.pid) for holder in holders):
@@ -122,7 +139,11 @@ def test_of_a_pair_that_finds_a_stopped_holder_one_follows_and_the_holder_is_fen
             barrier.wait(60)
 
     barrier = FORK.Barrier(2 * len(folders) + 1)
-    followers = [FORK.Process(target=follow, args=(folder, number, barrier)) for folder in folders for number in range(2)]
+    followers = [
+        FORK.Process(target=follow, args=(folder, number, barrier))
+        for folder in folders
+        for number in range(2)
+    ]
     for follower in followers:
         follower.start()
     barrier.wait(60)
@@ -133,5 +154,9 @@ def test_of_a_pair_that_finds_a_stopped_holder_one_follows_and_the_holder_is_fen
     for follower in followers:
         follower.join(30)
     assert [follower.exitcode for follower in followers] == [0] * len(followers)
-    assert [len(list(tmp_path.glob(f"{folder.name}.won-*"))) for folder in folders] == [1] * len(folders)
-    assert {folder.with_suffix(".answer").read_text() for folder in folders} == {"fenced, out of reach"}
+    assert [len(list(tmp_path.glob(f"{folder.name}.won-*"))) for folder in folders] == [1] * len(
+        folders
+    )
+    assert {folder.with_suffix(".answer").read_text() for folder in folders} == {
+        "fenced, out of reach"
+    }

@@ -15,8 +15,12 @@ from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks
 
 CASES = {
-    "starting": {}, "validating": {"validation": {"every_steps": 2, "rows": 8}}, "saving": {"checkpoint": {"every_steps": 2}},
-    "crashing": {}, "taken": {"checkpoint": {"every_steps": 2}}, "finishing": {},
+    "starting": {},
+    "validating": {"validation": {"every_steps": 2, "rows": 8}},
+    "saving": {"checkpoint": {"every_steps": 2}},
+    "crashing": {},
+    "taken": {"checkpoint": {"every_steps": 2}},
+    "finishing": {},
 }
 
 
@@ -27,7 +31,9 @@ def root(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sections in CASES.items():
         (root / f"{name}.yaml").write_text(to_yaml(tiny(dataset, root / name, **sections)))
         arguments.append(f"{name}={root / name}.yaml")
-    run_ranks(["-m", "tests.support.life_probe", str(root / "out.json"), *arguments], 1, root / "logs")
+    run_ranks(
+        ["-m", "tests.support.life_probe", str(root / "out.json"), *arguments], 1, root / "logs"
+    )
     return root
 
 
@@ -35,9 +41,14 @@ def outcome(root: Path, name: str) -> tuple[str, str, int]:
     return tuple(json.loads((root / "out.json").read_text())[name])
 
 
-@pytest.mark.parametrize(("name", "step", "text"), [
-    ("starting", 0, "nothing to save yet"), ("validating", 2, "saved"), ("saving", 2, "saved"),
-])
+@pytest.mark.parametrize(
+    ("name", "step", "text"),
+    [
+        ("starting", 0, "nothing to save yet"),
+        ("validating", 2, "saved"),
+        ("saving", 2, "saved"),
+    ],
+)
 def test_a_signal_is_acted_on_at_the_next_step(root: Path, name: str, step: int, text: str) -> None:
     kind, message, code = outcome(root, name)
     assert (kind, code) == ("Stopped", 75) and f"after step {step} ({text})" in message, message
@@ -47,16 +58,27 @@ def test_a_signal_is_acted_on_at_the_next_step(root: Path, name: str, step: int,
     assert len(read_events(root / name / "metrics.jsonl", "checkpoint")) == (step > 0)  # not twice
 
 
-def test_a_job_that_lost_its_folder_commits_nothing_and_leaves_the_record_to_the_other(root: Path) -> None:
+def test_a_job_that_lost_its_folder_commits_nothing_and_leaves_the_record_to_the_other(
+    root: Path,
+) -> None:
     kind, message, code = outcome(root, "taken")
-    assert "was taken over by process 7 on elsewhere" in message and code == 4, (kind, message, code)
+    assert "was taken over by process 7 on elsewhere" in message and code == 4, (
+        kind,
+        message,
+        code,
+    )
     assert steps(root / "taken" / "checkpoints") == [] and read_end(root / "taken") is None
 
 
 def test_a_crash_is_recorded_with_the_last_step(root: Path) -> None:
     assert outcome(root, "crashing") == ("RuntimeError", "the third batch", 1)
     assert read_end(root / "crashing") | {"time": 0, "host": 0} == {
-        "code": 1, "reason": "RuntimeError: the third batch", "step": 2, "time": 0, "host": 0}
+        "code": 1,
+        "reason": "RuntimeError: the third batch",
+        "step": 2,
+        "time": 0,
+        "host": 0,
+    }
 
 
 def test_a_signal_after_the_end_changes_nothing(root: Path) -> None:

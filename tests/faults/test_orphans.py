@@ -20,7 +20,10 @@ end_with(ancestors, lambda pid: os._exit(9))
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
-PARENT = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]); print(p.pid, flush=True); p.wait()"
+PARENT = (
+    "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]);"
+    " print(p.pid, flush=True); p.wait()"
+)
 
 
 def gone_within(pid: int, seconds: float) -> bool:
@@ -31,7 +34,9 @@ def gone_within(pid: int, seconds: float) -> bool:
 
 
 def test_a_stopped_process_ends_with_its_parent() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, "1"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD, "1"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     child, ready = int(parent.stdout.readline()), parent.stdout.readline()
     assert int(ready) == child
     os.kill(child, signal.SIGSTOP)
@@ -43,9 +48,18 @@ def test_a_stopped_process_ends_with_its_parent() -> None:
 
 
 def test_a_process_ends_with_its_grandparent() -> None:
-    top = subprocess.Popen([sys.executable, "-c", PARENT, PARENT, CHILD, "2"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    top = subprocess.Popen(
+        [sys.executable, "-c", PARENT, PARENT, CHILD, "2"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     middle, child = int(top.stdout.readline()), int(top.stdout.readline())
-    assert int(top.stdout.readline()) == child and parent_of(child) == middle and parent_of(middle) == top.pid
+    assert (
+        int(top.stdout.readline()) == child
+        and parent_of(child) == middle
+        and parent_of(middle) == top.pid
+    )
     top.kill()
     top.wait()
     assert gone_within(child, 5)
@@ -54,7 +68,9 @@ def test_a_process_ends_with_its_grandparent() -> None:
 def test_a_process_is_known_by_its_number_and_its_start() -> None:
     me = identity()
     assert is_here(me) and not is_gone(me)
-    assert is_gone(me | {"started": "1"}) and not is_gone(me | {"started": "1", "machine": "another boot"})
+    assert is_gone(me | {"started": "1"}) and not is_gone(
+        me | {"started": "1", "machine": "another boot"}
+    )
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert start_of(child.pid) is None  # ended, and not waited for

@@ -1,4 +1,7 @@
-"""Noting signals while the first thread is inside a library, and ending at the second one; what is recorded of an end."""
+"""Noting signals while the first thread is inside a library, and ending at the second one.
+
+What is recorded of an end.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,13 @@ def test_a_signal_is_noted_and_handlers_come_back() -> None:
 
 
 def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
-    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=Path(__file__).resolve().parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
@@ -60,21 +68,34 @@ def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
         process.wait()
 
 
-@pytest.mark.parametrize(("raised", "code", "reason"), [
-    (None, 0, "finished"), (Stopped("stopped by SIGTERM"), 75, "stopped by SIGTERM"), (ConfigError("a key"), 2, "a key"),
-    (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"), (KeyboardInterrupt(), 130, "KeyboardInterrupt:"),
-])
-def test_every_end_is_recorded(tmp_path: Path, raised: BaseException | None, code: int, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("raised", "code", "reason"),
+    [
+        (None, 0, "finished"),
+        (Stopped("stopped by SIGTERM"), 75, "stopped by SIGTERM"),
+        (ConfigError("a key"), 2, "a key"),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+        (KeyboardInterrupt(), 130, "KeyboardInterrupt:"),
+    ],
+)
+def test_every_end_is_recorded(
+    tmp_path: Path, raised: BaseException | None, code: int, reason: str
+) -> None:
     try:
         with recording(tmp_path) as progress:
             assert read_end(tmp_path) is None
             progress.step = 7
             if raised:
                 raise raised
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         assert error is raised
     found = json.loads((tmp_path / "exit.json").read_text())
-    assert (found["code"], found["reason"], found["step"], found["host"]) == (code, reason, 7, os.uname().nodename)
+    assert (found["code"], found["reason"], found["step"], found["host"]) == (
+        code,
+        reason,
+        7,
+        os.uname().nodename,
+    )
     assert abs(found["time"] - time.time()) < 60
 
 

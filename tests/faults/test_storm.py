@@ -14,8 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def storm(folder: Path, *arguments: str) -> dict:
-    done = subprocess.run([sys.executable, "-m", "tests.support.storm", "--json", str(folder / "storm.json"), *arguments], cwd=ROOT,
-                          env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True, timeout=1150)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.support.storm",
+            "--json",
+            str(folder / "storm.json"),
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=1150,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((folder / "storm.json").read_text())
 
@@ -24,7 +37,11 @@ def storm(folder: Path, *arguments: str) -> dict:
 @pytest.mark.timeout(1200)
 def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
     found = storm(tmp_path, "--kills", "110", "--launchers", "2")
-    assert found["kills"] == 112 and found["inside_saves"] >= 50 and found["inside_background_saves"] >= 15
+    assert (
+        found["kills"] == 112
+        and found["inside_saves"] >= 50
+        and found["inside_background_saves"] >= 15
+    )
     assert set(found["by_stage"]) == {"0", "1", "2", "3"} and min(found["by_stage"].values()) >= 10
     assert found["by_victims"]["one"] >= 15 and found["by_victims"]["all"] >= 40
     assert not any(found["left_behind"].values())

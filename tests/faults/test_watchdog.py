@@ -1,4 +1,7 @@
-"""Who is to blame for a hang, and how long work may take; hangs of real threads of one process and of ranks in a fork."""
+"""Who is to blame for a hang, and how long work may take.
+
+Hangs of real threads of one process and of ranks in a fork.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,40 @@ HOSTS = ["node1", "node1", "node2", "node2"]
 
 
 def report(beat: int = 1, count: int = 7, waits: bool = True, fired: bool = True) -> dict[str, Any]:
-    return {"beat": beat, "count": count, "doing": "training, step 3", "waits": waits, "place": "loop.py:9 step", "fired": fired}
+    return {
+        "beat": beat,
+        "count": count,
+        "doing": "training, step 3",
+        "waits": waits,
+        "place": "loop.py:9 step",
+        "fired": fired,
+    }
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({2: None}, "rank 2 on node2 shows no sign of life"),
-    ({1: {"fired": False}}, "rank 1 on node1 shows no sign of life"),
-    ({1: {"count": 6}, 3: {"count": 6}}, "rank 1 on node1, rank 3 on node2 is behind the others, at training, step 3, loop.py:9 step"),
-    ({3: {"waits": False}}, "rank 3 on node2 does not come to where the others wait; it is at loop.py:9 step"),
-    ({}, "all ranks wait for each other; the network between them may be cut"),
-    ({r: {"waits": False} for r in range(4)}, "all ranks are busy"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({2: None}, "rank 2 on node2 shows no sign of life"),
+        ({1: {"fired": False}}, "rank 1 on node1 shows no sign of life"),
+        (
+            {1: {"count": 6}, 3: {"count": 6}},
+            (
+                "rank 1 on node1, rank 3 on node2 is behind the others, at training, step 3,"
+                " loop.py:9 step"
+            ),
+        ),
+        (
+            {3: {"waits": False}},
+            "rank 3 on node2 does not come to where the others wait; it is at loop.py:9 step",
+        ),
+        ({}, "all ranks wait for each other; the network between them may be cut"),
+        ({r: {"waits": False} for r in range(4)}, "all ranks are busy"),
+    ],
+)
 def test_the_guilty_rank_is_named(changes: dict[int, dict[str, Any] | None], words: str) -> None:
-    reports = {r: report() | (changes.get(r, {}) or {}) for r in range(4) if changes.get(r, {}) is not None}
+    reports = {
+        r: report() | (changes.get(r, {}) or {}) for r in range(4) if changes.get(r, {}) is not None
+    }
     assert judge(reports, reports, HOSTS).startswith(words)
 
 
@@ -41,7 +65,9 @@ def test_a_rank_whose_report_moves_is_alive() -> None:
     assert "wait for each other" in judge(first, last, HOSTS)
 
 
-def test_work_may_take_ten_times_what_it_usually_takes_and_its_first_time_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_may_take_ten_times_what_it_usually_takes_and_its_first_time_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     watchdog = Watchdog(tmp_path, 0, ["here"], 60.0)
@@ -72,7 +98,8 @@ def never_comes() -> None:
 
 
 def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
-        tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     ranks = [FORK.Process(target=hang, args=(tmp_path, rank, 3)) for rank in range(3)]
     for rank in ranks:
         rank.start()
@@ -82,7 +109,10 @@ def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
     assert capfd.readouterr().err.count("error: no progress") == 1
     found = read_end(tmp_path)
     assert found["code"] == 76 and found["step"] == 3, found
-    assert "rank 2 on node2 is behind the others, at batches, step 3," in found["reason"] and "never_comes" in found["reason"]
+    assert (
+        "rank 2 on node2 is behind the others, at batches, step 3," in found["reason"]
+        and "never_comes" in found["reason"]
+    )
     assert all((tmp_path / "stacks" / f"rank-{rank}.txt").exists() for rank in range(3))
     assert "in never_comes" in (tmp_path / "stacks" / "rank-2.txt").read_text()
 

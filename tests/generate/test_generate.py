@@ -1,4 +1,7 @@
-"""Generated tokens are those of the model on the whole text, in any batch; stopping, seeds, the end of the positions."""
+"""Generated tokens are those of the model on the whole text, in any batch.
+
+stopping, seeds, the end of the positions.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,33 @@ import torch
 from data_prep.tokenizer import Tokenizer
 from nextpt.config import Config
 from nextpt.errors import UserError
-from nextpt.generate import Beams, Continuation, Ending, Sampling, Wanted, beam, beam_search, generate, prompt_tokens
+from nextpt.generate import (
+    Beams,
+    Continuation,
+    Ending,
+    Sampling,
+    Wanted,
+    beam,
+    beam_search,
+    generate,
+    prompt_tokens,
+)
 from nextpt.generate.decoding import Decoding
 from nextpt.generate.prompts import read_prompts
 from nextpt.model import Decoder
 from tests.support.models import POSITIONS, decoder, our_logits
 from tests.support.tokenizers import KINDS
 
-PROMPTS = ["The quick", "", "def f(x):\n    if x", "a", "Na\u00efve caf\u00e9s", "12345 o'clock", "words other", "It's"]
+PROMPTS = [
+    "The quick",
+    "",
+    "def f(x):\n    if x",
+    "a",
+    "Na\u00efve caf\u00e9s",
+    "12345 o'clock",
+    "words other",
+    "It's",
+]
 Setup = tuple[Config, Decoder, Tokenizer]
 
 
@@ -44,23 +66,36 @@ def training_logprobs(setup: Setup, prompt: str, found: Continuation) -> torch.T
     with torch.no_grad():
         hidden = model(text[None, :-1], torch.arange(len(text) - 1)[None])[0]
         nats = model.lm_head(hidden, text[1:], torch.ones(len(text) - 1), 1.0)[2]
-    return -nats[-len(found.tokens):]
+    return -nats[-len(found.tokens) :]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 3])
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(seed=3, top_p=0.9, repetition_penalty=1.2)], ids=["greedy", "drawn"])
-def test_log_probabilities_are_those_of_training(setup: Setup, batch_size: int, sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0), Sampling(seed=3, top_p=0.9, repetition_penalty=1.2)],
+    ids=["greedy", "drawn"],
+)
+def test_log_probabilities_are_those_of_training(
+    setup: Setup, batch_size: int, sampling: Sampling
+) -> None:
     """Alone, and left-padded among prompts of other lengths, which leave the batch as they end."""
     found = run(setup, PROMPTS, batch_size=batch_size, sampling=sampling)
     assert [c.prompt for c in found] == list(range(8))
     for prompt, c in zip(PROMPTS, found, strict=True):
-        torch.testing.assert_close(torch.tensor(c.logprobs), training_logprobs(setup, prompt, c), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(c.logprobs), training_logprobs(setup, prompt, c), atol=1e-4, rtol=0
+        )
 
 
 def test_the_batch_does_not_matter(setup: Setup) -> None:
     for sampling in (Sampling(temperature=0), Sampling(seed=1)):
-        alone, together, padded = (run(setup, PROMPTS, batch_size=size, sampling=sampling, samples=2) for size in (1, 16, 5))
-        assert [c.tokens for c in alone] == [c.tokens for c in together] == [c.tokens for c in padded]
+        alone, together, padded = (
+            run(setup, PROMPTS, batch_size=size, sampling=sampling, samples=2)
+            for size in (1, 16, 5)
+        )
+        assert (
+            [c.tokens for c in alone] == [c.tokens for c in together] == [c.tokens for c in padded]
+        )
         assert [c.text for c in alone] == [c.text for c in together]
 
 
@@ -73,17 +108,23 @@ def test_greedy_is_the_arg_max_of_the_whole_text(setup: Setup) -> None:
 
 
 def test_seeds_repeat_bit_for_bit(setup: Setup) -> None:
-    first, again, other = (run(setup, ["The", "a"], samples=3, sampling=Sampling(seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (
+        run(setup, ["The", "a"], samples=3, sampling=Sampling(seed=seed)) for seed in (3, 3, 4)
+    )
     assert first == again and [c.tokens for c in first] != [c.tokens for c in other]
     assert len({tuple(c.tokens) for c in first}) == 6  # samples have randomness of their own
 
 
-def test_ends_at_the_end_of_the_document_and_of_the_positions(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends_at_the_end_of_the_document_and_of_the_positions(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(setup[2], "end_id", -1)  # never
     [whole] = run(setup, ["The"], sampling=Sampling(seed=3), max_tokens=1000)
     room = POSITIONS - 1 - len(setup[2].encode("The"))
     assert len(whole.tokens) == room and whole.ending is Ending.CONTEXT
-    assert run(setup, ["The"], sampling=Sampling(seed=3), max_tokens=room)[0].ending is Ending.LENGTH
+    assert (
+        run(setup, ["The"], sampling=Sampling(seed=3), max_tokens=room)[0].ending is Ending.LENGTH
+    )
     monkeypatch.setattr(setup[2], "end_id", whole.tokens[5])
     [ended] = run(setup, ["The"], sampling=Sampling(seed=3), max_tokens=1000)
     stop = whole.tokens.index(whole.tokens[5]) + 1
@@ -91,14 +132,21 @@ def test_ends_at_the_end_of_the_document_and_of_the_positions(setup: Setup, monk
     assert ended.text == setup[2].decode([*setup[2].encode("The"), *whole.tokens[: stop - 1]])[3:]
 
 
-def test_each_row_reaches_the_end_of_its_own_positions(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_reaches_the_end_of_its_own_positions(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside a long prompt a short one goes on in columns that are more than the model has positions."""
     monkeypatch.setattr(setup[2], "end_id", -1)
     prompts = ["", "def f(x):\n    if x > 10:\n        return x", "a"]
     found = run(setup, prompts, sampling=Sampling(seed=2), max_tokens=1000)
     for prompt, c in zip(prompts, found, strict=True):
-        assert len(c.tokens) == POSITIONS - 1 - len(setup[2].encode(prompt)) and c.ending is Ending.CONTEXT
-        torch.testing.assert_close(torch.tensor(c.logprobs), training_logprobs(setup, prompt, c), atol=1e-4, rtol=0)
+        assert (
+            len(c.tokens) == POSITIONS - 1 - len(setup[2].encode(prompt))
+            and c.ending is Ending.CONTEXT
+        )
+        torch.testing.assert_close(
+            torch.tensor(c.logprobs), training_logprobs(setup, prompt, c), atol=1e-4, rtol=0
+        )
     assert len(found[0].tokens) - len(found[1].tokens) > 5
 
 
@@ -116,13 +164,19 @@ def test_stop_strings_across_tokens(setup: Setup) -> None:
     tokens = [prompt_tokens(setup[0], setup[2], "The")]
     wanted = Wanted(Sampling(seed=8), max_tokens=30, stop=("nowhere to be found", stop))
     [found] = generate(*setup, tokens, wanted, lambda prompt, sample, piece: heard.append(piece))
-    assert found.ending is Ending.STOP and found.text == whole.text[: whole.text.index(stop)] == "".join(heard)
+    assert found.ending is Ending.STOP and found.text == whole.text[
+        : whole.text.index(stop)
+    ] == "".join(heard)
     assert found.tokens == whole.tokens[: len(found.tokens)] and len(found.tokens) < 30
-    [begun] = generate(*setup, tokens, Wanted(Sampling(seed=8), max_tokens=30, stop=(whole.text[-1] + "and more",)))
+    [begun] = generate(
+        *setup, tokens, Wanted(Sampling(seed=8), max_tokens=30, stop=(whole.text[-1] + "and more",))
+    )
     assert begun.text == whole.text, "what was held back and became no stop string is lost"
 
 
-def exhaustive(setup: Setup, prompt: list[int], length: int, beams: Beams) -> list[tuple[float, tuple[int, ...]]]:
+def exhaustive(
+    setup: Setup, prompt: list[int], length: int, beams: Beams
+) -> list[tuple[float, tuple[int, ...]]]:
     """(score, tokens) of every continuation, best first, each scored over the whole text."""
     _, model, tokenizer = setup
     vocabulary = model.lm_head.weight.shape[0]
@@ -138,7 +192,9 @@ def exhaustive(setup: Setup, prompt: list[int], length: int, beams: Beams) -> li
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
-def test_wide_beams_find_the_best_of_all(setup: Setup, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_beams_find_the_best_of_all(
+    setup: Setup, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, model = decoder(vocab_size=6)
     small = (config, model, setup[2])
     monkeypatch.setattr(setup[2], "end_id", 4)
@@ -146,19 +202,29 @@ def test_wide_beams_find_the_best_of_all(setup: Setup, alpha: float, monkeypatch
     found = beam_search(*small, [1, 2], Wanted(max_tokens=3, samples=20), beams)
     expected = exhaustive(small, [1, 2], 3, beams)[:20]
     assert [tuple(c.tokens) for c in found] == [tokens for _, tokens in expected]
-    assert [beams.score(sum(c.logprobs), len(c.tokens)) for c in found] == pytest.approx([score for score, _ in expected], abs=1e-5)
+    assert [beams.score(sum(c.logprobs), len(c.tokens)) for c in found] == pytest.approx(
+        [score for score, _ in expected], abs=1e-5
+    )
     assert {c.ending for c in found} == {Ending.DOCUMENT, Ending.LENGTH}
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
-def test_ending_a_search_early_loses_nothing(setup: Setup, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ending_a_search_early_loses_nothing(
+    setup: Setup, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, model = decoder(vocab_size=6)
     monkeypatch.setattr(setup[2], "end_id", 4)
-    arguments = [([first, second], Wanted(max_tokens=12, samples=width), Beams(width, alpha))
-                 for first in range(6) for second in (1, 5) for alpha in (0.0, 0.6, 2.0)]
+    arguments = [
+        ([first, second], Wanted(max_tokens=12, samples=width), Beams(width, alpha))
+        for first in range(6)
+        for second in (1, 5)
+        for alpha in (0.0, 0.6, 2.0)
+    ]
     steps: list[Any] = []
     feed = Decoding.feed
-    monkeypatch.setattr(Decoding, "feed", lambda self, tokens: (steps.append(0), feed(self, tokens)))
+    monkeypatch.setattr(
+        Decoding, "feed", lambda self, tokens: (steps.append(0), feed(self, tokens))
+    )
     early = [beam_search(config, model, setup[2], *a) for a in arguments]
     fewer = len(steps)
     monkeypatch.setattr(beam, "_settled", lambda *arguments: False)
@@ -171,10 +237,14 @@ def test_one_beam_is_greedy_and_more_are_no_worse(setup: Setup) -> None:
     [greedy] = run(setup, ["The"], sampling=Sampling(temperature=0))
     [one] = beam_search(*setup, tokens, Wanted(max_tokens=12), Beams(1))
     assert one.tokens == greedy.tokens and one.text == greedy.text
-    torch.testing.assert_close(torch.tensor(one.logprobs), training_logprobs(setup, "The", one), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(one.logprobs), training_logprobs(setup, "The", one), atol=1e-4, rtol=0
+    )
     several = beam_search(*setup, tokens, Wanted(max_tokens=12, samples=3), Beams(6))
     scores = [Beams(6).score(sum(c.logprobs), len(c.tokens)) for c in several]
-    assert scores == sorted(scores, reverse=True) and scores[0] >= Beams(1).score(sum(one.logprobs), len(one.tokens))
+    assert scores == sorted(scores, reverse=True) and scores[0] >= Beams(1).score(
+        sum(one.logprobs), len(one.tokens)
+    )
     stop = several[0].text[2:4]
     stopped = beam_search(*setup, tokens, Wanted(max_tokens=12, samples=6, stop=(stop,)), Beams(6))
     assert Ending.STOP in {c.ending for c in stopped} and not any(stop in c.text for c in stopped)
@@ -190,10 +260,17 @@ def test_rows_that_are_taken_go_on_as_their_own_texts(setup: Setup) -> None:
     decoding.take([2, 1, 2])
     decoding.feed(torch.tensor([11, 12, 13]))
     for row, text in enumerate(([6, 7, 10, 11], [5, 9, 12], [6, 7, 10, 13])):
-        torch.testing.assert_close(decoding.logits_BV[row], our_logits(model, torch.tensor([text]))[0, -1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            decoding.logits_BV[row],
+            our_logits(model, torch.tensor([text]))[0, -1],
+            atol=1e-5,
+            rtol=1e-4,
+        )
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"samples": 0}, {"batch_size": 0}, {"stop": ("a", "")}])
+@pytest.mark.parametrize(
+    "bad", [{"max_tokens": 0}, {"samples": 0}, {"batch_size": 0}, {"stop": ("a", "")}]
+)
 def test_bad_wishes_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         Wanted(**bad)
@@ -201,17 +278,28 @@ def test_bad_wishes_are_named(bad: dict[str, Any]) -> None:
 
 def test_prompts_of_files(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"one\n\nthree \r\n")
-    assert read_prompts(tmp_path / "p.txt") == {f"{tmp_path}/p.txt, line {n}": t for n, t in ((1, "one"), (2, ""), (3, "three "))}
+    assert read_prompts(tmp_path / "p.txt") == {
+        f"{tmp_path}/p.txt, line {n}": t for n, t in ((1, "one"), (2, ""), (3, "three "))
+    }
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": ""}\n')
     assert list(read_prompts(tmp_path / "p.jsonl").values()) == ["a\nb", ""]
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("p.csv", b"a", "are read from .jsonl"), ("p.jsonl", b'{"prompt": "a"}\n{"prompt', "line 2 is not JSON"),
-    ("p.jsonl", b'{"text": "a"}', "line 1 is not an object with a text under \"prompt\""), ("p.jsonl", b"[]", "line 1 is not an object"),
-    ("p.txt", b"", "is empty"), ("p.txt", b"ab\xff", "not UTF-8: invalid start byte at byte 2"), ("none.txt", None, "No such file"),
-])
-def test_bad_files_of_prompts_are_named(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.csv", b"a", "are read from .jsonl"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt', "line 2 is not JSON"),
+        ("p.jsonl", b'{"text": "a"}', 'line 1 is not an object with a text under "prompt"'),
+        ("p.jsonl", b"[]", "line 1 is not an object"),
+        ("p.txt", b"", "is empty"),
+        ("p.txt", b"ab\xff", "not UTF-8: invalid start byte at byte 2"),
+        ("none.txt", None, "No such file"),
+    ],
+)
+def test_bad_files_of_prompts_are_named(
+    tmp_path: Path, name: str, content: bytes | None, words: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:

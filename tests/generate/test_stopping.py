@@ -1,4 +1,7 @@
-"""Text comes out piece by piece, whatever the tokenizer; joined it is the text of all tokens, up to a stop string."""
+"""Text comes out piece by piece, whatever the tokenizer.
+
+Joined it is the text of all tokens, up to a stop string.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
 @pytest.fixture(scope="module", params=ANY_TEXT)
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     KINDS[request.param](path)
     return Tokenizer(path)
@@ -28,7 +33,13 @@ def pieces(tokenizer: Tokenizer, ids: list[int], first: int) -> list[str]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=ANY | st.sampled_from(["Hello  world, it's \U0001f600\U0001f468\u200d\U0001f469!", " a \n\n b", "don't do n't"]), data=st.data())
+@given(
+    text=ANY
+    | st.sampled_from(
+        ["Hello  world, it's \U0001f600\U0001f468\u200d\U0001f469!", " a \n\n b", "don't do n't"]
+    ),
+    data=st.data(),
+)
 def test_pieces_are_the_text(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
     ids = tokenizer.encode(text).tolist()
     first = data.draw(st.integers(0, len(ids)))
@@ -50,10 +61,16 @@ def test_what_was_given_is_not_taken_back(tmp_path: Path) -> None:
     KINDS["llama"](tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     ids = tokenizer.encode("a\U0001f680").tolist()
-    assert "".join(pieces(tokenizer, [*ids, ids[-1], *tokenizer.encode("b").tolist()], 0)) == "a\U0001f680\ufffd b"
+    assert (
+        "".join(pieces(tokenizer, [*ids, ids[-1], *tokenizer.encode("b").tolist()], 0))
+        == "a\U0001f680\ufffd b"
+    )
 
 
-@given(pieces=st.lists(st.text(alphabet="ab\n", max_size=4), max_size=12), stops=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3))
+@given(
+    pieces=st.lists(st.text(alphabet="ab\n", max_size=4), max_size=12),
+    stops=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3),
+)
 def test_nothing_of_a_stop_string_is_shown(pieces: list[str], stops: list[str]) -> None:
     """However it is cut into pieces; and what can be shown is shown at once."""
     stopping, text, shown = StopStrings(stops), "", ""
@@ -65,6 +82,6 @@ def test_nothing_of_a_stop_string_is_shown(pieces: list[str], stops: list[str]) 
         if places:
             assert shown == text[: min(places)] and stopping.rest() == ""
             return
-        held = text[len(shown):]
+        held = text[len(shown) :]
         assert text.startswith(shown) and (not held or any(stop.startswith(held) for stop in stops))
     assert shown + stopping.rest() == text

@@ -12,13 +12,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Floor of each room, longest name first where one holds another; a room imports only from lower floors.
+# Floor of each room, longest name first where one holds another; a room imports only from lower
+# floors.
 FLOORS = {
-    "kernels": 0, "data_prep": 0, "nextpt.errors": 0, "nextpt.config": 1, "nextpt.events": 2, "nextpt.data": 3, "nextpt.model": 4,
-    "nextpt.objective": 5, "nextpt.checkpoint": 6, "nextpt.generate": 7, "nextpt.evaluate": 8, "nextpt.train": 9,
-    "nextpt.scaling": 10, "nextpt.observe": 10, "launcher": 11,
+    "kernels": 0,
+    "data_prep": 0,
+    "nextpt.errors": 0,
+    "nextpt.config": 1,
+    "nextpt.events": 2,
+    "nextpt.data": 3,
+    "nextpt.model": 4,
+    "nextpt.objective": 5,
+    "nextpt.checkpoint": 6,
+    "nextpt.generate": 7,
+    "nextpt.evaluate": 8,
+    "nextpt.train": 9,
+    "nextpt.scaling": 10,
+    "nextpt.observe": 10,
+    "launcher": 11,
 }
-SOURCES = sorted(p for room in ("kernels", "data_prep", "nextpt", "launcher") for p in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(
+    p
+    for room in ("kernels", "data_prep", "nextpt", "launcher")
+    for p in (ROOT / room).rglob("*.py")
+)
 
 
 def room(module: str) -> str | None:
@@ -51,21 +68,32 @@ def test_arrows_point_down(path: Path) -> None:
         other = room(imported)
         if own is None or other is None or own == other:
             continue
-        assert FLOORS[other] < FLOORS[own], f"{module_of(path)} (floor {FLOORS[own]}) imports {imported} (floor {FLOORS[other]})"
+        assert FLOORS[other] < FLOORS[own], (
+            f"{module_of(path)} (floor {FLOORS[own]}) imports {imported} (floor {FLOORS[other]})"
+        )
 
 
 def test_only_the_engine_imports_deepspeed_and_only_one_module_streaming() -> None:
-    users = {name: {module_of(p) for p in SOURCES for i in imports(p) if i.split(".")[0] == name} for name in ("deepspeed", "pickle")}
+    users = {
+        name: {module_of(p) for p in SOURCES for i in imports(p) if i.split(".")[0] == name}
+        for name in ("deepspeed", "pickle")
+    }
     assert users["deepspeed"] == {"nextpt.train.engine"} and users["pickle"] == set()
 
 
 def test_launcher_files_shadow_nothing() -> None:
     """`deepspeed` puts launcher/ first on sys.path: a launcher/inspect.py would break `import torch`."""
     taken = set(sys.stdlib_module_names) | set(packages_distributions())
-    assert {p.stem for p in (ROOT / "launcher").glob("*.py")} & (taken - {"run"}) - {"__init__"} == set()
+    assert {p.stem for p in (ROOT / "launcher").glob("*.py")} & (taken - {"run"}) - {
+        "__init__"
+    } == set()
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_modules_and_functions_stay_small(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 500
@@ -75,9 +103,11 @@ def test_modules_and_functions_stay_small(path: Path) -> None:
 
 
 def test_importing_streaming_leaves_no_stand_in_behind() -> None:
-    script = ("import sys; from data_prep.streaming_compat import import_streaming; import_streaming();"
-              "assert not [m for m in sys.modules if m.startswith(('torchvision', 'transformers')) and not"
-              " getattr(sys.modules[m], '__file__', None)]; print('clean')")
+    script = (
+        "import sys; from data_prep.streaming_compat import import_streaming;"
+        " import_streaming();assert not [m for m in sys.modules if m.startswith(('torchvision',"
+        " 'transformers')) and not getattr(sys.modules[m], '__file__', None)]; print('clean')"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "clean", done.stderr
 

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import IMPLEMENTATIONS, LeftPadded, PackedDocuments, PackedSequences, attention, choose_attention
+from kernels.attention import (
+    IMPLEMENTATIONS,
+    LeftPadded,
+    PackedDocuments,
+    PackedSequences,
+    attention,
+    choose_attention,
+)
 from kernels.attention import sdpa as sdpa_module
 from kernels.causality import CausalityError, check_attention
 
@@ -18,17 +25,29 @@ HERE = [i.name for i in IMPLEMENTATIONS.values() if not i.lacks("cpu", ())]
 
 def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
     """One score at a time, fp64."""
-    out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64), torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf)
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf)
     group, shift = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
             for i in range(q.shape[1]):
-                seen = [j for j in range(k.shape[1]) if j <= i + shift and (window is None or i + shift - j < window)
-                        and (ids is None or ids[b, i] == ids[b, j])]
-                scores = [float(q[b, i, h].double() @ k[b, j, h // group].double()) / math.sqrt(q.shape[3]) for j in seen]
+                seen = [
+                    j
+                    for j in range(k.shape[1])
+                    if j <= i + shift
+                    and (window is None or i + shift - j < window)
+                    and (ids is None or ids[b, i] == ids[b, j])
+                ]
+                scores = [
+                    float(q[b, i, h].double() @ k[b, j, h // group].double())
+                    / math.sqrt(q.shape[3])
+                    for j in seen
+                ]
                 if softcap:
                     scores = [softcap * math.tanh(s / softcap) for s in scores]
-                total = sum(math.exp(s) for s in scores) + (math.exp(float(sinks[h])) if sinks is not None else 0.0)
+                total = sum(math.exp(s) for s in scores) + (
+                    math.exp(float(sinks[h])) if sinks is not None else 0.0
+                )
                 if total:
                     lse[b, h, i] = math.log(total)
                 for s, j in zip(scores, seen, strict=True):
@@ -50,10 +69,20 @@ def test_matches_the_definition(name: str, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     q = torch.randn(2, queries, kv_heads * group, 8, generator=generator)
     k, v = (torch.randn(2, keys, kv_heads, 8, generator=generator) for _ in range(2))
-    sinks = torch.randn(kv_heads * group, generator=generator) if "sinks" in features and data.draw(st.booleans()) else None
+    sinks = (
+        torch.randn(kv_heads * group, generator=generator)
+        if "sinks" in features and data.draw(st.booleans())
+        else None
+    )
     ids = torch.randint(0, 2, (2, keys), generator=generator).cumsum(1).int() if packed else None
     documents = PackedDocuments.from_document_ids(ids) if packed else None
-    options = {"documents": documents, "window": window, "softcap": softcap, "sinks": sinks, "implementation": name}
+    options = {
+        "documents": documents,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "implementation": name,
+    }
     want, want_lse = naive(q, k, v, ids, window, softcap, sinks)
     if "lse" in features:
         got, lse = attention(q, k, v, return_lse=True, **options)
@@ -71,7 +100,9 @@ def test_nothing_looks_ahead(name: str, window: int | None) -> None:
 
 
 def test_the_check_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa_module, "causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool, device=d))
+    monkeypatch.setattr(
+        sdpa_module, "causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool, device=d)
+    )
     with pytest.raises(CausalityError, match="may not see"):
         check_attention("sdpa", window=3)
 
@@ -81,8 +112,12 @@ def test_gradients_equal_the_reference() -> None:
     inputs = [torch.randn(1, 6, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     found = []
     for name in ("reference", "sdpa"):
-        out = attention(*inputs, documents=PackedDocuments.from_document_ids(ids), implementation=name)
-        found.append(torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), inputs))
+        out = attention(
+            *inputs, documents=PackedDocuments.from_document_ids(ids), implementation=name
+        )
+        found.append(
+            torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), inputs)
+        )
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -100,7 +135,10 @@ def test_reference_is_differentiable_everywhere_and_empty_rows_give_zero() -> No
 @pytest.mark.parametrize("name", [n for n in HERE if "documents" in IMPLEMENTATIONS[n].features])
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (1, 2), (4, None), (4, 3), (7, None)])
 def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: int | None) -> None:
-    """The last queries of whole rows of two documents; the padding may also reach among the queries."""
+    """The last queries of whole rows of two documents.
+
+    The padding may also reach among the queries.
+    """
     padding, keys = torch.tensor([0, 2, 5]), 7
     q, k, v = (torch.randn(3, keys, heads, 8) for heads in (4, 2, 2))
     ids = (torch.arange(keys) >= padding.unsqueeze(1)).int()
@@ -131,11 +169,14 @@ def test_choice_says_what_is_lacking() -> None:
         choose_attention("sdp", "cpu", set())
 
 
-@pytest.mark.parametrize(("shapes", "match"), [
-    (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), "3 query heads"),
-    (((1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 8)), "do not fit"),
-    (((4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)), r"\[B, S, H, D\]"),
-])
+@pytest.mark.parametrize(
+    ("shapes", "match"),
+    [
+        (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), "3 query heads"),
+        (((1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 8)), "do not fit"),
+        (((4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)), r"\[B, S, H, D\]"),
+    ],
+)
 def test_shapes_are_checked(shapes: tuple, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         attention(*(torch.zeros(s) for s in shapes))

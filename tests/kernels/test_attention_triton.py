@@ -1,7 +1,7 @@
 """Our Triton attention against the reference in fp64: output, log-sum-exp and every gradient, on the CPU (interpreted) and on a GPU.
 
-FlashAttention's rule: an error of at most twice that of the same computation in torch in the same precision, and a
-rounding of the largest value.
+FlashAttention's rule: an error of at most twice that of the same computation in torch in the same
+precision, and a rounding of the largest value.
 """
 
 from __future__ import annotations
@@ -15,16 +15,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.attention import PackedDocuments, PackedSequences, attention, attention_packed, launch, reference
+from kernels.attention import (
+    PackedDocuments,
+    PackedSequences,
+    attention,
+    attention_packed,
+    launch,
+    reference,
+)
 from kernels.attention.documents import Packing
 from kernels.attention.intervals import causal
 from kernels.attention.launch import Tile
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning:triton.*")
-everywhere = pytest.mark.parametrize(("device", "dtype"), [
-    ("cpu", torch.float32), ("cpu", torch.float16), *(pytest.param("cuda", t, marks=gpu) for t in (torch.float32, torch.float16, torch.bfloat16)),
-], ids=lambda value: str(value).removeprefix("torch."))
+everywhere = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.float16),
+        *(
+            pytest.param("cuda", t, marks=gpu)
+            for t in (torch.float32, torch.float16, torch.bfloat16)
+        ),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 
 
 @contextmanager
@@ -33,50 +49,99 @@ def tiles(m: int, n: int):
     with ExitStack() as stack:
         if m:
             for table in (launch.FORWARD, launch.KEYS, launch.KEYS_CAPPED, launch.QUERIES):
-                stack.enter_context(mock.patch.dict(table, {256: Tile(m, n, 4, 1), 128: Tile(m, n, 4, 1), 64: Tile(m, n, 4, 1)}))
+                stack.enter_context(
+                    mock.patch.dict(
+                        table, {256: Tile(m, n, 4, 1), 128: Tile(m, n, 4, 1), 64: Tile(m, n, 4, 1)}
+                    )
+                )
             stack.enter_context(mock.patch.object(launch, "WIDE", Tile(m, n, 4, 1)))
         yield
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, documents: Packing | None, window: int | None, scale: float, softcap: float | None,
-          sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Packing | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Softmax attention in the inputs' own precision, as one writes it in torch: scores and weights are rounded to it."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = (causal(q.shape[1], k.shape[1], window, q.device) if documents is None else documents.intervals(window)).mask()
+    mask = (
+        causal(q.shape[1], k.shape[1], window, q.device)
+        if documents is None
+        else documents.intervals(window)
+    ).mask()
     scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
-        scores = torch.cat((scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+        scores = torch.cat(
+            (scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1
+        )
     seen = mask.any(-1, keepdim=True) | (sinks is not None)
     weights = torch.where(seen, scores, 0.0).softmax(-1)
     weights = torch.where(seen, weights, 0.0)[..., : k.shape[1]].to(q.dtype)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v), torch.where(seen, scores, 0.0).logsumexp(-1).masked_fill(~seen.squeeze(-1), -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), torch.where(seen, scores, 0.0).logsumexp(
+        -1
+    ).masked_fill(~seen.squeeze(-1), -torch.inf)
 
 
-def assert_as_exact(found: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:
+def assert_as_exact(
+    found: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, what: str
+) -> None:
     finite = exact.isfinite()
-    assert torch.equal(found.isfinite(), finite), f"{what}: not finite where it should be, or the other way round"
+    assert torch.equal(found.isfinite(), finite), (
+        f"{what}: not finite where it should be, or the other way round"
+    )
     if not finite.any():
         return
     own, theirs = ((x.detach().double() - exact)[finite].abs().max().item() for x in (found, plain))
-    # Where a query sees one key its gradient is a difference of equal sums: exactly 0 in torch, a few roundings of the sums here.
+    # Where a query sees one key its gradient is a difference of equal sums: exactly 0 in torch, a
+    # few roundings of the sums here.
     roundings = 16 if dtype == torch.float32 else 4
-    bound = 2 * theirs + roundings * torch.finfo(dtype).eps * max(exact[finite].abs().max().item(), 1.0)
+    bound = 2 * theirs + roundings * torch.finfo(dtype).eps * max(
+        exact[finite].abs().max().item(), 1.0
+    )
     assert own <= bound, f"{what}: error {own:.3g} above {bound:.3g}; torch's is {theirs:.3g}"
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, documents: Packing | None = None, *, window: int | None = None, softcap: float | None = None,
-          sinks: Tensor | None = None, through_lse: bool = True, seed: int = 0) -> None:
-    leaves = [t.detach().requires_grad_() if t.is_contiguous() else t.requires_grad_() for t in (q, k, v)] + ([] if sinks is None else [sinks.detach().requires_grad_()])
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Packing | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    through_lse: bool = True,
+    seed: int = 0,
+) -> None:
+    leaves = [
+        t.detach().requires_grad_() if t.is_contiguous() else t.requires_grad_() for t in (q, k, v)
+    ] + ([] if sinks is None else [sinks.detach().requires_grad_()])
     wide = [t.detach().double().requires_grad_() for t in leaves]
     scale = q.shape[3] ** -0.5 * 1.5
     options = {"documents": documents, "window": window, "softcap": softcap, "scale": scale}
-    exact = reference.run(*wide[:3], **options, sinks=wide[3] if sinks is not None else None, return_lse=True)
-    plain = naive(*leaves[:3], documents, window, scale, softcap, leaves[3] if sinks is not None else None)
-    found = attention(*leaves[:3], **options, sinks=leaves[3] if sinks is not None else None, return_lse=True, implementation="triton")
+    exact = reference.run(
+        *wide[:3], **options, sinks=wide[3] if sinks is not None else None, return_lse=True
+    )
+    plain = naive(
+        *leaves[:3], documents, window, scale, softcap, leaves[3] if sinks is not None else None
+    )
+    found = attention(
+        *leaves[:3],
+        **options,
+        sinks=leaves[3] if sinks is not None else None,
+        return_lse=True,
+        implementation="triton",
+    )
     assert found[0].dtype == q.dtype and found[1].dtype == torch.float32
     for f, e, p, what in zip(found, exact, plain, ("out", "lse"), strict=True):
         assert_as_exact(f, e.detach(), p, q.dtype, what)
@@ -87,15 +152,32 @@ def check(q: Tensor, k: Tensor, v: Tensor, documents: Packing | None = None, *, 
         total = (out.to(torch.promote_types(out.dtype, torch.float32)) * above[0]).sum()
         return total + (torch.where(lse.isfinite(), lse, 0.0) * above[1]).sum() * through_lse
 
-    gradients = [torch.autograd.grad(loss(*pair), ls) for pair, ls in ((found, leaves), (exact, wide), (plain, leaves))]
+    gradients = [
+        torch.autograd.grad(loss(*pair), ls)
+        for pair, ls in ((found, leaves), (exact, wide), (plain, leaves))
+    ]
     for f, e, p, what in zip(*gradients, ("dq", "dk", "dv", "d_sinks"), strict=False):
         assert_as_exact(f, e, p, q.dtype, what)
 
 
-def qkv(rows: int, queries: int, keys: int, heads: int, kv_heads: int, width: int, value_width: int, dtype: torch.dtype, device: str,
-        seed: int = 0) -> list[Tensor]:
+def qkv(
+    rows: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    value_width: int,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shapes = ((rows, queries, heads, width), (rows, keys, kv_heads, width), (rows, keys, kv_heads, value_width))
+    shapes = (
+        (rows, queries, heads, width),
+        (rows, keys, kv_heads, width),
+        (rows, keys, kv_heads, value_width),
+    )
     return [torch.randn(s, generator=g).to(device, dtype) for s in shapes]
 
 
@@ -105,7 +187,9 @@ def qkv(rows: int, queries: int, keys: int, heads: int, kv_heads: int, width: in
 def test_output_and_gradients(device: str, dtype: torch.dtype, data: st.DataObject) -> None:
     draw = data.draw
     few = device == "cuda"  # there each width, group and tile is compiled, for seconds
-    rows, kv_heads, group = draw(st.integers(1, 2), "rows"), draw(st.integers(1, 2), "kv heads"), draw(st.integers(1, 2 if few else 3), "group")
+    rows = draw(st.integers(1, 2), "rows")
+    kv_heads = draw(st.integers(1, 2), "kv heads")
+    group = draw(st.integers(1, 2 if few else 3), "group")
     kind = draw(st.sampled_from(["causal", "documents", "sequences"]), "packing")
     longest = 300 if few else 70
     queries = draw(st.integers(1, longest), "queries")
@@ -116,18 +200,46 @@ def test_output_and_gradients(device: str, dtype: torch.dtype, data: st.DataObje
     g = torch.Generator().manual_seed(seed)
     documents = None
     if kind == "documents":
-        documents = PackedDocuments.from_document_ids((torch.rand(rows, queries, generator=g) < 0.08).cumsum(1).int().to(device))
+        documents = PackedDocuments.from_document_ids(
+            (torch.rand(rows, queries, generator=g) < 0.08).cumsum(1).int().to(device)
+        )
     elif kind == "sequences":  # lengths of their own for queries and keys, some of them empty
         rows, count = 1, draw(st.integers(1, 5), "sequences")
         lengths = [torch.randint(0, 30, (count,), generator=g) for _ in range(2)]
         queries, keys = (max(int(x.sum()), 1) for x in lengths)
-        cu = [torch.cat((torch.zeros(1, dtype=torch.int64), x.cumsum(0))).int().to(device) for x in lengths]
+        cu = [
+            torch.cat((torch.zeros(1, dtype=torch.int64), x.cumsum(0))).int().to(device)
+            for x in lengths
+        ]
         documents = PackedSequences(*cu, queries, keys)
-    sinks = torch.randn(kv_heads * group, generator=g).to(device) if draw(st.booleans(), "sinks") else None
-    with tiles(*draw(st.sampled_from([(0, 0)] if few else [(16, 16), (32, 16), (16, 32)]), "tiles")):
-        check(*qkv(rows, queries, keys, kv_heads * group, kv_heads, width, value_width, dtype, device, seed), documents,
-              window=draw(st.sampled_from([None, 1, 7, 40]), "window"), softcap=draw(st.sampled_from([None, 2.0]), "softcap"), sinks=sinks,
-              through_lse=draw(st.booleans(), "through lse"), seed=seed)
+    sinks = (
+        torch.randn(kv_heads * group, generator=g).to(device)
+        if draw(st.booleans(), "sinks")
+        else None
+    )
+    with tiles(
+        *draw(st.sampled_from([(0, 0)] if few else [(16, 16), (32, 16), (16, 32)]), "tiles")
+    ):
+        check(
+            *qkv(
+                rows,
+                queries,
+                keys,
+                kv_heads * group,
+                kv_heads,
+                width,
+                value_width,
+                dtype,
+                device,
+                seed,
+            ),
+            documents,
+            window=draw(st.sampled_from([None, 1, 7, 40]), "window"),
+            softcap=draw(st.sampled_from([None, 2.0]), "softcap"),
+            sinks=sinks,
+            through_lse=draw(st.booleans(), "through lse"),
+            seed=seed,
+        )
 
 
 @everywhere
@@ -142,7 +254,11 @@ def test_queries_that_see_nothing(device: str, dtype: torch.dtype) -> None:
     with tiles(16, 16):
         check(q, k, v)
         out, lse = attention(q, k, v, return_lse=True, implementation="triton")
-    assert out[:, :30].eq(0).all() and lse[:, :, :30].eq(-torch.inf).all() and lse[:, :, 30:].isfinite().all()
+    assert (
+        out[:, :30].eq(0).all()
+        and lse[:, :, :30].eq(-torch.inf).all()
+        and lse[:, :, 30:].isfinite().all()
+    )
 
 
 @everywhere
@@ -154,10 +270,24 @@ def test_views_of_one_projection_and_strided_gradients(device: str, dtype: torch
     for implementation in ("triton", "reference"):
         with tiles(16, 16):
             out = attention(q, k, v, implementation=implementation)
-            turned = torch.randn(2, 16, 2, 40, generator=torch.Generator().manual_seed(3)).to(device, dtype).permute(0, 3, 2, 1)
-            found.append([torch.autograd.grad(out, together, turned, retain_graph=True)[0], torch.autograd.grad(out.sum(), together)[0]])
+            turned = (
+                torch.randn(2, 16, 2, 40, generator=torch.Generator().manual_seed(3))
+                .to(device, dtype)
+                .permute(0, 3, 2, 1)
+            )
+            found.append(
+                [
+                    torch.autograd.grad(out, together, turned, retain_graph=True)[0],
+                    torch.autograd.grad(out.sum(), together)[0],
+                ]
+            )
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, atol=5e-3 if dtype != torch.float32 else 1e-5, rtol=1e-2 if dtype != torch.float32 else 1e-5)
+        torch.testing.assert_close(
+            a,
+            b,
+            atol=5e-3 if dtype != torch.float32 else 1e-5,
+            rtol=1e-2 if dtype != torch.float32 else 1e-5,
+        )
 
 
 @everywhere
@@ -168,7 +298,9 @@ def test_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
         with tiles(16, 16):
             out = attention(*inputs, implementation="triton")
             found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
 
 
 def test_packed_form_is_that_of_rows() -> None:
@@ -176,7 +308,9 @@ def test_packed_form_is_that_of_rows() -> None:
     cu = torch.tensor([0, 20, 20, 40, 40], dtype=torch.int32)
     for implementation in ("triton", "reference", "sdpa"):
         whole = attention(q, k, v, implementation=implementation)
-        packed = attention_packed(*(t.flatten(0, 1) for t in (q, k, v)), cu, implementation=implementation)
+        packed = attention_packed(
+            *(t.flatten(0, 1) for t in (q, k, v)), cu, implementation=implementation
+        )
         torch.testing.assert_close(packed, whole.flatten(0, 1), atol=2e-6, rtol=1e-5)
     out, lse = attention_packed(*(t.flatten(0, 1) for t in (q, k, v)), cu, return_lse=True)
     assert out.shape == (40, 4, 16) and lse.shape == (4, 40)
@@ -184,9 +318,13 @@ def test_packed_form_is_that_of_rows() -> None:
 
 @pytest.mark.parametrize("queries", [0, 1])
 def test_empty_and_single(queries: int) -> None:
-    inputs = [t.requires_grad_() for t in qkv(1, queries, queries, 2, 1, 16, 16, torch.float32, "cpu")]
+    inputs = [
+        t.requires_grad_() for t in qkv(1, queries, queries, 2, 1, 16, 16, torch.float32, "cpu")
+    ]
     out = attention(*inputs, implementation="triton")
     gradients = torch.autograd.grad(out.sum(), inputs)
-    assert out.shape == (1, queries, 2, 16) and [g.shape for g in gradients] == [t.shape for t in inputs]
+    assert out.shape == (1, queries, 2, 16) and [g.shape for g in gradients] == [
+        t.shape for t in inputs
+    ]
     if queries:
         torch.testing.assert_close(out, inputs[2].expand(-1, -1, 2, -1))

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.slow  # a minute of compiling
-SHARED_MEMORY = 227 * 1024  # bytes per block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities)
+# Bytes per block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities)
+SHARED_MEMORY = 227 * 1024
 Report = dict[str, dict]
 
 
@@ -18,13 +19,28 @@ Report = dict[str, dict]
 def report() -> Report:
     # A process of its own: here kernels run in the interpreter.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "kernels.bench.compile_report", "--json"], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.bench.compile_report", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 
 def test_every_kernel_is_there(report: Report) -> None:
-    assert len(report) >= 45 and {name.split()[0] for name in report} == {"rows", "scale", "attention"}
-    assert {name.split()[1].rstrip(",") for name in report if name.startswith("attention")} == {"forward", "keys", "queries", "delta"}
+    assert len(report) >= 45 and {name.split()[0] for name in report} == {
+        "rows",
+        "scale",
+        "attention",
+    }
+    assert {name.split()[1].rstrip(",") for name in report if name.startswith("attention")} == {
+        "forward",
+        "keys",
+        "queries",
+        "delta",
+    }
 
 
 def test_nothing_spills_and_shared_memory_fits(report: Report) -> None:
@@ -51,7 +67,12 @@ def test_attention_uses_the_tensor_cores_without_waiting_for_each(report: Report
     for name, f in report.items():
         if name.startswith("attention"):
             assert not f["serialized"], name
-            assert f["wgmma"] or "fp32" in name or "delta" in name or ("keys, D=256" in name or "keys, D=192" in name), name
+            assert (
+                f["wgmma"]
+                or "fp32" in name
+                or "delta" in name
+                or ("keys, D=256" in name or "keys, D=192" in name)
+            ), name
 
 
 def test_offsets_of_attention_have_64_bits(report: Report) -> None:

@@ -13,8 +13,14 @@ from kernels.cross_entropy import linear_cross_entropy, rows_triton
 from tests.support.loss_cases import OPTIONS, Case, assert_as_exact, define, make_case
 
 # bf16 stores of Triton's interpreter truncate: there fp16 stands for the 16-bit types.
-ON_CPU = [("torch", "cpu", t) for t in (torch.float32, torch.float16, torch.bfloat16)] + [("triton", "cpu", t) for t in (torch.float32, torch.float16)]
-ON_GPU = [(name, "cuda", t) for name in ("torch", "triton") for t in (torch.float32, torch.float16, torch.bfloat16)]
+ON_CPU = [("torch", "cpu", t) for t in (torch.float32, torch.float16, torch.bfloat16)] + [
+    ("triton", "cpu", t) for t in (torch.float32, torch.float16)
+]
+ON_GPU = [
+    (name, "cuda", t)
+    for name in ("torch", "triton")
+    for t in (torch.float32, torch.float16, torch.bfloat16)
+]
 
 
 def name_of(value: object) -> str:
@@ -24,32 +30,55 @@ def name_of(value: object) -> str:
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 # numpy warns where the interpreter computes both sides of a tl.where.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning:triton.*")
-everywhere = pytest.mark.parametrize(("implementation", "device", "dtype"),
-                                     [*ON_CPU, *(pytest.param(*w, marks=gpu) for w in ON_GPU)], ids=name_of)
+everywhere = pytest.mark.parametrize(
+    ("implementation", "device", "dtype"),
+    [*ON_CPU, *(pytest.param(*w, marks=gpu) for w in ON_GPU)],
+    ids=name_of,
+)
 
 
-def check(case: Case, *, reduction: str = "sum", upstream: float = 1.0, dtype: torch.dtype, **options) -> None:
+def check(
+    case: Case, *, reduction: str = "sum", upstream: float = 1.0, dtype: torch.dtype, **options
+) -> None:
     """Loss, statistics and all gradients against fp64, by QuACK's rule: 3 times torch's error for the loss, 2 for gradients."""
     options.setdefault("normalizer", 1.0)
     known = {k: v for k, v in options.items() if k in OPTIONS}
     wide = case.wide()
     exact, plain = define(wide, **known), define(case, **known)
-    out = linear_cross_entropy(case.hidden, case.weight, case.targets, token_weights=case.token_weights, bias=case.bias,
-                               reduction=reduction, **options)
-    assert out.loss.dtype == out.nats.dtype == out.lse.dtype == torch.float32 and out.hits.dtype == torch.bool
+    out = linear_cross_entropy(
+        case.hidden,
+        case.weight,
+        case.targets,
+        token_weights=case.token_weights,
+        bias=case.bias,
+        reduction=reduction,
+        **options,
+    )
+    assert (
+        out.loss.dtype == out.nats.dtype == out.lse.dtype == torch.float32
+        and out.hits.dtype == torch.bool
+    )
     assert_as_exact(out.nats, exact.nats.detach(), plain.nats, 3, dtype, "nats")
     assert_as_exact(out.lse, exact.lse.detach(), plain.lse, 3, dtype, "lse")
     if reduction == "sum":
         assert_as_exact(out.loss, exact.each.sum().detach(), plain.each.sum(), 3, dtype, "loss")
-        loss, want, theirs = out.loss * upstream, exact.each.sum() * upstream, plain.each.sum() * upstream
+        loss = out.loss * upstream
+        want = exact.each.sum() * upstream
+        theirs = plain.each.sum() * upstream
     else:  # another gradient from above for each token, and some through nats and lse
         assert_as_exact(out.loss, exact.each.detach(), plain.each, 3, dtype, "losses")
         generator = torch.Generator().manual_seed(1)
-        a, b = (torch.randn(case.targets.shape, generator=generator).to(out.loss.device) for _ in range(2))
+        a, b = (
+            torch.randn(case.targets.shape, generator=generator).to(out.loss.device)
+            for _ in range(2)
+        )
         c = torch.randn(out.lse.shape, generator=generator).to(out.loss.device)
-        loss, want, theirs = ((o[0] * a).sum() + (o.nats * b).sum() + (o.lse * c).sum() for o in (out, exact, plain))
+        loss, want, theirs = (
+            (o[0] * a).sum() + (o.nats * b).sum() + (o.lse * c).sum() for o in (out, exact, plain)
+        )
     found = torch.autograd.grad(loss, case.leaves())
-    expected, rough = torch.autograd.grad(want, wide.leaves()), torch.autograd.grad(theirs, case.leaves())
+    expected = torch.autograd.grad(want, wide.leaves())
+    rough = torch.autograd.grad(theirs, case.leaves())
     for name, g, e, r in zip(("dX", "dW", "db"), found, expected, rough, strict=False):
         assert g.dtype == dtype
         assert_as_exact(g, e, r, 2, dtype, name)
@@ -58,68 +87,142 @@ def check(case: Case, *, reduction: str = "sum", upstream: float = 1.0, dtype: t
 @everywhere
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_loss_and_gradients(implementation: str, device: str, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_loss_and_gradients(
+    implementation: str, device: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
     draw = data.draw
     n = draw(st.integers(0, 10), "tokens")
     case = make_case(
-        n, draw(st.integers(1, 20), "width"), draw(st.integers(2, 200), "vocabulary"), targets=draw(st.sampled_from([None, 1, 3]), "targets"),
-        bias=draw(st.booleans(), "bias"), peaked=draw(st.booleans(), "peaked"), scale=draw(st.sampled_from([0.01, 1.0, 5.0]), "scale"),
-        dtype=dtype, device=device, seed=draw(st.integers(0, 999), "seed"))
+        n,
+        draw(st.integers(1, 20), "width"),
+        draw(st.integers(2, 200), "vocabulary"),
+        targets=draw(st.sampled_from([None, 1, 3]), "targets"),
+        bias=draw(st.booleans(), "bias"),
+        peaked=draw(st.booleans(), "peaked"),
+        scale=draw(st.sampled_from([0.01, 1.0, 5.0]), "scale"),
+        dtype=dtype,
+        device=device,
+        seed=draw(st.integers(0, 999), "seed"),
+    )
     options = {
-        "z_loss": draw(st.sampled_from([0.0, 1e-2]), "z_loss"), "softcap": draw(st.sampled_from([None, 3.0]), "softcap"),
-        "label_smoothing": draw(st.sampled_from([0.0, 0.1]), "smoothing"), "normalizer": draw(st.sampled_from([1.0, 3e4]), "normalizer"),
-        "reduction": draw(st.sampled_from(["sum", "none"]), "reduction"), "gradient": draw(st.sampled_from(["precise", "small"]), "mode"),
+        "z_loss": draw(st.sampled_from([0.0, 1e-2]), "z_loss"),
+        "softcap": draw(st.sampled_from([None, 3.0]), "softcap"),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1]), "smoothing"),
+        "normalizer": draw(st.sampled_from([1.0, 3e4]), "normalizer"),
+        "reduction": draw(st.sampled_from(["sum", "none"]), "reduction"),
+        "gradient": draw(st.sampled_from(["precise", "small"]), "mode"),
         "chunk_tokens": draw(st.integers(3, 11), "chunk"),
     }
-    # Several blocks per row: at 16384 columns a block the interpreter would take minutes to see a second one.
-    with mock.patch.object(rows_triton, "MAX_BLOCK", draw(st.sampled_from([16, 64, 16384]), "block")):
-        check(case, implementation=implementation, upstream=draw(st.sampled_from([1.0, 0.7, 100.0]), "upstream"), dtype=dtype, **options)
+    # Several blocks per row: at 16384 columns a block the interpreter would take minutes to see a
+    # second one.
+    with mock.patch.object(
+        rows_triton, "MAX_BLOCK", draw(st.sampled_from([16, 64, 16384]), "block")
+    ):
+        check(
+            case,
+            implementation=implementation,
+            upstream=draw(st.sampled_from([1.0, 0.7, 100.0]), "upstream"),
+            dtype=dtype,
+            **options,
+        )
 
 
 @everywhere
 @pytest.mark.parametrize("vocabulary", [2, 63, 64, 65, 1000, 16385])
-def test_odd_vocabularies(implementation: str, device: str, dtype: torch.dtype, vocabulary: int) -> None:
-    # Chunks of 5: MKL sums products of fewer rows seven times less exactly, which is not ours to test.
-    check(make_case(10, 12, vocabulary, dtype=dtype, device=device), implementation=implementation, dtype=dtype, chunk_tokens=5)
+def test_odd_vocabularies(
+    implementation: str, device: str, dtype: torch.dtype, vocabulary: int
+) -> None:
+    # Chunks of 5: MKL sums products of fewer rows seven times less exactly, which is not ours to
+    # test.
+    check(
+        make_case(10, 12, vocabulary, dtype=dtype, device=device),
+        implementation=implementation,
+        dtype=dtype,
+        chunk_tokens=5,
+    )
 
 
 @everywhere
 @pytest.mark.parametrize("scale", [40.0, 160.0])
 def test_large_logits(implementation: str, device: str, dtype: torch.dtype, scale: float) -> None:
     """Logits up to several times `scale`: lse is kept as peak + log of a sum, so nothing cancels."""
-    check(make_case(12, 4, 99, scale=scale, dtype=dtype, device=device), implementation=implementation, dtype=dtype)
+    check(
+        make_case(12, 4, 99, scale=scale, dtype=dtype, device=device),
+        implementation=implementation,
+        dtype=dtype,
+    )
 
 
 @everywhere
-def test_confident_targets_keep_their_gradient(implementation: str, device: str, dtype: torch.dtype) -> None:
-    """p of 1 - e^-7 to 1 - e^-14: p - 1 would have lost most digits. The numbers are exact in every dtype."""
+def test_confident_targets_keep_their_gradient(
+    implementation: str, device: str, dtype: torch.dtype
+) -> None:
+    """P of 1 - e^-7 to 1 - e^-14: p - 1 would have lost most digits.
+
+    The numbers are exact in every dtype.
+    """
     hidden = torch.tensor([[7.0], [10.0], [14.0]], dtype=dtype, device=device, requires_grad=True)
     weight = torch.tensor([[1.0], [0.0]], dtype=dtype, device=device)
-    out = linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.long, device=device), normalizer=1.0, implementation=implementation)
+    out = linear_cross_entropy(
+        hidden,
+        weight,
+        torch.zeros(3, dtype=torch.long, device=device),
+        normalizer=1.0,
+        implementation=implementation,
+    )
     (found,) = torch.autograd.grad(out.loss, hidden)
     exact = torch.log1p(torch.exp(-hidden.detach().double()))
     slope = torch.expm1(-exact)
     torch.testing.assert_close(out.nats.double(), exact.squeeze(1), rtol=2e-6, atol=0)
-    torch.testing.assert_close(found.double(), slope, rtol=max(2e-6, torch.finfo(dtype).eps), atol=1e-8 if dtype == torch.float16 else 0)
+    torch.testing.assert_close(
+        found.double(),
+        slope,
+        rtol=max(2e-6, torch.finfo(dtype).eps),
+        atol=1e-8 if dtype == torch.float16 else 0,
+    )
 
 
 @everywhere
 @pytest.mark.parametrize("targets", [None, 2])
-def test_all_ignored_is_zero_and_finite(implementation: str, device: str, dtype: torch.dtype, targets: int | None) -> None:
+def test_all_ignored_is_zero_and_finite(
+    implementation: str, device: str, dtype: torch.dtype, targets: int | None
+) -> None:
     case = make_case(6, targets=targets, bias=True, dtype=dtype, device=device)
-    out = linear_cross_entropy(case.hidden, case.weight, torch.full_like(case.targets, -100), bias=case.bias, z_loss=1e-3,
-                               label_smoothing=0.1, implementation=implementation)
-    assert out.loss == 0 and out.z_loss == 0 and out.nats.eq(0).all() and not out.hits.any() and out.lse.isfinite().all()
+    out = linear_cross_entropy(
+        case.hidden,
+        case.weight,
+        torch.full_like(case.targets, -100),
+        bias=case.bias,
+        z_loss=1e-3,
+        label_smoothing=0.1,
+        implementation=implementation,
+    )
+    assert (
+        out.loss == 0
+        and out.z_loss == 0
+        and out.nats.eq(0).all()
+        and not out.hits.any()
+        and out.lse.isfinite().all()
+    )
     assert all(g.eq(0).all() for g in torch.autograd.grad(out.loss, case.leaves()))
 
 
 @everywhere
-def test_hits_and_the_shares_of_the_loss(implementation: str, device: str, dtype: torch.dtype) -> None:
+def test_hits_and_the_shares_of_the_loss(
+    implementation: str, device: str, dtype: torch.dtype
+) -> None:
     case = make_case(30, targets=2, peaked=True, dtype=dtype, device=device)
     exact = define(case.wide(), z_loss=0.5, normalizer=4.0)
-    out = linear_cross_entropy(case.hidden, case.weight, case.targets, token_weights=case.token_weights, z_loss=0.5,
-                               normalizer=torch.tensor(4.0, device=device), implementation=implementation,
-                               logits_dtype=torch.float32)  # rounded logits may tie
+    out = linear_cross_entropy(
+        case.hidden,
+        case.weight,
+        case.targets,
+        token_weights=case.token_weights,
+        z_loss=0.5,
+        normalizer=torch.tensor(4.0, device=device),
+        implementation=implementation,
+        logits_dtype=torch.float32,
+    )  # rounded logits may tie
     assert torch.equal(out.hits, exact.hits) and 0 < out.hits.sum() < out.hits.numel()
     plain = (case.token_weights * (case.targets != -100) * exact.nats).sum() / 4
     torch.testing.assert_close((out.loss - out.z_loss).double(), plain.detach(), rtol=5e-3, atol=0)
@@ -133,14 +236,22 @@ def test_a_tie_is_no_hit(implementation: str, device: str, dtype: torch.dtype) -
     weight = torch.tensor([[2.0], [2.0], [1.0]], dtype=dtype, device=device)
     pairs = torch.tensor([[0, 1], [0, 0]], device=device)
     assert not linear_cross_entropy(hidden, weight, pairs, implementation=implementation).hits.any()
-    found = linear_cross_entropy(hidden, weight * torch.tensor([[2.0], [1.0], [1.0]], dtype=dtype, device=device), pairs, implementation=implementation)
+    found = linear_cross_entropy(
+        hidden,
+        weight * torch.tensor([[2.0], [1.0], [1.0]], dtype=dtype, device=device),
+        pairs,
+        implementation=implementation,
+    )
     assert found.hits.tolist() == [[True, False], [True, True]]
 
 
 @everywhere
-def test_frozen_sides_and_no_grad_change_nothing(implementation: str, device: str, dtype: torch.dtype) -> None:
+def test_frozen_sides_and_no_grad_change_nothing(
+    implementation: str, device: str, dtype: torch.dtype
+) -> None:
     case = make_case(9, bias=True, dtype=dtype, device=device)
-    options = {"implementation": implementation, "chunk_tokens": 4, "logits_dtype": torch.float32}  # as without gradients
+    # As without gradients
+    options = {"implementation": implementation, "chunk_tokens": 4, "logits_dtype": torch.float32}
     whole = linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, **options)
     every = torch.autograd.grad(whole.loss, case.leaves())
     for kept in range(3):
@@ -148,8 +259,14 @@ def test_frozen_sides_and_no_grad_change_nothing(implementation: str, device: st
         out = linear_cross_entropy(*sides[:2], case.targets, bias=sides[2], **options)
         assert torch.equal(torch.autograd.grad(out.loss, sides[kept])[0], every[kept])
     with torch.no_grad():
-        out = linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, **options)
-    assert not out.loss.requires_grad and torch.equal(out.loss, whole.loss) and torch.equal(out.nats, whole.nats)
+        out = linear_cross_entropy(
+            case.hidden, case.weight, case.targets, bias=case.bias, **options
+        )
+    assert (
+        not out.loss.requires_grad
+        and torch.equal(out.loss, whole.loss)
+        and torch.equal(out.nats, whole.nats)
+    )
 
 
 @everywhere
@@ -159,7 +276,12 @@ def test_strided_inputs(implementation: str, device: str, dtype: torch.dtype) ->
     hidden = case.hidden.detach().repeat_interleave(2, 1)[:, ::2].requires_grad_()
     weight = case.weight.detach().T.contiguous().T.requires_grad_()
     assert not hidden.is_contiguous() and not weight.is_contiguous()
-    check(Case(hidden, weight, None, case.targets, case.token_weights), implementation=implementation, dtype=dtype, chunk_tokens=4)
+    check(
+        Case(hidden, weight, None, case.targets, case.token_weights),
+        implementation=implementation,
+        dtype=dtype,
+        chunk_tokens=4,
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
@@ -167,10 +289,32 @@ def test_many_targets_per_token_are_many_losses(device: str) -> None:
     """Multi-token prediction: K targets of one hidden state, also where some are equal."""
     case = make_case(20, 8, 6, targets=4, device=device)
     for implementation in ("torch", "triton"):
-        together = linear_cross_entropy(case.hidden, case.weight, case.targets, token_weights=case.token_weights, normalizer=2.0, implementation=implementation)
-        apart = [linear_cross_entropy(case.hidden, case.weight, t, token_weights=w, normalizer=2.0, implementation=implementation)
-                 for t, w in zip(case.targets.T.contiguous(), case.token_weights.T.contiguous(), strict=True)]
+        together = linear_cross_entropy(
+            case.hidden,
+            case.weight,
+            case.targets,
+            token_weights=case.token_weights,
+            normalizer=2.0,
+            implementation=implementation,
+        )
+        apart = [
+            linear_cross_entropy(
+                case.hidden,
+                case.weight,
+                t,
+                token_weights=w,
+                normalizer=2.0,
+                implementation=implementation,
+            )
+            for t, w in zip(
+                case.targets.T.contiguous(), case.token_weights.T.contiguous(), strict=True
+            )
+        ]
         torch.testing.assert_close(together.loss, sum(o.loss for o in apart))
         torch.testing.assert_close(together.nats, torch.stack([o.nats for o in apart], 1))
-        for a, b in zip(torch.autograd.grad(together.loss, case.leaves()), torch.autograd.grad(sum(o.loss for o in apart), case.leaves()), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(together.loss, case.leaves()),
+            torch.autograd.grad(sum(o.loss for o in apart), case.leaves()),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

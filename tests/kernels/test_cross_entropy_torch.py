@@ -15,35 +15,62 @@ from kernels.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from kernels.cross_entropy.ops import scale_
 from tests.support.loss_cases import define, make_case
 
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning:triton.*", "ignore::DeprecationWarning:torch.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*encountered in.*:RuntimeWarning:triton.*", "ignore::DeprecationWarning:torch.*"
+)
 
 
 def operands(kernel: str, needs: tuple[bool, bool, bool], bias: bool) -> tuple:
     """Arguments up to `scale` of both operators, and those behind softcap."""
     case = make_case(7, 5, 70, targets=2, bias=bias)
-    sides = [t if t is None or need else t.detach() for t, need in zip(case[:3], needs, strict=True)]
+    sides = [
+        t if t is None or need else t.detach() for t, need in zip(case[:3], needs, strict=True)
+    ]
     targets = torch.where(case.targets == -100, -1, case.targets)
-    return (*sides, targets), case.token_weights * (targets >= 0), (3, "result", False, kernel, list(needs))
+    return (
+        (*sides, targets),
+        case.token_weights * (targets >= 0),
+        (3, "result", False, kernel, list(needs)),
+    )
 
 
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, False)])
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, False)]
+)
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 def test_opcheck(kernel: str, needs: tuple[bool, bool, bool]) -> None:
     bias = needs[2] or not any(needs)
     sides, scale, rest = operands(kernel, needs, bias)
-    torch.library.opcheck(torch.ops.nextpt.linear_cross_entropy, (*sides, scale, 1e-2, 0.1, 4.0, *rest), test_utils=CHECKS)
-    torch.library.opcheck(torch.ops.nextpt.token_statistics, (*sides, 4.0, *rest), test_utils=CHECKS)
+    torch.library.opcheck(
+        torch.ops.nextpt.linear_cross_entropy,
+        (*sides, scale, 1e-2, 0.1, 4.0, *rest),
+        test_utils=CHECKS,
+    )
+    torch.library.opcheck(
+        torch.ops.nextpt.token_statistics, (*sides, 4.0, *rest), test_utils=CHECKS
+    )
 
 
 def test_opcheck_of_scaling() -> None:
-    torch.library.opcheck(torch.ops.nextpt.scale_, (torch.randn(9), torch.tensor(0.5)), test_utils=CHECKS)
+    torch.library.opcheck(
+        torch.ops.nextpt.scale_, (torch.randn(9), torch.tensor(0.5)), test_utils=CHECKS
+    )
 
 
-def both_losses(hidden: Tensor, weight: Tensor, targets: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-    scalar = linear_cross_entropy(hidden, weight, targets, normalizer=normalizer, z_loss=1e-3, chunk_tokens=8)
+def both_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, normalizer: Tensor
+) -> tuple[Tensor, Tensor]:
+    scalar = linear_cross_entropy(
+        hidden, weight, targets, normalizer=normalizer, z_loss=1e-3, chunk_tokens=8
+    )
     each = linear_cross_entropy(hidden, weight, targets, reduction="none", softcap=5.0)
     return scalar.loss + scalar.nats.detach().mean(), each.loss.square().sum()
 
@@ -56,10 +83,14 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool) -> None:
     for n in (20, 33):
         case = make_case(n, 6, 90)
         normalizer = torch.tensor(3.0)
-        found, expected = (f(case.hidden, case.weight, case.targets, normalizer) for f in (compiled, both_losses))
+        found, expected = (
+            f(case.hidden, case.weight, case.targets, normalizer) for f in (compiled, both_losses)
+        )
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
-        gradients = [torch.autograd.grad(sum(losses), case.leaves()) for losses in (found, expected)]
+        gradients = [
+            torch.autograd.grad(sum(losses), case.leaves()) for losses in (found, expected)
+        ]
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -68,7 +99,9 @@ def test_gradients_are_given_out_and_not_copied() -> None:
     """A matrix gradient of a vocabulary is the largest tensor of many models."""
     case = make_case(6, 5, 40)
     out = linear_cross_entropy(case.hidden, case.weight, case.targets)
-    made = out.loss.grad_fn.saved_tensors[1:3] if hasattr(out.loss.grad_fn, "saved_tensors") else None
+    made = (
+        out.loss.grad_fn.saved_tensors[1:3] if hasattr(out.loss.grad_fn, "saved_tensors") else None
+    )
     assert made is not None and [m.shape for m in made] == [case.hidden.shape, case.weight.shape]
     places = [m.data_ptr() for m in made]
     del made
@@ -87,15 +120,21 @@ def test_a_second_backward_pass_is_refused() -> None:
 def test_second_derivatives_are_refused() -> None:
     case = make_case(6)
     for reduction in ("sum", "none"):
-        loss = linear_cross_entropy(case.hidden, case.weight, case.targets, reduction=reduction).loss.sum()
-        with pytest.raises(RuntimeError, match="does not require grad|no autograd formula|Trying to backward"):
+        loss = linear_cross_entropy(
+            case.hidden, case.weight, case.targets, reduction=reduction
+        ).loss.sum()
+        with pytest.raises(
+            RuntimeError, match="does not require grad|no autograd formula|Trying to backward"
+        ):
             (g,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
             g.sum().backward()
 
 
 def test_accumulates_into_what_is_there() -> None:
     case = make_case(10)
-    once = torch.autograd.grad(linear_cross_entropy(case.hidden, case.weight, case.targets).loss, case.weight)[0]
+    once = torch.autograd.grad(
+        linear_cross_entropy(case.hidden, case.weight, case.targets).loss, case.weight
+    )[0]
     for _ in range(3):
         (linear_cross_entropy(case.hidden, case.weight, case.targets).loss * 0.5).backward()
     torch.testing.assert_close(case.weight.grad, 1.5 * once)
@@ -105,8 +144,14 @@ def test_accumulates_into_what_is_there() -> None:
 def test_inside_activation_checkpointing(reentrant: bool) -> None:
     case = make_case(10)
     module = LinearCrossEntropy(torch.nn.Parameter(case.weight.detach()), chunk_tokens=4)
-    loss = checkpoint(module, case.hidden, case.targets, case.token_weights, 2.0, use_reentrant=reentrant)[0]
-    found = torch.autograd.grad(loss, [case.hidden, module.weight]) if not reentrant else _by_backward(loss, case.hidden, module.weight)
+    loss = checkpoint(
+        module, case.hidden, case.targets, case.token_weights, 2.0, use_reentrant=reentrant
+    )[0]
+    found = (
+        torch.autograd.grad(loss, [case.hidden, module.weight])
+        if not reentrant
+        else _by_backward(loss, case.hidden, module.weight)
+    )
     expected = torch.autograd.grad(define(case, normalizer=2.0).each.sum(), case.leaves())
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -121,11 +166,22 @@ def _by_backward(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 def test_follows_autocast(implementation: str) -> None:
     case = make_case(10, bias=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = linear_cross_entropy(case.hidden.bfloat16(), case.weight, case.targets, bias=case.bias, implementation=implementation)
+        out = linear_cross_entropy(
+            case.hidden.bfloat16(),
+            case.weight,
+            case.targets,
+            bias=case.bias,
+            implementation=implementation,
+        )
     assert out.loss.dtype == torch.float32
     out.loss.backward()
     assert case.weight.grad.dtype == torch.float32
-    torch.testing.assert_close(out.loss, linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias).loss, rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        out.loss,
+        linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias).loss,
+        rtol=1e-2,
+        atol=0,
+    )
 
 
 def test_chunks_change_only_the_last_bits() -> None:
@@ -134,8 +190,14 @@ def test_chunks_change_only_the_last_bits() -> None:
     for chunk in (1, 7, 16, 49, 50, 1000):
         out = linear_cross_entropy(case.hidden, case.weight, case.targets, chunk_tokens=chunk)
         torch.testing.assert_close(out.nats, whole.nats, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(torch.autograd.grad(out.loss, case.weight)[0], torch.autograd.grad(
-            linear_cross_entropy(case.hidden, case.weight, case.targets).loss, case.weight)[0], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            torch.autograd.grad(out.loss, case.weight)[0],
+            torch.autograd.grad(
+                linear_cross_entropy(case.hidden, case.weight, case.targets).loss, case.weight
+            )[0],
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 def test_same_inputs_give_the_same_bits() -> None:
@@ -149,11 +211,14 @@ def test_same_inputs_give_the_same_bits() -> None:
 
 def test_more_logits_than_32_bits_can_count() -> None:
     """8,200 tokens of 262,144 entries are 2^31 logits: the last ones must be as good as the first."""
-    hidden, weight = torch.linspace(-1, 1, 8200).unsqueeze(1), torch.linspace(-2, 2, 262144).unsqueeze(1)
+    hidden = torch.linspace(-1, 1, 8200).unsqueeze(1)
+    weight = torch.linspace(-2, 2, 262144).unsqueeze(1)
     targets = torch.arange(8200) * 31
     out = linear_cross_entropy(hidden, weight, targets)
     few = slice(8190, 8200)
-    expected = torch.nn.functional.cross_entropy((hidden[few] @ weight.T).double(), targets[few], reduction="none")
+    expected = torch.nn.functional.cross_entropy(
+        (hidden[few] @ weight.T).double(), targets[few], reduction="none"
+    )
     torch.testing.assert_close(out.nats[few].double(), expected, rtol=1e-6, atol=0)
 
 
@@ -180,18 +245,35 @@ def test_peak_memory_is_bounded_by_the_budget() -> None:
     assert peaks["ours"] < 32 * 2**20 + gradients + 16 * 2**20, peaks
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"hidden": torch.zeros(4, 7)}, "do not fit"), ({"weight": torch.zeros(9, 8, dtype=torch.float64)}, "one floating dtype"),
-    ({"targets": torch.zeros(3, dtype=torch.long)}, "targets must be"), ({"targets": torch.zeros(4, 0, dtype=torch.long)}, "targets must be"),
-    ({"targets": torch.zeros(4)}, "int64"), ({"token_weights": torch.zeros(4, 1)}, "token_weights must be"), ({"bias": torch.zeros(8)}, "bias must be"),
-    ({"softcap": 0.0}, "softcap"), ({"label_smoothing": 1.0}, "label_smoothing"), ({"reduction": "mean"}, "reduction"),
-    ({"gradient": "exact"}, "gradient"), ({"chunk_tokens": 0}, "chunk_tokens"), ({"workspace_bytes": 0}, "workspace_bytes"),
-    ({"logits_dtype": torch.float16}, "logits_dtype"), ({"implementation": "cuda"}, "there are auto, reference, torch, triton"),
-    ({"workspace_bytes": 100}, "give at least that"), ({"targets": torch.tensor([0, 9, 1, 1])}, "target 9 is not in the vocabulary of 9"),
-    ({"targets": torch.tensor([0, -1, 1, 1])}, "target -1 is not in the vocabulary of 9"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 7)}, "do not fit"),
+        ({"weight": torch.zeros(9, 8, dtype=torch.float64)}, "one floating dtype"),
+        ({"targets": torch.zeros(3, dtype=torch.long)}, "targets must be"),
+        ({"targets": torch.zeros(4, 0, dtype=torch.long)}, "targets must be"),
+        ({"targets": torch.zeros(4)}, "int64"),
+        ({"token_weights": torch.zeros(4, 1)}, "token_weights must be"),
+        ({"bias": torch.zeros(8)}, "bias must be"),
+        ({"softcap": 0.0}, "softcap"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"reduction": "mean"}, "reduction"),
+        ({"gradient": "exact"}, "gradient"),
+        ({"chunk_tokens": 0}, "chunk_tokens"),
+        ({"workspace_bytes": 0}, "workspace_bytes"),
+        ({"logits_dtype": torch.float16}, "logits_dtype"),
+        ({"implementation": "cuda"}, "there are auto, reference, torch, triton"),
+        ({"workspace_bytes": 100}, "give at least that"),
+        ({"targets": torch.tensor([0, 9, 1, 1])}, "target 9 is not in the vocabulary of 9"),
+        ({"targets": torch.tensor([0, -1, 1, 1])}, "target -1 is not in the vocabulary of 9"),
+    ],
+)
 def test_mistakes_are_named(change: dict, message: str) -> None:
-    arguments = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(9, 8), "targets": torch.zeros(4, dtype=torch.long)} | change
+    arguments = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(9, 8),
+        "targets": torch.zeros(4, dtype=torch.long),
+    } | change
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)
 
@@ -204,7 +286,12 @@ def test_a_target_outside_the_vocabulary_is_nan_in_the_kernel() -> None:
     targets = torch.tensor([[3], [9], [-2], [-1]])
     found = Statistics.empty(4, 1, torch.float32, torch.device("cpu"), False)
     rows_triton.work(torch.zeros(4, 64)[:, :9], None, None, targets, None, found, None, False)
-    assert found.nats[0].isfinite() and found.nats[1].isnan() and found.nats[2].isnan() and found.nats[3] == 0
+    assert (
+        found.nats[0].isfinite()
+        and found.nats[1].isnan()
+        and found.nats[2].isnan()
+        and found.nats[3] == 0
+    )
 
 
 def test_scaling_kernel_changes_the_type_in_place() -> None:

@@ -19,7 +19,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 def usable(table: dict, dtype: torch.dtype) -> list[str]:
     """Implementations for CUDA that this process can use; flash-attn takes 16-bit types only."""
-    return [n for n, i in table.items() if not i.lacks("cuda", ()) and (n != "flash_attn" or dtype == torch.bfloat16)]
+    return [
+        n
+        for n, i in table.items()
+        if not i.lacks("cuda", ()) and (n != "flash_attn" or dtype == torch.bfloat16)
+    ]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -27,11 +31,22 @@ def test_attention_agrees_with_the_cpu_reference(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 96, h, 64, generator=generator) for h in (4, 2, 2))
     ids = torch.tensor([[0] * 40 + [1] * 56, [0] * 96], dtype=torch.int32)
-    expected = attention(q, k, v, documents=PackedDocuments.from_document_ids(ids), implementation="reference")
+    expected = attention(
+        q, k, v, documents=PackedDocuments.from_document_ids(ids), implementation="reference"
+    )
     for name in usable(ATTENTION, dtype):
-        found = attention(*(t.cuda().to(dtype) for t in (q, k, v)),
-                          documents=PackedDocuments.from_document_ids(ids.cuda()), implementation=name)
-        torch.testing.assert_close(found.float().cpu(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], msg=lambda m, n=name: f"{n}: {m}")
+        found = attention(
+            *(t.cuda().to(dtype) for t in (q, k, v)),
+            documents=PackedDocuments.from_document_ids(ids.cuda()),
+            implementation=name,
+        )
+        torch.testing.assert_close(
+            found.float().cpu(),
+            expected,
+            atol=TOLERANCE[dtype],
+            rtol=TOLERANCE[dtype],
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -43,30 +58,55 @@ def test_attention_is_causal(dtype: torch.dtype) -> None:
 def test_attention_beyond_32_bit_offsets() -> None:
     """2.4e9 elements of queries: the last row is as good as alone, forward and backward."""
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(9, 65536, h, 256, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (16, 1, 1))
+    q, k, v = (
+        torch.randn(
+            9, 65536, h, 256, generator=generator, device="cuda", dtype=torch.bfloat16
+        ).requires_grad_()
+        for h in (16, 1, 1)
+    )
     out = attention(q, k, v, window=64, implementation="triton")
     whole = torch.autograd.grad(out.sum(), (q, k, v))
     last = [t.detach()[-1:].requires_grad_() for t in (q, k, v)]
     alone = attention(*last, window=64, implementation="triton")
     assert torch.equal(out[-1:], alone)
-    assert all(torch.equal(a[-1:], b) for a, b in zip(whole, torch.autograd.grad(alone.sum(), last), strict=True))
+    assert all(
+        torch.equal(a[-1:], b)
+        for a, b in zip(whole, torch.autograd.grad(alone.sum(), last), strict=True)
+    )
 
 
 @pytest.mark.parametrize("length", [1, 127, 4097, 131072])
 def test_attention_of_any_length(length: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(1, length, h, 64, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (2, 1, 1))
+    q, k, v = (
+        torch.randn(
+            1, length, h, 64, generator=generator, device="cuda", dtype=torch.bfloat16
+        ).requires_grad_()
+        for h in (2, 1, 1)
+    )
     found, expected = (attention(q, k, v, implementation=name) for name in ("triton", "sdpa"))
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
-    for a, b in zip(*(torch.autograd.grad(out.sum(), (q, k, v)) for out in (found, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(out.sum(), (q, k, v)) for out in (found, expected)), strict=True
+    ):
         assert (a - b).float().norm() <= 0.02 * b.float().norm()
 
 
 def test_attention_never_waits_for_the_device() -> None:
-    q, k, v = (torch.randn(2, 300, h, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (4, 2, 2))
+    q, k, v = (
+        torch.randn(2, 300, h, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for h in (4, 2, 2)
+    )
     ids = torch.randint(0, 2, (2, 300), device="cuda").cumsum(1)
     for _ in range(2):  # the first one compiles, and runs the self-test
-        attention(q, k, v, documents=PackedDocuments.from_document_ids(ids), window=50, implementation="triton").sum().backward()
+        attention(
+            q,
+            k,
+            v,
+            documents=PackedDocuments.from_document_ids(ids),
+            window=50,
+            implementation="triton",
+        ).sum().backward()
         torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
     assert q.grad.isfinite().all()
@@ -74,20 +114,43 @@ def test_attention_never_waits_for_the_device() -> None:
 
 def loss_inputs(n: int, d: int, v: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(0)
-    hidden, weight = (torch.randn(r, d, generator=generator, device="cuda").bfloat16() for r in (n, v))
-    return hidden.requires_grad_(), (weight / d**0.5).detach().requires_grad_(), torch.randint(0, v, (n,), generator=generator, device="cuda")
+    hidden, weight = (
+        torch.randn(r, d, generator=generator, device="cuda").bfloat16() for r in (n, v)
+    )
+    return (
+        hidden.requires_grad_(),
+        (weight / d**0.5).detach().requires_grad_(),
+        torch.randint(0, v, (n,), generator=generator, device="cuda"),
+    )
 
 
 @pytest.mark.parametrize(("mode", "budget"), [("precise", 2048), ("precise", 512), ("small", 2048)])
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
-def test_loss_stays_within_its_budget(mode: str, budget: int, logits_dtype: torch.dtype | None) -> None:
+def test_loss_stays_within_its_budget(
+    mode: str, budget: int, logits_dtype: torch.dtype | None
+) -> None:
     n, d, v = 4096, 1024, 65539
     hidden, weight, targets = loss_inputs(n, d, v)
-    plan = plan_chunks(n, d, v, logits_bytes=4 if logits_dtype else 2, gradient_bytes=2, budget=budget * MIB, mode=mode)
+    plan = plan_chunks(
+        n,
+        d,
+        v,
+        logits_bytes=4 if logits_dtype else 2,
+        gradient_bytes=2,
+        budget=budget * MIB,
+        mode=mode,
+    )
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        linear_cross_entropy(hidden, weight, targets, gradient=mode, workspace_bytes=budget * MIB, logits_dtype=logits_dtype).loss.backward()
+        linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            gradient=mode,
+            workspace_bytes=budget * MIB,
+            logits_dtype=logits_dtype,
+        ).loss.backward()
 
     step()  # cuBLAS and Triton set themselves up
     hidden.grad = weight.grad = None
@@ -110,7 +173,15 @@ def test_loss_never_waits_for_the_device(reduction: str) -> None:
     for _ in range(2):  # the first one compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            out = linear_cross_entropy(hidden, weight, targets, normalizer=normalizer, reduction=reduction, z_loss=1e-4, chunk_tokens=128)
+            out = linear_cross_entropy(
+                hidden,
+                weight,
+                targets,
+                normalizer=normalizer,
+                reduction=reduction,
+                z_loss=1e-4,
+                chunk_tokens=128,
+            )
             (out.loss.sum() * 0.5).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -134,4 +205,6 @@ def test_loss_gives_the_same_bits() -> None:
         hidden, weight, targets = loss_inputs(3000, 128, 50257)
         out = linear_cross_entropy(hidden, weight, targets, gradient="small", chunk_tokens=1024)
         found.append((out.loss.detach(), *torch.autograd.grad(out.loss, (hidden, weight))))
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )

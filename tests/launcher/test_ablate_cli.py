@@ -24,7 +24,12 @@ CODE = {"name": "code-8", "overrides": ["objective.domain_weights.code=8"]}
 
 def write_ablation(folder: Path, data: Path, **changes: Any) -> Path:
     (folder / "base.yaml").write_text(to_yaml(tiny(data, folder)))
-    values = {"base": "base.yaml", "dir": str(folder / "ablation"), "baseline": {"name": "equal", "overrides": []}, "variants": [CODE]} | changes
+    values = {
+        "base": "base.yaml",
+        "dir": str(folder / "ablation"),
+        "baseline": {"name": "equal", "overrides": []},
+        "variants": [CODE],
+    } | changes
     path = folder / "ablation.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -34,21 +39,50 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
     return {"variants": [CODE, {"name": name, "overrides": list(overrides)}]}
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"variant": []}, "variant: Extra inputs are not permitted; an ablation has base, dir, overrides, seeds, baseline, variants"),
-    ({"seeds": [1, 1]}, "seeds: Value error, [1, 1] has a seed twice"),
-    (variant("code-8", "train.steps=7"), "two variants have the name code-8"),
-    (variant("same", "objective.domain_weights.prose=1"), "variants.1: same is the same run as equal"),
-    (variant("again", "objective.domain_weights.code=8.0"), "variants.1: again is the same run as code-8"),
-    (variant("seed", "run.seed=4"), "seed: run.seed=4: names and folders follow from the variant's name, seeds are the file's `seeds`"),
-    (variant("typo", "model.widht=48"), "typo: .*base.yaml: unknown key model.widht"),
-    (variant("poetry", "objective.domain_weights.poetry=2"), "poetry: objective.domain_weights names domain 'poetry'; .* has code, prose"),
-    ({"base": "none.yaml"}, "none.yaml does not exist"),
-], ids=lambda value: value[:24] if isinstance(value, str) else "")
-def test_mistakes_in_ablations(tmp_path: Path, dataset: Path, changes: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"variant": []},
+            (
+                "variant: Extra inputs are not permitted; an ablation has base, dir, overrides,"
+                " seeds, baseline, variants"
+            ),
+        ),
+        ({"seeds": [1, 1]}, "seeds: Value error, [1, 1] has a seed twice"),
+        (variant("code-8", "train.steps=7"), "two variants have the name code-8"),
+        (
+            variant("same", "objective.domain_weights.prose=1"),
+            "variants.1: same is the same run as equal",
+        ),
+        (
+            variant("again", "objective.domain_weights.code=8.0"),
+            "variants.1: again is the same run as code-8",
+        ),
+        (
+            variant("seed", "run.seed=4"),
+            (
+                "seed: run.seed=4: names and folders follow from the variant's name, seeds are the"
+                " file's `seeds`"
+            ),
+        ),
+        (variant("typo", "model.widht=48"), "typo: .*base.yaml: unknown key model.widht"),
+        (
+            variant("poetry", "objective.domain_weights.poetry=2"),
+            "poetry: objective.domain_weights names domain 'poetry'; .* has code, prose",
+        ),
+        ({"base": "none.yaml"}, "none.yaml does not exist"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_mistakes_in_ablations(
+    tmp_path: Path, dataset: Path, changes: dict[str, Any], words: str
+) -> None:
     path = write_ablation(tmp_path, dataset, **changes)
     done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and str(path) in done.stderr, done.output
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and str(path) in done.stderr, (
+        done.output
+    )
     assert re.search(words.replace("[", r"\["), done.stderr), done.stderr
     assert not (tmp_path / "ablation").exists()
 
@@ -56,25 +90,46 @@ def test_mistakes_in_ablations(tmp_path: Path, dataset: Path, changes: dict[str,
 def test_a_folder_of_another_run_is_refused(tmp_path: Path, dataset: Path) -> None:
     path, folder = write_ablation(tmp_path, dataset), tmp_path / "ablation" / "equal-s0"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(tiny(dataset, folder, run={"name": "equal-s0"}, optimizer={"lr": 0.1})))
+    (folder / "config.yaml").write_text(
+        to_yaml(tiny(dataset, folder, run={"name": "equal-s0"}, optimizer={"lr": 0.1}))
+    )
     done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
-    assert done.exit_code == 2 and f"{folder} holds a run of another config than equal-s0 (optimizer.lr: 0.1 -> 0.003)" in done.stderr, done.output
+    assert (
+        done.exit_code == 2
+        and f"{folder} holds a run of another config than equal-s0 (optimizer.lr: 0.1 -> 0.003)"
+        in done.stderr
+    ), done.output
 
 
 @pytest.mark.slow
 def test_a_whole_ablation(tmp_path: Path, dataset: Path) -> None:
-    """A weight of 8 on code for six steps: a baseline and a variant are trained; after that nothing is, nor scored again."""
+    """A weight of 8 on code for six steps: a baseline and a variant are trained.
+
+    After that nothing is, nor scored again.
+    """
     path = write_ablation(tmp_path, dataset)
     command = [sys.executable, "-m", "launcher.cli", "ablate", str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert first.returncode == 0 and [line.split()[3] for line in first.stdout.splitlines() if "===" in line] == ["equal-s0:", "code-8-s0:"], first.stderr
-    assert "code-8: objective.domain_weights.code 1.0 -> 8.0" in first.stdout and first.stdout.count("scoring ") == 2
+    assert first.returncode == 0 and [
+        line.split()[3] for line in first.stdout.splitlines() if "===" in line
+    ] == ["equal-s0:", "code-8-s0:"], first.stderr
+    assert (
+        "code-8: objective.domain_weights.code 1.0 -> 8.0" in first.stdout
+        and first.stdout.count("scoring ") == 2
+    )
     written = (tmp_path / "ablation" / "ablation.json").read_text()
     result = json.loads(written)
     found = result["variants"][0]
-    assert found["domains"]["code"]["difference"] != 0 and result["baseline"]["changes"] == {} and result["step"] == 6
-    assert f"{found['domains']['code']['difference']:+.4f}" in first.stdout and (tmp_path / "ablation" / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+    assert (
+        found["domains"]["code"]["difference"] != 0
+        and result["baseline"]["changes"] == {}
+        and result["step"] == 6
+    )
+    assert (
+        f"{found['domains']['code']['difference']:+.4f}" in first.stdout
+        and (tmp_path / "ablation" / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+    )
     again = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
     assert again.exit_code == 0 and "===" not in again.output and "scoring" not in again.output
     assert (tmp_path / "ablation" / "ablation.json").read_text() == written

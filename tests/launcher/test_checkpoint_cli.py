@@ -34,7 +34,10 @@ def test_a_table_of_what_is_there_newest_first(places: tuple[Path, str], tmp_pat
     for place in (*places, tmp_path / "mirror", places[0] / "checkpoints"):
         result = nextpt("list", place)
         lines = [line for line in result.stdout.splitlines() if "step-" in line]
-        assert result.exit_code == 0 and [line.split()[:2] for line in lines] == [["2", "2"], ["1", "1"]]
+        assert result.exit_code == 0 and [line.split()[:2] for line in lines] == [
+            ["2", "2"],
+            ["1", "1"],
+        ]
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -46,7 +49,11 @@ def test_verify_finds_one_flipped_bit(places: tuple[Path, str], which: int, tmp_
     data[5] ^= 1
     damaged.write_bytes(data)
     result = nextpt("verify", place)
-    assert result.exit_code == 65 and "state.json is damaged" in " ".join(result.stdout.split()) and result.stdout.count("whole") == 1
+    assert (
+        result.exit_code == 65
+        and "state.json is damaged" in " ".join(result.stdout.split())
+        and result.stdout.count("whole") == 1
+    )
     assert nextpt("verify", place, "--step", 1).exit_code == 0
 
 
@@ -64,9 +71,14 @@ def test_fetch_takes_the_newest_whole_one(places: tuple[Path, str], tmp_path: Pa
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, told in [
-        (("list", tmp_path / "none"), "is not a folder"), (("list", tmp_path / "empty"), "holds no checkpoint"),
-        (("verify", tmp_path / "empty", "--step", 3), "holds no checkpoint of step 3; there are: none"),
-        (("list", "nosuch://bucket/run"), "expected a path, s3://"), (("fetch", f"file://{tmp_path}/none", "--output", tmp_path / "x"), "holds no checkpoint"),
+        (("list", tmp_path / "none"), "is not a folder"),
+        (("list", tmp_path / "empty"), "holds no checkpoint"),
+        (
+            ("verify", tmp_path / "empty", "--step", 3),
+            "holds no checkpoint of step 3; there are: none",
+        ),
+        (("list", "nosuch://bucket/run"), "expected a path, s3://"),
+        (("fetch", f"file://{tmp_path}/none", "--output", tmp_path / "x"), "holds no checkpoint"),
     ]:
         result = nextpt(*arguments)
         assert result.exit_code == 2 and told in result.stderr, result.output

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,17 +25,45 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    return subprocess.run([sys.executable, "-m", "launcher.cli", *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
 
 
-@pytest.mark.parametrize("command", [[], ["prep"], ["prep", "stdlib"], ["prep", "shards"], ["train"], ["eval"], ["generate"], ["inspect"],
-                                     ["config"], ["config", "show"], ["report"], ["doctor"], ["plan"], ["demo"],
-                                     ["memorization", "plant"], ["memorization", "canaries"], ["memorization", "extract"],
-                                     ["memorization", "contamination"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["prep"],
+        ["prep", "stdlib"],
+        ["prep", "shards"],
+        ["train"],
+        ["eval"],
+        ["generate"],
+        ["inspect"],
+        ["config"],
+        ["config", "show"],
+        ["report"],
+        ["doctor"],
+        ["plan"],
+        ["demo"],
+        ["memorization", "plant"],
+        ["memorization", "canaries"],
+        ["memorization", "extract"],
+        ["memorization", "contamination"],
+    ],
+)
 def test_help(command: list[str]) -> None:
     done = nextpt(*command, "--help")
     assert done.returncode == 0 and "Usage" in done.stdout
-    if len(command) > 1 or command and command[0] in ("train", "eval", "generate", "inspect", "report", "doctor", "plan"):
+    if len(command) > 1 or (
+        command
+        and command[0] in ("train", "eval", "generate", "inspect", "report", "doctor", "plan")
+    ):
         assert "example: nextpt" in done.stdout
 
 
@@ -53,22 +81,65 @@ def test_every_shipped_config_loads_and_has_about_the_parameters_of_its_name(pat
 def test_config_show_prints_derived_figures() -> None:
     done = nextpt("config", "show", "configs/7b.yaml", "train.zero_stage=3", "--ranks", "64")
     assert done.returncode == 0, done.stderr
-    for words in ("vocab_size: 65536", "parameters                     7,516,459,008", "tokens per step", "memory per rank", "ZeRO-3"):
+    for words in (
+        "vocab_size: 65536",
+        "parameters                     7,516,459,008",
+        "tokens per step",
+        "memory per rank",
+        "ZeRO-3",
+    ):
         assert words in done.stdout
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["config", "show", "configs/demo.yaml", "model.dept=3"], ["unknown key model.dept", "model.depth"]),
-    (["config", "show", "configs/demo.yaml", "model.depth=0"], ["model.depth = 0", "greater than or equal to 1"]),
-    (["config", "show", "configs/none.yaml"], ["configs/none.yaml does not exist"]),
-    (["config", "show", "configs/demo.yaml", "--ranks", "3"], ["train.global_batch_size", "4 x 3 = 12"]),
-    (["train", "--config", "configs/demo.yaml", "train.zero_stage=0", "train.precision=bf16"], ["train.zero_stage=1"]),
-    (["eval", "--run", "nowhere"], ["run folder nowhere does not exist"]),
-    (["generate", "--run", "nowhere"], ["run folder nowhere does not exist"]),
-    (["inspect", "--run", "nowhere", "--prompt", "a"], ["run folder nowhere does not exist"]),
-    (["prep", "shards", "a=nowhere", "--output", "x", "--sequence-length", "8", "--vocab-size", "300"], ["nowhere does not exist"]),
-    (["prep", "shards", "nowhere", "--output", "x", "--sequence-length", "8"], ["DOMAIN=PLACE"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["config", "show", "configs/demo.yaml", "model.dept=3"],
+            ["unknown key model.dept", "model.depth"],
+        ),
+        (
+            ["config", "show", "configs/demo.yaml", "model.depth=0"],
+            ["model.depth = 0", "greater than or equal to 1"],
+        ),
+        (["config", "show", "configs/none.yaml"], ["configs/none.yaml does not exist"]),
+        (
+            ["config", "show", "configs/demo.yaml", "--ranks", "3"],
+            ["train.global_batch_size", "4 x 3 = 12"],
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "configs/demo.yaml",
+                "train.zero_stage=0",
+                "train.precision=bf16",
+            ],
+            ["train.zero_stage=1"],
+        ),
+        (["eval", "--run", "nowhere"], ["run folder nowhere does not exist"]),
+        (["generate", "--run", "nowhere"], ["run folder nowhere does not exist"]),
+        (["inspect", "--run", "nowhere", "--prompt", "a"], ["run folder nowhere does not exist"]),
+        (
+            [
+                "prep",
+                "shards",
+                "a=nowhere",
+                "--output",
+                "x",
+                "--sequence-length",
+                "8",
+                "--vocab-size",
+                "300",
+            ],
+            ["nowhere does not exist"],
+        ),
+        (
+            ["prep", "shards", "nowhere", "--output", "x", "--sequence-length", "8"],
+            ["DOMAIN=PLACE"],
+        ),
+    ],
+)
 def test_mistakes_end_with_one_line(arguments: list[str], words: list[str]) -> None:
     done = nextpt(*arguments)
     assert done.returncode == 2
@@ -81,10 +152,19 @@ def test_mistakes_end_with_one_line(arguments: list[str], words: list[str]) -> N
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run made by the deepspeed launcher on two ranks."""
     root = tmp_path_factory.mktemp("launched")
-    config = tiny(dataset, root / "run", validation={"every_steps": 3, "rows": 8}, checkpoint={"every_steps": 3})
+    config = tiny(
+        dataset,
+        root / "run",
+        validation={"every_steps": 3, "rows": 8},
+        checkpoint={"every_steps": 3},
+    )
     (root / "tiny.yaml").write_text(to_yaml(config))
-    done = subprocess.run(train_command(str(root / "tiny.yaml"), ["train.zero_stage=2"], 2, free_port()),
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        train_command(str(root / "tiny.yaml"), ["train.zero_stage=2"], 2, free_port()),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 6/6" in done.stdout and "held out, step 3" in done.stdout
     return root / "run"
@@ -92,28 +172,61 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_folder_has_its_fixed_form(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} == {
-        "checkpoints", "config.yaml", "environment.json", "exit.json", "lock-1.json", "metrics.jsonl", "tokenizer.json"}
-    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step-000000003", "step-000000006"]
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "exit.json",
+        "lock-1.json",
+        "metrics.jsonl",
+        "tokenizer.json",
+    }
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == [
+        "step-000000003",
+        "step-000000006",
+    ]
     events = read_events(trained / "metrics.jsonl", "train")
     assert [e["step"] for e in events] == list(range(1, 7))
-    assert {"step", "tokens", "loss", "bpb", "lr", "grad_norm", "tokens_per_second"} <= events[0].keys()
+    assert {"step", "tokens", "loss", "bpb", "lr", "grad_norm", "tokens_per_second"} <= events[
+        0
+    ].keys()
     assert load_config(trained / "config.yaml").train.zero_stage == 2
 
 
-def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(trained: Path, tmp_path: Path) -> None:
-    """Through the deepspeed launcher, so that a script which starts runs can tell; and nothing is trained from step 0."""
+def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(
+    trained: Path, tmp_path: Path
+) -> None:
+    """Through the deepspeed launcher, so that a script which starts runs can tell.
+
+    And nothing is trained from step 0.
+    """
     shutil.copytree(trained, tmp_path / "run")
     for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
         state.write_text("{}")
     before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    done = nextpt("train", "--config", str(tmp_path / "run" / "config.yaml"), "--ranks", "2", f"run.dir={tmp_path / 'run'}")
+    done = nextpt(
+        "train",
+        "--config",
+        str(tmp_path / "run" / "config.yaml"),
+        "--ranks",
+        "2",
+        f"run.dir={tmp_path / 'run'}",
+    )
     assert done.returncode == 65, done.stderr
-    assert done.stderr.startswith("error: checkpoint ") and done.stderr.count("\n") == 1 and "does not start from nothing" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before and len(before) == 2
+    assert (
+        done.stderr.startswith("error: checkpoint ")
+        and done.stderr.count("\n") == 1
+        and "does not start from nothing" in done.stderr
+    )
+    assert (
+        sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
+        and len(before) == 2
+    )
 
 
 def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
-    done = nextpt("eval", "--run", str(trained), "--json", str(tmp_path / "out.json"), "--compressors")
+    done = nextpt(
+        "eval", "--run", str(trained), "--json", str(tmp_path / "out.json"), "--compressors"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     for figures in (*result["domains"].values(), result["total"]):
@@ -123,18 +236,46 @@ def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
 
 
 def test_generate_continues_a_prompt(trained: Path) -> None:
-    first, again = (nextpt("generate", "--run", str(trained), "--prompt", "def f", "--max-tokens", "20", "--seed", "5") for _ in "12")
+    first, again = (
+        nextpt(
+            "generate",
+            "--run",
+            str(trained),
+            "--prompt",
+            "def f",
+            "--max-tokens",
+            "20",
+            "--seed",
+            "5",
+        )
+        for _ in "12"
+    )
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("def f") and len(first.stdout) > 8 and first.stdout == again.stdout
-    assert nextpt("generate", "--run", str(trained), "--step", "4").stderr.count("there are: 6, 3") == 1
+    assert (
+        first.stdout.startswith("def f") and len(first.stdout) > 8 and first.stdout == again.stdout
+    )
+    assert (
+        nextpt("generate", "--run", str(trained), "--step", "4").stderr.count("there are: 6, 3")
+        == 1
+    )
 
 
 def test_report_of_a_real_run(trained: Path, tmp_path: Path) -> None:
-    assert nextpt("generate", "--run", str(trained), "--prompt", "import", "--max-tokens", "5", "--save").returncode == 0
+    assert (
+        nextpt(
+            "generate", "--run", str(trained), "--prompt", "import", "--max-tokens", "5", "--save"
+        ).returncode
+        == 0
+    )
     done = nextpt("report", str(trained), "--output", str(tmp_path / "r.html"))
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "r.html").read_text()
-    assert "complete" in page and ">import</span>" in page and "step-000000006" in page and "2 x " in page
+    assert (
+        "complete" in page
+        and ">import</span>" in page
+        and "step-000000006" in page
+        and "2 x " in page
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -145,16 +286,43 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_an_interrupt_ends_all_ranks_with_one_line(dataset: Path, tmp_path: Path, number: int) -> None:
-    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000})))
-    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2"], cwd=ROOT,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell ignores it for "&"
+def test_an_interrupt_ends_all_ranks_with_one_line(
+    dataset: Path, tmp_path: Path, number: int
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(
+        to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000}))
+    )
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "launcher.cli",
+            "train",
+            "--config",
+            str(tmp_path / "tiny.yaml"),
+            "--ranks",
+            "2",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell ignores it for "&"
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     wait_for(lambda: len(read_events(tmp_path / "run" / "metrics.jsonl", "train")) > 3)
     job.send_signal(number)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 130 and errors.strip() == "interrupted; nothing is half-written, and the same command goes on"
-    ranks = [p for p in Path("/proc").iterdir() if p.name.isdigit() and str(tmp_path / "tiny.yaml").encode() in _command(p)]
+    assert (
+        job.returncode == 130
+        and errors.strip() == "interrupted; nothing is half-written, and the same command goes on"
+    )
+    ranks = [
+        p
+        for p in Path("/proc").iterdir()
+        if p.name.isdigit() and str(tmp_path / "tiny.yaml").encode() in _command(p)
+    ]
     assert ranks == []
 
 
@@ -166,15 +334,42 @@ def _command(process: Path) -> bytes:
 
 
 def test_a_killed_rank_is_told(dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000})))
-    job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2",
-                            "--restarts", "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "tiny.yaml").write_text(
+        to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000}))
+    )
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "launcher.cli",
+            "train",
+            "--config",
+            str(tmp_path / "tiny.yaml"),
+            "--ranks",
+            "2",
+            "--restarts",
+            "0",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: len(read_events(tmp_path / "run" / "metrics.jsonl", "train")) > 3)
-    [rank] = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and b"--local_rank=1\0" in (c := _command(p))
-              and str(tmp_path / "tiny.yaml").encode() in c and b"launch.py" not in c]
+    [rank] = [
+        int(p.name)
+        for p in Path("/proc").iterdir()
+        if p.name.isdigit()
+        and b"--local_rank=1\0" in (c := _command(p))
+        and str(tmp_path / "tiny.yaml").encode() in c
+        and b"launch.py" not in c
+    ]
     os.kill(rank, signal.SIGKILL)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 137 and "ended by signal 9 (Killed), most likely because memory ran out" in errors, errors[-2000:]
+    assert (
+        job.returncode == 137
+        and "ended by signal 9 (Killed), most likely because memory ran out" in errors
+    ), errors[-2000:]
     assert "Traceback" not in errors, errors[-2000:]
 
 
@@ -186,9 +381,25 @@ def test_a_taken_port_is_named(dataset: Path, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = subprocess.run([sys.executable, str(ROOT / "launcher/run.py"), "--config", str(tmp_path / "tiny.yaml")],
-                              capture_output=True, text=True, env=environment, timeout=120)
+        environment = os.environ | {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "launcher/run.py"),
+                "--config",
+                str(tmp_path / "tiny.yaml"),
+            ],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+        )
     assert done.returncode == 2
     error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and f"127.0.0.1:{port}" in error[0] and "--master_port" in error[0]
@@ -197,8 +408,13 @@ def test_a_taken_port_is_named(dataset: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [1.0, 4.0, 7.0, 9.0, 10.0, 11.0, 12.0])
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(dataset: Path, trained: Path, tmp_path: Path, delay: float) -> None:
-    """Every process of the job dies at once; the same command then ends with the metrics of a run that was let be."""
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
+    dataset: Path, trained: Path, tmp_path: Path, delay: float
+) -> None:
+    """Every process of the job dies at once.
+
+    The same command then ends with the metrics of a run that was let be.
+    """
     changes = {"validation": {"every_steps": 3, "rows": 8}, "checkpoint": {"every_steps": 3}}
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", **changes)))
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
@@ -206,12 +422,21 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(dataset: Path, train
     def command() -> list[str]:
         return train_command(str(tmp_path / "tiny.yaml"), ["train.zero_stage=2"], 2, free_port())
 
-    job = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment)
+    job = subprocess.Popen(
+        command(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
+    )
     time.sleep(delay)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     done = subprocess.run(command(), capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = [[(e["step"], e["loss"]) for e in read_events(run / "metrics.jsonl", "train")] for run in (trained, tmp_path / "run")]
+    losses = [
+        [(e["step"], e["loss"]) for e in read_events(run / "metrics.jsonl", "train")]
+        for run in (trained, tmp_path / "run")
+    ]
     assert losses[0] == losses[1]
     assert not (tmp_path / "extensions").exists(), "something was compiled, and could leave a lock"

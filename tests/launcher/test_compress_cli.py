@@ -27,22 +27,44 @@ def nextpt(*arguments: object) -> tuple[int, str]:
 def test_there_and_back(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes("words and bytes \xff\n".encode("latin-1") * 6)
-    code, output = nextpt("compress", file, "--run", run, "--output", tmp_path / "coded", "--given", file, "--json", tmp_path / "figures.json")
+    code, output = nextpt(
+        "compress",
+        file,
+        "--run",
+        run,
+        "--output",
+        tmp_path / "coded",
+        "--given",
+        file,
+        "--json",
+        tmp_path / "figures.json",
+    )
     assert code == 0 and "this model" in output and "zstd -22" in output, output
     found = json.loads((tmp_path / "figures.json").read_text())
-    assert found["total"] == found["payload"] + found["header"] == (tmp_path / "coded").stat().st_size
-    code, output = nextpt("decompress", tmp_path / "coded", "--run", run, "--output", tmp_path / "back")
+    assert (
+        found["total"] == found["payload"] + found["header"] == (tmp_path / "coded").stat().st_size
+    )
+    code, output = nextpt(
+        "decompress", tmp_path / "coded", "--run", run, "--output", tmp_path / "back"
+    )
     assert code == 0 and (tmp_path / "back").read_bytes() == file.read_bytes(), output
 
 
 def test_an_empty_file(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    assert nextpt("compress", tmp_path / "empty", "--run", run, "--output", tmp_path / "coded")[0] == 0
-    assert nextpt("decompress", tmp_path / "coded", "--run", run, "--output", tmp_path / "back")[0] == 0
+    assert (
+        nextpt("compress", tmp_path / "empty", "--run", run, "--output", tmp_path / "coded")[0] == 0
+    )
+    assert (
+        nextpt("decompress", tmp_path / "coded", "--run", run, "--output", tmp_path / "back")[0]
+        == 0
+    )
     assert (tmp_path / "back").read_bytes() == b""
 
 
-@pytest.mark.parametrize("command", [["compress", "missing"], ["decompress", "missing"], ["decompress", "foreign"]])
+@pytest.mark.parametrize(
+    "command", [["compress", "missing"], ["decompress", "missing"], ["decompress", "foreign"]]
+)
 def test_what_is_refused_leaves_nothing(command: list[str], run: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign").write_bytes(b"PK\3\4")
     code, _ = nextpt(command[0], tmp_path / command[1], "--run", run, "--output", tmp_path / "out")
@@ -53,20 +75,28 @@ def test_a_hugging_face_folder_is_a_model_too(run: Path, tmp_path: Path) -> None
     exported = tmp_path / "exported"
     assert nextpt("export", "hf", "--run", run, "--output", exported)[0] == 0
     (tmp_path / "file").write_bytes(b"some words")
-    code, output = nextpt("compress", tmp_path / "file", "--run", exported, "--output", tmp_path / "coded")
+    code, output = nextpt(
+        "compress", tmp_path / "file", "--run", exported, "--output", tmp_path / "coded"
+    )
     assert code == 0, output
-    code, output = nextpt("decompress", tmp_path / "coded", "--run", exported, "--output", tmp_path / "back")
+    code, output = nextpt(
+        "decompress", tmp_path / "coded", "--run", exported, "--output", tmp_path / "back"
+    )
     assert code == 0 and (tmp_path / "back").read_bytes() == b"some words", output
     code, output = nextpt("generate", "--run", exported, "--prompt", "a", "--max-tokens", 3)
     assert code == 0, output
     assert nextpt("generate", "--run", exported, "--save")[0] == 2
-    code, output = nextpt("inspect", "--run", exported, "--prompt", "some words", "--output", tmp_path / "page")
+    code, output = nextpt(
+        "inspect", "--run", exported, "--prompt", "some words", "--output", tmp_path / "page"
+    )
     assert code == 0 and "at step" not in (tmp_path / "page" / "tokens.html").read_text(), output
     assert nextpt("inspect", "--run", exported, "--prompt", "some words", "--heldout")[0] == 2
 
 
 @pytest.mark.parametrize("output", ["nowhere/out", ".", "file"])
-def test_a_place_that_cannot_be_written_is_told_first(run: Path, tmp_path: Path, output: str) -> None:
+def test_a_place_that_cannot_be_written_is_told_first(
+    run: Path, tmp_path: Path, output: str
+) -> None:
     (tmp_path / "file").write_bytes(b"some words")
     code, _ = nextpt("compress", tmp_path / "file", "--run", run, "--output", tmp_path / output)
     assert code == 2 and (tmp_path / "file").read_bytes() == b"some words"

@@ -19,9 +19,18 @@ def printed(width: int, table: Table) -> list[str]:
 
 @pytest.mark.parametrize("width", [20, 80, 300])
 def test_no_heading_or_figure_is_cut(width: int) -> None:
-    lines = printed(width, small_table("title", ["", *(f"heading {i}" for i in range(12))], [["row of a name", *(f"{10**i:,}" for i in range(12))]]))
+    lines = printed(
+        width,
+        small_table(
+            "title",
+            ["", *(f"heading {i}" for i in range(12))],
+            [["row of a name", *(f"{10**i:,}" for i in range(12))]],
+        ),
+    )
     shown = "\n".join(lines)
-    assert "…" not in shown and all(f"heading {i}" in shown and f" {10**i:,}" in shown for i in range(12))
+    assert "…" not in shown and all(
+        f"heading {i}" in shown and f" {10**i:,}" in shown for i in range(12)
+    )
 
 
 def test_text_is_folded_first() -> None:

@@ -21,20 +21,39 @@ def test_demo_with_a_short_training(tmp_path: Path) -> None:
     config["schedule"] |= {"warmup": 5, "decay": 10}
     config["checkpoint"] |= {"every_steps": 30}
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
-    script = f"import launcher.cli as c, launcher.demo as d, pathlib; d.CONFIG = pathlib.Path({str(tmp_path / 'short.yaml')!r}); c.demo()"
+    script = (
+        "import launcher.cli as c, launcher.demo as d, pathlib; d.CONFIG ="
+        f" pathlib.Path({str(tmp_path / 'short.yaml')!r}); c.demo()"
+    )
 
     def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=500,
-                              env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"})
+        return subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=500,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+        )
 
     first = run()
-    assert first.returncode == 2 and "the model is worse than zlib in code, prose" in first.stderr, first.stderr[-2000:]
+    assert (
+        first.returncode == 2 and "the model is worse than zlib in code, prose" in first.stderr
+    ), first.stderr[-2000:]
     assert first.stdout.count("identical") == 4 and "DIFFERENT" not in first.stdout
-    assert all(words in first.stdout for words in ("training a tokenizer", "packing", "step 60/60", "xz -9e", "perplexity"))
+    assert all(
+        words in first.stdout
+        for words in ("training a tokenizer", "packing", "step 60/60", "xz -9e", "perplexity")
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"short.yaml", "data", "runs"}
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"demo"}
     second = run()
-    assert "made from the same inputs" in second.stdout and "is complete at step 60" in second.stdout
+    assert (
+        "made from the same inputs" in second.stdout and "is complete at step 60" in second.stdout
+    )
     assert second.stdout.count("identical") == 4
-    assert "is there and complete (step 60)" in second.stdout and "To start afresh: rm -r runs/demo data/demo" in second.stdout
+    assert (
+        "is there and complete (step 60)" in second.stdout
+        and "To start afresh: rm -r runs/demo data/demo" in second.stdout
+    )
     assert "=== 5/7" in second.stdout and "evaluating code: done" in second.stdout

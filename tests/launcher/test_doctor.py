@@ -22,8 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "launcher.cli", "doctor", *arguments], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, cwd=ROOT, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        cwd=ROOT,
+        timeout=300,
+    )
 
 
 def subjects(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
@@ -34,12 +40,29 @@ def test_this_machine_is_fit() -> None:
     done = doctor("--json")
     assert done.returncode == 0, done.stdout
     found = subjects(done)
-    assert {"python", "torch", "deepspeed", "numpy", "accelerator", "deepspeed ops", "extension locks", "stale shared memory", "memory",
-            "disk for runs", "port 29500", "package kernels", "open files", "shared memory", "host name"} <= set(found)
+    assert {
+        "python",
+        "torch",
+        "deepspeed",
+        "numpy",
+        "accelerator",
+        "deepspeed ops",
+        "extension locks",
+        "stale shared memory",
+        "memory",
+        "disk for runs",
+        "port 29500",
+        "package kernels",
+        "open files",
+        "shared memory",
+        "host name",
+    } <= set(found)
     assert found["torch"]["status"] == "ok" and ">=2.10" in found["torch"]["found"]
     assert all(f["advice"] for f in found.values() if f["status"] in ("warning", "problem"))
     plain = doctor()
-    assert plain.returncode == 0 and "0 problems" in plain.stdout and "Traceback" not in plain.stderr
+    assert (
+        plain.returncode == 0 and "0 problems" in plain.stdout and "Traceback" not in plain.stderr
+    )
 
 
 def dist(folder: Path, name: str, version: str) -> None:
@@ -52,7 +75,11 @@ def dist(folder: Path, name: str, version: str) -> None:
 def test_a_foreign_kernels_package_is_named(tmp_path: Path) -> None:
     dist(tmp_path, "kernels", "0.9.0")
     found = subjects(doctor("--json", PYTHONPATH=f"{ROOT}:{tmp_path}"))["package kernels"]
-    assert found["status"] == "warning" and "0.9.0" in found["found"] and "pip uninstall kernels" in found["advice"]
+    assert (
+        found["status"] == "warning"
+        and "0.9.0" in found["found"]
+        and "pip uninstall kernels" in found["advice"]
+    )
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n")
     done = doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
@@ -62,25 +89,46 @@ def test_a_foreign_kernels_package_is_named(tmp_path: Path) -> None:
 def test_the_command_line_finds_its_own_kernels_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
-    done = subprocess.run([sys.executable, "-P", "-m", "launcher.cli", "config", "show", "configs/demo.yaml"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "launcher.cli", "config", "show", "configs/demo.yaml"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=ROOT,
+    )
     assert done.returncode == 0 and "# derived" in done.stdout, done.stderr
 
 
 def test_transformers_takes_our_kernels_for_nothing() -> None:
-    script = ("import kernels, transformers, torch; from transformers.utils import is_kernels_available as there\n"
-              "assert 'get_kernel' not in dir(kernels) and not there()\n"
-              "c = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)\n"
-              "print(tuple(transformers.AutoModelForCausalLM.from_config(c)(torch.zeros(1, 4, dtype=torch.long)).logits.shape))\n"
-              "import kernels.attention; print(kernels.__file__)")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.stdout.split("\n")[:2] == ["(1, 4, 64)", str(ROOT / "kernels" / "__init__.py")], done.stderr[-2000:]
+    script = (
+        "import kernels, transformers, torch; from transformers.utils import is_kernels_available"
+        " as there\nassert 'get_kernel' not in dir(kernels) and not there()\nc ="
+        " transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,"
+        " num_hidden_layers=1,"
+        " num_attention_heads=2)\nprint(tuple(transformers.AutoModelForCausalLM.from_config(c)(torch.zeros(1,"
+        " 4, dtype=torch.long)).logits.shape))\nimport kernels.attention; print(kernels.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.stdout.split("\n")[:2] == [
+        "(1, 4, 64)",
+        str(ROOT / "kernels" / "__init__.py"),
+    ], done.stderr[-2000:]
 
 
 def test_versions_outside_the_range_and_missing_packages(tmp_path: Path) -> None:
     dist(tmp_path, "numpy", "2.4.1")
     found = subjects(doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}"))
-    assert found["numpy"]["status"] == "problem" and "2.4.1, outside" in found["numpy"]["found"] and "<2.4" in found["numpy"]["advice"]
+    assert (
+        found["numpy"]["status"] == "problem"
+        and "2.4.1, outside" in found["numpy"]["found"]
+        and "<2.4" in found["numpy"]["advice"]
+    )
     from packaging.requirements import Requirement
 
     missing = software._package(Requirement("nothing-of-the-sort>=3"), optional=False)
@@ -95,24 +143,51 @@ def test_a_library_that_breaks_on_import_is_a_problem_and_not_the_end(tmp_path: 
     done = doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
     found = subjects(done)
     assert done.returncode == 1 and "libcuda is broken" in found["import triton"]["found"]
-    assert "exit code 139" in found["import deepspeed"]["found"] and found["package kernels"]["status"] == "ok"
+    assert (
+        "exit code 139" in found["import deepspeed"]["found"]
+        and found["package kernels"]["status"] == "ok"
+    )
 
 
 CPU = {"cuda_build": None, "cuda": False, "devices": [], "nccl": None}
-GPU = {"cuda_build": "13.0", "cuda": True, "nccl": "2.28.3", "devices": [{"name": "NVIDIA H100", "memory": 80 * 2**30, "capability": [9, 0]}]}
+GPU = {
+    "cuda_build": "13.0",
+    "cuda": True,
+    "nccl": "2.28.3",
+    "devices": [{"name": "NVIDIA H100", "memory": 80 * 2**30, "capability": [9, 0]}],
+}
 
 
-@pytest.mark.parametrize(("torch", "driver", "status", "words"), [
-    (CPU, None, "note", "runs on the CPU"),
-    (CPU, [["NVIDIA H100", "580.1", "81559", "1"]], "problem", "CPU build"),
-    (CPU | {"cuda_build": "13.0"}, [["NVIDIA H100", "470.1", "81559", "1"]], "problem", "470.1"),
-    (CPU | {"cuda_build": "13.0"}, [], "problem", "does not answer"),
-    (GPU, [["NVIDIA H100", "580.1", "81559", "1"]], "ok", "1 x NVIDIA H100, 80 GiB, sm_90; driver 580.1, CUDA 13.0, NCCL 2.28.3"),
-    (GPU, [["NVIDIA H100", "580.1", "81559", "60000"]], "warning", "memory of GPU 0 is in use"),
-])
-def test_accelerators(torch: dict[str, Any], driver: list[list[str]] | None, status: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("torch", "driver", "status", "words"),
+    [
+        (CPU, None, "note", "runs on the CPU"),
+        (CPU, [["NVIDIA H100", "580.1", "81559", "1"]], "problem", "CPU build"),
+        (
+            CPU | {"cuda_build": "13.0"},
+            [["NVIDIA H100", "470.1", "81559", "1"]],
+            "problem",
+            "470.1",
+        ),
+        (CPU | {"cuda_build": "13.0"}, [], "problem", "does not answer"),
+        (
+            GPU,
+            [["NVIDIA H100", "580.1", "81559", "1"]],
+            "ok",
+            "1 x NVIDIA H100, 80 GiB, sm_90; driver 580.1, CUDA 13.0, NCCL 2.28.3",
+        ),
+        (GPU, [["NVIDIA H100", "580.1", "81559", "60000"]], "warning", "memory of GPU 0 is in use"),
+    ],
+)
+def test_accelerators(
+    torch: dict[str, Any], driver: list[list[str]] | None, status: str, words: str
+) -> None:
     found = software.accelerator(torch, driver)
-    assert found.status == status and words in found.found and (found.advice or status in ("ok", "note"))
+    assert (
+        found.status == status
+        and words in found.found
+        and (found.advice or status in ("ok", "note"))
+    )
 
 
 def test_a_lock_is_stale_when_its_compilation_is_dead(tmp_path: Path) -> None:
@@ -124,7 +199,10 @@ def test_a_lock_is_stale_when_its_compilation_is_dead(tmp_path: Path) -> None:
     assert baton.try_acquire()
     assert leftovers.extension_locks(tmp_path).status is Status.OK
     baton.release()
-    script = f"from torch.utils.file_baton import FileBaton as F; import os; assert F({str(lock)!r}).try_acquire(); os._exit(9)"
+    script = (
+        "from torch.utils.file_baton import FileBaton as F; import os; assert"
+        f" F({str(lock)!r}).try_acquire(); os._exit(9)"
+    )
     subprocess.run([sys.executable, "-c", script])
     found = leftovers.extension_locks(tmp_path)
     assert found.status is Status.WARNING and f"rm {lock}" in found.advice
@@ -138,18 +216,29 @@ def shared() -> Iterator[Path]:
 
 
 def test_shared_memory_is_stale_when_nobody_maps_it(shared: Path) -> None:
-    script = ("import mmap, os, sys\nfd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR); os.ftruncate(fd, 2**20)\n"
-              "m = mmap.mmap(fd, 2**20); m[:] = b'x' * 2**20; os.close(fd); os.utime(sys.argv[1], (1e9, 1e9))\n"
-              "print('there', flush=True); sys.stdin.read()")
-    with subprocess.Popen([sys.executable, "-c", script, str(shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    script = (
+        "import mmap, os, sys\nfd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR); os.ftruncate(fd,"
+        " 2**20)\nm = mmap.mmap(fd, 2**20); m[:] = b'x' * 2**20; os.close(fd);"
+        " os.utime(sys.argv[1], (1e9, 1e9))\nprint('there', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(shared)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
         assert holder.stdout.readline() == "there\n"
-        assert str(shared) not in leftovers.stale_shared_memory().advice + leftovers.stale_shared_memory().found
+        assert (
+            str(shared)
+            not in leftovers.stale_shared_memory().advice + leftovers.stale_shared_memory().found
+        )
         holder.stdin.close()
         holder.wait()
     found = leftovers.stale_shared_memory()
     assert found.status is Status.WARNING and str(shared) in found.found
     os.utime(shared, (time.time(), time.time()))
-    assert str(shared) not in leftovers.stale_shared_memory().found  # young: somebody may be about to open it
+    # young: somebody may be about to open it
+    assert str(shared) not in leftovers.stale_shared_memory().found
 
 
 def test_a_taken_port() -> None:
@@ -163,10 +252,18 @@ def test_a_taken_port() -> None:
 
 
 def test_few_open_files() -> None:
-    script = "from launcher.doctor.machine import limits; print(*[f'{f.subject}|{f.status}|{f.advice}' for f in limits()], sep='\\n')"
+    script = (
+        "from launcher.doctor.machine import limits; print(*[f'{f.subject}|{f.status}|{f.advice}'"
+        " for f in limits()], sep='\\n')"
+    )
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard)))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard)),
+    )
     assert "open files|warning|ulimit -n" in done.stdout
 
 
@@ -193,4 +290,7 @@ def test_disks_that_are_full_or_closed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_findings_that_are_not_well_have_advice() -> None:
     found: list[Finding] = machine.examine_machine(Path("runs"), 29500)
-    assert all(f.advice for f in found if f.status in (Status.WARNING, Status.PROBLEM)) and len(found) >= 8
+    assert (
+        all(f.advice for f in found if f.status in (Status.WARNING, Status.PROBLEM))
+        and len(found) >= 8
+    )

@@ -36,10 +36,21 @@ def evaluate(*arguments: str | Path) -> str:
 
 def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
     texts = ["--text", place / "a.txt", "--text", place / "b.txt", "--resamples", "20"]
-    shown = evaluate("--run", place / "run", *texts, "--harness", "--json", place / "run.json", "--plot", place / "run.png")
+    shown = evaluate(
+        "--run",
+        place / "run",
+        *texts,
+        "--harness",
+        "--json",
+        place / "run.json",
+        "--plot",
+        place / "run.png",
+    )
     evaluate("--model", place / "hf", *texts, "--json", place / "hf.json")
     run, exported = (json.loads((place / f"{name}.json").read_text()) for name in ("run", "hf"))
-    assert set(run["domains"]) == {"a.txt", "b.txt"} and run["step"] == 3 and exported["step"] is None
+    assert (
+        set(run["domains"]) == {"a.txt", "b.txt"} and run["step"] == 3 and exported["step"] is None
+    )
     for figures in (*run["domains"].values(), run["total"]):
         assert figures.keys() >= FIXED
     assert run["total"]["bpb_code"] == pytest.approx(exported["total"]["bpb_code"], rel=1e-6)
@@ -48,52 +59,139 @@ def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
 
 
 def test_all_checkpoints_as_a_curve(place: Path) -> None:
-    shown = evaluate("--run", place / "run", "--text", place / "b.txt", "--all-steps", "--json", place / "curve.json", "--plot", place / "c.svg")
+    shown = evaluate(
+        "--run",
+        place / "run",
+        "--text",
+        place / "b.txt",
+        "--all-steps",
+        "--json",
+        place / "curve.json",
+        "--plot",
+        place / "c.svg",
+    )
     curve = json.loads((place / "curve.json").read_text())
-    assert [at["step"] for at in curve["checkpoints"]] == [3] and curve["checkpoints"][0]["total"] == curve["total"]
+    assert [at["step"] for at in curve["checkpoints"]] == [3] and curve["checkpoints"][0][
+        "total"
+    ] == curve["total"]
     assert "bits/byte at every checkpoint" in shown and "<svg" in (place / "c.svg").read_text()
 
 
 def test_tasks_at_one_checkpoint_and_over_all(place: Path) -> None:
     make_run(place / "two", max_position=512)
-    shown = evaluate("--run", place / "two", "--text", place / "a.txt", "--tasks", "--items", "5", "--json", place / "tasks.json", "--plot", place / "tasks.svg")
+    shown = evaluate(
+        "--run",
+        place / "two",
+        "--text",
+        place / "a.txt",
+        "--tasks",
+        "--items",
+        "5",
+        "--json",
+        place / "tasks.json",
+        "--plot",
+        place / "tasks.svg",
+    )
     result = json.loads((place / "tasks.json").read_text())
-    assert set(result["tasks"]) == {"arithmetic", "copying", "brackets", "induction", "cloze"} and all(name in shown for name in result["tasks"])
+    assert set(result["tasks"]) == {
+        "arithmetic",
+        "copying",
+        "brackets",
+        "induction",
+        "cloze",
+    } and all(name in shown for name in result["tasks"])
     assert "<svg" in (place / "tasks.svg").read_text()
-    checkpoint_of(*open_model(place / "two", None, "cpu")[:2], place / "two" / "checkpoints", step=7)
-    shown = evaluate("--run", place / "two", "--text", place / "a.txt", "--task", "induction", "--items", "5", "--all-steps", "--json", place / "curve.json",
-                     "--plot", place / "curve.png")
+    checkpoint_of(
+        *open_model(place / "two", None, "cpu")[:2], place / "two" / "checkpoints", step=7
+    )
+    shown = evaluate(
+        "--run",
+        place / "two",
+        "--text",
+        place / "a.txt",
+        "--task",
+        "induction",
+        "--items",
+        "5",
+        "--all-steps",
+        "--json",
+        place / "curve.json",
+        "--plot",
+        place / "curve.png",
+    )
     curve = json.loads((place / "curve.json").read_text())
     assert [at["step"] for at in curve["checkpoints"]] == [3, 7] and "at every checkpoint" in shown
-    assert curve["checkpoints"][0]["tasks"] == curve["tasks"] and curve["tasks"]["induction"] == result["tasks"]["induction"]
+    assert (
+        curve["checkpoints"][0]["tasks"] == curve["tasks"]
+        and curve["tasks"]["induction"] == result["tasks"]["induction"]
+    )
 
 
 def test_free_running(place: Path) -> None:
-    shown = evaluate("--model", place / "hf", "--text", place / "a.txt", "--exposure-bias", "--prefix", "4", "--continuation", "12", "--resamples", "20",
-                     "--json", place / "free.json", "--plot", place / "free.svg")
+    shown = evaluate(
+        "--model",
+        place / "hf",
+        "--text",
+        place / "a.txt",
+        "--exposure-bias",
+        "--prefix",
+        "4",
+        "--continuation",
+        "12",
+        "--resamples",
+        "20",
+        "--json",
+        place / "free.json",
+        "--plot",
+        place / "free.svg",
+    )
     result = json.loads((place / "free.json").read_text())
     assert f"{result['total']['drift']['value']:+.3f}" in shown and "a.txt, sampled" in shown
     assert result["protocol"]["continuation"] == 12 and "<svg" in (place / "free.svg").read_text()
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ([], "give either --run, a run folder, or --model"),
-    (["--run", "run", "--text", "a.txt", "--data", "d"], "give either --data or --text"),
-    (["--model", "hf"], "say what to score with --text FILE or --data FOLDER"),
-    (["--model", "hf", "--text", "a.txt", "--step", "3"], "a Hugging Face folder is one model"),
-    (["--run", "run", "--step", "3", "--all-steps"], "give either --step or --all-steps"),
-    (["--run", "run", "--text", "a.txt", "--plot", "x.docx"], "x.docx must end in .png, .svg, .pdf"),
-    (["--run", "run", "--text", "absent"], "absent cannot be read: No such file"),
-    (["--run", "run", "--data", "."], ". has no heldout_text/*.jsonl"),
-    (["--run", "run", "--text", "a.txt", "--window", "9999"], "window = 9999 must be between 2 and"),
-    (["--run", "run", "--text", "a.txt", "--prefix", "4"], "--prefix and --continuation are for --exposure-bias"),
-    (["--run", "run", "--exposure-bias", "--all-steps", "--tasks"], "--all-steps, tasks cannot be given with --exposure-bias"),
-    (["--run", "run", "--tasks", "--harness"], "--harness cannot be given with tasks"),
-    (["--run", "run", "--task", "chess"], "there is no task 'chess'; there are arithmetic, copying"),
-    (["--run", "run", "--lm-eval-path", "."], "--lm-eval-path is for --lm-eval TASK"),
-], ids=lambda value: value[:30] if isinstance(value, str) else "")
-def test_mistakes_end_with_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                    arguments: list[str], words: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give either --run, a run folder, or --model"),
+        (["--run", "run", "--text", "a.txt", "--data", "d"], "give either --data or --text"),
+        (["--model", "hf"], "say what to score with --text FILE or --data FOLDER"),
+        (["--model", "hf", "--text", "a.txt", "--step", "3"], "a Hugging Face folder is one model"),
+        (["--run", "run", "--step", "3", "--all-steps"], "give either --step or --all-steps"),
+        (
+            ["--run", "run", "--text", "a.txt", "--plot", "x.docx"],
+            "x.docx must end in .png, .svg, .pdf",
+        ),
+        (["--run", "run", "--text", "absent"], "absent cannot be read: No such file"),
+        (["--run", "run", "--data", "."], ". has no heldout_text/*.jsonl"),
+        (
+            ["--run", "run", "--text", "a.txt", "--window", "9999"],
+            "window = 9999 must be between 2 and",
+        ),
+        (
+            ["--run", "run", "--text", "a.txt", "--prefix", "4"],
+            "--prefix and --continuation are for --exposure-bias",
+        ),
+        (
+            ["--run", "run", "--exposure-bias", "--all-steps", "--tasks"],
+            "--all-steps, tasks cannot be given with --exposure-bias",
+        ),
+        (["--run", "run", "--tasks", "--harness"], "--harness cannot be given with tasks"),
+        (
+            ["--run", "run", "--task", "chess"],
+            "there is no task 'chess'; there are arithmetic, copying",
+        ),
+        (["--run", "run", "--lm-eval-path", "."], "--lm-eval-path is for --lm-eval TASK"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_mistakes_end_with_one_line(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
     monkeypatch.chdir(place)
     done = CliRunner().invoke(app, ["eval", *arguments])
     assert done.exit_code == 2

@@ -34,20 +34,44 @@ def test_from_a_run_to_a_folder_to_a_config(run: Path, dataset: Path, tmp_path: 
     shutil.copytree(run, tmp_path / "run")
     checkpoint_of(config, model, tmp_path / "run" / "checkpoints")
     done = nextpt("export", "hf", "--run", tmp_path / "run", "--output", tmp_path / "hf")
-    assert done.exit_code == 0 and "step 3 written to" in done.output and "as Qwen3ForCausalLM, fp32, 0." in done.output, done.output
+    assert (
+        done.exit_code == 0
+        and "step 3 written to" in done.output
+        and "as Qwen3ForCausalLM, fp32, 0." in done.output
+    ), done.output
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
-    done = nextpt("import", "hf", tmp_path / "hf", "--data", dataset, "--output", tmp_path / "go-on.yaml")
-    assert done.exit_code == 0 and "Qwen3ForCausalLM" in done.output and "then: nextpt train --config" in done.output, done.output
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    done = nextpt(
+        "import", "hf", tmp_path / "hf", "--data", dataset, "--output", tmp_path / "go-on.yaml"
+    )
+    assert (
+        done.exit_code == 0
+        and "Qwen3ForCausalLM" in done.output
+        and "then: nextpt train --config" in done.output
+    ), done.output
     written = load_config(tmp_path / "go-on.yaml")
-    assert written.train.init_from == str(tmp_path / "hf") and written.run.name == "go-on" and written.data.path == str(dataset)
+    assert (
+        written.train.init_from == str(tmp_path / "hf")
+        and written.run.name == "go-on"
+        and written.data.path == str(dataset)
+    )
     assert written.model == load_hf(tmp_path / "hf")[0].model
-    again = nextpt("import", "hf", tmp_path / "hf", "--data", dataset, "--output", tmp_path / "go-on.yaml")
+    again = nextpt(
+        "import", "hf", tmp_path / "hf", "--data", dataset, "--output", tmp_path / "go-on.yaml"
+    )
     assert again.exit_code == 2 and "go-on.yaml exists already" in again.stderr
 
 
 def test_to_bf16_and_to_deepspeed(run: Path, tmp_path: Path) -> None:
-    done = nextpt("export", "hf", "--run", run, "--step", 3, "--dtype", "bf16", "--output", tmp_path / "hf")
+    done = nextpt(
+        "export", "hf", "--run", run, "--step", 3, "--dtype", "bf16", "--output", tmp_path / "hf"
+    )
     assert done.exit_code == 0 and "bf16" in done.output, done.output
     done = nextpt("export", "deepspeed", "--run", run, "--output", tmp_path / "ds")
     assert done.exit_code == 0 and "zero_to_fp32.py" in done.output, done.output
@@ -55,29 +79,47 @@ def test_to_bf16_and_to_deepspeed(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["hf", "deepspeed"])
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--run", "none", "--output", "out"], "run folder none does not exist"),
-    (["--run", "empty", "--output", "out"], "holds no checkpoint; train first"),
-    (["--run", "RUN", "--step", "4", "--output", "out"], "has no checkpoint of that step; there are: 3"),
-    (["--run", "RUN", "--output", "empty"], "empty exists already"),
-    (["--run", "RUN", "--output", "none/out"], "none for the output does not exist"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--run", "none", "--output", "out"], "run folder none does not exist"),
+        (["--run", "empty", "--output", "out"], "holds no checkpoint; train first"),
+        (
+            ["--run", "RUN", "--step", "4", "--output", "out"],
+            "has no checkpoint of that step; there are: 3",
+        ),
+        (["--run", "RUN", "--output", "empty"], "empty exists already"),
+        (["--run", "RUN", "--output", "none/out"], "none for the output does not exist"),
+    ],
+)
 def test_mistakes_of_exporting_end_with_one_line(
-        layout: str, arguments: list[str], words: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout: str,
+    arguments: list[str],
+    words: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     done = nextpt("export", layout, *[str(run) if a == "RUN" else a for a in arguments])
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.output
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (
+        done.output
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
 def test_unknown_types_and_models_that_nothing_expresses(run: Path, tmp_path: Path) -> None:
     done = nextpt("export", "hf", "--run", run, "--output", tmp_path / "hf", "--dtype", "int4")
     assert done.exit_code == 2 and "--dtype int4 is not known; there are fp32, bf16" in done.stderr
-    checkpoint_of(*decoder(vocab_size=512, logit_softcap=1.0, bias=True), tmp_path / "run" / "checkpoints")
+    checkpoint_of(
+        *decoder(vocab_size=512, logit_softcap=1.0, bias=True), tmp_path / "run" / "checkpoints"
+    )
     shutil.copyfile(run / "tokenizer.json", tmp_path / "run" / "tokenizer.json")
     done = nextpt("export", "hf", "--run", tmp_path / "run", "--output", tmp_path / "hf")
-    assert done.exit_code == 2 and "model.logit_softcap together with model.bias = true" in done.stderr
+    assert (
+        done.exit_code == 2 and "model.logit_softcap together with model.bias = true" in done.stderr
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -85,18 +127,36 @@ def test_mistakes_of_importing_end_with_one_line(run: Path, dataset: Path, tmp_p
     config, model = decoder(vocab_size=512, max_position=64)
     KINDS["gpt2"](tmp_path / "other.json")
     for name, tokenizer in (("hf", dataset / "tokenizer.json"), ("other", tmp_path / "other.json")):
-        export_hf(checkpoint_of(config, model, tmp_path / "checkpoints"), tokenizer, tmp_path / name)
+        export_hf(
+            checkpoint_of(config, model, tmp_path / "checkpoints"), tokenizer, tmp_path / name
+        )
     short, shorter = decoder(vocab_size=512, max_position=32)
-    export_hf(checkpoint_of(short, shorter, tmp_path / "checkpoints"), dataset / "tokenizer.json", tmp_path / "short")
+    export_hf(
+        checkpoint_of(short, shorter, tmp_path / "checkpoints"),
+        dataset / "tokenizer.json",
+        tmp_path / "short",
+    )
     for folder, data, output, words in (
         (tmp_path / "none", dataset, "x.yaml", "does not exist; give a local Hugging Face folder"),
         (tmp_path / "hf", tmp_path / "none", "x.yaml", "none is not there"),
         (tmp_path / "hf", dataset, "none/x.yaml", "x.yaml cannot be written: No such file"),
-        (tmp_path / "other", dataset, "x.yaml", "is not the tokenizer of the model in train.init_from"),
-        (tmp_path / "short", dataset, "x.yaml", "data.sequence_length = 64 is above model.max_position = 32"),
+        (
+            tmp_path / "other",
+            dataset,
+            "x.yaml",
+            "is not the tokenizer of the model in train.init_from",
+        ),
+        (
+            tmp_path / "short",
+            dataset,
+            "x.yaml",
+            "data.sequence_length = 64 is above model.max_position = 32",
+        ),
     ):
         done = nextpt("import", "hf", folder, "--data", data, "--output", tmp_path / output)
-        assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.output
+        assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (
+            done.output
+        )
         assert not (tmp_path / "x.yaml").exists()
 
 

@@ -25,7 +25,12 @@ def nextpt(*arguments: object):
 
 def test_one_continuation_follows_its_prompt(run: Path) -> None:
     done = nextpt("--run", run, "--prompt", "The", "--max-tokens", 6, "--seed", 1)
-    assert done.exit_code == 0 and done.stdout.startswith("The") and len(done.stdout) > 5 and done.stderr == ""
+    assert (
+        done.exit_code == 0
+        and done.stdout.startswith("The")
+        and len(done.stdout) > 5
+        and done.stderr == ""
+    )
     assert nextpt("--run", run, "--max-tokens", 3).exit_code == 0  # an empty prompt
     whole = nextpt("--run", run, "--max-tokens", 500, "--temperature", 0, "--min-p", 0.1)
     assert "note: the model's positions end here (40 tokens, the prompt's included)" in whole.stderr
@@ -33,42 +38,103 @@ def test_one_continuation_follows_its_prompt(run: Path) -> None:
 
 def test_json_of_several_prompts_and_samples(run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "The quick"}\n{"prompt": ""}\n')
-    done = nextpt("--run", run, "--prompts", tmp_path / "p.jsonl", "--samples", 2, "--max-tokens", 4, "--top-k", 5, "--json", tmp_path / "o.json")
-    assert done.exit_code == 0 and f"--- {tmp_path}/p.jsonl, line 2, sample 2: " in done.stdout, done.output
+    done = nextpt(
+        "--run",
+        run,
+        "--prompts",
+        tmp_path / "p.jsonl",
+        "--samples",
+        2,
+        "--max-tokens",
+        4,
+        "--top-k",
+        5,
+        "--json",
+        tmp_path / "o.json",
+    )
+    assert done.exit_code == 0 and f"--- {tmp_path}/p.jsonl, line 2, sample 2: " in done.stdout, (
+        done.output
+    )
     found = json.loads((tmp_path / "o.json").read_text())
-    assert found["step"] == 3 and found["settings"]["top_k"] == 5 and found["settings"]["temperature"] == 0.8
+    assert (
+        found["step"] == 3
+        and found["settings"]["top_k"] == 5
+        and found["settings"]["temperature"] == 0.8
+    )
     assert [(c["prompt"], c["prompt_number"], c["sample"]) for c in found["continuations"]] == [
-        ("The quick", 0, 0), ("The quick", 0, 1), ("", 1, 0), ("", 1, 1)]
+        ("The quick", 0, 0),
+        ("The quick", 0, 1),
+        ("", 1, 0),
+        ("", 1, 1),
+    ]
     for c in found["continuations"]:
-        assert c["ending"] in ("length", "end") and c["logprob"] == pytest.approx(sum(t["logprob"] for t in c["tokens"])) and c["logprob"] < 0
+        assert (
+            c["ending"] in ("length", "end")
+            and c["logprob"] == pytest.approx(sum(t["logprob"] for t in c["tokens"]))
+            and c["logprob"] < 0
+        )
         assert f"{c['prompt']}{c['text']}\n" in done.stdout
 
 
 def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
-    done = nextpt("--run", run, "--prompt", "The", "--beams", 4, "--samples", 2, "--max-tokens", 5, "--json", tmp_path / "b.json")
+    done = nextpt(
+        "--run",
+        run,
+        "--prompt",
+        "The",
+        "--beams",
+        4,
+        "--samples",
+        2,
+        "--max-tokens",
+        5,
+        "--json",
+        tmp_path / "b.json",
+    )
     assert done.exit_code == 0 and "sample 2" in done.stdout
     assert json.loads((tmp_path / "b.json").read_text())["settings"] == {
-        "beams": 4, "length_penalty": 0.6, "max_tokens": 5, "samples": 2, "stop": []}
+        "beams": 4,
+        "length_penalty": 0.6,
+        "max_tokens": 5,
+        "samples": 2,
+        "stop": [],
+    }
     for seed in (1, 2, 1):
-        assert nextpt("--run", run, "--prompt", "The", "--max-tokens", 5, "--seed", seed, "--save").exit_code == 0
+        assert (
+            nextpt(
+                "--run", run, "--prompt", "The", "--max-tokens", 5, "--seed", seed, "--save"
+            ).exit_code
+            == 0
+        )
     kept = json.loads((run / "samples.json").read_text())
-    assert [s["seed"] for s in kept] == [2, 1] and all(s["prompt"] == "The" and s["text"] for s in kept)
+    assert [s["seed"] for s in kept] == [2, 1] and all(
+        s["prompt"] == "The" and s["text"] for s in kept
+    )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--prompt", "word " * 200], "the prompt has 601 tokens with the start token; the model's positions end at 40: shorten it"),
-    (["--prompt", "a", "--prompts", "x.txt"], "--prompt and --prompts: give one of them"),
-    (["--prompts", "x.txt"], "x.txt cannot be read: No such file"),
-    (["--top-p", "1.5"], "top_p = 1.5 must be above 0 and at most 1"),
-    (["--beams", "2", "--top-p", "0.5"], "--top-p goes with sampling"),
-    (["--beams", "2", "--save"], "--save goes with sampling"),
-    (["--beams", "2", "--samples", "3"], "samples = 3 of beams = 2"),
-    (["--length-penalty", "1"], "--length-penalty is of beam search"),
-    (["--stop", ""], "a stop string is empty"),
-    (["--prompt", "a\udcff"], "the prompt is not UTF-8"),
-    (["--max-tokens", "2", "--json", "nowhere/o.json"], "nowhere/o.json cannot be written"),
-    (["--step", "9"], "there are: 3"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--prompt", "word " * 200],
+            (
+                "the prompt has 601 tokens with the start token; the model's positions end at 40:"
+                " shorten it"
+            ),
+        ),
+        (["--prompt", "a", "--prompts", "x.txt"], "--prompt and --prompts: give one of them"),
+        (["--prompts", "x.txt"], "x.txt cannot be read: No such file"),
+        (["--top-p", "1.5"], "top_p = 1.5 must be above 0 and at most 1"),
+        (["--beams", "2", "--top-p", "0.5"], "--top-p goes with sampling"),
+        (["--beams", "2", "--save"], "--save goes with sampling"),
+        (["--beams", "2", "--samples", "3"], "samples = 3 of beams = 2"),
+        (["--length-penalty", "1"], "--length-penalty is of beam search"),
+        (["--stop", ""], "a stop string is empty"),
+        (["--prompt", "a\udcff"], "the prompt is not UTF-8"),
+        (["--max-tokens", "2", "--json", "nowhere/o.json"], "nowhere/o.json cannot be written"),
+        (["--step", "9"], "there are: 3"),
+    ],
+)
 def test_mistakes_end_with_one_line(run: Path, arguments: list[str], words: str) -> None:
     done = nextpt("--run", run, *arguments)
     assert done.exit_code == 2 and words in done.stderr, done.output

@@ -23,17 +23,41 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
-    path = write(tmp_path, "# two\nworker-0 slots=4\n\n10.0.0.7\tslots=16  # the big one\n  # more\nb.example.org   slots=1\n")
-    assert read_hostfile(path) == [Host("worker-0", 4), Host("10.0.0.7", 16), Host("b.example.org", 1)]
-    assert dict(fetch_hostfile(str(path))) == {host.name: host.slots for host in read_hostfile(path)}
+    path = write(
+        tmp_path,
+        "# two\nworker-0 slots=4\n\n10.0.0.7\tslots=16  # the big one\n  # more\nb.example.org  "
+        " slots=1\n",
+    )
+    assert read_hostfile(path) == [
+        Host("worker-0", 4),
+        Host("10.0.0.7", 16),
+        Host("b.example.org", 1),
+    ]
+    assert dict(fetch_hostfile(str(path))) == {
+        host.name: host.slots for host in read_hostfile(path)
+    }
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("", "names no host"), ("# none\n\n", "names no host"), ("a slots=2\na slots=3\n", "line 2: host a is there twice"), ("a slots=0\n", "line 1"),
-    ("a slots=-1\n", "line 1"), ("a\n", "line 1: 'a' is not of the form"), ("a slots=2 gpus=3\n", "line 1"), ("a slots=two\n", "line 1"),
-    ("$(touch pwned) slots=2\n", "line 1"), ("a;reboot slots=2\n", "line 1"), ("`id` slots=1\n", "line 1"), ("-oProxyCommand=id slots=1\n", "line 1"),
-    ("a|b slots=1\n", "line 1"), ("a slots=99999999999999999999\n", "line 1"), ("x slots=1\nb&c slots=1", "line 2"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "names no host"),
+        ("# none\n\n", "names no host"),
+        ("a slots=2\na slots=3\n", "line 2: host a is there twice"),
+        ("a slots=0\n", "line 1"),
+        ("a slots=-1\n", "line 1"),
+        ("a\n", "line 1: 'a' is not of the form"),
+        ("a slots=2 gpus=3\n", "line 1"),
+        ("a slots=two\n", "line 1"),
+        ("$(touch pwned) slots=2\n", "line 1"),
+        ("a;reboot slots=2\n", "line 1"),
+        ("`id` slots=1\n", "line 1"),
+        ("-oProxyCommand=id slots=1\n", "line 1"),
+        ("a|b slots=1\n", "line 1"),
+        ("a slots=99999999999999999999\n", "line 1"),
+        ("x slots=1\nb&c slots=1", "line 2"),
+    ],
+)
 def test_a_bad_hostfile_is_refused_by_line(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         read_hostfile(write(tmp_path, text))
@@ -49,14 +73,21 @@ def test_a_hostfile_that_is_not_there_is_no_single_machine(tmp_path: Path) -> No
 
 
 @given(st.text(max_size=40))
-def test_no_name_that_a_shell_or_ssh_would_act_upon_passes(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_no_name_that_a_shell_or_ssh_would_act_upon_passes(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / "hostfile-any"
     path.write_text(f"{text} slots=2\n", encoding="utf-8", errors="replace", newline="")
     try:
         names = [host.name for host in read_hostfile(path)]
     except ConfigError:
         return
-    assert all(name[0].isascii() and name[0].isalnum() and set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") for name in names)
+    assert all(
+        name[0].isascii()
+        and name[0].isalnum()
+        and set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+        for name in names
+    )
 
 
 def test_variables_for_all_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +98,18 @@ def test_variables_for_all_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "home" / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\nA=1\n")
     (tmp_path / ".deepspeed_env").write_text("# ours\n\nA=/data/x:/y\n")
     assert exported_variables() == {"NCCL_DEBUG": "INFO", "A": "/data/x:/y"}
-    for line in ("A=$(touch pwned)", "A=`id`", "A=x;reboot", 'A="x"', "A=x y", "A", "=x", "1A=x", "A=x&", "A=$HOME"):
+    for line in (
+        "A=$(touch pwned)",
+        "A=`id`",
+        "A=x;reboot",
+        'A="x"',
+        "A=x y",
+        "A",
+        "=x",
+        "1A=x",
+        "A=x&",
+        "A=$HOME",
+    ):
         (tmp_path / ".deepspeed_env").write_text(f"B=2\n{line}\n")
         with pytest.raises(ConfigError, match="line 2"):
             exported_variables()
@@ -94,13 +136,32 @@ class Trainings:
         return code
 
 
-@pytest.mark.parametrize(("ends", "code", "made"), [
-    ([(3, 0, True)], 0, 1), ([(3, 76, True), (3, 0, True)], 0, 2), ([(3, 137, False), (3, 139, False), (2, 0, False)], 0, 3),
-    ([(3, 76, False)], 76, 4), ([(3, 1, False)], 1, 4), ([(0, 1, False)], 1, 1), ([(3, 137, True)] * 9 + [(1, 0, True)], 0, 10),
-    ([(3, 2, True)], 2, 1), ([(3, 4, True)], 4, 1), ([(0, 65, False)], 65, 1), ([(3, 75, True)], 75, 1), ([(3, 130, False)], 130, 1),
-    ([(3, 143, False)], 143, 1), ([(0, 76, False)], 76, 4),
-])
-def test_what_is_started_again(tmp_path: Path, ends: list[tuple[int, int, bool]], code: int, made: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("ends", "code", "made"),
+    [
+        ([(3, 0, True)], 0, 1),
+        ([(3, 76, True), (3, 0, True)], 0, 2),
+        ([(3, 137, False), (3, 139, False), (2, 0, False)], 0, 3),
+        ([(3, 76, False)], 76, 4),
+        ([(3, 1, False)], 1, 4),
+        ([(0, 1, False)], 1, 1),
+        ([(3, 137, True)] * 9 + [(1, 0, True)], 0, 10),
+        ([(3, 2, True)], 2, 1),
+        ([(3, 4, True)], 4, 1),
+        ([(0, 65, False)], 65, 1),
+        ([(3, 75, True)], 75, 1),
+        ([(3, 130, False)], 130, 1),
+        ([(3, 143, False)], 143, 1),
+        ([(0, 76, False)], 76, 4),
+    ],
+)
+def test_what_is_started_again(
+    tmp_path: Path,
+    ends: list[tuple[int, int, bool]],
+    code: int,
+    made: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     trainings = Trainings(tmp_path / "run", *ends)
     assert supervise(trainings, tmp_path / "run", 3) == code and trainings.made == made
     assert capsys.readouterr().err.count("starting it again") == made - 1

@@ -30,36 +30,63 @@ def test_a_file_is_inspected(run: Path, tmp_path: Path) -> None:
     done = nextpt("--run", run, "--text", tmp_path / "t.txt", "--top", 3)
     assert done.exit_code == 0, done.output
     found = json.loads((run / "inspect" / "inspect.json").read_text())
-    assert found["total"]["bytes"] == len(TEXT) and found["total"]["tokens"] == len(found["tokens"]) > found["window"] == 40
+    assert (
+        found["total"]["bytes"] == len(TEXT)
+        and found["total"]["tokens"] == len(found["tokens"]) > found["window"] == 40
+    )
     assert "".join(t["text"] for t in found["tokens"]) == TEXT
-    assert found["total"]["nats_per_token"] == pytest.approx(sum(t["nats"] for t in found["tokens"]) / len(found["tokens"]))
-    assert found["calibration"]["places"] == len(found["tokens"]) and len(found["following"]["alternatives"]) == 8
-    assert f"{len(found['tokens'])} tokens, {len(TEXT)} bytes: {found['total']['nats_per_token']:.3f} nats" in done.stdout
+    assert found["total"]["nats_per_token"] == pytest.approx(
+        sum(t["nats"] for t in found["tokens"]) / len(found["tokens"])
+    )
+    assert (
+        found["calibration"]["places"] == len(found["tokens"])
+        and len(found["following"]["alternatives"]) == 8
+    )
+    assert (
+        f"{len(found['tokens'])} tokens, {len(TEXT)} bytes: {found['total']['nats_per_token']:.3f}"
+        " nats" in done.stdout
+    )
     most = max(found["tokens"], key=lambda t: t["nats"])
     assert f"{most['rank']:,}" in done.stdout and "calibration.svg" in done.stdout
 
 
-def test_calibration_on_held_out_documents(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_on_held_out_documents(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # data.path of the run is "none"
     documents = [TEXT[:200], "", "It's 12345 o'clock"]
     (tmp_path / "none" / "heldout_text").mkdir(parents=True)
-    (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in documents)
+    )
     done = nextpt("--run", run, "--prompt", "a fox", "--heldout", "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert found["source"] == "the prompt" and found["calibrated_on"] == "held-out documents"
     assert found["calibration"]["places"] > len(found["tokens"])
     (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text('{"text": ""}\n')
-    assert "the held-out documents of none hold no text" in nextpt("--run", run, "--prompt", "a fox", "--heldout").stderr
+    assert (
+        "the held-out documents of none hold no text"
+        in nextpt("--run", run, "--prompt", "a fox", "--heldout").stderr
+    )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ([], "give the text with one of --text FILE and --prompt TEXT"), (["--text", "a", "--prompt", "b"], "give the text with one of"),
-    (["--prompt", ""], "the prompt is empty"), (["--text", "none.txt"], "none.txt cannot be read: No such file"),
-    (["--text", "bad.txt"], "bad.txt is not UTF-8: invalid start byte at byte 2"), (["--prompt", "a\udcff"], "the prompt is not UTF-8"),
-    (["--prompt", "a", "--heldout"], "none has no heldout_text"), (["--prompt", "a", "--output", "bad.txt/x"], "bad.txt/x cannot be written"),
-])
-def test_mistakes_end_with_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give the text with one of --text FILE and --prompt TEXT"),
+        (["--text", "a", "--prompt", "b"], "give the text with one of"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--text", "none.txt"], "none.txt cannot be read: No such file"),
+        (["--text", "bad.txt"], "bad.txt is not UTF-8: invalid start byte at byte 2"),
+        (["--prompt", "a\udcff"], "the prompt is not UTF-8"),
+        (["--prompt", "a", "--heldout"], "none has no heldout_text"),
+        (["--prompt", "a", "--output", "bad.txt/x"], "bad.txt/x cannot be written"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     done = nextpt("--run", run, *arguments)

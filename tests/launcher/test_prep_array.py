@@ -14,9 +14,18 @@ SCRIPT = ROOT / "launcher" / "slurm" / "prep_array.sbatch"
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    variables = {"SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": sys.executable, "SLURM_CPUS_PER_TASK": "1"}
-    return subprocess.Popen(["bash", str(SCRIPT), *arguments], env=os.environ | variables | environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    variables = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "PYTHON": sys.executable,
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    return subprocess.Popen(
+        ["bash", str(SCRIPT), *arguments],
+        env=os.environ | variables | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_refusals() -> None:
@@ -30,9 +39,20 @@ def test_refusals() -> None:
 
 def test_tasks_of_an_array_make_one_dataset(tmp_path: Path) -> None:
     spec = world(tmp_path, 60)
-    arguments = [*(f"{name}={place}" for name, place in spec.domains.items()), "--sequence-length", "64", "--heldout", "0.2",
-                 "--tokenizer", str(spec.tokenizer), "--output", str(tmp_path / "by_array")]
-    tasks = [start(*arguments, SLURM_ARRAY_TASK_ID=str(i), SLURM_ARRAY_TASK_COUNT="2") for i in (7, 12)]
+    arguments = [
+        *(f"{name}={place}" for name, place in spec.domains.items()),
+        "--sequence-length",
+        "64",
+        "--heldout",
+        "0.2",
+        "--tokenizer",
+        str(spec.tokenizer),
+        "--output",
+        str(tmp_path / "by_array"),
+    ]
+    tasks = [
+        start(*arguments, SLURM_ARRAY_TASK_ID=str(i), SLURM_ARRAY_TASK_COUNT="2") for i in (7, 12)
+    ]
     for task in tasks:
         out, errors = task.communicate(timeout=200)
         assert task.returncode == 0, errors

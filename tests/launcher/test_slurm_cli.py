@@ -21,24 +21,54 @@ def config(dataset: Path, tmp_path: Path) -> Path:
 
 
 def submit(config: Path, *options: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, ["slurm", "submit", "--config", str(config), "--nodes", "2", *options])
+    done = CliRunner().invoke(
+        app, ["slurm", "submit", "--config", str(config), "--nodes", "2", *options]
+    )
     return done.exit_code, done.stdout, done.stderr
 
 
-def test_the_script_has_the_options_and_passes_on_what_was_typed(config: Path, tmp_path: Path) -> None:
-    code, shown, _ = submit(config, "--gpus-per-node", "2", "--sbatch", "--partition=gpu", "--sbatch=--time=1:00:00", "--dry-run", "data.scratch=$(touch pwned) x")
+def test_the_script_has_the_options_and_passes_on_what_was_typed(
+    config: Path, tmp_path: Path
+) -> None:
+    code, shown, _ = submit(
+        config,
+        "--gpus-per-node",
+        "2",
+        "--sbatch",
+        "--partition=gpu",
+        "--sbatch=--time=1:00:00",
+        "--dry-run",
+        "data.scratch=$(touch pwned) x",
+    )
     assert code == 0
     script = tmp_path / "run" / "slurm" / "job.sbatch"
     text = script.read_text()
     assert text.strip() in shown and subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    header = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    header = [
+        line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")
+    ]
     assert len({line.partition("=")[0] for line in header}) == len(header)  # each option once
-    for line in ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=gpu", "--time=1:00:00", "--signal=USR1@260", "--requeue",
-                 f"--output={tmp_path}/run/slurm/%j.log"):
+    for line in (
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--gpus-per-node=2",
+        "--partition=gpu",
+        "--time=1:00:00",
+        "--signal=USR1@260",
+        "--requeue",
+        f"--output={tmp_path}/run/slurm/%j.log",
+    ):
         assert line in header, (line, header)
     before = text[: text.index("set -euo pipefail")]
-    said = subprocess.run(["bash", "-c", f'{before}\nprintf "%s\\n" "$@"'], capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
-    assert said == [str(config), "data.scratch=$(touch pwned) x"] and not (tmp_path / "pwned").exists()
+    said = subprocess.run(
+        ["bash", "-c", f'{before}\nprintf "%s\\n" "$@"'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    ).stdout.splitlines()
+    assert (
+        said == [str(config), "data.scratch=$(touch pwned) x"] and not (tmp_path / "pwned").exists()
+    )
 
 
 def test_on_cpus_no_gpus_are_asked_for(config: Path, tmp_path: Path) -> None:
@@ -47,17 +77,27 @@ def test_on_cpus_no_gpus_are_asked_for(config: Path, tmp_path: Path) -> None:
     assert "--gpus-per-node" not in text and "--ntasks-per-node=2" in text
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (["--gpus-per-node", "3"], "is not a multiple of train.micro_batch_size x ranks = 2 x 6"),
-    (["--gpus-per-node", "2", "--ranks-per-node", "1"], "there is one rank for each GPU"), (["--sbatch", "partition=gpu", "--gpus-per-node", "2"], "not of the form"),
-    (["--gpus-per-node", "2", "data.path=/nowhere"], "holds no dataset.json"),
-])
-def test_refusals_leave_nothing(config: Path, tmp_path: Path, options: list[str], said: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpus-per-node", "3"], "is not a multiple of train.micro_batch_size x ranks = 2 x 6"),
+        (["--gpus-per-node", "2", "--ranks-per-node", "1"], "there is one rank for each GPU"),
+        (["--sbatch", "partition=gpu", "--gpus-per-node", "2"], "not of the form"),
+        (["--gpus-per-node", "2", "data.path=/nowhere"], "holds no dataset.json"),
+    ],
+)
+def test_refusals_leave_nothing(
+    config: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
     code, _, errors = submit(config, *options)
-    assert code == 2 and said in errors and errors.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert (
+        code == 2 and said in errors and errors.count("\n") == 1 and not (tmp_path / "run").exists()
+    )
 
 
-def test_without_sbatch_the_script_is_named(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sbatch_the_script_is_named(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, errors = submit(config, "--gpus-per-node", "2")
     assert code == 2 and f"sbatch {tmp_path}/run/slurm/job.sbatch" in errors

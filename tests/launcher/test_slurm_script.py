@@ -12,8 +12,13 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launcher" / "slurm" / "train.sba
 
 
 def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)} | environment)
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)} | environment,
+    )
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
@@ -27,24 +32,46 @@ def test_a_missing_python_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2 and "make setup" in done.stderr
 
 
-@pytest.mark.parametrize(("code", "state", "restarts", "queued"), [
-    (75, "RUNNING", "0", True), (76, "RUNNING", "0", True), (0, "RUNNING", "0", False), (2, "RUNNING", "0", False),
-    (75, "COMPLETING", "0", False), (76, "RUNNING", "10", False), (75, "RUNNING", "40", True), (137, "RUNNING", "3", True), (137, "RUNNING", "10", False), (1, "RUNNING", "0", False),
-])
-def test_a_job_that_was_told_to_stop_queues_itself_again(tmp_path: Path, code: int, state: str, restarts: str, queued: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "state", "restarts", "queued"),
+    [
+        (75, "RUNNING", "0", True),
+        (76, "RUNNING", "0", True),
+        (0, "RUNNING", "0", False),
+        (2, "RUNNING", "0", False),
+        (75, "COMPLETING", "0", False),
+        (76, "RUNNING", "10", False),
+        (75, "RUNNING", "40", True),
+        (137, "RUNNING", "3", True),
+        (137, "RUNNING", "10", False),
+        (1, "RUNNING", "0", False),
+    ],
+)
+def test_a_job_that_was_told_to_stop_queues_itself_again(
+    tmp_path: Path, code: int, state: str, restarts: str, queued: bool
+) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
     told = tmp_path / "told"
     for name, body in {
-        "scontrol": f'case "$1" in show) echo "node7 JobState={state} x";; *) echo "$*" >> {told};; esac',
+        "scontrol": (
+            f'case "$1" in show) echo "node7 JobState={state} x";; *) echo "$*" >> {told};; esac'
+        ),
         # A signal to the script while the ranks save must not end it.
-        "srun": f'kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; exit {code}',
+        "srun": f"kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; exit {code}",
     }.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (commands / name).chmod(0o755)
     (tmp_path / "a.yaml").write_text("")
-    done = run(tmp_path, "a.yaml", PYTHON="/bin/true", PATH=f"{commands}:{os.environ['PATH']}", SLURM_JOB_ID="12",
-               SLURM_JOB_NODELIST="node7", SLURM_RESTART_COUNT=restarts)
+    done = run(
+        tmp_path,
+        "a.yaml",
+        PYTHON="/bin/true",
+        PATH=f"{commands}:{os.environ['PATH']}",
+        SLURM_JOB_ID="12",
+        SLURM_JOB_NODELIST="node7",
+        SLURM_RESTART_COUNT=restarts,
+    )
     assert done.returncode == code, done.stderr
     assert told.exists() == queued and (not queued or told.read_text() == "requeue 12\n")
 
@@ -53,13 +80,24 @@ def test_each_task_learns_its_rank_and_the_meeting_point(tmp_path: Path) -> None
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, body in {
-        "scontrol": 'echo node7; echo node8',
+        "scontrol": "echo node7; echo node8",
         "srun": 'shift; SLURM_PROCID=5 SLURM_LOCALID=1 SLURM_NTASKS=8 SLURM_NNODES=2 exec "$@"',
         "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_SIZE $MASTER_ADDR $MASTER_PORT $*"',
     }.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (commands / name).chmod(0o755)
     (tmp_path / "a.yaml").write_text("")
-    done = run(tmp_path, "a.yaml", "run.name=x y", PYTHON=str(commands / "python"), PATH=f"{commands}:{os.environ['PATH']}",
-               SLURM_JOB_ID="123456", SLURM_JOB_NODELIST="node[7-8]")
-    assert done.stdout == f"5 1 8 4 node7 {10000 + 123456 % 20000} {tmp_path}/launcher/run.py --config a.yaml run.name=x y\n", done.stderr
+    done = run(
+        tmp_path,
+        "a.yaml",
+        "run.name=x y",
+        PYTHON=str(commands / "python"),
+        PATH=f"{commands}:{os.environ['PATH']}",
+        SLURM_JOB_ID="123456",
+        SLURM_JOB_NODELIST="node[7-8]",
+    )
+    assert (
+        done.stdout
+        == f"5 1 8 4 node7 {10000 + 123456 % 20000} {tmp_path}/launcher/run.py --config a.yaml"
+        " run.name=x y\n"
+    ), done.stderr

@@ -28,15 +28,24 @@ from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TRUE = {"A": 30.0, "B": 60.0, "E": 1.5, "alpha": 0.25, "beta": 0.3}
-YOUNG = {"A": 2.0, "B": 3.0, "E": 5.5, "alpha": 0.25, "beta": 0.3}  # near what so few steps reach with 512 tokens, ln 512 = 6.2
+# Near what so few steps reach with 512 tokens, ln 512 = 6.2
+YOUNG = {"A": 2.0, "B": 3.0, "E": 5.5, "alpha": 0.25, "beta": 0.3}
 WIDTHS, STEPS = (16, 32, 48), (4, 8, 16)
 
 
 def write_ladder(folder: Path, data: Path, **changes: Any) -> Path:
     (folder / "base.yaml").write_text(to_yaml(tiny(data, folder)))
-    rungs = [{"name": f"w{w}-s{s}", "overrides": [f"model.width={w}", f"train.steps={s}"]} for w in WIDTHS for s in STEPS]
-    values = {"base": "base.yaml", "dir": str(folder / "ladder"), "rungs": rungs,
-              "target": {"name": "large", "overrides": ["model.width=96", "train.steps=30"]}} | changes
+    rungs = [
+        {"name": f"w{w}-s{s}", "overrides": [f"model.width={w}", f"train.steps={s}"]}
+        for w in WIDTHS
+        for s in STEPS
+    ]
+    values = {
+        "base": "base.yaml",
+        "dir": str(folder / "ladder"),
+        "rungs": rungs,
+        "target": {"name": "large", "overrides": ["model.width=96", "train.steps=30"]},
+    } | changes
     path = folder / "ladder.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -58,21 +67,32 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
 def test_the_shipped_ladder_is_one() -> None:
     ladder = load_ladder(ROOT / "configs" / "ladders" / "demo.yaml")
     assert len({count(ladder.config(rung)).parameters for rung in ladder.rungs}) >= 4
-    assert ladder.config(ladder.target).validation.every_steps == ladder.config(ladder.target).total_steps
+    assert (
+        ladder.config(ladder.target).validation.every_steps
+        == ladder.config(ladder.target).total_steps
+    )
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"target": {"name": "large", "overrides": ["model.width=48", "train.steps=20"]}}, "target large takes 1.25 times the compute of w48-s16"),
-    ({"target": {"name": "w16-s4", "overrides": []}}, "two rungs have the name w16-s4"),
-    ({"rungs": [{"name": f"r{i}", "overrides": []} for i in range(5)]}, "5 rungs are too few"),
-    ({"rung": []}, "rung: Extra inputs are not permitted; a ladder has base, dir"),
-    ({"target": {"name": "large", "overrides": ["model.widht=48"]}}, "unknown key model.widht"),
-    ({"base": "none.yaml"}, "none.yaml does not exist"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"target": {"name": "large", "overrides": ["model.width=48", "train.steps=20"]}},
+            "target large takes 1.25 times the compute of w48-s16",
+        ),
+        ({"target": {"name": "w16-s4", "overrides": []}}, "two rungs have the name w16-s4"),
+        ({"rungs": [{"name": f"r{i}", "overrides": []} for i in range(5)]}, "5 rungs are too few"),
+        ({"rung": []}, "rung: Extra inputs are not permitted; a ladder has base, dir"),
+        ({"target": {"name": "large", "overrides": ["model.widht=48"]}}, "unknown key model.widht"),
+        ({"base": "none.yaml"}, "none.yaml does not exist"),
+    ],
+)
 def test_mistakes_in_ladders(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = write_ladder(tmp_path, tmp_path, **changes)
     done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["scaling", "sweep", str(path)])
-    assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.output
+    assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, (
+        done.output
+    )
     assert not (tmp_path / "ladder").exists()
 
 
@@ -82,14 +102,21 @@ def test_a_prediction_is_made_before_and_kept_after(tmp_path: Path) -> None:
         finish(ladder, rung)
     made = write_prediction(ladder)
     true = float(CHINCHILLA.loss(TRUE, made["parameters"], made["tokens"]))
-    assert made["interval"][0] < true < made["interval"][1] and made["loss"] == pytest.approx(true, rel=0.01)
-    assert json.loads((ladder.dir / "prediction.json").read_text()) == json.loads(json.dumps(made)) and (ladder.dir / "fit.json").is_file()
+    assert made["interval"][0] < true < made["interval"][1] and made["loss"] == pytest.approx(
+        true, rel=0.01
+    )
+    assert (
+        json.loads((ladder.dir / "prediction.json").read_text()) == json.loads(json.dumps(made))
+        and (ladder.dir / "fit.json").is_file()
+    )
     finish(ladder, ladder.target, time=made["written"] + 1)
     before = (ladder.dir / "prediction.json").read_bytes()
     write_prediction(ladder)
     assert (ladder.dir / "prediction.json").read_bytes() == before
     result = write_result(ladder)
-    assert result["prediction_before_first_step"] and result["inside"] and abs(result["error"]) < 0.01
+    assert (
+        result["prediction_before_first_step"] and result["inside"] and abs(result["error"]) < 0.01
+    )
     assert result["error"] == pytest.approx(result["predicted"] / result["measured"] - 1)
     (ladder.dir / "prediction.json").unlink()
     with pytest.raises(ScalingError, match="a prediction must come first"):
@@ -103,13 +130,20 @@ def test_run_folders_must_be_finished_but_for_curves(tmp_path: Path) -> None:
         finish(ladder, rung)
     longer = to_yaml(ladder.config(ladder.rungs[0])).replace("steps: 4", "steps: 5")
     (folders[0] / "config.yaml").write_text(longer)
-    with pytest.raises(ScalingError, match="w16-s4 is not finished: its last validation is of step 4 of 5"):
+    with pytest.raises(
+        ScalingError, match="w16-s4 is not finished: its last validation is of step 4 of 5"
+    ):
         read_run_folders(folders)
     curves = read_run_folders(folders, curves=True)
     assert len(curves) == len(read_run_folders(folders[1:])) + 1
     small = read_run_folders(folders[1:], "non_embedding_parameters")
-    assert (small.parameters == [count(ladder.config(rung)).non_embedding_parameters for rung in ladder.rungs[1:]]).all()
-    assert (small.tokens == [ladder.config(rung).total_steps * 512 for rung in ladder.rungs[1:]]).all()
+    assert (
+        small.parameters
+        == [count(ladder.config(rung)).non_embedding_parameters for rung in ladder.rungs[1:]]
+    ).all()
+    assert (
+        small.tokens == [ladder.config(rung).total_steps * 512 for rung in ladder.rungs[1:]]
+    ).all()
 
 
 def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
@@ -126,32 +160,62 @@ def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
 
 def test_scripts_for_slurm(tmp_path: Path) -> None:
     path = write_ladder(tmp_path, tmp_path)
-    done = CliRunner().invoke(app, ["scaling", "sweep", str(path), "--slurm", "--ranks", "2", "--sbatch=--partition=gpu"])
+    done = CliRunner().invoke(
+        app, ["scaling", "sweep", str(path), "--slurm", "--ranks", "2", "--sbatch=--partition=gpu"]
+    )
     assert done.exit_code == 0 and "--dependency=afterok:$job" in done.stdout
-    rungs, target = ((tmp_path / "ladder" / "slurm" / name).read_text() for name in ("rungs.sbatch", "target.sbatch"))
+    rungs, target = (
+        (tmp_path / "ladder" / "slurm" / name).read_text()
+        for name in ("rungs.sbatch", "target.sbatch")
+    )
     assert "#SBATCH --array=0-8\n#SBATCH --partition=gpu\n" in rungs and "--array" not in target
-    assert shlex.join(["scaling", "sweep", str(path), "--ranks", "2"]) + ' --rung "$SLURM_ARRAY_TASK_ID"' in rungs
+    assert (
+        shlex.join(["scaling", "sweep", str(path), "--ranks", "2"])
+        + ' --rung "$SLURM_ARRAY_TASK_ID"'
+        in rungs
+    )
     # As Slurm would start it, for a number that no rung has: it reaches the command.
-    started = subprocess.run(["bash", str(tmp_path / "ladder" / "slurm" / "rungs.sbatch")], capture_output=True, text=True,
-                             env=os.environ | {"SLURM_ARRAY_TASK_ID": "9"})
+    started = subprocess.run(
+        ["bash", str(tmp_path / "ladder" / "slurm" / "rungs.sbatch")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SLURM_ARRAY_TASK_ID": "9"},
+    )
     assert started.returncode == 2 and "--rung 9: the ladder has 9 rungs" in started.stderr
 
 
 @pytest.mark.slow
 def test_a_whole_ladder(tmp_path: Path, dataset: Path) -> None:
-    """Two rungs and the target are trained, in two goes; the third finds all done. The other rungs are written, as a start takes 20 s."""
+    """Two rungs and the target are trained, in two goes; the third finds all done.
+
+    The other rungs are written, as a start takes 20 s.
+    """
     path = write_ladder(tmp_path, dataset)
     ladder = load_ladder(path)
     for rung in ladder.rungs[2:]:
         finish(ladder, rung, law=YOUNG)
     command = [sys.executable, "-m", "launcher.cli", "scaling", "sweep", str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    first = subprocess.run([*command, "--rung", "0"], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert first.returncode == 0 and is_done(ladder, ladder.rungs[0]) and not is_done(ladder, ladder.rungs[1]), first.stderr
+    first = subprocess.run(
+        [*command, "--rung", "0"], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert (
+        first.returncode == 0
+        and is_done(ladder, ladder.rungs[0])
+        and not is_done(ladder, ladder.rungs[1])
+    ), first.stderr
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0 and [line.split()[2] for line in done.stdout.splitlines() if "===" in line] == ["2/9", "large:"], done.stderr
+    assert done.returncode == 0 and [
+        line.split()[2] for line in done.stdout.splitlines() if "===" in line
+    ] == ["2/9", "large:"], done.stderr
     result = json.loads((tmp_path / "ladder" / "result.json").read_text())
-    assert result["prediction_before_first_step"] and f"off by {result['error']:+.2%}" in done.stdout
+    assert (
+        result["prediction_before_first_step"] and f"off by {result['error']:+.2%}" in done.stdout
+    )
     assert len(read_events(tmp_path / "ladder" / "large" / "metrics.jsonl", "validation")) == 1
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert again.returncode == 0 and "===" not in again.stdout and f"off by {result['error']:+.2%}" in again.stdout
+    assert (
+        again.returncode == 0
+        and "===" not in again.stdout
+        and f"off by {result['error']:+.2%}" in again.stdout
+    )

@@ -28,48 +28,120 @@ def write_corpus(folder: Path) -> Path:
 
 def test_train(tmp_path: Path) -> None:
     corpus, output = write_corpus(tmp_path), tmp_path / "out.json"
-    done = nextpt("train", f"code={corpus / 'a.jsonl.gz'}", corpus / "b.txt", "--vocab-size", 400, "--output", output, "--text-field", "body")
+    done = nextpt(
+        "train",
+        f"code={corpus / 'a.jsonl.gz'}",
+        corpus / "b.txt",
+        "--vocab-size",
+        400,
+        "--output",
+        output,
+        "--text-field",
+        "body",
+    )
     assert done.exit_code == 0, done.output
     size = sum(len(text.encode()) for text in TEXTS * 3) + 28 * 5
-    for words in (f"learning 400 tokens from {size:,} bytes", "1 bad records passed over", "bytes per token", "encoder          tiktoken", "difference       none"):
+    for words in (
+        f"learning 400 tokens from {size:,} bytes",
+        "1 bad records passed over",
+        "bytes per token",
+        "encoder          tiktoken",
+        "difference       none",
+    ):
         assert words in done.output, done.output
     tokenizer = Tokenizer(output)
     assert tokenizer.vocab_size == 400 and len(tokenizer.encode("another")) < 4
-    assert nextpt("train", corpus / "b.txt", "--vocab-size", 400, "--output", output, "--max-bytes", 10).exit_code == 2  # nothing is left to learn from
+    # Nothing is left to learn from
+    assert (
+        nextpt(
+            "train", corpus / "b.txt", "--vocab-size", 400, "--output", output, "--max-bytes", 10
+        ).exit_code
+        == 2
+    )
 
 
 def test_convert_and_show(tmp_path: Path) -> None:
     ranks = tmp_path / "own.tiktoken"
     ranks.write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
-    done = nextpt("convert", ranks, "--output", tmp_path / "tokenizer.json", "--pattern", "gpt2", "--special", "<|a|>", "--special", "<|z|>=300",
-                  "--start", "<|a|>", "--end", "<|z|>")
-    assert done.exit_code == 0 and "start            <|a|> (256)" in done.output and "end              <|z|> (300)" in done.output, done.output
+    done = nextpt(
+        "convert",
+        ranks,
+        "--output",
+        tmp_path / "tokenizer.json",
+        "--pattern",
+        "gpt2",
+        "--special",
+        "<|a|>",
+        "--special",
+        "<|z|>=300",
+        "--start",
+        "<|a|>",
+        "--end",
+        "<|z|>",
+    )
+    assert (
+        done.exit_code == 0
+        and "start            <|a|> (256)" in done.output
+        and "end              <|z|> (300)" in done.output
+    ), done.output
     (tmp_path / "text.txt").write_text("h\u00e9!")
     shown = json.loads(nextpt("show", tmp_path, "--text", tmp_path / "text.txt", "--json").output)
-    assert {k: shown[k] for k in ("kind", "vocab_size", "byte_counts", "text_bytes", "text_tokens", "bytes_per_token")} == {
-        "kind": "byte-level BPE", "vocab_size": 301, "byte_counts": "table", "text_bytes": 4, "text_tokens": 4, "bytes_per_token": 1.0}
+    assert {
+        k: shown[k]
+        for k in (
+            "kind",
+            "vocab_size",
+            "byte_counts",
+            "text_bytes",
+            "text_tokens",
+            "bytes_per_token",
+        )
+    } == {
+        "kind": "byte-level BPE",
+        "vocab_size": 301,
+        "byte_counts": "table",
+        "text_bytes": 4,
+        "text_tokens": 4,
+        "bytes_per_token": 1.0,
+    }
 
 
 def test_show_says_why(tmp_path: Path) -> None:
     KINDS["wordpiece"](tmp_path / "bert.json")
     done = nextpt("show", tmp_path / "bert.json", "--end", "[MASK]")
-    for words in ("kind             WordPiece", "start            [CLS] (2)", "end              [MASK] (4)", "encoder          tokenizers",
-                  "encoder reason   it is WordPiece", "byte counts      column"):
+    for words in (
+        "kind             WordPiece",
+        "start            [CLS] (2)",
+        "end              [MASK] (4)",
+        "encoder          tokenizers",
+        "encoder reason   it is WordPiece",
+        "byte counts      column",
+    ):
         assert words in done.output
     assert "text tokens" not in done.output
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["show", "none.json"], "tokenizer none.json does not exist"),
-    (["convert", "none", "--output", "x.json"], "none does not exist; expected tokenizer.json"),
-    (["train", "none.jsonl", "--output", "x.json"], "corpus none.jsonl does not exist"),
-    (["train", "code=none.jsonl", "--output", "x.json"], "corpus none.jsonl does not exist"),
-    (["train", "none.jsonl", "--output", "nowhere/x.json"], "nowhere for the tokenizer does not exist"),
-])
-def test_mistakes_end_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "none.json"], "tokenizer none.json does not exist"),
+        (["convert", "none", "--output", "x.json"], "none does not exist; expected tokenizer.json"),
+        (["train", "none.jsonl", "--output", "x.json"], "corpus none.jsonl does not exist"),
+        (["train", "code=none.jsonl", "--output", "x.json"], "corpus none.jsonl does not exist"),
+        (
+            ["train", "none.jsonl", "--output", "nowhere/x.json"],
+            "nowhere for the tokenizer does not exist",
+        ),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = nextpt(*arguments)
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.output
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (
+        done.output
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -52,12 +52,16 @@ def test_flops_by_formula_are_those_of_the_matrix_products(shape: str) -> None:
     with FlopCounterMode(display=False) as counter:
         hidden = model(tokens, torch.arange(length).unsqueeze(0))
         model.lm_head(hidden[0], tokens[0], torch.ones(length), float(length))[0].backward()
-    assert counter.get_total_flops() / length == pytest.approx(count(config).training_flops_per_token, rel=0.03)
+    assert counter.get_total_flops() / length == pytest.approx(
+        count(config).training_flops_per_token, rel=0.03
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 @pytest.mark.parametrize("shape", ["plain", "grouped", "window", "tied"])
-def test_output_does_not_depend_on_later_tokens_or_other_documents(shape: str, attention: str) -> None:
+def test_output_does_not_depend_on_later_tokens_or_other_documents(
+    shape: str, attention: str
+) -> None:
     config, model = build(**SHAPES[shape], attention=attention)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 96, (1, 20), generator=generator)
@@ -84,7 +88,9 @@ def test_gradient_of_an_output_stays_in_its_past() -> None:
     ids = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
     positions = torch.arange(12).unsqueeze(0)
     model.embed_tokens.forward = lambda tokens: embedded
-    out = model(torch.zeros(1, 12, dtype=torch.long), positions, PackedDocuments.from_document_ids(ids))
+    out = model(
+        torch.zeros(1, 12, dtype=torch.long), positions, PackedDocuments.from_document_ids(ids)
+    )
     for i in range(12):
         (gradient,) = torch.autograd.grad(out[0, i].sum(), embedded, retain_graph=True)
         reached = gradient[0].ne(0).any(-1).tolist()
@@ -100,7 +106,9 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
         assert torch.equal(p, again.get_parameter(name)), name
         if "o_proj" not in name and "down_proj" not in name:
             assert torch.equal(p, deeper.get_parameter(name)), name
-    assert not torch.equal(model.blocks[0].attention.q_proj.weight, model.blocks[1].attention.q_proj.weight)
+    assert not torch.equal(
+        model.blocks[0].attention.q_proj.weight, model.blocks[1].attention.q_proj.weight
+    )
     assert model.blocks[0].ffn.down_proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)
     assert model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -108,11 +116,14 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
 def test_capped_logits_are_those_of_the_loss() -> None:
     """Generation and the loss cap alike, also under tied embeddings."""
     _, model = build(logit_softcap=2.0, tied_embeddings=True, init_std=0.5)
-    hidden, targets = model(torch.arange(12).unsqueeze(0), torch.arange(12).unsqueeze(0))[0], torch.arange(12)
+    hidden = model(torch.arange(12).unsqueeze(0), torch.arange(12).unsqueeze(0))[0]
+    targets = torch.arange(12)
     logits = model.lm_head(hidden)
     assert 1.0 < logits.abs().max() < 2.0
     nats = model.lm_head(hidden, targets)[2]
-    torch.testing.assert_close(nats, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    torch.testing.assert_close(
+        nats, torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    )
 
 
 def test_cache_gives_the_same_logits_as_the_whole_text() -> None:
@@ -123,7 +134,10 @@ def test_cache_gives_the_same_logits_as_the_whole_text() -> None:
     with torch.no_grad():
         whole = model(tokens, positions)
         cache = KVCache.empty(config, 1, 15, dtype=torch.float32, device=torch.device("cpu"))
-        parts = [model(tokens[:, a:b], positions[:, a:b], cache=cache) for a, b in ((0, 6), (6, 7), (7, 12), (12, 15))]
+        parts = [
+            model(tokens[:, a:b], positions[:, a:b], cache=cache)
+            for a, b in ((0, 6), (6, 7), (7, 12), (12, 15))
+        ]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
@@ -132,8 +146,12 @@ def test_rotation_depends_on_the_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16)
 
     def score(i: int, j: int) -> float:
-        return float((rotate(q, cos[i].view(1, 1, 1, -1), sin[i].view(1, 1, 1, -1))
-                      * rotate(k, cos[j].view(1, 1, 1, -1), sin[j].view(1, 1, 1, -1))).sum())
+        return float(
+            (
+                rotate(q, cos[i].view(1, 1, 1, -1), sin[i].view(1, 1, 1, -1))
+                * rotate(k, cos[j].view(1, 1, 1, -1), sin[j].view(1, 1, 1, -1))
+            ).sum()
+        )
 
     assert score(5, 2) == pytest.approx(score(30, 27), abs=1e-4)
     assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-4)

@@ -14,7 +14,10 @@ from tests.support import browser as chromium
 from tests.support.runs import make_run
 from tests.support.tokenizers import ANY_TEXT
 
-TEXT = "The quick <script>document.title = 'broken'</script>\n\tfox \U0001f600 & \u4f60\u597d  caf\u00e9\n"
+TEXT = (
+    "The quick <script>document.title = 'broken'</script>\n\tfox \U0001f600 & \u4f60\u597d "
+    " caf\u00e9\n"
+)
 
 
 def inspect(folder: Path, kind: str = "byte_level") -> tuple[Inspection, Tokenizer]:
@@ -27,12 +30,20 @@ def test_tokens_spell_the_text(tmp_path: Path, kind: str) -> None:
     found, tokenizer = inspect(tmp_path, kind)
     assert "".join(t["text"] for t in found.tokens) == tokenizer.decode(tokenizer.encode(TEXT))
     for t in found.tokens:
-        assert t["token"] and t["probability"] == pytest.approx(math.exp(-t["nats"])) and t["rank"] >= 1
+        assert (
+            t["token"]
+            and t["probability"] == pytest.approx(math.exp(-t["nats"]))
+            and t["rank"] >= 1
+        )
         probabilities = [a["probability"] for a in t["alternatives"]]
         assert probabilities == sorted(probabilities, reverse=True)
-        assert t["rank"] > 8 or t["alternatives"][t["rank"] - 1]["probability"] == pytest.approx(t["probability"])
+        assert t["rank"] > 8 or t["alternatives"][t["rank"] - 1]["probability"] == pytest.approx(
+            t["probability"]
+        )
     most = found.most_surprising(5)
-    assert [t["nats"] for _, t in most] == sorted((t["nats"] for t in found.tokens), reverse=True)[:5]
+    assert [t["nats"] for _, t in most] == sorted((t["nats"] for t in found.tokens), reverse=True)[
+        :5
+    ]
     assert all(found.tokens[place - 1] is t for place, t in most)
 
 
@@ -40,13 +51,24 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
     found, _ = inspect(tmp_path)
     write_inspection(found, tmp_path / "out")
     page = (tmp_path / "out" / "tokens.html").read_text()
-    assert "<script" not in page and "a <b>" not in page and "default-src 'none'" in page and "http:" not in page.replace("http-equiv", "")
+    assert (
+        "<script" not in page
+        and "a <b>" not in page
+        and "default-src 'none'" in page
+        and "http:" not in page.replace("http-equiv", "")
+    )
     assert page.count('class="t"') == len(found.tokens) and "prefers-color-scheme: dark" in page
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["calibration.svg", "inspect.json", "tokens.html"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "calibration.svg",
+        "inspect.json",
+        "tokens.html",
+    ]
     assert (tmp_path / "out" / "calibration.svg").read_bytes().startswith(b"<?xml")
 
 
-def test_a_long_text_is_cut_on_the_page_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_cut_on_the_page_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inspection, "MOST_SHOWN", 4)
     found, _ = inspect(tmp_path)
     write_inspection(found, tmp_path / "out")
@@ -59,8 +81,11 @@ def test_names_of_tokens(tmp_path: Path) -> None:
     _, tokenizer = inspect(tmp_path)
     spell = speller(tokenizer)
     assert spell(tokenizer.end_id) == "<|endoftext|>" and spell(10**6) == "<1000000>"
-    assert [spell(int(i)) for i in tokenizer.encode(" quick")] == [tokenizer.decode([i]) for i in tokenizer.encode(" quick")]
-    assert "".join(spell(int(i)) for i in tokenizer.encode("\u05d0")) == "<D7><90>"  # no merge of it was trained
+    assert [spell(int(i)) for i in tokenizer.encode(" quick")] == [
+        tokenizer.decode([i]) for i in tokenizer.encode(" quick")
+    ]
+    # No merge of it was trained
+    assert "".join(spell(int(i)) for i in tokenizer.encode("\u05d0")) == "<D7><90>"
     assert visible(" a\n\t\r") == "\u2423a\u23ce\u21e5\u240d"
 
 
@@ -69,7 +94,9 @@ def test_a_browser_shows_alternatives_where_it_is_clicked(tmp_path: Path) -> Non
     found, _ = inspect(tmp_path)
     write_inspection(found, tmp_path / "out")
     with chromium.page(tmp_path / "out" / "tokens.html") as browser:
-        assert browser.title == "a <b>file</b> - nextpt inspect" and browser.get_log("browser") == []
+        assert (
+            browser.title == "a <b>file</b> - nextpt inspect" and browser.get_log("browser") == []
+        )
         token = browser.find_elements("css selector", ".t")[1]
         tip = token.find_element("css selector", ".tip")
         assert not tip.is_displayed()
@@ -79,4 +106,6 @@ def test_a_browser_shows_alternatives_where_it_is_clicked(tmp_path: Path) -> Non
 
 def test_names_of_bytes_of_a_vocabulary_that_names_them(tmp_path: Path) -> None:
     _, tokenizer = inspect(tmp_path, "llama")
-    assert "".join(speller(tokenizer)(int(i)) for i in tokenizer.encode("\U0001f680")).endswith("<0xF0><0x9F><0x9A><0x80>")
+    assert "".join(speller(tokenizer)(int(i)) for i in tokenizer.encode("\U0001f680")).endswith(
+        "<0xF0><0x9F><0x9A><0x80>"
+    )

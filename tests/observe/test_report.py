@@ -29,11 +29,25 @@ HOSTILE = "</pre><script>document.title = 'broken'</script><img src=x onerror=al
 
 
 def figures(nats: float) -> dict[str, Any]:
-    return {"tokens": 1000, "bytes": 3000, "nats_per_token": nats, "bits_per_token": nats / math.log(2), "perplexity": math.exp(nats),
-            "bpb_text": nats / math.log(2) / 3}
+    return {
+        "tokens": 1000,
+        "bytes": 3000,
+        "nats_per_token": nats,
+        "bits_per_token": nats / math.log(2),
+        "perplexity": math.exp(nats),
+        "bpb_text": nats / math.log(2) / 3,
+    }
 
 
-def make_run(dataset: Path, folder: Path, *, steps: int = 40, offset: float = 0.0, full: bool = True, **overrides: Any) -> Path:
+def make_run(
+    dataset: Path,
+    folder: Path,
+    *,
+    steps: int = 40,
+    offset: float = 0.0,
+    full: bool = True,
+    **overrides: Any,
+) -> Path:
     """A run folder as training leaves it. full: with validation, evaluation, samples and two starts."""
     config: Config = tiny(dataset, folder, train={"steps": max(steps, 40)}, **overrides)
     folder.mkdir(parents=True)
@@ -41,25 +55,82 @@ def make_run(dataset: Path, folder: Path, *, steps: int = 40, offset: float = 0.
     lines = []
     for step in range(1, steps + 1):
         nats = 6 / math.sqrt(step) + offset
-        domains = {d: {"nats_per_token": nats + n, "bpb": (nats + n) / 3} for n, d in enumerate(("code", "prose"))}
-        lines.append({"kind": "train", "step": step, "tokens": step * config.tokens_per_step, "loss": nats, "bpb": nats / 3, "lr": 1e-3,
-                      "grad_norm": 1 / step, "tokens_per_second": 5000.0 + step, "data_wait_seconds": 0.001, "memory_bytes": 2**29,
-                      "mfu": None, "domains": domains, "z_loss": 0.0, "time": 1e9 + step})
+        domains = {
+            d: {"nats_per_token": nats + n, "bpb": (nats + n) / 3}
+            for n, d in enumerate(("code", "prose"))
+        }
+        lines.append(
+            {
+                "kind": "train",
+                "step": step,
+                "tokens": step * config.tokens_per_step,
+                "loss": nats,
+                "bpb": nats / 3,
+                "lr": 1e-3,
+                "grad_norm": 1 / step,
+                "tokens_per_second": 5000.0 + step,
+                "data_wait_seconds": 0.001,
+                "memory_bytes": 2**29,
+                "mfu": None,
+                "domains": domains,
+                "z_loss": 0.0,
+                "time": 1e9 + step,
+            }
+        )
         if full and step % 10 == 0:
-            lines.append({"kind": "validation", "step": step, "tokens": step * config.tokens_per_step, "time": 1e9 + step,
-                          "domains": {"code": figures(nats), "prose": figures(nats + 1)}, "total": figures(nats)})
+            lines.append(
+                {
+                    "kind": "validation",
+                    "step": step,
+                    "tokens": step * config.tokens_per_step,
+                    "time": 1e9 + step,
+                    "domains": {"code": figures(nats), "prose": figures(nats + 1)},
+                    "total": figures(nats),
+                }
+            )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if full:
-        compressors = {n: {"bpb_concatenated": b, "bpb_documents": b + 0.5} for n, b in (("zlib -9", 2.5), ("bz2 -9", 2.2), ("xz -9e", 2.1))}
-        evaluation = {"run": str(folder), "step": steps, "window": 64, "stride": 32, "total": figures(1.0),
-                      "domains": {d: figures(1.0) | {"documents": 7, "compressors": compressors} for d in ("code", "prose")}}
+        compressors = {
+            n: {"bpb_concatenated": b, "bpb_documents": b + 0.5}
+            for n, b in (("zlib -9", 2.5), ("bz2 -9", 2.2), ("xz -9e", 2.1))
+        }
+        evaluation = {
+            "run": str(folder),
+            "step": steps,
+            "window": 64,
+            "stride": 32,
+            "total": figures(1.0),
+            "domains": {
+                d: figures(1.0) | {"documents": 7, "compressors": compressors}
+                for d in ("code", "prose")
+            },
+        }
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         sample = {"step": steps, "temperature": 0.7, "top_k": None, "top_p": 0.95, "seed": 1}
-        (folder / "samples.json").write_text(json.dumps([sample | {"prompt": "def f(", "text": HOSTILE}, sample | {"prompt": "", "text": "x"}]))
-        start = {"time": 1e9, "command": "launcher/run.py --config c.yaml", "world_size": 2, "hosts": {"node-1": 2}, "cuda": None,
-                 "devices": {"a processor, 2 cores": 2}, "zero_stage": 1, "system": "Linux 6", "host_memory_bytes": 2**34, "commit": "abc123",
-                 "versions": {"python": "3.11.7", "torch": "2.13.0"}}
-        (folder / "environment.json").write_text(json.dumps({"starts": [start | {"first_step": 1}, start | {"first_step": 21}]}))
+        (folder / "samples.json").write_text(
+            json.dumps(
+                [
+                    sample | {"prompt": "def f(", "text": HOSTILE},
+                    sample | {"prompt": "", "text": "x"},
+                ]
+            )
+        )
+        start = {
+            "time": 1e9,
+            "command": "launcher/run.py --config c.yaml",
+            "world_size": 2,
+            "hosts": {"node-1": 2},
+            "cuda": None,
+            "devices": {"a processor, 2 cores": 2},
+            "zero_stage": 1,
+            "system": "Linux 6",
+            "host_memory_bytes": 2**34,
+            "commit": "abc123",
+            "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        }
+        (folder / "environment.json").write_text(
+            json.dumps({"starts": [start | {"first_step": 1}, start | {"first_step": 21}]})
+        )
     return folder
 
 
@@ -74,7 +145,11 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.targets += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        self.targets += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "action", "data")
+        ]
 
 
 def test_the_page_is_whole_and_fetches_nothing(dataset: Path, tmp_path: Path) -> None:
@@ -82,9 +157,21 @@ def test_the_page_is_whole_and_fetches_nothing(dataset: Path, tmp_path: Path) ->
     write_report([run], default_output([run]))
     page = (run / "report.html").read_text()
     found = Links(page)
-    assert "script" not in found.tags and all(target.startswith("data:") for target in found.targets)
+    assert "script" not in found.tags and all(
+        target.startswith("data:") for target in found.targets
+    )
     assert found.tags.count("img") == 8 and HOSTILE not in page and "&lt;script&gt;" in page
-    for words in ("complete", "xz -9e", "2.100 / 2.600", "node-1 (2)", "abc123", "def f(", "empty prompt", "vocab_size: 512", "perplexity"):
+    for words in (
+        "complete",
+        "xz -9e",
+        "2.100 / 2.600",
+        "node-1 (2)",
+        "abc123",
+        "def f(",
+        "empty prompt",
+        "vocab_size: 512",
+        "perplexity",
+    ):
         assert words in page, words
 
 
@@ -96,12 +183,21 @@ def test_equal_runs_give_equal_pictures(dataset: Path, tmp_path: Path) -> None:
     assert images[0] == images[1]
 
 
-def test_several_runs_share_the_pictures_and_show_what_differs(dataset: Path, tmp_path: Path) -> None:
-    runs = [make_run(dataset, tmp_path / "x" / "one"), make_run(dataset, tmp_path / "y" / "one", offset=0.3, optimizer={"lr": 9e-3}),
-            make_run(dataset, tmp_path / "bare", full=False)]
+def test_several_runs_share_the_pictures_and_show_what_differs(
+    dataset: Path, tmp_path: Path
+) -> None:
+    runs = [
+        make_run(dataset, tmp_path / "x" / "one"),
+        make_run(dataset, tmp_path / "y" / "one", offset=0.3, optimizer={"lr": 9e-3}),
+        make_run(dataset, tmp_path / "bare", full=False),
+    ]
     write_report(runs, tmp_path / "all.html")
     page = (tmp_path / "all.html").read_text()
-    assert "optimizer.lr" in page and "<td class=\"left\">0.009</td>" in page and "run.dir</code>" not in page
+    assert (
+        "optimizer.lr" in page
+        and '<td class="left">0.009</td>' in page
+        and "run.dir</code>" not in page
+    )
     assert str(tmp_path / "x" / "one") in page and str(tmp_path / "y" / "one") in page
     assert page.count("Loss on code") >= 2 and "None yet" in page and "Not recorded" in page
 
@@ -117,7 +213,11 @@ def test_a_run_just_begun_has_a_report(dataset: Path, tmp_path: Path) -> None:
 def test_losses_that_are_not_numbers_are_told(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines[30] |= {"loss": math.nan, "grad_norm": math.inf, "domains": {"code": {"nats_per_token": math.nan, "bpb": math.nan}}}
+    lines[30] |= {
+        "loss": math.nan,
+        "grad_norm": math.inf,
+        "domains": {"code": {"nats_per_token": math.nan, "bpb": math.nan}},
+    }
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report([run], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
@@ -126,26 +226,46 @@ def test_losses_that_are_not_numbers_are_told(dataset: Path, tmp_path: Path) -> 
 
 def test_what_the_guard_did_is_told(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
-    events = [SkipEvent(7, "loss spike", 9.0, 1.0, 1, 1, 3.0, 2.0), SkipEvent(8, "loss not finite", math.nan, math.inf, 2, 2),
-              RollbackEvent(6, 7, 8, "loss not finite", 48, 64, 1)]
+    events = [
+        SkipEvent(7, "loss spike", 9.0, 1.0, 1, 1, 3.0, 2.0),
+        SkipEvent(8, "loss not finite", math.nan, math.inf, 2, 2),
+        RollbackEvent(6, 7, 8, "loss not finite", 48, 64, 1),
+    ]
     with open(run / "metrics.jsonl", "a") as file:
         file.write("".join(json.dumps(dataclasses.asdict(event)) + "\n" for event in events))
     write_report([run], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert "2 steps were skipped by the guard (1 loss not finite, 1 loss spike), the first is step 7" in page
-    assert "rolled back to step 6 after bad steps 7 to 8 (loss not finite); samples 48 to 63 were passed over" in page
+    assert (
+        "2 steps were skipped by the guard (1 loss not finite, 1 loss spike), the first is step 7"
+        in page
+    )
+    assert (
+        "rolled back to step 6 after bad steps 7 to 8 (loss not finite); samples 48 to 63 were"
+        " passed over" in page
+    )
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    ("no folder", "does not exist"), ("no config", "has no config.yaml"), ("no metrics", "has no logged step yet"),
-    ("bad evaluation", "evaluation.json cannot be read"),
-])
-def test_folders_that_are_not_runs_are_named(dataset: Path, tmp_path: Path, damage: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("no folder", "does not exist"),
+        ("no config", "has no config.yaml"),
+        ("no metrics", "has no logged step yet"),
+        ("bad evaluation", "evaluation.json cannot be read"),
+    ],
+)
+def test_folders_that_are_not_runs_are_named(
+    dataset: Path, tmp_path: Path, damage: str, words: str
+) -> None:
     run = tmp_path / "run"
     if damage != "no folder":
         make_run(dataset, run)
-    {"no config": lambda: (run / "config.yaml").unlink(), "no metrics": lambda: (run / "metrics.jsonl").unlink(),
-     "bad evaluation": lambda: (run / "evaluation.json").write_text("{"), "no folder": lambda: None}[damage]()
+    {
+        "no config": lambda: (run / "config.yaml").unlink(),
+        "no metrics": lambda: (run / "metrics.jsonl").unlink(),
+        "bad evaluation": lambda: (run / "evaluation.json").write_text("{"),
+        "no folder": lambda: None,
+    }[damage]()
     with pytest.raises(DataError, match=re.escape(str(run))) as error:
         write_report([run], tmp_path / "r.html")
     assert words in str(error.value) and not (tmp_path / "r.html").exists()
@@ -177,11 +297,18 @@ def test_running_mean_of_a_constant_is_the_constant_and_gaps_are_left_out() -> N
 
 
 def test_readable_durations() -> None:
-    assert [readable_duration(n) for n in (5, 600, 3 * 3600 + 120, 86400 * 3)] == ["5 seconds", "10 minutes", "3 hours and 2 minutes", "3 days"]
+    assert [readable_duration(n) for n in (5, 600, 3 * 3600 + 120, 86400 * 3)] == [
+        "5 seconds",
+        "10 minutes",
+        "3 hours and 2 minutes",
+        "3 days",
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not chromium.available(), reason="Debian's chromium and chromium-driver are not installed")
+@pytest.mark.skipif(
+    not chromium.available(), reason="Debian's chromium and chromium-driver are not installed"
+)
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_renders_it(dataset: Path, tmp_path: Path, width: int) -> None:
     runs = [make_run(dataset, tmp_path / "one"), make_run(dataset, tmp_path / "two", offset=0.2)]
@@ -192,11 +319,27 @@ def test_a_browser_renders_it(dataset: Path, tmp_path: Path, width: int) -> None
             assert time.monotonic() < deadline
         assert browser.get_log("browser") == []
         assert browser.title == "one, two - nextpt report"
-        sizes = browser.execute_script("return [...document.images].map(i => [i.naturalWidth, i.clientWidth, i.alt.length])")
-        assert len(sizes) == 10 and all(natural > 300 and 250 < shown and alt > 10 for natural, shown, alt in sizes)
-        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth"), "the page scrolls sideways"
-        assert browser.execute_script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
+        sizes = browser.execute_script(
+            "return [...document.images].map(i => [i.naturalWidth, i.clientWidth, i.alt.length])"
+        )
+        assert len(sizes) == 10 and all(
+            natural > 300 and shown > 250 and alt > 10 for natural, shown, alt in sizes
+        )
+        assert browser.execute_script(
+            "return document.documentElement.scrollWidth <= window.innerWidth"
+        ), "the page scrolls sideways"
+        assert (
+            browser.execute_script(
+                "return performance.getEntriesByType('resource').filter(e =>"
+                " !e.name.startsWith('data:')).length"
+            )
+            == 0
+        )
         text = browser.find_element("tag name", "body").text
-        assert "What differs" not in text and "Evaluation on held-out documents" in text and "node-1 (2)" in text
+        assert (
+            "What differs" not in text
+            and "Evaluation on held-out documents" in text
+            and "node-1 (2)" in text
+        )
         browser.save_screenshot(str(tmp_path / "page.png"))
     assert (tmp_path / "page.png").stat().st_size > 50_000

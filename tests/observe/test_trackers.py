@@ -15,7 +15,16 @@ import pytest
 
 from nextpt.config import Config
 from nextpt.errors import ConfigError, UserError
-from nextpt.events import CheckpointEvent, MetricsFile, RollbackEvent, SkipEvent, StepEvent, ValidationEvent, read_events, scalars
+from nextpt.events import (
+    CheckpointEvent,
+    MetricsFile,
+    RollbackEvent,
+    SkipEvent,
+    StepEvent,
+    ValidationEvent,
+    read_events,
+    scalars,
+)
 from nextpt.observe.trackers import check_trackers, open_trackers
 from nextpt.observe.trackers.choice import Guarded
 from tests.support.datasets import tiny
@@ -25,7 +34,16 @@ DOMAINS = {"code": {"nats_per_token": 2.0, "bpb_text": 1.0}}
 
 
 def step_event(step: int, loss: float) -> StepEvent:
-    return StepEvent(step, 100 * step, loss, 1.5, 1e-3, 0.5, 1000.0, domains={"code": {"nats_per_token": loss, "bpb": 1.0}})
+    return StepEvent(
+        step,
+        100 * step,
+        loss,
+        1.5,
+        1e-3,
+        0.5,
+        1000.0,
+        domains={"code": {"nats_per_token": loss, "bpb": 1.0}},
+    )
 
 
 def config_with(dataset: Path, run: Path, **trackers: Any) -> Config:
@@ -46,12 +64,21 @@ def log(config: Config, first_step: int, steps: range) -> None:
 
 def test_scalars_are_flat_and_leave_out_what_is_not_known() -> None:
     found = scalars(step_event(3, 2.5))
-    assert found["train/loss"] == 2.5 and found["train/code/nats_per_token"] == 2.5 and found["train/tokens"] == 300
+    assert (
+        found["train/loss"] == 2.5
+        and found["train/code/nats_per_token"] == 2.5
+        and found["train/tokens"] == 300
+    )
     assert "train/mfu" not in found and "train/step" not in found and "train/time" not in found
-    assert scalars(ValidationEvent(1, 100, DOMAINS, {"bpb_text": 1.0}))["validation/total/bpb_text"] == 1.0
+    assert (
+        scalars(ValidationEvent(1, 100, DOMAINS, {"bpb_text": 1.0}))["validation/total/bpb_text"]
+        == 1.0
+    )
 
 
-def test_tensorboard_reads_the_curves_and_a_resume_hides_what_is_made_again(dataset: Path, tmp_path: Path) -> None:
+def test_tensorboard_reads_the_curves_and_a_resume_hides_what_is_made_again(
+    dataset: Path, tmp_path: Path
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = config_with(dataset, tmp_path / "run", tensorboard=True)
@@ -60,8 +87,14 @@ def test_tensorboard_reads_the_curves_and_a_resume_hides_what_is_made_again(data
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     reader.Reload()
     losses = {e.step: e.value for e in reader.Scalars("train/loss")}
-    assert list(losses) == list(range(1, 9)) and losses[3] == pytest.approx(10 / 3 + 1) and losses[4] == pytest.approx(10 / 4 + 4)
-    assert {"validation/code/bpb_text", "checkpoint/seconds", "train/lr"} <= set(reader.Tags()["scalars"])
+    assert (
+        list(losses) == list(range(1, 9))
+        and losses[3] == pytest.approx(10 / 3 + 1)
+        and losses[4] == pytest.approx(10 / 4 + 4)
+    )
+    assert {"validation/code/bpb_text", "checkpoint/seconds", "train/lr"} <= set(
+        reader.Tags()["scalars"]
+    )
 
 
 def test_a_rollback_hides_what_is_made_again(dataset: Path, tmp_path: Path) -> None:
@@ -70,17 +103,33 @@ def test_a_rollback_hides_what_is_made_again(dataset: Path, tmp_path: Path) -> N
     config = config_with(dataset, tmp_path / "run", tensorboard=True)
     config.run_dir.mkdir()
     listeners = [*open_trackers(config, 1), MetricsFile(tmp_path / "run" / "metrics.jsonl", 0)]
-    events = [*(step_event(step, 1.0) for step in range(1, 5)), SkipEvent(4, "loss not finite", math.nan, math.inf, 1, 1),
-              RollbackEvent(2, 4, 4, "loss not finite", 16, 32, 1), *(step_event(step, 2.0) for step in range(3, 6))]
+    events = [
+        *(step_event(step, 1.0) for step in range(1, 5)),
+        SkipEvent(4, "loss not finite", math.nan, math.inf, 1, 1),
+        RollbackEvent(2, 4, 4, "loss not finite", 16, 32, 1),
+        *(step_event(step, 2.0) for step in range(3, 6)),
+    ]
     for listener in listeners:
         for event in events:
             listener.on_event(event)
         listener.close()
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     reader.Reload()
-    assert [(e.step, e.value) for e in reader.Scalars("train/loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    assert [(e.step, e.value) for e in reader.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (4, 2.0),
+        (5, 2.0),
+    ]
     assert [(e["kind"], e["step"]) for e in read_events(tmp_path / "run" / "metrics.jsonl")] == [
-        ("train", 1), ("train", 2), ("rollback", 2), ("train", 3), ("train", 4), ("train", 5)]
+        ("train", 1),
+        ("train", 2),
+        ("rollback", 2),
+        ("train", 3),
+        ("train", 4),
+        ("train", 5),
+    ]
 
 
 def test_mlflow_goes_on_in_the_same_run(dataset: Path, tmp_path: Path) -> None:
@@ -92,7 +141,9 @@ def test_mlflow_goes_on_in_the_same_run(dataset: Path, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     assert len(runs) == 1 and runs[0].info.status == "FINISHED" and runs[0].info.run_name == "tiny"
-    assert runs[0].data.params["model.depth"] == "2" and runs[0].data.metrics["train/loss"] == pytest.approx(10 / 5 + 3)
+    assert runs[0].data.params["model.depth"] == "2" and runs[0].data.metrics[
+        "train/loss"
+    ] == pytest.approx(10 / 5 + 3)
     history = client.get_metric_history(runs[0].info.run_id, "train/loss")
     assert [m.step for m in history] == [1, 2, 3, 3, 4, 5]
     assert (tmp_path / "run" / "mlflow_id").read_text().strip() == runs[0].info.run_id
@@ -122,19 +173,29 @@ def test_wandb_offline_writes_what_sync_sends(dataset: Path, tmp_path: Path) -> 
     config = config_with(dataset, tmp_path / "run", wandb={"project": "tests", "mode": "offline"})
     log(config, 1, range(1, 4))
     records = wandb_records(tmp_path / "run")
-    rows = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
-            for r in records if r.WhichOneof("record_type") == "history"]
+    rows = [
+        {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in r.history.item
+        }
+        for r in records
+        if r.WhichOneof("record_type") == "history"
+    ]
     losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert losses == {s: pytest.approx(10 / s + 1) for s in (1, 2, 3)}
     [run] = [r.run for r in records if r.WhichOneof("record_type") == "run"]
-    assert run.project == "tests" and run.run_id == (tmp_path / "run" / "wandb_id").read_text().strip()
+    assert (
+        run.project == "tests" and run.run_id == (tmp_path / "run" / "wandb_id").read_text().strip()
+    )
     names = {p.name for p in (tmp_path / "run" / "wandb").rglob("*") if p.is_file()}
     assert not any(name.endswith((".patch", ".py")) for name in names)
     log(config, 3, range(3, 5))
     assert (tmp_path / "run" / "wandb_id").read_text().strip() == run.run_id
 
 
-def test_wandb_online_without_a_key_is_an_error_and_no_prompt(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_online_without_a_key_is_an_error_and_no_prompt(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
@@ -142,25 +203,40 @@ def test_wandb_online_without_a_key_is_an_error_and_no_prompt(dataset: Path, tmp
 
 
 def test_a_missing_library_is_named_before_training(dataset: Path, tmp_path: Path) -> None:
-    script = ("import sys; sys.modules['tensorboard'] = None\n"
-              "from importlib import util; find = util.find_spec\n"
-              "util.find_spec = lambda n, *a: None if n == 'tensorboard' else find(n, *a)\n"
-              "from nextpt.config import load_config; from nextpt.observe.trackers import check_trackers\n"
-              "check_trackers(load_config(sys.argv[1]))")
+    script = (
+        "import sys; sys.modules['tensorboard'] = None\nfrom importlib import util; find ="
+        " util.find_spec\nutil.find_spec = lambda n, *a: None if n == 'tensorboard' else find(n,"
+        " *a)\nfrom nextpt.config import load_config; from nextpt.observe.trackers import"
+        " check_trackers\ncheck_trackers(load_config(sys.argv[1]))"
+    )
     from nextpt.config import to_yaml
 
-    (tmp_path / "c.yaml").write_text(to_yaml(config_with(dataset, tmp_path / "run", tensorboard=True)))
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c.yaml")], capture_output=True, text=True)
-    assert "trackers.tensorboard: tensorboard is not installed; pip install 'nextpt[trackers]'" in done.stderr
+    (tmp_path / "c.yaml").write_text(
+        to_yaml(config_with(dataset, tmp_path / "run", tensorboard=True))
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "c.yaml")], capture_output=True, text=True
+    )
+    assert (
+        "trackers.tensorboard: tensorboard is not installed; pip install 'nextpt[trackers]'"
+        in done.stderr
+    )
     check_trackers(config_with(dataset, tmp_path / "run"))
 
 
 def test_one_that_cannot_start_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trackers.mlflow cannot start: "):
-        open_trackers(config_with(dataset, tmp_path / "run", mlflow={"experiment": "x", "uri": "nonsense://x"}), 1)
+        open_trackers(
+            config_with(
+                dataset, tmp_path / "run", mlflow={"experiment": "x", "uri": "nonsense://x"}
+            ),
+            1,
+        )
 
 
-def test_a_tracker_that_fails_is_dropped_with_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tracker_that_fails_is_dropped_with_one_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     class Broken:
         calls = 0
 
@@ -177,7 +253,11 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(capsys: pytest.Capture
         guarded.on_event(step_event(step, 1.0))
     guarded.close()
     warning = capsys.readouterr().err
-    assert broken.calls == 1 and warning.count("\n") == 1 and "broken stopped (OSError: no space left)" in warning
+    assert (
+        broken.calls == 1
+        and warning.count("\n") == 1
+        and "broken stopped (OSError: no space left)" in warning
+    )
 
 
 def test_a_training_writes_all_of_them_and_the_start(dataset: Path, tmp_path: Path) -> None:
@@ -185,18 +265,29 @@ def test_a_training_writes_all_of_them_and_the_start(dataset: Path, tmp_path: Pa
     from mlflow import MlflowClient
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trackers = {"tensorboard": True, "mlflow": {"experiment": "e"}, "wandb": {"project": "p", "mode": "offline"}}
+    trackers = {
+        "tensorboard": True,
+        "mlflow": {"experiment": "e"},
+        "wandb": {"project": "p", "mode": "offline"},
+    }
     os.environ["WANDB_SILENT"] = "true"
     run = tmp_path / "run"
     first = tiny(dataset, run, trackers=trackers, train={"stop_at": 3})
-    assert train_all([first, tiny(dataset, run, trackers=trackers)], 2, tmp_path / "jobs") == [None, None]
+    assert train_all([first, tiny(dataset, run, trackers=trackers)], 2, tmp_path / "jobs") == [
+        None,
+        None,
+    ]
     losses = {e["step"]: e["loss"] for e in read_events(run / "metrics.jsonl", "train")}
     reader = EventAccumulator(str(run / "tensorboard"))
     reader.Reload()
-    assert {e.step: pytest.approx(e.value, rel=1e-6) for e in reader.Scalars("train/loss")} == losses
+    assert {
+        e.step: pytest.approx(e.value, rel=1e-6) for e in reader.Scalars("train/loss")
+    } == losses
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     history = client.get_metric_history((run / "mlflow_id").read_text().strip(), "train/loss")
-    assert {m.step: m.value for m in history} == losses and all(math.isfinite(v) for v in losses.values())
+    assert {m.step: m.value for m in history} == losses and all(
+        math.isfinite(v) for v in losses.values()
+    )
     starts = json.loads((run / "environment.json").read_text())["starts"]
     assert [s["first_step"] for s in starts] == [1, 4] and starts[0]["world_size"] == 2
     assert sum(starts[0]["hosts"].values()) == 2 and starts[0]["versions"]["torch"]
@@ -205,5 +296,7 @@ def test_a_training_writes_all_of_them_and_the_start(dataset: Path, tmp_path: Pa
 
 
 def test_without_json_lines_there_is_no_file(dataset: Path, tmp_path: Path) -> None:
-    assert train_all([tiny(dataset, tmp_path / "run", trackers={"jsonl": False})], 1, tmp_path / "jobs") == [None]
+    assert train_all(
+        [tiny(dataset, tmp_path / "run", trackers={"jsonl": False})], 1, tmp_path / "jobs"
+    ) == [None]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -22,21 +22,37 @@ from tests.support.runs import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {"code": 40, "prose": 25}
-TEXTS = {"code": ["def f(x):\n    return x + 1\n" * n for n in (2, 7, 3)], "verse": ["Whan that Aprille with his shoures soote\n" * 3]}
+TEXTS = {
+    "code": ["def f(x):\n    return x + 1\n" * n for n in (2, 7, 3)],
+    "verse": ["Whan that Aprille with his shoures soote\n" * 3],
+}
 
 
 def scores(models: int = 3, seeds: int = 2) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Documents that differ widely, models that differ little."""
     rng = np.random.default_rng(0)
     sizes = {d: rng.integers(100, 10_000, n) for d, n in DOCUMENTS.items()}
-    nats = {d: s * np.exp(0.3 * rng.standard_normal(len(s))) * (1 + 0.01 * rng.standard_normal((models, seeds, len(s)))) for d, s in sizes.items()}
+    nats = {
+        d: (
+            s
+            * np.exp(0.3 * rng.standard_normal(len(s)))
+            * (1 + 0.01 * rng.standard_normal((models, seeds, len(s))))
+        )
+        for d, s in sizes.items()
+    }
     return sizes, nats
 
 
 def test_differences_are_those_of_the_figures() -> None:
     sizes, nats = scores()
     baseline, *variants = paired_figures(sizes, nats, 300, 0)
-    whole = {**nats, "total": np.concatenate(list(nats.values()), axis=2)}, {**sizes, "total": np.concatenate(list(sizes.values()))}
+    whole = (
+        {**nats, "total": np.concatenate(list(nats.values()), axis=2)},
+        {
+            **sizes,
+            "total": np.concatenate(list(sizes.values())),
+        },
+    )
     for place in (*DOCUMENTS, "total"):
         bits = whole[0][place].sum(axis=2) / (math.log(2) * whole[1][place].sum())
         of = [(m["domains"] | {"total": m["total"]})[place] for m in (baseline, *variants)]
@@ -46,17 +62,26 @@ def test_differences_are_those_of_the_figures() -> None:
             assert figures["by_seed"] == pytest.approx((bits[number] - bits[0]).tolist())
             assert figures["seed_sd"] == pytest.approx(np.std(figures["by_seed"], ddof=1))
             low, high = figures["interval"]
-            assert low < figures["difference"] < high and high - low < 0.1 * np.ptp(of[0]["interval"])  # pairing takes the documents' own scatter out
+            # Pairing takes the documents' own scatter out
+            assert low < figures["difference"] < high and high - low < 0.1 * np.ptp(
+                of[0]["interval"]
+            )
 
 
 def test_the_interval_is_that_of_the_differences_and_of_one_model_that_of_eval() -> None:
     sizes, nats = scores(seeds=1)
     baseline, variant, _ = paired_figures(sizes, nats, 300, 3)
-    drawn = stratified([np.stack([sizes[d], nats[d][0, 0], nats[d][1, 0]], axis=1) for d in DOCUMENTS], 300, 3)
+    drawn = stratified(
+        [np.stack([sizes[d], nats[d][0, 0], nats[d][1, 0]], axis=1) for d in DOCUMENTS], 300, 3
+    )
     for domain, found in zip(DOCUMENTS, drawn, strict=True):
         bits = math.log(2) * found[:, 0]
-        assert baseline["domains"][domain]["interval"] == pytest.approx(ratio_interval(found[:, 1], bits))
-        assert variant["domains"][domain]["interval"] == pytest.approx(np.quantile((found[:, 2] - found[:, 1]) / bits, [0.025, 0.975]))
+        assert baseline["domains"][domain]["interval"] == pytest.approx(
+            ratio_interval(found[:, 1], bits)
+        )
+        assert variant["domains"][domain]["interval"] == pytest.approx(
+            np.quantile((found[:, 2] - found[:, 1]) / bits, [0.025, 0.975])
+        )
     assert variant["total"]["seed_sd"] is None
 
 
@@ -66,10 +91,18 @@ def test_identical_models_differ_by_exactly_nothing_and_one_document_has_no_inte
         values[1] = values[0]
     figures = paired_figures(sizes, nats, 300, 0)[1]
     for f in (*figures["domains"].values(), figures["total"]):
-        assert f["difference"] == 0 and f["interval"] == [0, 0] and f["by_seed"] == [0, 0] and f["seed_sd"] == 0
+        assert (
+            f["difference"] == 0
+            and f["interval"] == [0, 0]
+            and f["by_seed"] == [0, 0]
+            and f["seed_sd"] == 0
+        )
     sizes["prose"], nats["prose"] = sizes["prose"][:1], scores()[1]["prose"][:2, :, :1]
     figures = paired_figures(sizes, nats, 300, 0)[1]
-    assert figures["domains"]["prose"]["interval"] is None and figures["domains"]["prose"]["difference"] != 0
+    assert (
+        figures["domains"]["prose"]["interval"] is None
+        and figures["domains"]["prose"]["difference"] != 0
+    )
     assert figures["total"]["interval"][0] < figures["total"]["interval"][1]
 
 
@@ -77,14 +110,21 @@ def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: 
     make_run(tmp_path / "run")
     heldout = HeldOut(tmp_path / "heldout_text", TEXTS)
     found = score_run(tmp_path / "run", 3, heldout, "cpu")
-    figures = evaluate_source(open_source(tmp_path / "run"), TEXTS, Protocol(resamples=2))["domains"]
+    figures = evaluate_source(open_source(tmp_path / "run"), TEXTS, Protocol(resamples=2))[
+        "domains"
+    ]
     for domain, rows in found["sums"].items():
         sums = np.array(rows).sum(axis=0)
         assert sums[NATS] / sums[BYTES] / math.log(2) == pytest.approx(figures[domain]["bpb_text"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert score_run(tmp_path / "run", 3, heldout, "cpu") == json.loads(json.dumps(found))
-    with pytest.raises(ScalingError, match=f"{SUMS} is of other held-out documents than those in .*heldout_text now"):
-        score_run(tmp_path / "run", 3, HeldOut(heldout.folder, TEXTS | {"code": TEXTS["code"][1:]}), "cpu")
+    with pytest.raises(
+        ScalingError,
+        match=f"{SUMS} is of other held-out documents than those in .*heldout_text now",
+    ):
+        score_run(
+            tmp_path / "run", 3, HeldOut(heldout.folder, TEXTS | {"code": TEXTS["code"][1:]}), "cpu"
+        )
     (tmp_path / "run" / SUMS).write_text("{")
     with pytest.raises(ScalingError, match=f"{SUMS} cannot be read .*; remove it"):
         score_run(tmp_path / "run", 3, heldout, "cpu")
@@ -92,17 +132,32 @@ def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: 
 
 def test_the_picture(tmp_path: Path) -> None:
     for seeds in (1, 2):
-        baseline, *variants = ({"name": f"m{i}", **m} for i, m in enumerate(paired_figures(*scores(seeds=seeds), 20, 0)))
-        draw_ablation({"baseline": baseline, "variants": variants, "seeds": list(range(seeds))}, tmp_path / "a.svg")
+        baseline, *variants = (
+            {"name": f"m{i}", **m}
+            for i, m in enumerate(paired_figures(*scores(seeds=seeds), 20, 0))
+        )
+        draw_ablation(
+            {"baseline": baseline, "variants": variants, "seeds": list(range(seeds))},
+            tmp_path / "a.svg",
+        )
         drawn = (tmp_path / "a.svg").read_text()
         assert "<svg" in drawn
     with pytest.raises(ScalingError, match="cannot be written: No such file"):
-        draw_ablation({"baseline": baseline, "variants": variants, "seeds": [0]}, tmp_path / "none" / "a.png")
+        draw_ablation(
+            {"baseline": baseline, "variants": variants, "seeds": [0]}, tmp_path / "none" / "a.png"
+        )
 
 
 def test_the_shipped_ablation_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nextpt.scaling.ablation.load_manifest", lambda path: None)
     monkeypatch.setattr("nextpt.scaling.ablation.check_dataset", lambda config, manifest: None)
     ablation = load_ablation(ROOT / "configs" / "ablations" / "code-weight.yaml")
-    assert [list(ablation.changes(variant).values()) for variant in ablation.all] == [[], [[1.0, 2.0]], [[1.0, 4.0]]]
-    assert len({run.name for run in ablation.runs()}) == 9 and ablation.config(ablation.runs()[-1]).run.seed == 2
+    assert [list(ablation.changes(variant).values()) for variant in ablation.all] == [
+        [],
+        [[1.0, 2.0]],
+        [[1.0, 4.0]],
+    ]
+    assert (
+        len({run.name for run in ablation.runs()}) == 9
+        and ablation.config(ablation.runs()[-1]).run.seed == 2
+    )

@@ -21,36 +21,64 @@ from nextpt.scaling.repeats import fit_repeated
 from nextpt.scaling.repeats import loss as repeated_loss
 
 DATA = Path(os.environ.get("NEXTPT_TEST_DATA", "/nowhere")) / "scaling"
-published = pytest.mark.skipif(not DATA.is_dir(), reason="NEXTPT_TEST_DATA does not name a folder with scaling/")
-TRUE = {"chinchilla": {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28},
-        "over-training": {"A": 166.0, "B": 287.0, "E": 1.84, "alpha": 0.273},
-        "kaplan": {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}}
+published = pytest.mark.skipif(
+    not DATA.is_dir(), reason="NEXTPT_TEST_DATA does not name a folder with scaling/"
+)
+TRUE = {
+    "chinchilla": {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28},
+    "over-training": {"A": 166.0, "B": 287.0, "E": 1.84, "alpha": 0.273},
+    "kaplan": {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095},
+}
 
 
 def chinchilla_runs() -> Runs:
-    return read_csv(DATA / "chinchilla_fig4_epoch.csv", parameters="Model Size", flops="Training FLOP", loss="loss")
+    return read_csv(
+        DATA / "chinchilla_fig4_epoch.csv",
+        parameters="Model Size",
+        flops="Training FLOP",
+        loss="loss",
+    )
 
 
 def made(law: Law, noise: float = 0.0, seed: int = 0, sizes: int = 6, tokens: int = 6) -> Runs:
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, sizes), np.geomspace(1e9, 1e11, tokens)))
-    loss = law.loss(TRUE[law.name], n, d) * np.exp(noise * np.random.default_rng(seed).standard_normal(len(n)))
+    n, d = (
+        a.ravel()
+        for a in np.meshgrid(np.geomspace(1e7, 1e9, sizes), np.geomspace(1e9, 1e11, tokens))
+    )
+    loss = law.loss(TRUE[law.name], n, d) * np.exp(
+        noise * np.random.default_rng(seed).standard_normal(len(n))
+    )
     return Runs(n, d, loss, [f"run {i}" for i in range(len(n))], "made")
 
 
 @published
-@pytest.mark.parametrize(("delta", "expected"), [(1e-3, (477.83, 2143.4, 1.8172, 0.3473, 0.3672)), (0.0, (482.0, 2085.4, 1.8169, 0.3478, 0.3659))])
+@pytest.mark.parametrize(
+    ("delta", "expected"),
+    [
+        (1e-3, (477.83, 2143.4, 1.8172, 0.3473, 0.3672)),
+        (0.0, (482.0, 2085.4, 1.8169, 0.3478, 0.3659)),
+    ],
+)
 def test_240_published_runs(delta: float, expected: tuple[float, ...]) -> None:
-    """arXiv 2404.10102: Huber's loss, and the least absolute deviations that its published constants belong to."""
+    """ArXiv 2404.10102: Huber's loss, and the least absolute deviations that its published constants belong to."""
     runs = drop_highest(chinchilla_runs(), 5)
     assert len(runs) == 240
-    assert tuple(fit(CHINCHILLA, runs, delta=delta).constants.values()) == pytest.approx(expected, rel=1e-3)
+    assert tuple(fit(CHINCHILLA, runs, delta=delta).constants.values()) == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 @published
 def test_published_intervals() -> None:
-    """arXiv 2404.10102, 4000 resamples of 240 runs."""
+    """ArXiv 2404.10102, 4000 resamples of 240 runs."""
     found = fit(CHINCHILLA, drop_highest(chinchilla_runs(), 5), bootstrap=4000)
-    expected = {"A": (285.2, 743.6), "B": (1042.4, 5810.3), "E": (1.769, 1.871), "alpha": (0.317, 0.373), "beta": (0.331, 0.415)}
+    expected = {
+        "A": (285.2, 743.6),
+        "B": (1042.4, 5810.3),
+        "E": (1.769, 1.871),
+        "alpha": (0.317, 0.373),
+        "beta": (0.331, 0.415),
+    }
     assert found.resampled == "runs"
     for name, ends in expected.items():
         assert interval(found.resamples[name], 0.95) == pytest.approx(ends, rel=0.02), name
@@ -74,17 +102,22 @@ def test_approaches_1_and_2_agree_with_the_paper() -> None:
 
 @published
 def test_gadre_predicts_over_trained_models() -> None:
-    """arXiv 2403.08540: five small runs on RedPajama predict the C4 loss of 1.4B at 640 tokens per parameter to 0.71 %, of 6.9B at 20 to 0.73 %."""
+    """ArXiv 2403.08540: five small runs on RedPajama predict the C4 loss of 1.4B at 640 tokens per parameter to 0.71 %, of 6.9B at 20 to 0.73 %."""
     import csv
 
     with open(DATA / "gadre_losses.csv", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["dataset"] == "rpj"]
-    n, d, loss, times = (np.array([float(row[key]) for row in rows]) for key in ("N", "D", "loss_c4_val", "mult"))
+    n, d, loss, times = (
+        np.array([float(row[key]) for row in rows]) for key in ("N", "D", "loss_c4_val", "mult")
+    )
     runs = Runs(n, d, loss, [row["name"] for row in rows], "published")
     small = runs.only((n < 5e8) & (times == 1) | (n < 2e7) & (times == 16))
     assert len(small) == 5
     found = fit(OVER_TRAINING, small)
-    errors = [abs(float(found.loss(n[i], d[i])) / loss[i] - 1) for i in np.flatnonzero((n > 1e9) & ((n > 5e9) | (times == 32)))]
+    errors = [
+        abs(float(found.loss(n[i], d[i])) / loss[i] - 1)
+        for i in np.flatnonzero((n > 1e9) & ((n > 5e9) | (times == 32)))
+    ]
     assert sorted(errors) == pytest.approx([0.007103, 0.007320], abs=5e-7)
 
 
@@ -102,7 +135,9 @@ def test_slopes_are_those_of_the_loss(law: Law) -> None:
     step = 1e-6
     for i in range(theta.shape[1]):
         moved = np.eye(theta.shape[1])[i] * step
-        numeric = (law.log_loss(theta + moved, terms)[0] - law.log_loss(theta - moved, terms)[0]) / (2 * step)
+        numeric = (
+            law.log_loss(theta + moved, terms)[0] - law.log_loss(theta - moved, terms)[0]
+        ) / (2 * step)
         assert law.log_loss(theta, terms)[1][:, :, i] == pytest.approx(numeric, abs=1e-8)
 
 
@@ -124,23 +159,35 @@ def test_intervals_cover_the_truth_and_the_next_run() -> None:
         low, high = interval(found.resamples["beta"], 0.95)
         inside["beta"] += low < TRUE["chinchilla"]["beta"] < high
         low, high = interval(predictions(found, 5e9, 6e11), 0.90)
-        inside["loss"] += low < truth * np.exp(0.003 * np.random.default_rng(1000 + seed).standard_normal()) < high
+        inside["loss"] += (
+            low
+            < truth * np.exp(0.003 * np.random.default_rng(1000 + seed).standard_normal())
+            < high
+        )
     assert inside["beta"] >= 16 and inside["loss"] >= 15
 
 
 def test_few_runs_resample_residuals() -> None:
     found = fit(CHINCHILLA, made(CHINCHILLA, noise=0.002, sizes=3, tokens=3), bootstrap=200)
-    assert found.resampled == "residuals" and all(np.isfinite(values).all() for values in found.resamples.values())
+    assert found.resampled == "residuals" and all(
+        np.isfinite(values).all() for values in found.resamples.values()
+    )
 
 
 def test_smaller_models_cost_more_for_the_same_loss() -> None:
     found = fit(CHINCHILLA, made(CHINCHILLA))
     priced = price(found, 1e21)
     reached = [one for one in priced if one.same_loss_tokens is not None]
-    assert len(reached) >= 4 and all(a.loss < b.loss for a, b in zip(priced, priced[1:], strict=False))
-    assert all(a.same_loss_flops < b.same_loss_flops for a, b in zip(reached, reached[1:], strict=False))
+    assert len(reached) >= 4 and all(
+        a.loss < b.loss for a, b in zip(priced, priced[1:], strict=False)
+    )
+    assert all(
+        a.same_loss_flops < b.same_loss_flops for a, b in zip(reached, reached[1:], strict=False)
+    )
     for one in reached:
-        assert float(found.loss(one.parameters, one.same_loss_tokens)) == pytest.approx(priced[0].loss, rel=1e-9)
+        assert float(found.loss(one.parameters, one.same_loss_tokens)) == pytest.approx(
+            priced[0].loss, rel=1e-9
+        )
 
 
 def test_warnings_say_what_runs_cannot_tell() -> None:
@@ -149,21 +196,42 @@ def test_warnings_say_what_runs_cannot_tell() -> None:
     few = runs.only(np.isin(runs.parameters, np.unique(runs.parameters)[[0, -1]]))
     assert any("only 2 model sizes" in line for line in warnings(fit(CHINCHILLA, few)))
     n = np.geomspace(1e7, 1e9, 12)
-    line = Runs(n, 20 * n, CHINCHILLA.loss(TRUE["chinchilla"], n, 20 * n) * (1 + 0.003 * np.cos(np.arange(12.0) ** 2)), [""] * 12, "")
+    line = Runs(
+        n,
+        20 * n,
+        CHINCHILLA.loss(TRUE["chinchilla"], n, 20 * n) * (1 + 0.003 * np.cos(np.arange(12.0) ** 2)),
+        [""] * 12,
+        "",
+    )
     found = warnings(fit(CHINCHILLA, line))
-    assert any("one D/N" in text for text in found) and any("is not determined" in text for text in found)
+    assert any("one D/N" in text for text in found) and any(
+        "is not determined" in text for text in found
+    )
 
 
 def test_approaches_1_and_2_find_a_known_exponent() -> None:
-    """beta / (alpha + beta) = 0.4516; parabolas of asymmetric valleys are biased a little, and so are steps between sizes."""
+    """Beta / (alpha + beta) = 0.4516.
+
+    Parabolas of asymmetric valleys are biased a little, and so are steps between sizes.
+    """
     exponent = 0.28 / 0.62
-    c, share = (a.ravel() for a in np.meshgrid(np.geomspace(1e18, 1e21, 6), np.geomspace(0.3, 3, 7)))
+    c, share = (
+        a.ravel() for a in np.meshgrid(np.geomspace(1e18, 1e21, 6), np.geomspace(0.3, 3, 7))
+    )
     n = share * np.array([optimum(CHINCHILLA, TRUE["chinchilla"], budget)[0] for budget in c])
     runs = Runs(n, c / 6 / n, CHINCHILLA.loss(TRUE["chinchilla"], n, c / 6 / n), [""] * len(n), "")
     found = isoflop(runs, bootstrap=50)
-    assert len(found.optima) == 6 and found.a == pytest.approx(exponent, abs=0.005) and len(found.resamples) == 50
-    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e10, 20), np.geomspace(1e8, 1e12, 60)))
-    assert envelope(Runs(n, d, CHINCHILLA.loss(TRUE["chinchilla"], n, d), [""] * len(n), "")).a == pytest.approx(exponent, abs=0.03)
+    assert (
+        len(found.optima) == 6
+        and found.a == pytest.approx(exponent, abs=0.005)
+        and len(found.resamples) == 50
+    )
+    n, d = (
+        a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e10, 20), np.geomspace(1e8, 1e12, 60))
+    )
+    assert envelope(
+        Runs(n, d, CHINCHILLA.loss(TRUE["chinchilla"], n, d), [""] * len(n), "")
+    ).a == pytest.approx(exponent, abs=0.03)
     with pytest.raises(ScalingError, match="two or more amounts of compute"):
         isoflop(runs.only(runs.flops < 2e18))
     with pytest.raises(ScalingError, match="three or more sizes"):
@@ -171,13 +239,29 @@ def test_approaches_1_and_2_find_a_known_exponent() -> None:
 
 
 def test_repeated_data_gives_its_half_lives_back() -> None:
-    true = {"A": 521.0, "B": 1488.0, "E": 1.87, "alpha": 0.35, "beta": 0.35, "R_N": 5.31, "R_D": 15.39}
-    n, unique, passes = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e11, 5), [1, 2, 4, 16, 60]))
-    loss = repeated_loss({name: np.float64(value) for name, value in true.items()}, n, unique * passes, unique)
+    true = {
+        "A": 521.0,
+        "B": 1488.0,
+        "E": 1.87,
+        "alpha": 0.35,
+        "beta": 0.35,
+        "R_N": 5.31,
+        "R_D": 15.39,
+    }
+    n, unique, passes = (
+        a.ravel()
+        for a in np.meshgrid(
+            np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e11, 5), [1, 2, 4, 16, 60]
+        )
+    )
+    loss = repeated_loss(
+        {name: np.float64(value) for name, value in true.items()}, n, unique * passes, unique
+    )
     runs = Runs(n, unique * passes, loss, [""] * len(n), "", unique)
     found = fit_repeated(runs)
     assert found.constants == pytest.approx(true, rel=1e-6) and found.notes == []
-    once = fit_repeated(runs.only(passes <= 2))  # two passes say little of where repetition stops to help
+    # Two passes say little of where repetition stops to help
+    once = fit_repeated(runs.only(passes <= 2))
     assert once.constants["R_D"] == pytest.approx(15.39, rel=1e-3)
     with pytest.raises(ScalingError, match="repeat their data"):
         fit_repeated(runs.only(passes == 1))
@@ -193,11 +277,14 @@ def test_nonnegative_least_squares() -> None:
         assert (found >= 0).all() and (slope > -1e-9).all() and abs(slope @ found) < 1e-9
 
 
-@pytest.mark.parametrize(("runs", "words"), [
-    (lambda r: r.only(np.arange(5)), "5 runs are too few"),
-    (lambda r: r.only(np.isclose(r.parameters, 1e7)), "one model size"),
-    (lambda r: r.only(np.isclose(r.tokens, 1e9)), "one number of tokens"),
-])
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        (lambda r: r.only(np.arange(5)), "5 runs are too few"),
+        (lambda r: r.only(np.isclose(r.parameters, 1e7)), "one model size"),
+        (lambda r: r.only(np.isclose(r.tokens, 1e9)), "one number of tokens"),
+    ],
+)
 def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
     with pytest.raises(ScalingError, match=words):
         fit(CHINCHILLA, runs(made(CHINCHILLA)))
@@ -213,9 +300,25 @@ def test_resamples_in_which_loss_rises_are_left_out_and_told() -> None:
     """Runs that hardly tell N's share: some resamples would have larger models lose, and predict anything."""
     n, d = (grid.ravel() for grid in np.meshgrid([2e5, 3e5, 5e5, 8e5], [5e5, 1e6, 2e6]))
     noise = np.exp(0.03 * np.random.default_rng(3).standard_normal(len(n)))
-    found = fit(CHINCHILLA, Runs(n, d, (1.5 + 2.0 * n**-0.1 + 60 * d**-0.25) * noise, [str(i) for i in range(len(n))], "all"), bootstrap=400)
-    assert 0 < found.refused < 400 and len(found.resamples["A"]) == 400 - found.refused and found.resamples["alpha"].min() > 0
+    found = fit(
+        CHINCHILLA,
+        Runs(
+            n,
+            d,
+            (1.5 + 2.0 * n**-0.1 + 60 * d**-0.25) * noise,
+            [str(i) for i in range(len(n))],
+            "all",
+        ),
+        bootstrap=400,
+    )
+    assert (
+        0 < found.refused < 400
+        and len(found.resamples["A"]) == 400 - found.refused
+        and found.resamples["alpha"].min() > 0
+    )
     line = f"in {found.refused} of 400 resamples loss does not fall"
-    assert any(line in told for told in warnings(found)) and any(line in told for told in predict(found, 3e6, 3e6, 0.9)["warnings"])
+    assert any(line in told for told in warnings(found)) and any(
+        line in told for told in predict(found, 3e6, 3e6, 0.9)["warnings"]
+    )
     low, high = predict(found, 3e6, 3e6, 0.9)["interval"]
     assert low < predict(found, 3e6, 3e6, 0.9)["loss"] < high < 10

@@ -24,59 +24,127 @@ def config(name: str = "7b", *overrides: str) -> Config:
 
 
 def nextpt_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "launcher.cli", "plan", *arguments], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"COLUMNS": "80"})
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "plan", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "80"},
+    )
 
 
 def test_states_of_the_zero_paper() -> None:
-    """arXiv 1910.02054 figure 1: 7.5B parameters on 64 devices, 12 bytes of optimizer state; its gradients have 2 bytes, ours 4."""
-    options = {(o.stage, o.checkpointing): o.memory for o in plan(config(), 64, MACHINES["h100"], 0.4).options}
+    """ArXiv 1910.02054 figure 1: 7.5B parameters on 64 devices, 12 bytes of optimizer state.
+
+    Its gradients have 2 bytes, ours 4.
+    """
+    options = {
+        (o.stage, o.checkpointing): o.memory
+        for o in plan(config(), 64, MACHINES["h100"], 0.4).options
+    }
     n = count(config()).parameters
     assert n == pytest.approx(7.5e9, rel=0.01)
-    assert options[1, False].weights == 2 * n and options[1, False].optimizer == pytest.approx(12 * n / 64, abs=64)
-    assert options[2, False].gradients == pytest.approx(4 * n / 64, abs=64) and options[2, False].weights == 2 * n
+    assert options[1, False].weights == 2 * n and options[1, False].optimizer == pytest.approx(
+        12 * n / 64, abs=64
+    )
+    assert (
+        options[2, False].gradients == pytest.approx(4 * n / 64, abs=64)
+        and options[2, False].weights == 2 * n
+    )
     assert options[3, False].weights == pytest.approx(2 * n / 64, abs=64)
-    assert options[1, False].weights + options[1, False].optimizer == pytest.approx(16.4e9, rel=0.02)  # the paper: 31.4 GB with 2 x 7.5 of gradients
+    # The paper: 31.4 GB with 2 x 7.5 of gradients
+    assert options[1, False].weights + options[1, False].optimizer == pytest.approx(
+        16.4e9, rel=0.02
+    )
 
 
 def test_traffic_of_the_zero_paper() -> None:
-    """Section 7: stage 3 moves three times the parameters. At stages 1 and 2 DeepSpeed gives all gradients to all ranks, which the paper
-    does not: twice the gradients and the weights, not once each. With fp32 weights and gradients."""
-    base = config("7b", "train.precision=fp32", "train.global_batch_size=64", "train.micro_batch_size=1")
+    """Section 7: stage 3 moves three times the parameters.
+
+    At stages 1 and 2 DeepSpeed gives all gradients to all ranks, which the paper does not: twice
+    the gradients and the weights, not once each. With fp32 weights and gradients.
+    """
+    base = config(
+        "7b", "train.precision=fp32", "train.global_batch_size=64", "train.micro_batch_size=1"
+    )
     n = 4 * count(base).parameters * 63 / 64
     for stage, times in ((0, 2), (1, 3), (2, 3), (3, 3)):
         assert traffic(variant(base, stage, False), 64).total == pytest.approx(times * n), stage
-    twice = config("7b", "train.precision=fp32", "train.global_batch_size=128", "train.micro_batch_size=1")
-    assert traffic(variant(twice, 2, False), 64).total == pytest.approx(5 * n) and traffic(variant(twice, 3, False), 64).total == pytest.approx(6 * n)
+    twice = config(
+        "7b", "train.precision=fp32", "train.global_batch_size=128", "train.micro_batch_size=1"
+    )
+    assert traffic(variant(twice, 2, False), 64).total == pytest.approx(5 * n) and traffic(
+        variant(twice, 3, False), 64
+    ).total == pytest.approx(6 * n)
     assert traffic(variant(base, 3, False), 1).total == 0
 
 
 def test_hpz_gathers_once_among_all_and_then_inside_a_node() -> None:
-    plain = config("7b", "train.zero_stage=3", "train.global_batch_size=128", "train.micro_batch_size=1")
-    hpz = config("7b", "train.zero_stage=3", "train.global_batch_size=128", "train.micro_batch_size=1", "train.hpz_ranks=8")
+    plain = config(
+        "7b", "train.zero_stage=3", "train.global_batch_size=128", "train.micro_batch_size=1"
+    )
+    hpz = config(
+        "7b",
+        "train.zero_stage=3",
+        "train.global_batch_size=128",
+        "train.micro_batch_size=1",
+        "train.hpz_ranks=8",
+    )
     weights, gradients = 2 * count(plain).parameters, 4 * count(plain).parameters
     found = traffic(hpz, 64)
-    assert traffic(plain, 64).everywhere == pytest.approx((4 * weights + 2 * gradients) * 63 / 64) and traffic(plain, 64).in_node == 0
-    assert found.everywhere == pytest.approx((weights + 2 * gradients) * 63 / 64) and found.in_node == pytest.approx(3 * weights * 7 / 8)
+    assert (
+        traffic(plain, 64).everywhere == pytest.approx((4 * weights + 2 * gradients) * 63 / 64)
+        and traffic(plain, 64).in_node == 0
+    )
+    assert found.everywhere == pytest.approx(
+        (weights + 2 * gradients) * 63 / 64
+    ) and found.in_node == pytest.approx(3 * weights * 7 / 8)
     slow = machine("h100", node_gbs=50)
-    seconds = {key: {o.stage: o for o in plan(c, 64, slow, 0.4).options if not o.checkpointing}[3].communication for key, c in (("plain", plain), ("hpz", hpz))}
+    seconds = {
+        key: (
+            {o.stage: o for o in plan(c, 64, slow, 0.4).options if not o.checkpointing}[
+                3
+            ].communication
+        )
+        for key, c in (("plain", plain), ("hpz", hpz))
+    }
     assert seconds["hpz"] < 0.8 * seconds["plain"]
-    memory = [{o.stage: o for o in plan(c, 64, slow, 0.4).options if not o.checkpointing}[3].memory.weights for c in (plain, hpz)]
+    memory = [
+        {o.stage: o for o in plan(c, 64, slow, 0.4).options if not o.checkpointing}[
+            3
+        ].memory.weights
+        for c in (plain, hpz)
+    ]
     assert memory[1] - memory[0] == pytest.approx(weights / 8, abs=8)
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (("train.zero_stage=2", "train.hpz_ranks=8"), "train.hpz_ranks = 8 is for train.zero_stage = 3"),
-    (("train.zero_stage=3", "train.hpz_ranks=6"), "train.hpz_ranks = 6 does not divide the 64 ranks"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("train.zero_stage=2", "train.hpz_ranks=8"),
+            "train.hpz_ranks = 8 is for train.zero_stage = 3",
+        ),
+        (
+            ("train.zero_stage=3", "train.hpz_ranks=6"),
+            "train.hpz_ranks = 6 does not divide the 64 ranks",
+        ),
+    ],
+)
 def test_hpz_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config("7b", *overrides).accumulation_steps(64)
 
 
 def test_hpz_stays_inside_a_node() -> None:
-    done = nextpt_plan("--config", "configs/7b.yaml", "--devices", "64", "train.zero_stage=3", "train.hpz_ranks=16")
-    assert done.returncode == 2 and "does not divide the 8 devices of a node" in done.stderr and done.stderr.count("\n") == 1
+    done = nextpt_plan(
+        "--config", "configs/7b.yaml", "--devices", "64", "train.zero_stage=3", "train.hpz_ranks=16"
+    )
+    assert (
+        done.returncode == 2
+        and "does not divide the 8 devices of a node" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     sixteen = config("7b", "train.zero_stage=3", "train.hpz_ranks=16")
     assert plan(sixteen, 64, machine("h100", node_size=16), 0.4).best is not None
 
@@ -86,17 +154,23 @@ def test_time_is_flops_over_peak() -> None:
     tokens = made.total_tokens
     days = count(made.config).training_flops_per_token * tokens / (256 * 989e12 * 0.4) / 86400
     assert made.best is not None and made.days(made.best) == pytest.approx(days, rel=1e-6)
-    assert made.tokens_per_second(made.best) * made.days(made.best) * 86400 == pytest.approx(tokens, rel=1e-6)
+    assert made.tokens_per_second(made.best) * made.days(made.best) * 86400 == pytest.approx(
+        tokens, rel=1e-6
+    )
     half = plan(config(), 256, MACHINES["h100"], 0.2)
     assert half.days(half.best) == pytest.approx(2 * days, rel=1e-6)
 
 
 def test_recomputation_takes_less_memory_and_a_third_more_time() -> None:
-    options = {(o.stage, o.checkpointing): o for o in plan(config(), 256, MACHINES["h100"], 0.4).options}
+    options = {
+        (o.stage, o.checkpointing): o for o in plan(config(), 256, MACHINES["h100"], 0.4).options
+    }
     for stage in (1, 2, 3):
         plain, recomputed = options[stage, False], options[stage, True]
         assert recomputed.memory.total < plain.memory.total and recomputed.traffic == plain.traffic
-        assert recomputed.seconds - plain.seconds == pytest.approx(plan(config(), 256, MACHINES["h100"], 0.4).compute_seconds / 3, rel=0.01)
+        assert recomputed.seconds - plain.seconds == pytest.approx(
+            plan(config(), 256, MACHINES["h100"], 0.4).compute_seconds / 3, rel=0.01
+        )
 
 
 def test_slow_networks_show_in_the_step() -> None:
@@ -111,13 +185,17 @@ def test_what_does_not_fit_is_said() -> None:
     made = plan(config("70b"), 8, MACHINES["a10"], 0.4)
     assert made.best is None and not any(o.fits for o in made.options)
     edge = plan(config("124m"), 1, MACHINES["a10"], 0.4)
-    assert edge.best is not None and edge.best.memory.total <= (1 - RESERVED) * MACHINES["a10"].memory
+    assert (
+        edge.best is not None and edge.best.memory.total <= (1 - RESERVED) * MACHINES["a10"].memory
+    )
     done = nextpt_plan("--config", "configs/70b.yaml", "--devices", "8", "--device", "a10")
     assert done.returncode == 0 and "nothing fits" in done.stdout
 
 
 def test_thousands_of_devices() -> None:
-    done = nextpt_plan("--config", "configs/70b.yaml", "--devices", "4096", "train.global_batch_size=4096")
+    done = nextpt_plan(
+        "--config", "configs/70b.yaml", "--devices", "4096", "train.global_batch_size=4096"
+    )
     assert done.returncode == 0, done.stderr
     assert "4,096 x H100" in done.stdout and "quickest that fits: train.zero_stage=3" in done.stdout
     table = [line for line in done.stdout.splitlines() if line.startswith(" ")]
@@ -125,7 +203,17 @@ def test_thousands_of_devices() -> None:
 
 
 def test_json_has_bytes_and_seconds() -> None:
-    done = nextpt_plan("--config", "configs/1.3b.yaml", "--devices", "16", "--device", "a100", "--utilisation", "0.5", "--json")
+    done = nextpt_plan(
+        "--config",
+        "configs/1.3b.yaml",
+        "--devices",
+        "16",
+        "--device",
+        "a100",
+        "--utilisation",
+        "0.5",
+        "--json",
+    )
     result = json.loads(done.stdout)
     assert result["devices"] == 16 and len(result["options"]) == 6 and result["best"]["fits"]
     for option in result["options"]:
@@ -134,11 +222,14 @@ def test_json_has_bytes_and_seconds() -> None:
         assert option["fits"] == (memory["total"] <= result["usable_bytes"])
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--config", "configs/7b.yaml", "--devices", "7"], "train.global_batch_size"),
-    (["--config", "configs/7b.yaml", "--devices", "8", "--device", "tpu"], "known are a10"),
-    (["--config", "configs/none.yaml", "--devices", "8"], "does not exist"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "configs/7b.yaml", "--devices", "7"], "train.global_batch_size"),
+        (["--config", "configs/7b.yaml", "--devices", "8", "--device", "tpu"], "known are a10"),
+        (["--config", "configs/none.yaml", "--devices", "8"], "does not exist"),
+    ],
+)
 def test_mistakes(arguments: list[str], words: str) -> None:
     done = nextpt_plan(*arguments)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

@@ -21,7 +21,9 @@ COLUMNS = ("--params-column", "N", "--tokens-column", "D", "--loss-column", "los
 
 
 def scaling(*arguments: object) -> Result:
-    return CliRunner(env=os.environ | {"COLUMNS": "100"}).invoke(app, ["scaling", *map(str, arguments)])
+    return CliRunner(env=os.environ | {"COLUMNS": "100"}).invoke(
+        app, ["scaling", *map(str, arguments)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,17 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fitted(table: Path) -> Path:
     path = table.with_name("fit.json")
-    done = scaling("fit", table, *COLUMNS, "--bootstrap", 300, "--json", path, "--plot", path.with_suffix(".svg"))
+    done = scaling(
+        "fit",
+        table,
+        *COLUMNS,
+        "--bootstrap",
+        300,
+        "--json",
+        path,
+        "--plot",
+        path.with_suffix(".svg"),
+    )
     assert done.exit_code == 0, done.output
     return path
 
@@ -56,32 +68,68 @@ def test_fit_writes_constants_intervals_and_a_picture(fitted: Path) -> None:
         low, high = values["intervals"][name]
         assert low < values[name] < high and low < true < high, name
     assert values["N_c"] == pytest.approx(values["A"] ** (1 / values["alpha"]))
-    assert values["runs"]["count"] == 30 and len(values["resamples"]["A"]) == 300 and values["sensitivity"][0]["what"] == "all runs"
+    assert (
+        values["runs"]["count"] == 30
+        and len(values["resamples"]["A"]) == 300
+        and values["sensitivity"][0]["what"] == "all runs"
+    )
     assert fitted.with_suffix(".svg").read_text().count("<path") > 30
 
 
 def test_flops_give_the_same_as_tokens(table: Path, fitted: Path) -> None:
     other = table.with_name("flops.json")
-    done = scaling("fit", table, "--params-column", "N", "--flops-column", "C", "--loss-column", "loss", "--bootstrap", 0, "--json", other)
+    done = scaling(
+        "fit",
+        table,
+        "--params-column",
+        "N",
+        "--flops-column",
+        "C",
+        "--loss-column",
+        "loss",
+        "--bootstrap",
+        0,
+        "--json",
+        other,
+    )
     assert done.exit_code == 0 and json.loads(other.read_text())["intervals"] is None
-    assert json.loads(other.read_text())["A"] == pytest.approx(json.loads(fitted.read_text())["A"], rel=1e-6)
-    answer = json.loads(scaling("predict", other, "--params", 1e9, "--tokens", 1e10, "--json").stdout)
-    assert answer["interval"] is None and answer["loss"] == pytest.approx(float(CHINCHILLA.loss(TRUE, 1e9, 1e10)), rel=0.01)
+    assert json.loads(other.read_text())["A"] == pytest.approx(
+        json.loads(fitted.read_text())["A"], rel=1e-6
+    )
+    answer = json.loads(
+        scaling("predict", other, "--params", 1e9, "--tokens", 1e10, "--json").stdout
+    )
+    assert answer["interval"] is None and answer["loss"] == pytest.approx(
+        float(CHINCHILLA.loss(TRUE, 1e9, 1e10)), rel=0.01
+    )
 
 
 def test_predict_gives_an_interval_and_warns_outside(fitted: Path) -> None:
-    inside = json.loads(scaling("predict", fitted, "--params", 1e8, "--tokens", 1e10, "--json").stdout)
-    assert inside["warnings"] == [] and inside["interval"][0] < inside["loss"] < inside["interval"][1]
+    inside = json.loads(
+        scaling("predict", fitted, "--params", 1e8, "--tokens", 1e10, "--json").stdout
+    )
+    assert (
+        inside["warnings"] == [] and inside["interval"][0] < inside["loss"] < inside["interval"][1]
+    )
     far = scaling("predict", fitted, "--params", 70e9, "--tokens", 1.4e12)
     assert far.exit_code == 0 and "extrapolation" in far.stdout and "form of the law" in far.stdout
-    assert "tokens per parameter are outside" in scaling("predict", fitted, "--params", 1e9, "--tokens", 1e6).stdout
+    assert (
+        "tokens per parameter are outside"
+        in scaling("predict", fitted, "--params", 1e9, "--tokens", 1e6).stdout
+    )
 
 
 def test_plan_of_gpu_hours_is_that_of_its_flops(fitted: Path) -> None:
-    hours = json.loads(scaling("plan", fitted, "--gpu-hours", 1000, "--device", "h100", "--utilisation", 0.5, "--json").stdout)
+    hours = json.loads(
+        scaling(
+            "plan", fitted, "--gpu-hours", 1000, "--device", "h100", "--utilisation", 0.5, "--json"
+        ).stdout
+    )
     assert hours["flops"] == pytest.approx(1000 * 3600 * 989e12 * 0.5, rel=1e-3)
     flops = json.loads(scaling("plan", fitted, "--flops", hours["flops"], "--json").stdout)
-    assert flops["parameters"] == hours["parameters"] and 6 * flops["parameters"] * flops["tokens"] == pytest.approx(flops["flops"])
+    assert flops["parameters"] == hours["parameters"] and 6 * flops["parameters"] * flops[
+        "tokens"
+    ] == pytest.approx(flops["flops"])
     low, high = flops["parameters_interval"]
     assert low < flops["parameters"] < high and flops["price"][0]["share"] == 1
     shown = scaling("plan", fitted, "--flops", 1e24).stdout
@@ -95,16 +143,26 @@ def test_other_forms_write_what_they_found(table: Path) -> None:
         assert done.exit_code == 0, done.output
         assert 0 < json.loads(path.read_text())[name] < 1
         assert scaling("plan", path, "--flops", 1e20).exit_code == 0
-    assert "gives optimal sizes and no losses" in scaling("predict", table.with_name("envelope.json"), "--params", 1e8, "--tokens", 1e9).stderr
+    assert (
+        "gives optimal sizes and no losses"
+        in scaling(
+            "predict", table.with_name("envelope.json"), "--params", 1e8, "--tokens", 1e9
+        ).stderr
+    )
 
 
-@pytest.mark.parametrize(("changed", "words"), [
-    ({"loss": "nan"}, r"runs\.csv line 3: loss = 'nan'; loss must be a finite number above 0"),
-    ({"loss": "-2.5"}, r"line 3: loss = '-2\.5'"),
-    ({"N": ""}, r"line 3: N = ''; parameters must"),
-    ({"D": "many"}, r"line 3: D = 'many'; tokens must"),
-])
-def test_bad_cells_are_named(table: Path, tmp_path: Path, changed: dict[str, str], words: str) -> None:
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"loss": "nan"}, r"runs\.csv line 3: loss = 'nan'; loss must be a finite number above 0"),
+        ({"loss": "-2.5"}, r"line 3: loss = '-2\.5'"),
+        ({"N": ""}, r"line 3: N = ''; parameters must"),
+        ({"D": "many"}, r"line 3: D = 'many'; tokens must"),
+    ],
+)
+def test_bad_cells_are_named(
+    table: Path, tmp_path: Path, changed: dict[str, str], words: str
+) -> None:
     rows = list(csv.DictReader(table.open()))
     rows[1] |= changed
     bad, target = tmp_path / "runs.csv", tmp_path / "fit.json"
@@ -121,25 +179,39 @@ def check_refused(done: Result, words: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("--params-column", "n", "--tokens-column", "D", "--loss-column", "loss"), "no column 'n'; the nearest is 'N'"),
-    (("--params-column", "N", "--tokens-column", "D", "--loss-column", "val_loss"), "no column 'val_loss'; the nearest is 'loss'"),
-    (("--params-column", "N", "--loss-column", "loss"), "either --tokens-column or --flops-column"),
-    (("--tokens-column", "D"), "name its columns"),
-    ((*COLUMNS, "--drop-highest", "26"), "4 runs are too few"),
-    ((*COLUMNS, "--drop-highest", "30"), "leaves none"),
-    ((*COLUMNS, "--form", "cubic"), "known are chinchilla"),
-    ((*COLUMNS, "--form", "repeated"), "needs --unique-column"),
-    ((*COLUMNS, "--form", "isoflop"), "approach 2 needs"),
-    ((*COLUMNS, "--plot", "picture.gif"), "must end in"),
-    ((*COLUMNS, "--json", "/nowhere/fit.json"), "/nowhere/fit.json cannot be written"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("--params-column", "n", "--tokens-column", "D", "--loss-column", "loss"),
+            "no column 'n'; the nearest is 'N'",
+        ),
+        (
+            ("--params-column", "N", "--tokens-column", "D", "--loss-column", "val_loss"),
+            "no column 'val_loss'; the nearest is 'loss'",
+        ),
+        (
+            ("--params-column", "N", "--loss-column", "loss"),
+            "either --tokens-column or --flops-column",
+        ),
+        (("--tokens-column", "D"), "name its columns"),
+        ((*COLUMNS, "--drop-highest", "26"), "4 runs are too few"),
+        ((*COLUMNS, "--drop-highest", "30"), "leaves none"),
+        ((*COLUMNS, "--form", "cubic"), "known are chinchilla"),
+        ((*COLUMNS, "--form", "repeated"), "needs --unique-column"),
+        ((*COLUMNS, "--form", "isoflop"), "approach 2 needs"),
+        ((*COLUMNS, "--plot", "picture.gif"), "must end in"),
+        ((*COLUMNS, "--json", "/nowhere/fit.json"), "/nowhere/fit.json cannot be written"),
+    ],
+)
 def test_mistakes_of_fit(table: Path, arguments: tuple[str, ...], words: str) -> None:
     check_refused(scaling("fit", table, "--bootstrap", 0, *arguments), words)
 
 
 def test_mistakes_of_predict_and_plan(table: Path, fitted: Path, tmp_path: Path) -> None:
-    check_refused(scaling("fit", tmp_path / "none.csv", *COLUMNS), "none.csv cannot be read: No such file")
+    check_refused(
+        scaling("fit", tmp_path / "none.csv", *COLUMNS), "none.csv cannot be read: No such file"
+    )
     check_refused(scaling("fit", tmp_path), "is not a run folder")
     check_refused(scaling("predict", table, "--params", 1, "--tokens", 1), "is not JSON")
     (tmp_path / "other.json").write_text('{"form": "chinchilla"}')

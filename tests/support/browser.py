@@ -10,8 +10,16 @@ from pathlib import Path
 from selenium import webdriver
 
 # The last five keep Chromium from calling home, which a closed network would answer with errors.
-ARGUMENTS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync")
+ARGUMENTS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 def available() -> bool:
@@ -26,7 +34,9 @@ def page(path: Path, width: int = 1280, height: int = 2000) -> Iterator[webdrive
     for argument in (*ARGUMENTS, f"--window-size={width},{height}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(shutil.which("chromedriver"))))
+    browser = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(str(shutil.which("chromedriver")))
+    )
     try:
         browser.get(path.resolve().as_uri())
         yield browser

@@ -29,7 +29,8 @@ class State:
         self.rank, self.world_size = rank, world_size
         self.values = {
             (n, k): torch.arange(math.prod(s), dtype=torch.float32) * value + i
-            for i, (n, s) in enumerate(SHAPES.items()) for k in KINDS
+            for i, (n, s) in enumerate(SHAPES.items())
+            for k in KINDS
         }
 
     def fragments(self) -> Iterator[Fragment]:
@@ -50,7 +51,10 @@ class State:
 
 def holds(checkpoint: Checkpoint, value: float) -> bool:
     """Whether every tensor of a checkpoint is that of State(value)."""
-    return all(torch.equal(checkpoint.read(n, k, 0, t.numel()), t) for (n, k), t in State(value).values.items())
+    return all(
+        torch.equal(checkpoint.read(n, k, 0, t.numel()), t)
+        for (n, k), t in State(value).values.items()
+    )
 
 
 class Board:
@@ -59,7 +63,8 @@ class Board:
     def __init__(self, world_size: int, in_turn: bool) -> None:
         self.world_size, self.in_turn = world_size, in_turn
         self.changed = threading.Condition()
-        self.texts: dict[tuple[int, int], dict[int, str]] = {}  # (group, number of the exchange) -> rank -> JSON
+        # (group, number of the exchange) -> rank -> JSON
+        self.texts: dict[tuple[int, int], dict[int, str]] = {}
         self.running = list(range(world_size))  # the first has the turn
         self.broken = False
 
@@ -92,7 +97,11 @@ class ThreadRanks(Ranks):
     """A rank that is a thread of this process; it exchanges JSON as a real one does."""
 
     def __init__(self, rank: int, world_size: int, board: Board, group: int = 0) -> None:
-        self.rank, self.world_size, self._board, self._number_of_group, self._exchanges = rank, world_size, board, group, 0
+        self.rank = rank
+        self.world_size = world_size
+        self._board = board
+        self._number_of_group = group
+        self._exchanges = 0
 
     def another(self) -> ThreadRanks:
         return ThreadRanks(self.rank, self.world_size, self._board, self._number_of_group + 1)
@@ -115,7 +124,9 @@ class ThreadRanks(Ranks):
 
 
 def on_ranks(world_size: int, action: Callable[[Ranks], Any], in_turn: bool = False) -> list[Any]:
-    """What `action` returns on each rank. A rank that raises ends the others, as a dead process does; its error is raised.
+    """What `action` returns on each rank.
+
+    A rank that raises ends the others, as a dead process does; its error is raised.
 
     in_turn: the order of everything is the same each time. Not for ranks with threads of their own.
     """
@@ -141,11 +152,21 @@ def on_ranks(world_size: int, action: Callable[[Ranks], Any], in_turn: bool = Fa
     return [future.result() for future in futures]
 
 
-def write(root: Path, step: int, value: float = 1.0, world_size: int = 1, line: list[list[int]] = ()) -> Path:
+def write(
+    root: Path, step: int, value: float = 1.0, world_size: int = 1, line: list[list[int]] = ()
+) -> Path:
     """Save State(value) as a checkpoint of a step."""
-    return on_ranks(world_size, lambda ranks: save(
-        root, State(value, ranks.rank, ranks.world_size), {"step": step, "config": {}}, {"torch": "x"}, ranks, line
-    ))[0].folder
+    return on_ranks(
+        world_size,
+        lambda ranks: save(
+            root,
+            State(value, ranks.rank, ranks.world_size),
+            {"step": step, "config": {}},
+            {"torch": "x"},
+            ranks,
+            line,
+        ),
+    )[0].folder
 
 
 def forge(folder: Path, **changes: Any) -> None:

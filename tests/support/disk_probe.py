@@ -1,6 +1,6 @@
 """A rank whose disk refuses the files of some saves: jobs as `tests.support.ranks` runs them, with a refusal of each.
 
-    python -m tests.support.disk_probe OUTCOMES RANK PATTERN ERRNO FILE.yaml PATTERN ERRNO FILE.yaml ...
+python -m tests.support.disk_probe OUTCOMES RANK PATTERN ERRNO FILE.yaml PATTERN ERRNO FILE.yaml ...
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ def main(outcomes: str, rank: str, *jobs: str) -> None:
     messages: list[str | None] = []
     for pattern, number, file in zip(jobs[::3], jobs[1::3], jobs[2::3], strict=True):
         try:
-            with refusing(pattern, int(number)) if pattern and os.environ["RANK"] == rank else nullcontext():
+            with (
+                refusing(pattern, int(number))
+                if pattern and os.environ["RANK"] == rank
+                else nullcontext()
+            ):
                 run_training(load_config(file))
             messages.append(None)
         except UserError as error:

@@ -1,4 +1,7 @@
-"""The gradient noise scale and the size of updates on real ranks, beside what brute force gives; one JSON for all ZeRO stages."""
+"""The gradient noise scale and the size of updates on real ranks, beside what brute force gives.
+
+One JSON for all ZeRO stages.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,15 @@ TOKENS, ROWS, MICRO, ALL, STEPS = 16, 64, 2, 8, 50  # ALL: micro-batches of a st
 
 
 def config_of(stage: int, lr: float) -> Config:
-    return tiny(Path("."), Path("."), data={"sequence_length": TOKENS}, model={"vocab_size": 64, "width": 32, "heads": 2, "kv_heads": 1},
-                guard={"spikes": None}, train={"zero_stage": stage, "micro_batch_size": MICRO, "global_batch_size": MICRO * ALL},
-                optimizer={"lr": lr})
+    return tiny(
+        Path("."),
+        Path("."),
+        data={"sequence_length": TOKENS},
+        model={"vocab_size": 64, "width": 32, "heads": 2, "kv_heads": 1},
+        guard={"spikes": None},
+        train={"zero_stage": stage, "micro_batch_size": MICRO, "global_batch_size": MICRO * ALL},
+        optimizer={"lr": lr},
+    )
 
 
 def population(seed: int = 0) -> torch.Tensor:
@@ -37,15 +46,24 @@ def population(seed: int = 0) -> torch.Tensor:
 
 
 def batch_of(rows: torch.Tensor, ignored: int = 0) -> Batch:
-    """A batch of whole rows; of the first one `ignored` targets count for nothing, so that micro-batches are uneven."""
+    """A batch of whole rows.
+
+    Of the first one `ignored` targets count for nothing, so that micro-batches are uneven.
+    """
     count = len(rows)
     weights = torch.ones(count, TOKENS)
     weights[0, :ignored] = 0
     nothing = torch.zeros(count, TOKENS, dtype=torch.int32)
     return Batch(
-        tokens=rows[:, :-1], targets=torch.where(weights > 0, rows[:, 1:], IGNORE_INDEX), position_ids=torch.arange(TOKENS).expand(count, -1),
-        document_ids=nothing, token_weights=weights, target_bytes=nothing, is_text=weights > 0,
-        domain_ids=torch.zeros(count, dtype=torch.long), cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * TOKENS,
+        tokens=rows[:, :-1],
+        targets=torch.where(weights > 0, rows[:, 1:], IGNORE_INDEX),
+        position_ids=torch.arange(TOKENS).expand(count, -1),
+        document_ids=nothing,
+        token_weights=weights,
+        target_bytes=nothing,
+        is_text=weights > 0,
+        domain_ids=torch.zeros(count, dtype=torch.long),
+        cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * TOKENS,
     )
 
 
@@ -68,14 +86,19 @@ def measured(stage: int, device: torch.device) -> dict[str, Any]:
     rows, chance = population(), np.random.default_rng(1)
     own, found = ALL // engine.world_size, []
     for _ in range(STEPS):
-        drawn = torch.from_numpy(chance.integers(0, ROWS, (ALL, MICRO)))[engine.rank * own : (engine.rank + 1) * own]
+        drawn = torch.from_numpy(chance.integers(0, ROWS, (ALL, MICRO)))[
+            engine.rank * own : (engine.rank + 1) * own
+        ]
         batches = [batch_of(rows[one]) for one in drawn]
         weights = engine.all_sum(local_weight_sum(batches))
         engine.step(batches, weights, 1e-12, measure=True)
         found.append(engine.gradient_noise(own, weights, engine.judge.read()[-1].grad_norm))
     engine.step(batches, weights, 1e-12)
-    return {"trace": float(np.mean([e["trace"] for e in found])), "scale": noise_scale(found),
-            "unmeasured": engine.gradient_noise(own, weights, 1.0)}
+    return {
+        "trace": float(np.mean([e["trace"] for e in found])),
+        "scale": noise_scale(found),
+        "unmeasured": engine.gradient_noise(own, weights, 1.0),
+    }
 
 
 def uneven(device: torch.device) -> dict[str, float]:
@@ -89,7 +112,14 @@ def uneven(device: torch.device) -> dict[str, float]:
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
     total = sum(counts)
     step = float(sum(c / total * g for c, g in zip(counts, gradients, strict=True)).square().sum())
-    trace = (sum(c / total * float(g.square().sum()) for c, g in zip(counts, gradients, strict=True)) - step) * total / (ALL - 1)
+    trace = (
+        (
+            sum(c / total * float(g.square().sum()) for c, g in zip(counts, gradients, strict=True))
+            - step
+        )
+        * total
+        / (ALL - 1)
+    )
     engine = Engine(config, device)
     mine = batches[engine.rank :: engine.world_size]
     weights = engine.all_sum(local_weight_sum(mine))
@@ -107,12 +137,18 @@ def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
 
     for step in range(3):
         before = weights()
-        batches = [batch_of(rows[MICRO * i : MICRO * (i + 1)]) for i in range(step, step + ALL // engine.world_size)]
+        batches = [
+            batch_of(rows[MICRO * i : MICRO * (i + 1)])
+            for i in range(step, step + ALL // engine.world_size)
+        ]
         engine.step(batches, engine.all_sum(local_weight_sum(batches)), 1e-3)
         after, found = weights(), {}
         for kind, ratio in engine.update_ratios().items():
             own = [name for name in after if kind_of(name) == kind]
-            squares = [sum((float(t.double().square().sum()) for t in ts), 0.0) for ts in ([after[n] - before[n] for n in own], [after[n] for n in own])]
+            squares = [
+                sum((float(t.double().square().sum()) for t in ts), 0.0)
+                for ts in ([after[n] - before[n] for n in own], [after[n] for n in own])
+            ]
             moved, size = engine.all_sum(torch.tensor(squares, dtype=torch.float64)).tolist()
             found[kind] = [ratio, math.sqrt(moved / size)]
         steps.append(found)
@@ -123,7 +159,10 @@ def main(path: str) -> None:
     device = start_distributed()
     trace, square = brute_force(Decoder(config_of(0, 1e-12)), population())
     result = {"brute_force": {"trace": trace, "scale": trace / square}, "uneven": uneven(device)}
-    result |= {f"zero-{stage}": measured(stage, device) | {"updates": updates(stage, device)} for stage in range(4)}
+    result |= {
+        f"zero-{stage}": measured(stage, device) | {"updates": updates(stage, device)}
+        for stage in range(4)
+    }
     if torch.distributed.get_rank() == 0:
         Path(path).write_text(json.dumps(result))
 

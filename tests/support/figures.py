@@ -15,10 +15,17 @@ def quantiles(values: Iterable[float]) -> dict[str, float] | None:
     if not found:
         return None
     at = lambda share: found[min(int(share * len(found)), len(found) - 1)]  # noqa: E731
-    return {"n": len(found), "p50": round(at(0.5), 4), "p95": round(at(0.95), 4), "max": round(found[-1], 4),
-            "mean": round(statistics.fmean(found), 4)}
+    return {
+        "n": len(found),
+        "p50": round(at(0.5), 4),
+        "p95": round(at(0.95), 4),
+        "max": round(found[-1], 4),
+        "mean": round(statistics.fmean(found), 4),
+    }
 
 
 def machine() -> dict[str, str]:
     """Processor and versions."""
-    return describe_machine("cpu") | {name: version for name, version in versions().items() if name in ("deepspeed", "nextpt")}
+    return describe_machine("cpu") | {
+        name: version for name, version in versions().items() if name in ("deepspeed", "nextpt")
+    }

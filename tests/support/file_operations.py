@@ -1,9 +1,10 @@
 """Death at a chosen file operation: of this process for good, or of what it does, as if it had been killed there; and refusals.
 
-Seen by an audit hook, so nothing goes past it: opening to write, renaming, removing, making folders; and syncing and the
-writing of tensor files, which have no audit event. With a power loss, what was not synced at the moment of death is lost
-too: a file keeps half of its bytes, and in a folder that was not synced new files are missing and renamed ones have their
-old names. (Removals that come back are not played.)
+Seen by an audit hook, so nothing goes past it: opening to write, renaming, removing, making
+folders; and syncing and the writing of tensor files, which have no audit event. With a power loss,
+what was not synced at the moment of death is lost
+too: a file keeps half of its bytes, and in a folder that was not synced new files are missing and
+renamed ones have their old names. (Removals that come back are not played.)
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nextpt.checkpoint import format as checkpoint_format
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -31,11 +30,23 @@ class Killed(BaseException):
 
 
 class _Plan:
-    def __init__(self, root: Path, at: int | None, real: bool, power_loss: bool, watch: Callable[[], None] | None) -> None:
-        self.root, self.at, self.real, self.power_loss, self.watch = str(root), at, real, power_loss, watch
+    def __init__(
+        self,
+        root: Path,
+        at: int | None,
+        real: bool,
+        power_loss: bool,
+        watch: Callable[[], None] | None,
+    ) -> None:
+        self.root = str(root)
+        self.at = at
+        self.real = real
+        self.power_loss = power_loss
+        self.watch = watch
         self.count, self.dead, self.paused, self.lock = 0, False, False, threading.RLock()
         self.contents: set[str] = set()  # files whose bytes were not synced
-        self.names: list[tuple[str, str | None]] = []  # (path, its name before or None), in folders that were not synced
+        # (path, its name before or None), in folders that were not synced
+        self.names: list[tuple[str, str | None]] = []
 
     def operation(self) -> None:
         """Called before each operation that changes something."""
@@ -67,8 +78,13 @@ class _Plan:
 
     def renamed(self, old: str, new: str) -> None:
         with self.lock:
-            self.contents = {new + p[len(old):] if p.startswith(old + "/") else p for p in self.contents}
-            self.names = [(new + p[len(old):] if p.startswith(old + "/") else p, before) for p, before in self.names] + [(new, old)]
+            self.contents = {
+                new + p[len(old) :] if p.startswith(old + "/") else p for p in self.contents
+            }
+            self.names = [
+                (new + p[len(old) :] if p.startswith(old + "/") else p, before)
+                for p, before in self.names
+            ] + [(new, old)]
 
     def synced(self, path: str) -> None:
         with self.lock:
@@ -97,7 +113,12 @@ def _refuse(path: str) -> None:
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _refused and event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+    if (
+        _refused
+        and event == "open"
+        and isinstance(arguments[0], str)
+        and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    ):
         _refuse(arguments[0])
     plan = _plan
     if plan is None or plan.paused or event not in TOUCHES:
@@ -144,10 +165,19 @@ def _install() -> None:
 
 
 @contextmanager
-def dying_at(root: Path, at: int | None, real: bool = False, power_loss: bool = False, watch: Callable[[], None] | None = None) -> Iterator[_Plan]:
-    """Within the block, die before operation number `at` (from 0; None: never) under `root`; `.count` counts them.
+def dying_at(
+    root: Path,
+    at: int | None,
+    real: bool = False,
+    power_loss: bool = False,
+    watch: Callable[[], None] | None = None,
+) -> Iterator[_Plan]:
+    """Within the block, die before operation number `at` (from 0.
 
-    real: this process is killed; otherwise Killed is raised, in every thread. power_loss: what was not synced is lost.
+    None: never) under `root`; `.count` counts them.
+
+    real: this process is killed; otherwise Killed is raised, in every thread. power_loss: what was
+    not synced is lost.
     watch: called before each operation.
     """
     global _plan

@@ -15,14 +15,19 @@ LONGEST = 60  # seconds; what hangs says where, and ends with 1
 
 
 def in_a_child(action: Callable[[], object]) -> int:
-    """Run in a forked process; returns its exit code, negative for a signal, 70 for an exception, which is printed."""
+    """Run in a forked process.
+
+    Returns its exit code, negative for a signal, 70 for an exception, which is printed.
+    """
     pid = os.fork()
     if pid == 0:
         code = 70
         faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__.fileno())
         signal.alarm(0)  # pytest-timeout's, whose handler raises
-        torch.set_num_threads(1)  # makes its pool of threads anew after the fork; two threads at once would trip over that
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # that library's threads did not survive the fork
+        # Makes its pool of threads anew after the fork; two threads at once would trip over that
+        torch.set_num_threads(1)
+        # That library's threads did not survive the fork
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         try:
             action()
             code = 0

@@ -1,12 +1,14 @@
 """Training jobs with faults in their losses and gradients, one after another in one process per rank.
 
-`python -m tests.support.guard_probe JOBS.json OUT` reads a list of jobs and writes OUT-RANK.json with what came of each:
+`python -m tests.support.guard_probe JOBS.json OUT` reads a list of jobs and writes OUT-RANK.json
+with what came of each:
 
     {"config": path,
-     "faults": [[kind, data step, rank or null for all], ...],   data steps count from 0, in the order of the data
-     "never": [data step, ...],     batches that this job is never given
-     "differs": rank,     whose gradient norm the judge is given ten thousand times too large, from the 7th step on
-     "events": [[place, n, what], ...]}   at the n-th call of a place: "term" (SIGTERM), "kill" (SIGKILL to rank 1), "die" (an exception that
+     "faults": [[kind, data step, rank or null for all], ...],   data steps count from 0, in the
+     order of the data "never": [data step, ...],     batches that this job is never given
+     "differs": rank,     whose gradient norm the judge is given ten thousand times too large, from
+     the 7th step on "events": [[place, n, what], ...]}   at the n-th call of a place: "term"
+     (SIGTERM), "kill" (SIGKILL to rank 1), "die" (an exception that
                      nobody expects, on all ranks)
 """
 
@@ -36,8 +38,12 @@ from nextpt.train.engine import Engine
 from nextpt.train.loop import Trainer
 from tests.support.life_probe import before
 
-PLACES = {"fragments": (Engine, "fragments"), "batches": (Loader, "step_batches"),
-          "go back": (Keeper, "go_back"), "save": (Keeper, "save")}
+PLACES = {
+    "fragments": (Engine, "fragments"),
+    "batches": (Loader, "step_batches"),
+    "go back": (Keeper, "go_back"),
+    "save": (Keeper, "save"),
+}
 
 
 class Killed(BaseException):
@@ -53,7 +59,10 @@ class Faults:
 
     def step_batches(self, original: Any) -> Any:
         def wrapped(loader: Loader, step: int) -> Any:
-            self.data_step, self.micro = self.moved(loader.position(step) // loader.config.train.global_batch_size), 0
+            self.data_step = self.moved(
+                loader.position(step) // loader.config.train.global_batch_size
+            )
+            self.micro = 0
             return original(loader, step)
 
         return wrapped
@@ -72,7 +81,9 @@ class Faults:
             return loss
         self.micro += 1
         for kind, step, rank in self.faults:
-            if step == self.data_step and (rank is None or (rank == int(os.environ["RANK"]) and self.micro == 2)):
+            if step == self.data_step and (
+                rank is None or (rank == int(os.environ["RANK"]) and self.micro == 2)
+            ):
                 loss = loss._replace(total=spoil(kind, loss.total))
         return loss
 
@@ -84,7 +95,11 @@ def spoil(kind: str, total: torch.Tensor) -> torch.Tensor:
     if kind == "loss":
         return total + 5.0
     total = total.clone()
-    total.register_hook(lambda g: g * {"gradient nan": float("nan"), "gradient inf": float("inf"), "gradient": 10.0}[kind])
+    total.register_hook(
+        lambda g: (
+            g * {"gradient nan": float("nan"), "gradient inf": float("inf"), "gradient": 10.0}[kind]
+        )
+    )
     return total
 
 
@@ -125,13 +140,21 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(engine_module, "next_token_loss", faults.next_token_loss))
-        stack.enter_context(patch.object(Loader, "step_batches", faults.step_batches(Loader.step_batches)))
-        stack.enter_context(patch.object(Loader, "_read_step", lambda loader, number: faults.read_step(loader, number)))
+        stack.enter_context(
+            patch.object(Loader, "step_batches", faults.step_batches(Loader.step_batches))
+        )
+        stack.enter_context(
+            patch.object(
+                Loader, "_read_step", lambda loader, number: faults.read_step(loader, number)
+            )
+        )
         stack.enter_context(patch.object(Trainer, "train_step", step))
         if job.get("host checks"):
             stack.enter_context(patch.object(engine_module, "_stop_host_checks", start_host_checks))
         if job.get("differs") == int(os.environ["RANK"]):
-            stack.enter_context(patch.object(engine_module.Judge, "judge", larger_norms(engine_module.Judge.judge)))
+            stack.enter_context(
+                patch.object(engine_module.Judge, "judge", larger_norms(engine_module.Judge.judge))
+            )
         for event in job.get("events", []):
             stack.enter_context(at(*event))
         try:
@@ -146,7 +169,9 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
 def larger_norms(judge: Any) -> Any:
     calls: list[int] = []
 
-    def judged(self: Any, loss: torch.Tensor, z_part: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    def judged(
+        self: Any, loss: torch.Tensor, z_part: torch.Tensor, norm: torch.Tensor
+    ) -> torch.Tensor:
         calls.append(1)
         return judge(self, loss, z_part, norm * 1e4 if len(calls) > 6 else norm)
 

@@ -34,9 +34,18 @@ def samples_of(dataset: Path, split: str, domain: str) -> Iterator[Sample]:
         yield from (local[i] for i in range(len(local)))
 
 
-def rewrite(dataset: Path, folder: Path, *, compression: str | None = None, shard_rows: int = 16, group_shards: int = 20,
-            byte_counts: str = "table", extra: dict[str, str] | None = None, change: Callable[[Sample], Sample] = lambda s: s,
-            shared_index: bool = True) -> Path:
+def rewrite(
+    dataset: Path,
+    folder: Path,
+    *,
+    compression: str | None = None,
+    shard_rows: int = 16,
+    group_shards: int = 20,
+    byte_counts: str = "table",
+    extra: dict[str, str] | None = None,
+    change: Callable[[Sample], Sample] = lambda s: s,
+    shared_index: bool = True,
+) -> Path:
     """Write the rows of `dataset` to `folder` in small shards. change: of each sample, to fill the columns of byte_counts and extra."""
     import_streaming()
     from streaming import MDSWriter
@@ -51,7 +60,13 @@ def rewrite(dataset: Path, folder: Path, *, compression: str | None = None, shar
             limit = max((len(_encoded(s)) for s in samples), default=0) * shard_rows + 2000
             for group, first in enumerate(range(0, len(samples), size)):
                 name = f"g{group:05d}"
-                writer = MDSWriter(columns=layout, out=str(home / name), hashes=["xxh64"], compression=compression, size_limit=limit)
+                writer = MDSWriter(
+                    columns=layout,
+                    out=str(home / name),
+                    hashes=["xxh64"],
+                    compression=compression,
+                    size_limit=limit,
+                )
                 for sample in samples[first : first + size]:
                     writer.write(sample)
                 writer.finish()
@@ -75,7 +90,9 @@ def _encoded(sample: Sample) -> bytes:
     return b"".join(np.asarray(value).tobytes() + b"        " for value in sample.values())
 
 
-def set_index(folder: Path, manifest: dict[str, Any], split: str, domain: str, index: dict[str, Any]) -> None:
+def set_index(
+    folder: Path, manifest: dict[str, Any], split: str, domain: str, index: dict[str, Any]
+) -> None:
     """Write an index and note its hash in the manifest's dict."""
     path = folder / split / domain / "index.json"
     path.write_text(json.dumps(index, sort_keys=True))
@@ -87,10 +104,14 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     import hashlib
 
     rest = canonical_json({k: v for k, v in manifest.items() if k != "fingerprint"})
-    (folder / "dataset.json").write_text(canonical_json(manifest | {"fingerprint": hashlib.sha256(rest.encode()).hexdigest()}))
+    (folder / "dataset.json").write_text(
+        canonical_json(manifest | {"fingerprint": hashlib.sha256(rest.encode()).hexdigest()})
+    )
 
 
-def edit_index(folder: Path, split: str, domain: str, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit_index(
+    folder: Path, split: str, domain: str, change: Callable[[dict[str, Any]], Any]
+) -> None:
     """Change an index as somebody would who also mends the hashes of it."""
     raw = json.loads((folder / "dataset.json").read_text())
     index = json.loads((folder / split / domain / "index.json").read_text())
@@ -101,10 +122,20 @@ def edit_index(folder: Path, split: str, domain: str, change: Callable[[dict[str
 
 def store_of(dataset: Path, split: str, domain: str, scratch: Path | None = None) -> ShardStore:
     node = Node(scratch)
-    return ShardStore(ShardIndex(dataset, load_manifest(dataset), split, domain), f"{split}/{domain}", node, None, Cache(node, None))
+    return ShardStore(
+        ShardIndex(dataset, load_manifest(dataset), split, domain),
+        f"{split}/{domain}",
+        node,
+        None,
+        Cache(node, None),
+    )
 
 
 def rows_of(dataset: Path, split: str, domain: str, scratch: Path | None = None) -> MappedRows:
     """The rows of a domain of a local dataset, by our own reader."""
     manifest = load_manifest(dataset)
-    return MappedRows(store_of(dataset, split, domain, scratch), manifest.domains.index(domain), ThreadPoolExecutor(1))
+    return MappedRows(
+        store_of(dataset, split, domain, scratch),
+        manifest.domains.index(domain),
+        ThreadPoolExecutor(1),
+    )

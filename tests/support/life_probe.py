@@ -48,7 +48,10 @@ def sleep(n: int) -> None:
 
 
 def another_takes_over(config: Config) -> Callable[[int], None]:
-    return lambda n: (config.run_dir / "lock-99.json").write_text('{"pid": 7, "host": "elsewhere", "since": 0}') and None
+    return lambda n: (
+        (config.run_dir / "lock-99.json").write_text('{"pid": 7, "host": "elsewhere", "since": 0}')
+        and None
+    )
 
 
 def case(name: str, config: Config) -> Any:
@@ -74,7 +77,7 @@ def main(out: str, cases: list[str]) -> None:
                 run.run_training(config)
             except (UserError, Stopped) as error:
                 outcome = [type(error).__name__, str(error), error.exit_code]
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 outcome = [type(error).__name__, str(error), 1]
         outcomes[name] = outcome
     Path(out).write_text(json.dumps(outcomes))

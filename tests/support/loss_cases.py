@@ -12,7 +12,10 @@ OPTIONS = ("z_loss", "softcap", "label_smoothing", "normalizer")
 
 
 class Case(NamedTuple):
-    """hidden [N, D], weight [V, D] and bias [V] or None, leaves; targets and token_weights [N] or [N, K]."""
+    """hidden [N, D], weight [V, D] and bias [V] or None, leaves.
+
+    Targets and token_weights [N] or [N, K].
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -29,12 +32,23 @@ class Case(NamedTuple):
         return Case(*leaves, self.targets, self.token_weights.double())
 
 
-def make_case(n: int = 37, d: int = 8, v: int = 53, *, targets: int | None = None, bias: bool = False, peaked: bool = False,
-              scale: float = 1.0, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Case:
+def make_case(
+    n: int = 37,
+    d: int = 8,
+    v: int = 53,
+    *,
+    targets: int | None = None,
+    bias: bool = False,
+    peaked: bool = False,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Case:
     """Random inputs; a fifth of the targets is ignored, and a tenth of the others weighs nothing.
 
-    targets: None for [N], else K. scale: of the logits' standard deviation. peaked: every second row's target is the
-    entry that it resembles, by far.
+    targets: None for [N], else K. scale: of the logits' standard deviation. peaked: every second
+    row's target is the entry that it resembles, by far.
     """
     g = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(n, d, generator=g), torch.randn(v, d, generator=g) * scale / d**0.5
@@ -46,11 +60,18 @@ def make_case(n: int = 37, d: int = 8, v: int = 53, *, targets: int | None = Non
     weights = torch.rand(t.shape, generator=g) + 0.1
     weights[torch.rand(t.shape, generator=g) < 0.1] = 0.0
     leaves = [hidden, weight, torch.randn(v, generator=g) if bias else None]
-    return Case(*(None if x is None else x.to(device, dtype).requires_grad_() for x in leaves), t.to(device), weights.to(device))
+    return Case(
+        *(None if x is None else x.to(device, dtype).requires_grad_() for x in leaves),
+        t.to(device),
+        weights.to(device),
+    )
 
 
 class Defined(NamedTuple):
-    """each: loss of each target, weighted and divided; nats, hits in the shape of targets; lse [N]."""
+    """each: loss of each target, weighted and divided.
+
+    nats, hits in the shape of targets; lse [N].
+    """
 
     each: Tensor
     nats: Tensor
@@ -58,9 +79,18 @@ class Defined(NamedTuple):
     hits: Tensor
 
 
-def define(case: Case, *, z_loss: float = 0.0, softcap: float | None = None, label_smoothing: float = 0.0,
-           normalizer: float = 1.0) -> Defined:
-    """Through all logits at once. Products are made in the dtype of the case, all else in fp32 or wider."""
+def define(
+    case: Case,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    normalizer: float = 1.0,
+) -> Defined:
+    """Through all logits at once.
+
+    Products are made in the dtype of the case, all else in fp32 or wider.
+    """
     logits = F.linear(case.hidden, case.weight, case.bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
@@ -73,14 +103,21 @@ def define(case: Case, *, z_loss: float = 0.0, softcap: float | None = None, lab
     weights = case.token_weights.view(targets.shape) * there
     each = weights * (smooth + z_loss * lse.square().unsqueeze(1)) / normalizer
     hits = there & (logits.argmax(-1, keepdim=True) == targets)
-    return Defined(each.view(case.targets.shape), nats.view(case.targets.shape), lse, hits.view(case.targets.shape))
+    return Defined(
+        each.view(case.targets.shape),
+        nats.view(case.targets.shape),
+        lse,
+        hits.view(case.targets.shape),
+    )
 
 
-def assert_as_exact(found: Tensor, exact: Tensor, plain: Tensor, factor: float, dtype: torch.dtype, what: str) -> None:
+def assert_as_exact(
+    found: Tensor, exact: Tensor, plain: Tensor, factor: float, dtype: torch.dtype, what: str
+) -> None:
     """The largest error is at most `factor` times that of torch in the same dtype, plus two roundings of the largest value.
 
-    QuACK's rule (its tests/test_linear_cross_entropy.py), with an absolute term that follows the values: where there are few
-    of them, torch's error may be 0 by luck.
+    QuACK's rule (its tests/test_linear_cross_entropy.py), with an absolute term that follows the
+    values: where there are few of them, torch's error may be 0 by luck.
     """
     assert found.shape == exact.shape, what
     if not exact.numel():

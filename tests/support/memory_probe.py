@@ -1,6 +1,7 @@
 """Measured memory of one rank: `python -m tests.support.memory_probe CONFIG.yaml` under RANK, WORLD_SIZE, ... prints JSON.
 
-The growth of resident memory from before the engine is built to the highest point of four training steps.
+The growth of resident memory from before the engine is built to the highest point of four training
+steps.
 """
 
 from __future__ import annotations
@@ -26,13 +27,28 @@ def measure(config: Config, world_size: int, folder: Path) -> int:
     (folder / "probe.yaml").write_text(to_yaml(config))
     port, processes = str(free_port()), []
     for rank in range(world_size):
-        # One arena: glibc's default of one per thread keeps freed memory that another thread could have used.
+        # One arena: glibc's default of one per thread keeps freed memory that another thread could
+        # have used.
         environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
         }
-        processes.append(subprocess.Popen([sys.executable, "-m", "tests.support.memory_probe", str(folder / "probe.yaml")], env=environment,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.support.memory_probe", str(folder / "probe.yaml")],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     done = [process.communicate(timeout=500) for process in processes]
     if any(process.returncode for process in processes):
         raise AssertionError("\n".join(err[-2000:] for _, err in done))
@@ -40,7 +56,14 @@ def measure(config: Config, world_size: int, folder: Path) -> int:
 
 
 def _resident(field: str) -> int:
-    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
+    return (
+        int(
+            re.search(
+                rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+            )[1]
+        )
+        * 1024
+    )
 
 
 def _train(config: Config, steps: int) -> None:
@@ -50,7 +73,15 @@ def _train(config: Config, steps: int) -> None:
     from nextpt.train.loop import Trainer
 
     loader = Loader(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    trainer = Trainer(config, Engine(config, torch.device("cpu")), loader, Ranks(), lambda *save: None, lambda wait: None, lambda event: None)
+    trainer = Trainer(
+        config,
+        Engine(config, torch.device("cpu")),
+        loader,
+        Ranks(),
+        lambda *save: None,
+        lambda wait: None,
+        lambda event: None,
+    )
     for step in range(1, steps + 1):
         trainer.train_step(step)
     loader.close()
@@ -63,7 +94,14 @@ def _probe(path: str) -> int:
     config = load_config(path)
     start_distributed()
     # A tiny run first: libraries that load with the first step are not the model's memory.
-    _train(config.model_copy(update={"model": config.model.model_copy(update={"width": 32, "depth": 1, "head_dim": 8})}), 2)
+    _train(
+        config.model_copy(
+            update={
+                "model": config.model.model_copy(update={"width": 32, "depth": 1, "head_dim": 8})
+            }
+        ),
+        2,
+    )
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now

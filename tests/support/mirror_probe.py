@@ -1,4 +1,6 @@
-"""A rank in whose job the way to the store breaks for some steps; see tests/distributed/test_mirror.py.
+"""A rank in whose job the way to the store breaks for some steps.
+
+See tests/distributed/test_mirror.py.
 
     python -m tests.support.mirror_probe SWITCH CONFIG.yaml
 

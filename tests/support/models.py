@@ -30,7 +30,14 @@ class ModelState:
     def fragments(self) -> Iterator[Fragment]:
         for name, p in self.parameters.items():
             for kind in KINDS:
-                yield Fragment(name, kind, tuple(p.shape), 0, p.numel(), p.reshape(-1) if kind == "weight" else torch.zeros(p.numel()))
+                yield Fragment(
+                    name,
+                    kind,
+                    tuple(p.shape),
+                    0,
+                    p.numel(),
+                    p.reshape(-1) if kind == "weight" else torch.zeros(p.numel()),
+                )
 
     def scalars(self) -> dict[str, float]:
         return {"optimizer_updates": 3.0}
@@ -41,8 +48,21 @@ class ModelState:
 
 def decoder(**model: Any) -> tuple[Config, Decoder]:
     """A small decoder none of whose parameters is at its initial 0 or 1, so that leaving one out is seen."""
-    base = {"vocab_size": 96, "depth": 2, "width": 32, "heads": 4, "kv_heads": 2, "max_position": POSITIONS, "init_std": 0.2}
-    config = tiny(Path("none"), Path("none"), data={"sequence_length": 16}, model=base | {"qk_norm": False} | model)
+    base = {
+        "vocab_size": 96,
+        "depth": 2,
+        "width": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "max_position": POSITIONS,
+        "init_std": 0.2,
+    }
+    config = tiny(
+        Path("none"),
+        Path("none"),
+        data={"sequence_length": 16},
+        model=base | {"qk_norm": False} | model,
+    )
     module = Decoder(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -54,7 +74,13 @@ def decoder(**model: Any) -> tuple[Config, Decoder]:
 
 def checkpoint_of(config: Config, model: Decoder, root: Path, step: int = 3) -> Checkpoint:
     """Save it as a step of a run and open the newest."""
-    save(root, ModelState(model), {"step": step, "config": config.model_dump(mode="json")}, {}, Ranks())
+    save(
+        root,
+        ModelState(model),
+        {"step": step, "config": config.model_dump(mode="json")},
+        {},
+        Ranks(),
+    )
     return open_newest(root)
 
 
@@ -67,4 +93,9 @@ def our_logits(model: Decoder, tokens_BT: Tensor) -> Tensor:
 
 def some_tokens(vocab_size: int, length: int = POSITIONS) -> Tensor:
     """int64 [2, length]."""
-    return torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(math.prod((length, vocab_size))))
+    return torch.randint(
+        0,
+        vocab_size,
+        (2, length),
+        generator=torch.Generator().manual_seed(math.prod((length, vocab_size))),
+    )

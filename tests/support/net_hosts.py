@@ -28,7 +28,10 @@ PasswordAuthentication no
 
 
 def missing(*more: str) -> str | None:
-    """Why there can be no such hosts here; None when there can. more: further commands that a test needs."""
+    """Why there can be no such hosts here.
+
+    None when there can. more: further commands that a test needs.
+    """
     if os.geteuid():
         return "network namespaces need root"
     lacking = [name for name in (*COMMANDS, *more) if shutil.which(name) is None]
@@ -66,10 +69,17 @@ class Hosts:
     def mend(self, name: str) -> None:
         _run("ip", "link", "set", f"npt-{name}", "up")
 
-    def start(self, name: str, command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+    def start(
+        self, name: str, command: list[str], environment: dict[str, str], log: Path
+    ) -> subprocess.Popen:
         """Start a command in the network of a host, without ssh."""
         with open(log, "w") as output:
-            return subprocess.Popen(["ip", "netns", "exec", f"nextpt-{name}", *command], env=environment, stdout=output, stderr=output)
+            return subprocess.Popen(
+                ["ip", "netns", "exec", f"nextpt-{name}", *command],
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
 
     def processes(self, name: str) -> list[int]:
         """Numbers of the processes of a host."""
@@ -77,12 +87,20 @@ class Hosts:
 
 
 @contextmanager
-def hosts(folder: Path, count: int, *, prefix: str = "h", hidden: dict[str, Path] | None = None,
-          variables: dict[str, str] | None = None) -> Iterator[Hosts]:
-    """Make `count` hosts and end them with all their processes. They share this machine's disk, and see no processes but their own.
+def hosts(
+    folder: Path,
+    count: int,
+    *,
+    prefix: str = "h",
+    hidden: dict[str, Path] | None = None,
+    variables: dict[str, str] | None = None,
+) -> Iterator[Hosts]:
+    """Make `count` hosts and end them with all their processes.
 
-    prefix: of their names, before a number from 1 on. hidden: host -> folder in whose place it sees an empty one. variables: host
-    -> a NAME=value of its own.
+    They share this machine's disk, and see no processes but their own.
+
+    prefix: of their names, before a number from 1 on. hidden: host -> folder in whose place it sees
+    an empty one. variables: host -> a NAME=value of its own.
     """
     folder.mkdir(parents=True)
     made = Hosts(folder, [f"{prefix}{i}" for i in range(1, count + 1)])
@@ -97,7 +115,9 @@ def hosts(folder: Path, count: int, *, prefix: str = "h", hidden: dict[str, Path
         _run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
         _run("ip", "link", "set", BRIDGE, "up")
         for name in made.names:
-            daemons.append(_start(made, name, (hidden or {}).get(name), (variables or {}).get(name)))
+            daemons.append(
+                _start(made, name, (hidden or {}).get(name), (variables or {}).get(name))
+            )
         for name in made.names:
             _wait_for(made, name)
         yield made
@@ -115,7 +135,9 @@ def _write_ssh(made: Hosts) -> None:
     """A command `ssh` that knows the hosts: deepspeed gives no way to hand options to its own."""
     lines = [f"Host {name}\n  HostName {made.address(name)}\n" for name in made.names]
     (made.folder / "ssh_config").write_text(
-        f"IdentityFile {made.folder}/key\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\nUser root\n" + "".join(lines))
+        f"IdentityFile {made.folder}/key\nStrictHostKeyChecking no\nUserKnownHostsFile"
+        " /dev/null\nLogLevel ERROR\nUser root\n" + "".join(lines)
+    )
     command = made.folder / "ssh"
     command.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {made.folder}/ssh_config "$@"\n')
     command.chmod(0o755)
@@ -131,23 +153,52 @@ def _start(made: Hosts, name: str, hidden: Path | None, variable: str | None) ->
     _run("ip", "-n", space, "link", "set", inner, "up")
     _run("ip", "-n", space, "link", "set", "lo", "up")
     own = f"SetEnv OMP_NUM_THREADS=1 {variable or ''}\n"
-    (made.folder / f"{name}.conf").write_text(SSHD.format(address=made.address(name), folder=made.folder, name=name) + own)
+    (made.folder / f"{name}.conf").write_text(
+        SSHD.format(address=made.address(name), folder=made.folder, name=name) + own
+    )
     hide = f"mount -t tmpfs none {hidden} && " if hidden else ""
     with open(made.folder / f"{name}.log", "w") as log:
-        return subprocess.Popen(["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c",
-                                 f"hostname {name}; {hide}exec {shutil.which('sshd')} -D -e -f {made.folder}/{name}.conf"], stdout=log, stderr=log)
+        return subprocess.Popen(
+            [
+                "ip",
+                "netns",
+                "exec",
+                space,
+                "unshare",
+                "--uts",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "sh",
+                "-c",
+                (
+                    f"hostname {name}; {hide}exec {shutil.which('sshd')} -D -e -f"
+                    f" {made.folder}/{name}.conf"
+                ),
+            ],
+            stdout=log,
+            stderr=log,
+        )
 
 
 def _wait_for(made: Hosts, name: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while (done := subprocess.run([str(made.folder / "ssh"), name, "hostname"], capture_output=True, text=True)).stdout.strip() != name:
-        assert time.monotonic() < deadline, f"{name}: {done.stderr}{(made.folder / f'{name}.log').read_text()}"
+    while (
+        done := subprocess.run(
+            [str(made.folder / "ssh"), name, "hostname"], capture_output=True, text=True
+        )
+    ).stdout.strip() != name:
+        assert time.monotonic() < deadline, (
+            f"{name}: {done.stderr}{(made.folder / f'{name}.log').read_text()}"
+        )
         time.sleep(0.1)
 
 
 def _clear(names: list[str]) -> None:
     for name in names:
-        subprocess.run(["ip", "link", "del", f"npt-{name}"], capture_output=True)  # the kernel clears a namespace later, when it has time
+        # The kernel clears a namespace later, when it has time
+        subprocess.run(["ip", "link", "del", f"npt-{name}"], capture_output=True)
         subprocess.run(["ip", "netns", "del", f"nextpt-{name}"], capture_output=True)
     subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
 

@@ -13,11 +13,18 @@ from moto.server import ThreadedMotoServer
 
 @contextmanager
 def s3_server(*buckets: str) -> Iterator[str]:
-    """Its address, set in S3_ENDPOINT_URL together with keys that it accepts; `buckets` are made."""
+    """Its address, set in S3_ENDPOINT_URL together with keys that it accepts.
+
+    `buckets` are made.
+    """
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     address = f"http://{host}:{port}"
     with mock.patch.dict(os.environ, keys | {"S3_ENDPOINT_URL": address}):
         client = boto3.client("s3", endpoint_url=address)

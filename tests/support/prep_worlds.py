@@ -16,7 +16,10 @@ from data_prep.spec import PrepSpec
 from data_prep.tokenizer import train_bpe
 from data_prep.workers import LocalWorkers
 
-WORDS = "the quick brown fox jumps over a lazy dog while ä naïve 漢字 reader counts 1234 tokens in def main(): pass".split()
+WORDS = (
+    "the quick brown fox jumps over a lazy dog while ä naïve 漢字 reader counts 1234 tokens in def"
+    " main(): pass".split()
+)
 
 
 def texts(count: int, salt: int = 0) -> list[str]:
@@ -25,7 +28,9 @@ def texts(count: int, salt: int = 0) -> list[str]:
     for i in range(count):
         draw = hashlib.sha256(f"{salt}:{i}".encode()).digest()
         length = 1 + draw[0] * (1 + draw[1] % 7) // 4
-        found.append(" ".join(WORDS[draw[j % 32] % len(WORDS)] for j in range(length)) + f" {salt}/{i}\n")
+        found.append(
+            " ".join(WORDS[draw[j % 32] % len(WORDS)] for j in range(length)) + f" {salt}/{i}\n"
+        )
     return found
 
 
@@ -33,7 +38,10 @@ def write_lines(path: Path, found: list[str], **more: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for i, text in enumerate(found):
-            file.write(json.dumps({"id": f"{path.name}/{i}", "text": text} | more, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"id": f"{path.name}/{i}", "text": text} | more, ensure_ascii=False)
+                + "\n"
+            )
     return path
 
 
@@ -43,8 +51,13 @@ def world(folder: Path, documents: int = 120) -> PrepSpec:
     write_lines(folder / "in/a/2.jsonl", texts(documents // 2, 2))
     write_lines(folder / "in/b.jsonl", texts(documents // 2, 3))
     train_bpe(texts(documents, 1), 350, folder / "tokenizer.json")
-    return PrepSpec(domains={"a": folder / "in/a", "b": folder / "in/b.jsonl"}, output=folder / "out", sequence_length=64,
-                    tokenizer=folder / "tokenizer.json", heldout=0.2)
+    return PrepSpec(
+        domains={"a": folder / "in/a", "b": folder / "in/b.jsonl"},
+        output=folder / "out",
+        sequence_length=64,
+        tokenizer=folder / "tokenizer.json",
+        heldout=0.2,
+    )
 
 
 def prepare(spec: PrepSpec, *, overwrite: bool = False) -> DatasetManifest:
@@ -64,4 +77,8 @@ def small_units(unit: int = 20_000, group: int = 8_000, partition: int = 50) -> 
 
 def content(dataset: Path) -> dict[str, str]:
     """Hashes of all files of a dataset folder but the report, which tells times."""
-    return {str(p.relative_to(dataset)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(dataset.rglob("*")) if p.is_file() and p.stem != "report"}
+    return {
+        str(p.relative_to(dataset)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(dataset.rglob("*"))
+        if p.is_file() and p.stem != "report"
+    }

@@ -62,11 +62,16 @@ class Proxy:
                     pass
             elif self._mode == "503":
                 client.recv(2**16)
-                client.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                client.sendall(
+                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection:"
+                    b" close\r\n\r\n"
+                )
             else:
                 with socket.create_connection(self._target) as server:
                     self._open.add(server)
-                    threading.Thread(target=self._copy, args=(client, server, False), daemon=True).start()
+                    threading.Thread(
+                        target=self._copy, args=(client, server, False), daemon=True
+                    ).start()
                     self._copy(server, client, self._mode == "truncate")
                     self._open.discard(server)
         self._open.discard(client)

@@ -13,41 +13,74 @@ from nextpt.config import Config, to_yaml
 
 
 def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: str) -> None:
-    """Start Python with `arguments` once per rank and wait for all. Their output goes to folder/rank-N.log.
+    """Start Python with `arguments` once per rank and wait for all.
+
+    Their output goes to folder/rank-N.log.
 
     variables: of the environment, beside those of a launcher.
 
     Raises AssertionError with the ends of the logs when a rank fails.
     """
-    codes = [process.wait(timeout=500) for process in start_ranks([arguments] * world_size, folder, **variables)]
+    codes = [
+        process.wait(timeout=500)
+        for process in start_ranks([arguments] * world_size, folder, **variables)
+    ]
     if any(codes):
-        raise AssertionError(f"ranks ended with {codes}:\n" + "\n".join(p.read_text()[-3000:] for p in folder.glob("rank-*.log")))
+        raise AssertionError(
+            f"ranks ended with {codes}:\n"
+            + "\n".join(p.read_text()[-3000:] for p in folder.glob("rank-*.log"))
+        )
 
 
-def start_ranks(arguments: list[list[str]], folder: Path, **variables: str) -> list[subprocess.Popen]:
+def start_ranks(
+    arguments: list[list[str]], folder: Path, **variables: str
+) -> list[subprocess.Popen]:
     """Start Python once per rank, each with its own arguments, as `run_ranks` does."""
     world_size = len(arguments)
     folder.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
     processes = []
     for rank in range(world_size):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-        } | variables
+        environment = (
+            os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            }
+            | variables
+        )
         with open(folder / f"rank-{rank}.log", "w") as log:
-            processes.append(subprocess.Popen([sys.executable, *arguments[rank]], env=environment, stdout=log, stderr=subprocess.STDOUT))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments[rank]],
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
     return processes
 
 
 def train_all(configs: list[Config], world_size: int, folder: Path) -> list[str | None]:
-    """Train each config on `world_size` ranks. Returns per config the message of rank 0's error, or None."""
+    """Train each config on `world_size` ranks.
+
+    Returns per config the message of rank 0's error, or None.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, config in enumerate(configs):
         files.append(folder / f"job-{number:03d}.yaml")
         files[-1].write_text(to_yaml(config))
-    run_ranks(["-m", "tests.support.ranks", str(folder / "outcomes.json"), *map(str, files)], world_size, folder)
+    run_ranks(
+        ["-m", "tests.support.ranks", str(folder / "outcomes.json"), *map(str, files)],
+        world_size,
+        folder,
+    )
     return json.loads((folder / "outcomes.json").read_text())
 
 

@@ -12,7 +12,9 @@ from tests.support.models import checkpoint_of, decoder
 from tests.support.tokenizers import KINDS
 
 
-def make_run(folder: Path, kind: str = "byte_level", **model: Any) -> tuple[Config, Decoder, Tokenizer]:
+def make_run(
+    folder: Path, kind: str = "byte_level", **model: Any
+) -> tuple[Config, Decoder, Tokenizer]:
     """Write a run folder with a checkpoint of step 3; returns what `open_model` gives."""
     folder.mkdir(parents=True)
     KINDS[kind](folder / "tokenizer.json")

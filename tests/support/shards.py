@@ -10,12 +10,27 @@ from typing import Any
 import numpy as np
 
 from data_prep.files import canonical_json, sha256_file
-from data_prep.format import PADDING, STARTS_MID_DOCUMENT, DatasetManifest, SplitCounts, columns, token_dtype
+from data_prep.format import (
+    PADDING,
+    STARTS_MID_DOCUMENT,
+    DatasetManifest,
+    SplitCounts,
+    columns,
+    token_dtype,
+)
 from data_prep.streaming_compat import import_streaming
 
 
-def write_dataset(folder: Path, domains: dict[str, Sequence[dict[str, Any]]], *, start_id: int, end_id: int, vocab_size: int,
-                  compression: str | None = None, size_limit: int = 2**26) -> Path:
+def write_dataset(
+    folder: Path,
+    domains: dict[str, Sequence[dict[str, Any]]],
+    *,
+    start_id: int,
+    end_id: int,
+    vocab_size: int,
+    compression: str | None = None,
+    size_limit: int = 2**26,
+) -> Path:
     """A dataset whose train rows are `domains` (tokens, doc_lens, doc_flags as lists), one group of shards per domain; none held out.
 
     Its tokenizer.json is no tokenizer: nothing that reads it may be tested with this.
@@ -26,45 +41,95 @@ def write_dataset(folder: Path, domains: dict[str, Sequence[dict[str, Any]]], *,
     length = len(next(iter(domains.values()))[0]["tokens"]) - 1
     splits: dict[str, dict[str, SplitCounts]] = {"train": {}, "heldout": {}}
     for number, (name, rows) in enumerate(sorted(domains.items())):
-        index = _write_rows(folder / "train" / name, rows, number, columns(length, vocab_size), compression, size_limit)
+        index = _write_rows(
+            folder / "train" / name,
+            rows,
+            number,
+            columns(length, vocab_size),
+            compression,
+            size_limit,
+        )
         splits["train"][name] = _counts(rows, sha256_file(index))
         splits["heldout"][name] = _counts([], "")
     manifest = DatasetManifest(
-        sequence_length=length, vocab_size=vocab_size, token_dtype=token_dtype(vocab_size).name, start_id=start_id, end_id=end_id,
-        tokenizer_sha256=sha256_file(folder / "tokenizer.json"), seed=0, heldout_fraction=0.0, inputs_sha256="", domains=sorted(domains),
-        splits=splits, fingerprint=sha256_file(folder / "token_bytes.npy"),
+        sequence_length=length,
+        vocab_size=vocab_size,
+        token_dtype=token_dtype(vocab_size).name,
+        start_id=start_id,
+        end_id=end_id,
+        tokenizer_sha256=sha256_file(folder / "tokenizer.json"),
+        seed=0,
+        heldout_fraction=0.0,
+        inputs_sha256="",
+        domains=sorted(domains),
+        splits=splits,
+        fingerprint=sha256_file(folder / "token_bytes.npy"),
     )
     (folder / "dataset.json").write_text(canonical_json(manifest.model_dump()))
     return folder
 
 
-def _write_rows(folder: Path, rows: Sequence[dict[str, Any]], domain: int, layout: dict[str, str], compression: str | None,
-                size_limit: int) -> Path:
+def _write_rows(
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    domain: int,
+    layout: dict[str, str],
+    compression: str | None,
+    size_limit: int,
+) -> Path:
     import_streaming()
     from streaming import MDSWriter
 
     dtype = np.dtype(layout["tokens"].split(":")[1])
-    with MDSWriter(columns=layout, out=str(folder / "g00000"), hashes=["xxh64"], compression=compression, size_limit=size_limit) as writer:
+    with MDSWriter(
+        columns=layout,
+        out=str(folder / "g00000"),
+        hashes=["xxh64"],
+        compression=compression,
+        size_limit=size_limit,
+    ) as writer:
         for row in rows:
-            writer.write({
-                "tokens": np.array(row["tokens"], dtype), "doc_lens": np.array(row["doc_lens"], np.uint32),
-                "doc_flags": np.array(row["doc_flags"], np.uint8), "domain": np.uint16(domain),
-                "text_bytes": np.uint32(sum(n - 1 for n, f in zip(row["doc_lens"], row["doc_flags"], strict=True) if not f & PADDING)),
-            })
+            writer.write(
+                {
+                    "tokens": np.array(row["tokens"], dtype),
+                    "doc_lens": np.array(row["doc_lens"], np.uint32),
+                    "doc_flags": np.array(row["doc_flags"], np.uint8),
+                    "domain": np.uint16(domain),
+                    "text_bytes": np.uint32(
+                        sum(
+                            n - 1
+                            for n, f in zip(row["doc_lens"], row["doc_flags"], strict=True)
+                            if not f & PADDING
+                        )
+                    ),
+                }
+            )
     written = folder / "g00000" / "index.json"
     entries = json.loads(written.read_text())
     written.unlink()
-    for data in (part for shard in entries["shards"] for part in (shard["raw_data"], shard["zip_data"]) if part):
+    for data in (
+        part
+        for shard in entries["shards"]
+        for part in (shard["raw_data"], shard["zip_data"])
+        if part
+    ):
         data["basename"] = f"g00000/{data['basename']}"
     (folder / "index.json").write_text(json.dumps(entries))
     return folder / "index.json"
 
 
 def _counts(rows: Sequence[dict[str, Any]], index_sha256: str) -> SplitCounts:
-    segments = [(n, f) for row in rows for n, f in zip(row["doc_lens"], row["doc_flags"], strict=True)]
+    segments = [
+        (n, f) for row in rows for n, f in zip(row["doc_lens"], row["doc_flags"], strict=True)
+    ]
     pieces = [(n, f) for n, f in segments if not f & PADDING]
     tokens = sum(n - 1 for n, _ in pieces)
     return SplitCounts(
-        documents=sum(not f & STARTS_MID_DOCUMENT for _, f in pieces), bytes=tokens, tokens=tokens, text_tokens=tokens, rows=len(rows),
-        padding_tokens=sum(n for n, f in segments if f & PADDING), index_sha256=index_sha256,
+        documents=sum(not f & STARTS_MID_DOCUMENT for _, f in pieces),
+        bytes=tokens,
+        tokens=tokens,
+        text_tokens=tokens,
+        rows=len(rows),
+        padding_tokens=sum(n for n, f in segments if f & PADDING),
+        index_sha256=index_sha256,
     )

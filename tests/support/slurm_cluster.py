@@ -63,8 +63,18 @@ class Slurm:
     variables: dict[str, str]
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
-        """Standard output of a Slurm command. Raises AssertionError with what it printed when it fails."""
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.variables, cwd=cwd, timeout=60)
+        """Standard output of a Slurm command.
+
+        Raises AssertionError with what it printed when it fails.
+        """
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | self.variables,
+            cwd=cwd,
+            timeout=60,
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -81,12 +91,16 @@ class Slurm:
         """Wait until a job is in one of the states; returns what scontrol knows."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"job {number} is {job['JobState']} ({job['Reason']}), not {states}; {self.logs()}"
+            assert time.monotonic() < deadline, (
+                f"job {number} is {job['JobState']} ({job['Reason']}), not {states}; {self.logs()}"
+            )
             time.sleep(0.1)
         return job
 
     def logs(self) -> str:
-        return "\n".join(p.read_text(errors="replace")[-1500:] for p in sorted(self.folder.glob("slurm*.log")))
+        return "\n".join(
+            p.read_text(errors="replace")[-1500:] for p in sorted(self.folder.glob("slurm*.log"))
+        )
 
 
 @contextmanager
@@ -95,15 +109,32 @@ def slurm(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Slurm]:
     folder.mkdir(parents=True)
     (folder / "state").mkdir()
     ports = [free_port() for _ in range(nodes + 1)]
-    lines = [f"NodeName=n{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[i]} CPUs={cpus} RealMemory=4000" for i in range(1, nodes + 1)]
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, port=ports[0], nodes="\n".join(lines)))
+    lines = [
+        f"NodeName=n{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[i]} CPUs={cpus}"
+        " RealMemory=4000"
+        for i in range(1, nodes + 1)
+    ]
+    (folder / "slurm.conf").write_text(
+        CONFIG.format(folder=folder, port=ports[0], nodes="\n".join(lines))
+    )
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
     variables = {"SLURM_CONF": str(folder / "slurm.conf")}
     environment = os.environ | variables
-    commands = [["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.sock", f"--pid-file={folder}/munged.pid",
-                 f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"], ["slurmctld", "-D", "-c"]]
+    commands = [
+        [
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={folder}/munge.sock",
+            f"--pid-file={folder}/munged.pid",
+            f"--log-file={folder}/munged.log",
+            f"--seed-file={folder}/munged.seed",
+        ],
+        ["slurmctld", "-D", "-c"],
+    ]
     for i in range(1, nodes + 1):
         (folder / f"spool-n{i}").mkdir()
         commands.append(["slurmd", "-D", "-N", f"n{i}"])
@@ -112,13 +143,20 @@ def slurm(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Slurm]:
     try:
         for command in commands:
             with open(folder / f"{command[0]}-{len(daemons)}.out", "w") as output:
-                daemons.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+                daemons.append(
+                    subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+                )
             if command[0] == "munged":
                 _until(lambda: (folder / "munge.sock").exists())
         _until(lambda: _idle(environment) == nodes)
         yield cluster
     finally:
-        subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], env=environment, capture_output=True, timeout=20)
+        subprocess.run(
+            ["scancel", "--full", "--signal=KILL", "--user=root"],
+            env=environment,
+            capture_output=True,
+            timeout=20,
+        )
         subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True, timeout=20)
         time.sleep(1)
         for daemon in reversed(daemons):
@@ -131,7 +169,13 @@ def slurm(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Slurm]:
 
 
 def _idle(environment: dict[str, str]) -> int:
-    done = subprocess.run(["sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N"], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        ["sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     return len(done.stdout.split())
 
 

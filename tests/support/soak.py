@@ -1,11 +1,14 @@
 """The share of time that is training when ranks die again and again, and how soon a rank that hangs is found.
 
-    python -m tests.support.soak [--seconds 600] [--mtbf 60] [--cold] [--hangs 1] [--seed N] [--json FILE]
+    python -m tests.support.soak [--seconds 600] [--mtbf 60] [--cold] [--hangs 1] [--seed N] [--json
+    FILE]
 
-One run of two ranks (ZeRO 1, fp32, saves in the background), of which one is killed at Poisson instants, --mtbf seconds apart
-on average, and which is started again as soon as the other has ended. The effective training time is the time in steps that
-were kept, over all time: starting, saving, steps made again and waiting for the other rank are lost. Ranks are forked, with
-everything imported, or with --cold new processes. --hangs: SIGSTOP to one of two ranks, so often; train.hang_seconds is 60.
+One run of two ranks (ZeRO 1, fp32, saves in the background), of which one is killed at Poisson
+instants, --mtbf seconds apart on average, and which is started again as soon as the other has
+ended. The effective training time is the time in steps that were kept, over all time: starting,
+saving, steps made again and waiting for the other rank are lost. Ranks are forked, with everything
+imported, or with --cold new processes. --hangs: SIGSTOP to one of two ranks, so often;
+train.hang_seconds is 60.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ class ColdJob:
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         self.began = time.time()
-        self.processes = start_ranks([[str(ROOT / "launcher" / "run.py"), *arguments]] * 2, log.with_suffix(""))
+        self.processes = start_ranks(
+            [[str(ROOT / "launcher" / "run.py"), *arguments]] * 2, log.with_suffix("")
+        )
         self.pids = [process.pid for process in self.processes]
 
     def hear(self, until: float) -> bool:
@@ -59,7 +64,9 @@ class ColdJob:
     def wait(self, seconds: float = 60) -> list[int] | None:
         deadline = time.monotonic() + seconds
         try:
-            return [process.wait(max(deadline - time.monotonic(), 0.01)) for process in self.processes]
+            return [
+                process.wait(max(deadline - time.monotonic(), 0.01)) for process in self.processes
+            ]
         except subprocess.TimeoutExpired:
             return None
 
@@ -68,7 +75,14 @@ class ColdJob:
 
 
 def start(storm: Storm, run: Run, cold: bool) -> Job | ColdJob:
-    arguments = ["--config", str(run.config), "model.width=128", "model.depth=4", "train.global_batch_size=16", f"checkpoint.every_steps={INTERVAL}"]
+    arguments = [
+        "--config",
+        str(run.config),
+        "model.width=128",
+        "model.depth=4",
+        "train.global_batch_size=16",
+        f"checkpoint.every_steps={INTERVAL}",
+    ]
     return ColdJob(arguments, run.log) if cold else Job(arguments, 2, run.log, announce)
 
 
@@ -78,13 +92,20 @@ def said(job: Job | ColdJob, run: Run) -> str:
     return "".join(log.read_text() for log in logs)
 
 
-def lives(storm: Storm, run: Run, seconds: float, mtbf: float, begin: Callable[[], Job | ColdJob]) -> tuple[float, list[dict[str, float]]]:
-    """Start, kill and start again for so long. Returns the seconds that it took, and of each kill {redone, recovered}."""
+def lives(
+    storm: Storm, run: Run, seconds: float, mtbf: float, begin: Callable[[], Job | ColdJob]
+) -> tuple[float, list[dict[str, float]]]:
+    """Start, kill and start again for so long.
+
+    Returns the seconds that it took, and of each kill {redone, recovered}.
+    """
     dice = random.Random(f"{storm.seed} soak")
     origin, blow = time.monotonic(), dice.expovariate(1 / mtbf)
     job, made, kills, killed_at = begin(), 0, [], 0.0
     while True:
-        storm.expect(job.hear(origin + min(blow, seconds)), run, "ranks ended though nobody had killed them")
+        storm.expect(
+            job.hear(origin + min(blow, seconds)), run, "ranks ended though nobody had killed them"
+        )
         over = time.monotonic() - origin >= seconds
         taken, struck = time.monotonic() - origin, time.time()
         if over:
@@ -98,9 +119,14 @@ def lives(storm: Storm, run: Run, seconds: float, mtbf: float, begin: Callable[[
             job.kill([0, 1])  # as a launcher does
             job.wait()
         job.close()
-        fresh = [e for e in read_events(run.folder / "metrics.jsonl", "train") if e["time"] >= job.began]
+        fresh = [
+            e for e in read_events(run.folder / "metrics.jsonl", "train") if e["time"] >= job.began
+        ]
         if fresh and killed_at:
-            kills[-1] |= {"redone": made - fresh[0]["step"] + 1, "recovered": fresh[0]["time"] - killed_at}
+            kills[-1] |= {
+                "redone": made - fresh[0]["step"] + 1,
+                "recovered": fresh[0]["time"] - killed_at,
+            }
         made = max([made, *(e["step"] for e in fresh)])
         if over:
             return taken, kills
@@ -114,13 +140,25 @@ def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any
     """What became of the time. Raises Breach."""
     run, began = storm.new_run(Case(1, "fp32", 2, True), steps=10**6), time.time()
     taken, kills = lives(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
-    kept = [e for e in read_events(run.folder / "metrics.jsonl", "train") if e["time"] < began + taken]
+    kept = [
+        e for e in read_events(run.folder / "metrics.jsonl", "train") if e["time"] < began + taken
+    ]
     durations = [e["tokens"] / e["step"] / e["tokens_per_second"] for e in kept]
-    storm.expect([e["step"] for e in kept] == list(range(1, len(kept) + 1)), run, "a step is missing, or there twice")
+    storm.expect(
+        [e["step"] for e in kept] == list(range(1, len(kept) + 1)),
+        run,
+        "a step is missing, or there twice",
+    )
     return {
-        "seconds": round(taken), "mtbf": mtbf, "start": "new processes" if cold else "forked", "kills": len(kills),
-        "steps": len(kept), "steps_between_saves": INTERVAL, "seconds_per_step": quantiles(durations),
-        "steps_redone": quantiles(k["redone"] for k in kills if k), "seconds_to_the_next_step": quantiles(k["recovered"] for k in kills if k),
+        "seconds": round(taken),
+        "mtbf": mtbf,
+        "start": "new processes" if cold else "forked",
+        "kills": len(kills),
+        "steps": len(kept),
+        "steps_between_saves": INTERVAL,
+        "seconds_per_step": quantiles(durations),
+        "steps_redone": quantiles(k["redone"] for k in kills if k),
+        "seconds_to_the_next_step": quantiles(k["recovered"] for k in kills if k),
         "effective_training_time": round(sum(durations) / taken, 4),
     }
 
@@ -150,7 +188,9 @@ def hang(storm: Storm) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--mtbf", type=float, default=60)
     parser.add_argument("--cold", action="store_true")
@@ -170,7 +210,10 @@ def main() -> int:
         print(f"error: {breach}\nwhat it left is in {folder}", file=sys.stderr)
         return 1
     shutil.rmtree(folder)
-    result |= {"machine": machine(), "load": {"at the start": round(load, 1), "at the end": round(os.getloadavg()[0], 1)}}
+    result |= {
+        "machine": machine(),
+        "load": {"at the start": round(load, 1), "at the end": round(os.getloadavg()[0], 1)},
+    }
     print(json.dumps(result, indent=1))
     write_json(options.json, result)
     return 0

@@ -1,8 +1,9 @@
 """Memory that a save or a load takes, on each rank: `python -m tests.support.state_memory save|load CONFIG OUT` under RANK, ...
 
-Nothing is trained: the state is that of a model that was just drawn. Each rank writes OUT-RANK.json: bytes of its share of the
-state and of the whole, growth of its resident memory at the highest point of the save or load, which are verified too, and
-the checkpoint's files that it still maps afterwards.
+Nothing is trained: the state is that of a model that was just drawn. Each rank writes
+OUT-RANK.json: bytes of its share of the state and of the whole, growth of its resident memory at
+the highest point of the save or load, which are verified too, and the checkpoint's files that it
+still maps afterwards.
 """
 
 from __future__ import annotations
@@ -39,9 +40,21 @@ def main(what: str, path: str, out: str) -> None:
     ranks.gather(None)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    action = load if what == "load" else lambda: save(root, engine, {"step": 1, "config": config.model_dump(mode="json")}, get_rng(), ranks)
+    action = (
+        load
+        if what == "load"
+        else lambda: save(
+            root, engine, {"step": 1, "config": config.model_dump(mode="json")}, get_rng(), ranks
+        )
+    )
     grown = measure_peak("cpu", action)
-    mapped = sorted({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(root) in line})
+    mapped = sorted(
+        {
+            line.split()[-1]
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if str(root) in line
+        }
+    )
     figures = {"share": share, "whole": sum(ranks.gather(share)), "grown": grown, "mapped": mapped}
     Path(f"{out}-{ranks.rank}.json").write_text(json.dumps(figures))
     sys.stdout.flush()

@@ -2,19 +2,23 @@
 
     python -m tests.support.storm [--kills 100] [--launchers 2] [--seed N] [--json FILE]
 
-Runs of a tiny model, saved every few steps, are started, killed and started again until they reach their last step: ZeRO
-stages 0 to 3, fp32 and bf16, one rank and two, saves in the background and not. Ranks are forked (zygote.py) and do what
-launcher/run.py does; all they add is to tell when training and each save begins and ends, so that kills can be aimed at
-saves and counted there. A kill hits all ranks, or one and the others must notice, which are then ended as a launcher would.
+Runs of a tiny model, saved every few steps, are started, killed and started again until they reach
+their last step: ZeRO stages 0 to 3, fp32 and bf16, one rank and two, saves in the background and
+not. Ranks are forked (zygote.py) and do what launcher/run.py does; all they add is to tell when
+training and each save begins and ends, so that kills can be aimed at saves and counted there. A
+kill hits all ranks, or one and the others must notice, which are then ended as a launcher would.
 
-After every kill: each loss that was logged is that of an unbroken run, bit for bit; the checkpoint that the next start takes
-is not older than the last one told of (CheckpointEvent); the steps made again are at most the interval between saves (twice
-that with saves in the background, of which one may be under way). At the end: all losses, and a hash of all weights and
-moments, are those of the unbroken run. After the storm nothing is left: shared memory, open files, processes, staging
-folders, temporary files, held locks. The first breach ends the storm with the seed that plans the same kills again.
+After every kill: each loss that was logged is that of an unbroken run, bit for bit; the checkpoint
+that the next start takes is not older than the last one told of (CheckpointEvent); the steps made
+again are at most the interval between saves (twice that with saves in the background, of which one
+may be under way). At the end: all losses, and a hash of all weights and moments, are those of the
+unbroken run. After the storm nothing is left: shared memory, open files, processes, staging
+folders, temporary files, held locks. The first breach ends the storm with the seed that plans the
+same kills again.
 
---launchers: kills of `nextpt train`, deepspeed's runner or deepspeed's launch.py, each of a cold start.
-A thread cannot be killed alone: loader threads and the writer of a background save die with their rank.
+--launchers: kills of `nextpt train`, deepspeed's runner or deepspeed's launch.py, each of a cold
+start. A thread cannot be killed alone: loader threads and the writer of a background save die with
+their rank.
 """
 
 from __future__ import annotations
@@ -50,14 +54,16 @@ from nextpt.events import read_events
 from nextpt.train.ending import read_end
 from nextpt.train.environment import read_starts
 from tests.support.datasets import make_dataset, tiny
-from tests.support.forked import in_a_child
 from tests.support.figures import machine, quantiles
+from tests.support.forked import in_a_child
 from tests.support.zygote import Job, adopt, one_thread, orphans, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL = 24, 3  # of a run; between saves
 TRAINING, SAVING, SAVED = 0, 64, 128  # what a rank tells, plus its number
-DETECT = 5.0  # seconds in which the others must notice that a rank died in training, and ranks end without their launcher
+# Seconds in which the others must notice that a rank died in training, and ranks end without their
+# launcher
+DETECT = 5.0
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000  # of linux/sched.h, linux/mount.h
 
 
@@ -80,8 +86,13 @@ class Case:
         return f"zero-{self.stage}-{self.precision}-{self.ranks}-{'background' if self.asynchronous else 'plain'}"
 
 
-CASES = [Case(stage, precision, ranks, (stage + (precision == "bf16") + ranks) % 2 == 0)
-         for ranks in (2, 1) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3) if stage or precision == "fp32"]
+CASES = [
+    Case(stage, precision, ranks, (stage + (precision == "bf16") + ranks) % 2 == 0)
+    for ranks in (2, 1)
+    for precision in ("fp32", "bf16")
+    for stage in (0, 1, 2, 3)
+    if stage or precision == "fp32"
+]
 
 
 @dataclass
@@ -98,7 +109,8 @@ class Golden:
 class Kill:
     """victims: "all", "one" or the launcher's name. inside: in a save. detected: seconds till the others noticed, or had ended.
 
-    redone, recovered: steps made again, and seconds from the kill to the first step, of the next start that got so far.
+    redone, recovered: steps made again, and seconds from the kill to the first step, of the next
+    start that got so far.
     """
 
     case: str
@@ -116,7 +128,10 @@ class Kill:
 
 @dataclass
 class Run:
-    """A run folder between two starts. acknowledged, made: the last such step; pending: kills that no start has followed yet."""
+    """A run folder between two starts. acknowledged, made: the last such step.
+
+    pending: kills that no start has followed yet.
+    """
 
     case: Case
     folder: Path
@@ -156,7 +171,10 @@ class Storm:
     def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = print) -> None:
         self.folder, self.seed, self.say = folder, seed, say
         self.dataset = folder / "dataset" / "shards"
-        if in_a_child(lambda: make_dataset(Path(sysconfig.get_path("stdlib")) / "email", folder / "dataset")):  # it has workers
+        # It has workers
+        if in_a_child(
+            lambda: make_dataset(Path(sysconfig.get_path("stdlib")) / "email", folder / "dataset")
+        ):
             raise Breach("no dataset could be made")
         self.kills: list[Kill] = []
         self.leaks: Counter[str] = Counter()
@@ -167,9 +185,16 @@ class Storm:
         name = f"{case}-{self.runs:04d}"
         self.runs += 1
         config = tiny(
-            self.dataset, self.folder / name,
+            self.dataset,
+            self.folder / name,
             data={"scratch": str(self.folder / "scratch")},
-            train={"steps": STEPS, "global_batch_size": 4, "zero_stage": case.stage, "precision": case.precision} | train,
+            train={
+                "steps": STEPS,
+                "global_batch_size": 4,
+                "zero_stage": case.stage,
+                "precision": case.precision,
+            }
+            | train,
             checkpoint={"every_steps": INTERVAL, "keep_last": 2, "asynchronous": case.asynchronous},
         )
         path = self.folder / f"{name}.yaml"
@@ -187,16 +212,23 @@ class Storm:
             job.close()
             begins = [t for t, byte in job.told if byte == SAVING]
             ends = [t for t, byte in job.told if byte == SAVED]
-            self._golden[case] = Golden(losses(run.folder), digest(run.folder), time.monotonic() - began,
-                                        [b - a for a, b in zip(begins, ends, strict=True)])
+            self._golden[case] = Golden(
+                losses(run.folder),
+                digest(run.folder),
+                time.monotonic() - began,
+                [b - a for a, b in zip(begins, ends, strict=True)],
+            )
         return self._golden[case]
 
     def expect(self, holds: bool, run: Run, text: str) -> None:
         if not holds:
             tail = run.log.read_text()[-4000:] if run.log.exists() else ""
-            raise Breach(f"{run.case}: {text} (seed {self.seed}, {len(self.kills)} kills before)\n{tail}")
+            raise Breach(
+                f"{run.case}: {text} (seed {self.seed}, {len(self.kills)} kills before)\n{tail}"
+            )
 
-    # ---- kills ----------------------------------------------------------------------------------------------
+    # ---- kills
+    # ----------------------------------------------------------------------------------------------
 
     def blow(self, case: Case, kills: int) -> None:
         """So many kills of runs of a case; each run is then brought to its end and compared."""
@@ -217,7 +249,11 @@ class Storm:
             job.hear(time.monotonic() + 300)
         else:
             victims = "one" if case.ranks > 1 and dice.random() < 0.5 else "all"
-            hit = [dice.randrange(case.ranks)] if victims == "one" else dice.sample(range(case.ranks), case.ranks)
+            hit = (
+                [dice.randrange(case.ranks)]
+                if victims == "one"
+                else dice.sample(range(case.ranks), case.ranks)
+            )
             aimed = "save" if dice.random() < 0.6 else "anywhere"
             if self.moment(job, aimed, hit[0], dice, golden):
                 kill = self.strike(job, run, victims, aimed, hit)
@@ -225,12 +261,18 @@ class Storm:
         job.close()
         self.expect(codes is not None, run, "ranks did not end")
         if kill and -signal.SIGKILL in codes:
-            self.expect(set(codes) <= {-signal.SIGKILL, CRASHED, 0}, run, f"ranks ended with {codes}")
+            self.expect(
+                set(codes) <= {-signal.SIGKILL, CRASHED, 0}, run, f"ranks ended with {codes}"
+            )
             kill.inside = any(job.count(SAVING + rank) > job.count(SAVED + rank) for rank in hit)
             kill.training = job.count(*range(case.ranks)) == case.ranks
             self.kills.append(kill)
         else:
-            self.expect(codes == [0] * case.ranks, run, f"ranks ended with {codes} and nobody had killed them")
+            self.expect(
+                codes == [0] * case.ranks,
+                run,
+                f"ranks ended with {codes} and nobody had killed them",
+            )
             kill = None
         self.check_life(run, job.began)
         if kill:
@@ -247,9 +289,15 @@ class Storm:
         return begun and job.hear(time.monotonic() + share * statistics.median(golden.saves))
 
     def strike(self, job: Job, run: Run, victims: str, aimed: str, hit: list[int]) -> Kill:
-        """SIGKILL. Where one rank is hit, see that the others notice, or that they had not met yet; then end them, as a launcher does."""
+        """SIGKILL.
+
+        Where one rank is hit, see that the others notice, or that they had not met yet; then end
+        them, as a launcher does.
+        """
         case, before = run.case, len(run.log.read_text()) if run.log.exists() else 0
-        kill = Kill(str(case), case.stage, victims, aimed, case.asynchronous, False, False, time.time())
+        kill = Kill(
+            str(case), case.stage, victims, aimed, case.asynchronous, False, False, time.time()
+        )
         began = time.monotonic()
         job.kill(hit)
         if victims == "one":
@@ -257,11 +305,16 @@ class Storm:
                 kill.detected = time.monotonic() - began
             else:
                 job.hear(time.monotonic() + 0.01)
-                self.expect(job.count(*range(case.ranks)) < case.ranks, run, f"the others noticed nothing for {DETECT} s after a rank was killed")
+                self.expect(
+                    job.count(*range(case.ranks)) < case.ranks,
+                    run,
+                    f"the others noticed nothing for {DETECT} s after a rank was killed",
+                )
             job.kill(list(range(case.ranks)))
         return kill
 
-    # ---- what must hold -------------------------------------------------------------------------------------
+    # ---- what must hold
+    #   -------------------------------------------------------------------------------------
 
     def check_life(self, run: Run, began: float) -> None:
         """After a start: what it took, what it logged, what it told of."""
@@ -270,11 +323,17 @@ class Storm:
         made, starts = read_events(path, "train"), read_starts(run.folder)
         if golden:
             wrong = [e["step"] for e in made if golden.get(e["step"]) != e["loss"]]
-            self.expect(not wrong, run, f"the losses of steps {wrong} are not those of an unbroken run")
+            self.expect(
+                not wrong, run, f"the losses of steps {wrong} are not those of an unbroken run"
+            )
         if len(starts) > run.starts:
             run.starts = len(starts)
             taken = starts[-1]["first_step"] - 1
-            self.expect(taken >= run.acknowledged, run, f"a start took step {taken}; {run.acknowledged} was acknowledged")
+            self.expect(
+                taken >= run.acknowledged,
+                run,
+                f"a start took step {taken}; {run.acknowledged} was acknowledged",
+            )
             redone = max(run.made - taken, 0)
             self.expect(redone <= run.case.most_redone, run, f"{redone} steps were made again")
             if run.pending:
@@ -284,12 +343,20 @@ class Storm:
                 run.pending.clear()
             run.made = taken
         run.made = max([run.made, *(e["step"] for e in made if e["time"] >= began)])
-        run.acknowledged = max([run.acknowledged, *(e["step"] for e in read_events(path, "checkpoint"))])
+        run.acknowledged = max(
+            [run.acknowledged, *(e["step"] for e in read_events(path, "checkpoint"))]
+        )
 
     def check_end(self, run: Run, golden: Golden) -> None:
         """After the last step: the same as the unbroken run, and nothing left behind."""
-        self.expect(losses(run.folder) == golden.losses, run, "the losses are not those of the unbroken run")
-        self.expect(digest(run.folder) == golden.digest, run, "the weights and moments are not those of the unbroken run")
+        self.expect(
+            losses(run.folder) == golden.losses, run, "the losses are not those of the unbroken run"
+        )
+        self.expect(
+            digest(run.folder) == golden.digest,
+            run,
+            "the weights and moments are not those of the unbroken run",
+        )
         end = read_end(run.folder) or {}
         self.expect((end.get("code"), end.get("step")) == (0, STEPS), run, f"exit.json says {end}")
         for kind, names in leftovers(run.folder).items():
@@ -298,15 +365,25 @@ class Storm:
         shutil.rmtree(run.folder)
         run.log.unlink()
 
-    # ---- launchers ------------------------------------------------------------------------------------------
+    # ---- launchers
+    #   ------------------------------------------------------------------------------------------
 
     def blow_launchers(self, kills: int) -> None:
-        """Kill what stands above the ranks, each time in a cold start of `nextpt train`; then let forked ranks finish the run."""
+        """Kill what stands above the ranks, each time in a cold start of `nextpt train`.
+
+        Then let forked ranks finish the run.
+        """
         dice = random.Random(f"{self.seed} launchers")
         for number in range(kills):
             case = dice.choice([case for case in CASES if case.ranks == 2])
             golden, run = self.golden(case), self.new_run(case)
-            self.launcher_life(run, ("nextpt train", "deepspeed.launcher.runner", "deepspeed.launcher.launch")[number % 3], dice)
+            self.launcher_life(
+                run,
+                ("nextpt train", "deepspeed.launcher.runner", "deepspeed.launcher.launch")[
+                    number % 3
+                ],
+                dice,
+            )
             while not self.life(run, None):
                 pass
             self.check_end(run, golden)
@@ -314,24 +391,56 @@ class Storm:
     def launcher_life(self, run: Run, victim: str, dice: random.Random) -> None:
         began, case = time.time(), run.case
         with open(run.log, "a") as log:
-            job = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", "--config", str(run.config), "--ranks", "2",
-                                    "--restarts", "0"], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            job = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "launcher.cli",
+                    "train",
+                    "--config",
+                    str(run.config),
+                    "--ranks",
+                    "2",
+                    "--restarts",
+                    "0",
+                ],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + 180
         while not read_events(run.folder / "metrics.jsonl", "train"):
-            self.expect(time.monotonic() < deadline and job.poll() is None, run, "nextpt train made no step")
+            self.expect(
+                time.monotonic() < deadline and job.poll() is None, run, "nextpt train made no step"
+            )
             time.sleep(0.02)
         time.sleep(dice.random() * 0.3)
-        pids = [job.pid] if victim == "nextpt train" else [p for p in working_on(run.config) if victim in command_of(p)][:1]
+        pids = (
+            [job.pid]
+            if victim == "nextpt train"
+            else [p for p in working_on(run.config) if victim in command_of(p)][:1]
+        )
         self.expect(bool(pids), run, f"no process {victim}")
-        kill = Kill(str(case), case.stage, victim, "anywhere", case.asynchronous, False, True, time.time())
+        kill = Kill(
+            str(case), case.stage, victim, "anywhere", case.asynchronous, False, True, time.time()
+        )
         os.kill(pids[0], signal.SIGKILL)
         struck = time.monotonic()
         while any("run.py --local_rank" in command_of(pid) for pid in working_on(run.config)):
-            self.expect(time.monotonic() - struck < DETECT, run, f"ranks live {DETECT} s after {victim} was killed")
+            self.expect(
+                time.monotonic() - struck < DETECT,
+                run,
+                f"ranks live {DETECT} s after {victim} was killed",
+            )
             time.sleep(0.02)
         kill.detected = time.monotonic() - struck
         while working_on(run.config):  # deepspeed's launchers look once in a while
-            self.expect(time.monotonic() - struck < 30, run, f"launchers live 30 s after {victim} was killed")
+            self.expect(
+                time.monotonic() - struck < 30,
+                run,
+                f"launchers live 30 s after {victim} was killed",
+            )
             time.sleep(0.02)
         code = job.wait(30)
         self.expect(code != 0, run, f"nextpt train ended with 0 though {victim} was killed")
@@ -375,7 +484,10 @@ def leftovers(folder: Path) -> dict[str, list[str]]:
     return {
         "staging folders": [n for n in names if n.startswith((STAGING, REMOVING))],
         "temporary files": [n for n in names if ".tmp" in n],
-        "held locks": [p.name for p in locks if json.loads(p.read_text())["held"]] + [p.name for p in locks[1:]],
+        "held locks": (
+            [p.name for p in locks if json.loads(p.read_text())["held"]]
+            + [p.name for p in locks[1:]]
+        ),
     }
 
 
@@ -392,13 +504,19 @@ def working_on(config: Path) -> list[int]:
 def own_shared_memory() -> bool:
     """Give this process and those it starts an empty /dev/shm of their own, so that what others do there is not counted."""
     libc = ctypes.CDLL(None, use_errno=True)
-    return (sys.platform == "linux" and libc.unshare(CLONE_NEWNS) == 0
-            and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
-            and libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777") == 0)
+    return (
+        sys.platform == "linux"
+        and libc.unshare(CLONE_NEWNS) == 0
+        and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+        and libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777") == 0
+    )
 
 
 def summary(kills: list[Kill]) -> dict[str, Any]:
-    """Figures over all kills. Seconds of detection: of kills of one rank in training, and of launchers."""
+    """Figures over all kills.
+
+    Seconds of detection: of kills of one rank in training, and of launchers.
+    """
     single = [k for k in kills if k.victims == "one"]
     above = [k for k in kills if k.victims not in ("one", "all")]
     return {
@@ -410,18 +528,28 @@ def summary(kills: list[Kill]) -> dict[str, Any]:
         "by_stage": dict(sorted(Counter(k.stage for k in kills).items())),
         "acknowledged_steps_lost": 0,
         "steps_redone": {
-            "plain saves": quantiles(k.redone for k in kills if k.redone is not None and not k.asynchronous),
-            "background saves": quantiles(k.redone for k in kills if k.redone is not None and k.asynchronous),
+            "plain saves": quantiles(
+                k.redone for k in kills if k.redone is not None and not k.asynchronous
+            ),
+            "background saves": quantiles(
+                k.redone for k in kills if k.redone is not None and k.asynchronous
+            ),
         },
-        "seconds_to_the_next_step": quantiles(k.recovered for k in kills if k.recovered is not None),
-        "seconds_till_the_other_ranks_noticed": quantiles(k.detected for k in single if k.training and k.detected is not None),
+        "seconds_to_the_next_step": quantiles(
+            k.recovered for k in kills if k.recovered is not None
+        ),
+        "seconds_till_the_other_ranks_noticed": quantiles(
+            k.detected for k in single if k.training and k.detected is not None
+        ),
         "killed_before_ranks_had_met": sum(k.detected is None for k in single),
         "seconds_till_ranks_ended_without_launcher": quantiles(k.detected for k in above),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100, help="of ranks")
     parser.add_argument("--launchers", type=int, default=2, help="kills of launchers")
     parser.add_argument("--seed", type=int, default=None)
@@ -454,10 +582,14 @@ def brew(storm: Storm, options: argparse.Namespace, private: bool) -> dict[str, 
         quota = options.kills * (number + 1) // len(CASES) - options.kills * number // len(CASES)
         if quota:
             storm.blow(case, quota)
-            storm.say(f"{len(storm.kills):5d} kills, {sum(k.inside for k in storm.kills)} in saves, {time.monotonic() - began:.0f} s: {case}")
+            storm.say(
+                f"{len(storm.kills):5d} kills, {sum(k.inside for k in storm.kills)} in saves,"
+                f" {time.monotonic() - began:.0f} s: {case}"
+            )
     storm.blow_launchers(options.launchers)
     leaks = dict(storm.leaks) | {
-        "processes": len(orphans()), "open files": len(os.listdir("/proc/self/fd")) - files,
+        "processes": len(orphans()),
+        "open files": len(os.listdir("/proc/self/fd")) - files,
         "shared memory": len(set(os.listdir("/dev/shm")) - shared) if private else None,
         "extension folders": sum(1 for _ in (storm.folder / "extensions").rglob("*")),
     }
@@ -466,8 +598,12 @@ def brew(storm: Storm, options: argparse.Namespace, private: bool) -> dict[str, 
     return {
         "machine": machine(),
         "load": {"at the start": round(load, 1), "at the end": round(os.getloadavg()[0], 1)},
-        "seed": storm.seed, "seconds": round(time.monotonic() - began), "runs_finished": storm.runs - len(storm._golden),
-        **summary(storm.kills), "left_behind": leaks, "each": [asdict(kill) for kill in storm.kills],
+        "seed": storm.seed,
+        "seconds": round(time.monotonic() - began),
+        "runs_finished": storm.runs - len(storm._golden),
+        **summary(storm.kills),
+        "left_behind": leaks,
+        "each": [asdict(kill) for kill in storm.kills],
     }
 
 

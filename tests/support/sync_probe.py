@@ -10,7 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # What .item(), bool(tensor) and the like call on every device.
-SYNCHRONISING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+SYNCHRONISING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.equal.default,
+}
 
 
 class Watch(TorchDispatchMode):
@@ -20,7 +24,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.places: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in SYNCHRONISING:
             frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
             self.places.append(f"{frames[-1].filename}:{frames[-1].lineno}")
@@ -28,8 +32,8 @@ class Watch(TorchDispatchMode):
 
 
 def probe(path: str) -> list[str]:
-    from nextpt.config import load_config
     from nextpt.checkpoint.ranks import Ranks
+    from nextpt.config import load_config
     from nextpt.data.loader import Loader
     from nextpt.train.engine import Engine, start_distributed
     from nextpt.train.loop import Trainer
@@ -37,7 +41,9 @@ def probe(path: str) -> list[str]:
     config = load_config(path)
     engine = Engine(config, start_distributed())
     loader = Loader(config, 0, 1)
-    trainer = Trainer(config, engine, loader, Ranks(), lambda *save: None, lambda wait: None, lambda event: None)
+    trainer = Trainer(
+        config, engine, loader, Ranks(), lambda *save: None, lambda wait: None, lambda event: None
+    )
     trainer.train_step(1)  # the first builds buffers
     with Watch() as watch:
         assert torch.ones(1).item() == 1 and len(watch.places) == 1, "the watch sees nothing"

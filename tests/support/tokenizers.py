@@ -7,7 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as HFTokenizer
 
 from data_prep.tokenizer import train_bpe, write_character_tokenizer
@@ -15,8 +24,14 @@ from data_prep.tokenizer import train_bpe, write_character_tokenizer
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.\n\nIt's 12345 o'clock;   don't   panic!  \r\n",
     "def f(x):\n    if x > 10:\n        return x ** 2\n    return None  # done\n" * 3,
-    "Na\u00efve caf\u00e9s serve cr\u00e8me br\u00fbl\u00e9e \u2014 \u201cvraiment\u201d \u2026 \u4f60\u597d\u4e16\u754c \U0001f600\U0001f44d \u05e9\u05dc\u05d5\u05dd",
-    "words other things under thunder winter inner in the nether weather rather other mother brother there here where",
+    (
+        "Na\u00efve caf\u00e9s serve cr\u00e8me br\u00fbl\u00e9e \u2014 \u201cvraiment\u201d \u2026"
+        " \u4f60\u597d\u4e16\u754c \U0001f600\U0001f44d \u05e9\u05dc\u05d5\u05dd"
+    ),
+    (
+        "words other things under thunder winter inner in the nether weather rather other mother"
+        " brother there here where"
+    ),
 ]
 
 
@@ -63,13 +78,24 @@ def _whole(path: Path) -> None:
 def _llama(path: Path) -> None:
     """As Llama 2: a mark for spaces, one before the text, and bytes for what the vocabulary cannot spell."""
     tokenizer = HFTokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
-    ])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special + [f"<0x{b:02X}>" for b in range(256)], limit_alphabet=60,
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=special + [f"<0x{b:02X}>" for b in range(256)],
+        limit_alphabet=60,
+        show_progress=False,
+    )
     words = [w for text in TEXTS for w in text.split(" ")]
     tokenizer.train_from_iterator(words * 2, trainer)
     content = json.loads(tokenizer.to_str())
@@ -80,11 +106,15 @@ def _llama(path: Path) -> None:
 def _unigram(path: Path) -> None:
     """As T5: compatibility forms folded, and special tokens that are pieces of the model too."""
     tokenizer = HFTokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS * 4, trainer)
     tokenizer.save(str(path))
 
@@ -95,9 +125,13 @@ def _wordpiece(path: Path) -> None:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    _train(tokenizer, trainers.WordPieceTrainer, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], 300)
+    _train(
+        tokenizer, trainers.WordPieceTrainer, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], 300
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     tokenizer.save(str(path))
 
@@ -106,13 +140,28 @@ def _characters(path: Path) -> None:
     write_character_tokenizer(TEXTS, path)
 
 
-def _train(tokenizer: HFTokenizer, trainer: Callable[..., Any], special: list[str], size: int) -> None:
+def _train(
+    tokenizer: HFTokenizer, trainer: Callable[..., Any], special: list[str], size: int
+) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if trainer is trainers.BpeTrainer else []
-    tokenizer.train_from_iterator(TEXTS, trainer(vocab_size=size, special_tokens=special, show_progress=False, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        TEXTS,
+        trainer(
+            vocab_size=size, special_tokens=special, show_progress=False, initial_alphabet=alphabet
+        ),
+    )
 
 
 KINDS: dict[str, Callable[[Path], None]] = {
-    "byte_level": _byte_level, "gpt2": _gpt2, "whole": _whole, "neox": _neox, "prefix_space": _prefix_space, "llama": _llama,
-    "unigram": _unigram, "wordpiece": _wordpiece, "characters": _characters,
+    "byte_level": _byte_level,
+    "gpt2": _gpt2,
+    "whole": _whole,
+    "neox": _neox,
+    "prefix_space": _prefix_space,
+    "llama": _llama,
+    "unigram": _unigram,
+    "wordpiece": _wordpiece,
+    "characters": _characters,
 }
-ANY_TEXT = tuple(kind for kind in KINDS if kind != "characters")  # characters refuses those it has not seen
+# Characters refuses those it has not seen
+ANY_TEXT = tuple(kind for kind in KINDS if kind != "characters")

@@ -21,9 +21,17 @@ from nextpt.data.batch import Batch
 from nextpt.objective import local_weight_sum
 from nextpt.train.engine import Engine, start_distributed
 
-# Collective of torch -> (what it is called here, passes over the data of the larger side that a ring makes, in units of (N - 1) / N).
-KINDS = {"allreduce_": ("all_reduce", 2), "_reduce_scatter_base_": ("reduce_scatter", 1), "reduce_scatter_": ("reduce_scatter", 1),
-         "_allgather_base_": ("all_gather", 1), "allgather_": ("all_gather", 1), "reduce_": ("reduce", 1), "broadcast_": ("broadcast", 1)}
+# Collective of torch -> (what it is called here, passes over the data of the larger side that a
+# ring makes, in units of (N - 1) / N).
+KINDS = {
+    "allreduce_": ("all_reduce", 2),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "_allgather_base_": ("all_gather", 1),
+    "allgather_": ("all_gather", 1),
+    "reduce_": ("reduce", 1),
+    "broadcast_": ("broadcast", 1),
+}
 SMALL = 4096  # bytes up to which a collective carries a loss or a norm, not the model
 STEPS = 2
 BUCKET = 1_000_000  # elements
@@ -31,21 +39,29 @@ FIRST_BLOCK = "first block"
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives while it is entered. sent: (kind, ranks of the group) -> bytes that each rank of it sends by the ring
-    algorithms; order: the kinds as they began, and FIRST_BLOCK when the backward pass came to the first block."""
+    """Counts collectives while it is entered. sent: (kind, ranks of the group) -> bytes that each rank of it sends by the ring algorithms; order: the kinds as they began, and FIRST_BLOCK when the backward pass came to the first block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.order: list[str] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         namespace, _, name = str(function).partition(".")
         if namespace == "c10d" and (name := name.split(".")[0]) in KINDS:
             kind, passes = KINDS[name]
-            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            group = next(
+                a
+                for a in args
+                if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+            )
             ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
-            sizes = [sum(t.nbytes for t in tree_leaves(a) if isinstance(t, torch.Tensor)) for a in args[:2]]
+            sizes = [
+                sum(t.nbytes for t in tree_leaves(a) if isinstance(t, torch.Tensor))
+                for a in args[:2]
+            ]
             if max(sizes) > SMALL:
                 self.sent[kind, ranks] += passes * max(sizes) * (len(ranks) - 1) // len(ranks)
                 self.order.append(kind)
@@ -54,17 +70,32 @@ class Collectives(TorchDispatchMode):
 
 def wire() -> int:
     """Bytes that this host has sent to others."""
-    return sum(c.bytes_sent for name, c in psutil.net_io_counters(pernic=True).items() if name != "lo")
+    return sum(
+        c.bytes_sent for name, c in psutil.net_io_counters(pernic=True).items() if name != "lo"
+    )
 
 
 def batch_of(config: Config, rank: int) -> Batch:
     """A micro-batch of random tokens in whole rows."""
     count, length = config.train.micro_batch_size, config.data.sequence_length
-    rows = torch.randint(0, config.model.vocab_size, (count, length + 1), generator=torch.Generator().manual_seed(rank))
+    rows = torch.randint(
+        0,
+        config.model.vocab_size,
+        (count, length + 1),
+        generator=torch.Generator().manual_seed(rank),
+    )
     nothing = torch.zeros(count, length, dtype=torch.int32)
-    return Batch(tokens=rows[:, :-1], targets=rows[:, 1:], position_ids=torch.arange(length).expand(count, -1), document_ids=nothing,
-                 token_weights=torch.ones(count, length), target_bytes=nothing, is_text=nothing == 0,
-                 domain_ids=torch.zeros(count, dtype=torch.long), cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * length)
+    return Batch(
+        tokens=rows[:, :-1],
+        targets=rows[:, 1:],
+        position_ids=torch.arange(length).expand(count, -1),
+        document_ids=nothing,
+        token_weights=torch.ones(count, length),
+        target_bytes=nothing,
+        is_text=nothing == 0,
+        domain_ids=torch.zeros(count, dtype=torch.long),
+        cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * length,
+    )
 
 
 def counted(config: Config, device: torch.device) -> dict[str, Any]:
@@ -75,14 +106,21 @@ def counted(config: Config, device: torch.device) -> dict[str, Any]:
     losses = [float(engine.step(batches, weights, 1e-3)[-1].total) for _ in range(2)]
     dist.barrier()
     collectives, before = Collectives(), wire()
-    hook = next(iter(engine.model.blocks[0].parameters())).register_hook(lambda gradient: collectives.order.append(FIRST_BLOCK))
+    hook = next(iter(engine.model.blocks[0].parameters())).register_hook(
+        lambda gradient: collectives.order.append(FIRST_BLOCK)
+    )
     with collectives:
         losses += [float(engine.step(batches, weights, 1e-3)[-1].total) for _ in range(STEPS)]
     dist.barrier()
     hook.remove()
     return {
-        "losses": losses, "wire": (wire() - before) / STEPS, "order": collectives.order,
-        "sent": [{"kind": kind, "ranks": list(ranks), "bytes": sent / STEPS} for (kind, ranks), sent in sorted(collectives.sent.items())],
+        "losses": losses,
+        "wire": (wire() - before) / STEPS,
+        "order": collectives.order,
+        "sent": [
+            {"kind": kind, "ranks": list(ranks), "bytes": sent / STEPS}
+            for (kind, ranks), sent in sorted(collectives.sent.items())
+        ],
     }
 
 

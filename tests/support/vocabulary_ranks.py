@@ -13,7 +13,10 @@ from tests.support.loss_cases import Case, make_case
 CASES = {
     "plain": ({"n": 13, "v": 53}, {}),
     "many targets": ({"n": 13, "v": 53, "targets": 3}, {"z_loss": 1e-2}),
-    "everything": ({"n": 13, "v": 54, "bias": True, "peaked": True}, {"z_loss": 1e-2, "softcap": 5.0, "label_smoothing": 0.1}),
+    "everything": (
+        {"n": 13, "v": 54, "bias": True, "peaked": True},
+        {"z_loss": 1e-2, "softcap": 5.0, "label_smoothing": 0.1},
+    ),
     "large logits": ({"n": 13, "v": 53, "scale": 160.0}, {}),
     "bf16": ({"n": 13, "v": 53, "dtype": torch.bfloat16}, {}),
 }
@@ -31,23 +34,58 @@ def run(name: str, implementation: str, group: dist.ProcessGroup) -> dict[str, t
     mine = slice_of(vocabulary, dist.get_rank(group), dist.get_world_size(group))
     hidden = case.hidden.detach().requires_grad_()
     weight = case.weight.detach()[mine.start : mine.stop].clone().requires_grad_()
-    bias = None if case.bias is None else case.bias.detach()[mine.start : mine.stop].clone().requires_grad_()
-    out = vocabulary_parallel_cross_entropy(hidden, weight, case.targets, vocabulary=vocabulary, group=group, bias=bias, normalizer=NORMALIZER,
-                                            token_weights=case.token_weights, chunk_tokens=CHUNK, implementation=implementation, **options)
+    bias = (
+        None
+        if case.bias is None
+        else case.bias.detach()[mine.start : mine.stop].clone().requires_grad_()
+    )
+    out = vocabulary_parallel_cross_entropy(
+        hidden,
+        weight,
+        case.targets,
+        vocabulary=vocabulary,
+        group=group,
+        bias=bias,
+        normalizer=NORMALIZER,
+        token_weights=case.token_weights,
+        chunk_tokens=CHUNK,
+        implementation=implementation,
+        **options,
+    )
     (out.loss * UPSTREAM).backward()
-    found = {"dX": hidden.grad, "dW": weight.grad, "nats": out.nats, "lse": out.lse, "hits": out.hits, "z_loss": out.z_loss, "loss": out.loss.detach()}
+    found = {
+        "dX": hidden.grad,
+        "dW": weight.grad,
+        "nats": out.nats,
+        "lse": out.lse,
+        "hits": out.hits,
+        "z_loss": out.z_loss,
+        "loss": out.loss.detach(),
+    }
     return found if bias is None else found | {"db": bias.grad}
 
 
 def refusals(group: dist.ProcessGroup) -> list[str]:
     """Messages for a slice of the wrong size, a target outside the whole vocabulary, fp16, and a second backward pass."""
     hidden, targets, messages = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 1]), []
-    for width, target, dtype in ((9, 0, torch.float32), (10, 99, torch.float32), (10, 0, torch.float16)):
+    for width, target, dtype in (
+        (9, 0, torch.float32),
+        (10, 99, torch.float32),
+        (10, 0, torch.float16),
+    ):
         try:
-            vocabulary_parallel_cross_entropy(hidden.to(dtype), torch.zeros(width, 4, dtype=dtype), targets + target, vocabulary=20, group=group)
+            vocabulary_parallel_cross_entropy(
+                hidden.to(dtype),
+                torch.zeros(width, 4, dtype=dtype),
+                targets + target,
+                vocabulary=20,
+                group=group,
+            )
         except ValueError as error:
             messages.append(str(error))
-    loss = vocabulary_parallel_cross_entropy(hidden, torch.zeros(10, 4), targets, vocabulary=20, group=group).loss
+    loss = vocabulary_parallel_cross_entropy(
+        hidden, torch.zeros(10, 4), targets, vocabulary=20, group=group
+    ).loss
     loss.backward(retain_graph=True)
     try:
         loss.backward()
@@ -59,7 +97,12 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
 def main(folder: str) -> None:
     dist.init_process_group("gloo")
     group = dist.new_group(list(range(dist.get_world_size())))
-    found = {f"{name}, {kernel}": run(name, kernel, group) for name in CASES for kernel in ("torch", "triton") if (name, kernel) != ("bf16", "triton")}
+    found = {
+        f"{name}, {kernel}": run(name, kernel, group)
+        for name in CASES
+        for kernel in ("torch", "triton")
+        if (name, kernel) != ("bf16", "triton")
+    }
     torch.save({"found": found, "refusals": refusals(group)}, f"{folder}/rank-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """A rank that trains a small model with our loss under DeepSpeed and compares every gradient with plain torch.
 
-`python -m tests.support.zero_loss OUTPUT.json`: {case: {parameter: largest difference over the largest value}}.
+`python -m tests.support.zero_loss OUTPUT.json`: {case: {parameter: largest difference over the
+largest value}}.
 """
 
 from __future__ import annotations
@@ -29,17 +30,25 @@ class Model(nn.Module):
         self.recompute = recompute
         self.embedding, self.layer = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH)
         weight = self.embedding.weight if tied else nn.Parameter(torch.randn(VOCABULARY, WIDTH))
-        self.head = LinearCrossEntropy(weight, nn.Parameter(torch.zeros(VOCABULARY)), chunk_tokens=10)
+        self.head = LinearCrossEntropy(
+            weight, nn.Parameter(torch.zeros(VOCABULARY)), chunk_tokens=10
+        )
 
-    def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor, normalizer: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, weights: Tensor, normalizer: Tensor
+    ) -> Tensor:
         hidden = torch.tanh(self.layer(self.embedding(tokens)))
         if self.recompute:
-            return checkpoint(self.head, hidden, targets, weights, normalizer, 1e-3, use_reentrant=False)[0]
+            return checkpoint(
+                self.head, hidden, targets, weights, normalizer, 1e-3, use_reentrant=False
+            )[0]
         return self.head(hidden, targets, weights, normalizer, 1e-3)[0]
 
     def plain(self, tokens: Tensor, targets: Tensor, weights: Tensor, normalizer: Tensor) -> Tensor:
         """The same loss through all logits."""
-        logits = F.linear(torch.tanh(self.layer(self.embedding(tokens))), self.head.weight, self.head.bias)
+        logits = F.linear(
+            torch.tanh(self.layer(self.embedding(tokens))), self.head.weight, self.head.bias
+        )
         nats = F.cross_entropy(logits, targets, reduction="none")
         each = weights * (targets != -100) * (nats + 1e-3 * logits.logsumexp(-1).square())
         return each.sum() / normalizer
@@ -53,19 +62,29 @@ def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, targets, torch.rand(TOKENS, generator=g)
 
 
-def compare(stage: int, tied: bool, recompute: bool, scaled: bool, rank: int, ranks: int) -> dict[str, float]:
-    """Train with our loss and beside it a plain copy on all data; the largest relative difference per gradient.
+def compare(
+    stage: int, tied: bool, recompute: bool, scaled: bool, rank: int, ranks: int
+) -> dict[str, float]:
+    """Train with our loss and beside it a plain copy on all data.
 
-    scaled: let DeepSpeed divide the loss by the number of micro-batches, so that the gradient from above is not 1.
+    The largest relative difference per gradient.
+
+    scaled: let DeepSpeed divide the loss by the number of micro-batches, so that the gradient from
+    above is not 1.
     """
     import deepspeed
 
     settings = {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": MICRO_BATCHES, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
     model, plain = Model(tied, recompute), Model(tied, False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=LR), config=settings)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=LR), config=settings
+    )
     reference = torch.optim.SGD(plain.parameters(), lr=LR)
     worst: dict[str, float] = {}
     for step in range(STEPS):
@@ -81,7 +100,10 @@ def compare(stage: int, tied: bool, recompute: bool, scaled: bool, rank: int, ra
                 for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
                     found = deepspeed.utils.safe_get_full_grad(p)
                     found = p.grad if found is None else found
-                    worst[name] = max(worst.get(name, 0.0), float((found - q.grad).abs().max() / q.grad.abs().max()))
+                    worst[name] = max(
+                        worst.get(name, 0.0),
+                        float((found - q.grad).abs().max() / q.grad.abs().max()),
+                    )
             engine.step()
         reference.step()
     return worst
@@ -93,8 +115,12 @@ def main(output: str) -> None:
     start_distributed()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found = {}
-    for stage, tied, recompute, scaled in itertools.product(range(4), (False, True), (False, True), (False, True)):
-        found[f"{stage} {tied} {recompute} {scaled}"] = compare(stage, tied, recompute, scaled, rank, ranks)
+    for stage, tied, recompute, scaled in itertools.product(
+        range(4), (False, True), (False, True), (False, True)
+    ):
+        found[f"{stage} {tied} {recompute} {scaled}"] = compare(
+            stage, tied, recompute, scaled, rank, ranks
+        )
     if rank == 0:
         Path(output).write_text(json.dumps(found))
 

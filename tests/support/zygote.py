@@ -1,8 +1,10 @@
 """Ranks forked from one process that has imported everything: a start takes a second and not ten.
 
-    python -m tests.support.zygote JOBS.json     run [config file, ranks] after [config file, ranks], all forked
+    python -m tests.support.zygote JOBS.json     run [config file, ranks] after [config file,
+    ranks], all forked
 
-What runs in a rank is launcher/run.py's main, as under any launcher. The forking process must not have threads.
+What runs in a rank is launcher/run.py's main, as under any launcher. The forking process must not
+have threads.
 """
 
 from __future__ import annotations
@@ -25,13 +27,23 @@ from launcher.local import free_port
 from nextpt.config import Config, to_yaml
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
-# What deepspeed imports when it builds an engine, with a thousand modules below: four seconds of each start.
-LATE = ("setuptools", "deepspeed.runtime.zero.muon.original_muon", "torch._inductor.compile_fx", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops")
+# What deepspeed imports when it builds an engine, with a thousand modules below: four seconds of
+# each start.
+LATE = (
+    "setuptools",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "torch._inductor.compile_fx",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+)
 LONGEST = 600  # seconds after which the kernel ends a rank that nobody ended
 
 
 def one_thread(module: str) -> None:
-    """Start this process again, as `python -m MODULE`, if libraries may have started threads in it. For the first line of a main."""
+    """Start this process again, as `python -m MODULE`, if libraries may have started threads in it.
+
+    For the first line of a main.
+    """
     if os.environ.get("OMP_NUM_THREADS") != "1":
         os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
@@ -42,7 +54,7 @@ def warm() -> None:
     import torch
 
     import launcher.run  # noqa: F401
-    import nextpt.observe.trackers  # noqa: F401
+    import nextpt.observe.trackers
     import nextpt.train.run  # noqa: F401
 
     for name in LATE:
@@ -50,7 +62,9 @@ def warm() -> None:
     torch.set_num_threads(1)
     # pyarrow's allocator has a thread, and stops it itself around a fork.
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-    assert sum(name != "jemalloc_bg_thd" for name in names) == 1, f"a process with the threads {names} must not fork"
+    assert sum(name != "jemalloc_bg_thd" for name in names) == 1, (
+        f"a process with the threads {names} must not fork"
+    )
 
 
 def adopt() -> None:
@@ -71,11 +85,17 @@ def orphans() -> list[int]:
 class Job:
     """The ranks of one start, forked on construction; output goes to `log`.
 
-    prepare(rank, tell): called in each rank before it starts; tell(byte) puts a byte into `told`, from any thread.
+    prepare(rank, tell): called in each rank before it starts; tell(byte) puts a byte into `told`,
+    from any thread.
     """
 
-    def __init__(self, arguments: list[str], ranks: int, log: Path,
-                 prepare: Callable[[int, Callable[[int], object]], None] = lambda rank, tell: None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        ranks: int,
+        log: Path,
+        prepare: Callable[[int, Callable[[int], object]], None] = lambda rank, tell: None,
+    ) -> None:
         self.log, self.codes = log, {}
         self.told: list[tuple[float, int]] = []  # (monotonic time of hearing, byte)
         self._pipe, writer = os.pipe()
@@ -84,10 +104,14 @@ class Job:
         sys.stdout.flush()
         sys.stderr.flush()
         self.began = time.time()
-        self.pids = [self._fork(arguments, rank, ranks, port, writer, prepare) for rank in range(ranks)]
+        self.pids = [
+            self._fork(arguments, rank, ranks, port, writer, prepare) for rank in range(ranks)
+        ]
         os.close(writer)
 
-    def _fork(self, arguments: list[str], rank: int, ranks: int, port: int, writer: int, prepare: Callable) -> int:
+    def _fork(
+        self, arguments: list[str], rank: int, ranks: int, port: int, writer: int, prepare: Callable
+    ) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -95,8 +119,15 @@ class Job:
         try:
             signal.alarm(LONGEST)
             os.close(self._pipe)
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks),
-                              LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(ranks),
+                LOCAL_SIZE=str(ranks),
+                LOCAL_WORLD_SIZE=str(ranks),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
             file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(file, 1)
             os.dup2(file, 2)
@@ -113,7 +144,10 @@ class Job:
             os._exit(code)
 
     def hear(self, until: float, enough: Callable[[], bool] = lambda: False) -> bool:
-        """Listen till a moment (monotonic) or till it is enough; False when all ranks ended before."""
+        """Listen till a moment (monotonic) or till it is enough.
+
+        False when all ranks ended before.
+        """
         while not enough():
             left = until - time.monotonic()
             if left <= 0:
@@ -132,7 +166,11 @@ class Job:
     def kill(self, ranks: list[int]) -> None:
         """SIGKILL, to one after the other. Ranks that have ended are passed over."""
         for rank in ranks:
-            if rank not in self.codes and os.waitid(os.P_PID, self.pids[rank], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if (
+                rank not in self.codes
+                and os.waitid(os.P_PID, self.pids[rank], os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                is None
+            ):
                 os.kill(self.pids[rank], signal.SIGKILL)
 
     def wait(self, seconds: float = LONGEST) -> list[int] | None:
@@ -170,8 +208,13 @@ def run_jobs(jobs: list[tuple[Config, int]], folder: Path) -> None:
         path.write_text(to_yaml(config))
         listed.append([str(path), ranks])
     (folder / "jobs.json").write_text(json.dumps(listed))
-    done = subprocess.run([sys.executable, "-m", "tests.support.zygote", str(folder / "jobs.json")], timeout=500,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.zygote", str(folder / "jobs.json")],
+        timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise AssertionError(done.stdout[-4000:] + done.stderr[-2000:])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,5 +43,7 @@ def test_update_ratios_are_how_far_the_weights_moved(stage: int, found: dict[str
 
 
 def test_noise_scale_of_many_steps_is_a_ratio_of_means() -> None:
-    assert noise_scale([{"trace": 2.0, "square": 1.0}, {"trace": 4.0, "square": -0.5}]) == pytest.approx(12)
+    assert noise_scale(
+        [{"trace": 2.0, "square": 1.0}, {"trace": 4.0, "square": -0.5}]
+    ) == pytest.approx(12)
     assert noise_scale([{"trace": 2.0, "square": -1.0}]) is None and noise_scale([]) is None

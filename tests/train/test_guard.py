@@ -20,7 +20,10 @@ NORMS = st.one_of(st.floats(0.0, 100.0), st.sampled_from([math.nan, math.inf, -1
 
 def judge_all(judge: Judge, steps: list[tuple[float, float]]) -> list[bool]:
     zero = torch.zeros((), dtype=torch.float64)
-    return [bool(judge.judge(torch.tensor(loss, dtype=torch.float64), zero, torch.tensor(norm))) for loss, norm in steps]
+    return [
+        bool(judge.judge(torch.tensor(loss, dtype=torch.float64), zero, torch.tensor(norm)))
+        for loss, norm in steps
+    ]
 
 
 def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[str]:
@@ -35,7 +38,9 @@ def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[s
             for row in range(2):
                 last = np.array([a[row] for a in accepted[-section.window :]])
                 centre = np.median(last)
-                limits[row] = centre + section.spikes * max(NORMAL * np.median(np.abs(last - centre)), FLOORS[row])
+                limits[row] = centre + section.spikes * max(
+                    NORMAL * np.median(np.abs(last - centre)), FLOORS[row]
+                )
         if not math.isfinite(loss):
             reasons.append("loss not finite")
         elif not math.isfinite(norm) or norm < 0:
@@ -51,13 +56,21 @@ def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[s
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(LOSSES, NORMS), max_size=40), st.integers(4, 9), st.one_of(st.none(), st.floats(0.5, 8.0)))
-def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(steps: list[tuple[float, float]], window: int, spikes: float | None) -> None:
+@given(
+    st.lists(st.tuples(LOSSES, NORMS), max_size=40),
+    st.integers(4, 9),
+    st.one_of(st.none(), st.floats(0.5, 8.0)),
+)
+def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(
+    steps: list[tuple[float, float]], window: int, spikes: float | None
+) -> None:
     section = GuardSection(window=window, spikes=spikes)
     judge = Judge(section, torch.device("cpu"))
     bad = judge_all(judge, steps)
     judged = judge.read()
-    assert [one.reason for one in judged] == reference(section, steps) and bad == [bool(one.reason) for one in judged]
+    assert [one.reason for one in judged] == reference(section, steps) and bad == [
+        bool(one.reason) for one in judged
+    ]
     good = Judge(section, torch.device("cpu"))
     judge_all(good, [step for step, skipped in zip(steps, bad, strict=True) if not skipped])
     assert judge.state() == good.state() and judge.read() == []
@@ -65,8 +78,11 @@ def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(steps: list[tupl
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(LOSSES, NORMS), min_size=1, max_size=40), st.data())
-def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(steps: list[tuple[float, float]], data: st.DataObject) -> None:
-    section, cut = GuardSection(window=5, spikes=2.0, rollback_after=3), data.draw(st.integers(0, len(steps)))
+def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(
+    steps: list[tuple[float, float]], data: st.DataObject
+) -> None:
+    section = GuardSection(window=5, spikes=2.0, rollback_after=3)
+    cut = data.draw(st.integers(0, len(steps)))
     whole, first, second = (Guard(section, Judge(section, torch.device("cpu"))) for _ in range(3))
     judge_all(whole.judge, steps)
     judge_all(first.judge, steps[:cut])
@@ -75,8 +91,24 @@ def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(steps: list[tuple[float,
     judge_all(second.judge, steps[cut:])
     found = begun + second.hear(len(steps))[1]
     assert second.state() == whole.state() and second.tripped == whole.tripped
-    told = [[repr((e.step, e.reason, e.loss, e.grad_norm, e.in_row, e.skipped, e.loss_limit, e.grad_norm_limit)) for e in events]
-            for events in (expected, found)]
+    told = [
+        [
+            repr(
+                (
+                    e.step,
+                    e.reason,
+                    e.loss,
+                    e.grad_norm,
+                    e.in_row,
+                    e.skipped,
+                    e.loss_limit,
+                    e.grad_norm_limit,
+                )
+            )
+            for e in events
+        ]
+        for events in (expected, found)
+    ]
     assert told[0] == told[1]
 
 
@@ -92,19 +124,33 @@ def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
     early = guard(window=8, spikes=3.0)
     assert judge_all(early.judge, [(1.0, 1.0)] * 7 + [(9.0, 9.0)]) == [False] * 8
     full = guard(window=8, spikes=3.0)
-    assert judge_all(full.judge, [(1.0, 1.0)] * 8 + [(9.0, 1.0), (1.0, 9.0), (1.02, 1.1)]) == [False] * 8 + [True, True, False]
-    assert [(e.step, e.reason) for e in full.hear(11)[1]] == [(9, "loss spike"), (10, "gradient spike")]
+    assert judge_all(full.judge, [(1.0, 1.0)] * 8 + [(9.0, 1.0), (1.0, 9.0), (1.02, 1.1)]) == [
+        False
+    ] * 8 + [True, True, False]
+    assert [(e.step, e.reason) for e in full.hear(11)[1]] == [
+        (9, "loss spike"),
+        (10, "gradient spike"),
+    ]
 
 
 def test_what_was_forgotten_judges_nothing() -> None:
     one = guard(window=4, spikes=3.0)
     judge_all(one.judge, [(1.0, 1.0)] * 6)
     one.judge.forget()
-    assert judge_all(one.judge, [(9.0, 1.0)] * 5) == [False] * 5 and one.judge.state()[0] == [9.0] * 4
+    assert (
+        judge_all(one.judge, [(9.0, 1.0)] * 5) == [False] * 5 and one.judge.state()[0] == [9.0] * 4
+    )
 
 
 def test_too_many_in_a_row_trip_it_wherever_one_looks() -> None:
-    steps = [(1.0, 1.0), (math.nan, 1.0), (1.0, 1.0), *[(math.nan, 1.0)] * 3, (1.0, 1.0), (math.nan, 1.0)]
+    steps = [
+        (1.0, 1.0),
+        (math.nan, 1.0),
+        (1.0, 1.0),
+        *[(math.nan, 1.0)] * 3,
+        (1.0, 1.0),
+        (math.nan, 1.0),
+    ]
     outcomes = []
     for every in (1, 2, 8):
         one, events = guard(window=4, rollback_after=3), []
@@ -112,7 +158,10 @@ def test_too_many_in_a_row_trip_it_wherever_one_looks() -> None:
             judge_all(one.judge, steps[first : first + every])
             events += [(e.step, e.in_row, e.skipped) for e in one.hear(first + every)[1]]
         outcomes.append((one.tripped, one.since, one.in_row, one.skipped, events))
-    assert outcomes[0] == (True, 4, 3, 4, [(2, 1, 1), (4, 1, 2), (5, 2, 3), (6, 3, 4)]) and outcomes == outcomes[:1] * 3
+    assert (
+        outcomes[0] == (True, 4, 3, 4, [(2, 1, 1), (4, 1, 2), (5, 2, 3), (6, 3, 4)])
+        and outcomes == outcomes[:1] * 3
+    )
     one.went_back(NOTHING)
     assert (one.tripped, one.since, one.skipped, one.rollbacks) == (False, 0, 4, 1)
     one.progressed()
@@ -130,8 +179,17 @@ def test_another_window_takes_over_what_it_can(window: int) -> None:
     assert other.judge.state()[0] == [float(n) for n in range(3, 12)][-window:]
 
 
-@pytest.mark.parametrize("change", [{"accepted": [[1.0], []]}, {"accepted": [[math.nan], [1.0]]}, {"accepted": [[1.0]]}, {"accepted": None},
-                                    {"in_row": "many"}, {"since": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accepted": [[1.0], []]},
+        {"accepted": [[math.nan], [1.0]]},
+        {"accepted": [[1.0]]},
+        {"accepted": None},
+        {"in_row": "many"},
+        {"since": None},
+    ],
+)
 def test_a_state_that_is_none_is_refused(change: dict) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         guard().load(NOTHING | change)

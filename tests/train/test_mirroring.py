@@ -20,19 +20,35 @@ from tests.support.datasets import tiny
 
 
 @pytest.mark.parametrize("hanging", [False, True])
-def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(tmp_path: Path, hanging: bool) -> None:
-    config = tiny(tmp_path, tmp_path, checkpoint={"mirror": str(tmp_path / "mirror"), "grace_seconds": MARGIN + (0.5 if hanging else 60.0)})
+def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
+    tmp_path: Path, hanging: bool
+) -> None:
+    config = tiny(
+        tmp_path,
+        tmp_path,
+        checkpoint={
+            "mirror": str(tmp_path / "mirror"),
+            "grace_seconds": MARGIN + (0.5 if hanging else 60.0),
+        },
+    )
     root, stop, said, events = tmp_path / "checkpoints", StopRequest(), [], []
     write(root, 3)
     life = Life(stop)
     mirror = open_mirror(config, root, life)
     if hanging:
         mirror.archive.note = lambda: threading.Event().wait()
-    with pytest.raises(Stopped, match="told"), mirroring(mirror, config, Ranks(), life, events.append, said.append):
+    with (
+        pytest.raises(Stopped, match="told"),
+        mirroring(mirror, config, Ranks(), life, events.append, said.append),
+    ):
         stop.note(signal.SIGTERM)
         raise Stopped("told")
     if hanging:
-        assert len(said) == 1 and "not mirrored yet" in said[0] and "the checkpoints of steps 3; the same command goes on" in said[0]
+        assert (
+            len(said) == 1
+            and "not mirrored yet" in said[0]
+            and "the checkpoints of steps 3; the same command goes on" in said[0]
+        )
     else:
         assert said == [] and [(e.step, e.status) for e in events] == [(3, "mirrored")]
 
@@ -41,13 +57,18 @@ def test_an_error_of_the_training_is_not_held_up(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, checkpoint={"mirror": str(tmp_path / "mirror")})
     mirror, told = open_mirror(config, tmp_path / "checkpoints", Life()), list[Event]()
     mirror.archive.note = lambda: threading.Event().wait()
-    with pytest.raises(ZeroDivisionError), mirroring(mirror, config, Ranks(), Life(), told.append, lambda text: None):
+    with (
+        pytest.raises(ZeroDivisionError),
+        mirroring(mirror, config, Ranks(), Life(), told.append, lambda text: None),
+    ):
         1 / 0  # noqa: B018
 
 
 def test_an_address_that_is_none_is_refused(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, checkpoint={"mirror": "nosuch://bucket/run"})
-    with pytest.raises(ConfigError, match="checkpoint.mirror: nosuch://bucket/run: .*expected a path, s3://"):
+    with pytest.raises(
+        ConfigError, match="checkpoint.mirror: nosuch://bucket/run: .*expected a path, s3://"
+    ):
         open_mirror(config, tmp_path, Life())
 
 
@@ -55,5 +76,7 @@ def test_a_checkpoint_of_another_run_is_named_by_its_keys(tmp_path: Path) -> Non
     config = tiny(tmp_path, tmp_path)
     other = tiny(tmp_path, tmp_path, optimizer={"lr": 1e-4}, checkpoint={"every_steps": 7})
     (tmp_path / "state.json").write_text(canonical_json({"config": other.model_dump(mode="json")}))
-    with pytest.raises(ConfigError, match=r"it is of another run \(optimizer.lr: 0.0001 -> 0.003\)"):
+    with pytest.raises(
+        ConfigError, match=r"it is of another run \(optimizer.lr: 0.0001 -> 0.003\)"
+    ):
         check_same_run(config, tmp_path)

@@ -1,9 +1,11 @@
-"""Our AdamW is torch's with clipping; a bad step changes nothing; the step does not wait for the device."""
+"""Our AdamW is torch's with clipping.
+
+A bad step changes nothing; the step does not wait for the device.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +25,18 @@ def test_it_is_adamw_with_clipping() -> None:
     ours, theirs = (torch.nn.Linear(8, 4) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     norm = [0.0]
-    guarded = GuardedAdamW([{"params": list(ours.parameters()), "weight_decay": 0.1}], SECTION, lambda: (torch.tensor(norm[0]), torch.tensor(False)))
-    plain = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=SECTION.betas, eps=SECTION.eps, weight_decay=0.1)
+    guarded = GuardedAdamW(
+        [{"params": list(ours.parameters()), "weight_decay": 0.1}],
+        SECTION,
+        lambda: (torch.tensor(norm[0]), torch.tensor(False)),
+    )
+    plain = torch.optim.AdamW(
+        theirs.parameters(), lr=0.01, betas=SECTION.betas, eps=SECTION.eps, weight_decay=0.1
+    )
     for step in range(5):
-        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step)) * (10 if step % 2 else 0.01)
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step)) * (
+            10 if step % 2 else 0.01
+        )
         for model, optimizer in ((ours, guarded), (theirs, plain)):
             optimizer.zero_grad()
             model(x).square().sum().backward()
@@ -42,7 +52,11 @@ def test_it_is_adamw_with_clipping() -> None:
 def test_a_bad_step_changes_nothing(norm: float) -> None:
     model = torch.nn.Linear(4, 4)
     current = [1.0]
-    optimizer = GuardedAdamW(parameter_groups(model, SECTION), SECTION, lambda: (torch.tensor(current[0]), torch.tensor(current[0] != 1.0)))
+    optimizer = GuardedAdamW(
+        parameter_groups(model, SECTION),
+        SECTION,
+        lambda: (torch.tensor(current[0]), torch.tensor(current[0] != 1.0)),
+    )
 
     def step(gradient: float) -> None:
         for p in model.parameters():
@@ -55,7 +69,11 @@ def test_a_bad_step_changes_nothing(norm: float) -> None:
     current[0] = norm
     step(norm)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(states, optimizer.state.values(), strict=True) for k in a)
+    assert all(
+        torch.equal(a[k], b[k])
+        for a, b in zip(states, optimizer.state.values(), strict=True)
+        for k in a
+    )
     current[0] = 1.0
     step(0.1)
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -67,17 +85,31 @@ def test_only_matrices_of_blocks_decay() -> None:
     names = {p: n for n, p in model.named_parameters()}
     decay, keep = parameter_groups(model, config.optimizer)
     assert decay["weight_decay"] == 0.1 and keep["weight_decay"] == 0.0
-    assert all(names[p].endswith("proj.weight") or names[p] == "lm_head.weight" for p in decay["params"])
-    assert len(decay["params"]) == 2 * 7 + 1 and len(decay["params"]) + len(keep["params"]) == len(names)
+    assert all(
+        names[p].endswith("proj.weight") or names[p] == "lm_head.weight" for p in decay["params"]
+    )
+    assert len(decay["params"]) == 2 * 7 + 1 and len(decay["params"]) + len(keep["params"]) == len(
+        names
+    )
 
 
 def test_a_step_reads_nothing_from_the_device(dataset: Path, tmp_path: Path) -> None:
     files = []
     for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32")):
-        train = {"zero_stage": stage, "precision": precision, "steps": 4, "global_batch_size": 4, "micro_batch_size": 2}
+        train = {
+            "zero_stage": stage,
+            "precision": precision,
+            "steps": 4,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+        }
         files.append(tmp_path / f"{precision}-{stage}.yaml")
         files[-1].write_text(to_yaml(tiny(dataset, tmp_path / "run", train=train)))
-    done = subprocess.run([sys.executable, "-m", "tests.support.sync_probe", *map(str, files)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.sync_probe", *map(str, files)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert {Path(path).stem: places for path, places in found.items() if places} == {}

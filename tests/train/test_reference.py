@@ -1,4 +1,7 @@
-"""A known reference: nanoGPT's small CPU setting on tinyshakespeare, 1.88 nats there. Minutes long; needs the text."""
+"""A known reference: nanoGPT's small CPU setting on tinyshakespeare, 1.88 nats there.
+
+Minutes long; needs the text.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,60 @@ NANOGPT_LOSS, NANOGPT_PARAMETERS, NANOGPT_CHARACTERS = 1.88, 804_096, 2000 * 12 
 def test_it_has_no_more_parameters_and_no_more_tokens() -> None:
     """nanoGPT: 65 x 128 tokens, 64 x 128 positions, 4 blocks of 12 x 128^2 and two norms, one last norm."""
     config = load_config(ROOT / "configs" / "shakespeare_char.yaml")
-    assert 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128 == NANOGPT_PARAMETERS
+    assert NANOGPT_PARAMETERS == 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
     assert count(config).parameters <= NANOGPT_PARAMETERS
-    assert config.total_steps * config.tokens_per_step == NANOGPT_CHARACTERS and config.data.sequence_length == 64
+    assert (
+        config.total_steps * config.tokens_per_step == NANOGPT_CHARACTERS
+        and config.data.sequence_length == 64
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TEXT.is_file(), reason="NEXTPT_TEST_DATA does not name a folder with tinyshakespeare.txt")
+@pytest.mark.skipif(
+    not TEXT.is_file(), reason="NEXTPT_TEST_DATA does not name a folder with tinyshakespeare.txt"
+)
 def test_it_is_at_or_below_the_loss_of_nanogpt(tmp_path: Path) -> None:
     def nextpt(*arguments: str) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-        done = subprocess.run([sys.executable, "-m", "launcher.cli", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
 
-    nextpt("prep", "shards", f"shakespeare={TEXT}", "--output", str(tmp_path / "data"), "--sequence-length", "64", "--characters",
-           "--heldout", "0.1", "--split", "tail")
-    nextpt("train", "--config", "configs/shakespeare_char.yaml", f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}")
-    nextpt("eval", "--run", str(tmp_path / "run"), "--stride", "64", "--json", str(tmp_path / "result.json"))
+    nextpt(
+        "prep",
+        "shards",
+        f"shakespeare={TEXT}",
+        "--output",
+        str(tmp_path / "data"),
+        "--sequence-length",
+        "64",
+        "--characters",
+        "--heldout",
+        "0.1",
+        "--split",
+        "tail",
+    )
+    nextpt(
+        "train",
+        "--config",
+        "configs/shakespeare_char.yaml",
+        f"data.path={tmp_path / 'data'}",
+        f"run.dir={tmp_path / 'run'}",
+    )
+    nextpt(
+        "eval",
+        "--run",
+        str(tmp_path / "run"),
+        "--stride",
+        "64",
+        "--json",
+        str(tmp_path / "result.json"),
+    )
     figures = json.loads((tmp_path / "result.json").read_text())["domains"]["shakespeare"]
     assert figures["tokens"] == figures["bytes"] == 111_540
     assert figures["nats_per_token"] <= NANOGPT_LOSS

@@ -2,6 +2,20 @@
 
 from nextpt.checkpoint.exchange.deepspeed_layout import export_deepspeed
 from nextpt.checkpoint.exchange.export_hf import export_hf
-from nextpt.checkpoint.exchange.import_hf import HFWeights, config_from_hf, different_keys, load_hf, same_vocabulary
+from nextpt.checkpoint.exchange.import_hf import (
+    HFWeights,
+    config_from_hf,
+    different_keys,
+    load_hf,
+    same_vocabulary,
+)
 
-__all__ = ["HFWeights", "config_from_hf", "different_keys", "export_deepspeed", "export_hf", "load_hf", "same_vocabulary"]
+__all__ = [
+    "HFWeights",
+    "config_from_hf",
+    "different_keys",
+    "export_deepspeed",
+    "export_hf",
+    "load_hf",
+    "same_vocabulary",
+]

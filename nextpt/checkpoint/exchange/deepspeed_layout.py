@@ -1,8 +1,10 @@
 """A checkpoint in the layout of DeepSpeed's own, which its zero_to_fp32.py turns into a state dict.
 
-Of a ZeRO-2 run on one rank: `latest`, and in the folder it names mp_rank_00_model_states.pt (parameter shapes, and the
-weights as the module has them) and zero_pp_rank_0_mp_rank_00_optim_states.pt (the fp32 weights, one flat tensor). Names
-are those of `Decoder`. Both are pickles, as DeepSpeed wants them; nextpt never reads any. Optimizer moments are not in it.
+Of a ZeRO-2 run on one rank: `latest`, and in the folder it names mp_rank_00_model_states.pt
+(parameter shapes, and the weights as the module has them) and
+zero_pp_rank_0_mp_rank_00_optim_states.pt (the fp32 weights, one flat tensor). Names are those of
+`Decoder`. Both are pickles, as DeepSpeed wants them; nextpt never reads any. Optimizer moments are
+not in it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ ALIGNMENT = 2  # zero_to_fp32 expects groups padded to a multiple of 2 x ranks
 
 
 def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
-    """Write the folder `output`, which must not exist. The whole model is held in memory once, fp32.
+    """Write the folder `output`, which must not exist.
+
+    The whole model is held in memory once, fp32.
 
     Raises CheckpointError, and then nothing is left behind.
     """
@@ -43,17 +47,39 @@ def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
     with new_folder(output) as folder:
         tag = folder / f"global_step{checkpoint.step}"
         tag.mkdir()
-        _save(tag / "mp_rank_00_model_states.pt", {
-            "module": module | {alias: module[name] for alias, name in shared.items()}, "buffer_names": [], "param_shapes": [shapes],
-            "frozen_param_shapes": None, "frozen_param_fragments": None, "shared_params": shared, "optimizer": None,
-            "lr_scheduler": None, "ds_config": {}, "ds_version": release, "global_steps": checkpoint.step, "dp_world_size": 1,
-            "mp_world_size": 1, "sparse_tensor_module_names": set(), "skipped_steps": 0,
-            "global_samples": checkpoint.step * config.train.global_batch_size,
-        })
-        _save(tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {
-            "optimizer_state_dict": {"zero_stage": 2, "partition_count": 1, "single_partition_of_fp32_groups": [flat]},
-            "ds_config": {}, "ds_version": release,
-        })
+        _save(
+            tag / "mp_rank_00_model_states.pt",
+            {
+                "module": module | {alias: module[name] for alias, name in shared.items()},
+                "buffer_names": [],
+                "param_shapes": [shapes],
+                "frozen_param_shapes": None,
+                "frozen_param_fragments": None,
+                "shared_params": shared,
+                "optimizer": None,
+                "lr_scheduler": None,
+                "ds_config": {},
+                "ds_version": release,
+                "global_steps": checkpoint.step,
+                "dp_world_size": 1,
+                "mp_world_size": 1,
+                "sparse_tensor_module_names": set(),
+                "skipped_steps": 0,
+                "global_samples": checkpoint.step * config.train.global_batch_size,
+            },
+        )
+        _save(
+            tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            {
+                "optimizer_state_dict": {
+                    "zero_stage": 2,
+                    "partition_count": 1,
+                    "single_partition_of_fp32_groups": [flat],
+                },
+                "ds_config": {},
+                "ds_version": release,
+            },
+        )
         (folder / "latest").write_text(tag.name)
         # Found, not imported: importing deepspeed starts its accelerator.
         package = importlib.util.find_spec("deepspeed").submodule_search_locations[0]

@@ -16,7 +16,9 @@ from nextpt.errors import CheckpointError
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write in; synced and renamed to it when the block ends without an error, else removed.
+    """A folder beside `output` to write in.
+
+    Synced and renamed to it when the block ends without an error, else removed.
 
     Raises CheckpointError when `output` exists, its parent does not, or the disk refuses.
     """
@@ -39,7 +41,13 @@ def new_folder(output: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         # safetensors tells of a full disk in words only
         full = "No space left" in str(error)
-        what = "no space left on the device" if full else getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{output} cannot be written: {what}; nothing of it was left behind") from error
+        what = (
+            "no space left on the device"
+            if full
+            else getattr(error, "strerror", None) or str(error)
+        )
+        raise CheckpointError(
+            f"{output} cannot be written: {what}; nothing of it was left behind"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

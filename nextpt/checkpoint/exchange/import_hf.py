@@ -1,6 +1,7 @@
 """A Hugging Face folder as a decoder, or as the weights that training starts from.
 
-Only safetensors and JSON are read. Weights are read by range, so a rank of a training job reads what it will hold.
+Only safetensors and JSON are read. Weights are read by range, so a rank of a training job reads
+what it will hold.
 """
 
 from __future__ import annotations
@@ -25,20 +26,27 @@ from nextpt.errors import CheckpointError
 from nextpt.model import Decoder
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Who continues from a model may change these, for longer contexts say; the parameters fit all the same.
+# Who continues from a model may change these, for longer contexts say; the parameters fit all the
+# same.
 FREE = ("rope_base", "rope_scaling", "norm_eps", "logit_softcap", "sliding_window")
-BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")  # old exports hold them; they follow from the config
+# Old exports hold them; they follow from the config
+BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 class HFWeights:
-    """The weights of a folder under our parameter names: the `FragmentReader` of a start from it. Moments are zero.
+    """The weights of a folder under our parameter names: the `FragmentReader` of a start from it.
 
-    section, max_position: the model it describes. Raises CheckpointError for anything that is not exactly such a model.
+    Moments are zero.
+
+    section, max_position: the model it describes. Raises CheckpointError for anything that is not
+    exactly such a model.
     """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise CheckpointError(f"folder {folder} does not exist; give a local Hugging Face folder")
+            raise CheckpointError(
+                f"folder {folder} does not exist; give a local Hugging Face folder"
+            )
         self.folder = folder
         self.architecture, self.section, self.max_position = read_config(folder)
         self._open: dict[str, Any] = {}
@@ -46,7 +54,9 @@ class HFWeights:
         stored = stored_tensors(self.section, self.architecture)
         self._check(stored)
         # Where one parameter is stored twice, the one that is stored as it is.
-        self._sources = {s.ours: s for s in sorted(stored, key=lambda s: s.how == "same") if s.ours is not None}
+        self._sources = {
+            s.ours: s for s in sorted(stored, key=lambda s: s.how == "same") if s.ours is not None
+        }
         self._exact = self._check_exact(inexact_parameters(stored))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -54,11 +64,16 @@ class HFWeights:
         return {name: s.shape for name, s in self._sources.items()}
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """fp32 [stop - start]: elements [start, stop) of a parameter in row-major order; zeros for any kind but "weight"."""
+        """fp32 [stop - start]: elements [start, stop) of a parameter in row-major order.
+
+        Zeros for any kind but "weight".
+        """
         if kind != "weight":
             return torch.zeros(stop - start)
         stored = self._sources[name]
-        file, key = (EXACT, name) if name in self._exact else (self._places[stored.theirs], stored.theirs)
+        file, key = (
+            (EXACT, name) if name in self._exact else (self._places[stored.theirs], stored.theirs)
+        )
         out = torch.empty(stop - start)
         offset = 0
         for box in boxes(stored.shape, start, stop):
@@ -68,21 +83,44 @@ class HFWeights:
         return out if name in self._exact else stored.unmake(out, self.section.width)
 
     def _index(self) -> dict[str, str]:
-        """tensor name -> file name. Raises CheckpointError for pickled weights, missing files and names outside the folder."""
+        """Tensor name -> file name.
+
+        Raises CheckpointError for pickled weights, missing files and names outside the folder.
+        """
         index = self.folder / "model.safetensors.index.json"
         if not index.is_file():
             if not (self.folder / "model.safetensors").is_file():
-                pickled = next(iter([*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")]), None)
-                raise CheckpointError(f"{self.folder} has no model.safetensors" + (
-                    f"; {pickled.name} is a pickle, which can run code and is not read: convert it to safetensors" if pickled else ""))
+                pickled = next(
+                    iter(
+                        [
+                            *self.folder.glob("*.bin"),
+                            *self.folder.glob("*.pt"),
+                            *self.folder.glob("*.pth"),
+                        ]
+                    ),
+                    None,
+                )
+                raise CheckpointError(
+                    f"{self.folder} has no model.safetensors"
+                    + (
+                        f"; {pickled.name} is a pickle, which can run code and is not read: convert"
+                        " it to safetensors"
+                        if pickled
+                        else ""
+                    )
+                )
             return dict.fromkeys(self._handle("model.safetensors").keys(), "model.safetensors")
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            bad = [file for file in places.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)]
+            bad = [
+                file for file in places.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read: {error}") from None
         if bad:
-            raise CheckpointError(f"{index} names {bad[0]!r}, which is no safetensors file of this folder")
+            raise CheckpointError(
+                f"{index} names {bad[0]!r}, which is no safetensors file of this folder"
+            )
         held = {file: set(self._handle(file).keys()) for file in set(places.values())}
         for name, file in places.items():
             if name not in held[file]:
@@ -107,18 +145,33 @@ class HFWeights:
         """Every tensor is there in its shape and a float type, constants have their value, and there is no other."""
         for s in stored:
             if s.theirs not in self._places:
-                raise CheckpointError(f"{self.folder} has no tensor {s.theirs}, which its config.json asks for")
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {s.theirs}, which its config.json asks for"
+                )
             view = self._handle(self._places[s.theirs]).get_slice(s.theirs)
             if tuple(view.get_shape()) != s.shape or view.get_dtype() not in FLOATS:
-                raise CheckpointError(f"{self.folder}: {s.theirs} is {view.get_dtype()} {tuple(view.get_shape())}, "
-                                      f"expected floats {s.shape}")
-            if s.ours is None and not torch.equal(view[:].float(), s.make(None, self.section.width)):
-                raise CheckpointError(f"{self.folder}: {s.theirs} is no longer all {s.how}; a feed-forward without a gate "
-                                      "cannot express it")
+                raise CheckpointError(
+                    f"{self.folder}: {s.theirs} is {view.get_dtype()} {tuple(view.get_shape())}, "
+                    f"expected floats {s.shape}"
+                )
+            if s.ours is None and not torch.equal(
+                view[:].float(), s.make(None, self.section.width)
+            ):
+                raise CheckpointError(
+                    f"{self.folder}: {s.theirs} is no longer all {s.how}; a feed-forward without a"
+                    " gate cannot express it"
+                )
         ignored = {"lm_head.weight"} if self.section.tied_embeddings else set()
-        unknown = [name for name in self._places.keys() - {s.theirs for s in stored} - ignored if not BUFFERS.fullmatch(name)]
+        unknown = [
+            name
+            for name in self._places.keys() - {s.theirs for s in stored} - ignored
+            if not BUFFERS.fullmatch(name)
+        ]
         if unknown:
-            raise CheckpointError(f"{self.folder} has a tensor {min(unknown)} that the model of its config.json has not")
+            raise CheckpointError(
+                f"{self.folder} has a tensor {min(unknown)} that the model of its config.json"
+                " has not"
+            )
 
     def _check_exact(self, names: list[str]) -> frozenset[str]:
         """Names whose exact values lie beside, as long as the tensors of the model are still those made from them."""
@@ -129,7 +182,9 @@ class HFWeights:
         for name in set(handle.keys()) & set(names):
             stored, exact = self._sources[name], handle.get_tensor(name)
             if exact.shape == stored.shape and torch.equal(
-                    stored.make(exact, self.section.width), self._slice(self._places[stored.theirs], stored.theirs, ())):
+                stored.make(exact, self.section.width),
+                self._slice(self._places[stored.theirs], stored.theirs, ()),
+            ):
                 kept.append(name)
         return frozenset(kept)
 
@@ -144,39 +199,88 @@ def load_hf(folder: Path, device: torch.device | str = "cpu") -> tuple[Config, D
     model = Decoder(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights.read(name, "weight", 0, parameter.numel()).view(parameter.shape))
+            parameter.copy_(
+                weights.read(name, "weight", 0, parameter.numel()).view(parameter.shape)
+            )
     return config, model.to(device).eval()
 
 
-def config_from_hf(weights: HFWeights, *, name: str = "imported", data: Path | None = None, sequence_length: int | None = None) -> Config:
-    """A whole config that continues from the weights of a folder; what it says of training is a modest start.
+def config_from_hf(
+    weights: HFWeights,
+    *,
+    name: str = "imported",
+    data: Path | None = None,
+    sequence_length: int | None = None,
+) -> Config:
+    """A whole config that continues from the weights of a folder.
+
+    What it says of training is a modest start.
 
     data, sequence_length: of the dataset; the folder itself and the model's positions unless given.
     """
-    return parse_config({
-        "run": {"name": name},
-        "data": {"path": str(data or weights.folder), "sequence_length": sequence_length or weights.max_position},
-        "model": weights.section.model_copy(update={"max_position": weights.max_position}).model_dump(mode="json"),
-        "optimizer": {"lr": 2e-5}, "schedule": {"warmup": 10},
-        "train": {"steps": 1000, "global_batch_size": 32, "micro_batch_size": 1, "init_from": str(weights.folder.absolute())},
-    }, str(weights.folder))
+    return parse_config(
+        {
+            "run": {"name": name},
+            "data": {
+                "path": str(data or weights.folder),
+                "sequence_length": sequence_length or weights.max_position,
+            },
+            "model": (
+                weights.section.model_copy(
+                    update={"max_position": weights.max_position}
+                ).model_dump(mode="json")
+            ),
+            "optimizer": {"lr": 2e-5},
+            "schedule": {"warmup": 10},
+            "train": {
+                "steps": 1000,
+                "global_batch_size": 32,
+                "micro_batch_size": 1,
+                "init_from": str(weights.folder.absolute()),
+            },
+        },
+        str(weights.folder),
+    )
 
 
 def different_keys(weights: HFWeights, config: Config) -> tuple[list[str], list[str]]:
     """Keys in which a config's model differs from the folder's, as phrases: (shapes of parameters, what is done with them)."""
-    mine, theirs = (_computed(section, positions) for section, positions in (
-        (config.model, config.max_position), (weights.section, weights.max_position)))
-    found = {key: f"model.{key} = {mine[key]}, there {theirs[key]}" for key in mine if mine[key] != theirs[key]}
-    return [text for key, text in found.items() if key not in FREE], [text for key, text in found.items() if key in FREE]
+    mine, theirs = (
+        _computed(section, positions)
+        for section, positions in (
+            (config.model, config.max_position),
+            (weights.section, weights.max_position),
+        )
+    )
+    found = {
+        key: f"model.{key} = {mine[key]}, there {theirs[key]}"
+        for key in mine
+        if mine[key] != theirs[key]
+    }
+    return [text for key, text in found.items() if key not in FREE], [
+        text for key, text in found.items() if key in FREE
+    ]
 
 
 def _computed(c: ModelSection, positions: int) -> dict[str, Any]:
-    values = c.model_dump(mode="json", exclude={"attention", "cross_entropy", "init_std", "max_position"})
-    return values | {"kv_heads": c.kv_heads_, "head_dim": c.head_dim_, "ffn_width": c.ffn_width_,
-                     "sliding_window": effective_window(c, positions)}
+    values = c.model_dump(
+        mode="json", exclude={"attention", "cross_entropy", "init_std", "max_position"}
+    )
+    return values | {
+        "kv_heads": c.kv_heads_,
+        "head_dim": c.head_dim_,
+        "ffn_width": c.ffn_width_,
+        "sliding_window": effective_window(c, positions),
+    }
 
 
 def same_vocabulary(one: Path, other: Path) -> bool:
-    """Whether two tokenizer.json give every token the same id; templates and the like aside. Raises PrepError."""
-    a, b = ({**d.vocabulary} | {t.content: t.id for t in d.added} for d in (Description.read(one), Description.read(other)))
+    """Whether two tokenizer.json give every token the same id; templates and the like aside.
+
+    Raises PrepError.
+    """
+    a, b = (
+        {**d.vocabulary} | {t.content: t.id for t in d.added}
+        for d in (Description.read(one), Description.read(other))
+    )
     return a == b

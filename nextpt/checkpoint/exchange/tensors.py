@@ -16,8 +16,8 @@ from nextpt.config import ModelSection
 class Stored:
     """One tensor of the folder.
 
-    theirs: its name there. ours: the parameter it is made from, None for a constant. how: "same"; "centered", w - 1;
-    "scaled", divided by sqrt(width); or "zeros", "ones". shape: of both.
+    theirs: its name there. ours: the parameter it is made from, None for a constant. how: "same";
+    "centered", w - 1; "scaled", divided by sqrt(width); or "zeros", "ones". shape: of both.
     """
 
     theirs: str
@@ -44,7 +44,14 @@ def stored_tensors(c: ModelSection, architecture: Architecture) -> list[Stored]:
     """Every tensor of the folder, in the order of the forward pass."""
     norm = "centered" if architecture.centered else "same"
     matrix = (c.vocab_size, c.width)
-    found = [Stored("model.embed_tokens.weight", "embed_tokens.weight", "scaled" if architecture.centered else "same", matrix)]
+    found = [
+        Stored(
+            "model.embed_tokens.weight",
+            "embed_tokens.weight",
+            "scaled" if architecture.centered else "same",
+            matrix,
+        )
+    ]
     for i in range(c.depth):
         found += _block(c, architecture, f"blocks.{i}", f"model.layers.{i}", norm)
     found.append(Stored("model.norm.weight", "final_norm.weight", norm, (c.width,)))
@@ -55,16 +62,30 @@ def stored_tensors(c: ModelSection, architecture: Architecture) -> list[Stored]:
     return found
 
 
-def _block(c: ModelSection, architecture: Architecture, ours: str, theirs: str, norm: str) -> list[Stored]:
+def _block(
+    c: ModelSection, architecture: Architecture, ours: str, theirs: str, norm: str
+) -> list[Stored]:
     queries, keys = c.heads * c.head_dim_, c.kv_heads_ * c.head_dim_
     first, second = architecture.norms
     found = [Stored(f"{theirs}.{first}.weight", f"{ours}.attention_norm.weight", norm, (c.width,))]
-    projections = {"q_proj": (queries, c.width), "k_proj": (keys, c.width), "v_proj": (keys, c.width), "o_proj": (c.width, queries)}
+    projections = {
+        "q_proj": (queries, c.width),
+        "k_proj": (keys, c.width),
+        "v_proj": (keys, c.width),
+        "o_proj": (c.width, queries),
+    }
     for name, shape in projections.items():
         found += _linear(f"{theirs}.self_attn.{name}", f"{ours}.attention.{name}", shape, c.bias)
     if c.qk_norm:
-        found += [Stored(f"{theirs}.self_attn.{name}.weight", f"{ours}.attention.{name}.weight", "same", (c.head_dim_,))
-                  for name in ("q_norm", "k_norm")]
+        found += [
+            Stored(
+                f"{theirs}.self_attn.{name}.weight",
+                f"{ours}.attention.{name}.weight",
+                "same",
+                (c.head_dim_,),
+            )
+            for name in ("q_norm", "k_norm")
+        ]
     found.append(Stored(f"{theirs}.{second}.weight", f"{ours}.ffn_norm.weight", norm, (c.width,)))
     up, down = (c.ffn_width_, c.width), (c.width, c.ffn_width_)
     if c.ffn == "swiglu":
@@ -80,7 +101,11 @@ def _block(c: ModelSection, architecture: Architecture, ours: str, theirs: str, 
         found += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{own}", shape, c.bias)
         if not c.bias:
             found.append(Stored(f"{theirs}.mlp.{name}.bias", None, "zeros", shape[:1]))
-    return [*found, Stored(f"{theirs}.mlp.up_proj.weight", None, "zeros", up), Stored(f"{theirs}.mlp.up_proj.bias", None, "ones", up[:1])]
+    return [
+        *found,
+        Stored(f"{theirs}.mlp.up_proj.weight", None, "zeros", up),
+        Stored(f"{theirs}.mlp.up_proj.bias", None, "ones", up[:1]),
+    ]
 
 
 def _linear(theirs: str, ours: str, shape: tuple[int, int], bias: bool) -> list[Stored]:

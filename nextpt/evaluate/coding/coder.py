@@ -1,7 +1,11 @@
-"""A range coder (G. N. N. Martin 1979) with 64 bits of range and frequencies of BITS bits, carries included, ends without waste.
+"""A range coder (G.
 
-Frequencies of 24 bits, as coders in libraries have them, are too coarse for vocabularies of 128K: a token can have no less
-than one of 2^24 parts, and 131,072 such parts are a hundredth of all. With 30 bits that is 0.0001 of all.
+N. N. Martin 1979) with 64 bits of range and frequencies of BITS bits, carries included, ends
+without waste.
+
+Frequencies of 24 bits, as coders in libraries have them, are too coarse for vocabularies of 128K: a
+token can have no less than one of 2^24 parts, and 131,072 such parts are a hundredth of all. With
+30 bits that is 0.0001 of all.
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 from nextpt.errors import DataError
 
 BITS = 30
-_TOP, _WIDTH = 1 << 56, 64  # the range stays above _TOP, so that a part of 2^30 is 2^26 wide or more
+# The range stays above _TOP, so that a part of 2^30 is 2^26 wide or more
+_TOP, _WIDTH = 1 << 56, 64
 _MASK = (1 << _WIDTH) - 1
 
 
@@ -41,7 +46,11 @@ class Encoder:
         self._out[place] += 1
 
     def finish(self) -> bytes:
-        """All bytes. The decoder reads zeros behind them, so the fewest bytes that name a number in the range are enough."""
+        """All bytes.
+
+        The decoder reads zeros behind them, so the fewest bytes that name a number in the range are
+        enough.
+        """
         for kept in range(_WIDTH // 8 + 1):
             step = 1 << (_WIDTH - 8 * kept)
             value = -(-self._low // step) * step  # the first multiple of `step` from `low` on

@@ -1,11 +1,12 @@
 """The form of a coded file, all numbers little-endian.
 
-    "nxpt" | uint8 version | uint16 threads | uint16 rows | uint32 window | 16 bytes digest of the model | uint64 bytes | uint64 tokens
-    | uint8 length of the environment | the environment, ASCII
-    then for every SEGMENT tokens, the last ones fewer: uint32 bytes of code | uint32 CRC-32 of it | uint32 CRC-32 of the bytes that
-    it stands for | the code
+    "nxpt" | uint8 version | uint16 threads | uint16 rows | uint32 window | 16 bytes digest of the
+    model | uint64 bytes | uint64 tokens | uint8 length of the environment | the environment, ASCII
+    then for every SEGMENT tokens, the last ones fewer: uint32 bytes of code | uint32 CRC-32 of it |
+    uint32 CRC-32 of the bytes that it stands for | the code
 
-An environment is what a probability's last bit depends on beside the model: library versions, the processor's instructions, the device.
+An environment is what a probability's last bit depends on beside the model: library versions, the
+processor's instructions, the device.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MAGIC, VERSION = b"nxpt", 2
 SEGMENT = 2**20  # tokens that one checksum is over: a mistake is found before much is decoded
 _FIXED = struct.Struct("<4sBHHI16sQQB")
 _FRAME = struct.Struct("<III")
-LONGEST_ENVIRONMENT = 128 - _FIXED.size - _FRAME.size  # so that the header, the first frame included, is 128 bytes at most
+# So that the header, the first frame included, is 128 bytes at most
+LONGEST_ENVIRONMENT = 128 - _FIXED.size - _FRAME.size
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,20 @@ class Header:
 
     def pack(self) -> bytes:
         environment = self.environment.encode("ascii")
-        return _FIXED.pack(MAGIC, VERSION, self.threads, self.rows, self.window, self.model, self.size, self.tokens, len(environment)) + environment
+        return (
+            _FIXED.pack(
+                MAGIC,
+                VERSION,
+                self.threads,
+                self.rows,
+                self.window,
+                self.model,
+                self.size,
+                self.tokens,
+                len(environment),
+            )
+            + environment
+        )
 
     @property
     def segments(self) -> list[int]:
@@ -63,26 +78,43 @@ def pack_segment(code: bytes, original: bytes) -> bytes:
 
 def header_bytes(coded: bytes) -> int:
     """Of a coded file, up to the first code."""
-    return _FIXED.size + coded[_FIXED.size - 1] + (_FRAME.size if len(coded) > _FIXED.size + coded[_FIXED.size - 1] else 0)
+    return (
+        _FIXED.size
+        + coded[_FIXED.size - 1]
+        + (_FRAME.size if len(coded) > _FIXED.size + coded[_FIXED.size - 1] else 0)
+    )
 
 
 def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
-    """(header, (code, checksum) of every segment). name: of the file, for errors. Raises DataError."""
+    """(header, (code, checksum) of every segment). name: of the file, for errors.
+
+    Raises DataError.
+    """
     if not data.startswith(MAGIC) or len(data) < 5:
         raise DataError(f"{name} was not made by nextpt compress")
     if data[4] != VERSION:
-        raise DataError(f"{name} has version {data[4]} of the coded form; this nextpt reads {VERSION}")
+        raise DataError(
+            f"{name} has version {data[4]} of the coded form; this nextpt reads {VERSION}"
+        )
     cut_off = DataError(f"{name} is cut off or damaged; nothing of it was decoded")
     if len(data) < _FIXED.size:
         raise cut_off
     _, _, threads, rows, window, model, size, tokens, length = _FIXED.unpack_from(data)
     at = _FIXED.size + length
     try:
-        header = Header(threads, rows, window, model, size, tokens, data[_FIXED.size : at].decode("ascii"))
+        header = Header(
+            threads, rows, window, model, size, tokens, data[_FIXED.size : at].decode("ascii")
+        )
     except UnicodeDecodeError:
         raise cut_off from None
     # A token stands for a byte at least, and a row for a token: more are no sizes of a file.
-    if len(header.environment) != length or tokens > size or window < 2 or not threads or (tokens and not 0 < rows <= tokens):
+    if (
+        len(header.environment) != length
+        or tokens > size
+        or window < 2
+        or not threads
+        or (tokens and not 0 < rows <= tokens)
+    ):
         raise cut_off
     if -(-tokens // SEGMENT) > (len(data) - at) // _FRAME.size:  # before a list of so many is made
         raise cut_off
@@ -104,7 +136,11 @@ def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
 def digest(config: Config, model: Decoder, tokenizer: Tokenizer) -> bytes:
     """16 bytes that name a model: its shape, weights and tokenizer, wherever they lie."""
     hashed = xxhash.xxh3_128()
-    hashed.update(canonical_json([config.model.model_dump(exclude={"attention", "cross_entropy"}), config.max_position]).encode())
+    hashed.update(
+        canonical_json(
+            [config.model.model_dump(exclude={"attention", "cross_entropy"}), config.max_position]
+        ).encode()
+    )
     hashed.update(tokenizer.sha256.encode())
     for name, parameter in sorted(model.named_parameters()):
         hashed.update(name.encode())
@@ -114,7 +150,11 @@ def digest(config: Config, model: Decoder, tokenizer: Tokenizer) -> bytes:
 
 def environment(device: torch.device) -> str:
     """In words, ASCII, at most LONGEST_ENVIRONMENT characters."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.backends.cpu.get_cpu_capability()} {_processor()}"
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.backends.cpu.get_cpu_capability()} {_processor()}"
+    )
     words = f"torch {torch.__version__} numpy {np.__version__} {platform.machine()} {where}"
     words = words.encode("ascii", "replace").decode()
     if len(words) > LONGEST_ENVIRONMENT:

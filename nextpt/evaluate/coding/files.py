@@ -17,20 +17,27 @@ from data_prep.files import atomic_write
 from data_prep.tokenizer import Tokenizer
 from nextpt.config import Config
 from nextpt.errors import DataError
-from nextpt.evaluate.coding.container import Header, digest, environment, header_bytes, pack_segment, unpack
+from nextpt.evaluate.coding.container import (
+    Header,
+    digest,
+    environment,
+    header_bytes,
+    pack_segment,
+    unpack,
+)
 from nextpt.evaluate.coding.lockstep import Reading, Writing, run
 from nextpt.evaluate.coding.text import Bytes
 from nextpt.model import Decoder
 
-MOST_ROWS, ROW_TOKENS = 64, 1024  # rows make it quick, but each begins without context: none is shorter, where the file is not
+# Rows make it quick, but each begins without context: none is shorter, where the file is not
+MOST_ROWS, ROW_TOKENS = 64, 1024
 CACHE_BYTES = 2**31  # of keys and values of all rows together, unless rows are asked for
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Coded:
-    """What came of coding a file. bytes: of the original. payload, header: of the coded file. code_length: bytes that the model's own
-    probabilities ask for, to the fraction. seconds: of coding and of decoding it again."""
+    """What came of coding a file. bytes: of the original. payload, header: of the coded file. code_length: bytes that the model's own probabilities ask for, to the fraction. seconds: of coding and of decoding it again."""
 
     bytes: int
     tokens: int
@@ -43,8 +50,11 @@ class Coded:
 
     def as_dict(self) -> dict[str, Any]:
         size = self.bytes
-        return asdict(self) | {"total": self.payload + self.header, "bits_per_byte": 8 * self.payload / size if size else None,
-                               "bits_per_byte_total": 8 * (self.payload + self.header) / size if size else None}
+        return asdict(self) | {
+            "total": self.payload + self.header,
+            "bits_per_byte": 8 * self.payload / size if size else None,
+            "bits_per_byte_total": 8 * (self.payload + self.header) / size if size else None,
+        }
 
 
 class FileCoder:
@@ -56,61 +66,125 @@ class FileCoder:
         self.device = next(model.parameters()).device
         self.digest, self.environment = digest(config, model, tokenizer), environment(self.device)
 
-    def encode(self, data: bytes, rows: int | None = None, progress: Progress = lambda what, share: None) -> tuple[bytes, Coded]:
+    def encode(
+        self, data: bytes, rows: int | None = None, progress: Progress = lambda what, share: None
+    ) -> tuple[bytes, Coded]:
         """(the coded file, what came of it), after it was decoded again. rows: chosen by the size unless given."""
         began = time.perf_counter()
         tokens = self.bytes.encode(data)
-        header = Header(torch.get_num_threads(), min(rows or self._rows(len(tokens)), max(len(tokens), 1)), self.config.max_position,
-                        self.digest, len(data), len(tokens), self.environment)
+        header = Header(
+            torch.get_num_threads(),
+            min(rows or self._rows(len(tokens)), max(len(tokens), 1)),
+            self.config.max_position,
+            self.digest,
+            len(data),
+            len(tokens),
+            self.environment,
+        )
         parts, bits, first = [header.pack()], 0.0, 0
         with _exactly(header.threads):
             for number, count in enumerate(header.segments):
                 own = tokens[first : first + count]
                 side = Writing(own, min(header.rows, count))
-                bits += self._run(header, side, count, partial(progress, f"coding {number + 1} of {len(header.segments)}"))[1]
+                bits += self._run(
+                    header,
+                    side,
+                    count,
+                    partial(progress, f"coding {number + 1} of {len(header.segments)}"),
+                )[1]
                 parts.append(pack_segment(side.coder.finish(), self.bytes.decode(own)))
                 first += count
         coded = b"".join(parts)
         middle = time.perf_counter()
         if self.decode(coded, "what was coded", progress) != data:
-            raise DataError("the file does not come back as it was: this device does not repeat its arithmetic; nothing was written")
+            raise DataError(
+                "the file does not come back as it was: this device does not repeat its arithmetic;"
+                " nothing was written"
+            )
         head = header_bytes(coded)
         weights = sum(p.numel() * 4 for p in self.model.parameters())
-        return coded, Coded(len(data), len(tokens), len(coded) - head, head, float(bits) / 8, weights, middle - began, time.perf_counter() - middle)
+        return coded, Coded(
+            len(data),
+            len(tokens),
+            len(coded) - head,
+            head,
+            float(bits) / 8,
+            weights,
+            middle - began,
+            time.perf_counter() - middle,
+        )
 
-    def decode(self, coded: bytes, name: str, progress: Progress = lambda what, share: None) -> bytes:
-        """The original. name: of the coded file, for errors. Raises DataError for a file that is not one, is damaged, or was coded by
-        another model or in another environment, which would give other probabilities."""
+    def decode(
+        self, coded: bytes, name: str, progress: Progress = lambda what, share: None
+    ) -> bytes:
+        """The original. name: of the coded file, for errors.
+
+        Raises DataError for a file that is not one, is damaged, or was coded by another model or in
+        another environment, which would give other probabilities.
+        """
         header, segments = unpack(coded, name)
         if header.model != self.digest:
-            raise DataError(f"{name} was coded with another model, tokenizer or step of the run: {header.model.hex()[:12]}, this one is "
-                            f"{self.digest.hex()[:12]}; name it with --run and --step")
+            raise DataError(
+                f"{name} was coded with another model, tokenizer or step of the run:"
+                f" {header.model.hex()[:12]}, this one is {self.digest.hex()[:12]}; name it with"
+                " --run and --step"
+            )
         if header.environment != self.environment:
-            raise DataError(f"{name} was coded with {header.environment}; here is {self.environment}, whose probabilities may differ in their last "
-                            "bits, and one is enough to lose the file: decode it where it was coded")
+            raise DataError(
+                f"{name} was coded with {header.environment}; here is {self.environment}, whose"
+                " probabilities may differ in their last bits, and one is enough to lose the file:"
+                " decode it where it was coded"
+            )
         if header.window != self.config.max_position:
-            raise DataError(f"{name} is damaged: it says a window of {header.window}, this model has {self.config.max_position} positions")
+            raise DataError(
+                f"{name} is damaged: it says a window of {header.window}, this model has"
+                f" {self.config.max_position} positions"
+            )
         found = []
         with _exactly(header.threads):
-            for number, (count, (code, checksum)) in enumerate(zip(header.segments, segments, strict=True)):
-                tokens, _ = self._run(header, Reading(code), count, partial(progress, f"decoding {number + 1} of {len(segments)}"))
+            for number, (count, (code, checksum)) in enumerate(
+                zip(header.segments, segments, strict=True)
+            ):
+                tokens, _ = self._run(
+                    header,
+                    Reading(code),
+                    count,
+                    partial(progress, f"decoding {number + 1} of {len(segments)}"),
+                )
                 found.append(self.bytes.decode(tokens))
                 if zlib.crc32(found[-1]) != checksum:
-                    raise DataError(f"{name}: segment {number + 1} of {len(segments)} is whole, but something else comes out of it: the "
-                                    "arithmetic here is not that of where it was coded")
+                    raise DataError(
+                        f"{name}: segment {number + 1} of {len(segments)} is whole, but something"
+                        " else comes out of it: the arithmetic here is not that of where it was"
+                        " coded"
+                    )
         data = b"".join(found)
         if len(data) != header.size:
-            raise DataError(f"{name} is damaged: {len(data)} bytes came out of it, it says {header.size}")
+            raise DataError(
+                f"{name} is damaged: {len(data)} bytes came out of it, it says {header.size}"
+            )
         return data
 
     def _rows(self, tokens: int) -> int:
         """As many as a file of so many tokens is cut into, and the memory takes."""
         model = self.config.model
-        cache = 8 * model.depth * model.kv_heads_ * model.head_dim_ * self.config.max_position  # fp32 keys and values of a row
+        # fp32 keys and values of a row
+        cache = 8 * model.depth * model.kv_heads_ * model.head_dim_ * self.config.max_position
         return max(min(tokens // ROW_TOKENS, MOST_ROWS, CACHE_BYTES // cache), 1)
 
-    def _run(self, header: Header, side: Writing | Reading, count: int, progress: Callable[[float], None]):
-        return run(self.config, self.model, self.tokenizer.start_id, side, count, min(header.rows, count), header.window, progress)
+    def _run(
+        self, header: Header, side: Writing | Reading, count: int, progress: Callable[[float], None]
+    ):
+        return run(
+            self.config,
+            self.model,
+            self.tokenizer.start_id,
+            side,
+            count,
+            min(header.rows, count),
+            header.window,
+            progress,
+        )
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The one function that both sides run: rows of a file grow by a token each, in step, and the coder hears them in order.
 
-A writer that computes all probabilities at once and a reader that computes them one by one get other last bits from the
-same model, and one of 2^30 parts is enough to lose the file: encoding in parallel and decoding step by step corrupts every one.
-So the writer goes step by step too, with the same shapes. The tokens are cut into rows of equal length (the last one shorter), which
-are one batch, and one coder takes them in turn: row 0, row 1, ... of the first step, then of the second.
+A writer that computes all probabilities at once and a reader that computes them one by one get
+other last bits from the same model, and one of 2^30 parts is enough to lose the file: encoding in
+parallel and decoding step by step corrupts every one. So the writer goes step by step too, with the
+same shapes. The tokens are cut into rows of equal length (the last one shorter), which are one
+batch, and one coder takes them in turn: row 0, row 1, ... of the first step, then of the second.
 
-Context. A row begins with the start token. When `window` positions are full, the row begins anew with the last half of them.
+Context. A row begins with the start token. When `window` positions are full, the row begins anew
+with the last half of them.
 """
 
 from __future__ import annotations
@@ -57,9 +59,20 @@ class Reading(Side):
         return token
 
 
-def run(config: Config, model: Model, start_id: int, side: Side, count: int, rows: int, window: int,
-        progress: Callable[[float], None] = lambda share: None) -> tuple[np.ndarray, float]:
-    """(tokens int64 [count], the model's code length of them in bits). rows: at most count; window: positions, at least 2."""
+def run(
+    config: Config,
+    model: Model,
+    start_id: int,
+    side: Side,
+    count: int,
+    rows: int,
+    window: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[np.ndarray, float]:
+    """(tokens int64 [count], the model's code length of them in bits). rows: at most count.
+
+    window: positions, at least 2.
+    """
     steps = -(-count // rows)
     tokens, bits = np.zeros((rows, steps), np.int64), 0.0
     # The last rows may have a step less: they keep step, but nothing of them is coded.
@@ -67,7 +80,8 @@ def run(config: Config, model: Model, start_id: int, side: Side, count: int, row
     kept: list[list[int]] = [[start_id] for _ in range(rows)]
     decoding = Decoding(config, model, kept, window)
     for step in range(steps):
-        ends, logs = cumulative(decoding.logits_BV), decoding.logits_BV.double().log_softmax(1).numpy()
+        ends = cumulative(decoding.logits_BV)
+        logs = decoding.logits_BV.double().log_softmax(1).numpy()
         for row in range(rows):
             if coded[row][step]:
                 token = side.token(row, step, ends[row])

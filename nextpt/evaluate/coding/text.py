@@ -9,7 +9,8 @@ import numpy as np
 from data_prep.tokenizer import Tokenizer
 from nextpt.errors import DataError
 
-_RAW = re.compile("([\udc80-\udcff]+)")  # what Python's surrogateescape makes of bytes that are no UTF-8
+# What Python's surrogateescape makes of bytes that are no UTF-8
+_RAW = re.compile("([\udc80-\udcff]+)")
 
 
 class Bytes:
@@ -18,13 +19,23 @@ class Bytes:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._spelled = tokenizer.spellings()
-        self._single = {spelled[0]: index for index, spelled in reversed(list(enumerate(self._spelled))) if len(spelled) == 1}
+        self._single = {
+            spelled[0]: index
+            for index, spelled in reversed(list(enumerate(self._spelled)))
+            if len(spelled) == 1
+        }
         if missing := 256 - len(self._single):
-            raise DataError(f"the tokenizer {tokenizer.path} has no token for {missing} of the 256 bytes, so files cannot be coded with it; "
-                            "byte-level tokenizers, and those with byte fallback, have all")
+            raise DataError(
+                f"the tokenizer {tokenizer.path} has no token for {missing} of the 256 bytes, so"
+                " files cannot be coded with it; byte-level tokenizers, and those with byte"
+                " fallback, have all"
+            )
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Tokens int64 whose spellings joined are `data`. What the tokenizer would change is spelled byte by byte."""
+        """Tokens int64 whose spellings joined are `data`.
+
+        What the tokenizer would change is spelled byte by byte.
+        """
         tokens: list[int] = []
         for number, part in enumerate(_RAW.split(data.decode("utf-8", "surrogateescape"))):
             if number % 2 == 0:

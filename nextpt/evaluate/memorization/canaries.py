@@ -1,7 +1,9 @@
 """Canaries: random texts put into a corpus a known number of times, and others that are never shown to the model.
 
-Exposure of a canary (arXiv 1802.08232, section 4): log2(controls + 1) - log2(rank), its rank by code length among the
-controls: 0 bits for one that is no more likely than they are, log2(controls + 1) when it is likelier than all of them.
+Exposure of a canary (arXiv 1802.08232, section 4): log2(controls + 1) - log2(rank), its rank by
+code length among the
+controls: 0 bits for one that is no more likely than they are, log2(controls + 1) when it is
+likelier than all of them.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class Canary:
 def make_canaries(each: int, controls: int, seed: int) -> list[Canary]:
     """`each` canaries for every number of REPEATS, and `controls` that are never shown.
 
-    Documents are held out by the hash of their text when it is low (data_prep), so only texts with a hash in the upper half
-    are taken: with a held-out fraction of up to a half none of them is.
+    Documents are held out by the hash of their text when it is low (data_prep), so only texts with
+    a hash in the upper half are taken: with a held-out fraction of up to a half none of them is.
     """
     chance = random.Random(seed)
     wanted = [repeats for repeats in REPEATS for _ in range(each)] + [0] * controls
@@ -49,9 +51,12 @@ def make_canaries(each: int, controls: int, seed: int) -> list[Canary]:
 
 
 def write_canaries(canaries: Sequence[Canary], folder: Path) -> None:
-    """FOLDER/canaries.jsonl, the documents to add to a corpus as a domain, and FOLDER/canaries.json, which tells of all of them,
-    written last. Raises DataError."""
-    lines = [json.dumps({"id": f"canary-{i}-{copy}", "text": c.text}) for i, c in enumerate(canaries) for copy in range(c.repeats)]
+    """FOLDER/canaries.jsonl, the documents to add to a corpus as a domain, and FOLDER/canaries.json, which tells of all of them, written last. Raises DataError."""
+    lines = [
+        json.dumps({"id": f"canary-{i}-{copy}", "text": c.text})
+        for i, c in enumerate(canaries)
+        for copy in range(c.repeats)
+    ]
     random.Random(0).shuffle(lines)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,18 +65,29 @@ def write_canaries(canaries: Sequence[Canary], folder: Path) -> None:
         with atomic_write(folder / "canaries.json") as file:
             json.dump([asdict(c) for c in canaries], file, indent=0)
     except OSError as error:
-        raise DataError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
+        raise DataError(
+            f"{error.filename or folder} cannot be written: {error.strerror}"
+        ) from error
 
 
 def read_canaries(folder: Path) -> list[Canary]:
     """What `write_canaries` wrote. Raises DataError that names the file."""
     path = folder / "canaries.json"
     try:
-        found = [Canary(str(c["text"]), int(c["repeats"])) for c in json.loads(path.read_text(encoding="utf-8"))]
+        found = [
+            Canary(str(c["text"]), int(c["repeats"]))
+            for c in json.loads(path.read_text(encoding="utf-8"))
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); expected what `nextpt memorization plant {folder}` writes") from None
+        raise DataError(
+            f"{path} cannot be read ({error}); expected what `nextpt memorization plant {folder}`"
+            " writes"
+        ) from None
     if not any(c.repeats == 0 for c in found) or not any(c.repeats for c in found):
-        raise DataError(f"{path} holds no {'control' if any(c.repeats for c in found) else 'canary'}; both are needed to compare")
+        raise DataError(
+            f"{path} holds no {'control' if any(c.repeats for c in found) else 'canary'}; both are"
+            " needed to compare"
+        )
     return found
 
 

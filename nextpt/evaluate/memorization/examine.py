@@ -20,12 +20,18 @@ from nextpt.evaluate.memorization.measure import bits_per_byte_by_contamination
 from nextpt.model import Decoder
 
 
-def examine(run: Path | None, step: int | None, data: Path | None, text: str | None,
-            progress: Callable[[str, float], None]) -> dict[str, Any]:
+def examine(
+    run: Path | None,
+    step: int | None,
+    data: Path | None,
+    text: str | None,
+    progress: Callable[[str, float], None],
+) -> dict[str, Any]:
     """Counts per domain, and every document found with the shares of its stretches that the training shards have.
 
-    run: for bits per byte with and without those documents, and for `data` where that is not given. text: the evaluation set, the
-    held-out texts of `data` unless given. Raises DataError without any of run and data, PrepError for a text that cannot be read.
+    run: for bits per byte with and without those documents, and for `data` where that is not given.
+    text: the evaluation set, the held-out texts of `data` unless given. Raises DataError without
+    any of run and data, PrepError for a text that cannot be read.
     """
     config = model = None
     if run is not None:
@@ -36,13 +42,29 @@ def examine(run: Path | None, step: int | None, data: Path | None, text: str | N
     else:
         tokenizer = Tokenizer(data / "tokenizer.json")
     sets = {"text": [d.text for d in read_documents(text)]} if text else heldout_texts(data)
-    found = find_overlaps(sets, training_texts(data, tokenizer, partial(progress, "training shards")))
-    result: dict[str, Any] = {"data": str(data), "text": text, "run": str(run) if run else None, "step": step, "domains": {}}
+    found = find_overlaps(
+        sets, training_texts(data, tokenizer, partial(progress, "training shards"))
+    )
+    result: dict[str, Any] = {
+        "data": str(data),
+        "text": text,
+        "run": str(run) if run else None,
+        "step": step,
+        "domains": {},
+    }
     for domain, texts in sets.items():
         own = [f for f in found if f.domain == domain]
-        result["domains"][domain] = _counts(own) | {"found": [{"document": f.number, **f.shares, "begins": texts[f.number][:80]} for f in own if f.contaminated]}
+        result["domains"][domain] = _counts(own) | {
+            "found": [
+                {"document": f.number, **f.shares, "begins": texts[f.number][:80]}
+                for f in own
+                if f.contaminated
+            ]
+        }
         if model is not None and config is not None:
-            result["domains"][domain]["bits_per_byte"] = _bits_per_byte(config, model, tokenizer, texts, own, partial(progress, domain))
+            result["domains"][domain]["bits_per_byte"] = _bits_per_byte(
+                config, model, tokenizer, texts, own, partial(progress, domain)
+            )
     return result
 
 
@@ -55,9 +77,25 @@ def _counts(own: list[Found]) -> dict[str, int]:
     }
 
 
-def _bits_per_byte(config: Config, model: Decoder, tokenizer: Tokenizer, texts: list[str], found: list[Found],
-                   progress: Callable[[float], None]) -> dict[str, float | None]:
+def _bits_per_byte(
+    config: Config,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    found: list[Found],
+    progress: Callable[[float], None],
+) -> dict[str, float | None]:
     encoded, sizes = zip(*(encode_document(tokenizer, text) for text in texts), strict=True)
     window = config.max_position
-    _, nats = score_documents(model, encoded, sizes, tokenizer.token_bytes(), window=window, stride=window // 2, progress=progress)
-    return bits_per_byte_by_contamination(nats, np.array([int(s.sum()) for s in sizes]), np.array([f.contaminated for f in found]))
+    _, nats = score_documents(
+        model,
+        encoded,
+        sizes,
+        tokenizer.token_bytes(),
+        window=window,
+        stride=window // 2,
+        progress=progress,
+    )
+    return bits_per_byte_by_contamination(
+        nats, np.array([int(s.sum()) for s in sizes]), np.array([f.contaminated for f in found])
+    )

@@ -1,9 +1,10 @@
 """Extraction: given a stretch of a document, does the model go on as the document does?
 
-A sequence is a prefix and the `continuation` tokens after it; the model continues the prefix greedily. Score: the share of
-those tokens that agree, place by place (arXiv 2304.11158, section 2); exact: all of them (arXiv 2202.07646); near: at least
-NEAR of them. The same continuations are asked for with prefixes of every length, the longer ones reaching further back, and
-of held-out documents too: what those score is not memory but prediction.
+A sequence is a prefix and the `continuation` tokens after it; the model continues the prefix
+greedily. Score: the share of those tokens that agree, place by place (arXiv 2304.11158, section 2);
+exact: all of them (arXiv 2202.07646); near: at least NEAR of them. The same continuations are asked
+for with prefixes of every length, the longer ones reaching further back, and of held-out documents
+too: what those score is not memory but prediction.
 """
 
 from __future__ import annotations
@@ -35,16 +36,21 @@ class Sequences:
     continuation: int
 
 
-def sample_sequences(rows: Sequence[Rows], length: int, continuation: int, count: int, chance: np.random.Generator) -> Sequences:
-    """`count` stretches of `length` tokens, drawn evenly from the rows of all domains: a row, a piece of a document in it that is
-    long enough, a place in that. Fewer when no such piece is found in 20 draws for each."""
+def sample_sequences(
+    rows: Sequence[Rows], length: int, continuation: int, count: int, chance: np.random.Generator
+) -> Sequences:
+    """`count` stretches of `length` tokens, drawn evenly from the rows of all domains: a row, a piece of a document in it that is long enough, a place in that. Fewer when no such piece is found in 20 draws for each."""
     sizes = np.array([len(r) for r in rows], dtype=float)
     found: list[np.ndarray] = []
     for _ in range(20 * count if sizes.sum() else 0):
         domain = rows[int(chance.choice(len(rows), p=sizes / sizes.sum()))]
         row = domain[int(chance.integers(len(domain)))]
         starts = np.cumsum(row.doc_lens) - row.doc_lens
-        fits = [(s, n) for s, n, flags in zip(starts, row.doc_lens, row.doc_flags, strict=True) if n >= length and not flags & PADDING]
+        fits = [
+            (s, n)
+            for s, n, flags in zip(starts, row.doc_lens, row.doc_flags, strict=True)
+            if n >= length and not flags & PADDING
+        ]
         if fits:
             start, size = fits[int(chance.integers(len(fits)))]
             at = int(start) + int(chance.integers(int(size) - length + 1))
@@ -64,7 +70,13 @@ def greedy(config: Config, model: Decoder, prefixes: Tensor, count: int) -> Tens
     return torch.stack(chosen, dim=1)
 
 
-def scores(config: Config, model: Decoder, sequences: Sequences, prefix: int, advance: Callable[[int], None] = lambda n: None) -> np.ndarray:
+def scores(
+    config: Config,
+    model: Decoder,
+    sequences: Sequences,
+    prefix: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
     """fp64 [sequences]: the share of the continuation's tokens that the model gives after the last `prefix` tokens before it."""
     found = [np.zeros(0)]
     count = sequences.continuation
@@ -83,9 +95,13 @@ def continuation_nats(model: Decoder, sequences: Sequences) -> np.ndarray:
     for first in range(0, len(sequences.tokens), BATCH):
         group = torch.from_numpy(sequences.tokens[first : first + BATCH]).to(device)
         inputs, targets = group[:, :-1], group[:, -sequences.continuation :]
-        hidden = model(inputs, torch.arange(inputs.shape[1], device=device).expand_as(inputs))[:, -sequences.continuation :]
+        hidden = model(inputs, torch.arange(inputs.shape[1], device=device).expand_as(inputs))[
+            :, -sequences.continuation :
+        ]
         logs = model.lm_head(hidden).float().log_softmax(-1)
-        found.append(-logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double().mean(dim=1).cpu().numpy())
+        found.append(
+            -logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double().mean(dim=1).cpu().numpy()
+        )
     return np.concatenate(found)
 
 
@@ -94,12 +110,24 @@ def share(hits: np.ndarray) -> dict[str, Any]:
     if not len(hits):
         return {"share": None, "low": None, "high": None, "of": 0}
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return {"share": float(hits.mean()), "low": float(interval.low), "high": float(interval.high), "of": len(hits)}
+    return {
+        "share": float(hits.mean()),
+        "low": float(interval.low),
+        "high": float(interval.high),
+        "of": len(hits),
+    }
 
 
 def mean(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """A mean and its 95 % interval by bootstrap over the values, fp64 [n]."""
     if len(values) < 2:
-        return {"mean": float(values[0]) if len(values) else None, "low": None, "high": None, "of": len(values)}
-    low, high = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", random_state=seed).confidence_interval
+        return {
+            "mean": float(values[0]) if len(values) else None,
+            "low": None,
+            "high": None,
+            "of": len(values),
+        }
+    low, high = bootstrap(
+        (values,), np.mean, n_resamples=2000, method="percentile", random_state=seed
+    ).confidence_interval
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "of": len(values)}

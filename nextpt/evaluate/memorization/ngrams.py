@@ -1,9 +1,10 @@
 """Stretches of text as 64-bit hashes, so that all stretches of a corpus can be looked up in those of an evaluation set.
 
-Two kinds: 13 words (GPT-3, arXiv 2005.14165 appendix C) and 50 characters (GPT-4, arXiv 2303.08774 appendix C), both of
-text in small letters; words are runs of letters and digits, characters are those of the words, without what is between.
-A hash of a stretch is a polynomial in its units modulo 2^64, each unit mixed first; two of 10^9 stretches agree by chance with
-one of 10^6 with a probability of 10^9 * 10^6 / 2^64 = 5e-5.
+Two kinds: 13 words (GPT-3, arXiv 2005.14165 appendix C) and 50 characters (GPT-4, arXiv 2303.08774
+appendix C), both of text in small letters; words are runs of letters and digits, characters are
+those of the words, without what is between. A hash of a stretch is a polynomial in its units modulo
+2^64, each unit mixed first; two of 10^9 stretches agree by chance with one of 10^6 with a
+probability of 10^9 * 10^6 / 2^64 = 5e-5.
 """
 
 from __future__ import annotations
@@ -30,16 +31,31 @@ class Units:
 def units(text: str) -> Units:
     """The words and the characters of a text."""
     found = _WORD.findall(text.lower())
-    words = np.fromiter((xxhash.xxh64_intdigest(w.encode("utf-8", "surrogatepass")) for w in found), np.uint64, len(found))
-    return Units(words, _mix(np.frombuffer("".join(found).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)))
+    words = np.fromiter(
+        (xxhash.xxh64_intdigest(w.encode("utf-8", "surrogatepass")) for w in found),
+        np.uint64,
+        len(found),
+    )
+    return Units(
+        words,
+        _mix(
+            np.frombuffer("".join(found).encode("utf-32-le", "surrogatepass"), np.uint32).astype(
+                np.uint64
+            )
+        ),
+    )
 
 
 def stretch_hashes(values: np.ndarray, length: int) -> np.ndarray:
-    """uint64 [len(values) - length + 1]: the hash of every stretch of `length` units; empty where there are fewer."""
+    """uint64 [len(values) - length + 1]: the hash of every stretch of `length` units.
+
+    Empty where there are fewer.
+    """
     count = len(values) - length + 1
     if count <= 0:
         return np.zeros(0, np.uint64)
-    # h of a + b units is h(a) + BASE^a * h(b, a units on): the binary digits of `length` need few passes over the text.
+    # h of a + b units is h(a) + BASE^a * h(b, a units on): the binary digits of `length` need few
+    # passes over the text.
     hashed, done = np.zeros(count, np.uint64), 0
     doubling, size = values, 1
     while done < length:

@@ -1,7 +1,8 @@
 """The built-in tasks: prompts whose right continuation is known.
 
-Worked examples stand before a question wherever a model that only continues text could not know what is asked. Items are a function of
-(seed, task, tokenizer, texts): the same for every checkpoint of a run.
+Worked examples stand before a question wherever a model that only continues text could not know
+what is asked. Items are a function of (seed, task, tokenizer, texts): the same for every checkpoint
+of a run.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from data_prep.errors import PrepError
 from data_prep.tokenizer import Tokenizer
 from nextpt.errors import DataError
 
-WORDS = ("apple bird blue boat book bread bridge chair child cloud coat corn cup day door dream earth field fire fish flower friend garden glass "
-         "gold grass green hand heart hill home horse house island key king lake lamp leaf letter light line milk moon morning mountain music "
-         "name night ocean paper path pen picture plant queen rain red ring river road rock room rope rose salt sand school sea ship shoe silver "
-         "sky smoke snow song spring star stone street summer sun table tea tooth tower town train tree valley voice wall water wind window wing "
-         "winter wood word world yard year").split()
+WORDS = (
+    "apple bird blue boat book bread bridge chair child cloud coat corn cup day door dream earth"
+    " field fire fish flower friend garden glass gold grass green hand heart hill home horse house"
+    " island key king lake lamp leaf letter light line milk moon morning mountain music name night"
+    " ocean paper path pen picture plant queen rain red ring river road rock room rope rose salt"
+    " sand school sea ship shoe silver sky smoke snow song spring star stone street summer sun"
+    " table tea tooth tower town train tree valley voice wall water wind window wing winter wood"
+    " word world yard year"
+).split()
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 EXAMPLES = 4  # worked examples before a question
 COPIED = 5  # words that are copied
@@ -31,8 +36,7 @@ WORD = re.compile(r"(?<=\S) ([^\W\d_]{%d,})(?!\w)" % LETTERS)
 
 @dataclass(frozen=True)
 class Item:
-    """prompt: token ids, the start token first. answer: token ids, at least one. chance: of a guess that knows what kind of answer is asked
-    for; None where nobody can say."""
+    """prompt: token ids, the start token first. answer: token ids, at least one. chance: of a guess that knows what kind of answer is asked for; None where nobody can say."""
 
     prompt: list[int]
     answer: list[int]
@@ -48,13 +52,27 @@ class Material:
     room: int
 
     def item(self, prompt: str, answer: str, chance: float | None) -> Item | None:
-        """None where it does not fit. The answer's tokens are those it has after the prompt, as lm-evaluation-harness divides them."""
+        """None where it does not fit.
+
+        The answer's tokens are those it has after the prompt, as lm-evaluation-harness divides
+        them.
+        """
         try:
-            before, whole = (self.tokenizer.encode(text).tolist() for text in (prompt, prompt + answer))
-            after = whole[len(before) :] if whole[: len(before)] == before else self.tokenizer.encode(answer).tolist()
+            before, whole = (
+                self.tokenizer.encode(text).tolist() for text in (prompt, prompt + answer)
+            )
+            after = (
+                whole[len(before) :]
+                if whole[: len(before)] == before
+                else self.tokenizer.encode(answer).tolist()
+            )
         except PrepError as error:
             raise DataError(f"the tokenizer cannot spell a task: {error}") from None
-        return Item([self.tokenizer.start_id, *before], after, chance) if after and 1 + len(before) + len(after) <= self.room else None
+        return (
+            Item([self.tokenizer.start_id, *before], after, chance)
+            if after and 1 + len(before) + len(after) <= self.room
+            else None
+        )
 
 
 def arithmetic(material: Material, rng: np.random.Generator) -> Item | None:
@@ -68,18 +86,29 @@ def arithmetic(material: Material, rng: np.random.Generator) -> Item | None:
 def copying(material: Material, rng: np.random.Generator) -> Item | None:
     """Words once more, in their order, after two lines that do so."""
     lines = [" ".join(rng.choice(WORDS, COPIED, replace=False)) for _ in range(3)]
-    return material.item("".join(f"{line} | {line}\n" for line in lines[:-1]) + f"{lines[-1]} |", f" {lines[-1]}", len(WORDS) ** -COPIED)
+    return material.item(
+        "".join(f"{line} | {line}\n" for line in lines[:-1]) + f"{lines[-1]} |",
+        f" {lines[-1]}",
+        len(WORDS) ** -COPIED,
+    )
 
 
 def brackets(material: Material, rng: np.random.Generator) -> Item | None:
     """The closing brackets that an open string needs, after worked strings."""
     strings = [_bracket_string(rng) for _ in range(EXAMPLES + 1)]
     opened, closed = strings[-1]
-    return material.item("".join(f"{a}{b}\n" for a, b in strings[:-1]) + opened, closed, len(PAIRS) ** -len(closed.split()))
+    return material.item(
+        "".join(f"{a}{b}\n" for a, b in strings[:-1]) + opened,
+        closed,
+        len(PAIRS) ** -len(closed.split()),
+    )
 
 
 def _bracket_string(rng: np.random.Generator) -> tuple[str, str]:
-    """A string that opens two to four brackets more than it closes, and what closes those; a space between all."""
+    """A string that opens two to four brackets more than it closes, and what closes those.
+
+    A space between all.
+    """
     more, pairs = int(rng.integers(2, 5)), int(rng.integers(3))
     to_open, to_close, waiting, written = more + pairs, pairs, [], []
     while to_open or to_close:
@@ -105,25 +134,34 @@ def induction(material: Material, rng: np.random.Generator) -> Item | None:
 
 
 def cloze(material: Material, rng: np.random.Generator) -> Item | None:
-    """A word of a held-out text after the text before it; the text is cut on its left to what fits."""
+    """A word of a held-out text after the text before it.
+
+    The text is cut on its left to what fits.
+    """
     text = material.texts[int(rng.integers(len(material.texts)))]
     places = [found for found in WORD.finditer(text) if found.start() >= 40]
     if not places:
         return None
     found = places[int(rng.integers(len(places)))]
     for characters in (BEFORE, BEFORE // 2, BEFORE // 4, BEFORE // 8):  # until it fits
-        if item := material.item(text[max(0, found.start() - characters) : found.start()], f" {found[1]}", None):
+        if item := material.item(
+            text[max(0, found.start() - characters) : found.start()], f" {found[1]}", None
+        ):
             return item
     return None
 
 
 TASKS: dict[str, Callable[[Material, np.random.Generator], Item | None]] = {
-    task.__name__: task for task in (arithmetic, copying, brackets, induction, cloze)}
+    task.__name__: task for task in (arithmetic, copying, brackets, induction, cloze)
+}
 TRIES = 20  # for each item: texts may have no word, prompts no room
 
 
 def make_items(name: str, material: Material, count: int, seed: int) -> list[Item]:
-    """`count` items of a task, or fewer where texts are few. Raises DataError for a name that is none, and where not one item fits."""
+    """`count` items of a task, or fewer where texts are few.
+
+    Raises DataError for a name that is none, and where not one item fits.
+    """
     if name not in TASKS:
         raise DataError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
     rng, found = np.random.default_rng([seed, *name.encode()]), []
@@ -133,6 +171,9 @@ def make_items(name: str, material: Material, count: int, seed: int) -> list[Ite
         if item := TASKS[name](material, rng):
             found.append(item)
     if not found:
-        raise DataError(f"no item of task {name} fits the model's {material.room} positions"
-                        + (", or the texts have no word for it" if name == "cloze" else "") + "; choose others with --task")
+        raise DataError(
+            f"no item of task {name} fits the model's {material.room} positions"
+            + (", or the texts have no word for it" if name == "cloze" else "")
+            + "; choose others with --task"
+        )
     return found

@@ -11,7 +11,11 @@ from nextpt.errors import ConfigError, UserError
 from nextpt.events import Event, Listener
 
 # key of the section -> modules its library consists of
-LIBRARIES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy")}
+LIBRARIES = {
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy"),
+}
 
 
 class Guarded:
@@ -34,9 +38,13 @@ class Guarded:
             return
         try:
             action(self._tracker)
-        except Exception as error:  # noqa: BLE001 whatever a tracking library raises
+        except Exception as error:
             self._tracker = None
-            print(f"warning: {self.name} stopped ({_one_line(error)}); training goes on without it", file=sys.stderr, flush=True)
+            print(
+                f"warning: {self.name} stopped ({_one_line(error)}); training goes on without it",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def chosen(config: Config) -> list[str]:
@@ -49,8 +57,10 @@ def check_trackers(config: Config) -> None:
     for name in chosen(config):
         missing = [module for module in LIBRARIES[name] if importlib.util.find_spec(module) is None]
         if missing:
-            raise ConfigError(f"trackers.{name}: {', '.join(missing)} is not installed; pip install 'nextpt[trackers]', "
-                              f"or take trackers.{name} out of the config")
+            raise ConfigError(
+                f"trackers.{name}: {', '.join(missing)} is not installed; pip install"
+                f" 'nextpt[trackers]', or take trackers.{name} out of the config"
+            )
 
 
 def open_trackers(config: Config, first_step: int) -> list[Listener]:

@@ -12,11 +12,12 @@ from nextpt.events import Event, scalars
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import
 
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Metric, Param  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # the first use of a database tells of each table
+# The first use of a database tells of each table
+logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 LONGEST_PARAM = 500  # characters, the bound of older servers
 
@@ -29,11 +30,15 @@ class MlflowTracker:
         root = config.run_dir.absolute().parent
         root.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(tracking_uri=section.uri or f"sqlite:///{root / 'mlflow.db'}")
-        self._run_id = self._existing(config.run_dir / "mlflow_id") or self._new(config, section.experiment)
+        self._run_id = self._existing(config.run_dir / "mlflow_id") or self._new(
+            config, section.experiment
+        )
 
     def on_event(self, event: Event) -> None:
         milliseconds = int(1000 * event.time)
-        found = [Metric(name, value, milliseconds, event.step) for name, value in scalars(event).items()]
+        found = [
+            Metric(name, value, milliseconds, event.step) for name, value in scalars(event).items()
+        ]
         self._client.log_batch(self._run_id, metrics=found)
 
     def close(self) -> None:
@@ -52,7 +57,9 @@ class MlflowTracker:
 
     def _new(self, config: Config, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        experiment_id = (
+            experiment.experiment_id if experiment else self._client.create_experiment(name)
+        )
         run_id = self._client.create_run(experiment_id, run_name=config.run.name).info.run_id
         values = flatten(config.model_dump(mode="json"))
         params = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in values.items()]

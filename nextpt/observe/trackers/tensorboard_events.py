@@ -9,7 +9,10 @@ from nextpt.events import Event, RollbackEvent, scalars
 
 
 class TensorBoardTracker:
-    """Scalars against the step. A resumed run, or one rolled back, hides the points of steps that are made again (`purge_step`)."""
+    """Scalars against the step.
+
+    A resumed run, or one rolled back, hides the points of steps that are made again (`purge_step`).
+    """
 
     def __init__(self, config: Config, first_step: int) -> None:
         self._folder = config.run_dir / "tensorboard"

@@ -18,19 +18,35 @@ from nextpt.events import Event, scalars
 class WandbTracker:
     """One W&B run per run folder: its id is kept in RUN/wandb_id, so that a resumed run goes on in the same place.
 
-    The step is logged as a value and made the axis: W&B's own step refuses to go back, and a resumed run makes some
-    steps again. Only the config and the metrics leave the machine: no code, no git state, no console output.
+    The step is logged as a value and made the axis: W&B's own step refuses to go back, and a
+    resumed run makes some steps again. Only the config and the metrics leave the machine: no code,
+    no git state, no console output.
     """
 
     def __init__(self, config: Config) -> None:
         section = config.trackers.wandb
         if section.mode == "online" and not _has_key():
-            raise ConfigError("trackers.wandb: no API key; set WANDB_API_KEY or run `wandb login`, "
-                              "or choose trackers.wandb.mode=offline")
-        quiet = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_machine_info=True)
+            raise ConfigError(
+                "trackers.wandb: no API key; set WANDB_API_KEY or run `wandb login`, "
+                "or choose trackers.wandb.mode=offline"
+            )
+        quiet = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            save_code=False,
+            x_disable_machine_info=True,
+        )
         self._run = wandb.init(
-            project=section.project, entity=section.entity, mode=section.mode, dir=config.run_dir, name=config.run.name,
-            id=_id(config), resume="allow", config=config.model_dump(mode="json"), settings=quiet,
+            project=section.project,
+            entity=section.entity,
+            mode=section.mode,
+            dir=config.run_dir,
+            name=config.run.name,
+            id=_id(config),
+            resume="allow",
+            config=config.model_dump(mode="json"),
+            settings=quiet,
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -43,12 +59,16 @@ class WandbTracker:
 
 
 def _has_key() -> bool:
-    """Whether wandb would find a key by itself. Without one it asks on the terminal, which would hang a job."""
+    """Whether wandb would find a key by itself.
+
+    Without one it asks on the terminal, which would hang a job.
+    """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc(os.environ.get("NETRC")).authenticators(host) is not None  # where `wandb login` puts it
+        # Where `wandb login` puts it
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, NetrcParseError):
         return False
 

@@ -22,21 +22,21 @@ import torch
 from kernels.bench.machine import describe_machine, synchronize
 from nextpt.config import GuardSection
 from nextpt.events import read_events
-from nextpt.train.guard import NORMAL, Judge
+from nextpt.train.spike_detector import NORMAL, SpikeDetector
 
 PARTS = 20
 
 
 def judging(device: str, steps: int) -> float:
     """Microseconds a step."""
-    judge, seconds = Judge(GuardSection(), torch.device(device)), []
+    detector, seconds = SpikeDetector(GuardSection(), torch.device(device)), []
     loss, z_part, norm = torch.tensor([3.0, 0.0, 1.0], dtype=torch.float64, device=device)
     for _ in range(PARTS + 1):
-        judge.read()
+        detector.read()
         synchronize(device)
         started = time.perf_counter()
         for _ in range(steps // PARTS):
-            judge.judge(loss, z_part, norm)
+            detector.classify(loss, z_part, norm)
         synchronize(device)
         seconds.append((time.perf_counter() - started) / (steps // PARTS))
     return 1e6 * median(seconds[1:])
@@ -69,7 +69,7 @@ def main() -> None:
     print(
         ", ".join(f"{name} {value}" for name, value in describe_machine(arguments.device).items())
     )
-    print(f"judge: {judging(arguments.device, max(arguments.steps, PARTS)):.0f} us a step")
+    print(f"detector: {judging(arguments.device, max(arguments.steps, PARTS)):.0f} us a step")
     found = heights(arguments.run, arguments.window) if arguments.run else []
     for place, what in enumerate(
         (

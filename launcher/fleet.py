@@ -19,8 +19,8 @@ from launcher.hosts import Host, Unreachable, exported_variables, probe, ssh_com
 from launcher.local import free_port, interrupt
 from nextpt.config import load_config, to_yaml
 from nextpt.errors import CRASHED, DAMAGED, HUNG, IN_USE, MISTAKE, REQUEUE, ConfigError
-from nextpt.train.ending import read_end
-from nextpt.train.stop import SIGNALS
+from nextpt.job.exit_record import read_exit_record
+from nextpt.job.signals import SIGNALS
 
 LOST = 255  # of ssh: the connection, and with it the host
 AFTER = 45.0  # seconds beyond train.hang_seconds that other hosts have to end when one did
@@ -164,7 +164,7 @@ class Fleet:
         for code in (MISTAKE, IN_USE, DAMAGED, REQUEUE):
             if code in codes:
                 return code
-        end = read_end(self.config.run_dir)
+        end = read_exit_record(self.config.run_dir)
         killed = [code for code in codes if code > 128 and code != LOST]
         lost = [host.name for host, code in zip(self.hosts, codes, strict=True) if code == LOST]
         if lost:

@@ -16,8 +16,8 @@ from data_prep.processes import children_of, command_of
 from launcher.console import out
 from nextpt.config import load_config
 from nextpt.errors import CRASHED, REQUEUE, UserError
-from nextpt.train.ending import read_end
-from nextpt.train.stop import SIGNALS
+from nextpt.job.exit_record import read_exit_record
+from nextpt.job.signals import SIGNALS
 
 OUT_OF_MEMORY = (
     ", most likely because memory ran out (see dmesg; nextpt plan tells what a run needs)"
@@ -60,7 +60,7 @@ def start_training(
 
     Returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given.
 
-    SIGTERM and SIGUSR1 go on to the ranks, which save and end (nextpt/train/stop.py). Raises
+    SIGTERM and SIGUSR1 go on to the ranks, which save and end (nextpt/job/signals.py). Raises
     KeyboardInterrupt, with all ranks ended, when this process is interrupted or its terminal
     closed.
     """
@@ -117,7 +117,7 @@ def start_training(
 
 def _recorded_code(run: Path) -> int:
     """The code of a job whose launcher says 0: deepspeed's says so too when the process below it was killed."""
-    end = read_end(run)
+    end = read_exit_record(run)
     if end is None:
         print(
             f"error: training ended without a word: {run / 'exit.json'} is not there. Something"

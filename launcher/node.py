@@ -31,7 +31,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from data_prep.files import sha256_file
-    from nextpt.train.environment import versions
+    from nextpt.job.environment import versions
 
     data = request["data"]
     connection = os.environ.get("SSH_CONNECTION", "").split()

@@ -10,7 +10,7 @@ from pathlib import Path
 from nextpt.checkpoint.folders import steps
 from nextpt.errors import CRASHED, HUNG
 from nextpt.events import read_events
-from nextpt.train.ending import read_end
+from nextpt.job.exit_record import read_exit_record
 
 RESTARTS = 3
 # Signals that are somebody's wish; all others that end a rank are an accident.
@@ -35,7 +35,7 @@ def supervise(start: Callable[[], int], run: Path, restarts: int) -> int:
         if left == 0 or not _is_accident(code) or (code == CRASHED and _last_step(run) <= before):
             return code
         left -= 1
-        end = read_end(run)
+        end = read_exit_record(run)
         print(
             f"nextpt: training ended with {code} ({end['reason'] if end else 'killed'}); starting"
             f" it again after step {saved}, {left} more such start{'s' * (left != 1)} if no"

@@ -18,8 +18,8 @@ from nextpt.checkpoint.manifest import MANIFEST, manifest_problem, read_manifest
 from nextpt.config import Config, load_config
 from nextpt.errors import DataError
 from nextpt.events import read_events
+from nextpt.job.environment import read_starts
 from nextpt.model import count
-from nextpt.train.environment import read_starts
 
 
 @dataclass(frozen=True)

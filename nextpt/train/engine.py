@@ -39,9 +39,9 @@ from nextpt.errors import UserError  # noqa: E402
 from nextpt.model import Decoder  # noqa: E402
 from nextpt.objective import Loss, next_token_loss  # noqa: E402
 from nextpt.train.dynamics import AdamWUpdates, GradientNoise, update_ratios  # noqa: E402
-from nextpt.train.guard import Judge  # noqa: E402
 from nextpt.train.memory import LIVE_PARAMETERS, reduce_bucket  # noqa: E402
 from nextpt.train.optimizer import GuardedAdamW, decays, parameter_groups  # noqa: E402
+from nextpt.train.spike_detector import SpikeDetector  # noqa: E402
 
 # It warns of what is meant to be: a CPU, an optimizer of ours
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -170,7 +170,7 @@ class Engine:
         if config.train.compile:
             for block in module.model.blocks:
                 block.compile()
-        self.judge = Judge(config.guard, device)
+        self.spike_detector = SpikeDetector(config.guard, device)
         # Of the step under way: (total, z part), over all ranks
         self._loss = torch.zeros(2, dtype=torch.float64, device=device)
         # ZeRO-3 makes a step when it is built, which is not judged.
@@ -246,7 +246,7 @@ class Engine:
                     [p.grad for p in self._module.parameters() if p.grad is not None]
                 )
             norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device).reshape(())
-            self._verdict = norm, self.judge.judge(*self._loss, norm)
+            self._verdict = norm, self.spike_detector.classify(*self._loss, norm)
         return self._verdict
 
     def gradient_noise(

@@ -19,14 +19,15 @@ from nextpt.data.loader import Loader
 from nextpt.errors import Stopped, UserError
 from nextpt.evaluate.metrics import DomainSums, figures_json
 from nextpt.events import Event, RollbackEvent, StepEvent, ValidationEvent
+from nextpt.job.context import JobContext
+from nextpt.job.signals import resume_command
 from nextpt.model import count
 from nextpt.objective import local_weight_sum
 from nextpt.train.engine import Engine
-from nextpt.train.guard import NOTHING, Guard, Judgement
 from nextpt.train.hardware import memory_in_use, peak_flops
-from nextpt.train.life import Life
+from nextpt.train.rollback import EMPTY_STATE, RollbackPolicy
 from nextpt.train.schedule import learning_rate
-from nextpt.train.stop import resume_command
+from nextpt.train.spike_detector import StepVerdict
 from nextpt.train.together import on_all_or_stop
 
 Outcomes = list[Finished | Failed]
@@ -71,7 +72,7 @@ class Trainer:
         save: Callable[[int, dict[str, Any], bool], Outcomes],
         poll: Callable[[bool], Outcomes],
         emit: Callable[[Event], None],
-        life: Life | None = None,
+        job: JobContext | None = None,
         go_back: Callable[[int], dict[str, Any] | None] = lambda step: None,
     ) -> None:
         self.config = config
@@ -82,9 +83,9 @@ class Trainer:
         self.save = save
         self.poll = poll
         self.emit = emit
-        self.life = life or Life()
+        self.job = job or JobContext()
         self.go_back = go_back
-        self.guard, self.validation = Guard(config.guard, engine.judge), None
+        self.guard, self.validation = RollbackPolicy(config.guard, engine.spike_detector), None
         self.flops_per_token = count(config).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()
@@ -106,7 +107,7 @@ class Trainer:
         Raises KeyError, TypeError or ValueError.
         """
         self.validation = state.get("validation")
-        self.guard.load(state.get("guard", NOTHING))
+        self.guard.load(state.get("guard", EMPTY_STATE))
 
     def run(self, first_step: int) -> None:
         """Train, then save the last step. first_step: 1 for a fresh run.
@@ -126,7 +127,7 @@ class Trainer:
             made = self.train_step(step, logging)
             if made is None:
                 self.end_early(step - 1)
-            self.life.made(step)
+            self.job.record_step(step)
             self.look(wait=False)
             every = config.validation.every_steps
             validating = every is not None and (step % every == 0 or step == last)
@@ -144,13 +145,13 @@ class Trainer:
             # In a run of bad steps there is nothing new to save, and a rollback needs one from
             # before it.
             if self.save_owed and (step == last or not self.guard.in_row):
-                self.guard.progressed()
+                self.guard.reset_rollbacks()
                 self.save_now(step, wait=step == last)
                 clock = self._clock(step)
 
-    def judged(self, step: int) -> list[Judgement]:
+    def judged(self, step: int) -> list[StepVerdict]:
         """Read how the steps up to `step` since the last call were judged, and tell of those that were skipped. Collective."""
-        self.life.doing("logging", step)
+        self.job.set_phase("logging", step)
         judged, skipped = self.guard.hear(step)
         told = self.ranks.gather([self.guard.skipped, self.guard.in_row])
         if any(one != told[0] for one in told):
@@ -166,7 +167,7 @@ class Trainer:
     def roll_back(self) -> int:
         """Go back to the newest checkpoint from before the bad steps, pass over their data, and save that at once, so that the next start takes it; returns its step. Collective. Raises UserError when the guard gives up."""
         guard, first, last = self.guard, self.guard.since, self.guard.since + self.guard.in_row - 1
-        self.life.doing("rolling back", last)
+        self.job.set_phase("rolling back", last)
         self.look(wait=True)
         # The loader counts steps from 0: that after the last bad one
         seen, stop = guard.seen(), self.loader.position(last)
@@ -178,7 +179,7 @@ class Trainer:
                 " guard.rollback_after or guard.spikes a larger value"
             )
         step, most = state["step"], self.config.guard.max_rollbacks
-        guard.went_back(state.get("guard", NOTHING))
+        guard.record_rollback(state.get("guard", EMPTY_STATE))
         if guard.rollbacks > most:
             raise UserError(
                 f"{seen}, after {most} rollbacks to step {step} (guard.max_rollbacks); look at the"
@@ -198,7 +199,7 @@ class Trainer:
         return Clock(time.monotonic(), step, self.loader.wait_seconds)
 
     def save_now(self, step: int, wait: bool) -> None:
-        self.life.doing("save", step)
+        self.job.set_phase("save", step)
         self.saved_step, self.save_owed = step, False
         self._took(self.save(step, self.state(), wait))
         self.last_saved_at = time.monotonic()
@@ -219,7 +220,7 @@ class Trainer:
         self.judged(step)
         grace = self.config.checkpoint.grace_seconds
         told = self.ranks.gather(
-            [self.life.stop.name, self.life.stop.seconds_left(grace), self.save_seconds]
+            [self.job.stop.name, self.job.stop.seconds_left(grace), self.save_seconds]
         )
         name = next(name for name, _, _ in told if name)
         left = min(seconds for _, seconds, _ in told if seconds is not None)
@@ -232,7 +233,7 @@ class Trainer:
             )
         elif step > self.saved_step:
             self.save_now(step, wait=True)
-        self.life.doing("save", step)
+        self.job.set_phase("save", step)
         self.look(wait=True)
         text = "saved" if step else "nothing to save yet"
         if step > self.saved_step:
@@ -250,18 +251,18 @@ class Trainer:
 
         Raises UserError on every rank when the batches of one cannot be read.
         """
-        self.life.doing("batches", step)
+        self.job.set_phase("batches", step)
         read, stopping = on_all_or_stop(
-            self.ranks, lambda: self._read(step), self.life.told_to_stop
+            self.ranks, lambda: self._read(step), self.job.stop_requested
         )
         if stopping:
             return None
-        self.life.doing("training", step)
+        self.job.set_phase("training", step)
         batches = [batch.to(self.engine.device) for batch in read]
         weights = self.engine.all_sum(local_weight_sum(batches))
         # Of another mixture or context: its losses are not those of the last steps
         if self.loader.begins_stage(step - 1):
-            self.engine.judge.forget()
+            self.engine.spike_detector.reset()
         losses = self.engine.step(batches, weights, learning_rate(self.config, step), measure)
         sums = DomainSums(self.domains, self.engine.device)
         for batch, loss in zip(batches, losses, strict=True):
@@ -269,12 +270,12 @@ class Trainer:
         return Made(sums, weights, len(batches))
 
     def _read(self, step: int) -> list[Batch]:
-        self.life.check()
+        self.job.check()
         batches = self.loader.step_batches(step - 1)
-        self.life.doing("the vote on batches", step)
+        self.job.set_phase("the vote on batches", step)
         return batches
 
-    def log(self, step: int, made: Made, judged: Judgement, clock: Clock) -> None:
+    def log(self, step: int, made: Made, judged: StepVerdict, clock: Clock) -> None:
         """Sum over ranks, read the device, emit the step's event.
 
         A step that was skipped is logged as it was.
@@ -324,9 +325,9 @@ class Trainer:
             for domain in range(len(self.domains)):
                 batches = self.loader.validation_batches(domain, config.validation.rows)
                 while True:
-                    self.life.doing("validation", step)
+                    self.job.set_phase("validation", step)
                     batch, stopping = on_all_or_stop(
-                        self.ranks, lambda: next(batches, None), self.life.told_to_stop
+                        self.ranks, lambda: next(batches, None), self.job.stop_requested
                     )
                     if stopping:
                         return False

@@ -16,7 +16,7 @@ from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config, differences, parse_config
 from nextpt.errors import ConfigError, Stopped
 from nextpt.events import Event
-from nextpt.train.life import Life
+from nextpt.job.context import JobContext
 
 # Seconds that the end of a run may wait for its last checkpoints to be mirrored: 30 GB at 100 MB/s,
 # sent and read back. Nothing is lost after that: the same command goes on with what is missing.
@@ -24,7 +24,7 @@ END_SECONDS = 600.0
 MARGIN = 3.0  # seconds of checkpoint.grace_seconds that are left for the rest of the end
 
 
-def open_mirror(config: Config, root: Path, life: Life) -> Mirror | None:
+def open_mirror(config: Config, root: Path, job: JobContext) -> Mirror | None:
     """The mirror that checkpoint.mirror names; None without. root: of the checkpoints.
 
     Raises ConfigError for an address that is none.
@@ -41,7 +41,7 @@ def open_mirror(config: Config, root: Path, life: Life) -> Mirror | None:
         root,
         config.checkpoint,
         config.run.name,
-        life.may_commit,
+        job.may_commit,
         lambda folder: check_same_run(config, folder),
     )
 
@@ -61,7 +61,7 @@ def mirroring(
     mirror: Mirror | None,
     config: Config,
     ranks: Ranks,
-    life: Life,
+    job: JobContext,
     emit: Callable[[Event], None],
     say: Callable[[str], None],
 ) -> Iterator[None]:
@@ -80,7 +80,7 @@ def mirroring(
             yield
         except Stopped as end:
             stopped = end
-        _finish(mirror, config, ranks, life, say)
+        _finish(mirror, config, ranks, job, say)
     finally:
         mirror.end()
         for event in mirror.news():
@@ -90,22 +90,22 @@ def mirroring(
 
 
 def _finish(
-    mirror: Mirror, config: Config, ranks: Ranks, life: Life, say: Callable[[str], None]
+    mirror: Mirror, config: Config, ranks: Ranks, job: JobContext, say: Callable[[str], None]
 ) -> None:
     """All ranks wait for the first, for launchers end all when one ends."""
     begun, grace = time.monotonic(), config.checkpoint.grace_seconds
     told = [
-        seconds for seconds in ranks.gather(life.stop.seconds_left(grace)) if seconds is not None
+        seconds for seconds in ranks.gather(job.stop.seconds_left(grace)) if seconds is not None
     ]
     most = min([END_SECONDS, *(seconds - MARGIN for seconds in told)])
 
     def seconds_left() -> float:
-        since = life.stop.seconds_left(grace)  # a signal may come meanwhile
+        since = job.stop.seconds_left(grace)  # a signal may come meanwhile
         return min(
             most - (time.monotonic() - begun), END_SECONDS if since is None else since - MARGIN
         )
 
-    life.doing("mirroring", life.progress.step)
+    job.set_phase("mirroring", job.progress.step)
     steps = ranks.from_first(mirror.finish(seconds_left) if ranks.rank == 0 else None)
     if steps:
         say(

@@ -24,11 +24,11 @@ from nextpt.config import Config, differences, load_config, to_yaml
 from nextpt.data.loader import Loader
 from nextpt.errors import CheckpointError, ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile, SaveFailedEvent
+from nextpt.job.context import JobContext, job_context
+from nextpt.job.environment import describe_start, place, record_start, versions
 from nextpt.train.agree import refuse_disagreement
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
-from nextpt.train.environment import describe_start, place, record_start, versions
-from nextpt.train.life import Life, living
 from nextpt.train.loop import Outcomes, Trainer
 from nextpt.train.memory import loss_chunking
 from nextpt.train.mirroring import mirroring, open_mirror
@@ -56,31 +56,31 @@ def run_training(
     refuse_disagreement(ranks, {"config": config.model_dump(mode="json"), "versions": versions()})
     config.accumulation_steps(ranks.world_size)
     check_hpz(config, [host for host, _ in ranks.gather(place(device))])
-    with living(config.run_dir, ranks, config.train.hang_seconds) as life:
-        _train(config, device, ranks, life, open_trackers)
+    with job_context(config.run_dir, ranks, config.train.hang_seconds) as job:
+        _train(config, device, ranks, job, open_trackers)
 
 
 def _train(
-    config: Config, device: torch.device, ranks: Ranks, life: Life, open_trackers: OpenTrackers
+    config: Config, device: torch.device, ranks: Ranks, job: JobContext, open_trackers: OpenTrackers
 ) -> None:
     loader = on_all(
         ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda")
     )
     root = config.run_dir / "checkpoints"
-    mirror = on_all(ranks, lambda: open_mirror(config, root, life))
+    mirror = on_all(ranks, lambda: open_mirror(config, root, job))
     keeper = Keeper(
-        root, config.checkpoint, ranks, lambda text: _say(ranks, text), life.may_commit, mirror
+        root, config.checkpoint, ranks, lambda text: _say(ranks, text), job.may_commit, mirror
     )
     refuse_disagreement(ranks, {"dataset": loader.state(0)})
     on_first(ranks, lambda: _check_run_folder(config))
     checkpoint = keeper.start()
     first_step = checkpoint.step + 1 if checkpoint else 1
-    life.made(first_step - 1)
+    job.record_step(first_step - 1)
     if checkpoint:
         _check_data(config, checkpoint, loader)
         if first_step > config.last_step:
             with mirroring(
-                mirror, config, ranks, life, lambda event: None, lambda text: _say(ranks, text)
+                mirror, config, ranks, job, lambda event: None, lambda text: _say(ranks, text)
             ):
                 _say(
                     ranks,
@@ -132,11 +132,11 @@ def _train(
         try:
             outcomes = finish()
         except CheckpointError:
-            on_all(ranks, life.check)  # that the folder was lost is another end than a failed save
+            on_all(ranks, job.check)  # that the folder was lost is another end than a failed save
             raise
         for one in outcomes:
             if isinstance(one, Failed):
-                on_all(ranks, life.check)
+                on_all(ranks, job.check)
                 go_on_without(config, one)
                 emit(
                     SaveFailedEvent(
@@ -167,13 +167,13 @@ def _train(
             listener.on_event(event)
 
     try:
-        trainer = Trainer(config, engine, loader, ranks, save_step, poll, emit, life, go_back)
+        trainer = Trainer(config, engine, loader, ranks, save_step, poll, emit, job, go_back)
         if checkpoint:
             go_on(trainer, checkpoint)
-        with mirroring(mirror, config, ranks, life, emit, lambda text: _say(ranks, text)):
+        with mirroring(mirror, config, ranks, job, emit, lambda text: _say(ranks, text)):
             trainer.run(first_step)
     finally:
-        life.doing("closing", life.progress.step)  # trackers may have much to send
+        job.set_phase("closing", job.progress.step)  # trackers may have much to send
         loader.close()
         for listener in listeners:
             listener.close()

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.faults.test_job_context import wait_for
 
 from data_prep.processes import command_of
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
-from nextpt.train.ending import read_end
-from tests.faults.test_life import wait_for
+from nextpt.job.exit_record import read_exit_record
 from tests.support.datasets import tiny
 from tests.support.net_hosts import Hosts, hosts, missing
 from tests.support.ranks import train_all
@@ -105,7 +105,7 @@ def test_a_host_that_loses_its_processes_and_a_signal(
     wait_for(lambda: max(losses(run)) > seen)
     job.send_signal(signal.SIGTERM)
     assert job.wait(120) == 75, (tmp_path / "output").read_text()
-    assert read_end(run)["code"] == 75 and not ranks(three, "h1") and not ranks(three, "h2")
+    assert read_exit_record(run)["code"] == 75 and not ranks(three, "h1") and not ranks(three, "h2")
     assert (
         start(three, three.hostfile(1, "h1", "h2"), config(dataset, run), tmp_path).wait(300) == 0
     ), (tmp_path / "output").read_text()
@@ -181,7 +181,7 @@ def test_deepspeed_over_pdsh(
     wait_for(lambda: not ranks(three, "h1") and not ranks(three, "h2"), 30)
     job = deepspeed(three.hostfile(1, "h1"))
     assert job.wait(300) == 0, (tmp_path / "output").read_text()
-    assert close(losses(run), unbroken) and read_end(run)["code"] == 0
+    assert close(losses(run), unbroken) and read_exit_record(run)["code"] == 0
 
 
 def test_pdsh_that_is_gone_leaves_no_ranks(three: Hosts, dataset: Path, tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.faults.test_job_context import wait_for
 
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
-from nextpt.train.ending import read_end
-from tests.faults.test_life import wait_for
+from nextpt.job.exit_record import read_exit_record
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all
 from tests.support.slurm_cluster import Slurm, missing, slurm
@@ -102,7 +102,7 @@ def test_preempted_again_and_again_with_the_losses_of_an_unbroken_run(
             "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true"
         )
         cluster.wait_for(other, "COMPLETED")
-        end = read_end(run)
+        end = read_exit_record(run)
         assert end["code"] == 75 and end["step"] > seen, (cycle, end, log(run, job))
         ends.append(end["step"])
         start_again(cluster, job, cycle)
@@ -128,7 +128,10 @@ def test_out_of_time_it_saves_and_queues_itself_again(
     run = tmp_path / "run"
     job = submit(cluster, endless(dataset, run), tmp_path, "--time", "2")
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", 150)
-    assert read_end(run)["code"] == 75 and "stopped by SIGUSR1" in read_end(run)["reason"]
+    assert (
+        read_exit_record(run)["code"] == 75
+        and "stopped by SIGUSR1" in read_exit_record(run)["reason"]
+    )
     cluster.run("scancel", job)
     assert cluster.wait_for(job, "CANCELLED")["Restarts"] == "1"
 
@@ -141,11 +144,11 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     wait_for(lambda: steps_made(run) > 0)
     cluster.run("scancel", job)
     job_state = cluster.wait_for(job, "CANCELLED")
-    wait_for(lambda: read_end(run) is not None, 30)
+    wait_for(lambda: read_exit_record(run) is not None, 30)
     assert (
         job_state["Restarts"] == "0"
-        and read_end(run)["code"] == 75
-        and "saved" in read_end(run)["reason"]
+        and read_exit_record(run)["code"] == 75
+        and "saved" in read_exit_record(run)["reason"]
     )
 
 
@@ -166,4 +169,4 @@ def test_a_finished_run_completes(cluster: Slurm, dataset: Path, tmp_path: Path)
     run = tmp_path / "run"
     job = submit(cluster, tiny(dataset, run), tmp_path)
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log(run, job)
-    assert read_end(run)["code"] == 0 and steps_made(run) == 6
+    assert read_exit_record(run)["code"] == 0 and steps_made(run) == 6

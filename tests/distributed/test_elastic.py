@@ -8,7 +8,7 @@ import pytest
 
 from nextpt.config import Config
 from nextpt.events import read_events
-from nextpt.train.environment import read_starts
+from nextpt.job.environment import read_starts
 from tests.support.datasets import tiny
 from tests.support.zygote import run_jobs
 

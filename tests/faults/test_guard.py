@@ -14,7 +14,7 @@ from nextpt.checkpoint.folders import checkpoint_folders
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.config import to_yaml
 from nextpt.events import read_events
-from nextpt.train.ending import read_end
+from nextpt.job.exit_record import read_exit_record
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks
 
@@ -477,7 +477,9 @@ def test_bad_data_after_a_rollback_is_passed_over_as_well(rollbacks: Jobs) -> No
 @pytest.mark.slow
 def test_it_gives_up_in_one_line(rollbacks: Jobs) -> None:
     kind, message, code = rollbacks.outcome("for ever")
-    assert (kind, code) == ("UserError", 2) and read_end(rollbacks.root / "for ever")["code"] == 2
+    assert (kind, code) == ("UserError", 2) and read_exit_record(rollbacks.root / "for ever")[
+        "code"
+    ] == 2
     assert message.startswith(
         "3 bad steps in a row, 7 to 9 (the last one: loss not finite), after 2 rollbacks to step 6"
         " (guard.max_rollbacks); "

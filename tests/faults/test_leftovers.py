@@ -20,7 +20,7 @@ from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection, to_yaml
 from nextpt.data.streaming_rows import remove_stale
 from nextpt.events import read_events
-from nextpt.train.lock import RunLock
+from nextpt.job.lock import RunLock
 from tests.support.checkpoints import write
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks, start_ranks

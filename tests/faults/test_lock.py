@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import nextpt.train.lock as lock_module
+import nextpt.job.lock as lock_module
 from nextpt.errors import RunInUse
-from nextpt.train.lock import RunLock
+from nextpt.job.lock import RunLock
 
 FORK = multiprocessing.get_context("fork")
 

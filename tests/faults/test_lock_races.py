@@ -16,7 +16,7 @@ import pytest
 
 from data_prep.processes import is_stopped
 from nextpt.errors import RunInUse
-from nextpt.train.lock import RunLock
+from nextpt.job.lock import RunLock
 
 FORK = multiprocessing.get_context("fork")
 PAIRS = 100

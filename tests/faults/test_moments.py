@@ -10,7 +10,7 @@ import pytest
 from nextpt.checkpoint.commit import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events
-from nextpt.train.ending import read_end
+from nextpt.job.exit_record import read_exit_record
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks
 
@@ -32,7 +32,7 @@ def root(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"{name}.yaml").write_text(to_yaml(tiny(dataset, root / name, **sections)))
         arguments.append(f"{name}={root / name}.yaml")
     run_ranks(
-        ["-m", "tests.support.life_probe", str(root / "out.json"), *arguments], 1, root / "logs"
+        ["-m", "tests.support.job_probe", str(root / "out.json"), *arguments], 1, root / "logs"
     )
     return root
 
@@ -53,7 +53,10 @@ def test_a_signal_is_acted_on_at_the_next_step(root: Path, name: str, step: int,
     kind, message, code = outcome(root, name)
     assert (kind, code) == ("Stopped", 75) and f"after step {step} ({text})" in message, message
     assert steps(root / name / "checkpoints") == [step] * (step > 0)
-    assert read_end(root / name)["code"] == 75 and read_end(root / name)["step"] == step
+    assert (
+        read_exit_record(root / name)["code"] == 75
+        and read_exit_record(root / name)["step"] == step
+    )
     assert read_events(root / name / "metrics.jsonl", "validation") == []
     assert len(read_events(root / name / "metrics.jsonl", "checkpoint")) == (step > 0)  # not twice
 
@@ -67,12 +70,12 @@ def test_a_job_that_lost_its_folder_commits_nothing_and_leaves_the_record_to_the
         message,
         code,
     )
-    assert steps(root / "taken" / "checkpoints") == [] and read_end(root / "taken") is None
+    assert steps(root / "taken" / "checkpoints") == [] and read_exit_record(root / "taken") is None
 
 
 def test_a_crash_is_recorded_with_the_last_step(root: Path) -> None:
     assert outcome(root, "crashing") == ("RuntimeError", "the third batch", 1)
-    assert read_end(root / "crashing") | {"time": 0, "host": 0} == {
+    assert read_exit_record(root / "crashing") | {"time": 0, "host": 0} == {
         "code": 1,
         "reason": "RuntimeError: the third batch",
         "step": 2,
@@ -82,4 +85,7 @@ def test_a_crash_is_recorded_with_the_last_step(root: Path) -> None:
 
 
 def test_a_signal_after_the_end_changes_nothing(root: Path) -> None:
-    assert outcome(root, "finishing")[0] == "finished" and read_end(root / "finishing")["code"] == 0
+    assert (
+        outcome(root, "finishing")[0] == "finished"
+        and read_exit_record(root / "finishing")["code"] == 0
+    )

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from nextpt.errors import ConfigError, RunInUse, Stopped
-from nextpt.train.ending import read_end, recording
-from nextpt.train.stop import listening
+from nextpt.job.exit_record import read_exit_record, record_exit
+from nextpt.job.signals import listen_for_signals
 
 WAITS = """
 import ctypes
-import nextpt.train.stop as stop
+import nextpt.job.signals as stop
 stop.REPEAT = 0.5
-with stop.listening():
+with stop.listen_for_signals():
     print("ready", flush=True)
     mutex = (ctypes.c_char * 64)()
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -33,7 +33,7 @@ with stop.listening():
 
 def test_a_signal_is_noted_and_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with listening() as request:
+    with listen_for_signals() as request:
         assert request.seconds_left(30) is None and request.name is None
         os.kill(os.getpid(), signal.SIGUSR1)
         deadline = time.monotonic() + 10
@@ -82,8 +82,8 @@ def test_every_end_is_recorded(
     tmp_path: Path, raised: BaseException | None, code: int, reason: str
 ) -> None:
     try:
-        with recording(tmp_path) as progress:
-            assert read_end(tmp_path) is None
+        with record_exit(tmp_path) as progress:
+            assert read_exit_record(tmp_path) is None
             progress.step = 7
             if raised:
                 raise raised
@@ -100,6 +100,6 @@ def test_every_end_is_recorded(
 
 
 def test_a_job_that_lost_its_folder_records_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunInUse), recording(tmp_path):
+    with pytest.raises(RunInUse), record_exit(tmp_path):
         raise RunInUse("taken over")
-    assert read_end(tmp_path) is None
+    assert read_exit_record(tmp_path) is None

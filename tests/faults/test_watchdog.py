@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from nextpt.train.ending import read_end
-from nextpt.train.watchdog import FIRST, Watchdog, judge
+from nextpt.job.exit_record import read_exit_record
+from nextpt.job.watchdog import FIRST, Watchdog, diagnose
 
 FORK = multiprocessing.get_context("fork")
 HOSTS = ["node1", "node1", "node2", "node2"]
@@ -56,13 +56,13 @@ def test_the_guilty_rank_is_named(changes: dict[int, dict[str, Any] | None], wor
     reports = {
         r: report() | (changes.get(r, {}) or {}) for r in range(4) if changes.get(r, {}) is not None
     }
-    assert judge(reports, reports, HOSTS).startswith(words)
+    assert diagnose(reports, reports, HOSTS).startswith(words)
 
 
 def test_a_rank_whose_report_moves_is_alive() -> None:
     first = {r: report(fired=r > 0, beat=1) for r in range(4)}
     last = {r: report(fired=r > 0, beat=2) for r in range(4)}
-    assert "wait for each other" in judge(first, last, HOSTS)
+    assert "wait for each other" in diagnose(first, last, HOSTS)
 
 
 def test_work_may_take_ten_times_what_it_usually_takes_and_its_first_time_long(
@@ -73,10 +73,10 @@ def test_work_may_take_ten_times_what_it_usually_takes_and_its_first_time_long(
     watchdog = Watchdog(tmp_path, 0, ["here"], 60.0)
     watchdog.close()
     for step in range(9):
-        watchdog.doing("training", step)
+        watchdog.set_phase("training", step)
         assert watchdog.limit() == (FIRST if step == 0 else 90.0)
         clock[0] += 9.0
-        watchdog.doing("voting", step)
+        watchdog.set_phase("voting", step)
         assert watchdog.limit() == (FIRST if step == 0 else 60.0)
         clock[0] += 0.001
 
@@ -85,10 +85,10 @@ def hang(run: Path, rank: int, ranks: int) -> None:
     """Two turns of work, then rank 0 waits and the last rank does not come."""
     watchdog = Watchdog(run, rank, [f"node{r}" for r in range(ranks)], 1.0)
     for step in (1, 2, 3):
-        watchdog.doing("batches", step)
+        watchdog.set_phase("batches", step)
         if rank == ranks - 1 and step == 3:
             never_comes()
-        watchdog.doing("the vote", step)
+        watchdog.set_phase("the vote", step)
         time.sleep(0.05)
     time.sleep(600)
 
@@ -107,7 +107,7 @@ def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [76] * 3
     assert capfd.readouterr().err.count("error: no progress") == 1
-    found = read_end(tmp_path)
+    found = read_exit_record(tmp_path)
     assert found["code"] == 76 and found["step"] == 3, found
     assert (
         "rank 2 on node2 is behind the others, at batches, step 3," in found["reason"]
@@ -121,7 +121,7 @@ def test_nothing_is_written_while_work_goes_on(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path, 0, ["here"], 20.0)
     watchdog.tick = 0.05
     for step in range(20):
-        watchdog.doing("training", step)
+        watchdog.set_phase("training", step)
         time.sleep(0.05)
     watchdog.close()
     assert list(tmp_path.iterdir()) == []
@@ -131,13 +131,13 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
     def work() -> None:
         watchdog = Watchdog(tmp_path, 0, ["here"], 2.0)
         for step in range(20):
-            watchdog.doing("training", step)
+            watchdog.set_phase("training", step)
             time.sleep(0.02)
         (tmp_path / "ready").touch()
         while not (tmp_path / "go").exists():
             time.sleep(0.3)  # no progress, for the time of the suspension and a little more
         for step in range(20, 100):  # longer than a verdict takes
-            watchdog.doing("training", step)
+            watchdog.set_phase("training", step)
             time.sleep(0.02)
         watchdog.close()
 

@@ -24,6 +24,7 @@ FLOORS = {
     "nextpt.model": 4,
     "nextpt.objective": 5,
     "nextpt.checkpoint": 6,
+    "nextpt.job": 7,
     "nextpt.generate": 7,
     "nextpt.evaluate": 8,
     "nextpt.train": 9,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launcher.hosts import Host, exported_variables, read_hostfile
 from launcher.supervise import supervise
 from nextpt.errors import ConfigError
-from nextpt.train.ending import write_end
+from nextpt.job.exit_record import write_exit_record
 
 
 def write(folder: Path, text: str) -> Path:
@@ -132,7 +132,7 @@ class Trainings:
         if saved:
             (self.run / "checkpoints" / f"step-{self.step:09d}").mkdir(parents=True)
             (self.run / "checkpoints" / f"step-{self.step:09d}" / "manifest.json").touch()
-        write_end(self.run, code, "a reason", self.step)
+        write_exit_record(self.run, code, "a reason", self.step)
         return code
 
 

@@ -92,7 +92,9 @@ def measured(stage: int, device: torch.device) -> dict[str, Any]:
         batches = [batch_of(rows[one]) for one in drawn]
         weights = engine.all_sum(local_weight_sum(batches))
         engine.step(batches, weights, 1e-12, measure=True)
-        found.append(engine.gradient_noise(own, weights, engine.judge.read()[-1].grad_norm))
+        found.append(
+            engine.gradient_noise(own, weights, engine.spike_detector.read()[-1].grad_norm)
+        )
     engine.step(batches, weights, 1e-12)
     return {
         "trace": float(np.mean([e["trace"] for e in found])),
@@ -124,7 +126,7 @@ def uneven(device: torch.device) -> dict[str, float]:
     mine = batches[engine.rank :: engine.world_size]
     weights = engine.all_sum(local_weight_sum(mine))
     engine.step(mine, weights, 1e-12, measure=True)
-    found = engine.gradient_noise(len(mine), weights, engine.judge.read()[-1].grad_norm)
+    found = engine.gradient_noise(len(mine), weights, engine.spike_detector.read()[-1].grad_norm)
     return found | {"expected_trace": trace, "expected_square": step - trace / total}
 
 

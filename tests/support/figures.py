@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 
 from kernels.bench.machine import describe_machine
-from nextpt.train.environment import versions
+from nextpt.job.environment import versions
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float] | None:

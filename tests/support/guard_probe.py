@@ -36,7 +36,7 @@ from nextpt.objective import Loss
 from nextpt.train import run
 from nextpt.train.engine import Engine
 from nextpt.train.loop import Trainer
-from tests.support.life_probe import before
+from tests.support.job_probe import before
 
 PLACES = {
     "fragments": (Engine, "fragments"),
@@ -153,7 +153,11 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
             stack.enter_context(patch.object(engine_module, "_stop_host_checks", start_host_checks))
         if job.get("differs") == int(os.environ["RANK"]):
             stack.enter_context(
-                patch.object(engine_module.Judge, "judge", larger_norms(engine_module.Judge.judge))
+                patch.object(
+                    engine_module.SpikeDetector,
+                    "classify",
+                    larger_norms(engine_module.SpikeDetector.classify),
+                )
             )
         for event in job.get("events", []):
             stack.enter_context(at(*event))

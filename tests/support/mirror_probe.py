@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 from nextpt.config import load_config
-from nextpt.train.life import Life
+from nextpt.job.context import JobContext
 from nextpt.train.run import run_training
 
 
 def main(switch: str, file: str) -> None:
-    made = Life.made
+    made = JobContext.record_step
 
-    def made_and_told(self: Life, step: int) -> None:
+    def made_and_told(self: JobContext, step: int) -> None:
         made(self, step)
         if os.environ["RANK"] == "0" and step:
             Path(switch + ".tmp").write_text(str(step))
@@ -30,7 +30,7 @@ def main(switch: str, file: str) -> None:
             while Path(switch).exists():
                 time.sleep(0.01)
 
-    Life.made = made_and_told
+    JobContext.record_step = made_and_told
     run_training(load_config(file))
     os._exit(0)
 

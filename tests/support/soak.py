@@ -30,7 +30,7 @@ from typing import Any
 from kernels.bench.machine import write_json
 from nextpt.errors import HUNG, REQUEUE
 from nextpt.events import read_events
-from nextpt.train.ending import read_end
+from nextpt.job.exit_record import read_exit_record
 from tests.support.figures import machine, quantiles
 from tests.support.ranks import start_ranks
 from tests.support.storm import Breach, Case, Run, Storm, announce, noticed
@@ -176,8 +176,8 @@ def hang(storm: Storm) -> dict[str, float]:
         job.hear(time.monotonic() + 0.05)
         storm.expect(time.time() - stopped < 120, run, "a hang was not found")
     found = time.time() - stopped
-    job.hear(time.monotonic() + 60, lambda: read_end(run.folder) is not None)
-    while not (end := read_end(run.folder)):
+    job.hear(time.monotonic() + 60, lambda: read_exit_record(run.folder) is not None)
+    while not (end := read_exit_record(run.folder)):
         time.sleep(0.05)
     storm.expect(end["code"] == HUNG and "rank 1 on" in end["reason"], run, f"exit.json says {end}")
     told = end["time"] - stopped

@@ -51,8 +51,8 @@ from nextpt.checkpoint.state import KINDS
 from nextpt.config import to_yaml
 from nextpt.errors import CRASHED
 from nextpt.events import read_events
-from nextpt.train.ending import read_end
-from nextpt.train.environment import read_starts
+from nextpt.job.environment import read_starts
+from nextpt.job.exit_record import read_exit_record
 from tests.support.datasets import make_dataset, tiny
 from tests.support.figures import machine, quantiles
 from tests.support.forked import in_a_child
@@ -357,7 +357,7 @@ class Storm:
             run,
             "the weights and moments are not those of the unbroken run",
         )
-        end = read_end(run.folder) or {}
+        end = read_exit_record(run.folder) or {}
         self.expect((end.get("code"), end.get("step")) == (0, STEPS), run, f"exit.json says {end}")
         for kind, names in leftovers(run.folder).items():
             self.leaks[kind] += len(names)

@@ -12,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextpt.config import GuardSection
-from nextpt.train.guard import FLOORS, NORMAL, NOTHING, Guard, Judge
+from nextpt.train.rollback import EMPTY_STATE, RollbackPolicy
+from nextpt.train.spike_detector import FLOORS, NORMAL, SpikeDetector
 
 LOSSES = st.one_of(st.floats(0.0, 12.0), st.sampled_from([math.nan, math.inf, -math.inf, 1e30]))
 NORMS = st.one_of(st.floats(0.0, 100.0), st.sampled_from([math.nan, math.inf, -1.0, 1e30]))
 
 
-def judge_all(judge: Judge, steps: list[tuple[float, float]]) -> list[bool]:
+def judge_all(detector: SpikeDetector, steps: list[tuple[float, float]]) -> list[bool]:
     zero = torch.zeros((), dtype=torch.float64)
     return [
-        bool(judge.judge(torch.tensor(loss, dtype=torch.float64), zero, torch.tensor(norm)))
+        bool(detector.classify(torch.tensor(loss, dtype=torch.float64), zero, torch.tensor(norm)))
         for loss, norm in steps
     ]
 
@@ -65,15 +66,15 @@ def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(
     steps: list[tuple[float, float]], window: int, spikes: float | None
 ) -> None:
     section = GuardSection(window=window, spikes=spikes)
-    judge = Judge(section, torch.device("cpu"))
-    bad = judge_all(judge, steps)
-    judged = judge.read()
+    detector = SpikeDetector(section, torch.device("cpu"))
+    bad = judge_all(detector, steps)
+    judged = detector.read()
     assert [one.reason for one in judged] == reference(section, steps) and bad == [
         bool(one.reason) for one in judged
     ]
-    good = Judge(section, torch.device("cpu"))
+    good = SpikeDetector(section, torch.device("cpu"))
     judge_all(good, [step for step, skipped in zip(steps, bad, strict=True) if not skipped])
-    assert judge.state() == good.state() and judge.read() == []
+    assert detector.state() == good.state() and detector.read() == []
 
 
 @settings(deadline=None, max_examples=40)
@@ -83,12 +84,14 @@ def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(
 ) -> None:
     section = GuardSection(window=5, spikes=2.0, rollback_after=3)
     cut = data.draw(st.integers(0, len(steps)))
-    whole, first, second = (Guard(section, Judge(section, torch.device("cpu"))) for _ in range(3))
-    judge_all(whole.judge, steps)
-    judge_all(first.judge, steps[:cut])
+    whole, first, second = (
+        RollbackPolicy(section, SpikeDetector(section, torch.device("cpu"))) for _ in range(3)
+    )
+    judge_all(whole.detector, steps)
+    judge_all(first.detector, steps[:cut])
     expected, begun = whole.hear(len(steps))[1], first.hear(cut)[1]
     second.load(json.loads(json.dumps(first.state(), allow_nan=False)))
-    judge_all(second.judge, steps[cut:])
+    judge_all(second.detector, steps[cut:])
     found = begun + second.hear(len(steps))[1]
     assert second.state() == whole.state() and second.tripped == whole.tripped
     told = [
@@ -112,19 +115,19 @@ def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(
     assert told[0] == told[1]
 
 
-def guard(**settings: object) -> Guard:
+def guard(**settings: object) -> RollbackPolicy:
     section = GuardSection(**settings)
-    return Guard(section, Judge(section, torch.device("cpu")))
+    return RollbackPolicy(section, SpikeDetector(section, torch.device("cpu")))
 
 
 def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
     one = guard(window=8, spikes=3.0)
     falling = [(10.0 * 0.5**n, 10.0 * 0.5**n) for n in range(30)]
-    assert not any(judge_all(one.judge, falling))
+    assert not any(judge_all(one.detector, falling))
     early = guard(window=8, spikes=3.0)
-    assert judge_all(early.judge, [(1.0, 1.0)] * 7 + [(9.0, 9.0)]) == [False] * 8
+    assert judge_all(early.detector, [(1.0, 1.0)] * 7 + [(9.0, 9.0)]) == [False] * 8
     full = guard(window=8, spikes=3.0)
-    assert judge_all(full.judge, [(1.0, 1.0)] * 8 + [(9.0, 1.0), (1.0, 9.0), (1.02, 1.1)]) == [
+    assert judge_all(full.detector, [(1.0, 1.0)] * 8 + [(9.0, 1.0), (1.0, 9.0), (1.02, 1.1)]) == [
         False
     ] * 8 + [True, True, False]
     assert [(e.step, e.reason) for e in full.hear(11)[1]] == [
@@ -135,10 +138,11 @@ def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
 
 def test_what_was_forgotten_judges_nothing() -> None:
     one = guard(window=4, spikes=3.0)
-    judge_all(one.judge, [(1.0, 1.0)] * 6)
-    one.judge.forget()
+    judge_all(one.detector, [(1.0, 1.0)] * 6)
+    one.detector.reset()
     assert (
-        judge_all(one.judge, [(9.0, 1.0)] * 5) == [False] * 5 and one.judge.state()[0] == [9.0] * 4
+        judge_all(one.detector, [(9.0, 1.0)] * 5) == [False] * 5
+        and one.detector.state()[0] == [9.0] * 4
     )
 
 
@@ -155,28 +159,28 @@ def test_too_many_in_a_row_trip_it_wherever_one_looks() -> None:
     for every in (1, 2, 8):
         one, events = guard(window=4, rollback_after=3), []
         for first in range(0, 8, every):
-            judge_all(one.judge, steps[first : first + every])
+            judge_all(one.detector, steps[first : first + every])
             events += [(e.step, e.in_row, e.skipped) for e in one.hear(first + every)[1]]
         outcomes.append((one.tripped, one.since, one.in_row, one.skipped, events))
     assert (
         outcomes[0] == (True, 4, 3, 4, [(2, 1, 1), (4, 1, 2), (5, 2, 3), (6, 3, 4)])
         and outcomes == outcomes[:1] * 3
     )
-    one.went_back(NOTHING)
+    one.record_rollback(EMPTY_STATE)
     assert (one.tripped, one.since, one.skipped, one.rollbacks) == (False, 0, 4, 1)
-    one.progressed()
+    one.reset_rollbacks()
     assert one.rollbacks == 0
 
 
 @pytest.mark.parametrize("window", [4, 6, 16])
 def test_another_window_takes_over_what_it_can(window: int) -> None:
     one = guard(window=8)
-    judge_all(one.judge, [(float(n), 1.0) for n in range(11)])
+    judge_all(one.detector, [(float(n), 1.0) for n in range(11)])
     other = guard(window=window)
     other.load(one.state())
-    assert other.judge.state()[0] == [float(n) for n in range(3, 11)][-window:]
-    judge_all(other.judge, [(11.0, 1.0)])
-    assert other.judge.state()[0] == [float(n) for n in range(3, 12)][-window:]
+    assert other.detector.state()[0] == [float(n) for n in range(3, 11)][-window:]
+    judge_all(other.detector, [(11.0, 1.0)])
+    assert other.detector.state()[0] == [float(n) for n in range(3, 12)][-window:]
 
 
 @pytest.mark.parametrize(
@@ -192,4 +196,4 @@ def test_another_window_takes_over_what_it_can(window: int) -> None:
 )
 def test_a_state_that_is_none_is_refused(change: dict) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
-        guard().load(NOTHING | change)
+        guard().load(EMPTY_STATE | change)

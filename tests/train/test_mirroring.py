@@ -12,9 +12,9 @@ from data_prep.files import canonical_json
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.errors import ConfigError, Stopped
 from nextpt.events import Event
-from nextpt.train.life import Life
+from nextpt.job.context import JobContext
+from nextpt.job.signals import StopRequest
 from nextpt.train.mirroring import MARGIN, check_same_run, mirroring, open_mirror
-from nextpt.train.stop import StopRequest
 from tests.support.checkpoints import write
 from tests.support.datasets import tiny
 
@@ -33,13 +33,13 @@ def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
     )
     root, stop, said, events = tmp_path / "checkpoints", StopRequest(), [], []
     write(root, 3)
-    life = Life(stop)
-    mirror = open_mirror(config, root, life)
+    job = JobContext(stop)
+    mirror = open_mirror(config, root, job)
     if hanging:
         mirror.archive.note = lambda: threading.Event().wait()
     with (
         pytest.raises(Stopped, match="told"),
-        mirroring(mirror, config, Ranks(), life, events.append, said.append),
+        mirroring(mirror, config, Ranks(), job, events.append, said.append),
     ):
         stop.note(signal.SIGTERM)
         raise Stopped("told")
@@ -55,11 +55,11 @@ def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
 
 def test_an_error_of_the_training_is_not_held_up(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, checkpoint={"mirror": str(tmp_path / "mirror")})
-    mirror, told = open_mirror(config, tmp_path / "checkpoints", Life()), list[Event]()
+    mirror, told = open_mirror(config, tmp_path / "checkpoints", JobContext()), list[Event]()
     mirror.archive.note = lambda: threading.Event().wait()
     with (
         pytest.raises(ZeroDivisionError),
-        mirroring(mirror, config, Ranks(), Life(), told.append, lambda text: None),
+        mirroring(mirror, config, Ranks(), JobContext(), told.append, lambda text: None),
     ):
         1 / 0  # noqa: B018
 
@@ -69,7 +69,7 @@ def test_an_address_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="checkpoint.mirror: nosuch://bucket/run: .*expected a path, s3://"
     ):
-        open_mirror(config, tmp_path, Life())
+        open_mirror(config, tmp_path, JobContext())
 
 
 def test_a_checkpoint_of_another_run_is_named_by_its_keys(tmp_path: Path) -> None:

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nextpt.config import GuardSection
-from nextpt.events import SkipEvent
 
 REASONS = ("", "loss not finite", "gradient not finite", "loss spike", "gradient spike")
 # Standard deviation of normal data / MAD: 1 / (the normal distribution's third quartile)
@@ -31,20 +29,11 @@ NORMAL = 1.4826
 # within 3.3 times its median, never is. The logarithm of the norm has tails: healthy runs go 7 of
 # its own deviations up, but to 2.5 times the median only (docs/reliability.md).
 FLOORS = (0.01, 0.15)
-# The state of a guard that has seen nothing.
-NOTHING = {
-    "accepted": [[], []],
-    "skipped": 0,
-    "since": 0,
-    "in_row": 0,
-    "rollbacks": 0,
-    "reason": "",
-}
 LEAST_NORM = 1e-30  # has a logarithm, and is below any gradient that fp32 weights would feel
 
 
 @dataclass(frozen=True)
-class Judgement:
+class StepVerdict:
     """What the device found of one step. reason: of REASONS, "" when it was accepted. loss, z_part: nats per token, over all ranks. Limits: those above which it is a spike; infinite while none is looked for."""
 
     reason: str
@@ -55,7 +44,7 @@ class Judgement:
     norm_limit: float
 
 
-class Judge:
+class SpikeDetector:
     """The device's part: statistics of accepted steps, and the verdict on the next one.
 
     Only `read` and `state` wait for it.
@@ -73,7 +62,7 @@ class Judge:
         self._floors = torch.tensor(FLOORS, dtype=torch.float64, device=device)
         self._unread: list[Tensor] = []
 
-    def judge(self, loss: Tensor, z_part: Tensor, norm: Tensor) -> Tensor:
+    def classify(self, loss: Tensor, z_part: Tensor, norm: Tensor) -> Tensor:
         """Whether the step is bad (bool scalar), without waiting for the device.
 
         An accepted one enters the statistics.
@@ -112,15 +101,15 @@ class Judge:
             self._accepted >= self.section.window, centre + self.section.spikes * sigma, math.inf
         )
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin the statistics anew: what comes now is not to be compared with what was."""
         self._accepted.zero_()
 
-    def read(self) -> list[Judgement]:
+    def read(self) -> list[StepVerdict]:
         """What was found of the steps since the last call, in order; waits for the device."""
         rows = torch.stack(self._unread).tolist() if self._unread else []
         self._unread.clear()
-        return [Judgement(REASONS[int(reason)], *numbers) for reason, *numbers in rows]
+        return [StepVerdict(REASONS[int(reason)], *numbers) for reason, *numbers in rows]
 
     def state(self) -> list[list[float]]:
         """(losses, log norms) of the accepted steps, oldest first; waits for the device."""
@@ -152,102 +141,3 @@ def _median(values: Tensor) -> Tensor:
     size = values.shape[-1]
     ordered = values.sort(dim=-1).values
     return (ordered[..., (size - 1) // 2] + ordered[..., size // 2]) / 2
-
-
-class Guard:
-    """The host's part: counts bad steps and says when training must go back.
-
-    skipped: bad steps so far, abandoned ones too. since, in_row: the first of the run of bad steps,
-    and how many they are; 0 and 0 when the last step was good. rollbacks: how often training went
-    back since it got any further.
-    """
-
-    def __init__(self, section: GuardSection, judge: Judge) -> None:
-        self.section, self.judge = section, judge
-        self.skipped = self.since = self.in_row = self.rollbacks = 0
-        self.reason = ""  # of the last bad step
-
-    @property
-    def tripped(self) -> bool:
-        """Whether there were too many bad steps in a row; remains true until training went back."""
-        return self.in_row >= self.section.rollback_after
-
-    def hear(self, step: int) -> tuple[list[Judgement], list[SkipEvent]]:
-        """Judgements of the steps up to `step` since the last call, and those skipped as events.
-
-        Waits for the device.
-
-        What came after too many in a row will be made again and is passed over, so that nothing
-        depends on when one looks.
-        """
-        judged, events = self.judge.read(), []
-        for at, one in enumerate(judged, step - len(judged) + 1):
-            if self.tripped:
-                break
-            if not one.reason:
-                self.since = self.in_row = 0
-                continue
-            self.skipped, self.in_row, self.since, self.reason = (
-                self.skipped + 1,
-                self.in_row + 1,
-                self.since or at,
-                one.reason,
-            )
-            limits = {
-                name: value if math.isfinite(value) else None
-                for name, value in (
-                    ("loss_limit", one.loss_limit),
-                    ("grad_norm_limit", one.norm_limit),
-                )
-            }
-            events.append(
-                SkipEvent(
-                    at, one.reason, one.loss, one.grad_norm, self.in_row, self.skipped, **limits
-                )
-            )
-        return judged, events
-
-    def seen(self) -> str:
-        """The run of bad steps, for a person."""
-        return (
-            f"{self.in_row} bad steps in a row, {self.since} to {self.since + self.in_row - 1} (the"
-            f" last one: {self.reason})"
-        )
-
-    def went_back(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state after a rollback to it.
-
-        `tripped` is false from here on.
-        """
-        skipped, reason = self.skipped, self.reason
-        self.load(state)
-        self.skipped, self.reason, self.since, self.in_row, self.rollbacks = (
-            skipped,
-            reason,
-            0,
-            0,
-            self.rollbacks + 1,
-        )
-
-    def progressed(self) -> None:
-        """Hear that a later checkpoint than that of the last rollback is made."""
-        self.rollbacks = 0
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; waits for the device."""
-        return {
-            "accepted": self.judge.state(),
-            "skipped": self.skipped,
-            "since": self.since,
-            "in_row": self.in_row,
-            "rollbacks": self.rollbacks,
-            "reason": self.reason,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Raises KeyError, TypeError or ValueError where it is not what `state` gave."""
-        self.judge.load(state["accepted"])
-        self.skipped, self.since, self.in_row, self.rollbacks = (
-            int(state[k]) for k in ("skipped", "since", "in_row", "rollbacks")
-        )
-        self.reason = str(state["reason"])

@@ -26,7 +26,7 @@ from typing import Any
 
 from data_prep.files import atomic_write, canonical_json
 from nextpt.errors import HUNG
-from nextpt.train.ending import write_end
+from nextpt.job.exit_record import write_exit_record
 
 FIRST = 1800.0  # seconds for the first of a kind of work: the collectives' own time limit
 # A stall of ten times the usual is no longer noise; shorter ones fall under hang_seconds
@@ -53,7 +53,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
-    def doing(self, kind: str, step: int) -> None:
+    def set_phase(self, kind: str, step: int) -> None:
         """Hear that work of a kind begins (and what was being done has ended).
 
         All ranks say the same in the same order.
@@ -107,12 +107,12 @@ class Watchdog:
             return
         speaks = self.rank == min((r for r in last if last[r].get("fired")), default=self.rank)
         if speaks:
-            verdict = judge(first, last, self.hosts)
+            verdict = diagnose(first, last, self.hosts)
             text = (
                 f"no progress for {self._idle:.0f} s at {self._text}: {verdict}; stacks of all"
                 f" ranks that answer are in {self._folder}"
             )
-            write_end(self.run, HUNG, text, self.step)
+            write_exit_record(self.run, HUNG, text, self.step)
             print(f"error: {text}; the same command resumes", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # a launcher ends all when one ends: the one that speaks comes first
@@ -171,7 +171,7 @@ class Watchdog:
         return found
 
 
-def judge(
+def diagnose(
     first: dict[int, dict[str, Any]], last: dict[int, dict[str, Any]], hosts: list[str]
 ) -> str:
     """Who holds up whom, from two looks at the reports of the ranks (rank -> what `Watchdog` writes).

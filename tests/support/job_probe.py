@@ -1,4 +1,4 @@
-"""Runs in which something happens at a chosen moment, one after another in one process: `python -m tests.support.life_probe OUT CASE=CONFIG ...`"""
+"""Runs in which something happens at a chosen moment, one after another in one process: `python -m tests.support.job_probe OUT CASE=CONFIG ...`"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from unittest.mock import patch
 from nextpt.config import Config, load_config
 from nextpt.data.loader import Loader
 from nextpt.errors import Stopped, UserError
+from nextpt.job.lock import RunLock
 from nextpt.train import run
 from nextpt.train.engine import Engine
-from nextpt.train.lock import RunLock
 
 
 def before(owner: type | Any, name: str, action: Callable[[int], None]) -> Any:

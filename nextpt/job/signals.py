@@ -55,7 +55,7 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
+def listen_for_signals() -> Iterator[StopRequest]:
     """Note signals while the block runs.
 
     Elsewhere than in the first thread, where signals cannot be had, none comes.

@@ -27,7 +27,7 @@ class Progress:
     step = 0
 
 
-def write_end(run: Path, code: int, reason: str, step: int) -> None:
+def write_exit_record(run: Path, code: int, reason: str, step: int) -> None:
     """Write RUN/exit.json.
 
     Silent where that cannot be done, for the reason of the end must not be lost over it.
@@ -46,21 +46,21 @@ def write_end(run: Path, code: int, reason: str, step: int) -> None:
         )
 
 
-def read_end(run: Path) -> dict[str, Any] | None:
-    """What `write_end` wrote; None when there is none."""
+def read_exit_record(run: Path) -> dict[str, Any] | None:
+    """What `write_exit_record` wrote; None when there is none."""
     try:
         return json.loads((run / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def clear_end(run: Path) -> None:
+def remove_exit_record(run: Path) -> None:
     """Remove the record of the job before."""
     (run / NAME).unlink(missing_ok=True)
 
 
 @contextmanager
-def recording(run: Path) -> Iterator[Progress]:
+def record_exit(run: Path) -> Iterator[Progress]:
     """Run the block and record how it ended. For the rank that holds the lock.
 
     A job that lost the folder to another records nothing: the folder is the other's.
@@ -70,10 +70,10 @@ def recording(run: Path) -> Iterator[Progress]:
         yield progress
     except (UserError, Stopped) as end:
         if end.exit_code != IN_USE:
-            write_end(run, end.exit_code, str(end), progress.step)
+            write_exit_record(run, end.exit_code, str(end), progress.step)
         raise
     except BaseException as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else CRASHED
-        write_end(run, code, f"{type(error).__name__}: {error}".strip(), progress.step)
+        write_exit_record(run, code, f"{type(error).__name__}: {error}".strip(), progress.step)
         raise
-    write_end(run, 0, "finished", progress.step)
+    write_exit_record(run, 0, "finished", progress.step)

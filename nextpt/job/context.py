@@ -8,14 +8,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from nextpt.checkpoint.ranks import Ranks
-from nextpt.train.ending import Progress, clear_end, recording
-from nextpt.train.lock import RunLock
-from nextpt.train.stop import StopRequest, listening
+from nextpt.job.exit_record import Progress, record_exit, remove_exit_record
+from nextpt.job.lock import RunLock
+from nextpt.job.signals import StopRequest, listen_for_signals
+from nextpt.job.watchdog import Watchdog
 from nextpt.train.together import on_all, on_first
-from nextpt.train.watchdog import Watchdog
 
 
-class Life:
+class JobContext:
     """What the loop tells and asks. Built with nothing, it never ends a loop."""
 
     def __init__(
@@ -30,16 +30,16 @@ class Life:
         self.lock = lock
         self.progress = progress or Progress()
 
-    def doing(self, kind: str, step: int) -> None:
+    def set_phase(self, kind: str, step: int) -> None:
         """Hear what is being done from now on."""
         if self.watchdog:
-            self.watchdog.doing(kind, step)
+            self.watchdog.set_phase(kind, step)
 
-    def made(self, step: int) -> None:
+    def record_step(self, step: int) -> None:
         """Hear that a step was made."""
         self.progress.step = step
 
-    def told_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this rank was."""
         return self.stop.name is not None
 
@@ -58,7 +58,7 @@ class Life:
 
 
 @contextmanager
-def living(run: Path, ranks: Ranks, hang_seconds: float) -> Iterator[Life]:
+def job_context(run: Path, ranks: Ranks, hang_seconds: float) -> Iterator[JobContext]:
     """Take the run folder and watch the block on every rank, then let go.
 
     Collective. Raises RunInUse on all ranks.
@@ -67,17 +67,17 @@ def living(run: Path, ranks: Ranks, hang_seconds: float) -> Iterator[Life]:
 
     def take() -> None:
         taken.append(RunLock(run))
-        clear_end(run)
+        remove_exit_record(run)
 
-    with listening() as stop:
+    with listen_for_signals() as stop:
         on_first(ranks, take)
         lock = taken[0] if taken else None
         hosts = ranks.gather(platform.node())
         try:
-            with recording(run) if lock else nullcontext(Progress()) as progress:
+            with record_exit(run) if lock else nullcontext(Progress()) as progress:
                 watchdog = on_all(ranks, lambda: Watchdog(run, ranks.rank, hosts, hang_seconds))
                 try:
-                    yield Life(stop, watchdog, lock, progress)
+                    yield JobContext(stop, watchdog, lock, progress)
                 finally:
                     watchdog.close()
         finally:

@@ -18,7 +18,7 @@ from data_prep.processes import command_of
 from nextpt.checkpoint.commit import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events
-from nextpt.train.ending import read_end
+from nextpt.job.exit_record import read_exit_record
 from tests.support.datasets import tiny
 from tests.support.ranks import start_ranks
 
@@ -68,7 +68,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_beg
     ranks[1].send_signal(signal.SIGTERM)
     assert end(ranks) == [75, 75], logs(tmp_path / "first")
     [saved] = steps(run / "checkpoints")
-    found = read_end(run)
+    found = read_exit_record(run)
     assert found["code"] == 75 and found["step"] == saved == steps_made(run), found
     assert (
         f"stopped by SIGTERM after step {saved} (saved); this resumes: python {RUN} --config"
@@ -81,7 +81,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_beg
     for rank in ranks:
         rank.send_signal(signal.SIGUSR1)
     assert end(ranks) == [75, 75], logs(tmp_path / "second")
-    found = read_end(run)
+    found = read_exit_record(run)
     kept = max(steps(run / "checkpoints"))
     assert (
         kept % (saved + 2) == 0 and f"the checkpoint of step {kept} is kept" in found["reason"]
@@ -93,7 +93,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_beg
 
     ranks = start_ranks([[*command, f"train.stop_at={found['step'] + 1}"]] * 2, tmp_path / "third")
     assert end(ranks) == [0, 0], logs(tmp_path / "third")
-    assert read_end(run) | {"time": 0, "host": ""} == {
+    assert read_exit_record(run) | {"time": 0, "host": ""} == {
         "code": 0,
         "reason": "finished",
         "step": found["step"] + 1,
@@ -119,7 +119,7 @@ def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(
     second = start_ranks([command], tmp_path / "second")
     assert end(second) == [4]
     assert f"error: run folder {tmp_path / 'run'} is in use by process" in logs(tmp_path / "second")
-    assert read_end(tmp_path / "run") is None and ranks_of(command[2])
+    assert read_exit_record(tmp_path / "run") is None and ranks_of(command[2])
     job.kill()
     job.wait()
     wait_for(lambda: not ranks_of(command[2]), 5)
@@ -156,7 +156,7 @@ def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(
         job.returncode == 75
         and f"this resumes: nextpt train --config {command[2]} --ranks 2" in errors
     ), errors[-3000:]
-    assert read_end(tmp_path / "run")["code"] == 75 and not ranks_of(command[2])
+    assert read_exit_record(tmp_path / "run")["code"] == 75 and not ranks_of(command[2])
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_stopped_rank_is_found_and_named(dataset: Path, tmp_path: Path) -> Non
     ranks[1].send_signal(signal.SIGSTOP)
     assert ranks[0].wait(90) == 76, logs(tmp_path / "logs")
     ranks[1].kill()
-    found = read_end(tmp_path / "run")
+    found = read_exit_record(tmp_path / "run")
     assert (
         found["code"] == 76
         and f"rank 1 on {os.uname().nodename} shows no sign of life" in found["reason"]
@@ -225,17 +225,17 @@ def test_a_rank_that_sleeps_inside_a_step_is_named_with_its_line(
 ) -> None:
     command = write(dataset, tmp_path, train={"hang_seconds": 3})
     ranks = start_ranks(
-        [["-m", "tests.support.life_probe", str(tmp_path / "out.json"), f"sleeping={command[2]}"]]
+        [["-m", "tests.support.job_probe", str(tmp_path / "out.json"), f"sleeping={command[2]}"]]
         * 2,
         tmp_path / "logs",
     )
     assert end(ranks) == [76, 76], logs(tmp_path / "logs")
-    reason = read_end(tmp_path / "run")["reason"]
+    reason = read_exit_record(tmp_path / "run")["reason"]
     assert (
         f"rank 1 on {os.uname().nodename} does not come to where the others wait; it is at "
         in reason
     ), reason
-    assert "life_probe.py" in reason and "at training, step 4" in reason
+    assert "job_probe.py" in reason and "at training, step 4" in reason
 
 
 def test_a_signal_before_training_listens_leaves_nothing(dataset: Path, tmp_path: Path) -> None:

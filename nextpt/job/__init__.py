@@ -1,0 +1,1 @@
+"""What surrounds a training job: run-folder lock, signals, watchdog, exit record, environment."""

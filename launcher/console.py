@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +20,6 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-
-from data_prep.errors import PrepError
-from nextpt.errors import UserError
 
 
 class _Console(Console):
@@ -52,34 +47,6 @@ class _Console(Console):
 
 
 out = _Console(highlight=False, soft_wrap=True)
-
-
-def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Mistakes of the user's end a command with one line and exit code 2 (or the error's own).
-
-    NEXTPT_TRACEBACK=1 shows where.
-
-    An interrupt ends it with one line and exit code 130: every command can be started again.
-    """
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except (UserError, PrepError) as error:
-            if os.environ.get("NEXTPT_TRACEBACK"):
-                raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(error.exit_code if isinstance(error, UserError) else 2)
-        except KeyboardInterrupt:
-            print(
-                "\ninterrupted; nothing is half-written, and the same command goes on",
-                file=sys.stderr,
-                flush=True,
-            )
-            sys.exit(130)
-
-    return run
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:

@@ -20,7 +20,7 @@ from data_prep.prepare import is_current, prepare, summary_table
 from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
 from launcher.console import compressor_table, evaluation_table, out, say, shares_progress
-from launcher.local import start_training
+from launcher.jobs.local import start_training
 from nextpt.checkpoint.folders import folder_of, steps
 from nextpt.config import Config, load_config
 from nextpt.errors import UserError

@@ -83,11 +83,12 @@ def test_only_the_engine_imports_deepspeed_and_only_one_module_streaming() -> No
 
 
 def test_launcher_files_shadow_nothing() -> None:
-    """`deepspeed` puts launcher/ first on sys.path: a launcher/inspect.py would break `import torch`."""
+    """Scripts of launcher/ and launcher/jobs/ are started by path, which puts their folder first on
+    sys.path: a launcher/inspect.py would break `import torch`."""
     taken = set(sys.stdlib_module_names) | set(packages_distributions())
-    assert {p.stem for p in (ROOT / "launcher").glob("*.py")} & (taken - {"run"}) - {
-        "__init__"
-    } == set()
+    for folder in (ROOT / "launcher", ROOT / "launcher" / "jobs"):
+        stems = {p.stem for p in folder.glob("*.py")} - {"__init__"}
+        assert stems & (taken - {"run"}) == set(), folder
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.local import free_port, train_command
+from launcher.jobs.local import free_port, train_command
 from nextpt.config import load_config, to_yaml
 from nextpt.events import read_events
 from tests.support.datasets import tiny
@@ -316,7 +316,7 @@ def test_an_interrupt_ends_all_ranks_with_one_line(
     _, errors = job.communicate(timeout=60)
     assert (
         job.returncode == 130
-        and errors.strip() == "interrupted; nothing is half-written, and the same command goes on"
+        and errors.strip() == "interrupted; no file is half-written, and the same command continues"
     )
     ranks = [
         p

@@ -10,8 +10,8 @@ from deepspeed.launcher.runner import fetch_hostfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.hosts import Host, exported_variables, read_hostfile
-from launcher.supervise import supervise
+from launcher.jobs.hosts import Host, exported_variables, read_hostfile
+from launcher.jobs.supervise import supervise
 from nextpt.errors import ConfigError
 from nextpt.job.exit_record import write_exit_record
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from launcher.local import free_port
+from launcher.jobs.local import free_port
 from nextpt.config import Config, to_yaml
 
 

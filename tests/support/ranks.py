@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.local import free_port
+from launcher.jobs.local import free_port
 from nextpt.config import Config, to_yaml
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.local import free_port
+from launcher.jobs.local import free_port
 
 DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 

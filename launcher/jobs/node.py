@@ -20,9 +20,9 @@ from typing import Any
 
 # The repository root, not this folder, must be importable; must come before every other import of
 # ours.
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-RUN = Path(__file__).resolve().parent / "run.py"
+RUN = Path(__file__).resolve().parents[1] / "run.py"
 OTHERS_HAVE = 30.0  # seconds for the other ranks to end by themselves when one did
 
 

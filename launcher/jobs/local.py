@@ -22,7 +22,7 @@ from nextpt.job.signals import SIGNALS
 OUT_OF_MEMORY = (
     ", most likely because memory ran out (see dmesg; nextpt plan tells what a run needs)"
 )
-RUN = Path(__file__).resolve().parent / "run.py"
+RUN = Path(__file__).resolve().parents[1] / "run.py"
 LAUNCH = "deepspeed.launcher.launch"
 
 

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.console import out, say
+from launcher.registration import add_command
 from nextpt.errors import UserError
 
 if TYPE_CHECKING:
     from data_prep.spec import PrepSpec
     from data_prep.workers import Workers
 
-EXAMPLE = (
-    "example: nextpt prep shards code=data/code.jsonl prose=data/prose.jsonl --output data/shards"
-    " --sequence-length 256 --vocab-size 4096"
-)
 WHAT, WHERE, HOW = "What comes in", "Where the work is done", "What comes out"
 
 
@@ -233,3 +230,13 @@ def say_dry_run(spec: PrepSpec, workers: int | None) -> None:
 
     for line in dry_run(spec, workers).lines():
         say(line)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to its group."""
+    add_command(
+        app,
+        "shards",
+        prep_shards,
+        example="nextpt prep shards code=data/code.jsonl prose=data/prose.jsonl --output data/shards --sequence-length 256 --vocab-size 4096",
+    )

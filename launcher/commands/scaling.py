@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.console import friendly, say
-from launcher.sweep import EXAMPLE as SWEEP_EXAMPLE
-from launcher.sweep import sweep
+from launcher.commands import scaling_sweep
+from launcher.console import say
+from launcher.registration import add_command, add_group
 from nextpt.errors import ScalingError
 
 if TYPE_CHECKING:
     from nextpt.scaling.fitting import Fit
     from nextpt.scaling.observations import Runs
 
-scaling_app = typer.Typer(
-    no_args_is_help=True, help="Fit scaling laws to runs, predict, plan; see docs/scaling.md."
-)
-scaling_app.command("sweep", epilog=SWEEP_EXAMPLE)(friendly(sweep))
+
 FORMS = ("chinchilla", "kaplan", "over-training", "repeated", "isoflop", "envelope")
 FitFile = Annotated[
     Path, typer.Argument(metavar="FIT.json", help="what `nextpt scaling fit --json` wrote")
@@ -29,15 +26,6 @@ Level = Annotated[float, typer.Option(min=0.01, max=0.999, help="of the interval
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 
 
-@scaling_app.command(
-    "fit",
-    epilog=(
-        "example: nextpt scaling fit runs.csv --params-column N --tokens-column D --loss-column"
-        " loss --json fit.json    nextpt scaling fit runs/small runs/middle runs/... --json"
-        " fit.json"
-    ),
-)
-@friendly
 def fit_command(
     sources: Annotated[
         list[Path],
@@ -93,7 +81,7 @@ def fit_command(
     ] = None,
 ) -> None:
     """Fit a scaling law. C = 6 N D. Intervals are of 95 %, by the bootstrap."""
-    from launcher.scaling_tables import say_fit, say_frontier, say_repeated
+    from launcher.tables.scaling import say_fit, say_frontier, say_repeated
     from nextpt.scaling import frontier, record
     from nextpt.scaling.fitting import fit
     from nextpt.scaling.laws import LAWS
@@ -135,10 +123,6 @@ def fit_command(
         say(f"drawn in {plot}")
 
 
-@scaling_app.command(
-    "predict", epilog="example: nextpt scaling predict fit.json --params 70e9 --tokens 1.4e12"
-)
-@friendly
 def predict(
     fit_file: FitFile,
     params: Annotated[
@@ -170,14 +154,6 @@ def predict(
         say(f"warning: {warning}")
 
 
-@scaling_app.command(
-    "plan",
-    epilog=(
-        "example: nextpt scaling plan fit.json --flops 1e21    nextpt scaling plan fit.json"
-        " --gpu-hours 5000 --device h100"
-    ),
-)
-@friendly
 def plan(
     fit_file: FitFile,
     flops: Annotated[float | None, typer.Option(help="budget, FLOPs of training")] = None,
@@ -199,7 +175,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """The compute-optimal model for a budget, with intervals, and what smaller models that train longer cost."""
-    from launcher.scaling_tables import say_budget
+    from launcher.tables.scaling import say_budget
     from nextpt.scaling.machines import machine
     from nextpt.scaling.predict import plan_budget
     from nextpt.scaling.record import read_fit
@@ -258,3 +234,29 @@ def _positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < 1e60:
             raise ScalingError(f"--{name} {value:g} must be above 0 and finite")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = add_group(
+        app, "scaling", help="Fit scaling laws to runs, predict, plan; see docs/scaling.md."
+    )
+    add_command(
+        group,
+        "fit",
+        fit_command,
+        example="nextpt scaling fit runs.csv --params-column N --tokens-column D --loss-column loss --json fit.json    nextpt scaling fit runs/small runs/middle runs/... --json fit.json",
+    )
+    add_command(
+        group,
+        "predict",
+        predict,
+        example="nextpt scaling predict fit.json --params 70e9 --tokens 1.4e12",
+    )
+    add_command(
+        group,
+        "plan",
+        plan,
+        example="nextpt scaling plan fit.json --flops 1e21    nextpt scaling plan fit.json --gpu-hours 5000 --device h100",
+    )
+    scaling_sweep.register(group)

@@ -115,7 +115,7 @@ def exported_variables() -> dict[str, str]:
 
 
 def ssh_command(ssh: str, host: Host) -> list[str]:
-    """The command that starts launcher/node.py on a host.
+    """The command that starts launcher/jobs/node.py on a host.
 
     What it is to do goes through its standard input.
     """

@@ -11,11 +11,11 @@ import typer
 
 from data_prep.files import atomic_write
 from launcher.console import say
-from launcher.run_sets import train_one
+from launcher.jobs.run_set import train_one
+from launcher.registration import add_command
 from nextpt.errors import ScalingError
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = "example: nextpt scaling sweep configs/ladders/demo.yaml --ranks 2"
+ROOT = Path(__file__).resolve().parents[2]
 # Slurm's own copy of the script does not know where it came from: everything is absolute.
 SCRIPT = """#!/usr/bin/env bash
 # {what}
@@ -99,7 +99,7 @@ def sweep(
 def _write_scripts(
     ladder_file: Path, folder: Path, rungs: int, ranks: int | None, further: list[str]
 ) -> None:
-    from launcher.slurm_cli import further_option
+    from launcher.jobs.slurm import further_option
 
     options = "".join(f"#SBATCH {name}={value}\n" for name, value in map(further_option, further))
     shared = [str(ladder_file.resolve()), *(["--ranks", str(ranks)] if ranks else [])]
@@ -135,4 +135,11 @@ def _write_scripts(
     say(
         f"  job=$(sbatch --parsable {place / 'rungs.sbatch'}) && sbatch --dependency=afterok:$job"
         f" {place / 'target.sbatch'}"
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to its group."""
+    add_command(
+        app, "sweep", sweep, example="nextpt scaling sweep configs/ladders/demo.yaml --ranks 2"
     )

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.console import out, say, small_table
-
-EXAMPLE = "example: nextpt ablate configs/ablations/code-weight.yaml --ranks 2"
+from launcher.registration import add_command
 
 
 def ablate(
@@ -30,7 +29,7 @@ def ablate(
     DIR/ablation.json has the figures and the keys that differ, DIR/ablation.png the picture. What
     is finished is not trained or scored again: the same command goes on after an interruption.
     """
-    from launcher.run_sets import train_one
+    from launcher.jobs.run_set import train_one
     from nextpt.generate import pick_device
     from nextpt.scaling.ablation import is_done, load_ablation
     from nextpt.scaling.ablation_picture import draw_ablation
@@ -123,3 +122,10 @@ def _range(interval: list[float] | None, form: str) -> str:
 def _seeds(figures: dict[str, Any], form: str) -> str:
     values = figures["by_seed"]
     return f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else ""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    add_command(
+        app, "ablate", ablate, example="nextpt ablate configs/ablations/code-weight.yaml --ranks 2"
+    )

@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_prep.files import atomic_write
-from launcher.console import friendly, say
+from launcher.console import say
+from launcher.jobs.slurm import further_option, job_script, submit_script
+from launcher.registration import add_command, add_group
 from nextpt.config import Config, load_config
-from nextpt.errors import ConfigError, UserError
+from nextpt.errors import ConfigError
 
-slurm_app = typer.Typer(
-    no_args_is_help=True, help="Train on a Slurm cluster, see docs/clusters.md."
-)
-TEMPLATE = Path(__file__).resolve().parent / "slurm" / "train.sbatch"
-ROOT = TEMPLATE.parents[2]
 # Seconds from the signal to the time limit, as Slurm may send it up to 60 s too early or late
 # (sbatch --signal)
 LEAST_LEAD = 120
 
 
-def job_script(config: Path, overrides: list[str], options: dict[str, str]) -> str:
-    """train.sbatch with other #SBATCH lines, and the config and its overrides as its arguments.
-
-    options: --name -> value; an empty value is left out, and with it the line of the template.
-    """
-    lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
-    named = re.compile(r"#SBATCH (--[a-z-]+)")
-    kept = [line for line in lines if not ((found := named.match(line)) and found[1] in options)]
-    last = max(i for i, line in enumerate(kept) if line.startswith("#SBATCH"))
-    added = [f"#SBATCH {name}={value}" for name, value in options.items() if value]
-    # Slurm copies the script to the node: it cannot find by itself what it belongs to.
-    given = [
-        f"set -- {shlex.join([str(config), *overrides])}",
-        f"NEXTPT_ROOT={shlex.quote(str(ROOT))}",
-        f"PYTHON={shlex.quote(sys.executable)}",
-    ]
-    return "\n".join([*kept[: last + 1], *added, *given, *kept[last + 1 :]]) + "\n"
-
-
-@slurm_app.command(
-    "submit",
-    epilog=(
-        "example: nextpt slurm submit --config configs/1.3b.yaml --nodes 4 --sbatch --partition=gpu"
-        " data.path=/data/shards"
-    ),
-)
-@friendly
 def submit(
     config: Annotated[Path, typer.Option(help="YAML file, see configs/")],
     nodes: Annotated[int, typer.Option(min=1)],
@@ -105,7 +70,7 @@ def submit(
         say(script.read_text(encoding="utf-8"))
         say(f"written to {script}; nothing was submitted")
         return
-    number = _sbatch(script)
+    number = submit_script(script)
     log = options["--output"].replace("%j", number)
     say(f"job {number}: {nodes} nodes x {ranks} ranks, script {script}")
     say(
@@ -136,24 +101,12 @@ def _check_paths(settings: Config) -> None:
         )
 
 
-def further_option(option: str) -> tuple[str, str]:
-    """--name and value of an option for sbatch. Raises ConfigError for another form."""
-    name, equals, value = option.partition("=")
-    if not re.fullmatch(r"--[a-z][a-z-]*", name) or not equals or "\n" in value:
-        raise ConfigError(
-            f"--sbatch {option!r} is not of the form --name=value, such as --sbatch=--partition=gpu"
-        )
-    return name, value
-
-
-def _sbatch(script: Path) -> str:
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            f"sbatch is not on this machine; run this where jobs are submitted, or: sbatch {script}"
-        )
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(
-            f"sbatch refuses {script}: {' '.join((done.stderr or done.stdout).split())}"
-        )
-    return done.stdout.strip().partition(";")[0]
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = add_group(app, "slurm", help="Train on a Slurm cluster, see docs/clusters.md.")
+    add_command(
+        group,
+        "submit",
+        submit,
+        example="nextpt slurm submit --config configs/1.3b.yaml --nodes 4 --sbatch --partition=gpu data.path=/data/shards",
+    )

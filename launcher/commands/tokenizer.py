@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_prep.errors import PrepError
-from launcher.console import friendly, out, say
+from launcher.console import out, say
+from launcher.registration import add_command, add_group
 
 if TYPE_CHECKING:
     from data_prep.tokenizer import Tokenizer
 
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train, convert and look at tokenizers.")
 Output = Annotated[Path, typer.Option(help="tokenizer.json to write")]
 Start = Annotated[
     str | None, typer.Option(help="special token put before a document; the usual one unless given")
@@ -27,14 +27,6 @@ End = Annotated[
 TextField = Annotated[str, typer.Option(help="key or column of the text")]
 
 
-@tokenizer_app.command(
-    "train",
-    epilog=(
-        "example: nextpt tokenizer train code=data/code.jsonl data/prose --vocab-size 32768"
-        " --output tokenizer.json"
-    ),
-)
-@friendly
 def tokenizer_train(
     corpora: Annotated[
         list[str],
@@ -96,10 +88,6 @@ def _read(places: list[str], text_field: str) -> Iterator[str]:
         say(f"{bad:,} bad records passed over; nextpt prep shards names them")
 
 
-@tokenizer_app.command(
-    "convert", epilog="example: nextpt tokenizer convert tekken.json --output tokenizer.json"
-)
-@friendly
 def tokenizer_convert(
     source: Annotated[
         str,
@@ -136,10 +124,6 @@ def tokenizer_convert(
     _say(_facts(Tokenizer(output), []))
 
 
-@tokenizer_app.command(
-    "show", epilog="example: nextpt tokenizer show tokenizer.json --text data/prose.jsonl"
-)
-@friendly
 def tokenizer_show(
     file: Annotated[Path, typer.Argument(help="tokenizer.json, or a folder that holds one")],
     text: Annotated[
@@ -200,3 +184,26 @@ def _say(facts: dict[str, Any]) -> None:
             if isinstance(value, int)
             else f"{name.replace('_', ' '):<16} {value}"
         )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = add_group(app, "tokenizer", help="Train, convert and look at tokenizers.")
+    add_command(
+        group,
+        "train",
+        tokenizer_train,
+        example="nextpt tokenizer train code=data/code.jsonl data/prose --vocab-size 32768 --output tokenizer.json",
+    )
+    add_command(
+        group,
+        "convert",
+        tokenizer_convert,
+        example="nextpt tokenizer convert tekken.json --output tokenizer.json",
+    )
+    add_command(
+        group,
+        "show",
+        tokenizer_show,
+        example="nextpt tokenizer show tokenizer.json --text data/prose.jsonl",
+    )

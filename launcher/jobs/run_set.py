@@ -17,8 +17,8 @@ def train_one(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> Non
     Ends the command with the run's exit code where it has another than 0. place: of it in the set,
     to say.
     """
-    from launcher.local import start_training
-    from launcher.supervise import RESTARTS, supervise
+    from launcher.jobs.local import start_training
+    from launcher.jobs.supervise import RESTARTS, supervise
     from nextpt.model import count
 
     config = runs.config(run)

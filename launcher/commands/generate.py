@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import say
+from launcher.registration import add_command
 
 if TYPE_CHECKING:
     from nextpt.generate import Beams, Continuation, Ending, Sampling, Wanted
 
-EXAMPLE = (
-    "example: nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95"
-)
 TEMPERATURE = 0.8  # unless given
 LENGTH_PENALTY = 0.6  # unless given; see nextpt.generate.beam
 
@@ -227,3 +225,13 @@ def _ended(ending: Ending | None) -> str:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    add_command(
+        app,
+        "generate",
+        generate,
+        example="nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95",
+    )

@@ -7,21 +7,14 @@ from typing import Annotated
 
 import typer
 
-from launcher.console import friendly, say
+from launcher.console import say
+from launcher.registration import add_command, add_group
 
-export_app = typer.Typer(
-    no_args_is_help=True, help="Write a checkpoint in another layout, see docs/export.md."
-)
-import_app = typer.Typer(
-    no_args_is_help=True, help="Start from a model that others trained, see docs/export.md."
-)
 Run = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Output = Annotated[Path, typer.Option(help="folder to write; it must not exist")]
 
 
-@export_app.command("hf", epilog="example: nextpt export hf --run runs/demo --output exported")
-@friendly
 def hf_export(
     run: Run,
     output: Output,
@@ -37,14 +30,6 @@ def hf_export(
     say(f"step {checkpoint.step} written to {output} as {architecture}, {dtype}, {_size(output)}")
 
 
-@export_app.command(
-    "deepspeed",
-    epilog=(
-        "example: nextpt export deepspeed --run runs/demo --output exported && "
-        "python exported/zero_to_fp32.py exported weights"
-    ),
-)
-@friendly
 def deepspeed_export(run: Run, output: Output, step: Step = None) -> None:
     """The fp32 weights in DeepSpeed's layout, with its zero_to_fp32.py."""
     from nextpt.checkpoint.exchange import export_deepspeed
@@ -58,10 +43,6 @@ def deepspeed_export(run: Run, output: Output, step: Step = None) -> None:
     )
 
 
-@import_app.command(
-    "hf", epilog="example: nextpt import hf Qwen3-0.6B --data data/mine --output continued.yaml"
-)
-@friendly
 def hf_import(
     folder: Annotated[Path, typer.Argument(help="local folder with config.json and *.safetensors")],
     data: Annotated[
@@ -103,3 +84,28 @@ def hf_import(
 
 def _size(folder: Path) -> str:
     return f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e6:,.1f} MB"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    export_group = add_group(
+        app, "export", help="Write a checkpoint in another layout, see docs/export.md."
+    )
+    add_command(
+        export_group, "hf", hf_export, example="nextpt export hf --run runs/demo --output exported"
+    )
+    add_command(
+        export_group,
+        "deepspeed",
+        deepspeed_export,
+        example="nextpt export deepspeed --run runs/demo --output exported && python exported/zero_to_fp32.py exported weights",
+    )
+    import_group = add_group(
+        app, "import", help="Start from a model that others trained, see docs/export.md."
+    )
+    add_command(
+        import_group,
+        "hf",
+        hf_import,
+        example="nextpt import hf Qwen3-0.6B --data data/mine --output continued.yaml",
+    )

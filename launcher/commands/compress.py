@@ -8,24 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.console import friendly, out, say, shares_progress, small_table
+from launcher.console import out, say, shares_progress, small_table
+from launcher.registration import add_command
 
 RunFolder = Annotated[
     Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")
 ]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Output = Annotated[Path, typer.Option(help="file to write")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add both commands."""
-    app.command(
-        "compress", epilog="example: nextpt compress book.txt --run runs/demo --output book.nxpt"
-    )(friendly(compress))
-    app.command(
-        "decompress",
-        epilog="example: nextpt decompress book.nxpt --run runs/demo --output book.txt",
-    )(friendly(decompress))
 
 
 def compress(
@@ -146,3 +136,19 @@ def _show(result: dict[str, Any], given: Path | None) -> None:
         for name, found in result["others"].items()
     ]
     out.print(small_table(title, ["", "bytes", "bits per byte"], rows))
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands to the application."""
+    add_command(
+        app,
+        "compress",
+        compress,
+        example="nextpt compress book.txt --run runs/demo --output book.nxpt",
+    )
+    add_command(
+        app,
+        "decompress",
+        decompress,
+        example="nextpt decompress book.nxpt --run runs/demo --output book.txt",
+    )

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import out, say, shares_progress
+from launcher.registration import add_command
 
 if TYPE_CHECKING:
     from nextpt.observe.inspection import Inspection
-
-EXAMPLE = (
-    "example: nextpt inspect --run runs/demo --text notes.txt    nextpt inspect --run runs/demo"
-    " --prompt 'import os' --heldout"
-)
 
 
 def inspect(
@@ -132,3 +128,13 @@ def _percent(alternative: dict[str, Any]) -> str:
     from nextpt.observe.inspection import visible
 
     return f"{visible(alternative['token'])} {100 * alternative['probability']:.1f} %"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    add_command(
+        app,
+        "inspect",
+        inspect,
+        example="nextpt inspect --run runs/demo --text notes.txt    nextpt inspect --run runs/demo --prompt 'import os' --heldout",
+    )

@@ -12,12 +12,10 @@ from rich import box
 from rich.table import Table
 
 from data_prep.stores import STORE_ERRORS, is_uri, store_problem
-from launcher.console import friendly, out, say
+from launcher.console import out, say
+from launcher.registration import add_command, add_group
 from nextpt.errors import DAMAGED, CheckpointError
 
-checkpoint_app = typer.Typer(
-    no_args_is_help=True, help="Checkpoints of a run or of its mirror, see docs/reliability.md."
-)
 T = TypeVar("T")
 Place = Annotated[
     str,
@@ -42,8 +40,6 @@ class Row:
     loss: float | None = None
 
 
-@checkpoint_app.command("list", epilog="example: nextpt checkpoint list runs/demo")
-@friendly
 def list_checkpoints(place: Place) -> None:
     """A table of the checkpoints, newest first. Their files are not read: see verify."""
     rows = list(_rows(place))
@@ -52,10 +48,6 @@ def list_checkpoints(place: Place) -> None:
     _show(rows, "complete")
 
 
-@checkpoint_app.command(
-    "verify", epilog="example: nextpt checkpoint verify s3://bucket/run --step 5000"
-)
-@friendly
 def verify_checkpoints(place: Place, step: Step = None) -> None:
     """Read every file and compare it with the manifest.
 
@@ -79,10 +71,6 @@ def verify_checkpoints(place: Place, step: Step = None) -> None:
         raise typer.Exit(DAMAGED)
 
 
-@checkpoint_app.command(
-    "fetch", epilog="example: nextpt checkpoint fetch s3://bucket/run --output runs/copy"
-)
-@friendly
 def fetch_checkpoint(
     place: Annotated[str, typer.Argument(help="address of a mirror, such as s3://BUCKET/RUN")],
     output: Annotated[
@@ -210,3 +198,23 @@ def _show(rows: list[Row], good: str) -> None:
     for row in rows:
         if row.problem:
             say(f"{row.name} is not usable: {row.problem}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = add_group(
+        app, "checkpoint", help="Checkpoints of a run or of its mirror, see docs/reliability.md."
+    )
+    add_command(group, "list", list_checkpoints, example="nextpt checkpoint list runs/demo")
+    add_command(
+        group,
+        "verify",
+        verify_checkpoints,
+        example="nextpt checkpoint verify s3://bucket/run --step 5000",
+    )
+    add_command(
+        group,
+        "fetch",
+        fetch_checkpoint,
+        example="nextpt checkpoint fetch s3://bucket/run --output runs/copy",
+    )

@@ -15,8 +15,8 @@ from types import FrameType
 from typing import Any
 
 from data_prep.files import atomic_write
-from launcher.hosts import Host, Unreachable, exported_variables, probe, ssh_command
-from launcher.local import free_port, interrupt
+from launcher.jobs.hosts import Host, Unreachable, exported_variables, probe, ssh_command
+from launcher.jobs.local import free_port, interrupt
 from nextpt.config import load_config, to_yaml
 from nextpt.errors import CRASHED, DAMAGED, HUNG, IN_USE, MISTAKE, REQUEUE, ConfigError
 from nextpt.job.exit_record import read_exit_record

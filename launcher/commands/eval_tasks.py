@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.eval_common import deliver, open_with_texts
 from launcher.console import out, say, shares_progress, small_table
-from launcher.scored import deliver, open_with_texts
 from nextpt.errors import UserError
 
 ITEMS = 200  # of a built-in task

@@ -7,12 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.console import friendly, out, say, shares_progress, small_table
-
-memorization_app = typer.Typer(
-    no_args_is_help=True,
-    help="What a run has by heart, and what of an evaluation set it was trained on.",
-)
+from launcher.console import out, say, shares_progress, small_table
+from launcher.registration import add_command, add_group
 
 RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
 Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
@@ -20,14 +16,6 @@ Json = Annotated[Path | None, typer.Option("--json", help="also write the figure
 Plot = Annotated[Path | None, typer.Option(help="also draw them: a .png, .svg or .pdf file")]
 
 
-@memorization_app.command(
-    "plant",
-    epilog=(
-        "example: nextpt memorization plant data/canaries, then prep shards ..."
-        " canaries=data/canaries/canaries.jsonl"
-    ),
-)
-@friendly
 def plant(
     folder: Annotated[
         Path,
@@ -52,10 +40,6 @@ def plant(
     )
 
 
-@memorization_app.command(
-    "canaries", epilog="example: nextpt memorization canaries data/canaries --run runs/mine"
-)
-@friendly
 def canaries(
     folder: Annotated[Path, typer.Argument(help="what `plant` wrote")],
     run: RunFolder,
@@ -99,14 +83,6 @@ def canaries(
         say(f"drawn in {plot}")
 
 
-@memorization_app.command(
-    "extract",
-    epilog=(
-        "example: nextpt memorization extract --run runs/demo --prefixes 16,64,128 --plot"
-        " extraction.png"
-    ),
-)
-@friendly
 def extract(
     run: RunFolder,
     step: Step = None,
@@ -173,14 +149,6 @@ def extract(
         say(f"drawn in {plot}")
 
 
-@memorization_app.command(
-    "contamination",
-    epilog=(
-        "example: nextpt memorization contamination --run runs/demo    or: --data data/mine --text"
-        " benchmark.jsonl"
-    ),
-)
-@friendly
 def contamination(
     run: Annotated[
         Path | None,
@@ -280,3 +248,36 @@ def _write(result: dict[str, Any], path: Path | None) -> None:
 
         write_result(result, path)
         say(f"written to {path}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = add_group(
+        app,
+        "memorization",
+        help="What a run has by heart, and what of an evaluation set it was trained on.",
+    )
+    add_command(
+        group,
+        "plant",
+        plant,
+        example="nextpt memorization plant data/canaries, then prep shards ... canaries=data/canaries/canaries.jsonl",
+    )
+    add_command(
+        group,
+        "canaries",
+        canaries,
+        example="nextpt memorization canaries data/canaries --run runs/mine",
+    )
+    add_command(
+        group,
+        "extract",
+        extract,
+        example="nextpt memorization extract --run runs/demo --prefixes 16,64,128 --plot extraction.png",
+    )
+    add_command(
+        group,
+        "contamination",
+        contamination,
+        example="nextpt memorization contamination --run runs/demo    or: --data data/mine --text benchmark.jsonl",
+    )

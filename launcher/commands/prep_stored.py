@@ -8,28 +8,11 @@ from typing import Annotated, Any
 import humanize
 import typer
 
-from launcher.console import friendly, out, say
+from launcher.console import out, say
+from launcher.registration import add_command
 from nextpt.errors import UserError
 
 Dataset = Annotated[Path, typer.Argument(metavar="DATA", help="dataset folder")]
-
-
-def register(prep: typer.Typer) -> None:
-    """Add the commands to the group `nextpt prep`."""
-    prep.command(
-        "export",
-        epilog="example: nextpt prep export --megatron data/shards --output data/megatron/web",
-    )(friendly(export))
-    prep.command("upload", epilog="example: nextpt prep upload data/shards s3://bucket/web")(
-        friendly(upload)
-    )
-    prep.command(
-        "weigh",
-        epilog=(
-            "example: nextpt prep weigh data/shards --weights weights.py:blanks --output"
-            " data/weighted"
-        ),
-    )(friendly(weigh))
 
 
 def weigh(
@@ -119,4 +102,21 @@ def upload(
     say(
         f"{remote}: {done.sent_files} files, {humanize.naturalsize(done.sent_bytes, binary=True)}"
         f" sent{there}"
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the group `nextpt prep`."""
+    add_command(
+        app,
+        "export",
+        export,
+        example="nextpt prep export --megatron data/shards --output data/megatron/web",
+    )
+    add_command(app, "upload", upload, example="nextpt prep upload data/shards s3://bucket/web")
+    add_command(
+        app,
+        "weigh",
+        weigh,
+        example="nextpt prep weigh data/shards --weights weights.py:blanks --output data/weighted",
     )

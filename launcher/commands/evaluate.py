@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.commands.eval_common import deliver, open_with_texts
+from launcher.commands.eval_exposure import run_exposure
+from launcher.commands.eval_tasks import asked_for, run_tasks
 from launcher.console import (
     compressor_table,
     context_table,
@@ -19,12 +22,9 @@ from launcher.console import (
     say,
     shares_progress,
 )
-from launcher.exposure_cli import run_exposure
-from launcher.scored import deliver, open_with_texts
-from launcher.tasks_cli import asked_for, run_tasks
+from launcher.registration import add_command
 from nextpt.errors import UserError
 
-EXAMPLE = "example: nextpt eval --run runs/demo --compressors --json eval.json --plot eval.png"
 WHAT, HOW, MORE, FREE, TASKS = "What is scored", "How", "More figures", "Free running", "Tasks"
 
 
@@ -309,4 +309,14 @@ def _show(result: dict[str, Any]) -> None:
         f"± and brackets: {p['intervals']['confidence']:.0%} intervals, bootstrap of documents,"
         f" {p['intervals']['resamples']} resamples, seed {p['intervals']['seed']}; none where there"
         " is one document"
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    add_command(
+        app,
+        "eval",
+        evaluate,
+        example="nextpt eval --run runs/demo --compressors --json eval.json --plot eval.png",
     )

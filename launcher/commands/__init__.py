@@ -1,0 +1,1 @@
+"""Commands of `nextpt`: one module each, with a function `register(app)`."""

@@ -1,0 +1,1 @@
+"""Jobs: how training processes are started and watched."""

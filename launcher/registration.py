@@ -1,0 +1,66 @@
+"""Registration of commands and command groups on the `nextpt` Typer application."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from data_prep.errors import PrepError
+from nextpt.errors import UserError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def add_command(
+    app: typer.Typer, name: str, command: Callable[..., None], *, example: str = ""
+) -> None:
+    """Add a command whose user errors end it with one line.
+
+    Args:
+        app: The application or the group that gets the command.
+        name: Name of the command on the command line.
+        command: Function whose annotated parameters are the options and whose docstring is the
+            help text.
+        example: One or more command lines, shown below the options.
+    """
+    epilog = f"example: {example}" if example else None
+    app.command(name, epilog=epilog)(report_user_errors(command))
+
+
+def add_group(app: typer.Typer, name: str, *, help: str) -> typer.Typer:
+    """Add a group of commands and return it."""
+    group = typer.Typer(no_args_is_help=True, help=help)
+    app.add_typer(group, name=name)
+    return group
+
+
+def report_user_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command so that a user error or an interrupt ends it with one line on stderr.
+
+    A user error exits with the error's own code (2 unless it has another), an interrupt with 130.
+    With NEXTPT_TRACEBACK=1 in the environment a user error keeps its traceback.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (UserError, PrepError) as error:
+            if os.environ.get("NEXTPT_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code if isinstance(error, UserError) else 2)
+        except KeyboardInterrupt:
+            print(
+                "\ninterrupted; no file is half-written, and the same command continues",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(EXIT_INTERRUPTED)
+
+    return run

@@ -1,0 +1,1 @@
+"""Tables in which commands print results."""

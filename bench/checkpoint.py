@@ -22,7 +22,7 @@ import torch
 
 from kernels.bench.machine import describe_machine, write_json
 from nextpt.checkpoint.commit import verify
-from nextpt.checkpoint.keeper import Keeper
+from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import describe
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import KINDS, Fragment
@@ -69,12 +69,14 @@ def products(until: Callable[[], bool]) -> float:
 def one_round(folder: Path, state: State) -> dict[str, float]:
     """Seconds of each part, and the share of the pace that work keeps."""
     found = {"copy": timed(lambda: [t.clone() for t in state.values.values()])}
-    keepers = {
-        wait: Keeper(folder, CheckpointSection(asynchronous=not wait, keep_last=2), Ranks(), print)
+    managers = {
+        wait: CheckpointManager(
+            folder, CheckpointSection(asynchronous=not wait, keep_last=2), Ranks(), print
+        )
         for wait in (True, False)
     }
-    keepers[True].start()
-    saved = [keepers[True].save(state, {"step": step}, {})[0] for step in (1, 2)]
+    managers[True].resume()
+    saved = [managers[True].save(state, {"step": step}, {})[0] for step in (1, 2)]
     found |= {"save": saved[1].seconds, "stall of a plain save": saved[1].stall_seconds}
     found["hashing"] = sum(
         timed(lambda path=path: describe(path)) for path in saved[1].saved.folder.iterdir()
@@ -82,10 +84,10 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
     found["verify"] = timed(lambda: verify(saved[1].saved.folder, Ranks()))
     end = time.monotonic() + 2
     free = products(lambda: time.monotonic() > end)
-    keepers[False].start()
-    keepers[False].save(state, {"step": 3}, {}, wait=False)
+    managers[False].resume()
+    managers[False].save(state, {"step": 3}, {}, wait=False)
     done: list = []
-    busy = products(lambda: bool(done.extend(keepers[False].poll()) or done))
+    busy = products(lambda: bool(done.extend(managers[False].poll()) or done))
     return found | {
         "stall in the background": done[0].stall_seconds,
         "background save": done[0].seconds,

@@ -21,7 +21,7 @@ from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
 from launcher.console import compressor_table, evaluation_table, out, say, shares_progress
 from launcher.jobs.local import start_training
-from nextpt.checkpoint.folders import folder_of, steps
+from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.config import Config, load_config
 from nextpt.errors import UserError
 from nextpt.evaluate.evaluation import Protocol, evaluate_source
@@ -141,7 +141,9 @@ def prove_resume(config: Config) -> int:
     )
     stop = min(middle + RESUMED_STEPS, config.last_step)
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder_of(run / "checkpoints", middle), folder_of(copy / "checkpoints", middle))
+    shutil.copytree(
+        folder_of_step(run / "checkpoints", middle), folder_of_step(copy / "checkpoints", middle)
+    )
     shutil.copy(run / "config.yaml", copy)
     train(config, f"run.dir={copy}", f"train.stop_at={stop}", "validation.every_steps=null")
     losses = [

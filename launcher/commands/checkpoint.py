@@ -53,8 +53,8 @@ def verify_checkpoints(place: Place, step: Step = None) -> None:
 
     Exit codes: 0 all are whole, 65 one is not, 2 there is none.
     """
-    from nextpt.checkpoint.archive import Stored
     from nextpt.checkpoint.commit import intact
+    from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
     from nextpt.checkpoint.ranks import Ranks
 
     rows = _of_step(list(_rows(place)), step, place)
@@ -62,7 +62,9 @@ def verify_checkpoints(place: Place, step: Step = None) -> None:
     for row in rows:
         problem = row.problem
         if problem is None and _is_mirror(place):
-            problem = _asked(place, lambda row=row: _archive(place).problem(Stored(row.name, True)))
+            problem = _asked(
+                place, lambda row=row: _archive(place).problem(ArchivedCheckpoint(row.name, True))
+            )
         elif problem is None:
             problem = intact(_root(place) / row.name, Ranks())
         checked.append(replace(row, problem=problem))
@@ -82,14 +84,14 @@ def fetch_checkpoint(
 
     Exit codes: 0 it is there, 65 there are some and none is whole, 2 another mistake.
     """
-    from nextpt.checkpoint.archive import Stored
-    from nextpt.checkpoint.comeback import fetch
+    from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
+    from nextpt.checkpoint.mirror.restore import fetch
     from nextpt.checkpoint.ranks import Ranks
     from nextpt.errors import NoValidCheckpoint
 
     for row in _of_step(list(_rows(place, mirror=True)), step, place):
         problem = row.problem or fetch(
-            _archive(place), Stored(row.name, True), output / "checkpoints", Ranks()
+            _archive(place), ArchivedCheckpoint(row.name, True), output / "checkpoints", Ranks()
         )
         if problem is None:
             say(
@@ -105,13 +107,13 @@ def fetch_checkpoint(
 
 def _is_mirror(place: str) -> bool:
     """Whether a place is a mirror: an address, or a folder with its note."""
-    from nextpt.checkpoint.archive import NOTE
+    from nextpt.checkpoint.mirror.archive import NOTE
 
     return is_uri(place) or (Path(place) / NOTE).is_file()
 
 
 def _archive(place: str):
-    from nextpt.checkpoint.archive import Archive
+    from nextpt.checkpoint.mirror.archive import Archive
 
     return Archive(place)
 
@@ -126,13 +128,13 @@ def _rows(place: str, mirror: bool = False) -> Iterator[Row]:
     if mirror or _is_mirror(place):
         yield from _rows_of_mirror(place)
         return
-    from nextpt.checkpoint.folders import listing, step_of
+    from nextpt.checkpoint.folders import list_checkpoints, step_of
 
     if not _root(place).is_dir():
         raise CheckpointError(
             f"{place} is not a folder; expected a run folder or the address of a mirror"
         )
-    found, damaged, foreign = listing(_root(place))
+    found, damaged, foreign = list_checkpoints(_root(place))
     for one in found:
         yield Row(
             one.folder.name,
@@ -147,13 +149,13 @@ def _rows(place: str, mirror: bool = False) -> Iterator[Row]:
 
 
 def _rows_of_mirror(place: str) -> Iterator[Row]:
-    from nextpt.checkpoint.manifest import Damaged, OtherVersion
+    from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError
 
     archive = _archive(place)
     for one in _asked(place, archive.stored):
         try:
             manifest = _asked(place, lambda one=one: archive.manifest(one))
-        except (Damaged, OtherVersion) as problem:
+        except (DamagedError, UnsupportedVersionError) as problem:
             yield Row(one.name, one.step, str(problem), one.sequence)
         else:
             yield Row(one.name, one.step, None, one.sequence, manifest.bytes, manifest.loss)

@@ -263,11 +263,11 @@ def refuse_others(what: str, given: Mapping[str, object]) -> None:
 
 def _steps(run: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, lowest first."""
-    from nextpt.checkpoint.folders import listing, step_of
+    from nextpt.checkpoint.folders import list_checkpoints, step_of
     from nextpt.evaluate.heldout import open_run
 
     open_run(run)  # raises where there is none
-    return sorted({step_of(found.folder) for found in listing(run / "checkpoints")[0]})
+    return sorted({step_of(found.folder) for found in list_checkpoints(run / "checkpoints")[0]})
 
 
 def _evaluate(

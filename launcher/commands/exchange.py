@@ -22,8 +22,8 @@ def hf_export(
     dtype: Annotated[str, typer.Option(help="of the weights: fp32 or bf16")] = "fp32",
 ) -> None:
     """Safetensors, config and tokenizer that the transformers library loads, with the same logits."""
-    from nextpt.checkpoint.exchange import export_hf
     from nextpt.evaluate.heldout import open_run
+    from nextpt.exchange import export_hf
 
     checkpoint = open_run(run, step)
     architecture = export_hf(checkpoint, run / "tokenizer.json", output, dtype=dtype)
@@ -32,8 +32,8 @@ def hf_export(
 
 def deepspeed_export(run: Run, output: Output, step: Step = None) -> None:
     """The fp32 weights in DeepSpeed's layout, with its zero_to_fp32.py."""
-    from nextpt.checkpoint.exchange import export_deepspeed
     from nextpt.evaluate.heldout import open_run
+    from nextpt.exchange import export_deepspeed
 
     checkpoint = open_run(run, step)
     export_deepspeed(checkpoint, output)
@@ -56,10 +56,10 @@ def hf_import(
     """Check a Hugging Face model and write the config of a run that starts from its weights."""
     from data_prep.files import atomic_write
     from data_prep.format import DatasetManifest
-    from nextpt.checkpoint.exchange import HFWeights, config_from_hf
     from nextpt.config import to_yaml
     from nextpt.data.dataset import check_dataset
     from nextpt.errors import ConfigError
+    from nextpt.exchange import HFWeights, config_from_hf
     from nextpt.model import count
     from nextpt.train.start import check_tokenizer
 

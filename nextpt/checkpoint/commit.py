@@ -23,27 +23,27 @@ from safetensors import SafetensorError
 from nextpt.checkpoint.folders import (
     STAGING,
     clear_leftovers,
-    folder_of,
-    free_name,
+    folder_of_step,
     last_sequence,
-    listing,
+    list_checkpoints,
     set_aside,
     set_aside_folders,
     step_of,
     steps,
+    unused_folder,
 )
 from nextpt.checkpoint.format import Checkpoint, Snapshot, take_snapshot, write_rank
 from nextpt.checkpoint.index import check_tensors, read_contents
 from nextpt.checkpoint.jsonfile import sync, write_json
 from nextpt.checkpoint.manifest import (
     STATE,
-    Damaged,
+    DamagedError,
     Manifest,
-    OtherVersion,
+    UnsupportedVersionError,
     check_files,
     describe,
+    extend_lineage,
     hash_problem,
-    next_line,
     read_manifest,
     write_manifest,
 )
@@ -53,12 +53,12 @@ from nextpt.errors import CheckpointError, NoValidCheckpoint, SaveFailed, UserEr
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A finished checkpoint. line: see Manifest; known on rank 0."""
+class CommittedCheckpoint:
+    """A finished checkpoint. lineage: see Manifest; known on rank 0."""
 
     folder: Path
     bytes: int
-    line: list[list[int]]
+    lineage: list[list[int]]
 
 
 def save(
@@ -67,20 +67,20 @@ def save(
     extras: dict[str, Any],
     rng: dict[str, Any],
     ranks: Ranks,
-    line: list[list[int]] = (),
+    lineage: list[list[int]] = (),
     loss: float | None = None,
     may_commit: Callable[[], None] = lambda: None,
-) -> Saved:
+) -> CommittedCheckpoint:
     """Write a checkpoint of extras["step"] under `root`; returns when it is durable. Collective.
 
     extras: JSON values for state.json; step, world size, parameter shapes and scalars are put
-    beside them. line: that of the checkpoint that this one continues. loss: of the last validation,
+    beside them. lineage: that of the checkpoint that this one continues. loss: of the last validation,
     nats per token. may_commit: asked on rank 0 when all is written and only the name is missing;
     raises to refuse. Raises CheckpointError on all ranks when any of them fails, SaveFailed where
     the disk was the reason; then nothing is left behind.
     """
     return commit(
-        root, snapshot_together(root, state, extras, rng, ranks), ranks, line, loss, may_commit
+        root, snapshot_together(root, state, extras, rng, ranks), ranks, lineage, loss, may_commit
     )
 
 
@@ -102,11 +102,11 @@ def commit(
     root: Path,
     snapshot: Snapshot,
     ranks: Ranks,
-    line: list[list[int]] = (),
+    lineage: list[list[int]] = (),
     loss: float | None = None,
     may_commit: Callable[[], None] = lambda: None,
     above: int = 0,
-) -> Saved:
+) -> CommittedCheckpoint:
     """Make a checkpoint of the snapshots of all ranks; returns when it is durable.
 
     Collective; raises as `save` does.
@@ -115,7 +115,7 @@ def commit(
     """
     staging = root / f"{STAGING}step-{snapshot.step:09d}"
     described: dict[str, dict[str, Any]] = {}
-    saved: list[Saved] = []
+    saved: list[CommittedCheckpoint] = []
 
     def prepare() -> None:
         if ranks.rank == 0:
@@ -130,24 +130,24 @@ def commit(
             files[STATE] = describe(staging / STATE)
             # Above the line's own too: the manifests on the disk may have become unreadable since
             # it was begun.
-            sequence = 1 + max([last_sequence(root), above, *(last for _, last in line)])
+            sequence = 1 + max([last_sequence(root), above, *(last for _, last in lineage)])
             manifest = Manifest.model_validate(
                 {
                     "files": files,
                     "step": snapshot.step,
                     "world_size": ranks.world_size,
                     "sequence": sequence,
-                    "line": next_line(list(line), sequence),
+                    "lineage": extend_lineage(list(lineage), sequence),
                     "loss": loss,
                 }
             )
             write_manifest(staging, manifest)
             sync(staging)
             may_commit()
-            folder = free_name(root, snapshot.step)
+            folder = unused_folder(root, snapshot.step)
             os.rename(staging, folder)
             sync(root)
-            saved.append(Saved(folder, manifest.bytes, manifest.line))
+            saved.append(CommittedCheckpoint(folder, manifest.bytes, manifest.lineage))
 
     try:
         _together(prepare, root, ranks)
@@ -160,10 +160,10 @@ def commit(
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    name, size, line = ranks.from_first(
-        [saved[0].folder.name, saved[0].bytes, saved[0].line] if saved else None
+    name, size, lineage = ranks.from_first(
+        [saved[0].folder.name, saved[0].bytes, saved[0].lineage] if saved else None
     )
-    return Saved(root / name, size, line)
+    return CommittedCheckpoint(root / name, size, lineage)
 
 
 def _together(action: Callable[[], None], root: Path, ranks: Ranks) -> None:
@@ -207,7 +207,7 @@ def _phrase(error: Exception, root: Path) -> str:
     return f"{name}: {text}" if name else text
 
 
-def choose(
+def select_checkpoint(
     root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], None], mend: bool = False
 ) -> Checkpoint | None:
     """The checkpoint that `resume` asks for (config key checkpoint.resume), verified.
@@ -237,21 +237,21 @@ def choose(
     return None
 
 
-def choose_earlier(
-    root: Path, step: int, line: list[list[int]], ranks: Ranks, warn: Callable[[str], None]
+def select_earlier_checkpoint(
+    root: Path, step: int, lineage: list[list[int]], ranks: Ranks, warn: Callable[[str], None]
 ) -> Checkpoint | None:
     """The newest checkpoint of a line from before `step` that verifies; None when there is none.
 
     Collective.
 
-    Damaged ones are named through `warn` and set aside. line: see Manifest.
+    Damaged ones are named through `warn` and set aside. lineage: see Manifest.
     """
 
     def look() -> list[str]:
         return [
             one.folder.name
-            for one in listing(root)[0]
-            if one.manifest.step < step and one.manifest.is_of(line)
+            for one in list_checkpoints(root)[0]
+            if one.manifest.step < step and one.manifest.is_in_lineage(lineage)
         ]
 
     return _first_whole(root, on_first(look, root, ranks), [], ranks, warn, mend=True)[0]
@@ -305,8 +305,8 @@ def _candidates(root: Path, resume: str | int) -> tuple[list[str], list[tuple[st
                 f"checkpoint.resume = {resume}: {root} has no checkpoint of that step; there are:"
                 f" {listed}"
             )
-        return [folder_of(root, resume).name], []
-    found, damaged, foreign = listing(root)
+        return [folder_of_step(root, resume).name], []
+    found, damaged, foreign = list_checkpoints(root)
     if foreign:
         # It may be in order, and newer than the rest: to train on from an older one would be a
         # rollback that nobody asked for.
@@ -390,7 +390,7 @@ def _said(look: Callable[[], str | None]) -> str | None:
     """
     try:
         return look()
-    except (Damaged, OtherVersion) as problem:
+    except (DamagedError, UnsupportedVersionError) as problem:
         return str(problem)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -400,11 +400,11 @@ def _first(problems: list[str | None]) -> str | None:
     return next(filter(None, problems), None)
 
 
-def open_newest(
+def open_checkpoint(
     root: Path, step: int | None = None, warn: Callable[[str], None] = print
 ) -> Checkpoint:
     """For readers (evaluation, generation): the newest checkpoint, or that of `step`, verified, in one process. Changes nothing."""
-    found = choose(root, "auto" if step is None else step, Ranks(), warn)
+    found = select_checkpoint(root, "auto" if step is None else step, Ranks(), warn)
     if found is None:
         raise CheckpointError(f"{root} holds no checkpoint; train first")
     return found

@@ -18,7 +18,13 @@ from itertools import count
 from pathlib import Path
 
 from nextpt.checkpoint.jsonfile import sync
-from nextpt.checkpoint.manifest import FOLDER, Damaged, Listed, OtherVersion, read_manifest
+from nextpt.checkpoint.manifest import (
+    FOLDER,
+    DamagedError,
+    ListedCheckpoint,
+    UnsupportedVersionError,
+    read_manifest,
+)
 
 STAGING, REMOVING, DAMAGED = ".staging-", ".removing-", ".damaged"
 
@@ -47,14 +53,14 @@ def step_of(folder: Path) -> int:
     return int(FOLDER.fullmatch(folder.name)[1])
 
 
-def folder_of(root: Path, step: int) -> Path:
+def folder_of_step(root: Path, step: int) -> Path:
     """The newest folder of a step; where there is none, the one that its first save would make."""
     return next(
         (f for f in checkpoint_folders(root) if step_of(f) == step), root / f"step-{step:09d}"
     )
 
 
-def free_name(root: Path, step: int) -> Path:
+def unused_folder(root: Path, step: int) -> Path:
     """The name for a new checkpoint of a step: one that no folder has, and above all attempts that are there."""
     taken = [FOLDER.fullmatch(f.name)[2] for f in checkpoint_folders(root) if step_of(f) == step]
     plain = root / f"step-{step:09d}"
@@ -63,7 +69,9 @@ def free_name(root: Path, step: int) -> Path:
     )
 
 
-def listing(root: Path) -> tuple[list[Listed], list[tuple[Path, str]], list[tuple[Path, str]]]:
+def list_checkpoints(
+    root: Path,
+) -> tuple[list[ListedCheckpoint], list[tuple[Path, str]], list[tuple[Path, str]]]:
     """(checkpoints by their manifests, damaged, of another version), each newest first.
 
     A damaged one with its problem.
@@ -74,10 +82,10 @@ def listing(root: Path) -> tuple[list[Listed], list[tuple[Path, str]], list[tupl
     listed, damaged, foreign = [], [], []
     for folder in checkpoint_folders(root):
         try:
-            listed.append(Listed(folder, read_manifest(folder)))
-        except Damaged as problem:
+            listed.append(ListedCheckpoint(folder, read_manifest(folder)))
+        except DamagedError as problem:
             damaged.append((folder, str(problem)))
-        except OtherVersion as problem:
+        except UnsupportedVersionError as problem:
             foreign.append((folder, str(problem)))
     # stable: within one sequence number (0 for all of version 1) the order by step stays
     return sorted(listed, key=lambda found: found.manifest.sequence, reverse=True), damaged, foreign
@@ -97,11 +105,11 @@ def last_sequence(root: Path) -> int:
 
     0 for none.
     """
-    numbers = [found.manifest.sequence for found in listing(root)[0]]
+    numbers = [found.manifest.sequence for found in list_checkpoints(root)[0]]
     for folder in set_aside_folders(root):
         try:
             numbers.append(read_manifest(folder).sequence)
-        except (Damaged, OtherVersion):
+        except (DamagedError, UnsupportedVersionError):
             continue
     return max(numbers, default=0)
 

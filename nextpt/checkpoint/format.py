@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextpt.checkpoint.boxes import boxes, intersection, volume, within
+from nextpt.checkpoint.chunks import boxes, intersection, volume, within
 from nextpt.checkpoint.index import Entry, read_contents
 from nextpt.checkpoint.jsonfile import sync, write_json
-from nextpt.checkpoint.manifest import Damaged, OtherVersion, describe
+from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError, describe
 from nextpt.checkpoint.state import ShardedState
 from nextpt.errors import CheckpointError
 
@@ -103,7 +103,7 @@ class Checkpoint:
         self.folder = folder
         try:
             self.state, self._ranks = read_contents(folder)
-        except (Damaged, OtherVersion) as problem:
+        except (DamagedError, UnsupportedVersionError) as problem:
             raise CheckpointError(f"checkpoint {folder} is not usable: {problem}") from None
         self._fragments: dict[tuple[str, str], list[tuple[str, Entry]]] = {}
         for rank, index in enumerate(self._ranks):
@@ -171,3 +171,20 @@ class Checkpoint:
             raise CheckpointError(
                 f"checkpoint {self.folder}: {file} cannot be read: {error}"
             ) from error
+
+
+def check_shapes(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError when the checkpoint is of another model.
+
+    The first difference is named.
+    """
+    stored = checkpoint.shapes()
+    for name in sorted(stored.keys() | shapes.keys()):
+        if stored.get(name) != shapes.get(name):
+            error = CheckpointError(
+                f"checkpoint {checkpoint.folder} is of another model: {name} is"
+                f" {stored.get(name, 'missing')} there and {shapes.get(name, 'missing')} here; use"
+                " its own config or another run.dir"
+            )
+            error.every_rank = False
+            raise error

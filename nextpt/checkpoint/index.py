@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from nextpt.checkpoint.boxes import Box, intersection, volume
+from nextpt.checkpoint.chunks import Box, intersection, volume
 from nextpt.checkpoint.jsonfile import read_json
-from nextpt.checkpoint.manifest import STATE, Damaged, read_manifest
+from nextpt.checkpoint.manifest import STATE, DamagedError, read_manifest
 from nextpt.checkpoint.state import KINDS
 
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -55,14 +55,14 @@ class Index(BaseModel):
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json, its known keys checked. Raises Damaged."""
+    """state.json, its known keys checked. Raises DamagedError."""
     return _read(folder / STATE, TypeAdapter(State), keep=True)
 
 
 def read_index(folder: Path, rank: int, parameters: dict[str, list[int]]) -> Index:
     """rank-*.json; every entry is a box inside a parameter that state.json knows.
 
-    Raises Damaged.
+    Raises DamagedError.
     """
     path = folder / f"rank-{rank:05d}.json"
     index = _read(path, TypeAdapter(Index))
@@ -72,7 +72,7 @@ def read_index(folder: Path, rank: int, parameters: dict[str, list[int]]) -> Ind
             a < b <= size for (a, b), size in zip(entry.slices, entry.shape, strict=True)
         )
         if shape is None or shape != entry.shape or entry.kind not in KINDS or not inside:
-            raise Damaged(
+            raise DamagedError(
                 f"{path.name}: tensor {entry.tensor} is slices {entry.slices} of {entry.shape} of"
                 f" {entry.name!r} ({entry.kind!r}), which {STATE} does not have room for"
             )
@@ -85,16 +85,16 @@ def _read(path: Path, kind: TypeAdapter, keep: bool = False) -> Any:
         checked = kind.validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise Damaged(
+        raise DamagedError(
             f"{path.name} is not in order: {'.'.join(map(repr, first['loc']))}: {first['msg']}"
         ) from None
     except (OSError, ValueError) as error:
-        raise Damaged(f"{path.name} cannot be read: {error}") from None
+        raise DamagedError(f"{path.name} cannot be read: {error}") from None
     return value if keep else checked
 
 
 def check_tensors(folder: Path, rank: int, index: Index) -> None:
-    """Compare an index with the header of its safetensors file: the same tensors, fp32, each of its box's size. Raises Damaged."""
+    """Compare an index with the header of its safetensors file: the same tensors, fp32, each of its box's size. Raises DamagedError."""
     name = f"rank-{rank:05d}.safetensors"
     try:
         with safe_open(folder / name, framework="pt") as file:
@@ -103,22 +103,22 @@ def check_tensors(folder: Path, rank: int, index: Index) -> None:
                 len(index.fragments) != len(stored)
                 or {entry.tensor for entry in index.fragments} != stored
             ):
-                raise Damaged(f"{name} and its index do not name the same tensors")
+                raise DamagedError(f"{name} and its index do not name the same tensors")
             for entry in index.fragments:
                 part, sides = file.get_slice(entry.tensor), [b - a for a, b in entry.slices]
                 if part.get_dtype() != "F32" or part.get_shape() != sides:
-                    raise Damaged(
+                    raise DamagedError(
                         f"{name}: tensor {entry.tensor} is {part.get_dtype()} {part.get_shape()}, "
                         f"its index says F32 {sides}"
                     )
     except (SafetensorError, OSError) as error:
-        raise Damaged(f"{name} cannot be read: {error}") from None
+        raise DamagedError(f"{name} cannot be read: {error}") from None
 
 
 def check_coverage(
     parameters: dict[str, list[int]], entries: dict[tuple[str, str], list[Box]]
 ) -> None:
-    """Every element of every kind of every parameter comes exactly once. Raises Damaged.
+    """Every element of every kind of every parameter comes exactly once. Raises DamagedError.
 
     Boxes that share no element and hold as many elements together as the parameter has tile it.
     """
@@ -126,7 +126,7 @@ def check_coverage(
         for kind in KINDS:
             found = entries.get((name, kind), [])
             if sum(map(volume, found)) != math.prod(shape) or _overlap(found):
-                raise Damaged(f"fragments of {name!r} ({kind}) leave gaps or overlap")
+                raise DamagedError(f"fragments of {name!r} ({kind}) leave gaps or overlap")
 
 
 def _overlap(found: Iterable[Box]) -> bool:
@@ -148,7 +148,7 @@ def _overlap(found: Iterable[Box]) -> bool:
 def read_contents(folder: Path) -> tuple[dict[str, Any], list[Index]]:
     """(state.json, index of each rank) of a folder, checked against each other and the manifest.
 
-    Raises Damaged, OtherVersion.
+    Raises DamagedError, UnsupportedVersionError.
 
     Hashes are not looked at, and neither are tensors: see check_tensors.
     """
@@ -156,7 +156,7 @@ def read_contents(folder: Path) -> tuple[dict[str, Any], list[Index]]:
     state = read_state(folder)
     for key in ("step", "world_size"):
         if state[key] != getattr(manifest, key):
-            raise Damaged(
+            raise DamagedError(
                 f"{STATE} says {key} = {state[key]}, the manifest {getattr(manifest, key)}"
             )
     indexes = [read_index(folder, rank, state["parameters"]) for rank in range(manifest.world_size)]

@@ -20,21 +20,21 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from data_prep.files import canonical_json
 from nextpt.checkpoint.jsonfile import open_regular, parse_json, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
-# Version 1 had no step, line, loss and hash of itself. The number of an attempt: see folders.py.
+# Version 1 had no step, lineage, loss and hash of itself; version 2 called the lineage `line`. The number of an attempt: see folders.py.
 FOLDER = re.compile(r"step-(\d{9,18})(?:\.(\d{1,9}))?")
 # Above any real manifest: 10^5 ranks are 24 MB. What claims to be larger is not read into memory.
 LARGEST_MANIFEST = 2**26
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """Why a folder is no checkpoint, as a phrase that follows its name."""
 
 
-class OtherVersion(Exception):
+class UnsupportedVersionError(Exception):
     """A checkpoint of a format that this nextpt does not read. It may be in order."""
 
 
@@ -50,7 +50,7 @@ class FileEntry(BaseModel):
 class Manifest(BaseModel):
     """sequence: grows by one with every save of the run folder; 0 in version 1, which had none.
 
-    line: ranges [first, last] of the sequence numbers of all saves that this one descends from, and
+    lineage: ranges [first, last] of the sequence numbers of all saves that this one descends from, and
     its own; what lies between them was abandoned by a rollback. loss: of the last validation before
     it, nats per token.
     """
@@ -62,7 +62,7 @@ class Manifest(BaseModel):
     step: Count
     world_size: Annotated[int, Field(ge=1, le=10**6)]
     sequence: Count = 0
-    line: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
+    lineage: list[Annotated[list[Count], Field(min_length=2, max_length=2)]] = []
     loss: FiniteFloat | None = None
 
     @property
@@ -74,21 +74,21 @@ class Manifest(BaseModel):
 
         Saves without a number are told by their step.
         """
-        return other.step <= self.step if other.sequence == 0 else other.is_of(self.line)
+        return other.step <= self.step if other.sequence == 0 else other.is_in_lineage(self.lineage)
 
-    def is_of(self, line: list[list[int]]) -> bool:
-        """Whether a line went through this save.
+    def is_in_lineage(self, lineage: list[list[int]]) -> bool:
+        """Whether a lineage went through this save.
 
         One without a number is older than all that have one.
         """
-        return self.sequence == 0 or any(first <= self.sequence <= last for first, last in line)
+        return self.sequence == 0 or any(first <= self.sequence <= last for first, last in lineage)
 
 
-def next_line(line: list[list[int]], sequence: int) -> list[list[int]]:
-    """The line of a save numbered `sequence` that continues `line`."""
-    if line and line[-1][1] == sequence - 1:
-        return [*line[:-1], [line[-1][0], sequence]]
-    return [*line, [sequence, sequence]]
+def extend_lineage(lineage: list[list[int]], sequence: int) -> list[list[int]]:
+    """The lineage of a save numbered `sequence` that continues `lineage`."""
+    if lineage and lineage[-1][1] == sequence - 1:
+        return [*lineage[:-1], [lineage[-1][0], sequence]]
+    return [*lineage, [sequence, sequence]]
 
 
 def file_names(world_size: int) -> set[str]:
@@ -99,7 +99,7 @@ def file_names(world_size: int) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedCheckpoint:
     """A folder that has a manifest in order; its files were not looked at."""
 
     folder: Path
@@ -116,13 +116,13 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, checked in itself. Raises Damaged, or OtherVersion."""
+    """The manifest, checked in itself. Raises DamagedError, or UnsupportedVersionError."""
     try:
         value = _canonical(folder)
         version = value.get("format_version") if isinstance(value, dict) else None
         version = version if type(version) is int else None  # a bool is an int, and true equals 1
         if version is not None and version > FORMAT_VERSION:
-            raise OtherVersion(
+            raise UnsupportedVersionError(
                 f"its format version is {version}, this nextpt reads up to {FORMAT_VERSION}; use a"
                 " newer one"
             )
@@ -130,20 +130,20 @@ def read_manifest(folder: Path) -> Manifest:
             manifest = _first_version(folder, value)
         else:
             digest = value.pop("xxh3", None) if isinstance(value, dict) else None
-            manifest = Manifest.model_validate(value)
+            manifest = Manifest.model_validate(_second_version(value) if version == 2 else value)
             if digest != _digest(value):
-                raise Damaged(
+                raise DamagedError(
                     "its manifest is damaged: it does not have the hash that it gives for itself"
                 )
     except FileNotFoundError:
-        raise Damaged("it has no manifest: it was not finished, or lost it") from None
+        raise DamagedError("it has no manifest: it was not finished, or lost it") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise Damaged(
+        raise DamagedError(
             f"its manifest is not in order: {'.'.join(map(repr, first['loc']))}: {first['msg']}"
         ) from None
     except (OSError, ValueError) as error:
-        raise Damaged(f"its manifest cannot be read: {error}") from None
+        raise DamagedError(f"its manifest cannot be read: {error}") from None
     _check_names(folder, manifest)
     return manifest
 
@@ -174,37 +174,43 @@ def _first_version(folder: Path, value: dict[str, Any]) -> Manifest:
     )
 
 
+def _second_version(value: dict[str, Any]) -> dict[str, Any]:
+    if "lineage" in value:
+        raise ValueError("version 2 has no key 'lineage'")
+    return {"lineage" if key == "line" else key: item for key, item in value.items()}
+
+
 def _check_names(folder: Path, manifest: Manifest) -> None:
     match = FOLDER.fullmatch(folder.name)
     if match and int(match[1]) != manifest.step:
-        raise Damaged(f"its manifest is of step {manifest.step}")
+        raise DamagedError(f"its manifest is of step {manifest.step}")
     expected = file_names(manifest.world_size)
     for name in sorted(manifest.files.keys() ^ expected):
         if name in expected:
-            raise Damaged(f"its manifest does not name {name}")
-        raise Damaged(
+            raise DamagedError(f"its manifest does not name {name}")
+        raise DamagedError(
             f"its manifest names a file that no checkpoint of {manifest.world_size} ranks has:"
             f" {name!r}"
         )
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare the folder with its manifest, by names and sizes alone. Raises Damaged."""
+    """Compare the folder with its manifest, by names and sizes alone. Raises DamagedError."""
     try:
         if folder.is_symlink():
-            raise Damaged("it is a symbolic link")
+            raise DamagedError("it is a symbolic link")
         found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
     except OSError as error:
-        raise Damaged(f"it cannot be read: {error.strerror or error}") from None
+        raise DamagedError(f"it cannot be read: {error.strerror or error}") from None
     for name, entry in manifest.files.items():
         if name not in found:
-            raise Damaged(f"{name} is missing")
+            raise DamagedError(f"{name} is missing")
         if not stat.S_ISREG(found[name].st_mode):
-            raise Damaged(f"{name} is a symbolic link or no plain file")
+            raise DamagedError(f"{name} is a symbolic link or no plain file")
         if found[name].st_size != entry.size:
-            raise Damaged(f"{name} has {found[name].st_size} bytes, expected {entry.size}")
+            raise DamagedError(f"{name} has {found[name].st_size} bytes, expected {entry.size}")
     for name in sorted(found.keys() - manifest.files.keys() - {MANIFEST}):
-        raise Damaged(f"it holds {name!r}, which its manifest does not name")
+        raise DamagedError(f"it holds {name!r}, which its manifest does not name")
 
 
 def manifest_problem(folder: Path) -> str | None:
@@ -214,7 +220,7 @@ def manifest_problem(folder: Path) -> str | None:
     """
     try:
         check_files(folder, read_manifest(folder))
-    except (Damaged, OtherVersion) as problem:
+    except (DamagedError, UnsupportedVersionError) as problem:
         return str(problem)
     return None
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from nextpt.checkpoint.manifest import Listed
+from nextpt.checkpoint.manifest import ListedCheckpoint
 
 # Nothing is removed unless so many of those that stay have just been read and their hashes agree.
 VERIFIED = 2
 
 
-def kept(
-    listed: list[Listed], last: int | None, every: int | None, best: int | None
-) -> list[Listed]:
+def retained(
+    listed: list[ListedCheckpoint], last: int | None, every: int | None, best: int | None
+) -> list[ListedCheckpoint]:
     """Those to keep, newest first. listed: newest first.
 
     last: so many of the newest one's line and as many of all; None keeps everything. Both, because

@@ -9,10 +9,10 @@ import numpy as np
 from data_prep.errors import PrepError
 from data_prep.format import PADDING, DatasetManifest
 from data_prep.tokenizer import Tokenizer
-from nextpt.checkpoint.exchange import same_vocabulary
 from nextpt.data.dataset import open_rows
 from nextpt.data.rows import load_manifest
 from nextpt.errors import UserError
+from nextpt.exchange import same_vocabulary
 
 MOST_TOKENS = 20_000_000  # counted; the bands are decades, which need no more
 EDGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1.0)  # shares of all tokens

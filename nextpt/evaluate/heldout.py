@@ -13,11 +13,11 @@ import torch
 from data_prep.errors import PrepError
 from data_prep.files import atomic_write, canonical_json
 from data_prep.tokenizer import Tokenizer
-from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.restore import load_model
 from nextpt.config import Config
 from nextpt.errors import CheckpointError, DataError
+from nextpt.exchange.decoder import load_model
 from nextpt.model import Decoder
 
 
@@ -31,7 +31,7 @@ def open_run(run: Path, step: int | None = None, warn: Callable[[str], None] = p
             f"run folder {run} does not exist; train first, or give the folder that holds"
             " checkpoints/"
         )
-    return open_newest(run / "checkpoints", step, warn)
+    return open_checkpoint(run / "checkpoints", step, warn)
 
 
 def open_model(

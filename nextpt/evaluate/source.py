@@ -10,12 +10,12 @@ import torch
 
 from data_prep.errors import PrepError
 from data_prep.tokenizer import Tokenizer
-from nextpt.checkpoint.exchange import load_hf
-from nextpt.checkpoint.exchange.architectures import ARCHITECTURES
 from nextpt.config import Config
 from nextpt.errors import CheckpointError, DataError
 from nextpt.evaluate.foreign import ForeignModel, foreign_config
 from nextpt.evaluate.heldout import open_model
+from nextpt.exchange import load_hf
+from nextpt.exchange.architectures import ARCHITECTURES
 from nextpt.model import Decoder
 
 

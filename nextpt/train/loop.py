@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nextpt.checkpoint.folders import step_of
-from nextpt.checkpoint.keeper import Failed, Finished
+from nextpt.checkpoint.manager import FailedSave, SavedCheckpoint
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config
 from nextpt.data.batch import Batch
@@ -30,7 +30,7 @@ from nextpt.train.schedule import learning_rate
 from nextpt.train.spike_detector import StepVerdict
 from nextpt.train.together import on_all_or_stop
 
-Outcomes = list[Finished | Failed]
+Outcomes = list[SavedCheckpoint | FailedSave]
 
 
 @dataclass
@@ -210,8 +210,8 @@ class Trainer:
 
     def _took(self, outcomes: Outcomes) -> None:
         for one in outcomes:
-            if isinstance(one, Finished):
-                self.save_seconds, self.durable_step = one.seconds, step_of(one.saved.folder)
+            if isinstance(one, SavedCheckpoint):
+                self.save_seconds, self.durable_step = one.seconds, step_of(one.checkpoint.folder)
             elif one.step == self.saved_step:
                 self.saved_step = self.durable_step
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.errors import PrepError
-from nextpt.checkpoint.archive import Archive
 from nextpt.checkpoint.jsonfile import read_json
 from nextpt.checkpoint.manifest import STATE
-from nextpt.checkpoint.mirror import Mirror
+from nextpt.checkpoint.mirror.archive import Archive
+from nextpt.checkpoint.mirror.mirror import Mirror
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config, differences, parse_config
 from nextpt.errors import ConfigError, Stopped

@@ -16,10 +16,9 @@ from kernels.attention.features import asked
 from kernels.causality import CausalityError, check_attention
 from kernels.cross_entropy import pick
 from nextpt.checkpoint.folders import step_of, steps
-from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.keeper import Failed, Keeper
+from nextpt.checkpoint.format import Checkpoint, check_shapes
+from nextpt.checkpoint.manager import CheckpointManager, FailedSave
 from nextpt.checkpoint.ranks import Ranks
-from nextpt.checkpoint.restore import check_shapes
 from nextpt.config import Config, differences, load_config, to_yaml
 from nextpt.data.loader import Loader
 from nextpt.errors import CheckpointError, ConfigError, DataError, UserError
@@ -68,12 +67,12 @@ def _train(
     )
     root = config.run_dir / "checkpoints"
     mirror = on_all(ranks, lambda: open_mirror(config, root, job))
-    keeper = Keeper(
+    manager = CheckpointManager(
         root, config.checkpoint, ranks, lambda text: _say(ranks, text), job.may_commit, mirror
     )
     refuse_disagreement(ranks, {"dataset": loader.state(0)})
     on_first(ranks, lambda: _check_run_folder(config))
-    checkpoint = keeper.start()
+    checkpoint = manager.resume()
     first_step = checkpoint.step + 1 if checkpoint else 1
     job.record_step(first_step - 1)
     if checkpoint:
@@ -117,13 +116,13 @@ def _train(
         extras = _extras(config, loader, step) | kept | {"start": started}
         validation = kept["validation"]
         return tell(
-            lambda: keeper.save(
+            lambda: manager.save(
                 engine, extras, get_rng(), validation and validation["nats_per_token"], wait
             )
         )
 
     def go_back(step: int) -> dict[str, Any] | None:
-        earlier = keeper.go_back(step)
+        earlier = manager.rollback(step)
         if earlier is not None:
             resume(engine, earlier, ranks)
         return earlier and earlier.state
@@ -135,29 +134,29 @@ def _train(
             on_all(ranks, job.check)  # that the folder was lost is another end than a failed save
             raise
         for one in outcomes:
-            if isinstance(one, Failed):
+            if isinstance(one, FailedSave):
                 on_all(ranks, job.check)
                 go_on_without(config, one)
                 emit(
                     SaveFailedEvent(
-                        one.step, str(one.error), one.error.rank, one.error.number, one.in_row
+                        one.step, str(one.error), one.error.rank, one.error.number, one.consecutive
                     )
                 )
             else:
-                folder = one.saved.folder
+                folder = one.checkpoint.folder
                 emit(
                     CheckpointEvent(
                         step_of(folder),
                         str(folder),
                         one.seconds,
-                        one.saved.bytes,
+                        one.checkpoint.bytes,
                         one.stall_seconds,
                     )
                 )
         return outcomes
 
     def poll(wait: bool) -> Outcomes:
-        outcomes = tell(lambda: keeper.poll(wait))
+        outcomes = tell(lambda: manager.poll(wait))
         for event in mirror.news() if mirror else ():
             emit(event)
         return outcomes
@@ -179,12 +178,12 @@ def _train(
             listener.close()
 
 
-def go_on_without(config: Config, failed: Failed) -> None:
+def go_on_without(config: Config, failed: FailedSave) -> None:
     """Raises the error of a failed save where training must not go on without it."""
     settings = config.checkpoint
     if (
         settings.on_failure == "stop"
-        or failed.in_row >= settings.max_failures
+        or failed.consecutive >= settings.max_failures
         or failed.step == config.last_step
     ):
         raise failed.error

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.errors import PrepError
-from nextpt.checkpoint.exchange import HFWeights, different_keys, same_vocabulary
+from nextpt.exchange import HFWeights, different_keys, same_vocabulary
 from nextpt.config import Config
 from nextpt.errors import ConfigError, DataError
 from nextpt.train.engine import Engine

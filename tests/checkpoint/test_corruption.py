@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from nextpt.checkpoint.commit import choose
+from nextpt.checkpoint.commit import select_checkpoint
 from nextpt.checkpoint.manifest import file_names
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.errors import NoValidCheckpoint
@@ -108,13 +108,13 @@ def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
     assume(damaged != good)
     put(root / NEW, damaged)
     said: list[str] = []
-    found = choose(root, "auto", Ranks(), said.append)
+    found = select_checkpoint(root, "auto", Ranks(), said.append)
     assert found is not None and found.step == 1 and holds(found, 1.0)
     assert len(said) == 1 and NEW in said[0] and "resuming from step 1" in said[0]
     shutil.move(root / OLD, root / "before")
     try:
         with pytest.raises(NoValidCheckpoint, match="Training does not start from nothing"):
-            choose(root, "auto", Ranks(), said.append)
+            select_checkpoint(root, "auto", Ranks(), said.append)
     finally:
         shutil.move(root / "before", root / OLD)
 
@@ -149,14 +149,14 @@ def test_every_byte_counts(root: Path, name: str) -> None:
         data = bytearray(good[name])
         data[at] ^= 1 << chance.randrange(8)
         (root / NEW / name).write_bytes(data)
-        found = choose(root, "auto", Ranks(), lambda text: None)
+        found = select_checkpoint(root, "auto", Ranks(), lambda text: None)
         assert found is not None and found.step == 1, (name, at)
 
 
 def test_an_undamaged_one_is_taken(root: Path) -> None:
     """The checks above would also pass for a reader that refuses everything."""
     put(root / NEW, read(root / "good"))
-    found = choose(root, "auto", Ranks(), pytest.fail)
+    found = select_checkpoint(root, "auto", Ranks(), pytest.fail)
     assert found is not None and found.step == 2 and holds(found, 2.0)
 
 
@@ -164,7 +164,7 @@ def test_an_undamaged_one_is_taken(root: Path) -> None:
     "change",
     [
         lambda m: m.update(sequence=9),
-        lambda m: m.update(line=[[1, 1], [9, 9]]),
+        lambda m: m.update(lineage=[[1, 1], [9, 9]]),
         lambda m: m.update(loss=0.5),
         lambda m: m.update(xxh3="0" * 32),
         lambda m: m.pop("xxh3"),
@@ -178,7 +178,7 @@ def test_what_only_the_manifest_says_has_its_own_hash(
     edit(tmp_path / NEW / "manifest.json", change)
     said: list[str] = []
     assert (
-        choose(tmp_path, "auto", Ranks(), said.append).step == 1
+        select_checkpoint(tmp_path, "auto", Ranks(), said.append).step == 1
         and "its manifest is damaged" in said[0]
     )
 
@@ -191,7 +191,9 @@ def test_any_number_of_ranks_agrees_on_what_is_damaged(tmp_path: Path, readers: 
         path = tmp_path / NEW / name
         good = path.read_bytes()
         path.write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
-        found = on_ranks(readers, lambda ranks: choose(tmp_path, "auto", ranks, lambda text: None))
+        found = on_ranks(
+            readers, lambda ranks: select_checkpoint(tmp_path, "auto", ranks, lambda text: None)
+        )
         assert [checkpoint.step for checkpoint in found] == [1] * readers, name
         path.write_bytes(good)
 
@@ -202,17 +204,19 @@ def test_damaged_ones_are_set_aside_and_their_step_saved_anew(tmp_path: Path) ->
     for attempt in ("", "-2"):
         (tmp_path / NEW / "state.json").write_text("{}")
         said: list[str] = []
-        assert choose(tmp_path, "auto", Ranks(), said.append, mend=True).step == 1
+        assert select_checkpoint(tmp_path, "auto", Ranks(), said.append, mend=True).step == 1
         assert (
             f"(set aside as {NEW}.damaged{attempt})" in said[0]
             and (tmp_path / f"{NEW}.damaged{attempt}" / "state.json").read_text() == "{}"
         )
-        assert choose(tmp_path, "auto", Ranks(), pytest.fail, mend=True).step == 1  # told once
+        assert (
+            select_checkpoint(tmp_path, "auto", Ranks(), pytest.fail, mend=True).step == 1
+        )  # told once
         assert write(tmp_path, 2).name == NEW
     shutil.rmtree(tmp_path / OLD)
     shutil.rmtree(tmp_path / NEW)
     with pytest.raises(NoValidCheckpoint, match=f"{NEW}.damaged is not usable: it was set aside"):
-        choose(tmp_path, "auto", Ranks(), print)
+        select_checkpoint(tmp_path, "auto", Ranks(), print)
     assert NoValidCheckpoint.exit_code == 65
 
 
@@ -221,5 +225,5 @@ def test_nothing_is_set_aside_by_a_start_that_finds_none_valid(tmp_path: Path) -
         (write(tmp_path, step) / "state.json").write_text("{}")
     for _ in range(2):
         with pytest.raises(NoValidCheckpoint):
-            choose(tmp_path, "auto", Ranks(), print, mend=True)
+            select_checkpoint(tmp_path, "auto", Ranks(), print, mend=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [OLD, NEW]

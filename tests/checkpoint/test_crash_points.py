@@ -12,7 +12,7 @@ import pytest
 
 from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
-from nextpt.checkpoint.keeper import Keeper
+from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
@@ -31,21 +31,21 @@ def start_and_save(
     """
 
     def job(ranks: Ranks) -> int:
-        keeper = Keeper(
+        manager = CheckpointManager(
             root, CheckpointSection(keep_last=2, asynchronous=not wait), ranks, lambda text: None
         )
-        found = keeper.start()
+        found = manager.resume()
         assert found is None or holds(found, found.step)
         for step in steps:
             extras = {"step": step, "config": {}}
-            finished = keeper.save(
+            finished = manager.save(
                 State(step, ranks.rank, ranks.world_size),
                 extras,
                 {},
                 wait=wait or step == steps[-1],
             )
             if acknowledge is not None and ranks.rank == 0:
-                os.write(acknowledge, bytes(step_of(one.saved.folder) for one in finished))
+                os.write(acknowledge, bytes(step_of(one.checkpoint.folder) for one in finished))
         return found.step if found else 0
 
     return on_ranks(world_size, job)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.checkpoint.commit import open_newest
-from nextpt.checkpoint.keeper import Failed, Keeper
+from nextpt.checkpoint.commit import open_checkpoint
+from nextpt.checkpoint.manager import CheckpointManager, FailedSave
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
@@ -20,15 +20,15 @@ from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import refusing
 
 
-def save(keeper: Keeper, ranks: Ranks, step: int, wait: bool) -> list[object]:
-    outcomes = keeper.save(
+def save(manager: CheckpointManager, ranks: Ranks, step: int, wait: bool) -> list[object]:
+    outcomes = manager.save(
         State(float(step), ranks.rank, ranks.world_size),
         {"step": step, "config": {}},
         {},
         wait=wait,
     )
     while not outcomes:
-        outcomes = keeper.poll()
+        outcomes = manager.poll()
     return outcomes
 
 
@@ -36,9 +36,9 @@ def told(outcomes: list[object]) -> list[object]:
     """Of saves that failed: step, rank, errno, how many in a row; of the others their folder."""
     return [
         (
-            (o.step, o.error.rank, o.error.number, o.in_row)
-            if isinstance(o, Failed)
-            else o.saved.folder.name
+            (o.step, o.error.rank, o.error.number, o.consecutive)
+            if isinstance(o, FailedSave)
+            else o.checkpoint.folder.name
         )
         for o in outcomes
     ]
@@ -57,27 +57,27 @@ def fail_twice(
     """
 
     def job(ranks: Ranks) -> list[list[object]]:
-        keeper = Keeper(
+        manager = CheckpointManager(
             root, CheckpointSection(asynchronous=asynchronous), ranks, lambda text: None
         )
-        keeper.start()
+        manager.resume()
         all_told = []
         for step in (1, 2, 3, 4):
             for change, at in ((begin, 2), (end, 4)):
                 ranks.gather(change() and None if ranks.rank == 0 and step == at else None)
-            outcomes = save(keeper, ranks, step, wait=False)
+            outcomes = save(manager, ranks, step, wait=False)
             all_told.append(told(outcomes) + [str(o.error) for o in outcomes if step == 2])
             ranks.gather(None)
             if step in (2, 3) and ranks.rank == 0:
                 # The one before is whole, nothing is half-written
-                assert open_newest(root).step == 1 and not list(root.glob(".*"))
+                assert open_checkpoint(root).step == 1 and not list(root.glob(".*"))
             ranks.gather(None)
         return all_told
 
     by_rank = on_ranks(world_size, job)
     assert by_rank[0] == by_rank[-1]
-    assert holds(open_newest(root), 4.0)
-    assert read_manifest(root / "step-000000004").line == [[1, 2]]  # what failed has no number
+    assert holds(open_checkpoint(root), 4.0)
+    assert read_manifest(root / "step-000000004").lineage == [[1, 2]]  # what failed has no number
     return by_rank[0]
 
 
@@ -148,15 +148,15 @@ def test_tensors_that_no_longer_fit_are_told_with_the_number_of_the_system(
     small_disk: Path,
 ) -> None:
     """The library that writes them has the error in its text only."""
-    keeper = Keeper(small_disk / "run", CheckpointSection(), Ranks(), lambda text: None)
-    save(keeper, Ranks(), 1, wait=True)
+    manager = CheckpointManager(small_disk / "run", CheckpointSection(), Ranks(), lambda text: None)
+    save(manager, Ranks(), 1, wait=True)
     state = State()
     state.values = {key: flat.repeat(1) for key, flat in state.values.items()}
     (small_disk / "ballast").write_bytes(bytes(2**17 + 2**16 + 2**15))
     free = os.statvfs(small_disk).f_bavail * 4096
     # One page: room for the names, not for the tensors
     (small_disk / "more").write_bytes(bytes(free - 4096))
-    (failed,) = keeper.save(state, {"step": 2, "config": {}}, {})
+    (failed,) = manager.save(state, {"step": 2, "config": {}}, {})
     assert failed.error.number == errno.ENOSPC and "No space left on device" in str(failed.error)
 
 
@@ -171,11 +171,11 @@ def test_a_file_system_that_turns_read_only(small_disk: Path) -> None:
 
 
 def test_what_is_not_the_disk_still_ends_training(tmp_path: Path) -> None:
-    keeper = Keeper(
+    manager = CheckpointManager(
         tmp_path, CheckpointSection(), Ranks(), lambda text: None, may_commit=lambda: 1 / 0
     )
     with pytest.raises(CheckpointError, match="ZeroDivisionError") as raised:
-        save(keeper, Ranks(), 1, wait=True)
+        save(manager, Ranks(), 1, wait=True)
     assert type(raised.value) is CheckpointError and not list(tmp_path.iterdir())
 
 
@@ -183,13 +183,13 @@ def test_a_retention_that_fails_is_no_failed_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    keeper = Keeper(tmp_path, CheckpointSection(), Ranks(), said.append)
+    manager = CheckpointManager(tmp_path, CheckpointSection(), Ranks(), said.append)
 
     def refuse() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(keeper, "_plan", refuse)
-    assert told(save(keeper, Ranks(), 1, wait=True)) == ["step-000000001"]
+    monkeypatch.setattr(manager, "_plan", refuse)
+    assert told(save(manager, Ranks(), 1, wait=True)) == ["step-000000001"]
     assert (
         len(said) == 1
         and "no old checkpoint was removed" in said[0]

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextpt.checkpoint.boxes import boxes, volume, within
-from nextpt.checkpoint.commit import choose, open_newest, save
-from nextpt.checkpoint.folders import folder_of, steps
+from nextpt.checkpoint.chunks import boxes, volume, within
+from nextpt.checkpoint.commit import open_checkpoint, save, select_checkpoint
+from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import KINDS, Fragment
@@ -43,7 +43,9 @@ def test_any_range_reads_back(
     name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = tmp_path_factory.getbasetemp() / "ranges"
-    checkpoint = Checkpoint(folder_of(root, 1)) if root.exists() else Checkpoint(write(root, 1))
+    checkpoint = (
+        Checkpoint(folder_of_step(root, 1)) if root.exists() else Checkpoint(write(root, 1))
+    )
     size = math.prod(SHAPES[name])
     start = data.draw(st.integers(0, size - 1))
     stop = data.draw(st.integers(start + 1, size))
@@ -76,27 +78,27 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(
     else:
         path.write_bytes(data if damage == "flip" else data[:-1])
     said: list[str] = []
-    found = choose(tmp_path, "auto", Ranks(), said.append)
+    found = select_checkpoint(tmp_path, "auto", Ranks(), said.append)
     assert found is not None and found.step == 1
     assert len(said) == 1 and "step-000000002" in said[0] and "resuming from step 1" in said[0]
     with pytest.raises(CheckpointError, match="step-000000002 is not usable"):
-        choose(tmp_path, 2, Ranks(), said.append)
+        select_checkpoint(tmp_path, 2, Ranks(), said.append)
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
         (write(tmp_path, step) / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="does not start from nothing") as raised:
-        choose(tmp_path, "auto", Ranks(), print)
+        select_checkpoint(tmp_path, "auto", Ranks(), print)
     assert "step-000000001" in str(raised.value) and "step-000000002" in str(raised.value)
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Path) -> None:
     (tmp_path / ".staging-step-000000009").mkdir()
     (tmp_path / ".staging-step-000000009" / "rank-00000.safetensors").write_bytes(b"half")
-    assert steps(tmp_path) == [] and choose(tmp_path, "auto", Ranks(), print) is None
+    assert steps(tmp_path) == [] and select_checkpoint(tmp_path, "auto", Ranks(), print) is None
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        open_newest(tmp_path)
+        open_checkpoint(tmp_path)
     write(tmp_path, 10)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000010"]
 
@@ -110,10 +112,10 @@ def test_saving_a_step_again_takes_another_name_and_wins(tmp_path: Path) -> None
     )
     assert {p.name: p.read_bytes() for p in first.iterdir()} == before
     assert torch.equal(
-        open_newest(tmp_path).read("b", "weight", 0, 4), State(3.0).values[("b", "weight")]
+        open_checkpoint(tmp_path).read("b", "weight", 0, 4), State(3.0).values[("b", "weight")]
     )
     assert torch.equal(
-        open_newest(tmp_path, 4).read("b", "weight", 0, 4), State(3.0).values[("b", "weight")]
+        open_checkpoint(tmp_path, 4).read("b", "weight", 0, 4), State(3.0).values[("b", "weight")]
     )
 
 
@@ -150,7 +152,7 @@ def test_a_full_disk_is_named_and_leaves_the_previous_checkpoint(tmp_path: Path)
         (tmp_path / "ballast").write_bytes(b"0" * (2**17 + 2**16))
         with pytest.raises(CheckpointError, match="no space left"):
             save(tmp_path, State(), {"step": 2, "config": {"long": "x" * 2**16}}, {}, Ranks())
-        assert steps(tmp_path) == [1] and open_newest(tmp_path).step == 1
+        assert steps(tmp_path) == [1] and open_checkpoint(tmp_path).step == 1
         assert sorted(p.name for p in tmp_path.iterdir()) == ["ballast", "step-000000001"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
-from nextpt.checkpoint.keeper import Keeper
+from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
@@ -35,13 +35,13 @@ from tests.support.file_operations import Killed, dying_at
 
 
 class Save:
-    """One committed checkpoint. value: of its State, told to no other. line: the saves that led to it, itself last."""
+    """One committed checkpoint. value: of its State, told to no other. lineage: the saves that led to it, itself last."""
 
     def __init__(
-        self, folder: Path, step: int, value: float, line: list[Save], loss: float | None
+        self, folder: Path, step: int, value: float, lineage: list[Save], loss: float | None
     ) -> None:
         self.folder, self.step, self.value, self.loss = folder, step, value, loss
-        self.line = [*line, self]
+        self.lineage = [*lineage, self]
         self.damaged = False
 
 
@@ -54,7 +54,7 @@ class Histories(RuleBasedStateMachine):
         self.root.parent.mkdir(exist_ok=True)
         self.limits = {"keep_last": last, "keep_every": every, "keep_best": best}
         self.saves: list[Save] = []  # committed, in order
-        self.line: list[Save] = []  # of the job that runs
+        self.lineage: list[Save] = []  # of the job that runs
         self.world_size, self.running, self.value, self.step = 1, False, 0.0, 0
 
     def teardown(self) -> None:
@@ -90,12 +90,12 @@ class Histories(RuleBasedStateMachine):
             shutil.rmtree(self.root)  # a person looks, and gives up
             self.saves = []
             return
-        assert (self.line[-1:] == good[:1]) and not [
+        assert (self.lineage[-1:] == good[:1]) and not [
             s for s in self.present() if s.damaged and self.newer(s)
         ]
 
     def newer(self, save: Save) -> bool:
-        return bool(self.line) and self.saves.index(save) > self.saves.index(self.line[-1])
+        return bool(self.lineage) and self.saves.index(save) > self.saves.index(self.lineage[-1])
 
     @precondition(lambda self: not self.running and self.good())
     @rule(data=st.data(), world_size=st.integers(1, 3))
@@ -106,26 +106,28 @@ class Histories(RuleBasedStateMachine):
         if steps:
             step = data.draw(st.sampled_from(steps))
             self._start(world_size, step)
-            assert self.line[-1] is candidates[step]
+            assert self.lineage[-1] is candidates[step]
 
     def _start(self, world_size: int, resume: str | int) -> None:
         settings = CheckpointSection(resume=resume, **self.limits)
 
         def job(ranks: Ranks) -> float | None:
-            self.keepers[ranks.rank] = Keeper(self.root, settings, ranks, lambda text: None)
-            found = self.keepers[ranks.rank].start()
+            self.managers[ranks.rank] = CheckpointManager(
+                self.root, settings, ranks, lambda text: None
+            )
+            found = self.managers[ranks.rank].resume()
             values = [
                 save.value for save in self.saves if found is not None and holds(found, save.value)
             ]
             return values[0] if found else None
 
-        self.keepers: dict[int, Keeper] = {}
+        self.managers: dict[int, CheckpointManager] = {}
         found = on_ranks(world_size, job, in_turn=True)
         assert len(set(found)) == 1
-        self.line = next((save.line for save in self.saves if save.value == found[0]), [])
+        self.lineage = next((save.lineage for save in self.saves if save.value == found[0]), [])
         self.world_size = world_size
         self.running = True
-        self.step = self.line[-1].step if self.line else 0
+        self.step = self.lineage[-1].step if self.lineage else 0
 
     @precondition(lambda self: self.running)
     @rule(
@@ -140,10 +142,10 @@ class Histories(RuleBasedStateMachine):
         self.there = self.present()
 
         def job(ranks: Ranks) -> None:
-            keeper = self.keepers[ranks.rank]
+            manager = self.managers[ranks.rank]
             # Other threads than those of the start are the same ranks
-            keeper.ranks = keeper._writers = ranks
-            keeper.save(
+            manager.ranks = manager._writers = ranks
+            manager.save(
                 State(self.value, ranks.rank, ranks.world_size),
                 {"step": self.step, "config": {}},
                 {},
@@ -158,10 +160,10 @@ class Histories(RuleBasedStateMachine):
         made = [folder for folder in checkpoint_folders(self.root) if folder not in before]
         assert len(made) <= 1 and (made or not self.running)
         if made:
-            save = Save(made[0], self.step, self.value, self.line, loss)
+            save = Save(made[0], self.step, self.value, self.lineage, loss)
             assert step_of(save.folder) == self.step
             self.saves.append(save)
-            self.line = save.line
+            self.lineage = save.lineage
         self.enough(had)
 
     def enough(self, had: int) -> None:
@@ -198,8 +200,8 @@ class Histories(RuleBasedStateMachine):
             or any(save.damaged for save in self.saves)
         ):
             return
-        present, line = self.present(), self.saves[-1].line
-        if self.line is not line:
+        present, line = self.present(), self.saves[-1].lineage
+        if self.lineage is not line:
             return  # rolled back and not saved yet
         last, every, best = self.limits.values()
         kept = {save.value for save in present}
@@ -221,7 +223,9 @@ class Histories(RuleBasedStateMachine):
         for save in self.good() if getattr(self, "saves", None) else []:
             manifest = read_manifest(save.folder)
             for other in self.good():
-                assert manifest.descends_from(read_manifest(other.folder)) == (other in save.line)
+                assert manifest.descends_from(read_manifest(other.folder)) == (
+                    other in save.lineage
+                )
 
 
 def histories(examples: int) -> Callable[[], None]:

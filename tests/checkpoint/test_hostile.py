@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data_prep.files import canonical_json
-from nextpt.checkpoint.commit import choose, open_newest
+from nextpt.checkpoint.commit import open_checkpoint, select_checkpoint
 from nextpt.checkpoint.manifest import manifest_problem
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.errors import CheckpointError
@@ -32,7 +32,7 @@ INDEX, TENSORS = "rank-00000.json", "rank-00000.safetensors"
 
 def refusal(root: Path) -> str:
     with pytest.raises(CheckpointError) as raised:
-        open_newest(root)
+        open_checkpoint(root)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -85,17 +85,17 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
         (lambda m: m.update(world_size=2), "does not name rank-00001.json"),
         (lambda m: m.update(step=7), "its manifest is of step 7"),
         (lambda m: m.update(step=-7), "'step': Input should be greater"),
-        (lambda m: m.update(line=[[1]]), "'line'"),
+        (lambda m: m.update(lineage=[[1]]), "'lineage'"),
         (
-            lambda m: m.update(format_version=3),
-            "its format version is 3, this nextpt reads up to 2",
+            lambda m: m.update(format_version=4),
+            "its format version is 4, this nextpt reads up to 3",
         ),
         (
             lambda m: m.update(format_version=0),
             "'format_version': Input should be greater than or equal to 1",
         ),
         (
-            lambda m: m.update(format_version="2"),
+            lambda m: m.update(format_version="3"),
             "'format_version': Input should be a valid integer",
         ),
         (
@@ -275,7 +275,7 @@ def test_a_folder_under_the_name_of_another_step(tmp_path: Path) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2).rename(tmp_path / "step-000000003")
     said: list[str] = []
-    found = choose(tmp_path, "auto", Ranks(), said.append)
+    found = select_checkpoint(tmp_path, "auto", Ranks(), said.append)
     assert found is not None and found.step == 1 and "its manifest is of step 2" in said[0]
     old = write(tmp_path / "old", 2)
     as_version_1(old)
@@ -340,7 +340,7 @@ def test_any_value_in_any_place_is_refused_or_harmless(
         edit(folder / name, put)
         forge(folder)
     try:
-        found = open_newest(root)
+        found = open_checkpoint(root)
     except CheckpointError as error:
         assert "\n" not in str(error)
     else:
@@ -350,19 +350,19 @@ def test_any_value_in_any_place_is_refused_or_harmless(
 def test_two_versions_of_the_format_are_read(tmp_path: Path) -> None:
     as_version_1(write(tmp_path, 3, 5.0))
     as_version_1(write(tmp_path, 12, 6.0, world_size=2))
-    assert holds(open_newest(tmp_path), 6.0) and holds(open_newest(tmp_path, 3), 5.0)
+    assert holds(open_checkpoint(tmp_path), 6.0) and holds(open_checkpoint(tmp_path, 3), 5.0)
     folder = write(tmp_path, 4, 7.0)  # saved later, by this version
-    assert holds(open_newest(tmp_path), 7.0) and manifest_problem(folder) is None
+    assert holds(open_checkpoint(tmp_path), 7.0) and manifest_problem(folder) is None
 
 
 def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
     """It may be in order: an older one in its place would be a rollback that nobody asked for."""
     write(tmp_path, 1)
     folder = write(tmp_path, 2)
-    rewrite_manifest(folder, lambda m: m.update(format_version=3, more={}))
-    with pytest.raises(CheckpointError, match="format version is 3.*checkpoint.resume=STEP"):
-        choose(tmp_path, "auto", Ranks(), print, mend=True)
-    assert folder.exists() and choose(tmp_path, 1, Ranks(), print) is not None
+    rewrite_manifest(folder, lambda m: m.update(format_version=4, more={}))
+    with pytest.raises(CheckpointError, match="format version is 4.*checkpoint.resume=STEP"):
+        select_checkpoint(tmp_path, "auto", Ranks(), print, mend=True)
+    assert folder.exists() and select_checkpoint(tmp_path, 1, Ranks(), print) is not None
 
 
 LOAD = """
@@ -370,7 +370,7 @@ import os
 import sys
 from pathlib import Path
 import torch
-from nextpt.checkpoint.commit import choose
+from nextpt.checkpoint.commit import select_checkpoint
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.train.randomness import set_rng
 
@@ -387,7 +387,7 @@ sys.addaudithook(hook)
 on = True
 for part in sys.argv[1:]:
     try:
-        checkpoint = choose(Path(part), "auto", Ranks(), lambda text: None, mend=True)
+        checkpoint = select_checkpoint(Path(part), "auto", Ranks(), lambda text: None, mend=True)
         for name in checkpoint.shapes():
             checkpoint.read_whole(name)
         if "python" in (states := checkpoint.rng(0)):

@@ -18,13 +18,13 @@ import pytest
 from moto import settings
 
 from data_prep.errors import PrepError
-from nextpt.checkpoint import archive as archive_module
-from nextpt.checkpoint import keeper as keeper_module
-from nextpt.checkpoint.archive import NOTE, Archive
+from nextpt.checkpoint import manager as manager_module
 from nextpt.checkpoint.folders import steps
-from nextpt.checkpoint.keeper import Keeper
+from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import read_manifest
-from nextpt.checkpoint.mirror import Mirror
+from nextpt.checkpoint.mirror import archive as archive_module
+from nextpt.checkpoint.mirror.archive import NOTE, Archive
+from nextpt.checkpoint.mirror.mirror import Mirror
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
 from nextpt.errors import CheckpointError, NoValidCheckpoint, RunInUse
@@ -79,14 +79,16 @@ class Job:
         self.root, self.ranks, self.said, self.events = root, ranks or Ranks(), [], []
         section = CheckpointSection(**{"keep_last": 2} | options)
         self.mirror = Mirror(Archive(place), root, section, run, may_write, accept)
-        self.keeper = Keeper(root, section, self.ranks, self.said.append, mirror=self.mirror)
-        self.found = self.keeper.start()
+        self.manager = CheckpointManager(
+            root, section, self.ranks, self.said.append, mirror=self.mirror
+        )
+        self.found = self.manager.resume()
         if self.ranks.rank == 0:
             self.mirror.begin()
 
     def save(self, *which: int) -> Job:
         for step in which:
-            self.keeper.save(
+            self.manager.save(
                 State(float(step), self.ranks.rank, self.ranks.world_size),
                 {"step": step, "config": {}},
                 {},
@@ -114,7 +116,7 @@ class Job:
 def whole(place: str) -> list[int]:
     """Steps of the checkpoints there, newest first. All must be whole, and nothing else there."""
     archive = Archive(place)
-    stored = archive.stored()
+    stored = archive.checkpoints()
     assert [archive.problem(one) for one in stored] == [None] * len(stored) and all(
         one.complete for one in stored
     )
@@ -164,7 +166,7 @@ def test_what_the_run_keeps_is_there_and_comes_back(
     on_ranks(world_size, again)
     assert whole(place) == [7, 6, 3] and read_manifest(
         tmp_path / "run" / "step-000000007"
-    ).line == [[1, 7]]
+    ).lineage == [[1, 7]]
     assert not list((tmp_path / "run").glob(".*"))
 
 
@@ -256,7 +258,7 @@ def test_a_kill_in_the_middle_leaves_no_half_and_the_next_start_goes_on(
     )
     direct = Archive(place)
     deadline = time.monotonic() + 90
-    while not (half := [one for one in direct.stored() if not one.complete]):
+    while not (half := [one for one in direct.checkpoints() if not one.complete]):
         assert time.monotonic() < deadline and child.poll() is None, child.stderr.read().decode()
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -264,7 +266,7 @@ def test_a_kill_in_the_middle_leaves_no_half_and_the_next_start_goes_on(
     link.mode = "pass"
     assert half[0].step in (2, 3)
     lost = Job(tmp_path / "elsewhere", place)  # the node is gone
-    assert lost.found.step == max(one.step for one in direct.stored() if one.complete)
+    assert lost.found.step == max(one.step for one in direct.checkpoints() if one.complete)
     lost.mirror.end()
     assert Job(tmp_path / "run", place).end() == [] and whole(place) == [3, 2]
 
@@ -276,7 +278,7 @@ def corrupt(
     change: Callable[[bytes], bytes] = lambda data: data[:-1] + bytes([data[-1] ^ 1]),
 ) -> None:
     archive = Archive(place)
-    stored = next(one for one in archive.stored() if one.step == step)
+    stored = next(one for one in archive.checkpoints() if one.step == step)
     archive.store.write(
         f"{stored.name}/{name}", [change(archive.store.read(f"{stored.name}/{name}"))]
     )
@@ -326,7 +328,7 @@ def test_nothing_is_removed_there_while_fewer_than_two_are_whole(tmp_path: Path)
     assert job.found.step == 1
     shutil.rmtree(tmp_path / "run" / "step-000000001")
     assert job.save(3).end() == []
-    assert {one.step for one in Archive(place).stored()} >= {1, 3}
+    assert {one.step for one in Archive(place).checkpoints()} >= {1, 3}
 
 
 def test_no_whole_one_anywhere_is_never_a_fresh_start(tmp_path: Path) -> None:
@@ -365,7 +367,7 @@ def test_the_higher_number_wins_here_or_there(tmp_path: Path) -> None:
         and Job(tmp_path / "a", place).found.folder.name == "step-000000003.2"
     )
     shutil.rmtree(tmp_path / "a")
-    assert read_manifest(Job(tmp_path / "a", place).found.folder).line == [[1, 2], [4, 4]]
+    assert read_manifest(Job(tmp_path / "a", place).found.folder).lineage == [[1, 2], [4, 4]]
 
 
 def test_a_step_that_only_the_mirror_has_can_be_asked_for(tmp_path: Path) -> None:
@@ -405,7 +407,7 @@ def test_a_job_that_lost_the_mirror_stops_mirroring(tmp_path: Path) -> None:
 def test_a_damaged_one_here_is_not_mirrored(tmp_path: Path) -> None:
     place = f"file://{tmp_path}/mirror"
     write(tmp_path / "run", 1)
-    path = write(tmp_path / "run", 2, line=[[1, 1]]) / "state.json"
+    path = write(tmp_path / "run", 2, lineage=[[1, 1]]) / "state.json"
     mirror = Mirror(Archive(place), tmp_path / "run", CheckpointSection(), "run")
     path.write_text(path.read_text().replace("2", "3"))
     mirror.begin()
@@ -494,13 +496,13 @@ def test_answers_cut_short_when_coming_back_leave_nothing(
 ) -> None:
     place = f"s3://bucket/{tmp_path.name}"
     assert Job(tmp_path / "run", place).save(1).end() == []
-    fetch_there = keeper_module.fetch
+    fetch_there = manager_module.fetch
 
     def cut(*arguments: Any) -> str | None:
         link.mode = "truncate"
         return fetch_there(*arguments)
 
-    monkeypatch.setattr(keeper_module, "fetch", cut)
+    monkeypatch.setattr(manager_module, "fetch", cut)
     with pytest.raises(CheckpointError, match="cannot be fetched"):
         Job(tmp_path / "other", place)
     assert not list((tmp_path / "other").iterdir())
@@ -526,7 +528,7 @@ def test_two_whole_ones_are_there_at_every_instant_once_there_were_two(
         archive = Archive(place)
         return sum(
             one.complete and archive.problem(one) is None
-            for one in archive.stored()
+            for one in archive.checkpoints()
             if one.name != without
         )
 
@@ -559,7 +561,7 @@ def test_two_whole_ones_are_there_at_every_instant_once_there_were_two(
         assert job.end() == []
         assert now_whole() >= 2 or not had_two
         had_two = had_two or now_whole() >= 2
-        stored = [one for one in Archive(place).stored() if one.complete]
+        stored = [one for one in Archive(place).checkpoints() if one.complete]
         if len(stored) > 2 and now_whole() > 2:
             victim = Archive(place).store.path(f"{chance.choice(stored).name}/state.json")
             Path(victim).write_text("{}")
@@ -573,7 +575,7 @@ def test_a_damaged_one_there_stays_till_two_are_whole(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "step-000000001")
     job = Job(tmp_path / "run", place)
     job.wait_for("damaged", 1)
-    assert job.end() == [] and [one.step for one in Archive(place).stored()] == [2, 1]
+    assert job.end() == [] and [one.step for one in Archive(place).checkpoints()] == [2, 1]
     assert Job(tmp_path / "run", place).save(3).end() == [] and whole(place) == [3, 2]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.state import KINDS
 from nextpt.config import to_yaml
@@ -55,7 +55,7 @@ def jobs(
 
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
-    checkpoint = open_newest(run / "checkpoints")
+    checkpoint = open_checkpoint(run / "checkpoints")
     assert checkpoint.step == STEPS
     return {
         (name, kind): checkpoint.read_whole(name, kind)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextpt.checkpoint.archive import Archive
-from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import steps
+from nextpt.checkpoint.mirror.archive import Archive
 from nextpt.checkpoint.state import KINDS
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
@@ -25,7 +25,7 @@ STEPS = 8
 
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
-    checkpoint = open_newest(run / "checkpoints")
+    checkpoint = open_checkpoint(run / "checkpoints")
     assert checkpoint.step == STEPS
     return {
         (name, kind): checkpoint.read_whole(name, kind)
@@ -82,7 +82,7 @@ def test_an_outage_and_a_lost_disk_leave_no_trace_in_the_training(
                 link.mode = mode
             switch.unlink()
         assert [r.wait(200) for r in ranks] == [0, 0]
-        assert {one.step for one in Archive(place).stored() if one.complete} == {5, 6}
+        assert {one.step for one in Archive(place).checkpoints() if one.complete} == {5, 6}
 
         # The disk is lost; the losses so far are kept for the comparison
         shutil.rmtree(tmp_path / "mirrored" / "checkpoints")
@@ -91,7 +91,7 @@ def test_an_outage_and_a_lost_disk_leave_no_trace_in_the_training(
             f"step 6 fetched from the mirror {place}"
             in (tmp_path / "back" / "rank-0.log").read_text()
         )
-        assert [one.step for one in Archive(place).stored()] == [8, 7]
+        assert [one.step for one in Archive(place).checkpoints()] == [8, 7]
     assert (
         losses(tmp_path / "mirrored") == losses(tmp_path / "plain")
         and len(losses(tmp_path / "plain")) == STEPS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import checkpoint_folders
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.state import KINDS
@@ -43,7 +43,7 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
-    checkpoint = open_newest(run / "checkpoints")
+    checkpoint = open_checkpoint(run / "checkpoints")
     assert checkpoint.step == STEPS
     return {
         (name, kind): checkpoint.read_whole(name, kind)
@@ -103,11 +103,11 @@ def test_a_rollback_is_continued(jobs: Path) -> None:
         "5": 7,
         "6": 8,
     }
-    assert manifests["6"].line == [[1, 2], [5, 8]] and manifests["4"].line == [[1, 4]]
+    assert manifests["6"].lineage == [[1, 2], [5, 8]] and manifests["4"].lineage == [[1, 4]]
 
 
 def test_the_state_says_where_it_comes_from(jobs: Path) -> None:
-    found = open_newest(jobs / "plain" / "checkpoints").state
+    found = open_checkpoint(jobs / "plain" / "checkpoints").state
     assert found["tokens"] == STEPS * 8 * 64 and found["validation"]["step"] == STEPS
     assert (
         found["start"]["world_size"] == 2

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_newest
-from nextpt.checkpoint.exchange import HFWeights, config_from_hf, export_hf
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.config import Config, parse_config
+from nextpt.exchange import HFWeights, config_from_hf, export_hf
 from nextpt.model import Decoder
 from tests.support.models import checkpoint_of, decoder
 from tests.support.ranks import train_all
@@ -98,7 +98,7 @@ def test_the_first_step_begins_at_the_folder_s_weights(
 ) -> None:
     root, messages = jobs
     assert messages[job] is None
-    checkpoint = open_newest(root / job / "checkpoints")
+    checkpoint = open_checkpoint(root / job / "checkpoints")
     assert checkpoint.step == 1 and checkpoint.state["scalars"] == {"optimizer_updates": 1.0}
     for name, p in start[1].named_parameters():
         assert torch.equal(checkpoint.read_whole(name), p), name
@@ -113,7 +113,7 @@ def test_a_start_goes_on_from_its_own_checkpoints(
 ) -> None:
     root, messages = jobs
     assert messages["fp32-3"] is None and messages["resumed"] is None
-    checkpoint = open_newest(root / "fp32-3" / "checkpoints")
+    checkpoint = open_checkpoint(root / "fp32-3" / "checkpoints")
     assert checkpoint.step == 2 and checkpoint.state["scalars"] == {"optimizer_updates": 2.0}
     assert all(
         torch.equal(checkpoint.read_whole(name), p) for name, p in start[1].named_parameters()

@@ -45,7 +45,7 @@ def measure(what: str, dataset: Path, folder: Path, ranks: int, stage: int) -> l
 
 @pytest.mark.slow
 def test_saving_and_loading_take_a_share(dataset: Path, tmp_path: Path) -> None:
-    """Saved by two ranks at stage 1, loaded by four at stage 3, where each has a quarter of every parameter."""
+    """CommittedCheckpoint by two ranks at stage 1, loaded by four at stage 3, where each has a quarter of every parameter."""
     saved = measure("save", dataset, tmp_path, 2, 1)
     loaded = measure("load", dataset, tmp_path, 4, 3)
     whole = saved[0]["whole"]

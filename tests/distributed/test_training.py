@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.state import KINDS
 from nextpt.events import read_events
@@ -22,7 +22,7 @@ def losses(run: Path) -> list[float]:
 
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
-    checkpoint: Checkpoint = open_newest(run / "checkpoints")
+    checkpoint: Checkpoint = open_checkpoint(run / "checkpoints")
     assert checkpoint.step == STEPS
     return {
         (name, kind): checkpoint.read_whole(name, kind)
@@ -176,7 +176,7 @@ def test_recomputing_activations_changes_nothing(jobs: Path, stage: int) -> None
 
 def test_tied_embeddings_train_alike_when_divided(jobs: Path) -> None:
     assert losses(jobs / "tied-3") == pytest.approx(losses(jobs / "tied-2"), rel=2e-5)
-    shapes = open_newest(jobs / "tied-3" / "checkpoints").shapes()
+    shapes = open_checkpoint(jobs / "tied-3" / "checkpoints").shapes()
     assert "embed_tokens.weight" in shapes and "lm_head.weight" not in shapes
 
 

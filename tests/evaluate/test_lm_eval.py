@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.checkpoint.exchange import export_hf
 from nextpt.evaluate.evaluation import Protocol, evaluate_source
 from nextpt.evaluate.heldout import open_run
 from nextpt.evaluate.source import open_source
+from nextpt.exchange import export_hf
 from tests.support.runs import make_run
 
 pytest.importorskip("lm_eval")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from nextpt.checkpoint.exchange import export_hf
 from nextpt.errors import CheckpointError, DataError
 from nextpt.evaluate.documents import score_documents
 from nextpt.evaluate.foreign import ForeignModel
 from nextpt.evaluate.heldout import encode_document, open_run
 from nextpt.evaluate.source import open_source
+from nextpt.exchange import export_hf
 from nextpt.model import Decoder
 from tests.support.runs import make_run
 from tests.support.tokenizers import KINDS

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import checkpoint_folders
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.config import to_yaml
@@ -154,7 +154,7 @@ def test_the_guard_goes_on_counting_after_an_end_between_bad_steps(quick: Jobs) 
         event["first_sample"],
         event["stop_sample"],
     ) == (16, 17, 19, 128, 152)
-    state = open_newest(quick.root / "bad" / "checkpoints").state
+    state = open_checkpoint(quick.root / "bad" / "checkpoints").state
     assert (
         state["guard"]["skipped"] == 8
         and state["data"]["passed_over"] == [[128, 152]]
@@ -162,7 +162,7 @@ def test_the_guard_goes_on_counting_after_an_end_between_bad_steps(quick: Jobs) 
     )
     assert (
         state["guard"]["accepted"]
-        == open_newest(quick.root / "never" / "checkpoints").state["guard"]["accepted"]
+        == open_checkpoint(quick.root / "never" / "checkpoints").state["guard"]["accepted"]
     )
 
 
@@ -262,7 +262,7 @@ def test_training_is_that_in_which_the_bad_batches_never_came(skips: Jobs, stage
     for found in skips.found:
         assert found[f"bad {stage}"]["digests"][-1][1] == found[f"never {stage}"]["digests"][-1][1]
     states = [
-        open_newest(skips.root / f"{name} {stage}" / "checkpoints").state["guard"]
+        open_checkpoint(skips.root / f"{name} {stage}" / "checkpoints").state["guard"]
         for name in ("bad", "never")
     ]
     assert states[0]["accepted"] == states[1]["accepted"] and len(states[0]["accepted"][0]) == 6
@@ -293,7 +293,7 @@ def test_ranks_that_judge_differently_are_told(skips: Jobs) -> None:
 @pytest.mark.parametrize("name", ["stages", "stages resumed"])
 def test_another_stage_is_not_compared_with_the_one_before(skips: Jobs, name: str) -> None:
     losses = skips.losses(name)
-    state = open_newest(skips.root / name / "checkpoints").state["guard"]
+    state = open_checkpoint(skips.root / name / "checkpoints").state["guard"]
     assert state["accepted"][0] == pytest.approx([losses[step] for step in (7, 8, 9)], rel=1e-12)
 
 
@@ -365,7 +365,8 @@ def test_a_rollback_passes_over_the_data_wherever_it_is_looked_at_or_killed(
     """Also the learning rate is that of the step, for it is in the weights."""
     assert rollbacks.outcome(name) == ["finished", "", 0]
     states = {
-        run: open_newest(rollbacks.root / run / "checkpoints") for run in ("never", "whole", name)
+        run: open_checkpoint(rollbacks.root / run / "checkpoints")
+        for run in ("never", "whole", name)
     }
     for parameter in states["never"].shapes():
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
@@ -444,7 +445,7 @@ def test_what_a_rollback_leaves_behind(rollbacks: Jobs) -> None:
         "12",
         "14",
     ]
-    assert manifests[order[3]].line == [[1, 4]] and manifests[order[3]].step == 6
+    assert manifests[order[3]].lineage == [[1, 4]] and manifests[order[3]].step == 6
     text = (rollbacks.root / "logs" / "rank-0.log").read_text()
     assert "step 7 skipped: loss not finite (loss nan, grad norm inf" in text
     assert (
@@ -466,7 +467,7 @@ def test_other_stages_go_back_as_well(rollbacks: Jobs, stage: int) -> None:
 @pytest.mark.slow
 def test_bad_data_after_a_rollback_is_passed_over_as_well(rollbacks: Jobs) -> None:
     assert rollbacks.losses("twice") == rollbacks.losses("twice never")
-    state = open_newest(rollbacks.root / "twice" / "checkpoints").state
+    state = open_checkpoint(rollbacks.root / "twice" / "checkpoints").state
     assert state["data"]["passed_over"] == [[48, 96]] and (
         state["guard"]["skipped"],
         state["guard"]["rollbacks"],
@@ -514,7 +515,9 @@ def test_a_rank_killed_inside_a_rollback_or_after_it(
     assert jobs[1].outcome("run") == ["finished", "", 0] and jobs[1].losses(run) == jobs[1].losses(
         "never"
     )
-    assert open_newest(tmp_path / "run" / "checkpoints").state["data"]["passed_over"] == [[48, 72]]
+    assert open_checkpoint(tmp_path / "run" / "checkpoints").state["data"]["passed_over"] == [
+        [48, 72]
+    ]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ FLOORS = {
     "nextpt.objective": 5,
     "nextpt.checkpoint": 6,
     "nextpt.job": 7,
+    "nextpt.exchange": 7,
     "nextpt.generate": 7,
     "nextpt.evaluate": 8,
     "nextpt.train": 9,

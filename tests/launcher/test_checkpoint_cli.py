@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launcher.cli import app
-from nextpt.checkpoint.archive import Archive
-from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.manifest import read_manifest
+from nextpt.checkpoint.mirror.archive import Archive
 from tests.support.checkpoints import holds, write
 
 
@@ -24,7 +24,7 @@ def places(tmp_path: Path) -> tuple[Path, str]:
     root = tmp_path / "run" / "checkpoints"
     archive = Archive(f"file://{tmp_path}/mirror")
     for step in (1, 2):
-        folder = write(root, step, float(step), line=[[1, 1]] if step == 2 else [])
+        folder = write(root, step, float(step), lineage=[[1, 1]] if step == 2 else [])
         archive.send(folder, read_manifest(folder))
     archive.claim("run", "owner", "host")
     return tmp_path / "run", f"file://{tmp_path}/mirror"
@@ -59,11 +59,11 @@ def test_verify_finds_one_flipped_bit(places: tuple[Path, str], which: int, tmp_
 
 def test_fetch_takes_the_newest_whole_one(places: tuple[Path, str], tmp_path: Path) -> None:
     assert nextpt("fetch", places[1], "--output", tmp_path / "copy").exit_code == 0
-    assert holds(open_newest(tmp_path / "copy" / "checkpoints"), 2.0)
+    assert holds(open_checkpoint(tmp_path / "copy" / "checkpoints"), 2.0)
     (next((tmp_path / "mirror").glob("*step-000000002*")) / "state.json").write_text("{}")
     result = nextpt("fetch", places[1], "--output", tmp_path / "other")
     assert result.exit_code == 0 and "is not usable" in result.stdout
-    assert holds(open_newest(tmp_path / "other" / "checkpoints"), 1.0)
+    assert holds(open_checkpoint(tmp_path / "other" / "checkpoints"), 1.0)
     assert nextpt("fetch", places[1], "--output", tmp_path / "third", "--step", 2).exit_code == 65
     assert not list((tmp_path / "third").rglob("step*"))
 

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from nextpt.checkpoint.exchange import export_hf
 from nextpt.evaluate.heldout import open_model, open_run
+from nextpt.exchange import export_hf
 from tests.support.models import checkpoint_of
 from tests.support.runs import make_run
 

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launcher.cli import app
-from nextpt.checkpoint.exchange import export_hf, load_hf
 from nextpt.config import load_config
+from nextpt.exchange import export_hf, load_hf
 from tests.support.models import checkpoint_of, decoder
 from tests.support.tokenizers import KINDS
 

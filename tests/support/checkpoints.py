@@ -153,7 +153,7 @@ def on_ranks(world_size: int, action: Callable[[Ranks], Any], in_turn: bool = Fa
 
 
 def write(
-    root: Path, step: int, value: float = 1.0, world_size: int = 1, line: list[list[int]] = ()
+    root: Path, step: int, value: float = 1.0, world_size: int = 1, lineage: list[list[int]] = ()
 ) -> Path:
     """Save State(value) as a checkpoint of a step."""
     return on_ranks(
@@ -164,7 +164,7 @@ def write(
             {"step": step, "config": {}},
             {"torch": "x"},
             ranks,
-            line,
+            lineage,
         ),
     )[0].folder
 

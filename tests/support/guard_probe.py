@@ -28,7 +28,7 @@ import torch
 import xxhash
 
 import nextpt.train.engine as engine_module
-from nextpt.checkpoint.keeper import Keeper
+from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.config import load_config
 from nextpt.data.loader import Loader
 from nextpt.errors import Stopped, UserError
@@ -41,8 +41,8 @@ from tests.support.job_probe import before
 PLACES = {
     "fragments": (Engine, "fragments"),
     "batches": (Loader, "step_batches"),
-    "go back": (Keeper, "go_back"),
-    "save": (Keeper, "save"),
+    "go back": (CheckpointManager, "rollback"),
+    "save": (CheckpointManager, "save"),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextpt.checkpoint.commit import open_newest, save
+from nextpt.checkpoint.commit import open_checkpoint, save
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import KINDS, Fragment
@@ -81,7 +81,7 @@ def checkpoint_of(config: Config, model: Decoder, root: Path, step: int = 3) -> 
         {},
         Ranks(),
     )
-    return open_newest(root)
+    return open_checkpoint(root)
 
 
 def our_logits(model: Decoder, tokens_BT: Tensor) -> Tensor:

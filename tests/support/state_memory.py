@@ -19,7 +19,7 @@ from kernels.bench.machine import measure_peak
 
 
 def main(what: str, path: str, out: str) -> None:
-    from nextpt.checkpoint.commit import choose, save
+    from nextpt.checkpoint.commit import save, select_checkpoint
     from nextpt.checkpoint.ranks import Ranks
     from nextpt.config import load_config
     from nextpt.train.engine import Engine, start_distributed
@@ -33,7 +33,7 @@ def main(what: str, path: str, out: str) -> None:
     held = []
 
     def load() -> None:
-        checkpoint = choose(root, "auto", ranks, print)
+        checkpoint = select_checkpoint(root, "auto", ranks, print)
         held.append(checkpoint)
         resume(engine, checkpoint, ranks)
 

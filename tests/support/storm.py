@@ -45,7 +45,7 @@ from typing import Any
 
 from data_prep.processes import command_of
 from kernels.bench.machine import write_json
-from nextpt.checkpoint.commit import open_newest
+from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import REMOVING, STAGING
 from nextpt.checkpoint.state import KINDS
 from nextpt.config import to_yaml
@@ -148,12 +148,12 @@ class Run:
 
 def announce(rank: int, tell: Callable[[int], object]) -> None:
     """In a rank: tell when training begins, and when each save begins and ends, retention included."""
-    from nextpt.checkpoint.keeper import Keeper
+    from nextpt.checkpoint.manager import CheckpointManager
     from nextpt.train.loop import Trainer
 
-    write, run = Keeper._write, Trainer.run
+    write, run = CheckpointManager._write, Trainer.run
 
-    def writing(self: Keeper, *arguments: Any) -> None:
+    def writing(self: CheckpointManager, *arguments: Any) -> None:
         tell(SAVING + rank)
         write(self, *arguments)
         tell(SAVED + rank)
@@ -162,7 +162,7 @@ def announce(rank: int, tell: Callable[[int], object]) -> None:
         tell(TRAINING + rank)
         run(self, first_step)
 
-    Keeper._write, Trainer.run = writing, running
+    CheckpointManager._write, Trainer.run = writing, running
 
 
 class Storm:
@@ -468,7 +468,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 def digest(folder: Path) -> str:
     """SHA-256 over all weights and moments of the newest checkpoint."""
-    checkpoint, total = open_newest(folder / "checkpoints"), hashlib.sha256()
+    checkpoint, total = open_checkpoint(folder / "checkpoints"), hashlib.sha256()
     assert checkpoint.step == STEPS, checkpoint.folder
     for name in sorted(checkpoint.shapes()):
         for kind in KINDS:

@@ -9,21 +9,27 @@ from pathlib import Path
 
 from data_prep.errors import PrepError
 from data_prep.stores import is_refusal, store_problem
-from nextpt.checkpoint.archive import Archive, Stored, patiently
-from nextpt.checkpoint.folders import STAGING, free_name
+from nextpt.checkpoint.folders import STAGING, unused_folder
 from nextpt.checkpoint.jsonfile import sync
-from nextpt.checkpoint.manifest import MANIFEST, Damaged, OtherVersion, check_files, read_manifest
+from nextpt.checkpoint.manifest import (
+    MANIFEST,
+    DamagedError,
+    UnsupportedVersionError,
+    check_files,
+    read_manifest,
+)
+from nextpt.checkpoint.mirror.archive import Archive, ArchivedCheckpoint, patiently
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.errors import CheckpointError, UserError
 
 
 def look(
     place: str,
-    look_there: Callable[[], list[Stored]],
+    look_there: Callable[[], list[ArchivedCheckpoint]],
     has_checkpoints: bool,
     root: Path,
     warn: Callable[[str], None],
-) -> list[Stored]:
+) -> list[ArchivedCheckpoint]:
     """What a mirror holds, newest first.
 
     Raises CheckpointError when it refuses, or cannot be reached and might hold the run.
@@ -58,7 +64,7 @@ def look(
 
 def fetch(
     archive: Archive,
-    stored: Stored,
+    stored: ArchivedCheckpoint,
     root: Path,
     ranks: Ranks,
     accept: Callable[[Path], None] = lambda folder: None,
@@ -92,7 +98,7 @@ def fetch(
         accept(staging)
         sync(staging)
         may_commit()
-        os.rename(staging, free_name(root, stored.step))
+        os.rename(staging, unused_folder(root, stored.step))
         sync(root)
 
     try:
@@ -112,15 +118,15 @@ def _size(path: Path) -> int:
 
 
 def _together(
-    action: Callable[[], None], archive: Archive, stored: Stored, ranks: Ranks
+    action: Callable[[], None], archive: Archive, stored: ArchivedCheckpoint, ranks: Ranks
 ) -> str | None:
     """Run on every rank, then vote: what is damaged, or None; all raise when one failed."""
     damaged = failed = None
     try:
         action()
-    except Damaged as problem:
+    except DamagedError as problem:
         damaged = str(problem)
-    except (OtherVersion, UserError) as problem:
+    except (UnsupportedVersionError, UserError) as problem:
         failed = str(problem)
     except Exception as error:
         failed = str(store_problem(error, f"{archive.place}/{stored.name}"))

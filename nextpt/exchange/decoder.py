@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.format import Checkpoint, check_shapes
 from nextpt.config import Config, parse_config
-from nextpt.errors import CheckpointError
 from nextpt.model import Decoder
 
 
@@ -31,20 +30,3 @@ def load_model(
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.read_whole(name))
     return config, model.to(device).eval()
-
-
-def check_shapes(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError when the checkpoint is of another model.
-
-    The first difference is named.
-    """
-    stored = checkpoint.shapes()
-    for name in sorted(stored.keys() | shapes.keys()):
-        if stored.get(name) != shapes.get(name):
-            error = CheckpointError(
-                f"checkpoint {checkpoint.folder} is of another model: {name} is"
-                f" {stored.get(name, 'missing')} there and {shapes.get(name, 'missing')} here; use"
-                " its own config or another run.dir"
-            )
-            error.every_rank = False
-            raise error

@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from nextpt.checkpoint.exchange.architectures import (
+from nextpt.config import ModelSection, RopeScaling
+from nextpt.errors import CheckpointError
+from nextpt.exchange.architectures import (
     APERTUS,
     ARCHITECTURES,
     HINT,
@@ -24,8 +26,6 @@ from nextpt.checkpoint.exchange.architectures import (
     Architecture,
     hf_config,
 )
-from nextpt.config import ModelSection, RopeScaling
-from nextpt.errors import CheckpointError
 
 # Keys that change nothing of what the model computes.
 NEUTRAL = {

@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_prep.tokenizer.description import Description
-from nextpt.checkpoint.boxes import boxes, volume
-from nextpt.checkpoint.exchange.architectures import effective_window
-from nextpt.checkpoint.exchange.export_hf import EXACT, inexact_parameters
-from nextpt.checkpoint.exchange.reading import read_config
-from nextpt.checkpoint.exchange.tensors import Stored, stored_tensors
+from nextpt.checkpoint.chunks import boxes, volume
 from nextpt.config import Config, ModelSection, parse_config
 from nextpt.errors import CheckpointError
+from nextpt.exchange.architectures import effective_window
+from nextpt.exchange.export_hf import EXACT, inexact_parameters
+from nextpt.exchange.reading import read_config
+from nextpt.exchange.tensors import Stored, stored_tensors
 from nextpt.model import Decoder
 
 FLOATS = ("F64", "F32", "F16", "BF16")

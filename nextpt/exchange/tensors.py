@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextpt.checkpoint.exchange.architectures import Architecture
 from nextpt.config import ModelSection
+from nextpt.exchange.architectures import Architecture
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer, convert
 from data_prep.tokenizer.nasty import nasty_texts
-from nextpt.checkpoint.exchange import export_deepspeed, export_hf, load_hf
-from nextpt.checkpoint.exchange.architectures import choose_architecture
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config
 from nextpt.errors import CheckpointError
+from nextpt.exchange import export_deepspeed, export_hf, load_hf
+from nextpt.exchange.architectures import choose_architecture
 from nextpt.model import Decoder
 from tests.support.models import POSITIONS, checkpoint_of, decoder, our_logits, some_tokens
 from tests.support.tokenizers import KINDS, TEXTS

@@ -1,8 +1,8 @@
 """Models to and from other people's layouts: Hugging Face folders both ways, DeepSpeed's checkpoints one way."""
 
-from nextpt.checkpoint.exchange.deepspeed_layout import export_deepspeed
-from nextpt.checkpoint.exchange.export_hf import export_hf
-from nextpt.checkpoint.exchange.import_hf import (
+from nextpt.exchange.deepspeed_layout import export_deepspeed
+from nextpt.exchange.export_hf import export_hf
+from nextpt.exchange.import_hf import (
     HFWeights,
     config_from_hf,
     different_keys,

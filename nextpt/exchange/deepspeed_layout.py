@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from nextpt.checkpoint.exchange.folders import new_folder
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.jsonfile import sync
 from nextpt.config import parse_config
+from nextpt.exchange.folders import new_folder
 
 ALIGNMENT = 2  # zero_to_fp32 expects groups padded to a multiple of 2 x ranks
 

@@ -11,49 +11,49 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from nextpt.checkpoint.archive import Stored
-from nextpt.checkpoint.comeback import fetch
 from nextpt.checkpoint.commit import (
-    Saved,
-    choose,
-    choose_earlier,
+    CommittedCheckpoint,
     commit,
     intact,
     on_first,
     out_of_the_way,
     same_everywhere,
+    select_checkpoint,
+    select_earlier_checkpoint,
     snapshot_together,
 )
-from nextpt.checkpoint.folders import clear_leftovers, listing, remove, steps
+from nextpt.checkpoint.folders import clear_leftovers, list_checkpoints, remove, steps
 from nextpt.checkpoint.format import Checkpoint, Snapshot
 from nextpt.checkpoint.manifest import read_manifest
-from nextpt.checkpoint.mirror import Mirror
+from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
+from nextpt.checkpoint.mirror.mirror import Mirror
+from nextpt.checkpoint.mirror.restore import fetch
 from nextpt.checkpoint.ranks import Ranks
-from nextpt.checkpoint.retention import VERIFIED, kept
+from nextpt.checkpoint.retention import VERIFIED, retained
 from nextpt.checkpoint.state import ShardedState
 from nextpt.config import CheckpointSection
 from nextpt.errors import CheckpointError, NoValidCheckpoint, SaveFailed
 
 
 @dataclass(frozen=True)
-class Finished:
+class SavedCheckpoint:
     """A save that became durable. seconds: from its begin till then. stall_seconds: those of them in which training stood still."""
 
-    saved: Saved
+    checkpoint: CommittedCheckpoint
     seconds: float
     stall_seconds: float
 
 
 @dataclass(frozen=True)
-class Failed:
-    """A save of which nothing is left, for the disk did not take it. in_row: such saves in a row up to this one."""
+class FailedSave:
+    """A save of which nothing is left, for the disk did not take it. consecutive: such saves in a row up to this one."""
 
     step: int
     error: SaveFailed
-    in_row: int
+    consecutive: int
 
 
-class Keeper:
+class CheckpointManager:
     """warn: shows a line to the person.
 
     Rank 0's is the one to listen to. may_commit: see `save` of commit.py. All methods are
@@ -80,13 +80,13 @@ class Keeper:
         self.may_commit = may_commit
         self.mirror = mirror
         self._above = 0  # sequence numbers that the mirror has
-        self._line: list[list[int]] = []
+        self._lineage: list[list[int]] = []
         self._writers = ranks.another() if settings.asynchronous else ranks
-        self._flight: Future[tuple[Saved, float, list[str]]] | None = None
+        self._flight: Future[tuple[CommittedCheckpoint, float, list[str]]] | None = None
         self._step = self._failures = 0
         self._begun = self._stall = 0.0
 
-    def start(self) -> Checkpoint | None:
+    def resume(self) -> Checkpoint | None:
         """What to resume from; see `choose`, and `_come_back` with a mirror.
 
         Saves will continue its line. Leftovers of killed saves are removed: after a job that was
@@ -95,22 +95,22 @@ class Keeper:
         on_first(lambda: clear_leftovers(self.root), self.root, self.ranks)
         found = self._come_back() if self.mirror else self._choose()
         if found is not None:
-            self._line = read_manifest(found.folder).line
+            self._lineage = read_manifest(found.folder).lineage
         return found
 
-    def go_back(self, step: int) -> Checkpoint | None:
+    def rollback(self, step: int) -> Checkpoint | None:
         """The newest checkpoint of this line from before `step`, verified; None when there is none.
 
         Saves will continue from it. No save may be under way.
         """
         assert self._flight is None
-        found = choose_earlier(self.root, step, self._line, self.ranks, self.warn)
+        found = select_earlier_checkpoint(self.root, step, self._lineage, self.ranks, self.warn)
         if found is not None:
-            self._line = read_manifest(found.folder).line
+            self._lineage = read_manifest(found.folder).lineage
         return found
 
     def _choose(self) -> Checkpoint | None:
-        return choose(self.root, self.settings.resume, self.ranks, self.warn, mend=True)
+        return select_checkpoint(self.root, self.settings.resume, self.ranks, self.warn, mend=True)
 
     def _come_back(self) -> Checkpoint | None:
         """As `choose`, where what the mirror has counts too: the highest sequence number wins, the folder's own of equal ones.
@@ -152,7 +152,7 @@ class Keeper:
             )
         return self._choose() if found is None else found
 
-    def _look_there(self) -> list[Stored]:
+    def _look_there(self) -> list[ArchivedCheckpoint]:
         """Checkpoints of the mirror, newest first.
 
         Raises CheckpointError where there are some and none is wanted.
@@ -167,7 +167,7 @@ class Keeper:
                 )
             return [[one.name, one.complete] for one in there]
 
-        there = [Stored(*one) for one in on_first(look, self.root, self.ranks)]
+        there = [ArchivedCheckpoint(*one) for one in on_first(look, self.root, self.ranks)]
         self._above = max((one.sequence for one in there), default=0)
         return [one for one in there if one.complete]
 
@@ -178,7 +178,7 @@ class Keeper:
         rng: dict[str, Any],
         loss: float | None = None,
         wait: bool = True,
-    ) -> list[Finished | Failed]:
+    ) -> list[SavedCheckpoint | FailedSave]:
         """Save extras["step"]; see `save` of commit.py.
 
         Returns what became durable and what failed for the disk; raises the rest.
@@ -202,7 +202,7 @@ class Keeper:
         self._stall = time.monotonic() - begun
         return finished + self._settle()
 
-    def poll(self, wait: bool = False) -> list[Finished | Failed]:
+    def poll(self, wait: bool = False) -> list[SavedCheckpoint | FailedSave]:
         """What became of the save under way; nothing while a rank is at it.
 
         Costs nothing when there is none. Raises as `save` does.
@@ -213,25 +213,31 @@ class Keeper:
             return []
         return self._settle()
 
-    def _settle(self) -> list[Finished | Failed]:
+    def _settle(self) -> list[SavedCheckpoint | FailedSave]:
         """Wait for the save under way; what it raised is the same on all ranks."""
         flight, self._flight = self._flight, None
         try:
             saved, durable, warnings = flight.result()
         except SaveFailed as error:
             self._failures += 1
-            return [Failed(self._step, error, self._failures)]
+            return [FailedSave(self._step, error, self._failures)]
         self._failures = 0
         for text in warnings:
             self.warn(text)
-        self._line = saved.line
-        return [Finished(saved, durable - self._begun, self._stall)]
+        self._lineage = saved.lineage
+        return [SavedCheckpoint(saved, durable - self._begun, self._stall)]
 
     def _write(self, flight: Future, snapshot: Snapshot, loss: float | None) -> None:
         """Commit, then let go of what need not be kept; the future gets the result."""
         try:
             saved = commit(
-                self.root, snapshot, self._writers, self._line, loss, self.may_commit, self._above
+                self.root,
+                snapshot,
+                self._writers,
+                self._lineage,
+                loss,
+                self.may_commit,
+                self._above,
             )
             if self.mirror and self._writers.rank == 0:
                 self.mirror.saved(saved.folder)
@@ -280,10 +286,10 @@ class Keeper:
 
     def _plan(self) -> tuple[list[str], list[str]]:
         """Names of (those to keep, those to let go), newest first."""
-        listed = listing(self.root)[0]
+        listed = list_checkpoints(self.root)[0]
         keep = [
             one.folder.name
-            for one in kept(
+            for one in retained(
                 listed, self.settings.keep_last, self.settings.keep_every, self.settings.keep_best
             )
         ]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nextpt.checkpoint.restore import load_model
+from nextpt.exchange.decoder import load_model
 from nextpt.model import Decoder
 from tests.support.datasets import tiny
 

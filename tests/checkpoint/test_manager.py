@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.checkpoint import keeper as keeper_module
-from nextpt.checkpoint.commit import open_newest
-from nextpt.checkpoint.keeper import Failed, Finished, Keeper
+from nextpt.checkpoint import manager as manager_module
+from nextpt.checkpoint.commit import open_checkpoint
+from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
 from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
@@ -21,17 +21,17 @@ def run(
     saves: list[tuple[int, float | None]],
     said: list[str] | None = None,
     **settings: object,
-) -> list[Finished]:
+) -> list[SavedCheckpoint]:
     """Start, then save each (step, validation loss) and wait for it."""
-    keeper = Keeper(
+    manager = CheckpointManager(
         root, CheckpointSection(**settings), ranks, (said if said is not None else []).append
     )
-    keeper.start()
+    manager.resume()
     state = State(1.0, ranks.rank, ranks.world_size)
     return [
         one
         for step, loss in saves
-        for one in keeper.save(state, {"step": step, "config": {}}, {}, loss)
+        for one in manager.save(state, {"step": step, "config": {}}, {}, loss)
     ]
 
 
@@ -69,11 +69,11 @@ def test_what_is_kept(
 def test_a_rollback_wins_and_does_not_take_the_abandoned_at_once(tmp_path: Path) -> None:
     run(tmp_path, Ranks(), [(s, None) for s in (2, 4, 6)], keep_last=2, keep_every=2)
     run(tmp_path, Ranks(), [(3, None)], keep_last=2, keep_every=2, resume=2)
-    assert open_newest(tmp_path).step == 3  # and not 6
+    assert open_checkpoint(tmp_path).step == 3  # and not 6
     assert names(tmp_path) == ["2", "3", "4", "6"]
     run(tmp_path, Ranks(), [(4, None)], keep_last=2, keep_every=2)
-    assert open_newest(tmp_path).folder.name == "step-000000004.2"
-    assert open_newest(tmp_path, 4).folder.name == "step-000000004.2"
+    assert open_checkpoint(tmp_path).folder.name == "step-000000004.2"
+    assert open_checkpoint(tmp_path, 4).folder.name == "step-000000004.2"
     run(tmp_path, Ranks(), [(5, None), (7, None)], keep_last=2, keep_every=2)
     assert names(tmp_path) == ["2", "4", "4.2", "5", "6", "7"]  # keep_every is for ever
     run(tmp_path, Ranks(), [(9, None)], keep_last=2, keep_every=2)
@@ -104,34 +104,36 @@ def test_going_back_keeps_to_the_line_and_to_what_is_whole(tmp_path: Path, world
     said: list[str] = []
 
     def back(ranks: Ranks) -> None:
-        keeper = Keeper(
+        manager = CheckpointManager(
             tmp_path,
             CheckpointSection(keep_last=None),
             ranks,
             said.append if ranks.rank == 0 else lambda text: None,
         )
-        assert keeper.start().step == 7
-        assert keeper.go_back(7).folder.name == "step-000000005.2" and keeper.go_back(5).step == 3
-        assert keeper.go_back(2) is None
-        keeper.save(State(1.0, ranks.rank, ranks.world_size), {"step": 3, "config": {}}, {})
+        assert manager.resume().step == 7
+        assert (
+            manager.rollback(7).folder.name == "step-000000005.2" and manager.rollback(5).step == 3
+        )
+        assert manager.rollback(2) is None
+        manager.save(State(1.0, ranks.rank, ranks.world_size), {"step": 3, "config": {}}, {})
         # And not 5.2, which was abandoned by that
-        assert keeper.go_back(7).folder.name == "step-000000003.2"
+        assert manager.rollback(7).folder.name == "step-000000003.2"
 
     on_ranks(world_size, back)
     assert (
         len(said) == 1 and "state.json is damaged" in said[0] and "resuming from step 3" in said[0]
     )
-    assert open_newest(tmp_path).folder.name == "step-000000003.2"
+    assert open_checkpoint(tmp_path).folder.name == "step-000000003.2"
 
 
 def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> None:
     run(tmp_path, Ranks(), [(1, None), (2, None)], keep_last=2)
     path = tmp_path / "step-000000002" / "state.json"
     said: list[str] = []
-    keeper = Keeper(tmp_path, CheckpointSection(keep_last=2), Ranks(), said.append)
-    assert keeper.start().step == 2
+    manager = CheckpointManager(tmp_path, CheckpointSection(keep_last=2), Ranks(), said.append)
+    assert manager.resume().step == 2
     path.write_text(path.read_text().replace("1", "2"))
-    keeper.save(State(), {"step": 3, "config": {}}, {})
+    manager.save(State(), {"step": 3, "config": {}}, {})
     assert names(tmp_path) == ["1", "2.damaged", "3"]
     assert (
         len(said) == 1
@@ -146,10 +148,10 @@ def test_what_cannot_be_removed_is_told_and_training_goes_on(
     def refuse(folder: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(keeper_module, "remove", refuse)
+    monkeypatch.setattr(manager_module, "remove", refuse)
     said: list[str] = []
     assert [
-        one.saved.folder.name[-1]
+        one.checkpoint.folder.name[-1]
         for one in run(tmp_path, Ranks(), [(1, None), (2, None), (3, None)], said, keep_last=2)
     ] == ["1", "2", "3"]
     assert (
@@ -161,13 +163,13 @@ def test_what_cannot_be_removed_is_told_and_training_goes_on(
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing waits until this is set."""
-    event, commit = threading.Event(), keeper_module.commit
+    event, commit = threading.Event(), manager_module.commit
 
     def waiting(*arguments: object) -> object:
         assert event.wait(60)
         return commit(*arguments)
 
-    monkeypatch.setattr(keeper_module, "commit", waiting)
+    monkeypatch.setattr(manager_module, "commit", waiting)
     return event
 
 
@@ -175,38 +177,42 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_training_goes_on_while_a_copy_is_written(
     tmp_path: Path, gate: threading.Event, world_size: int
 ) -> None:
-    def job(ranks: Ranks) -> list[Finished]:
-        keeper = Keeper(tmp_path, CheckpointSection(asynchronous=True), ranks, lambda text: None)
-        assert keeper.start() is None
+    def job(ranks: Ranks) -> list[SavedCheckpoint]:
+        manager = CheckpointManager(
+            tmp_path, CheckpointSection(asynchronous=True), ranks, lambda text: None
+        )
+        assert manager.resume() is None
         state = State(1.0, ranks.rank, ranks.world_size)
-        assert keeper.save(state, {"step": 1, "config": {}}, {}, wait=False) == []
+        assert manager.save(state, {"step": 1, "config": {}}, {}, wait=False) == []
         for tensor in state.values.values():
             tensor.fill_(-1.0)  # training goes on
-        assert keeper.poll() == [] and not tmp_path.joinpath("step-000000001").exists()
+        assert manager.poll() == [] and not tmp_path.joinpath("step-000000001").exists()
         ranks.gather(None)
         gate.set()
-        found: list[Finished] = []
+        found: list[SavedCheckpoint] = []
         while not found:
-            found = keeper.poll()
-        assert keeper.poll() == []
+            found = manager.poll()
+        assert manager.poll() == []
         return found
 
     for (one,) in on_ranks(world_size, job):
-        assert one.saved.folder.name == "step-000000001" and one.stall_seconds <= one.seconds
-    assert holds(open_newest(tmp_path), 1.0)
+        assert one.checkpoint.folder.name == "step-000000001" and one.stall_seconds <= one.seconds
+    assert holds(open_checkpoint(tmp_path), 1.0)
 
 
 def test_one_save_is_under_way_and_the_last_is_waited_for(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    keeper = Keeper(tmp_path, CheckpointSection(asynchronous=True), Ranks(), lambda text: None)
-    assert keeper.save(State(1.0), {"step": 1, "config": {}}, {}, wait=False) == []
+    manager = CheckpointManager(
+        tmp_path, CheckpointSection(asynchronous=True), Ranks(), lambda text: None
+    )
+    assert manager.save(State(1.0), {"step": 1, "config": {}}, {}, wait=False) == []
     threading.Timer(0.2, gate.set).start()
-    first = keeper.save(State(2.0), {"step": 2, "config": {}}, {}, wait=False)
-    assert [one.saved.folder.name for one in first] == ["step-000000001"]
-    last = keeper.save(State(3.0), {"step": 3, "config": {}}, {}, wait=True)
-    assert [one.saved.folder.name for one in last] == ["step-000000002", "step-000000003"]
-    assert [one.saved.line for one in (*first, *last)] == [[[1, 1]], [[1, 2]], [[1, 3]]]
+    first = manager.save(State(2.0), {"step": 2, "config": {}}, {}, wait=False)
+    assert [one.checkpoint.folder.name for one in first] == ["step-000000001"]
+    last = manager.save(State(3.0), {"step": 3, "config": {}}, {}, wait=True)
+    assert [one.checkpoint.folder.name for one in last] == ["step-000000002", "step-000000003"]
+    assert [one.checkpoint.lineage for one in (*first, *last)] == [[[1, 1]], [[1, 2]], [[1, 3]]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -214,16 +220,16 @@ def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(
     tmp_path: Path, world_size: int
 ) -> None:
     def job(ranks: Ranks) -> str:
-        keeper = Keeper(
+        manager = CheckpointManager(
             tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None
         )
         (tmp_path / "run").write_text("a file where the folder should be")
-        found = keeper.save(
+        found = manager.save(
             State(1.0, ranks.rank, ranks.world_size), {"step": 1, "config": {}}, {}, wait=False
         )
         while not found:
-            found = keeper.poll()
-        assert keeper.poll() == [] and isinstance(found[0], Failed)
+            found = manager.poll()
+        assert manager.poll() == [] and isinstance(found[0], FailedSave)
         return str(found[0].error)
 
     messages = on_ranks(world_size, job)
@@ -234,10 +240,13 @@ def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(
 
 
 def test_numbers_grow_although_the_manifests_on_the_disk_are_lost(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path, CheckpointSection(), Ranks(), lambda text: None)
+    manager = CheckpointManager(tmp_path, CheckpointSection(), Ranks(), lambda text: None)
     lines = []
     for step in (1, 2, 3):
-        lines += [one.saved.line for one in keeper.save(State(), {"step": step, "config": {}}, {})]
+        lines += [
+            one.checkpoint.lineage
+            for one in manager.save(State(), {"step": step, "config": {}}, {})
+        ]
         for manifest in tmp_path.glob("*/manifest.json"):
             manifest.write_text("lost")
     assert lines == [[[1, 1]], [[1, 2]], [[1, 3]]]

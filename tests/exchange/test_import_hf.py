@@ -19,17 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nextpt.checkpoint.exchange import (
+from nextpt.config import RopeScaling
+from nextpt.errors import CheckpointError
+from nextpt.exchange import (
     HFWeights,
     different_keys,
     export_hf,
     load_hf,
     same_vocabulary,
 )
-from nextpt.checkpoint.exchange.architectures import HINT, hf_config
-from nextpt.checkpoint.exchange.reading import read_config
-from nextpt.config import RopeScaling
-from nextpt.errors import CheckpointError
+from nextpt.exchange.architectures import HINT, hf_config
+from nextpt.exchange.reading import read_config
 from tests.support.models import checkpoint_of, decoder, our_logits, some_tokens
 from tests.support.tokenizers import KINDS
 

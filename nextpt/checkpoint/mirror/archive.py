@@ -37,9 +37,9 @@ from nextpt.checkpoint.jsonfile import open_regular
 from nextpt.checkpoint.manifest import (
     LARGEST_MANIFEST,
     MANIFEST,
-    Damaged,
+    DamagedError,
     Manifest,
-    OtherVersion,
+    UnsupportedVersionError,
     read_manifest,
 )
 from nextpt.errors import UserError
@@ -56,7 +56,7 @@ NAME = re.compile(r"(\d{9,19})-(step-(\d{9,18}))-([0-9a-f]{16})")
 
 
 @dataclass(frozen=True)
-class Stored:
+class ArchivedCheckpoint:
     """A checkpoint in the store, by its name. complete: it has a manifest.
 
     Its files were not looked at.
@@ -131,9 +131,9 @@ def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) 
         try:
             return in_time(action, progress)
         except Exception as error:
-            final = isinstance(error, (UserError, PrepError, OtherVersion, TimeoutError)) or (
-                isinstance(error, Damaged) and attempt > 1
-            )
+            final = isinstance(
+                error, (UserError, PrepError, UnsupportedVersionError, TimeoutError)
+            ) or (isinstance(error, DamagedError) and attempt > 1)
             if final or attempt == ATTEMPTS or is_refusal(error):
                 raise
             time.sleep(pause(attempt))
@@ -164,46 +164,52 @@ class Archive:
             NOTE, [canonical_json({"host": host, "owner": owner, "run": run}).encode()]
         )
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[ArchivedCheckpoint]:
         """All that is there, newest first, also what has no manifest."""
         files = self.store.sizes()
         names = {name.partition("/")[0] for name in files}
         found = [
-            Stored(name, f"{name}/{MANIFEST}" in files) for name in names if NAME.fullmatch(name)
+            ArchivedCheckpoint(name, f"{name}/{MANIFEST}" in files)
+            for name in names
+            if NAME.fullmatch(name)
         ]
         return sorted(found, key=lambda one: (one.sequence, one.step, one.name), reverse=True)
 
-    def manifest(self, stored: Stored) -> Manifest:
-        """Its manifest, checked in itself and against the name. Raises Damaged, or OtherVersion."""
+    def manifest(self, stored: ArchivedCheckpoint) -> Manifest:
+        """Its manifest, checked in itself and against the name. Raises DamagedError, or UnsupportedVersionError."""
         if stored.name not in self._manifests:
             data = self.store.read(f"{stored.name}/{MANIFEST}", LARGEST_MANIFEST + 1)
             if data is None:
-                raise Damaged("it has no manifest: it was not finished, or lost it")
+                raise DamagedError("it has no manifest: it was not finished, or lost it")
             self._manifests[stored.name] = self._parse(stored, data)
         return self._manifests[stored.name]
 
-    def _parse(self, stored: Stored, data: bytes) -> Manifest:
+    def _parse(self, stored: ArchivedCheckpoint, data: bytes) -> Manifest:
         if _digest_of_name(data) != NAME.fullmatch(stored.name)[4]:
-            raise Damaged("its manifest is damaged: it does not have the hash that its name gives")
+            raise DamagedError(
+                "its manifest is damaged: it does not have the hash that its name gives"
+            )
         with tempfile.TemporaryDirectory(prefix="nextpt-manifest-") as folder:
             path = Path(folder, NAME.fullmatch(stored.name)[2])
             path.mkdir()
             (path / MANIFEST).write_bytes(data)
             manifest = read_manifest(path)
         if manifest.sequence != stored.sequence:
-            raise Damaged(f"its manifest has the sequence number {manifest.sequence}")
+            raise DamagedError(f"its manifest has the sequence number {manifest.sequence}")
         return manifest
 
-    def problem(self, stored: Stored, going_on: Callable[[], None] = lambda: None) -> str | None:
+    def problem(
+        self, stored: ArchivedCheckpoint, going_on: Callable[[], None] = lambda: None
+    ) -> str | None:
         """Read all of it back: the first difference from its manifest, found twice.
 
         None when it is whole.
 
-        going_on: called between blocks; may raise to end it. Raises OtherVersion.
+        going_on: called between blocks; may raise to end it. Raises UnsupportedVersionError.
         """
         try:
             manifest = self.manifest(stored)
-        except Damaged as problem:
+        except DamagedError as problem:
             return str(problem)
         sizes = self.store.sizes(stored.name)
         for name, entry in sorted(manifest.files.items()):
@@ -231,14 +237,14 @@ class Archive:
         manifest: Manifest,
         may_finish: Callable[[], None] = lambda: None,
         going_on: Callable[[], None] = lambda: None,
-    ) -> Stored:
+    ) -> ArchivedCheckpoint:
         """Bring a checkpoint there and read it back; what is there already of it is only read.
 
         may_finish: asked before the manifest makes it a checkpoint; raises to refuse. going_on:
-        called between blocks; may raise to end it. Raises Damaged when a local file is not what the
+        called between blocks; may raise to end it. Raises DamagedError when a local file is not what the
         manifest says, OSError when the store does not give back what it was sent.
         """
-        stored = Stored(name_in_store(folder, manifest), True)
+        stored = ArchivedCheckpoint(name_in_store(folder, manifest), True)
         sizes = self.store.sizes(stored.name)
         for name, entry in sorted(manifest.files.items()):
             path, expected = f"{stored.name}/{name}", entry.model_dump()
@@ -255,10 +261,10 @@ class Archive:
                 raise OSError(f"{self.place}/{path} does not hold what was sent")
         return stored
 
-    def fetch(self, stored: Stored, name: str, target: Path) -> None:
+    def fetch(self, stored: ArchivedCheckpoint, name: str, target: Path) -> None:
         """Copy one file, the manifest or one that it names, durably.
 
-        Raises Damaged when it is not what the manifest says.
+        Raises DamagedError when it is not what the manifest says.
         """
         manifest = self.manifest(stored)
         expected = None if name == MANIFEST else manifest.files[name].model_dump()
@@ -273,13 +279,13 @@ class Archive:
             file.flush()
             os.fsync(file.fileno())
         if expected and {"size": size, "xxh3": digest.hexdigest()} != expected:
-            raise Damaged(
+            raise DamagedError(
                 f"{name} is damaged: its hash differs from the manifest's"
                 if size == expected["size"]
                 else f"{name} has {size} bytes, expected {expected['size']}"
             )
 
-    def remove(self, stored: Stored) -> None:
+    def remove(self, stored: ArchivedCheckpoint) -> None:
         """Take one away: the manifest first, so that a half is never taken for a whole."""
         if stored.complete:
             self.store.remove(f"{stored.name}/{MANIFEST}")
@@ -288,7 +294,7 @@ class Archive:
 
 
 def _read(path: Path, expected: dict[str, Any], going_on: Callable[[], None]) -> Iterator[bytes]:
-    """The bytes of a local file. Raises Damaged at its end when they are not the expected ones."""
+    """The bytes of a local file. Raises DamagedError at its end when they are not the expected ones."""
     digest, size = xxhash.xxh3_128(), 0
     with open_regular(path) as file:
         while block := file.read(BLOCK):
@@ -297,4 +303,4 @@ def _read(path: Path, expected: dict[str, Any], going_on: Callable[[], None]) ->
             size += len(block)
             yield block
     if expected != {"size": size, "xxh3": digest.hexdigest()}:
-        raise Damaged(f"{path.name} is not what its manifest says")
+        raise DamagedError(f"{path.name} is not what its manifest says")

@@ -14,12 +14,12 @@ from torch import Tensor
 from data_prep.errors import PrepError
 from data_prep.files import canonical_json
 from data_prep.tokenizer import Tokenizer
-from nextpt.checkpoint.exchange.architectures import choose_architecture, hf_config
-from nextpt.checkpoint.exchange.folders import new_folder
-from nextpt.checkpoint.exchange.tensors import Stored, stored_tensors
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import parse_config
 from nextpt.errors import CheckpointError
+from nextpt.exchange.architectures import choose_architecture, hf_config
+from nextpt.exchange.folders import new_folder
+from nextpt.exchange.tensors import Stored, stored_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 4 * 2**30  # of a file; about twice that is held in memory at once

@@ -21,11 +21,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.stores import store_problem
-from nextpt.checkpoint.archive import Archive, Stored, in_time, name_in_store, pause
-from nextpt.checkpoint.comeback import look
-from nextpt.checkpoint.folders import listing
-from nextpt.checkpoint.manifest import MANIFEST, Damaged, Listed, OtherVersion, read_manifest
-from nextpt.checkpoint.retention import VERIFIED, kept
+from nextpt.checkpoint.folders import list_checkpoints
+from nextpt.checkpoint.manifest import (
+    MANIFEST,
+    DamagedError,
+    ListedCheckpoint,
+    UnsupportedVersionError,
+    read_manifest,
+)
+from nextpt.checkpoint.mirror.archive import (
+    Archive,
+    ArchivedCheckpoint,
+    in_time,
+    name_in_store,
+    pause,
+)
+from nextpt.checkpoint.mirror.restore import look
+from nextpt.checkpoint.retention import VERIFIED, retained
 from nextpt.config import CheckpointSection
 from nextpt.errors import CheckpointError, UserError
 from nextpt.events import MirrorEvent
@@ -78,21 +90,21 @@ class Mirror:
         self._sender: threading.Thread | None = None  # the one thread that talks to the store
         self._blocks = 0  # sent or read
 
-    def look(self, has_checkpoints: bool, warn: Callable[[str], None]) -> list[Stored]:
+    def look(self, has_checkpoints: bool, warn: Callable[[str], None]) -> list[ArchivedCheckpoint]:
         """What is there, newest first, and the mirror is this job's from now on.
 
         See `comeback.look`.
         """
 
-        def look_there() -> list[Stored]:
+        def look_there() -> list[ArchivedCheckpoint]:
             self._own()
-            return self.archive.stored()
+            return self.archive.checkpoints()
 
         return look(self.archive.place, look_there, has_checkpoints, self.root, warn)
 
     def begin(self) -> None:
         """Start the thread; it looks for checkpoints here that are not there yet."""
-        for one in listing(self.root)[0]:
+        for one in list_checkpoints(self.root)[0]:
             self._note(one)
         self._changed.set()
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
@@ -100,11 +112,11 @@ class Mirror:
     def saved(self, folder: Path) -> None:
         """Hear of a new checkpoint."""
         # What cannot be read now is looked for again in the next round
-        with suppress(OSError, Damaged):
-            self._note(Listed(folder, read_manifest(folder)))
+        with suppress(OSError, DamagedError):
+            self._note(ListedCheckpoint(folder, read_manifest(folder)))
         self._changed.set()
 
-    def _note(self, one: Listed) -> None:
+    def _note(self, one: ListedCheckpoint) -> None:
         with self._lock:
             self._waiting.setdefault(
                 name_in_store(one.folder, one.manifest), (one.folder.name, one.manifest.step)
@@ -196,7 +208,7 @@ class Mirror:
                 ]
             )
         self._own()
-        stored = {one.name: one for one in self.archive.stored()}
+        stored = {one.name: one for one in self.archive.checkpoints()}
         here, there = self._here(), self._there(stored)
         todo = [
             name
@@ -242,36 +254,36 @@ class Mirror:
         self._going_on()
         self._own()
 
-    def _here(self) -> dict[str, Listed]:
+    def _here(self) -> dict[str, ListedCheckpoint]:
         """Local checkpoints by their names in the store."""
         found = {}
-        for one in listing(self.root)[0]:
+        for one in list_checkpoints(self.root)[0]:
             try:
                 found[name_in_store(one.folder, one.manifest)] = one
             except OSError:  # retention took it in this moment
                 continue
         return found
 
-    def _there(self, stored: dict[str, Stored]) -> dict[str, Listed]:
+    def _there(self, stored: dict[str, ArchivedCheckpoint]) -> dict[str, ListedCheckpoint]:
         """Checkpoints of the store that are not known to be damaged."""
         found = {}
         for name, one in stored.items():
             if one.complete and name not in self._bad:
                 try:
-                    found[name] = Listed(Path(name), self.archive.manifest(one))
-                except Damaged as problem:
+                    found[name] = ListedCheckpoint(Path(name), self.archive.manifest(one))
+                except DamagedError as problem:
                     self._found_damaged(one, str(problem))
-                except OtherVersion:
+                except UnsupportedVersionError:
                     self._foreign.add(name)
         return found
 
-    def _keep(self, found: dict[str, Listed]) -> list[str]:
+    def _keep(self, found: dict[str, ListedCheckpoint]) -> list[str]:
         """Those that retention keeps of these, newest first."""
         newest_first = sorted(found.values(), key=lambda one: one.manifest.sequence, reverse=True)
         names = {id(one): name for name, one in found.items()}
         return [
             names[id(one)]
-            for one in kept(
+            for one in retained(
                 newest_first,
                 self.settings.keep_last,
                 self.settings.keep_every,
@@ -279,7 +291,7 @@ class Mirror:
             )
         ]
 
-    def _send(self, name: str, one: Listed) -> None:
+    def _send(self, name: str, one: ListedCheckpoint) -> None:
         with self._lock:
             if not (one.folder / MANIFEST).exists():
                 return
@@ -287,7 +299,7 @@ class Mirror:
         begun = time.monotonic()
         try:
             self.archive.send(one.folder, one.manifest, self._may_finish, self._going_on)
-        except Damaged as problem:
+        except DamagedError as problem:
             self._spoiled.add(name)
             with self._lock:
                 self._waiting.pop(name, None)
@@ -315,7 +327,9 @@ class Mirror:
             size=one.manifest.bytes,
         )
 
-    def _retire(self, stored: dict[str, Stored], there: dict[str, Listed]) -> bool:
+    def _retire(
+        self, stored: dict[str, ArchivedCheckpoint], there: dict[str, ListedCheckpoint]
+    ) -> bool:
         """Remove what retention does not keep, if two of those that stay prove whole, and what was not finished. False: nothing to do."""
         keep = self._keep(there)
         surplus = [name for name in sorted(there, reverse=True) if name not in keep]
@@ -343,12 +357,12 @@ class Mirror:
                     self._bad.discard(name)
         return False
 
-    def _remove(self, one: Stored) -> None:
+    def _remove(self, one: ArchivedCheckpoint) -> None:
         self._going_on()
         self._own()
         self.archive.remove(one)
 
-    def _found_damaged(self, one: Stored, problem: str) -> None:
+    def _found_damaged(self, one: ArchivedCheckpoint, problem: str) -> None:
         self._bad.add(one.name)
         self._whole.discard(one.name)
         self._tell(one.step, "damaged", f"{self.archive.place}/{one.name} is not usable: {problem}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nextpt.checkpoint.exchange import export_deepspeed
+from nextpt.exchange import export_deepspeed
 from nextpt.model import Decoder
 from tests.support.models import checkpoint_of, decoder
 

@@ -4,7 +4,7 @@ Differences from DeepSpeed's defaults, each on purpose:
 - its JIT-built shared-memory collective is switched off on CPU: a process killed while it builds
   leaves a lock on which every later run hangs; gloo alone gives the same losses and needs no
   compiler;
-- clipping and the guard against bad steps run in our optimizer, on the device (see optimizer.py,
+- clipping and the guard against bad steps run in our optimizer, on the device (see nextpt/optim,
   guard.py); DeepSpeed's own checks read the norm on the host in every step and skip steps without a
   word; a skip of its own is an error here;
 - its checkpoints are not used (see nextpt/checkpoint).
@@ -38,9 +38,9 @@ from nextpt.data.batch import Batch  # noqa: E402
 from nextpt.errors import UserError  # noqa: E402
 from nextpt.model import Decoder  # noqa: E402
 from nextpt.objective import Loss, next_token_loss  # noqa: E402
+from nextpt.optim.adamw import GuardedAdamW, decays, parameter_groups  # noqa: E402
 from nextpt.train.dynamics import AdamWUpdates, GradientNoise, update_ratios  # noqa: E402
 from nextpt.train.memory import LIVE_PARAMETERS, reduce_bucket  # noqa: E402
-from nextpt.train.optimizer import GuardedAdamW, decays, parameter_groups  # noqa: E402
 from nextpt.train.spike_detector import SpikeDetector  # noqa: E402
 
 # It warns of what is meant to be: a CPU, an optimizer of ours

@@ -23,10 +23,10 @@ from nextpt.job.context import JobContext
 from nextpt.job.signals import resume_command
 from nextpt.model import count
 from nextpt.objective import local_weight_sum
+from nextpt.optim.schedules import learning_rate
 from nextpt.train.engine import Engine
 from nextpt.train.hardware import memory_in_use, peak_flops
 from nextpt.train.rollback import EMPTY_STATE, RollbackPolicy
-from nextpt.train.schedule import learning_rate
 from nextpt.train.spike_detector import StepVerdict
 from nextpt.train.together import on_all_or_stop
 

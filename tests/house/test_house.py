@@ -22,6 +22,7 @@ FLOORS = {
     "nextpt.events": 2,
     "nextpt.data": 3,
     "nextpt.model": 4,
+    "nextpt.optim": 5,
     "nextpt.objective": 5,
     "nextpt.checkpoint": 6,
     "nextpt.job": 7,

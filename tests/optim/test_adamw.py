@@ -15,7 +15,7 @@ import torch
 
 from nextpt.config import OptimizerSection, to_yaml
 from nextpt.model import Decoder
-from nextpt.train.optimizer import GuardedAdamW, parameter_groups
+from nextpt.optim.adamw import GuardedAdamW, parameter_groups
 from tests.support.datasets import tiny
 
 SECTION = OptimizerSection(lr=0.01, weight_decay=0.1, grad_clip=1.0)

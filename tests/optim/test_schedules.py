@@ -7,7 +7,7 @@ import math
 import pytest
 
 from nextpt.config import parse_config
-from nextpt.train.schedule import learning_rate
+from nextpt.optim.schedules import learning_rate
 
 
 def run(**schedule: object):

@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules. Knows nothing of the training loop."""

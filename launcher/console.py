@@ -69,8 +69,8 @@ def evaluation_table(result: dict[str, Any]) -> Table:
             f"{f['bytes']:,}",
             f"{f['nats_per_token']:.3f}",
             f"{f['perplexity']:.2f}",
-            _with_interval(f["bpb_text"], f["intervals"]["bpb_text"]),
-            f"{f['bpb_code']:.3f}",
+            _with_interval(f["bpb"], f["intervals"]["bpb"]),
+            f"{f['bpb_with_eod']:.3f}",
         )
     return table
 
@@ -128,7 +128,7 @@ def curve_table(result: dict[str, Any]) -> Table:
         table.add_row(
             f"{at['step']:,}",
             *(
-                _with_interval(f["bpb_text"], f["intervals"]["bpb_text"])
+                _with_interval(f["bpb"], f["intervals"]["bpb"])
                 for f in (*at["domains"].values(), at["total"])
             ),
         )
@@ -165,7 +165,7 @@ def compressor_table(result: dict[str, Any]) -> Table:
     domains = result["domains"]
     for name in domains:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("this model", *(f"{f['bpb_text']:.3f}" for f in domains.values()), style="bold")
+    table.add_row("this model", *(f"{f['bpb']:.3f}" for f in domains.values()), style="bold")
     for compressor in next(iter(domains.values()))["compressors"]:
         cells = (f["compressors"][compressor] for f in domains.values())
         table.add_row(

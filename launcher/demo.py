@@ -185,7 +185,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         behind = [
             d
             for d, f in result["domains"].items()
-            if f["bpb_text"] >= f["compressors"][compressor]["bpb_concatenated"]
+            if f["bpb"] >= f["compressors"][compressor]["bpb_concatenated"]
         ]
         say(
             f"against {compressor} on one stream: "
@@ -235,9 +235,7 @@ def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> 
     table.add_row(
         "before training (every token equally likely)", *(f"{bits:.3f}" for bits in untrained)
     )
-    table.add_row(
-        "the model now", *(f"{f['bpb_text']:.3f}" for f in domains.values()), style="bold"
-    )
+    table.add_row("the model now", *(f"{f['bpb']:.3f}" for f in domains.values()), style="bold")
     best = [
         min((c["bpb_concatenated"], name) for name, c in f["compressors"].items())
         for f in domains.values()

@@ -164,7 +164,7 @@ class Listener(Protocol):
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """The numbers of an event under flat names (`train/loss`, `validation/code/bpb_text`, ...), for any tracker.
+    """The numbers of an event under flat names (`train/loss`, `validation/code/bpb`, ...), for any tracker.
 
     Step and time are the axis and left out; so is what an event does not know (None).
     """
@@ -220,15 +220,28 @@ class MetricsFile:
         """Every event is on its line already."""
 
 
-def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """All records of a metrics file, or those of one kind.
+# Metric names of files written before 2026-12, and what they are called now
+RENAMED_METRICS = {"bpb_text": "bpb", "bpb_code": "bpb_with_eod"}
 
-    A torn last line (a killed run) is passed over.
+
+def rename_old_metrics(value: Any) -> Any:
+    """Return a JSON value with the metric names of older files replaced by today's, at any depth."""
+    if isinstance(value, dict):
+        return {RENAMED_METRICS.get(k, k): rename_old_metrics(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rename_old_metrics(item) for item in value]
+    return value
+
+
+def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Read all records of a metrics file, or those of one kind, under today's metric names.
+
+    A torn last line (of a killed run) is skipped.
     """
     if not path.exists():
         return []
     records = [
-        json.loads(line)
+        rename_old_metrics(json.loads(line))
         for line in path.read_text(encoding="utf-8").splitlines()
         if _step_of(line) >= 0
     ]

@@ -63,7 +63,7 @@ def _show(result: dict[str, Any]) -> None:
             place,
             f"{f['documents']:,}",
             f"{f['bytes']:,}",
-            f"{f['bpb_text']:.4f}",
+            f"{f['bpb']:.4f}",
             _range(f["interval"], ".4f"),
             _seeds(f, ".4f"),
         ]
@@ -80,7 +80,7 @@ def _show(result: dict[str, Any]) -> None:
         rows = [
             [
                 place,
-                f"{f['bpb_text']:.4f}",
+                f"{f['bpb']:.4f}",
                 f"{f['difference']:+.4f}",
                 _range(f["interval"], "+.4f"),
                 _seeds(f, "+.4f"),

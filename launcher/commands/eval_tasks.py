@@ -129,7 +129,7 @@ def _show(result: dict[str, Any]) -> None:
     if result["tasks"]:
         out.print(
             small_table(
-                f"tasks{at}, at {loss['bpb_text']:.3f} bits/byte of held-out text",
+                f"tasks{at}, at {loss['bpb']:.3f} bits/byte of held-out text",
                 ["task", "items", "exact", "95 %", "chance", "probability", "nats/token"],
                 [
                     [
@@ -167,10 +167,7 @@ def _curves(found: list[dict[str, Any]]) -> list[Any]:
                 small_table(
                     f"{title} at every checkpoint",
                     ["step", "bits/byte", *headings],
-                    [
-                        [f"{at['step']:,}", f"{at['loss']['bpb_text']:.3f}", *cells(at)]
-                        for at in found
-                    ],
+                    [[f"{at['step']:,}", f"{at['loss']['bpb']:.3f}", *cells(at)] for at in found],
                 )
             )
 

@@ -115,7 +115,7 @@ def _say(found: Inspection, top: int) -> None:
     figures = found.figures
     say(
         f"{figures.tokens:,} tokens, {figures.bytes:,} bytes: {figures.nats_per_token:.3f} nats per"
-        f" token, {figures.bpb_text:.3f} bits per byte"
+        f" token, {figures.bpb:.3f} bits per byte"
     )
     say("then it expects " + ", ".join(_percent(a) for a in found.following["alternatives"][:4]))
     say(

@@ -15,7 +15,7 @@ import torch
 
 from nextpt.data.batch import IGNORE_INDEX
 from nextpt.evaluate.foreign import ForeignModel
-from nextpt.evaluate.metrics import Figures
+from nextpt.evaluate.metrics import Metrics
 from nextpt.model import Decoder
 
 
@@ -109,7 +109,7 @@ def score_documents(
     stride: int,
     rows: int = 32,
     progress: Callable[[float], None] = lambda share: None,
-) -> tuple[Figures, np.ndarray]:
+) -> tuple[Metrics, np.ndarray]:
     """Figures over all documents, and nats per document (fp64 [documents], text targets only).
 
     documents: token arrays, start and end tokens included. sizes: per document the UTF-8 bytes that
@@ -123,7 +123,7 @@ def score_documents(
     ends = sum(float(s[~t].sum()) for s, t in zip(scores, text, strict=True))
     # Every target is scored once
     size = sum(int(of_document.sum(dtype=np.int64)) for of_document in sizes)
-    return Figures(sum(int(t.sum()) for t in text), size, float(nats.sum()), ends), nats
+    return Metrics(sum(int(t.sum()) for t in text), size, float(nats.sum()), ends), nats
 
 
 def _stack(

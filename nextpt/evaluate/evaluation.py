@@ -17,7 +17,7 @@ from nextpt.evaluate.compressors import compare
 from nextpt.evaluate.documents import Window, contexts, harness_windows, windows
 from nextpt.evaluate.frequency import EDGES, band_of_tokens
 from nextpt.evaluate.heldout import encode_document
-from nextpt.evaluate.metrics import Figures
+from nextpt.evaluate.metrics import Metrics
 from nextpt.evaluate.ranks import score_on_ranks
 from nextpt.evaluate.source import Source
 
@@ -204,12 +204,12 @@ def _sums(
 
 
 def _figures(sums: np.ndarray, drawn: np.ndarray, documents: int) -> dict[str, Any]:
-    figures = Figures(int(sums[TOKENS]), int(sums[BYTES]), float(sums[NATS]), float(sums[SPECIAL]))
+    figures = Metrics(int(sums[TOKENS]), int(sums[BYTES]), float(sums[NATS]), float(sums[SPECIAL]))
     bits, paid = math.log(2) * drawn[:, BYTES], drawn[:, NATS] + drawn[:, SPECIAL]
     intervals = {
         "nats_per_token": ratio_interval(drawn[:, NATS], drawn[:, TOKENS]),
-        "bpb_text": ratio_interval(drawn[:, NATS], bits),
-        "bpb_code": ratio_interval(paid, bits),
+        "bpb": ratio_interval(drawn[:, NATS], bits),
+        "bpb_with_eod": ratio_interval(paid, bits),
     }
     return figures.as_dict() | {"documents": documents, "intervals": intervals}
 
@@ -271,7 +271,7 @@ def describe_protocol(source: Source, protocol: Protocol) -> dict[str, Any]:
         "end_token": {
             "id": tokenizer.end_id,
             "text": tokenizer.token(tokenizer.end_id),
-            "scored": "in bpb_code only",
+            "scored": "in bpb_with_eod only",
         },
         "documents": (
             "each by itself: a start token, all its tokens, an end token; none sees another"

@@ -2,10 +2,10 @@
 
 Every figure is a ratio of such sums, never a mean of ratios.
 
-In `nats_per_token`, `perplexity` and `bpb_text` only text counts: the nats and the number of
+In `nats_per_token`, `perplexity` and `bpb` only text counts: the nats and the number of
 special tokens (start and end of document) are left out, the bytes are those of all text, so
-`bpb_text` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into
-tokens. `bpb_code` pays for the ends of documents too, over the same bytes: what a file that can be
+`bpb` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into
+tokens. `bpb_with_eod` pays for the ends of documents too, over the same bytes: what a file that can be
 decoded costs. Where a tokenizer changes text, a text token may stand for no bytes and the end of a
 document for some (spaces that were stripped).
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     """What the sums say. tokens: text tokens predicted. bytes: UTF-8 bytes they stand for. nats: their code length.
 
     special_nats: the code length of the special tokens that were predicted, the ends of documents.
@@ -31,8 +31,8 @@ class Figures:
     nats: float
     special_nats: float = 0.0
 
-    def __add__(self, other: Figures) -> Figures:
-        return Figures(
+    def __add__(self, other: Metrics) -> Metrics:
+        return Metrics(
             self.tokens + other.tokens,
             self.bytes + other.bytes,
             self.nats + other.nats,
@@ -44,11 +44,11 @@ class Figures:
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
-    def bpb_text(self) -> float:
+    def bpb(self) -> float:
         return self.nats / (math.log(2) * self.bytes) if self.bytes else math.nan
 
     @property
-    def bpb_code(self) -> float:
+    def bpb_with_eod(self) -> float:
         return (
             (self.nats + self.special_nats) / (math.log(2) * self.bytes) if self.bytes else math.nan
         )
@@ -61,8 +61,8 @@ class Figures:
             "nats_per_token": nats,
             "bits_per_token": nats / math.log(2),
             "perplexity": math.exp(min(nats, 700.0)),
-            "bpb_text": self.bpb_text,
-            "bpb_code": self.bpb_code,
+            "bpb": self.bpb,
+            "bpb_with_eod": self.bpb_with_eod,
         }
 
 
@@ -91,21 +91,21 @@ class DomainSums:
             0, domain_ids, torch.stack([column.sum(dim=1) for column in columns], dim=1)
         )
 
-    def figures(self) -> dict[str, Figures]:
+    def figures(self) -> dict[str, Metrics]:
         """Figures per domain; reads the device. Domains without a token are left out."""
         rows = self.sums.tolist()
         found = {
-            d: Figures(int(tokens), int(size), *nats)
+            d: Metrics(int(tokens), int(size), *nats)
             for d, (tokens, size, *nats) in zip(self.domains, rows, strict=True)
         }
         return {domain: figures for domain, figures in found.items() if figures.tokens}
 
-    def total(self) -> Figures:
+    def total(self) -> Metrics:
         tokens, size, *nats = self.sums.sum(dim=0).tolist()
-        return Figures(int(tokens), int(size), *nats)
+        return Metrics(int(tokens), int(size), *nats)
 
 
-def figures_json(sums: DomainSums) -> dict[str, dict]:
+def metrics_json(sums: DomainSums) -> dict[str, dict]:
     """{"domains": {name: figures}, "total": figures}: the fixed form that scripts rely on."""
     return {
         "domains": {name: figures.as_dict() for name, figures in sums.figures().items()},

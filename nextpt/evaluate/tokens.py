@@ -17,7 +17,7 @@ LOGITS_AT_ONCE = 2**24  # elements; some copies of them in fp32 live at a time, 
 
 
 @dataclass(frozen=True)
-class TokenFigures:
+class TokenScores:
     """Of n tokens. ids int64 [n]. nats fp64 [n]: -log P. rank int64 [n]: 1 when no token was more probable. entropy fp64 [n]: of the distribution, nats. alternatives int64 [n, k]: most probable tokens, best first, and alternative_nats fp64 [n, k]."""
 
     ids: np.ndarray
@@ -37,7 +37,7 @@ def score_tokens(
     alternatives: int = 8,
     calibration: Calibration | None = None,
     progress: Callable[[float], None] = lambda share: None,
-) -> TokenFigures:
+) -> TokenScores:
     """Figures of all tokens of a document but the first, which starts it.
 
     window, stride: tokens of context and scored per window, as of `windows`. calibration: hears
@@ -57,7 +57,7 @@ def score_tokens(
             if calibration is not None:
                 calibration.add(logprobs_NV, came)
         progress(w.stop / (len(document) - 1))
-    return TokenFigures(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+    return TokenScores(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 
 def next_tokens(
@@ -84,7 +84,7 @@ def _logprobs(model: Decoder, hidden_ND: Tensor) -> Tensor:
 
 
 def _figures(logprobs_NV: Tensor, targets_N: Tensor, alternatives: int) -> tuple[Tensor, ...]:
-    """The fields of TokenFigures, on the CPU."""
+    """The fields of TokenScores, on the CPU."""
     came = logprobs_NV.gather(1, targets_N.unsqueeze(1))
     best, ids = logprobs_NV.topk(min(alternatives, logprobs_NV.shape[1]))
     entropy = torch.special.entr(logprobs_NV.exp()).sum(-1)

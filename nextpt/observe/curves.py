@@ -55,7 +55,7 @@ def pictures(runs: list[RunRecord]) -> list[Picture]:
     """All pictures of a report, in reading order; those without data are left out."""
     drawn = [
         *_losses(runs, "nats per token", "nats_per_token", "nats_per_token"),
-        *_losses(runs, "bits per byte", "bpb", "bpb_text"),
+        *_losses(runs, "bits per byte", "bpb", "bpb"),
         _compressors(runs),
         _quantity(runs, "Learning rate", "learning rate", lambda e: e["lr"], smooth=False),
         _quantity(
@@ -335,7 +335,7 @@ def _compressors(runs: list[RunRecord]) -> Picture | None:
     bars: list[tuple[str, list[float], str]] = [
         (
             run.label,
-            [run.evaluation["domains"].get(d, {}).get("bpb_text", math.nan) for d in domains],
+            [run.evaluation["domains"].get(d, {}).get("bpb", math.nan) for d in domains],
             COLOURS[i % len(COLOURS)],
         )
         for i, run in enumerate(measured)

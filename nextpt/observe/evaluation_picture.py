@@ -73,8 +73,8 @@ def _points(
 def _domains(axes: Axes, result: dict[str, Any]) -> None:
     figures = [*result["domains"].items(), ("total", result["total"])]
     for offset, key, label in (
-        (-0.1, "bpb_text", "text only"),
-        (0.1, "bpb_code", "ends of documents paid"),
+        (-0.1, "bpb", "text only"),
+        (0.1, "bpb_with_eod", "ends of documents paid"),
     ):
         _points(
             axes,
@@ -97,16 +97,16 @@ def _checkpoints(axes: Axes, checkpoints: list[dict[str, Any]]) -> None:
         _points(
             axes,
             steps,
-            [at["domains"][name]["bpb_text"] for at in checkpoints],
-            [at["domains"][name]["intervals"]["bpb_text"] for at in checkpoints],
+            [at["domains"][name]["bpb"] for at in checkpoints],
+            [at["domains"][name]["intervals"]["bpb"] for at in checkpoints],
             label=name,
             color=colour,
         )
     _points(
         axes,
         steps,
-        [at["total"]["bpb_text"] for at in checkpoints],
-        [at["total"]["intervals"]["bpb_text"] for at in checkpoints],
+        [at["total"]["bpb"] for at in checkpoints],
+        [at["total"]["intervals"]["bpb"] for at in checkpoints],
         label="total",
         color=COLOURS[0],
         linewidth=2,

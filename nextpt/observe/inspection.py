@@ -23,9 +23,9 @@ from data_prep.tokenizer.description import BYTE_OF
 from nextpt.errors import DataError
 from nextpt.evaluate.calibration import Calibration
 from nextpt.evaluate.heldout import heldout_texts
-from nextpt.evaluate.metrics import Figures
+from nextpt.evaluate.metrics import Metrics
 from nextpt.evaluate.source import open_source
-from nextpt.evaluate.tokens import TokenFigures, next_tokens, score_tokens
+from nextpt.evaluate.tokens import TokenScores, next_tokens, score_tokens
 from nextpt.generate import text_tokens
 from nextpt.generate.stopping import GrowingText
 from nextpt.observe.calibration_picture import calibration_picture
@@ -47,7 +47,7 @@ class Inspection:
     stride: int
     tokens: list[dict[str, Any]]
     following: dict[str, Any]
-    figures: Figures
+    figures: Metrics
     calibration: Calibration
     calibrated_on: str
 
@@ -123,7 +123,7 @@ def inspect_text(
         "entropy": entropy,
         "alternatives": expected(speller(tokenizer), ids.tolist(), nats.tolist()),
     }
-    figures = Figures(len(found.nats), len(text.encode()), float(found.nats.sum()))
+    figures = Metrics(len(found.nats), len(text.encode()), float(found.nats.sum()))
     return Inspection(
         run,
         at,
@@ -138,7 +138,7 @@ def inspect_text(
     )
 
 
-def rows(tokenizer: Tokenizer, found: TokenFigures) -> list[dict[str, Any]]:
+def rows(tokenizer: Tokenizer, found: TokenScores) -> list[dict[str, Any]]:
     """One object per token. text: what it adds to the text.
 
     Empty where a later token completes a character.

@@ -17,7 +17,7 @@ from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manifest import MANIFEST, manifest_problem, read_manifest
 from nextpt.config import Config, load_config
 from nextpt.errors import DataError
-from nextpt.events import read_events
+from nextpt.events import read_events, rename_old_metrics
 from nextpt.job.environment import read_starts
 from nextpt.model import count
 
@@ -109,11 +109,11 @@ def _read(folder: Path, label: str) -> RunRecord:
 
 
 def _json(path: Path) -> Any:
-    """Value of a JSON file; None where there is none. Raises DataError for a damaged one."""
+    """Read a JSON file under today's metric names; None if it does not exist. Raises DataError."""
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return rename_old_metrics(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; remove it or make it again") from error
 

@@ -40,7 +40,7 @@ def draw_tasks(found: list[dict[str, Any]], path: Path) -> None:
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):
             if len(found) > 1:
-                _over_loss(axes, [at["loss"]["bpb_text"] for at in found], figures)
+                _over_loss(axes, [at["loss"]["bpb"] for at in found], figures)
             else:
                 _one(axes, figures[0])
             axes.set_ylabel(label)

@@ -29,7 +29,7 @@ def draw_ablation(result: dict[str, Any], path: Path) -> None:
             offset = SPREAD * ((number + 0.5) / len(variants) - 0.5)
             _variant(axes, variant, offset, COLOURS[number % len(COLOURS)], seeds)
         labels = [
-            f"{name}\n{figures['bpb_text']:.3f}"
+            f"{name}\n{figures['bpb']:.3f}"
             for name, figures in (*baseline["domains"].items(), ("total", baseline["total"]))
         ]
         axes.set_xticks(range(len(places)), labels)

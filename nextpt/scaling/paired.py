@@ -23,9 +23,9 @@ def paired_figures(
     """Of each model {"domains": domain -> figures, "total": figures}. The first is the baseline, which the others are compared with.
 
     sizes: domain -> int64 [documents], UTF-8 bytes. nats: domain -> fp64 [models, seeds,
-    documents]. Figures are means over seeds: `bpb_text`, of the baseline with its `interval`; of
+    documents]. Figures are means over seeds: `bpb`, of the baseline with its `interval`; of
     the others `difference` (below 0: better than the baseline) with its `interval`. `by_seed`: of
-    the baseline bpb_text, of others the difference from the baseline of that seed; `seed_sd`: their
+    the baseline bpb, of others the difference from the baseline of that seed; `seed_sd`: their
     standard deviation. Intervals are percentiles that hold CONFIDENCE; null where no domain has two
     documents.
     """
@@ -68,7 +68,7 @@ def _figures(
     bits = nats / (math.log(2) * size)
     by_seed = bits[model] - bits[0] if model else bits[0]
     ratios = drawn[:, 1 + model] / (math.log(2) * drawn[:, 0])
-    found = {"documents": documents, "bytes": size, "bpb_text": float(bits[model].mean())}
+    found = {"documents": documents, "bytes": size, "bpb": float(bits[model].mean())}
     if model:
         found["difference"] = float(by_seed.mean())
     return found | {

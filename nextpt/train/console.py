@@ -54,7 +54,7 @@ class ConsoleListener:
             self._on_step(event)
         elif isinstance(event, ValidationEvent):
             parts = [
-                f"{name} {f['nats_per_token']:.3f} nats {f['bpb_text']:.3f} bpb"
+                f"{name} {f['nats_per_token']:.3f} nats {f['bpb']:.3f} bpb"
                 for name, f in event.domains.items()
             ]
             self.console.print(f"held out, step {event.step}: " + ", ".join(parts))

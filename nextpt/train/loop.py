@@ -17,7 +17,7 @@ from nextpt.config import Config
 from nextpt.data.batch import Batch
 from nextpt.data.loader import Loader
 from nextpt.errors import Stopped, UserError
-from nextpt.evaluate.metrics import DomainSums, figures_json
+from nextpt.evaluate.metrics import DomainSums, metrics_json
 from nextpt.events import Event, RollbackEvent, StepEvent, ValidationEvent
 from nextpt.job.context import JobContext
 from nextpt.job.signals import resume_command
@@ -289,7 +289,7 @@ class Trainer:
                 step=step,
                 tokens=step * self.config.tokens_per_step,
                 loss=judged.loss,
-                bpb=sums.total().bpb_text,
+                bpb=sums.total().bpb,
                 lr=learning_rate(self.config, step),
                 grad_norm=judged.grad_norm,
                 tokens_per_second=rate,
@@ -306,7 +306,7 @@ class Trainer:
                 ),
                 update_ratios=self.engine.update_ratios(),
                 domains={
-                    name: {"nats_per_token": f.nats_per_token, "bpb": f.bpb_text}
+                    name: {"nats_per_token": f.nats_per_token, "bpb": f.bpb}
                     for name, f in sums.figures().items()
                 },
             )
@@ -338,7 +338,7 @@ class Trainer:
                         module(batch, 1.0).nats, batch.target_bytes, batch.is_text, batch.domain_ids
                     )
         self.engine.all_sum(sums.sums)
-        figures = figures_json(sums)
+        figures = metrics_json(sums)
         nats = figures["total"]["nats_per_token"]
         self.validation = {"step": step, "nats_per_token": nats if math.isfinite(nats) else None}
         self.emit(ValidationEvent(step, step * config.tokens_per_step, **figures))

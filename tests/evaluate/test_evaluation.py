@@ -58,9 +58,9 @@ def test_any_batch_size_and_rank_count_give_the_same(
         *((result["domains"][d], again["domains"][d]) for d in TEXTS),
     ):
         assert (a["tokens"], a["bytes"]) == (b["tokens"], b["bytes"])
-        for key in ("nats_per_token", "bpb_text", "bpb_code", "perplexity"):
+        for key in ("nats_per_token", "bpb", "bpb_with_eod", "perplexity"):
             assert b[key] == pytest.approx(a[key], rel=1e-6)
-        assert b["intervals"]["bpb_text"] == pytest.approx(a["intervals"]["bpb_text"], rel=1e-6)
+        assert b["intervals"]["bpb"] == pytest.approx(a["intervals"]["bpb"], rel=1e-6)
 
 
 def test_contexts_and_bands_divide_all_text_tokens(result: dict) -> None:
@@ -78,8 +78,8 @@ def test_contexts_and_bands_divide_all_text_tokens(result: dict) -> None:
 
 def test_totals_are_ratios_of_sums_and_lie_in_their_intervals(result: dict) -> None:
     domains, total = result["domains"].values(), result["total"]
-    bits = sum(f["bpb_text"] * f["bytes"] for f in domains)
-    assert total["bpb_text"] == pytest.approx(bits / sum(f["bytes"] for f in domains))
+    bits = sum(f["bpb"] * f["bytes"] for f in domains)
+    assert total["bpb"] == pytest.approx(bits / sum(f["bytes"] for f in domains))
     for figures in (*domains, total):
         for key, (low, high) in figures["intervals"].items():
             assert low <= figures[key] <= high
@@ -174,6 +174,6 @@ def test_texts_that_cannot_be_scored(source: Source, tmp_path: Path) -> None:
         evaluate_source(source, {"d": ["a"]}, Protocol(stride=99))
     one = evaluate_source(source, {"d": ["a text far longer than the context " * 30]}, Protocol())
     assert (
-        one["total"]["intervals"]["bpb_text"] is None
+        one["total"]["intervals"]["bpb"] is None
         and one["total"]["tokens"] > source.config.max_position
     )

@@ -232,11 +232,11 @@ def test_errors_of_the_harness_become_intervals_and_draw(tmp_path: Path) -> None
     at = {
         "run": "runs/x",
         "step": 3,
-        "loss": {"bpb_text": 2.0},
+        "loss": {"bpb": 2.0},
         "tasks": {},
         "harness": {"rhymes": found},
     }
-    for number, checkpoints in enumerate(([at], [at, at | {"step": 5, "loss": {"bpb_text": 1.9}}])):
+    for number, checkpoints in enumerate(([at], [at, at | {"step": 5, "loss": {"bpb": 1.9}}])):
         draw_tasks(checkpoints, tmp_path / f"{number}.svg")
         assert "metric of lm-evaluation-harness" in (tmp_path / f"{number}.svg").read_text()
 

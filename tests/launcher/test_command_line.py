@@ -230,7 +230,7 @@ def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     for figures in (*result["domains"].values(), result["total"]):
-        assert {"tokens", "bytes", "nats_per_token", "bpb_text", "perplexity"} <= figures.keys()
+        assert {"tokens", "bytes", "nats_per_token", "bpb", "perplexity"} <= figures.keys()
     assert set(result["domains"]) == {"code", "prose"} and "xz -9e" in done.stdout
     assert result["total"]["bytes"] == sum(f["bytes"] for f in result["domains"].values())
 

@@ -14,7 +14,7 @@ from nextpt.exchange import export_hf
 from tests.support.models import checkpoint_of
 from tests.support.runs import make_run
 
-FIXED = {"tokens", "bytes", "nats_per_token", "bpb_text", "bpb_code", "perplexity"}
+FIXED = {"tokens", "bytes", "nats_per_token", "bpb", "bpb_with_eod", "perplexity"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,9 @@ def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
     )
     for figures in (*run["domains"].values(), run["total"]):
         assert figures.keys() >= FIXED
-    assert run["total"]["bpb_code"] == pytest.approx(exported["total"]["bpb_code"], rel=1e-6)
+    assert run["total"]["bpb_with_eod"] == pytest.approx(
+        exported["total"]["bpb_with_eod"], rel=1e-6
+    )
     assert "bits_per_byte" in shown and "bootstrap of documents" in shown and "ends paid" in shown
     assert (place / "run.png").read_bytes().startswith(b"\x89PNG")
 

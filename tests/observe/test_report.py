@@ -35,7 +35,7 @@ def figures(nats: float) -> dict[str, Any]:
         "nats_per_token": nats,
         "bits_per_token": nats / math.log(2),
         "perplexity": math.exp(nats),
-        "bpb_text": nats / math.log(2) / 3,
+        "bpb": nats / math.log(2) / 3,
     }
 
 
@@ -173,6 +173,27 @@ def test_the_page_is_whole_and_fetches_nothing(dataset: Path, tmp_path: Path) ->
         "perplexity",
     ):
         assert words in page, words
+
+
+def test_files_with_the_old_metric_names_are_read_under_the_new_ones(
+    dataset: Path, tmp_path: Path
+) -> None:
+    run = make_run(dataset, tmp_path / "run")
+    (new,) = read_runs([run])
+    for name in ("metrics.jsonl", "evaluation.json"):
+        old = (run / name).read_text().replace('"perplexity": ', '"bpb_code": 1.0, "perplexity": ')
+        # A step's record has always called it `bpb`; figures of domains called it `bpb_text`
+        (run / name).write_text(re.sub(r'("perplexity": [\d.e+]+, )"bpb"', r'\1"bpb_text"', old))
+        assert '"bpb_text"' in (run / name).read_text()
+    (old,) = read_runs([run])
+    assert all(f.pop("bpb_with_eod") == 1.0 for f in old.evaluation["domains"].values())
+    assert old.evaluation.pop("total").pop("bpb_with_eod") == 1.0
+    new.evaluation.pop("total")
+    assert old.evaluation == new.evaluation
+    assert [e["total"]["bpb"] for e in old.validation] == [
+        e["total"]["bpb"] for e in new.validation
+    ]
+    assert "bpb_text" not in str(old.validation) and old.train == new.train
 
 
 def test_equal_runs_give_equal_pictures(dataset: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from nextpt.observe.trackers.choice import Guarded
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all
 
-DOMAINS = {"code": {"nats_per_token": 2.0, "bpb_text": 1.0}}
+DOMAINS = {"code": {"nats_per_token": 2.0, "bpb": 1.0}}
 
 
 def step_event(step: int, loss: float) -> StepEvent:
@@ -70,10 +70,7 @@ def test_scalars_are_flat_and_leave_out_what_is_not_known() -> None:
         and found["train/tokens"] == 300
     )
     assert "train/mfu" not in found and "train/step" not in found and "train/time" not in found
-    assert (
-        scalars(ValidationEvent(1, 100, DOMAINS, {"bpb_text": 1.0}))["validation/total/bpb_text"]
-        == 1.0
-    )
+    assert scalars(ValidationEvent(1, 100, DOMAINS, {"bpb": 1.0}))["validation/total/bpb"] == 1.0
 
 
 def test_tensorboard_reads_the_curves_and_a_resume_hides_what_is_made_again(
@@ -92,7 +89,7 @@ def test_tensorboard_reads_the_curves_and_a_resume_hides_what_is_made_again(
         and losses[3] == pytest.approx(10 / 3 + 1)
         and losses[4] == pytest.approx(10 / 4 + 4)
     )
-    assert {"validation/code/bpb_text", "checkpoint/seconds", "train/lr"} <= set(
+    assert {"validation/code/bpb", "checkpoint/seconds", "train/lr"} <= set(
         reader.Tags()["scalars"]
     )
 

@@ -56,9 +56,9 @@ def test_differences_are_those_of_the_figures() -> None:
     for place in (*DOCUMENTS, "total"):
         bits = whole[0][place].sum(axis=2) / (math.log(2) * whole[1][place].sum())
         of = [(m["domains"] | {"total": m["total"]})[place] for m in (baseline, *variants)]
-        assert [f["bpb_text"] for f in of] == pytest.approx(bits.mean(axis=1).tolist())
+        assert [f["bpb"] for f in of] == pytest.approx(bits.mean(axis=1).tolist())
         for number, figures in enumerate(of[1:], 1):
-            assert figures["difference"] == pytest.approx(figures["bpb_text"] - of[0]["bpb_text"])
+            assert figures["difference"] == pytest.approx(figures["bpb"] - of[0]["bpb"])
             assert figures["by_seed"] == pytest.approx((bits[number] - bits[0]).tolist())
             assert figures["seed_sd"] == pytest.approx(np.std(figures["by_seed"], ddof=1))
             low, high = figures["interval"]
@@ -115,7 +115,7 @@ def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: 
     ]
     for domain, rows in found["sums"].items():
         sums = np.array(rows).sum(axis=0)
-        assert sums[NATS] / sums[BYTES] / math.log(2) == pytest.approx(figures[domain]["bpb_text"])
+        assert sums[NATS] / sums[BYTES] / math.log(2) == pytest.approx(figures[domain]["bpb"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert score_run(tmp_path / "run", 3, heldout, "cpu") == json.loads(json.dumps(found))
     with pytest.raises(

@@ -80,7 +80,7 @@ def heldout_loss(source: Source, texts: dict[str, list[str]], rows: int) -> dict
     return {
         "tokens": figures.tokens,
         "nats_per_token": figures.nats_per_token,
-        "bpb_text": figures.bpb_text,
+        "bpb": figures.bpb,
     }
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nextpt.evaluate.compressors import compare
 from nextpt.evaluate.documents import score_documents, windows
 from nextpt.evaluate.evaluation import Protocol, evaluate_source
-from nextpt.evaluate.metrics import DomainSums, Figures, figures_json
+from nextpt.evaluate.metrics import DomainSums, Metrics, metrics_json
 from nextpt.evaluate.source import Source
 from nextpt.model import Decoder
 from tests.support.datasets import tiny
@@ -74,12 +74,12 @@ def test_long_documents_get_context_from_the_stride() -> None:
 
 
 def test_figures_derive_from_sums() -> None:
-    figures = Figures(tokens=4, bytes=10, nats=4 * math.log(3), special_nats=math.log(3)).as_dict()
+    figures = Metrics(tokens=4, bytes=10, nats=4 * math.log(3), special_nats=math.log(3)).as_dict()
     assert figures["nats_per_token"] == pytest.approx(math.log(3))
     assert figures["perplexity"] == pytest.approx(3)
     assert figures["bits_per_token"] == pytest.approx(math.log2(3))
-    assert figures["bpb_text"] == pytest.approx(0.4 * math.log2(3))
-    assert figures["bpb_code"] == pytest.approx(0.5 * math.log2(3))
+    assert figures["bpb"] == pytest.approx(0.4 * math.log2(3))
+    assert figures["bpb_with_eod"] == pytest.approx(0.5 * math.log2(3))
 
 
 def test_sums_count_text_only_and_keep_domains_apart() -> None:
@@ -90,8 +90,8 @@ def test_sums_count_text_only_and_keep_domains_apart() -> None:
     sums.add(nats, target_bytes, is_text, torch.tensor([1, 0]))
     sums.add(nats, target_bytes, is_text, torch.tensor([0, 0]))
     found = sums.figures()
-    assert found == {"a": Figures(6, 12, 53.0, 66.0), "b": Figures(2, 4, 5.0, 2.0)}
-    assert set(figures_json(sums)["domains"]) == {"a", "b"} and sums.total() == Figures(
+    assert found == {"a": Metrics(6, 12, 53.0, 66.0), "b": Metrics(2, 4, 5.0, 2.0)}
+    assert set(metrics_json(sums)["domains"]) == {"a", "b"} and sums.total() == Metrics(
         8, 16, 58.0, 68.0
     )
 
@@ -105,7 +105,7 @@ def test_text_of_no_bytes_counts_and_bytes_of_an_end_do_too() -> None:
         torch.tensor([[True, True, False]]),
         torch.tensor([0]),
     )
-    assert sums.figures() == {"a": Figures(2, 5, 3.0, 4.0)}
+    assert sums.figures() == {"a": Metrics(2, 5, 3.0, 4.0)}
 
 
 def test_compressors_are_measured_on_the_same_bytes() -> None:
@@ -138,4 +138,4 @@ def test_all_bytes_of_held_out_documents_count(tmp_path: Path, kind: str) -> Non
         total["tokens"] == sum(len(tokenizer.encode(text)) for text in texts)
         and total["nats_per_token"] > 0
     )
-    assert total["bpb_code"] > total["bpb_text"]
+    assert total["bpb_with_eod"] > total["bpb"]

@@ -3,14 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo ladder test test-slow storm gpu-check bench clean browser system-deps
+.PHONY: help setup lint format api demo ladder test test-fast test-slow storm gpu-check bench clean browser system-deps
 
 help:
 	@echo "make setup      make .venv and install everything"
 	@echo "make demo       the whole path on a CPU: corpus, tokenizer, training, resume, evaluation, samples, report"
 	@echo "make ladder     small runs, the prediction of a large one from them, and the large one: docs/scaling.md"
 	@echo "make test       the tests (minutes)"
+	@echo "make test-fast  those that start no process (under 90 seconds)"
 	@echo "make test-slow  the long tests"
+	@echo "make lint       ruff (lint, format), mypy --strict, and whether docs/api.md is up to date"
+	@echo "make format     format the code, and take ruff's safe fixes"
+	@echo "make api        write docs/api.md from the docstrings"
 	@echo "make storm      training killed KILLS times (1000), at random instants and in saves; nothing may be lost"
 	@echo "make gpu-check  the kernel tests and benchmarks on a GPU, with the python3 of this shell"
 	@echo "make bench      the benchmarks"
@@ -25,6 +29,17 @@ $(STAMP): pyproject.toml scripts/install.py
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "setup: making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python scripts/install.py
 	@rm -f $(VENV)/.setup-*; touch $@; echo "setup: done"
+
+# All four run, so that one run shows every finding.
+lint: setup
+	@$(BIN)/ruff check; lint=$$?; $(BIN)/ruff format --check || lint=1; \
+	$(BIN)/mypy || lint=1; $(BIN)/python scripts/api_docs.py --check || lint=1; exit $$lint
+
+format: setup
+	@$(BIN)/ruff check --fix --exit-zero --quiet; $(BIN)/ruff format
+
+api: setup
+	@$(BIN)/python scripts/api_docs.py
 
 demo: setup
 	@$(BIN)/nextpt demo
@@ -82,4 +97,4 @@ bench: setup
 	  echo; $(BIN)/python -m $$b || exit 1; done
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -21,6 +21,7 @@ COLOURS = {"read, with a mask": "#f4b183", "read whole": "#9dc3e6", "not read": 
 
 
 def kind_of(block: torch.Tensor) -> str:
+    """How a block of scores is treated, from the mask inside it."""
     return (
         "read whole"
         if bool(block.all())
@@ -31,6 +32,7 @@ def kind_of(block: torch.Tensor) -> str:
 
 
 def draw(axes, title: str, window: int | None) -> None:
+    """Draw the blocks of scores that are read, masked and skipped."""
     ids = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).unsqueeze(0)
     mask = of_documents(ids, window).mask()[0, 0]
     size = mask.shape[0]
@@ -55,6 +57,7 @@ def draw(axes, title: str, window: int | None) -> None:
 
 
 def main() -> None:
+    """Write docs/attention.svg."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     draw(panels[0], f"documents of {', '.join(map(str, LENGTHS))} tokens", None)

@@ -73,6 +73,7 @@ def registry_gives_cpu_build() -> bool:
 
 
 def install_torch() -> None:
+    """Install torch, unless it is there: the CUDA build beside a GPU, else the CPU build."""
     if version := installed_torch():
         print(f"setup: torch {version} is there")
     elif has_gpu():
@@ -88,6 +89,7 @@ def install_torch() -> None:
 
 
 def main() -> None:
+    """Install torch, the dependencies and nextpt itself, editable."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     install_torch()

@@ -164,7 +164,7 @@ class Archive:
             NOTE, [canonical_json({"host": host, "owner": owner, "run": run}).encode()]
         )
 
-    def stored(self) -> list[ArchivedCheckpoint]:
+    def checkpoints(self) -> list[ArchivedCheckpoint]:
         """All that is there, newest first, also what has no manifest."""
         files = self.store.sizes()
         names = {name.partition("/")[0] for name in files}

@@ -21,10 +21,10 @@ from statistics import median
 import torch
 
 from kernels.bench.machine import describe_machine, write_json
+from nextpt.base.collective import RankGroup
 from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import describe
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import KINDS, Fragment
 from nextpt.config import CheckpointSection
 
@@ -71,7 +71,7 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
     found = {"copy": timed(lambda: [t.clone() for t in state.values.values()])}
     managers = {
         wait: CheckpointManager(
-            folder, CheckpointSection(asynchronous=not wait, keep_last=2), Ranks(), print
+            folder, CheckpointSection(asynchronous=not wait, keep_last=2), RankGroup.world(), print
         )
         for wait in (True, False)
     }
@@ -81,7 +81,7 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
     found["hashing"] = sum(
         timed(lambda path=path: describe(path)) for path in saved[1].saved.folder.iterdir()
     )
-    found["verify"] = timed(lambda: verify(saved[1].saved.folder, Ranks()))
+    found["verify"] = timed(lambda: verify(saved[1].saved.folder, RankGroup.world()))
     end = time.monotonic() + 2
     free = products(lambda: time.monotonic() > end)
     managers[False].resume()

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import xxhash
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
 from data_prep.format import token_dtype
 from data_prep.plan import Plan, Unit
 from data_prep.records import Record, read_part
 from data_prep.tokenizer import Tokenizer, convert, train_bpe, write_character_tokenizer
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
 
 # Of text that a tokenizer is trained on, taken evenly from all units: more changes little, and
 # takes memory
@@ -34,7 +34,7 @@ def choice_path(work: Path) -> Path:
 
 
 def make_tokenizer(plan: Plan) -> None:
-    """Write WORK/tokenizer.json, and choose the library. Raises PrepError."""
+    """Write WORK/tokenizer.json, and choose the library. Raises DataPrepError."""
     spec, path = plan.spec, plan.spec.work / "tokenizer.json"
     if spec.tokenizer is not None:
         convert(str(spec.tokenizer), path, start=spec.start_token, end=spec.end_token)
@@ -54,7 +54,7 @@ def make_tokenizer(plan: Plan) -> None:
         reason += f" and on {len(sample)} texts of this corpus"
         if difference := tokenizer.difference(sample):
             if spec.encoder == "tiktoken":
-                raise PrepError(
+                raise DataPrepError(
                     "encoder = 'tiktoken', but the two libraries differ on this corpus:"
                     f" {difference}"
                 )

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.errors import PrepError
 from data_prep.inputs import find_files
 from data_prep.records import Bad, Fields, read_part, whole
+from nextpt.base.errors import DataPrepError
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ def read_documents(
 ) -> Iterator[Document]:
     """Documents of a file, folder, glob or URI, in a fixed order.
 
-    Raises PrepError that names file and place of a bad record.
+    Raises DataPrepError that names file and place of a bad record.
     """
     for file in find_files(place):
         for record in read_part(whole(file), Fields(text_field, id_field)):
             where = f"{file.uri}, {'row' if file.format == '.parquet' else 'byte'} {record.place}"
             if isinstance(record, Bad):
-                raise PrepError(
+                raise DataPrepError(
                     f"{where}: {record.reason}{': ' * bool(record.detail)}{record.detail}"
                 )
             yield Document(record.id or where, record.text)

@@ -73,7 +73,7 @@ class Estimate:
 def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
     """Plan, and tokenize a sample.
 
-    Writes nothing that stays. Raises PrepError as the preparation would.
+    Writes nothing that stays. Raises DataPrepError as the preparation would.
     """
     plan = make_plan(spec)
     count = workers or local_workers(plan).count

@@ -19,8 +19,6 @@ import numpy as np
 import orjson
 import xxhash
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
 from data_prep.format import token_dtype
 from data_prep.inputs import InputFile
 from data_prep.plan import Plan, Unit
@@ -28,6 +26,8 @@ from data_prep.records import Bad, Record, read_part
 from data_prep.spec import PrepSpec, check_domain
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import TokensWriter
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
 
 # Per call of the tokenizer: large enough to cost nothing, small in memory
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
@@ -45,7 +45,7 @@ def tokens_path(work: Path, unit: int) -> Path:
 def encode_unit(
     plan: Plan, unit: Unit, tokenizer: Tokenizer, advance: Advance = lambda n: None
 ) -> None:
-    """Tokenize a unit into WORK/tok. Raises PrepError for a file that cannot be read at all."""
+    """Tokenize a unit into WORK/tok. Raises DataPrepError for a file that cannot be read at all."""
     path = tokens_path(plan.spec.work, unit.index)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = TokensWriter(
@@ -133,7 +133,7 @@ class _Encoding:
             encoded = self._tokens([text for _, text, _, _ in sides])
         except _Disagreement:
             raise
-        except PrepError:
+        except DataPrepError:
             encoded = [self._alone(file, record, text) for record, text, _, _ in sides]
         self.encoding_seconds += time.process_time() - started
         for (record, text, data, heldout), tokens in zip(sides, encoded, strict=True):
@@ -166,7 +166,7 @@ class _Encoding:
             return self._tokens([text])[0]
         except _Disagreement:
             raise
-        except PrepError as error:
+        except DataPrepError as error:
             self._quarantine(
                 file, Bad(record.place, "the tokenizer refuses it", str(error), record.id)
             )
@@ -195,7 +195,7 @@ class _Encoding:
     def _is_domain(self, file: InputFile, record: Record) -> bool:
         try:
             return bool(check_domain(record.domain or ""))
-        except PrepError as error:
+        except DataPrepError as error:
             self._quarantine(file, Bad(record.place, "no domain name", str(error), record.id))
             return False
 
@@ -286,5 +286,5 @@ def _id_hash(domain: str, name: str) -> int:
     return xxhash.xxh64_intdigest(f"{domain}\0{name}".encode("utf-8", "surrogatepass")) or 1
 
 
-class _Disagreement(PrepError):
+class _Disagreement(DataPrepError):
     """The tokenizer libraries differ: no fault of a document, so nothing is quarantined for it."""

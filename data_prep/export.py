@@ -36,11 +36,11 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
 from data_prep.format import PADDING, STARTS_MID_DOCUMENT, DatasetManifest
 from data_prep.progress import byte_progress
 from data_prep.stored import StoredShard, read_rows, shards_of
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -62,7 +62,7 @@ class Exported:
 def megatron_dtype(vocab_size: int) -> np.dtype:
     """The token type that Megatron itself chooses (DType.optimal_dtype): uint16 below 65500 tokens, else int32."""
     if vocab_size > 2**31:
-        raise PrepError(
+        raise DataPrepError(
             f"a vocabulary of {vocab_size} tokens does not fit int32, the widest token type of"
             " Megatron's files"
         )
@@ -74,7 +74,7 @@ def export_megatron(data: Path, prefix: Path, console: Console | None = None) ->
 
     All files appear together or none.
 
-    Memory: one shard and one block of a table. Raises PrepError for a dataset that is not whole,
+    Memory: one shard and one block of a table. Raises DataPrepError for a dataset that is not whole,
     and for files that are there.
     """
     manifest = DatasetManifest.load(data)
@@ -90,7 +90,7 @@ def export_megatron(data: Path, prefix: Path, console: Console | None = None) ->
     }
     for file in (_file(p, suffix) for p in prefixes.values() for suffix in (".bin", ".idx")):
         if file.exists():
-            raise PrepError(f"{file} exists; give another --output, or remove it")
+            raise DataPrepError(f"{file} exists; give another --output, or remove it")
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with byte_progress(console) as progress, ExitStack() as files:
@@ -115,7 +115,7 @@ def export_megatron(data: Path, prefix: Path, console: Console | None = None) ->
                 pair.finish(*part)
                 done.append(Exported(*part, prefixes[part], pair.sequences, pair.tokens))
     except OSError as error:
-        raise PrepError(f"{error.filename or prefix}: {error.strerror or error}") from error
+        raise DataPrepError(f"{error.filename or prefix}: {error.strerror or error}") from error
     return done
 
 
@@ -152,7 +152,7 @@ class _Pair:
         counts = self._manifest.splits[split][domain]
         expected = counts.tokens + self._continued + (0 if self._drops_starts else counts.documents)
         if (self._documents, self.tokens) != (counts.documents, expected):
-            raise PrepError(
+            raise DataPrepError(
                 f"{split}/{domain} has {self._documents} documents and {self.tokens} tokens to"
                 f" export where dataset.json counts {counts.documents} and {expected}; prepare the"
                 " data again"

@@ -17,8 +17,6 @@ import numpy as np
 import orjson
 
 from data_prep.encode import tokens_path
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write, canonical_json, sha256_file
 from data_prep.format import SPLITS, DatasetManifest, SplitCounts, token_dtype
 from data_prep.group import group_name, packed_path
 from data_prep.layout import Layout, dropped, quarantined
@@ -27,13 +25,15 @@ from data_prep.repeats import Repeats
 from data_prep.summary import summarise
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import TokensFile
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write, canonical_json, sha256_file
 
 
 def is_finished(plan: Plan) -> bool:
     """Whether the output is the dataset of this plan."""
     try:
         return DatasetManifest.load(plan.spec.output).inputs_sha256 == plan.sha256
-    except PrepError:
+    except DataPrepError:
         return False
 
 
@@ -92,7 +92,7 @@ def _write_index(
             stored = shard["zip_data"] or shard["raw_data"]
             path = folder / split / domain / stored["basename"]
             if not path.is_file() or path.stat().st_size != stored["bytes"]:
-                raise PrepError(
+                raise DataPrepError(
                     f"{path} is not as it was packed; remove {folder.parent} and start again"
                 )
             shards.append(shard)

@@ -33,8 +33,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_prep.errors import PrepError
-from data_prep.files import sha256_file
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import sha256_file
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
@@ -46,12 +46,12 @@ PADDING = 4
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Smallest unsigned type that holds every token id. Raises PrepError above 2^32."""
+    """Smallest unsigned type that holds every token id. Raises DataPrepError above 2^32."""
     if vocab_size <= 2**16:
         return np.dtype(np.uint16)
     if vocab_size <= 2**32:
         return np.dtype(np.uint32)
-    raise PrepError(
+    raise DataPrepError(
         f"a vocabulary of {vocab_size} tokens does not fit uint32, the widest token type of the"
         " shards"
     )
@@ -118,7 +118,7 @@ class DatasetManifest(_Record):
 
     @classmethod
     def load(cls, folder: Path) -> DatasetManifest:
-        """Read and check a dataset folder. Raises PrepError that names the file and the way out."""
+        """Read and check a dataset folder. Raises DataPrepError that names the file and the way out."""
         path = folder / "dataset.json"
         if not path.is_file():
             state = (
@@ -126,7 +126,7 @@ class DatasetManifest(_Record):
                 if not folder.exists()
                 else "has no dataset.json, so it is not a finished dataset"
             )
-            raise PrepError(
+            raise DataPrepError(
                 f"dataset folder {folder} {state}; make it with: nextpt prep shards --output"
                 f" {folder}"
             )
@@ -134,20 +134,20 @@ class DatasetManifest(_Record):
             raw = json.loads(path.read_text(encoding="utf-8"))
             version = raw.get("format_version")
             if version != FORMAT_VERSION:
-                raise PrepError(
+                raise DataPrepError(
                     f"{path} has format version {version}; this nextpt reads {FORMAT_VERSION}:"
                     " prepare the data again"
                 )
             manifest = cls.model_validate(raw)
         except (ValueError, AttributeError, ValidationError) as error:
-            if isinstance(error, PrepError):
+            if isinstance(error, DataPrepError):
                 raise
-            raise PrepError(
+            raise DataPrepError(
                 f"{path} is damaged: {str(error).splitlines()[0]}; prepare the data again"
             ) from error
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.is_file() or sha256_file(tokenizer) != manifest.tokenizer_sha256:
-            raise PrepError(
+            raise DataPrepError(
                 f"{tokenizer} is not the tokenizer that made these shards (its hash differs):"
                 " prepare the data again"
             )

@@ -21,8 +21,6 @@ import numpy.typing as npt
 import xxhash
 
 from data_prep.encode import Advance, tokens_path
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
 from data_prep.format import (
     ENDS_MID_DOCUMENT,
     PADDING,
@@ -39,6 +37,8 @@ from data_prep.report import length_histogram
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import DOCUMENT, TokensFile
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
 
 SHARD_BYTES = 2**26  # MDS's own default: large enough to stream, small enough to hash at once
 
@@ -306,6 +306,6 @@ def _check_shards(folder: Path) -> list[dict[str, Any]]:
             len(data) != stored["bytes"]
             or xxhash.xxh64_hexdigest(data) != stored["hashes"]["xxh64"]
         ):
-            raise PrepError(f"{path} was not stored as it was written; is the disk failing?")
+            raise DataPrepError(f"{path} was not stored as it was written; is the disk failing?")
     index.unlink()
     return shards

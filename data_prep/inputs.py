@@ -11,8 +11,8 @@ from pathlib import Path
 import xxhash
 from pyarrow import fs
 
-from data_prep.errors import PrepError
-from data_prep.stores import STORE_ERRORS, is_uri, open_store, store_problem
+from nextpt.base.errors import DataPrepError
+from nextpt.base.stores import STORE_ERRORS, is_uri, open_store, store_problem
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -52,7 +52,7 @@ def format_of(name: str) -> str | None:
 def find_files(location: str | Path) -> list[InputFile]:
     """The readable files of a location in the order of their names.
 
-    Raises PrepError that names the location.
+    Raises DataPrepError that names the location.
 
     Files whose name begins with "." or "_" are markers of other programs and are passed over in
     folders.
@@ -67,10 +67,10 @@ def find_files(location: str | Path) -> list[InputFile]:
         info = store.get_file_info(path)
         if info.type == fs.FileType.File:
             if format_of(path) is None:
-                raise PrepError(f"{text}: expected {READABLE}")
+                raise DataPrepError(f"{text}: expected {READABLE}")
             return [_input(text, posixpath.basename(path), info)]
         if info.type == fs.FileType.NotFound:
-            raise PrepError(f"corpus {text} does not exist")
+            raise DataPrepError(f"corpus {text} does not exist")
         listing = store.get_file_info(fs.FileSelector(path, recursive=True))
     except STORE_ERRORS as error:
         raise store_problem(error, text) from error
@@ -93,7 +93,7 @@ def _readable(
         if entry.type == fs.FileType.File and wanted and format_of(name):
             found.append(_input(uri, name, entry))
     if not found:
-        raise PrepError(
+        raise DataPrepError(
             f"no file matches {text}, of those that are read: {READABLE}"
             if pattern
             else f"folder {text} holds no file that is read: {READABLE}"

@@ -18,11 +18,11 @@ import numpy as np
 import orjson
 
 from data_prep.encode import tokens_path
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
 from data_prep.plan import Plan, Unit
 from data_prep.repeats import Repeats
 from data_prep.tokens import TokensFile, read_footer
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
 
 # Packed at once: 128 or 256 MiB, and hardly any padding (a row per group and split)
 GROUP_TOKENS = 2**26
@@ -65,7 +65,7 @@ def layout_path(work: Path) -> Path:
 def make_layout(plan: Plan, repeats: Repeats) -> None:
     """Write WORK/layout.json.
 
-    Raises PrepError when too many records are bad or a domain has nothing to train on.
+    Raises DataPrepError when too many records are bad or a domain has nothing to train on.
     """
     work = plan.spec.work
     footers = [read_footer(tokens_path(work, unit.index)) for unit in plan.units]
@@ -77,7 +77,7 @@ def make_layout(plan: Plan, repeats: Repeats) -> None:
         totals = [footer["totals"].get(domain, [0, 0, 0, 0]) for footer in footers]
         if sum(t[0] - t[3] for t in totals) == 0:
             place = plan.spec.domains.get(domain, ", ".join(map(str, plan.spec.domains.values())))
-            raise PrepError(
+            raise DataPrepError(
                 f"domain {domain} ({place}) has no document to train on: it is empty, or all were"
                 " held out"
             )
@@ -146,7 +146,7 @@ def _check_bad(plan: Plan, repeats: Repeats, counts: dict[str, Any]) -> None:
         next(line for unit in plan.units for line in quarantined(plan, repeats, unit))
     )
     reasons = ", ".join(f"{reason}: {count}" for reason, count in counts["bad"].items())
-    raise PrepError(
+    raise DataPrepError(
         f"{bad} of {records} records are bad, more than max_bad_fraction ="
         f" {plan.spec.max_bad_fraction} allows ({reasons}); the first: {first['file']},"
         f" {place_of(first)}: {first['reason']}{': ' * bool(first['detail'])}{first['detail']}. All"

@@ -15,12 +15,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write, canonical_json, sha256_file
 from data_prep.format import FORMAT_VERSION
 from data_prep.inputs import InputFile, find_files
 from data_prep.records import Fields, Part, Record, read_part, row_groups, unpacked_size
 from data_prep.spec import PrepSpec
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write, canonical_json, sha256_file
 
 # Of text: seconds of work, so little is done twice after a kill or waited for at the end; small
 # files share a unit
@@ -83,7 +83,7 @@ class Plan:
 
     @classmethod
     def load(cls, work: Path) -> Plan:
-        """Read WORK/plan.json. Raises PrepError when it is not there or damaged."""
+        """Read WORK/plan.json. Raises DataPrepError when it is not there or damaged."""
         path = work / "plan.json"
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -94,13 +94,13 @@ class Plan:
             )
             return cls(PrepSpec.model_validate(value["spec"]), units, value["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PrepError(
+            raise DataPrepError(
                 f"{path} cannot be read: {error}; remove {work} and start again"
             ) from error
 
 
 def make_plan(spec: PrepSpec) -> Plan:
-    """List the inputs and cut them. Raises PrepError for settings or places that make no sense."""
+    """List the inputs and cut them. Raises DataPrepError for settings or places that make no sense."""
     spec.check()
     found = {name: find_files(place) for name, place in spec.domains.items()}
     units: list[Unit] = []

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.encode import tokens_path
-from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
 from data_prep.plan import Plan, make_plan, plan_sha256
 from data_prep.spec import PrepSpec
 from data_prep.watch import watching
 from data_prep.workers import LocalWorkers, Workers
+from nextpt.base.errors import DataPrepError
 
 
 def prepare(
@@ -40,7 +40,7 @@ def prepare(
     overwrite: replace a dataset, or drop unfinished work, of other inputs or settings. workers:
     where to work; the cores of this machine unless given. alone: no other start of the same
     preparation is at work now, as tasks of a job array are; then what failed before is tried anew.
-    Raises PrepError (naming file, line or key); the output is as it was then.
+    Raises DataPrepError (naming file, line or key); the output is as it was then.
     """
     console = console or Console(quiet=True)
     plan = make_plan(spec)
@@ -53,11 +53,13 @@ def prepare(
         shutil.rmtree(spec.work, ignore_errors=True)  # the last leases of workers that came late
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PrepError(
+            raise DataPrepError(
                 f"no space left on the device of {spec.output.absolute().parent}; free some and"
                 " start again"
             ) from error
-        raise PrepError(f"{error.filename or spec.output}: {error.strerror or error}") from error
+        raise DataPrepError(
+            f"{error.filename or spec.output}: {error.strerror or error}"
+        ) from error
     return DatasetManifest.load(spec.output)
 
 
@@ -70,20 +72,20 @@ def is_current(spec: PrepSpec) -> bool:
     """Whether the output is a dataset made from the inputs and settings of `spec`."""
     try:
         return DatasetManifest.load(spec.output).inputs_sha256 == plan_sha256(spec)
-    except PrepError:
+    except DataPrepError:
         return False
 
 
 def _is_to_do(plan: Plan, overwrite: bool, console: Console) -> bool:
     """False when the output is there already.
 
-    Raises PrepError when it is something else, and is not to be replaced.
+    Raises DataPrepError when it is something else, and is not to be replaced.
     """
     output = plan.spec.output
     if (output / "dataset.json").exists():
         try:
             existing = DatasetManifest.load(output).inputs_sha256
-        except PrepError:
+        except DataPrepError:
             if not overwrite:
                 raise
             return True
@@ -91,12 +93,12 @@ def _is_to_do(plan: Plan, overwrite: bool, console: Console) -> bool:
             console.print(f"{output} is there and was made from the same inputs")
             return False
         if not overwrite:
-            raise PrepError(
+            raise DataPrepError(
                 f"{output} holds a dataset made from other inputs or settings; give another output"
                 " or --overwrite"
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise PrepError(f"{output} is there and is no dataset; give another output")
+        raise DataPrepError(f"{output} is there and is no dataset; give another output")
     return True
 
 
@@ -114,7 +116,7 @@ def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
                 shutil.rmtree(work / "failed", ignore_errors=True)
             return
         if not overwrite and any((work / "tok").glob("*.tok")):
-            raise PrepError(
+            raise DataPrepError(
                 f"{work} holds unfinished work on other inputs or settings; finish that, or drop it"
                 " with --overwrite"
             )

@@ -14,10 +14,10 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.errors import PrepError
 from data_prep.inputs import InputFile
 from data_prep.spec import LONGEST_DOCUMENT
-from data_prep.stores import STORE_ERRORS, open_store, store_problem
+from nextpt.base.errors import DataPrepError
+from nextpt.base.stores import STORE_ERRORS, open_store, store_problem
 
 BLOCK = 2**22
 LONGEST_LINE = 2 * LONGEST_DOCUMENT  # a document and what else its record holds
@@ -90,7 +90,7 @@ def read_part(
 ) -> Iterator[Record | Bad]:
     """Records of a part, good and bad, in their order. advance: hears bytes of the stored file as they are used up.
 
-    Raises PrepError, naming the file, for what spoils all of it: a file that is gone, truncated,
+    Raises DataPrepError, naming the file, for what spoils all of it: a file that is gone, truncated,
     not in its format, or whose text column has another type.
     """
     kind = part.file.format
@@ -201,7 +201,7 @@ def _too_long(offset: int) -> Bad:
 
 def _refuse_bomb(file: InputFile, given: int) -> None:
     if file.compression and given > BOMB_FLOOR and given > BOMB_RATIO * file.size:
-        raise PrepError(
+        raise DataPrepError(
             f"{file.uri}: its {file.size} bytes unpack to more than {BOMB_RATIO} times as many, as"
             " those of a decompression bomb do; unpack it yourself if it is to be trusted"
         )
@@ -260,7 +260,7 @@ def _utf8(place: int, data: bytes) -> str | Bad:
 
 
 def row_groups(file: InputFile) -> list[int]:
-    """Uncompressed bytes of each row group. Raises PrepError."""
+    """Uncompressed bytes of each row group. Raises DataPrepError."""
     store, path = open_store(file.uri)
     try:
         with store.open_input_file(path) as source:
@@ -295,7 +295,7 @@ def _read_parquet(
 def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
     """Columns to read, by their first step.
 
-    Raises PrepError when the text column is missing or no string.
+    Raises DataPrepError when the text column is missing or no string.
     """
     found = []
     for key in (fields.text, fields.id, fields.domain):
@@ -305,7 +305,7 @@ def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
         if name in schema.names:
             found.append(name)
         elif key != fields.id:
-            raise PrepError(f"{file.uri}: no column {key!r}; it has {', '.join(schema.names)}")
+            raise DataPrepError(f"{file.uri}: no column {key!r}; it has {', '.join(schema.names)}")
     if fields.text in schema.names:
         kind = schema.field(fields.text).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -315,7 +315,7 @@ def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
             or pa.types.is_string_view(kind)
             or pa.types.is_null(kind)
         ):
-            raise PrepError(
+            raise DataPrepError(
                 f"{file.uri}: column {fields.text!r} is of type {kind}, expected string"
             )
     return list(dict.fromkeys(found))

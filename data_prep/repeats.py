@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.encode import Advance, tokens_path
-from data_prep.files import atomic_write
 from data_prep.tokens import TokensFile, read_footer
+from nextpt.base.files import atomic_write
 
 PARTITION = 2**23  # records; 24 bytes each, and as much again while sorting
 TOP = 20  # repeated texts that the report shows

@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, BeforeValidator, ConfigDict, computed_field
 
-from data_prep.files import atomic_write, canonical_json
+from nextpt.base.files import atomic_write, canonical_json
 
 HISTOGRAM_BINS = 32
 # Text out of a corpus may hold lone surrogates, which no file in UTF-8 can.

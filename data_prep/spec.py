@@ -10,8 +10,8 @@ from typing import Literal
 import tiktoken
 from pydantic import BaseModel, ConfigDict
 
-from data_prep.errors import PrepError
 from data_prep.format import token_dtype
+from nextpt.base.errors import DataPrepError
 
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 # bytes; a worker holds a few copies of a document at once and stays below 1 GiB
@@ -62,17 +62,17 @@ class PrepSpec(BaseModel):
         return self.output.with_name(self.output.name + ".work")
 
     def check(self) -> None:
-        """Raise PrepError on the first value that makes no sense."""
+        """Raise DataPrepError on the first value that makes no sense."""
         if not self.domains:
-            raise PrepError("no corpus given; name at least one as DOMAIN=PATH")
+            raise DataPrepError("no corpus given; name at least one as DOMAIN=PATH")
         for name in self.domains:
             check_domain(name)
         if self.sequence_length < 2:
-            raise PrepError(f"sequence_length = {self.sequence_length} must be at least 2")
+            raise DataPrepError(f"sequence_length = {self.sequence_length} must be at least 2")
         if not 0 <= self.heldout < 1:
-            raise PrepError(f"heldout = {self.heldout} must be at least 0 and below 1")
+            raise DataPrepError(f"heldout = {self.heldout} must be at least 0 and below 1")
         if (self.vocab_size is not None) + (self.tokenizer is not None) + self.characters != 1:
-            raise PrepError(
+            raise DataPrepError(
                 "give one of vocab_size, to train a tokenizer, tokenizer, a tokenizer.json, and"
                 " characters"
             )
@@ -81,7 +81,7 @@ class PrepSpec(BaseModel):
             and not Path(self.tokenizer).exists()
             and str(self.tokenizer) not in tiktoken.list_encoding_names()
         ):
-            raise PrepError(
+            raise DataPrepError(
                 f"tokenizer {self.tokenizer} does not exist, and tiktoken has no encoding of that"
                 " name"
             )
@@ -93,26 +93,28 @@ class PrepSpec(BaseModel):
             ("duplicates", ("keep", "drop")),
         ):
             if getattr(self, key) not in known:
-                raise PrepError(
+                raise DataPrepError(
                     f"{key} = {getattr(self, key)!r}: expected {', '.join(known[:-1])} or"
                     f" {known[-1]}"
                 )
         if self.compression is not None and not re.fullmatch(
             r"zstd(:([1-9]|1\d|2[0-2]))?", self.compression
         ):
-            raise PrepError(
+            raise DataPrepError(
                 f"compression = {self.compression!r}: expected zstd or zstd:LEVEL, LEVEL from 1"
                 " to 22"
             )
         if not 1 <= self.min_bytes <= self.max_bytes <= LONGEST_DOCUMENT:
-            raise PrepError(
+            raise DataPrepError(
                 f"min_bytes = {self.min_bytes} and max_bytes = {self.max_bytes}: expected 1 <="
                 f" min_bytes <= max_bytes <= {LONGEST_DOCUMENT}"
             )
         if not 0 <= self.max_bad_fraction <= 1:
-            raise PrepError(f"max_bad_fraction = {self.max_bad_fraction} must be between 0 and 1")
+            raise DataPrepError(
+                f"max_bad_fraction = {self.max_bad_fraction} must be between 0 and 1"
+            )
         if self.split == "tail" and (self.domain_field is not None or self.duplicates == "drop"):
-            raise PrepError(
+            raise DataPrepError(
                 "split = 'tail' goes by place, so it takes neither domain_field nor duplicates ="
                 " 'drop'"
             )
@@ -123,7 +125,7 @@ class PrepSpec(BaseModel):
 
 
 def check_domain(name: str) -> str:
-    """The name, when it can name a folder. Raises PrepError."""
+    """The name, when it can name a folder. Raises DataPrepError."""
     if not DOMAIN_NAME.fullmatch(name) or len(name) > 100:
-        raise PrepError(f"domain name {name!r}: expected letters, digits, '.', '_' and '-'")
+        raise DataPrepError(f"domain name {name!r}: expected letters, digits, '.', '_' and '-'")
     return name

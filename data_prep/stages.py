@@ -9,7 +9,6 @@ from pathlib import Path
 
 from data_prep.choice import choice_path, chosen_tokenizer, make_tokenizer
 from data_prep.encode import encode_unit, tokens_path
-from data_prep.errors import PrepError
 from data_prep.finish import finish, is_finished
 from data_prep.group import pack_group, packed_path
 from data_prep.layout import Layout, layout_path, make_layout
@@ -18,6 +17,7 @@ from data_prep.repeats import Repeats, find_repeats, partitions, repeats_path
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from data_prep.work import Stage, work_through
+from nextpt.base.errors import DataPrepError
 
 
 def stages(plan: Plan) -> Iterator[Stage]:
@@ -80,14 +80,14 @@ def stages(plan: Plan) -> Iterator[Stage]:
 def run_worker(work: Path, worker: int, workers: int) -> None:
     """Take part in a preparation until it is finished; the same on every host.
 
-    Raises PrepError when it cannot be.
+    Raises DataPrepError when it cannot be.
     """
     plan = Plan.load(work)
     try:
         for stage in stages(plan):
             # Which takes seconds, and packing needs it
             work_through(stage, work, worker, workers, idle=import_streaming)
-    except (FileNotFoundError, PrepError):
+    except (FileNotFoundError, DataPrepError):
         # Else another worker has finished, and removed WORK under this one's feet
         if not is_finished(plan):
             raise

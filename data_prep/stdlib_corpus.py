@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.documents import Document
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
 
 # Installed packages are not the standard library. Its own tests are left out because distributions
 # do not ship them: so the corpus is nearly the same on every machine.
@@ -43,7 +43,7 @@ class Collected:
 def collect(output: Path, library: Path | None = None) -> Collected:
     """Write OUTPUT/code.jsonl and OUTPUT/prose.jsonl, one {"id", "text"} a line, in a fixed order.
 
-    library: folder of sources; the running Python's standard library unless given. Raises PrepError
+    library: folder of sources; the running Python's standard library unless given. Raises DataPrepError
     if it has none.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
@@ -61,7 +61,7 @@ def collect(output: Path, library: Path | None = None) -> Collected:
             result.documents[domain] += 1
             result.bytes[domain] += len(document.text.encode())
         if not result.documents["code"]:
-            raise PrepError(
+            raise DataPrepError(
                 f"{library} holds no Python sources; is this Python installed with its standard"
                 " library?"
             )

@@ -11,10 +11,10 @@ from typing import Any
 
 import xxhash
 
-from data_prep.errors import PrepError
-from data_prep.files import sha256_file
 from data_prep.format import DatasetManifest
 from data_prep.streaming_compat import import_streaming
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StoredShard:
 def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) -> list[StoredShard]:
     """The shards of one domain of one split, in order; none where it has no rows.
 
-    Raises PrepError when the index is not the one of the manifest, names a file outside its folder
+    Raises DataPrepError when the index is not the one of the manifest, names a file outside its folder
     or without a hash, or when a shard is missing or of another size. Shards are not read.
     """
     counts, folder = manifest.splits[split][domain], root / split / domain
@@ -46,7 +46,7 @@ def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) ->
         return []
     index = folder / "index.json"
     if not index.is_file() or sha256_file(index) != counts.index_sha256:
-        raise PrepError(
+        raise DataPrepError(
             f"{index} is missing or not the one that dataset.json was written with; prepare the"
             " data again or copy it anew"
         )
@@ -61,14 +61,14 @@ def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) ->
                 if size is None
                 else f"has {size:,} bytes, its index says {shard.bytes:,}"
             )
-            raise PrepError(f"{shard.path} {state}; prepare the data again or copy it anew")
+            raise DataPrepError(f"{shard.path} {state}; prepare the data again or copy it anew")
     return shards
 
 
 def read_rows(shard: StoredShard) -> Iterator[dict[str, Any]]:
     """The rows of a shard, as mosaicml-streaming decodes them.
 
-    Raises PrepError when its hash differs.
+    Raises DataPrepError when its hash differs.
     """
     import_streaming()
     from streaming.base.compression import decompress
@@ -76,7 +76,7 @@ def read_rows(shard: StoredShard) -> Iterator[dict[str, Any]]:
 
     data = shard.path.read_bytes()
     if xxhash.xxh64_hexdigest(data) != shard.xxh64:
-        raise PrepError(
+        raise DataPrepError(
             f"{shard.path} is damaged: its xxh64 differs from the one in index.json; prepare the"
             " data again or copy it anew"
         )
@@ -95,7 +95,7 @@ def _shard(folder: Path, entry: dict[str, Any]) -> StoredShard:
     stored = entry["raw_data"] if entry["compression"] is None else entry["zip_data"]
     name = stored["basename"]
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise PrepError(f"{folder}/index.json names a file outside its folder: {name}")
+        raise DataPrepError(f"{folder}/index.json names a file outside its folder: {name}")
     if "xxh64" not in stored["hashes"]:
-        raise PrepError(f"{folder}/index.json has no xxh64 for {name}; prepare the data again")
+        raise DataPrepError(f"{folder}/index.json has no xxh64 for {name}; prepare the data again")
     return StoredShard(folder, name, stored["bytes"], stored["hashes"]["xxh64"], entry)

@@ -12,33 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write, canonical_json, sha256_file
 from data_prep.format import DatasetManifest, columns
 from data_prep.group import SHARD_BYTES
 from data_prep.stored import read_rows, shards_of
 from data_prep.streaming_compat import import_streaming
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write, canonical_json, sha256_file
 
 Weigh = Callable[[dict[str, Any]], np.ndarray]
 
 
 def load_function(place: str) -> Weigh:
-    """The function of FILE.py:NAME. Raises PrepError."""
+    """The function of FILE.py:NAME. Raises DataPrepError."""
     file, _, name = place.rpartition(":")
     if not Path(file).is_file():
-        raise PrepError(
+        raise DataPrepError(
             f"{place}: expected FILE.py:NAME, a function of a row in a file that is there"
         )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None:
-        raise PrepError(f"{file} is no Python file; its name must end in .py")
+        raise DataPrepError(f"{file} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does
-        raise PrepError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
+        raise DataPrepError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
     if not callable(function := getattr(module, name, None)):
-        raise PrepError(f"{file} has no function {name}")
+        raise DataPrepError(f"{file} has no function {name}")
     return function
 
 
@@ -47,12 +47,12 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
 
     row: the columns of data_prep.format.columns, `tokens` [T + 1] and `domain` (its number) among
     them. weigh gives [T + 1]: the factor on the loss of each token where it is the target, finite
-    and >= 0. The output appears whole or not at all. Raises PrepError for weights that are none and
+    and >= 0. The output appears whole or not at all. Raises DataPrepError for weights that are none and
     for an output that is there.
     """
     manifest = DatasetManifest.load(dataset)
     if output.exists():
-        raise PrepError(f"{output} exists; give another folder, or remove it")
+        raise DataPrepError(f"{output} exists; give another folder, or remove it")
     staging = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
         splits = {
@@ -79,7 +79,7 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
             )
         os.rename(staging, output)
     except OSError as error:
-        raise PrepError(f"{error.filename or output}: {error.strerror or error}") from error
+        raise DataPrepError(f"{error.filename or output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -110,11 +110,11 @@ def _write(
             try:
                 weights = np.asarray(weigh(row), dtype=np.float32)
             except Exception as error:  # whatever the function does
-                raise PrepError(
+                raise DataPrepError(
                     f"token weights of a row of {split}/{domain}: {type(error).__name__}: {error}"
                 ) from error
             if weights.shape != (length,) or not (np.isfinite(weights) & (weights >= 0)).all():
-                raise PrepError(
+                raise DataPrepError(
                     f"token weights of a row of {split}/{domain}: expected {length} finite numbers"
                     f" >= 0, got shape {weights.shape}, lowest {weights.min(initial=np.inf)},"
                     f" highest {weights.max(initial=-np.inf)}"

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import PrepError
+from nextpt.base.errors import DataPrepError
 
 MAGIC = b"nextpt-2"
 DOCUMENT = np.dtype(
@@ -110,7 +110,7 @@ class TokensFile:
 
 
 def read_footer(path: Path) -> dict[str, Any]:
-    """The footer of a .tok file. Raises PrepError for a file that is none."""
+    """The footer of a .tok file. Raises DataPrepError for a file that is none."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -122,6 +122,6 @@ def read_footer(path: Path) -> dict[str, Any]:
             file.seek(size - 16 - length)
             return json.loads(file.read(length))
     except (OSError, ValueError, struct.error) as error:
-        raise PrepError(
+        raise DataPrepError(
             f"{path} is damaged ({error}); remove it and start again, it will be made anew"
         ) from error

@@ -16,12 +16,11 @@ from pathlib import Path
 import xxhash
 from rich.console import Console
 
-from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
 from data_prep.progress import byte_progress
-from data_prep.store_folder import BLOCK, StoreFolder
 from data_prep.stored import shards_of
-from data_prep.stores import STORE_ERRORS, store_problem
+from nextpt.base.errors import DataPrepError
+from nextpt.base.stores import BLOCK, STORE_ERRORS, StoreFolder, store_problem
 
 NOTE = ".nextpt-upload"
 THREADS = 8
@@ -53,7 +52,7 @@ def upload(
     """Copy the dataset folder `data` to `remote`: s3://, gs://, abfs://, another scheme of fsspec's, or a folder.
 
     The same call again goes on where one was cut short, and has little to do after one that was
-    not. At the end every file is there in its size. Raises PrepError (one line) when the dataset is
+    not. At the end every file is there in its size. Raises DataPrepError (one line) when the dataset is
     not whole, another dataset is at `remote`, or the store refuses.
     """
     manifest = DatasetManifest.load(data)
@@ -130,12 +129,12 @@ class _Target(StoreFolder):
     def begin(self, manifest: DatasetManifest) -> bool:
         """Leave the note; whether files that are there may be taken for those of this dataset.
 
-        Raises PrepError when another dataset is or was being put there.
+        Raises DataPrepError when another dataset is or was being put there.
         """
         mine = manifest.fingerprint.encode()
         note, finished = self.read(NOTE), self.read("dataset.json")
         if note not in (None, mine) or (finished is not None and mine not in finished):
-            raise PrepError(
+            raise DataPrepError(
                 f"{self.place} holds another dataset, or part of one; give another place or remove"
                 " what is there"
             )
@@ -146,7 +145,7 @@ class _Target(StoreFolder):
     def send(self, file: LocalFile, advance: Callable[[int], None]) -> None:
         """Copy one file.
 
-        Raises PrepError when a shard is not what its index says; what was written of it is removed.
+        Raises DataPrepError when a shard is not what its index says; what was written of it is removed.
         """
         digest = xxhash.xxh64()
 
@@ -160,7 +159,7 @@ class _Target(StoreFolder):
         self.write(file.name, blocks())
         if file.xxh64 not in (None, digest.hexdigest()):
             self.remove(file.name)
-            raise PrepError(
+            raise DataPrepError(
                 f"{file.path} is damaged: its xxh64 differs from the one in index.json; prepare the"
                 " data again or copy it anew"
             )
@@ -170,7 +169,7 @@ class _Target(StoreFolder):
         sizes = self.sizes()
         wrong = [f for f in files if sizes.get(f.name) != f.bytes]
         if wrong:
-            raise PrepError(
+            raise DataPrepError(
                 f"{self.place}/{wrong[0].name} has {sizes.get(wrong[0].name)} bytes after the"
                 f" upload, expected {wrong[0].bytes}; start the upload again"
             )

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
-from data_prep.processes import identity, is_gone
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
+from nextpt.base.processes import identity, is_gone
 
 HEARTBEAT = 5.0  # seconds between touches of a lease
 # Seconds without one after which its worker counts as dead; far above the delays of shared file
@@ -44,7 +44,7 @@ class Stage:
     costs: Sequence[int] | None = None
 
 
-class StageFailed(PrepError):
+class StageFailed(DataPrepError):
     """Some items of a stage could not be done; says the first of them."""
 
 
@@ -97,7 +97,7 @@ def _run(stage: Stage, work: Path, item: int, lease: Lease) -> None:
     try:
         stage.run(item, lease.advance)
         _failed_path(stage, work, item).unlink(missing_ok=True)
-    except PrepError as error:
+    except DataPrepError as error:
         path = _failed_path(stage, work, item)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

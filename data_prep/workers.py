@@ -14,8 +14,8 @@ from abc import ABC, abstractmethod
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from data_prep.errors import PrepError
 from data_prep.stages import run_worker
+from nextpt.base.errors import DataPrepError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ class Workers(ABC):
 
     @abstractmethod
     def run(self, work: Path) -> None:
-        """Raises PrepError with the reason when the preparation cannot be finished."""
+        """Raises DataPrepError with the reason when the preparation cannot be finished."""
 
 
 class LocalWorkers(Workers):
@@ -75,7 +75,7 @@ class LocalWorkers(Workers):
                 except EOFError:
                     child.join()
                     if child.exitcode > 0:
-                        raise PrepError(
+                        raise DataPrepError(
                             f"worker {child.pid} broke down with the message above; please"
                             " report it"
                         )
@@ -87,9 +87,9 @@ class LocalWorkers(Workers):
                     )
                     continue
                 if message is not None:
-                    raise PrepError(message)
+                    raise DataPrepError(message)
         if killed == len(children):
-            raise PrepError(
+            raise DataPrepError(
                 "all workers were killed; is there too little memory? Start again with fewer"
                 " --workers, it goes on where it was"
             )
@@ -117,7 +117,7 @@ def _report(work: Path, worker: int, workers: int, sender: Connection) -> None:
     try:
         _work(work, worker, workers)
         sender.send(None)
-    except PrepError as error:
+    except DataPrepError as error:
         sender.send(str(error))
     except KeyboardInterrupt:
         sender.send("interrupted")
@@ -128,11 +128,11 @@ def _work(work: Path, worker: int, workers: int) -> None:
         run_worker(work, worker, workers)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PrepError(
+            raise DataPrepError(
                 f"no space left on the device of {work.absolute().parent}; free some and start"
                 " again, it goes on where it was"
             ) from error
-        raise PrepError(f"{error.filename or work}: {error.strerror or error}") from error
+        raise DataPrepError(f"{error.filename or work}: {error.strerror or error}") from error
 
 
 class RayWorkers(Workers):
@@ -149,7 +149,7 @@ class RayWorkers(Workers):
         try:
             import ray
         except ImportError as error:
-            raise PrepError("Ray is not installed: pip install 'nextpt[ray]'") from error
+            raise DataPrepError("Ray is not installed: pip install 'nextpt[ray]'") from error
         try:
             ray.init(
                 address=self.address,
@@ -159,7 +159,7 @@ class RayWorkers(Workers):
                 runtime_env={"env_vars": _one_thread_each.VALUES | {"PYTHONPATH": str(ROOT)}},
             )
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise PrepError(
+            raise DataPrepError(
                 f"Ray cluster {self.address or 'of this machine'}: {str(error).splitlines()[0]}"
             ) from error
         try:
@@ -167,10 +167,10 @@ class RayWorkers(Workers):
             task = ray.remote(num_cpus=1, max_retries=3)(_work)
             ray.get([task.remote(work.absolute(), i, count) for i in range(count)])
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, PrepError) else error
-            raise PrepError(str(cause)) from None
+            cause = error.cause if isinstance(error.cause, DataPrepError) else error
+            raise DataPrepError(str(cause)) from None
         except ray.exceptions.RayError as error:
-            raise PrepError(
+            raise DataPrepError(
                 f"Ray gave up: {str(error).splitlines()[0]}; start again, it goes on where it was"
             ) from error
         finally:

@@ -21,9 +21,9 @@ from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
 from launcher.console import compressor_table, evaluation_table, out, say, shares_progress
 from launcher.jobs.local import start_training
+from nextpt.base.errors import UserError
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.config import Config, load_config
-from nextpt.errors import UserError
 from nextpt.evaluate.evaluation import Protocol, evaluate_source
 from nextpt.evaluate.heldout import heldout_texts, open_model, write_result
 from nextpt.evaluate.source import open_source

@@ -10,8 +10,7 @@ from typing import Any
 
 import typer
 
-from data_prep.errors import PrepError
-from nextpt.errors import UserError
+from nextpt.base.errors import DataPrepError, UserError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -50,7 +49,7 @@ def report_user_errors(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (UserError, PrepError) as error:
+        except (UserError, DataPrepError) as error:
             if os.environ.get("NEXTPT_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -14,8 +14,14 @@ import traceback
 # The repository root, not this folder, must be importable; must come before every other import.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from data_prep.processes import command_of, end_with, parent_of  # noqa: E402
-from nextpt.errors import CRASHED, MISTAKE, REQUEUE, Stopped, UserError  # noqa: E402
+from nextpt.base.errors import (  # noqa: E402
+    EXIT_CRASHED,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    TrainingStopped,
+    UserError,
+)
+from nextpt.base.processes import command_of, end_with, parent_of  # noqa: E402
 
 CODES = """exit codes: 0 finished; 1 crashed; 2 a mistake to mend first; 4 another job works in the run folder; 65 no valid
 checkpoint where there were some; 75 told to stop (SIGTERM, SIGUSR1), the same command resumes; 76 a rank or the network did not answer, the same command resumes. RUN/exit.json
@@ -23,7 +29,7 @@ has the code, the reason and the step, also where a launcher loses the code. See
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train; returns the exit code, see nextpt/errors.py."""
+    """Train; returns the exit code, see nextpt/base/errors.py."""
     parser = argparse.ArgumentParser(
         prog="deepspeed launcher/run.py",
         description="Train the run that a YAML file describes. The same command again resumes it.",
@@ -49,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     # Until training listens: there is nothing to save yet
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: os._exit(REQUEUE))
+        signal.signal(number, lambda number, frame: os._exit(EXIT_REQUEUE))
     end_with(launchers(), _orphaned)
     try:
         from nextpt.config import load_config
@@ -68,25 +74,25 @@ def main(arguments: list[str] | None = None) -> int:
         else:  # the launcher ends all ranks when one ends: rank 0 must have spoken by then
             _linger(error.exit_code)
         return error.exit_code
-    except Stopped as stopped:
+    except TrainingStopped as stopped:
         if int(os.environ.get("RANK", "0")) == 0:
             print(stopped, file=sys.stderr, flush=True)
         return stopped.exit_code
     except OSError as error:
         if options.traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()
-            return CRASHED
+            return EXIT_CRASHED
         print(
             f"error: no space left for {error.filename or 'the run folder'}; free some and start"
             " the same command again, it resumes",
             file=sys.stderr,
             flush=True,
         )
-        return MISTAKE
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # not left to the interpreter, whose teardown can hang (below)
-        from nextpt.train.together import lost_peer
+        from nextpt.base.collective import lost_peer
 
         lost = lost_peer(error)
         if lost is None or options.traceback:
@@ -100,8 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-            _linger(CRASHED)
-        return CRASHED
+            _linger(EXIT_CRASHED)
+        return EXIT_CRASHED
     return 0
 
 
@@ -142,7 +148,7 @@ def _orphaned(pid: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(CRASHED)
+    os._exit(EXIT_CRASHED)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from nextpt.errors import ConfigError
+from nextpt.base.errors import ConfigError
 
 
 class Section(BaseModel):

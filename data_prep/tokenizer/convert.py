@@ -19,12 +19,12 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer as HFTokenizer
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
 from data_prep.tokenizer.description import BYTE_CHARACTERS, END_OF_TEXT, Description
 from data_prep.tokenizer.nasty import nasty_texts
 from data_prep.tokenizer.patterns import PATTERNS, SPECIALS, for_oniguruma
 from data_prep.tokenizer.tiktoken_encoder import last_pair
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
 
 # Mistral's special tokens 0, 1, ... where a tekken file does not list them (mistral-common,
 # tokens/tokenizers/tekken.py).
@@ -79,7 +79,7 @@ def convert(
 
     pattern: for a file of ranks, one of PATTERNS by name or a regular expression. specials: its
     special tokens, "TOKEN" or "TOKEN=ID". start, end: special tokens that begin and end a document,
-    where the usual ones are not meant. Raises PrepError, which names file and line, and then writes
+    where the usual ones are not meant. Raises DataPrepError, which names file and line, and then writes
     nothing.
     """
     content = _content(source, pattern, list(specials))
@@ -91,14 +91,14 @@ def convert(
     try:
         HFTokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise PrepError(
+        raise DataPrepError(
             f"{source} is not a tokenizer.json that the tokenizers library reads: {error}"
         ) from error
     try:
         with atomic_write(output) as file:
             file.write(text)
     except OSError as error:
-        raise PrepError(f"{output} cannot be written: {error.strerror}") from error
+        raise DataPrepError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def _content(source: str, pattern: str | None, specials: list[str]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _content(source: str, pattern: str | None, specials: list[str]) -> dict[str,
         path = _in_folder(path)
     if not path.exists():
         if source not in tiktoken.list_encoding_names():
-            raise PrepError(f"{source} does not exist; {EXPECTED}")
+            raise DataPrepError(f"{source} does not exist; {EXPECTED}")
         return _from_ranks(_by_name(source), source)
     if path.name.endswith("vocab.bpe") or path.name == "merges.txt":
         return _gpt2_pair(_partner(path), path)
@@ -116,34 +116,34 @@ def _content(source: str, pattern: str | None, specials: list[str]) -> dict[str,
     if data.lstrip()[:1] != b"{":
         return _from_ranks(_rank_file(path, data, pattern, specials), source)
     if pattern or specials:
-        raise PrepError(
+        raise DataPrepError(
             f"{path} has its own pattern and special tokens; --pattern and --special are for files"
             " of ranks"
         )
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise PrepError(f"{path} is not JSON: {error}") from error
+        raise DataPrepError(f"{path} is not JSON: {error}") from error
     if isinstance(content.get("model"), dict):
         return content
     if isinstance(content.get("vocab"), list) and "config" in content:
         return _from_ranks(_tekken(content, path), source)
     if content and all(isinstance(value, int) for value in content.values()):
         return _gpt2_pair(path, _partner(path))
-    raise PrepError(f"{path} is no tokenizer that nextpt knows; {EXPECTED}")
+    raise DataPrepError(f"{path} is no tokenizer that nextpt knows; {EXPECTED}")
 
 
 def _in_folder(folder: Path) -> Path:
     for pattern in ("tokenizer.json", "*vocab.bpe", "merges.txt", "*tekken*.json*", "*.tiktoken"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            raise PrepError(
+            raise DataPrepError(
                 f"folder {folder} holds several tokenizers ({', '.join(p.name for p in found)}):"
                 " name one"
             )
         if found:
             return found[0]
-    raise PrepError(f"folder {folder} holds no tokenizer; {EXPECTED}")
+    raise DataPrepError(f"folder {folder} holds no tokenizer; {EXPECTED}")
 
 
 def _partner(path: Path) -> Path:
@@ -157,11 +157,11 @@ def _partner(path: Path) -> Path:
         if path.name.endswith(one):
             partner = path.with_name(path.name.removesuffix(one) + other)
             if not partner.is_file():
-                raise PrepError(
+                raise DataPrepError(
                     f"{path} needs {partner.name} beside it, the other file of GPT-2's pair"
                 )
             return partner
-    raise PrepError(
+    raise DataPrepError(
         f"{path} looks like a vocabulary of GPT-2's pair; name it encoder.json, with vocab.bpe"
         " beside it"
     )
@@ -172,7 +172,7 @@ def _read(path: Path) -> bytes:
         data = path.read_bytes()
         return lzma.decompress(data) if path.suffix == ".xz" else data
     except (OSError, lzma.LZMAError) as error:
-        raise PrepError(f"{path} cannot be read: {error}") from error
+        raise DataPrepError(f"{path} cannot be read: {error}") from error
 
 
 def _by_name(name: str) -> Ranks:
@@ -180,7 +180,7 @@ def _by_name(name: str) -> Ranks:
         encoding = tiktoken.get_encoding(name)
     # Requests raises many kinds, and tiktoken ValueError for a damaged file
     except Exception as error:
-        raise PrepError(
+        raise DataPrepError(
             f"tiktoken cannot fetch the encoding {name} ({type(error).__name__}): it needs the"
             " network, or a copy in the folder that TIKTOKEN_CACHE_DIR names; or give a file:"
             f" nextpt tokenizer convert {name}.tiktoken"
@@ -198,12 +198,12 @@ def _rank_file(path: Path, data: bytes, pattern: str | None, specials: list[str]
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise PrepError(
+            raise DataPrepError(
                 f"{path}:{number}: expected a token in base64 and its rank, not {line[:40]!r};"
                 f" {EXPECTED}"
             ) from None
     if pattern is None and name not in PATTERNS:
-        raise PrepError(
+        raise DataPrepError(
             f"{path} holds ranks and no pattern: give --pattern, one of {', '.join(PATTERNS)}, or a"
             " regular expression"
         )
@@ -245,7 +245,7 @@ def _tekken(content: dict[str, Any], path: Path) -> Ranks:
         }
         return Ranks(ranks, config["pattern"], {name: rank for rank, name in names.items()})
     except (KeyError, TypeError, ValueError) as error:
-        raise PrepError(
+        raise DataPrepError(
             f"{path} is not a tekken file as mistral-common reads it: {type(error).__name__}"
             f" {error}"
         ) from error
@@ -256,14 +256,14 @@ def _gpt2_pair(encoder: Path, merges: Path) -> dict[str, Any]:
         vocabulary: dict[str, int] = json.loads(_read(encoder))
         lines = _read(merges).decode().splitlines()
     except ValueError as error:
-        raise PrepError(f"{encoder} and {merges} are not GPT-2's pair: {error}") from error
+        raise DataPrepError(f"{encoder} and {merges} are not GPT-2's pair: {error}") from error
     pairs: list[list[str]] = []
     for number, line in enumerate(lines, 1):
         if not line or (number == 1 and line.startswith("#")):
             continue
         pair = line.split(" ")
         if len(pair) != 2 or "".join(pair) not in vocabulary:
-            raise PrepError(
+            raise DataPrepError(
                 f"{merges}:{number}: expected two parts of a token of {encoder.name}, not"
                 f" {line[:40]!r}"
             )
@@ -274,15 +274,15 @@ def _gpt2_pair(encoder: Path, merges: Path) -> dict[str, Any]:
 
 
 def _from_ranks(ranks: Ranks, source: str) -> dict[str, Any]:
-    """tokenizer.json of an encoding, compared with tiktoken on the difficult texts and on every token's own. Raises PrepError."""
+    """tokenizer.json of an encoding, compared with tiktoken on the difficult texts and on every token's own. Raises DataPrepError."""
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks.mergeable]:
-        raise PrepError(
+        raise DataPrepError(
             f"{source} has no token for byte {lacking[0]:#04x} ({len(lacking)} are lacking);"
             " tiktoken needs all 256"
         )
     ids = [*ranks.mergeable.values(), *ranks.specials.values()]
     if len(set(ids)) != len(ids):
-        raise PrepError(
+        raise DataPrepError(
             f"{source} gives two tokens one id; special tokens:"
             f" {', '.join(f'{t}={i}' for t, i in list(ranks.specials.items())[:8])}"
         )
@@ -290,7 +290,7 @@ def _from_ranks(ranks: Ranks, source: str) -> dict[str, Any]:
     for token, rank in sorted(ranks.mergeable.items(), key=lambda item: item[1]):
         spelled = _characters(token)
         if spelled in ranks.specials:
-            raise PrepError(f"{source}: {spelled!r} is both a special token and one of bytes")
+            raise DataPrepError(f"{source}: {spelled!r} is both a special token and one of bytes")
         vocabulary[spelled] = rank
         if pair := last_pair(token, ranks.mergeable):
             pairs.append([_characters(part) for part in pair])
@@ -309,7 +309,7 @@ def _compare(content: dict[str, Any], ranks: Ranks, source: str) -> None:
         library = HFTokenizer.from_str(json.dumps(content))
     # Both raise bare Exception or ValueError for a pattern that they cannot read
     except Exception as error:
-        raise PrepError(
+        raise DataPrepError(
             f"{source}: the pattern {ranks.pattern!r} cannot be read: {error}"
         ) from error
     library.encode_special_tokens = True
@@ -318,7 +318,7 @@ def _compare(content: dict[str, Any], ranks: Ranks, source: str) -> None:
         texts, library.encode_batch_fast(texts, add_special_tokens=False), strict=True
     ):
         if not np.array_equal(encoding.encode_to_numpy(text, disallowed_special=()), encoded.ids):
-            raise PrepError(
+            raise DataPrepError(
                 f"{source}: the tokenizers library reads the pattern {ranks.pattern!r} otherwise"
                 f" than tiktoken, or it leaves out text: they differ on {text[:40]!r}"
             )

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import PrepError
+from nextpt.base.errors import DataPrepError
 
 OTHERS = "other formats: nextpt tokenizer convert SOURCE --output tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -68,7 +68,7 @@ class AddedToken:
 class Description:
     """The parts of a tokenizer.json that nextpt decides by.
 
-    Raises PrepError for content that is none; `path` names it.
+    Raises DataPrepError for content that is none; `path` names it.
     """
 
     def __init__(self, content: Any, path: Path) -> None:
@@ -87,7 +87,7 @@ class Description:
                 for t in self.content.get("added_tokens", [])
             ]
         except (KeyError, TypeError, AttributeError) as error:
-            raise PrepError(
+            raise DataPrepError(
                 f"{path} is not a tokenizer.json ({type(error).__name__}: {error}); {OTHERS}"
             ) from error
         self.path = path
@@ -96,11 +96,11 @@ class Description:
 
     @classmethod
     def read(cls, path: Path) -> Description:
-        """Of a file. Raises PrepError."""
+        """Of a file. Raises DataPrepError."""
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")), path)
         except (OSError, ValueError) as error:
-            raise PrepError(f"{path} is not a tokenizer.json: {error}; {OTHERS}") from error
+            raise DataPrepError(f"{path} is not a tokenizer.json: {error}; {OTHERS}") from error
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -184,18 +184,18 @@ class Description:
     def start_and_end(self, start: str | None, end: str | None) -> tuple[int, int]:
         """Ids of the tokens put before and after a document: the named ones, or those of the file's template, or the usual ones.
 
-        Raises PrepError when a named one is not among the special tokens, or none ends a document.
+        Raises DataPrepError when a named one is not among the special tokens, or none ends a document.
         """
         for name in (start, end):
             if name is not None and name not in self.specials:
-                raise PrepError(
+                raise DataPrepError(
                     f"{self.path}: {name!r} is not one of its special tokens"
                     f" ({_shown(self.specials)})"
                 )
         first, last = self._template()
         end = end or last or next((name for name in ENDS if name in self.specials), None)
         if end is None:
-            raise PrepError(
+            raise DataPrepError(
                 f"{self.path} has no end-of-text token ({END_OF_TEXT} or </s>) among its special"
                 f" tokens ({_shown(self.specials)}); name the one that ends a document"
             )

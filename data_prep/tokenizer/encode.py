@@ -14,13 +14,13 @@ import numpy as np
 from tokenizers import Encoding
 from tokenizers import Tokenizer as HFTokenizer
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write, sha256_file
 from data_prep.tokenizer.byte_counts import sizes_from_offsets, token_lengths, token_spellings
 from data_prep.tokenizer.description import Description
 from data_prep.tokenizer.nasty import nasty_texts
 from data_prep.tokenizer.respell import Respeller
 from data_prep.tokenizer.tiktoken_encoder import NotEligibleError, TiktokenEncoder
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write, sha256_file
 
 COMPARED = 256  # texts per call when the two libraries are compared
 
@@ -50,12 +50,12 @@ class Tokenizer:
         Unless given those of the file's template or the usual ones.
 
         encoder: "auto" takes tiktoken, which is several times as fast, where it gives the same
-        tokens. Raises PrepError for a file that is no tokenizer.json, special tokens that are not
+        tokens. Raises DataPrepError for a file that is no tokenizer.json, special tokens that are not
         there, and "tiktoken" where it would differ.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if not path.is_file():
-            raise PrepError(f"tokenizer {path} does not exist")
+            raise DataPrepError(f"tokenizer {path} does not exist")
         description = Description.read(path)
         self._description = description
         self.library = _open_library(path)
@@ -82,7 +82,9 @@ class Tokenizer:
                 raise NotEligibleError(f"tiktoken differs from it on {difference}")
         except NotEligibleError as reason:
             if encoder == "tiktoken":
-                raise PrepError(f"{self.path} cannot be encoded by tiktoken: {reason}") from None
+                raise DataPrepError(
+                    f"{self.path} cannot be encoded by tiktoken: {reason}"
+                ) from None
             return None, str(reason)
         return fast, "same merges, and the same tokens on the fixed set of difficult texts"
 
@@ -109,7 +111,7 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, uint32, without start and end.
 
-        Raises PrepError for a text that cannot be encoded.
+        Raises DataPrepError for a text that cannot be encoded.
         """
         if self._fast is None:
             return self._encode_by_library(texts)
@@ -118,7 +120,7 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Token ids, uint32, without start and end.
 
-        Raises PrepError for a text that cannot be encoded.
+        Raises DataPrepError for a text that cannot be encoded.
         """
         if self._fast is not None:
             ids = self._fast.encode(text)
@@ -130,7 +132,7 @@ class Tokenizer:
         try:
             encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
-            raise PrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
+            raise DataPrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
         found = [np.array(e.ids, dtype=np.uint32) for e in encoded]
         return [
             self._with_places(text)[0] if self._respell.suspects(text, ids) else ids
@@ -142,7 +144,7 @@ class Tokenizer:
         try:
             encoded: Encoding = self.library.encode(text, add_special_tokens=False)
         except Exception as error:
-            raise PrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
+            raise DataPrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
         ids = np.array(encoded.ids, dtype=np.uint32)
         places = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
         return (
@@ -163,7 +165,7 @@ class Tokenizer:
             return ids, sizes_from_offsets(text, places)
         sizes = np.append(self._lengths[ids].astype(np.uint32), np.uint32(0))
         if int(sizes.sum()) != len(text.encode()):
-            raise PrepError(
+            raise DataPrepError(
                 f"the tokenizer {self.path} drops text: its tokens stand for {int(sizes.sum())} of"
                 f" {len(text.encode())} bytes"
             )
@@ -219,7 +221,7 @@ def _open_library(path: Path) -> HFTokenizer:
     try:
         library = HFTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise PrepError(
+        raise DataPrepError(
             f"{path} is not a tokenizer.json that the tokenizers library reads: {error}"
         ) from error
     library.encode_special_tokens = True

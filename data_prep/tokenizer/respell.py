@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 
-from data_prep.errors import PrepError
 from data_prep.tokenizer.description import BYTE_CHARACTERS, Description
+from nextpt.base.errors import DataPrepError
 
 
 class Respeller:
@@ -68,7 +68,7 @@ class Respeller:
             ]
         found = self._spellings[character]
         if self._special[found].any():
-            raise PrepError(
+            raise DataPrepError(
                 f"the tokenizer {self._description.path} has no way to spell the special token"
                 f" {self._names[special]!r} in a text"
             )

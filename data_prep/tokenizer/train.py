@@ -9,10 +9,10 @@ import xxhash
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write
 from data_prep.tokenizer.description import END_OF_TEXT
 from data_prep.tokenizer.patterns import PATTERNS
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import atomic_write
 
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 # Characters that a sample takes or leaves: far longer than a word, far shorter than a sample
@@ -32,10 +32,10 @@ def train_bpe(
     Every byte is a token, so nothing is unknown.
 
     total: how many texts there are, for the bars that progress shows on a terminal. Raises
-    PrepError when vocab_size is too small, or larger than the texts can fill.
+    DataPrepError when vocab_size is too small, or larger than the texts can fill.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise PrepError(
+        raise DataPrepError(
             f"vocab_size = {vocab_size} is too small: 256 bytes and the end of text need"
             f" {SMALLEST_VOCABULARY}"
         )
@@ -55,7 +55,7 @@ def train_bpe(
     )
     tokenizer.train_from_iterator(texts, trainer, length=total)
     if tokenizer.get_vocab_size() < vocab_size:
-        raise PrepError(
+        raise DataPrepError(
             f"the texts give only {tokenizer.get_vocab_size()} tokens, fewer than vocab_size ="
             f" {vocab_size}: ask for fewer or give more text"
         )
@@ -93,11 +93,11 @@ def write_character_tokenizer(texts: Iterable[str], path: Path) -> None:
     """Write a tokenizer.json in which every character of `texts` is a token, in order of code point, the end of text last.
 
     It spells nothing else: a text with another character is refused when it is encoded. Raises
-    PrepError without a text.
+    DataPrepError without a text.
     """
     characters = sorted(set().union(*texts))
     if not characters:
-        raise PrepError("the texts hold no character to make tokens of")
+        raise DataPrepError("the texts hold no character to make tokens of")
     tokenizer = HFTokenizer(
         models.WordLevel(
             {character: index for index, character in enumerate(characters)}, unk_token="unknown"

@@ -11,10 +11,10 @@ import typer
 from rich import box
 from rich.table import Table
 
-from data_prep.stores import STORE_ERRORS, is_uri, store_problem
 from launcher.console import out, say
 from launcher.registration import add_command, add_group
-from nextpt.errors import DAMAGED, CheckpointError
+from nextpt.base.errors import EXIT_NO_VALID_CHECKPOINT, CheckpointError
+from nextpt.base.stores import STORE_ERRORS, is_uri, store_problem
 
 T = TypeVar("T")
 Place = Annotated[
@@ -53,9 +53,9 @@ def verify_checkpoints(place: Place, step: Step = None) -> None:
 
     Exit codes: 0 all are whole, 65 one is not, 2 there is none.
     """
+    from nextpt.base.collective import RankGroup
     from nextpt.checkpoint.commit import intact
     from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
-    from nextpt.checkpoint.ranks import Ranks
 
     rows = _of_step(list(_rows(place)), step, place)
     checked = []
@@ -66,11 +66,11 @@ def verify_checkpoints(place: Place, step: Step = None) -> None:
                 place, lambda row=row: _archive(place).problem(ArchivedCheckpoint(row.name, True))
             )
         elif problem is None:
-            problem = intact(_root(place) / row.name, Ranks())
+            problem = intact(_root(place) / row.name, RankGroup.world())
         checked.append(replace(row, problem=problem))
     _show(checked, "whole")
     if any(row.problem for row in checked):
-        raise typer.Exit(DAMAGED)
+        raise typer.Exit(EXIT_NO_VALID_CHECKPOINT)
 
 
 def fetch_checkpoint(
@@ -84,14 +84,17 @@ def fetch_checkpoint(
 
     Exit codes: 0 it is there, 65 there are some and none is whole, 2 another mistake.
     """
+    from nextpt.base.collective import RankGroup
+    from nextpt.base.errors import NoValidCheckpointError
     from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
     from nextpt.checkpoint.mirror.restore import fetch
-    from nextpt.checkpoint.ranks import Ranks
-    from nextpt.errors import NoValidCheckpoint
 
     for row in _of_step(list(_rows(place, mirror=True)), step, place):
         problem = row.problem or fetch(
-            _archive(place), ArchivedCheckpoint(row.name, True), output / "checkpoints", Ranks()
+            _archive(place),
+            ArchivedCheckpoint(row.name, True),
+            output / "checkpoints",
+            RankGroup.world(),
         )
         if problem is None:
             say(
@@ -100,7 +103,7 @@ def fetch_checkpoint(
             )
             return
         say(f"warning: {row.name} is not usable: {problem}")
-    raise NoValidCheckpoint(
+    raise NoValidCheckpointError(
         f"{place} holds no whole checkpoint{'' if step is None else f' of step {step}'}"
     )
 
@@ -162,7 +165,7 @@ def _rows_of_mirror(place: str) -> Iterator[Row]:
 
 
 def _asked(place: str, action: Callable[[], T]) -> T:
-    """What a store answers. Raises PrepError when it does not."""
+    """What a store answers. Raises DataPrepError when it does not."""
     try:
         return action()
     except STORE_ERRORS as error:

@@ -91,7 +91,7 @@ def decompress(
 
 def _check_output(file: Path, output: Path) -> None:
     """What would only be found after minutes of coding."""
-    from nextpt.errors import DataError
+    from nextpt.base.errors import DataError
 
     if not output.absolute().parent.is_dir():
         raise DataError(f"--output {output}: there is no folder {output.absolute().parent}")

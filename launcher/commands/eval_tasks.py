@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.commands.eval_common import deliver, open_with_texts
 from launcher.console import out, say, shares_progress, small_table
-from nextpt.errors import UserError
+from nextpt.base.errors import UserError
 
 ITEMS = 200  # of a built-in task
 

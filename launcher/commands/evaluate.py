@@ -23,7 +23,7 @@ from launcher.console import (
     shares_progress,
 )
 from launcher.registration import add_command
-from nextpt.errors import UserError
+from nextpt.base.errors import UserError
 
 WHAT, HOW, MORE, FREE, TASKS = "What is scored", "How", "More figures", "Free running", "Tasks"
 

@@ -54,11 +54,11 @@ def hf_import(
     output: Annotated[Path, typer.Option(help="YAML file to write; it must not exist")],
 ) -> None:
     """Check a Hugging Face model and write the config of a run that starts from its weights."""
-    from data_prep.files import atomic_write
     from data_prep.format import DatasetManifest
+    from nextpt.base.errors import ConfigError
+    from nextpt.base.files import atomic_write
     from nextpt.config import to_yaml
     from nextpt.data.dataset import check_dataset
-    from nextpt.errors import ConfigError
     from nextpt.exchange import HFWeights, config_from_hf
     from nextpt.model import count
     from nextpt.train.start import check_tokenizer

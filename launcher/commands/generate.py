@@ -75,7 +75,7 @@ def generate(
 
     Ends at the end of the document, at a stop string, or where the model's positions end.
     """
-    from nextpt.errors import UserError
+    from nextpt.base.errors import UserError
     from nextpt.evaluate.heldout import write_result
     from nextpt.evaluate.source import open_source
     from nextpt.generate import Wanted, pick_device, prompt_tokens
@@ -138,7 +138,7 @@ def _beams(width: int | None, length_penalty: float | None, against: list[str]) 
 
     Raises UserError for options that go with sampling only, or with beams only.
     """
-    from nextpt.errors import UserError
+    from nextpt.base.errors import UserError
     from nextpt.generate import Beams
 
     if width is None:

@@ -39,7 +39,7 @@ def inspect(
 
     And a calibration curve.
     """
-    from nextpt.errors import UserError
+    from nextpt.base.errors import UserError
     from nextpt.generate import pick_device
     from nextpt.observe.inspection import inspect_text, write_inspection
 
@@ -60,7 +60,7 @@ def inspect(
 
 
 def _read(path: Path) -> str:
-    from nextpt.errors import UserError
+    from nextpt.base.errors import UserError
 
     try:
         return path.read_bytes().decode("utf-8")

@@ -228,7 +228,7 @@ def _bits(value: float | None) -> str:
 
 
 def _lengths(text: str) -> list[int]:
-    from nextpt.errors import ConfigError
+    from nextpt.base.errors import ConfigError
 
     try:
         lengths = sorted({int(part) for part in text.split(",")})

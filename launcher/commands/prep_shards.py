@@ -10,7 +10,7 @@ import typer
 
 from launcher.console import out, say
 from launcher.registration import add_command
-from nextpt.errors import UserError
+from nextpt.base.errors import UserError
 
 if TYPE_CHECKING:
     from data_prep.spec import PrepSpec

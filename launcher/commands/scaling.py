@@ -11,7 +11,7 @@ import typer
 from launcher.commands import scaling_sweep
 from launcher.console import say
 from launcher.registration import add_command, add_group
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
 
 if TYPE_CHECKING:
     from nextpt.scaling.fitting import Fit

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from data_prep.files import atomic_write
 from launcher.console import say
 from launcher.jobs.run_set import train_one
 from launcher.registration import add_command
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
+from nextpt.base.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 # Slurm's own copy of the script does not know where it came from: everything is absolute.

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from data_prep.files import atomic_write
 from launcher.console import say
 from launcher.jobs.slurm import further_option, job_script, submit_script
 from launcher.registration import add_command, add_group
+from nextpt.base.errors import ConfigError
+from nextpt.base.files import atomic_write
 from nextpt.config import Config, load_config
-from nextpt.errors import ConfigError
 
 # Seconds from the signal to the time limit, as Slurm may send it up to 60 s too early or late
 # (sbatch --signal)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_prep.errors import PrepError
 from launcher.console import out, say
 from launcher.registration import add_command, add_group
+from nextpt.base.errors import DataPrepError
 
 if TYPE_CHECKING:
     from data_prep.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def tokenizer_train(
     from data_prep.tokenizer import Tokenizer, evenly_sampled, train_bpe
 
     if not output.absolute().parent.is_dir():
-        raise PrepError(f"folder {output.absolute().parent} for the tokenizer does not exist")
+        raise DataPrepError(f"folder {output.absolute().parent} for the tokenizer does not exist")
     sample = evenly_sampled(_read([_place(item) for item in corpora], text_field), int(max_bytes))
     size = sum(len(text.encode()) for text in sample)
     say(f"learning {vocab_size:,} tokens from {size:,} bytes")

@@ -51,8 +51,8 @@ def train(
     from launcher.jobs.hosts import read_hostfile
     from launcher.jobs.local import start_training
     from launcher.jobs.supervise import supervise
+    from nextpt.base.errors import ConfigError
     from nextpt.config import load_config
-    from nextpt.errors import ConfigError
     from nextpt.observe.trackers import check_trackers
 
     settings = load_config(config, overrides or [])

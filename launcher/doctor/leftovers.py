@@ -6,8 +6,8 @@ import os
 import time
 from pathlib import Path
 
-from data_prep.processes import mapped_files, open_files
 from launcher.doctor.finding import Finding, ok, warning
+from nextpt.base.processes import mapped_files, open_files
 
 YOUNG = 30.0  # seconds: a file that someone may be about to open
 

@@ -14,11 +14,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from data_prep.files import atomic_write
 from launcher.jobs.hosts import Host, Unreachable, exported_variables, probe, ssh_command
 from launcher.jobs.local import free_port, interrupt
+from nextpt.base.errors import (
+    EXIT_CRASHED,
+    EXIT_HUNG,
+    EXIT_NO_VALID_CHECKPOINT,
+    EXIT_REQUEUE,
+    EXIT_RUN_IN_USE,
+    EXIT_USER_ERROR,
+    ConfigError,
+)
+from nextpt.base.files import atomic_write
 from nextpt.config import load_config, to_yaml
-from nextpt.errors import CRASHED, DAMAGED, HUNG, IN_USE, MISTAKE, REQUEUE, ConfigError
 from nextpt.job.exit_record import read_exit_record
 from nextpt.job.signals import SIGNALS
 
@@ -51,7 +59,7 @@ class Fleet:
     def start(self) -> int:
         """Train until all ranks have ended.
 
-        Returns the exit code of the job; see nextpt/errors.py.
+        Returns the exit code of the job; see nextpt/base/errors.py.
         """
         answers = self._reachable()
         self.config.accumulation_steps(sum(host.slots for host in self.hosts))
@@ -161,7 +169,7 @@ class Fleet:
         """One code for the job: what a person must mend or wished comes first, then what happened to the ranks."""
         if not any(codes):
             return 0
-        for code in (MISTAKE, IN_USE, DAMAGED, REQUEUE):
+        for code in (EXIT_USER_ERROR, EXIT_RUN_IN_USE, EXIT_NO_VALID_CHECKPOINT, EXIT_REQUEUE):
             if code in codes:
                 return code
         end = read_exit_record(self.config.run_dir)
@@ -181,11 +189,11 @@ class Fleet:
         return (
             killed[0]
             if killed
-            else HUNG
-            if lost or HUNG in codes
+            else EXIT_HUNG
+            if lost or EXIT_HUNG in codes
             else end["code"]
             if end and end["code"]
-            else CRASHED
+            else EXIT_CRASHED
         )
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import sha256_file
+from nextpt.base.errors import ConfigError, UserError
+from nextpt.base.files import sha256_file
 from nextpt.config import Config
-from nextpt.errors import ConfigError, UserError
 
 NODE = Path(__file__).resolve().parent / "node.py"
 # No question may be asked, and a connection without an answer for 15 s is lost.

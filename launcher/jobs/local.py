@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from data_prep.processes import children_of, command_of
 from launcher.console import out
+from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, UserError
+from nextpt.base.processes import children_of, command_of
 from nextpt.config import load_config
-from nextpt.errors import CRASHED, REQUEUE, UserError
 from nextpt.job.exit_record import read_exit_record
 from nextpt.job.signals import SIGNALS
 
@@ -93,7 +93,7 @@ def start_training(
         code = process.wait()
     except Told:
         _end(process)
-        return REQUEUE
+        return EXIT_REQUEUE
     except KeyboardInterrupt:
         _end(process)
         raise
@@ -111,7 +111,7 @@ def start_training(
             flush=True,
         )
         # Of SIGNALS a rank dies only before it has anything to save
-        return REQUEUE if number in SIGNALS else 128 + number
+        return EXIT_REQUEUE if number in SIGNALS else 128 + number
     return code or _recorded_code(load_config(config, overrides).run_dir)
 
 
@@ -125,7 +125,7 @@ def _recorded_code(run: Path) -> int:
             file=sys.stderr,
             flush=True,
         )
-        return CRASHED
+        return EXIT_CRASHED
     return end["code"]
 
 

@@ -30,7 +30,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     """What this host has. folder, mark, data of the request: paths that it should see. address: where the one that asks reached it."""
     import torch
 
-    from data_prep.files import sha256_file
+    from nextpt.base.files import sha256_file
     from nextpt.job.environment import versions
 
     data = request["data"]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nextpt.errors import ConfigError, UserError
+from nextpt.base.errors import ConfigError, UserError
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "slurm" / "train.sbatch"
 ROOT = TEMPLATE.parents[2]

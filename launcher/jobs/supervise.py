@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nextpt.base.errors import EXIT_CRASHED, EXIT_HUNG
 from nextpt.checkpoint.folders import steps
-from nextpt.errors import CRASHED, HUNG
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
 
@@ -32,7 +32,11 @@ def supervise(start: Callable[[], int], run: Path, restarts: int) -> int:
         saved = _newest(run)
         if saved > newest:
             left, newest = restarts, saved
-        if left == 0 or not _is_accident(code) or (code == CRASHED and _last_step(run) <= before):
+        if (
+            left == 0
+            or not _is_accident(code)
+            or (code == EXIT_CRASHED and _last_step(run) <= before)
+        ):
             return code
         left -= 1
         end = read_exit_record(run)
@@ -46,7 +50,7 @@ def supervise(start: Callable[[], int], run: Path, restarts: int) -> int:
 
 
 def _is_accident(code: int) -> bool:
-    return code in (CRASHED, HUNG) or (code > 128 and code - 128 not in _WISHES)
+    return code in (EXIT_CRASHED, EXIT_HUNG) or (code > 128 and code - 128 not in _WISHES)
 
 
 def _newest(run: Path) -> int:

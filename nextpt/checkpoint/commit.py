@@ -20,6 +20,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from nextpt.base.collective import RankGroup, run_on_rank_0
+from nextpt.base.errors import CheckpointError, CheckpointSaveError, NoValidCheckpointError
+from nextpt.base.json_files import sync, write_json
 from nextpt.checkpoint.folders import (
     STAGING,
     clear_leftovers,
@@ -34,7 +37,6 @@ from nextpt.checkpoint.folders import (
 )
 from nextpt.checkpoint.format import Checkpoint, Snapshot, take_snapshot, write_rank
 from nextpt.checkpoint.index import check_tensors, read_contents
-from nextpt.checkpoint.jsonfile import sync, write_json
 from nextpt.checkpoint.manifest import (
     STATE,
     DamagedError,
@@ -47,9 +49,7 @@ from nextpt.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import ShardedState
-from nextpt.errors import CheckpointError, NoValidCheckpoint, SaveFailed, UserError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def save(
     state: ShardedState,
     extras: dict[str, Any],
     rng: dict[str, Any],
-    ranks: Ranks,
+    ranks: RankGroup,
     lineage: list[list[int]] = (),
     loss: float | None = None,
     may_commit: Callable[[], None] = lambda: None,
@@ -76,7 +76,7 @@ def save(
     extras: JSON values for state.json; step, world size, parameter shapes and scalars are put
     beside them. lineage: that of the checkpoint that this one continues. loss: of the last validation,
     nats per token. may_commit: asked on rank 0 when all is written and only the name is missing;
-    raises to refuse. Raises CheckpointError on all ranks when any of them fails, SaveFailed where
+    raises to refuse. Raises CheckpointError on all ranks when any of them fails, CheckpointSaveError where
     the disk was the reason; then nothing is left behind.
     """
     return commit(
@@ -85,7 +85,7 @@ def save(
 
 
 def snapshot_together(
-    root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: Ranks
+    root: Path, state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], ranks: RankGroup
 ) -> Snapshot:
     """Copy the state of every rank.
 
@@ -101,7 +101,7 @@ def snapshot_together(
 def commit(
     root: Path,
     snapshot: Snapshot,
-    ranks: Ranks,
+    ranks: RankGroup,
     lineage: list[list[int]] = (),
     loss: float | None = None,
     may_commit: Callable[[], None] = lambda: None,
@@ -153,30 +153,34 @@ def commit(
         _together(prepare, root, ranks)
         _together(lambda: described.update(write_rank(staging, ranks.rank, snapshot)), root, ranks)
         files: dict[str, Any] = {}
-        for part in ranks.gather(described):
+        for part in ranks.all_gather(described):
             files.update(part)
         _together(finish, root, ranks)
     except BaseException:
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    name, size, lineage = ranks.from_first(
+    name, size, lineage = ranks.broadcast(
         [saved[0].folder.name, saved[0].bytes, saved[0].lineage] if saved else None
     )
     return CommittedCheckpoint(root / name, size, lineage)
 
 
-def _together(action: Callable[[], None], root: Path, ranks: Ranks) -> None:
+def _together(action: Callable[[], None], root: Path, ranks: RankGroup) -> None:
     """Run on every rank, then vote: all raise when one failed."""
     problem = None
     try:
         action()
     except Exception as error:  # whatever it is, the others must hear of it and not wait
         problem = [_phrase(error, root), _is_of_the_system(error), _number(error)]
-    for rank, found in enumerate(ranks.gather(problem)):
+    for rank, found in enumerate(ranks.all_gather(problem)):
         if found:
             message = f"saving to {root} failed on rank {rank}: {found[0]}"
-            raise SaveFailed(message, rank, found[2]) if found[1] else same_everywhere(message)
+            raise (
+                CheckpointSaveError(message, rank, found[2])
+                if found[1]
+                else same_everywhere(message)
+            )
 
 
 def _number(error: Exception) -> int | None:
@@ -208,7 +212,7 @@ def _phrase(error: Exception, root: Path) -> str:
 
 
 def select_checkpoint(
-    root: Path, resume: str | int, ranks: Ranks, warn: Callable[[str], None], mend: bool = False
+    root: Path, resume: str | int, ranks: RankGroup, warn: Callable[[str], None], mend: bool = False
 ) -> Checkpoint | None:
     """The checkpoint that `resume` asks for (config key checkpoint.resume), verified.
 
@@ -216,29 +220,29 @@ def select_checkpoint(
 
     "auto": the newest (see folders.listing) that verifies; damaged newer ones are named through
     `warn` and, where `mend` is set, set aside. A step: the newest of that step. "never": none may
-    be there. Raises CheckpointError otherwise, and NoValidCheckpoint where there are checkpoints
+    be there. Raises CheckpointError otherwise, and NoValidCheckpointError where there are checkpoints
     and none of them verifies.
     """
-    candidates, bad = on_first(lambda: _candidates(root, resume), root, ranks)
+    candidates, bad = run_on_rank_0(ranks, lambda: _candidates(root, resume))
     found, bad = _first_whole(root, candidates, bad, ranks, warn, mend)
     if found is not None:
         return found
     if resume not in ("auto", "never"):
         raise same_everywhere(_unusable(*bad[0]) + "; give another step, or checkpoint.resume=auto")
-    aside = on_first(lambda: [folder.name for folder in set_aside_folders(root)], root, ranks)
+    aside = run_on_rank_0(ranks, lambda: [folder.name for folder in set_aside_folders(root)])
     bad += [(root / name, "it was set aside as damaged") for name in aside]
     if bad:
         raise same_everywhere(
             "; ".join(_unusable(*b) for b in bad)
             + ". Training does not start from nothing over them: restore one, "
             "or remove the folders",
-            NoValidCheckpoint,
+            NoValidCheckpointError,
         )
     return None
 
 
 def select_earlier_checkpoint(
-    root: Path, step: int, lineage: list[list[int]], ranks: Ranks, warn: Callable[[str], None]
+    root: Path, step: int, lineage: list[list[int]], ranks: RankGroup, warn: Callable[[str], None]
 ) -> Checkpoint | None:
     """The newest checkpoint of a line from before `step` that verifies; None when there is none.
 
@@ -254,14 +258,14 @@ def select_earlier_checkpoint(
             if one.manifest.step < step and one.manifest.is_in_lineage(lineage)
         ]
 
-    return _first_whole(root, on_first(look, root, ranks), [], ranks, warn, mend=True)[0]
+    return _first_whole(root, run_on_rank_0(ranks, look), [], ranks, warn, mend=True)[0]
 
 
 def _first_whole(
     root: Path,
     candidates: list[str],
     bad: list[tuple[str, str]],
-    ranks: Ranks,
+    ranks: RankGroup,
     warn: Callable[[str], None],
     mend: bool,
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
@@ -274,8 +278,8 @@ def _first_whole(
         problem = verify(folder, ranks)
         if problem is None:
             if bad:
-                done = on_first(
-                    lambda: [out_of_the_way(f) if mend else "" for f, _ in bad], root, ranks
+                done = run_on_rank_0(
+                    ranks, lambda: [out_of_the_way(f) if mend else "" for f, _ in bad]
                 )
                 told = "; ".join(f"{_unusable(*b)}{how}" for b, how in zip(bad, done, strict=True))
                 warn(f"warning: {told}; resuming from step {step_of(folder)}")
@@ -318,22 +322,6 @@ def _candidates(root: Path, resume: str | int) -> tuple[list[str], list[tuple[st
     ]
 
 
-def on_first(look: Callable[[], Any], root: Path, ranks: Ranks) -> Any:
-    """A JSON value that rank 0 finds, on every rank; all raise when it fails. Collective."""
-    value = problem = None
-    if ranks.rank == 0:
-        try:
-            value = look()
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"{root} cannot be read: {error.strerror or error}"
-    value, problem = ranks.from_first([value, problem])
-    if problem:
-        raise same_everywhere(problem)
-    return value
-
-
 def out_of_the_way(folder: Path) -> str:
     """Set a damaged folder aside; returns what to say about it."""
     try:
@@ -342,28 +330,28 @@ def out_of_the_way(folder: Path) -> str:
         return f" (and cannot be renamed: {error.strerror})"
 
 
-def verify(folder: Path, ranks: Ranks) -> str | None:
+def verify(folder: Path, ranks: RankGroup) -> str | None:
     """First problem of a checkpoint; the files to look at are divided among the ranks.
 
     Collective.
     """
     problem = intact(folder, ranks)
     if problem is None:
-        problem = _first(ranks.gather(_contents_problem(folder, ranks)))
+        problem = _first(ranks.all_gather(_contents_problem(folder, ranks)))
     return problem
 
 
-def intact(folder: Path, ranks: Ranks) -> str | None:
+def intact(folder: Path, ranks: RankGroup) -> str | None:
     """First difference of a folder from its manifest, hashes included.
 
     What the files say is not looked at. Collective.
     """
-    problem = ranks.from_first(
+    problem = ranks.broadcast(
         _said(lambda: check_files(folder, read_manifest(folder))) if ranks.rank == 0 else None
     )
     if problem is None:
         problem = _first(
-            ranks.gather(
+            ranks.all_gather(
                 _said(
                     lambda: hash_problem(
                         folder, read_manifest(folder), ranks.rank, ranks.world_size
@@ -374,7 +362,7 @@ def intact(folder: Path, ranks: Ranks) -> str | None:
     return problem
 
 
-def _contents_problem(folder: Path, ranks: Ranks) -> str | None:
+def _contents_problem(folder: Path, ranks: RankGroup) -> str | None:
     def look() -> None:
         _, indexes = read_contents(folder)
         for rank in range(ranks.rank, len(indexes), ranks.world_size):
@@ -404,7 +392,7 @@ def open_checkpoint(
     root: Path, step: int | None = None, warn: Callable[[str], None] = print
 ) -> Checkpoint:
     """For readers (evaluation, generation): the newest checkpoint, or that of `step`, verified, in one process. Changes nothing."""
-    found = select_checkpoint(root, "auto" if step is None else step, Ranks(), warn)
+    found = select_checkpoint(root, "auto" if step is None else step, RankGroup.world(), warn)
     if found is None:
         raise CheckpointError(f"{root} holds no checkpoint; train first")
     return found

@@ -17,7 +17,7 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from nextpt.checkpoint.jsonfile import sync
+from nextpt.base.json_files import sync
 from nextpt.checkpoint.manifest import (
     FOLDER,
     DamagedError,

@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nextpt.base.errors import CheckpointError
+from nextpt.base.json_files import sync, write_json
 from nextpt.checkpoint.chunks import boxes, intersection, volume, within
 from nextpt.checkpoint.index import Entry, read_contents
-from nextpt.checkpoint.jsonfile import sync, write_json
 from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError, describe
 from nextpt.checkpoint.state import ShardedState
-from nextpt.errors import CheckpointError
 
 # bytes. Files are mapped to be read; opening one again reads its header, a few hundred kB at most
 MOST_MAPPED = 2**25

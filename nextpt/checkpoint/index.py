@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from nextpt.base.json_files import read_json
 from nextpt.checkpoint.chunks import Box, intersection, volume
-from nextpt.checkpoint.jsonfile import read_json
 from nextpt.checkpoint.manifest import STATE, DamagedError, read_manifest
 from nextpt.checkpoint.state import KINDS
 

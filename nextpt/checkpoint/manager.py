@@ -11,11 +11,17 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from nextpt.base.collective import RankGroup, run_on_rank_0
+from nextpt.base.errors import (
+    CheckpointError,
+    CheckpointSaveError,
+    NoValidCheckpointError,
+    UserError,
+)
 from nextpt.checkpoint.commit import (
     CommittedCheckpoint,
     commit,
     intact,
-    on_first,
     out_of_the_way,
     same_everywhere,
     select_checkpoint,
@@ -28,11 +34,9 @@ from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
 from nextpt.checkpoint.mirror.mirror import Mirror
 from nextpt.checkpoint.mirror.restore import fetch
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.retention import VERIFIED, retained
 from nextpt.checkpoint.state import ShardedState
 from nextpt.config import CheckpointSection
-from nextpt.errors import CheckpointError, NoValidCheckpoint, SaveFailed
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class FailedSave:
     """A save of which nothing is left, for the disk did not take it. consecutive: such saves in a row up to this one."""
 
     step: int
-    error: SaveFailed
+    error: CheckpointSaveError
     consecutive: int
 
 
@@ -68,7 +72,7 @@ class CheckpointManager:
         self,
         root: Path,
         settings: CheckpointSection,
-        ranks: Ranks,
+        ranks: RankGroup,
         warn: Callable[[str], None],
         may_commit: Callable[[], None] = lambda: None,
         mirror: Mirror | None = None,
@@ -81,7 +85,7 @@ class CheckpointManager:
         self.mirror = mirror
         self._above = 0  # sequence numbers that the mirror has
         self._lineage: list[list[int]] = []
-        self._writers = ranks.another() if settings.asynchronous else ranks
+        self._writers = ranks.duplicate() if settings.asynchronous else ranks
         self._flight: Future[tuple[CommittedCheckpoint, float, list[str]]] | None = None
         self._step = self._failures = 0
         self._begun = self._stall = 0.0
@@ -92,7 +96,7 @@ class CheckpointManager:
         Saves will continue its line. Leftovers of killed saves are removed: after a job that was
         killed in its last save they would stay for ever.
         """
-        on_first(lambda: clear_leftovers(self.root), self.root, self.ranks)
+        run_on_rank_0(self.ranks, lambda: clear_leftovers(self.root))
         found = self._come_back() if self.mirror else self._choose()
         if found is not None:
             self._lineage = read_manifest(found.folder).lineage
@@ -115,17 +119,17 @@ class CheckpointManager:
     def _come_back(self) -> Checkpoint | None:
         """As `choose`, where what the mirror has counts too: the highest sequence number wins, the folder's own of equal ones.
 
-        Raises NoValidCheckpoint where there are checkpoints, here or there, and none is whole.
+        Raises NoValidCheckpointError where there are checkpoints, here or there, and none is whole.
         """
         there = self._look_there()
         found = problem = None
         resume = self.settings.resume
-        if resume in ("auto", "never") or resume in on_first(
-            lambda: steps(self.root), self.root, self.ranks
+        if resume in ("auto", "never") or resume in run_on_rank_0(
+            self.ranks, lambda: steps(self.root)
         ):
             try:
                 found = self._choose()
-            except NoValidCheckpoint as error:
+            except NoValidCheckpointError as error:
                 problem = error
         newest = -1 if found is None else read_manifest(found.folder).sequence
         wanted = [
@@ -148,7 +152,7 @@ class CheckpointManager:
             raise problem or same_everywhere(
                 f"the mirror {self.mirror.archive.place} has checkpoints of this run and none that"
                 " is whole; look at them, or give another run.dir and checkpoint.mirror",
-                NoValidCheckpoint,
+                NoValidCheckpointError,
             )
         return self._choose() if found is None else found
 
@@ -167,7 +171,7 @@ class CheckpointManager:
                 )
             return [[one.name, one.complete] for one in there]
 
-        there = [ArchivedCheckpoint(*one) for one in on_first(look, self.root, self.ranks)]
+        there = [ArchivedCheckpoint(*one) for one in run_on_rank_0(self.ranks, look)]
         self._above = max((one.sequence for one in there), default=0)
         return [one for one in there if one.complete]
 
@@ -218,7 +222,7 @@ class CheckpointManager:
         flight, self._flight = self._flight, None
         try:
             saved, durable, warnings = flight.result()
-        except SaveFailed as error:
+        except CheckpointSaveError as error:
             self._failures += 1
             return [FailedSave(self._step, error, self._failures)]
         self._failures = 0
@@ -244,7 +248,7 @@ class CheckpointManager:
             durable = time.monotonic()
             try:
                 warnings = self._retire()
-            except CheckpointError as error:  # the new one is durable: that is no failed save
+            except UserError as error:  # the new one is durable: that is no failed save
                 warnings = [f"warning: no old checkpoint was removed: {error}"]
             flight.set_result((saved, durable, warnings))
         # It is raised where the result is asked for; without one that would wait for ever
@@ -258,7 +262,7 @@ class CheckpointManager:
 
         The newest was read when it was hashed, a moment ago.
         """
-        names, surplus = on_first(self._plan, self.root, self._writers)
+        names, surplus = run_on_rank_0(self._writers, self._plan)
         if not surplus:
             return []
         whole, warnings = names[:1], []
@@ -269,18 +273,16 @@ class CheckpointManager:
             if problem is None:
                 whole.append(name)
             else:
-                how = on_first(
-                    lambda name=name: out_of_the_way(self.root / name), self.root, self._writers
+                how = run_on_rank_0(
+                    self._writers, lambda name=name: out_of_the_way(self.root / name)
                 )
                 warnings.append(
                     f"warning: checkpoint {self.root / name} is not usable: {problem}{how}"
                 )
                 surplus = [other for other in surplus if other != name]
         if len(whole) == VERIFIED:
-            warnings += on_first(
-                lambda: self._remove([name for name in surplus if name not in whole]),
-                self.root,
-                self._writers,
+            warnings += run_on_rank_0(
+                self._writers, lambda: self._remove([name for name in surplus if name not in whole])
             )
         return warnings
 

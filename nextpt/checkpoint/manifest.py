@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from data_prep.files import canonical_json
-from nextpt.checkpoint.jsonfile import open_regular, parse_json, write_json
+from nextpt.base.files import canonical_json
+from nextpt.base.json_files import open_regular, parse_json, write_json
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_prep.format import PADDING
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 
 IGNORE_INDEX = -100  # torch's own default for targets that are not predicted
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.format import SPLITS, DatasetManifest
+from nextpt.base.errors import ConfigError
 from nextpt.config import Config
 from nextpt.data.index import ShardIndex
 from nextpt.data.node import Node
@@ -16,7 +17,6 @@ from nextpt.data.remote import Remote
 from nextpt.data.rows import MappedRows, Rows, load_manifest, load_token_bytes
 from nextpt.data.store import Cache, ShardStore
 from nextpt.data.streaming_rows import remove_stale, streaming_rows
-from nextpt.errors import ConfigError
 
 SHARD_THREADS = 4  # shards fetched, unpacked or verified at the same time; most of it is waiting
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.format import DatasetManifest, columns
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 
 _SPACE = " \t\r\n,"
 _PART = r"(?!\.{1,2}(?:/|$))[^/\\\0]+"  # of a path: not empty, . or ..

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from data_prep.format import PADDING
+from nextpt.base.errors import DataError
 from nextpt.config import Config
 from nextpt.data.batch import Batch, Row, blank_row, collate, segments_per_row
 from nextpt.data.dataset import Dataset
 from nextpt.data.order import Order
 from nextpt.data.plan import ORDER_VERSION, check_repeats, make_plan
 from nextpt.data.rows import Rows
-from nextpt.errors import DataError
 
 AHEAD = 2  # optimizer steps read ahead
 WINDOWS_AHEAD = 2  # windows of shards made ready: the one being read and the next

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nextpt.base.errors import DataError
 from nextpt.data.batch import Row
-from nextpt.errors import DataError
 
 _SIZES = struct.Struct("<II")  # bytes of doc_flags and doc_lens
 _OPEN = ["doc_flags", "doc_lens"]

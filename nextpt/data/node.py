@@ -17,7 +17,7 @@ from pathlib import Path
 
 import xxhash
 
-from nextpt.errors import ConfigError
+from nextpt.base.errors import ConfigError
 
 # Files that all locks share; two names that fall on the same one only wait for each other
 LOCKS = 256

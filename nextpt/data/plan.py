@@ -12,10 +12,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+from nextpt.base.errors import ConfigError
 from nextpt.config import Config
 from nextpt.data.mixture import BLOCK, UNIT, quantise
 from nextpt.data.passes import WINDOW
-from nextpt.errors import ConfigError
 
 # Raise it with every change of what row a position has: states of another version are refused.
 ORDER_VERSION = 2

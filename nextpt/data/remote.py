@@ -16,13 +16,12 @@ from pathlib import Path
 import psutil
 import xxhash
 
-from data_prep.errors import PrepError
-from data_prep.files import sha256_file
 from data_prep.format import DatasetManifest
 from data_prep.streaming_compat import import_streaming
+from nextpt.base.errors import ConfigError, DataError, DataPrepError
+from nextpt.base.files import sha256_file
 from nextpt.data.index import File
 from nextpt.data.node import Node
-from nextpt.errors import ConfigError, DataError
 
 ATTEMPTS = 3
 PAUSE = 0.5  # seconds before the second attempt; four times as long before the third
@@ -110,7 +109,7 @@ class Remote:
             self.fetch(name, fresh / name)
         try:
             manifest = DatasetManifest.load(fresh)
-        except PrepError as error:
+        except DataPrepError as error:
             raise DataError(
                 f"{self.address}: {str(error).replace(str(fresh), self.address)}"
             ) from None

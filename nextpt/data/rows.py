@@ -12,13 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
-from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
+from nextpt.base.errors import DataError, DataPrepError
 from nextpt.data.batch import Row
 from nextpt.data.mds import MappedShard
 from nextpt.data.passes import WINDOW
 from nextpt.data.store import ShardStore
-from nextpt.errors import DataError
 
 # Open maps of a domain: the window being read, the one after it, and the ends of steps read ahead
 MAPS = 2 * WINDOW + 2
@@ -40,7 +39,7 @@ def load_manifest(path: str | Path) -> DatasetManifest:
     """The manifest of a dataset folder. Raises DataError that names the file and the way out."""
     try:
         return DatasetManifest.load(Path(path))
-    except PrepError as error:
+    except DataPrepError as error:
         raise DataError(str(error)) from None
 
 

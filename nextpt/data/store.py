@@ -16,10 +16,10 @@ from pathlib import Path
 import xxhash
 import zstandard
 
+from nextpt.base.errors import ConfigError, DataError
 from nextpt.data.index import File, Shard, ShardIndex, check_inside
 from nextpt.data.node import Node
 from nextpt.data.remote import Remote, wrong_bytes
-from nextpt.errors import ConfigError, DataError
 
 CHUNK = 2**20
 # Of the limit is left in use, so that not every shard that comes has to look for one to go

@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.processes import mapped_files, open_files
 from data_prep.streaming_compat import import_streaming
+from nextpt.base.errors import ConfigError, DataError
+from nextpt.base.processes import mapped_files, open_files
 from nextpt.config import Config
 from nextpt.data.batch import Row
 from nextpt.data.store import ShardStore
-from nextpt.errors import ConfigError, DataError
 
 
 def open_split(config: Config, stores: list[ShardStore]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE, ratio_interval, stratified
 from nextpt.evaluate.compressors import compare
 from nextpt.evaluate.documents import Window, contexts, harness_windows, windows

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE, middle, stratified
 from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.source import Source

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nextpt.base.errors import CheckpointError
 from nextpt.config import Config, parse_config
-from nextpt.errors import CheckpointError
 
 # Keys of a config.json that say how long inputs may be
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")

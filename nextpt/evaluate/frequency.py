@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import PrepError
 from data_prep.format import PADDING, DatasetManifest
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataPrepError, UserError
 from nextpt.data.dataset import open_rows
 from nextpt.data.rows import load_manifest
-from nextpt.errors import UserError
 from nextpt.exchange import same_vocabulary
 
 MOST_TOKENS = 20_000_000  # counted; the bands are decades, which need no more
@@ -28,7 +27,7 @@ def training_counts(data: Path, tokenizer: Tokenizer) -> np.ndarray | None:
         if not same_vocabulary(tokenizer.path, data / "tokenizer.json"):
             return None
         return _count(data, manifest, tokenizer.vocab_size)
-    except (UserError, PrepError, OSError):  # counts are no reason to give no loss
+    except (UserError, DataPrepError, OSError):  # counts are no reason to give no loss
         return None
 
 

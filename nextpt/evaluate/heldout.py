@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.errors import PrepError
-from data_prep.files import atomic_write, canonical_json
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import CheckpointError, DataError, DataPrepError
+from nextpt.base.files import atomic_write, canonical_json
 from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config
-from nextpt.errors import CheckpointError, DataError
 from nextpt.exchange.decoder import load_model
 from nextpt.model import Decoder
 
@@ -42,7 +41,7 @@ def open_model(
     config, model = load_model(checkpoint, device)
     try:
         tokenizer = Tokenizer(run / "tokenizer.json")
-    except PrepError as error:
+    except DataPrepError as error:
         raise DataError(str(error)) from None
     return config, model, tokenizer, checkpoint.step
 
@@ -101,7 +100,7 @@ def encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.nda
     """
     try:
         ids, sizes = tokenizer.encode_with_bytes(text)
-    except PrepError as error:
+    except DataPrepError as error:
         raise DataError(f"a document cannot be scored: {error}") from None
     return np.concatenate(([tokenizer.start_id], ids, [tokenizer.end_id])), sizes
 

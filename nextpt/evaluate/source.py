@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from data_prep.errors import PrepError
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import CheckpointError, DataError, DataPrepError
 from nextpt.config import Config
-from nextpt.errors import CheckpointError, DataError
 from nextpt.evaluate.foreign import ForeignModel, foreign_config
 from nextpt.evaluate.heldout import open_model
 from nextpt.exchange import load_hf
@@ -72,7 +71,7 @@ def open_source(
 def _tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer(path)
-    except PrepError as error:
+    except DataPrepError as error:
         raise DataError(str(error)) from None
 
 

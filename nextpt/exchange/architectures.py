@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nextpt.base.errors import CheckpointError
 from nextpt.config import ModelSection
-from nextpt.errors import CheckpointError
 from nextpt.model.rope import attention_temperature
 
 HINT = "nextpt_model"  # key of config.json that holds the model section an export was made from

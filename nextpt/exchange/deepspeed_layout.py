@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from nextpt.base.json_files import sync
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.jsonfile import sync
 from nextpt.config import parse_config
 from nextpt.exchange.folders import new_folder
 

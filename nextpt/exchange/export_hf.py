@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.errors import PrepError
-from data_prep.files import canonical_json
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import CheckpointError, DataPrepError
+from nextpt.base.files import canonical_json
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import parse_config
-from nextpt.errors import CheckpointError
 from nextpt.exchange.architectures import choose_architecture, hf_config
 from nextpt.exchange.folders import new_folder
 from nextpt.exchange.tensors import Stored, stored_tensors
@@ -46,7 +45,7 @@ def export_hf(
     c, architecture = config.model, choose_architecture(config.model, config.max_position)
     try:
         tokenizer = Tokenizer(tokenizer_path)
-    except PrepError as error:
+    except DataPrepError as error:
         raise CheckpointError(str(error)) from None
     described = hf_config(
         c,

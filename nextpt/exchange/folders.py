@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nextpt.checkpoint.jsonfile import sync
-from nextpt.errors import CheckpointError
+from nextpt.base.errors import CheckpointError
+from nextpt.base.json_files import sync
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_prep.tokenizer.description import Description
+from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.chunks import boxes, volume
 from nextpt.config import Config, ModelSection, parse_config
-from nextpt.errors import CheckpointError
 from nextpt.exchange.architectures import effective_window
 from nextpt.exchange.export_hf import EXACT, inexact_parameters
 from nextpt.exchange.reading import read_config
@@ -277,7 +277,7 @@ def _computed(c: ModelSection, positions: int) -> dict[str, Any]:
 def same_vocabulary(one: Path, other: Path) -> bool:
     """Whether two tokenizer.json give every token the same id; templates and the like aside.
 
-    Raises PrepError.
+    Raises DataPrepError.
     """
     a, b = (
         {**d.vocabulary} | {t.content: t.id for t in d.added}

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from nextpt.base.errors import CheckpointError
 from nextpt.config import ModelSection, RopeScaling
-from nextpt.errors import CheckpointError
 from nextpt.exchange.architectures import (
     APERTUS,
     ARCHITECTURES,

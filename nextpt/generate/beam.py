@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import UserError
 from nextpt.config import Config
-from nextpt.errors import UserError
 from nextpt.generate.decoding import Decoding
 from nextpt.generate.stopping import GrowingText, StopStrings
 from nextpt.generate.text import Continuation, Ending, Wanted

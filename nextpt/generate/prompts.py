@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nextpt.errors import UserError
+from nextpt.base.errors import UserError
 
 
 def read_prompts(path: Path) -> dict[str, str]:

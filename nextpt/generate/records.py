@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import atomic_write, canonical_json
 from data_prep.tokenizer import Tokenizer
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
+from nextpt.base.files import atomic_write, canonical_json
 from nextpt.generate.sample import Sampling
 from nextpt.generate.text import Continuation
 

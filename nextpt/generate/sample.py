@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextpt.errors import UserError
+from nextpt.base.errors import UserError
 
 
 @dataclass(frozen=True)

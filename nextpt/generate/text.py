@@ -9,10 +9,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from data_prep.errors import PrepError
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataPrepError, UserError
 from nextpt.config import Config
-from nextpt.errors import UserError
 from nextpt.generate.decoding import Decoding
 from nextpt.generate.sample import Sampling, distribution, draw, randomness
 from nextpt.generate.stopping import GrowingText, StopStrings
@@ -80,7 +79,7 @@ def text_tokens(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
         raise UserError(f"{name} is not UTF-8")
     try:
         return [tokenizer.start_id, *tokenizer.encode(text).tolist()]
-    except PrepError as error:
+    except DataPrepError as error:
         raise UserError(f"{name} cannot be encoded: {error}") from None
 
 

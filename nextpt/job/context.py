@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from nextpt.checkpoint.ranks import Ranks
+from nextpt.base.collective import RankGroup, run_on_all_ranks, run_on_rank_0
 from nextpt.job.exit_record import Progress, record_exit, remove_exit_record
 from nextpt.job.lock import RunLock
 from nextpt.job.signals import StopRequest, listen_for_signals
 from nextpt.job.watchdog import Watchdog
-from nextpt.train.together import on_all, on_first
 
 
 class JobContext:
@@ -44,7 +43,7 @@ class JobContext:
         return self.stop.name is not None
 
     def check(self) -> None:
-        """Raises RunInUse on the rank that held the run folder when another job has taken it.
+        """Raises RunInUseError on the rank that held the run folder when another job has taken it.
 
         Costs nothing.
         """
@@ -58,10 +57,10 @@ class JobContext:
 
 
 @contextmanager
-def job_context(run: Path, ranks: Ranks, hang_seconds: float) -> Iterator[JobContext]:
+def job_context(run: Path, ranks: RankGroup, hang_seconds: float) -> Iterator[JobContext]:
     """Take the run folder and watch the block on every rank, then let go.
 
-    Collective. Raises RunInUse on all ranks.
+    Collective. Raises RunInUseError on all ranks.
     """
     taken: list[RunLock] = []
 
@@ -70,12 +69,14 @@ def job_context(run: Path, ranks: Ranks, hang_seconds: float) -> Iterator[JobCon
         remove_exit_record(run)
 
     with listen_for_signals() as stop:
-        on_first(ranks, take)
+        run_on_rank_0(ranks, take)
         lock = taken[0] if taken else None
-        hosts = ranks.gather(platform.node())
+        hosts = ranks.all_gather(platform.node())
         try:
             with record_exit(run) if lock else nullcontext(Progress()) as progress:
-                watchdog = on_all(ranks, lambda: Watchdog(run, ranks.rank, hosts, hang_seconds))
+                watchdog = run_on_all_ranks(
+                    ranks, lambda: Watchdog(run, ranks.rank, hosts, hang_seconds)
+                )
                 try:
                     yield JobContext(stop, watchdog, lock, progress)
                 finally:

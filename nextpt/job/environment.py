@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from data_prep.files import atomic_write, canonical_json
+from nextpt.base.files import atomic_write, canonical_json
 from nextpt.config import Config
 
 PACKAGES = (

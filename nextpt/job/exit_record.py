@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import atomic_write, canonical_json
-from nextpt.errors import CRASHED, IN_USE, Stopped, UserError
+from nextpt.base.errors import EXIT_CRASHED, EXIT_RUN_IN_USE, TrainingStopped, UserError
+from nextpt.base.files import atomic_write, canonical_json
 
 NAME = "exit.json"
 
@@ -68,12 +68,12 @@ def record_exit(run: Path) -> Iterator[Progress]:
     progress = Progress()
     try:
         yield progress
-    except (UserError, Stopped) as end:
-        if end.exit_code != IN_USE:
+    except (UserError, TrainingStopped) as end:
+        if end.exit_code != EXIT_RUN_IN_USE:
             write_exit_record(run, end.exit_code, str(end), progress.step)
         raise
     except BaseException as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else CRASHED
+        code = 130 if isinstance(error, KeyboardInterrupt) else EXIT_CRASHED
         write_exit_record(run, code, f"{type(error).__name__}: {error}".strip(), progress.step)
         raise
     write_exit_record(run, 0, "finished", progress.step)

@@ -20,10 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import atomic_write, canonical_json
-from data_prep.processes import identity, is_gone, is_here, is_stopped
+from nextpt.base.errors import RunInUseError
+from nextpt.base.files import atomic_write, canonical_json
+from nextpt.base.processes import identity, is_gone, is_here, is_stopped
 from nextpt.checkpoint.folders import STAGING
-from nextpt.errors import RunInUse
 
 HEARTBEAT = 5.0  # seconds between signs of life
 # Seconds of silence after which a holder has lost; far above the delays of shared file systems
@@ -36,7 +36,7 @@ class RunLock:
 
     Made on one rank of a job.
 
-    Raises RunInUse while another job holds it, before anything is written; may wait up to a lease
+    Raises RunInUseError while another job holds it, before anything is written; may wait up to a lease
     to find that out.
     """
 
@@ -58,14 +58,14 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RunInUse when another job has taken the lock.
+        """Raises RunInUseError when another job has taken the lock.
 
         Looks at the folder: for right before a commit.
         """
         newest = max(_tokens(self.folder), default=0)
         self.lost = self.lost or newest != self.token
         if self.lost:
-            raise RunInUse(
+            raise RunInUseError(
                 f"run folder {self.folder} was taken over by"
                 f" {_phrase(_read(_path(self.folder, newest)))}, because this job was silent for"
                 " too long (stopped, or cut off from the disk); it ends and leaves the folder to"
@@ -76,7 +76,7 @@ class RunLock:
         """Let the next start go on at once. Does nothing to a lock that was lost."""
         self._stop.set()
         self._thread.join()
-        with suppress(RunInUse, OSError):
+        with suppress(RunInUseError, OSError):
             self.check()
             self._write(held=False)
 
@@ -85,7 +85,7 @@ class RunLock:
         while True:
             newest = max(_tokens(self.folder), default=0)
             if newest and not _is_over(_path(self.folder, newest), lease):
-                raise RunInUse(
+                raise RunInUseError(
                     f"run folder {self.folder} is in use by"
                     f" {_phrase(_read(_path(self.folder, newest)))}; wait for it, end it, or give"
                     " another run.dir"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nextpt.errors import REQUEUE
+from nextpt.base.errors import EXIT_REQUEUE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Launchers pass one signal on along several ways (Slurm to every step, deepspeed's to all below
@@ -47,7 +47,7 @@ class StopRequest:
                     flush=True,
                 )
         elif now - self.at > REPEAT:
-            os._exit(REQUEUE)
+            os._exit(EXIT_REQUEUE)
 
     def seconds_left(self, grace: float) -> float | None:
         """Of the time given; None where no signal came."""

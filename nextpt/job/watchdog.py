@@ -24,8 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import atomic_write, canonical_json
-from nextpt.errors import HUNG
+from nextpt.base.errors import EXIT_HUNG
+from nextpt.base.files import atomic_write, canonical_json
 from nextpt.job.exit_record import write_exit_record
 
 FIRST = 1800.0  # seconds for the first of a kind of work: the collectives' own time limit
@@ -112,11 +112,11 @@ class Watchdog:
                 f"no progress for {self._idle:.0f} s at {self._text}: {verdict}; stacks of all"
                 f" ranks that answer are in {self._folder}"
             )
-            write_exit_record(self.run, HUNG, text, self.step)
+            write_exit_record(self.run, EXIT_HUNG, text, self.step)
             print(f"error: {text}; the same command resumes", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # a launcher ends all when one ends: the one that speaks comes first
-        os._exit(HUNG)
+        os._exit(EXIT_HUNG)
 
     def _dump(self) -> None:
         self._folder.mkdir(exist_ok=True)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import nextpt
-from data_prep.files import atomic_write, canonical_json
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer.description import BYTE_OF
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
+from nextpt.base.files import atomic_write, canonical_json
 from nextpt.evaluate.calibration import Calibration
 from nextpt.evaluate.heldout import heldout_texts
 from nextpt.evaluate.metrics import Metrics

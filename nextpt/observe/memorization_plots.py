@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 from nextpt.observe.curves import COLOURS, SETTINGS
 
 SIDES = {"train": COLOURS[1], "heldout": COLOURS[0]}

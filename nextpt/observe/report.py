@@ -15,9 +15,9 @@ import humanize
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import nextpt
-from data_prep.files import atomic_write
+from nextpt.base.errors import DataError
+from nextpt.base.files import atomic_write
 from nextpt.config import flatten, to_yaml
-from nextpt.errors import DataError
 from nextpt.observe.curves import pictures
 from nextpt.observe.run_record import RunRecord, read_runs
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nextpt.base.errors import DataError
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manifest import MANIFEST, manifest_problem, read_manifest
 from nextpt.config import Config, load_config
-from nextpt.errors import DataError
 from nextpt.events import read_events, rename_old_metrics
 from nextpt.job.environment import read_starts
 from nextpt.model import count

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 from nextpt.observe.curves import COLOURS, SETTINGS
 from nextpt.observe.evaluation_picture import whiskers
 

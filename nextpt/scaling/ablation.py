@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from nextpt.base.errors import ConfigError, ScalingError, UserError
 from nextpt.checkpoint.folders import steps
 from nextpt.config import Config, flatten
 from nextpt.data.dataset import check_dataset
 from nextpt.data.rows import load_manifest
-from nextpt.errors import ConfigError, ScalingError, UserError
 from nextpt.scaling.run_set import NamedRun, RunSet, read_set, repeated
 
 WEIGHTS = "objective.domain_weights."

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
 from nextpt.scaling.pictures import GREY, SETTINGS
 
 # Okabe and Ito's, told apart in print and when colour-blind

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.files import canonical_json
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
+from nextpt.base.files import canonical_json
 from nextpt.evaluate.bootstrap import CONFIDENCE
 from nextpt.evaluate.evaluation import BYTES, NATS, Protocol, describe_protocol, document_sums
 from nextpt.evaluate.heldout import heldout_texts

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
 from nextpt.scaling.laws import Centre, Constants, Law
 from nextpt.scaling.observations import SAME, Runs, clusters
 from nextpt.scaling.solver import Model, huber, minimise

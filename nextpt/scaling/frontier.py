@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
 from nextpt.scaling.fitting import SEED
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, Runs, clusters
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import Field
 
-from data_prep.files import atomic_write, canonical_json
+from nextpt.base.errors import ScalingError
+from nextpt.base.files import atomic_write, canonical_json
 from nextpt.config import load_config
-from nextpt.errors import ScalingError
 from nextpt.events import read_events
 from nextpt.model import count
 from nextpt.scaling.fitting import fit

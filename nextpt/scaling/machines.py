@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nextpt.errors import ConfigError
+from nextpt.base.errors import ConfigError
 from nextpt.train.hardware import PEAK_BF16_TFLOPS
 
 

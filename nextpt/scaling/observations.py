@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nextpt.base.errors import ScalingError
 from nextpt.config import load_config
-from nextpt.errors import ScalingError
 from nextpt.events import read_events
 from nextpt.model import count
 

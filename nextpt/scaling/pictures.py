@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
 from nextpt.scaling.allocation import interval, optimum
 from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nextpt.base.errors import ConfigError
 from nextpt.config import Config
-from nextpt.errors import ConfigError
 from nextpt.model import Counts, count
 from nextpt.scaling.machines import Machine
 from nextpt.train.memory import LIVE_PARAMETERS, MemoryEstimate, estimate_memory

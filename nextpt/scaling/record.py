@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import atomic_write
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
+from nextpt.base.files import atomic_write
 from nextpt.scaling.allocation import interval, optimal_exponent
 from nextpt.scaling.checks import sensitivity, warnings
 from nextpt.scaling.fitting import Fit

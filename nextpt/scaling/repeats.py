@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
 from nextpt.scaling.fitting import DELTA, SEED, Problem, check
 from nextpt.scaling.laws import CHINCHILLA, Constants
 from nextpt.scaling.observations import Runs

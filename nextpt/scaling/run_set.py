@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
+from nextpt.base.errors import ScalingError
 from nextpt.config import Config, differences, load_config
-from nextpt.errors import ScalingError
 from nextpt.model import count
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 

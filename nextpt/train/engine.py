@@ -32,10 +32,10 @@ import deepspeed  # noqa: E402
 import psutil  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from nextpt.base.errors import UserError  # noqa: E402
 from nextpt.checkpoint.state import Fragment, FragmentReader  # noqa: E402
 from nextpt.config import Config  # noqa: E402
 from nextpt.data.batch import Batch  # noqa: E402
-from nextpt.errors import UserError  # noqa: E402
 from nextpt.model import Decoder  # noqa: E402
 from nextpt.objective import Loss, next_token_loss  # noqa: E402
 from nextpt.optim.adamw import GuardedAdamW, decays, parameter_groups  # noqa: E402

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from nextpt.base.collective import RankGroup, run_on_all_ranks_or_stop
+from nextpt.base.errors import TrainingStopped, UserError
 from nextpt.checkpoint.folders import step_of
 from nextpt.checkpoint.manager import FailedSave, SavedCheckpoint
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config
 from nextpt.data.batch import Batch
 from nextpt.data.loader import Loader
-from nextpt.errors import Stopped, UserError
 from nextpt.evaluate.metrics import DomainSums, metrics_json
 from nextpt.events import Event, RollbackEvent, StepEvent, ValidationEvent
 from nextpt.job.context import JobContext
@@ -28,7 +28,6 @@ from nextpt.train.engine import Engine
 from nextpt.train.hardware import memory_in_use, peak_flops
 from nextpt.train.rollback import EMPTY_STATE, RollbackPolicy
 from nextpt.train.spike_detector import StepVerdict
-from nextpt.train.together import on_all_or_stop
 
 Outcomes = list[SavedCheckpoint | FailedSave]
 
@@ -68,7 +67,7 @@ class Trainer:
         config: Config,
         engine: Engine,
         loader: Loader,
-        ranks: Ranks,
+        ranks: RankGroup,
         save: Callable[[int, dict[str, Any], bool], Outcomes],
         poll: Callable[[bool], Outcomes],
         emit: Callable[[Event], None],
@@ -112,7 +111,7 @@ class Trainer:
     def run(self, first_step: int) -> None:
         """Train, then save the last step. first_step: 1 for a fresh run.
 
-        Raises Stopped when a rank was told to stop, and UserError when the guard gives up.
+        Raises TrainingStopped when a rank was told to stop, and UserError when the guard gives up.
         """
         config, last, step = self.config, self.config.last_step, first_step - 1
         self.saved_step = self.durable_step = step
@@ -153,7 +152,7 @@ class Trainer:
         """Read how the steps up to `step` since the last call were judged, and tell of those that were skipped. Collective."""
         self.job.set_phase("logging", step)
         judged, skipped = self.guard.hear(step)
-        told = self.ranks.gather([self.guard.skipped, self.guard.in_row])
+        told = self.ranks.all_gather([self.guard.skipped, self.guard.in_row])
         if any(one != told[0] for one in told):
             raise RuntimeError(
                 f"the ranks judged steps up to {step} differently: [skipped in all, in a row] is"
@@ -216,10 +215,10 @@ class Trainer:
                 self.saved_step = self.durable_step
 
     def end_early(self, step: int) -> None:
-        """Save `step`, the last that was made, where that fits into the time that is left, and raise Stopped. Collective."""
+        """Save `step`, the last that was made, where that fits into the time that is left, and raise TrainingStopped. Collective."""
         self.judged(step)
         grace = self.config.checkpoint.grace_seconds
-        told = self.ranks.gather(
+        told = self.ranks.all_gather(
             [self.job.stop.name, self.job.stop.seconds_left(grace), self.save_seconds]
         )
         name = next(name for name, _, _ in told if name)
@@ -238,7 +237,7 @@ class Trainer:
         text = "saved" if step else "nothing to save yet"
         if step > self.saved_step:
             text = f"not saved, for {why}; the checkpoint of step {self.saved_step} is kept"
-        raise Stopped(
+        raise TrainingStopped(
             f"stopped by {name} after step {step} ({text}); this resumes: {resume_command()}"
         )
 
@@ -252,7 +251,7 @@ class Trainer:
         Raises UserError on every rank when the batches of one cannot be read.
         """
         self.job.set_phase("batches", step)
-        read, stopping = on_all_or_stop(
+        read, stopping = run_on_all_ranks_or_stop(
             self.ranks, lambda: self._read(step), self.job.stop_requested
         )
         if stopping:
@@ -326,7 +325,7 @@ class Trainer:
                 batches = self.loader.validation_batches(domain, config.validation.rows)
                 while True:
                     self.job.set_phase("validation", step)
-                    batch, stopping = on_all_or_stop(
+                    batch, stopping = run_on_all_ranks_or_stop(
                         self.ranks, lambda: next(batches, None), self.job.stop_requested
                     )
                     if stopping:

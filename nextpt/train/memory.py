@@ -11,8 +11,8 @@ import torch
 
 from kernels.cross_entropy.chunking import DEFAULT_BUDGET, MIB, BudgetError, Chunking, plan_chunks
 from kernels.cross_entropy.interface import wide_logits
+from nextpt.base.errors import ConfigError
 from nextpt.config import Config
-from nextpt.errors import ConfigError
 from nextpt.model import count
 
 # Elements; what the engine gives to DeepSpeed. Below DeepSpeed's 5e8: 0.8 GB of fp32 is enough for

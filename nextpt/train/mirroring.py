@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.errors import PrepError
-from nextpt.checkpoint.jsonfile import read_json
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import ConfigError, DataPrepError, TrainingStopped
+from nextpt.base.json_files import read_json
 from nextpt.checkpoint.manifest import STATE
 from nextpt.checkpoint.mirror.archive import Archive
 from nextpt.checkpoint.mirror.mirror import Mirror
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import Config, differences, parse_config
-from nextpt.errors import ConfigError, Stopped
 from nextpt.events import Event
 from nextpt.job.context import JobContext
 
@@ -34,7 +33,7 @@ def open_mirror(config: Config, root: Path, job: JobContext) -> Mirror | None:
         return None
     try:
         archive = Archive(place)
-    except PrepError as error:
+    except DataPrepError as error:
         raise ConfigError(f"checkpoint.mirror: {error}") from None
     return Mirror(
         archive,
@@ -60,7 +59,7 @@ def check_same_run(config: Config, folder: Path) -> None:
 def mirroring(
     mirror: Mirror | None,
     config: Config,
-    ranks: Ranks,
+    ranks: RankGroup,
     job: JobContext,
     emit: Callable[[Event], None],
     say: Callable[[str], None],
@@ -78,7 +77,7 @@ def mirroring(
     try:
         try:
             yield
-        except Stopped as end:
+        except TrainingStopped as end:
             stopped = end
         _finish(mirror, config, ranks, job, say)
     finally:
@@ -90,12 +89,12 @@ def mirroring(
 
 
 def _finish(
-    mirror: Mirror, config: Config, ranks: Ranks, job: JobContext, say: Callable[[str], None]
+    mirror: Mirror, config: Config, ranks: RankGroup, job: JobContext, say: Callable[[str], None]
 ) -> None:
     """All ranks wait for the first, for launchers end all when one ends."""
     begun, grace = time.monotonic(), config.checkpoint.grace_seconds
     told = [
-        seconds for seconds in ranks.gather(job.stop.seconds_left(grace)) if seconds is not None
+        seconds for seconds in ranks.all_gather(job.stop.seconds_left(grace)) if seconds is not None
     ]
     most = min([END_SECONDS, *(seconds - MARGIN for seconds in told)])
 
@@ -106,7 +105,7 @@ def _finish(
         )
 
     job.set_phase("mirroring", job.progress.step)
-    steps = ranks.from_first(mirror.finish(seconds_left) if ranks.rank == 0 else None)
+    steps = ranks.broadcast(mirror.finish(seconds_left) if ranks.rank == 0 else None)
     if steps:
         say(
             f"warning: not mirrored yet in {mirror.archive.place}: the checkpoints of steps"

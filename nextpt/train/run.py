@@ -10,22 +10,26 @@ from typing import Any
 
 import torch
 
-from data_prep.files import atomic_write
 from kernels.attention import choose_attention
 from kernels.attention.features import asked
 from kernels.causality import CausalityError, check_attention
 from kernels.cross_entropy import pick
+from nextpt.base.collective import (
+    RankGroup,
+    check_same_on_all_ranks,
+    run_on_all_ranks,
+    run_on_rank_0,
+)
+from nextpt.base.errors import CheckpointError, ConfigError, DataError, UserError
+from nextpt.base.files import atomic_write
 from nextpt.checkpoint.folders import step_of, steps
 from nextpt.checkpoint.format import Checkpoint, check_shapes
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave
-from nextpt.checkpoint.ranks import Ranks
-from nextpt.config import Config, differences, load_config, to_yaml
+from nextpt.config import Config, differences, flatten, load_config, to_yaml
 from nextpt.data.loader import Loader
-from nextpt.errors import CheckpointError, ConfigError, DataError, UserError
 from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile, SaveFailedEvent
 from nextpt.job.context import JobContext, job_context
 from nextpt.job.environment import describe_start, place, record_start, versions
-from nextpt.train.agree import refuse_disagreement
 from nextpt.train.console import ConsoleListener
 from nextpt.train.engine import Engine, start_distributed
 from nextpt.train.loop import Outcomes, Trainer
@@ -33,7 +37,6 @@ from nextpt.train.memory import loss_chunking
 from nextpt.train.mirroring import mirroring, open_mirror
 from nextpt.train.randomness import get_rng, set_rng
 from nextpt.train.start import open_start, start_from
-from nextpt.train.together import on_all, on_first
 
 OpenTrackers = Callable[[Config, int], list[Listener]]
 
@@ -47,31 +50,37 @@ def run_training(
 
     open_trackers(config, first_step): further listeners, made on rank 0 only; the trainer knows no
     tracker by name. Raises UserError for everything a person can mend, before anything is written
-    where that is possible (RunInUse while another job works in the folder), and Stopped when the
+    where that is possible (RunInUseError while another job works in the folder), and TrainingStopped when the
     job was told to end and did.
     """
     device = start_distributed()
-    ranks = Ranks()
-    refuse_disagreement(ranks, {"config": config.model_dump(mode="json"), "versions": versions()})
+    ranks = RankGroup.world()
+    check_same_on_all_ranks(
+        ranks, flatten({"config": config.model_dump(mode="json"), "versions": versions()})
+    )
     config.accumulation_steps(ranks.world_size)
-    check_hpz(config, [host for host, _ in ranks.gather(place(device))])
+    check_hpz(config, [host for host, _ in ranks.all_gather(place(device))])
     with job_context(config.run_dir, ranks, config.train.hang_seconds) as job:
         _train(config, device, ranks, job, open_trackers)
 
 
 def _train(
-    config: Config, device: torch.device, ranks: Ranks, job: JobContext, open_trackers: OpenTrackers
+    config: Config,
+    device: torch.device,
+    ranks: RankGroup,
+    job: JobContext,
+    open_trackers: OpenTrackers,
 ) -> None:
-    loader = on_all(
+    loader = run_on_all_ranks(
         ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda")
     )
     root = config.run_dir / "checkpoints"
-    mirror = on_all(ranks, lambda: open_mirror(config, root, job))
+    mirror = run_on_all_ranks(ranks, lambda: open_mirror(config, root, job))
     manager = CheckpointManager(
         root, config.checkpoint, ranks, lambda text: _say(ranks, text), job.may_commit, mirror
     )
-    refuse_disagreement(ranks, {"dataset": loader.state(0)})
-    on_first(ranks, lambda: _check_run_folder(config))
+    check_same_on_all_ranks(ranks, flatten({"dataset": loader.state(0)}))
+    run_on_rank_0(ranks, lambda: _check_run_folder(config))
     checkpoint = manager.resume()
     first_step = checkpoint.step + 1 if checkpoint else 1
     job.record_step(first_step - 1)
@@ -88,7 +97,7 @@ def _train(
                 )
             return
     start = (
-        on_all(ranks, lambda: open_start(config, lambda text: _say(ranks, text)))
+        run_on_all_ranks(ranks, lambda: open_start(config, lambda text: _say(ranks, text)))
         if checkpoint is None
         else None
     )
@@ -105,10 +114,10 @@ def _train(
     if start:
         start_from(engine, start)
         _say(ranks, f"starting from the weights in {start.folder}")
-    places = ranks.gather(place(device))
+    places = ranks.all_gather(place(device))
     started = describe_start(config, places, first_step)
-    on_first(ranks, lambda: _open_run_folder(config, started))
-    listeners = on_all(
+    run_on_rank_0(ranks, lambda: _open_run_folder(config, started))
+    listeners = run_on_all_ranks(
         ranks, lambda: _listeners(config, first_step, open_trackers) if ranks.rank == 0 else []
     )
 
@@ -131,11 +140,13 @@ def _train(
         try:
             outcomes = finish()
         except CheckpointError:
-            on_all(ranks, job.check)  # that the folder was lost is another end than a failed save
+            run_on_all_ranks(
+                ranks, job.check
+            )  # that the folder was lost is another end than a failed save
             raise
         for one in outcomes:
             if isinstance(one, FailedSave):
-                on_all(ranks, job.check)
+                run_on_all_ranks(ranks, job.check)
                 go_on_without(config, one)
                 emit(
                     SaveFailedEvent(
@@ -242,7 +253,7 @@ def check_loss(config: Config, device: torch.device) -> None:
     loss_chunking(config, device.type)
 
 
-def resume(engine: Engine, checkpoint: Checkpoint, ranks: Ranks) -> None:
+def resume(engine: Engine, checkpoint: Checkpoint, ranks: RankGroup) -> None:
     """Put the engine and the random states where the checkpoint has them.
 
     Collective. Raises CheckpointError.
@@ -349,6 +360,6 @@ def _listeners(config: Config, first_step: int, open_trackers: OpenTrackers) -> 
     return [*files, *trackers, ConsoleListener(first_step, config.last_step)]
 
 
-def _say(ranks: Ranks, text: str) -> None:
+def _say(ranks: RankGroup, text: str) -> None:
     if ranks.rank == 0:
         print(text, flush=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.errors import PrepError
-from nextpt.exchange import HFWeights, different_keys, same_vocabulary
+from nextpt.base.errors import ConfigError, DataError, DataPrepError
 from nextpt.config import Config
-from nextpt.errors import ConfigError, DataError
+from nextpt.exchange import HFWeights, different_keys, same_vocabulary
 from nextpt.train.engine import Engine
 
 
@@ -41,7 +40,7 @@ def check_tokenizer(config: Config) -> None:
         return
     try:
         same = same_vocabulary(theirs, mine)
-    except PrepError as error:
+    except DataPrepError as error:
         raise DataError(str(error)) from None
     if not same:
         raise DataError(

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import NoValidCheckpointError
 from nextpt.checkpoint.commit import select_checkpoint
 from nextpt.checkpoint.manifest import file_names
-from nextpt.checkpoint.ranks import Ranks
-from nextpt.errors import NoValidCheckpoint
 from tests.support.checkpoints import as_version_1, edit, holds, on_ranks, write
 
 Files = dict[str, bytes]
@@ -108,13 +108,13 @@ def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
     assume(damaged != good)
     put(root / NEW, damaged)
     said: list[str] = []
-    found = select_checkpoint(root, "auto", Ranks(), said.append)
+    found = select_checkpoint(root, "auto", RankGroup.world(), said.append)
     assert found is not None and found.step == 1 and holds(found, 1.0)
     assert len(said) == 1 and NEW in said[0] and "resuming from step 1" in said[0]
     shutil.move(root / OLD, root / "before")
     try:
-        with pytest.raises(NoValidCheckpoint, match="Training does not start from nothing"):
-            select_checkpoint(root, "auto", Ranks(), said.append)
+        with pytest.raises(NoValidCheckpointError, match="Training does not start from nothing"):
+            select_checkpoint(root, "auto", RankGroup.world(), said.append)
     finally:
         shutil.move(root / "before", root / OLD)
 
@@ -149,14 +149,14 @@ def test_every_byte_counts(root: Path, name: str) -> None:
         data = bytearray(good[name])
         data[at] ^= 1 << chance.randrange(8)
         (root / NEW / name).write_bytes(data)
-        found = select_checkpoint(root, "auto", Ranks(), lambda text: None)
+        found = select_checkpoint(root, "auto", RankGroup.world(), lambda text: None)
         assert found is not None and found.step == 1, (name, at)
 
 
 def test_an_undamaged_one_is_taken(root: Path) -> None:
     """The checks above would also pass for a reader that refuses everything."""
     put(root / NEW, read(root / "good"))
-    found = select_checkpoint(root, "auto", Ranks(), pytest.fail)
+    found = select_checkpoint(root, "auto", RankGroup.world(), pytest.fail)
     assert found is not None and found.step == 2 and holds(found, 2.0)
 
 
@@ -178,7 +178,7 @@ def test_what_only_the_manifest_says_has_its_own_hash(
     edit(tmp_path / NEW / "manifest.json", change)
     said: list[str] = []
     assert (
-        select_checkpoint(tmp_path, "auto", Ranks(), said.append).step == 1
+        select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append).step == 1
         and "its manifest is damaged" in said[0]
     )
 
@@ -204,26 +204,30 @@ def test_damaged_ones_are_set_aside_and_their_step_saved_anew(tmp_path: Path) ->
     for attempt in ("", "-2"):
         (tmp_path / NEW / "state.json").write_text("{}")
         said: list[str] = []
-        assert select_checkpoint(tmp_path, "auto", Ranks(), said.append, mend=True).step == 1
+        assert (
+            select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append, mend=True).step == 1
+        )
         assert (
             f"(set aside as {NEW}.damaged{attempt})" in said[0]
             and (tmp_path / f"{NEW}.damaged{attempt}" / "state.json").read_text() == "{}"
         )
         assert (
-            select_checkpoint(tmp_path, "auto", Ranks(), pytest.fail, mend=True).step == 1
+            select_checkpoint(tmp_path, "auto", RankGroup.world(), pytest.fail, mend=True).step == 1
         )  # told once
         assert write(tmp_path, 2).name == NEW
     shutil.rmtree(tmp_path / OLD)
     shutil.rmtree(tmp_path / NEW)
-    with pytest.raises(NoValidCheckpoint, match=f"{NEW}.damaged is not usable: it was set aside"):
-        select_checkpoint(tmp_path, "auto", Ranks(), print)
-    assert NoValidCheckpoint.exit_code == 65
+    with pytest.raises(
+        NoValidCheckpointError, match=f"{NEW}.damaged is not usable: it was set aside"
+    ):
+        select_checkpoint(tmp_path, "auto", RankGroup.world(), print)
+    assert NoValidCheckpointError.exit_code == 65
 
 
 def test_nothing_is_set_aside_by_a_start_that_finds_none_valid(tmp_path: Path) -> None:
     for step in (1, 2):
         (write(tmp_path, step) / "state.json").write_text("{}")
     for _ in range(2):
-        with pytest.raises(NoValidCheckpoint):
-            select_checkpoint(tmp_path, "auto", Ranks(), print, mend=True)
+        with pytest.raises(NoValidCheckpointError):
+            select_checkpoint(tmp_path, "auto", RankGroup.world(), print, mend=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [OLD, NEW]

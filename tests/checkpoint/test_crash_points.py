@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from nextpt.base.collective import RankGroup
 from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manager import CheckpointManager
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import dying_at
@@ -30,7 +30,7 @@ def start_and_save(
     wait: for each save. Otherwise each is written by a thread, and waited for when the next begins.
     """
 
-    def job(ranks: Ranks) -> int:
+    def job(ranks: RankGroup) -> int:
         manager = CheckpointManager(
             root, CheckpointSection(keep_last=2, asynchronous=not wait), ranks, lambda text: None
         )
@@ -52,7 +52,7 @@ def start_and_save(
 
 
 def good(root: Path) -> list[int]:
-    return [step_of(f) for f in checkpoint_folders(root) if verify(f, Ranks()) is None]
+    return [step_of(f) for f in checkpoint_folders(root) if verify(f, RankGroup.world()) is None]
 
 
 @pytest.fixture(scope="module")

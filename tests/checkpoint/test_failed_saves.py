@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave
 from nextpt.checkpoint.manifest import read_manifest
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
-from nextpt.errors import CheckpointError
 from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import refusing
 
 
-def save(manager: CheckpointManager, ranks: Ranks, step: int, wait: bool) -> list[object]:
+def save(manager: CheckpointManager, ranks: RankGroup, step: int, wait: bool) -> list[object]:
     outcomes = manager.save(
         State(float(step), ranks.rank, ranks.world_size),
         {"step": step, "config": {}},
@@ -56,7 +56,7 @@ def fail_twice(
     Returns what rank 0 was told of each, and the first message.
     """
 
-    def job(ranks: Ranks) -> list[list[object]]:
+    def job(ranks: RankGroup) -> list[list[object]]:
         manager = CheckpointManager(
             root, CheckpointSection(asynchronous=asynchronous), ranks, lambda text: None
         )
@@ -64,14 +64,14 @@ def fail_twice(
         all_told = []
         for step in (1, 2, 3, 4):
             for change, at in ((begin, 2), (end, 4)):
-                ranks.gather(change() and None if ranks.rank == 0 and step == at else None)
+                ranks.all_gather(change() and None if ranks.rank == 0 and step == at else None)
             outcomes = save(manager, ranks, step, wait=False)
             all_told.append(told(outcomes) + [str(o.error) for o in outcomes if step == 2])
-            ranks.gather(None)
+            ranks.all_gather(None)
             if step in (2, 3) and ranks.rank == 0:
                 # The one before is whole, nothing is half-written
                 assert open_checkpoint(root).step == 1 and not list(root.glob(".*"))
-            ranks.gather(None)
+            ranks.all_gather(None)
         return all_told
 
     by_rank = on_ranks(world_size, job)
@@ -148,8 +148,10 @@ def test_tensors_that_no_longer_fit_are_told_with_the_number_of_the_system(
     small_disk: Path,
 ) -> None:
     """The library that writes them has the error in its text only."""
-    manager = CheckpointManager(small_disk / "run", CheckpointSection(), Ranks(), lambda text: None)
-    save(manager, Ranks(), 1, wait=True)
+    manager = CheckpointManager(
+        small_disk / "run", CheckpointSection(), RankGroup.world(), lambda text: None
+    )
+    save(manager, RankGroup.world(), 1, wait=True)
     state = State()
     state.values = {key: flat.repeat(1) for key, flat in state.values.items()}
     (small_disk / "ballast").write_bytes(bytes(2**17 + 2**16 + 2**15))
@@ -172,10 +174,14 @@ def test_a_file_system_that_turns_read_only(small_disk: Path) -> None:
 
 def test_what_is_not_the_disk_still_ends_training(tmp_path: Path) -> None:
     manager = CheckpointManager(
-        tmp_path, CheckpointSection(), Ranks(), lambda text: None, may_commit=lambda: 1 / 0
+        tmp_path,
+        CheckpointSection(),
+        RankGroup.world(),
+        lambda text: None,
+        may_commit=lambda: 1 / 0,
     )
     with pytest.raises(CheckpointError, match="ZeroDivisionError") as raised:
-        save(manager, Ranks(), 1, wait=True)
+        save(manager, RankGroup.world(), 1, wait=True)
     assert type(raised.value) is CheckpointError and not list(tmp_path.iterdir())
 
 
@@ -183,13 +189,13 @@ def test_a_retention_that_fails_is_no_failed_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    manager = CheckpointManager(tmp_path, CheckpointSection(), Ranks(), said.append)
+    manager = CheckpointManager(tmp_path, CheckpointSection(), RankGroup.world(), said.append)
 
     def refuse() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(manager, "_plan", refuse)
-    assert told(save(manager, Ranks(), 1, wait=True)) == ["step-000000001"]
+    assert told(save(manager, RankGroup.world(), 1, wait=True)) == ["step-000000001"]
     assert (
         len(said) == 1
         and "no old checkpoint was removed" in said[0]

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.chunks import boxes, volume, within
 from nextpt.checkpoint.commit import open_checkpoint, save, select_checkpoint
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import KINDS, Fragment
-from nextpt.errors import CheckpointError
 from tests.support.checkpoints import SHAPES, State, write
 
 
@@ -78,25 +78,28 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(
     else:
         path.write_bytes(data if damage == "flip" else data[:-1])
     said: list[str] = []
-    found = select_checkpoint(tmp_path, "auto", Ranks(), said.append)
+    found = select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append)
     assert found is not None and found.step == 1
     assert len(said) == 1 and "step-000000002" in said[0] and "resuming from step 1" in said[0]
     with pytest.raises(CheckpointError, match="step-000000002 is not usable"):
-        select_checkpoint(tmp_path, 2, Ranks(), said.append)
+        select_checkpoint(tmp_path, 2, RankGroup.world(), said.append)
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
         (write(tmp_path, step) / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="does not start from nothing") as raised:
-        select_checkpoint(tmp_path, "auto", Ranks(), print)
+        select_checkpoint(tmp_path, "auto", RankGroup.world(), print)
     assert "step-000000001" in str(raised.value) and "step-000000002" in str(raised.value)
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Path) -> None:
     (tmp_path / ".staging-step-000000009").mkdir()
     (tmp_path / ".staging-step-000000009" / "rank-00000.safetensors").write_bytes(b"half")
-    assert steps(tmp_path) == [] and select_checkpoint(tmp_path, "auto", Ranks(), print) is None
+    assert (
+        steps(tmp_path) == []
+        and select_checkpoint(tmp_path, "auto", RankGroup.world(), print) is None
+    )
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         open_checkpoint(tmp_path)
     write(tmp_path, 10)
@@ -128,7 +131,7 @@ def test_a_failing_save_leaves_the_previous_one_and_nothing_else(tmp_path: Path)
             raise RuntimeError("device\nlost")
 
     with pytest.raises(CheckpointError, match="failed on rank 0: RuntimeError: device lost"):
-        save(tmp_path, Broken(), {"step": 2}, {}, Ranks())
+        save(tmp_path, Broken(), {"step": 2}, {}, RankGroup.world())
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
 
 
@@ -151,7 +154,13 @@ def test_a_full_disk_is_named_and_leaves_the_previous_checkpoint(tmp_path: Path)
         write(tmp_path, 1)
         (tmp_path / "ballast").write_bytes(b"0" * (2**17 + 2**16))
         with pytest.raises(CheckpointError, match="no space left"):
-            save(tmp_path, State(), {"step": 2, "config": {"long": "x" * 2**16}}, {}, Ranks())
+            save(
+                tmp_path,
+                State(),
+                {"step": 2, "config": {"long": "x" * 2**16}},
+                {},
+                RankGroup.world(),
+            )
         assert steps(tmp_path) == [1] and open_checkpoint(tmp_path).step == 1
         assert sorted(p.name for p in tmp_path.iterdir()) == ["ballast", "step-000000001"]
     finally:

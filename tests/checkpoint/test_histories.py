@@ -23,13 +23,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import NoValidCheckpointError
 from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import read_manifest
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
-from nextpt.errors import NoValidCheckpoint
 from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import Killed, dying_at
 
@@ -85,7 +85,7 @@ class Histories(RuleBasedStateMachine):
         good, held = self.good(), bool(checkpoint_folders(self.root))
         try:
             self._start(world_size, "auto")
-        except NoValidCheckpoint:
+        except NoValidCheckpointError:
             assert not good and (held or list(self.root.glob("*.damaged*")))
             shutil.rmtree(self.root)  # a person looks, and gives up
             self.saves = []
@@ -111,7 +111,7 @@ class Histories(RuleBasedStateMachine):
     def _start(self, world_size: int, resume: str | int) -> None:
         settings = CheckpointSection(resume=resume, **self.limits)
 
-        def job(ranks: Ranks) -> float | None:
+        def job(ranks: RankGroup) -> float | None:
             self.managers[ranks.rank] = CheckpointManager(
                 self.root, settings, ranks, lambda text: None
             )
@@ -141,7 +141,7 @@ class Histories(RuleBasedStateMachine):
         had, before = len(self.good()), set(checkpoint_folders(self.root))
         self.there = self.present()
 
-        def job(ranks: Ranks) -> None:
+        def job(ranks: RankGroup) -> None:
             manager = self.managers[ranks.rank]
             # Other threads than those of the start are the same ranks
             manager.ranks = manager._writers = ranks
@@ -169,7 +169,7 @@ class Histories(RuleBasedStateMachine):
     def enough(self, had: int) -> None:
         """At every instant two verified good ones, or as many as there were."""
         assert sum(
-            verify(folder, Ranks()) is None for folder in checkpoint_folders(self.root)
+            verify(folder, RankGroup.world()) is None for folder in checkpoint_folders(self.root)
         ) >= min(2, had)
 
     @precondition(lambda self: self.running)

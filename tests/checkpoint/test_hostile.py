@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from data_prep.files import canonical_json
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import CheckpointError
+from nextpt.base.files import canonical_json
 from nextpt.checkpoint.commit import open_checkpoint, select_checkpoint
 from nextpt.checkpoint.manifest import manifest_problem
-from nextpt.checkpoint.ranks import Ranks
-from nextpt.errors import CheckpointError
 from tests.support.checkpoints import as_version_1, edit, forge, holds, write
 
 INDEX, TENSORS = "rank-00000.json", "rank-00000.safetensors"
@@ -275,7 +275,7 @@ def test_a_folder_under_the_name_of_another_step(tmp_path: Path) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2).rename(tmp_path / "step-000000003")
     said: list[str] = []
-    found = select_checkpoint(tmp_path, "auto", Ranks(), said.append)
+    found = select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append)
     assert found is not None and found.step == 1 and "its manifest is of step 2" in said[0]
     old = write(tmp_path / "old", 2)
     as_version_1(old)
@@ -361,8 +361,8 @@ def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
     folder = write(tmp_path, 2)
     rewrite_manifest(folder, lambda m: m.update(format_version=4, more={}))
     with pytest.raises(CheckpointError, match="format version is 4.*checkpoint.resume=STEP"):
-        select_checkpoint(tmp_path, "auto", Ranks(), print, mend=True)
-    assert folder.exists() and select_checkpoint(tmp_path, 1, Ranks(), print) is not None
+        select_checkpoint(tmp_path, "auto", RankGroup.world(), print, mend=True)
+    assert folder.exists() and select_checkpoint(tmp_path, 1, RankGroup.world(), print) is not None
 
 
 LOAD = """
@@ -371,7 +371,7 @@ import sys
 from pathlib import Path
 import torch
 from nextpt.checkpoint.commit import select_checkpoint
-from nextpt.checkpoint.ranks import Ranks
+from nextpt.base.collective import RankGroup
 from nextpt.train.randomness import set_rng
 
 FORBIDDEN = {"exec", "compile", "import", "pickle.find_class", "marshal.loads", "marshal.load", "code.__new__", "function.__new__",
@@ -387,7 +387,7 @@ sys.addaudithook(hook)
 on = True
 for part in sys.argv[1:]:
     try:
-        checkpoint = select_checkpoint(Path(part), "auto", Ranks(), lambda text: None, mend=True)
+        checkpoint = select_checkpoint(Path(part), "auto", RankGroup.world(), lambda text: None, mend=True)
         for name in checkpoint.shapes():
             checkpoint.read_whole(name)
         if "python" in (states := checkpoint.rng(0)):
@@ -425,7 +425,7 @@ def test_no_path_through_loading_runs_code(tmp_path: Path) -> None:
     assert done.stdout.split() == [
         "read",
         "read",
-        "NoValidCheckpoint",
-        "NoValidCheckpoint",
+        "NoValidCheckpointError",
+        "NoValidCheckpointError",
         "clean",
     ], done.stderr + done.stdout

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from nextpt.base.collective import RankGroup
 from nextpt.checkpoint import manager as manager_module
 from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
 
 
 def run(
     root: Path,
-    ranks: Ranks,
+    ranks: RankGroup,
     saves: list[tuple[int, float | None]],
     said: list[str] | None = None,
     **settings: object,
@@ -67,24 +67,24 @@ def test_what_is_kept(
 
 
 def test_a_rollback_wins_and_does_not_take_the_abandoned_at_once(tmp_path: Path) -> None:
-    run(tmp_path, Ranks(), [(s, None) for s in (2, 4, 6)], keep_last=2, keep_every=2)
-    run(tmp_path, Ranks(), [(3, None)], keep_last=2, keep_every=2, resume=2)
+    run(tmp_path, RankGroup.world(), [(s, None) for s in (2, 4, 6)], keep_last=2, keep_every=2)
+    run(tmp_path, RankGroup.world(), [(3, None)], keep_last=2, keep_every=2, resume=2)
     assert open_checkpoint(tmp_path).step == 3  # and not 6
     assert names(tmp_path) == ["2", "3", "4", "6"]
-    run(tmp_path, Ranks(), [(4, None)], keep_last=2, keep_every=2)
+    run(tmp_path, RankGroup.world(), [(4, None)], keep_last=2, keep_every=2)
     assert open_checkpoint(tmp_path).folder.name == "step-000000004.2"
     assert open_checkpoint(tmp_path, 4).folder.name == "step-000000004.2"
-    run(tmp_path, Ranks(), [(5, None), (7, None)], keep_last=2, keep_every=2)
+    run(tmp_path, RankGroup.world(), [(5, None), (7, None)], keep_last=2, keep_every=2)
     assert names(tmp_path) == ["2", "4", "4.2", "5", "6", "7"]  # keep_every is for ever
-    run(tmp_path, Ranks(), [(9, None)], keep_last=2, keep_every=2)
+    run(tmp_path, RankGroup.world(), [(9, None)], keep_last=2, keep_every=2)
     assert names(tmp_path) == ["2", "4", "4.2", "6", "7", "9"]
 
 
 def test_a_rollback_keeps_what_it_went_back_to(tmp_path: Path) -> None:
-    run(tmp_path, Ranks(), [(s, None) for s in (2, 4, 6, 8)], keep_last=None)
-    run(tmp_path, Ranks(), [(5, None)], keep_last=2, resume=4)
+    run(tmp_path, RankGroup.world(), [(s, None) for s in (2, 4, 6, 8)], keep_last=None)
+    run(tmp_path, RankGroup.world(), [(5, None)], keep_last=2, resume=4)
     assert names(tmp_path) == ["4", "5", "8"]  # the newest two of the line, and of all
-    run(tmp_path, Ranks(), [(7, None)], keep_last=2)
+    run(tmp_path, RankGroup.world(), [(7, None)], keep_last=2)
     assert names(tmp_path) == ["5", "7"]
 
 
@@ -103,7 +103,7 @@ def test_going_back_keeps_to_the_line_and_to_what_is_whole(tmp_path: Path, world
     path.write_text(path.read_text().replace("4", "5"))
     said: list[str] = []
 
-    def back(ranks: Ranks) -> None:
+    def back(ranks: RankGroup) -> None:
         manager = CheckpointManager(
             tmp_path,
             CheckpointSection(keep_last=None),
@@ -127,10 +127,12 @@ def test_going_back_keeps_to_the_line_and_to_what_is_whole(tmp_path: Path, world
 
 
 def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> None:
-    run(tmp_path, Ranks(), [(1, None), (2, None)], keep_last=2)
+    run(tmp_path, RankGroup.world(), [(1, None), (2, None)], keep_last=2)
     path = tmp_path / "step-000000002" / "state.json"
     said: list[str] = []
-    manager = CheckpointManager(tmp_path, CheckpointSection(keep_last=2), Ranks(), said.append)
+    manager = CheckpointManager(
+        tmp_path, CheckpointSection(keep_last=2), RankGroup.world(), said.append
+    )
     assert manager.resume().step == 2
     path.write_text(path.read_text().replace("1", "2"))
     manager.save(State(), {"step": 3, "config": {}}, {})
@@ -152,7 +154,9 @@ def test_what_cannot_be_removed_is_told_and_training_goes_on(
     said: list[str] = []
     assert [
         one.checkpoint.folder.name[-1]
-        for one in run(tmp_path, Ranks(), [(1, None), (2, None), (3, None)], said, keep_last=2)
+        for one in run(
+            tmp_path, RankGroup.world(), [(1, None), (2, None), (3, None)], said, keep_last=2
+        )
     ] == ["1", "2", "3"]
     assert (
         len(said) == 1
@@ -177,7 +181,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_training_goes_on_while_a_copy_is_written(
     tmp_path: Path, gate: threading.Event, world_size: int
 ) -> None:
-    def job(ranks: Ranks) -> list[SavedCheckpoint]:
+    def job(ranks: RankGroup) -> list[SavedCheckpoint]:
         manager = CheckpointManager(
             tmp_path, CheckpointSection(asynchronous=True), ranks, lambda text: None
         )
@@ -187,7 +191,7 @@ def test_training_goes_on_while_a_copy_is_written(
         for tensor in state.values.values():
             tensor.fill_(-1.0)  # training goes on
         assert manager.poll() == [] and not tmp_path.joinpath("step-000000001").exists()
-        ranks.gather(None)
+        ranks.all_gather(None)
         gate.set()
         found: list[SavedCheckpoint] = []
         while not found:
@@ -204,7 +208,7 @@ def test_one_save_is_under_way_and_the_last_is_waited_for(
     tmp_path: Path, gate: threading.Event
 ) -> None:
     manager = CheckpointManager(
-        tmp_path, CheckpointSection(asynchronous=True), Ranks(), lambda text: None
+        tmp_path, CheckpointSection(asynchronous=True), RankGroup.world(), lambda text: None
     )
     assert manager.save(State(1.0), {"step": 1, "config": {}}, {}, wait=False) == []
     threading.Timer(0.2, gate.set).start()
@@ -219,7 +223,7 @@ def test_one_save_is_under_way_and_the_last_is_waited_for(
 def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(
     tmp_path: Path, world_size: int
 ) -> None:
-    def job(ranks: Ranks) -> str:
+    def job(ranks: RankGroup) -> str:
         manager = CheckpointManager(
             tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None
         )
@@ -240,7 +244,7 @@ def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(
 
 
 def test_numbers_grow_although_the_manifests_on_the_disk_are_lost(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path, CheckpointSection(), Ranks(), lambda text: None)
+    manager = CheckpointManager(tmp_path, CheckpointSection(), RankGroup.world(), lambda text: None)
     lines = []
     for step in (1, 2, 3):
         lines += [

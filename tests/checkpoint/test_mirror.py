@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from moto import settings
 
-from data_prep.errors import PrepError
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import CheckpointError, DataPrepError, NoValidCheckpointError, RunInUseError
 from nextpt.checkpoint import manager as manager_module
 from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.manager import CheckpointManager
@@ -25,9 +26,7 @@ from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.mirror import archive as archive_module
 from nextpt.checkpoint.mirror.archive import NOTE, Archive
 from nextpt.checkpoint.mirror.mirror import Mirror
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection
-from nextpt.errors import CheckpointError, NoValidCheckpoint, RunInUse
 from tests.support.checkpoints import State, holds, on_ranks, write
 from tests.support.file_operations import refusing
 from tests.support.object_store import s3_server
@@ -70,13 +69,13 @@ class Job:
         self,
         root: Path,
         place: str,
-        ranks: Ranks | None = None,
+        ranks: RankGroup | None = None,
         may_write: Callable[[], None] = lambda: None,
         accept: Callable[[Path], None] = lambda folder: None,
         run: str = "run",
         **options: Any,
     ) -> None:
-        self.root, self.ranks, self.said, self.events = root, ranks or Ranks(), [], []
+        self.root, self.ranks, self.said, self.events = root, ranks or RankGroup.world(), [], []
         section = CheckpointSection(**{"keep_last": 2} | options)
         self.mirror = Mirror(Archive(place), root, section, run, may_write, accept)
         self.manager = CheckpointManager(
@@ -144,11 +143,11 @@ def test_what_the_run_keeps_is_there_and_comes_back(
         tmp_path if "file" in place or place[0] == "{" else f"{tmp_path.name}-{world_size}"
     )
 
-    def run(ranks: Ranks) -> None:
+    def run(ranks: RankGroup) -> None:
         job = Job(tmp_path / "run", place, ranks, keep_every=3).save(1, 2, 3, 4, 5, 6)
-        ranks.gather(None)
+        ranks.all_gather(None)
         assert ranks.rank or job.end() == []
-        ranks.gather(None)
+        ranks.all_gather(None)
 
     on_ranks(world_size, run)
     assert whole(place) == [6, 5, 3]
@@ -156,11 +155,11 @@ def test_what_the_run_keeps_is_there_and_comes_back(
     assert {6, 5, 3} <= set(steps(tmp_path / "run")) and len(steps(tmp_path / "run")) <= 4
     shutil.rmtree(tmp_path / "run")
 
-    def again(ranks: Ranks) -> None:
+    def again(ranks: RankGroup) -> None:
         job = Job(tmp_path / "run", place, ranks, keep_every=3)
         assert job.found.step == 6 and holds(job.found, 6.0)
         job.save(7)
-        ranks.gather(None)
+        ranks.all_gather(None)
         assert ranks.rank or job.end() == []
 
     on_ranks(world_size, again)
@@ -337,7 +336,7 @@ def test_no_whole_one_anywhere_is_never_a_fresh_start(tmp_path: Path) -> None:
     corrupt(place, 1, "state.json")
     corrupt(place, 2, "state.json")
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(NoValidCheckpoint, match="none that is whole"):
+    with pytest.raises(NoValidCheckpointError, match="none that is whole"):
         Job(tmp_path / "run", place)
     assert not list((tmp_path / "run").iterdir())
 
@@ -386,7 +385,7 @@ def test_a_job_that_lost_the_run_folder_stops_mirroring(tmp_path: Path) -> None:
 
     def may_write() -> None:
         if lost:
-            raise RunInUse("taken over")
+            raise RunInUseError("taken over")
 
     job = Job(tmp_path / "run", place, may_write=may_write).save(1)
     job.wait_for("mirrored", 1)
@@ -421,7 +420,7 @@ def test_a_damaged_one_here_is_not_mirrored(tmp_path: Path) -> None:
 def test_mistakes_are_told_at_the_start(
     link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(PrepError, match="expected a path, s3://"):
+    with pytest.raises(DataPrepError, match="expected a path, s3://"):
         Archive("nosuch://bucket/run")
     with pytest.raises(
         CheckpointError, match="checkpoint.mirror: s3://nowhere/run: there is no such bucket"

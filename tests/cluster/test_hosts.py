@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.faults.test_job_context import wait_for
 
-from data_prep.processes import command_of
+from nextpt.base.processes import command_of
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
+from tests.faults.test_job_context import wait_for
 from tests.support.datasets import tiny
 from tests.support.net_hosts import Hosts, hosts, missing
 from tests.support.ranks import train_all

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextpt.base.errors import ConfigError
 from nextpt.config import Config, differences, load_config, parse_config, to_yaml
-from nextpt.errors import ConfigError
 
 
 def values(**sections: dict) -> dict:

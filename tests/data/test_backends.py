@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from data_prep.streaming_compat import import_streaming
+from nextpt.base.errors import ConfigError, DataError
 from nextpt.data.loader import Loader
-from nextpt.errors import ConfigError, DataError
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite, rows_of
 

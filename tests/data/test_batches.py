@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from data_prep.format import PADDING
 from kernels.attention import PackedDocuments
 from kernels.attention.documents import PackedSequences
+from nextpt.base.errors import DataError
 from nextpt.data.batch import IGNORE_INDEX, Batch, Row, blank_row, collate, segments_per_row
 from nextpt.data.loader import Loader
-from nextpt.errors import DataError
 from nextpt.evaluate.metrics import DomainSums
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from nextpt.base.errors import ConfigError
 from nextpt.config import Config
 from nextpt.data.loader import Loader
-from nextpt.errors import ConfigError
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
 

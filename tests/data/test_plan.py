@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from nextpt.base.errors import ConfigError, DataError
 from nextpt.config import differences
 from nextpt.data import loader as loader_module
 from nextpt.data.loader import Loader
-from nextpt.errors import ConfigError, DataError
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
 

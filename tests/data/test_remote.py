@@ -14,11 +14,11 @@ from pathlib import Path
 import boto3
 import pytest
 
+from nextpt.base.errors import ConfigError, DataError
 from nextpt.data import remote as remote_module
 from nextpt.data.loader import Loader
 from nextpt.data.node import Node
 from nextpt.data.store import Cache
-from nextpt.errors import ConfigError, DataError
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
 from tests.support.object_store import s3_server

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_prep.files import sha256_file
+from nextpt.base.errors import ConfigError, DataError
+from nextpt.base.files import sha256_file
 from nextpt.data.loader import Loader
 from nextpt.data.node import Node
 from nextpt.data.rows import MAPS
-from nextpt.errors import ConfigError, DataError
 from tests.support.datasets import tiny
 from tests.support.layouts import edit_index, rewrite, rows_of, samples_of, store_of
 

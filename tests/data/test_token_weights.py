@@ -10,12 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from data_prep.errors import PrepError
 from data_prep.token_weights import add_token_weights, load_function
 from data_prep.tokenizer import Tokenizer
 from launcher.cli import app
+from nextpt.base.errors import DataError, DataPrepError
 from nextpt.data.loader import Loader
-from nextpt.errors import DataError
 from nextpt.model import Decoder
 from nextpt.objective import local_weight_sum, next_token_loss
 from tests.support.datasets import tiny
@@ -143,12 +142,12 @@ def test_weights_that_are_none_leave_nothing_behind(dataset: Path, tmp_path: Pat
         lambda row: np.full(65, np.nan),
     ):
         with pytest.raises(
-            PrepError,
+            DataPrepError,
             match=r"token weights of a row of heldout/code: expected 65 finite numbers >= 0",
         ):
             add_token_weights(dataset, tmp_path / "out", weigh)
         assert not list(tmp_path.iterdir())
-    with pytest.raises(PrepError, match="exists; give another folder"):
+    with pytest.raises(DataPrepError, match="exists; give another folder"):
         add_token_weights(dataset, tmp_path, lambda row: np.ones(65))
 
 
@@ -172,10 +171,12 @@ def test_functions_that_are_none_are_told(
         ("weights.txt", ""),
     ):
         Path(name).write_text(text)
-    with pytest.raises(PrepError, match=re.escape(words)):
+    with pytest.raises(DataPrepError, match=re.escape(words)):
         load_function(place)
 
 
 def test_a_function_that_fails_is_named_with_the_row(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(PrepError, match="token weights of a row of heldout/code: KeyError: 'none'"):
+    with pytest.raises(
+        DataPrepError, match="token weights of a row of heldout/code: KeyError: 'none'"
+    ):
         add_token_weights(dataset, tmp_path / "out", lambda row: row["none"])

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from data_prep.errors import PrepError
 from data_prep.tokenizer import Tokenizer, convert, train_bpe
 from data_prep.tokenizer.description import BYTE_OF, Description
 from data_prep.tokenizer.nasty import nasty_texts
 from data_prep.tokenizer.patterns import PATTERNS, for_oniguruma
 from data_prep.tokenizer.tiktoken_encoder import last_pair
+from nextpt.base.errors import DataPrepError
 from tests.support.tokenizers import KINDS, TEXTS
 
 ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
@@ -296,7 +296,7 @@ def test_names_need_the_network_or_a_copy(
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(
-        PrepError, match="tiktoken cannot fetch the encoding p50k_base .*TIKTOKEN_CACHE_DIR"
+        DataPrepError, match="tiktoken cannot fetch the encoding p50k_base .*TIKTOKEN_CACHE_DIR"
     ):
         convert("p50k_base", tmp_path / "out.json")
     assert not list(tmp_path.iterdir())
@@ -407,14 +407,14 @@ def test_bad_sources_are_named(
 ) -> None:
     source = make(tmp_path, ranks)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(PrepError, match=words) as raised:
+    with pytest.raises(DataPrepError, match=words) as raised:
         convert(source, tmp_path / "out.json", **options)
     assert "\n" not in str(raised.value) and sorted(tmp_path.iterdir()) == before
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     KINDS["llama"](tmp_path / "in.json")
-    with pytest.raises(PrepError, match="nowhere/out.json cannot be written"):
+    with pytest.raises(DataPrepError, match="nowhere/out.json cannot be written"):
         convert(str(tmp_path / "in.json"), tmp_path / "nowhere" / "out.json")
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.errors import PrepError
 from data_prep.export import export_megatron, megatron_dtype
-from data_prep.files import sha256_file
 from data_prep.format import ENDS_MID_DOCUMENT, PADDING, STARTS_MID_DOCUMENT, DatasetManifest
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import sha256_file
 from tests.support.shards import write_dataset
 
 
@@ -150,7 +150,7 @@ def test_tables_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_token_type_is_megatrons_own() -> None:
     assert [megatron_dtype(v) for v in (1, 65_499, 65_500, 2**31)] == ["<u2", "<u2", "<i4", "<i4"]
-    with pytest.raises(PrepError, match="does not fit int32"):
+    with pytest.raises(DataPrepError, match="does not fit int32"):
         megatron_dtype(2**31 + 1)
 
 
@@ -163,7 +163,7 @@ def small(tmp_path: Path) -> Path:
 
 def test_nothing_is_overwritten(small: Path, tmp_path: Path) -> None:
     (tmp_path / "x-b-train.bin").write_text("mine")
-    with pytest.raises(PrepError, match="x-b-train.bin exists"):
+    with pytest.raises(DataPrepError, match="x-b-train.bin exists"):
         export_megatron(small, tmp_path / "x")
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ["data", "x-b-train.bin"]
@@ -223,7 +223,7 @@ def test_a_damaged_dataset_is_refused_and_nothing_left(
     small: Path, tmp_path: Path, damage: Any
 ) -> None:
     told = damage(small)
-    with pytest.raises(PrepError) as refused:
+    with pytest.raises(DataPrepError) as refused:
         export_megatron(small, tmp_path / "x")
     assert told in str(refused.value)
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
@@ -231,5 +231,5 @@ def test_a_damaged_dataset_is_refused_and_nothing_left(
 
 def test_a_folder_that_cannot_be_written_is_named(small: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PrepError, match="file"):
+    with pytest.raises(DataPrepError, match="file"):
         export_megatron(small, tmp_path / "file" / "x")

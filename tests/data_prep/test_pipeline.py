@@ -12,8 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.errors import PrepError
-from data_prep.files import sha256_file
 from data_prep.format import (
     ENDS_MID_DOCUMENT,
     PADDING,
@@ -26,6 +24,8 @@ from data_prep.repeats import KEYED, _later
 from data_prep.spec import PrepSpec
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataPrepError
+from nextpt.base.files import sha256_file
 from tests.support.prep_worlds import prepare, small_units, texts, world, write_lines
 from tests.support.tokenizers import ANY_TEXT, KINDS
 
@@ -276,7 +276,7 @@ def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
     )
-    with pytest.raises(PrepError, match="1 of 23 records are bad.*repeated id: 1.*--id-field"):
+    with pytest.raises(DataPrepError, match="1 of 23 records are bad.*repeated id: 1.*--id-field"):
         prepare(spec)
     made = prepare(spec.model_copy(update={"max_bad_fraction": 0.1}), overwrite=True)
     assert sum(made.splits[s]["x"].documents for s in SPLITS) == 22
@@ -302,7 +302,7 @@ def test_bad_records_are_quarantined_up_to_the_stated_share(
         }
     )
     with pytest.raises(
-        PrepError, match="3 of 101 records are bad, more than max_bad_fraction = 0.02"
+        DataPrepError, match="3 of 101 records are bad, more than max_bad_fraction = 0.02"
     ):
         prepare(spec)
     assert (
@@ -445,7 +445,7 @@ def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(
     assert is_current(spec) and not is_current(spec.model_copy(update={"seed": 1}))
     write_lines(tmp_path / "x.jsonl", texts(31, 8))
     assert not is_current(spec)
-    with pytest.raises(PrepError, match="other inputs or settings.*--overwrite"):
+    with pytest.raises(DataPrepError, match="other inputs or settings.*--overwrite"):
         prepare(spec)
     old = (spec.output / "dataset.json").read_bytes()
     assert (
@@ -462,10 +462,10 @@ def test_unfinished_work_on_something_else_is_not_touched(
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
     )
-    with pytest.raises(PrepError, match="records are bad"):
+    with pytest.raises(DataPrepError, match="records are bad"):
         prepare(spec)
     write_lines(tmp_path / "x.jsonl", texts(30, 8))
-    with pytest.raises(PrepError, match="unfinished work on other inputs.*--overwrite"):
+    with pytest.raises(DataPrepError, match="unfinished work on other inputs.*--overwrite"):
         prepare(spec)
     prepare(spec, overwrite=True)
 
@@ -475,6 +475,6 @@ def test_work_that_had_not_begun_is_simply_begun_anew(prepared: PrepSpec, tmp_pa
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "tokenizer": tmp_path / "no.json"}
     )
-    with pytest.raises(PrepError, match="no.json"):
+    with pytest.raises(DataPrepError, match="no.json"):
         prepare(spec)
     prepare(spec.model_copy(update={"tokenizer": prepared.tokenizer}))

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.dry_run import dry_run
-from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
 from data_prep.prepare import prepare as prepare_anywhere
-from data_prep.stores import open_store
 from data_prep.workers import RayWorkers
+from nextpt.base.errors import DataPrepError
+from nextpt.base.stores import open_store
 from tests.support.object_store import s3_server
 from tests.support.prep_worlds import content, prepare, small_units, texts, world, write_lines
 
@@ -41,7 +41,7 @@ def test_inputs_in_an_object_store_give_the_same_dataset(tmp_path: Path) -> None
             }
         )
         prepare(remote)
-        with pytest.raises(PrepError, match="s3://bucket/c"):
+        with pytest.raises(DataPrepError, match="s3://bucket/c"):
             prepare(
                 remote.model_copy(
                     update={"domains": {"a": "s3://bucket/c"}, "output": tmp_path / "none"}
@@ -81,7 +81,7 @@ def test_a_ray_cluster_of_this_machine(tmp_path: Path) -> None:
     assert content(by_ray.output) == content(spec.output)
     write_lines(tmp_path / "in/b.jsonl", ["x"])
     (tmp_path / "in/b.jsonl").write_text("no\n")
-    with pytest.raises(PrepError, match="records are bad"):
+    with pytest.raises(DataPrepError, match="records are bad"):
         prepare_anywhere(
             by_ray.model_copy(update={"output": tmp_path / "bad"}), workers=RayWorkers(None, 1)
         )

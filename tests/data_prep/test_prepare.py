@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.documents import read_documents
-from data_prep.errors import PrepError
 from data_prep.format import PADDING, DatasetManifest, token_dtype
 from data_prep.pack import best_fit_decreasing, pack
 from data_prep.prepare import prepare
@@ -22,6 +21,7 @@ from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer, train_bpe
+from nextpt.base.errors import DataPrepError
 
 TEXTS = [
     f"line {i}: the quick brown fox jumps over {i * 7919} lazy dogs, again and again\n"
@@ -149,7 +149,7 @@ def test_reuse_and_refusal(tmp_path: Path) -> None:
     stamp = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
     assert prepare(spec(tmp_path)) == manifest
     assert (tmp_path / "out" / "dataset.json").stat().st_mtime_ns == stamp
-    with pytest.raises(PrepError, match="--overwrite"):
+    with pytest.raises(DataPrepError, match="--overwrite"):
         prepare(spec(tmp_path, sequence_length=32))
     assert DatasetManifest.load(tmp_path / "out") == manifest
     assert prepare(spec(tmp_path, sequence_length=32), overwrite=True).sequence_length == 32
@@ -204,7 +204,7 @@ def test_bad_corpora_are_named_and_nothing_takes_the_output_s_name(
     (tmp_path / name).write_bytes(content)
     # with a tokenizer of its own an empty corpus gets as far as the split
     train_bpe(TEXTS, 300, tmp_path / "given.json")
-    with pytest.raises(PrepError) as raised:
+    with pytest.raises(DataPrepError) as raised:
         prepare(
             PrepSpec(
                 domains={"d": tmp_path / name},
@@ -234,7 +234,7 @@ def test_bad_corpora_are_named_and_nothing_takes_the_output_s_name(
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
-    with pytest.raises((PrepError, OSError), match=words.replace(".", r"\.")):
+    with pytest.raises((DataPrepError, OSError), match=words.replace(".", r"\.")):
         prepare(spec(tmp_path, **changes))
     assert not (tmp_path / "out").exists()
 
@@ -292,7 +292,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
         pytest.skip("mounting is not allowed here")
     try:
         given = spec(tmp_path, TEXTS * 40, output=disk / "out")
-        with pytest.raises(PrepError, match="no space left"):
+        with pytest.raises(DataPrepError, match="no space left"):
             prepare(given)
         assert not (disk / "out").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
@@ -337,7 +337,7 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
         for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl", encoding="utf-8")
     ]
     assert heldout == [text[boundary:]]
-    with pytest.raises(PrepError, match="refuses a text"):
+    with pytest.raises(DataPrepError, match="refuses a text"):
         tokenizer.encode("Z")
 
 

@@ -14,11 +14,11 @@ import zstandard
 
 from data_prep import records
 from data_prep.documents import read_documents
-from data_prep.errors import PrepError
 from data_prep.inputs import find_files
 from data_prep.plan import make_plan
 from data_prep.records import Bad, Fields, Part, Record, read_part, whole
 from data_prep.spec import PrepSpec
+from nextpt.base.errors import DataPrepError
 
 TEXTS = [f"text {i} " + "é" * (i % 5) for i in range(50)]
 
@@ -127,9 +127,9 @@ def test_a_parquet_file_whose_text_column_has_another_type_is_named(
     tmp_path: Path, column: pa.Array, words: str
 ) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(PrepError, match=f"a.parquet: column 'text' is of {words}"):
+    with pytest.raises(DataPrepError, match=f"a.parquet: column 'text' is of {words}"):
         read(tmp_path / "a.parquet")
-    with pytest.raises(PrepError, match="no column 'body'; it has text"):
+    with pytest.raises(DataPrepError, match="no column 'body'; it has text"):
         read(tmp_path / "a.parquet", Fields("body"))
 
 
@@ -207,21 +207,21 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
         b'{"text": "' + data + b'"}\n'
     )
     (tmp_path / name).write_bytes(whole_file[: len(whole_file) // 2])
-    with pytest.raises(PrepError, match=f"{name} cannot be read: .*[Tt]runcated"):
+    with pytest.raises(DataPrepError, match=f"{name} cannot be read: .*[Tt]runcated"):
         read(tmp_path / name)
 
 
 def test_what_is_no_compressed_file_is_named(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "a.jsonl.zst"):
         (tmp_path / name).write_bytes(b"hello, this is plain text")
-        with pytest.raises(PrepError, match=name):
+        with pytest.raises(DataPrepError, match=name):
             read(tmp_path / name)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "BOMB_FLOOR", 2**22)
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b"\0" * 2**25))
-    with pytest.raises(PrepError, match="bomb"):
+    with pytest.raises(DataPrepError, match="bomb"):
         read(tmp_path / "a.jsonl.zst")
 
 
@@ -246,10 +246,10 @@ def test_globs_folders_and_places_that_hold_nothing(tmp_path: Path) -> None:
         ("nowhere", "does not exist"),
         ("x/y/../y/e.csv", "does not exist"),
     ):
-        with pytest.raises(PrepError, match=words):
+        with pytest.raises(DataPrepError, match=words):
             find_files(f"{tmp_path}/{place}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PrepError, match="holds no file that is read"):
+    with pytest.raises(DataPrepError, match="holds no file that is read"):
         find_files(tmp_path / "empty")
 
 

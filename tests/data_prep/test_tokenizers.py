@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import normalizers
 
-from data_prep.errors import PrepError
 from data_prep.tokenizer import Tokenizer, evenly_sampled, tiktoken_encoder, train_bpe
 from data_prep.tokenizer.byte_counts import sizes_from_offsets
 from data_prep.tokenizer.nasty import nasty_texts
+from nextpt.base.errors import DataPrepError
 from tests.support.tokenizers import ANY_TEXT, KINDS, TEXTS
 
 FAST = ("byte_level", "gpt2", "whole", "neox")
@@ -89,7 +89,7 @@ def test_characters_have_the_bytes_of_utf8(made: dict[str, Tokenizer]) -> None:
             len(c.encode()) for c in text
         ] + [0]
     assert made["characters"].byte_counts == "table"
-    with pytest.raises(PrepError, match="refuses a text"):
+    with pytest.raises(DataPrepError, match="refuses a text"):
         made["characters"].encode_with_bytes("\u2603")
 
 
@@ -163,7 +163,7 @@ def test_special_tokens_spelled_in_a_text_are_text(made: dict[str, Tokenizer], k
     for name in specials:
         for text in (name, f"the{name}the", f"the {name} the", name * 3):
             if kind == "characters":
-                with pytest.raises(PrepError):  # its characters were not among the texts
+                with pytest.raises(DataPrepError):  # its characters were not among the texts
                     tokenizer.encode(text)
                 continue
             ids = tokenizer.encode(text).tolist()
@@ -278,7 +278,7 @@ def test_tiktoken_is_not_taken_where_it_would_differ(
     path = changed(made["byte_level"], tmp_path / "tokenizer.json", change)
     tokenizer = Tokenizer(path)
     assert tokenizer.encoder == "tokenizers"
-    with pytest.raises(PrepError, match=reason):
+    with pytest.raises(DataPrepError, match=reason):
         Tokenizer(path, encoder="tiktoken")
     for text in TEXTS:
         assert int(tokenizer.encode_with_bytes(text)[1].sum()) == len(text.encode())
@@ -437,7 +437,7 @@ def test_runs_of_many_in_other_kinds(made: dict[str, Tokenizer], kind: str) -> N
 def test_a_lone_surrogate_is_refused(made: dict[str, Tokenizer]) -> None:
     for kind in ANY_TEXT:
         for encode in (made[kind].encode, made[kind].encode_with_bytes):
-            with pytest.raises(PrepError, match="refuses a text"):
+            with pytest.raises(DataPrepError, match="refuses a text"):
                 encode("a\ud800b")
 
 
@@ -457,7 +457,7 @@ def test_start_and_end(made: dict[str, Tokenizer], tmp_path: Path) -> None:
     made["llama"].copy_to(tmp_path / "same.json")
     assert (tmp_path / "same.json").read_bytes() == made["llama"].path.read_bytes()
     with pytest.raises(
-        PrepError, match=r"'<bos>' is not one of its special tokens \(<unk>, <s>, </s>\)"
+        DataPrepError, match=r"'<bos>' is not one of its special tokens \(<unk>, <s>, </s>\)"
     ):
         Tokenizer(made["llama"].path, start="<bos>")
 
@@ -487,7 +487,7 @@ def test_start_and_end(made: dict[str, Tokenizer], tmp_path: Path) -> None:
 def test_files_that_are_no_tokenizer(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(PrepError, match=words) as raised:
+    with pytest.raises(DataPrepError, match=words) as raised:
         Tokenizer(path)
     assert "bad.json" in str(raised.value) and "\n" not in str(raised.value)
 
@@ -496,7 +496,7 @@ def test_trained_tokenizers_are_encoded_by_tiktoken(tmp_path: Path) -> None:
     train_bpe(TEXTS, 300, tmp_path / "tokenizer.json")
     assert Tokenizer(tmp_path / "tokenizer.json").encoder == "tiktoken"
     before = (tmp_path / "tokenizer.json").read_bytes()
-    with pytest.raises(PrepError, match="only"):
+    with pytest.raises(DataPrepError, match="only"):
         train_bpe(TEXTS, 10**6, tmp_path / "tokenizer.json")
     assert (tmp_path / "tokenizer.json").read_bytes() == before and len(
         list(tmp_path.iterdir())

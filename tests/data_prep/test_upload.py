@@ -19,9 +19,9 @@ import boto3
 import numpy as np
 import pytest
 
-from data_prep.errors import PrepError
 from data_prep.format import DatasetManifest
 from data_prep.upload import NOTE, files_of_dataset, upload
+from nextpt.base.errors import DataPrepError
 from tests.support.object_store import s3_server
 from tests.support.shards import write_dataset
 
@@ -108,7 +108,7 @@ def test_a_damaged_shard_stops_it_and_it_goes_on_from_there(s3: str, many: Path)
     shard = many / "train" / "b" / "g00000" / "shard.00007.mds"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(PrepError, match="shard.00007.mds is damaged"):
+    with pytest.raises(DataPrepError, match="shard.00007.mds is damaged"):
         upload(many, "s3://bucket/damaged", threads=1)
     there = names(s3, "damaged")
     shards = [f"train/{domain}/g00000/shard.{i:05d}.mds" for domain in "ab" for i in range(20)]
@@ -167,11 +167,11 @@ def test_another_dataset_is_not_overwritten(many: Path, tmp_path: Path) -> None:
     before = files(target)
     manifest = json.loads((many / "dataset.json").read_text())
     (many / "dataset.json").write_text(json.dumps(manifest | {"fingerprint": "f" * 64}))
-    with pytest.raises(PrepError, match="copy holds another dataset"):
+    with pytest.raises(DataPrepError, match="copy holds another dataset"):
         upload(many, str(target))
     (target / "dataset.json").unlink()
     (target / NOTE).write_text("a" * 64)
-    with pytest.raises(PrepError, match="another dataset, or part of one"):
+    with pytest.raises(DataPrepError, match="another dataset, or part of one"):
         upload(many, str(target))
     assert {k: v for k, v in files(target).items() if k != NOTE} == {
         k: v for k, v in before.items() if k != "dataset.json"
@@ -180,10 +180,10 @@ def test_another_dataset_is_not_overwritten(many: Path, tmp_path: Path) -> None:
 
 def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> None:
     (many / "train" / "a" / "g00000" / "shard.00003.mds").unlink()
-    with pytest.raises(PrepError, match="shard.00003.mds is missing"):
+    with pytest.raises(DataPrepError, match="shard.00003.mds is missing"):
         upload(many, str(tmp_path / "copy"))
     shutil.rmtree(many)
-    with pytest.raises(PrepError, match="is not there"):
+    with pytest.raises(DataPrepError, match="is not there"):
         upload(many, str(tmp_path / "copy"))
     assert not (tmp_path / "copy").exists()
 
@@ -191,14 +191,14 @@ def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> 
 def test_stores_that_refuse_are_explained(
     s3: str, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(PrepError, match="s3://nowhere/x: there is no such bucket"):
+    with pytest.raises(DataPrepError, match="s3://nowhere/x: there is no such bucket"):
         upload(many, "s3://nowhere/x")
     (tmp_path / "file").write_text("")
-    with pytest.raises(PrepError, match="file/x"):
+    with pytest.raises(DataPrepError, match="file/x"):
         upload(many, str(tmp_path / "file" / "x"))
     # The port of "discard": nobody listens
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(PrepError, match="cannot be reached"):
+    with pytest.raises(DataPrepError, match="cannot be reached"):
         upload(many, "s3://bucket/x")
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.tokenizer import Tokenizer
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 from nextpt.evaluate.coding import container
 from nextpt.evaluate.coding.coder import BITS, Decoder, Encoder
 from nextpt.evaluate.coding.files import FileCoder

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataError
 from nextpt.data.rows import load_manifest
-from nextpt.errors import DataError
 from nextpt.evaluate.bootstrap import ratio_interval, resampled_sums
 from nextpt.evaluate.documents import contexts, windows
 from nextpt.evaluate.evaluation import Protocol, evaluate_source

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 from nextpt.evaluate.exposure import Exposure, _repeats, _scores, continue_freely, exposure_bias
 from nextpt.evaluate.memorization.extraction import greedy
 from nextpt.evaluate.source import Source, open_source

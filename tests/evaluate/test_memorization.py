@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataError
 from nextpt.config import Config
 from nextpt.data.dataset import open_rows
-from nextpt.errors import DataError
 from nextpt.evaluate.memorization.canaries import (
     Canary,
     exposure,

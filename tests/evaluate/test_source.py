@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from nextpt.errors import CheckpointError, DataError
+from nextpt.base.errors import CheckpointError, DataError
 from nextpt.evaluate.documents import score_documents
 from nextpt.evaluate.foreign import ForeignModel
 from nextpt.evaluate.heldout import encode_document, open_run

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 from nextpt.evaluate.memorization.extraction import greedy
 from nextpt.evaluate.source import Source, open_source
 from nextpt.evaluate.tasks.harness import _with_intervals, adapter, run_harness

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer, convert
 from data_prep.tokenizer.nasty import nasty_texts
+from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config
-from nextpt.errors import CheckpointError
 from nextpt.exchange import export_deepspeed, export_hf, load_hf
 from nextpt.exchange.architectures import choose_architecture
 from nextpt.model import Decoder

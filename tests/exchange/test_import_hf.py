@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from nextpt.base.errors import CheckpointError
 from nextpt.config import RopeScaling
-from nextpt.errors import CheckpointError
 from nextpt.exchange import (
     HFWeights,
     different_keys,

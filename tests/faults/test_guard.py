@@ -393,11 +393,11 @@ def test_a_rollback_passes_over_the_data_wherever_it_is_looked_at_or_killed(
 def test_the_moments_of_death_are_those_that_were_meant(rollbacks: Jobs) -> None:
     outcomes = {name: rollbacks.outcome(f"{name} ends") for name in KILLED}
     assert {name: outcome[0] for name, outcome in outcomes.items()} == {
-        "between": "Stopped",
+        "between": "TrainingStopped",
         "going": "Killed",
         "saving": "Killed",
         "after": "Killed",
-        "tripped": "Stopped",
+        "tripped": "TrainingStopped",
     }
     assert (
         "after step 8 (saved)" in outcomes["between"][1]

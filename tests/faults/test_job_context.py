@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.processes import command_of
+from nextpt.base.processes import command_of
 from nextpt.checkpoint.commit import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events

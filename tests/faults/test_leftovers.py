@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.processes import children_of
+from nextpt.base.collective import RankGroup
+from nextpt.base.processes import children_of
 from nextpt.checkpoint.manager import CheckpointManager
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.config import CheckpointSection, to_yaml
 from nextpt.data.streaming_rows import remove_stale
 from nextpt.events import read_events
@@ -70,7 +70,10 @@ def test_a_start_removes_what_a_job_killed_in_its_last_save_left(tmp_path: Path)
     for name in (".staging-step-000000005", ".staging-fenced-3-0", ".removing-step-000000003"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank-00000.safetensors").write_bytes(b"half")
-    assert CheckpointManager(tmp_path, CheckpointSection(), Ranks(), print).resume().folder == folder
+    assert (
+        CheckpointManager(tmp_path, CheckpointSection(), RankGroup.world(), print).resume().folder
+        == folder
+    )
     assert list(tmp_path.iterdir()) == [folder]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import nextpt.job.lock as lock_module
-from nextpt.errors import RunInUse
+from nextpt.base.errors import RunInUseError
 from nextpt.job.lock import RunLock
 
 FORK = multiprocessing.get_context("fork")
@@ -51,7 +51,7 @@ def test_the_second_is_refused_with_host_process_job_and_age(
     rewrite(tmp_path, since=time.time() - 600)
     before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
     with pytest.raises(
-        RunInUse,
+        RunInUseError,
         match=(
             rf"process {os.getpid()} on {os.uname().nodename}, Slurm job 4711, which started 10"
             r" min ago"
@@ -88,12 +88,12 @@ def test_a_holder_elsewhere_is_alive_while_it_beats_whatever_the_clocks_say(tmp_
     lock._content |= {"machine": "another", "since": time.time() + 86400}
     time.sleep(0.3)
     os.utime(newest(tmp_path), (0, 0))
-    with pytest.raises(RunInUse, match="0 min ago"):
+    with pytest.raises(RunInUseError, match="0 min ago"):
         RunLock(tmp_path, lease=5)
     lock._stop.set()
     lock._thread.join()
     second = RunLock(tmp_path, lease=0.3)
-    with pytest.raises(RunInUse, match="was taken over by process"):
+    with pytest.raises(RunInUseError, match="was taken over by process"):
         lock.check()
     second.release()
 
@@ -109,7 +109,7 @@ def test_a_stopped_holder_loses_and_cannot_commit(tmp_path: Path) -> None:
         found = []
         try:
             lock.check()
-        except RunInUse:
+        except RunInUseError:
             found.append("refused")
         try:
             os.rename(staging, tmp_path / "checkpoints" / "step-000000001")
@@ -127,7 +127,7 @@ def test_a_stopped_holder_loses_and_cannot_commit(tmp_path: Path) -> None:
     process.join(60)
     assert (tmp_path / "found").read_text() == "refused out of reach"
     second.check()
-    with pytest.raises(RunInUse):
+    with pytest.raises(RunInUseError):
         RunLock(tmp_path)
     second.release()
 
@@ -143,7 +143,7 @@ def test_of_many_that_race_one_wins(tmp_path: Path, state: str) -> None:
             barrier.wait(60)
             try:
                 lock = RunLock(folder, 5.0, 30.0)
-            except RunInUse:
+            except RunInUseError:
                 continue
             lock.check()
             os.mkdir(folder / "inside")  # fails when another is inside
@@ -204,7 +204,7 @@ def test_one_that_was_slow_to_take_over_does_not_get_between_others(
         return over
 
     monkeypatch.setattr(lock_module, "_is_over", slow)
-    with pytest.raises(RunInUse):
+    with pytest.raises(RunInUseError):
         RunLock(tmp_path)
     others[1].check()
     others[1].release()

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import pytest
 
-from data_prep.processes import is_stopped
-from nextpt.errors import RunInUse
+from nextpt.base.errors import RunInUseError
+from nextpt.base.processes import is_stopped
 from nextpt.job.lock import RunLock
 
 FORK = multiprocessing.get_context("fork")
@@ -48,7 +48,7 @@ def racer(root: Path, number: int, barrier: Barrier) -> None:
         with patch.object(time, "time", lambda skew=skew: now() + skew):
             try:
                 lock = RunLock(root / str(pair), 0.05, 30.0)
-            except RunInUse:
+            except RunInUseError:
                 lock = None
         (root / f"{pair}-{number}-{'won' if lock else 'refused'}").touch()
         barrier.wait(60)  # the winner holds the lock until the other has been refused
@@ -95,7 +95,7 @@ def stopped_holder(folder: Path, answers: Path) -> None:
     found = "may commit"
     try:
         lock.check()
-    except RunInUse:
+    except RunInUseError:
         found = "fenced"
     try:
         os.rename(staging, folder / "checkpoints" / "step-000000001")
@@ -127,7 +127,7 @@ def test_of_a_pair_that_finds_a_stopped_holder_one_follows_and_the_holder_is_fen
         with patch.object(time, "time", lambda: real() + skew * number):
             try:
                 lock = RunLock(folder, 0.05, 0.3)
-            except RunInUse:
+            except RunInUseError:
                 lock = None
         barrier.wait(60)
         if lock:

@@ -51,7 +51,9 @@ def outcome(root: Path, name: str) -> tuple[str, str, int]:
 )
 def test_a_signal_is_acted_on_at_the_next_step(root: Path, name: str, step: int, text: str) -> None:
     kind, message, code = outcome(root, name)
-    assert (kind, code) == ("Stopped", 75) and f"after step {step} ({text})" in message, message
+    assert (kind, code) == ("TrainingStopped", 75) and f"after step {step} ({text})" in message, (
+        message
+    )
     assert steps(root / name / "checkpoints") == [step] * (step > 0)
     assert (
         read_exit_record(root / name)["code"] == 75

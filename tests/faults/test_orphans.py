@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.processes import identity, is_gone, is_here, is_stopped, parent_of, start_of
+from nextpt.base.processes import identity, is_gone, is_here, is_stopped, parent_of, start_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import os, sys, time
-from data_prep.processes import end_with, parent_of
+from nextpt.base.processes import end_with, parent_of
 ancestors = [os.getppid(), parent_of(os.getppid())][:int(sys.argv[1])]
 end_with(ancestors, lambda pid: os._exit(9))
 print(os.getpid(), flush=True)

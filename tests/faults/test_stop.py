@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.errors import ConfigError, RunInUse, Stopped
+from nextpt.base.errors import ConfigError, RunInUseError, TrainingStopped
 from nextpt.job.exit_record import read_exit_record, record_exit
 from nextpt.job.signals import listen_for_signals
 
@@ -72,7 +72,7 @@ def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
     ("raised", "code", "reason"),
     [
         (None, 0, "finished"),
-        (Stopped("stopped by SIGTERM"), 75, "stopped by SIGTERM"),
+        (TrainingStopped("stopped by SIGTERM"), 75, "stopped by SIGTERM"),
         (ConfigError("a key"), 2, "a key"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
         (KeyboardInterrupt(), 130, "KeyboardInterrupt:"),
@@ -100,6 +100,6 @@ def test_every_end_is_recorded(
 
 
 def test_a_job_that_lost_its_folder_records_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunInUse), record_exit(tmp_path):
-        raise RunInUse("taken over")
+    with pytest.raises(RunInUseError), record_exit(tmp_path):
+        raise RunInUseError("taken over")
     assert read_exit_record(tmp_path) is None

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import UserError
 from nextpt.config import Config
-from nextpt.errors import UserError
 from nextpt.generate import (
     Beams,
     Continuation,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.generation import chi_squared
-from nextpt.errors import UserError
+from nextpt.base.errors import UserError
 from nextpt.generate.sample import Sampling, distribution, draw, randomness
 from tests.support.models import decoder, our_logits, some_tokens
 

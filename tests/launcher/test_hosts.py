@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.jobs.hosts import Host, exported_variables, read_hostfile
 from launcher.jobs.supervise import supervise
-from nextpt.errors import ConfigError
+from nextpt.base.errors import ConfigError
 from nextpt.job.exit_record import write_exit_record
 
 

@@ -16,8 +16,8 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher.cli import app
+from nextpt.base.errors import ScalingError
 from nextpt.config import to_yaml
-from nextpt.errors import ScalingError
 from nextpt.events import MetricsFile, StepEvent, ValidationEvent, read_events
 from nextpt.model import count
 from nextpt.scaling.ladder import Ladder, is_done, load_ladder, write_prediction, write_result

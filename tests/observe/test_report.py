@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextpt.base.errors import DataError
 from nextpt.config import Config, to_yaml
-from nextpt.errors import DataError
 from nextpt.events import RollbackEvent, SkipEvent
 from nextpt.observe.curves import running_mean, thin
 from nextpt.observe.report import default_output, readable_duration, write_report

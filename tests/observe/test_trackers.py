@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from nextpt.base.errors import ConfigError, UserError
 from nextpt.config import Config
-from nextpt.errors import ConfigError, UserError
 from nextpt.events import (
     CheckpointEvent,
     MetricsFile,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
 from nextpt.evaluate.bootstrap import ratio_interval, stratified
 from nextpt.evaluate.evaluation import BYTES, NATS, Protocol, evaluate_source
 from nextpt.evaluate.source import open_source

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextpt.errors import ScalingError
+from nextpt.base.errors import ScalingError
 from nextpt.scaling.allocation import interval, optimum, predictions, price
 from nextpt.scaling.checks import sensitivity, warnings
 from nextpt.scaling.fitting import fit, nonnegative

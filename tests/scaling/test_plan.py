@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nextpt.base.errors import ConfigError
 from nextpt.config import Config, load_config
-from nextpt.errors import ConfigError
 from nextpt.model import count
 from nextpt.scaling.machines import MACHINES, machine
 from nextpt.scaling.plan import RESERVED, plan, traffic, variant

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from data_prep.files import canonical_json
+from nextpt.base.collective import RankGroup
+from nextpt.base.files import canonical_json
 from nextpt.checkpoint.commit import save
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manifest import describe, read_manifest, write_manifest
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import KINDS, Fragment
 
 SHAPES = {"a": (5, 3), "b": (4,), "c": (2, 3, 4)}
@@ -93,7 +93,7 @@ class Gone(Exception):
     """Another rank has ended."""
 
 
-class ThreadRanks(Ranks):
+class ThreadRanks(RankGroup):
     """A rank that is a thread of this process; it exchanges JSON as a real one does."""
 
     def __init__(self, rank: int, world_size: int, board: Board, group: int = 0) -> None:
@@ -103,10 +103,10 @@ class ThreadRanks(Ranks):
         self._number_of_group = group
         self._exchanges = 0
 
-    def another(self) -> ThreadRanks:
+    def duplicate(self) -> ThreadRanks:
         return ThreadRanks(self.rank, self.world_size, self._board, self._number_of_group + 1)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         board = self._board
         self._exchanges += 1
         with board.changed:
@@ -119,11 +119,13 @@ class ThreadRanks(Ranks):
         board.wait_for_turn(self.rank)
         return [json.loads(texts[rank]) for rank in range(self.world_size)]
 
-    def any(self, flag: bool) -> bool:
-        return any(self.gather(flag))
+    def any_of(self, *flags: bool) -> list[bool]:
+        return [any(votes) for votes in zip(*self.all_gather(flags), strict=True)]
 
 
-def on_ranks(world_size: int, action: Callable[[Ranks], Any], in_turn: bool = False) -> list[Any]:
+def on_ranks(
+    world_size: int, action: Callable[[RankGroup], Any], in_turn: bool = False
+) -> list[Any]:
     """What `action` returns on each rank.
 
     A rank that raises ends the others, as a dead process does; its error is raised.
@@ -131,7 +133,7 @@ def on_ranks(world_size: int, action: Callable[[Ranks], Any], in_turn: bool = Fa
     in_turn: the order of everything is the same each time. Not for ranks with threads of their own.
     """
     if world_size == 1:
-        return [action(Ranks())]
+        return [action(RankGroup.world())]
     board = Board(world_size, in_turn)
 
     def one(rank: int) -> Any:

@@ -11,8 +11,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from nextpt.base.errors import UserError
 from nextpt.config import load_config
-from nextpt.errors import UserError
 from nextpt.train.run import run_training
 from tests.support.file_operations import refusing
 

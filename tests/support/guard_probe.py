@@ -28,10 +28,10 @@ import torch
 import xxhash
 
 import nextpt.train.engine as engine_module
+from nextpt.base.errors import TrainingStopped, UserError
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.config import load_config
 from nextpt.data.loader import Loader
-from nextpt.errors import Stopped, UserError
 from nextpt.objective import Loss
 from nextpt.train import run
 from nextpt.train.engine import Engine
@@ -163,7 +163,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
             stack.enter_context(at(*event))
         try:
             run.run_training(load_config(job["config"]))
-        except (UserError, Stopped) as error:
+        except (UserError, TrainingStopped) as error:
             outcome = [type(error).__name__, str(error), error.exit_code]
         except (RuntimeError, Killed) as error:
             outcome = [type(error).__name__, str(error), 1]

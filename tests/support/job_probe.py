@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from nextpt.base.errors import TrainingStopped, UserError
 from nextpt.config import Config, load_config
 from nextpt.data.loader import Loader
-from nextpt.errors import Stopped, UserError
 from nextpt.job.lock import RunLock
 from nextpt.train import run
 from nextpt.train.engine import Engine
@@ -75,7 +75,7 @@ def main(out: str, cases: list[str]) -> None:
         with case(name, config):
             try:
                 run.run_training(config)
-            except (UserError, Stopped) as error:
+            except (UserError, TrainingStopped) as error:
                 outcome = [type(error).__name__, str(error), error.exit_code]
             except Exception as error:
                 outcome = [type(error).__name__, str(error), 1]

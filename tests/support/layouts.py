@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import canonical_json, sha256_file
 from data_prep.format import SPLITS, columns
 from data_prep.streaming_compat import import_streaming
+from nextpt.base.files import canonical_json, sha256_file
 from nextpt.data.index import ShardIndex
 from nextpt.data.node import Node
 from nextpt.data.rows import MappedRows, load_manifest

@@ -67,7 +67,7 @@ def _resident(field: str) -> int:
 
 
 def _train(config: Config, steps: int) -> None:
-    from nextpt.checkpoint.ranks import Ranks
+    from nextpt.base.collective import RankGroup
     from nextpt.data.loader import Loader
     from nextpt.train.engine import Engine
     from nextpt.train.loop import Trainer
@@ -77,7 +77,7 @@ def _train(config: Config, steps: int) -> None:
         config,
         Engine(config, torch.device("cpu")),
         loader,
-        Ranks(),
+        RankGroup.world(),
         lambda *save: None,
         lambda wait: None,
         lambda event: None,

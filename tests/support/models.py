@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextpt.base.collective import RankGroup
 from nextpt.checkpoint.commit import open_checkpoint, save
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.ranks import Ranks
 from nextpt.checkpoint.state import KINDS, Fragment
 from nextpt.config import Config
 from nextpt.model import Decoder
@@ -79,7 +79,7 @@ def checkpoint_of(config: Config, model: Decoder, root: Path, step: int = 3) -> 
         ModelState(model),
         {"step": step, "config": config.model_dump(mode="json")},
         {},
-        Ranks(),
+        RankGroup.world(),
     )
     return open_checkpoint(root)
 

@@ -85,8 +85,8 @@ def train_all(configs: list[Config], world_size: int, folder: Path) -> list[str 
 
 
 def _main(outcomes: str, files: list[str]) -> None:
+    from nextpt.base.errors import UserError
     from nextpt.config import load_config
-    from nextpt.errors import UserError
     from nextpt.observe.trackers import open_trackers
     from nextpt.train.run import run_training
 

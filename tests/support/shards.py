@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import canonical_json, sha256_file
 from data_prep.format import (
     PADDING,
     STARTS_MID_DOCUMENT,
@@ -19,6 +18,7 @@ from data_prep.format import (
     token_dtype,
 )
 from data_prep.streaming_compat import import_streaming
+from nextpt.base.files import canonical_json, sha256_file
 
 
 def write_dataset(

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.bench.machine import write_json
-from nextpt.errors import HUNG, REQUEUE
+from nextpt.base.errors import EXIT_HUNG, EXIT_REQUEUE
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
 from tests.support.figures import machine, quantiles
@@ -111,7 +111,9 @@ def lives(
         if over:
             os.kill(job.pids[0], signal.SIGTERM)
             codes = job.wait(60)
-            storm.expect(codes == [REQUEUE] * 2, run, f"ranks ended with {codes} after SIGTERM")
+            storm.expect(
+                codes == [EXIT_REQUEUE] * 2, run, f"ranks ended with {codes} after SIGTERM"
+            )
         else:
             before = len(said(job, run))
             job.kill([dice.randrange(2)])
@@ -179,10 +181,12 @@ def hang(storm: Storm) -> dict[str, float]:
     job.hear(time.monotonic() + 60, lambda: read_exit_record(run.folder) is not None)
     while not (end := read_exit_record(run.folder)):
         time.sleep(0.05)
-    storm.expect(end["code"] == HUNG and "rank 1 on" in end["reason"], run, f"exit.json says {end}")
+    storm.expect(
+        end["code"] == EXIT_HUNG and "rank 1 on" in end["reason"], run, f"exit.json says {end}"
+    )
     told = end["time"] - stopped
     job.kill([1])
-    storm.expect(job.wait() == [HUNG, -signal.SIGKILL], run, f"ranks ended with {job.codes}")
+    storm.expect(job.wait() == [EXIT_HUNG, -signal.SIGKILL], run, f"ranks ended with {job.codes}")
     job.close()
     return {"found": round(found, 1), "told": round(told, 1)}
 

@@ -19,8 +19,8 @@ from kernels.bench.machine import measure_peak
 
 
 def main(what: str, path: str, out: str) -> None:
+    from nextpt.base.collective import RankGroup
     from nextpt.checkpoint.commit import save, select_checkpoint
-    from nextpt.checkpoint.ranks import Ranks
     from nextpt.config import load_config
     from nextpt.train.engine import Engine, start_distributed
     from nextpt.train.randomness import get_rng
@@ -28,7 +28,7 @@ def main(what: str, path: str, out: str) -> None:
 
     config = load_config(path)
     device = start_distributed()
-    ranks, engine, root = Ranks(), Engine(config, device), config.run_dir / "checkpoints"
+    ranks, engine, root = RankGroup.world(), Engine(config, device), config.run_dir / "checkpoints"
     share = sum(4 * fragment.tensor.numel() for fragment in engine.fragments())
     held = []
 
@@ -37,7 +37,7 @@ def main(what: str, path: str, out: str) -> None:
         held.append(checkpoint)
         resume(engine, checkpoint, ranks)
 
-    ranks.gather(None)
+    ranks.all_gather(None)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     action = (
@@ -55,7 +55,12 @@ def main(what: str, path: str, out: str) -> None:
             if str(root) in line
         }
     )
-    figures = {"share": share, "whole": sum(ranks.gather(share)), "grown": grown, "mapped": mapped}
+    figures = {
+        "share": share,
+        "whole": sum(ranks.all_gather(share)),
+        "grown": grown,
+        "mapped": mapped,
+    }
     Path(f"{out}-{ranks.rank}.json").write_text(json.dumps(figures))
     sys.stdout.flush()
     os._exit(0)

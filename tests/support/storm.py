@@ -43,13 +43,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.processes import command_of
 from kernels.bench.machine import write_json
+from nextpt.base.errors import EXIT_CRASHED
+from nextpt.base.processes import command_of
 from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import REMOVING, STAGING
 from nextpt.checkpoint.state import KINDS
 from nextpt.config import to_yaml
-from nextpt.errors import CRASHED
 from nextpt.events import read_events
 from nextpt.job.environment import read_starts
 from nextpt.job.exit_record import read_exit_record
@@ -262,7 +262,7 @@ class Storm:
         self.expect(codes is not None, run, "ranks did not end")
         if kill and -signal.SIGKILL in codes:
             self.expect(
-                set(codes) <= {-signal.SIGKILL, CRASHED, 0}, run, f"ranks ended with {codes}"
+                set(codes) <= {-signal.SIGKILL, EXIT_CRASHED, 0}, run, f"ranks ended with {codes}"
             )
             kill.inside = any(job.count(SAVING + rank) > job.count(SAVED + rank) for rank in hit)
             kill.training = job.count(*range(case.ranks)) == case.ranks

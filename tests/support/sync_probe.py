@@ -32,7 +32,7 @@ class Watch(TorchDispatchMode):
 
 
 def probe(path: str) -> list[str]:
-    from nextpt.checkpoint.ranks import Ranks
+    from nextpt.base.collective import RankGroup
     from nextpt.config import load_config
     from nextpt.data.loader import Loader
     from nextpt.train.engine import Engine, start_distributed
@@ -42,7 +42,13 @@ def probe(path: str) -> list[str]:
     engine = Engine(config, start_distributed())
     loader = Loader(config, 0, 1)
     trainer = Trainer(
-        config, engine, loader, Ranks(), lambda *save: None, lambda wait: None, lambda event: None
+        config,
+        engine,
+        loader,
+        RankGroup.world(),
+        lambda *save: None,
+        lambda wait: None,
+        lambda event: None,
     )
     trainer.train_step(1)  # the first builds buffers
     with Watch() as watch:

@@ -22,8 +22,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.processes import children_of
 from launcher.jobs.local import free_port
+from nextpt.base.processes import children_of
 from nextpt.config import Config, to_yaml
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.files import canonical_json
-from nextpt.checkpoint.ranks import Ranks
-from nextpt.errors import ConfigError, Stopped
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import ConfigError, TrainingStopped
+from nextpt.base.files import canonical_json
 from nextpt.events import Event
 from nextpt.job.context import JobContext
 from nextpt.job.signals import StopRequest
@@ -38,11 +38,11 @@ def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
     if hanging:
         mirror.archive.note = lambda: threading.Event().wait()
     with (
-        pytest.raises(Stopped, match="told"),
-        mirroring(mirror, config, Ranks(), job, events.append, said.append),
+        pytest.raises(TrainingStopped, match="told"),
+        mirroring(mirror, config, RankGroup.world(), job, events.append, said.append),
     ):
         stop.note(signal.SIGTERM)
-        raise Stopped("told")
+        raise TrainingStopped("told")
     if hanging:
         assert (
             len(said) == 1
@@ -59,7 +59,7 @@ def test_an_error_of_the_training_is_not_held_up(tmp_path: Path) -> None:
     mirror.archive.note = lambda: threading.Event().wait()
     with (
         pytest.raises(ZeroDivisionError),
-        mirroring(mirror, config, Ranks(), JobContext(), told.append, lambda text: None),
+        mirroring(mirror, config, RankGroup.world(), JobContext(), told.append, lambda text: None),
     ):
         1 / 0  # noqa: B018
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.errors import ConfigError
+from nextpt.base.errors import ConfigError
 from nextpt.train.run import check_hpz
 from tests.support.datasets import tiny
 

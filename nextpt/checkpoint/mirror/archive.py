@@ -29,11 +29,10 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from data_prep.errors import PrepError
-from data_prep.files import canonical_json
-from data_prep.store_folder import BLOCK, StoreFolder
-from data_prep.stores import is_refusal
-from nextpt.checkpoint.jsonfile import open_regular
+from nextpt.base.errors import DataPrepError, UserError
+from nextpt.base.files import canonical_json
+from nextpt.base.json_files import open_regular
+from nextpt.base.stores import BLOCK, StoreFolder, is_refusal
 from nextpt.checkpoint.manifest import (
     LARGEST_MANIFEST,
     MANIFEST,
@@ -42,7 +41,6 @@ from nextpt.checkpoint.manifest import (
     UnsupportedVersionError,
     read_manifest,
 )
-from nextpt.errors import UserError
 
 T = TypeVar("T")
 NOTE = "mirror.json"
@@ -132,7 +130,7 @@ def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) 
             return in_time(action, progress)
         except Exception as error:
             final = isinstance(
-                error, (UserError, PrepError, UnsupportedVersionError, TimeoutError)
+                error, (UserError, DataPrepError, UnsupportedVersionError, TimeoutError)
             ) or (isinstance(error, DamagedError) and attempt > 1)
             if final or attempt == ATTEMPTS or is_refusal(error):
                 raise
@@ -145,7 +143,7 @@ class Archive:
 
     Methods raise what the store's client raises.
 
-    Raises PrepError when the address is none. Not for two threads at a time.
+    Raises DataPrepError when the address is none. Not for two threads at a time.
     """
 
     def __init__(self, place: str | Path) -> None:

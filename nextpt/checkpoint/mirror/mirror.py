@@ -20,7 +20,8 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_prep.stores import store_problem
+from nextpt.base.errors import CheckpointError, UserError
+from nextpt.base.stores import store_problem
 from nextpt.checkpoint.folders import list_checkpoints
 from nextpt.checkpoint.manifest import (
     MANIFEST,
@@ -39,7 +40,6 @@ from nextpt.checkpoint.mirror.archive import (
 from nextpt.checkpoint.mirror.restore import look
 from nextpt.checkpoint.retention import VERIFIED, retained
 from nextpt.config import CheckpointSection
-from nextpt.errors import CheckpointError, UserError
 from nextpt.events import MirrorEvent
 
 TELL_EVERY = 600.0  # seconds between two warnings of one outage
@@ -54,7 +54,7 @@ class _Lost(Exception):
 
 
 class Mirror:
-    """root: the folder of the run's checkpoints. may_write: raises RunInUse when another job took the run folder.
+    """root: the folder of the run's checkpoints. may_write: raises RunInUseError when another job took the run folder.
 
     accept: raises UserError for a folder with a checkpoint of another run. Every rank has one, for
     coming back; on rank 0 `begin` starts the thread. The other methods are for the thread of the
@@ -228,7 +228,7 @@ class Mirror:
     def _own(self) -> None:
         """Be the one that writes here.
 
-        Raises RunInUse, CheckpointError or _Lost when that may not be.
+        Raises RunInUseError, CheckpointError or _Lost when that may not be.
         """
         self.may_write()
         # By `look` already, in the thread of the training, where the store answered

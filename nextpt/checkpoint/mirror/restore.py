@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.errors import PrepError
-from data_prep.stores import is_refusal, store_problem
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import CheckpointError, DataPrepError, UserError
+from nextpt.base.json_files import sync
+from nextpt.base.stores import is_refusal, store_problem
 from nextpt.checkpoint.folders import STAGING, unused_folder
-from nextpt.checkpoint.jsonfile import sync
 from nextpt.checkpoint.manifest import (
     MANIFEST,
     DamagedError,
@@ -19,8 +20,6 @@ from nextpt.checkpoint.manifest import (
     read_manifest,
 )
 from nextpt.checkpoint.mirror.archive import Archive, ArchivedCheckpoint, patiently
-from nextpt.checkpoint.ranks import Ranks
-from nextpt.errors import CheckpointError, UserError
 
 
 def look(
@@ -42,7 +41,7 @@ def look(
     except UserError:
         raise
     except Exception as error:
-        problem = error if isinstance(error, PrepError) else store_problem(error, place)
+        problem = error if isinstance(error, DataPrepError) else store_problem(error, place)
         if has_checkpoints and not is_refusal(error):
             warn(
                 f"warning: checkpoint.mirror: {problem}; training goes on from {root}, and the"
@@ -66,7 +65,7 @@ def fetch(
     archive: Archive,
     stored: ArchivedCheckpoint,
     root: Path,
-    ranks: Ranks,
+    ranks: RankGroup,
     accept: Callable[[Path], None] = lambda folder: None,
     may_commit: Callable[[], None] = lambda: None,
 ) -> str | None:
@@ -118,7 +117,7 @@ def _size(path: Path) -> int:
 
 
 def _together(
-    action: Callable[[], None], archive: Archive, stored: ArchivedCheckpoint, ranks: Ranks
+    action: Callable[[], None], archive: Archive, stored: ArchivedCheckpoint, ranks: RankGroup
 ) -> str | None:
     """Run on every rank, then vote: what is damaged, or None; all raise when one failed."""
     damaged = failed = None
@@ -130,7 +129,7 @@ def _together(
         failed = str(problem)
     except Exception as error:
         failed = str(store_problem(error, f"{archive.place}/{stored.name}"))
-    told = ranks.gather([damaged, failed])
+    told = ranks.all_gather([damaged, failed])
     for rank, (_, problem) in enumerate(told):
         if problem:
             failure = CheckpointError(

@@ -10,7 +10,7 @@ token can have no less than one of 2^24 parts, and 131,072 such parts are a hund
 
 from __future__ import annotations
 
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 
 BITS = 30
 # The range stays above _TOP, so that a part of 2^30 is 2^26 wide or more

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import xxhash
 
-from data_prep.files import canonical_json
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataError
+from nextpt.base.files import canonical_json
 from nextpt.config import Config
-from nextpt.errors import DataError
 from nextpt.model import Decoder
 
 MAGIC, VERSION = b"nxpt", 2

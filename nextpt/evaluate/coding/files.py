@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from data_prep.files import atomic_write
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataError
+from nextpt.base.files import atomic_write
 from nextpt.config import Config
-from nextpt.errors import DataError
 from nextpt.evaluate.coding.container import (
     Header,
     digest,

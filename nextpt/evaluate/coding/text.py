@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from data_prep.tokenizer import Tokenizer
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 
 # What Python's surrogateescape makes of bytes that are no UTF-8
 _RAW = re.compile("([\udc80-\udcff]+)")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import xxhash
 
-from data_prep.files import atomic_write
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
+from nextpt.base.files import atomic_write
 
 REPEATS = (1, 2, 4, 8, 16, 32, 64, 128)
 WORDS = 16  # two syllables each, of 100: 213 bits of chance in every canary

@@ -11,8 +11,8 @@ import numpy as np
 
 from data_prep.documents import read_documents
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataError
 from nextpt.config import Config
-from nextpt.errors import DataError
 from nextpt.evaluate.documents import score_documents
 from nextpt.evaluate.heldout import encode_document, heldout_texts, open_model
 from nextpt.evaluate.memorization.contamination import Found, find_overlaps, training_texts
@@ -31,7 +31,7 @@ def examine(
 
     run: for bits per byte with and without those documents, and for `data` where that is not given.
     text: the evaluation set, the held-out texts of `data` unless given. Raises DataError without
-    any of run and data, PrepError for a text that cannot be read.
+    any of run and data, DataPrepError for a text that cannot be read.
     """
     config = model = None
     if run is not None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.tokenizer import Tokenizer
+from nextpt.base.errors import DataError
 from nextpt.config import Config
 from nextpt.data.rows import Rows
-from nextpt.errors import DataError
 from nextpt.evaluate.memorization.canaries import Canary, exposure
 from nextpt.evaluate.memorization.extraction import (
     NEAR,

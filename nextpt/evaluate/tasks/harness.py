@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy.stats import norm
 
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE
 from nextpt.evaluate.documents import harness_windows, score_targets
 from nextpt.evaluate.foreign import ForeignModel

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.errors import PrepError
 from data_prep.tokenizer import Tokenizer
-from nextpt.errors import DataError
+from nextpt.base.errors import DataError, DataPrepError
 
 WORDS = (
     "apple bird blue boat book bread bridge chair child cloud coat corn cup day door dream earth"
@@ -66,7 +65,7 @@ class Material:
                 if whole[: len(before)] == before
                 else self.tokenizer.encode(answer).tolist()
             )
-        except PrepError as error:
+        except DataPrepError as error:
             raise DataError(f"the tokenizer cannot spell a task: {error}") from None
         return (
             Item([self.tokenizer.start_id, *before], after, chance)

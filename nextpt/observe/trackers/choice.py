@@ -6,8 +6,8 @@ import importlib.util
 import sys
 from collections.abc import Callable
 
+from nextpt.base.errors import ConfigError, UserError
 from nextpt.config import Config
-from nextpt.errors import ConfigError, UserError
 from nextpt.events import Event, Listener
 
 # key of the section -> modules its library consists of

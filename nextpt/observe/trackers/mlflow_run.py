@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from data_prep.files import atomic_write
+from nextpt.base.files import atomic_write
 from nextpt.config import Config, flatten
 from nextpt.events import Event, scalars
 

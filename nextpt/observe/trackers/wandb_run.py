@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from data_prep.files import atomic_write
+from nextpt.base.errors import ConfigError
+from nextpt.base.files import atomic_write
 from nextpt.config import Config
-from nextpt.errors import ConfigError
 from nextpt.events import Event, scalars
 
 

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.files import canonical_json
+from nextpt.base.files import canonical_json
 
 
 def write_json(path: Path, value: Any) -> None:

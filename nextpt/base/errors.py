@@ -5,13 +5,15 @@ Each message is one line that names the thing and the way out.
 
 # Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of
 # sysexits.h.
-CRASHED = 1  # an error of the program; a traceback was shown
-MISTAKE = 2  # something that a person must mend first
-IN_USE = 4  # another job works in the run folder
-DAMAGED = 65  # EX_DATAERR: the run has checkpoints and none of them is valid; a person must look
-REQUEUE = 75  # EX_TEMPFAIL: told to stop; the same command goes on
+EXIT_CRASHED = 1  # an error of the program; a traceback was shown
+EXIT_USER_ERROR = 2  # something that a person must mend first
+EXIT_RUN_IN_USE = 4  # another job works in the run folder
+EXIT_NO_VALID_CHECKPOINT = (
+    65  # EX_DATAERR: the run has checkpoints and none of them is valid; a person must look
+)
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: told to stop; the same command goes on
 # No progress: a rank or the network does not answer; the same command goes on, on sound machines
-HUNG = 76
+EXIT_HUNG = 76
 
 
 class UserError(Exception):
@@ -23,7 +25,7 @@ class UserError(Exception):
     must print it; other errors are the same on all ranks and rank 0 speaks for them.
     """
 
-    exit_code = MISTAKE
+    exit_code = EXIT_USER_ERROR
     every_rank = False
 
 
@@ -37,13 +39,17 @@ class DataError(UserError):
     every_rank = True
 
 
+class DataPrepError(UserError, ValueError):
+    """A corpus, a tokenizer or a dataset that cannot be prepared or read as it is."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another run."""
 
     every_rank = True
 
 
-class SaveFailed(CheckpointError):
+class CheckpointSaveError(CheckpointError):
     """The disk did not take a checkpoint; none of it was left, and those before it are whole.
 
     The same on every rank.
@@ -59,29 +65,29 @@ class SaveFailed(CheckpointError):
         self.rank, self.number = rank, number
 
 
-class NoValidCheckpoint(CheckpointError):
+class NoValidCheckpointError(CheckpointError):
     """A run folder holds checkpoints and none of them verifies: a person must look.
 
     To start again would lose the run.
     """
 
-    exit_code = DAMAGED
+    exit_code = EXIT_NO_VALID_CHECKPOINT
 
 
 class ScalingError(UserError):
     """Runs that no scaling law can be fitted to, or a question that a fit cannot answer."""
 
 
-class RunInUse(UserError):
+class RunInUseError(UserError):
     """Another job works in the run folder, or took it from this one."""
 
-    exit_code = IN_USE
+    exit_code = EXIT_RUN_IN_USE
 
 
-class Stopped(Exception):
+class TrainingStopped(Exception):
     """Training ended before its last step because it was told to.
 
     Not a mistake; the message says how to go on.
     """
 
-    exit_code = REQUEUE
+    exit_code = EXIT_REQUEUE

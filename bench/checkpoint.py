@@ -25,9 +25,10 @@ from nextpt.base.collective import RankGroup
 from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import describe
-from nextpt.checkpoint.state import KINDS, Fragment
+from nextpt.checkpoint.state import Fragment
 from nextpt.config import CheckpointSection
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 ROWS, COLUMNS = 1024, 2048
 
 
@@ -47,8 +48,8 @@ class State:
     def scalars(self) -> dict[str, float]:
         return {}
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: (ROWS, COLUMNS) for name, _ in self.values}
+    def state_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        return {name: dict.fromkeys(KINDS, (ROWS, COLUMNS)) for name, _ in self.values}
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -26,9 +26,9 @@ from torch import Tensor
 from nextpt.base.errors import CheckpointError
 from nextpt.base.json_files import sync, write_json
 from nextpt.checkpoint.chunks import boxes, intersection, volume, within
-from nextpt.checkpoint.index import Entry, read_contents
+from nextpt.checkpoint.index import Entry, read_contents, shapes_of
 from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError, describe
-from nextpt.checkpoint.state import ShardedState
+from nextpt.checkpoint.state import Shape, ShardedState
 
 # bytes. Files are mapped to be read; opening one again reads its header, a few hundred kB at most
 MOST_MAPPED = 2**25
@@ -76,10 +76,15 @@ def take_snapshot(
                     "slices": box,
                 }
             )
+    shapes = state.state_shapes()
     contents = extras | {
         "world_size": world_size,
         "scalars": state.scalars(),
-        "parameters": {name: list(shape) for name, shape in state.parameter_shapes().items()},
+        "parameters": {name: list(kinds["weight"]) for name, kinds in shapes.items()},
+        "optimizer_state": {
+            name: {kind: list(shape) for kind, shape in kinds.items() if kind != "weight"}
+            for name, kinds in shapes.items()
+        },
     }
     return Snapshot(tensors, {"fragments": entries, "rng": rng}, contents)
 
@@ -111,6 +116,7 @@ class Checkpoint:
                 self._fragments.setdefault((entry.name, entry.kind), []).append(
                     (f"rank-{rank:05d}.safetensors", entry)
                 )
+        self._shapes = self.state_shapes()
         self._open: dict[str, Any] = {}
         # Bytes read since the files were opened: so much of them counts as memory of this process
         self._mapped = 0
@@ -123,17 +129,25 @@ class Checkpoint:
         """Random states of a rank; None when the checkpoint was written by fewer."""
         return self._ranks[rank].rng if rank < len(self._ranks) else None
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, Shape]:
+        """Full shape of every parameter."""
         return {name: tuple(shape) for name, shape in self.state["parameters"].items()}
 
+    def state_shapes(self) -> dict[str, dict[str, Shape]]:
+        """Full shape of every kind of value of every parameter: {parameter: {kind: shape}}."""
+        return {
+            name: {kind: tuple(shape) for kind, shape in kinds.items()}
+            for name, kinds in shapes_of(self.state).items()
+        }
+
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """fp32 [stop - start]: elements [start, stop) of a parameter in row-major order.
+        """fp32 [stop - start]: elements [start, stop) of a kind of value in row-major order.
 
         Reads only what is asked for.
         """
         out = torch.empty(stop - start, dtype=torch.float32)
         offset = filled = 0
-        for wanted in boxes(self.shapes()[name], start, stop):
+        for wanted in boxes(self._shapes[name][kind], start, stop):
             place = out[offset : offset + volume(wanted)].view([b - a for a, b in wanted])
             offset += volume(wanted)
             for file, entry in self._fragments.get((name, kind), []):
@@ -157,8 +171,8 @@ class Checkpoint:
         self._mapped = 0
 
     def read_whole(self, name: str, kind: str = "weight") -> Tensor:
-        """One parameter in its full shape, fp32."""
-        shape = self.shapes()[name]
+        """One kind of value of a parameter in its full shape, fp32."""
+        shape = self._shapes[name][kind]
         return self.read(name, kind, 0, math.prod(shape)).view(shape)
 
     def _slice(self, file: str, tensor: str, slices: tuple[slice, ...]) -> Tensor:
@@ -188,3 +202,26 @@ def check_shapes(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> 
             )
             error.every_rank = False
             raise error
+
+
+def check_state_shapes(checkpoint: Checkpoint, shapes: dict[str, dict[str, Shape]]) -> None:
+    """Raise CheckpointError when the checkpoint is of another model or of another optimizer.
+
+    The first difference is named.
+    """
+    check_shapes(checkpoint, {name: kinds["weight"] for name, kinds in shapes.items()})
+    stored = checkpoint.state_shapes()
+    for name, kinds in shapes.items():
+        if stored[name] != kinds:
+            error = CheckpointError(
+                f"checkpoint {checkpoint.folder} is of another optimizer: the state of {name} is"
+                f" {_describe(stored[name])} there and {_describe(kinds)} in this run; use the"
+                " optimizer.kind that it was written with, or another run.dir"
+            )
+            error.every_rank = False
+            raise error
+
+
+def _describe(kinds: dict[str, Shape]) -> str:
+    state = [f"{kind} {list(shape)}" for kind, shape in kinds.items() if kind != "weight"]
+    return ", ".join(state) or "nothing"

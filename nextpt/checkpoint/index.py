@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from nextpt.base.json_files import read_json
 from nextpt.checkpoint.chunks import Box, intersection, volume
 from nextpt.checkpoint.manifest import STATE, DamagedError, read_manifest
-from nextpt.checkpoint.state import KINDS
 
+# The optimizer state of every parameter in checkpoints whose state.json has no "optimizer_state".
+UNNAMED_KINDS = ("exp_avg", "exp_avg_sq")
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -27,6 +28,8 @@ class State(BaseModel):
     world_size: Annotated[int, Field(ge=1, le=10**6)]
     scalars: dict[str, FiniteFloat]
     parameters: dict[str, list[Size]]
+    # {parameter: {kind: shape}}; checkpoints from before optimizers named their state lack it
+    optimizer_state: dict[str, dict[str, list[Size]]] | None = None
 
 
 class Entry(BaseModel):
@@ -59,19 +62,28 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _read(folder / STATE, TypeAdapter(State), keep=True)
 
 
-def read_index(folder: Path, rank: int, parameters: dict[str, list[int]]) -> Index:
-    """rank-*.json; every entry is a box inside a parameter that state.json knows.
+def shapes_of(state: dict[str, Any]) -> dict[str, dict[str, list[int]]]:
+    """{parameter: {kind: shape}} of a state.json."""
+    parameters, stored = state["parameters"], state.get("optimizer_state")
+    if stored is None:
+        kinds = dict.fromkeys(("weight", *UNNAMED_KINDS))
+        return {name: dict.fromkeys(kinds, shape) for name, shape in parameters.items()}
+    return {name: stored.get(name, {}) | {"weight": shape} for name, shape in parameters.items()}
+
+
+def read_index(folder: Path, rank: int, shapes: dict[str, dict[str, list[int]]]) -> Index:
+    """rank-*.json; every entry is a box inside a kind of a parameter that state.json knows.
 
     Raises DamagedError.
     """
     path = folder / f"rank-{rank:05d}.json"
     index = _read(path, TypeAdapter(Index))
     for entry in index.fragments:
-        shape = parameters.get(entry.name)
+        shape = shapes.get(entry.name, {}).get(entry.kind)
         inside = len(entry.slices) == len(entry.shape) and all(
             a < b <= size for (a, b), size in zip(entry.slices, entry.shape, strict=True)
         )
-        if shape is None or shape != entry.shape or entry.kind not in KINDS or not inside:
+        if shape is None or shape != entry.shape or not inside:
             raise DamagedError(
                 f"{path.name}: tensor {entry.tensor} is slices {entry.slices} of {entry.shape} of"
                 f" {entry.name!r} ({entry.kind!r}), which {STATE} does not have room for"
@@ -116,14 +128,14 @@ def check_tensors(folder: Path, rank: int, index: Index) -> None:
 
 
 def check_coverage(
-    parameters: dict[str, list[int]], entries: dict[tuple[str, str], list[Box]]
+    shapes: dict[str, dict[str, list[int]]], entries: dict[tuple[str, str], list[Box]]
 ) -> None:
     """Every element of every kind of every parameter comes exactly once. Raises DamagedError.
 
-    Boxes that share no element and hold as many elements together as the parameter has tile it.
+    Boxes that share no element and hold as many elements together as the kind has tile it.
     """
-    for name, shape in parameters.items():
-        for kind in KINDS:
+    for name, kinds in shapes.items():
+        for kind, shape in kinds.items():
             found = entries.get((name, kind), [])
             if sum(map(volume, found)) != math.prod(shape) or _overlap(found):
                 raise DamagedError(f"fragments of {name!r} ({kind}) leave gaps or overlap")
@@ -159,10 +171,11 @@ def read_contents(folder: Path) -> tuple[dict[str, Any], list[Index]]:
             raise DamagedError(
                 f"{STATE} says {key} = {state[key]}, the manifest {getattr(manifest, key)}"
             )
-    indexes = [read_index(folder, rank, state["parameters"]) for rank in range(manifest.world_size)]
+    shapes = shapes_of(state)
+    indexes = [read_index(folder, rank, shapes) for rank in range(manifest.world_size)]
     found: dict[tuple[str, str], list[Box]] = {}
     for index in indexes:
         for entry in index.fragments:
             found.setdefault((entry.name, entry.kind), []).append(entry.box)
-    check_coverage(state["parameters"], found)
+    check_coverage(shapes, found)
     return state, indexes

@@ -8,19 +8,25 @@ from typing import Protocol
 
 from torch import Tensor
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop), in row-major order, of one kind of value of one parameter of full shape `shape`.
+    """Elements [start, stop), in row-major order, of one kind of value of one parameter.
 
-    tensor: 1-D fp32 with stop - start elements.
+    Args:
+        name: The parameter.
+        kind: "weight", or a kind of optimizer state.
+        shape: Full shape of this kind of value of this parameter.
+        start: First flat element.
+        stop: Flat element after the last.
+        tensor: 1-D fp32 with stop - start elements.
     """
 
     name: str
     kind: str
-    shape: tuple[int, ...]
+    shape: Shape
     start: int
     stop: int
     tensor: Tensor
@@ -47,6 +53,9 @@ class ShardedState(Protocol):
         """Replace this rank's part. Collective."""
         ...
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every parameter."""
+    def state_shapes(self) -> dict[str, dict[str, Shape]]:
+        """Full shape of every kind of value of every parameter: {parameter: {kind: shape}}.
+
+        Each parameter has the kind "weight"; the others are its optimizer state.
+        """
         ...

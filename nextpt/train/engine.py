@@ -344,9 +344,12 @@ class Engine:
         elif self._zero is not None:
             self._zero.update_lp_params()
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every parameter, by name. A tied matrix appears once."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in self._names.items()}
+    def state_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Full shape of every kind of value of every parameter. A tied matrix appears once."""
+        return {
+            name: dict.fromkeys(("weight", *MOMENTS), tuple(getattr(p, "ds_shape", p.shape)))
+            for p, name in self._names.items()
+        }
 
     def _shares(
         self, whole: bool = False
@@ -356,7 +359,7 @@ class Engine:
         whole: at stage 0, where every rank holds everything, all of it (to load) and not an equal
         share (to save).
         """
-        shapes = self.parameter_shapes()
+        shapes = {name: kinds["weight"] for name, kinds in self.state_shapes().items()}
         for parameter, name in self._names.items():
             stage = self.config.train.zero_stage
             place = {0: self._place_0, 1: self._place_1_2, 2: self._place_1_2, 3: self._place_3}[

@@ -20,8 +20,8 @@ from nextpt.checkpoint.chunks import boxes, volume, within
 from nextpt.checkpoint.commit import open_checkpoint, save, select_checkpoint
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.state import KINDS, Fragment
-from tests.support.checkpoints import SHAPES, State, write
+from nextpt.checkpoint.state import Fragment
+from tests.support.checkpoints import KINDS, SHAPES, State, write
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), st.data())

@@ -12,7 +12,6 @@ import torch
 from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.mirror.archive import Archive
-from nextpt.checkpoint.state import KINDS
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
 from tests.support.datasets import tiny
@@ -29,8 +28,8 @@ def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
     assert checkpoint.step == STEPS
     return {
         (name, kind): checkpoint.read_whole(name, kind)
-        for name in checkpoint.shapes()
-        for kind in KINDS
+        for name, kinds in checkpoint.state_shapes().items()
+        for kind in kinds
     }
 
 

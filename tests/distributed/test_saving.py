@@ -10,7 +10,6 @@ import torch
 from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import checkpoint_folders
 from nextpt.checkpoint.manifest import read_manifest
-from nextpt.checkpoint.state import KINDS
 from nextpt.events import read_events
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all
@@ -47,8 +46,8 @@ def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
     assert checkpoint.step == STEPS
     return {
         (name, kind): checkpoint.read_whole(name, kind)
-        for name in checkpoint.shapes()
-        for kind in KINDS
+        for name, kinds in checkpoint.state_shapes().items()
+        for kind in kinds
     }
 
 

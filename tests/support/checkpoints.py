@@ -17,8 +17,9 @@ from nextpt.base.files import canonical_json
 from nextpt.checkpoint.commit import save
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manifest import describe, read_manifest, write_manifest
-from nextpt.checkpoint.state import KINDS, Fragment
+from nextpt.checkpoint.state import Fragment
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 SHAPES = {"a": (5, 3), "b": (4,), "c": (2, 3, 4)}
 
 
@@ -45,8 +46,8 @@ class State:
     def scalars(self) -> dict[str, float]:
         return {"optimizer_updates": 3.0}
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        return SHAPES
+    def state_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        return {name: dict.fromkeys(KINDS, shape) for name, shape in SHAPES.items()}
 
 
 def holds(checkpoint: Checkpoint, value: float) -> bool:

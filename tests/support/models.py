@@ -13,11 +13,12 @@ from torch import Tensor
 from nextpt.base.collective import RankGroup
 from nextpt.checkpoint.commit import open_checkpoint, save
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.state import KINDS, Fragment
+from nextpt.checkpoint.state import Fragment
 from nextpt.config import Config
 from nextpt.model import Decoder
 from tests.support.datasets import tiny
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 POSITIONS = 40
 
 
@@ -42,8 +43,8 @@ class ModelState:
     def scalars(self) -> dict[str, float]:
         return {"optimizer_updates": 3.0}
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self.parameters.items()}
+    def state_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        return {name: dict.fromkeys(KINDS, tuple(p.shape)) for name, p in self.parameters.items()}
 
 
 def decoder(**model: Any) -> tuple[Config, Decoder]:

@@ -48,7 +48,6 @@ from nextpt.base.errors import EXIT_CRASHED
 from nextpt.base.processes import command_of
 from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import REMOVING, STAGING
-from nextpt.checkpoint.state import KINDS
 from nextpt.config import to_yaml
 from nextpt.events import read_events
 from nextpt.job.environment import read_starts
@@ -470,8 +469,8 @@ def digest(folder: Path) -> str:
     """SHA-256 over all weights and moments of the newest checkpoint."""
     checkpoint, total = open_checkpoint(folder / "checkpoints"), hashlib.sha256()
     assert checkpoint.step == STEPS, checkpoint.folder
-    for name in sorted(checkpoint.shapes()):
-        for kind in KINDS:
+    for name, kinds in sorted(checkpoint.state_shapes().items()):
+        for kind in kinds:
             total.update(f"{name} {kind}".encode())
             total.update(checkpoint.read_whole(name, kind).numpy().tobytes())
     return total.hexdigest()

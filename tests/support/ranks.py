@@ -1,4 +1,7 @@
-"""Processes that are gloo ranks, and real training jobs on them: `train_all` runs configs one after another in one set of processes."""
+"""Processes that are gloo ranks, and training jobs on them.
+
+`train_all` runs configs one after another in one set of processes.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from launcher.jobs.local import free_port
 from nextpt.config import Config, to_yaml
+from tests.support.fork_server import start_python
 
 
 def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: str) -> None:
@@ -21,11 +26,20 @@ def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: 
 
     Raises AssertionError with the ends of the logs when a rank fails.
     """
-    codes = [
-        process.wait(timeout=500)
-        for process in start_ranks([arguments] * world_size, folder, **variables)
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
+    processes = [
+        start_python(arguments, _environment(rank, world_size, port, variables), log)
+        for rank, log in enumerate(logs)
     ]
-    if any(codes):
+    deadline = time.monotonic() + 500
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    if any(code != 0 for code in codes):  # None: still running
         raise AssertionError(
             f"ranks ended with {codes}:\n"
             + "\n".join(p.read_text()[-3000:] for p in folder.glob("rank-*.log"))
@@ -35,25 +49,13 @@ def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: 
 def start_ranks(
     arguments: list[list[str]], folder: Path, **variables: str
 ) -> list[subprocess.Popen]:
-    """Start Python once per rank, each with its own arguments, as `run_ranks` does."""
+    """Start Python once per rank, each with its own arguments, in new processes."""
     world_size = len(arguments)
     folder.mkdir(parents=True, exist_ok=True)
-    port = str(free_port())
+    port = free_port()
     processes = []
     for rank in range(world_size):
-        environment = (
-            os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1",
-            }
-            | variables
-        )
+        environment = _environment(rank, world_size, port, variables)
         with open(folder / f"rank-{rank}.log", "w") as log:
             processes.append(
                 subprocess.Popen(
@@ -64,6 +66,22 @@ def start_ranks(
                 )
             )
     return processes
+
+
+def _environment(
+    rank: int, world_size: int, port: int, variables: dict[str, str]
+) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
 
 
 def train_all(configs: list[Config], world_size: int, folder: Path) -> list[str | None]:

@@ -30,13 +30,13 @@ PARTS = 20
 def judging(device: str, steps: int) -> float:
     """Microseconds a step."""
     detector, seconds = SpikeDetector(GuardSection(), torch.device(device)), []
-    loss, z_part, norm = torch.tensor([3.0, 0.0, 1.0], dtype=torch.float64, device=device)
+    loss, z_loss, norm = torch.tensor([3.0, 0.0, 1.0], dtype=torch.float64, device=device)
     for _ in range(PARTS + 1):
         detector.read()
         synchronize(device)
         started = time.perf_counter()
         for _ in range(steps // PARTS):
-            detector.classify(loss, z_part, norm)
+            detector.classify(loss, z_loss, norm)
         synchronize(device)
         seconds.append((time.perf_counter() - started) / (steps // PARTS))
     return 1e6 * median(seconds[1:])

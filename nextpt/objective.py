@@ -18,32 +18,32 @@ from nextpt.model.transformer import Decoder
 
 
 class Loss(NamedTuple):
-    """total: fp32 scalar, divided by the weight sum, z_part included. z_part: detached. nats: detached [B, T]."""
+    """total: fp32 scalar, divided by the weight sum, z_loss included. z_loss: detached. nats: detached [B, T]."""
 
     total: Tensor
-    z_part: Tensor
+    z_loss: Tensor
     nats: Tensor
 
 
 def next_token_loss(
-    model: Decoder, batch: Batch, weight_sum: Tensor | float, z_loss: float = 0.0
+    model: Decoder, batch: Batch, weight_sum: Tensor | float, z_loss_coefficient: float = 0.0
 ) -> Loss:
     """Weighted loss of one micro-batch under teacher forcing: every token is the target of those before it.
 
-    weight_sum: sum of token weights of the whole optimizer step (fp32 scalar). z_loss: coefficient
-    of log^2 Z (arXiv 2204.02311 section 5). Padding and targets in another document carry weight 0
+    weight_sum: sum of token weights of the whole optimizer step (fp32 scalar). z_loss_coefficient:
+    factor of log^2 Z (arXiv 2204.02311 section 5). Padding and targets in another document carry weight 0
     and are ignored.
     """
     documents = PackedDocuments.from_document_ids(batch.document_ids)
     hidden_BTD = model(batch.tokens, batch.position_ids, documents)
-    total, z_part, nats, *_ = model.lm_head(
+    output = model.lm_head(
         hidden_BTD.flatten(0, 1),
         batch.targets.flatten(),
         batch.token_weights.flatten(),
         weight_sum,
-        z_loss,
+        z_loss_coefficient,
     )
-    return Loss(total, z_part, nats.view_as(batch.targets))
+    return Loss(output.loss, output.z_loss, output.nats.view_as(batch.targets))
 
 
 def local_weight_sum(batches: list[Batch]) -> Tensor:

@@ -22,7 +22,7 @@ from kernels.cross_entropy.rows import Statistics, check_targets, mark_absent
 
 
 class LossOutput(NamedTuple):
-    """loss: fp32, sum_i w_i (nats_i + z lse_i^2) / normalizer.
+    """loss: fp32, sum_i w_i (nats_i + z lse_i^2) / weight_sum.
 
     [N] or [N, K] for reduction="none". z_loss: its second part, detached.
 
@@ -44,10 +44,10 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     token_weights: Tensor | None = None,
-    normalizer: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    z_loss: float = 0.0,
+    z_loss_coefficient: float = 0.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "sum",
@@ -63,12 +63,12 @@ def linear_cross_entropy(
     for several targets of one hidden state, whose logits are then computed once; `ignore_index`
     where there is none. token_weights: in the shape of targets, 1 unless given.
 
-    reduction: "sum" divides the weighted sum by `normalizer`, which comes from outside because it
+    reduction: "sum" divides the weighted sum by `weight_sum`, which comes from outside because it
     spans ranks and micro-batches; the sum of weights of this call unless given. "none" gives the
-    loss of each target, times its weight and divided by `normalizer` (1 unless given), and makes
+    loss of each target, times its weight and divided by `weight_sum` (1 unless given), and makes
     nats and lse differentiable; its backward pass computes the logits again.
 
-    z_loss: coefficient of lse^2 (arXiv 2204.02311 section 5). softcap c: logits become c tanh(z /
+    z_loss_coefficient: coefficient of lse^2 (arXiv 2204.02311 section 5). softcap c: logits become c tanh(z /
     c) (arXiv 2408.00118). label_smoothing e: the loss of a token becomes (1 - e) nats + e times its
     mean over all entries of the vocabulary (arXiv 1512.00567 section 7); nats stay what they are.
 
@@ -89,7 +89,7 @@ def linear_cross_entropy(
         raise ValueError(f"reduction = {reduction!r} must be 'sum' or 'none'")
     chosen = pick(implementation, hidden.device.type)
     shape = targets.shape
-    targets, scale = prepare(hidden, targets, token_weights, normalizer, ignore_index, reduction)
+    targets, scale = prepare(hidden, targets, token_weights, weight_sum, ignore_index, reduction)
     if chosen.name == "reference":
         check_targets(targets, weight.shape[0])
         found = reference.statistics(hidden, weight, bias, targets, softcap)
@@ -97,7 +97,7 @@ def linear_cross_entropy(
             found,
             found.peak + found.log_sum,
             scale,
-            z_loss,
+            z_loss_coefficient,
             label_smoothing,
             reduction,
             weight.shape[0],
@@ -120,27 +120,27 @@ def linear_cross_entropy(
             Statistics(nats, peak, log_sum, total, hits),
             lse,
             scale,
-            z_loss,
+            z_loss_coefficient,
             label_smoothing,
             "none",
             weight.shape[0],
             shape,
         )
-    loss, z_part, nats, lse, hits, *_ = ops.linear_cross_entropy(
-        hidden, weight, bias, targets, scale, z_loss, label_smoothing, *options
+    loss, z_loss, nats, lse, hits, *_ = ops.linear_cross_entropy(
+        hidden, weight, bias, targets, scale, z_loss_coefficient, label_smoothing, *options
     )
-    return LossOutput(loss, z_part, nats.reshape(shape), lse, hits.reshape(shape))
+    return LossOutput(loss, z_loss, nats.reshape(shape), lse, hits.reshape(shape))
 
 
 def prepare(
     hidden: Tensor,
     targets: Tensor,
     token_weights: Tensor | None,
-    normalizer: Tensor | float | None,
+    weight_sum: Tensor | float | None,
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """(targets [N, K] as mark_absent leaves them, scale [N, K]: weight / normalizer, 0 where ignored)."""
+    """(targets [N, K] as mark_absent leaves them, scale [N, K]: weight / weight_sum, 0 where ignored)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
     valid = targets != ignore_index
@@ -149,11 +149,11 @@ def prepare(
         if token_weights is None
         else torch.where(valid, token_weights.detach().reshape(targets.shape).to(wide), 0.0)
     )
-    if normalizer is None:
+    if weight_sum is None:
         total = weights.sum()
-        normalizer = torch.where(total > 0, total, 1.0) if reduction == "sum" else 1.0
+        weight_sum = torch.where(total > 0, total, 1.0) if reduction == "sum" else 1.0
     return mark_absent(targets, ignore_index), weights / (
-        normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
+        weight_sum.detach() if isinstance(weight_sum, Tensor) else weight_sum
     )
 
 
@@ -207,31 +207,31 @@ def _from_statistics(
     s: Statistics,
     lse: Tensor,
     scale: Tensor,
-    z_loss: float,
+    z_loss_coefficient: float,
     smoothing: float,
     reduction: str,
     vocabulary: int,
     shape: torch.Size,
 ) -> LossOutput:
     """The loss by its definition, from differentiable statistics."""
-    z_each = scale * z_loss * lse.square().unsqueeze(1)
+    z_losses = scale * z_loss_coefficient * lse.square().unsqueeze(1)
     smooth = (
         s.nats
         if not smoothing
         else (1 - smoothing) * s.nats + smoothing * (lse - s.total / vocabulary).unsqueeze(1)
     )
-    each = scale * smooth + z_each
+    losses = scale * smooth + z_losses
     if reduction == "none":
         return LossOutput(
-            each.reshape(shape),
-            z_each.reshape(shape).detach(),
+            losses.reshape(shape),
+            z_losses.reshape(shape).detach(),
             s.nats.reshape(shape),
             lse,
             s.hits.reshape(shape),
         )
     return LossOutput(
-        each.sum(),
-        z_each.sum().detach(),
+        losses.sum(),
+        z_losses.sum().detach(),
         s.nats.reshape(shape).detach(),
         lse.detach(),
         s.hits.reshape(shape),

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.cross_entropy.interface import linear_cross_entropy
+from kernels.cross_entropy.interface import LossOutput, linear_cross_entropy
 
 
 class LinearCrossEntropy(nn.Module):
-    """Owns weight [V, D] (and bias [V]) and is the only place that uses them.
+    """Output matrix [V, D] (and bias [V]) with its logits and its fused cross-entropy.
 
-    ZeRO-3 gathers parameters around the forward pass of the module that registers them: a loss that
-    read another module's weight would find an empty tensor. A weight tied to an embedding is
-    registered in both.
+    ZeRO-3 gathers parameters around the forward pass of the module that registers them: a loss
+    that read another module's weight would find an empty tensor. A weight tied to an embedding is
+    registered in both modules.
 
-    options: those of `linear_cross_entropy` that stay the same over calls.
+    Args:
+        weight: [V, D].
+        bias: [V], or None.
+        softcap: cap c of the logits, c tanh(z / c), or None.
+        options: further arguments of `linear_cross_entropy` that stay the same over calls.
     """
 
     def __init__(
@@ -32,35 +36,56 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.weight, self.bias, self.softcap, self._options = weight, bias, softcap, options
 
+    if TYPE_CHECKING:  # torch.nn.Module.__call__ is untyped
+
+        @overload
+        def __call__(self, hidden: Tensor) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            hidden: Tensor,
+            targets: Tensor,
+            token_weights: Tensor | None = None,
+            weight_sum: Tensor | float | None = None,
+            z_loss_coefficient: float = 0.0,
+        ) -> LossOutput: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor | LossOutput: ...
+
     def forward(
         self,
         hidden: Tensor,
         targets: Tensor | None = None,
         token_weights: Tensor | None = None,
-        normalizer: Tensor | float | None = None,
-        z_loss: float = 0.0,
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Logits [..., V] of hidden [..., D] without targets.
+        weight_sum: Tensor | float | None = None,
+        z_loss_coefficient: float = 0.0,
+    ) -> Tensor | LossOutput:
+        """Compute logits, or the loss where there are targets.
 
-        Else the fields of `LossOutput` for hidden [N, D] and targets.
+        Args:
+            hidden: [..., D] for logits, [N, D] for a loss.
+            targets: int64 [N], or None for logits.
+            token_weights: [N]; 1 unless given.
+            weight_sum: divisor of the weighted sum; the sum of `token_weights` unless given.
+            z_loss_coefficient: factor of lse^2.
 
-        A plain tuple: DeepSpeed's hooks look for tensors in those only.
+        Returns:
+            Logits [..., V] without targets, else the `LossOutput` of `linear_cross_entropy`.
         """
         if targets is None:
             logits = F.linear(hidden, self.weight, self.bias)
-            return (
-                logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-            )
-        return tuple(
-            linear_cross_entropy(
-                hidden,
-                self.weight,
-                targets,
-                token_weights=token_weights,
-                normalizer=normalizer,
-                bias=self.bias,
-                z_loss=z_loss,
-                softcap=self.softcap,
-                **self._options,
-            )
+            if self.softcap is None:
+                return logits
+            return self.softcap * torch.tanh(logits / self.softcap)
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets,
+            token_weights=token_weights,
+            weight_sum=weight_sum,
+            bias=self.bias,
+            z_loss_coefficient=z_loss_coefficient,
+            softcap=self.softcap,
+            **self._options,
         )

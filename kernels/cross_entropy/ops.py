@@ -59,7 +59,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     scale: Tensor,
-    z_loss: float,
+    z_loss_coefficient: float,
     smoothing: float,
     softcap: float,
     rows: int,
@@ -70,7 +70,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, z_loss, nats [N, K], lse [N], hits [N, K], unit, dX, dW, db).
 
-    scale [N, K]: token weight / normalizer, 0 where there is no target. needs: which of dX, dW, db
+    scale [N, K]: token weight / weight_sum, 0 where there is no target. needs: which of dX, dW, db
     are made. They are of `unit` x loss: 1 but in fp16, where weights divided by the number of
     tokens would vanish.
     """
@@ -79,30 +79,34 @@ def linear_cross_entropy(
     if hidden.dtype == torch.float16:  # a power of two that brings the largest weight to [0.5, 1)
         unit = power_of_two_over(scale.abs().max()) if scale.numel() else unit
     coefficients = (
-        scalar_coefficients(scale * unit, z_loss, smoothing, weight.shape[0])
+        scalar_coefficients(scale * unit, z_loss_coefficient, smoothing, weight.shape[0])
         if any(needs)
         else None
     )
     statistics, gradients = fused.run(p, tuple(needs), coefficients, total=smoothing > 0)
     lse = statistics.peak + statistics.log_sum
     row_scale = scale.sum(1)
-    z_part = z_loss * (row_scale * lse.square()).sum() if z_loss else torch.zeros_like(unit)
-    loss = (scale * statistics.nats).sum() + z_part
+    z_loss = (
+        z_loss_coefficient * (row_scale * lse.square()).sum()
+        if z_loss_coefficient
+        else torch.zeros_like(unit)
+    )
+    loss = (scale * statistics.nats).sum() + z_loss
     if smoothing:
         uniform = torch.where(row_scale != 0, lse - statistics.total / weight.shape[0], 0.0)
         loss = loss + smoothing * ((row_scale * uniform).sum() - (scale * statistics.nats).sum())
-    return (loss, z_part, statistics.nats, lse, statistics.hits, unit, *_filled(gradients, hidden))
+    return (loss, z_loss, statistics.nats, lse, statistics.hits, unit, *_filled(gradients, hidden))
 
 
 def scalar_coefficients(
-    scale: Tensor, z_loss: float, smoothing: float, vocabulary: int
+    scale: Tensor, z_loss_coefficient: float, smoothing: float, vocabulary: int
 ) -> Coefficients:
     """What the gradient of the scalar loss consists of, from scale [N, K]."""
     row = scale.sum(1)
     return Coefficients(
         scale * (1 - smoothing),
         row * smoothing if smoothing else None,
-        row * z_loss if z_loss else None,
+        row * z_loss_coefficient if z_loss_coefficient else None,
         row * (-smoothing / vocabulary) if smoothing else None,
     )
 
@@ -114,7 +118,7 @@ def _(
     bias,
     targets,
     scale,
-    z_loss,
+    z_loss_coefficient,
     smoothing,
     softcap,
     rows,

@@ -36,10 +36,10 @@ def vocabulary_parallel_cross_entropy(
     vocabulary: int,
     group: dist.ProcessGroup,
     token_weights: Tensor | None = None,
-    normalizer: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    z_loss: float = 0.0,
+    z_loss_coefficient: float = 0.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     gradient: Gradient = "precise",
@@ -68,7 +68,7 @@ def vocabulary_parallel_cross_entropy(
         raise ValueError("vocabulary_parallel_cross_entropy takes bf16 or fp32, not fp16")
     kernel = pick(implementation, hidden.device.type).name
     shape = targets.shape
-    targets, scale = prepare(hidden, targets, token_weights, normalizer, ignore_index, "sum")
+    targets, scale = prepare(hidden, targets, token_weights, weight_sum, ignore_index, "sum")
     if not targets.is_cuda:
         check_targets(targets, vocabulary)
     training = torch.is_grad_enabled() and any(
@@ -80,13 +80,13 @@ def vocabulary_parallel_cross_entropy(
     plan = chunking(
         hidden, largest, weight.requires_grad, wide, gradient, workspace_bytes, chunk_tokens
     )
-    loss, z_part, nats, lse, hits = _Loss.apply(
+    loss, z_loss, nats, lse, hits = _Loss.apply(
         hidden,
         weight,
         bias,
         targets,
         scale,
-        z_loss,
+        z_loss_coefficient,
         label_smoothing,
         softcap,
         plan,
@@ -95,7 +95,7 @@ def vocabulary_parallel_cross_entropy(
         vocabulary,
         group,
     )
-    return LossOutput(loss, z_part, nats.reshape(shape), lse, hits.reshape(shape))
+    return LossOutput(loss, z_loss, nats.reshape(shape), lse, hits.reshape(shape))
 
 
 class _Loss(torch.autograd.Function):
@@ -107,7 +107,7 @@ class _Loss(torch.autograd.Function):
         bias,
         targets,
         scale,
-        z_loss,
+        z_loss_coefficient,
         smoothing,
         softcap,
         plan,
@@ -128,15 +128,15 @@ class _Loss(torch.autograd.Function):
         def combine(part: slice, here: Statistics) -> None:
             _complete(here, owner[part], _gathered(here, group))
 
-        coefficients = scalar_coefficients(scale, z_loss, smoothing, vocabulary)
+        coefficients = scalar_coefficients(scale, z_loss_coefficient, smoothing, vocabulary)
         statistics, gradients = fused.run(
             p, needs, coefficients if any(needs) else None, total=smoothing > 0, combine=combine
         )
         if gradients.hidden is not None:
             dist.all_reduce(gradients.hidden, group=group)
         lse, row = statistics.peak + statistics.log_sum, scale.sum(1)
-        z_part = z_loss * (row * lse.square()).sum()
-        loss = (scale * statistics.nats).sum() * (1 - smoothing) + z_part
+        z_loss = z_loss_coefficient * (row * lse.square()).sum()
+        loss = (scale * statistics.nats).sum() * (1 - smoothing) + z_loss
         if smoothing:
             loss = (
                 loss
@@ -145,8 +145,8 @@ class _Loss(torch.autograd.Function):
             )
         ctx.gradients = gradients
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(z_part, statistics.nats, lse, statistics.hits)
-        return loss, z_part, statistics.nats, lse, statistics.hits
+        ctx.mark_non_differentiable(z_loss, statistics.nats, lse, statistics.hits)
+        return loss, z_loss, statistics.nats, lse, statistics.hits
 
     @staticmethod
     @once_differentiable

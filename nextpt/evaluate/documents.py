@@ -147,4 +147,5 @@ def _nats(
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     hidden = model(inputs, positions)
     weights = (targets != IGNORE_INDEX).float().flatten()
-    return model.lm_head(hidden.flatten(0, 1), targets.flatten(), weights, 1.0)[2].view_as(targets)
+    output = model.lm_head(hidden.flatten(0, 1), targets.flatten(), weights, 1.0)
+    return output.nats.view_as(targets)

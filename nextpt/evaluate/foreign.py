@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.cross_entropy import LossOutput
 from nextpt.base.errors import CheckpointError
 from nextpt.config import Config, parse_config
+from nextpt.data.batch import IGNORE_INDEX
 
 # Keys of a config.json that say how long inputs may be
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -23,17 +25,16 @@ class LogitHead(nn.Module):
         logits: Tensor,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
-        divisor: float = 1.0,
-    ) -> Tensor | tuple[Tensor, None, Tensor]:
-        """Without targets the logits.
-
-        Else (loss, None, nats fp32 [n]), nats 0 where targets are ignored, as a Decoder's gives
-        them.
-        """
+        weight_sum: float = 1.0,
+    ) -> Tensor | LossOutput:
+        """Return the logits without targets, else the loss and its statistics, as LinearCrossEntropy."""
         if targets is None:
             return logits
         nats = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        return (nats * weights).sum() / divisor, None, nats
+        loss = (nats * weights).sum() / weight_sum
+        hits = (logits.argmax(-1) == targets) & (targets != IGNORE_INDEX)
+        lse = logits.float().logsumexp(-1)
+        return LossOutput(loss, torch.zeros_like(loss), nats, lse, hits)
 
 
 class ForeignModel(nn.Module):

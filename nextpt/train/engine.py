@@ -146,12 +146,12 @@ def _stop_host_checks() -> None:
 class TrainingModule(nn.Module):
     """What the engine wraps: a model whose forward returns the loss."""
 
-    def __init__(self, model: Decoder, z_loss: float) -> None:
+    def __init__(self, model: Decoder, z_loss_coefficient: float) -> None:
         super().__init__()
-        self.model, self.z_loss = model, z_loss
+        self.model, self.z_loss_coefficient = model, z_loss_coefficient
 
     def forward(self, batch: Batch, weight_sum: Tensor) -> Loss:
-        return next_token_loss(self.model, batch, weight_sum, self.z_loss)
+        return next_token_loss(self.model, batch, weight_sum, self.z_loss_coefficient)
 
 
 class Engine:
@@ -223,10 +223,10 @@ class Engine:
             loss = Loss(*self._engine(batch, weight_sum))
             self._engine.backward(loss.total * self.world_size, scale_wrt_gas=False)
             self._noise.end_micro_batch(batch.token_weights.sum(), weight_sum)
-            losses.append(Loss(loss.total.detach(), loss.z_part, loss.nats))
+            losses.append(Loss(loss.total.detach(), loss.z_loss, loss.nats))
             if len(losses) == len(batches):
                 parts = torch.stack(
-                    [torch.stack([one.total.double(), one.z_part.double()]) for one in losses]
+                    [torch.stack([one.total.double(), one.z_loss.double()]) for one in losses]
                 )
                 self._loss, self._verdict = self.all_sum(parts.sum(dim=0)), None
             self._engine.step()

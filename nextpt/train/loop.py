@@ -292,7 +292,7 @@ class Trainer:
                 lr=learning_rate(self.config, step),
                 grad_norm=judged.grad_norm,
                 tokens_per_second=rate,
-                z_loss=judged.z_part,
+                z_loss=judged.z_loss,
                 data_wait_seconds=self.loader.wait_seconds - clock.waited,
                 memory_bytes=memory_in_use(self.engine.device),
                 mfu=(

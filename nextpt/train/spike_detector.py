@@ -34,11 +34,11 @@ LEAST_NORM = 1e-30  # has a logarithm, and is below any gradient that fp32 weigh
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What the device found of one step. reason: of REASONS, "" when it was accepted. loss, z_part: nats per token, over all ranks. Limits: those above which it is a spike; infinite while none is looked for."""
+    """What the device found of one step. reason: of REASONS, "" when it was accepted. loss, z_loss: nats per token, over all ranks. Limits: those above which it is a spike; infinite while none is looked for."""
 
     reason: str
     loss: float
-    z_part: float
+    z_loss: float
     grad_norm: float
     loss_limit: float
     norm_limit: float
@@ -62,15 +62,15 @@ class SpikeDetector:
         self._floors = torch.tensor(FLOORS, dtype=torch.float64, device=device)
         self._unread: list[Tensor] = []
 
-    def classify(self, loss: Tensor, z_part: Tensor, norm: Tensor) -> Tensor:
+    def classify(self, loss: Tensor, z_loss: Tensor, norm: Tensor) -> Tensor:
         """Whether the step is bad (bool scalar), without waiting for the device.
 
         An accepted one enters the statistics.
 
-        loss, z_part: fp64 scalars, z_part a part of loss. norm: of the gradient; negative is
+        loss, z_loss: fp64 scalars, z_loss a part of loss. norm: of the gradient; negative is
         DeepSpeed's mark for a bad one.
         """
-        loss, norm = loss - z_part, norm.double()
+        loss, norm = loss - z_loss, norm.double()
         values = torch.stack([loss, norm.clamp(min=LEAST_NORM).log()])
         limits = self._limits()
         bad_norm = ~torch.isfinite(norm) | (norm < 0)
@@ -85,7 +85,7 @@ class SpikeDetector:
         self._values = torch.where(here, values[:, None], self._values)
         self._accepted = self._accepted + ~bad
         self._unread.append(
-            torch.stack([reason.double(), loss, z_part, norm, limits[0], limits[1].exp()])
+            torch.stack([reason.double(), loss, z_loss, norm, limits[0], limits[1].exp()])
         )
         return bad
 

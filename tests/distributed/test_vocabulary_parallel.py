@@ -9,7 +9,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.vocabulary_parallel import slice_of
 from tests.support.loss_cases import assert_as_exact, define
 from tests.support.ranks import run_ranks
-from tests.support.vocabulary_ranks import CASES, NORMALIZER, UPSTREAM, build
+from tests.support.vocabulary_ranks import CASES, WEIGHT_SUM, UPSTREAM, build
 
 RANKS = 2
 SHARED = ("dX", "nats", "lse", "hits", "z_loss", "loss")
@@ -40,18 +40,20 @@ def test_is_the_loss_of_the_whole_vocabulary(ranks: list[dict], name: str, kerne
         key: torch.cat([p[key] for p in parts]) for key in ("dW", "db") if key in parts[0]
     }
     wide = case.wide()
-    exact = define(wide, normalizer=NORMALIZER, **options)
-    plain = define(case, normalizer=NORMALIZER, **options)
+    exact = define(wide, weight_sum=WEIGHT_SUM, **options)
+    plain = define(case, weight_sum=WEIGHT_SUM, **options)
     dtype = case.hidden.dtype
-    assert torch.equal(found["hits"], exact.hits) and (found["z_loss"] > 0) == ("z_loss" in options)
+    assert torch.equal(found["hits"], exact.hits) and (found["z_loss"] > 0) == (
+        "z_loss_coefficient" in options
+    )
     for key, e, p in (
         ("nats", exact.nats, plain.nats),
         ("lse", exact.lse, plain.lse),
-        ("loss", exact.each.sum(), plain.each.sum()),
+        ("loss", exact.losses.sum(), plain.losses.sum()),
     ):
         assert_as_exact(found[key], e.detach(), p, 3, dtype, key)
-    expected = torch.autograd.grad(exact.each.sum() * UPSTREAM, wide.leaves())
-    rough = torch.autograd.grad(plain.each.sum() * UPSTREAM, case.leaves())
+    expected = torch.autograd.grad(exact.losses.sum() * UPSTREAM, wide.leaves())
+    rough = torch.autograd.grad(plain.losses.sum() * UPSTREAM, case.leaves())
     for key, e, p in zip(("dX", "dW", "db"), expected, rough, strict=False):
         assert found[key].dtype == dtype
         assert_as_exact(found[key], e, p, 2, dtype, key)
@@ -65,7 +67,7 @@ def test_agrees_with_one_rank(ranks: list[dict]) -> None:
         case.targets,
         bias=case.bias,
         token_weights=case.token_weights,
-        normalizer=NORMALIZER,
+        weight_sum=WEIGHT_SUM,
         **options,
     )
     found = ranks[0]["found"]["everything, torch"]

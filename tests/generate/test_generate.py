@@ -65,7 +65,7 @@ def training_logprobs(setup: Setup, prompt: str, found: Continuation) -> torch.T
     text = torch.tensor([tokenizer.start_id, *tokenizer.encode(prompt).tolist(), *found.tokens])
     with torch.no_grad():
         hidden = model(text[None, :-1], torch.arange(len(text) - 1)[None])[0]
-        nats = model.lm_head(hidden, text[1:], torch.ones(len(text) - 1), 1.0)[2]
+        nats = model.lm_head(hidden, text[1:], torch.ones(len(text) - 1), 1.0).nats
     return -nats[-len(found.tokens) :]
 
 

@@ -126,15 +126,15 @@ def test_half_sums_know_no_magnitude(magnitude: float) -> None:
     weight = torch.randn(300, 16, generator=generator) * 1e-3
     hidden, weight = hidden.bfloat16(), weight.bfloat16().requires_grad_()
     targets = torch.randint(0, 300, (64,), generator=generator)
-    for z_loss in (0.0, 1e-2):
+    for z_loss_coefficient in (0.0, 1e-2):
         small, precise = (
             torch.autograd.grad(
                 linear_cross_entropy(
                     hidden,
                     weight,
                     targets,
-                    normalizer=1 / magnitude,
-                    z_loss=z_loss,
+                    weight_sum=1 / magnitude,
+                    z_loss_coefficient=z_loss_coefficient,
                     gradient=mode,
                     chunk_tokens=16,
                 ).loss,
@@ -150,15 +150,15 @@ def test_half_sums_do_not_overflow_where_all_tokens_agree() -> None:
     """The largest sum there is: one target, one hidden state, and a z-loss on top."""
     hidden = torch.full((4096, 8), 3.0).bfloat16()
     weight = torch.zeros(50, 8).bfloat16().requires_grad_()
-    for z_loss in (0.0, 1.0):
+    for z_loss_coefficient in (0.0, 1.0):
         small, precise = (
             torch.autograd.grad(
                 linear_cross_entropy(
                     hidden,
                     weight,
                     torch.zeros(4096, dtype=torch.long),
-                    normalizer=1.0,
-                    z_loss=z_loss,
+                    weight_sum=1.0,
+                    z_loss_coefficient=z_loss_coefficient,
                     gradient=mode,
                     chunk_tokens=512,
                 ).loss,

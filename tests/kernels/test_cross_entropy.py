@@ -41,7 +41,7 @@ def check(
     case: Case, *, reduction: str = "sum", upstream: float = 1.0, dtype: torch.dtype, **options
 ) -> None:
     """Loss, statistics and all gradients against fp64, by QuACK's rule: 3 times torch's error for the loss, 2 for gradients."""
-    options.setdefault("normalizer", 1.0)
+    options.setdefault("weight_sum", 1.0)
     known = {k: v for k, v in options.items() if k in OPTIONS}
     wide = case.wide()
     exact, plain = define(wide, **known), define(case, **known)
@@ -61,12 +61,12 @@ def check(
     assert_as_exact(out.nats, exact.nats.detach(), plain.nats, 3, dtype, "nats")
     assert_as_exact(out.lse, exact.lse.detach(), plain.lse, 3, dtype, "lse")
     if reduction == "sum":
-        assert_as_exact(out.loss, exact.each.sum().detach(), plain.each.sum(), 3, dtype, "loss")
+        assert_as_exact(out.loss, exact.losses.sum().detach(), plain.losses.sum(), 3, dtype, "loss")
         loss = out.loss * upstream
-        want = exact.each.sum() * upstream
-        theirs = plain.each.sum() * upstream
+        want = exact.losses.sum() * upstream
+        theirs = plain.losses.sum() * upstream
     else:  # another gradient from above for each token, and some through nats and lse
-        assert_as_exact(out.loss, exact.each.detach(), plain.each, 3, dtype, "losses")
+        assert_as_exact(out.loss, exact.losses.detach(), plain.losses, 3, dtype, "losses")
         generator = torch.Generator().manual_seed(1)
         a, b = (
             torch.randn(case.targets.shape, generator=generator).to(out.loss.device)
@@ -105,10 +105,10 @@ def test_loss_and_gradients(
         seed=draw(st.integers(0, 999), "seed"),
     )
     options = {
-        "z_loss": draw(st.sampled_from([0.0, 1e-2]), "z_loss"),
+        "z_loss_coefficient": draw(st.sampled_from([0.0, 1e-2]), "z_loss_coefficient"),
         "softcap": draw(st.sampled_from([None, 3.0]), "softcap"),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1]), "smoothing"),
-        "normalizer": draw(st.sampled_from([1.0, 3e4]), "normalizer"),
+        "weight_sum": draw(st.sampled_from([1.0, 3e4]), "weight_sum"),
         "reduction": draw(st.sampled_from(["sum", "none"]), "reduction"),
         "gradient": draw(st.sampled_from(["precise", "small"]), "mode"),
         "chunk_tokens": draw(st.integers(3, 11), "chunk"),
@@ -167,7 +167,7 @@ def test_confident_targets_keep_their_gradient(
         hidden,
         weight,
         torch.zeros(3, dtype=torch.long, device=device),
-        normalizer=1.0,
+        weight_sum=1.0,
         implementation=implementation,
     )
     (found,) = torch.autograd.grad(out.loss, hidden)
@@ -193,7 +193,7 @@ def test_all_ignored_is_zero_and_finite(
         case.weight,
         torch.full_like(case.targets, -100),
         bias=case.bias,
-        z_loss=1e-3,
+        z_loss_coefficient=1e-3,
         label_smoothing=0.1,
         implementation=implementation,
     )
@@ -212,14 +212,14 @@ def test_hits_and_the_shares_of_the_loss(
     implementation: str, device: str, dtype: torch.dtype
 ) -> None:
     case = make_case(30, targets=2, peaked=True, dtype=dtype, device=device)
-    exact = define(case.wide(), z_loss=0.5, normalizer=4.0)
+    exact = define(case.wide(), z_loss_coefficient=0.5, weight_sum=4.0)
     out = linear_cross_entropy(
         case.hidden,
         case.weight,
         case.targets,
         token_weights=case.token_weights,
-        z_loss=0.5,
-        normalizer=torch.tensor(4.0, device=device),
+        z_loss_coefficient=0.5,
+        weight_sum=torch.tensor(4.0, device=device),
         implementation=implementation,
         logits_dtype=torch.float32,
     )  # rounded logits may tie
@@ -294,7 +294,7 @@ def test_many_targets_per_token_are_many_losses(device: str) -> None:
             case.weight,
             case.targets,
             token_weights=case.token_weights,
-            normalizer=2.0,
+            weight_sum=2.0,
             implementation=implementation,
         )
         apart = [
@@ -303,7 +303,7 @@ def test_many_targets_per_token_are_many_losses(device: str) -> None:
                 case.weight,
                 t,
                 token_weights=w,
-                normalizer=2.0,
+                weight_sum=2.0,
                 implementation=implementation,
             )
             for t, w in zip(

@@ -66,10 +66,10 @@ def test_opcheck_of_scaling() -> None:
 
 
 def both_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, normalizer: Tensor
+    hidden: Tensor, weight: Tensor, targets: Tensor, weight_sum: Tensor
 ) -> tuple[Tensor, Tensor]:
     scalar = linear_cross_entropy(
-        hidden, weight, targets, normalizer=normalizer, z_loss=1e-3, chunk_tokens=8
+        hidden, weight, targets, weight_sum=weight_sum, z_loss_coefficient=1e-3, chunk_tokens=8
     )
     each = linear_cross_entropy(hidden, weight, targets, reduction="none", softcap=5.0)
     return scalar.loss + scalar.nats.detach().mean(), each.loss.square().sum()
@@ -82,9 +82,9 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool) -> None:
     compiled = torch.compile(both_losses, fullgraph=True, dynamic=dynamic, backend=backend)
     for n in (20, 33):
         case = make_case(n, 6, 90)
-        normalizer = torch.tensor(3.0)
+        weight_sum = torch.tensor(3.0)
         found, expected = (
-            f(case.hidden, case.weight, case.targets, normalizer) for f in (compiled, both_losses)
+            f(case.hidden, case.weight, case.targets, weight_sum) for f in (compiled, both_losses)
         )
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -152,7 +152,7 @@ def test_inside_activation_checkpointing(reentrant: bool) -> None:
         if not reentrant
         else _by_backward(loss, case.hidden, module.weight)
     )
-    expected = torch.autograd.grad(define(case, normalizer=2.0).each.sum(), case.leaves())
+    expected = torch.autograd.grad(define(case, weight_sum=2.0).losses.sum(), case.leaves())
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 

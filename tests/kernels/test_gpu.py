@@ -169,7 +169,7 @@ def test_loss_keeps_the_error_of_its_mode(mode: str, bound: float) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_loss_never_waits_for_the_device(reduction: str) -> None:
     hidden, weight, targets = loss_inputs(512, 64, 1000)
-    normalizer = torch.tensor(400.0, device="cuda")
+    weight_sum = torch.tensor(400.0, device="cuda")
     for _ in range(2):  # the first one compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -177,9 +177,9 @@ def test_loss_never_waits_for_the_device(reduction: str) -> None:
                 hidden,
                 weight,
                 targets,
-                normalizer=normalizer,
+                weight_sum=weight_sum,
                 reduction=reduction,
-                z_loss=1e-4,
+                z_loss_coefficient=1e-4,
                 chunk_tokens=128,
             )
             (out.loss.sum() * 0.5).backward()
@@ -191,10 +191,10 @@ def test_loss_never_waits_for_the_device(reduction: str) -> None:
 def test_loss_beyond_32_bit_offsets() -> None:
     """2^31 logits and more in one slab: the last rows are as good as alone."""
     hidden, weight, targets = loss_inputs(16500, 64, 131072)
-    out = linear_cross_entropy(hidden, weight, targets, normalizer=1.0, chunk_tokens=16500)
+    out = linear_cross_entropy(hidden, weight, targets, weight_sum=1.0, chunk_tokens=16500)
     whole = torch.autograd.grad(out.loss, hidden)[0][-100:]
     last = hidden.detach()[-100:].requires_grad_()
-    alone = linear_cross_entropy(last, weight, targets[-100:], normalizer=1.0)
+    alone = linear_cross_entropy(last, weight, targets[-100:], weight_sum=1.0)
     assert torch.equal(out.nats[-100:], alone.nats)
     torch.testing.assert_close(whole, torch.autograd.grad(alone.loss, last)[0])
 

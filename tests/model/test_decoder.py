@@ -51,7 +51,7 @@ def test_flops_by_formula_are_those_of_the_matrix_products(shape: str) -> None:
     tokens = torch.zeros(1, length, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         hidden = model(tokens, torch.arange(length).unsqueeze(0))
-        model.lm_head(hidden[0], tokens[0], torch.ones(length), float(length))[0].backward()
+        model.lm_head(hidden[0], tokens[0], torch.ones(length), float(length)).loss.backward()
     assert counter.get_total_flops() / length == pytest.approx(
         count(config).training_flops_per_token, rel=0.03
     )
@@ -120,7 +120,7 @@ def test_capped_logits_are_those_of_the_loss() -> None:
     targets = torch.arange(12)
     logits = model.lm_head(hidden)
     assert 1.0 < logits.abs().max() < 2.0
-    nats = model.lm_head(hidden, targets)[2]
+    nats = model.lm_head(hidden, targets).nats
     torch.testing.assert_close(
         nats, torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     )

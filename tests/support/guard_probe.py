@@ -174,10 +174,10 @@ def larger_norms(judge: Any) -> Any:
     calls: list[int] = []
 
     def judged(
-        self: Any, loss: torch.Tensor, z_part: torch.Tensor, norm: torch.Tensor
+        self: Any, loss: torch.Tensor, z_loss: torch.Tensor, norm: torch.Tensor
     ) -> torch.Tensor:
         calls.append(1)
-        return judge(self, loss, z_part, norm * 1e4 if len(calls) > 6 else norm)
+        return judge(self, loss, z_loss, norm * 1e4 if len(calls) > 6 else norm)
 
     return judged
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-OPTIONS = ("z_loss", "softcap", "label_smoothing", "normalizer")
+OPTIONS = ("z_loss_coefficient", "softcap", "label_smoothing", "weight_sum")
 
 
 class Case(NamedTuple):
@@ -68,12 +68,12 @@ def make_case(
 
 
 class Defined(NamedTuple):
-    """each: loss of each target, weighted and divided.
+    """losses: loss of each target, weighted and divided.
 
     nats, hits in the shape of targets; lse [N].
     """
 
-    each: Tensor
+    losses: Tensor
     nats: Tensor
     lse: Tensor
     hits: Tensor
@@ -82,10 +82,10 @@ class Defined(NamedTuple):
 def define(
     case: Case,
     *,
-    z_loss: float = 0.0,
+    z_loss_coefficient: float = 0.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
-    normalizer: float = 1.0,
+    weight_sum: float = 1.0,
 ) -> Defined:
     """Through all logits at once.
 
@@ -101,10 +101,10 @@ def define(
     nats = torch.stack([F.cross_entropy(logits, t, reduction="none") for t in targets.T], 1)
     smooth = (1 - label_smoothing) * nats + label_smoothing * (lse - logits.mean(-1)).unsqueeze(1)
     weights = case.token_weights.view(targets.shape) * there
-    each = weights * (smooth + z_loss * lse.square().unsqueeze(1)) / normalizer
+    losses = weights * (smooth + z_loss_coefficient * lse.square().unsqueeze(1)) / weight_sum
     hits = there & (logits.argmax(-1, keepdim=True) == targets)
     return Defined(
-        each.view(case.targets.shape),
+        losses.view(case.targets.shape),
         nats.view(case.targets.shape),
         lse,
         hits.view(case.targets.shape),

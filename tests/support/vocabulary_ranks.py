@@ -12,15 +12,15 @@ from tests.support.loss_cases import Case, make_case
 
 CASES = {
     "plain": ({"n": 13, "v": 53}, {}),
-    "many targets": ({"n": 13, "v": 53, "targets": 3}, {"z_loss": 1e-2}),
+    "many targets": ({"n": 13, "v": 53, "targets": 3}, {"z_loss_coefficient": 1e-2}),
     "everything": (
         {"n": 13, "v": 54, "bias": True, "peaked": True},
-        {"z_loss": 1e-2, "softcap": 5.0, "label_smoothing": 0.1},
+        {"z_loss_coefficient": 1e-2, "softcap": 5.0, "label_smoothing": 0.1},
     ),
     "large logits": ({"n": 13, "v": 53, "scale": 160.0}, {}),
     "bf16": ({"n": 13, "v": 53, "dtype": torch.bfloat16}, {}),
 }
-UPSTREAM, NORMALIZER, CHUNK = 0.7, 5.0, 4
+UPSTREAM, WEIGHT_SUM, CHUNK = 0.7, 5.0, 4
 
 
 def build(name: str) -> tuple[Case, dict]:
@@ -46,7 +46,7 @@ def run(name: str, implementation: str, group: dist.ProcessGroup) -> dict[str, t
         vocabulary=vocabulary,
         group=group,
         bias=bias,
-        normalizer=NORMALIZER,
+        weight_sum=WEIGHT_SUM,
         token_weights=case.token_weights,
         chunk_tokens=CHUNK,
         implementation=implementation,

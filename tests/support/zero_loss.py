@@ -35,23 +35,23 @@ class Model(nn.Module):
         )
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, weights: Tensor, normalizer: Tensor
+        self, tokens: Tensor, targets: Tensor, weights: Tensor, weight_sum: Tensor
     ) -> Tensor:
         hidden = torch.tanh(self.layer(self.embedding(tokens)))
         if self.recompute:
             return checkpoint(
-                self.head, hidden, targets, weights, normalizer, 1e-3, use_reentrant=False
-            )[0]
-        return self.head(hidden, targets, weights, normalizer, 1e-3)[0]
+                self.head, hidden, targets, weights, weight_sum, 1e-3, use_reentrant=False
+            ).loss
+        return self.head(hidden, targets, weights, weight_sum, 1e-3).loss
 
-    def plain(self, tokens: Tensor, targets: Tensor, weights: Tensor, normalizer: Tensor) -> Tensor:
+    def plain(self, tokens: Tensor, targets: Tensor, weights: Tensor, weight_sum: Tensor) -> Tensor:
         """The same loss through all logits."""
         logits = F.linear(
             torch.tanh(self.layer(self.embedding(tokens))), self.head.weight, self.head.bias
         )
         nats = F.cross_entropy(logits, targets, reduction="none")
         each = weights * (targets != -100) * (nats + 1e-3 * logits.logsumexp(-1).square())
-        return each.sum() / normalizer
+        return each.sum() / weight_sum
 
 
 def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,12 +89,12 @@ def compare(
     worst: dict[str, float] = {}
     for step in range(STEPS):
         everything = [[batch(step, m, r) for m in range(MICRO_BATCHES)] for r in range(ranks)]
-        normalizer = sum((w * (t != -100)).sum() for mine in everything for _, t, w in mine)
+        weight_sum = sum((w * (t != -100)).sum() for mine in everything for _, t, w in mine)
         reference.zero_grad()
         factor = 1 / MICRO_BATCHES if scaled else 1.0
-        sum(plain.plain(*b, normalizer) for mine in everything for b in mine).mul(factor).backward()
+        sum(plain.plain(*b, weight_sum) for mine in everything for b in mine).mul(factor).backward()
         for micro in everything[rank]:
-            loss = engine(*micro, normalizer)
+            loss = engine(*micro, weight_sum)
             engine.backward(loss * ranks, scale_wrt_gas=scaled)
             if engine.is_gradient_accumulation_boundary():
                 for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.attention import PackedDocuments
 from nextpt.data.batch import Batch
-from nextpt.model.transformer import Decoder
+from nextpt.model import Decoder
 
 
 class Loss(NamedTuple):

@@ -18,11 +18,18 @@ def config_show(
 ) -> None:
     """Print the resolved run and the figures derived from it."""
     from nextpt.config import load_config, to_yaml
-    from nextpt.model import count
+    from nextpt.model import ModelSpec, count
     from nextpt.train.memory import estimate_memory, usual_device
 
     config = load_config(file, overrides or [])
-    counts, memory = count(config), estimate_memory(config, ranks, device=usual_device(config))
+    counts, memory = (
+        count(
+            ModelSpec.from_config(ModelSpec.from_config(config), config.data.sequence_length),
+            ModelSpec.from_config(config),
+            config.data.sequence_length.data.sequence_length,
+        ),
+        estimate_memory(config, ranks, device=usual_device(config)),
+    )
     tokens = config.total_steps * config.tokens_per_step
     accumulation = config.accumulation_steps(ranks)
     say(to_yaml(config))

@@ -60,7 +60,7 @@ def hf_import(
     from nextpt.config import to_yaml
     from nextpt.data.dataset import check_dataset
     from nextpt.exchange import HFWeights, config_from_hf
-    from nextpt.model import count
+    from nextpt.model import ModelSpec, count
     from nextpt.train.start import check_tokenizer
 
     if output.exists():
@@ -77,7 +77,7 @@ def hf_import(
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
     say(
-        f"{weights.architecture.name}, {count(config).parameters:,} parameters; look at optimizer,"
+        f"{weights.architecture.name}, {count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters:,} parameters; look at optimizer,"
         f" schedule and train in {output}, then: nextpt train --config {output}"
     )
 

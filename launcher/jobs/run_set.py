@@ -19,11 +19,11 @@ def train_one(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> Non
     """
     from launcher.jobs.local import start_training
     from launcher.jobs.supervise import RESTARTS, supervise
-    from nextpt.model import count
+    from nextpt.model import ModelSpec, count
 
     config = runs.config(run)
     say(
-        f"\n=== {place} {run.name}: {count(config).parameters:,} parameters,"
+        f"\n=== {place} {run.name}: {count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters:,} parameters,"
         f" {config.total_steps * config.tokens_per_step:,} tokens, {runs.flops(run):.3g} FLOPs"
     )
     code = supervise(

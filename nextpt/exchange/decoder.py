@@ -6,7 +6,7 @@ import torch
 
 from nextpt.checkpoint.format import Checkpoint, check_shapes
 from nextpt.config import Config, parse_config
-from nextpt.model import Decoder
+from nextpt.model import Decoder, build_decoder
 
 
 def load_model(
@@ -24,7 +24,7 @@ def load_model(
             "train": config.train.model_copy(update={"loss_workspace_mib": None}),
         }
     )
-    model = Decoder(config)
+    model = build_decoder(config)
     check_shapes(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -23,7 +23,7 @@ from nextpt.exchange.architectures import effective_window
 from nextpt.exchange.export_hf import EXACT, inexact_parameters
 from nextpt.exchange.reading import read_config
 from nextpt.exchange.tensors import Stored, stored_tensors
-from nextpt.model import Decoder
+from nextpt.model import Decoder, build_decoder
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Who continues from a model may change these, for longer contexts say; the parameters fit all the
@@ -196,7 +196,7 @@ def load_hf(folder: Path, device: torch.device | str = "cpu") -> tuple[Config, D
     """
     weights = HFWeights(folder)
     config = config_from_hf(weights)
-    model = Decoder(config)
+    model = build_decoder(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(

@@ -36,7 +36,7 @@ class Decoding:
             tokens[row, longest - len(text) :] = torch.tensor(text)
         self._pad(torch.tensor([longest - len(text) for text in texts], device=parameter.device))
         self._cache = KVCache.empty(
-            config, len(texts), capacity, dtype=parameter.dtype, device=parameter.device
+            model.spec, len(texts), capacity, dtype=parameter.dtype, device=parameter.device
         )
         self._run(tokens)
 

@@ -1,6 +1,8 @@
-"""The transformer, its initialisation and its parameter and FLOP counts. No training code."""
+"""The decoder: spec, layers, initialisation, parameter and FLOP counts. No training code."""
 
 from nextpt.model.counts import Counts, count
-from nextpt.model.transformer import Decoder, KVCache
+from nextpt.model.decoder import Decoder, build_decoder
+from nextpt.model.layers import KVCache
+from nextpt.model.spec import ComputeOptions, ModelSpec
 
-__all__ = ["Counts", "Decoder", "KVCache", "count"]
+__all__ = ["ComputeOptions", "Counts", "Decoder", "KVCache", "ModelSpec", "build_decoder", "count"]

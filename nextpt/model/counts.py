@@ -1,4 +1,4 @@
-"""Parameters and FLOPs by formula.
+"""Parameter and FLOP counts of a decoder, by formula from its spec.
 
 Two FLOP conventions are in use and differ by a tenth or more; both are given.
 `training_flops_per_token` counts attention without the causal half (PaLM, arXiv 2204.02311 appendix
@@ -10,12 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nextpt.config import Config, ModelSection
+from nextpt.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Figures of one model shape."""
+    """Parameters and training FLOPs per token (forward and backward) of one model.
+
+    Attributes:
+        parameters: All parameters; a tied matrix once.
+        non_embedding_parameters: Without the embedding and the output matrix.
+        matmul_parameters: Parameters of matrix products: the blocks' and the output matrix's.
+        training_flops_per_token: 6 N + attention, the causal half not taken off (PaLM).
+        causal_flops_per_token: 6 N + half of the attention.
+    """
 
     parameters: int
     non_embedding_parameters: int
@@ -24,31 +32,36 @@ class Counts:
     causal_flops_per_token: float
 
 
-def count(config: Config) -> Counts:
-    """Count by formula; tests compare with the module's own parameters."""
-    c = config.model
-    embedding = c.vocab_size * c.width
-    block = _block_matmuls(c) + _block_vectors(c)
-    total = embedding * (1 if c.tied_embeddings else 2) + c.depth * block + c.width
-    matmul = c.depth * _block_matmuls(c) + embedding
-    attention = 12 * c.depth * c.heads * c.head_dim_ * config.data.sequence_length
+def count(spec: ModelSpec, sequence_length: int | None = None) -> Counts:
+    """Count parameters and FLOPs by formula; tests compare with the module's own parameters.
+
+    Args:
+        spec: Shape of the model.
+        sequence_length: Context of the attention FLOPs, tokens; `spec.max_position` by default.
+    """
+    embedding = spec.vocab_size * spec.width
+    block = _block_matmuls(spec) + _block_vectors(spec)
+    total = embedding * (1 if spec.tied_embeddings else 2) + spec.depth * block + spec.width
+    matmul = spec.depth * _block_matmuls(spec) + embedding
+    length = spec.max_position if sequence_length is None else sequence_length
+    attention = 12 * spec.depth * spec.heads * spec.head_dim * length
     return Counts(
         parameters=total,
-        non_embedding_parameters=c.depth * block + c.width,
+        non_embedding_parameters=spec.depth * block + spec.width,
         matmul_parameters=matmul,
         training_flops_per_token=6.0 * matmul + attention,
         causal_flops_per_token=6.0 * matmul + attention / 2,
     )
 
 
-def _block_matmuls(c: ModelSection) -> int:
-    attention = 2 * c.width * c.heads * c.head_dim_ + 2 * c.width * c.kv_heads_ * c.head_dim_
-    return attention + (3 if c.ffn == "swiglu" else 2) * c.width * c.ffn_width_
+def _block_matmuls(spec: ModelSpec) -> int:
+    attention = 2 * spec.width * (spec.heads + spec.kv_heads) * spec.head_dim
+    return attention + (3 if spec.ffn == "swiglu" else 2) * spec.width * spec.ffn_width
 
 
-def _block_vectors(c: ModelSection) -> int:
-    norms = 2 * c.width + (2 * c.head_dim_ if c.qk_norm else 0)
-    if not c.bias:
+def _block_vectors(spec: ModelSpec) -> int:
+    norms = 2 * spec.width + (2 * spec.head_dim if spec.qk_norm else 0)
+    if not spec.bias:
         return norms
-    attention = c.heads * c.head_dim_ + 2 * c.kv_heads_ * c.head_dim_ + c.width
-    return norms + attention + (2 if c.ffn == "swiglu" else 1) * c.ffn_width_ + c.width
+    attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.width
+    return norms + attention + (2 if spec.ffn == "swiglu" else 1) * spec.ffn_width + spec.width

@@ -1,7 +1,7 @@
-"""Initial values: a function of (seed, parameter name) alone, so the same for any number of ranks.
+"""Initial weights: a function of (seed, parameter name), the same for any number of ranks.
 
 Each matrix is drawn where its layer is built. Under ZeRO-3's partitioned construction a layer is
-divided among the ranks as soon as it is complete, so no rank ever holds more than one whole layer.
+partitioned over the ranks as soon as it is complete, so no rank ever holds more than one whole layer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Init:
-    """Draws initial matrices.
+    """Initial values of matrices.
 
-    seed: of the run. std: of input-side matrices. depth: number of blocks; matrices that write into
-    the residual stream get std / sqrt(2 depth) (GPT-2, Radford et al. 2019, section 2.3), so its
-    variance does not grow with depth.
+    Attributes:
+        seed: Seed of the run.
+        std: Standard deviation of the matrices.
+        depth: Number of blocks. Matrices whose output is added to the residual stream get
+            std / sqrt(2 depth) (GPT-2, Radford et al. 2019, section 2.3), so that its variance does
+            not grow with depth.
     """
 
     seed: int
@@ -28,9 +31,14 @@ class Init:
     depth: int
 
     def normal_(self, tensor: Tensor, name: str, *, residual: bool = False) -> None:
-        """Fill `tensor` in place, normal, mean 0.
+        """Fill a tensor in place from a normal distribution of mean 0.
 
-        Drawn in fp32 on the CPU so that devices agree.
+        Values are drawn in fp32 on the CPU, so that all devices get the same.
+
+        Args:
+            tensor: The parameter, of any shape, dtype and device.
+            name: Name of the parameter, which with the seed decides the values.
+            residual: Whether the matrix's output is added to the residual stream.
         """
         std = self.std / math.sqrt(2 * self.depth) if residual else self.std
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864) and their stretching for longer contexts."""
+"""Rotary position embeddings (arXiv 2104.09864) and their scaling to longer contexts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from nextpt.config import RopeScaling
 
 
 def frequencies(head_dim: int, base: float, scaling: RopeScaling | None) -> Tensor:
-    """Angular frequencies [head_dim / 2], fp64, radians per position."""
+    """Angular frequencies of a head's pairs, radians per position.
+
+    Args:
+        head_dim: Width of a head, even.
+        base: Base of the geometric series.
+        scaling: Stretching for longer contexts, or None.
+
+    Returns:
+        fp64 [head_dim / 2] on the CPU.
+    """
     plain = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if scaling is None:
         return plain
@@ -41,7 +50,7 @@ def frequencies(head_dim: int, base: float, scaling: RopeScaling | None) -> Tens
 
 
 def attention_temperature(scaling: RopeScaling | None) -> float:
-    """Factor on both queries and keys; 1 but for YaRN (arXiv 2309.00071 eq. 22)."""
+    """Factor on both queries and keys: 1 except for YaRN (arXiv 2309.00071 eq. 22)."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     return 0.1 * math.log(scaling.factor) + 1.0
@@ -50,7 +59,7 @@ def attention_temperature(scaling: RopeScaling | None) -> float:
 def tables(
     positions: int, head_dim: int, base: float, scaling: RopeScaling | None
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each fp32 [positions, head_dim / 2]."""
+    """Tables of (cos, sin) by position, each fp32 [positions, head_dim / 2], on the CPU."""
     angles = torch.outer(
         torch.arange(positions, dtype=torch.float64, device="cpu"),
         frequencies(head_dim, base, scaling),
@@ -60,9 +69,9 @@ def tables(
 
 
 def rotate(x_BTHD: Tensor, cos_BT1E: Tensor, sin_BT1E: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2), in fp32; the dtype of x is kept. E = D / 2."""
+    """Rotate the pairs (i, i + D/2) of the last axis in fp32; x's dtype is kept. E = D / 2."""
     first, second = x_BTHD.float().chunk(2, dim=-1)
-    turned = torch.cat(
+    rotated = torch.cat(
         (first * cos_BT1E - second * sin_BT1E, second * cos_BT1E + first * sin_BT1E), dim=-1
     )
-    return turned.type_as(x_BTHD)
+    return rotated.type_as(x_BTHD)

@@ -19,7 +19,7 @@ from nextpt.checkpoint.manifest import MANIFEST, manifest_problem, read_manifest
 from nextpt.config import Config, load_config
 from nextpt.events import read_events, rename_old_metrics
 from nextpt.job.environment import read_starts
-from nextpt.model import count
+from nextpt.model import ModelSpec, count
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RunRecord:
 
     @property
     def parameters(self) -> int:
-        return count(self.config).parameters
+        return count(ModelSpec.from_config(ModelSpec.from_config(self.config))).parameters
 
     @property
     def status(self) -> str:

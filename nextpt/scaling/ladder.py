@@ -17,7 +17,7 @@ from nextpt.base.errors import ScalingError
 from nextpt.base.files import atomic_write, canonical_json
 from nextpt.config import load_config
 from nextpt.events import read_events
-from nextpt.model import count
+from nextpt.model import ModelSpec, count
 from nextpt.scaling.fitting import fit
 from nextpt.scaling.laws import CHINCHILLA
 from nextpt.scaling.observations import read_run_folders
@@ -102,7 +102,10 @@ def write_prediction(ladder: Ladder) -> dict[str, Any]:
     write_json(values, ladder.dir / "fit.json")
     config = ladder.config(target)
     made = predict(
-        found, count(config).parameters, config.total_steps * config.tokens_per_step, LEVEL
+        found,
+        count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters,
+        config.total_steps * config.tokens_per_step,
+        LEVEL,
     )
     made |= {
         "run": str(ladder.folder(target)),

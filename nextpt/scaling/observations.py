@@ -18,7 +18,7 @@ import numpy as np
 from nextpt.base.errors import ScalingError
 from nextpt.config import load_config
 from nextpt.events import read_events
-from nextpt.model import count
+from nextpt.model import ModelSpec, count
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 SAME = 0.01  # relative gap below which two sizes, or two numbers of tokens, are one
@@ -193,7 +193,16 @@ def read_run_folders(
         for event in events if curves else events[-1:]:
             found.append(
                 (
-                    getattr(count(config), counted),
+                    getattr(
+                        count(
+                            ModelSpec.from_config(
+                                ModelSpec.from_config(config), config.data.sequence_length
+                            ),
+                            ModelSpec.from_config(config),
+                            config.data.sequence_length.data.sequence_length,
+                        ),
+                        counted,
+                    ),
                     event["tokens"],
                     event["total"]["nats_per_token"],
                     f"{folder} step {event['step']}",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config
-from nextpt.model import Counts, count
+from nextpt.model import Counts, ModelSpec, count
 from nextpt.scaling.machines import Machine
 from nextpt.train.memory import LIVE_PARAMETERS, MemoryEstimate, estimate_memory
 
@@ -91,7 +91,7 @@ def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> 
             f"train.hpz_ranks = {config.train.hpz_ranks} does not divide the {machine.node_size}"
             " devices of a node (--node-size); give the ranks of one node, or a divisor of them"
         )
-    counts = count(config)
+    counts = count(ModelSpec.from_config(config), config.data.sequence_length)
     compute = (
         counts.training_flops_per_token
         * config.tokens_per_step
@@ -139,7 +139,11 @@ def traffic(config: Config, devices: int) -> Traffic:
     ranks, and the others are inside a node. Small parameters, which stay gathered, are not taken
     off.
     """
-    train, n, micro = config.train, count(config).parameters, config.accumulation_steps(devices)
+    train, n, micro = (
+        config.train,
+        count(ModelSpec.from_config(config)).parameters,
+        config.accumulation_steps(devices),
+    )
     weights, gradients = n * (2 if train.precision == "bf16" else 4), 4 * n
     gathers = micro * (2 if n > LIVE_PARAMETERS else 1)
     everywhere = 1 if train.hpz_ranks else gathers

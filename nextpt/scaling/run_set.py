@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from nextpt.base.errors import ScalingError
 from nextpt.config import Config, differences, load_config
-from nextpt.model import count
+from nextpt.model import ModelSpec, count
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 
 
@@ -58,7 +58,7 @@ class RunSet(BaseModel):
         config = self.config(run)
         return float(
             FLOPS_PER_PARAMETER_AND_TOKEN
-            * count(config).parameters
+            * count(ModelSpec.from_config(config)).parameters
             * config.total_steps
             * config.tokens_per_step
         )

@@ -36,7 +36,7 @@ from nextpt.base.errors import UserError  # noqa: E402
 from nextpt.checkpoint.state import Fragment, FragmentReader  # noqa: E402
 from nextpt.config import Config  # noqa: E402
 from nextpt.data.batch import Batch  # noqa: E402
-from nextpt.model import Decoder  # noqa: E402
+from nextpt.model import Decoder, build_decoder  # noqa: E402
 from nextpt.objective import Loss, next_token_loss  # noqa: E402
 from nextpt.optim.adamw import GuardedAdamW, decays, parameter_groups  # noqa: E402
 from nextpt.train.dynamics import AdamWUpdates, GradientNoise, update_ratios  # noqa: E402
@@ -166,7 +166,7 @@ class Engine:
         _stop_host_checks()
         settings = deepspeed_config(config, self.world_size)
         with self._construction(settings):
-            module = TrainingModule(Decoder(config), config.objective.z_loss)
+            module = TrainingModule(build_decoder(config), config.objective.z_loss)
         if config.train.compile:
             for block in module.model.blocks:
                 block.compile()

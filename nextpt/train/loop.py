@@ -21,7 +21,7 @@ from nextpt.evaluate.metrics import DomainSums, metrics_json
 from nextpt.events import Event, RollbackEvent, StepEvent, ValidationEvent
 from nextpt.job.context import JobContext
 from nextpt.job.signals import resume_command
-from nextpt.model import count
+from nextpt.model import ModelSpec, count
 from nextpt.objective import local_weight_sum
 from nextpt.optim.schedules import learning_rate
 from nextpt.train.engine import Engine
@@ -85,7 +85,11 @@ class Trainer:
         self.job = job or JobContext()
         self.go_back = go_back
         self.guard, self.validation = RollbackPolicy(config.guard, engine.spike_detector), None
-        self.flops_per_token = count(config).training_flops_per_token
+        self.flops_per_token = count(
+            ModelSpec.from_config(ModelSpec.from_config(config), config.data.sequence_length),
+            ModelSpec.from_config(config),
+            config.data.sequence_length.data.sequence_length,
+        ).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()
         # Of the last checkpoint; None: none was made since the start

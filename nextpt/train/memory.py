@@ -13,7 +13,7 @@ from kernels.cross_entropy.chunking import DEFAULT_BUDGET, MIB, BudgetError, Chu
 from kernels.cross_entropy.interface import wide_logits
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config
-from nextpt.model import count
+from nextpt.model import ModelSpec, count
 
 # Elements; what the engine gives to DeepSpeed. Below DeepSpeed's 5e8: 0.8 GB of fp32 is enough for
 # a link to be busy.
@@ -51,7 +51,7 @@ class MemoryEstimate:
 
 def reduce_bucket(config: Config) -> int:
     """Elements of DeepSpeed's reduction bucket: never larger than the model."""
-    return min(count(config).parameters, REDUCE_BUCKET)
+    return min(count(ModelSpec.from_config(config)).parameters, REDUCE_BUCKET)
 
 
 def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> MemoryEstimate:
@@ -63,7 +63,7 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
     reduced beside the backward pass, which takes a second bucket, and the loss has a larger
     workspace.
     """
-    train, parameters = config.train, count(config).parameters
+    train, parameters = config.train, count(ModelSpec.from_config(config)).parameters
     stage = train.zero_stage
     width = 2 if train.precision == "bf16" else 4
     master = 4 if stage else 0
@@ -96,7 +96,7 @@ def _buffers(config: Config, width: int, overlap: bool) -> int:
     if stage == 2:
         return width * bucket * (2 if overlap else 1) + (4 * bucket if width == 2 else 0)
     return 4 * bucket * (3 if overlap else 2) + width * min(
-        count(config).parameters, LIVE_PARAMETERS
+        count(ModelSpec.from_config(config)).parameters, LIVE_PARAMETERS
     )
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.faults.test_job_context import wait_for
 
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.workers import LocalWorkers
 from tests.cluster.test_slurm import cluster  # noqa: F401  (a fixture)
+from tests.faults.test_job_context import wait_for
 from tests.support.prep_worlds import content, texts, world, write_lines
 from tests.support.slurm_cluster import Slurm
 

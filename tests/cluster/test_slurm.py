@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.faults.test_job_context import wait_for
 
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
+from tests.faults.test_job_context import wait_for
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all
 from tests.support.slurm_cluster import Slurm, missing, slurm

@@ -15,7 +15,7 @@ from data_prep.tokenizer import Tokenizer
 from launcher.cli import app
 from nextpt.base.errors import DataError, DataPrepError
 from nextpt.data.loader import Loader
-from nextpt.model import Decoder
+from nextpt.model import build_decoder
 from nextpt.objective import local_weight_sum, next_token_loss
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
@@ -70,7 +70,7 @@ def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_
 
     def gradient(weights: dict[str, float], divided: bool = True) -> tuple[torch.Tensor, float]:
         loader = Loader(tiny(dataset, Path("unused"), objective={"domain_weights": weights}), 0, 1)
-        batches, model = loader.step_batches(0), Decoder(loader.config)
+        batches, model = loader.step_batches(0), build_decoder(loader.config)
         loader.close()
         total = local_weight_sum(batches)
         for batch in batches:

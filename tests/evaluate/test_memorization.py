@@ -37,7 +37,7 @@ from nextpt.evaluate.memorization.measure import (
     measure_extraction,
 )
 from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, stretch_hashes, units
-from nextpt.model import Decoder
+from nextpt.model import Decoder, build_decoder
 from tests.support.datasets import tiny
 
 NUMBERED = [f"w{i}" for i in itertools.islice(itertools.count(), 5000)]
@@ -146,7 +146,7 @@ def test_bits_per_byte_are_ratios_of_sums() -> None:
 
 def learned(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
     """A decoder that was taught some sequences."""
-    model = Decoder(config)
+    model = build_decoder(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     rows = torch.tensor(tokens)
     for _ in range(steps):
@@ -162,7 +162,7 @@ def learned(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
 
 def test_greedy_is_the_argmax_of_the_forward_pass(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path)
-    model = Decoder(config).eval()
+    model = build_decoder(config).eval()
     prefixes = torch.randint(0, 512, (3, 7), generator=torch.Generator().manual_seed(0))
     given_tokens = greedy(config, model, prefixes, 9)
     whole = torch.cat([prefixes, given_tokens], dim=1)

@@ -22,7 +22,7 @@ from nextpt.evaluate.documents import score_documents, windows
 from nextpt.evaluate.evaluation import Protocol, evaluate_source
 from nextpt.evaluate.metrics import DomainSums, Metrics, metrics_json
 from nextpt.evaluate.source import Source
-from nextpt.model import Decoder
+from nextpt.model import build_decoder
 from tests.support.datasets import tiny
 from tests.support.runs import make_run
 
@@ -41,7 +41,7 @@ def test_windows_score_each_target_once(
 
 def test_scores_are_the_models_log_probabilities() -> None:
     config = tiny(Path("none"), Path("none"), data={"sequence_length": 16})
-    model = Decoder(config).eval()
+    model = build_decoder(config).eval()
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 500, size) for size in (5, 12, 16)]
     is_text = (np.arange(512) % 7 > 0).astype(np.uint16)
@@ -65,7 +65,7 @@ def test_scores_are_the_models_log_probabilities() -> None:
 
 
 def test_long_documents_get_context_from_the_stride() -> None:
-    model = Decoder(tiny(Path("none"), Path("none"), data={"sequence_length": 16})).eval()
+    model = build_decoder(tiny(Path("none"), Path("none"), data={"sequence_length": 16})).eval()
     document = [np.random.default_rng(1).integers(0, 500, 90)]
     sizes, is_text = [np.ones(89, dtype=np.uint32)], np.ones(512, dtype=np.uint16)
     few, _ = score_documents(model, document, sizes, is_text, window=16, stride=16)

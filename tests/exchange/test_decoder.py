@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from nextpt.exchange.decoder import load_model
-from nextpt.model import Decoder
+from nextpt.model import build_decoder
 from tests.support.datasets import tiny
 
 
@@ -22,7 +22,7 @@ def test_a_run_of_a_gpu_is_read_on_a_cpu() -> None:
         model=model | {"attention": "triton", "cross_entropy": "triton"},
         train={"loss_workspace_mib": 1},
     )
-    source = Decoder(config)
+    source = build_decoder(config)
     weights = {name: p.detach() for name, p in source.named_parameters()}
     checkpoint = SimpleNamespace(
         state={"config": config.model_dump(mode="json")},

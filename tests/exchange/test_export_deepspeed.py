@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nextpt.exchange import export_deepspeed
-from nextpt.model import Decoder
+from nextpt.model import build_decoder
 from tests.support.models import checkpoint_of, decoder
 
 
@@ -26,7 +26,9 @@ def test_zero_to_fp32_gives_our_weights(tmp_path: Path) -> None:
     ]
     done = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    again = Decoder(config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})}))
+    again = build_decoder(
+        config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
+    )
     again.load_state_dict(torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True))
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
 
@@ -39,6 +41,8 @@ def test_the_module_s_state_is_in_it(tmp_path: Path) -> None:
     states = torch.load(
         tmp_path / "ds" / "global_step3" / "mp_rank_00_model_states.pt", weights_only=False
     )
-    again = Decoder(config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})}))
+    again = build_decoder(
+        config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
+    )
     again.load_state_dict(states["module"])
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())

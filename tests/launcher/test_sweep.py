@@ -19,7 +19,7 @@ from launcher.cli import app
 from nextpt.base.errors import ScalingError
 from nextpt.config import to_yaml
 from nextpt.events import MetricsFile, StepEvent, ValidationEvent, read_events
-from nextpt.model import count
+from nextpt.model import ModelSpec, count
 from nextpt.scaling.ladder import Ladder, is_done, load_ladder, write_prediction, write_result
 from nextpt.scaling.laws import CHINCHILLA
 from nextpt.scaling.observations import read_run_folders
@@ -58,7 +58,14 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
     (folder / "config.yaml").write_text(to_yaml(config))
     tokens = config.total_steps * config.tokens_per_step
     noise = np.exp(0.001 * np.random.default_rng(tokens + config.model.width).standard_normal())
-    loss = float(CHINCHILLA.loss(law, count(config).parameters, tokens)) * noise
+    loss = (
+        float(
+            CHINCHILLA.loss(
+                law, count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters, tokens
+            )
+        )
+        * noise
+    )
     metrics = MetricsFile(folder / "metrics.jsonl", 0)
     metrics.on_event(StepEvent(1, 512, 6.0, 3.0, 1e-3, 1.0, 100.0, time=time))
     metrics.on_event(ValidationEvent(config.total_steps, tokens, {}, {"nats_per_token": loss}))
@@ -66,7 +73,15 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
 
 def test_the_shipped_ladder_is_one() -> None:
     ladder = load_ladder(ROOT / "configs" / "ladders" / "demo.yaml")
-    assert len({count(ladder.config(rung)).parameters for rung in ladder.rungs}) >= 4
+    assert (
+        len(
+            {
+                count(ModelSpec.from_config(ModelSpec.from_config(ladder.config(rung)))).parameters
+                for rung in ladder.rungs
+            }
+        )
+        >= 4
+    )
     assert (
         ladder.config(ladder.target).validation.every_steps
         == ladder.config(ladder.target).total_steps
@@ -139,7 +154,12 @@ def test_run_folders_must_be_finished_but_for_curves(tmp_path: Path) -> None:
     small = read_run_folders(folders[1:], "non_embedding_parameters")
     assert (
         small.parameters
-        == [count(ladder.config(rung)).non_embedding_parameters for rung in ladder.rungs[1:]]
+        == [
+            count(
+                ModelSpec.from_config(ModelSpec.from_config(ladder.config(rung)))
+            ).non_embedding_parameters
+            for rung in ladder.rungs[1:]
+        ]
     ).all()
     assert (
         small.tokens == [ladder.config(rung).total_steps * 512 for rung in ladder.rungs[1:]]

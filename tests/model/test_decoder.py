@@ -9,7 +9,7 @@ import torch
 
 from kernels.attention import PackedDocuments
 from nextpt.config import RopeScaling
-from nextpt.model import Decoder, KVCache, count
+from nextpt.model import KVCache, ModelSpec, build_decoder, count
 from nextpt.model.rope import frequencies, rotate, tables
 from tests.support.datasets import tiny
 
@@ -30,13 +30,17 @@ SHAPES = {
 def build(**model: object) -> tuple:
     base = {"vocab_size": 96, "depth": 2, "width": 32, "heads": 4, "kv_heads": 2, "qk_norm": True}
     config = tiny(Path("none"), Path("none"), model=base | model)
-    return config, Decoder(config)
+    return config, build_decoder(config)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_by_formula_are_those_of_the_module(shape: str) -> None:
     config, model = build(**SHAPES[shape])
-    counts = count(config)
+    counts = count(
+        ModelSpec.from_config(ModelSpec.from_config(config), config.data.sequence_length),
+        ModelSpec.from_config(config),
+        config.data.sequence_length.data.sequence_length,
+    )
     assert counts.parameters == sum(p.numel() for p in model.parameters())
     embeddings = 96 * 32 * (1 if SHAPES[shape].get("tied_embeddings") else 2)
     assert counts.non_embedding_parameters == counts.parameters - embeddings
@@ -53,7 +57,12 @@ def test_flops_by_formula_are_those_of_the_matrix_products(shape: str) -> None:
         hidden = model(tokens, torch.arange(length).unsqueeze(0))
         model.lm_head(hidden[0], tokens[0], torch.ones(length), float(length)).loss.backward()
     assert counter.get_total_flops() / length == pytest.approx(
-        count(config).training_flops_per_token, rel=0.03
+        count(
+            ModelSpec.from_config(ModelSpec.from_config(config), config.data.sequence_length),
+            ModelSpec.from_config(config),
+            config.data.sequence_length.data.sequence_length,
+        ).training_flops_per_token,
+        rel=0.03,
     )
 
 
@@ -133,7 +142,7 @@ def test_cache_gives_the_same_logits_as_the_whole_text() -> None:
     positions = torch.arange(15).unsqueeze(0)
     with torch.no_grad():
         whole = model(tokens, positions)
-        cache = KVCache.empty(config, 1, 15, dtype=torch.float32, device=torch.device("cpu"))
+        cache = KVCache.empty(model.spec, 1, 15, dtype=torch.float32, device=torch.device("cpu"))
         parts = [
             model(tokens[:, a:b], positions[:, a:b], cache=cache)
             for a, b in ((0, 6), (6, 7), (7, 12), (12, 15))

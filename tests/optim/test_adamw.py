@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nextpt.config import OptimizerSection, to_yaml
-from nextpt.model import Decoder
+from nextpt.model import build_decoder
 from nextpt.optim.adamw import GuardedAdamW, parameter_groups
 from tests.support.datasets import tiny
 
@@ -81,7 +81,7 @@ def test_a_bad_step_changes_nothing(norm: float) -> None:
 
 def test_only_matrices_of_blocks_decay() -> None:
     config = tiny(Path("none"), Path("none"), model={"bias": True})
-    model = Decoder(config)
+    model = build_decoder(config)
     names = {p: n for n, p in model.named_parameters()}
     decay, keep = parameter_groups(model, config.optimizer)
     assert decay["weight_decay"] == 0.1 and keep["weight_decay"] == 0.0

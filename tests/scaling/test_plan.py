@@ -12,7 +12,7 @@ import pytest
 
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config, load_config
-from nextpt.model import count
+from nextpt.model import ModelSpec, count
 from nextpt.scaling.machines import MACHINES, machine
 from nextpt.scaling.plan import RESERVED, plan, traffic, variant
 
@@ -42,7 +42,7 @@ def test_states_of_the_zero_paper() -> None:
         (o.stage, o.checkpointing): o.memory
         for o in plan(config(), 64, MACHINES["h100"], 0.4).options
     }
-    n = count(config()).parameters
+    n = count(ModelSpec.from_config(config())).parameters
     assert n == pytest.approx(7.5e9, rel=0.01)
     assert options[1, False].weights == 2 * n and options[1, False].optimizer == pytest.approx(
         12 * n / 64, abs=64
@@ -67,7 +67,7 @@ def test_traffic_of_the_zero_paper() -> None:
     base = config(
         "7b", "train.precision=fp32", "train.global_batch_size=64", "train.micro_batch_size=1"
     )
-    n = 4 * count(base).parameters * 63 / 64
+    n = 4 * count(ModelSpec.from_config(base)).parameters * 63 / 64
     for stage, times in ((0, 2), (1, 3), (2, 3), (3, 3)):
         assert traffic(variant(base, stage, False), 64).total == pytest.approx(times * n), stage
     twice = config(
@@ -90,7 +90,10 @@ def test_hpz_gathers_once_among_all_and_then_inside_a_node() -> None:
         "train.micro_batch_size=1",
         "train.hpz_ranks=8",
     )
-    weights, gradients = 2 * count(plain).parameters, 4 * count(plain).parameters
+    weights, gradients = (
+        2 * count(ModelSpec.from_config(plain)).parameters,
+        4 * count(ModelSpec.from_config(plain)).parameters,
+    )
     found = traffic(hpz, 64)
     assert (
         traffic(plain, 64).everywhere == pytest.approx((4 * weights + 2 * gradients) * 63 / 64)
@@ -152,7 +155,14 @@ def test_hpz_stays_inside_a_node() -> None:
 def test_time_is_flops_over_peak() -> None:
     made = plan(config(), 256, MACHINES["h100"], 0.4)
     tokens = made.total_tokens
-    days = count(made.config).training_flops_per_token * tokens / (256 * 989e12 * 0.4) / 86400
+    days = (
+        count(
+            ModelSpec.from_config(made.config), made.config.data.sequence_length
+        ).training_flops_per_token
+        * tokens
+        / (256 * 989e12 * 0.4)
+        / 86400
+    )
     assert made.best is not None and made.days(made.best) == pytest.approx(days, rel=1e-6)
     assert made.tokens_per_second(made.best) * made.days(made.best) * 86400 == pytest.approx(
         tokens, rel=1e-6

@@ -16,7 +16,7 @@ import torch
 
 from nextpt.config import Config
 from nextpt.data.batch import IGNORE_INDEX, Batch
-from nextpt.model import Decoder
+from nextpt.model import Decoder, build_decoder
 from nextpt.objective import local_weight_sum, next_token_loss
 from nextpt.train.dynamics import kind_of, noise_scale
 from nextpt.train.engine import Engine, start_distributed
@@ -107,7 +107,11 @@ def uneven(device: torch.device) -> dict[str, float]:
     """The estimates of one step of uneven micro-batches, and what their gradients, made one by one, give."""
     config, rows = config_of(0, 1e-12), population()
     batches = [batch_of(rows[MICRO * i : MICRO * (i + 1)], ignored=i) for i in range(ALL)]
-    model, gradients, counts = Decoder(config), [], [float(b.token_weights.sum()) for b in batches]
+    model, gradients, counts = (
+        build_decoder(config),
+        [],
+        [float(b.token_weights.sum()) for b in batches],
+    )
     for batch, count in zip(batches, counts, strict=True):
         model.zero_grad()
         next_token_loss(model, batch, count).total.backward()
@@ -159,7 +163,7 @@ def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
 
 def main(path: str) -> None:
     device = start_distributed()
-    trace, square = brute_force(Decoder(config_of(0, 1e-12)), population())
+    trace, square = brute_force(build_decoder(config_of(0, 1e-12)), population())
     result = {"brute_force": {"trace": trace, "scale": trace / square}, "uneven": uneven(device)}
     result |= {
         f"zero-{stage}": measured(stage, device) | {"updates": updates(stage, device)}

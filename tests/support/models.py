@@ -15,7 +15,7 @@ from nextpt.checkpoint.commit import open_checkpoint, save
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.state import Fragment
 from nextpt.config import Config
-from nextpt.model import Decoder
+from nextpt.model import Decoder, build_decoder
 from tests.support.datasets import tiny
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -64,7 +64,7 @@ def decoder(**model: Any) -> tuple[Config, Decoder]:
         data={"sequence_length": 16},
         model=base | {"qk_norm": False} | model,
     )
-    module = Decoder(config)
+    module = build_decoder(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in module.named_parameters():

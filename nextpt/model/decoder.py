@@ -1,0 +1,120 @@
+"""The decoder: embedding, blocks, final norm and output matrix.
+
+Shapes: B rows, T tokens, D residual width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention.documents import Packing
+from kernels.cross_entropy import LinearCrossEntropy
+from nextpt.config import Config
+from nextpt.model.init import Init
+from nextpt.model.layers import Block, Embedding, KVCache, RMSNorm
+from nextpt.model.rope import tables
+from nextpt.model.spec import ComputeOptions, ModelSpec
+
+
+class LMHead(LinearCrossEntropy):
+    """Output matrix [V, D] with the loss over it; it is the embedding's where they are tied."""
+
+    def __init__(
+        self, spec: ModelSpec, options: ComputeOptions, init: Init, embedding: Embedding
+    ) -> None:
+        weight = embedding.weight
+        if not spec.tied_embeddings:
+            weight = nn.Parameter(torch.empty(spec.vocab_size, spec.width))
+            init.normal_(weight, "lm_head")
+        super().__init__(
+            weight,
+            softcap=spec.logit_softcap,
+            implementation=options.cross_entropy,
+            gradient=options.loss_gradient,
+            logits_dtype=options.loss_logits_dtype,
+            workspace_bytes=options.loss_workspace_bytes,
+        )
+
+
+class Decoder(nn.Module):
+    """A whole decoder-only transformer.
+
+    Args:
+        spec: Shape of the model.
+        seed: Each parameter is drawn from (seed, its name), so it is the same for any number of
+            ranks.
+        options: Implementations and memory of the computation.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, *, seed: int = 0, options: ComputeOptions = ComputeOptions()
+    ) -> None:
+        super().__init__()
+        self.spec, self.options = spec, options
+        init = Init(seed, spec.init_std, spec.depth)
+        self.embed_tokens = Embedding(spec.vocab_size, spec.width, init, "embed_tokens")
+        self.blocks = nn.ModuleList(
+            Block(spec, init, f"blocks.{i}", i, options.attention) for i in range(spec.depth)
+        )
+        self.final_norm = RMSNorm(spec.width, spec.norm_eps)
+        self.lm_head = LMHead(spec, options, init, self.embed_tokens)
+        # Not buffers: they stay fp32 when the module is cast, and a checkpoint does not need them
+        self._rope = tables(spec.max_position, spec.head_dim, spec.rope_base, spec.rope_scaling)
+
+    @property
+    def max_position(self) -> int:
+        """Positions that the model has, tokens."""
+        return self.spec.max_position
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, V."""
+        return self.spec.vocab_size
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        position_ids_BT: Tensor,
+        documents: Packing | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Compute the final hidden states, normalised, ready for `lm_head`.
+
+        Args:
+            tokens_BT: Token ids, int64 [B, T].
+            position_ids_BT: Position of each token, int64 [B, T], below `max_position`.
+            documents: Which tokens may attend to each other; all of a row by default.
+            cache: Keys and values of the tokens before these T, which are appended to it.
+
+        Returns:
+            Hidden states [B, T, D].
+        """
+        if self._rope[0].device != tokens_BT.device:
+            self._rope = (self._rope[0].to(tokens_BT.device), self._rope[1].to(tokens_BT.device))
+        rope = (
+            self._rope[0][position_ids_BT].unsqueeze(2),
+            self._rope[1][position_ids_BT].unsqueeze(2),
+        )
+        x_BTD = self.embed_tokens(tokens_BT)
+        recompute = (
+            self.options.activation_checkpointing and self.training and torch.is_grad_enabled()
+        )
+        for block in self.blocks:
+            if recompute:
+                x_BTD = checkpoint(block, x_BTD, rope, documents, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, rope, documents, cache)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return self.final_norm(x_BTD)
+
+
+def build_decoder(config: Config) -> Decoder:
+    """Build the decoder that a run config describes, with its initial weights."""
+    return Decoder(
+        ModelSpec.from_config(config),
+        seed=config.run.seed,
+        options=ComputeOptions.from_config(config),
+    )

@@ -1,0 +1,229 @@
+"""Layers of the decoder: RMSNorm, rotary grouped-query attention, feed-forward, key-value cache.
+
+Shapes: B rows, T tokens, D residual width, H query heads, K key/value heads, E head width, F
+feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.attention import attention
+from kernels.attention.documents import Packing
+from nextpt.model.init import Init
+from nextpt.model.rope import rotate
+from nextpt.model.spec import ModelSpec
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens so far.
+
+    Attributes:
+        keys: One tensor [B, capacity, K, E] per block.
+        values: The same for the values.
+        length: Tokens that are filled.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+    @classmethod
+    def empty(
+        cls, spec: ModelSpec, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Allocate a cache for `rows` rows of up to `capacity` tokens."""
+        shape = (rows, capacity, spec.kv_heads, spec.head_dim)
+        keys, values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.depth)]
+            for _ in range(2)
+        )
+        return cls(keys, values)
+
+    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens of one block; returns all its keys and values so far."""
+        stop = self.length + k.shape[1]
+        self.keys[block][:, self.length : stop] = k
+        self.values[block][:, self.length : stop] = v
+        return self.keys[block][:, :stop], self.values[block][:, :stop]
+
+    def take(self, rows: Tensor) -> KVCache:
+        """Copy some rows, int64 [n], into a new cache; a row may be taken several times."""
+        return KVCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.length)
+
+
+class Linear(nn.Module):
+    """x W^T (+ b), with the matrix drawn by `init` under its own name.
+
+    Args:
+        inputs: Input width.
+        outputs: Output width.
+        bias: Adds a bias, initially zero.
+        init: Draws the initial matrix.
+        name: The matrix's name in `init`.
+        residual: The output is added to the residual stream, which `init` scales down.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        init: Init,
+        name: str,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        init.normal_(self.weight, name, residual=residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to the last axis of x."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467) of the last axis; statistics in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x; its dtype is kept."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Embedding(nn.Module):
+    """Token embedding matrix [V, D]."""
+
+    def __init__(self, vocabulary: int, width: int, init: Init, name: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+        init.normal_(self.weight, name)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Look up int64 [B, T]; returns [B, T, D]."""
+        return F.embedding(tokens_BT, self.weight)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245) with rotary positions.
+
+    Args:
+        spec: Shape of the model.
+        init: Draws the initial matrices.
+        name: Prefix of the parameters' names in `init`.
+        index: Number of the block, for the cache.
+        implementation: Attention implementation by name, or "auto".
+    """
+
+    def __init__(
+        self, spec: ModelSpec, init: Init, name: str, index: int, implementation: str
+    ) -> None:
+        super().__init__()
+        self.spec, self.index, self.implementation = spec, index, implementation
+        queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+
+        def linear(part: str, inputs: int, outputs: int, residual: bool = False) -> Linear:
+            return Linear(
+                inputs, outputs, bias=spec.bias, init=init, name=f"{name}.{part}", residual=residual
+            )
+
+        self.q_proj = linear("q_proj", spec.width, queries)
+        self.k_proj = linear("k_proj", spec.width, keys)
+        self.v_proj = linear("v_proj", spec.width, keys)
+        self.o_proj = linear("o_proj", queries, spec.width, residual=True)
+        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        documents: Packing | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Return the attention's contribution to the residual stream, [B, T, D].
+
+        Args:
+            x_BTD: Normalised residual stream.
+            rope: (cos, sin) of each token's position, [B, T, 1, E / 2].
+            documents: Which tokens may attend to each other; all of a row if None.
+            cache: Keys and values of earlier tokens, to which these are appended.
+        """
+        spec, (rows, length, _) = self.spec, x_BTD.shape
+        q = self.q_proj(x_BTD).view(rows, length, spec.heads, spec.head_dim)
+        k = self.k_proj(x_BTD).view(rows, length, spec.kv_heads, spec.head_dim)
+        v = self.v_proj(x_BTD).view(rows, length, spec.kv_heads, spec.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)
+        out = attention(
+            q,
+            k,
+            v,
+            documents=documents,
+            window=spec.sliding_window,
+            implementation=self.implementation,
+        )
+        return self.o_proj(out.reshape(rows, length, -1))
+
+
+class FeedForward(nn.Module):
+    """Feed-forward layer: SwiGLU (arXiv 2002.05202) or GELU without a gate."""
+
+    def __init__(self, spec: ModelSpec, init: Init, name: str) -> None:
+        super().__init__()
+
+        def linear(part: str, inputs: int, outputs: int, residual: bool = False) -> Linear:
+            return Linear(
+                inputs, outputs, bias=spec.bias, init=init, name=f"{name}.{part}", residual=residual
+            )
+
+        gated = spec.ffn == "swiglu"
+        self.gate_proj = linear("gate_proj", spec.width, spec.ffn_width) if gated else None
+        self.up_proj = linear("up_proj", spec.width, spec.ffn_width)
+        self.down_proj = linear("down_proj", spec.ffn_width, spec.width, residual=True)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the layer's contribution to the residual stream, [B, T, D]."""
+        up_BTF = self.up_proj(x_BTD)
+        hidden_BTF = (
+            F.silu(self.gate_proj(x_BTD)) * up_BTF if self.gate_proj is not None else F.gelu(up_BTF)
+        )
+        return self.down_proj(hidden_BTF)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(
+        self, spec: ModelSpec, init: Init, name: str, index: int, attention_implementation: str
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(spec.width, spec.norm_eps)
+        self.attention = Attention(spec, init, f"{name}.attention", index, attention_implementation)
+        self.ffn_norm = RMSNorm(spec.width, spec.norm_eps)
+        self.ffn = FeedForward(spec, init, f"{name}.ffn")
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        documents: Packing | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Return the residual stream after the block, [B, T, D]; arguments as of `Attention`."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, documents, cache)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))

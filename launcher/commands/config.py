@@ -24,9 +24,8 @@ def config_show(
     config = load_config(file, overrides or [])
     counts, memory = (
         count(
-            ModelSpec.from_config(ModelSpec.from_config(config), config.data.sequence_length),
             ModelSpec.from_config(config),
-            config.data.sequence_length.data.sequence_length,
+            config.data.sequence_length,
         ),
         estimate_memory(config, ranks, device=usual_device(config)),
     )

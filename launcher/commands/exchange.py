@@ -77,7 +77,7 @@ def hf_import(
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
     say(
-        f"{weights.architecture.name}, {count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters:,} parameters; look at optimizer,"
+        f"{weights.architecture.name}, {count(ModelSpec.from_config(config)).parameters:,} parameters; look at optimizer,"
         f" schedule and train in {output}, then: nextpt train --config {output}"
     )
 

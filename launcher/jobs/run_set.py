@@ -23,7 +23,7 @@ def train_one(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> Non
 
     config = runs.config(run)
     say(
-        f"\n=== {place} {run.name}: {count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters:,} parameters,"
+        f"\n=== {place} {run.name}: {count(ModelSpec.from_config(config)).parameters:,} parameters,"
         f" {config.total_steps * config.tokens_per_step:,} tokens, {runs.flops(run):.3g} FLOPs"
     )
     code = supervise(

@@ -43,7 +43,7 @@ class RunRecord:
 
     @property
     def parameters(self) -> int:
-        return count(ModelSpec.from_config(ModelSpec.from_config(self.config))).parameters
+        return count(ModelSpec.from_config(self.config)).parameters
 
     @property
     def status(self) -> str:

@@ -103,7 +103,7 @@ def write_prediction(ladder: Ladder) -> dict[str, Any]:
     config = ladder.config(target)
     made = predict(
         found,
-        count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters,
+        count(ModelSpec.from_config(config)).parameters,
         config.total_steps * config.tokens_per_step,
         LEVEL,
     )

@@ -195,11 +195,8 @@ def read_run_folders(
                 (
                     getattr(
                         count(
-                            ModelSpec.from_config(
-                                ModelSpec.from_config(config), config.data.sequence_length
-                            ),
                             ModelSpec.from_config(config),
-                            config.data.sequence_length.data.sequence_length,
+                            config.data.sequence_length,
                         ),
                         counted,
                     ),

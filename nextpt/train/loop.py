@@ -86,9 +86,8 @@ class Trainer:
         self.go_back = go_back
         self.guard, self.validation = RollbackPolicy(config.guard, engine.spike_detector), None
         self.flops_per_token = count(
-            ModelSpec.from_config(ModelSpec.from_config(config), config.data.sequence_length),
             ModelSpec.from_config(config),
-            config.data.sequence_length.data.sequence_length,
+            config.data.sequence_length,
         ).training_flops_per_token
         self.peak = peak_flops(config, engine.device)
         self.last_saved_at = time.monotonic()

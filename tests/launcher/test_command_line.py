@@ -75,9 +75,9 @@ def test_every_shipped_config_loads_and_has_about_the_parameters_of_its_name(pat
     assert config.run.name == path.stem
     size = {"b": 1e9, "m": 1e6}.get(path.stem[-1])
     if size and path.stem != "demo":
-        assert count(
-            ModelSpec.from_config(ModelSpec.from_config(config))
-        ).parameters == pytest.approx(float(path.stem[:-1]) * size, rel=0.15)
+        assert count(ModelSpec.from_config(config)).parameters == pytest.approx(
+            float(path.stem[:-1]) * size, rel=0.15
+        )
 
 
 def test_config_show_prints_derived_figures() -> None:

@@ -59,12 +59,7 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
     tokens = config.total_steps * config.tokens_per_step
     noise = np.exp(0.001 * np.random.default_rng(tokens + config.model.width).standard_normal())
     loss = (
-        float(
-            CHINCHILLA.loss(
-                law, count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters, tokens
-            )
-        )
-        * noise
+        float(CHINCHILLA.loss(law, count(ModelSpec.from_config(config)).parameters, tokens)) * noise
     )
     metrics = MetricsFile(folder / "metrics.jsonl", 0)
     metrics.on_event(StepEvent(1, 512, 6.0, 3.0, 1e-3, 1.0, 100.0, time=time))
@@ -74,12 +69,7 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
 def test_the_shipped_ladder_is_one() -> None:
     ladder = load_ladder(ROOT / "configs" / "ladders" / "demo.yaml")
     assert (
-        len(
-            {
-                count(ModelSpec.from_config(ModelSpec.from_config(ladder.config(rung)))).parameters
-                for rung in ladder.rungs
-            }
-        )
+        len({count(ModelSpec.from_config(ladder.config(rung))).parameters for rung in ladder.rungs})
         >= 4
     )
     assert (
@@ -155,9 +145,7 @@ def test_run_folders_must_be_finished_but_for_curves(tmp_path: Path) -> None:
     assert (
         small.parameters
         == [
-            count(
-                ModelSpec.from_config(ModelSpec.from_config(ladder.config(rung)))
-            ).non_embedding_parameters
+            count(ModelSpec.from_config(ladder.config(rung))).non_embedding_parameters
             for rung in ladder.rungs[1:]
         ]
     ).all()

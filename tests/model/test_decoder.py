@@ -37,9 +37,8 @@ def build(**model: object) -> tuple:
 def test_parameters_by_formula_are_those_of_the_module(shape: str) -> None:
     config, model = build(**SHAPES[shape])
     counts = count(
-        ModelSpec.from_config(ModelSpec.from_config(config), config.data.sequence_length),
         ModelSpec.from_config(config),
-        config.data.sequence_length.data.sequence_length,
+        config.data.sequence_length,
     )
     assert counts.parameters == sum(p.numel() for p in model.parameters())
     embeddings = 96 * 32 * (1 if SHAPES[shape].get("tied_embeddings") else 2)
@@ -58,9 +57,8 @@ def test_flops_by_formula_are_those_of_the_matrix_products(shape: str) -> None:
         model.lm_head(hidden[0], tokens[0], torch.ones(length), float(length)).loss.backward()
     assert counter.get_total_flops() / length == pytest.approx(
         count(
-            ModelSpec.from_config(ModelSpec.from_config(config), config.data.sequence_length),
             ModelSpec.from_config(config),
-            config.data.sequence_length.data.sequence_length,
+            config.data.sequence_length,
         ).training_flops_per_token,
         rel=0.03,
     )

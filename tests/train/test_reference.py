@@ -25,9 +25,7 @@ def test_it_has_no_more_parameters_and_no_more_tokens() -> None:
     """nanoGPT: 65 x 128 tokens, 64 x 128 positions, 4 blocks of 12 x 128^2 and two norms, one last norm."""
     config = load_config(ROOT / "configs" / "shakespeare_char.yaml")
     assert NANOGPT_PARAMETERS == 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
-    assert (
-        count(ModelSpec.from_config(ModelSpec.from_config(config))).parameters <= NANOGPT_PARAMETERS
-    )
+    assert count(ModelSpec.from_config(config)).parameters <= NANOGPT_PARAMETERS
     assert (
         config.total_steps * config.tokens_per_step == NANOGPT_CHARACTERS
         and config.data.sequence_length == 64

@@ -56,10 +56,13 @@ def config_show(
 
 def config_keys() -> None:
     """List every key with its meaning."""
-    from nextpt.config import Config, describe_keys
+    from nextpt.config import describe_keys
 
-    for key, meaning in describe_keys(Config):
-        say(f"{key:<34} {meaning}")
+    for key in describe_keys():
+        facts = [key.default, key.metadata.unit, key.bound]
+        if key.may_change:
+            facts.append("may change on resume")
+        say(f"{key.name:<34} {key.field.description} ({'; '.join(f for f in facts if f)})")
 
 
 def register(app: typer.Typer) -> None:

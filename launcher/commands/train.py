@@ -55,7 +55,7 @@ def train(
     from nextpt.config import load_config
     from nextpt.observe.trackers import check_trackers
 
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], warn_deprecated=False)  # rank 0 warns
     check_trackers(settings)  # a wrong key is told before any process starts
     if hostfile and ranks:
         raise ConfigError(

@@ -45,7 +45,7 @@ class Fleet:
     def __init__(
         self, config: str, overrides: list[str], hosts: list[Host], ssh: str, port: int | None
     ) -> None:
-        self.config = load_config(config, overrides)
+        self.config = load_config(config, overrides, warn_deprecated=False)
         self.hosts = hosts
         self.ssh = ssh
         self.port = port

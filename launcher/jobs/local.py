@@ -112,7 +112,7 @@ def start_training(
         )
         # Of SIGNALS a rank dies only before it has anything to save
         return EXIT_REQUEUE if number in SIGNALS else 128 + number
-    return code or _recorded_code(load_config(config, overrides).run_dir)
+    return code or _recorded_code(load_config(config, overrides, warn_deprecated=False).run_dir)
 
 
 def _recorded_code(run: Path) -> int:

@@ -99,23 +99,23 @@ def _weights(
 
 
 def check_repeats(config: Config, domains: list[str], rows: list[int], given: list[int]) -> None:
-    """Refuse a plan that shows rows of a domain more often than data.repeat_caps allows. given: samples by domain in all.
+    """Refuse a plan that shows rows of a domain more often than data.max_epochs allows. given: samples by domain in all.
 
     Raises ConfigError.
     """
-    caps = config.data.repeat_caps
+    caps = config.data.max_epochs
     if caps is None:
         return
     if isinstance(caps, dict) and (unknown := caps.keys() - set(domains)):
         raise ConfigError(
-            f"data.repeat_caps names domain {min(unknown)!r}; the dataset has {', '.join(domains)}"
+            f"data.max_epochs names domain {min(unknown)!r}; the dataset has {', '.join(domains)}"
         )
     for name, size, samples in zip(domains, rows, given, strict=True):
         cap = caps.get(name) if isinstance(caps, dict) else caps
         if cap is None or samples <= cap * size:
             continue
         raise ConfigError(
-            f"data.repeat_caps allows {cap:g} passes over domain {name}, but the plan makes"
+            f"data.max_epochs allows {cap:g} passes over domain {name}, but the plan makes"
             f" {samples / size:.2f}: {samples} samples of {size} rows in {config.total_steps}"
             " steps; give it a smaller share in data.mixing or data.stages, train for fewer steps,"
             " or raise the cap"

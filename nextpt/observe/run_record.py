@@ -84,7 +84,7 @@ def _read(folder: Path, label: str) -> RunRecord:
         raise DataError(f"run folder {folder} does not exist")
     if not (folder / "config.yaml").is_file():
         raise DataError(f"{folder} is not a run folder: it has no config.yaml")
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", warn_deprecated=False)
     train = read_events(folder / "metrics.jsonl", "train")
     if not train:
         raise DataError(

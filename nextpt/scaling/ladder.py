@@ -44,7 +44,10 @@ class Ladder(RunSet):
     def arguments(self, run: NamedRun) -> list[str]:
         """All overrides of a rung: one validation, after the last step."""
         own = super().arguments(run)
-        return [*own, f"validation.every_steps={load_config(self.base, own).total_steps}"]
+        return [
+            *own,
+            f"validation.every_steps={load_config(self.base, own, warn_deprecated=False).total_steps}",
+        ]
 
 
 def load_ladder(path: Path) -> Ladder:

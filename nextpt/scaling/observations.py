@@ -178,7 +178,7 @@ def read_run_folders(
     for folder in folders:
         if not (folder / "config.yaml").is_file():
             raise ScalingError(f"{folder} is not a run folder: it has no config.yaml")
-        config = load_config(folder / "config.yaml")
+        config = load_config(folder / "config.yaml", warn_deprecated=False)
         events = read_events(folder / "metrics.jsonl", "validation")
         if not events:
             raise ScalingError(

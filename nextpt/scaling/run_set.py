@@ -71,7 +71,8 @@ class RunSet(BaseModel):
         folder = self.folder(run)
         if not (folder / "config.yaml").is_file():
             return False
-        before, config = load_config(folder / "config.yaml"), self.config(run)
+        before = load_config(folder / "config.yaml", warn_deprecated=False)
+        config = self.config(run)
         changed = differences(before, config)[1]
         if before.total_steps != config.total_steps:
             changed.append(f"steps: {before.total_steps} -> {config.total_steps}")

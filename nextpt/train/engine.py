@@ -166,7 +166,7 @@ class Engine:
         _stop_host_checks()
         settings = deepspeed_config(config, self.world_size)
         with self._construction(settings):
-            module = TrainingModule(build_decoder(config), config.objective.z_loss)
+            module = TrainingModule(build_decoder(config), config.objective.z_loss_coefficient)
         if config.train.compile:
             for block in module.model.blocks:
                 block.compile()

@@ -178,7 +178,7 @@ class Trainer:
             raise UserError(
                 f"{seen}, and there is no checkpoint from before them to go back to; look at the"
                 " data and the learning rate, save more often (checkpoint.every_steps), or give"
-                " guard.rollback_after or guard.spikes a larger value"
+                " guard.rollback_after or guard.spike_sigma a larger value"
             )
         step, most = state["step"], self.config.guard.max_rollbacks
         guard.record_rollback(state.get("guard", EMPTY_STATE))
@@ -186,7 +186,7 @@ class Trainer:
             raise UserError(
                 f"{seen}, after {most} rollbacks to step {step} (guard.max_rollbacks); look at the"
                 " data, at metrics.jsonl and at the learning rate, go further back with"
-                " checkpoint.resume=STEP, or give guard.spikes a larger value"
+                " checkpoint.resume=STEP, or give guard.spike_sigma a larger value"
             )
         self.loader.go_on(state["data"])
         begin = self.loader.position(step)
@@ -325,7 +325,7 @@ class Trainer:
         config = self.config
         with self.engine.evaluating() as module:
             for domain in range(len(self.domains)):
-                batches = self.loader.validation_batches(domain, config.validation.rows)
+                batches = self.loader.validation_batches(domain, config.validation.sequences)
                 while True:
                     self.job.set_phase("validation", step)
                     batch, stopping = run_on_all_ranks_or_stop(

@@ -311,7 +311,7 @@ def _check_run_folder(config: Config) -> None:
     path = config.run_dir / "config.yaml"
     if not path.is_file() or not steps(config.run_dir / "checkpoints"):
         return
-    allowed, forbidden = differences(load_config(path), config)
+    allowed, forbidden = differences(load_config(path, warn_deprecated=False), config)
     if forbidden:
         raise ConfigError(
             f"run folder {config.run_dir} holds another run ({'; '.join(forbidden)}); "

@@ -91,14 +91,14 @@ class SpikeDetector:
 
     def _limits(self) -> Tensor:
         """fp64 [2], infinite while the window is not full."""
-        if self.section.spikes is None:
+        if self.section.spike_sigma is None:
             return torch.full_like(self._floors, math.inf)
         centre = _median(self._values)
         sigma = torch.maximum(
             NORMAL * _median((self._values - centre[:, None]).abs()), self._floors
         )
         return torch.where(
-            self._accepted >= self.section.window, centre + self.section.spikes * sigma, math.inf
+            self._accepted >= self.section.window, centre + self.section.spike_sigma * sigma, math.inf
         )
 
     def reset(self) -> None:

@@ -118,19 +118,19 @@ def test_repeat_caps_are_checked_over_the_whole_run(dataset: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"data.repeat_caps allows 2 passes over domain prose, but the plan makes 2.0\d: \d+"
+            r"data.max_epochs allows 2 passes over domain prose, but the plan makes 2.0\d: \d+"
             rf" samples of {rows} rows"
         ),
     ):
-        open_loader(dataset, steps=steps, mixing={"prose": 1}, repeat_caps={"prose": 2})
-    open_loader(dataset, steps=steps - 1, mixing={"prose": 1}, repeat_caps={"prose": 2})
-    open_loader(dataset, steps=steps, mixing={"prose": 1}, repeat_caps={"code": 1e-3})
+        open_loader(dataset, steps=steps, mixing={"prose": 1}, max_epochs={"prose": 2})
+    open_loader(dataset, steps=steps - 1, mixing={"prose": 1}, max_epochs={"prose": 2})
+    open_loader(dataset, steps=steps, mixing={"prose": 1}, max_epochs={"code": 1e-3})
     with pytest.raises(ConfigError, match="domain prose"):
-        open_loader(dataset, steps=steps, mixing={"prose": 1}, repeat_caps=2)
+        open_loader(dataset, steps=steps, mixing={"prose": 1}, max_epochs=2)
     late = [{"steps": steps - 5, "mixing": {"code": 1}}, {"mixing": {"prose": 1}}]
-    open_loader(dataset, steps=steps, stages=late, repeat_caps={"prose": 2})
+    open_loader(dataset, steps=steps, stages=late, max_epochs={"prose": 2})
     with pytest.raises(ConfigError, match="names domain 'poems'"):
-        open_loader(dataset, repeat_caps={"poems": 2})
+        open_loader(dataset, max_epochs={"poems": 2})
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_repeat_caps_are_checked_over_the_whole_run(dataset: Path) -> None:
         ({"stages": [{"steps": 0}]}, "stages.0.steps"),
         (
             {"stages": [{"mixin": {}}]},
-            "unknown key data.stages.0.mixin; the nearest is data.stages.mixing",
+            "unknown key data.stages.0.mixin; did you mean data.stages.0.mixing",
         ),
-        ({"repeat_caps": 0}, "data.repeat_caps = 0.0 must be finite and > 0"),
-        ({"repeat_caps": {"code": -1}}, "data.repeat_caps.code = -1.0"),
+        ({"max_epochs": 0}, "data.max_epochs = 0.0 must be finite and > 0"),
+        ({"max_epochs": {"code": -1}}, "data.max_epochs.code = -1.0"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(
@@ -175,7 +175,7 @@ def test_stages_and_where_data_lies_may_differ_in_a_resumed_run(dataset: Path) -
         data={
             "mixing": A,
             "stages": [{"mixing": A}],
-            "repeat_caps": {"code": 3},
+            "max_epochs": {"code": 3},
             "remote": "s3://x",
             "cache_limit_gib": 1,
             "backend": "streaming",

@@ -60,7 +60,7 @@ def runs(
             root / name,
             data=stages | {"backend": name},
             train=TRAIN | {"stop_at": 4},
-            validation={"every_steps": 2, "rows": 3},
+            validation={"every_steps": 2, "sequences": 3},
         )
         for name in ("native", "streaming")
     }
@@ -72,7 +72,7 @@ def runs(
     configs["grown"] = tiny(
         shards,
         root / "native",
-        data={"stages": grown, "repeat_caps": 1},
+        data={"stages": grown, "max_epochs": 1},
         train=TRAIN | {"stop_at": 6},
     )
     configs["changed past"] = tiny(
@@ -86,7 +86,7 @@ def runs(
         damaged,
         root / "run-2",
         train=TRAIN | {"stop_at": 1},
-        validation={"every_steps": 1, "rows": 40},
+        validation={"every_steps": 1, "sequences": 40},
     )
     damaged_one = damage_one(configs["damaged"])
     for shard in (damaged / "heldout" / "prose").rglob("*.mds"):

@@ -21,7 +21,7 @@ def test_losses_and_resume_are_those_without_it(dataset: Path, tmp_path: Path) -
             tmp_path / run,
             model={"width": 384},
             train={"steps": 8, "zero_stage": 3, "hpz_ranks": hpz, "micro_batch_size": 1} | train,
-            validation={"every_steps": 2, "rows": 8},
+            validation={"every_steps": 2, "sequences": 8},
             checkpoint={"every_steps": 2},
         )
 

@@ -26,7 +26,7 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             dataset,
             root / name,
             train={"steps": STEPS, "zero_stage": 2} | (train or {}),
-            validation={"every_steps": 2, "rows": 8},
+            validation={"every_steps": 2, "sequences": 8},
             checkpoint={"every_steps": 1, "keep_last": 2, "keep_best": 1} | checkpoint,
         )
 

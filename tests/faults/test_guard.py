@@ -102,7 +102,7 @@ def quick(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs = Jobs(dataset, tmp_path_factory.mktemp("quick"))
     train = {"zero_stage": 3, "precision": "bf16", "log_every": 1}
     sections = {
-        "guard": {"window": 6, "spikes": 6.0, "rollback_after": 3},
+        "guard": {"window": 6, "spike_sigma": 6.0, "rollback_after": 3},
         "checkpoint": {"every_steps": 5, "keep_last": None},
     }
     faults = [
@@ -178,7 +178,7 @@ def skips(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "micro_batch_size": 2,
             "log_every": 1,
         }
-        section = {"guard": {"window": 6, "spikes": 6.0}}
+        section = {"guard": {"window": 6, "spike_sigma": 6.0}}
         jobs.add(
             f"bad {stage}",
             sections=section | {"train": train | {"steps": STEPS}},
@@ -308,7 +308,7 @@ def section(
         "train": {"zero_stage": 2, "precision": "bf16", "steps": steps, "log_every": log_every},
         "schedule": {"kind": "wsd", "warmup": 4},
         "checkpoint": {"every_steps": every, "keep_last": None},
-        "guard": {"window": 4, "spikes": None, "rollback_after": 3} | guard,
+        "guard": {"window": 4, "spike_sigma": None, "rollback_after": 3} | guard,
     }
 
 

@@ -16,7 +16,7 @@ from tests.support.ranks import run_ranks
 
 CASES = {
     "starting": {},
-    "validating": {"validation": {"every_steps": 2, "rows": 8}},
+    "validating": {"validation": {"every_steps": 2, "sequences": 8}},
     "saving": {"checkpoint": {"every_steps": 2}},
     "crashing": {},
     "taken": {"checkpoint": {"every_steps": 2}},

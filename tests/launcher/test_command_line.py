@@ -157,7 +157,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny(
         dataset,
         root / "run",
-        validation={"every_steps": 3, "rows": 8},
+        validation={"every_steps": 3, "sequences": 8},
         checkpoint={"every_steps": 3},
     )
     (root / "tiny.yaml").write_text(to_yaml(config))
@@ -417,7 +417,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
 
     The same command then ends with the metrics of a run that was let be.
     """
-    changes = {"validation": {"every_steps": 3, "rows": 8}, "checkpoint": {"every_steps": 3}}
+    changes = {"validation": {"every_steps": 3, "sequences": 8}, "checkpoint": {"every_steps": 3}}
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", **changes)))
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
 

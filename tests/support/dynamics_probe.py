@@ -31,7 +31,7 @@ def config_of(stage: int, lr: float) -> Config:
         Path("."),
         data={"sequence_length": TOKENS},
         model={"vocab_size": 64, "width": 32, "heads": 2, "kv_heads": 1},
-        guard={"spikes": None},
+        guard={"spike_sigma": None},
         train={"zero_stage": stage, "micro_batch_size": MICRO, "global_batch_size": MICRO * ALL},
         optimizer={"lr": lr},
     )

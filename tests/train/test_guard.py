@@ -35,11 +35,11 @@ def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[s
         norm = float(np.float32(norm))
         values = (loss, math.log(max(norm, 1e-30)) if math.isfinite(norm) else norm)
         limits = [math.inf, math.inf]
-        if section.spikes and len(accepted) >= section.window:
+        if section.spike_sigma and len(accepted) >= section.window:
             for row in range(2):
                 last = np.array([a[row] for a in accepted[-section.window :]])
                 centre = np.median(last)
-                limits[row] = centre + section.spikes * max(
+                limits[row] = centre + section.spike_sigma * max(
                     NORMAL * np.median(np.abs(last - centre)), FLOORS[row]
                 )
         if not math.isfinite(loss):
@@ -65,7 +65,7 @@ def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[s
 def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(
     steps: list[tuple[float, float]], window: int, spikes: float | None
 ) -> None:
-    section = GuardSection(window=window, spikes=spikes)
+    section = GuardSection(window=window, spike_sigma=spikes)
     detector = SpikeDetector(section, torch.device("cpu"))
     bad = judge_all(detector, steps)
     judged = detector.read()
@@ -82,7 +82,7 @@ def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(
 def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(
     steps: list[tuple[float, float]], data: st.DataObject
 ) -> None:
-    section = GuardSection(window=5, spikes=2.0, rollback_after=3)
+    section = GuardSection(window=5, spike_sigma=2.0, rollback_after=3)
     cut = data.draw(st.integers(0, len(steps)))
     whole, first, second = (
         RollbackPolicy(section, SpikeDetector(section, torch.device("cpu"))) for _ in range(3)
@@ -121,12 +121,12 @@ def guard(**settings: object) -> RollbackPolicy:
 
 
 def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
-    one = guard(window=8, spikes=3.0)
+    one = guard(window=8, spike_sigma=3.0)
     falling = [(10.0 * 0.5**n, 10.0 * 0.5**n) for n in range(30)]
     assert not any(judge_all(one.detector, falling))
-    early = guard(window=8, spikes=3.0)
+    early = guard(window=8, spike_sigma=3.0)
     assert judge_all(early.detector, [(1.0, 1.0)] * 7 + [(9.0, 9.0)]) == [False] * 8
-    full = guard(window=8, spikes=3.0)
+    full = guard(window=8, spike_sigma=3.0)
     assert judge_all(full.detector, [(1.0, 1.0)] * 8 + [(9.0, 1.0), (1.0, 9.0), (1.02, 1.1)]) == [
         False
     ] * 8 + [True, True, False]
@@ -137,7 +137,7 @@ def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
 
 
 def test_what_was_forgotten_judges_nothing() -> None:
-    one = guard(window=4, spikes=3.0)
+    one = guard(window=4, spike_sigma=3.0)
     judge_all(one.detector, [(1.0, 1.0)] * 6)
     one.detector.reset()
     assert (

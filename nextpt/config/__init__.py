@@ -1,0 +1,44 @@
+"""Config of a run: schema with bounds, YAML and overrides, error hints, resume rules."""
+
+from nextpt.config.checkpoint import CheckpointSection
+from nextpt.config.data import DataSection, StageSection
+from nextpt.config.guard import GuardSection
+from nextpt.config.keys import Key, all_keys, describe_keys, flatten
+from nextpt.config.loading import load_config, parse_config, to_yaml
+from nextpt.config.model import ModelSection, RopeScaling
+from nextpt.config.objective import ObjectiveSection
+from nextpt.config.optimizer import OptimizerSection, ScheduleSection
+from nextpt.config.resume_rules import differences, may_change
+from nextpt.config.run import RunSection
+from nextpt.config.schema import Config
+from nextpt.config.trackers import MlflowSection, TrackersSection, WandbSection
+from nextpt.config.train import TrainSection
+from nextpt.config.validation import ValidationSection
+
+__all__ = [
+    "CheckpointSection",
+    "Config",
+    "DataSection",
+    "GuardSection",
+    "Key",
+    "MlflowSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "RopeScaling",
+    "RunSection",
+    "ScheduleSection",
+    "StageSection",
+    "TrackersSection",
+    "TrainSection",
+    "ValidationSection",
+    "WandbSection",
+    "all_keys",
+    "describe_keys",
+    "differences",
+    "flatten",
+    "load_config",
+    "may_change",
+    "parse_config",
+    "to_yaml",
+]

@@ -1,0 +1,203 @@
+"""Config section `model`: shape of the decoder and choice of its kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import model_validator
+
+from nextpt.config.section import Section, key
+
+
+class RopeScaling(Section):
+    """Scaling of the rotary frequencies for contexts longer than those of the original model."""
+
+    kind: Literal["linear", "llama3", "yarn"] = key(
+        "linear", description="scaling rule", aliases=("rope_type",)
+    )
+    factor: float = key(gt=1.0, description="ratio of the new context to the original one")
+    original_max_position: int = key(
+        gt=0,
+        unit="tokens",
+        description="positions of the original model",
+        aliases=("original_max_position_embeddings",),
+    )
+    low_freq_factor: float = key(
+        1.0, gt=0, description="llama3: wavelengths above original/low are scaled fully"
+    )
+    high_freq_factor: float = key(
+        4.0, gt=0, description="llama3: wavelengths below original/high are kept"
+    )
+    beta_fast: float = key(
+        32.0, gt=0, description="yarn: rotations above which a frequency is kept"
+    )
+    beta_slow: float = key(
+        1.0, gt=0, description="yarn: rotations below which a frequency is scaled fully"
+    )
+
+
+class ModelSection(Section):
+    """A pre-norm decoder-only transformer."""
+
+    vocab_size: int = key(
+        ge=2,
+        le=2**32 - 1,
+        unit="tokens",
+        description="size of the vocabulary; must equal the dataset's",
+        aliases=("vocabulary_size", "n_vocab", "padded_vocab_size"),
+    )
+    depth: int = key(
+        ge=1,
+        description="number of blocks",
+        aliases=("num_layers", "n_layer", "n_layers", "num_hidden_layers", "layers", "num_blocks"),
+    )
+    width: int = key(
+        ge=8,
+        description="width of the residual stream",
+        aliases=("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embed_dim", "emb_dim"),
+    )
+    heads: int = key(
+        ge=1,
+        description="query heads",
+        aliases=("n_heads", "n_head", "num_heads", "num_attention_heads"),
+    )
+    kv_heads: int | None = key(
+        None,
+        ge=1,
+        description="key/value heads (grouped-query attention); heads unless set",
+        aliases=(
+            "num_key_value_heads",
+            "n_kv_heads",
+            "n_kv_head",
+            "num_kv_heads",
+            "n_query_groups",
+        ),
+    )
+    head_dim: int | None = key(
+        None,
+        ge=2,
+        description="width of a head; width/heads unless set",
+        aliases=("head_size", "d_head", "head_width"),
+    )
+    ffn: Literal["swiglu", "gelu"] = key(
+        "swiglu",
+        description="kind of feed-forward layer",
+        aliases=("hidden_act", "activation", "activation_function", "mlp", "mlp_type"),
+    )
+    ffn_width: int | None = key(
+        None,
+        ge=1,
+        description=(
+            "hidden width of the feed-forward layer; unless set 8/3 (swiglu) or 4 (gelu) x width,"
+            " rounded up to a multiple of 64"
+        ),
+        aliases=(
+            "intermediate_size",
+            "d_ff",
+            "ffn_dim",
+            "ffn_hidden_size",
+            "n_inner",
+            "mlp_dim",
+            "mlp_hidden_size",
+        ),
+    )
+    max_position: int | None = key(
+        None,
+        ge=2,
+        unit="tokens",
+        description="largest position; data.sequence_length unless set",
+        aliases=("max_position_embeddings", "n_positions", "max_positions"),
+    )
+    rope_base: float = key(
+        10000.0,
+        gt=1.0,
+        description="base of the rotary embeddings (arXiv 2104.09864)",
+        aliases=("rope_theta", "rotary_base", "rotary_emb_base"),
+    )
+    rope_scaling: RopeScaling | None = key(
+        None, description="scaling of the rotary frequencies for longer contexts"
+    )
+    qk_norm: bool = key(False, description="RMSNorm on queries and keys (arXiv 2302.05442)")
+    tied_embeddings: bool = key(
+        False,
+        description="the output matrix is the embedding",
+        aliases=("tie_word_embeddings", "tie_embeddings", "weight_tying"),
+    )
+    bias: bool = key(
+        False,
+        description="biases in all linear layers",
+        aliases=("attention_bias", "mlp_bias", "use_bias", "add_bias_linear"),
+    )
+    norm_eps: float = key(
+        1e-5,
+        gt=0,
+        description="epsilon of RMSNorm",
+        aliases=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+    )
+    init_std: float = key(
+        0.02,
+        gt=0,
+        description="standard deviation of the initial matrices",
+        aliases=("initializer_range", "init_method_std"),
+    )
+    logit_softcap: float | None = key(
+        None,
+        gt=0,
+        description="cap c of the output logits, c tanh(z / c) (Gemma 2, arXiv 2408.00118)",
+        aliases=("final_logit_softcapping", "final_logit_softcap"),
+    )
+    sliding_window: int | None = key(
+        None,
+        ge=1,
+        unit="tokens",
+        description="keys that a query attends to, itself included; all unless set",
+        aliases=("window_size", "attention_window"),
+    )
+    attention: str = key(
+        "auto",
+        may_change=True,
+        description="attention implementation: auto, or one by name",
+        aliases=("attn_implementation", "attn_impl", "use_flash_attention", "flash_attention"),
+    )
+    cross_entropy: str = key(
+        "auto",
+        may_change=True,
+        description="loss implementation: auto, or one by name",
+        aliases=("loss_implementation", "fused_cross_entropy"),
+    )
+
+    @property
+    def kv_heads_(self) -> int:
+        """Key/value heads, resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_dim_(self) -> int:
+        """Width of a head, resolved."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def ffn_width_(self) -> int:
+        """Hidden width of the feed-forward layer, resolved."""
+        if self.ffn_width:
+            return self.ffn_width
+        multiple = 8 / 3 if self.ffn == "swiglu" else 4
+        return 64 * math.ceil(multiple * self.width / 64)
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> ModelSection:
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(
+                f"model.width = {self.width} is not a multiple of model.heads = {self.heads}; "
+                "change one of them or set model.head_dim"
+            )
+        if self.heads % self.kv_heads_:
+            raise ValueError(
+                f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}"
+            )
+        if self.head_dim_ % 2:
+            raise ValueError(
+                f"model.head_dim = {self.head_dim_} is odd; rotary embeddings need an even one"
+            )
+        return self

@@ -1,0 +1,158 @@
+"""Config section `train`: length, batch, precision and memory of training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nextpt.config.section import Section, key
+
+
+class TrainSection(Section):
+    """Length of the run, batch size, and how it is computed."""
+
+    steps: int | None = key(
+        None,
+        ge=1,
+        unit="optimizer steps",
+        may_change=True,
+        description="length of the run; set this or train.tokens",
+        aliases=(
+            "max_steps",
+            "total_steps",
+            "train_steps",
+            "max_iters",
+            "train_iters",
+            "num_steps",
+            "num_iterations",
+            "num_train_steps",
+            "num_epochs",
+            "epochs",
+            "num_train_epochs",
+        ),
+    )
+    tokens: int | None = key(
+        None,
+        ge=1,
+        unit="tokens",
+        may_change=True,
+        description="tokens to train on, rounded up to whole steps",
+        aliases=("max_tokens", "total_tokens", "train_tokens", "num_tokens", "token_budget"),
+    )
+    stop_at: int | None = key(
+        None,
+        ge=1,
+        unit="optimizer steps",
+        may_change=True,
+        description="step after which to end early; the schedule still runs to train.steps",
+        aliases=("stop_step", "exit_interval", "stop_after"),
+    )
+    global_batch_size: int = key(
+        ge=1,
+        unit="sequences",
+        description="sequences per optimizer step, over all ranks",
+        aliases=("batch_size", "train_batch_size", "total_batch_size", "gbs", "device_batch_size"),
+    )
+    micro_batch_size: int = key(
+        ge=1,
+        unit="sequences",
+        may_change=True,
+        description="sequences per forward pass of one rank",
+        aliases=(
+            "batch_size",
+            "local_batch_size",
+            "device_batch_size",
+            "per_device_train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "microbatch_size",
+            "mbs",
+        ),
+    )
+    init_from: str | None = key(
+        None,
+        description="Hugging Face folder with the initial weights; random weights unless set",
+        aliases=("model_name_or_path", "pretrained", "init_weights", "load_path"),
+    )
+    zero_stage: Literal[0, 1, 2, 3] = key(
+        1,
+        may_change=True,
+        description="ZeRO stage: 1 divides the optimizer state, 2 gradients, 3 weights too",
+        aliases=("zero", "zero_optimization", "zero_level"),
+    )
+    hpz_ranks: int | None = key(
+        None,
+        ge=2,
+        unit="ranks",
+        may_change=True,
+        description=(
+            "ZeRO-3: ranks of one node that keep a second copy of the weights, divided among them,"
+            " so that the backward pass gathers inside the node (ZeRO++, arXiv 2306.10209)"
+        ),
+        aliases=("zero_hpz_partition_size",),
+    )
+    precision: Literal["fp32", "bf16"] = key(
+        "bf16",
+        may_change=True,
+        description="bf16 keeps fp32 master weights",
+        aliases=("dtype", "torch_dtype", "mixed_precision", "fp16", "amp"),
+    )
+    activation_checkpointing: bool = key(
+        False,
+        may_change=True,
+        description="recompute each block in the backward pass",
+        aliases=("gradient_checkpointing", "recompute", "recompute_granularity"),
+    )
+    compile: bool = key(
+        False,
+        may_change=True,
+        description="torch.compile each block",
+        aliases=("torch_compile", "use_compile"),
+    )
+    loss_gradient: Literal["precise", "small"] = key(
+        "precise",
+        may_change=True,
+        description=(
+            "bf16 gradient of the output matrix: one chunk or fp32 sums (precise), or 8 and more"
+            " chunks with fp16 sums, for less memory (small)"
+        ),
+    )
+    loss_logits_fp32: bool = key(
+        False,
+        may_change=True,
+        description=(
+            "bf16 on a GPU: fp32 logits, for twice the workspace; a CPU always has fp32 logits"
+        ),
+    )
+    loss_workspace_mib: int | None = key(
+        None,
+        ge=1,
+        unit="MiB",
+        may_change=True,
+        description="memory of the loss beside its gradients; 2048 (GPU) or 256 (CPU) unless set",
+    )
+    log_every: int = key(
+        10,
+        ge=1,
+        unit="optimizer steps",
+        may_change=True,
+        description="interval between metrics; only these steps synchronise with the host",
+        aliases=("log_interval", "logging_steps", "log_freq", "log_every_n_steps", "log_steps"),
+    )
+    hang_seconds: float = key(
+        60.0,
+        ge=1,
+        unit="seconds",
+        may_change=True,
+        description=(
+            "time without progress after which a job ends as hung, or ten times what the work"
+            " usually takes if that is longer"
+        ),
+        aliases=("timeout", "nccl_timeout", "ddp_timeout", "timeout_minutes"),
+    )
+    peak_tflops: float | None = key(
+        None,
+        gt=0,
+        unit="TFLOP/s",
+        may_change=True,
+        description="dense peak of one device, for MFU; known for common GPUs",
+        aliases=("peak_flops", "device_flops", "hardware_peak_flops"),
+    )

@@ -14,10 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
+from nextpt.base.errors import ConfigError
 from nextpt.config.hints import explain
 from nextpt.config.keys import all_keys
 from nextpt.config.schema import Config
-from nextpt.base.errors import ConfigError
 
 
 def load_config(

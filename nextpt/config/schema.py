@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import model_validator
 
+from nextpt.base.errors import ConfigError
 from nextpt.config.checkpoint import CheckpointSection
 from nextpt.config.data import DataSection
 from nextpt.config.guard import GuardSection
@@ -18,7 +19,6 @@ from nextpt.config.section import Section, key
 from nextpt.config.trackers import TrackersSection
 from nextpt.config.train import TrainSection
 from nextpt.config.validation import ValidationSection
-from nextpt.base.errors import ConfigError
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""The description of a run: merging, checking, and errors that name the key, the value and the way out."""
+"""Config: merging, validation, and errors that name the key, the value and the fix."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_broken_files_are_one_line_errors(tmp_path: Path, text: str) -> None:
 def test_missing_file_and_bad_override(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="train.steps"):
+    with pytest.raises(ConfigError, match=r"train\.steps"):
         load_config(write(tmp_path, to_yaml(config())), ["train.steps"])
 
 

@@ -19,8 +19,9 @@ from rich.table import Table
 from data_prep.prepare import is_current, prepare, summary_table
 from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
-from launcher.console import compressor_table, evaluation_table, out, say, shares_progress
+from launcher.console import console, echo, progress_bars
 from launcher.jobs.local import start_training
+from launcher.tables.evaluation import compressor_table, evaluation_table
 from nextpt.base.errors import UserError
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.config import Config, load_config
@@ -59,10 +60,10 @@ def main() -> None:
     tell_what_is_there(config)
     stage(1)
     corpus = Path(config.data.path).parent / "corpus"
-    with out.status("reading sources"):
+    with console.status("reading sources"):
         found = collect(corpus)
     for domain, count in found.documents.items():
-        say(f"{domain}: {count:,} documents, {found.bytes[domain]:,} bytes")
+        echo(f"{domain}: {count:,} documents, {found.bytes[domain]:,} bytes")
     stage(2)
     spec = PrepSpec(
         domains={d: corpus / f"{d}.jsonl" for d in found.documents},
@@ -76,7 +77,7 @@ def main() -> None:
             f"{spec.output}, which {config.run_dir} was trained on, was made from another corpus"
             f" (another Python) or by another nextpt; start afresh: {start_afresh(config)}"
         )
-    out.print(summary_table(prepare(spec, overwrite=not current, console=out)))
+    console.print(summary_table(prepare(spec, overwrite=not current, console=console)))
     stage(3)
     train(config)
     stage(4)
@@ -88,12 +89,12 @@ def main() -> None:
     stage(7)
     page = default_output([config.run_dir])
     write_report([config.run_dir], page)
-    say(f"written to {page}; open it in a browser")
+    echo(f"written to {page}; open it in a browser")
     summary(config, result, proved, page)
 
 
 def stage(number: int) -> None:
-    say(f"\n=== {number}/{len(STAGES)}  {STAGES[number - 1]}")
+    echo(f"\n=== {number}/{len(STAGES)}  {STAGES[number - 1]}")
 
 
 def tell_what_is_there(config: Config) -> None:
@@ -102,16 +103,16 @@ def tell_what_is_there(config: Config) -> None:
     if not found:
         return
     if found[0] >= config.last_step:
-        say(
+        echo(
             f"The run {config.run_dir} is there and complete (step {found[0]}): it is not trained"
             " again, but checked, evaluated and sampled again."
         )
     else:
-        say(
+        echo(
             f"The run {config.run_dir} is there up to step {found[0]} of {config.last_step}:"
             " training resumes from it."
         )
-    say(f"To start afresh: {start_afresh(config)}")
+    echo(f"To start afresh: {start_afresh(config)}")
 
 
 def start_afresh(config: Config) -> str:
@@ -127,7 +128,7 @@ def train(config: Config, *overrides: str) -> None:
             " demo goes on"
         )
     if not overrides:
-        say(f"took {(time.monotonic() - started) / 60:.1f} minutes with start-up")
+        echo(f"took {(time.monotonic() - started) / 60:.1f} minutes with start-up")
 
 
 def prove_resume(config: Config) -> int:
@@ -156,7 +157,7 @@ def prove_resume(config: Config) -> int:
     ]
     for step, loss in losses[1].items():
         same = losses[0].get(step) == loss
-        say(
+        echo(
             f"step {step}: uninterrupted {losses[0].get(step)!r}, resumed {loss!r}:"
             f" {'identical' if same else 'DIFFERENT'}"
         )
@@ -171,7 +172,7 @@ def prove_resume(config: Config) -> int:
 def evaluate(config: Config) -> dict[str, Any]:
     """Figures beside the compressors'; raises UserError when the model is worse than zlib."""
     protocol = Protocol(stride=config.max_position // STRIDES_PER_WINDOW, compressors=True)
-    with shares_progress("evaluating") as progress:
+    with progress_bars("evaluating") as progress:
         result = evaluate_source(
             open_source(config.run_dir),
             heldout_texts(Path(config.data.path)),
@@ -179,15 +180,15 @@ def evaluate(config: Config) -> dict[str, Any]:
             progress=progress,
         )
     write_result(result, config.run_dir / "evaluation.json")
-    out.print(evaluation_table(result))
-    out.print(compressor_table(result))
+    console.print(evaluation_table(result))
+    console.print(compressor_table(result))
     for compressor in ("zlib -9", "bz2 -9", "xz -9e"):
         behind = [
             d
             for d, f in result["domains"].items()
             if f["bpb"] >= f["compressors"][compressor]["bpb_concatenated"]
         ]
-        say(
+        echo(
             f"against {compressor} on one stream: "
             + (f"behind in {', '.join(behind)}" if behind else "ahead in every domain")
         )
@@ -205,8 +206,8 @@ def sample(config: Config) -> None:
     tokens = [prompt_tokens(config, tokenizer, prompt) for prompt in prompts]
     found = list(generate(config, model, tokenizer, tokens, Wanted(sampling, max_tokens=100)))
     for kind, prompt, continuation in zip(PROMPTS, prompts, found, strict=True):
-        say(f"\n--- {kind} prompt: {json.dumps(prompt)}")
-        say(prompt + continuation.text)
+        echo(f"\n--- {kind} prompt: {json.dumps(prompt)}")
+        echo(prompt + continuation.text)
     save_samples(
         config.run_dir,
         [
@@ -241,14 +242,14 @@ def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> 
         for f in domains.values()
     ]
     table.add_row("the best compressor", *(f"{bits:.3f} ({name})" for bits, name in best))
-    say()
-    out.print(table)
-    say(
+    echo()
+    console.print(table)
+    echo(
         f"{record.parameters:,} parameters, {record.last['tokens']:,} tokens in"
         f" {readable_duration(record.seconds())} of steps, {record.median_rate():,.0f} tokens/s;"
         f" {proved} losses of the resumed run bit-identical"
     )
-    say("\nNext:")
+    echo("\nNext:")
     for text, command in (
         ("see all of it", f"open {page} in a browser"),
         ("let it write", f".venv/bin/nextpt generate --run {config.run_dir} --prompt 'import '"),
@@ -263,4 +264,4 @@ def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> 
         ("use your own text", ".venv/bin/nextpt prep shards --help"),
         ("start afresh", start_afresh(config)),
     ):
-        say(f"  {text:<18} {command}")
+        echo(f"  {text:<18} {command}")

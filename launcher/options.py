@@ -1,11 +1,47 @@
-"""Typer options and arguments that several commands share."""
+"""Command-line options and arguments that several commands share."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+ConfigFile = Annotated[str, typer.Option("--config", help="YAML file of the run, see configs/")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="config keys that override those of the file"),
+]
+RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
+RunOrModelFolder = Annotated[
+    Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")
+]
+Step = Annotated[
+    int | None, typer.Option(help="step of the checkpoint [default: that of the newest]")
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option(min=1, help="processes (ranks) [default: one per GPU, 1 without GPUs]"),
+]
+SbatchOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sbatch", help="further sbatch option, such as --partition=gpu; may be repeated"
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="seed of the random numbers")]
+PrintJson = Annotated[
+    bool, typer.Option("--json", help="print JSON to standard output and nothing else")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", help="also write a plot: a .png, .svg or .pdf file")
+]
+DEVICES = "a10, l40s, a100-40, a100, h100, h200 or b200"  # nextpt.scaling.machines
+DeviceName = Annotated[str, typer.Option("--device", help=DEVICES)]
+Utilization = Annotated[
+    float,
+    typer.Option(
+        "--utilisation", min=0.001, max=1, help="model FLOPs utilization (MFU), from 0 to 1"
+    ),
 ]

@@ -1,4 +1,4 @@
-"""`nextpt ablate`: train a baseline and variants of it, and say how they differ in bits per byte, per domain."""
+"""`nextpt ablate`: train a baseline and variants, compare their bits per byte per domain."""
 
 from __future__ import annotations
 
@@ -7,32 +7,30 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.console import out, say, small_table
+from launcher.console import build_table, console, echo, format_interval
+from launcher.options import Ranks
 from launcher.registration import add_command
 
+AblationFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ABLATION.yaml",
+        help="base config, baseline, variants and seeds; see docs/ablation.md",
+    ),
+]
 
-def ablate(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="ABLATION.yaml",
-            help="base config, baseline, variants and seeds; see docs/ablation.md",
-        ),
-    ],
-    ranks: Annotated[
-        int | None,
-        typer.Option(min=1, help="processes of each run; one per GPU, or 1 without, unless given"),
-    ] = None,
-) -> None:
-    """Train a baseline and variants with several seeds, score all on the held-out documents as `nextpt eval` does, and compare.
 
-    DIR/ablation.json has the figures and the keys that differ, DIR/ablation.png the picture. What
-    is finished is not trained or scored again: the same command goes on after an interruption.
+def ablate(file: AblationFile, ranks: Ranks = None) -> None:
+    """Train a baseline and variants with several seeds and compare their held-out loss.
+
+    All runs are scored as `nextpt eval` scores them. DIR/ablation.json has the metrics and the
+    config keys that differ, DIR/ablation.png the plot. A finished run is not trained or scored
+    again: the same command continues after an interruption.
     """
-    from launcher.jobs.run_set import train_one
+    from launcher.jobs.run_set import train_run
     from nextpt.generate import pick_device
     from nextpt.scaling.ablation import is_done, load_ablation
-    from nextpt.scaling.ablation_picture import draw_ablation
+    from nextpt.scaling.ablation_plot import plot_ablation
     from nextpt.scaling.ablation_result import SUMS, HeldOut, result_of, score_run
     from nextpt.scaling.record import write_json
 
@@ -40,88 +38,87 @@ def ablate(
     heldout, runs, scores = HeldOut.of(ablation.data), ablation.runs(), {}
     for number, run in enumerate(runs, 1):
         if not is_done(ablation, run):
-            train_one(ablation, run, f"run {number}/{len(runs)}", ranks)
+            train_run(ablation, run, f"run {number}/{len(runs)}", ranks)
         folder = ablation.folder(run)
         if not (folder / SUMS).exists():
-            say(
-                f"scoring {run.name} on {sum(map(len, heldout.texts.values())):,} held-out"
-                " documents"
-            )
+            documents = sum(map(len, heldout.texts.values()))
+            echo(f"scoring {run.name} on {documents:,} held-out documents")
         scores[run.name] = score_run(folder, ablation.config(run).last_step, heldout, pick_device())
     result = result_of(ablation, heldout, scores)
-    _show(result)
+    _print_result(result)
     write_json(result, ablation.dir / "ablation.json")
-    draw_ablation(result, ablation.dir / "ablation.png")
-    say(f"written to {ablation.dir / 'ablation.json'}, drawn in {ablation.dir / 'ablation.png'}")
+    plot_ablation(result, ablation.dir / "ablation.png")
+    echo(f"written to {ablation.dir / 'ablation.json'}, plotted in {ablation.dir / 'ablation.png'}")
 
 
-def _show(result: dict[str, Any]) -> None:
-    baseline, seeds, p = result["baseline"], result["seeds"], result["protocol"]
-    number = f"{len(seeds)} seed" + ("s" if len(seeds) > 1 else "")
-    rows = [
-        [
-            place,
-            f"{f['documents']:,}",
-            f"{f['bytes']:,}",
-            f"{f['bpb']:.4f}",
-            _range(f["interval"], ".4f"),
-            _seeds(f, ".4f"),
-        ]
-        for place, f in _places(baseline)
-    ]
-    out.print(
-        small_table(
-            f"{baseline['name']}: bits per byte, step {result['step']:,}, mean of {number}",
-            ["domain", "documents", "bytes", "bits/byte", "95 %", "seeds"],
-            rows,
-        )
-    )
+def _print_result(result: dict[str, Any]) -> None:
+    seeds, intervals = result["seeds"], result["protocol"]["intervals"]
+    _print_baseline(result)
     for variant in result["variants"]:
-        rows = [
-            [
-                place,
-                f"{f['bpb']:.4f}",
-                f"{f['difference']:+.4f}",
-                _range(f["interval"], "+.4f"),
-                _seeds(f, "+.4f"),
-            ]
-            for place, f in _places(variant)
-        ]
-        out.print(
-            small_table(
-                f"{variant['name']}:"
-                f" {', '.join(f'{key} {_value(a)} -> {_value(b)}' for key, (a, b) in variant['changes'].items())}",
-                ["domain", "bits/byte", "difference", "95 %", "seeds"],
-                rows,
-            )
-        )
-    say(
-        f"\ndifference: from {baseline['name']} with the same seed, mean over seeds; below 0 is"
-        " better"
+        _print_variant(variant)
+    echo(
+        f"\ndifference: from {result['baseline']['name']} with the same seed, mean over seeds;"
+        " below 0 is better"
     )
-    say(
-        f"95 %: paired bootstrap of documents, {p['intervals']['resamples']} resamples, seed"
-        f" {p['intervals']['seed']}: other documents, these trainings"
+    echo(
+        f"95 %: paired bootstrap of documents, {intervals['resamples']} resamples, seed"
+        f" {intervals['seed']}: the variation over documents for these trained models"
     )
     if len(seeds) > 1:
-        say("seeds: lowest to highest of the seeds' own: these documents, other trainings")
+        echo("seeds: lowest to highest over seeds: the variation over trainings on these documents")
 
 
-def _places(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _print_baseline(result: dict[str, Any]) -> None:
+    baseline, seeds = result["baseline"], len(result["seeds"])
+    rows = [
+        [
+            domain,
+            f"{metrics['documents']:,}",
+            f"{metrics['bytes']:,}",
+            f"{metrics['bpb']:.4f}",
+            format_interval(metrics["interval"], ".4f"),
+            _seed_range(metrics, ".4f"),
+        ]
+        for domain, metrics in _domains_and_total(baseline)
+    ]
+    title = (
+        f"{baseline['name']}: bits per byte, step {result['step']:,}, mean of {seeds}"
+        f" seed{'s' if seeds > 1 else ''}"
+    )
+    headings = ["domain", "documents", "bytes", "bits/byte", "95 %", "seeds"]
+    console.print(build_table(title, headings, rows))
+
+
+def _print_variant(variant: dict[str, Any]) -> None:
+    rows = [
+        [
+            domain,
+            f"{metrics['bpb']:.4f}",
+            f"{metrics['difference']:+.4f}",
+            format_interval(metrics["interval"], "+.4f"),
+            _seed_range(metrics, "+.4f"),
+        ]
+        for domain, metrics in _domains_and_total(variant)
+    ]
+    changes = ", ".join(
+        f"{key} {_format_value(before)} -> {_format_value(after)}"
+        for key, (before, after) in variant["changes"].items()
+    )
+    headings = ["domain", "bits/byte", "difference", "95 %", "seeds"]
+    console.print(build_table(f"{variant['name']}: {changes}", headings, rows))
+
+
+def _domains_and_total(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [*model["domains"].items(), ("total", model["total"])]
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "unset" if value is None else str(value)
 
 
-def _range(interval: list[float] | None, form: str) -> str:
-    return f"{interval[0]:{form}} to {interval[1]:{form}}" if interval else ""
-
-
-def _seeds(figures: dict[str, Any], form: str) -> str:
-    values = figures["by_seed"]
-    return f"{min(values):{form}} to {max(values):{form}}" if len(values) > 1 else ""
+def _seed_range(metrics: dict[str, Any], spec: str) -> str:
+    values = metrics["by_seed"]
+    return format_interval([min(values), max(values)], spec) if len(values) > 1 else ""
 
 
 def register(app: typer.Typer) -> None:

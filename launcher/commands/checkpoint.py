@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from launcher.console import out, say
+from launcher.console import console, echo
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import EXIT_NO_VALID_CHECKPOINT, CheckpointError
 from nextpt.base.stores import STORE_ERRORS, is_uri, store_problem
@@ -97,12 +97,12 @@ def fetch_checkpoint(
             RankGroup.world(),
         )
         if problem is None:
-            say(
+            echo(
                 f"step {row.step} fetched to {output}/checkpoints, {row.bytes / 1e6:,.1f} MB,"
                 " verified"
             )
             return
-        say(f"warning: {row.name} is not usable: {problem}")
+        echo(f"warning: {row.name} is not usable: {problem}")
     raise NoValidCheckpointError(
         f"{place} holds no whole checkpoint{'' if step is None else f' of step {step}'}"
     )
@@ -199,10 +199,10 @@ def _show(rows: list[Row], good: str) -> None:
             "not usable" if row.problem else good,
             row.name,
         )
-    out.print(table)
+    console.print(table)
     for row in rows:
         if row.problem:
-            say(f"{row.name} is not usable: {row.problem}")
+            echo(f"{row.name} is not usable: {row.problem}")
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.console import out, say, shares_progress, small_table
+from launcher.console import build_table, console, echo, progress_bars
 from launcher.registration import add_command
 
 RunFolder = Annotated[
@@ -60,7 +60,7 @@ def compress(
     data = read_file(file)
     before = read_file(given) if given else b""
     coder = _coder(run, step)
-    with shares_progress("file:") as progress:
+    with progress_bars("file:") as progress:
         coded, found = coder.encode(data, rows, progress)
     write_file(output, coded)
     others = compare_file(data, before)
@@ -68,7 +68,7 @@ def compress(
     _show(result, given)
     if json_path:
         write_result(result, json_path)
-    say(f"written to {output}, after it was decoded again and compared")
+    echo(f"written to {output}, after it was decoded again and compared")
 
 
 def decompress(
@@ -83,10 +83,10 @@ def decompress(
     _check_output(file, output)
     coded = read_file(file)
     coder = _coder(run, step)
-    with shares_progress("file:") as progress:
+    with progress_bars("file:") as progress:
         data = coder.decode(coded, str(file), progress)
     write_file(output, data)
-    say(f"{len(data):,} bytes written to {output}")
+    echo(f"{len(data):,} bytes written to {output}")
 
 
 def _check_output(file: Path, output: Path) -> None:
@@ -116,14 +116,14 @@ def _coder(run: Path, step: int | None) -> Any:
 def _show(result: dict[str, Any], given: Path | None) -> None:
     size, payload, header = result["bytes"], result["payload"], result["header"]
     if not size:
-        say(f"an empty file: {header} bytes of header")
+        echo(f"an empty file: {header} bytes of header")
         return
-    say(f"{size:,} bytes, {result['tokens']:,} tokens -> {payload:,} bytes and {header} of header")
-    say(
+    echo(f"{size:,} bytes, {result['tokens']:,} tokens -> {payload:,} bytes and {header} of header")
+    echo(
         f"the model's code length is {result['code_length']:,.1f} bytes; the coder's own cost"
         f" {payload - result['code_length']:+,.1f} bytes"
     )
-    say(
+    echo(
         f"{size / result['seconds']:,.0f} bytes/s coding, {size / result['verify_seconds']:,.0f}"
         " bytes/s decoding"
     )
@@ -135,7 +135,7 @@ def _show(result: dict[str, Any], given: Path | None) -> None:
         [name, f"{found['bytes']:,}", f"{found['bits_per_byte']:.3f}"]
         for name, found in result["others"].items()
     ]
-    out.print(small_table(title, ["", "bytes", "bits per byte"], rows))
+    console.print(build_table(title, ["", "bytes", "bits per byte"], rows))
 
 
 def register(app: typer.Typer) -> None:

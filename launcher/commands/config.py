@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.console import say
+from launcher.console import echo
 from launcher.options import Overrides
 from launcher.registration import add_command, add_group
 
@@ -31,27 +31,27 @@ def config_show(
     )
     tokens = config.total_steps * config.tokens_per_step
     accumulation = config.accumulation_steps(ranks)
-    say(to_yaml(config))
-    say("# derived")
-    say(f"parameters              {counts.parameters:>20,}")
-    say(f"  non-embedding         {counts.non_embedding_parameters:>20,}")
-    say(
+    echo(to_yaml(config))
+    echo("# derived")
+    echo(f"parameters              {counts.parameters:>20,}")
+    echo(f"  non-embedding         {counts.non_embedding_parameters:>20,}")
+    echo(
         f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}   (causal:"
         f" {counts.causal_flops_per_token:,.0f})"
     )
-    say(
+    echo(
         f"tokens per step         {config.tokens_per_step:>20,}   ({accumulation} micro-batches on"
         f" each of {ranks} ranks)"
     )
-    say(f"steps                   {config.total_steps:>20,}")
-    say(f"total tokens            {tokens:>20,}")
-    say(f"tokens per parameter    {tokens / counts.parameters:>20,.1f}")
-    say(
+    echo(f"steps                   {config.total_steps:>20,}")
+    echo(f"total tokens            {tokens:>20,}")
+    echo(f"tokens per parameter    {tokens / counts.parameters:>20,.1f}")
+    echo(
         f"memory per rank         {memory.total / 2**30:>16,.2f} GiB   (estimate for"
         f" ZeRO-{config.train.zero_stage})"
     )
     for name in ("weights", "gradients", "optimizer", "buffers", "activations", "loss"):
-        say(f"  {name:<21} {getattr(memory, name) / 2**30:>16,.2f} GiB")
+        echo(f"  {name:<21} {getattr(memory, name) / 2**30:>16,.2f} GiB")
 
 
 def config_keys() -> None:
@@ -62,7 +62,7 @@ def config_keys() -> None:
         facts = [key.default, key.metadata.unit, key.bound]
         if key.may_change:
             facts.append("may change on resume")
-        say(f"{key.name:<34} {key.field.description} ({'; '.join(f for f in facts if f)})")
+        echo(f"{key.name:<34} {key.field.description} ({'; '.join(f for f in facts if f)})")
 
 
 def register(app: typer.Typer) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.console import out, say, say_finding
+from launcher.console import console, echo, echo_finding
 from launcher.registration import add_command
 
 
@@ -28,7 +28,7 @@ def doctor(
     """
     from launcher.doctor import Status, examine
 
-    with out.status("looking at libraries and the machine") if not as_json else nullcontext():
+    with console.status("looking at libraries and the machine") if not as_json else nullcontext():
         findings = examine(folder, port)
     counts = {status: sum(f.status == status for f in findings) for status in Status}
     if as_json:
@@ -44,8 +44,8 @@ def doctor(
         )
     else:
         for finding in findings:
-            say_finding(finding.subject, finding.status, finding.found, finding.advice)
-        say(f"\n{counts[Status.PROBLEM]} problems, {counts[Status.WARNING]} warnings")
+            echo_finding(finding.subject, finding.status, finding.found, finding.advice)
+        echo(f"\n{counts[Status.PROBLEM]} problems, {counts[Status.WARNING]} warnings")
     sys.exit(1 if counts[Status.PROBLEM] else 0)
 
 

@@ -1,104 +1,100 @@
-"""`nextpt eval --exposure-bias`: what the command shows of a model that runs free."""
+"""`nextpt eval --exposure-bias`: loss on the model's own continuations against real text."""
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.commands.eval_common import deliver, open_with_texts
-from launcher.console import out, say, shares_progress, small_table
+from launcher.commands.eval_common import EvaluationInputs, ResultFiles
+from launcher.console import build_table, console, echo, format_half_width, progress_bars
+
+if TYPE_CHECKING:
+    from nextpt.evaluate.exposure import Exposure
+
+ARMS = ("real", "sampled", "greedy")
 
 
-def run_exposure(
-    path: Path,
-    step: int | None,
-    data: Path | None,
-    text: list[Path] | None,
-    wanted: Any,
-    json_path: Path | None,
-    plot: Path | None,
-) -> None:
-    """Measure, print, write, draw. wanted: an Exposure. Raises UserError."""
+def run_exposure(inputs: EvaluationInputs, exposure: Exposure, files: ResultFiles) -> None:
+    """Measure the exposure bias, print the tables, write the files. Raises UserError."""
     from nextpt.evaluate.exposure import exposure_bias
-    from nextpt.observe.exposure_picture import draw_exposure
+    from nextpt.observe.exposure_plot import plot_exposure
 
-    source, texts = open_with_texts(path, step, data, text, decoder_only=True)
-    with shares_progress("running free on") as progress:
-        result = exposure_bias(source, texts, wanted, progress)
-    _show(result)
-    deliver(result, [json_path], plot, partial(draw_exposure, result))
+    source, texts = inputs.open(inputs.step, decoder_only=True)
+    with progress_bars("generating in") as progress:
+        result = exposure_bias(source, texts, exposure, progress)
+    _print_result(result)
+    files.write(result, partial(plot_exposure, result))
 
 
-def _cell(figure: dict[str, Any], signed: bool = False) -> str:
-    low_high = figure["interval"]
-    return f"{figure['value']:{'+' if signed else ''}.3f}" + (
-        f" ±{(low_high[1] - low_high[0]) / 2:.3f}" if low_high else ""
+def _format(metric: dict[str, Any], sign: str = "") -> str:
+    return format_half_width(metric["value"], metric["interval"], sign=sign)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    domains = result["domains"]
+    if len(domains) > 1:
+        domains = domains | {"total": result["total"]}
+    _print_arms(result, domains)
+    _print_gaps(domains)
+    _print_positions(result)
+    intervals = result["protocol"]["intervals"]
+    echo(
+        "miscalibration: loss on real text minus the entropy of the predictions there. drift: that"
+        " entropy minus the loss on the model's own\ntext, 0 if the model's own text were to it"
+        " like real text. Special tokens are left out, so the metrics differ slightly from those"
+        " of nextpt eval."
+    )
+    echo(
+        f"±: half of {intervals['confidence']:.0%} intervals, bootstrap of documents,"
+        f" {intervals['resamples']} resamples, seed {result['protocol']['seed']}; no interval for a"
+        " single document"
     )
 
 
-def _show(result: dict[str, Any]) -> None:
-    p, rows = result["protocol"], []
-    domains = (
-        result["domains"]
-        if len(result["domains"]) == 1
-        else result["domains"] | {"total": result["total"]}
-    )
-    for domain, of in domains.items():
-        rows += [
-            [
-                f"{domain}, {name}",
-                *(_cell(figures[key]) for key in ("nats_per_token", "entropy")),
-                f"{figures['repeats']['value']:.1%}",
-            ]
-            for name, figures in of["arms"].items()
+def _print_arms(result: dict[str, Any], domains: dict[str, Any]) -> None:
+    protocol = result["protocol"]
+    step = "" if result["step"] is None else f", step {result['step']}"
+    rows = [
+        [
+            f"{domain}, {name}",
+            _format(arm["nats_per_token"]),
+            _format(arm["entropy"]),
+            f"{arm['repeats']['value']:.1%}",
         ]
-    at = "" if result["step"] is None else f", step {result['step']}"
+        for domain, metrics in domains.items()
+        for name, arm in metrics["arms"].items()
+    ]
     title = (
-        f"{p['continuation']} tokens after {p['prefix']} of held-out text{at}: the real ones, and"
-        " the model's own"
+        f"{protocol['continuation']} tokens after {protocol['prefix']} of held-out text{step}: the"
+        " real ones, and the model's own"
     )
-    out.print(small_table(title, ["", "nats/token", "entropy", "repeated 4-grams"], rows))
-    out.print(
-        small_table(
-            "gap, real - sampled = miscalibration + drift, nats/token",
-            ["", "stretches", "gap", "miscalibration", "drift"],
+    console.print(build_table(title, ["", "nats/token", "entropy", "repeated 4-grams"], rows))
+
+
+def _print_gaps(domains: dict[str, Any]) -> None:
+    rows = [
+        [
+            domain,
+            f"{metrics['stretches']:,}",
+            *(_format(metrics[key], "+") for key in ("gap", "miscalibration", "drift")),
+        ]
+        for domain, metrics in domains.items()
+    ]
+    title = "gap, real - sampled = miscalibration + drift, nats/token"
+    headings = ["", "continuations", "gap", "miscalibration", "drift"]
+    console.print(build_table(title, headings, rows))
+
+
+def _print_positions(result: dict[str, Any]) -> None:
+    rows = []
+    for row in result["by_position"]:
+        first, last = row["from"], row["to"]
+        rows.append(
             [
-                [
-                    domain,
-                    f"{of['stretches']:,}",
-                    *(_cell(of[key], signed=True) for key in ("gap", "miscalibration", "drift")),
-                ]
-                for domain, of in domains.items()
-            ],
+                f"{first}" if first == last else f"{first} to {last}",
+                *(f"{row[arm]['value']:.3f}" for arm in ARMS),
+                *(_format(row[key], "+") for key in ("gap", "drift")),
+            ]
         )
-    )
-    out.print(
-        small_table(
-            "nats/token by place in the continuation",
-            ["places", "real", "sampled", "greedy", "gap", "drift"],
-            [
-                [
-                    (
-                        f"{row['from']}"
-                        if row["from"] == row["to"]
-                        else f"{row['from']} to {row['to']}"
-                    ),
-                    *(f"{row[name]['value']:.3f}" for name in ("real", "sampled", "greedy")),
-                    *(_cell(row[name], signed=True) for name in ("gap", "drift")),
-                ]
-                for row in result["by_position"]
-            ],
-        )
-    )
-    say(
-        "miscalibration: loss on real text beyond the entropy of what was predicted there. drift:"
-        " that entropy less the loss on the model's own\ntext, 0 if its own text were to it as real"
-        " text is. Special tokens are left out, so figures differ a little from those of nextpt"
-        " eval."
-    )
-    say(
-        f"±: half of {p['intervals']['confidence']:.0%} intervals, bootstrap of documents,"
-        f" {p['intervals']['resamples']} resamples, seed {p['seed']}; none where there is one"
-        " document"
-    )
+    title = "nats/token by position in the continuation"
+    console.print(build_table(title, ["positions", *ARMS, "gap", "drift"], rows))

@@ -1,4 +1,4 @@
-"""`nextpt eval --tasks`: what a model can do, at one checkpoint or over all of a run."""
+"""`nextpt eval --tasks`: built-in tasks and lm-evaluation-harness, at one or all checkpoints."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from launcher.commands.eval_common import deliver, open_with_texts
-from launcher.console import out, say, shares_progress, small_table
+from launcher.commands.eval_common import EvaluationInputs, Json, ResultFiles
+from launcher.console import build_table, console, echo, format_half_width, progress_bars
 from nextpt.base.errors import UserError
 
-ITEMS = 200  # of a built-in task
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEFAULT_ITEMS = 200  # of a built-in task
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What to do. built_in: names of tasks. harness: names of tasks of lm-evaluation-harness.
+class TaskRequest:
+    """Tasks to run.
 
-    include: a folder with more of them. items: of each task; None: ITEMS of built-in ones, all
-    documents of the others.
+    Attributes:
+        built_in: Names of built-in tasks.
+        harness: Names of tasks of lm-evaluation-harness.
+        include: Folder with further task files for lm-evaluation-harness.
+        items: Items per task; None is DEFAULT_ITEMS of built-in ones and all of the others.
+        rows: Sequences per forward pass.
+        resamples: Bootstrap resamples for the intervals.
+        seed: Seed of the items and of the bootstrap.
     """
 
     built_in: list[str]
@@ -31,161 +40,148 @@ class Asked:
     resamples: int
     seed: int
 
+    @classmethod
+    def parse(
+        cls,
+        all_tasks: bool,
+        names: list[str] | None,
+        harness: list[str] | None,
+        include: Path | None,
+        items: int | None,
+        *,
+        rows: int,
+        resamples: int,
+        seed: int,
+    ) -> TaskRequest | None:
+        """Build the request from the options of `nextpt eval`; None where no task was named.
 
-def asked_for(
-    all_tasks: bool,
-    some: list[str] | None,
-    harness: list[str] | None,
-    include: Path | None,
-    items: int | None,
-    rows: int,
-    resamples: int,
-    seed: int,
-) -> Asked | None:
-    """None where no task was asked for. Raises UserError."""
-    from nextpt.evaluate.tasks.items import TASKS
+        Raises:
+            UserError: There is no such task, or include is given without harness.
+        """
+        from nextpt.evaluate.tasks.items import TASKS
 
-    if include and not harness:
-        raise UserError("--lm-eval-path is for --lm-eval TASK")
-    if not (all_tasks or some or harness):
-        return None
-    if unknown := [name for name in some or [] if name not in TASKS]:
-        raise UserError(
-            f"there is no task {unknown[0]!r}; there are {', '.join(TASKS)}; those of"
-            " lm-evaluation-harness are asked for with --lm-eval"
+        if include and not harness:
+            raise UserError("--lm-eval-path is for --lm-eval TASK")
+        if not (all_tasks or names or harness):
+            return None
+        if unknown := [name for name in names or [] if name not in TASKS]:
+            raise UserError(
+                f"there is no task {unknown[0]!r}; there are {', '.join(TASKS)}; tasks of"
+                " lm-evaluation-harness are named with --lm-eval"
+            )
+        return cls(
+            list(TASKS) if all_tasks else list(dict.fromkeys(names or [])),
+            list(dict.fromkeys(harness or [])),
+            include,
+            items,
+            rows,
+            resamples,
+            seed,
         )
-    names = list(TASKS) if all_tasks else list(dict.fromkeys(some or []))
-    return Asked(names, list(dict.fromkeys(harness or [])), include, items, rows, resamples, seed)
 
 
-def run_tasks(
-    path: Path,
-    steps: list[int | None],
-    data: Path | None,
-    text: list[Path] | None,
-    asked: Asked,
-    json_path: Path | None,
-    plot: Path | None,
-) -> None:
-    """Measure at each step, print, write, draw. Raises UserError."""
-    from nextpt.observe.tasks_picture import draw_tasks
+def run_tasks(inputs: EvaluationInputs, request: TaskRequest, files: ResultFiles) -> None:
+    """Run the tasks at every step, print the tables, write the files. Raises UserError."""
+    from nextpt.observe.tasks_plot import plot_tasks
 
-    found = [_measure(path, step, data, text, asked) for step in steps]
-    if len(found) > 1:
-        for table in _curves(found):
-            out.print(table)
-    _show(found[-1])
-    deliver(
-        found[-1] | ({"checkpoints": found} if len(found) > 1 else {}),
-        [json_path],
-        plot,
-        partial(draw_tasks, found),
-    )
+    results = [_measure(inputs, step, request) for step in inputs.steps()]
+    if len(results) > 1:
+        for table in _curve_tables(results):
+            console.print(table)
+    _print_result(results[-1])
+    checkpoints = {"checkpoints": results} if len(results) > 1 else {}
+    files.write(results[-1] | checkpoints, partial(plot_tasks, results))
 
 
-def _measure(
-    path: Path, step: int | None, data: Path | None, text: list[Path] | None, asked: Asked
-) -> dict[str, Any]:
+def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -> Json:
     from nextpt.evaluate.tasks.harness import run_harness
     from nextpt.evaluate.tasks.measure import heldout_loss, measure_tasks
 
-    source, texts = open_with_texts(path, step, data, text)
-    with shares_progress("doing" if step is None else f"step {step}:") as progress:
+    source, texts = inputs.open(step)
+    with progress_bars("running" if step is None else f"step {step}:") as progress:
         tasks = measure_tasks(
             source,
             texts,
-            asked.built_in,
-            items=asked.items or ITEMS,
-            rows=asked.rows,
-            seed=asked.seed,
-            resamples=asked.resamples,
+            request.built_in,
+            items=request.items or DEFAULT_ITEMS,
+            rows=request.rows,
+            seed=request.seed,
+            resamples=request.resamples,
             progress=progress,
         )
-        loss = heldout_loss(source, texts, asked.rows)
-    found = {
+        loss = heldout_loss(source, texts, request.rows)
+    result = {
         ("run" if source.is_run else "model"): str(source.path),
         "step": source.step,
-        "seed": asked.seed,
+        "seed": request.seed,
         "loss": loss,
         "tasks": tasks,
     }
-    if asked.harness:
-        found["harness"] = run_harness(
-            source, asked.harness, asked.include, limit=asked.items, rows=asked.rows
+    if request.harness:
+        result["harness"] = run_harness(
+            source, request.harness, request.include, limit=request.items, rows=request.rows
         )
-    return found
+    return result
 
 
-def _pm(figure: dict[str, Any], digits: int) -> str:
-    ends = figure["interval"]
-    return f"{figure['value']:.{digits}f}" + (
-        f" ±{(ends[1] - ends[0]) / 2:.{digits}f}" if ends else ""
-    )
+def _format(metric: Json, digits: int) -> str:
+    return format_half_width(metric["value"], metric["interval"], digits)
 
 
-def _show(result: dict[str, Any]) -> None:
-    at = "" if result["step"] is None else f", step {result['step']}"
-    loss = result["loss"]
+def _print_result(result: Json) -> None:
+    step = "" if result["step"] is None else f", step {result['step']}"
     if result["tasks"]:
-        out.print(
-            small_table(
-                f"tasks{at}, at {loss['bpb']:.3f} bits/byte of held-out text",
-                ["task", "items", "exact", "95 %", "chance", "probability", "nats/token"],
-                [
-                    [
-                        name,
-                        f"{f['items']}",
-                        f"{f['exact']['value']:.1%}",
-                        "{:.1%} to {:.1%}".format(*f["exact"]["interval"]),
-                        "" if f["chance"] is None else f"{f['chance']:.1%}",
-                        _pm(f["probability"], 3),
-                        _pm(f["nats_per_token"], 2),
-                    ]
-                    for name, f in result["tasks"].items()
-                ],
-            )
+        rows = [
+            [
+                name,
+                f"{metrics['items']}",
+                f"{metrics['exact']['value']:.1%}",
+                "{:.1%} to {:.1%}".format(*metrics["exact"]["interval"]),
+                "" if metrics["chance"] is None else f"{metrics['chance']:.1%}",
+                _format(metrics["probability"], 3),
+                _format(metrics["nats_per_token"], 2),
+            ]
+            for name, metrics in result["tasks"].items()
+        ]
+        title = f"tasks{step}, at {result['loss']['bpb']:.3f} bits/byte of held-out text"
+        headings = ["task", "items", "exact", "95 %", "chance", "probability", "nats/token"]
+        console.print(build_table(title, headings, rows))
+        echo(
+            "exact: greedy decoding gives the answer. probability: of the whole answer, mean over"
+            " items. nats/token: of the answer's tokens.\n±: half of a 95 % interval, bootstrap"
+            " of items. chance: a random guess among answers of the right kind."
         )
-        say(
-            "exact: greedy decoding writes the answer. probability: of the whole answer, the mean"
-            " over items. nats/token: of the answer's tokens.\n±: half of a 95% interval, bootstrap"
-            " of items. chance: a guess that knows which kind of answer is wanted."
-        )
-    for name, figures in result.get("harness", {}).items():
-        say(
-            f"lm-evaluation-harness: {name}: "
-            + ", ".join(f"{metric} {_pm(figure, 4)}" for metric, figure in figures.items())
-        )
+    for name, metrics in result.get("harness", {}).items():
+        values = ", ".join(f"{metric} {_format(value, 4)}" for metric, value in metrics.items())
+        echo(f"lm-evaluation-harness: {name}: {values}")
 
 
-def _curves(found: list[dict[str, Any]]) -> list[Any]:
-    """A table each for exact match, for the loss of answers, and for the harness's metrics, over the checkpoints."""
-    tables = []
+def _curve_tables(results: list[Json]) -> list[Table]:
+    """Tables over the checkpoints: exact match, answer loss, metrics of lm-evaluation-harness."""
+    tables: list[Table] = []
 
-    def add(title: str, headings: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> None:
+    def add(title: str, headings: list[str], cells: Callable[[Json], list[str]]) -> None:
         if headings:
-            tables.append(
-                small_table(
-                    f"{title} at every checkpoint",
-                    ["step", "bits/byte", *headings],
-                    [[f"{at['step']:,}", f"{at['loss']['bpb']:.3f}", *cells(at)] for at in found],
-                )
-            )
+            rows = [
+                [f"{result['step']:,}", f"{result['loss']['bpb']:.3f}", *cells(result)]
+                for result in results
+            ]
+            columns = ["step", "bits/byte", *headings]
+            tables.append(build_table(f"{title} at every checkpoint", columns, rows))
 
-    names = list(found[-1]["tasks"])
-    add(
-        "exact match",
-        names,
-        lambda at: [f"{at['tasks'][name]['exact']['value']:.1%}" for name in names],
-    )
-    add(
-        "nats per answer token",
-        names,
-        lambda at: [f"{at['tasks'][name]['nats_per_token']['value']:.2f}" for name in names],
-    )
-    for task, figures in found[-1].get("harness", {}).items():
-        add(
-            f"lm-evaluation-harness: {task}",
-            list(figures),
-            lambda at, task=task: [_pm(figure, 4) for figure in at["harness"][task].values()],
-        )
+    def exact(result: Json) -> list[str]:
+        return [f"{result['tasks'][name]['exact']['value']:.1%}" for name in names]
+
+    def answer_loss(result: Json) -> list[str]:
+        return [f"{result['tasks'][name]['nats_per_token']['value']:.2f}" for name in names]
+
+    def harness_metrics(result: Json, task: str) -> list[str]:
+        return [_format(metric, 4) for metric in result["harness"][task].values()]
+
+    names = list(results[-1]["tasks"])
+    add("exact match", names, exact)
+    add("nats per answer token", names, answer_loss)
+    for task, metrics in results[-1].get("harness", {}).items():
+        title = f"lm-evaluation-harness: {task}"
+        add(title, list(metrics), partial(harness_metrics, task=task))
     return tables

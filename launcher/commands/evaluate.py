@@ -1,184 +1,196 @@
-"""`nextpt eval`: what a model's loss is, on what, and how sure that is."""
+"""`nextpt eval`: loss of a model on held-out text, with confidence intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.commands.eval_common import deliver, open_with_texts
+from launcher.commands.eval_common import EvaluationInputs, ResultFiles, refuse_options
 from launcher.commands.eval_exposure import run_exposure
-from launcher.commands.eval_tasks import asked_for, run_tasks
-from launcher.console import (
-    compressor_table,
-    context_table,
-    curve_table,
-    evaluation_table,
-    frequency_table,
-    out,
-    say,
-    shares_progress,
-)
+from launcher.commands.eval_tasks import TaskRequest, run_tasks
+from launcher.console import console, echo, progress_bars
+from launcher.options import JsonFile, PlotFile, Step
 from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
-WHAT, HOW, MORE, FREE, TASKS = "What is scored", "How", "More figures", "Free running", "Tasks"
+if TYPE_CHECKING:
+    from nextpt.evaluate.evaluation import Protocol
+
+INPUT, METHOD, ADDITIONS = "What is evaluated", "Method", "Additional metrics"
+EXPOSURE, TASKS = "Exposure bias", "Tasks"
+
+Run = Annotated[Path | None, typer.Option("--run", help="run folder, such as runs/demo")]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        help="local Hugging Face folder instead: config.json, *.safetensors, tokenizer.json"
+    ),
+]
+AllSteps = Annotated[
+    bool, typer.Option("--all-steps", help="evaluate every checkpoint of the run, as a curve")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="dataset folder with held-out documents [default: the run's]", rich_help_panel=INPUT
+    ),
+]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="UTF-8 file instead, scored as one document; may be repeated", rich_help_panel=INPUT
+    ),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(help="tokens of context [default: the model's maximum]", rich_help_panel=METHOD),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens scored per window [default: half the window]", rich_help_panel=METHOD
+    ),
+]
+Rows = Annotated[int, typer.Option(min=1, help="windows per forward pass", rich_help_panel=METHOD)]
+EvalRanks = Annotated[
+    int,
+    typer.Option(min=1, help="processes among which documents are divided", rich_help_panel=METHOD),
+]
+Resamples = Annotated[
+    int,
+    typer.Option(min=1, help="bootstrap resamples for the 95 % intervals", rich_help_panel=METHOD),
+]
+BootstrapSeed = Annotated[
+    int, typer.Option(min=0, help="seed of the bootstrap", rich_help_panel=METHOD)
+]
+Compressors = Annotated[
+    bool,
+    typer.Option(
+        "--compressors", help="zlib, bz2 and xz on the same bytes", rich_help_panel=ADDITIONS
+    ),
+]
+Harness = Annotated[
+    bool,
+    typer.Option(
+        "--harness",
+        help="the perplexities of lm-evaluation-harness, with its windows",
+        rich_help_panel=ADDITIONS,
+    ),
+]
+ExposureBias = Annotated[
+    bool,
+    typer.Option(
+        "--exposure-bias",
+        help="compare the model's own continuations with real text, instead of the evaluation",
+        rich_help_panel=EXPOSURE,
+    ),
+]
+Prefix = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens of real text before a continuation [default: a quarter of the maximum]",
+        rich_help_panel=EXPOSURE,
+    ),
+]
+Continuation = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens of a continuation [default: the rest of the maximum]",
+        rich_help_panel=EXPOSURE,
+    ),
+]
+Stretches = Annotated[
+    int,
+    typer.Option(
+        min=1, help="maximum number of continuations per domain", rich_help_panel=EXPOSURE
+    ),
+]
+AllTasks = Annotated[
+    bool,
+    typer.Option(
+        "--tasks", help="all built-in tasks, instead of the evaluation", rich_help_panel=TASKS
+    ),
+]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="one task: arithmetic, copying, brackets, induction, cloze; may be repeated",
+        rich_help_panel=TASKS,
+    ),
+]
+LmEval = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lm-eval", help="task of lm-evaluation-harness; may be repeated", rich_help_panel=TASKS
+    ),
+]
+LmEvalPath = Annotated[
+    Path | None,
+    typer.Option(help="folder of further --lm-eval task files (YAML)", rich_help_panel=TASKS),
+]
+Items = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="items per task [default: 200; all of a --lm-eval task]",
+        rich_help_panel=TASKS,
+    ),
+]
+Save = Annotated[
+    bool, typer.Option("--save", help="also write RUN/evaluation.json, which the report shows")
+]
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Option("--run", help="run folder, such as runs/demo")] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="local Hugging Face folder instead: config.json, *.safetensors, tokenizer.json"
-        ),
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option(help="step of the checkpoint; the newest unless given")
-    ] = None,
-    all_steps: Annotated[
-        bool, typer.Option("--all-steps", help="every checkpoint of the run, as a curve")
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="dataset folder with held-out documents; the run's own unless given",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="UTF-8 file instead, each as one document; may be repeated", rich_help_panel=WHAT
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="tokens of context; the model's longest unless given", rich_help_panel=HOW
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(help="tokens scored per window; half of it unless given", rich_help_panel=HOW),
-    ] = None,
-    rows: Annotated[
-        int, typer.Option(min=1, help="windows per forward pass", rich_help_panel=HOW)
-    ] = 32,
-    ranks: Annotated[
-        int, typer.Option(min=1, help="processes that share the documents", rich_help_panel=HOW)
-    ] = 1,
-    resamples: Annotated[
-        int,
-        typer.Option(
-            min=1, help="of the bootstrap that gives the 95 % intervals", rich_help_panel=HOW
-        ),
-    ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="of the bootstrap", rich_help_panel=HOW)] = 0,
-    compressors: Annotated[
-        bool,
-        typer.Option(
-            "--compressors", help="zlib, bz2 and xz on the same bytes", rich_help_panel=MORE
-        ),
-    ] = False,
-    harness: Annotated[
-        bool,
-        typer.Option(
-            "--harness",
-            help="lm-evaluation-harness's perplexities, by its own windows",
-            rich_help_panel=MORE,
-        ),
-    ] = False,
-    exposure_bias: Annotated[
-        bool,
-        typer.Option(
-            "--exposure-bias",
-            help="instead: the model's own continuations beside the real ones",
-            rich_help_panel=FREE,
-        ),
-    ] = False,
-    prefix: Annotated[
-        int | None,
-        typer.Option(
-            help="tokens of real text before them; a quarter of the model's longest unless given",
-            rich_help_panel=FREE,
-        ),
-    ] = None,
-    continuation: Annotated[
-        int | None,
-        typer.Option(
-            help="tokens of each; the rest of the model's longest unless given",
-            rich_help_panel=FREE,
-        ),
-    ] = None,
-    stretches: Annotated[
-        int, typer.Option(min=1, help="of each domain, at most", rich_help_panel=FREE)
-    ] = 128,
-    tasks: Annotated[
-        bool,
-        typer.Option(
-            "--tasks",
-            help="instead: what the model can do, all built-in tasks",
-            rich_help_panel=TASKS,
-        ),
-    ] = False,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="this one: arithmetic, copying, brackets, induction, cloze; may be repeated",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    lm_eval: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lm-eval",
-            help="a task of lm-evaluation-harness; may be repeated",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    lm_eval_path: Annotated[
-        Path | None,
-        typer.Option(
-            help="folder of further task files (YAML) for --lm-eval", rich_help_panel=TASKS
-        ),
-    ] = None,
-    items: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="of each task; 200, and all documents of a --lm-eval task, unless given",
-            rich_help_panel=TASKS,
-        ),
-    ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="also write the figures to this file")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw them: a .png, .svg or .pdf")] = None,
-    save: Annotated[
-        bool, typer.Option("--save", help="also keep them in RUN/evaluation.json, for the report")
-    ] = False,
+    run: Run = None,
+    model: Model = None,
+    step: Step = None,
+    all_steps: AllSteps = False,
+    data: Data = None,
+    text: Text = None,
+    window: Window = None,
+    stride: Stride = None,
+    rows: Rows = 32,
+    ranks: EvalRanks = 1,
+    resamples: Resamples = 1000,
+    seed: BootstrapSeed = 0,
+    compressors: Compressors = False,
+    harness: Harness = False,
+    exposure_bias: ExposureBias = False,
+    prefix: Prefix = None,
+    continuation: Continuation = None,
+    stretches: Stretches = 128,
+    tasks: AllTasks = False,
+    task: Task = None,
+    lm_eval: LmEval = None,
+    lm_eval_path: LmEvalPath = None,
+    items: Items = None,
+    json_path: JsonFile = None,
+    plot: PlotFile = None,
+    save: Save = False,
 ) -> None:
-    """Nats, bits, perplexity and bits per byte, per domain, with intervals.
+    """Evaluate a model: nats, bits, perplexity and bits per byte per domain, with intervals.
 
-    By context and by token frequency.
-
-    Figures are ratios of sums. bits/byte leaves special tokens out; "ends paid" adds what the ends
-    of documents cost.
+    Also by context and by token frequency. Metrics are ratios of sums. bits/byte leaves special
+    tokens out; "with EOD" includes the cost of the end-of-document tokens.
     """
     from nextpt.evaluate.evaluation import Protocol
     from nextpt.evaluate.exposure import Exposure
-    from nextpt.observe.evaluation_picture import check_picture, draw_evaluation
+    from nextpt.observe.evaluation_plot import check_plot_format
 
-    _check(run, model, step, all_steps, data, text, save)
+    inputs = EvaluationInputs(run, model, step, all_steps, data, text)
+    if save and run is None:
+        raise UserError("--save needs a --run; a Hugging Face folder has no report")
     if plot:
-        check_picture(plot)
-    asked = asked_for(tasks, task, lm_eval, lm_eval_path, items, rows, resamples, seed)
-    if exposure_bias or asked:
-        refuse_others(
+        check_plot_format(plot)
+    request = TaskRequest.parse(
+        tasks, task, lm_eval, lm_eval_path, items, rows=rows, resamples=resamples, seed=seed
+    )
+    if exposure_bias or request:
+        refuse_options(
             "--exposure-bias" if exposure_bias else "tasks",
             {
                 "--all-steps": all_steps and exposure_bias,
@@ -188,127 +200,78 @@ def evaluate(
                 "--compressors": compressors,
                 "--harness": harness,
                 "--save": save,
-                "tasks": exposure_bias and asked,
+                "tasks": exposure_bias and request,
             },
         )
-    if exposure_bias:
-        run_exposure(
-            run or model,
-            step,
-            data,
-            text,
-            Exposure(prefix, continuation, stretches, rows, resamples, seed),
-            json_path,
-            plot,
-        )
-        return
-    if prefix is not None or continuation is not None:
+    if not exposure_bias and (prefix is not None or continuation is not None):
         raise UserError("--prefix and --continuation are for --exposure-bias")
-    steps = _steps(run) if all_steps else [step]
-    if asked:
-        run_tasks(run or model, steps, data, text, asked, json_path, plot)
-        return
-    protocol = Protocol(window, stride, rows, ranks, resamples, seed, compressors, harness)
-    results = [_evaluate(run or model, at, data, text, protocol) for at in steps]
+    if exposure_bias:
+        exposure = Exposure(prefix, continuation, stretches, rows, resamples, seed)
+        run_exposure(inputs, exposure, ResultFiles([json_path], plot))
+    elif request:
+        run_tasks(inputs, request, ResultFiles([json_path], plot))
+    else:
+        protocol = Protocol(window, stride, rows, ranks, resamples, seed, compressors, harness)
+        saved = run / "evaluation.json" if run and save else None
+        run_evaluation(inputs, protocol, ResultFiles([json_path, saved], plot))
+
+
+def run_evaluation(inputs: EvaluationInputs, protocol: Protocol, files: ResultFiles) -> None:
+    """Evaluate at every step of the inputs, print the tables, write the files."""
+    from launcher.tables.evaluation import curve_table
+    from nextpt.observe.evaluation_plot import plot_evaluation
+
+    results = [_evaluate(inputs, step, protocol) for step in inputs.steps()]
     result = results[-1]
-    if all_steps:
-        result = result | {
-            "checkpoints": [{key: r[key] for key in ("step", "domains", "total")} for r in results]
-        }
-        out.print(curve_table(result))
-    _show(result)
-    deliver(
-        result,
-        [json_path, run / "evaluation.json" if run and save else None],
-        plot,
-        partial(draw_evaluation, result),
-    )
+    if inputs.all_steps:
+        keys = ("step", "domains", "total")
+        result = result | {"checkpoints": [{key: r[key] for key in keys} for r in results]}
+        console.print(curve_table(result))
+    _print_result(result)
+    files.write(result, partial(plot_evaluation, result))
 
 
-def _check(
-    run: Path | None,
-    model: Path | None,
-    step: int | None,
-    all_steps: bool,
-    data: Path | None,
-    text: list[Path] | None,
-    save: bool,
-) -> None:
-    if (run is None) == (model is None):
-        raise UserError("give either --run, a run folder, or --model, a Hugging Face folder")
-    if data and text:
-        raise UserError("give either --data or --text; each says what is scored")
-    if model and not (data or text):
-        raise UserError(
-            "--model has no held-out documents of its own: say what to score with --text FILE or"
-            " --data FOLDER"
-        )
-    if model and (all_steps or save or step is not None):
-        raise UserError(
-            "--step, --all-steps and --save are for a --run; a Hugging Face folder is one model and"
-            " has no report"
-        )
-    if all_steps and step is not None:
-        raise UserError("give either --step or --all-steps")
-
-
-def refuse_others(what: str, given: Mapping[str, object]) -> None:
-    """Raise UserError for options that do not go with `what`, name -> whether it was given."""
-    if others := [name for name, there in given.items() if there]:
-        raise UserError(
-            f"{', '.join(others)} cannot be given with {what}: it says nothing of the loss on whole"
-            " documents"
-        )
-
-
-def _steps(run: Path) -> list[int]:
-    """Steps of the whole checkpoints of a run, lowest first."""
-    from nextpt.checkpoint.folders import list_checkpoints, step_of
-    from nextpt.evaluate.heldout import open_run
-
-    open_run(run)  # raises where there is none
-    return sorted({step_of(found.folder) for found in list_checkpoints(run / "checkpoints")[0]})
-
-
-def _evaluate(
-    path: Path, step: int | None, data: Path | None, text: list[Path] | None, protocol: Any
-) -> dict[str, Any]:
+def _evaluate(inputs: EvaluationInputs, step: int | None, protocol: Protocol) -> dict[str, Any]:
     from nextpt.evaluate.evaluation import evaluate_source
     from nextpt.evaluate.frequency import training_counts
 
-    source, texts = open_with_texts(path, step, data, text)
-    folder = data or (Path(source.config.data.path) if source.is_run else None)
-    with shares_progress("evaluating") as progress:
-        return evaluate_source(
-            source,
-            texts,
-            protocol,
-            counts=training_counts(folder, source.tokenizer) if folder else None,
-            progress=progress,
-        )
+    source, texts = inputs.open(step)
+    folder = inputs.data or (Path(source.config.data.path) if source.is_run else None)
+    counts = training_counts(folder, source.tokenizer) if folder else None
+    with progress_bars("evaluating") as progress:
+        return evaluate_source(source, texts, protocol, counts=counts, progress=progress)
 
 
-def _show(result: dict[str, Any]) -> None:
-    out.print(evaluation_table(result))
-    out.print(context_table(result))
-    out.print(frequency_table(result))
-    if "compressors" in next(iter(result["domains"].values())):
-        out.print(compressor_table(result))
-    for domain, f in result.get("harness", {}).items():
-        say(
-            f"as lm-evaluation-harness: {domain}: word_perplexity {f['word_perplexity']:.4f},"
-            f" byte_perplexity {f['byte_perplexity']:.4f}, bits_per_byte {f['bits_per_byte']:.4f}"
-        )
-    p = result["protocol"]
-    say(
-        f"\ncontext {p['window']}, stride {p['stride']}; each document by itself:"
-        f" {p['start_token']['text']} before it (not scored), {p['end_token']['text']} after it"
-        " (only in bits/byte, ends paid)"
+def _print_result(result: dict[str, Any]) -> None:
+    from launcher.tables.evaluation import (
+        compressor_table,
+        context_table,
+        evaluation_table,
+        frequency_table,
     )
-    say(
-        f"± and brackets: {p['intervals']['confidence']:.0%} intervals, bootstrap of documents,"
-        f" {p['intervals']['resamples']} resamples, seed {p['intervals']['seed']}; none where there"
-        " is one document"
+
+    console.print(evaluation_table(result))
+    console.print(context_table(result))
+    console.print(frequency_table(result))
+    if "compressors" in next(iter(result["domains"].values())):
+        console.print(compressor_table(result))
+    for domain, metrics in result.get("harness", {}).items():
+        echo(
+            f"lm-evaluation-harness: {domain}: word_perplexity {metrics['word_perplexity']:.4f},"
+            f" byte_perplexity {metrics['byte_perplexity']:.4f},"
+            f" bits_per_byte {metrics['bits_per_byte']:.4f}"
+        )
+    protocol = result["protocol"]
+    intervals = protocol["intervals"]
+    echo(
+        f"\ncontext {protocol['window']}, stride {protocol['stride']}; each document by itself:"
+        f" {protocol['start_token']['text']} before it (not scored),"
+        f" {protocol['end_token']['text']} after it (only in bits/byte with EOD)"
+    )
+    echo(
+        f"± and brackets: {intervals['confidence']:.0%} intervals, bootstrap of documents,"
+        f" {intervals['resamples']} resamples, seed {intervals['seed']}; no interval for a single"
+        " document"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.console import say
+from launcher.console import echo
 from launcher.registration import add_command, add_group
 
 Run = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
@@ -27,7 +27,7 @@ def hf_export(
 
     checkpoint = open_run(run, step)
     architecture = export_hf(checkpoint, run / "tokenizer.json", output, dtype=dtype)
-    say(f"step {checkpoint.step} written to {output} as {architecture}, {dtype}, {_size(output)}")
+    echo(f"step {checkpoint.step} written to {output} as {architecture}, {dtype}, {_size(output)}")
 
 
 def deepspeed_export(run: Run, output: Output, step: Step = None) -> None:
@@ -37,7 +37,7 @@ def deepspeed_export(run: Run, output: Output, step: Step = None) -> None:
 
     checkpoint = open_run(run, step)
     export_deepspeed(checkpoint, output)
-    say(
+    echo(
         f"step {checkpoint.step} written to {output}, {_size(output)}; next: python"
         f" {output}/zero_to_fp32.py {output} WEIGHTS"
     )
@@ -76,7 +76,7 @@ def hf_import(
             file.write(to_yaml(config))
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
-    say(
+    echo(
         f"{weights.architecture.name}, {count(ModelSpec.from_config(config)).parameters:,} parameters; look at optimizer,"
         f" schedule and train in {output}, then: nextpt train --config {output}"
     )

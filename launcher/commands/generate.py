@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.console import say
+from launcher.console import echo
 from launcher.registration import add_command
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def generate(
         write_result(
             generation_json(run, at, settings, list(texts.values()), tokenizer, found), json_path
         )
-        say(f"written to {json_path}")
+        echo(f"written to {json_path}")
     if save:
         save_samples(
             run, [sample_record(at, list(texts.values())[c.prompt], c, sampling) for c in found]
@@ -197,7 +197,7 @@ def _show(
         found.append(c)
         name, text = list(texts.items())[c.prompt]
         if not alone:
-            say(
+            echo(
                 f"--- {name}, sample {c.sample + 1}: {_ended(c.ending)}; {len(c.tokens)} tokens,"
                 f" {-sum(c.logprobs) / len(c.tokens):.3f} nats each"
             )

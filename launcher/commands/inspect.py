@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.console import out, say, shares_progress
+from launcher.console import console, echo, progress_bars
 from launcher.registration import add_command
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ def inspect(
     name = "the prompt" if text is None else str(text)
     if not content:
         raise UserError(f"{name} is empty: there is no token to look at")
-    with shares_progress("reading") as progress:
+    with progress_bars("reading") as progress:
         found = inspect_text(
             run, content, name, step=step, heldout=heldout, device=pick_device(), progress=progress
         )
     target = output or run / "inspect"
     write_inspection(found, target)
     _say(found, top)
-    say(f"written to {target}: tokens.html (open it in a browser), calibration.svg, inspect.json")
+    echo(f"written to {target}: tokens.html (open it in a browser), calibration.svg, inspect.json")
 
 
 def _read(path: Path) -> str:
@@ -111,14 +111,14 @@ def _say(found: Inspection, top: int) -> None:
             f"{t['rank']:,}",
             Text(", ".join(others[:2])),
         )
-    out.print(table)
+    console.print(table)
     figures = found.figures
-    say(
+    echo(
         f"{figures.tokens:,} tokens, {figures.bytes:,} bytes: {figures.nats_per_token:.3f} nats per"
         f" token, {figures.bpb:.3f} bits per byte"
     )
-    say("then it expects " + ", ".join(_percent(a) for a in found.following["alternatives"][:4]))
-    say(
+    echo("then it expects " + ", ".join(_percent(a) for a in found.following["alternatives"][:4]))
+    echo(
         f"expected calibration error {found.calibration.top.expected_error:.3f} over"
         f" {found.calibration.places:,} places of {found.calibrated_on}"
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.console import out, say, shares_progress, small_table
+from launcher.console import build_table, console, echo, progress_bars
 from launcher.registration import add_command, add_group
 
 RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
@@ -34,7 +34,7 @@ def plant(
 
     made = make_canaries(each, controls, seed)
     write_canaries(made, folder)
-    say(
+    echo(
         f"{folder}/canaries.jsonl: {sum(c.repeats for c in made):,} documents,"
         f" {len(made) - controls} texts; keep {folder}/canaries.json"
     )
@@ -55,7 +55,7 @@ def canaries(
 
     planted = read_canaries(folder)
     config, model, tokenizer, at = open_model(run, step, pick_device())
-    with shares_progress("trying") as progress:
+    with progress_bars("trying") as progress:
         found = measure_canaries(config, model, tokenizer, planted, progress)
     result = {"run": str(run), "step": at, "by_repeats": found}
     rows = [
@@ -68,8 +68,8 @@ def canaries(
         ]
         for repeats, f in found.items()
     ]
-    out.print(
-        small_table(
+    console.print(
+        build_table(
             f"canaries, step {at} (95 % intervals)",
             ["shown", "texts", "extracted, %", "tokens agree, %", "exposure, bits"],
             rows,
@@ -77,10 +77,10 @@ def canaries(
     )
     _write(result, json_path)
     if plot:
-        from nextpt.observe.memorization_plots import draw_canaries
+        from nextpt.observe.memorization_plots import plot_canaries
 
-        draw_canaries(result, plot)
-        say(f"drawn in {plot}")
+        plot_canaries(result, plot)
+        echo(f"drawn in {plot}")
 
 
 def extract(
@@ -106,7 +106,7 @@ def extract(
     lengths = _lengths(prefixes)
     config, model, _, at = open_model(run, step, pick_device())
     folder = data or Path(config.data.path)
-    with shares_progress("continuing") as progress:
+    with progress_bars("continuing") as progress:
         found = measure_extraction(
             config,
             model,
@@ -128,25 +128,25 @@ def extract(
         for side in SPLITS
         for p in lengths
     ]
-    out.print(
-        small_table(
+    console.print(
+        build_table(
             f"continuations of {continuation} tokens, greedy, step {at} (95 % intervals)",
             ["side", "prefix", "all agree, %", "9 of 10 agree, %", "tokens agree, %"],
             rows,
         )
     )
     for side in SPLITS:
-        say(
+        echo(
             f"{side}: {interval(found[side]['nats_per_token'], 'mean', digits=3)} nats per token of"
             f" the continuations, of {found[side]['sequences']} sequences"
         )
-    say(f"gap: {found['gap_nats_per_token']:.3f} nats per token")
+    echo(f"gap: {found['gap_nats_per_token']:.3f} nats per token")
     _write(result, json_path)
     if plot:
-        from nextpt.observe.memorization_plots import draw_extraction
+        from nextpt.observe.memorization_plots import plot_extraction
 
-        draw_extraction(result, plot)
-        say(f"drawn in {plot}")
+        plot_extraction(result, plot)
+        echo(f"drawn in {plot}")
 
 
 def contamination(
@@ -180,7 +180,7 @@ def contamination(
     """Which documents of an evaluation set share 13 words, or 50 characters, with the training shards?"""
     from nextpt.evaluate.memorization.examine import examine
 
-    with shares_progress("reading") as progress:
+    with progress_bars("reading") as progress:
         result = examine(run, step, data, text, progress)
     rows = [
         [
@@ -196,8 +196,8 @@ def contamination(
         ]
         for domain, f in result["domains"].items()
     ]
-    out.print(
-        small_table(
+    console.print(
+        build_table(
             "documents that share text with the training shards (bits per byte: all / clean /"
             " found)",
             ["domain", "documents", "found", "13 words", "50 chars", "bits per byte"],
@@ -205,7 +205,7 @@ def contamination(
         )
     )
     if json_path is None and any(f["contaminated"] for f in result["domains"].values()):
-        say("which ones: --json FILE")
+        echo("which ones: --json FILE")
     _write(result, json_path)
 
 
@@ -247,7 +247,7 @@ def _write(result: dict[str, Any], path: Path | None) -> None:
         from nextpt.evaluate.heldout import write_result
 
         write_result(result, path)
-        say(f"written to {path}")
+        echo(f"written to {path}")
 
 
 def register(app: typer.Typer) -> None:

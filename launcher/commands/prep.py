@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launcher.commands import prep_shards, prep_stored
-from launcher.console import say
+from launcher.console import echo
 from launcher.registration import add_command, add_group
 
 
@@ -20,7 +20,7 @@ def prep_stdlib(
 
     found = collect(output)
     for domain, count in found.documents.items():
-        say(f"{output}/{domain}.jsonl: {count:,} documents, {found.bytes[domain]:,} bytes")
+        echo(f"{output}/{domain}.jsonl: {count:,} documents, {found.bytes[domain]:,} bytes")
 
 
 def register(app: typer.Typer) -> None:

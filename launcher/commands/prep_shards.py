@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.console import out, say
+from launcher.console import console, echo
 from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
@@ -180,12 +180,12 @@ def prep_shards(
         say_dry_run(spec, workers)
         return
     chosen = choose_workers(workers, task, ray)
-    out.print(
+    console.print(
         summary_table(
-            prepare(spec, overwrite=overwrite, console=out, workers=chosen, alone=task is None)
+            prepare(spec, overwrite=overwrite, console=console, workers=chosen, alone=task is None)
         )
     )
-    say(f"report: {output}/report.html")
+    echo(f"report: {output}/report.html")
 
 
 def named_places(arguments: list[str]) -> dict[str, str]:
@@ -229,7 +229,7 @@ def say_dry_run(spec: PrepSpec, workers: int | None) -> None:
     from data_prep.dry_run import dry_run
 
     for line in dry_run(spec, workers).lines():
-        say(line)
+        echo(line)
 
 
 def register(app: typer.Typer) -> None:

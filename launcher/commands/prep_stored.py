@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import humanize
 import typer
 
-from launcher.console import out, say
+from launcher.console import console, echo
 from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
@@ -41,7 +41,7 @@ def weigh(
         for domains in DatasetManifest.load(data).splits.values()
         for counts in domains.values()
     )
-    with Progress(console=out, disable=not out.is_terminal) as bar:
+    with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("weighing rows", total=rows)
 
         def told(row: dict[str, Any]) -> Any:
@@ -49,7 +49,7 @@ def weigh(
             return function(row)
 
         add_token_weights(data, output, told)
-    say(
+    echo(
         f"{output}: {rows:,} rows with token_weights; train on it with data.path={output}"
         " objective.token_weights=true"
     )
@@ -69,11 +69,11 @@ def export(
 
     if not megatron:
         raise UserError("name the format to export to: --megatron")
-    done = export_megatron(data, output, out)
+    done = export_megatron(data, output, console)
     for part in done:
-        say(f"{part.prefix}.bin/.idx: {part.sequences:,} sequences, {part.tokens:,} tokens")
+        echo(f"{part.prefix}.bin/.idx: {part.sequences:,} sequences, {part.tokens:,} tokens")
     train = [f"{part.tokens} {part.prefix}" for part in done if part.split == "train"]
-    say(f"for Megatron: --split 100,0,0 --data-path {' '.join(train)}   (weights are tokens)")
+    echo(f"for Megatron: --split 100,0,0 --data-path {' '.join(train)}   (weights are tokens)")
 
 
 def upload(
@@ -94,12 +94,12 @@ def upload(
     """
     from data_prep.upload import upload as send
 
-    done = send(data, remote, threads=threads, console=out)
+    done = send(data, remote, threads=threads, console=console)
     there = (
         f"; {done.present_files} shards were there already"
         f" ({humanize.naturalsize(done.present_bytes, binary=True)})" * bool(done.present_files)
     )
-    say(
+    echo(
         f"{remote}: {done.sent_files} files, {humanize.naturalsize(done.sent_bytes, binary=True)}"
         f" sent{there}"
     )

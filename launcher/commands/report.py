@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.console import say
+from launcher.console import echo
 from launcher.registration import add_command
 
 
@@ -25,7 +25,7 @@ def report(
 
     target = output or default_output(runs)
     write_report(runs, target)
-    say(f"written to {target}; open it in a browser")
+    echo(f"written to {target}; open it in a browser")
 
 
 def register(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.commands import scaling_sweep
-from launcher.console import say
+from launcher.console import echo
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import ScalingError
 
@@ -86,7 +86,7 @@ def fit_command(
     from nextpt.scaling.fitting import fit
     from nextpt.scaling.laws import LAWS
     from nextpt.scaling.observations import drop_highest as drop
-    from nextpt.scaling.pictures import check_name, draw_fit
+    from nextpt.scaling.plots import check_plot_format, plot_fit
     from nextpt.scaling.repeats import fit_repeated
 
     if form not in FORMS:
@@ -94,7 +94,7 @@ def fit_command(
     if delta is not None and form in FORMS[-2:]:
         raise ScalingError(f"--delta belongs to Huber's loss; --form {form} has none")
     if plot:
-        check_name(plot, form)
+        check_plot_format(plot, form)
     columns = {
         "parameters": params_column,
         "tokens": tokens_column,
@@ -117,10 +117,10 @@ def fit_command(
         say_frontier(found, values)
     if json_path:
         record.write_json(values, json_path)
-        say(f"written to {json_path}")
+        echo(f"written to {json_path}")
     if plot:
-        draw_fit(found, plot)
-        say(f"drawn in {plot}")
+        plot_fit(found, plot)
+        echo(f"drawn in {plot}")
 
 
 def predict(
@@ -145,13 +145,13 @@ def predict(
         if made["interval"]
         else "; no interval: the fit has no resamples (--bootstrap 0)"
     )
-    say(
+    echo(
         f"N = {params:.4g}, D = {tokens:.4g} ({tokens / params:.1f} tokens per parameter), C = 6 N"
         f" D = {made['flops']:.3g} FLOPs"
     )
-    say(f"loss {made['loss']:.4f} nats per token{between}")
+    echo(f"loss {made['loss']:.4f} nats per token{between}")
     for warning in made["warnings"]:
-        say(f"warning: {warning}")
+        echo(f"warning: {warning}")
 
 
 def plan(
@@ -189,7 +189,7 @@ def plan(
         print(json.dumps(made, indent=1))
         return
     if gpu_hours is not None:
-        say(
+        echo(
             f"{gpu_hours:,g} hours of {device} at {utilisation:.0%} of its peak: {budget:.3g} FLOPs"
         )
     say_budget(made)

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from launcher.console import say
-from launcher.jobs.run_set import train_one
+from launcher.console import echo
+from launcher.jobs.run_set import train_run
 from launcher.registration import add_command
 from nextpt.base.errors import ScalingError
 from nextpt.base.files import atomic_write
@@ -74,22 +74,22 @@ def sweep(
         return
     for number, one in enumerate(ladder.rungs):
         if rung in (None, number) and not is_done(ladder, one):
-            train_one(ladder, one, f"rung {number + 1}/{len(ladder.rungs)}", ranks)
+            train_run(ladder, one, f"rung {number + 1}/{len(ladder.rungs)}", ranks)
     if rung is not None:
         return
     made = write_prediction(ladder)
     low, high = made["interval"]
-    say(
+    echo(
         f"predicted {ladder.target.name} ({made['compute_ratio']:.1f} times the compute of the"
         f" biggest fitted rung): {made['loss']:.4f} nats per token, {made['level']:.0%} between"
         f" {low:.4f} and {high:.4f}; written to {ladder.dir / 'prediction.json'}"
     )
     for warning in made["warnings"]:
-        say(f"warning: {warning}")
+        echo(f"warning: {warning}")
     if not is_done(ladder, ladder.target):
-        train_one(ladder, ladder.target, "target", ranks)
+        train_run(ladder, ladder.target, "target", ranks)
     result = write_result(ladder)
-    say(
+    echo(
         f"measured {result['measured']:.4f}: the prediction is off by {result['error']:+.2%},"
         f" {'inside' if result['inside'] else 'OUTSIDE'} its interval; written to"
         f" {ladder.dir / 'result.json'}"
@@ -131,8 +131,8 @@ def _write_scripts(
     for name, text in scripts.items():
         with atomic_write(place / name) as file:
             file.write(text)
-    say(f"written to {place}; nothing was submitted. Submit both:")
-    say(
+    echo(f"written to {place}; nothing was submitted. Submit both:")
+    echo(
         f"  job=$(sbatch --parsable {place / 'rungs.sbatch'}) && sbatch --dependency=afterok:$job"
         f" {place / 'target.sbatch'}"
     )

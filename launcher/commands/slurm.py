@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.console import say
+from launcher.console import echo
 from launcher.jobs.slurm import further_option, job_script, submit_script
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import ConfigError
@@ -67,13 +67,13 @@ def submit(
     with atomic_write(script) as file:
         file.write(job_script(config.resolve(), overrides or [], options))
     if dry_run:
-        say(script.read_text(encoding="utf-8"))
-        say(f"written to {script}; nothing was submitted")
+        echo(script.read_text(encoding="utf-8"))
+        echo(f"written to {script}; nothing was submitted")
         return
     number = submit_script(script)
     log = options["--output"].replace("%j", number)
-    say(f"job {number}: {nodes} nodes x {ranks} ranks, script {script}")
-    say(
+    echo(f"job {number}: {nodes} nodes x {ranks} ranks, script {script}")
+    echo(
         f"watch: tail -F {log}; save and end: scancel --signal=USR1 {number} (it queues itself"
         f" again) or scancel {number}"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.console import out, say
+from launcher.console import console, echo
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import DataPrepError
 
@@ -53,8 +53,8 @@ def tokenizer_train(
         raise DataPrepError(f"folder {output.absolute().parent} for the tokenizer does not exist")
     sample = evenly_sampled(_read([_place(item) for item in corpora], text_field), int(max_bytes))
     size = sum(len(text.encode()) for text in sample)
-    say(f"learning {vocab_size:,} tokens from {size:,} bytes")
-    train_bpe(sample, vocab_size, output, total=len(sample), progress=out.is_terminal)
+    echo(f"learning {vocab_size:,} tokens from {size:,} bytes")
+    train_bpe(sample, vocab_size, output, total=len(sample), progress=console.is_terminal)
     _say(_facts(Tokenizer(output), sample))
 
 
@@ -74,7 +74,7 @@ def _read(places: list[str], text_field: str) -> Iterator[str]:
 
     files = [file for place in places for file in find_files(place)]
     bad = 0
-    with byte_progress(out) as progress:
+    with byte_progress(console) as progress:
         task = progress.add_task("reading", total=sum(file.size for file in files))
         for file in files:
             for record in read_part(
@@ -85,7 +85,7 @@ def _read(places: list[str], text_field: str) -> Iterator[str]:
                 else:
                     yield record.text
     if bad:
-        say(f"{bad:,} bad records passed over; nextpt prep shards names them")
+        echo(f"{bad:,} bad records passed over; nextpt prep shards names them")
 
 
 def tokenizer_convert(
@@ -179,7 +179,7 @@ def _facts(tokenizer: Tokenizer, texts: Any) -> dict[str, Any]:
 
 def _say(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
-        say(
+        echo(
             f"{name.replace('_', ' '):<16} {value:,}"
             if isinstance(value, int)
             else f"{name.replace('_', ' '):<16} {value}"

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from launcher.console import out
+from launcher.console import console
 from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, UserError
 from nextpt.base.processes import children_of, command_of
 from nextpt.config import load_config
@@ -160,7 +160,7 @@ def _end(process: subprocess.Popen) -> None:
         # A checkpoint exists or does not: nothing can be half-written
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    out.show_cursor(True)
+    console.show_cursor(True)
 
 
 def _gpus() -> int:

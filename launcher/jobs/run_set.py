@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from launcher.console import say
+from launcher.console import echo
 
 if TYPE_CHECKING:
     from nextpt.scaling.run_set import NamedRun, RunSet
 
 
-def train_one(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> None:
+def train_run(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> None:
     """One run, to its end.
 
     Ends the command with the run's exit code where it has another than 0. place: of it in the set,
@@ -22,7 +22,7 @@ def train_one(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> Non
     from nextpt.model import ModelSpec, count
 
     config = runs.config(run)
-    say(
+    echo(
         f"\n=== {place} {run.name}: {count(ModelSpec.from_config(config)).parameters:,} parameters,"
         f" {config.total_steps * config.tokens_per_step:,} tokens, {runs.flops(run):.3g} FLOPs"
     )

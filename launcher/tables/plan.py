@@ -9,7 +9,7 @@ import humanize
 from rich import box
 from rich.table import Table
 
-from launcher.console import out, say
+from launcher.console import console, echo
 from nextpt.scaling.plan import RESERVED, Option, Plan
 
 GIB = 2**30
@@ -52,29 +52,29 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def say_plan(plan: Plan) -> None:
     """Figures, the table of options, and what to choose."""
     config, machine, counts = plan.config, plan.machine, plan.counts
-    say(
+    echo(
         f"{config.run.name}: {counts.parameters:,} parameters ({counts.non_embedding_parameters:,}"
         f" without embeddings), {counts.training_flops_per_token:.3g} FLOPs per token"
     )
-    say(
+    echo(
         f"{plan.total_tokens:,} tokens in {config.total_steps:,} steps of"
         f" {config.tokens_per_step:,} ({plan.total_tokens / counts.parameters:.1f} tokens per"
         f" parameter), {counts.training_flops_per_token * plan.total_tokens:.3g} FLOPs in all"
     )
-    say(
+    echo(
         f"{plan.devices:,} x {machine.name}: {machine.memory / GIB:.0f} GiB each, of which"
         f" {RESERVED:.0%} stay free; peak {machine.peak / 1e12:,.0f} TFLOP/s, used at"
         f" {plan.utilisation:.0%}; {plan.accumulation} micro-batches of"
         f" {config.train.micro_batch_size} per step"
     )
     if plan.devices > 1:
-        say(
+        echo(
             f"links {machine.link / 1e9:,.0f} GB/s in a node of {machine.node_size},"
             f" {machine.node_network / 1e9:,.0f} GB/s between nodes: a ring gives"
             f" {machine.bus(plan.devices) / 1e9:,.0f} GB/s per device"
         )
-    say()
-    out.print(_table(plan))
+    echo()
+    console.print(_table(plan))
     _say_choice(plan)
 
 
@@ -127,7 +127,7 @@ def _say_choice(plan: Plan) -> None:
     best = plan.best
     if best is None:
         least = min(plan.options, key=lambda o: o.memory.total)
-        say(
+        echo(
             "nothing fits: the least,"
             f" ZeRO-{least.stage}{' with recomputation' if least.checkpointing else ''}, takes"
             f" {least.memory.total / GIB:,.1f} GiB of {plan.usable / GIB:,.1f}. More devices divide"
@@ -139,16 +139,16 @@ def _say_choice(plan: Plan) -> None:
         f"train.zero_stage={best.stage}"
         f" train.activation_checkpointing={str(best.checkpointing).lower()}"
     )
-    say(
+    echo(
         f"quickest that fits: {keys}: {plan.days(best):,.2f} days, {best.memory.total / GIB:,.1f}"
         f" of {plan.usable / GIB:,.1f} GiB"
     )
     if best.communication > best.seconds / 3:
-        say(
+        echo(
             f"communication alone takes {best.communication / best.seconds:.0%} of a step: a larger"
             " train.global_batch_size or fewer devices would use them better"
         )
-    say(
+    echo(
         "days are of stepping only; validation, saving and failures come on top. Latency of"
         " collectives is not in the figures"
     )

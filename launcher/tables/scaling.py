@@ -8,7 +8,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from launcher.console import out, say
+from launcher.console import console, echo
 from nextpt.scaling.checks import BEYOND, describe
 from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
@@ -18,22 +18,22 @@ from nextpt.scaling.repeats import RepeatedFit
 
 def say_fit(fit: Fit, values: dict[str, Any]) -> None:
     """Constants with intervals, the exponent of the optimum, warnings, and what single runs decide."""
-    say(f"{values['formula']}   ({values['source']})")
-    say(describe(fit.runs))
-    say(fit.runs.convention)
+    echo(f"{values['formula']}   ({values['source']})")
+    echo(describe(fit.runs))
+    echo(fit.runs.convention)
     if fit.delta is None:
-        say(f"least squares in nats, residuals {values['residual_rms']:.2%} rms of the loss")
+        echo(f"least squares in nats, residuals {values['residual_rms']:.2%} rms of the loss")
     else:
         kind = (
             f"Huber's loss of ln L, delta {fit.delta:g}"
             if fit.delta
             else "least absolute deviations of ln L (delta -> 0)"
         )
-        say(f"{kind}; residuals {values['residual_rms']:.2%} rms of the loss")
+        echo(f"{kind}; residuals {values['residual_rms']:.2%} rms of the loss")
     names = list(fit.constants) + [
         name for name in ("N_c", "D_c") if name in values and name not in fit.constants
     ]
-    out.print(
+    console.print(
         _constants(
             {name: values[name] for name in names},
             values,
@@ -41,7 +41,7 @@ def say_fit(fit: Fit, values: dict[str, Any]) -> None:
         )
     )
     if "A" in values:
-        say(
+        echo(
             "the same law as L = (N_c / N)^alpha + (D_c / D)^beta + E, N_c = A^(1/alpha) in"
             " parameters, D_c = B^(1/beta) in tokens"
         )
@@ -51,23 +51,23 @@ def say_fit(fit: Fit, values: dict[str, Any]) -> None:
         if optimal["interval_N"]
         else ""
     )
-    say(f"compute-optimal: N grows as C^{optimal['N']:.3f}{between}, D as C^{optimal['D']:.3f}")
+    echo(f"compute-optimal: N grows as C^{optimal['N']:.3f}{between}, D as C^{optimal['D']:.3f}")
     if fit.resampled == "residuals":
-        say(f"{len(fit.runs)} runs are too few to resample runs: the intervals resample residuals")
+        echo(f"{len(fit.runs)} runs are too few to resample runs: the intervals resample residuals")
     _say_warnings(values)
     _say_sensitivity(values)
 
 
 def say_frontier(found: Frontier, values: dict[str, Any]) -> None:
     """The exponent, and the best sizes that it goes through."""
-    say(describe(found.runs))
-    say(found.runs.convention)
+    echo(describe(found.runs))
+    echo(found.runs.convention)
     between = (
         ""
         if values["intervals"] is None
         else f" (95 % {values['intervals']['a'][0]:.3f} to {values['intervals']['a'][1]:.3f})"
     )
-    say(
+    echo(
         f"compute-optimal: N = {np.exp(found.log_k):.3g} C^{found.a:.3f}{between}, D as"
         f" C^{1 - found.a:.3f}"
     )
@@ -89,17 +89,19 @@ def say_frontier(found: Frontier, values: dict[str, Any]) -> None:
             f"{o.tokens / o.parameters:.1f}",
             f"{o.loss:.4f}",
         )
-    out.print(table)
+    console.print(table)
     _say_warnings(values)
 
 
 def say_repeated(found: RepeatedFit, values: dict[str, Any]) -> None:
     """Seven constants with intervals."""
-    say(f"{values['formula']}   ({values['source']})")
-    say(describe(found.runs))
-    say(found.runs.convention)
-    out.print(_constants(found.constants, values, len(next(iter(found.resamples.values()), ()))))
-    say(
+    echo(f"{values['formula']}   ({values['source']})")
+    echo(describe(found.runs))
+    echo(found.runs.convention)
+    console.print(
+        _constants(found.constants, values, len(next(iter(found.resamples.values()), ())))
+    )
+    echo(
         "R_D: repetitions after which further ones are worth 1/e of new tokens; R_N: the same for"
         " parameters beyond what the tokens need"
     )
@@ -112,19 +114,19 @@ def say_budget(made: dict[str, Any]) -> None:
     def between(pair: list[float] | None) -> str:
         return f"   {made['level']:.0%} {pair[0]:.3g} to {pair[1]:.3g}" if pair else ""
 
-    say(f"budget          {made['flops']:.3g} FLOPs")
-    say(f"parameters N    {made['parameters']:.3g}{between(made['parameters_interval'])}")
-    say(
+    echo(f"budget          {made['flops']:.3g} FLOPs")
+    echo(f"parameters N    {made['parameters']:.3g}{between(made['parameters_interval'])}")
+    echo(
         f"tokens D        {made['tokens']:.3g}{between(made['tokens_interval'])}  "
         f" {made['tokens_per_parameter']:.1f} per parameter"
     )
     if "loss" in made:
-        say(
+        echo(
             "loss           "
             f" {made['loss']['loss']:.4f}{'' if not made['loss']['interval'] else '   {:.0%} {:.4f} to {:.4f}'.format(made['level'], *made['loss']['interval'])}"
         )
     for warning in dict.fromkeys([*made["warnings"], *made.get("loss", {}).get("warnings", [])]):
-        say(f"warning: {warning}")
+        echo(f"warning: {warning}")
     if "price" not in made:
         return
     table = Table(
@@ -151,7 +153,7 @@ def say_budget(made: dict[str, Any]) -> None:
             f"{p['same_loss_tokens']:.3g}" if reached else "never",
             f"{p['same_loss_flops'] / made['flops']:.2f} x" if reached else "",
         )
-    out.print(table)
+    console.print(table)
 
 
 def _constants(constants: dict[str, float], values: dict[str, Any], resamples: int) -> Table:
@@ -173,7 +175,7 @@ def _constants(constants: dict[str, float], values: dict[str, Any], resamples: i
 
 def _say_warnings(values: dict[str, Any]) -> None:
     for warning in values["warnings"]:
-        say(f"warning: {warning}")
+        echo(f"warning: {warning}")
 
 
 def _say_sensitivity(values: dict[str, Any]) -> None:
@@ -199,4 +201,4 @@ def _say_sensitivity(values: dict[str, Any]) -> None:
             *(f"{left['constants'][name]:.4g}" for name in names),
             f"{left['loss']:.4f}",
         )
-    out.print(table)
+    console.print(table)

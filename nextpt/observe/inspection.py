@@ -28,7 +28,7 @@ from nextpt.evaluate.source import open_source
 from nextpt.evaluate.tokens import TokenScores, next_tokens, score_tokens
 from nextpt.generate import text_tokens
 from nextpt.generate.stopping import GrowingText
-from nextpt.observe.calibration_picture import calibration_picture
+from nextpt.observe.calibration_plot import plot_calibration
 from nextpt.observe.report import environment
 
 MOST_SHOWN = 20_000  # tokens on the page, about 8 MB; a browser takes seconds for more
@@ -219,7 +219,7 @@ def write_inspection(found: Inspection, folder: Path) -> None:
 
     Raises DataError where that cannot be.
     """
-    picture = calibration_picture(found.calibration.as_dict(), found.calibrated_on)
+    picture = plot_calibration(found.calibration.as_dict(), found.calibrated_on)
     made = environment()
     made.filters |= {
         "visible": visible,

@@ -15,7 +15,7 @@ SIDES = {"train": COLOURS[1], "heldout": COLOURS[0]}
 NAMES = {"train": "training documents", "heldout": "held-out documents"}
 
 
-def draw_extraction(result: dict[str, Any], path: Path) -> None:
+def plot_extraction(result: dict[str, Any], path: Path) -> None:
     """What `nextpt memorization extract` found. Raises DataError when it cannot be written."""
     figure = _figure()
     columns = (
@@ -42,7 +42,7 @@ def draw_extraction(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_canaries(result: dict[str, Any], path: Path) -> None:
+def plot_canaries(result: dict[str, Any], path: Path) -> None:
     """What `nextpt memorization canaries` found. Raises DataError when it cannot be written."""
     figure, by_repeats = _figure(), result["by_repeats"]
     places = list(range(len(by_repeats)))

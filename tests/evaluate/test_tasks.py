@@ -18,7 +18,7 @@ from nextpt.evaluate.source import Source, open_source
 from nextpt.evaluate.tasks.harness import _with_intervals, adapter, run_harness
 from nextpt.evaluate.tasks.items import COPIED, PAIRS, TASKS, WORDS, Item, Material, make_items
 from nextpt.evaluate.tasks.measure import heldout_loss, measure_tasks, score_items
-from nextpt.observe.tasks_picture import draw_tasks
+from nextpt.observe.tasks_plot import plot_tasks
 from tests.support.models import our_logits
 from tests.support.runs import make_run
 
@@ -237,7 +237,7 @@ def test_errors_of_the_harness_become_intervals_and_draw(tmp_path: Path) -> None
         "harness": {"rhymes": found},
     }
     for number, checkpoints in enumerate(([at], [at, at | {"step": 5, "loss": {"bpb": 1.9}}])):
-        draw_tasks(checkpoints, tmp_path / f"{number}.svg")
+        plot_tasks(checkpoints, tmp_path / f"{number}.svg")
         assert "metric of lm-evaluation-harness" in (tmp_path / f"{number}.svg").read_text()
 
 

@@ -7,11 +7,11 @@ import io
 import pytest
 from rich.table import Table
 
-from launcher.console import _Console, small_table
+from launcher.console import WideTableConsole, build_table
 
 
 def printed(width: int, table: Table) -> list[str]:
-    console = _Console(highlight=False, soft_wrap=True, width=width, file=io.StringIO())
+    console = WideTableConsole(highlight=False, soft_wrap=True, width=width, file=io.StringIO())
     console.print(table)
     assert console.width == width
     return console.file.getvalue().splitlines()
@@ -21,7 +21,7 @@ def printed(width: int, table: Table) -> list[str]:
 def test_no_heading_or_figure_is_cut(width: int) -> None:
     lines = printed(
         width,
-        small_table(
+        build_table(
             "title",
             ["", *(f"heading {i}" for i in range(12))],
             [["row of a name", *(f"{10**i:,}" for i in range(12))]],

@@ -56,7 +56,7 @@ def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
     assert run["total"]["bpb_with_eod"] == pytest.approx(
         exported["total"]["bpb_with_eod"], rel=1e-6
     )
-    assert "bits_per_byte" in shown and "bootstrap of documents" in shown and "ends paid" in shown
+    assert "bits_per_byte" in shown and "bootstrap of documents" in shown and "with EOD" in shown
     assert (place / "run.png").read_bytes().startswith(b"\x89PNG")
 
 

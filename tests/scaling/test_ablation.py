@@ -15,7 +15,7 @@ from nextpt.evaluate.bootstrap import ratio_interval, stratified
 from nextpt.evaluate.evaluation import BYTES, NATS, Protocol, evaluate_source
 from nextpt.evaluate.source import open_source
 from nextpt.scaling.ablation import load_ablation
-from nextpt.scaling.ablation_picture import draw_ablation
+from nextpt.scaling.ablation_plot import plot_ablation
 from nextpt.scaling.ablation_result import SUMS, HeldOut, score_run
 from nextpt.scaling.paired import paired_figures
 from tests.support.runs import make_run
@@ -136,14 +136,14 @@ def test_the_picture(tmp_path: Path) -> None:
             {"name": f"m{i}", **m}
             for i, m in enumerate(paired_figures(*scores(seeds=seeds), 20, 0))
         )
-        draw_ablation(
+        plot_ablation(
             {"baseline": baseline, "variants": variants, "seeds": list(range(seeds))},
             tmp_path / "a.svg",
         )
         drawn = (tmp_path / "a.svg").read_text()
         assert "<svg" in drawn
     with pytest.raises(ScalingError, match="cannot be written: No such file"):
-        draw_ablation(
+        plot_ablation(
             {"baseline": baseline, "variants": variants, "seeds": [0]}, tmp_path / "none" / "a.png"
         )
 

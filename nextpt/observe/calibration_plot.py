@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from nextpt.observe.curves import COLOURS, SETTINGS, Picture, finish
 
 
-def calibration_picture(found: dict[str, Any], of: str) -> Picture:
+def plot_calibration(found: dict[str, Any], of: str) -> Picture:
     """found: of `Calibration.as_dict`. of: what it was measured on, for the title."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9.6, 4.5), layout="constrained")

@@ -13,7 +13,7 @@ from nextpt.base.errors import DataError
 from nextpt.observe.curves import COLOURS, SETTINGS
 
 
-def draw_exposure(result: dict[str, Any], path: Path) -> None:
+def plot_exposure(result: dict[str, Any], path: Path) -> None:
     """Draw what `nextpt eval --exposure-bias --json` writes, all domains together.
 
     Bands are 95 % intervals. Raises DataError.

@@ -33,7 +33,7 @@ SETTINGS = {
 }
 
 
-def check_name(path: Path, form: str) -> None:
+def check_plot_format(path: Path, form: str) -> None:
     """Raises ScalingError for a picture that cannot be drawn, before any work is done."""
     if form == "repeated":
         raise ScalingError("--plot: there is no picture of the form repeated")
@@ -41,7 +41,7 @@ def check_name(path: Path, form: str) -> None:
         raise ScalingError(f"--plot {path}: the name must end in {', '.join(KINDS)}")
 
 
-def draw_fit(found: Fit | Frontier, path: Path) -> None:
+def plot_fit(found: Fit | Frontier, path: Path) -> None:
     """Write a picture of the kind that the name's ending chooses.
 
     Raises ScalingError when it cannot be written.

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from nextpt.base.errors import DataError
 from nextpt.observe.curves import COLOURS, SETTINGS
-from nextpt.observe.evaluation_picture import whiskers
+from nextpt.observe.evaluation_plot import whiskers
 
 LABELS = {
     "exact": "exact match, share of items",
@@ -21,7 +21,7 @@ LABELS = {
 }
 
 
-def draw_tasks(found: list[dict[str, Any]], path: Path) -> None:
+def plot_tasks(found: list[dict[str, Any]], path: Path) -> None:
     """Draw what `nextpt eval --tasks --json` writes of each checkpoint, lowest step first.
 
     Raises DataError.

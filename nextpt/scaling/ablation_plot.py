@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nextpt.base.errors import ScalingError
-from nextpt.scaling.pictures import GREY, SETTINGS
+from nextpt.scaling.plots import GREY, SETTINGS
 
 # Okabe and Ito's, told apart in print and when colour-blind
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SPREAD = 0.5  # width that the variants of a domain share, in domains
 
 
-def draw_ablation(result: dict[str, Any], path: Path) -> None:
+def plot_ablation(result: dict[str, Any], path: Path) -> None:
     """Draw what DIR/ablation.json holds. Raises ScalingError when the picture cannot be written."""
     baseline, variants, seeds = result["baseline"], result["variants"], len(result["seeds"])
     places = [*baseline["domains"], "total"]

@@ -15,7 +15,7 @@ from nextpt.observe.curves import COLOURS, SETTINGS
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def check_picture(path: Path) -> None:
+def check_plot_format(path: Path) -> None:
     """Raise DataError for a name whose ending is no format of pictures, or whose folder is not there."""
     if path.suffix not in FORMATS:
         raise DataError(f"{path} must end in {', '.join(FORMATS)}; the ending says what is drawn")
@@ -23,7 +23,7 @@ def check_picture(path: Path) -> None:
         raise DataError(f"{path} cannot be written: folder {path.absolute().parent} does not exist")
 
 
-def draw_evaluation(result: dict[str, Any], path: Path) -> None:
+def plot_evaluation(result: dict[str, Any], path: Path) -> None:
     """Draw what `nextpt eval --json` writes.
 
     Bars and whiskers are 95 % intervals. Raises DataError.

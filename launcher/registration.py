@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from nextpt.base.errors import DataPrepError, UserError
+from nextpt.base.errors import UserError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -49,11 +49,11 @@ def report_user_errors(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (UserError, DataPrepError) as error:
+        except UserError as error:
             if os.environ.get("NEXTPT_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(error.exit_code if isinstance(error, UserError) else 2)
+            sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print(
                 "\ninterrupted; no file is half-written, and the same command continues",

@@ -64,11 +64,11 @@ class EvaluationInputs:
         """Steps to evaluate, lowest first; [None] is the newest checkpoint."""
         if not self.all_steps:
             return [self.step]
-        from nextpt.checkpoint.folders import listing, step_of
+        from nextpt.checkpoint.folders import list_checkpoints, step_of
         from nextpt.evaluate.heldout import open_run
 
         open_run(self.path)  # raises where the run has no valid checkpoint
-        valid, *_ = listing(self.path / "checkpoints")
+        valid, *_ = list_checkpoints(self.path / "checkpoints")
         return list(sorted({step_of(checkpoint.folder) for checkpoint in valid}))
 
     def open(

@@ -157,7 +157,7 @@ def test_free_running(place: Path) -> None:
     [
         ([], "give either --run, a run folder, or --model"),
         (["--run", "run", "--text", "a.txt", "--data", "d"], "give either --data or --text"),
-        (["--model", "hf"], "say what to score with --text FILE or --data FOLDER"),
+        (["--model", "hf"], "name the documents to score with --text FILE or --data FOLDER"),
         (["--model", "hf", "--text", "a.txt", "--step", "3"], "a Hugging Face folder is one model"),
         (["--run", "run", "--step", "3", "--all-steps"], "give either --step or --all-steps"),
         (

@@ -155,7 +155,7 @@ def _rows_of_mirror(place: str) -> Iterator[Row]:
     from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError
 
     archive = _archive(place)
-    for one in _asked(place, archive.stored):
+    for one in _asked(place, archive.checkpoints):
         try:
             manifest = _asked(place, lambda one=one: archive.manifest(one))
         except (DamagedError, UnsupportedVersionError) as problem:

@@ -129,9 +129,9 @@ def write_manifest(folder: Path, rows: int) -> None:
 
 def simulate(source: Path, folder: Path) -> None:
     """A dataset of SHARDS shards that are all alike, of which those exist that the first steps and those at FAR read."""
-    from nextpt.data.mixture import quantise
-    from nextpt.data.order import Order
-    from nextpt.data.plan import Plan, Stage
+    from nextpt.data.mixture import quantise_shares
+    from nextpt.data.order import GlobalOrder
+    from nextpt.data.plan import DataPlan, Stage
 
     shard = json.loads((source / "train" / "web" / "index.json").read_text())["shards"][0]
     shards = []
@@ -141,7 +141,9 @@ def simulate(source: Path, folder: Path) -> None:
     home = folder / "train" / "web"
     home.mkdir(parents=True)
     (home / "index.json").write_text(json.dumps({"shards": shards, "version": 2}, sort_keys=True))
-    order = Order(Plan(0, (Stage(0, quantise([1.0]), T),)), [np.full(SHARDS, shard["samples"])])
+    order = GlobalOrder(
+        DataPlan(0, (Stage(0, quantise_shares([1.0]), T),)), [np.full(SHARDS, shard["samples"])]
+    )
     for position in (0, FAR):
         for i in order.domains[0].shards_ahead(position, 3)[0]:
             target = home / shards[i]["raw_data"]["basename"]
@@ -179,7 +181,7 @@ def nextpt(folder: Path) -> Iterator[int]:
 def memmap(folder: Path, whole: bool = False) -> Iterator[int]:
     import torch
 
-    from nextpt.data.batch import Row, collate
+    from nextpt.data.batch import StoredSequence, collate
 
     rows, rng = np.load(folder / "rows.npy", mmap_mode="r"), np.random.default_rng(1)
     lengths = [draw_lengths(rng) for _ in range(ROWS)]
@@ -191,7 +193,7 @@ def memmap(folder: Path, whole: bool = False) -> Iterator[int]:
             if whole:
                 collate(
                     [
-                        Row(rows[i], lengths[i], np.zeros(len(lengths[i]), np.uint8), 0)
+                        StoredSequence(rows[i], lengths[i], np.zeros(len(lengths[i]), np.uint8), 0)
                         for i in chosen
                     ],
                     BATCH,
@@ -227,7 +229,7 @@ def streaming(folder: Path, workers: int, whole: bool = False) -> Iterator[int]:
     from torch.utils.data import DataLoader
 
     from data_prep.streaming_compat import import_streaming
-    from nextpt.data.batch import Row, collate
+    from nextpt.data.batch import StoredSequence, collate
 
     import_streaming()
     from streaming import StreamingDataset
@@ -237,7 +239,7 @@ def streaming(folder: Path, workers: int, whole: bool = False) -> Iterator[int]:
     def stack(samples: list[dict]) -> Any:
         if whole:
             return collate(
-                [Row(s["tokens"], s["doc_lens"], s["doc_flags"], 0) for s in samples],
+                [StoredSequence(s["tokens"], s["doc_lens"], s["doc_flags"], 0) for s in samples],
                 BATCH,
                 sizes,
                 weights,
@@ -313,15 +315,15 @@ def start(folder: Path, position: int) -> dict[str, float]:
 
 def far(folder: Path) -> dict[str, float]:
     """The same of the order alone: from rows per shard to the rows of a block of samples at FAR."""
-    from nextpt.data.mixture import quantise
-    from nextpt.data.order import Order
-    from nextpt.data.plan import Plan, Stage
+    from nextpt.data.mixture import quantise_shares
+    from nextpt.data.order import GlobalOrder
+    from nextpt.data.plan import DataPlan, Stage
 
     Path("/proc/self/clear_refs").write_text("5")
     before, began, cpu = status("VmRSS"), time.perf_counter(), time.process_time()
-    Order(Plan(0, (Stage(0, quantise([3.0, 1.0]), T),)), [np.full(SHARDS, 16_384)] * 2).locate(
-        FAR, FAR + 4096
-    )
+    GlobalOrder(
+        DataPlan(0, (Stage(0, quantise_shares([3.0, 1.0]), T),)), [np.full(SHARDS, 16_384)] * 2
+    ).locate(FAR, FAR + 4096)
     return {
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,

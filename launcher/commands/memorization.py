@@ -98,7 +98,7 @@ def extract(
 ) -> None:
     """Of stretches of training and held-out documents: how many does the model continue, token for token?"""
     from data_prep.format import SPLITS
-    from nextpt.data.dataset import open_rows
+    from nextpt.data.dataset import open_sequences
     from nextpt.evaluate.heldout import open_model
     from nextpt.evaluate.memorization.measure import measure_extraction
     from nextpt.generate.text import pick_device
@@ -110,7 +110,7 @@ def extract(
         found = measure_extraction(
             config,
             model,
-            {side: list(open_rows(folder, side).values()) for side in SPLITS},
+            {side: list(open_sequences(folder, side).values()) for side in SPLITS},
             prefixes=lengths,
             continuation=continuation,
             count=count,

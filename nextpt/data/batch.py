@@ -24,7 +24,7 @@ class Batch:
     document_ids: int32 [B, T], padding -1.
 
     cu_seqlens: int32 [B * segments + 1], starts of the segments in the flattened inputs (padding is
-    one), then B * T over and over; `segments` is a constant of the run (segments_per_row), so the
+    one), then B * T over and over; `segments` is a constant of the run (segments_per_sequence), so the
     size is too, and the longest is at most T.
     token_weights: fp32 [B, T], 0 where ignored. target_bytes: int32 [B, T], UTF-8 bytes of each
     target, 0 where ignored.
@@ -48,12 +48,12 @@ class Batch:
             **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         )
 
-    def pinned(self) -> Batch:
+    def pin_memory(self) -> Batch:
         """The batch in page-locked memory."""
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
 
-class Row(NamedTuple):
+class StoredSequence(NamedTuple):
     """One packed sequence as stored (data_prep.format). tokens: [T + 1].
 
     token_weights: fp32, target_bytes: [T + 1] or None.
@@ -67,12 +67,14 @@ class Row(NamedTuple):
     target_bytes: np.ndarray | None = None
 
 
-def blank_row(length: int, domain: int) -> Row:
+def padding_sequence(length: int, domain: int) -> StoredSequence:
     """A row of nothing but padding. length: T + 1."""
-    return Row(np.zeros(length, np.uint16), np.array([length]), np.array([PADDING]), domain)
+    return StoredSequence(
+        np.zeros(length, np.uint16), np.array([length]), np.array([PADDING]), domain
+    )
 
 
-def segments_per_row(length: int, context: int, most: int | None = None) -> int:
+def segments_per_sequence(length: int, context: int, most: int | None = None) -> int:
     """Segments of the T = length inputs of a row that cu_seqlens has room for.
 
     most: the largest number in any row of the dataset, where it is known; else T / 2 + 2, because a
@@ -84,7 +86,7 @@ def segments_per_row(length: int, context: int, most: int | None = None) -> int:
 
 
 def collate(
-    rows: Sequence[Row],
+    rows: Sequence[StoredSequence],
     size: int,
     token_bytes: np.ndarray,
     domain_weights: np.ndarray,
@@ -92,9 +94,9 @@ def collate(
     segments: int,
     context: int,
 ) -> list[Batch]:
-    """Rows as batches of `size`. token_bytes: int32 [V]. domain_weights: fp32 [domains], the loss weight of each domain's tokens.
+    """SequenceSource as batches of `size`. token_bytes: int32 [V]. domain_weights: fp32 [domains], the loss weight of each domain's tokens.
 
-    segments: segments_per_row. context: no input sees further back than the last multiple of it in
+    segments: segments_per_sequence. context: no input sees further back than the last multiple of it in
     its row; where it cuts a segment a new one begins, and the target across the cut is predicted
     all the same. A target counts when it belongs to the document piece of its input; the first
     token of a piece is never predicted. All rows are made together, because a few tokens cost numpy
@@ -178,7 +180,7 @@ class _Segments:
         self.lengths = np.diff(starts, append=count * length)
 
     @classmethod
-    def of(cls, rows: Sequence[Row], length: int) -> _Segments:
+    def of(cls, rows: Sequence[StoredSequence], length: int) -> _Segments:
         counts = np.array([len(row.doc_lens) for row in rows])
         lengths = np.concatenate([row.doc_lens for row in rows]).astype(np.int64)
         flags = np.concatenate([row.doc_flags for row in rows])

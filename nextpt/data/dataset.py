@@ -10,13 +10,13 @@ import numpy as np
 from data_prep.format import SPLITS, DatasetManifest
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config
+from nextpt.data.domain_order import WINDOW
 from nextpt.data.index import ShardIndex
-from nextpt.data.node import Node
-from nextpt.data.passes import WINDOW
-from nextpt.data.remote import Remote
-from nextpt.data.rows import MappedRows, Rows, load_manifest, load_token_bytes
-from nextpt.data.store import Cache, ShardStore
-from nextpt.data.streaming_rows import remove_stale, streaming_rows
+from nextpt.data.remote import RemoteDataset
+from nextpt.data.scratch import ScratchFolder
+from nextpt.data.sequences import MappedSequences, SequenceSource, load_manifest, load_token_bytes
+from nextpt.data.store import ShardCache, ShardStore
+from nextpt.data.streaming_backend import open_streaming_sequences, remove_stale
 
 SHARD_THREADS = 4  # shards fetched, unpacked or verified at the same time; most of it is waiting
 
@@ -32,15 +32,17 @@ class Dataset:
 
     def __init__(self, config: Config) -> None:
         root, data = Path(config.data.path), config.data
-        node = Node(data.scratch)
-        remote = Remote(data.remote, root) if data.remote else None
+        node = ScratchFolder(data.scratch)
+        remote = RemoteDataset(data.remote, root) if data.remote else None
         if remote:
             remote.fetch_dataset(node)
         self.manifest = load_manifest(root)
         check_dataset(config, self.manifest)
         self.domains = self.manifest.domains
         self.token_bytes = load_token_bytes(root, self.manifest.vocab_size)
-        cache = Cache(node, int(data.cache_limit_gib * 2**30) if data.cache_limit_gib else None)
+        cache = ShardCache(
+            node, int(data.cache_limit_gib * 2**30) if data.cache_limit_gib else None
+        )
         self.threads = ThreadPoolExecutor(SHARD_THREADS, thread_name_prefix="shards")
         self._stores = {
             split: [self._store(root, split, d, node, remote, cache) for d in self.domains]
@@ -48,19 +50,19 @@ class Dataset:
         }
         if data.backend == "native":
             cache.check(self._read_together())
-            self.rows: dict[str, list[Rows]] = {
-                split: [MappedRows(store, d, self.threads) for d, store in enumerate(stores)]
+            self.sequences: dict[str, list[SequenceSource]] = {
+                split: [MappedSequences(store, d, self.threads) for d, store in enumerate(stores)]
                 for split, stores in self._stores.items()
             }
         else:
             remove_stale(
                 [str(store.folder) for stores in self._stores.values() for store in stores]
             )
-            self.rows = {
-                split: list(streaming_rows(config, stores, self.threads))
+            self.sequences = {
+                split: list(open_streaming_sequences(config, stores, self.threads))
                 for split, stores in self._stores.items()
             }
-        self.samples = [store.index.samples for store in self._stores["train"]]
+        self.sequences_per_shard = [store.index.samples for store in self._stores["train"]]
 
     def max_segments(self) -> int | None:
         """The most segments of any row, where the manifest knows."""
@@ -77,7 +79,13 @@ class Dataset:
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     def _store(
-        self, root: Path, split: str, domain: str, node: Node, remote: Remote | None, cache: Cache
+        self,
+        root: Path,
+        split: str,
+        domain: str,
+        node: ScratchFolder,
+        remote: RemoteDataset | None,
+        cache: ShardCache,
     ) -> ShardStore:
         return ShardStore(
             ShardIndex(root, self.manifest, split, domain), f"{split}/{domain}", node, remote, cache
@@ -92,13 +100,13 @@ class Dataset:
         return int(sum(sizes))
 
 
-def open_rows(root: Path, split: str) -> dict[str, MappedRows]:
+def open_sequences(root: Path, split: str) -> dict[str, MappedSequences]:
     """Domain -> its rows in stored order, of a split of a dataset folder of this machine.
 
     No run needed. Raises DataError.
     """
-    manifest, node = load_manifest(root), Node()
-    cache = Cache(node, None)
+    manifest, node = load_manifest(root), ScratchFolder()
+    cache = ShardCache(node, None)
     # Nothing is begun ahead, so the threads that could are never made.
     threads = ThreadPoolExecutor(SHARD_THREADS, thread_name_prefix="shards")
     stores = [
@@ -108,7 +116,7 @@ def open_rows(root: Path, split: str) -> dict[str, MappedRows]:
         for domain in manifest.domains
     ]
     return {
-        domain: MappedRows(store, number, threads)
+        domain: MappedSequences(store, number, threads)
         for number, (domain, store) in enumerate(zip(manifest.domains, stores, strict=True))
     }
 

@@ -16,11 +16,17 @@ import numpy as np
 from data_prep.format import PADDING
 from nextpt.base.errors import DataError
 from nextpt.config import Config
-from nextpt.data.batch import Batch, Row, blank_row, collate, segments_per_row
+from nextpt.data.batch import (
+    Batch,
+    StoredSequence,
+    collate,
+    padding_sequence,
+    segments_per_sequence,
+)
 from nextpt.data.dataset import Dataset
-from nextpt.data.order import Order
+from nextpt.data.order import GlobalOrder
 from nextpt.data.plan import ORDER_VERSION, check_repeats, make_plan
-from nextpt.data.rows import Rows
+from nextpt.data.sequences import SequenceSource
 
 AHEAD = 2  # optimizer steps read ahead
 WINDOWS_AHEAD = 2  # windows of shards made ready: the one being read and the next
@@ -43,9 +49,9 @@ class Loader:
         self._weights = np.array(
             [config.objective.domain_weights.get(d, 1.0) for d in self.domains], dtype=np.float32
         )
-        counts = [int(samples.sum()) for samples in self.dataset.samples]
+        counts = [int(samples.sum()) for samples in self.dataset.sequences_per_shard]
         self.plan = make_plan(config, self.domains, counts)
-        self._order = Order(self.plan, self.dataset.samples)
+        self._order = GlobalOrder(self.plan, self.dataset.sequences_per_shard)
         check_repeats(
             config,
             self.domains,
@@ -53,12 +59,12 @@ class Loader:
             self._order.given(config.total_steps * config.train.global_batch_size),
         )
         shortest = min(stage.sequence_length for stage in self.plan.stages)
-        self._segments = segments_per_row(
+        self._segments = segments_per_sequence(
             self.manifest.sequence_length, shortest, self.dataset.max_segments()
         )
         self.wait_seconds = 0.0
         # Ranges of positions, rising, none beside another; whole steps
-        self.passed_over: list[tuple[int, int]] = []
+        self.skipped: list[tuple[int, int]] = []
         # StreamingDataset is asked by one thread: its cache is not meant for several.
         threads = config.data.prefetch_threads if config.data.backend == "native" else 1
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -70,7 +76,7 @@ class Loader:
     def position(self, step: int) -> int:
         """First sample of the step-th optimizer step, counted from 0: after those of all steps before and those passed over."""
         return step * self.config.train.global_batch_size + sum(
-            stop - first for first, stop in self.passed_over
+            stop - first for first, stop in self.skipped
         )
 
     def state(self, step: int) -> dict[str, Any]:
@@ -78,19 +84,22 @@ class Loader:
         position = self.position(step)
         return {
             "position": position,
-            "passed_over": [list(span) for span in self.passed_over],
+            "skipped": [list(span) for span in self.skipped],
             "order_version": ORDER_VERSION,
             "dataset": self.manifest.fingerprint,
             "plan": self.plan.hash,
             "plan_before": self.plan.prefix_hash(position),
         }
 
-    def go_on(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Read on from a state, whose data `check_state` compares.
 
         Raises KeyError, TypeError or ValueError for one that is none.
         """
-        passed = [(int(first), int(stop)) for first, stop in state.get("passed_over", [])]
+        passed = [
+            (int(first), int(stop))
+            for first, stop in state.get("skipped", state.get("passed_over", []))
+        ]
         edges = [edge for span in passed for edge in span]
         size = self.config.train.global_batch_size
         inside = all(0 <= edge <= state["position"] and edge % size == 0 for edge in edges)
@@ -99,15 +108,15 @@ class Loader:
                 f"passed_over = {passed} are not whole steps before position {state['position']}"
             )
         self._forget_ahead()
-        self.passed_over = passed
+        self.skipped = passed
 
-    def pass_over(self, step: int, stop: int) -> None:
+    def skip_data(self, step: int, stop: int) -> None:
         """Have the step-th step (from 0) and those after it read from position `stop` on, not before what they read now."""
         first = self.position(step)
         self._forget_ahead()
-        if self.passed_over and self.passed_over[-1][1] == first:
-            first = self.passed_over.pop()[0]
-        self.passed_over.append((first, stop))
+        if self.skipped and self.skipped[-1][1] == first:
+            first = self.skipped.pop()[0]
+        self.skipped.append((first, stop))
 
     def _forget_ahead(self) -> None:
         for future in self._ahead.values():
@@ -117,7 +126,7 @@ class Loader:
     def begins_stage(self, step: int) -> bool:
         """Whether the step-th step (from 0) reads another stage of the plan than the step before it."""
         first = self.position(step)
-        before = next((begin for begin, stop in self.passed_over if stop == first), first)
+        before = next((begin for begin, stop in self.skipped if stop == first), first)
         return before > 0 and self.plan.stage_at(before - 1) != self.plan.stage_at(first)
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -179,7 +188,10 @@ class Loader:
         Places past the last row are filled with padding, which no sum counts. The context is always
         the whole row.
         """
-        available, size = self.dataset.rows["heldout"][domain], self.config.train.micro_batch_size
+        available, size = (
+            self.dataset.sequences["heldout"][domain],
+            self.config.train.micro_batch_size,
+        )
         rows = min(rows, len(available))
         for first in range(0, rows, size * self.world_size):
             start = first + self.rank * size
@@ -198,7 +210,7 @@ class Loader:
         ]
         domains, nths = (np.concatenate(column) for column in zip(*parts, strict=True))
         self._look_ahead(domains, nths)
-        rows, train = self._order.rows(domains, nths).tolist(), self.dataset.rows["train"]
+        rows, train = self._order.rows(domains, nths).tolist(), self.dataset.sequences["train"]
         context = self._order.sequence_length(self.position(step))
         return self._collate(
             [train[domain][row] for domain, row in zip(domains.tolist(), rows, strict=True)],
@@ -215,15 +227,18 @@ class Loader:
                     continue
                 shards, end = self._order.domains[domain].shards_ahead(nth, WINDOWS_AHEAD)
                 self._window[domain] = (nth, end)
-            self.dataset.rows["train"][domain].prepare(shards)
+            self.dataset.sequences["train"][domain].prepare(shards)
 
-    def _heldout_batch(self, source: Rows, domain: int, indices: range, stop: int) -> Batch:
+    def _heldout_batch(
+        self, source: SequenceSource, domain: int, indices: range, stop: int
+    ) -> Batch:
         length = self.manifest.sequence_length
         return self._collate(
-            [source[i] if i < stop else blank_row(length + 1, domain) for i in indices], length
+            [source[i] if i < stop else padding_sequence(length + 1, domain) for i in indices],
+            length,
         )[0]
 
-    def _collate(self, rows: list[Row], context: int) -> list[Batch]:
+    def _collate(self, rows: list[StoredSequence], context: int) -> list[Batch]:
         if not self.config.objective.token_weights:
             rows = [
                 row._replace(token_weights=None) if row.token_weights is not None else row
@@ -243,4 +258,4 @@ class Loader:
             segments=self._segments,
             context=context,
         )
-        return [batch.pinned() for batch in batches] if self.pin else batches
+        return [batch.pin_memory() for batch in batches] if self.pin else batches

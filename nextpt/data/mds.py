@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from nextpt.base.errors import DataError
-from nextpt.data.batch import Row
+from nextpt.data.batch import StoredSequence
 
 _SIZES = struct.Struct("<II")  # bytes of doc_flags and doc_lens
 _OPEN = ["doc_flags", "doc_lens"]
@@ -97,8 +97,8 @@ class MappedShard:
     def _damaged(self, why: str) -> DataError:
         return DataError(f"{self.path} is damaged: {why}; prepare the data again or copy it anew")
 
-    def row(self, number: int) -> Row:
-        """Row `number`; its arrays are views of the file."""
+    def row(self, number: int) -> StoredSequence:
+        """StoredSequence `number`; its arrays are views of the file."""
         data, at, end = self._bytes, self._offsets[number], self._offsets[number + 1]
         flags_size, lens_size = _SIZES.unpack_from(data, at)
         flags_at = at + _SIZES.size
@@ -115,7 +115,7 @@ class MappedShard:
             if self._others
             else {}
         )
-        return Row(
+        return StoredSequence(
             np.frombuffer(data, item, count, end - before_end),
             np.frombuffer(data, _LENS, (lens_size - lens_head) // 4, lens_at + lens_head),
             np.frombuffer(data, _FLAGS, flags_size - flags_head, flags_at + flags_head),

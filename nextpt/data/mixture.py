@@ -21,7 +21,7 @@ UNIT = 2**20
 PERIOD = UNIT // BLOCK
 
 
-def quantise(shares: list[float]) -> tuple[int, ...]:
+def quantise_shares(shares: list[float]) -> tuple[int, ...]:
     """Integer weights that sum to UNIT, by largest remainder; a share above 0 weighs at least 1.
 
     In exact fractions, so that every machine rounds alike. shares: finite, >= 0, one above 0, at
@@ -39,7 +39,7 @@ def quantise(shares: list[float]) -> tuple[int, ...]:
 
 
 class Mixture:
-    """Counts of domains with given weights (of `quantise`), from block 0 on."""
+    """Counts of domains with given weights (of `quantise_shares`), from block 0 on."""
 
     def __init__(self, weights: tuple[int, ...]) -> None:
         self.weights = np.array(weights, dtype=np.int64)

@@ -18,18 +18,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from nextpt.data.draw import permutation
+from nextpt.data.domain_order import DomainOrder
 from nextpt.data.mixture import BLOCK, Mixture
-from nextpt.data.passes import DomainOrder
-from nextpt.data.plan import Plan
+from nextpt.data.permutation import permutation
+from nextpt.data.plan import DataPlan
 
 BLOCKS = 0  # stream of the draws for blocks; domain d has stream 1 + d
 
 
-class Order:
-    """Order over domains; `samples[d]`: int [shards], rows in each shard of domain d."""
+class GlobalOrder:
+    """GlobalOrder over domains; `samples[d]`: int [shards], rows in each shard of domain d."""
 
-    def __init__(self, plan: Plan, samples: list[np.ndarray]) -> None:
+    def __init__(self, plan: DataPlan, samples: list[np.ndarray]) -> None:
         self.plan = plan
         self.domains = [DomainOrder(counts, plan.seed, 1 + d) for d, counts in enumerate(samples)]
         self._mixtures = [Mixture(stage.weights) for stage in plan.stages]

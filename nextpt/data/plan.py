@@ -1,7 +1,7 @@
 """The plan of a run's data: stages with a mixture and a context each, their hashes, and how often rows come again.
 
 A stage starts at a sample (a multiple of the global batch size) and gives `weights`
-(mixture.quantise) and the longest context. The last one has no end. Positions in a plan are samples
+(mixture.quantise_shares) and the longest context. The last one has no end. Positions in a plan are samples
 from 0.
 """
 
@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config
-from nextpt.data.mixture import BLOCK, UNIT, quantise
-from nextpt.data.passes import WINDOW
+from nextpt.data.domain_order import WINDOW
+from nextpt.data.mixture import BLOCK, UNIT, quantise_shares
 
 # Raise it with every change of what row a position has: states of another version are refused.
 ORDER_VERSION = 2
@@ -31,7 +31,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DataPlan:
     """Everything but the dataset that the order of samples is a function of."""
 
     seed: int
@@ -54,14 +54,14 @@ class Plan:
         return hashlib.sha256(inputs.encode()).hexdigest()
 
 
-def make_plan(config: Config, domains: list[str], rows: list[int]) -> Plan:
+def make_plan(config: Config, domains: list[str], rows: list[int]) -> DataPlan:
     """The plan that a config describes, over domains with `rows` training rows each.
 
     Raises ConfigError when it names a domain that is not there or empty, or has no share above 0.
     """
     data, stages, start = config.data, [], 0
     if not data.stages:
-        return Plan(
+        return DataPlan(
             config.run.seed,
             (Stage(0, _weights("data.mixing", data.mixing, domains, rows), data.sequence_length),),
         )
@@ -76,7 +76,7 @@ def make_plan(config: Config, domains: list[str], rows: list[int]) -> Plan:
             )
         )
         start += (stage.steps or 0) * config.train.global_batch_size
-    return Plan(config.run.seed, tuple(stages))
+    return DataPlan(config.run.seed, tuple(stages))
 
 
 def _weights(
@@ -85,7 +85,7 @@ def _weights(
     if mixing is None:
         if not any(rows):
             raise ConfigError("the dataset has no training rows")
-        return quantise([float(n) for n in rows])
+        return quantise_shares([float(n) for n in rows])
     for name, share in mixing.items():
         if name not in domains:
             raise ConfigError(f"{key} names domain {name!r}; the dataset has {', '.join(domains)}")
@@ -95,7 +95,7 @@ def _weights(
             raise ConfigError(f"{key}.{name} = {share}, but the dataset has no training rows of it")
     if not any(mixing.values()):
         raise ConfigError(f"{key} gives every domain the share 0; one must be above")
-    return quantise([mixing.get(name, 0.0) for name in domains])
+    return quantise_shares([mixing.get(name, 0.0) for name in domains])
 
 
 def check_repeats(config: Config, domains: list[str], rows: list[int], given: list[int]) -> None:

@@ -21,14 +21,14 @@ from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import ConfigError, DataError, DataPrepError
 from nextpt.base.files import sha256_file
 from nextpt.data.index import File
-from nextpt.data.node import Node
+from nextpt.data.scratch import ScratchFolder
 
 ATTEMPTS = 3
 PAUSE = 0.5  # seconds before the second attempt; four times as long before the third
 TIMEOUT = 120.0  # seconds, of a read from the store
 
 
-class Remote:
+class RemoteDataset:
     """The dataset at `address`, copied file by file below `root`. Safe to use from several threads.
 
     Downloads go to root/.incoming and are renamed when they are whole and right, so any number of
@@ -87,7 +87,7 @@ class Remote:
                 temporary.unlink(missing_ok=True)
         raise DataError(f"{self.address}/{name} cannot be fetched ({ATTEMPTS} attempts): {trouble}")
 
-    def fetch_dataset(self, node: Node) -> None:
+    def fetch_dataset(self, node: ScratchFolder) -> None:
         """Bring everything but the shards, dataset.json last.
 
         One process of a machine does it, the others wait.
@@ -171,7 +171,7 @@ class Remote:
                 path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def wrong_bytes(path: Path, expected: File) -> str | None:
+def describe_mismatch(path: Path, expected: File) -> str | None:
     """What is wrong with a copy of a file: its size or its hash; None when it is right."""
     size = path.stat().st_size
     if size != expected.bytes:

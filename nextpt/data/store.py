@@ -18,8 +18,8 @@ import zstandard
 
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.data.index import File, Shard, ShardIndex, check_inside
-from nextpt.data.node import Node
-from nextpt.data.remote import Remote, wrong_bytes
+from nextpt.data.remote import RemoteDataset, describe_mismatch
+from nextpt.data.scratch import ScratchFolder
 
 CHUNK = 2**20
 # Of the limit is left in use, so that not every shard that comes has to look for one to go
@@ -36,7 +36,12 @@ class ShardStore:
     """
 
     def __init__(
-        self, index: ShardIndex, place: str, node: Node, remote: Remote | None, cache: Cache
+        self,
+        index: ShardIndex,
+        place: str,
+        node: ScratchFolder,
+        remote: RemoteDataset | None,
+        cache: ShardCache,
     ) -> None:
         self.index, self.place, self.node, self.remote = index, place, node, remote
         self.folder = index.folder
@@ -61,7 +66,7 @@ class ShardStore:
                     raise DataError(
                         f"{path} is damaged: {trouble}; prepare the data again or copy it anew"
                     )
-            elif not path.exists() or wrong_bytes(path, shard.raw):
+            elif not path.exists() or describe_mismatch(path, shard.raw):
                 self._make(shard, path)
             mark = self.node.mark(path, shard.raw.xxh64)
             mark.touch()
@@ -110,7 +115,7 @@ class ShardStore:
     @staticmethod
     def _trouble(path: Path, file: File) -> str | None:
         try:
-            return wrong_bytes(path, file)
+            return describe_mismatch(path, file)
         except OSError as error:
             return error.strerror or str(error)
 
@@ -153,7 +158,9 @@ class ShardStore:
 
     def _fetch(self, file: File, target: Path) -> None:
         assert self.remote is not None
-        self.remote.fetch(f"{self.place}/{file.name}", target, lambda path: wrong_bytes(path, file))
+        self.remote.fetch(
+            f"{self.place}/{file.name}", target, lambda path: describe_mismatch(path, file)
+        )
 
 
 def _unpack(packed: Path, target: Path, raw: File) -> None:
@@ -174,7 +181,7 @@ def _unpack(packed: Path, target: Path, raw: File) -> None:
                         " it is damaged or hostile"
                     )
                 out.write(data)
-        if trouble := wrong_bytes(temporary, raw):
+        if trouble := describe_mismatch(temporary, raw):
             raise DataError(
                 f"{packed} does not unpack to the shard of its index: {trouble}; prepare the data"
                 " again"
@@ -188,7 +195,7 @@ def _unpack(packed: Path, target: Path, raw: File) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class Cache:
+class ShardCache:
     """Keeps the files that can be made again below `limit` bytes (None: no limit).
 
     Those unused for longest go first.
@@ -199,7 +206,7 @@ class Cache:
     free then.
     """
 
-    def __init__(self, node: Node, limit: int | None) -> None:
+    def __init__(self, node: ScratchFolder, limit: int | None) -> None:
         self.node, self.limit = node, limit
         self._stores: list[ShardStore] = []
         self._processes = int(os.environ.get("LOCAL_SIZE", "1"))

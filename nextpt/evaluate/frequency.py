@@ -9,8 +9,8 @@ import numpy as np
 from data_prep.format import PADDING, DatasetManifest
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataPrepError, UserError
-from nextpt.data.dataset import open_rows
-from nextpt.data.rows import load_manifest
+from nextpt.data.dataset import open_sequences
+from nextpt.data.sequences import load_manifest
 from nextpt.exchange import same_vocabulary
 
 MOST_TOKENS = 20_000_000  # counted; the bands are decades, which need no more
@@ -36,7 +36,7 @@ def _count(data: Path, manifest: DatasetManifest, vocab_size: int) -> np.ndarray
     total = sum(c.rows for c in manifest.splits["train"].values())
     # Of this many rows one is counted
     every = max(1, -(-total * (manifest.sequence_length + 1) // MOST_TOKENS))
-    for rows in open_rows(data, "train").values():
+    for rows in open_sequences(data, "train").values():
         for number in range(0, len(rows), every):
             row = rows[number]
             real = np.repeat(row.doc_flags & PADDING, row.doc_lens) == 0

@@ -15,7 +15,7 @@ from nextpt.base.errors import ConfigError, ScalingError, UserError
 from nextpt.checkpoint.folders import steps
 from nextpt.config import Config, flatten
 from nextpt.data.dataset import check_dataset
-from nextpt.data.rows import load_manifest
+from nextpt.data.sequences import load_manifest
 from nextpt.scaling.run_set import NamedRun, RunSet, read_set, repeated
 
 WEIGHTS = "objective.domain_weights."

@@ -188,9 +188,9 @@ class Trainer:
                 " data, at metrics.jsonl and at the learning rate, go further back with"
                 " checkpoint.resume=STEP, or give guard.spike_sigma a larger value"
             )
-        self.loader.go_on(state["data"])
+        self.loader.load_state(state["data"])
         begin = self.loader.position(step)
-        self.loader.pass_over(step, stop)
+        self.loader.skip_data(step, stop)
         self.validation = state.get("validation")
         self.durable_step = step
         self.save_now(step, wait=True)

@@ -283,7 +283,7 @@ def go_on(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """
     try:
         trainer.load(checkpoint.state)
-        trainer.loader.go_on(checkpoint.state["data"])
+        trainer.loader.load_state(checkpoint.state["data"])
     except (KeyError, TypeError, ValueError) as error:
         refusal = CheckpointError(
             f"checkpoint {checkpoint.folder}: the state of the guard or of the data cannot be used:"

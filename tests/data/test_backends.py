@@ -159,7 +159,7 @@ def test_a_shuffled_epoch_of_streaming_is_a_pass_of_ours(grouped: Path, tmp_path
         0,
         1,
     )
-    rows, read = loader._order.locate(0, len(theirs))[1], loader.dataset.rows["train"][1]
+    rows, read = loader._order.locate(0, len(theirs))[1], loader.dataset.sequences["train"][1]
     assert sorted(s["tokens"].tobytes() for s in theirs) == sorted(
         read[int(r)].tokens.tobytes() for r in rows
     )

@@ -14,7 +14,14 @@ from data_prep.format import PADDING
 from kernels.attention import PackedDocuments
 from kernels.attention.documents import PackedSequences
 from nextpt.base.errors import DataError
-from nextpt.data.batch import IGNORE_INDEX, Batch, Row, blank_row, collate, segments_per_row
+from nextpt.data.batch import (
+    IGNORE_INDEX,
+    Batch,
+    StoredSequence,
+    collate,
+    padding_sequence,
+    segments_per_sequence,
+)
 from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums
 from tests.support.datasets import tiny
@@ -25,14 +32,14 @@ SIZES = np.array([0, 1, 2, 3, 4, 0, 0, 0, 0, 0], dtype=np.int32)
 WEIGHTS = np.array([1.0, 2.0], dtype=np.float32)
 
 
-def make(rows: list[Row], context: int | None = None) -> Batch:
+def make(rows: list[StoredSequence], context: int | None = None) -> Batch:
     length = len(rows[0].tokens) - 1
     (batch,) = collate(
         rows,
         len(rows),
         SIZES,
         WEIGHTS,
-        segments=segments_per_row(length, context or length),
+        segments=segments_per_sequence(length, context or length),
         context=context or length,
     )
     return batch
@@ -42,7 +49,7 @@ def test_a_batch_says_what_its_row_says() -> None:
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 0, 0])
     batch = make(
         [
-            Row(
+            StoredSequence(
                 tokens,
                 np.array([4, 3, 2]),
                 np.array([0, 2, PADDING]),
@@ -64,7 +71,7 @@ def test_a_batch_says_what_its_row_says() -> None:
 
 def test_a_shorter_context_cuts_what_is_seen_and_nothing_that_is_predicted() -> None:
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 0, 0])
-    row = Row(tokens, np.array([4, 3, 2]), np.array([0, 2, PADDING]), 0)
+    row = StoredSequence(tokens, np.array([4, 3, 2]), np.array([0, 2, PADDING]), 0)
     whole, cut = make([row]), make([row], context=3)
     assert cut.document_ids.tolist() == [[0, 0, 0, 1, 2, 2, 3, -1]]
     assert cut.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
@@ -75,7 +82,7 @@ def test_a_shorter_context_cuts_what_is_seen_and_nothing_that_is_predicted() -> 
 
 def test_bytes_come_from_the_column_where_rows_have_one() -> None:
     """A text token may stand for nothing and the end of a document for something."""
-    row = Row(
+    row = StoredSequence(
         np.array([9, 1, 2, 9, 0]),
         np.array([4, 1]),
         np.array([0, PADDING]),
@@ -83,14 +90,14 @@ def test_bytes_come_from_the_column_where_rows_have_one() -> None:
         None,
         np.array([0, 0, 5, 2, 0], dtype=np.uint32),
     )
-    batch = make([row, blank_row(5, 0)])
+    batch = make([row, padding_sequence(5, 0)])
     assert batch.target_bytes.tolist() == [[0, 5, 2, 0], [0] * 4]
     assert batch.is_text.tolist() == [[True, True, False, False], [False] * 4]
     assert batch.targets.tolist() == [[1, 2, 9, X], [X] * 4]
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> tuple[list[Row], int]:
+def rows(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
     length = draw(st.integers(2, 30))
     made = []
     for _ in range(draw(st.integers(1, 4))):
@@ -101,7 +108,7 @@ def rows(draw: st.DrawFn) -> tuple[list[Row], int]:
         flags = np.zeros(len(lengths), np.uint8)
         flags[-1] = draw(st.sampled_from([0, PADDING]))
         made.append(
-            Row(
+            StoredSequence(
                 np.array(
                     draw(st.lists(st.integers(0, 9), min_size=length + 1, max_size=length + 1)),
                     np.uint16,
@@ -116,7 +123,7 @@ def rows(draw: st.DrawFn) -> tuple[list[Row], int]:
 
 @settings(max_examples=200, deadline=None)
 @given(rows())
-def test_batches_follow_their_definition(case: tuple[list[Row], int]) -> None:
+def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int]) -> None:
     """Against a loop over tokens, and the packing that attention makes of either description."""
     made, context = case
     length = len(made[0].tokens) - 1
@@ -136,7 +143,7 @@ def test_batches_follow_their_definition(case: tuple[list[Row], int]) -> None:
             assert int(batch.target_bytes[i, t]) == predicted * SIZES[row.tokens[t + 1]]
             assert bool(batch.is_text[i, t]) == (predicted and SIZES[row.tokens[t + 1]] > 0)
     assert (
-        batch.cu_seqlens.shape == (len(made) * segments_per_row(length, context) + 1,)
+        batch.cu_seqlens.shape == (len(made) * segments_per_sequence(length, context) + 1,)
         and batch.cu_seqlens.dtype == torch.int32
     )
     if context >= length:  # else padding is cut in cu_seqlens and is one run in document_ids
@@ -149,10 +156,13 @@ def test_batches_follow_their_definition(case: tuple[list[Row], int]) -> None:
 @settings(max_examples=50, deadline=None)
 @given(rows(), st.integers(1, 3))
 def test_batches_made_together_are_those_made_apart(
-    case: tuple[list[Row], int], times: int
+    case: tuple[list[StoredSequence], int], times: int
 ) -> None:
     made, context = case
-    options = {"segments": segments_per_row(len(made[0].tokens) - 1, context), "context": context}
+    options = {
+        "segments": segments_per_sequence(len(made[0].tokens) - 1, context),
+        "context": context,
+    }
     together = collate(made * times, len(made), SIZES, WEIGHTS, **options)
     assert len(together) == times
     for batch in (
@@ -170,28 +180,40 @@ def test_batches_made_together_are_those_made_apart(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (Row(np.array([9, 1, 2]), np.array([2, 2]), np.array([0, 0]), 0), "do not add up"),
-        (Row(np.array([9, 1, 2]), np.array([3]), np.array([0, 0]), 0), "do not add up"),
-        (Row(np.array([9, 1, 2]), np.array([0, 3]), np.array([0, 0]), 0), "do not add up"),
-        (Row(np.array([9, 1, 10]), np.array([3]), np.array([0]), 0), "outside the vocabulary"),
-        (Row(np.array([10, 1, 1]), np.array([3]), np.array([0]), 0), "outside the vocabulary"),
+        (
+            StoredSequence(np.array([9, 1, 2]), np.array([2, 2]), np.array([0, 0]), 0),
+            "do not add up",
+        ),
+        (StoredSequence(np.array([9, 1, 2]), np.array([3]), np.array([0, 0]), 0), "do not add up"),
+        (
+            StoredSequence(np.array([9, 1, 2]), np.array([0, 3]), np.array([0, 0]), 0),
+            "do not add up",
+        ),
+        (
+            StoredSequence(np.array([9, 1, 10]), np.array([3]), np.array([0]), 0),
+            "outside the vocabulary",
+        ),
+        (
+            StoredSequence(np.array([10, 1, 1]), np.array([3]), np.array([0]), 0),
+            "outside the vocabulary",
+        ),
     ],
 )
-def test_rows_that_contradict_themselves_are_refused(row: Row, message: str) -> None:
+def test_rows_that_contradict_themselves_are_refused(row: StoredSequence, message: str) -> None:
     with pytest.raises(DataError, match=message):
         make([row])
 
 
 def test_more_segments_than_there_is_room_for_are_refused() -> None:
-    row = Row(
+    row = StoredSequence(
         np.array([9, 1, 2, 3, 1, 1, 1, 1, 1]), np.ones(9, np.uint32), np.zeros(9, np.uint8), 0
     )
     with pytest.raises(DataError, match="segments"):
         make([row])
     assert (
-        segments_per_row(64, 64, most=5) == 5
-        and segments_per_row(64, 16, most=5) == 8
-        and segments_per_row(64, 1) == 64
+        segments_per_sequence(64, 64, most=5) == 5
+        and segments_per_sequence(64, 16, most=5) == 8
+        and segments_per_sequence(64, 1) == 64
     )
 
 
@@ -202,7 +224,7 @@ def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_row_needs(
     most = max(
         len(rows[i].doc_lens)
         for split in ("train", "heldout")
-        for rows in loader.dataset.rows[split]
+        for rows in loader.dataset.sequences[split]
         for i in range(len(rows))
     )
     assert loader.dataset.max_segments() == most < 64 // 2
@@ -247,7 +269,7 @@ def test_bytes_of_a_column_reach_the_figures(dataset: Path, tmp_path: Path) -> N
     folder = rewrite(dataset, tmp_path / "d", byte_counts="column", change=later)
     loader = Loader(tiny(folder, Path("unused")), 0, 1)
     sums, differ, predicted = DomainSums(loader.domains, torch.device("cpu")), 0, 0
-    rows = loader.dataset.rows["heldout"][0]
+    rows = loader.dataset.sequences["heldout"][0]
     for number, batch in enumerate(loader.validation_batches(0, len(rows))):
         expected = np.zeros((2, 64), np.int64)
         for i in range(min(2, len(rows) - 2 * number)):

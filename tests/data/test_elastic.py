@@ -132,35 +132,35 @@ def test_what_is_passed_over_is_not_read_also_after_a_resume(
         )
 
     assert [reads(loader, step) for step in range(4)] == [0, 1, 2, 3]
-    loader.pass_over(2, 5 * GLOBAL)
-    assert [reads(loader, step) for step in range(2, 5)] == [5, 6, 7] and loader.passed_over == [
+    loader.skip_data(2, 5 * GLOBAL)
+    assert [reads(loader, step) for step in range(2, 5)] == [5, 6, 7] and loader.skipped == [
         (128, 320)
     ]
     # Which reads the 8th batch: the stage ends after 7
     assert [step for step in range(1, 7) if loader.begins_stage(step)] == [4]
-    loader.pass_over(2, 8 * GLOBAL)
+    loader.skip_data(2, 8 * GLOBAL)
     assert (
         [reads(loader, step) for step in range(2, 4)] == [8, 9]
-        and loader.passed_over == [(128, 512)]
+        and loader.skipped == [(128, 512)]
         and loader.begins_stage(2)
     )
-    loader.pass_over(4, 12 * GLOBAL)
+    loader.skip_data(4, 12 * GLOBAL)
     assert (
-        loader.passed_over == [(128, 512), (640, 768)]
+        loader.skipped == [(128, 512), (640, 768)]
         and not loader.begins_stage(3)
         and loader.begins_stage(4)
     )
     state = loader.state(5)
-    assert state["position"] == 13 * GLOBAL and state["passed_over"] == [[128, 512], [640, 768]]
+    assert state["position"] == 13 * GLOBAL and state["skipped"] == [[128, 512], [640, 768]]
     resumed = Loader(config_of(shards, 16), 1, 2)
     resumed.check_state(state)
-    resumed.go_on(state)
+    resumed.load_state(state)
     first, second = resumed.positions(5)
     assert (first[0], second[0]) == (13 * GLOBAL + 16, 13 * GLOBAL + 48) and resumed.state(
         5
     ) == state
     # Of an older nextpt
-    resumed.go_on({name: value for name, value in state.items() if name != "passed_over"})
+    resumed.load_state({name: value for name, value in state.items() if name != "skipped"})
     assert resumed.position(5) == 5 * GLOBAL
     for spans in (
         [[0, 1]],
@@ -172,7 +172,7 @@ def test_what_is_passed_over_is_not_read_also_after_a_resume(
         7,
     ):
         with pytest.raises((KeyError, TypeError, ValueError)):
-            resumed.go_on(state | {"passed_over": spans})
+            resumed.load_state(state | {"skipped": spans})
     loader.close()
     resumed.close()
 
@@ -182,7 +182,7 @@ def test_one_epoch_after_another(shards: Path) -> None:
     loader = Loader(
         tiny(shards, Path("unused"), train={"global_batch_size": 64, "micro_batch_size": 64}), 0, 1
     )
-    counts = [int(s.sum()) for s in loader.dataset.samples]
+    counts = [int(s.sum()) for s in loader.dataset.sequences_per_shard]
     domains, rows = loader._order.locate(0, sum(counts))
     for domain, count in enumerate(counts):
         given = rows[domains == domain]

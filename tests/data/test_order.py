@@ -13,25 +13,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextpt.data.draw import permutation
-from nextpt.data.mixture import BLOCK, PERIOD, UNIT, Mixture, quantise
-from nextpt.data.order import Order
-from nextpt.data.passes import WINDOW, DomainOrder
-from nextpt.data.plan import Plan, Stage
+from nextpt.data.domain_order import WINDOW, DomainOrder
+from nextpt.data.mixture import BLOCK, PERIOD, UNIT, Mixture, quantise_shares
+from nextpt.data.order import GlobalOrder
+from nextpt.data.permutation import permutation
+from nextpt.data.plan import DataPlan, Stage
 
 PINNED_DRAW = [3, 4, 2, 0, 5, 1, 7, 6]
 PINNED_ORDER = "f5a4d99ba5c0978c147f157f264a0bceb519ea55679b1cd4a04cb8ac1c4c05f2"
 SHARES = st.lists(st.floats(0, 1.0), min_size=1, max_size=8).filter(any)
 
 
-def plan(*stages: tuple[int, list[float]], seed: int = 3) -> Plan:
-    return Plan(seed, tuple(Stage(start, quantise(shares), 64) for start, shares in stages))
+def plan(*stages: tuple[int, list[float]], seed: int = 3) -> DataPlan:
+    return DataPlan(
+        seed, tuple(Stage(start, quantise_shares(shares), 64) for start, shares in stages)
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(SHARES)
 def test_weights_are_the_shares_rounded_once(shares: list[float]) -> None:
-    weights = quantise(shares)
+    weights = quantise_shares(shares)
     assert sum(weights) == UNIT
     total = sum(map(Fraction, shares))
     for weight, share in zip(weights, shares, strict=True):
@@ -42,7 +44,7 @@ def test_weights_are_the_shares_rounded_once(shares: list[float]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(SHARES, st.integers(0, 10**9))
 def test_counts_of_blocks_are_exact_whatever_their_number(shares: list[float], block: int) -> None:
-    weights = quantise(shares)
+    weights = quantise_shares(shares)
     mixture = Mixture(weights)
     for b in (block, block + 1, block + PERIOD):
         amounts = mixture.amounts(b)
@@ -94,7 +96,7 @@ def test_passes_and_windows_differ_and_mix_their_shards() -> None:
 
 def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:
     sizes = (300, 50, 7)
-    order = Order(
+    order = GlobalOrder(
         plan((0, [0.5, 0.3, 0.2]), (3000, [0.1, 0.1, 0.8]), (5001, [0, 1, 0]), seed=1),
         [np.full(30, 10), np.full(10, 5), np.array([7])],
     )
@@ -111,7 +113,8 @@ def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:
 def test_order_depends_on_the_seed_and_the_place_and_nothing_else() -> None:
     shards = [np.full(20, 5), np.full(4, 5)]
     a, b, other = (
-        Order(plan((0, [0.9, 0.1]), (5000, [0.5, 0.5]), seed=seed), shards) for seed in (1, 1, 2)
+        GlobalOrder(plan((0, [0.9, 0.1]), (5000, [0.5, 0.5]), seed=seed), shards)
+        for seed in (1, 1, 2)
     )
     places = [9000, 5000, 3, 4095, 4096, 4999]
     assert [a[p] for p in places] == [b[p] for p in reversed(places)][::-1]
@@ -125,7 +128,7 @@ def test_order_depends_on_the_seed_and_the_place_and_nothing_else() -> None:
 def test_the_order_is_the_one_of_this_version() -> None:
     """When this fails the order has changed: raise ORDER_VERSION, or runs would go on with other samples than they think."""
     assert permutation(8, 1, 2, (3, 4, 5)).tolist() == PINNED_DRAW
-    order = Order(
+    order = GlobalOrder(
         plan((0, [0.7, 0.2, 0.1]), (10000, [0.2, 0.2, 0.6]), seed=7),
         [np.arange(1, 60), np.full(33, 8), np.array([3])],
     )
@@ -140,12 +143,12 @@ def test_sample_a_thousand_million_is_reached_at_once() -> None:
     """
     script = """
 import resource, numpy as np
-from nextpt.data.mixture import quantise
-from nextpt.data.order import Order
-from nextpt.data.plan import Plan, Stage
+from nextpt.data.mixture import quantise_shares
+from nextpt.data.order import GlobalOrder
+from nextpt.data.plan import DataPlan, Stage
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-order = Order(Plan(0, (Stage(0, quantise([3, 1]), 64),)), [np.full(100_000, 16_384), np.full(100_000, 16_384)])
+order = GlobalOrder(DataPlan(0, (Stage(0, quantise_shares([3, 1]), 64),)), [np.full(100_000, 16_384), np.full(100_000, 16_384)])
 order.locate(10**9, 10**9 + 4096)
 print(peak() - before)
 """
@@ -161,7 +164,7 @@ print(peak() - before)
 
 @pytest.mark.parametrize("position", [10**12, 2**53 + 1])
 def test_far_places_are_exact(position: int) -> None:
-    order = Order(plan((0, [0.6, 0.4])), [np.full(7, 5), np.full(3, 2)])
+    order = GlobalOrder(plan((0, [0.6, 0.4])), [np.full(7, 5), np.full(3, 2)])
     found = order.given(position)
     assert sum(found) == position
     domain, _ = order[position]

@@ -17,8 +17,8 @@ import pytest
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.data import remote as remote_module
 from nextpt.data.loader import Loader
-from nextpt.data.node import Node
-from nextpt.data.store import Cache
+from nextpt.data.scratch import ScratchFolder
+from nextpt.data.store import ShardCache
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
 from tests.support.object_store import s3_server
@@ -208,8 +208,8 @@ from pathlib import Path
 import nextpt.data.remote as remote
 from tests.data.test_remote import loader_of, first_steps
 fetched = []
-fetch = remote.Remote.fetch
-remote.Remote.fetch = lambda self, name, target, check=lambda p: None: (fetched.append(name), fetch(self, name, target, check))[1]
+fetch = remote.RemoteDataset.fetch
+remote.RemoteDataset.fetch = lambda self, name, target, check=lambda p: None: (fetched.append(name), fetch(self, name, target, check))[1]
 tokens = first_steps(loader_of(sys.argv[1], Path(sys.argv[2]) / "cache", Path(sys.argv[2])))
 print(json.dumps([__import__("hashlib").sha256(b"".join(tokens)).hexdigest(), fetched]))
 """
@@ -248,12 +248,12 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # All of so small a dataset is read together
-    monkeypatch.setattr(Cache, "check", lambda self, needed: None)
+    monkeypatch.setattr(ShardCache, "check", lambda self, needed: None)
     expected = first_steps(loader_of(None, packed, tmp_path), 40)
     trimmed = []
-    trim = Cache.trim
+    trim = ShardCache.trim
 
-    def trim_and_look(cache: Cache, made: int) -> None:
+    def trim_and_look(cache: ShardCache, made: int) -> None:
         for store in cache._stores:  # as if an hour had passed
             for path, _, _ in store.made():
                 with contextlib.suppress(FileNotFoundError):
@@ -265,7 +265,7 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
                 size += path.stat().st_size
         trimmed.append(size)
 
-    monkeypatch.setattr(Cache, "trim", trim_and_look)
+    monkeypatch.setattr(ShardCache, "trim", trim_and_look)
     limit, shard = 100_000, 3_500
     assert (
         first_steps(
@@ -301,11 +301,11 @@ def test_the_one_unused_for_longest_goes_first_and_only_copies_do(
         os.utime(store.node.mark(paths[i], store.index[i].raw.xxh64), (2000 + i, 2000 + i))
     stranger = paths[0].parent / "notes.txt"
     stranger.write_text("mine" * 1000)
-    cache = Cache(Node(tmp_path / "node"), sum(p.stat().st_size for p in paths) - 1)
+    cache = ShardCache(ScratchFolder(tmp_path / "node"), sum(p.stat().st_size for p in paths) - 1)
     cache.add(store)
     cache.trim()
     assert [p.exists() for p in paths] == [True, True, False, True]
-    nothing = Cache(Node(tmp_path / "node"), 1)
+    nothing = ShardCache(ScratchFolder(tmp_path / "node"), 1)
     nothing.add(store)
     nothing.trim()
     assert not any(p.exists() for p in paths) and stranger.exists()

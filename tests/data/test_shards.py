@@ -21,8 +21,8 @@ import zstandard
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.base.files import sha256_file
 from nextpt.data.loader import Loader
-from nextpt.data.node import Node
-from nextpt.data.rows import MAPS
+from nextpt.data.scratch import ScratchFolder
+from nextpt.data.sequences import MAPS
 from tests.support.datasets import tiny
 from tests.support.layouts import edit_index, rewrite, rows_of, samples_of, store_of
 
@@ -272,8 +272,8 @@ def test_a_shard_is_hashed_once_per_machine_and_again_when_it_changes(
 ) -> None:
     hashed = []
     monkeypatch.setattr(
-        "nextpt.data.store.wrong_bytes",
-        lambda path, file, real=__import__("nextpt.data.remote").data.remote.wrong_bytes: (
+        "nextpt.data.store.describe_mismatch",
+        lambda path, file, real=__import__("nextpt.data.remote").data.remote.describe_mismatch: (
             hashed.append(path),
             real(path, file),
         )[1],
@@ -292,7 +292,7 @@ def test_a_shard_is_hashed_once_per_machine_and_again_when_it_changes(
 
 
 def _hold(folder: str, ready: Any) -> None:
-    with Node(folder).lock("x"):
+    with ScratchFolder(folder).lock("x"):
         ready.set()
         time.sleep(60)
 
@@ -306,7 +306,7 @@ def test_a_crash_leaves_no_lock_behind(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as thread:
 
         def take() -> str:
-            with Node(tmp_path).lock("x"):
+            with ScratchFolder(tmp_path).lock("x"):
                 return "taken"
 
         waiting = thread.submit(take)
@@ -321,10 +321,10 @@ def test_the_nodes_folder_must_be_ones_own(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(ConfigError, match="data.scratch"):
-        Node(tmp_path / "open")
+        ScratchFolder(tmp_path / "open")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="data.scratch"):
-        Node(tmp_path / "file")
+        ScratchFolder(tmp_path / "file")
 
 
 def test_compressed_shards_are_unpacked_once_and_the_dataset_is_left_alone(
@@ -393,7 +393,7 @@ def test_trouble_in_a_thread_comes_out_at_the_step_that_needs_it(
     domains, rows = loader._order.locate(0, 8 * 60)
     needed = [set() for _ in range(60)]
     for at, (domain, row) in enumerate(zip(domains, rows, strict=True)):
-        starts = np.concatenate(([0], np.cumsum(loader.dataset.samples[domain])))
+        starts = np.concatenate(([0], np.cumsum(loader.dataset.sequences_per_shard[domain])))
         needed[at // 8].add((int(domain), int(np.searchsorted(starts, row, side="right")) - 1))
     bad, step = next(
         (s, n)

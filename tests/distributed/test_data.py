@@ -31,7 +31,7 @@ def damage_one(config: Config, steps: int = 9) -> tuple[Path, int]:
                 ):
                     shard = int(
                         np.searchsorted(
-                            np.cumsum(loader.dataset.samples[domain]), row, side="right"
+                            np.cumsum(loader.dataset.sequences_per_shard[domain]), row, side="right"
                         )
                     )
                     user.setdefault((int(domain), shard), set()).add((at, rank))

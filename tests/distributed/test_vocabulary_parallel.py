@@ -9,7 +9,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.vocabulary_parallel import slice_of
 from tests.support.loss_cases import assert_as_exact, define
 from tests.support.ranks import run_ranks
-from tests.support.vocabulary_ranks import CASES, WEIGHT_SUM, UPSTREAM, build
+from tests.support.vocabulary_ranks import CASES, UPSTREAM, WEIGHT_SUM, build
 
 RANKS = 2
 SHARED = ("dX", "nats", "lse", "hits", "z_loss", "loss")

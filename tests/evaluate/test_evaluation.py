@@ -12,7 +12,7 @@ import torch
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
-from nextpt.data.rows import load_manifest
+from nextpt.data.sequences import load_manifest
 from nextpt.evaluate.bootstrap import ratio_interval, resampled_sums
 from nextpt.evaluate.documents import contexts, windows
 from nextpt.evaluate.evaluation import Protocol, evaluate_source

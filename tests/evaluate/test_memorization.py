@@ -21,7 +21,7 @@ from data_prep.spec import PrepSpec
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.config import Config
-from nextpt.data.dataset import open_rows
+from nextpt.data.dataset import open_sequences
 from nextpt.evaluate.memorization.canaries import (
     Canary,
     exposure,
@@ -193,8 +193,8 @@ def test_what_was_trained_on_is_extracted_and_the_rest_is_not(tmp_path: Path) ->
         80,
     )
     sides = {
-        "train": list(open_rows(data, "train").values()),
-        "heldout": list(open_rows(other, "train").values()),
+        "train": list(open_sequences(data, "train").values()),
+        "heldout": list(open_sequences(other, "train").values()),
     }
     found = measure_extraction(config, model, sides, prefixes=[16], continuation=8, count=40)
     assert found["train"]["sequences"] == 40
@@ -213,7 +213,7 @@ def test_what_was_trained_on_is_extracted_and_the_rest_is_not(tmp_path: Path) ->
 
 
 def test_sequences_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
-    rows = list(open_rows(planted[0], "train").values())
+    rows = list(open_sequences(planted[0], "train").values())
     tokenizer = Tokenizer(planted[0] / "tokenizer.json")
     found = sample_sequences(rows, 20, 5, 50, np.random.default_rng(1))
     assert found.tokens.shape == (50, 20)

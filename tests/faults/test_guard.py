@@ -157,7 +157,7 @@ def test_the_guard_goes_on_counting_after_an_end_between_bad_steps(quick: Jobs) 
     state = open_checkpoint(quick.root / "bad" / "checkpoints").state
     assert (
         state["guard"]["skipped"] == 8
-        and state["data"]["passed_over"] == [[128, 152]]
+        and state["data"]["skipped"] == [[128, 152]]
         and state["data"]["position"] == 23 * 8
     )
     assert (
@@ -379,7 +379,7 @@ def test_a_rollback_passes_over_the_data_wherever_it_is_looked_at_or_killed(
     assert states[name].state["guard"]["accepted"] == states["never"].state["guard"]["accepted"]
     assert states[name].state["data"] == states["whole"].state["data"]
     assert (
-        states[name].state["data"]["passed_over"] == [[48, 72]]
+        states[name].state["data"]["skipped"] == [[48, 72]]
         and states[name].state["data"]["position"] == (14 + 3) * 8
     )
     losses = rollbacks.losses(name)
@@ -468,7 +468,7 @@ def test_other_stages_go_back_as_well(rollbacks: Jobs, stage: int) -> None:
 def test_bad_data_after_a_rollback_is_passed_over_as_well(rollbacks: Jobs) -> None:
     assert rollbacks.losses("twice") == rollbacks.losses("twice never")
     state = open_checkpoint(rollbacks.root / "twice" / "checkpoints").state
-    assert state["data"]["passed_over"] == [[48, 96]] and (
+    assert state["data"]["skipped"] == [[48, 96]] and (
         state["guard"]["skipped"],
         state["guard"]["rollbacks"],
     ) == (6, 0)
@@ -515,7 +515,7 @@ def test_a_rank_killed_inside_a_rollback_or_after_it(
     assert jobs[1].outcome("run") == ["finished", "", 0] and jobs[1].losses(run) == jobs[1].losses(
         "never"
     )
-    assert open_checkpoint(tmp_path / "run" / "checkpoints").state["data"]["passed_over"] == [
+    assert open_checkpoint(tmp_path / "run" / "checkpoints").state["data"]["skipped"] == [
         [48, 72]
     ]
 

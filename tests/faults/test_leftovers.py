@@ -18,7 +18,7 @@ from nextpt.base.collective import RankGroup
 from nextpt.base.processes import children_of
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.config import CheckpointSection, to_yaml
-from nextpt.data.streaming_rows import remove_stale
+from nextpt.data.streaming_backend import remove_stale
 from nextpt.events import read_events
 from nextpt.job.lock import RunLock
 from tests.support.checkpoints import write

@@ -15,9 +15,9 @@ from data_prep.format import SPLITS, columns
 from data_prep.streaming_compat import import_streaming
 from nextpt.base.files import canonical_json, sha256_file
 from nextpt.data.index import ShardIndex
-from nextpt.data.node import Node
-from nextpt.data.rows import MappedRows, load_manifest
-from nextpt.data.store import Cache, ShardStore
+from nextpt.data.scratch import ScratchFolder
+from nextpt.data.sequences import MappedSequences, load_manifest
+from nextpt.data.store import ShardCache, ShardStore
 
 Sample = dict[str, Any]
 SMALL = ("dataset.json", "tokenizer.json", "token_bytes.npy")
@@ -121,20 +121,20 @@ def edit_index(
 
 
 def store_of(dataset: Path, split: str, domain: str, scratch: Path | None = None) -> ShardStore:
-    node = Node(scratch)
+    node = ScratchFolder(scratch)
     return ShardStore(
         ShardIndex(dataset, load_manifest(dataset), split, domain),
         f"{split}/{domain}",
         node,
         None,
-        Cache(node, None),
+        ShardCache(node, None),
     )
 
 
-def rows_of(dataset: Path, split: str, domain: str, scratch: Path | None = None) -> MappedRows:
+def rows_of(dataset: Path, split: str, domain: str, scratch: Path | None = None) -> MappedSequences:
     """The rows of a domain of a local dataset, by our own reader."""
     manifest = load_manifest(dataset)
-    return MappedRows(
+    return MappedSequences(
         store_of(dataset, split, domain, scratch),
         manifest.domains.index(domain),
         ThreadPoolExecutor(1),

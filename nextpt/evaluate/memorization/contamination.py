@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep.format import PADDING
 from data_prep.tokenizer import Tokenizer
-from nextpt.data.dataset import open_rows
+from nextpt.data.dataset import open_sequences
 from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, Units, stretch_hashes, units
 
 GATHERED = 2**22  # characters of training text that are looked up at a time
@@ -41,7 +41,7 @@ def training_texts(
     data: Path, tokenizer: Tokenizer, progress: Callable[[float], None] = lambda share: None
 ) -> Iterator[str]:
     """Texts of all pieces of documents in the training shards of a dataset folder, domain by domain. Raises DataError."""
-    domains = open_rows(data, "train")
+    domains = open_sequences(data, "train")
     total, seen = sum(len(rows) for rows in domains.values()), 0
     for rows in domains.values():
         for number in range(len(rows)):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_prep.format import PADDING
 from nextpt.config import Config
-from nextpt.data.rows import Rows
+from nextpt.data.sequences import SequenceSource
 from nextpt.generate.decoding import Decoding
 from nextpt.model import Decoder
 
@@ -37,7 +37,11 @@ class Sequences:
 
 
 def sample_sequences(
-    rows: Sequence[Rows], length: int, continuation: int, count: int, chance: np.random.Generator
+    rows: Sequence[SequenceSource],
+    length: int,
+    continuation: int,
+    count: int,
+    chance: np.random.Generator,
 ) -> Sequences:
     """`count` stretches of `length` tokens, drawn evenly from the rows of all domains: a row, a piece of a document in it that is long enough, a place in that. Fewer when no such piece is found in 20 draws for each."""
     sizes = np.array([len(r) for r in rows], dtype=float)

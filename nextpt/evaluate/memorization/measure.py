@@ -10,7 +10,7 @@ import numpy as np
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.config import Config
-from nextpt.data.rows import Rows
+from nextpt.data.sequences import SequenceSource
 from nextpt.evaluate.memorization.canaries import Canary, exposure
 from nextpt.evaluate.memorization.extraction import (
     NEAR,
@@ -33,7 +33,7 @@ def silent(what: str, part: float) -> None:
 def measure_extraction(
     config: Config,
     model: Decoder,
-    sides: dict[str, Sequence[Rows]],
+    sides: dict[str, Sequence[SequenceSource]],
     *,
     prefixes: Sequence[int],
     continuation: int,

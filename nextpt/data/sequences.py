@@ -1,4 +1,4 @@
-"""Rows of one domain by number: which shard a row is in, reading it there, and having shards ready before they are needed."""
+"""SequenceSource of one domain by number: which shard a row is in, reading it there, and having shards ready before they are needed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 
 from data_prep.format import DatasetManifest
 from nextpt.base.errors import DataError, DataPrepError
-from nextpt.data.batch import Row
+from nextpt.data.batch import StoredSequence
+from nextpt.data.domain_order import WINDOW
 from nextpt.data.mds import MappedShard
-from nextpt.data.passes import WINDOW
 from nextpt.data.store import ShardStore
 
 # Open maps of a domain: the window being read, the one after it, and the ends of steps read ahead
@@ -24,12 +24,12 @@ MAPS = 2 * WINDOW + 2
 TRIES = 10
 
 
-class Rows(Protocol):
-    """Rows 0..len-1 of a domain. Raises DataError that names the file, IndexError past the end."""
+class SequenceSource(Protocol):
+    """SequenceSource 0..len-1 of a domain. Raises DataError that names the file, IndexError past the end."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> StoredSequence: ...
 
     def prepare(self, shards: Iterable[int]) -> None:
         """Begin to make shards ready, in this order."""
@@ -57,8 +57,8 @@ def load_token_bytes(path: str | Path, vocab_size: int) -> np.ndarray:
     return sizes.astype(np.int32)
 
 
-class MappedRows:
-    """Rows read from memory maps. domain: label of the rows. threads: make shards ready ahead.
+class MappedSequences:
+    """SequenceSource read from memory maps. domain: label of the rows. threads: make shards ready ahead.
 
     Shared by all domains.
     """
@@ -73,7 +73,7 @@ class MappedRows:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> StoredSequence:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect_right(self._starts, index) - 1

@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from nextpt.data.draw import permutation
+from nextpt.data.permutation import permutation
 
-# Rows of 16 shards of 64 MB, at 2048 tokens a quarter of a million, are mixed well enough;
+# SequenceSource of 16 shards of 64 MB, at 2048 tokens a quarter of a million, are mixed well enough;
 # MosaicML's py1e shuffles as many by default (its block size is 2^18 samples). 1 GB stays in the
 # page cache.
 WINDOW = 16
@@ -22,7 +22,7 @@ SHARDS, ROWS = 0, 1  # what a draw is for
 
 
 class DomainOrder:
-    """Order over rows 0..N-1 that lie in shards of `samples` rows each, one shard after another.
+    """GlobalOrder over rows 0..N-1 that lie in shards of `samples` rows each, one shard after another.
 
     Memory: O(shards) and a few windows of rows. stream: the domain's own, > 0.
     """

@@ -23,7 +23,7 @@ from nextpt.base.errors import ConfigError
 LOCKS = 256
 
 
-class Node:
+class ScratchFolder:
     """folder: where; must belong to this user alone, or others could vouch for files.
 
     Raises ConfigError.

@@ -1,4 +1,4 @@
-"""Rows read by mosaicml-streaming itself: data.backend = streaming.
+"""SequenceSource read by mosaicml-streaming itself: data.backend = streaming.
 
 The order stays ours; StreamingDataset serves as a store that is asked for sample i. So both
 backends give the same samples in the same order, each can be checked against the other, and
@@ -30,7 +30,7 @@ from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.base.processes import mapped_files, open_files
 from nextpt.config import Config
-from nextpt.data.batch import Row
+from nextpt.data.batch import StoredSequence
 from nextpt.data.store import ShardStore
 
 
@@ -105,8 +105,8 @@ def remove_stale(folders: list[str], shared: Path = Path("/dev/shm")) -> None:
                 path.unlink(missing_ok=True)
 
 
-class StreamingRows:
-    """Rows of one domain out of a split's StreamingDataset. first: its sample that is the domain's row 0."""
+class StreamingSequences:
+    """SequenceSource of one domain out of a split's StreamingDataset. first: its sample that is the domain's row 0."""
 
     def __init__(self, store: ShardStore, domain: int, dataset: Any, first: int) -> None:
         self._store, self._domain, self._dataset, self._first = store, domain, dataset, first
@@ -116,7 +116,7 @@ class StreamingRows:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> StoredSequence:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -130,7 +130,7 @@ class StreamingRows:
             raise DataError(
                 f"{self._store.folder}/{name}: StreamingDataset: {' '.join(str(error).split())}"
             ) from error
-        return Row(
+        return StoredSequence(
             sample["tokens"],
             sample["doc_lens"],
             sample["doc_flags"],
@@ -143,12 +143,12 @@ class StreamingRows:
         """Nothing: StreamingDataset fetches a shard when it is asked for a row of it."""
 
 
-def streaming_rows(
+def open_streaming_sequences(
     config: Config, stores: list[ShardStore], threads: ThreadPoolExecutor
-) -> list[StreamingRows]:
-    """Rows of every domain of a split. Collective. threads: not used."""
+) -> list[StreamingSequences]:
+    """SequenceSource of every domain of a split. Collective. threads: not used."""
     dataset, first, found = open_split(config, stores), 0, []
     for domain, store in enumerate(stores):
-        found.append(StreamingRows(store, domain, dataset, first))
+        found.append(StreamingSequences(store, domain, dataset, first))
         first += len(found[-1])
     return found

@@ -1,36 +1,55 @@
-"""`nextpt checkpoint`: look at the checkpoints of a run or of its mirror, prove them whole, fetch one."""
+"""`nextpt checkpoint`: list, verify and fetch the checkpoints of a run or of its mirror."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich import box
-from rich.table import Table
 
 from launcher.console import console, echo
 from launcher.registration import add_command, add_group
-from nextpt.base.errors import EXIT_NO_VALID_CHECKPOINT, CheckpointError
-from nextpt.base.stores import STORE_ERRORS, is_uri, store_problem
+from nextpt.base.errors import (
+    EXIT_NO_VALID_CHECKPOINT,
+    CheckpointError,
+    NoValidCheckpointError,
+)
+
+if TYPE_CHECKING:
+    from nextpt.checkpoint.mirror.archive import Archive
 
 T = TypeVar("T")
-Place = Annotated[
+Location = Annotated[
     str,
     typer.Argument(
-        help="run folder, such as runs/demo, or the address of a mirror, such as s3://BUCKET/RUN"
+        metavar="LOCATION",
+        help="run folder, such as runs/demo, or the URI of a mirror, such as s3://BUCKET/RUN",
     ),
 ]
-Step = Annotated[
-    int | None, typer.Option(help="of this step only; the newest where there are several")
+MirrorLocation = Annotated[
+    str,
+    typer.Argument(metavar="LOCATION", help="URI of a mirror, such as s3://BUCKET/RUN"),
+]
+OnlyStep = Annotated[
+    int | None, typer.Option("--step", help="only this step; the newest of several saves of it")
 ]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One checkpoint: what its manifest says, or what is wrong with it. loss: of the last validation, nats per token."""
+class CheckpointRow:
+    """One row of the table.
+
+    Attributes:
+        name: Name of the checkpoint's folder.
+        step: Optimizer step at which it was saved.
+        problem: Why it is not usable, or None.
+        sequence: Number of the save in the run.
+        bytes: Size of its files.
+        loss: Loss of the last validation before it, nats per token.
+    """
 
     name: str
     step: int
@@ -40,151 +59,159 @@ class Row:
     loss: float | None = None
 
 
-def list_checkpoints(place: Place) -> None:
-    """A table of the checkpoints, newest first. Their files are not read: see verify."""
-    rows = list(_rows(place))
+def list_checkpoints(location: Location) -> None:
+    """List the checkpoints, newest first, without reading their files (see verify)."""
+    rows = list(_read_rows(location))
     if not rows:
-        raise CheckpointError(f"{place} holds no checkpoint")
-    _show(rows, "complete")
+        raise CheckpointError(f"{location} holds no checkpoint")
+    _print_rows(rows, "complete")
 
 
-def verify_checkpoints(place: Place, step: Step = None) -> None:
+def verify_checkpoints(location: Location, step: OnlyStep = None) -> None:
     """Read every file and compare it with the manifest.
 
-    Exit codes: 0 all are whole, 65 one is not, 2 there is none.
+    Exit codes: 0 all checkpoints are valid, 65 one is not, 2 there is none.
     """
     from nextpt.base.collective import RankGroup
     from nextpt.checkpoint.commit import intact
     from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
 
-    rows = _of_step(list(_rows(place)), step, place)
     checked = []
-    for row in rows:
+    for row in _select(list(_read_rows(location)), step, location):
         problem = row.problem
-        if problem is None and _is_mirror(place):
-            problem = _asked(
-                place, lambda row=row: _archive(place).problem(ArchivedCheckpoint(row.name, True))
-            )
+        if problem is None and _is_mirror(location):
+            verify = partial(_open_archive(location).problem, ArchivedCheckpoint(row.name, True))
+            problem = _call_store(location, verify)
         elif problem is None:
-            problem = intact(_root(place) / row.name, RankGroup.world())
+            problem = intact(_checkpoints_folder(location) / row.name, RankGroup.world())
         checked.append(replace(row, problem=problem))
-    _show(checked, "whole")
+    _print_rows(checked, "valid")
     if any(row.problem for row in checked):
         raise typer.Exit(EXIT_NO_VALID_CHECKPOINT)
 
 
 def fetch_checkpoint(
-    place: Annotated[str, typer.Argument(help="address of a mirror, such as s3://BUCKET/RUN")],
+    location: MirrorLocation,
     output: Annotated[
-        Path, typer.Option(help="run folder that gets the checkpoint, in OUTPUT/checkpoints")
+        Path, typer.Option(help="run folder; the checkpoint goes to OUTPUT/checkpoints")
     ],
-    step: Step = None,
+    step: OnlyStep = None,
 ) -> None:
-    """Copy the newest whole checkpoint of a mirror, or that of a step, into a run folder, and verify it on the way.
+    """Copy the newest valid checkpoint of a mirror into a run folder, verified.
 
-    Exit codes: 0 it is there, 65 there are some and none is whole, 2 another mistake.
+    Exit codes: 0 it was copied, 65 there are checkpoints and none is valid, 2 another error.
     """
     from nextpt.base.collective import RankGroup
-    from nextpt.base.errors import NoValidCheckpointError
     from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
     from nextpt.checkpoint.mirror.restore import fetch
 
-    for row in _of_step(list(_rows(place, mirror=True)), step, place):
+    archive = _open_archive(location)
+    for row in _select(list(_read_mirror_rows(location)), step, location):
+        checkpoint = ArchivedCheckpoint(row.name, True)
         problem = row.problem or fetch(
-            _archive(place),
-            ArchivedCheckpoint(row.name, True),
-            output / "checkpoints",
-            RankGroup.world(),
+            archive, checkpoint, output / "checkpoints", RankGroup.world()
         )
         if problem is None:
-            echo(
-                f"step {row.step} fetched to {output}/checkpoints, {row.bytes / 1e6:,.1f} MB,"
-                " verified"
-            )
+            size = f"{row.bytes / 1e6:,.1f} MB"
+            echo(f"step {row.step} fetched to {output}/checkpoints, {size}, verified")
             return
         echo(f"warning: {row.name} is not usable: {problem}")
-    raise NoValidCheckpointError(
-        f"{place} holds no whole checkpoint{'' if step is None else f' of step {step}'}"
-    )
+    of_step = "" if step is None else f" of step {step}"
+    raise NoValidCheckpointError(f"{location} holds no valid checkpoint{of_step}")
 
 
-def _is_mirror(place: str) -> bool:
-    """Whether a place is a mirror: an address, or a folder with its note."""
+def _is_mirror(location: str) -> bool:
+    """Whether a location is a URI or a folder with a mirror's note."""
+    from nextpt.base.stores import is_uri
     from nextpt.checkpoint.mirror.archive import NOTE
 
-    return is_uri(place) or (Path(place) / NOTE).is_file()
+    return is_uri(location) or (Path(location) / NOTE).is_file()
 
 
-def _archive(place: str):
+def _open_archive(location: str) -> Archive:
     from nextpt.checkpoint.mirror.archive import Archive
 
-    return Archive(place)
+    return Archive(location)
 
 
-def _root(place: str) -> Path:
-    inner = Path(place) / "checkpoints"
-    return inner if inner.is_dir() else Path(place)
+def _checkpoints_folder(location: str) -> Path:
+    folder = Path(location) / "checkpoints"
+    return folder if folder.is_dir() else Path(location)
 
 
-def _rows(place: str, mirror: bool = False) -> Iterator[Row]:
-    """Newest first. Raises CheckpointError where the place cannot be read."""
-    if mirror or _is_mirror(place):
-        yield from _rows_of_mirror(place)
+def _read_rows(location: str) -> Iterator[CheckpointRow]:
+    """Yield the checkpoints, newest first. Raises CheckpointError."""
+    if _is_mirror(location):
+        yield from _read_mirror_rows(location)
         return
     from nextpt.checkpoint.folders import list_checkpoints, step_of
 
-    if not _root(place).is_dir():
+    folder = _checkpoints_folder(location)
+    if not folder.is_dir():
         raise CheckpointError(
-            f"{place} is not a folder; expected a run folder or the address of a mirror"
+            f"{location} is not a folder; expected a run folder or the URI of a mirror"
         )
-    found, damaged, foreign = list_checkpoints(_root(place))
-    for one in found:
-        yield Row(
-            one.folder.name,
-            one.manifest.step,
+    valid, damaged, unsupported = list_checkpoints(folder)
+    for checkpoint in valid:
+        manifest = checkpoint.manifest
+        yield CheckpointRow(
+            checkpoint.folder.name,
+            manifest.step,
             None,
-            one.manifest.sequence,
-            one.manifest.bytes,
-            one.manifest.loss,
+            manifest.sequence,
+            manifest.bytes,
+            manifest.loss,
         )
-    for folder, problem in (*damaged, *foreign):
-        yield Row(folder.name, step_of(folder), problem)
+    for path, problem in (*damaged, *unsupported):
+        yield CheckpointRow(path.name, step_of(path), problem)
 
 
-def _rows_of_mirror(place: str) -> Iterator[Row]:
+def _read_mirror_rows(location: str) -> Iterator[CheckpointRow]:
+    """Yield the checkpoints of a mirror, newest first."""
     from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError
 
-    archive = _archive(place)
-    for one in _asked(place, archive.checkpoints):
+    archive = _open_archive(location)
+    for stored in _call_store(location, archive.checkpoints):
         try:
-            manifest = _asked(place, lambda one=one: archive.manifest(one))
+            manifest = _call_store(location, partial(archive.manifest, stored))
         except (DamagedError, UnsupportedVersionError) as problem:
-            yield Row(one.name, one.step, str(problem), one.sequence)
+            yield CheckpointRow(stored.name, stored.step, str(problem), stored.sequence)
         else:
-            yield Row(one.name, one.step, None, one.sequence, manifest.bytes, manifest.loss)
+            yield CheckpointRow(
+                stored.name, stored.step, None, stored.sequence, manifest.bytes, manifest.loss
+            )
 
 
-def _asked(place: str, action: Callable[[], T]) -> T:
-    """What a store answers. Raises DataPrepError when it does not."""
+def _call_store(location: str, call: Callable[[], T]) -> T:
+    """Return the result of a call to an object store; its errors become user errors."""
+    from nextpt.base.stores import STORE_ERRORS, store_problem
+
     try:
-        return action()
+        return call()
     except STORE_ERRORS as error:
-        raise store_problem(error, place) from error
+        raise store_problem(error, location) from error
 
 
-def _of_step(rows: list[Row], step: int | None, place: str) -> list[Row]:
-    chosen = [row for row in rows if step in (None, row.step)]
-    if not chosen:
+def _select(rows: list[CheckpointRow], step: int | None, location: str) -> list[CheckpointRow]:
+    """Return the rows of a step. Raises CheckpointError where there is none."""
+    selected = [row for row in rows if step in (None, row.step)]
+    if not selected:
         steps = ", ".join(str(row.step) for row in rows) or "none"
-        raise CheckpointError(
-            f"{place} holds no checkpoint{'' if step is None else f' of step {step}'}; there are:"
-            f" {steps}"
-        )
-    return chosen
+        of_step = "" if step is None else f" of step {step}"
+        raise CheckpointError(f"{location} holds no checkpoint{of_step}; there are: {steps}")
+    return selected
 
 
-def _show(rows: list[Row], good: str) -> None:
-    """A table, and below it what is wrong. good: the state of those with which nothing is."""
+def _print_rows(rows: list[CheckpointRow], valid_state: str) -> None:
+    """Print the table, and the problems below it.
+
+    Args:
+        rows: The checkpoints.
+        valid_state: Text in the column "state" of checkpoints without a problem.
+    """
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("step", "save", "MB", "val. loss"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -196,7 +223,7 @@ def _show(rows: list[Row], good: str) -> None:
             str(row.sequence),
             f"{row.bytes / 1e6:,.1f}",
             "" if row.loss is None else f"{row.loss:.4f}",
-            "not usable" if row.problem else good,
+            "not usable" if row.problem else valid_state,
             row.name,
         )
     console.print(table)

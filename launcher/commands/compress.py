@@ -1,55 +1,49 @@
-"""`nextpt compress` and `nextpt decompress`: files coded by a model's predictions, lossless."""
+"""`nextpt compress` and `nextpt decompress`: lossless coding of files with a model."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher.console import build_table, console, echo, progress_bars
+from launcher.options import JsonFile, RunOrModelFolder, Step
 from launcher.registration import add_command
 
-RunFolder = Annotated[
-    Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")
-]
-Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
+if TYPE_CHECKING:
+    from nextpt.evaluate.coding.files import FileCoder
+
 Output = Annotated[Path, typer.Option(help="file to write")]
+Rows = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=65535,
+        help="parts of the file coded in parallel, each without context [default: by its size]",
+    ),
+]
+Given = Annotated[
+    Path | None,
+    typer.Option(
+        help="text that the other compressors read first, such as the model's training data"
+    ),
+]
 
 
 def compress(
     file: Annotated[Path, typer.Argument(help="any file")],
-    run: RunFolder,
+    run: RunOrModelFolder,
     output: Output,
     step: Step = None,
-    rows: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=65535,
-            help=(
-                "parts of the file coded at once, each from no context; chosen by its size unless"
-                " given"
-            ),
-        ),
-    ] = None,
-    given: Annotated[
-        Path | None,
-        typer.Option(
-            help=(
-                "a text that the other compressors read first, such as what the model was"
-                " trained on"
-            )
-        ),
-    ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="also write the figures to this file")
-    ] = None,
+    rows: Rows = None,
+    given: Given = None,
+    json_path: JsonFile = None,
 ) -> None:
-    """Code a file by the model's predictions.
+    """Compress a file with the model's predictions.
 
-    It is decoded again before anything is written or said; `decompress` needs the same model,
+    The result is decoded and compared before it is written. `decompress` needs the same model,
     library versions and kind of processor.
     """
     from nextpt.evaluate.coding.files import read_file, write_file
@@ -58,31 +52,34 @@ def compress(
 
     _check_output(file, output)
     data = read_file(file)
-    before = read_file(given) if given else b""
-    coder = _coder(run, step)
+    context = read_file(given) if given else b""
+    coder = _open_coder(run, step)
     with progress_bars("file:") as progress:
-        coded, found = coder.encode(data, rows, progress)
+        coded, statistics = coder.encode(data, rows, progress)
     write_file(output, coded)
-    others = compare_file(data, before)
-    result = found.as_dict() | {"file": str(file), "run": str(run), "others": others}
-    _show(result, given)
+    others = compare_file(data, context)
+    result = statistics.as_dict() | {"file": str(file), "run": str(run), "others": others}
+    _print_result(result, given)
     if json_path:
         write_result(result, json_path)
-    echo(f"written to {output}, after it was decoded again and compared")
+    echo(f"written to {output}, after it was decoded and compared")
 
 
 def decompress(
-    file: Annotated[Path, typer.Argument(help="what `nextpt compress` wrote")],
-    run: RunFolder,
+    file: Annotated[Path, typer.Argument(help="file that `nextpt compress` wrote")],
+    run: RunOrModelFolder,
     output: Output,
     step: Step = None,
 ) -> None:
-    """Decode a file, or refuse: another model, another environment or a damaged file would give something else."""
+    """Decompress a file that `nextpt compress` wrote.
+
+    Refuses another model, another environment and a damaged file, which would decode to other data.
+    """
     from nextpt.evaluate.coding.files import read_file, write_file
 
     _check_output(file, output)
     coded = read_file(file)
-    coder = _coder(run, step)
+    coder = _open_coder(run, step)
     with progress_bars("file:") as progress:
         data = coder.decode(coded, str(file), progress)
     write_file(output, data)
@@ -90,20 +87,20 @@ def decompress(
 
 
 def _check_output(file: Path, output: Path) -> None:
-    """What would only be found after minutes of coding."""
+    """Refuse an output that cannot be written, before minutes of coding. Raises DataError."""
     from nextpt.base.errors import DataError
 
-    if not output.absolute().parent.is_dir():
-        raise DataError(f"--output {output}: there is no folder {output.absolute().parent}")
-    if output.is_dir() or (output.exists() and file.exists() and output.samefile(file)):
-        raise DataError(
-            f"--output {output} is {'a folder' if output.is_dir() else 'the file itself'}; give"
-            " another name"
-        )
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise DataError(f"--output {output}: folder {folder} does not exist; create it")
+    if output.is_dir():
+        raise DataError(f"--output {output} is a folder; give the name of a file")
+    if output.exists() and file.exists() and output.samefile(file):
+        raise DataError(f"--output {output} is the input file; give another name")
 
 
-def _coder(run: Path, step: int | None) -> Any:
-    # cuBLAS repeats itself only with a workspace of a fixed size, which it reads when it begins.
+def _open_coder(run: Path, step: int | None) -> FileCoder:
+    # cuBLAS is deterministic only with a workspace of a fixed size, which it reads when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from nextpt.evaluate.coding.files import FileCoder
     from nextpt.evaluate.source import open_source
@@ -113,27 +110,27 @@ def _coder(run: Path, step: int | None) -> Any:
     return FileCoder(source.config, source.model, source.tokenizer)
 
 
-def _show(result: dict[str, Any], given: Path | None) -> None:
+def _print_result(result: dict[str, Any], given: Path | None) -> None:
     size, payload, header = result["bytes"], result["payload"], result["header"]
     if not size:
         echo(f"an empty file: {header} bytes of header")
         return
     echo(f"{size:,} bytes, {result['tokens']:,} tokens -> {payload:,} bytes and {header} of header")
     echo(
-        f"the model's code length is {result['code_length']:,.1f} bytes; the coder's own cost"
+        f"code length by the model {result['code_length']:,.1f} bytes; overhead of the coder"
         f" {payload - result['code_length']:+,.1f} bytes"
     )
     echo(
-        f"{size / result['seconds']:,.0f} bytes/s coding, {size / result['verify_seconds']:,.0f}"
-        " bytes/s decoding"
+        f"{size / result['seconds']:,.0f} bytes/s encoding,"
+        f" {size / result['verify_seconds']:,.0f} bytes/s decoding"
     )
-    title = f"the model itself ({result['model_bytes']:,} bytes) is not counted" + (
-        f"; the others have read {given.name} first" if given else ""
-    )
+    title = f"without the model itself ({result['model_bytes']:,} bytes)"
+    if given:
+        title += f"; the others have read {given.name} first"
     rows = [["this model", f"{payload + header:,}", f"{result['bits_per_byte_total']:.3f}"]]
     rows += [
-        [name, f"{found['bytes']:,}", f"{found['bits_per_byte']:.3f}"]
-        for name, found in result["others"].items()
+        [name, f"{other['bytes']:,}", f"{other['bits_per_byte']:.3f}"]
+        for name, other in result["others"].items()
     ]
     console.print(build_table(title, ["", "bytes", "bits per byte"], rows))
 

@@ -1,4 +1,4 @@
-"""`nextpt config`: print a resolved config, and what every key means."""
+"""`nextpt config`: print a resolved config, and the meaning of every key."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from launcher.console import echo
 from launcher.options import Overrides
 from launcher.registration import add_command, add_group
 
+GIB = 2**30
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "loss")
+
 
 def config_show(
-    file: Annotated[str, typer.Argument(help="YAML file, see configs/")],
+    file: Annotated[str, typer.Argument(help="YAML file of the run, see configs/")],
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="ranks to divide the state among")] = 1,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="ranks among which memory and batches are divided")
+    ] = 1,
 ) -> None:
-    """Print the resolved run and the figures derived from it."""
+    """Print the resolved config and the quantities derived from it."""
     from nextpt.config import load_config, to_yaml
     from nextpt.model import ModelSpec, count
     from nextpt.train.memory import estimate_memory, usual_device
 
     config = load_config(file, overrides or [])
-    counts, memory = (
-        count(
-            ModelSpec.from_config(config),
-            config.data.sequence_length,
-        ),
-        estimate_memory(config, ranks, device=usual_device(config)),
-    )
+    counts = count(ModelSpec.from_config(config), config.data.sequence_length)
+    memory = estimate_memory(config, ranks, device=usual_device(config))
     tokens = config.total_steps * config.tokens_per_step
     accumulation = config.accumulation_steps(ranks)
     echo(to_yaml(config))
@@ -36,26 +36,26 @@ def config_show(
     echo(f"parameters              {counts.parameters:>20,}")
     echo(f"  non-embedding         {counts.non_embedding_parameters:>20,}")
     echo(
-        f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}   (causal:"
-        f" {counts.causal_flops_per_token:,.0f})"
+        f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}"
+        f"   (causal: {counts.causal_flops_per_token:,.0f})"
     )
     echo(
-        f"tokens per step         {config.tokens_per_step:>20,}   ({accumulation} micro-batches on"
-        f" each of {ranks} ranks)"
+        f"tokens per step         {config.tokens_per_step:>20,}"
+        f"   ({accumulation} micro-batches on each of {ranks} ranks)"
     )
     echo(f"steps                   {config.total_steps:>20,}")
     echo(f"total tokens            {tokens:>20,}")
     echo(f"tokens per parameter    {tokens / counts.parameters:>20,.1f}")
     echo(
-        f"memory per rank         {memory.total / 2**30:>16,.2f} GiB   (estimate for"
-        f" ZeRO-{config.train.zero_stage})"
+        f"memory per rank         {memory.total / GIB:>16,.2f} GiB"
+        f"   (estimate for ZeRO-{config.train.zero_stage})"
     )
-    for name in ("weights", "gradients", "optimizer", "buffers", "activations", "loss"):
-        echo(f"  {name:<21} {getattr(memory, name) / 2**30:>16,.2f} GiB")
+    for part in MEMORY_PARTS:
+        echo(f"  {part:<21} {getattr(memory, part) / GIB:>16,.2f} GiB")
 
 
 def config_keys() -> None:
-    """List every key with its meaning."""
+    """List every key with its meaning, default, unit and bound."""
     from nextpt.config import describe_keys
 
     for key in describe_keys():
@@ -67,7 +67,7 @@ def config_keys() -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = add_group(app, "config", help="Look at configs.")
+    group = add_group(app, "config", help="Print configs and the meaning of their keys.")
     add_command(
         group,
         "show",

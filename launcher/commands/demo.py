@@ -8,9 +8,9 @@ from launcher.registration import add_command
 
 
 def demo() -> None:
-    """The whole path on this CPU in minutes: corpus, training, resume, evaluation, samples, report.
+    """Corpus, training, resume, evaluation, samples and report on this CPU in minutes.
 
-    `make demo`.
+    The same as `make demo`.
     """
     from launcher.demo import main as run_demo
 

@@ -1,4 +1,4 @@
-"""`nextpt doctor`: what this machine has, what it lacks, and how to fix that."""
+"""`nextpt doctor`: check libraries and machine, with a fix for each problem."""
 
 from __future__ import annotations
 
@@ -12,41 +12,40 @@ from typing import Annotated
 import typer
 
 from launcher.console import console, echo, echo_finding
+from launcher.options import PrintJson
 from launcher.registration import add_command
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+    as_json: PrintJson = False,
     folder: Annotated[Path, typer.Option(help="folder that runs are written to")] = Path("runs"),
     port: Annotated[
-        int, typer.Option(min=1, max=65535, help="TCP port where ranks of deepspeed meet")
+        int,
+        typer.Option(min=1, max=65535, help="TCP port of deepspeed's rendezvous of the ranks"),
     ] = 29500,
 ) -> None:
-    """Say what this machine has and what to do about each lack.
+    """Check libraries and machine and print a fix for each problem.
 
     Exit code 1 when training would not work.
     """
     from launcher.doctor import Status, examine
 
-    with console.status("looking at libraries and the machine") if not as_json else nullcontext():
+    with nullcontext() if as_json else console.status("checking libraries and the machine"):
         findings = examine(folder, port)
     counts = {status: sum(f.status == status for f in findings) for status in Status}
+    problems, warnings = counts[Status.PROBLEM], counts[Status.WARNING]
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "problems": counts[Status.PROBLEM],
-                    "warnings": counts[Status.WARNING],
-                    "findings": [asdict(f) for f in findings],
-                },
-                indent=1,
-            )
-        )
+        result = {
+            "problems": problems,
+            "warnings": warnings,
+            "findings": [asdict(finding) for finding in findings],
+        }
+        print(json.dumps(result, indent=1))
     else:
         for finding in findings:
             echo_finding(finding.subject, finding.status, finding.found, finding.advice)
-        echo(f"\n{counts[Status.PROBLEM]} problems, {counts[Status.WARNING]} warnings")
-    sys.exit(1 if counts[Status.PROBLEM] else 0)
+        echo(f"\n{problems} problems, {warnings} warnings")
+    sys.exit(1 if problems else 0)
 
 
 def register(app: typer.Typer) -> None:

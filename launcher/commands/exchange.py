@@ -1,4 +1,4 @@
-"""`nextpt export` and `nextpt import`: models to and from other people's layouts."""
+"""`nextpt export` and `nextpt import`: models to and from Hugging Face and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from typing import Annotated
 import typer
 
 from launcher.console import echo
+from launcher.options import RunFolder, Step
 from launcher.registration import add_command, add_group
+from nextpt.base.errors import ConfigError
 
-Run = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
-Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
 Output = Annotated[Path, typer.Option(help="folder to write; it must not exist")]
 
 
 def hf_export(
-    run: Run,
+    run: RunFolder,
     output: Output,
     step: Step = None,
-    dtype: Annotated[str, typer.Option(help="of the weights: fp32 or bf16")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="dtype of the weights: fp32 or bf16")] = "fp32",
 ) -> None:
-    """Safetensors, config and tokenizer that the transformers library loads, with the same logits."""
+    """Write safetensors, config and tokenizer that transformers loads with the same logits."""
     from nextpt.evaluate.heldout import open_run
     from nextpt.exchange import export_hf
 
     checkpoint = open_run(run, step)
     architecture = export_hf(checkpoint, run / "tokenizer.json", output, dtype=dtype)
-    echo(f"step {checkpoint.step} written to {output} as {architecture}, {dtype}, {_size(output)}")
+    size = _format_size(output)
+    echo(f"step {checkpoint.step} written to {output} as {architecture}, {dtype}, {size}")
 
 
-def deepspeed_export(run: Run, output: Output, step: Step = None) -> None:
-    """The fp32 weights in DeepSpeed's layout, with its zero_to_fp32.py."""
+def deepspeed_export(run: RunFolder, output: Output, step: Step = None) -> None:
+    """Write the fp32 weights in DeepSpeed's layout, with its zero_to_fp32.py."""
     from nextpt.evaluate.heldout import open_run
     from nextpt.exchange import export_deepspeed
 
     checkpoint = open_run(run, step)
     export_deepspeed(checkpoint, output)
     echo(
-        f"step {checkpoint.step} written to {output}, {_size(output)}; next: python"
+        f"step {checkpoint.step} written to {output}, {_format_size(output)}; next: python"
         f" {output}/zero_to_fp32.py {output} WEIGHTS"
     )
 
@@ -55,7 +56,6 @@ def hf_import(
 ) -> None:
     """Check a Hugging Face model and write the config of a run that starts from its weights."""
     from data_prep.format import DatasetManifest
-    from nextpt.base.errors import ConfigError
     from nextpt.base.files import atomic_write
     from nextpt.config import to_yaml
     from nextpt.data.dataset import check_dataset
@@ -64,7 +64,7 @@ def hf_import(
     from nextpt.train.start import check_tokenizer
 
     if output.exists():
-        raise ConfigError(f"{output} exists already; remove it or name another --output")
+        raise ConfigError(f"{output} exists already; remove it or give another --output")
     weights, manifest = HFWeights(folder), DatasetManifest.load(data)
     config = config_from_hf(
         weights, name=output.stem, data=data, sequence_length=manifest.sequence_length
@@ -76,35 +76,38 @@ def hf_import(
             file.write(to_yaml(config))
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
+    parameters = count(ModelSpec.from_config(config)).parameters
     echo(
-        f"{weights.architecture.name}, {count(ModelSpec.from_config(config)).parameters:,} parameters; look at optimizer,"
-        f" schedule and train in {output}, then: nextpt train --config {output}"
+        f"{weights.architecture.name}, {parameters:,} parameters; check optimizer, schedule and"
+        f" train in {output}, then: nextpt train --config {output}"
     )
 
 
-def _size(folder: Path) -> str:
-    return f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e6:,.1f} MB"
+def _format_size(folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{size / 1e6:,.1f} MB"
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    export_group = add_group(
+    """Add the groups `export` and `import` to the application."""
+    exports = add_group(
         app, "export", help="Write a checkpoint in another layout, see docs/export.md."
     )
     add_command(
-        export_group, "hf", hf_export, example="nextpt export hf --run runs/demo --output exported"
+        exports, "hf", hf_export, example="nextpt export hf --run runs/demo --output exported"
     )
     add_command(
-        export_group,
+        exports,
         "deepspeed",
         deepspeed_export,
-        example="nextpt export deepspeed --run runs/demo --output exported && python exported/zero_to_fp32.py exported weights",
+        example=(
+            "nextpt export deepspeed --run runs/demo --output exported &&"
+            " python exported/zero_to_fp32.py exported weights"
+        ),
     )
-    import_group = add_group(
-        app, "import", help="Start from a model that others trained, see docs/export.md."
-    )
+    imports = add_group(app, "import", help="Start from a pretrained model, see docs/export.md.")
     add_command(
-        import_group,
+        imports,
         "hf",
         hf_import,
         example="nextpt import hf Qwen3-0.6B --data data/mine --output continued.yaml",

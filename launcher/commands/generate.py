@@ -1,224 +1,276 @@
-"""`nextpt generate`: continue prompts."""
+"""`nextpt generate`: continue prompts by sampling or beam search."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher.console import echo
+from launcher.options import JsonFile, RunOrModelFolder, Step
 from launcher.registration import add_command
+from nextpt.base.errors import UserError
 
 if TYPE_CHECKING:
+    from nextpt.evaluate.source import Source
     from nextpt.generate import Beams, Continuation, Ending, Sampling, Wanted
 
-TEMPERATURE = 0.8  # unless given
-LENGTH_PENALTY = 0.6  # unless given; see nextpt.generate.beam
+DEFAULT_TEMPERATURE = 0.8
+DEFAULT_LENGTH_PENALTY = 0.6  # see nextpt.generate.beam
+
+Prompt = Annotated[str | None, typer.Option(help="text to continue [default: empty]")]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(help="several prompts: .jsonl with a key `prompt`, or .txt with one per line"),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="maximum tokens of a continuation")]
+Samples = Annotated[
+    int, typer.Option(min=1, help="continuations per prompt; with --beams the best hypotheses")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help=f"0 is greedy decoding [default: {DEFAULT_TEMPERATURE}]"),
+]
+TopK = Annotated[int | None, typer.Option(help="keep the k most probable tokens")]
+TopP = Annotated[
+    float | None, typer.Option(help="keep the smallest set of tokens with this probability")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="keep tokens with at least this fraction of the largest probability"),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="above 1 makes tokens that occurred before less likely")
+]
+BeamWidth = Annotated[
+    int | None, typer.Option("--beams", help="beam search of this width, instead of sampling")
+]
+LengthPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help=f"length penalty of the beam search, 0 is none [default: {DEFAULT_LENGTH_PENALTY}]"
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="text that ends a continuation and is not printed; may be repeated"),
+]
+SampleSeed = Annotated[int, typer.Option(help="seed; the same seed gives the same text")]
+BatchSize = Annotated[int, typer.Option(min=1, help="continuations that are decoded together")]
+SaveSamples = Annotated[
+    bool, typer.Option("--save", help="also write the text to RUN/samples.json, for the report")
+]
 
 
 def generate(
-    run: Annotated[
-        Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")
-    ],
-    prompt: Annotated[str | None, typer.Option(help="text to continue; empty unless given")] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="many of them: .jsonl with a key `prompt`, or .txt with one on each line"
-        ),
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option(help="step of the checkpoint; the newest unless given")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="of each continuation")] = 200,
-    samples: Annotated[
-        int, typer.Option(min=1, help="continuations of each prompt; with --beams the best so many")
-    ] = 1,
-    temperature: Annotated[
-        float | None, typer.Option(help="0: always the most probable token; 0.8 unless given")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="keep the k most probable tokens")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="keep the smallest set of this probability")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="keep tokens of at least this share of the largest probability"),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(help="above 1: tokens that were there already become less likely"),
-    ] = None,
-    beams: Annotated[
-        int | None, typer.Option(help="beam search with so many hypotheses, instead of sampling")
-    ] = None,
-    length_penalty: Annotated[
-        float | None, typer.Option(help="of beams, 0: none; 0.6 unless given")
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="text that ends a continuation and is not shown; may be repeated"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same text")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="continuations decoded together")] = 32,
-    json_path: Annotated[
-        Path | None,
-        typer.Option("--json", help="also write tokens and their log-probabilities to this file"),
-    ] = None,
-    save: Annotated[
-        bool, typer.Option("--save", help="also keep the text in RUN/samples.json, for the report")
-    ] = False,
+    run: RunOrModelFolder,
+    prompt: Prompt = None,
+    prompts: PromptsFile = None,
+    step: Step = None,
+    max_tokens: MaxTokens = 200,
+    samples: Samples = 1,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    beams: BeamWidth = None,
+    length_penalty: LengthPenalty = None,
+    stop: Stop = None,
+    seed: SampleSeed = 0,
+    batch_size: BatchSize = 32,
+    json_path: JsonFile = None,
+    save: SaveSamples = False,
 ) -> None:
-    """Continue a prompt, or many.
+    """Continue one prompt or several.
 
-    Ends at the end of the document, at a stop string, or where the model's positions end.
+    A continuation ends at the end of the document, at a stop string, at --max-tokens, or at the
+    model's last position.
     """
-    from nextpt.base.errors import UserError
-    from nextpt.evaluate.heldout import write_result
     from nextpt.evaluate.source import open_source
     from nextpt.generate import Wanted, pick_device, prompt_tokens
     from nextpt.generate.prompts import read_prompts
-    from nextpt.generate.records import generation_json, sample_record, save_samples
 
     if prompt is not None and prompts is not None:
         raise UserError("--prompt and --prompts: give one of them")
-    given = {
+    options = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    searching = _beams(
-        beams,
-        length_penalty,
-        [k for k, v in (given | {"save": save or None}).items() if v is not None],
-    )
-    sampling = _sampling(given, seed)
-    wanted = Wanted(sampling, max_tokens, tuple(stop or ()), samples, batch_size)
+    sampling_options = {name: value for name, value in options.items() if value is not None}
+    refused = [*sampling_options, *(["save"] if save else [])]
+    beam_search = _beam_search(beams, length_penalty, refused)
+    sampling = _sampling(sampling_options, seed)
+    request = Wanted(sampling, max_tokens, tuple(stop or ()), samples, batch_size)
     texts = read_prompts(prompts) if prompts else {"the prompt": prompt or ""}
     source = open_source(run, step, pick_device(), decoder_only=True)
-    config, model, tokenizer, at = source.config, source.model, source.tokenizer, source.step
     if save and not source.is_run:
         raise UserError(
-            f"--save keeps samples for the report of a run, and {run} is a Hugging Face folder;"
-            " take --json"
+            f"--save writes samples for the report of a run, and {run} is a Hugging Face folder;"
+            " use --json"
         )
-    encoded = [prompt_tokens(config, tokenizer, text, name) for name, text in texts.items()]
-    found = _show((config, model, tokenizer), texts, encoded, wanted, searching)
+    tokens = [
+        prompt_tokens(source.config, source.tokenizer, text, name) for name, text in texts.items()
+    ]
+    generation = Generation(run, source, texts, tokens, request, beam_search)
+    generation.run_and_print()
     if json_path:
-        settings = {
-            "max_tokens": max_tokens,
-            "stop": list(wanted.stop),
-            "samples": samples,
-        } | _settings(wanted, searching)
-        write_result(
-            generation_json(run, at, settings, list(texts.values()), tokenizer, found), json_path
-        )
-        echo(f"written to {json_path}")
+        generation.write_json(json_path)
     if save:
-        save_samples(
-            run, [sample_record(at, list(texts.values())[c.prompt], c, sampling) for c in found]
+        generation.save_samples()
+
+
+@dataclass
+class Generation:
+    """One call of `nextpt generate`.
+
+    Attributes:
+        folder: The run folder or Hugging Face folder.
+        source: The opened model.
+        texts: Name of each prompt (file and line) and its text.
+        tokens: Tokens of each prompt.
+        request: What to generate.
+        beams: Beam search, or None for sampling.
+    """
+
+    folder: Path
+    source: Source
+    texts: dict[str, str]
+    tokens: list[list[int]]
+    request: Wanted
+    beams: Beams | None
+
+    def __post_init__(self) -> None:
+        self.continuations: list[Continuation] = []
+        self.is_single = len(self.texts) == self.request.samples == 1
+
+    def run_and_print(self) -> None:
+        """Print a single sampled continuation as it is decoded, others when they are complete."""
+        from nextpt.generate import Ending
+
+        streams = self.is_single and self.beams is None
+        if streams:
+            _write(next(iter(self.texts.values())))
+        for continuation in self._continuations(streams):
+            self.continuations.append(continuation)
+            name, text = list(self.texts.items())[continuation.prompt]
+            if not self.is_single:
+                nats = -sum(continuation.logprobs) / len(continuation.tokens)
+                echo(
+                    f"--- {name}, sample {continuation.sample + 1}:"
+                    f" {_describe(continuation.ending)}; {len(continuation.tokens)} tokens,"
+                    f" {nats:.3f} nats each"
+                )
+            _write("\n" if streams else text + continuation.text + "\n")
+            if self.is_single and continuation.ending is Ending.CONTEXT:
+                print(
+                    f"note: {_describe(continuation.ending)} ({self.source.config.max_position}"
+                    " tokens, including the prompt)",
+                    file=sys.stderr,
+                )
+
+    def _continuations(self, streams: bool) -> Iterable[Continuation]:
+        from nextpt.generate import beam_search, generate
+
+        model = (self.source.config, self.source.model, self.source.tokenizer)
+        if self.beams:
+            for number, prompt in enumerate(self.tokens):
+                yield from beam_search(*model, prompt, self.request, self.beams, number)
+            return
+
+        def on_text(prompt: int, sample: int, piece: str) -> None:
+            if streams:
+                _write(piece)
+
+        yield from generate(*model, self.tokens, self.request, on_text)
+
+    def write_json(self, path: Path) -> None:
+        """Write tokens and log-probabilities. Raises DataError."""
+        from nextpt.evaluate.heldout import write_result
+        from nextpt.generate.records import generation_json
+
+        settings: dict[str, Any] = {
+            "max_tokens": self.request.max_tokens,
+            "stop": list(self.request.stop),
+            "samples": self.request.samples,
+        }
+        if self.beams:
+            settings |= {"beams": self.beams.width, "length_penalty": self.beams.length_penalty}
+        else:
+            settings |= asdict(self.request.sampling)
+        result = generation_json(
+            self.folder,
+            self.source.step,
+            settings,
+            list(self.texts.values()),
+            self.source.tokenizer,
+            self.continuations,
         )
+        write_result(result, path)
+        echo(f"written to {path}")
+
+    def save_samples(self) -> None:
+        """Add the texts to RUN/samples.json. Raises DataError."""
+        from nextpt.generate.records import sample_record, save_samples
+
+        assert self.source.step is not None  # a run, checked before
+        prompts = list(self.texts.values())
+        records = [
+            sample_record(self.source.step, prompts[c.prompt], c, self.request.sampling)
+            for c in self.continuations
+        ]
+        save_samples(self.folder, records)
 
 
-def _sampling(given: dict[str, Any], seed: int) -> Sampling:
+def _sampling(options: dict[str, Any], seed: int) -> Sampling:
     from nextpt.generate import Sampling
 
-    return Sampling(
-        **{"temperature": TEMPERATURE} | {k: v for k, v in given.items() if v is not None},
-        seed=seed,
-    )
+    return Sampling(**{"temperature": DEFAULT_TEMPERATURE} | options, seed=seed)
 
 
-def _beams(width: int | None, length_penalty: float | None, against: list[str]) -> Beams | None:
-    """The search that is asked for.
+def _beam_search(
+    width: int | None, length_penalty: float | None, sampling_options: list[str]
+) -> Beams | None:
+    """Build the beam search, or None without --beams.
 
-    Raises UserError for options that go with sampling only, or with beams only.
+    Args:
+        width: Value of --beams.
+        length_penalty: Value of --length-penalty.
+        sampling_options: Names of the options that were given and apply to sampling only.
+
+    Raises:
+        UserError: An option of sampling is given with --beams, or --length-penalty without it.
     """
-    from nextpt.base.errors import UserError
     from nextpt.generate import Beams
 
     if width is None:
         if length_penalty is not None:
-            raise UserError("--length-penalty is of beam search; give --beams too")
+            raise UserError("--length-penalty is an option of the beam search; give --beams too")
         return None
-    if against:
-        option = "--" + against[0].replace("_", "-")
+    if sampling_options:
+        option = "--" + sampling_options[0].replace("_", "-")
         raise UserError(
-            f"{option} goes with sampling, --beams draws nothing; leave one of them out"
+            f"{option} is an option of sampling and --beams does not sample; leave one of them out"
         )
-    return Beams(width, LENGTH_PENALTY if length_penalty is None else length_penalty)
+    return Beams(width, DEFAULT_LENGTH_PENALTY if length_penalty is None else length_penalty)
 
 
-def _settings(wanted: Wanted, beams: Beams | None) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return (
-        {"beams": beams.width, "length_penalty": beams.length_penalty}
-        if beams
-        else asdict(wanted.sampling)
-    )
-
-
-def _show(
-    opened: tuple[Any, Any, Any],
-    texts: dict[str, str],
-    encoded: list[list[int]],
-    wanted: Wanted,
-    beams: Beams | None,
-) -> list[Continuation]:
-    """Generate and print: one continuation as it grows, several each when it is done."""
-    from nextpt.generate import Ending, beam_search
-    from nextpt.generate import generate as continue_prompts
-
-    alone = len(texts) == wanted.samples == 1
-    streamed = alone and beams is None
-
-    def hear(prompt: int, sample: int, piece: str) -> None:
-        if streamed:
-            _write(piece)
-
-    if streamed:
-        _write(next(iter(texts.values())))
-    results = (
-        (
-            c
-            for number, prompt in enumerate(encoded)
-            for c in beam_search(*opened, prompt, wanted, beams, number)
-        )
-        if beams
-        else continue_prompts(*opened, encoded, wanted, hear)
-    )
-    found = []
-    for c in results:
-        found.append(c)
-        name, text = list(texts.items())[c.prompt]
-        if not alone:
-            echo(
-                f"--- {name}, sample {c.sample + 1}: {_ended(c.ending)}; {len(c.tokens)} tokens,"
-                f" {-sum(c.logprobs) / len(c.tokens):.3f} nats each"
-            )
-        _write("\n" if streamed else text + c.text + "\n")
-        if alone and c.ending is Ending.CONTEXT:
-            print(
-                f"note: {_ended(c.ending)} ({opened[0].max_position} tokens, the prompt's"
-                " included)",
-                file=sys.stderr,
-            )
-    return found
-
-
-def _ended(ending: Ending | None) -> str:
+def _describe(ending: Ending | None) -> str:
     from nextpt.generate import Ending
 
+    assert ending is not None  # the continuation is complete
     return {
-        Ending.DOCUMENT: "the document ended",
-        Ending.STOP: "a stop string came",
-        Ending.LENGTH: "as long as asked for",
-        Ending.CONTEXT: "the model's positions end here",
+        Ending.DOCUMENT: "end of the document",
+        Ending.STOP: "stop string",
+        Ending.LENGTH: "maximum number of tokens",
+        Ending.CONTEXT: "the model's last position is reached",
     }[ending]
 
 
@@ -233,5 +285,7 @@ def register(app: typer.Typer) -> None:
         app,
         "generate",
         generate,
-        example="nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95",
+        example=(
+            "nextpt generate --run runs/demo --prompt 'def main(' --temperature 0.8 --top-p 0.95"
+        ),
     )

@@ -1,4 +1,4 @@
-"""`nextpt inspect`: a text as a model sees it."""
+"""`nextpt inspect`: probability, rank, entropy and alternatives of each token of a text."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import console, echo, progress_bars
+from launcher.options import RunOrModelFolder, Step
 from launcher.registration import add_command
+from nextpt.base.errors import UserError
 
 if TYPE_CHECKING:
     from nextpt.observe.inspection import Inspection
 
+HEADINGS = ("position", "before it", "token", "bits", "probability", "rank", "expected instead")
+LEFT_ALIGNED = ("token", "expected instead")
+CONTEXT_TOKENS, CONTEXT_CHARACTERS = 13, 24  # in the column "before it"
+
 
 def inspect(
-    run: Annotated[
-        Path, typer.Option("--run", help="run folder, such as runs/demo, or a Hugging Face folder")
-    ],
-    text: Annotated[Path | None, typer.Option(help="file of UTF-8 text")] = None,
-    prompt: Annotated[str | None, typer.Option(help="the text itself")] = None,
-    step: Annotated[
-        int | None, typer.Option(help="step of the checkpoint; the newest unless given")
-    ] = None,
+    run: RunOrModelFolder,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 file to inspect")] = None,
+    prompt: Annotated[str | None, typer.Option(help="text to inspect")] = None,
+    step: Step = None,
     heldout: Annotated[
         bool,
         typer.Option(
@@ -31,37 +33,42 @@ def inspect(
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="folder to write; RUN/inspect unless given")
+        Path | None, typer.Option(help="folder to write [default: RUN/inspect]")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="tokens in the table")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="rows of the printed table")] = 12,
 ) -> None:
-    """Each token's probability, rank, entropy and alternatives, as a page coloured by surprise.
+    """Show how a model predicts each token of a text, and how well it is calibrated.
 
-    And a calibration curve.
+    Writes a page with every token coloured by its surprisal, and a calibration plot.
     """
-    from nextpt.base.errors import UserError
     from nextpt.generate import pick_device
     from nextpt.observe.inspection import inspect_text, write_inspection
 
-    if (text is None) == (prompt is None):
-        raise UserError("give the text with one of --text FILE and --prompt TEXT")
-    content = prompt if prompt is not None else _read(text)
-    name = "the prompt" if text is None else str(text)
-    if not content:
-        raise UserError(f"{name} is empty: there is no token to look at")
+    content, name = _read_input(text, prompt)
     with progress_bars("reading") as progress:
-        found = inspect_text(
+        inspection = inspect_text(
             run, content, name, step=step, heldout=heldout, device=pick_device(), progress=progress
         )
     target = output or run / "inspect"
-    write_inspection(found, target)
-    _say(found, top)
+    write_inspection(inspection, target)
+    _print_inspection(inspection, top)
     echo(f"written to {target}: tokens.html (open it in a browser), calibration.svg, inspect.json")
 
 
-def _read(path: Path) -> str:
-    from nextpt.base.errors import UserError
+def _read_input(text: Path | None, prompt: str | None) -> tuple[str, str]:
+    """Return the text and its name. Raises UserError."""
+    if text is not None and prompt is None:
+        content, name = _read_text(text), str(text)
+    elif prompt is not None and text is None:
+        content, name = prompt, "the prompt"
+    else:
+        raise UserError("give the text with one of --text FILE and --prompt TEXT")
+    if not content:
+        raise UserError(f"{name} is empty: it has no token to inspect")
+    return content, name
 
+
+def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
@@ -70,8 +77,23 @@ def _read(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start:,}") from error
 
 
-def _say(found: Inspection, top: int) -> None:
-    """The most surprising tokens, and the sums."""
+def _print_inspection(inspection: Inspection, top: int) -> None:
+    """Print the most surprising tokens and the metrics of the whole text."""
+    _print_most_surprising(inspection, top)
+    metrics = inspection.metrics
+    echo(
+        f"{metrics.tokens:,} tokens, {metrics.bytes:,} bytes: {metrics.nats_per_token:.3f} nats per"
+        f" token, {metrics.bpb:.3f} bits per byte"
+    )
+    following = ", ".join(_format_alternative(a) for a in inspection.following["alternatives"][:4])
+    echo(f"next token: {following}")
+    echo(
+        f"expected calibration error {inspection.calibration.top.expected_error:.3f} over"
+        f" {inspection.calibration.places:,} positions of {inspection.calibrated_on}"
+    )
+
+
+def _print_most_surprising(inspection: Inspection, top: int) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -79,52 +101,32 @@ def _say(found: Inspection, top: int) -> None:
     from nextpt.observe.inspection import visible
 
     table = Table(
-        title=Text(f"the most surprising tokens of {found.source}"),
+        title=Text(f"the most surprising tokens of {inspection.source}"),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for heading in (
-        "place",
-        "before it",
-        "token",
-        "bits",
-        "probability",
-        "rank",
-        "expected instead",
-    ):
-        table.add_column(
-            heading,
-            justify="left" if heading in ("token", "expected instead") else "right",
-            no_wrap=True,
-        )
-    for place, t in found.most_surprising(top):
-        before = "".join(b["text"] for b in found.tokens[max(place - 13, 0) : place - 1])[-24:]
-        others = [_percent(a) for a in t["alternatives"] if a["id"] != t["id"]]
+    for heading in HEADINGS:
+        justify = "left" if heading in LEFT_ALIGNED else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for position, token in inspection.most_surprising(top):
+        context = inspection.tokens[max(position - CONTEXT_TOKENS, 0) : position - 1]
+        before = "".join(t["text"] for t in context)[-CONTEXT_CHARACTERS:]
+        others = [_format_alternative(a) for a in token["alternatives"] if a["id"] != token["id"]]
         table.add_row(
-            f"{place:,}",
+            f"{position:,}",
             Text(visible(before), style="dim"),
-            Text(visible(t["token"]), style="bold"),
-            f"{t['nats'] / math.log(2):.2f}",
-            f"{t['probability']:.2g}",
-            f"{t['rank']:,}",
+            Text(visible(token["token"]), style="bold"),
+            f"{token['nats'] / math.log(2):.2f}",
+            f"{token['probability']:.2g}",
+            f"{token['rank']:,}",
             Text(", ".join(others[:2])),
         )
     console.print(table)
-    figures = found.figures
-    echo(
-        f"{figures.tokens:,} tokens, {figures.bytes:,} bytes: {figures.nats_per_token:.3f} nats per"
-        f" token, {figures.bpb:.3f} bits per byte"
-    )
-    echo("then it expects " + ", ".join(_percent(a) for a in found.following["alternatives"][:4]))
-    echo(
-        f"expected calibration error {found.calibration.top.expected_error:.3f} over"
-        f" {found.calibration.places:,} places of {found.calibrated_on}"
-    )
 
 
-def _percent(alternative: dict[str, Any]) -> str:
+def _format_alternative(alternative: dict[str, Any]) -> str:
     from nextpt.observe.inspection import visible
 
     return f"{visible(alternative['token'])} {100 * alternative['probability']:.1f} %"
@@ -136,5 +138,8 @@ def register(app: typer.Typer) -> None:
         app,
         "inspect",
         inspect,
-        example="nextpt inspect --run runs/demo --text notes.txt    nextpt inspect --run runs/demo --prompt 'import os' --heldout",
+        example=(
+            "nextpt inspect --run runs/demo --text notes.txt    nextpt inspect --run runs/demo"
+            " --prompt 'import os' --heldout"
+        ),
     )

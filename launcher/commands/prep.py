@@ -15,12 +15,12 @@ from launcher.registration import add_command, add_group
 def prep_stdlib(
     output: Annotated[Path, typer.Option(help="folder for code.jsonl and prose.jsonl")],
 ) -> None:
-    """Collect a corpus that every machine has: this Python's standard library, as code and prose."""
+    """Collect the standard library of this Python as a corpus of code and prose."""
     from data_prep.stdlib_corpus import collect
 
-    found = collect(output)
-    for domain, count in found.documents.items():
-        echo(f"{output}/{domain}.jsonl: {count:,} documents, {found.bytes[domain]:,} bytes")
+    corpus = collect(output)
+    for domain, count in corpus.documents.items():
+        echo(f"{output}/{domain}.jsonl: {count:,} documents, {corpus.bytes[domain]:,} bytes")
 
 
 def register(app: typer.Typer) -> None:

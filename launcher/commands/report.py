@@ -14,13 +14,13 @@ from launcher.registration import add_command
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="run folders; several are laid over each other"),
+        typer.Argument(metavar="RUN...", help="run folders; several are compared in one page"),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="file to write; RUN/report.html unless given")
+        Path | None, typer.Option(help="file to write [default: RUN/report.html]")
     ] = None,
 ) -> None:
-    """Write one HTML page about one run or several, which opens without network."""
+    """Write one HTML page about one run or several; it needs no network to open."""
     from nextpt.observe.report import default_output, write_report
 
     target = output or default_output(runs)
@@ -34,5 +34,5 @@ def register(app: typer.Typer) -> None:
         app,
         "report",
         report,
-        example="nextpt report runs/demo    nextpt report runs/a runs/b --output compare.html",
+        example=("nextpt report runs/demo    nextpt report runs/a runs/b --output compare.html"),
     )

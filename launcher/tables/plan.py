@@ -49,7 +49,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def say_plan(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
     """Figures, the table of options, and what to choose."""
     config, machine, counts = plan.config, plan.machine, plan.counts
     echo(
@@ -75,7 +75,7 @@ def say_plan(plan: Plan) -> None:
         )
     echo()
     console.print(_table(plan))
-    _say_choice(plan)
+    _print_choice(plan)
 
 
 def _table(plan: Plan) -> Table:
@@ -123,7 +123,7 @@ def _table(plan: Plan) -> Table:
     return table
 
 
-def _say_choice(plan: Plan) -> None:
+def _print_choice(plan: Plan) -> None:
     best = plan.best
     if best is None:
         least = min(plan.options, key=lambda o: o.memory.total)

@@ -38,7 +38,7 @@ STEPS = (0, 2, 4, 6, 9, 12)  # bits in the legend
 
 @dataclass(frozen=True)
 class Inspection:
-    """A text as a model saw it. source: where the text is from. tokens: of the text, as `rows` makes them. following: what the model expects after it. figures: sums over the text. calibration: of `calibrated_on`."""
+    """A text as a model saw it. source: where the text is from. tokens: of the text, as `rows` makes them. following: what the model expects after it. metrics: sums over the text. calibration: of `calibrated_on`."""
 
     run: Path
     step: int | None  # of a run
@@ -47,7 +47,7 @@ class Inspection:
     stride: int
     tokens: list[dict[str, Any]]
     following: dict[str, Any]
-    figures: Metrics
+    metrics: Metrics
     calibration: Calibration
     calibrated_on: str
 
@@ -59,7 +59,7 @@ class Inspection:
             "source": self.source,
             "window": self.window,
             "stride": self.stride,
-            "total": self.figures.as_dict(),
+            "total": self.metrics.as_dict(),
             "calibrated_on": self.calibrated_on,
             "calibration": self.calibration.as_dict(),
             "tokens": self.tokens,
@@ -123,7 +123,7 @@ def inspect_text(
         "entropy": entropy,
         "alternatives": expected(speller(tokenizer), ids.tolist(), nats.tolist()),
     }
-    figures = Metrics(len(found.nats), len(text.encode()), float(found.nats.sum()))
+    metrics = Metrics(len(found.nats), len(text.encode()), float(found.nats.sum()))
     return Inspection(
         run,
         at,
@@ -132,7 +132,7 @@ def inspect_text(
         stride,
         rows(tokenizer, found),
         following,
-        figures,
+        metrics,
         calibration,
         "held-out documents" if heldout else source,
     )
@@ -228,7 +228,7 @@ def write_inspection(found: Inspection, folder: Path) -> None:
     }
     page = made.get_template("tokens.html.j2").render(
         found=found,
-        total=found.figures.as_dict(),
+        total=found.metrics.as_dict(),
         picture=picture,
         shown=found.tokens[:MOST_SHOWN],
         surprising=found.most_surprising(20),

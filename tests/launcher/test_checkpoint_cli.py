@@ -43,7 +43,7 @@ def test_a_table_of_what_is_there_newest_first(places: tuple[Path, str], tmp_pat
 @pytest.mark.parametrize("which", [0, 1])
 def test_verify_finds_one_flipped_bit(places: tuple[Path, str], which: int, tmp_path: Path) -> None:
     place = places[which]
-    assert nextpt("verify", place).stdout.count("whole") == 2
+    assert nextpt("verify", place).stdout.count("valid") == 2
     damaged = next((tmp_path / ("run", "mirror")[which]).rglob("*step-000000002*")) / "state.json"
     data = bytearray(damaged.read_bytes())
     data[5] ^= 1
@@ -52,7 +52,7 @@ def test_verify_finds_one_flipped_bit(places: tuple[Path, str], which: int, tmp_
     assert (
         result.exit_code == 65
         and "state.json is damaged" in " ".join(result.stdout.split())
-        and result.stdout.count("whole") == 1
+        and result.stdout.count("valid") == 1
     )
     assert nextpt("verify", place, "--step", 1).exit_code == 0
 

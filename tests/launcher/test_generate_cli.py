@@ -33,7 +33,7 @@ def test_one_continuation_follows_its_prompt(run: Path) -> None:
     )
     assert nextpt("--run", run, "--max-tokens", 3).exit_code == 0  # an empty prompt
     whole = nextpt("--run", run, "--max-tokens", 500, "--temperature", 0, "--min-p", 0.1)
-    assert "note: the model's positions end here (40 tokens, the prompt's included)" in whole.stderr
+    assert "note: the model's last position is reached (40 tokens, including the prompt)" in whole.stderr
 
 
 def test_json_of_several_prompts_and_samples(run: Path, tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
         (["--prompt", "a", "--prompts", "x.txt"], "--prompt and --prompts: give one of them"),
         (["--prompts", "x.txt"], "x.txt cannot be read: No such file"),
         (["--top-p", "1.5"], "top_p = 1.5 must be above 0 and at most 1"),
-        (["--beams", "2", "--top-p", "0.5"], "--top-p goes with sampling"),
-        (["--beams", "2", "--save"], "--save goes with sampling"),
+        (["--beams", "2", "--top-p", "0.5"], "--top-p is an option of sampling"),
+        (["--beams", "2", "--save"], "--save is an option of sampling"),
         (["--beams", "2", "--samples", "3"], "samples = 3 of beams = 2"),
-        (["--length-penalty", "1"], "--length-penalty is of beam search"),
+        (["--length-penalty", "1"], "--length-penalty is an option of the beam search"),
         (["--stop", ""], "a stop string is empty"),
         (["--prompt", "a\udcff"], "the prompt is not UTF-8"),
         (["--max-tokens", "2", "--json", "nowhere/o.json"], "nowhere/o.json cannot be written"),

@@ -1,4 +1,4 @@
-"""Config sections `optimizer` and `schedule`: AdamW and its learning rate."""
+"""Config sections `optimizer` and `schedule`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from nextpt.config.section import Section, key
 
 
 class OptimizerSection(Section):
-    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    """The optimizer; `kind` says which (nextpt/optim/registry.py)."""
 
+    kind: Literal["adamw"] = key(
+        "adamw",
+        description="adamw: matrices decay, vectors (norms, biases) do not",
+        aliases=("optimizer_type", "optim_type", "type", "name"),
+    )
     lr: float = key(
         gt=0,
         description="peak learning rate",

@@ -32,7 +32,7 @@ class Config(Section):
     objective: ObjectiveSection = key(
         ObjectiveSection(), description="weighted next-token loss", aliases=("loss",)
     )
-    optimizer: OptimizerSection = key(description="AdamW", aliases=("optim",))
+    optimizer: OptimizerSection = key(description="optimizer", aliases=("optim",))
     schedule: ScheduleSection = key(
         ScheduleSection(),
         description="learning-rate schedule",

@@ -1,4 +1,4 @@
-"""How training goes, from numbers that a step makes anyway: the gradient noise scale, and how far weights move.
+"""Training dynamics: the gradient noise scale, and how far each step moves the weights.
 
 Noise scale (McCandlish et al., arXiv 1812.06162, appendix A.1). A step has M micro-batches over all
 ranks, of weights W_m that sum to W (targets, where all weigh 1). With g_m the mean gradient of
@@ -8,7 +8,7 @@ micro-batch m, G that of the step, and tr(S) the trace of the covariance of one 
 
 so that two norms give unbiased estimates of both unknowns: tr(S) = (left - right) W / (M - 1),
 |G|^2 = right - tr(S) / W. B_simple = tr(S) / |G|^2, in targets: below it a larger batch saves as
-many steps as it costs, above it does not. Of one step the estimates scatter widely, and |G|^2 may
+many steps as it costs, above it does not. Estimates of a single step scatter widely, and |G|^2 may
 be negative: take the ratio of two means over many steps (`noise_scale`), never the mean of ratios.
 Targets of one sequence depend on each other; since whole sequences are drawn, that is part of the
 noise.
@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-# Elements that an update is computed of at a time, so that it takes no memory to speak of
+# Elements of a parameter whose update is computed at a time, so that it takes little memory.
 CHUNK = 2**24
-KINDS = {
+# Part of a parameter's name -> what the parameter belongs to
+COMPONENTS = {
     "embed_tokens": "embedding",
     "lm_head": "output",
     ".attention.": "attention",
@@ -34,68 +34,82 @@ KINDS = {
 
 
 class GradientNoise:
-    """Hears the gradient of every micro-batch of a step, before it is added up or sent anywhere, where `active` is set.
+    """Gradient noise of single steps, from the gradient of every micro-batch.
 
-    scale: what the loss is multiplied by before the backward pass. Costs one reading of each
-    gradient, in those steps only.
+    Hooks read each gradient before it is accumulated or reduced; they do so only in steps that are
+    measured.
+
+    Args:
+        module: The module that is trained.
+        device: Device of this rank.
+        scale: Factor by which the loss is multiplied before the backward pass.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, scale: float) -> None:
-        self.active, self._scale, self._device = False, scale, device
+        self.active, self._scale = False, scale
         # Sum over micro-batches of (W_m / W) |g_m|^2
-        self._small = torch.zeros((), dtype=torch.float64, device=device)
+        self._micro_batch_squares = torch.zeros((), dtype=torch.float64, device=device)
         self._squares: list[Tensor] = []
         for parameter in module.parameters():
-            parameter.register_hook(self._hear)
+            parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]  # torch
 
-    def _hear(self, gradient: Tensor) -> None:
+    def _on_gradient(self, gradient: Tensor) -> None:
         if self.active:
             self._squares.append(
                 torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).double().square()
             )
 
     def begin(self, active: bool) -> None:
-        """A step begins, which is measured or not."""
+        """Begin a step, which is measured where `active` is true."""
         self.active = active
-        self._small.zero_()
+        self._micro_batch_squares.zero_()
         self._squares.clear()
 
     def end_micro_batch(self, weights: Tensor, weight_sum: Tensor) -> None:
-        """A micro-batch's backward pass is done. weights: its own sum of weights.
+        """End the backward pass of a micro-batch.
 
-        weight_sum: the whole step's.
+        Args:
+            weights: Sum of the micro-batch's token weights.
+            weight_sum: Sum of the whole step's.
         """
         if self.active and self._squares:
-            # The gradient heard is scale * (W_m / W) g_m; a micro-batch without a target has none.
+            # A hook sees scale * (W_m / W) g_m; a micro-batch without a target has no gradient.
             square = (
                 torch.stack(self._squares).sum()
                 * (weight_sum / weights.clamp(min=1e-30))
                 / self._scale**2
             )
-            self._small += torch.where(weights > 0, square, 0.0)
+            self._micro_batch_squares += torch.where(weights > 0, square, 0.0)
         self._squares.clear()
 
     def estimate(
         self,
-        all_sum: Callable[[Tensor], Tensor],
+        all_reduce: Callable[[Tensor], Tensor],
         micro_batches: int,
         weight_sum: Tensor,
         norm: float,
     ) -> dict[str, float] | None:
-        """{"trace": tr(S), "square": |G|^2} of the step, None for one of a single micro-batch or not finite. Collective, waits.
+        """Estimates of the step that ended last. Collective; waits for the device.
 
-        micro_batches: of all ranks. norm: of the step's gradient, before clipping.
+        Args:
+            all_reduce: Sums a tensor over the ranks that divide the data.
+            micro_batches: Micro-batches of the step over all ranks.
+            weight_sum: Sum of the step's token weights.
+            norm: Norm of the step's gradient before clipping.
+
+        Returns:
+            {"trace": tr(S), "square": |G|^2}; None for a step that was not measured, has a single
+            micro-batch, or gives no finite numbers.
         """
         if not self.active or micro_batches < 2:
             return None
-        small, total = float(all_sum(self._small.clone())), float(weight_sum)
-        trace = (small - norm**2) * total / (micro_batches - 1)
+        squares = float(all_reduce(self._micro_batch_squares.clone()))
+        total = float(weight_sum)
+        trace = (squares - norm**2) * total / (micro_batches - 1)
         square = norm**2 - trace / total if total else math.nan
-        return (
-            {"trace": trace, "square": square}
-            if math.isfinite(trace) and math.isfinite(square)
-            else None
-        )
+        if not (math.isfinite(trace) and math.isfinite(square)):
+            return None
+        return {"trace": trace, "square": square}
 
 
 def noise_scale(estimates: Iterable[dict[str, float]]) -> float | None:
@@ -103,58 +117,42 @@ def noise_scale(estimates: Iterable[dict[str, float]]) -> float | None:
 
     None where the mean square is not positive.
     """
-    found = list(estimates)
-    square = sum(e["square"] for e in found)
-    return sum(e["trace"] for e in found) / square if square > 0 else None
+    steps = list(estimates)
+    square = sum(estimate["square"] for estimate in steps)
+    return sum(estimate["trace"] for estimate in steps) / square if square > 0 else None
 
 
-def kind_of(name: str) -> str:
+def component_of(name: str) -> str:
     """What a parameter belongs to: embedding, output, attention, feed_forward or norms."""
     if name.endswith("norm.weight"):
         return "norms"
-    return next(kind for part, kind in KINDS.items() if part in name)
-
-
-@dataclass(frozen=True)
-class AdamWUpdates:
-    """What AdamW's next or last update depends on beside weights and moments. updates: how many were made."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    updates: float
-
-    def update(self, weight: Tensor, mean: Tensor, square: Tensor, weight_decay: float) -> Tensor:
-        """What was taken from the weights last (arXiv 1711.05101, algorithm 2), its decay reckoned of the weights after it."""
-        first, second = (1 - beta**self.updates for beta in self.betas)
-        return self.lr * (
-            mean / first / ((square / second).sqrt() + self.eps) + weight_decay * weight
-        )
+    return next(component for part, component in COMPONENTS.items() if part in name)
 
 
 def update_ratios(
-    shares: Iterable[tuple[str, float, dict[str, Tensor]]],
-    adamw: AdamWUpdates,
-    all_sum: Callable[[Tensor], Tensor],
+    parts: Iterable[tuple[str, Tensor, Tensor]],
+    all_reduce: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> dict[str, float]:
-    """Kind of parameter -> |last update| / |weights|, L2 norms over all ranks. Collective, waits.
+    """|last update| / |weights| by component, L2 norms over all ranks.
 
-    shares: (name, weight decay, fp32 views "weight", "exp_avg" and "exp_avg_sq") of what this rank
-    holds.
+    Collective; waits for the device.
+
+    Args:
+        parts: (Parameter name, fp32 weights, last update of them) of what this rank holds; over
+            all ranks every element at most once.
+        all_reduce: Sums a tensor over the ranks that divide the data.
+        device: Device of this rank.
     """
-    names = sorted({"norms", *KINDS.values()})
+    names = sorted({"norms", *COMPONENTS.values()})
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-    for name, decay, tensors in shares:
-        row = names.index(kind_of(name))
-        for weight, mean, square in zip(
-            *(tensors[k].split(CHUNK) for k in ("weight", "exp_avg", "exp_avg_sq")), strict=True
-        ):
-            step = adamw.update(weight, mean, square, decay)
-            sums[row] += torch.stack([step.double().square().sum(), weight.double().square().sum()])
-    found = all_sum(sums).tolist()
+    for name, weight, update in parts:
+        sums[names.index(component_of(name))] += torch.stack(
+            [update.double().square().sum(), weight.double().square().sum()]
+        )
+    totals = all_reduce(sums).tolist()
     return {
-        name: math.sqrt(step / weight)
-        for name, (step, weight) in zip(names, found, strict=True)
-        if weight > 0 and adamw.updates
+        name: math.sqrt(update / weight)
+        for name, (update, weight) in zip(names, totals, strict=True)
+        if weight > 0
     }

@@ -261,7 +261,7 @@ class Trainer:
             return None
         self.job.set_phase("training", step)
         batches = [batch.to(self.engine.device) for batch in read]
-        weights = self.engine.all_sum(local_weight_sum(batches))
+        weights = self.engine.all_reduce(local_weight_sum(batches))
         # Of another mixture or context: its losses are not those of the last steps
         if self.loader.begins_stage(step - 1):
             self.engine.spike_detector.reset()
@@ -283,7 +283,7 @@ class Trainer:
         A step that was skipped is logged as it was.
         """
         sums = made.sums
-        self.engine.all_sum(sums.sums)
+        self.engine.all_reduce(sums.sums)
         now, steps = time.monotonic(), max(step - clock.step, 1)
         rate = steps * self.config.tokens_per_step / max(now - clock.started, 1e-9)
         self.emit(
@@ -339,7 +339,7 @@ class Trainer:
                     sums.add(
                         module(batch, 1.0).nats, batch.target_bytes, batch.is_text, batch.domain_ids
                     )
-        self.engine.all_sum(sums.sums)
+        self.engine.all_reduce(sums.sums)
         figures = metrics_json(sums)
         nats = figures["total"]["nats_per_token"]
         self.validation = {"step": step, "nats_per_token": nats if math.isfinite(nats) else None}
@@ -355,4 +355,4 @@ class Trainer:
             return False
         late = time.monotonic() - self.last_saved_at >= 60 * every.every_minutes
         flag = torch.tensor(float(late and self.engine.rank == 0), device=self.engine.device)
-        return bool(self.engine.all_sum(flag).item())
+        return bool(self.engine.all_reduce(flag).item())

@@ -31,10 +31,11 @@ from nextpt.events import CheckpointEvent, Event, Listener, MetricsFile, SaveFai
 from nextpt.job.context import JobContext, job_context
 from nextpt.job.environment import describe_start, place, record_start, versions
 from nextpt.train.console import ConsoleListener
-from nextpt.train.engine import Engine, start_distributed
+from nextpt.train.engine import Engine
 from nextpt.train.loop import Outcomes, Trainer
 from nextpt.train.memory import loss_chunking
 from nextpt.train.mirroring import mirroring, open_mirror
+from nextpt.train.process_group import start_distributed
 from nextpt.train.randomness import get_rng, set_rng
 from nextpt.train.start import open_start, start_from
 
@@ -126,7 +127,7 @@ def _train(
         validation = kept["validation"]
         return tell(
             lambda: manager.save(
-                engine, extras, get_rng(), validation and validation["nats_per_token"], wait
+                engine.state, extras, get_rng(), validation and validation["nats_per_token"], wait
             )
         )
 
@@ -258,13 +259,13 @@ def resume(engine: Engine, checkpoint: Checkpoint, ranks: RankGroup) -> None:
 
     Collective. Raises CheckpointError.
     """
-    check_state_shapes(checkpoint, engine.state_shapes())
-    if checkpoint.state["scalars"].keys() != engine.scalars().keys():
+    check_state_shapes(checkpoint, engine.state.state_shapes())
+    if checkpoint.state["scalars"].keys() != engine.state.scalars().keys():
         raise CheckpointError(
             f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])},"
-            f" expected {sorted(engine.scalars())}; it was not written by this nextpt"
+            f" expected {sorted(engine.state.scalars())}; it was not written by this nextpt"
         )
-    engine.load(checkpoint, checkpoint.state["scalars"])
+    engine.state.load(checkpoint, checkpoint.state["scalars"])
     checkpoint.close()
     try:
         if states := checkpoint.rng(ranks.rank):

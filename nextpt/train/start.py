@@ -54,4 +54,4 @@ def start_from(engine: Engine, weights: HFWeights) -> None:
 
     Moments and the count of updates are zero. Collective.
     """
-    engine.load(weights, {"optimizer_updates": 0.0})
+    engine.state.load(weights, dict.fromkeys(engine.state.scalars(), 0.0))

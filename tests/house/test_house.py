@@ -22,6 +22,7 @@ FLOORS = {
     "nextpt.events": 3,
     "nextpt.data": 4,
     "nextpt.model": 5,
+    "nextpt.parallel": 1,
     "nextpt.optim": 6,
     "nextpt.objective": 6,
     "nextpt.checkpoint": 7,
@@ -76,12 +77,56 @@ def test_arrows_point_down(path: Path) -> None:
         )
 
 
-def test_only_the_engine_imports_deepspeed_and_only_one_module_streaming() -> None:
+def test_only_one_module_imports_deepspeed_and_none_pickle() -> None:
     users = {
         name: {module_of(p) for p in SOURCES for i in imports(p) if i.split(".")[0] == name}
         for name in ("deepspeed", "pickle")
     }
-    assert users["deepspeed"] == {"nextpt.train.engine"} and users["pickle"] == set()
+    assert users["deepspeed"] == {"nextpt.train.deepspeed_api"} and users["pickle"] == set()
+
+
+COLLECTIVES = {
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all"),
+    *("all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather"),
+    *("gather_object", "irecv", "isend", "monitored_barrier", "recv", "reduce"),
+    *("reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),
+}
+
+
+def collectives_without_group(path: Path) -> list[str]:
+    """Calls of torch.distributed's collectives that name no process group, as name:line."""
+    tree = ast.parse(path.read_text())
+    modules, functions = {"torch.distributed"}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {a.asname for a in node.names if a.name == "torch.distributed" and a.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            modules |= {a.asname or a.name for a in node.names if a.name == "distributed"}
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch.distributed":
+            functions |= {a.asname or a.name for a in node.names if a.name in COLLECTIVES}
+    unnamed = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(k.arg == "group" for k in node.keywords):
+            continue
+        called = ast.unparse(node.func)
+        module, _, name = called.rpartition(".")
+        if called in functions or (module in modules and name in COLLECTIVES):
+            unnamed.append(f"{called}:{node.lineno}")
+    return unnamed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_collectives_name_their_group(path: Path) -> None:
+    assert collectives_without_group(path) == []
+
+
+def test_collectives_without_a_group_are_seen(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        "import torch.distributed as dist\nfrom torch.distributed import barrier\n"
+        "dist.all_reduce(x)\nbarrier()\ndist.broadcast(x, 0, group=g)\n"
+    )
+    assert collectives_without_group(source) == ["dist.all_reduce:3", "barrier:4"]
 
 
 def test_launcher_files_shadow_nothing() -> None:

@@ -1,7 +1,4 @@
-"""Our AdamW is torch's with clipping.
-
-A bad step changes nothing; the step does not wait for the device.
-"""
+"""AdamW: equals torch's with clipping; a bad step changes nothing; never waits for the device."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import torch
 
 from nextpt.config import OptimizerSection, to_yaml
 from nextpt.model import build_decoder
-from nextpt.optim.adamw import GuardedAdamW, parameter_groups
+from nextpt.optim.adamw import AdamW
 from tests.support.datasets import tiny
 
 SECTION = OptimizerSection(lr=0.01, weight_decay=0.1, grad_clip=1.0)
@@ -25,9 +22,8 @@ def test_it_is_adamw_with_clipping() -> None:
     ours, theirs = (torch.nn.Linear(8, 4) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     norm = [0.0]
-    guarded = GuardedAdamW(
+    guarded = AdamW(SECTION).build(
         [{"params": list(ours.parameters()), "weight_decay": 0.1}],
-        SECTION,
         lambda: (torch.tensor(norm[0]), torch.tensor(False)),
     )
     plain = torch.optim.AdamW(
@@ -52,9 +48,9 @@ def test_it_is_adamw_with_clipping() -> None:
 def test_a_bad_step_changes_nothing(norm: float) -> None:
     model = torch.nn.Linear(4, 4)
     current = [1.0]
-    optimizer = GuardedAdamW(
-        parameter_groups(model, SECTION),
-        SECTION,
+    spec = AdamW(SECTION)
+    optimizer = spec.build(
+        spec.torch_groups(model.named_parameters()),
         lambda: (torch.tensor(current[0]), torch.tensor(current[0] != 1.0)),
     )
 
@@ -83,7 +79,7 @@ def test_only_matrices_of_blocks_decay() -> None:
     config = tiny(Path("none"), Path("none"), model={"bias": True})
     model = build_decoder(config)
     names = {p: n for n, p in model.named_parameters()}
-    decay, keep = parameter_groups(model, config.optimizer)
+    decay, keep = AdamW(config.optimizer).torch_groups(model.named_parameters())
     assert decay["weight_decay"] == 0.1 and keep["weight_decay"] == 0.0
     assert all(
         names[p].endswith("proj.weight") or names[p] == "lm_head.weight" for p in decay["params"]

@@ -18,8 +18,9 @@ from nextpt.config import Config
 from nextpt.data.batch import IGNORE_INDEX, Batch
 from nextpt.model import Decoder, build_decoder
 from nextpt.objective import local_weight_sum, next_token_loss
-from nextpt.train.dynamics import kind_of, noise_scale
-from nextpt.train.engine import Engine, start_distributed
+from nextpt.train.dynamics import component_of, noise_scale
+from nextpt.train.engine import Engine
+from nextpt.train.process_group import start_distributed
 from tests.support.datasets import tiny
 
 TOKENS, ROWS, MICRO, ALL, STEPS = 16, 64, 2, 8, 50  # ALL: micro-batches of a step, over all ranks
@@ -90,7 +91,7 @@ def measured(stage: int, device: torch.device) -> dict[str, Any]:
             engine.rank * own : (engine.rank + 1) * own
         ]
         batches = [batch_of(rows[one]) for one in drawn]
-        weights = engine.all_sum(local_weight_sum(batches))
+        weights = engine.all_reduce(local_weight_sum(batches))
         engine.step(batches, weights, 1e-12, measure=True)
         found.append(
             engine.gradient_noise(own, weights, engine.spike_detector.read()[-1].grad_norm)
@@ -128,7 +129,7 @@ def uneven(device: torch.device) -> dict[str, float]:
     )
     engine = Engine(config, device)
     mine = batches[engine.rank :: engine.world_size]
-    weights = engine.all_sum(local_weight_sum(mine))
+    weights = engine.all_reduce(local_weight_sum(mine))
     engine.step(mine, weights, 1e-12, measure=True)
     found = engine.gradient_noise(len(mine), weights, engine.spike_detector.read()[-1].grad_norm)
     return found | {"expected_trace": trace, "expected_square": step - trace / total}
@@ -139,7 +140,7 @@ def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
     engine, rows, steps = Engine(config_of(stage, 1e-3), device), population(), []
 
     def weights() -> dict[str, torch.Tensor]:
-        return {f.name: f.tensor.clone() for f in engine.fragments() if f.kind == "weight"}
+        return {f.name: f.tensor.clone() for f in engine.state.fragments() if f.kind == "weight"}
 
     for step in range(3):
         before = weights()
@@ -147,15 +148,15 @@ def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
             batch_of(rows[MICRO * i : MICRO * (i + 1)])
             for i in range(step, step + ALL // engine.world_size)
         ]
-        engine.step(batches, engine.all_sum(local_weight_sum(batches)), 1e-3)
+        engine.step(batches, engine.all_reduce(local_weight_sum(batches)), 1e-3)
         after, found = weights(), {}
         for kind, ratio in engine.update_ratios().items():
-            own = [name for name in after if kind_of(name) == kind]
+            own = [name for name in after if component_of(name) == kind]
             squares = [
                 sum((float(t.double().square().sum()) for t in ts), 0.0)
                 for ts in ([after[n] - before[n] for n in own], [after[n] for n in own])
             ]
-            moved, size = engine.all_sum(torch.tensor(squares, dtype=torch.float64)).tolist()
+            moved, size = engine.all_reduce(torch.tensor(squares, dtype=torch.float64)).tolist()
             found[kind] = [ratio, math.sqrt(moved / size)]
         steps.append(found)
     return steps

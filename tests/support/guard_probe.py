@@ -36,10 +36,11 @@ from nextpt.objective import Loss
 from nextpt.train import run
 from nextpt.train.engine import Engine
 from nextpt.train.loop import Trainer
+from nextpt.train.zero_state import ZeroState
 from tests.support.job_probe import before
 
 PLACES = {
-    "fragments": (Engine, "fragments"),
+    "fragments": (ZeroState, "fragments"),
     "batches": (Loader, "step_batches"),
     "go back": (CheckpointManager, "rollback"),
     "save": (CheckpointManager, "save"),
@@ -106,11 +107,11 @@ def spoil(kind: str, total: torch.Tensor) -> torch.Tensor:
 def digest(engine: Engine) -> str:
     """Hash of master weights, moments, update count and working weights of this rank."""
     found = xxhash.xxh3_128()
-    for fragment in engine.fragments():
+    for fragment in engine.state.fragments():
         found.update(fragment.tensor.numpy().tobytes())
     for parameter in engine.model.parameters():
         found.update(getattr(parameter, "ds_tensor", parameter).detach().float().numpy().tobytes())
-    found.update(json.dumps(engine.scalars()).encode())
+    found.update(json.dumps(engine.state.scalars()).encode())
     return found.hexdigest()
 
 
@@ -150,7 +151,11 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         )
         stack.enter_context(patch.object(Trainer, "train_step", step))
         if job.get("host checks"):
-            stack.enter_context(patch.object(engine_module, "_stop_host_checks", start_host_checks))
+            stack.enter_context(
+                patch.object(
+                    engine_module.deepspeed_api, "disable_host_gradient_checks", start_host_checks
+                )
+            )
         if job.get("differs") == int(os.environ["RANK"]):
             stack.enter_context(
                 patch.object(

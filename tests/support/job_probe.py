@@ -18,6 +18,7 @@ from nextpt.data.loader import Loader
 from nextpt.job.lock import RunLock
 from nextpt.train import run
 from nextpt.train.engine import Engine
+from nextpt.train.zero_state import ZeroState
 
 
 def before(owner: type | Any, name: str, action: Callable[[int], None]) -> Any:
@@ -58,10 +59,10 @@ def case(name: str, config: Config) -> Any:
     return {
         "starting": lambda: before(run, "_open_run_folder", tell(1)),
         "validating": lambda: before(Loader, "validation_batches", tell(1)),
-        "saving": lambda: before(Engine, "fragments", tell(1)),
+        "saving": lambda: before(ZeroState, "fragments", tell(1)),
         "crashing": lambda: before(Loader, "step_batches", crash),
         "sleeping": lambda: before(Engine, "step", sleep),
-        "taken": lambda: before(Engine, "fragments", another_takes_over(config)),
+        "taken": lambda: before(ZeroState, "fragments", another_takes_over(config)),
         "finishing": lambda: before(RunLock, "release", tell(1)),
     }[name]()
 

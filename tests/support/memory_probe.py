@@ -89,7 +89,7 @@ def _train(config: Config, steps: int) -> None:
 
 def _probe(path: str) -> int:
     from nextpt.config import load_config
-    from nextpt.train.engine import start_distributed
+    from nextpt.train.process_group import start_distributed
 
     config = load_config(path)
     start_distributed()

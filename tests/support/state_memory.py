@@ -22,14 +22,15 @@ def main(what: str, path: str, out: str) -> None:
     from nextpt.base.collective import RankGroup
     from nextpt.checkpoint.commit import save, select_checkpoint
     from nextpt.config import load_config
-    from nextpt.train.engine import Engine, start_distributed
+    from nextpt.train.engine import Engine
+    from nextpt.train.process_group import start_distributed
     from nextpt.train.randomness import get_rng
     from nextpt.train.run import resume
 
     config = load_config(path)
     device = start_distributed()
     ranks, engine, root = RankGroup.world(), Engine(config, device), config.run_dir / "checkpoints"
-    share = sum(4 * fragment.tensor.numel() for fragment in engine.fragments())
+    share = sum(4 * fragment.tensor.numel() for fragment in engine.state.fragments())
     held = []
 
     def load() -> None:
@@ -44,7 +45,11 @@ def main(what: str, path: str, out: str) -> None:
         load
         if what == "load"
         else lambda: save(
-            root, engine, {"step": 1, "config": config.model_dump(mode="json")}, get_rng(), ranks
+            root,
+            engine.state,
+            {"step": 1, "config": config.model_dump(mode="json")},
+            get_rng(),
+            ranks,
         )
     )
     grown = measure_peak("cpu", action)

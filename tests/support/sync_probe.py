@@ -35,8 +35,9 @@ def probe(path: str) -> list[str]:
     from nextpt.base.collective import RankGroup
     from nextpt.config import load_config
     from nextpt.data.loader import Loader
-    from nextpt.train.engine import Engine, start_distributed
+    from nextpt.train.engine import Engine
     from nextpt.train.loop import Trainer
+    from nextpt.train.process_group import start_distributed
 
     config = load_config(path)
     engine = Engine(config, start_distributed())

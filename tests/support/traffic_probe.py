@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import nextpt.train.engine
+import nextpt.train.deepspeed_config
 import nextpt.train.memory
 from nextpt.config import Config, load_config
 from nextpt.data.batch import Batch
 from nextpt.objective import local_weight_sum
-from nextpt.train.engine import Engine, start_distributed
+from nextpt.train.engine import Engine
+from nextpt.train.process_group import start_distributed
 
 # Collective of torch -> (what it is called here, passes over the data of the larger side that a
 # ring makes, in units of (N - 1) / N).
@@ -102,7 +103,7 @@ def counted(config: Config, device: torch.device) -> dict[str, Any]:
     """What a step of a config sends, when its first steps have built buffers and learned the order of layers."""
     engine = Engine(config, device)
     batches = [batch_of(config, engine.rank)] * config.accumulation_steps(engine.world_size)
-    weights = engine.all_sum(local_weight_sum(batches))
+    weights = engine.all_reduce(local_weight_sum(batches))
     losses = [float(engine.step(batches, weights, 1e-3)[-1].total) for _ in range(2)]
     dist.barrier()
     collectives, before = Collectives(), wire()
@@ -126,7 +127,7 @@ def counted(config: Config, device: torch.device) -> dict[str, Any]:
 
 def main(out: str, *configs: str) -> None:
     # As for a model that is far larger than what may stay gathered, which a model for tests is not.
-    nextpt.train.engine.LIVE_PARAMETERS = 1
+    nextpt.train.deepspeed_config.LIVE_PARAMETERS = 1
     nextpt.train.memory.REDUCE_BUCKET = BUCKET
     device = start_distributed()
     found = [counted(load_config(path, []), device) for path in configs]

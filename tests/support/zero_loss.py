@@ -110,7 +110,7 @@ def compare(
 
 
 def main(output: str) -> None:
-    from nextpt.train.engine import start_distributed
+    from nextpt.train.process_group import start_distributed
 
     start_distributed()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -1,0 +1,157 @@
+"""OptimizerSpec: what an optimizer is to checkpoints, memory estimates, metrics and the engine.
+
+A new optimizer is one module with a subclass of `PerParameterSpec` (`per_parameter.py`), one line
+in `registry.py` and its section of the config. It describes
+
+- its groups of parameters, and which kinds of state a parameter of each group has;
+- its step, as a pure function of (weight, gradient, state);
+- its last update, for the update-ratio metric.
+
+Clipping, the guard against bad steps, saving, loading, resharding and the memory estimate follow
+from these. An optimizer with a kernel of its own subclasses `OptimizerSpec` (see `adamw.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nextpt.config import OptimizerSection
+
+if TYPE_CHECKING:
+    from nextpt.optim.guarded import GuardedOptimizer
+
+Shape = tuple[int, ...]
+# Returns the gradient norm of the step under way over all ranks (fp32 scalar, before clipping) and
+# whether the step must change nothing (bool scalar). A norm that is negative or not finite comes
+# with true. An engine may step group by group, so it is called several times in one step.
+Verdict = Callable[[], tuple[Tensor, Tensor]]
+
+
+def like_parameter(shape: Shape) -> Shape:
+    """Shape of a state with one value per element of the parameter."""
+    return shape
+
+
+def one_value(shape: Shape) -> Shape:
+    """Shape of a state with a single value per parameter."""
+    return ()
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """One kind of optimizer state. It starts at zero.
+
+    State with the parameter's shape is divided among ranks as the parameter is. State of any other
+    shape is held whole by every rank that holds a part of the parameter, and must be computed
+    equally by all of them.
+
+    Attributes:
+        name: Name in checkpoints.
+        shape: Full shape of the state as a function of the parameter's full shape.
+        dtype: Type in memory; checkpoints hold fp32.
+    """
+
+    name: str
+    shape: Callable[[Shape], Shape] = like_parameter
+    dtype: torch.dtype = torch.float32
+
+    def is_elementwise(self, shape: Shape) -> bool:
+        """Whether the state of a parameter of this shape is divided as the parameter is."""
+        return self.shape(shape) == shape
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that the optimizer treats alike.
+
+    Attributes:
+        name: Unique among the groups of an optimizer.
+        kinds: Kinds of state that each of its parameters has.
+        options: Numbers of the group, e.g. `weight_decay`.
+    """
+
+    name: str
+    kinds: tuple[StateKind, ...]
+    options: Mapping[str, float] = field(default_factory=dict)
+
+
+class OptimizerSpec(ABC):
+    """Description of one optimizer. See the module's docstring.
+
+    Args:
+        section: The config's section `optimizer`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, section: OptimizerSection) -> None:
+        self.section = section
+
+    @property
+    @abstractmethod
+    def groups(self) -> Sequence[ParameterGroup]:
+        """Groups of parameters, in the order in which they are stepped."""
+
+    @abstractmethod
+    def group_of(self, name: str, shape: Shape) -> ParameterGroup:
+        """Group of the parameter with this name and full shape; one of `groups`."""
+
+    @abstractmethod
+    def last_update(
+        self,
+        weight: Tensor,
+        state: Mapping[str, Tensor],
+        options: Mapping[str, float],
+        updates: float,
+    ) -> Tensor:
+        """What the last step subtracted from the weights, computed from the state after it.
+
+        Args:
+            weight: fp32 [n], after the step.
+            state: Kind -> value after the step.
+            options: The group's options and `lr`.
+            updates: Number of steps that the optimizer has made, at least 1.
+        """
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]], verdict: Verdict) -> GuardedOptimizer:
+        """The optimizer that the engine steps.
+
+        Args:
+            groups: torch's parameter groups, as `torch_groups` returns them.
+            verdict: Gradient norm and verdict of the step under way.
+        """
+
+    def torch_groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        """Divide parameters into torch's parameter groups; empty groups are left out.
+
+        Under ZeRO-3 a parameter's own shape is empty and `ds_shape` is the full one.
+        """
+        members: dict[str, list[nn.Parameter]] = {group.name: [] for group in self.groups}
+        for name, parameter in parameters:
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            members[self.group_of(name, shape).name].append(parameter)
+        return [
+            {"params": members[group.name], **group.options}
+            for group in self.groups
+            if members[group.name]
+        ]
+
+    def state_shapes(self, name: str, shape: Shape) -> dict[str, Shape]:
+        """Full shape of each kind of state of a parameter."""
+        return {kind.name: kind.shape(shape) for kind in self.group_of(name, shape).kinds}
+
+    def state_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes of the whole state of parameters with these names and full shapes."""
+        return sum(
+            math.prod(kind.shape(shape)) * kind.dtype.itemsize
+            for name, shape in shapes.items()
+            for kind in self.group_of(name, shape).kinds
+        )

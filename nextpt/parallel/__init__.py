@@ -1,0 +1,1 @@
+"""Layouts of a run over devices: named process groups."""

@@ -1,0 +1,85 @@
+"""DeepSpeed's entry points: the only module that imports deepspeed.
+
+Differences from DeepSpeed's defaults:
+
+- Its JIT-built shared-memory collective is off on CPUs. A process that is killed while it builds
+  leaves a lock on which every later run hangs. gloo alone gives the same losses and needs no
+  compiler.
+- Its host-side checks of the gradient norm are off. They synchronise in every step and skip steps
+  silently. Clipping and the guard run in our optimizers, on the device (nextpt/optim).
+- Its checkpoints are not used (nextpt/checkpoint).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+# DeepSpeed reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
+
+import deepspeed  # noqa: E402  # after the environment is set
+
+# It warns of what this project does on purpose: training on a CPU, and optimizers of its own.
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+VERSION: str = deepspeed.__version__
+
+
+def init_process_group(backend: str, timeout_minutes: float) -> None:
+    """Create torch's default process group through DeepSpeed.
+
+    Raises:
+        RuntimeError: The ranks cannot connect.
+        OSError: The ranks cannot connect.
+    """
+    if backend == "gloo":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False
+    )
+
+
+def initialize(
+    module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> Any:
+    """DeepSpeed's engine around a module and an optimizer."""
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    return engine
+
+
+def partitioned_construction(settings: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Context in which ZeRO-3 divides each layer among the ranks as soon as it is built.
+
+    So a model that is larger than one device can be built.
+    """
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=settings)
+    return context
+
+
+def disable_host_gradient_checks() -> None:
+    """Switch off DeepSpeed's search for infinities in the gradient norm, which reads the device.
+
+    The optimizers of nextpt/optim make the same decision on the device.
+    """
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (bf16_optimizer, stage3, stage_1_and_2):
+        assert hasattr(module, "is_invalid_grad_norm"), (
+            f"{module.__name__} changed; see deepspeed's version bounds"
+        )
+        module.is_invalid_grad_norm = _is_never_invalid
+
+
+def _is_never_invalid(norm: object) -> bool:
+    return False

@@ -1,19 +1,20 @@
-"""The form of a checkpoint on disk.
+"""Checkpoint format on disk: sharded safetensors, their index, and a state file; no pickle.
 
     step-000000500/
-        rank-00000.safetensors   fp32 fragments; one tensor per box
-        rank-00000.json          which parameter, kind, full shape and slice per axis each tensor
-        is; random states state.json               step, config, versions, data position, optimizer
-        scalars, parameter shapes manifest.json            sizes and hashes of all other files, and
-        the line of training; written last
+        rank-00000.safetensors   fp32 fragments, one tensor per chunk
+        rank-00000.json          parameter, kind of state, full shape and slice per axis of each
+                                 tensor; random states of the rank
+        state.json               step, config, versions, data position, optimizer scalars, kinds of
+                                 state and shapes of the parameters
+        manifest.json            sizes and hashes of all other files, lineage; written last
 
-JSON is canonical (sorted keys), so equal state gives equal bytes. Nothing is pickled. A folder is a
-checkpoint only if its manifest verifies (manifest.py) and its parts fit together (index.py).
+JSON is canonical (sorted keys), so equal state gives equal bytes. A folder is a checkpoint only if
+its manifest verifies (manifest.py) and its files agree with each other (index.py).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,33 @@ from torch import Tensor
 
 from nextpt.base.errors import CheckpointError
 from nextpt.base.json_files import sync, write_json
-from nextpt.checkpoint.chunks import boxes, intersection, volume, within
-from nextpt.checkpoint.index import Entry, read_contents, shapes_of
+from nextpt.checkpoint.chunks import (
+    Chunk,
+    Shape,
+    chunk_numel,
+    chunk_shape,
+    intersect,
+    slices_within,
+    split_range,
+    whole,
+)
+from nextpt.checkpoint.index import Entry, read_contents, stored_shapes
 from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError, describe
-from nextpt.checkpoint.state import Shape, ShardedState
+from nextpt.checkpoint.state import WEIGHT, ShardedState, StateShapes
 
-# bytes. Files are mapped to be read; opening one again reads its header, a few hundred kB at most
-MOST_MAPPED = 2**25
+# Bytes. Files are memory-mapped, and what was read counts as memory of this process until they are
+# closed. Opening one again reads its header, a few hundred kB at most.
+MAX_MAPPED_BYTES = 2**25
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's part of a checkpoint in memory of its own: training may go on and change the state.
+    """Copy of one rank's part of a checkpoint; training may go on and change the state.
 
-    tensors: fp32, one per box. index: rank-*.json. contents: state.json, the same on all ranks.
+    Attributes:
+        tensors: fp32, one per chunk.
+        index: Content of rank-*.json.
+        contents: Content of state.json, the same on all ranks.
     """
 
     tensors: dict[str, Tensor]
@@ -47,42 +61,48 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        return self.contents["step"]
+        """Number of optimizer steps."""
+        return int(self.contents["step"])
 
 
 def take_snapshot(
-    state: ShardedState, extras: dict[str, Any], rng: dict[str, Any], world_size: int
+    state: ShardedState, extras: Mapping[str, Any], rng: Mapping[str, Any], world_size: int
 ) -> Snapshot:
-    """Copy this rank's fragments. extras: JSON values for state.json, with `step`.
+    """Copy this rank's fragments.
 
-    rng: this rank's random states.
+    Args:
+        state: What is saved.
+        extras: JSON values for state.json, among them `step`.
+        rng: Random states of this rank.
+        world_size: Number of ranks that write the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
     entries = []
     for fragment in state.fragments():
         offset = 0
-        for box in boxes(fragment.shape, fragment.start, fragment.stop):
+        for chunk in split_range(fragment.outer, fragment.start, fragment.stop):
             key = f"{len(tensors):06d}"
-            part = fragment.tensor.detach()[offset : offset + volume(box)]
-            # A copy in any case, and one per box: safetensors refuses views that share storage.
-            tensors[key] = part.to("cpu", torch.float32, copy=True).reshape([b - a for a, b in box])
-            offset += volume(box)
+            part = fragment.tensor.detach()[offset : offset + chunk_numel(chunk)]
+            # A copy in any case, and one per chunk: safetensors refuses views that share storage.
+            tensors[key] = part.to("cpu", torch.float32, copy=True).reshape(chunk_shape(chunk))
+            offset += chunk_numel(chunk)
             entries.append(
                 {
                     "tensor": key,
                     "name": fragment.name,
                     "kind": fragment.kind,
                     "shape": fragment.shape,
-                    "slices": box,
+                    "slices": chunk,
                 }
             )
     shapes = state.state_shapes()
-    contents = extras | {
+    contents = {
+        **extras,
         "world_size": world_size,
         "scalars": state.scalars(),
-        "parameters": {name: list(kinds["weight"]) for name, kinds in shapes.items()},
+        "parameters": {name: list(kinds[WEIGHT]) for name, kinds in shapes.items()},
         "optimizer_state": {
-            name: {kind: list(shape) for kind, shape in kinds.items() if kind != "weight"}
+            name: {kind: list(shape) for kind, shape in kinds.items() if kind != WEIGHT}
             for name, kinds in shapes.items()
         },
     }
@@ -90,7 +110,11 @@ def take_snapshot(
 
 
 def write_rank(folder: Path, rank: int, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-    """Write one rank's files, durably; returns {file name: description}."""
+    """Write one rank's files durably.
+
+    Returns:
+        File name -> size and hash, see `manifest.describe`.
+    """
     names = [f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"]
     save_file(snapshot.tensors, folder / names[0])
     sync(folder / names[0])
@@ -99,129 +123,162 @@ def write_rank(folder: Path, rank: int, snapshot: Snapshot) -> dict[str, dict[st
 
 
 class Checkpoint:
-    """A checkpoint that was verified.
+    """A verified checkpoint, open for reading. A `FragmentReader`.
 
-    `state`: what state.json holds. Raises CheckpointError when its parts do not fit together.
+    Args:
+        folder: A folder that was verified (`commit.verify_checkpoint`).
+
+    Attributes:
+        state: Content of state.json.
+
+    Raises:
+        CheckpointError: Its files do not agree with each other.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.state, self._ranks = read_contents(folder)
+            self.state, self._indexes = read_contents(folder)
         except (DamagedError, UnsupportedVersionError) as problem:
             raise CheckpointError(f"checkpoint {folder} is not usable: {problem}") from None
+        self._shapes: dict[str, dict[str, Shape]] = {
+            name: {kind: tuple(shape) for kind, shape in kinds.items()}
+            for name, kinds in stored_shapes(self.state).items()
+        }
         self._fragments: dict[tuple[str, str], list[tuple[str, Entry]]] = {}
-        for rank, index in enumerate(self._ranks):
+        for rank, index in enumerate(self._indexes):
             for entry in index.fragments:
                 self._fragments.setdefault((entry.name, entry.kind), []).append(
                     (f"rank-{rank:05d}.safetensors", entry)
                 )
-        self._shapes = self.state_shapes()
-        self._open: dict[str, Any] = {}
-        # Bytes read since the files were opened: so much of them counts as memory of this process
-        self._mapped = 0
+        self._files: dict[str, Any] = {}
+        self._mapped_bytes = 0  # read since the files were opened
 
     @property
     def step(self) -> int:
+        """Number of optimizer steps."""
         return int(self.state["step"])
 
     def rng(self, rank: int) -> dict[str, Any] | None:
-        """Random states of a rank; None when the checkpoint was written by fewer."""
-        return self._ranks[rank].rng if rank < len(self._ranks) else None
-
-    def shapes(self) -> dict[str, Shape]:
-        """Full shape of every parameter."""
-        return {name: tuple(shape) for name, shape in self.state["parameters"].items()}
+        """Random states of a rank; None when the checkpoint was written by fewer ranks."""
+        return self._indexes[rank].rng if rank < len(self._indexes) else None
 
     def state_shapes(self) -> dict[str, dict[str, Shape]]:
-        """Full shape of every kind of value of every parameter: {parameter: {kind: shape}}."""
-        return {
-            name: {kind: tuple(shape) for kind, shape in kinds.items()}
-            for name, kinds in shapes_of(self.state).items()
-        }
+        """Kinds of state of every parameter and their full shapes."""
+        return self._shapes
 
-    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """fp32 [stop - start]: elements [start, stop) of a kind of value in row-major order.
+    def shapes(self) -> dict[str, Shape]:
+        """Full shape of every parameter's weight."""
+        return {name: kinds[WEIGHT] for name, kinds in self._shapes.items()}
 
-        Reads only what is asked for.
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """Kinds of state of a parameter, sorted."""
+        return tuple(sorted(self._shapes[name]))
+
+    def read(
+        self, name: str, kind: str, start: int, stop: int, chunk: Chunk | None = None
+    ) -> Tensor:
+        """Read a range of one kind of state of a parameter, and nothing else.
+
+        Args:
+            name: Parameter name.
+            kind: Kind of state; must be one of `kinds(name)`.
+            start: First element of the range.
+            stop: One past the last element of the range.
+            chunk: Slice per axis in which the range counts, in row-major order; None for the whole
+                tensor.
+
+        Returns:
+            fp32 [stop - start].
         """
+        outer = whole(self._shapes[name][kind]) if chunk is None else chunk
         out = torch.empty(stop - start, dtype=torch.float32)
         offset = filled = 0
-        for wanted in boxes(self._shapes[name][kind], start, stop):
-            place = out[offset : offset + volume(wanted)].view([b - a for a, b in wanted])
-            offset += volume(wanted)
+        for target in split_range(outer, start, stop):
+            view = out[offset : offset + chunk_numel(target)].view(chunk_shape(target))
+            offset += chunk_numel(target)
             for file, entry in self._fragments.get((name, kind), []):
-                common = intersection(wanted, entry.box)
+                common = intersect(target, entry.chunk)
                 if common is not None:
-                    place[within(common, wanted)] = self._slice(
-                        file, entry.tensor, within(common, entry.box)
+                    view[slices_within(common, target)] = self._read_slices(
+                        file, entry.tensor, slices_within(common, entry.chunk)
                     )
-                    filled += volume(common)
-                    self._mapped += 4 * volume(common)
-        if self._mapped > MOST_MAPPED:
+                    filled += chunk_numel(common)
+                    self._mapped_bytes += 4 * chunk_numel(common)
+        if self._mapped_bytes > MAX_MAPPED_BYTES:
             self.close()
         assert filled == stop - start, (
-            f"{name} ({kind}): fragments that tile were checked for when the checkpoint was opened"
+            f"{name} ({kind}): the fragments were found to tile it when the checkpoint was opened"
         )
         return out
 
-    def close(self) -> None:
-        """Let go of the files, which reading opens again: while one is mapped, removing it frees no room on the disk."""
-        self._open.clear()
-        self._mapped = 0
-
-    def read_whole(self, name: str, kind: str = "weight") -> Tensor:
-        """One kind of value of a parameter in its full shape, fp32."""
+    def read_whole(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """One kind of state of a parameter in its full shape, fp32."""
         shape = self._shapes[name][kind]
-        return self.read(name, kind, 0, math.prod(shape)).view(shape)
+        return self.read(name, kind, 0, chunk_numel(whole(shape))).view(shape)
 
-    def _slice(self, file: str, tensor: str, slices: tuple[slice, ...]) -> Tensor:
+    def close(self) -> None:
+        """Close the files; reading opens them again.
+
+        While a file is mapped, removing it frees no space on the disk.
+        """
+        self._files.clear()
+        self._mapped_bytes = 0
+
+    def check_weights(self, shapes: Mapping[str, Shape]) -> None:
+        """Check that the parameters are those of a model.
+
+        Args:
+            shapes: Parameter -> full shape.
+
+        Raises:
+            CheckpointError: The checkpoint is of another model. The first difference is named.
+        """
+        stored = self.shapes()
+        for name in sorted(stored.keys() | shapes.keys()):
+            if stored.get(name) != shapes.get(name):
+                raise _same_on_all_ranks(
+                    f"checkpoint {self.folder} is of another model: parameter {name} has the shape"
+                    f" {stored.get(name, 'none')} in it, expected {shapes.get(name, 'none')};"
+                    " use the config of its run, or another run.dir"
+                )
+
+    def check_state(self, state_shapes: StateShapes) -> None:
+        """Check that the parameters and their kinds of state are those of a model and an optimizer.
+
+        Raises:
+            CheckpointError: The checkpoint is of another model, or its optimizer keeps other kinds
+                of state. The first difference is named.
+        """
+        self.check_weights({name: kinds[WEIGHT] for name, kinds in state_shapes.items()})
+        for name, expected in sorted(state_shapes.items()):
+            if self._shapes[name] != expected:
+                raise _same_on_all_ranks(
+                    f"checkpoint {self.folder} is of another optimizer: its state of {name} is"
+                    f" {_described(self._shapes[name])}, this optimizer needs"
+                    f" {_described(expected)}; a run cannot change its optimizer: use the config"
+                    " of its run, or another run.dir"
+                )
+
+    def _read_slices(self, file: str, tensor: str, slices: tuple[slice, ...]) -> Tensor:
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
-            part = self._open[file].get_slice(tensor)
-            return part[slices] if slices else part[:]
+            if file not in self._files:
+                self._files[file] = safe_open(self.folder / file, framework="pt")
+            stored = self._files[file].get_slice(tensor)
+            part: Tensor = stored[slices] if slices else stored[:]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"checkpoint {self.folder}: {file} cannot be read: {error}"
             ) from error
+        return part
 
 
-def check_shapes(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError when the checkpoint is of another model.
-
-    The first difference is named.
-    """
-    stored = checkpoint.shapes()
-    for name in sorted(stored.keys() | shapes.keys()):
-        if stored.get(name) != shapes.get(name):
-            error = CheckpointError(
-                f"checkpoint {checkpoint.folder} is of another model: {name} is"
-                f" {stored.get(name, 'missing')} there and {shapes.get(name, 'missing')} here; use"
-                " its own config or another run.dir"
-            )
-            error.every_rank = False
-            raise error
+def _described(kinds: Mapping[str, Shape]) -> str:
+    texts = [f"{kind} {list(kinds[kind])}" for kind in sorted(kinds) if kind != WEIGHT]
+    return ", ".join(texts) or "empty"
 
 
-def check_state_shapes(checkpoint: Checkpoint, shapes: dict[str, dict[str, Shape]]) -> None:
-    """Raise CheckpointError when the checkpoint is of another model or of another optimizer.
-
-    The first difference is named.
-    """
-    check_shapes(checkpoint, {name: kinds["weight"] for name, kinds in shapes.items()})
-    stored = checkpoint.state_shapes()
-    for name, kinds in shapes.items():
-        if stored[name] != kinds:
-            error = CheckpointError(
-                f"checkpoint {checkpoint.folder} is of another optimizer: the state of {name} is"
-                f" {_describe(stored[name])} there and {_describe(kinds)} in this run; use the"
-                " optimizer.kind that it was written with, or another run.dir"
-            )
-            error.every_rank = False
-            raise error
-
-
-def _describe(kinds: dict[str, Shape]) -> str:
-    state = [f"{kind} {list(shape)}" for kind, shape in kinds.items() if kind != "weight"]
-    return ", ".join(state) or "nothing"
+def _same_on_all_ranks(message: str) -> CheckpointError:
+    error = CheckpointError(message)
+    error.every_rank = False
+    return error

@@ -1,27 +1,40 @@
-"""What a checkpoint holds, without knowing who trains: the protocol between an engine and the checkpoint."""
+"""Sharded training state: the protocol between an engine and the checkpoint.
+
+A parameter has one or more kinds of state: its weight, and whatever its optimizer keeps for it. The
+checkpoint knows no optimizer. The state names the kinds, and a checkpoint records them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from nextpt.checkpoint.chunks import Chunk, Shape, whole
+
+WEIGHT = "weight"  # the kind of state that every parameter has
+
+# parameter -> kind of state -> full shape
+StateShapes = Mapping[str, Mapping[str, Shape]]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop), in row-major order, of one kind of value of one parameter.
+    """Part of one kind of state of one parameter, as a rank holds it.
 
-    Args:
-        name: The parameter.
-        kind: "weight", or a kind of optimizer state.
-        shape: Full shape of this kind of value of this parameter.
-        start: First flat element.
-        stop: Flat element after the last.
-        tensor: 1-D fp32 with stop - start elements.
+    A rank holds the flat range [start, stop), in row-major order, of a chunk of the tensor. For
+    ZeRO the chunk is the whole tensor; for a tensor-parallel shard it is its rows or columns.
+
+    Attributes:
+        name: Parameter name.
+        kind: Kind of state, for example `WEIGHT` or "exp_avg".
+        shape: Full shape of this kind of state, over all ranks.
+        start: First element of the range.
+        stop: One past the last element of the range.
+        tensor: fp32, 1-D, stop - start elements.
+        chunk: Slice per axis in which the range is counted; None for the whole tensor.
     """
 
     name: str
@@ -30,19 +43,29 @@ class Fragment:
     start: int
     stop: int
     tensor: Tensor
+    chunk: Chunk | None = None
+
+    @property
+    def outer(self) -> Chunk:
+        """The chunk in which `start` and `stop` count."""
+        return whole(self.shape) if self.chunk is None else self.chunk
 
 
 class FragmentReader(Protocol):
-    """Reads any range of any parameter, however it was divided when it was written."""
+    """Source of state that reads any range, however the state was sharded when it was written."""
 
-    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor: ...
+    def read(
+        self, name: str, kind: str, start: int, stop: int, chunk: Chunk | None = None
+    ) -> Tensor:
+        """Elements [start, stop) of a kind of state, fp32 [stop - start]; see `Fragment`."""
+        ...
 
 
 class ShardedState(Protocol):
-    """Weights and optimizer state, divided among ranks in any way."""
+    """Weights and optimizer state, sharded over the ranks in any way."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's fragments. Over all ranks each element of each kind comes exactly once."""
+        """Fragments of this rank; over all ranks, each element of each kind comes exactly once."""
         ...
 
     def scalars(self) -> dict[str, float]:
@@ -50,12 +73,12 @@ class ShardedState(Protocol):
         ...
 
     def load(self, reader: FragmentReader, scalars: dict[str, float]) -> None:
-        """Replace this rank's part. Collective."""
+        """Replace this rank's shard with what `reader` holds. Collective."""
         ...
 
-    def state_shapes(self) -> dict[str, dict[str, Shape]]:
-        """Full shape of every kind of value of every parameter: {parameter: {kind: shape}}.
+    def state_shapes(self) -> StateShapes:
+        """Kinds of state of every parameter and their full shapes. `WEIGHT` is always among them.
 
-        Each parameter has the kind "weight"; the others are its optimizer state.
+        The same on all ranks. The kinds other than `WEIGHT` are those of the optimizer.
         """
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nextpt.checkpoint.format import Checkpoint, check_shapes
+from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config, parse_config
 from nextpt.model import Decoder, build_decoder
 
@@ -25,7 +25,7 @@ def load_model(
         }
     )
     model = build_decoder(config)
-    check_shapes(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    checkpoint.check_weights({name: tuple(p.shape) for name, p in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.read_whole(name))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from data_prep.tokenizer.description import Description
 from nextpt.base.errors import CheckpointError
-from nextpt.checkpoint.chunks import boxes, volume
+from nextpt.checkpoint.chunks import Chunk, chunk_numel, split_range, whole
+from nextpt.checkpoint.state import WEIGHT
 from nextpt.config import Config, ModelSection, parse_config
 from nextpt.exchange.architectures import effective_window
 from nextpt.exchange.export_hf import EXACT, inexact_parameters
@@ -63,12 +64,14 @@ class HFWeights:
         """Full shape of every parameter."""
         return {name: s.shape for name, s in self._sources.items()}
 
-    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """fp32 [stop - start]: elements [start, stop) of a parameter in row-major order.
+    def read(
+        self, name: str, kind: str, start: int, stop: int, chunk: Chunk | None = None
+    ) -> Tensor:
+        """Read a range of a parameter, fp32 [stop - start]; see `checkpoint.state.FragmentReader`.
 
-        Zeros for any kind but "weight".
+        Zeros for any kind of state but the weight.
         """
-        if kind != "weight":
+        if kind != WEIGHT:
             return torch.zeros(stop - start)
         stored = self._sources[name]
         file, key = (
@@ -76,10 +79,11 @@ class HFWeights:
         )
         out = torch.empty(stop - start)
         offset = 0
-        for box in boxes(stored.shape, start, stop):
-            part = self._slice(file, key, tuple(slice(a, b) for a, b in box)).to(torch.float32)
-            out[offset : offset + volume(box)] = part.reshape(-1)
-            offset += volume(box)
+        outer = whole(stored.shape) if chunk is None else chunk
+        for part in split_range(outer, start, stop):
+            values = self._slice(file, key, tuple(slice(a, b) for a, b in part))
+            out[offset : offset + chunk_numel(part)] = values.to(torch.float32).reshape(-1)
+            offset += chunk_numel(part)
         return out if name in self._exact else stored.unmake(out, self.section.width)
 
     def _index(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ from nextpt.base.collective import (
 from nextpt.base.errors import CheckpointError, ConfigError, DataError, UserError
 from nextpt.base.files import atomic_write
 from nextpt.checkpoint.folders import step_of, steps
-from nextpt.checkpoint.format import Checkpoint, check_state_shapes
+from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave
 from nextpt.config import Config, differences, flatten, load_config, to_yaml
 from nextpt.data.loader import Loader
@@ -259,7 +259,7 @@ def resume(engine: Engine, checkpoint: Checkpoint, ranks: RankGroup) -> None:
 
     Collective. Raises CheckpointError.
     """
-    check_state_shapes(checkpoint, engine.state.state_shapes())
+    checkpoint.check_state(engine.state.state_shapes())
     if checkpoint.state["scalars"].keys() != engine.state.scalars().keys():
         raise CheckpointError(
             f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])},"

@@ -16,26 +16,33 @@ from hypothesis import strategies as st
 
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import CheckpointError
-from nextpt.checkpoint.chunks import boxes, volume, within
+from nextpt.checkpoint.chunks import chunk_numel, slices_within, split_range, whole
 from nextpt.checkpoint.commit import open_checkpoint, save, select_checkpoint
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.state import Fragment
-from tests.support.checkpoints import KINDS, SHAPES, State, write
+from tests.support.checkpoints import KINDS, SHAPES, State, holds, write
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), st.data())
-def test_boxes_tile_any_range(shape: tuple[int, ...], data: st.DataObject) -> None:
-    size = math.prod(shape)
+def test_chunks_tile_any_range(shape: tuple[int, ...], data: st.DataObject) -> None:
+    outer = whole(shape)
+    if data.draw(st.booleans()):  # of a part of the tensor, as a tensor-parallel rank holds it
+        outer = tuple(
+            (start, data.draw(st.integers(start + 1, size)))
+            for size in shape
+            for start in [data.draw(st.integers(0, size - 1))]
+        )
+    size = chunk_numel(outer)
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(start, size))
-    marks = torch.arange(size).view(shape)
-    tiles = boxes(shape, start, stop)
-    whole = tuple((0, s) for s in shape)
-    assert [int(i) for box in tiles for i in marks[within(box, whole)].flatten()] == list(
-        range(start, stop)
-    )
-    assert len(tiles) <= 2 * len(shape) - 1 and sum(map(volume, tiles)) == stop - start
+    marks = torch.arange(math.prod(shape)).view(shape)
+    tiles = split_range(outer, start, stop)
+    elements = [
+        int(i) for tile in tiles for i in marks[slices_within(tile, whole(shape))].flatten()
+    ]
+    assert elements == marks[slices_within(outer, whole(shape))].flatten()[start:stop].tolist()
+    assert len(tiles) <= 2 * len(shape) - 1 and sum(map(chunk_numel, tiles)) == stop - start
 
 
 @given(name=st.sampled_from(sorted(SHAPES)), data=st.data())
@@ -53,6 +60,48 @@ def test_any_range_reads_back(
         assert torch.equal(
             checkpoint.read(name, kind, start, stop), State().values[(name, kind)][start:stop]
         )
+
+
+class Columns(State):
+    """Matrices divided by columns, as under tensor parallelism, each part again by flat ranges."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        for (name, kind), flat in self.values.items():
+            shape = SHAPES[name]
+            half = shape[-1] // 2
+            for first, last in ((0, half), (half, shape[-1])):
+                chunk = (*whole(shape[:-1]), (first, last))
+                part = flat.view(shape)[slices_within(chunk, whole(shape))].reshape(-1)
+                cut = part.numel() // 3
+                for start, stop in ((0, cut), (cut, part.numel())):
+                    yield Fragment(name, kind, shape, start, stop, part[start:stop], chunk)
+
+
+def test_columns_read_back_as_flat_ranges_and_flat_ranges_as_columns(tmp_path: Path) -> None:
+    ranks = RankGroup.world()
+    by_columns = Checkpoint(
+        save(tmp_path / "columns", Columns(), {"step": 1, "config": {}}, {}, ranks).folder
+    )
+    assert holds(by_columns, 1.0)
+    by_ranges = Checkpoint(write(tmp_path / "ranges", 1))
+    for f in Columns().fragments():
+        for checkpoint in (by_columns, by_ranges):
+            assert torch.equal(checkpoint.read(f.name, f.kind, f.start, f.stop, f.chunk), f.tensor)
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write(tmp_path, 1))
+    shapes = State().state_shapes()
+    checkpoint.check_state(shapes)
+    assert checkpoint.kinds("b") == ("exp_avg", "exp_avg_sq", "weight")
+    with pytest.raises(CheckpointError, match=r"of another model: .* b has the shape \(4,\)"):
+        checkpoint.check_weights(checkpoint.shapes() | {"b": (5,)})
+    momentum = shapes | {"b": {"weight": (4,), "momentum": (4,)}}
+    with pytest.raises(
+        CheckpointError,
+        match=r"state of b is exp_avg \[4\], exp_avg_sq \[4\], this optimizer needs momentum \[4\]",
+    ):
+        checkpoint.check_state(momentum)
 
 
 def test_equal_state_gives_equal_bytes(tmp_path: Path) -> None:

@@ -207,11 +207,25 @@ def first(value: dict[str, Any], name: str = "a") -> dict[str, Any]:
         ("state.json", lambda v: v["parameters"].update(a=[2**40, 2**40]), "does not have room"),
         (
             "state.json",
-            lambda v: v["parameters"].update(z=[3]),
+            lambda v: (v["parameters"].update(z=[3]), v["optimizer_state"].update(z={})),
             "fragments of 'z' (weight) leave gaps or overlap",
         ),
+        ("state.json", lambda v: v["parameters"].update(z=[3]), "optimizer_state differ in 'z'"),
+        (
+            "state.json",
+            lambda v: v["optimizer_state"]["a"].update(momentum=[5, 3]),
+            "fragments of 'a' (momentum) leave gaps or overlap",
+        ),
+        ("state.json", lambda v: v["optimizer_state"]["a"].pop("exp_avg"), "does not have room"),
+        ("state.json", lambda v: v["optimizer_state"]["a"].update(exp_avg=[3, 5]), "have room"),
+        ("state.json", lambda v: v["optimizer_state"]["a"].update(weight=[5, 3]), "kind 'weight'"),
         ("state.json", lambda v: v["parameters"].update(a=[5, -3]), "greater than or equal to 0"),
-        ("state.json", lambda v: v["parameters"].pop("a"), "does not have room"),
+        (
+            "state.json",
+            lambda v: (v["parameters"].pop("a"), v["optimizer_state"].pop("a")),
+            "does not have room",
+        ),
+        ("state.json", lambda v: v["parameters"].pop("a"), "optimizer_state differ in 'a'"),
         ("state.json", lambda v: v.update(step=2), "state.json says step = 2, the manifest 1"),
         ("state.json", lambda v: v.update(step="1"), "valid integer"),
         (

@@ -27,7 +27,7 @@ def test_a_run_of_a_gpu_is_read_on_a_cpu() -> None:
     checkpoint = SimpleNamespace(
         state={"config": config.model_dump(mode="json")},
         folder=Path("none"),
-        shapes=lambda: {n: tuple(w.shape) for n, w in weights.items()},
+        check_weights=lambda shapes: None,
         read_whole=weights.__getitem__,
     )
     _, found = load_model(checkpoint)

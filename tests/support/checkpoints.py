@@ -187,6 +187,8 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def as_version_1(folder: Path) -> None:
-    """Give a checkpoint the manifest that the first version of the format had."""
-    files = {name: entry.model_dump() for name, entry in read_manifest(folder).files.items()}
+    """Rewrite the manifest and state.json of a checkpoint as the first format version wrote them."""
+    edit(folder / "state.json", lambda state: state.pop("optimizer_state"))
+    names = read_manifest(folder).files
+    files = {name: describe(folder / name) for name in names}
     (folder / "manifest.json").write_text(canonical_json({"format_version": 1, "files": files}))

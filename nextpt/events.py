@@ -1,6 +1,6 @@
-"""What happened: the records a run emits, one JSON object a line in RUN/metrics.jsonl.
+"""Events: what a run publishes, one JSON object per line in RUN/metrics.jsonl.
 
-`time` is when, in seconds since 1970 on the clock of the first rank.
+`time` is seconds since 1970 by rank 0's clock. `step` is the number of completed optimizer steps.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +16,25 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One logged optimizer step. loss: weighted nats per target. bpb: bits per byte of the step's text tokens.
+    """Metrics of one logged optimizer step.
 
-    noise: the step's estimates of the gradient noise, {"trace": tr(S), "square": |G|^2}; average
-    both over many steps before dividing (train/dynamics.py). None where a step is one micro-batch.
-    update_ratios: kind of parameter -> |update| / |weights|.
+    Attributes:
+        step: Number of completed steps, this one included.
+        tokens: Number of tokens of all those steps.
+        loss: Weighted loss without z-loss, nats per target.
+        bpb: Bits per byte of the step's text tokens.
+        lr: Learning rate of the step.
+        grad_norm: Norm of the gradient before clipping.
+        tokens_per_second: Over the steps since the last logged one.
+        z_loss: Nats per target.
+        data_wait_seconds: Seconds in which steps waited for batches since the last logged one.
+        memory_bytes: Peak of the allocator on a GPU, resident memory of rank 0 on a CPU.
+        mfu: Model FLOP utilisation, None where the peak of the device is unknown.
+        noise: Estimates of the gradient noise, {"trace": tr(S), "square": |G|^2}; average both over
+            many steps before dividing (train/dynamics.py). None where a step is one micro-batch.
+        update_ratios: |update| / |weights| by kind of parameter.
+        auxiliary_losses: Auxiliary losses of the model by name, nats per target.
+        domains: Loss and bits per byte by domain.
     """
 
     step: int
@@ -35,6 +50,7 @@ class StepEvent:
     mfu: float | None = None
     noise: dict[str, float] | None = None
     update_ratios: dict[str, float] = field(default_factory=dict)
+    auxiliary_losses: dict[str, float] = field(default_factory=dict)
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
     time: float = field(default_factory=time.time)
     kind: str = "train"
@@ -42,10 +58,7 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class ValidationEvent:
-    """Loss on held-out rows after `step` steps.
-
-    `domains` holds figures per domain, `total` those of all.
-    """
+    """Metrics of the validation split after `step` steps, by domain and in total."""
 
     step: int
     tokens: int
@@ -57,7 +70,12 @@ class ValidationEvent:
 
 @dataclass(frozen=True)
 class CheckpointEvent:
-    """A checkpoint became complete. seconds: from its begin. stall_seconds: those in which training stood still for it."""
+    """A checkpoint became durable.
+
+    Attributes:
+        seconds: From the start of the save.
+        stall_seconds: Those of them in which training stood still.
+    """
 
     step: int
     path: str
@@ -70,17 +88,24 @@ class CheckpointEvent:
 
 @dataclass(frozen=True)
 class SkipEvent:
-    """A step that changed nothing: its loss (nats per token) or gradient norm was not finite, or a spike.
+    """A bad step that changed nothing.
 
-    in_row: bad steps in a row up to this one. skipped: in the whole run. Limits: those of a spike;
-    None while none is looked for.
+    Attributes:
+        step: The step.
+        reason: One of spike_detector.REASONS.
+        loss: Nats per target.
+        grad_norm: Norm of the gradient before clipping.
+        consecutive: Bad steps in a row, this one included.
+        skipped: Bad steps in the whole run.
+        loss_limit: Loss above which a step is a spike; None while spikes are not looked for.
+        grad_norm_limit: The same of the norm.
     """
 
     step: int
     reason: str
     loss: float
     grad_norm: float
-    in_row: int
+    consecutive: int
     skipped: int
     loss_limit: float | None = None
     grad_norm_limit: float | None = None
@@ -90,21 +115,24 @@ class SkipEvent:
 
 @dataclass(frozen=True)
 class RollbackEvent:
-    """Training went back to the checkpoint of `step`, over bad steps first_bad..last_bad.
+    """Training returned to a checkpoint; records of later steps no longer hold.
 
-    Records of later steps no longer hold.
-
-    reason: of the last of them. first_sample, stop_sample: what is passed over, in the order of
-    samples (docs/loader.md).
-    rollbacks: how often so far without getting any further.
+    Attributes:
+        step: Step of the checkpoint.
+        first_bad: First of the bad steps.
+        last_bad: Last of the bad steps.
+        reason: Why the last of them was bad.
+        first_sequence: First position of the data that is skipped (docs/loader.md).
+        stop_sequence: First position after it.
+        rollbacks: Rollbacks since a checkpoint was saved after one.
     """
 
     step: int
     first_bad: int
     last_bad: int
     reason: str
-    first_sample: int
-    stop_sample: int
+    first_sequence: int
+    stop_sequence: int
     rollbacks: int
     time: float = field(default_factory=time.time)
     kind: str = "rollback"
@@ -112,25 +140,34 @@ class RollbackEvent:
 
 @dataclass(frozen=True)
 class SaveFailedEvent:
-    """A checkpoint could not be written and training went on. rank: where. errno: the system's number. in_row: such saves in a row."""
+    """A checkpoint could not be written, and training went on without it.
+
+    Attributes:
+        rank: The first rank that failed.
+        errno: The system's number of its error, None where there was none.
+        consecutive: Failed saves in a row.
+    """
 
     step: int
     message: str
     rank: int
     errno: int | None
-    in_row: int
+    consecutive: int
     time: float = field(default_factory=time.time)
     kind: str = "save_failed"
 
 
 @dataclass(frozen=True)
 class MirrorEvent:
-    """The mirror of the checkpoints. status: "mirrored" (path: where.
+    """News of the mirror of the checkpoints.
 
-    seconds, bytes: of its way there); "passed over": `step` will not be mirrored; "damaged": one
-    there is not usable; "failing": the store does not take them now; "ended": mirroring is over.
-
-    waiting: checkpoints that are still to be mirrored.
+    Attributes:
+        status: "mirrored"; "passed over": `step` is not mirrored; "damaged": a mirrored checkpoint
+            is not usable; "failing": the store accepts nothing at present; "ended": mirroring ended.
+        path: Location of a mirrored checkpoint.
+        seconds: Duration of its upload.
+        bytes: Its size.
+        waiting: Checkpoints that are not mirrored yet.
     """
 
     step: int
@@ -156,96 +193,126 @@ Event = (
 
 
 class Listener(Protocol):
-    """Anything that wants to hear of events, in order, and to be told when no more will come."""
+    """Anything that receives events, in order."""
 
-    def on_event(self, event: Event) -> None: ...
+    def on_event(self, event: Event) -> None:
+        """Receive an event."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """No more events will come."""
+
+
+class EventBus:
+    """Delivers each event to all listeners, in the order in which they subscribed.
+
+    Every rank publishes the same events; only rank 0 has listeners.
+    """
+
+    def __init__(self, listeners: Iterable[Listener] = ()) -> None:
+        self._listeners = list(listeners)
+
+    def subscribe(self, listener: Listener) -> None:
+        """Deliver later events to a listener too."""
+        self._listeners.append(listener)
+
+    def publish(self, event: Event) -> None:
+        """Deliver an event."""
+        for listener in self._listeners:
+            listener.on_event(event)
+
+    def close(self) -> None:
+        """Close all listeners."""
+        for listener in self._listeners:
+            listener.close()
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """The numbers of an event under flat names (`train/loss`, `validation/code/bpb`, ...), for any tracker.
+    """The numbers of an event by flat name (`train/loss`, `validation/code/bpb`), for trackers.
 
-    Step and time are the axis and left out; so is what an event does not know (None).
+    Step and time are the axis and left out, as are unknown values (None).
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
 
     def walk(prefix: str, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
                 walk(prefix if name == "domains" else f"{prefix}{name}/", value)
             elif isinstance(value, (int, float)):
-                found[prefix + name] = float(value)
+                numbers[prefix + name] = float(value)
 
     walk(
         f"{event.kind}/",
         {k: v for k, v in asdict(event).items() if k not in ("step", "time", "kind")},
     )
-    return found
+    return numbers
 
 
 class MetricsFile:
-    """Appends events to metrics.jsonl. Scripts find the keys of a training record at the top level.
+    """Appends events to metrics.jsonl; the keys of a training record are at the top level.
 
-    Records of steps after `resume_step` are cut off first, and those after that of a rollback when
-    it comes: those steps will be made again.
+    Records of steps that will be made again are removed: at construction those after
+    `resume_step`, at a rollback those after its step.
+
+    Args:
+        path: The file; created where it is missing.
+        resume_step: Step of the checkpoint that the run resumes from, 0 for a new run.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        self._cut(resume_step)
+        self._truncate(resume_step)
 
-    def _cut(self, last_step: int) -> None:
-        kept = [line for line in self._lines() if _step_of(line) <= last_step]
+    def _truncate(self, last_step: int) -> None:
+        kept = [line for line in _complete_lines(self.path) if _step_of(line) <= last_step]
         temporary = self.path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        return [
-            line
-            for line in self.path.read_text(encoding="utf-8").splitlines()
-            if _step_of(line) >= 0
-        ]
-
     def on_event(self, event: Event) -> None:
+        """Append an event."""
         if isinstance(event, RollbackEvent):
-            self._cut(event.step)
+            self._truncate(event.step)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event), sort_keys=True) + "\n")
 
     def close(self) -> None:
-        """Every event is on its line already."""
+        """Do nothing: every event is written already."""
 
 
-# Metric names of files written before 2026-12, and what they are called now
-RENAMED_METRICS = {"bpb_text": "bpb", "bpb_code": "bpb_with_eod"}
+# Keys of files written before 2026-12, and what they are called now
+RENAMED_KEYS = {
+    "bpb_text": "bpb",
+    "bpb_code": "bpb_with_eod",
+    "in_row": "consecutive",
+    "first_sample": "first_sequence",
+    "stop_sample": "stop_sequence",
+}
 
 
-def rename_old_metrics(value: Any) -> Any:
-    """Return a JSON value with the metric names of older files replaced by today's, at any depth."""
+def rename_old_keys(value: Any) -> Any:
+    """Return a JSON value with the keys of older files replaced by today's, at any depth."""
     if isinstance(value, dict):
-        return {RENAMED_METRICS.get(k, k): rename_old_metrics(v) for k, v in value.items()}
+        return {RENAMED_KEYS.get(k, k): rename_old_keys(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [rename_old_metrics(item) for item in value]
+        return [rename_old_keys(item) for item in value]
     return value
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Read all records of a metrics file, or those of one kind, under today's metric names.
+    """Read all records of a metrics file, or those of one kind, under today's keys.
 
     A torn last line (of a killed run) is skipped.
     """
+    records = [rename_old_keys(json.loads(line)) for line in _complete_lines(path)]
+    return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of a metrics file without torn ones; none when there is no file."""
     if not path.exists():
         return []
-    records = [
-        rename_old_metrics(json.loads(line))
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if _step_of(line) >= 0
-    ]
-    return [record for record in records if kind is None or record["kind"] == kind]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if _step_of(line) >= 0]
 
 
 def _step_of(line: str) -> int:

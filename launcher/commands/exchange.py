@@ -61,7 +61,7 @@ def hf_import(
     from nextpt.data.dataset import check_dataset
     from nextpt.exchange import HFWeights, config_from_hf
     from nextpt.model import ModelSpec, count
-    from nextpt.train.start import check_tokenizer
+    from nextpt.train.initial_weights import check_tokenizer
 
     if output.exists():
         raise ConfigError(f"{output} exists already; remove it or give another --output")
@@ -70,7 +70,7 @@ def hf_import(
         weights, name=output.stem, data=data, sequence_length=manifest.sequence_length
     )
     check_dataset(config, manifest)
-    check_tokenizer(config)
+    check_tokenizer(weights.folder.absolute(), data)
     try:
         with atomic_write(output) as file:
             file.write(to_yaml(config))

@@ -1,4 +1,4 @@
-"""What surrounds the training of a job: it alone works in the folder, hears signals, is watched, and records its end."""
+"""Context of one training job: run-folder lock, signal handling, hang watchdog, exit record."""
 
 from __future__ import annotations
 
@@ -6,79 +6,106 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from nextpt.base.collective import RankGroup, run_on_all_ranks, run_on_rank_0
-from nextpt.job.exit_record import Progress, record_exit, remove_exit_record
+from nextpt.job.exit_record import ExitRecord, record_exit, remove_exit_record
 from nextpt.job.lock import RunLock
 from nextpt.job.signals import StopRequest, listen_for_signals
 from nextpt.job.watchdog import Watchdog
 
 
 class JobContext:
-    """What the loop tells and asks. Built with nothing, it never ends a loop."""
+    """What training reports its progress to, and asks whether to go on.
+
+    Without arguments it watches nothing and never asks to stop.
+
+    Args:
+        stop: The signals of this process.
+        watchdog: Ends the job when a phase takes too long.
+        lock: The lock of the run folder, on the rank that holds it.
+        exit_record: Gets the last completed step, on the rank that holds the lock.
+
+    Attributes:
+        start: Record of this start in environment.json (see environment.py); checkpoints keep it.
+    """
 
     def __init__(
         self,
         stop: StopRequest | None = None,
         watchdog: Watchdog | None = None,
         lock: RunLock | None = None,
-        progress: Progress | None = None,
+        exit_record: ExitRecord | None = None,
     ) -> None:
         self.stop = stop or StopRequest()
         self.watchdog = watchdog
         self.lock = lock
-        self.progress = progress or Progress()
+        self.exit_record = exit_record or ExitRecord()
+        self.start: dict[str, Any] = {}
 
-    def set_phase(self, kind: str, step: int) -> None:
-        """Hear what is being done from now on."""
+    def set_phase(self, phase: str, step: int) -> None:
+        """Begin a phase of the work; the watchdog limits its duration."""
         if self.watchdog:
-            self.watchdog.set_phase(kind, step)
+            self.watchdog.set_phase(phase, step)
 
     def record_step(self, step: int) -> None:
-        """Hear that a step was made."""
-        self.progress.step = step
+        """Record that `step` steps are complete."""
+        self.exit_record.step = step
 
+    @property
+    def step(self) -> int:
+        """Number of completed steps."""
+        return self.exit_record.step
+
+    @property
     def stop_requested(self) -> bool:
-        """Whether this rank was."""
-        return self.stop.name is not None
+        """Whether this rank received a signal to stop."""
+        return self.stop.signal_name is not None
 
-    def check(self) -> None:
-        """Raises RunInUseError on the rank that held the run folder when another job has taken it.
+    def check_lock(self) -> None:
+        """Check without disk access that this job still holds the run folder.
 
-        Costs nothing.
+        Raises:
+            RunInUseError: On the rank that held it, when another job has taken it over.
         """
         if self.lock and self.lock.lost:
             self.lock.check()
 
-    def may_commit(self) -> None:
-        """The same right before a checkpoint gets its name, by looking at the folder."""
+    def verify_lock(self) -> None:
+        """As `check_lock`, by reading the folder: for right before a commit."""
         if self.lock:
             self.lock.check()
 
 
 @contextmanager
 def job_context(run: Path, ranks: RankGroup, hang_seconds: float) -> Iterator[JobContext]:
-    """Take the run folder and watch the block on every rank, then let go.
+    """Hold the run folder and watch every rank while the block runs. Collective.
 
-    Collective. Raises RunInUseError on all ranks.
+    Args:
+        run: The run folder, which rank 0 locks.
+        ranks: All ranks of the job.
+        hang_seconds: Config key train.hang_seconds.
+
+    Raises:
+        RunInUseError: On all ranks, when another job works in the folder.
     """
-    taken: list[RunLock] = []
-
-    def take() -> None:
-        taken.append(RunLock(run))
-        remove_exit_record(run)
-
     with listen_for_signals() as stop:
-        run_on_rank_0(ranks, take)
-        lock = taken[0] if taken else None
+        lock: RunLock | None = None
+
+        def acquire() -> None:
+            nonlocal lock
+            lock = RunLock(run)
+            remove_exit_record(run)
+
+        run_on_rank_0(ranks, acquire)
         hosts = ranks.all_gather(platform.node())
         try:
-            with record_exit(run) if lock else nullcontext(Progress()) as progress:
+            with record_exit(run) if lock else nullcontext(ExitRecord()) as exit_record:
                 watchdog = run_on_all_ranks(
                     ranks, lambda: Watchdog(run, ranks.rank, hosts, hang_seconds)
                 )
                 try:
-                    yield JobContext(stop, watchdog, lock, progress)
+                    yield JobContext(stop, watchdog, lock, exit_record)
                 finally:
                     watchdog.close()
         finally:

@@ -1,4 +1,4 @@
-"""Where and with what a run was started: RUN/environment.json, one record per start."""
+"""Environment record: hosts, devices and versions of every start, in RUN/environment.json."""
 
 from __future__ import annotations
 
@@ -32,37 +32,40 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on.
-
-    Those not installed are left out.
-    """
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed packages that results depend on."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def place(device: torch.device) -> tuple[str, str]:
-    """(host, device) of this rank: the GPU's name, or the processor's and how many of its cores may be used."""
+def host_and_device(device: torch.device) -> tuple[str, str]:
+    """Host and device of this rank: the GPU, or the processor and its number of usable cores."""
     if device.type == "cuda":
         return platform.node(), torch.cuda.get_device_name(device)
     return platform.node(), f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def describe_start(
-    config: Config, places: list[tuple[str, str]], first_step: int
+    config: Config, hosts_and_devices: list[tuple[str, str]], first_step: int
 ) -> dict[str, Any]:
-    """What is true of this start. places: (host, device) of every rank, as `place` tells them."""
+    """Describe this start of a run, as environment.json and checkpoints keep it.
+
+    Args:
+        config: The run.
+        hosts_and_devices: What `host_and_device` returns, of every rank.
+        first_step: The first step that this start makes.
+    """
     return {
         "time": time.time(),
         "first_step": first_step,
         "command": " ".join(sys.argv),
-        "world_size": len(places),
-        "hosts": dict(Counter(host for host, _ in places)),
-        "devices": dict(Counter(name for _, name in places)),
+        "world_size": len(hosts_and_devices),
+        "hosts": dict(Counter(host for host, _ in hosts_and_devices)),
+        "devices": dict(Counter(name for _, name in hosts_and_devices)),
         "zero_stage": config.train.zero_stage,
         "system": f"{platform.system()} {platform.release()}",
         "host_memory_bytes": psutil.virtual_memory().total,
@@ -73,13 +76,13 @@ def describe_start(
 
 
 def record_start(run: Path, start: dict[str, Any]) -> None:
-    """Add a start to the run's environment.json."""
+    """Append a start to the run's environment.json."""
     with atomic_write(run / "environment.json") as file:
         file.write(canonical_json({"starts": [*read_starts(run), start]}))
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
-    """All starts of a run, oldest first; none when the file is missing or not ours."""
+    """Read all starts of a run, oldest first; none when the file is missing or unreadable."""
     try:
         starts = json.loads((run / "environment.json").read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -99,16 +102,13 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this code runs from, `-dirty` where files differ.
-
-    None outside a checkout.
-    """
+    """Commit of the checkout that this code runs from, with `-dirty` where files differ."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed; the folder may lie in somebody else's checkout
+    if not (root / ".git").exists():  # installed: the folder may be inside another checkout
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return process.stdout.strip() or None if process.returncode == 0 else None

@@ -1,8 +1,7 @@
-"""How a run ended: RUN/exit.json, for scripts and for launchers that lose exit codes.
+"""Exit record: how a job ended, in RUN/exit.json, for scripts and launchers that lose exit codes.
 
-It is there only when a job of this folder came to an end that it could still write down. A start
-removes that of the job before it; so a folder without one holds a job that runs, or one that was
-killed.
+The file exists only when a job of this folder ended and could still write it. Each start removes
+the one of the job before. A folder without one holds a job that runs, or one that was killed.
 """
 
 from __future__ import annotations
@@ -19,39 +18,49 @@ from nextpt.base.errors import EXIT_CRASHED, EXIT_RUN_IN_USE, TrainingStopped, U
 from nextpt.base.files import atomic_write, canonical_json
 
 NAME = "exit.json"
+EXIT_INTERRUPTED = 130  # of shells, after SIGINT
 
 
-class Progress:
-    """The last step that was made, for the record of the end."""
+class ExitRecord:
+    """What is known of a job before it ends.
 
-    step = 0
+    Attributes:
+        step: Number of completed steps.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
 
 
 def write_exit_record(run: Path, code: int, reason: str, step: int) -> None:
     """Write RUN/exit.json.
 
-    Silent where that cannot be done, for the reason of the end must not be lost over it.
+    A disk that cannot be written is ignored: the error that ended the job matters more.
+
+    Args:
+        run: The run folder.
+        code: Exit code; those of nextpt/base/errors.py, 0, or 130.
+        reason: One line for the user.
+        step: Number of completed steps.
     """
+    record = {
+        "code": code,
+        "reason": reason,
+        "step": step,
+        "time": time.time(),
+        "host": platform.node(),
+    }
     with suppress(OSError), atomic_write(run / NAME) as file:
-        file.write(
-            canonical_json(
-                {
-                    "code": code,
-                    "reason": reason,
-                    "step": step,
-                    "time": time.time(),
-                    "host": platform.node(),
-                }
-            )
-        )
+        file.write(canonical_json(record))
 
 
 def read_exit_record(run: Path) -> dict[str, Any] | None:
-    """What `write_exit_record` wrote; None when there is none."""
+    """Read what `write_exit_record` wrote; None when there is no readable record."""
     try:
-        return json.loads((run / NAME).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((run / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return record
 
 
 def remove_exit_record(run: Path) -> None:
@@ -60,20 +69,20 @@ def remove_exit_record(run: Path) -> None:
 
 
 @contextmanager
-def record_exit(run: Path) -> Iterator[Progress]:
-    """Run the block and record how it ended. For the rank that holds the lock.
+def record_exit(run: Path) -> Iterator[ExitRecord]:
+    """Run the block and record how it ended; for the rank that holds the lock.
 
-    A job that lost the folder to another records nothing: the folder is the other's.
+    A job that lost the folder to another job records nothing.
     """
-    progress = Progress()
+    record = ExitRecord()
     try:
-        yield progress
-    except (UserError, TrainingStopped) as end:
-        if end.exit_code != EXIT_RUN_IN_USE:
-            write_exit_record(run, end.exit_code, str(end), progress.step)
+        yield record
+    except (UserError, TrainingStopped) as error:
+        if error.exit_code != EXIT_RUN_IN_USE:
+            write_exit_record(run, error.exit_code, str(error), record.step)
         raise
     except BaseException as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else EXIT_CRASHED
-        write_exit_record(run, code, f"{type(error).__name__}: {error}".strip(), progress.step)
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_CRASHED
+        write_exit_record(run, code, f"{type(error).__name__}: {error}".strip(), record.step)
         raise
-    write_exit_record(run, 0, "finished", progress.step)
+    write_exit_record(run, 0, "finished", record.step)

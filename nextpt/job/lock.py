@@ -1,12 +1,12 @@
-"""One job in a run folder: RUN/lock-N.json says who works in it.
+"""Run lock: at most one job works in a run folder; RUN/lock-N.json names its holder.
 
-N is the fencing token. It only grows: a start makes the file after the newest one, which only one
-of many can make, and the newest file is the lock. A holder rewrites its file every few seconds. A
-start is refused while the holder lives; it takes over when the holder has given up the lock, has
-ended (known at once on its own machine), or was silent for a whole lease, as this start's own clock
-has it: no two clocks are compared. A holder that was stopped and lost the lock finds a newer file
-right before its checkpoint would get its name, and the staging folders that it left were renamed by
-then.
+N is a fencing token, which only grows. A start creates the file after the newest one (only one of
+several starts can), and the newest file is the lock. The holder rewrites its file every few
+seconds. A start is refused while the holder is alive. It takes over when the holder has released
+the lock, has ended (known at once on the same machine), or was silent for a whole lease by this
+start's own clock: two clocks are never compared. A holder that was suspended and lost the lock
+finds a newer file right before it would rename its checkpoint into place, and its staging folders
+were renamed by then.
 """
 
 from __future__ import annotations
@@ -25,23 +25,34 @@ from nextpt.base.files import atomic_write, canonical_json
 from nextpt.base.processes import identity, is_gone, is_here, is_stopped
 from nextpt.checkpoint.folders import STAGING
 
-HEARTBEAT = 5.0  # seconds between signs of life
-# Seconds of silence after which a holder has lost; far above the delays of shared file systems
+HEARTBEAT = 5.0  # seconds between two writes of the holder
+# Seconds of silence after which a lock may be taken over; far above the delays of shared file
+# systems
 LEASE = 60.0
 NAME = re.compile(r"lock-(\d+)\.json")
 
 
 class RunLock:
-    """Holds the lock of a run folder from its construction until `release`.
+    """The lock of a run folder, held from construction until `release`, on one rank of a job.
 
-    Made on one rank of a job.
+    Construction may wait up to a lease to learn whether the holder is alive.
 
-    Raises RunInUseError while another job holds it, before anything is written; may wait up to a lease
-    to find that out.
+    Args:
+        folder: The run folder; created where it is missing.
+        heartbeat: Seconds between two writes.
+        lease: Seconds of silence after which a lock may be taken over.
+
+    Attributes:
+        lost: Whether another job is known to have taken the lock over.
+        token: Number of this lock's file.
+
+    Raises:
+        RunInUseError: While another job holds the lock, before anything is written.
     """
 
     def __init__(self, folder: Path, heartbeat: float = HEARTBEAT, lease: float = LEASE) -> None:
-        self.folder, self.heartbeat = folder, heartbeat
+        self.folder = folder
+        self.heartbeat = heartbeat
         self.lost = False
         self._content = identity() | {
             "job": os.environ.get("SLURM_JOB_ID"),
@@ -51,29 +62,30 @@ class RunLock:
         }
         self.token = self._acquire(lease)
         self._remove_older()
-        self._remove_temporary()
-        self._set_staging_aside()
+        self._remove_temporary_files()
+        self._fence_staging_folders()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="run lock")
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RunInUseError when another job has taken the lock.
+        """Check in the folder that this job still holds the lock.
 
-        Looks at the folder: for right before a commit.
+        Raises:
+            RunInUseError: When another job has taken it over.
         """
         newest = max(_tokens(self.folder), default=0)
         self.lost = self.lost or newest != self.token
         if self.lost:
             raise RunInUseError(
                 f"run folder {self.folder} was taken over by"
-                f" {_phrase(_read(_path(self.folder, newest)))}, because this job was silent for"
+                f" {_describe_holder(_read(_path(self.folder, newest)))}, because this job was silent for"
                 " too long (stopped, or cut off from the disk); it ends and leaves the folder to"
                 " that one"
             )
 
     def release(self) -> None:
-        """Let the next start go on at once. Does nothing to a lock that was lost."""
+        """Release the lock for the next start. Does nothing to a lock that was lost."""
         self._stop.set()
         self._thread.join()
         with suppress(RunInUseError, OSError):
@@ -87,7 +99,7 @@ class RunLock:
             if newest and not _is_over(_path(self.folder, newest), lease):
                 raise RunInUseError(
                     f"run folder {self.folder} is in use by"
-                    f" {_phrase(_read(_path(self.folder, newest)))}; wait for it, end it, or give"
+                    f" {_describe_holder(_read(_path(self.folder, newest)))}; wait for it, end it, or give"
                     " another run.dir"
                 )
             token = newest + 1
@@ -99,7 +111,7 @@ class RunLock:
                 continue
             if max(_tokens(self.folder)) == token:
                 return token
-            # Others went on while this one slept, and removed the file of this number
+            # Others took the lock meanwhile and removed the file of this number.
             path.unlink(missing_ok=True)
 
     def _remove_older(self) -> None:
@@ -107,15 +119,15 @@ class RunLock:
             if token < self.token:
                 _path(self.folder, token).unlink(missing_ok=True)
 
-    def _remove_temporary(self) -> None:
-        """What `atomic_write` left where its process was killed: nobody else would ever take these names."""
+    def _remove_temporary_files(self) -> None:
+        """Remove what `atomic_write` left of killed processes: no other job uses these names."""
         for path in [*self.folder.glob(".*.tmp-*"), *self.folder.glob("stacks/.*.tmp-*")]:
             path.unlink(missing_ok=True)
 
-    def _set_staging_aside(self) -> None:
-        """What a stopped holder was writing can no longer be given its name.
+    def _fence_staging_folders(self) -> None:
+        """Rename staging folders, so that a suspended holder cannot commit them.
 
-        The next save removes it.
+        The next save removes them.
         """
         for number, path in enumerate((self.folder / "checkpoints").glob(f"{STAGING}*")):
             with suppress(FileNotFoundError):
@@ -123,7 +135,7 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(self.heartbeat):
-            with suppress(OSError):  # a full disk or a lost mount: silence is the message
+            with suppress(OSError):  # a full disk or a lost mount: others see the silence
                 if max(_tokens(self.folder), default=0) != self.token:
                     self.lost = True
                     return
@@ -145,10 +157,7 @@ def _tokens(folder: Path) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the holder wrote.
-
-    {} while a new one is writing its first, None when there is no such file.
-    """
+    """Read a lock file; {} while it is being written or unreadable, None when there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
@@ -159,9 +168,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _is_over(path: Path, lease: float) -> bool:
-    """Whether the holder gave up the lock, ended, or is silent for a whole lease.
+    """Whether the holder released the lock, ended, or was silent for a whole lease.
 
-    Waits as long as that is not known.
+    Waits until that is known.
     """
     first = _read(path)
     deadline = time.monotonic() + lease
@@ -178,7 +187,7 @@ def _is_over(path: Path, lease: float) -> bool:
         time.sleep(min(lease / 20, 1.0))
 
 
-def _phrase(holder: dict[str, Any] | None) -> str:
+def _describe_holder(holder: dict[str, Any] | None) -> str:
     if not holder:
         return "another job"
     job = f", Slurm job {holder['job']}" if holder.get("job") else ""

@@ -1,8 +1,8 @@
-"""Being told to stop, by SIGTERM or SIGUSR1 (Slurm: preemption, time limit): the signal is only noted; the loop acts on it.
+"""Stop signals: SIGTERM and SIGUSR1 (Slurm: preemption, time limit) are recorded for the loop.
 
 Python runs handlers between two of its instructions, and not while it waits inside a library. So a
-thread of its own reads what the C part of the handler writes, and a second signal ends the process
-whatever the first thread does.
+separate thread reads what the C part of the handler writes, and a second signal ends the process
+whatever the main thread does.
 """
 
 from __future__ import annotations
@@ -20,45 +20,48 @@ from contextlib import contextmanager
 from nextpt.base.errors import EXIT_REQUEUE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Launchers pass one signal on along several ways (Slurm to every step, deepspeed's to all below
-# it): within this many seconds it is the same one.
-REPEAT = 2.0
+# Launchers forward one signal several times (Slurm to every step, deepspeed to all its children):
+# within this many seconds it counts as the same signal.
+REPEAT_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether this process was told to stop, by which signal and when (seconds of the monotonic clock)."""
+    """The signal that asked this process to stop.
+
+    Attributes:
+        signal_name: Name of the signal, None while there was none.
+        time: When it came, seconds of the monotonic clock.
+    """
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        self.at = 0.0
+        self.signal_name: str | None = None
+        self.time = 0.0
 
-    def note(self, number: int) -> None:
-        """Hear a signal.
-
-        One that comes again, later than launchers repeat it, ends the process at once.
-        """
+    def record(self, number: int) -> None:
+        """Record a signal; a second one, later than launchers repeat it, ends the process."""
         now = time.monotonic()
-        if self.name is None:
-            self.at, self.name = now, signal.Signals(number).name
+        if self.signal_name is None:
+            self.time, self.signal_name = now, signal.Signals(number).name
             if os.environ.get("RANK", "0") == "0":
                 print(
-                    f"{self.name}: saving after this step, then ending; once more ends at once",
+                    f"{self.signal_name}: saving after this step, then ending; a second signal ends at"
+                    " once",
                     file=sys.stderr,
                     flush=True,
                 )
-        elif now - self.at > REPEAT:
+        elif now - self.time > REPEAT_SECONDS:
             os._exit(EXIT_REQUEUE)
 
     def seconds_left(self, grace: float) -> float | None:
-        """Of the time given; None where no signal came."""
-        return None if self.name is None else grace - (time.monotonic() - self.at)
+        """Seconds left of a grace period that began with the signal; None without a signal."""
+        return None if self.signal_name is None else grace - (time.monotonic() - self.time)
 
 
 @contextmanager
 def listen_for_signals() -> Iterator[StopRequest]:
-    """Note signals while the block runs.
+    """Record signals while the block runs.
 
-    Elsewhere than in the first thread, where signals cannot be had, none comes.
+    Only the main thread can receive signals; in others the request stays empty.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -66,22 +69,22 @@ def listen_for_signals() -> Iterator[StopRequest]:
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
-    old = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    old_handlers = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
+    old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
     def listen() -> None:
         while data := reader.recv(64):
             for number in data:
                 if number in SIGNALS:
-                    request.note(number)
+                    request.record(number)
 
     thread = threading.Thread(target=listen, daemon=True, name="signals")
     thread.start()
     try:
         yield request
     finally:
-        signal.set_wakeup_fd(old)
-        for number, handler in before.items():
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
         writer.close()
         thread.join()
@@ -89,12 +92,11 @@ def listen_for_signals() -> Iterator[StopRequest]:
 
 
 def resume_command() -> str:
-    """The command that goes on with this run, as a person typed it."""
+    """The command that resumes this run, as the user typed it."""
     typed = os.environ.get("NEXTPT_COMMAND")
-    return typed or shlex.join(
-        [*_starter(), *(a for a in sys.argv if not a.startswith("--local_rank"))]
-    )
+    arguments = [a for a in sys.argv if not a.startswith("--local_rank")]
+    return typed or shlex.join([_launcher(), *arguments])
 
 
-def _starter() -> list[str]:
-    return ["deepspeed"] if any(a.startswith("--local_rank") for a in sys.argv) else ["python"]
+def _launcher() -> str:
+    return "deepspeed" if any(a.startswith("--local_rank") for a in sys.argv) else "python"

@@ -1,10 +1,11 @@
-"""Ending a job that makes no progress, and saying which rank is to blame.
+"""Hang watchdog: ends a job that makes no progress and names the rank that is to blame.
 
-Every rank says what it does now (`doing`); a thread looks at how long it has been doing it. A kind
-of work that was done before may take HANG seconds or ten times its median, whichever is longer; the
-first of a kind, which may compile or connect, FIRST. A rank past half of that writes a report
-beside those of the others, again and again; one past all of it, or one that sees another there,
-writes the stacks of its threads, waits for the others to do so too, judges, and ends.
+Every rank sets its phase (`set_phase`); a thread measures how long the phase has lasted. A phase of
+a known name may take `train.hang_seconds` or ten times its median duration, whichever is longer;
+the first phase of a name, which may compile or connect, FIRST_SECONDS. A rank past half of its
+limit writes a report beside those of the others, again and again. A rank past its limit, or one
+that sees that another is, writes the stacks of its threads, waits for the others to do so too,
+diagnoses from the reports which rank holds up the others, and ends its process.
 
 Nothing is written while all goes well. A gap in the thread's own time (the whole job was suspended)
 is not counted.
@@ -28,188 +29,205 @@ from nextpt.base.errors import EXIT_HUNG
 from nextpt.base.files import atomic_write, canonical_json
 from nextpt.job.exit_record import write_exit_record
 
-FIRST = 1800.0  # seconds for the first of a kind of work: the collectives' own time limit
-# A stall of ten times the usual is no longer noise; shorter ones fall under hang_seconds
+# Limit of the first phase of a name, seconds: the collectives' own time limit
+FIRST_SECONDS = 1800.0
+# A phase of ten times the median is no longer noise; shorter ones fall under hang_seconds.
 MEDIANS = 10
-REMEMBERED = 50  # durations of each kind
-COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # where a rank waits for others
+HISTORY = 50  # durations kept per name
+# Files in whose functions a rank waits for others
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
 
 class Watchdog:
-    """Watches the thread that makes it. hosts: of all ranks, to name them. seconds: config key train.hang_seconds."""
+    """Watches the thread that constructs it.
+
+    Args:
+        run: The run folder; reports and stacks go to its folder `stacks`.
+        rank: Rank of this process.
+        hosts: Host name of every rank, in order of rank.
+        seconds: Config key train.hang_seconds.
+    """
 
     def __init__(self, run: Path, rank: int, hosts: list[str], seconds: float) -> None:
-        self.run, self.rank, self.hosts, self.seconds = run, rank, hosts, seconds
+        self.run = run
+        self.rank = rank
+        self.hosts = hosts
+        self.seconds = seconds
         self.tick = min(max(seconds / 20, 0.1), 1.0)
         self.step = 0
-        self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._kind, self._text, self._count = "start", "starting", 0
-        self._idle = 0.0  # of the thread's own ticks, since it saw the count move
-        self._began = time.monotonic()
-        self._watched, self._beat, self._stop = threading.get_ident(), 0, threading.Event()
+        self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY))
+        self._phase = "start"
+        self._description = "starting"
+        self._phase_count = 0
+        self._phase_start = time.monotonic()
+        self._idle = 0.0  # sum of the thread's own ticks since the phase began
+        self._report_count = 0
+        self._watched_thread = threading.get_ident()
+        self._stop = threading.Event()
         self._folder = run / "stacks"
-        for old in (self._report_of(rank), self._stacks_of(rank)):
+        for old in (self._report_path(rank), self._stacks_path(rank)):
             old.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
-    def set_phase(self, kind: str, step: int) -> None:
-        """Hear that work of a kind begins (and what was being done has ended).
-
-        All ranks say the same in the same order.
-        """
+    def set_phase(self, phase: str, step: int) -> None:
+        """End the current phase and begin another; all ranks do so in the same order."""
         now = time.monotonic()
-        self._durations[self._kind].append(now - self._began)
-        self._kind, self._text, self._began, self.step = kind, f"{kind}, step {step}", now, step
-        self._count += 1
+        self._durations[self._phase].append(now - self._phase_start)
+        self._phase, self._description = phase, f"{phase}, step {step}"
+        self._phase_start, self.step = now, step
+        self._phase_count += 1
 
     def close(self) -> None:
+        """Stop watching."""
         self._stop.set()
         self._thread.join()
-        self._report_of(self.rank).unlink(missing_ok=True)
+        self._report_path(self.rank).unlink(missing_ok=True)
 
     def limit(self) -> float:
-        """Seconds that what is being done may take."""
-        known = list(self._durations.get(self._kind, ()))
-        return (
-            max(self.seconds, MEDIANS * statistics.median(known))
-            if known
-            else max(FIRST, self.seconds)
-        )
+        """Seconds that the current phase may take."""
+        durations = list(self._durations.get(self._phase, ()))
+        if not durations:
+            return max(FIRST_SECONDS, self.seconds)
+        return max(self.seconds, MEDIANS * statistics.median(durations))
 
     def _watch(self) -> None:
-        before, seen = time.monotonic(), self._count
+        last_time, last_count = time.monotonic(), self._phase_count
         while not self._stop.wait(self.tick):
             now = time.monotonic()
-            self._idle = (
-                self._idle + min(now - before, 2 * self.tick) if self._count == seen else 0.0
-            )
-            before, seen = now, self._count
+            if self._phase_count == last_count:
+                self._idle += min(now - last_time, 2 * self.tick)
+            else:
+                self._idle = 0.0
+            last_time, last_count = now, self._phase_count
             limit = self.limit()
             if self._idle < limit / 2:
                 continue
             with suppress(OSError):
-                self._report(fired=False)
-            # One tick early rather than one late.
+                self._write_report(expired=False)
+            # One tick early rather than one late
             if self._idle + self.tick >= limit or any(
-                r.get("fired") for r in self._reports().values()
+                report.get("expired") for report in self._read_reports().values()
             ):
-                self._end()
+                self._end_process()
 
-    def _end(self) -> None:
+    def _end_process(self) -> None:
         with suppress(OSError):
-            self._dump()
-            self._report(fired=True)
-        first = self._reports()
+            self._write_stacks()
+            self._write_report(expired=True)
+        first = self._read_reports()
         time.sleep(3 * self.tick + 1)  # for the others to write theirs
-        last = self._reports()
+        last = self._read_reports()
         if self._stop.is_set():
             return
-        speaks = self.rank == min((r for r in last if last[r].get("fired")), default=self.rank)
-        if speaks:
-            verdict = diagnose(first, last, self.hosts)
+        expired_ranks = (rank for rank in last if last[rank].get("expired"))
+        if self.rank == min(expired_ranks, default=self.rank):
             text = (
-                f"no progress for {self._idle:.0f} s at {self._text}: {verdict}; stacks of all"
-                f" ranks that answer are in {self._folder}"
+                f"no progress for {self._idle:.0f} s at {self._description}:"
+                f" {diagnose(first, last, self.hosts)}; stacks of all ranks that answer are in"
+                f" {self._folder}"
             )
             write_exit_record(self.run, EXIT_HUNG, text, self.step)
             print(f"error: {text}; the same command resumes", file=sys.stderr, flush=True)
         else:
-            time.sleep(1)  # a launcher ends all when one ends: the one that speaks comes first
+            time.sleep(1)  # a launcher ends all ranks when one ends: the message comes first
         os._exit(EXIT_HUNG)
 
-    def _dump(self) -> None:
+    def _write_stacks(self) -> None:
         self._folder.mkdir(exist_ok=True)
-        with open(self._stacks_of(self.rank), "w", encoding="utf-8") as file:
+        with open(self._stacks_path(self.rank), "w", encoding="utf-8") as file:
             file.write(
                 f"rank {self.rank} on {self.hosts[self.rank]}, process {os.getpid()}, at"
-                f" {self._text}\n\n"
+                f" {self._description}\n\n"
             )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _report(self, fired: bool) -> None:
+    def _write_report(self, expired: bool) -> None:
         self._folder.mkdir(exist_ok=True)
-        self._beat += 1
-        waits, place = self._where()
-        with atomic_write(self._report_of(self.rank)) as file:
-            file.write(
-                canonical_json(
-                    {
-                        "beat": self._beat,
-                        "count": self._count,
-                        "doing": self._text,
-                        "waits": waits,
-                        "place": place,
-                        "fired": fired,
-                    }
-                )
-            )
+        self._report_count += 1
+        in_collective, location = self._locate()
+        report = {
+            "beat": self._report_count,
+            "count": self._phase_count,
+            "phase": self._description,
+            "in_collective": in_collective,
+            "location": location,
+            "expired": expired,
+        }
+        with atomic_write(self._report_path(self.rank)) as file:
+            file.write(canonical_json(report))
 
-    def _where(self) -> tuple[bool, str]:
-        """Whether the watched thread is inside a collective, and the innermost line of ours or of a caller of ours."""
-        frame, waits, place = sys._current_frames().get(self._watched), False, ""
+    def _locate(self) -> tuple[bool, str]:
+        """Whether the watched thread is inside a collective, and its innermost line of our code."""
+        frame = sys._current_frames().get(self._watched_thread)
+        in_collective, location = False, ""
         while frame is not None:
             name = frame.f_code.co_filename
-            waits = waits or any(part in name for part in COLLECTIVES)
-            if not place and "site-packages" not in name:
-                place = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
+            in_collective = in_collective or any(part in name for part in COLLECTIVES)
+            if not location and "site-packages" not in name:
+                location = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
             frame = frame.f_back
-        return waits, place
+        return in_collective, location
 
-    def _report_of(self, rank: int) -> Path:
+    def _report_path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}.json"
 
-    def _stacks_of(self, rank: int) -> Path:
+    def _stacks_path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}.txt"
 
-    def _reports(self) -> dict[int, dict[str, Any]]:
-        found = {}
+    def _read_reports(self) -> dict[int, dict[str, Any]]:
+        reports = {}
         for rank in range(len(self.hosts)):
             with suppress(OSError, ValueError):
-                found[rank] = json.loads(self._report_of(rank).read_text(encoding="utf-8"))
-        return found
+                reports[rank] = json.loads(self._report_path(rank).read_text(encoding="utf-8"))
+        return reports
 
 
 def diagnose(
     first: dict[int, dict[str, Any]], last: dict[int, dict[str, Any]], hosts: list[str]
 ) -> str:
-    """Who holds up whom, from two looks at the reports of the ranks (rank -> what `Watchdog` writes).
+    """Say which ranks hold up the others, from the reports at two moments.
 
-    In this order: ranks whose report is missing, or did not move between the looks; ranks that are
-    behind the others; ranks that are not inside a collective while others are; else all wait for
-    each other.
+    The first of these that applies: ranks without a report, or whose report did not change between
+    the two moments; ranks in an earlier phase than others; ranks that are not inside a collective
+    while others are; else all ranks wait for each other.
+
+    Args:
+        first: Reports by rank, as `Watchdog` writes them.
+        last: The same, a little later.
+        hosts: Host name of every rank, in order of rank.
     """
     silent = [
-        r
-        for r in range(len(hosts))
-        if r not in last
-        or (not last[r]["fired"] and last[r]["beat"] == first.get(r, {}).get("beat"))
+        rank
+        for rank in range(len(hosts))
+        if rank not in last
+        or (not last[rank]["expired"] and last[rank]["beat"] == first.get(rank, {}).get("beat"))
     ]
     if silent:
         return (
             f"{_names(silent, hosts)} shows no sign of life (stopped, or cut off from the others)"
         )
-    counts = {r: last[r]["count"] for r in last}
-    behind = [r for r in counts if counts[r] < max(counts.values())]
+    newest_phase = max(report["count"] for report in last.values())
+    behind = [rank for rank, report in last.items() if report["count"] < newest_phase]
     if behind:
+        report = last[behind[0]]
         return (
-            f"{_names(behind, hosts)} is behind the others, at {last[behind[0]]['doing']},"
-            f" {last[behind[0]]['place']}"
+            f"{_names(behind, hosts)} is behind the others, at {report['phase']},"
+            f" {report['location']}"
         )
-    busy = [r for r in last if not last[r]["waits"]]
+    busy = [rank for rank, report in last.items() if not report["in_collective"]]
     if (busy and len(busy) < len(last)) or len(hosts) == 1:
+        busy = busy or [0]
         return (
-            f"{_names(busy or [0], hosts)} does not come to where the others wait; it is at"
-            f" {last[(busy or [0])[0]]['place']}"
+            f"{_names(busy, hosts)} does not come to where the others wait; it is at"
+            f" {last[busy[0]]['location']}"
         )
-    return (
-        "all ranks wait for each other; the network between them may be cut"
-        if not busy
-        else "all ranks are busy, none waits for another"
-    )
+    if busy:
+        return "all ranks are busy, none waits for another"
+    return "all ranks wait for each other; the network between them may be cut"
 
 
 def _names(ranks: list[int], hosts: list[str]) -> str:
-    named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:4])
-    return named + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+    names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:4])
+    return names + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")

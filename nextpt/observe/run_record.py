@@ -17,7 +17,7 @@ from nextpt.base.errors import DataError
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manifest import MANIFEST, manifest_problem, read_manifest
 from nextpt.config import Config, load_config
-from nextpt.events import read_events, rename_old_metrics
+from nextpt.events import read_events, rename_old_keys
 from nextpt.job.environment import read_starts
 from nextpt.model import ModelSpec, count
 
@@ -113,7 +113,7 @@ def _json(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return rename_old_metrics(json.loads(path.read_text(encoding="utf-8")))
+        return rename_old_keys(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; remove it or make it again") from error
 
@@ -161,7 +161,7 @@ def _notes(
     for event in rollbacks:
         notes.append(
             f"rolled back to step {event['step']:,} after bad steps {event['first_bad']:,} to"
-            f" {event['last_bad']:,} ({event['reason']}); samples {event['first_sample']:,} to"
-            f" {event['stop_sample'] - 1:,} were passed over"
+            f" {event['last_bad']:,} ({event['reason']}); sequences {event['first_sequence']:,} to"
+            f" {event['stop_sequence'] - 1:,} were skipped"
         )
     return notes

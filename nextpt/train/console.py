@@ -1,4 +1,4 @@
-"""What a person sees while training: a live line on a terminal, plain lines elsewhere."""
+"""Console output of training: a progress line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nextpt.base.collective import RankGroup
 from nextpt.events import (
     CheckpointEvent,
     Event,
@@ -21,19 +22,31 @@ from nextpt.events import (
 BAR_FROM_WIDTH = 110  # columns; without the bar the line fits 80
 
 
+def print_on_rank_0(ranks: RankGroup, text: str) -> None:
+    """Print a line for the user on rank 0 alone."""
+    if ranks.rank == 0:
+        print(text, flush=True)
+
+
 class ConsoleListener:
     """Prints events.
 
-    On a terminal steps update one progress line and everything else scrolls above it.
+    On a terminal steps update one progress line, and everything else scrolls above it. Elsewhere a
+    step is printed at most every `plain_seconds` seconds, so that logs stay short.
 
-    Without a terminal a step is printed at most every `plain_seconds` seconds, so that logs stay
-    short.
+    Args:
+        first_step: First step of this start.
+        last_step: Last step of the run.
+        plain_seconds: Least time between two steps that are printed.
     """
 
     def __init__(self, first_step: int, last_step: int, plain_seconds: float = 10.0) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self.last_step, self.plain_seconds, self.printed_at = last_step, plain_seconds, 0.0
-        self.started, self.first_step = time.monotonic(), first_step
+        self.first_step = first_step
+        self.last_step = last_step
+        self.plain_seconds = plain_seconds
+        self.start_time = time.monotonic()
+        self.last_print_time = 0.0
         self.progress: Progress | None = None
         if self.console.is_terminal:
             bar = [BarColumn(20)] if self.console.width >= BAR_FROM_WIDTH else []
@@ -50,79 +63,86 @@ class ConsoleListener:
             self.progress.start()
 
     def on_event(self, event: Event) -> None:
+        """Print an event."""
         if isinstance(event, StepEvent):
-            self._on_step(event)
-        elif isinstance(event, ValidationEvent):
-            parts = [
-                f"{name} {f['nats_per_token']:.3f} nats {f['bpb']:.3f} bpb"
-                for name, f in event.domains.items()
-            ]
-            self.console.print(f"held out, step {event.step}: " + ", ".join(parts))
-        elif isinstance(event, CheckpointEvent):
-            self.console.print(
-                f"checkpoint {event.path} ({event.bytes / 2**20:.1f} MiB in {event.seconds:.1f} s)"
-            )
-        elif isinstance(event, SkipEvent):
-            limits = (
-                ""
-                if event.loss_limit is None
-                else f"; limits {event.loss_limit:.4f} and {event.grad_norm_limit:.2f}"
-            )
-            self.console.print(
-                f"step {event.step} skipped: {event.reason} (loss {event.loss:.4f}, grad norm"
-                f" {event.grad_norm:.2f}{limits}), {event.in_row} in a row, {event.skipped} in all"
-            )
-        elif isinstance(event, RollbackEvent):
-            self.console.print(
-                f"rolled back to step {event.step} after bad steps {event.first_bad} to"
-                f" {event.last_bad} ({event.reason}); samples {event.first_sample} to"
-                f" {event.stop_sample - 1} are passed over"
-            )
-        elif isinstance(event, MirrorEvent):
-            self._on_mirror(event)
-        elif isinstance(event, SaveFailedEvent):
-            self.console.print(
-                f"warning: no checkpoint of step {event.step}: {event.message}; training goes on "
-                f"(failed saves in a row: {event.in_row}, see checkpoint.on_failure)"
-            )
-
-    def _on_mirror(self, event: MirrorEvent) -> None:
-        waiting = f"; {event.waiting} waiting" if event.waiting else ""
-        if event.status == "mirrored":
-            self.console.print(
-                f"mirrored {event.path} ({event.bytes / 2**20:.1f} MiB in {event.seconds:.1f}"
-                f" s{waiting})"
-            )
-        elif event.status == "failing":
-            self.console.print(
-                f"warning: the mirror takes no checkpoints: {event.message}; it is tried again,"
-                f" training goes on{waiting}"
-            )
+            self._print_step(event)
         else:
-            self.console.print(f"warning: mirror: {event.message}{waiting}")
+            self.console.print(_describe(event))
 
-    def _on_step(self, event: StepEvent) -> None:
+    def _print_step(self, event: StepEvent) -> None:
         if self.progress is not None:
-            short = (
+            text = (
                 f"loss {event.loss:.3f} nats {event.bpb:.3f} bits/B {event.tokens_per_second:,.0f}"
                 f" tok/s lr {event.lr:.1e} norm {event.grad_norm:.2f}"
             )
-            self.progress.update(self.task, completed=event.step, description=short)
+            self.progress.update(self.task, completed=event.step, description=text)
             return
-        text = (
-            f"loss {event.loss:.4f} nats  {event.bpb:.3f} bits/byte  {event.tokens_per_second:,.0f}"
-            f" tokens/s  lr {event.lr:.2e}  grad norm {event.grad_norm:.2f}"
-        )
         now = time.monotonic()
-        if now - self.printed_at >= self.plain_seconds or event.step == self.last_step:
-            self.printed_at = now
-            done = event.step - self.first_step + 1
-            left = (now - self.started) / done * (self.last_step - event.step)
-            self.console.print(
-                f"step {event.step}/{self.last_step}  {text}  left"
-                f" {int(left // 60)}:{int(left % 60):02d}"
-            )
+        if now - self.last_print_time < self.plain_seconds and event.step != self.last_step:
+            return
+        self.last_print_time = now
+        steps = event.step - self.first_step + 1
+        left = (now - self.start_time) / steps * (self.last_step - event.step)
+        self.console.print(
+            f"step {event.step}/{self.last_step}  loss {event.loss:.4f} nats"
+            f"  {event.bpb:.3f} bits/byte  {event.tokens_per_second:,.0f} tokens/s"
+            f"  lr {event.lr:.2e}  grad norm {event.grad_norm:.2f}"
+            f"  left {int(left // 60)}:{int(left % 60):02d}"
+        )
 
     def close(self) -> None:
+        """End the progress line."""
         if self.progress is not None:
             self.progress.stop()
+
+
+def _describe(event: Event) -> str:
+    """One line about an event other than a step."""
+    match event:
+        case ValidationEvent():
+            parts = [
+                f"{name} {metrics['nats_per_token']:.3f} nats {metrics['bpb']:.3f} bpb"
+                for name, metrics in event.domains.items()
+            ]
+            return f"validation, step {event.step}: " + ", ".join(parts)
+        case CheckpointEvent():
+            return f"checkpoint {event.path} ({_size(event.bytes)} in {event.seconds:.1f} s)"
+        case SkipEvent():
+            limits = ""
+            if event.loss_limit is not None and event.grad_norm_limit is not None:
+                limits = f"; limits {event.loss_limit:.4f} and {event.grad_norm_limit:.2f}"
+            return (
+                f"step {event.step} skipped: {event.reason} (loss {event.loss:.4f}, grad norm"
+                f" {event.grad_norm:.2f}{limits}), {event.consecutive} in a row, {event.skipped} in"
+                " all"
+            )
+        case RollbackEvent():
+            return (
+                f"rolled back to step {event.step} after bad steps {event.first_bad} to"
+                f" {event.last_bad} ({event.reason}); sequences {event.first_sequence} to"
+                f" {event.stop_sequence - 1} are skipped"
+            )
+        case SaveFailedEvent():
+            return (
+                f"warning: no checkpoint of step {event.step}: {event.message}; training goes on"
+                f" (failed saves in a row: {event.consecutive}, see checkpoint.on_failure)"
+            )
+        case MirrorEvent():
+            return _describe_mirror(event)
+    raise TypeError(f"{type(event).__name__} has no line on the console")
+
+
+def _describe_mirror(event: MirrorEvent) -> str:
+    waiting = f"; {event.waiting} waiting" if event.waiting else ""
+    if event.status == "mirrored":
+        return f"mirrored {event.path} ({_size(event.bytes)} in {event.seconds:.1f} s{waiting})"
+    if event.status == "failing":
+        return (
+            f"warning: the mirror takes no checkpoints: {event.message}; it is tried again,"
+            f" training goes on{waiting}"
+        )
+    return f"warning: mirror: {event.message}{waiting}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""What the device can do and how much memory is in use."""
+"""Peak FLOP/s of known devices, and memory in use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PEAK_BF16_TFLOPS = {
 
 
 def peak_flops(config: Config, device: torch.device) -> float | None:
-    """Peak FLOP/s of one device for utilisation, or None where it is not known (then utilisation is not reported)."""
+    """Peak FLOP/s of one device, None where it is unknown; utilisation is not reported then."""
     if config.train.peak_tflops:
         return config.train.peak_tflops * 1e12
     if device.type != "cuda" or config.train.precision != "bf16":
@@ -34,8 +34,6 @@ def peak_flops(config: Config, device: torch.device) -> float | None:
 
 def memory_in_use(device: torch.device) -> int:
     """Bytes: peak of the allocator on a GPU, resident memory of this process on a CPU."""
-    return (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else psutil.Process().memory_info().rss
-    )
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,9 +1,9 @@
-"""The mirror of a run's checkpoints, from the start of its training to the end."""
+"""Mirroring during training: opens the mirror, runs it, and waits for it at the end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,25 +14,35 @@ from nextpt.checkpoint.manifest import STATE
 from nextpt.checkpoint.mirror.archive import Archive
 from nextpt.checkpoint.mirror.mirror import Mirror
 from nextpt.config import Config, differences, parse_config
-from nextpt.events import Event
+from nextpt.events import EventBus
 from nextpt.job.context import JobContext
+from nextpt.train.console import print_on_rank_0
 
-# Seconds that the end of a run may wait for its last checkpoints to be mirrored: 30 GB at 100 MB/s,
-# sent and read back. Nothing is lost after that: the same command goes on with what is missing.
+# Longest wait for the last checkpoints to be mirrored at the end of a run, seconds: 30 GB at 100 MB/s,
+# sent and read back. Nothing is lost after that: the same command continues with what is missing.
 END_SECONDS = 600.0
-MARGIN = 3.0  # seconds of checkpoint.grace_seconds that are left for the rest of the end
+MARGIN = 3.0  # seconds of checkpoint.grace_seconds that are kept for ending the job
 
 
 def open_mirror(config: Config, root: Path, job: JobContext) -> Mirror | None:
-    """The mirror that checkpoint.mirror names; None without. root: of the checkpoints.
+    """Open the mirror of checkpoint.mirror.
 
-    Raises ConfigError for an address that is none.
+    Args:
+        config: The run.
+        root: Folder of the checkpoints.
+        job: Confirms before each upload that this job still holds the run folder.
+
+    Returns:
+        None without checkpoint.mirror.
+
+    Raises:
+        ConfigError: When it is not an address of a store.
     """
-    place = config.checkpoint.mirror
-    if place is None:
+    address = config.checkpoint.mirror
+    if address is None:
         return None
     try:
-        archive = Archive(place)
+        archive = Archive(address)
     except DataPrepError as error:
         raise ConfigError(f"checkpoint.mirror: {error}") from None
     return Mirror(
@@ -40,13 +50,17 @@ def open_mirror(config: Config, root: Path, job: JobContext) -> Mirror | None:
         root,
         config.checkpoint,
         config.run.name,
-        job.may_commit,
+        job.verify_lock,
         lambda folder: check_same_run(config, folder),
     )
 
 
 def check_same_run(config: Config, folder: Path) -> None:
-    """Refuse a checkpoint of a run that differs in what it learns. Raises ConfigError."""
+    """Refuse a mirrored checkpoint of a run that learns something else.
+
+    Raises:
+        ConfigError: With the keys that differ.
+    """
     _, forbidden = differences(parse_config(read_json(folder / STATE)["config"], STATE), config)
     if forbidden:
         raise ConfigError(
@@ -61,12 +75,12 @@ def mirroring(
     config: Config,
     ranks: RankGroup,
     job: JobContext,
-    emit: Callable[[Event], None],
-    say: Callable[[str], None],
+    events: EventBus,
 ) -> Iterator[None]:
-    """Mirror while the block runs.
+    """Mirror checkpoints while the block runs, then wait for the rest. Collective.
 
-    When it ends, or was told to stop, wait for the rest as long as that may take. Collective.
+    After a normal end or a TrainingStopped the remaining checkpoints are mirrored, as long as
+    END_SECONDS and the grace period of a signal allow. After an error nothing is waited for.
     """
     if mirror is None:
         yield
@@ -77,37 +91,35 @@ def mirroring(
     try:
         try:
             yield
-        except TrainingStopped as end:
-            stopped = end
-        _finish(mirror, config, ranks, job, say)
+        except TrainingStopped as error:
+            stopped = error
+        _finish(mirror, config, ranks, job)
     finally:
         mirror.end()
         for event in mirror.news():
-            emit(event)
+            events.publish(event)
     if stopped:
         raise stopped
 
 
-def _finish(
-    mirror: Mirror, config: Config, ranks: RankGroup, job: JobContext, say: Callable[[str], None]
-) -> None:
-    """All ranks wait for the first, for launchers end all when one ends."""
-    begun, grace = time.monotonic(), config.checkpoint.grace_seconds
-    told = [
+def _finish(mirror: Mirror, config: Config, ranks: RankGroup, job: JobContext) -> None:
+    """Wait on all ranks for rank 0's mirror: launchers end all ranks when one ends."""
+    start, grace = time.monotonic(), config.checkpoint.grace_seconds
+    left_by_rank = [
         seconds for seconds in ranks.all_gather(job.stop.seconds_left(grace)) if seconds is not None
     ]
-    most = min([END_SECONDS, *(seconds - MARGIN for seconds in told)])
+    longest = min([END_SECONDS, *(seconds - MARGIN for seconds in left_by_rank)])
 
     def seconds_left() -> float:
-        since = job.stop.seconds_left(grace)  # a signal may come meanwhile
-        return min(
-            most - (time.monotonic() - begun), END_SECONDS if since is None else since - MARGIN
-        )
+        left = longest - (time.monotonic() - start)
+        grace_left = job.stop.seconds_left(grace)  # a signal may come meanwhile
+        return min(left, END_SECONDS if grace_left is None else grace_left - MARGIN)
 
-    job.set_phase("mirroring", job.progress.step)
+    job.set_phase("mirroring", job.step)
     steps = ranks.broadcast(mirror.finish(seconds_left) if ranks.rank == 0 else None)
     if steps:
-        say(
+        print_on_rank_0(
+            ranks,
             f"warning: not mirrored yet in {mirror.archive.place}: the checkpoints of steps"
-            f" {', '.join(map(str, steps))}; the same command goes on with them"
+            f" {', '.join(map(str, steps))}; the same command continues with them",
         )

@@ -1,119 +1,78 @@
-"""Rollback policy: counts bad steps and says when training must return to a checkpoint."""
+"""Rollback: returns training to a checkpoint from before bad steps and skips their data."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-from nextpt.config import GuardSection
-from nextpt.events import SkipEvent
-from nextpt.train.spike_detector import SpikeDetector, StepVerdict
-
-# The state of a policy that has seen no step.
-EMPTY_STATE = {
-    "accepted": [[], []],
-    "skipped": 0,
-    "since": 0,
-    "in_row": 0,
-    "rollbacks": 0,
-    "reason": "",
-}
+from nextpt.base.errors import UserError
+from nextpt.data.loader import Loader
+from nextpt.events import EventBus, RollbackEvent
+from nextpt.job.context import JobContext
+from nextpt.train.checkpointing import TrainingCheckpoints
+from nextpt.train.rollback_policy import RollbackPolicy
 
 
-class RollbackPolicy:
-    """The host's part: counts bad steps and says when training must go back.
+class Rollback:
+    """Returns training to the newest checkpoint before the bad steps and skips their data."""
 
-    skipped: bad steps so far, abandoned ones too. since, in_row: the first of the run of bad steps,
-    and how many they are; 0 and 0 when the last step was good. rollbacks: how often training went
-    back since it got any further.
-    """
+    def __init__(
+        self,
+        policy: RollbackPolicy,
+        checkpoints: TrainingCheckpoints,
+        loader: Loader,
+        events: EventBus,
+        job: JobContext,
+    ) -> None:
+        self.policy = policy
+        self.checkpoints = checkpoints
+        self.loader = loader
+        self.events = events
+        self.job = job
 
-    def __init__(self, section: GuardSection, detector: SpikeDetector) -> None:
-        self.section, self.detector = section, detector
-        self.skipped = self.since = self.in_row = self.rollbacks = 0
-        self.reason = ""  # of the last bad step
+    def run(self) -> int:
+        """Roll back. Collective.
 
-    @property
-    def tripped(self) -> bool:
-        """Whether there were too many bad steps in a row; remains true until training went back."""
-        return self.in_row >= self.section.rollback_after
+        The result is saved at once, so that the next start of the job continues from it.
 
-    def hear(self, step: int) -> tuple[list[StepVerdict], list[SkipEvent]]:
-        """Judgements of the steps up to `step` since the last call, and those skipped as events.
+        Returns:
+            The number of completed steps from which training continues.
 
-        Waits for the device.
-
-        What came after too many in a row will be made again and is passed over, so that nothing
-        depends on when one looks.
+        Raises:
+            UserError: When there is no checkpoint before the bad steps, or when
+                guard.max_rollbacks rollbacks in a row led no further.
         """
-        judged, events = self.detector.read(), []
-        for at, one in enumerate(judged, step - len(judged) + 1):
-            if self.tripped:
-                break
-            if not one.reason:
-                self.since = self.in_row = 0
-                continue
-            self.skipped, self.in_row, self.since, self.reason = (
-                self.skipped + 1,
-                self.in_row + 1,
-                self.since or at,
-                one.reason,
+        policy = self.policy
+        first, last, bad_steps = policy.first_bad_step, policy.last_bad_step, policy.describe()
+        self.job.set_phase("rolling back", last)
+        self.checkpoints.poll(wait=True)
+        stop_sequence = self.loader.position(last)
+        state = self.checkpoints.rollback(first)
+        if state is None:
+            raise UserError(
+                f"{bad_steps}, and there is no checkpoint from before them to roll back to; look at"
+                " the data and the learning rate, save more often (checkpoint.every_steps), or"
+                " increase guard.rollback_after or guard.spike_sigma"
             )
-            limits = {
-                name: value if math.isfinite(value) else None
-                for name, value in (
-                    ("loss_limit", one.loss_limit),
-                    ("grad_norm_limit", one.norm_limit),
-                )
-            }
-            events.append(
-                SkipEvent(
-                    at, one.reason, one.loss, one.grad_norm, self.in_row, self.skipped, **limits
-                )
+        step = int(state["step"])
+        policy.record_rollback(state.get("guard"))
+        if policy.rollbacks > policy.section.max_rollbacks:
+            raise UserError(
+                f"{bad_steps}, after {policy.section.max_rollbacks} rollbacks to step {step}"
+                " (guard.max_rollbacks); look at the data, at metrics.jsonl and at the learning"
+                " rate, resume from an earlier checkpoint with checkpoint.resume=STEP, or increase"
+                " guard.spike_sigma"
             )
-        return judged, events
-
-    def seen(self) -> str:
-        """The run of bad steps, for a person."""
-        return (
-            f"{self.in_row} bad steps in a row, {self.since} to {self.since + self.in_row - 1} (the"
-            f" last one: {self.reason})"
+        self.loader.go_on(state["data"])
+        first_sequence = self.loader.position(step)
+        self.loader.pass_over(step, stop_sequence)
+        self.checkpoints.save(step, wait=True)
+        self.events.publish(
+            RollbackEvent(
+                step=step,
+                first_bad=first,
+                last_bad=last,
+                reason=policy.reason,
+                first_sequence=first_sequence,
+                stop_sequence=stop_sequence,
+                rollbacks=policy.rollbacks,
+            )
         )
-
-    def record_rollback(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state after a rollback to it.
-
-        `tripped` is false from here on.
-        """
-        skipped, reason = self.skipped, self.reason
-        self.load(state)
-        self.skipped, self.reason, self.since, self.in_row, self.rollbacks = (
-            skipped,
-            reason,
-            0,
-            0,
-            self.rollbacks + 1,
-        )
-
-    def reset_rollbacks(self) -> None:
-        """Hear that a later checkpoint than that of the last rollback is made."""
-        self.rollbacks = 0
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; waits for the device."""
-        return {
-            "accepted": self.detector.state(),
-            "skipped": self.skipped,
-            "since": self.since,
-            "in_row": self.in_row,
-            "rollbacks": self.rollbacks,
-            "reason": self.reason,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Raises KeyError, TypeError or ValueError where it is not what `state` gave."""
-        self.detector.load(state["accepted"])
-        self.skipped, self.since, self.in_row, self.rollbacks = (
-            int(state[k]) for k in ("skipped", "since", "in_row", "rollbacks")
-        )
-        self.reason = str(state["reason"])
+        return step

@@ -1,14 +1,16 @@
-"""The guard against NaN, infinities and spikes: whether a step counts is decided on the device, what follows on the host.
+"""Spike detector: decides on the device whether a step's loss and gradient norm are acceptable.
 
 A step is bad when its loss or its gradient norm is not finite, or lies far above those of the last
 accepted steps:
 
-    above median + spikes * max(1.4826 * MAD, floor)    of the last `window` accepted steps
+    above median + spike_sigma * max(1.4826 * MAD, floor)    of the last `window` accepted steps
 
 for the loss in nats per token, and for the logarithm of the norm, because norms are positive and
 scatter by factors. 1.4826 * MAD (median absolute deviation) estimates the standard deviation of
-normal data; half of the window may be outliers before it breaks down. Only a full window judges,
-and only upward: a loss that falls is never a spike.
+normal data; half of the window may be outliers before it breaks down. Only a full window rejects
+spikes, and only upward ones: a loss that falls is never a spike.
+
+What follows from bad steps is decided on the host: see rollback_policy.py.
 """
 
 from __future__ import annotations
@@ -34,55 +36,70 @@ LEAST_NORM = 1e-30  # has a logarithm, and is below any gradient that fp32 weigh
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What the device found of one step. reason: of REASONS, "" when it was accepted. loss, z_loss: nats per token, over all ranks. Limits: those above which it is a spike; infinite while none is looked for."""
+    """Verdict on one step, read from the device.
+
+    Attributes:
+        reason: Why the step is bad; one of REASONS, "" for an accepted step.
+        loss: Nats per token over all ranks, without z-loss.
+        z_loss: Nats per token over all ranks.
+        grad_norm: Norm of the gradient before clipping.
+        loss_limit: Loss above which the step is a spike; infinite while the window is not full.
+        grad_norm_limit: The same of the norm.
+    """
 
     reason: str
     loss: float
     z_loss: float
     grad_norm: float
     loss_limit: float
-    norm_limit: float
+    grad_norm_limit: float
 
 
 class SpikeDetector:
-    """The device's part: statistics of accepted steps, and the verdict on the next one.
+    """Statistics of accepted steps and the verdict on the next one, on the device.
 
-    Only `read` and `state` wait for it.
+    All ranks must pass the same numbers. Only `read` and `state` wait for the device.
 
-    All ranks must give it the same numbers.
+    Args:
+        section: Width of the window and number of standard deviations.
+        device: Where the statistics are kept.
     """
 
     def __init__(self, section: GuardSection, device: torch.device) -> None:
         self.section = section
-        # Rows: loss, log norm. Column n % window holds the n-th accepted step since the last
-        # `forget`.
+        # Rows: loss, log norm. Column n % window holds the n-th accepted step since `reset`.
         self._values = torch.zeros(2, section.window, dtype=torch.float64, device=device)
         self._accepted = torch.zeros((), dtype=torch.int64, device=device)
-        self._places = torch.arange(section.window, device=device)
+        self._columns = torch.arange(section.window, device=device)
         self._floors = torch.tensor(FLOORS, dtype=torch.float64, device=device)
         self._unread: list[Tensor] = []
 
     def classify(self, loss: Tensor, z_loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether the step is bad (bool scalar), without waiting for the device.
+        """Decide whether a step is bad, without waiting for the device.
 
-        An accepted one enters the statistics.
+        An accepted step enters the statistics.
 
-        loss, z_loss: fp64 scalars, z_loss a part of loss. norm: of the gradient; negative is
-        DeepSpeed's mark for a bad one.
+        Args:
+            loss: Nats per token, z-loss included; fp64 scalar.
+            z_loss: The part of `loss` that is z-loss; fp64 scalar.
+            norm: Norm of the gradient, scalar; negative is DeepSpeed's mark for a bad one.
+
+        Returns:
+            Whether the step is bad, bool scalar.
         """
         loss, norm = loss - z_loss, norm.double()
         values = torch.stack([loss, norm.clamp(min=LEAST_NORM).log()])
         limits = self._limits()
         bad_norm = ~torch.isfinite(norm) | (norm < 0)
         above = values > limits
-        found = (~torch.isfinite(loss), bad_norm, above[0], above[1])
+        flags = (~torch.isfinite(loss), bad_norm, above[0], above[1])
         reason = torch.zeros_like(self._accepted)
-        for number in range(len(found), 0, -1):  # the first one has the last word
-            reason = torch.where(found[number - 1], number, reason)
+        for number in range(len(flags), 0, -1):  # the first reason overrides later ones
+            reason = torch.where(flags[number - 1], number, reason)
         bad = reason > 0
         # Selected, not multiplied: 0 * NaN is NaN.
-        here = (self._places == self._accepted % self.section.window) & ~bad
-        self._values = torch.where(here, values[:, None], self._values)
+        replaced = (self._columns == self._accepted % self.section.window) & ~bad
+        self._values = torch.where(replaced, values[:, None], self._values)
         self._accepted = self._accepted + ~bad
         self._unread.append(
             torch.stack([reason.double(), loss, z_loss, norm, limits[0], limits[1].exp()])
@@ -90,7 +107,7 @@ class SpikeDetector:
         return bad
 
     def _limits(self) -> Tensor:
-        """fp64 [2], infinite while the window is not full."""
+        """Limits of loss and log norm, fp64 [2]; infinite while the window is not full."""
         if self.section.spike_sigma is None:
             return torch.full_like(self._floors, math.inf)
         centre = _median(self._values)
@@ -102,11 +119,11 @@ class SpikeDetector:
         )
 
     def reset(self) -> None:
-        """Begin the statistics anew: what comes now is not to be compared with what was."""
+        """Start the statistics anew: the next steps cannot be compared with those before."""
         self._accepted.zero_()
 
     def read(self) -> list[StepVerdict]:
-        """What was found of the steps since the last call, in order; waits for the device."""
+        """Verdicts on the steps since the last call, oldest first; waits for the device."""
         rows = torch.stack(self._unread).tolist() if self._unread else []
         self._unread.clear()
         return [StepVerdict(REASONS[int(reason)], *numbers) for reason, *numbers in rows]
@@ -119,25 +136,27 @@ class SpikeDetector:
             if count >= window
             else self._values[:, :count]
         )
-        return values.tolist()
+        rows: list[list[float]] = values.tolist()
+        return rows
 
-    def load(self, state: list[list[float]]) -> None:
-        """Go on from statistics, also of another window.
+    def load_state(self, state: list[list[float]]) -> None:
+        """Continue from what `state` returned, also with another window.
 
-        Raises ValueError or TypeError where they are none.
+        Raises:
+            ValueError, TypeError: When it is not such a state.
         """
-        kept = torch.tensor(state, dtype=torch.float64)
-        if kept.ndim != 2 or len(kept) != 2 or not kept.isfinite().all():
-            raise ValueError("the guard's statistics are not two rows of finite numbers")
-        kept = kept[:, -self.section.window :]
+        values = torch.tensor(state, dtype=torch.float64)
+        if values.ndim != 2 or len(values) != 2 or not values.isfinite().all():
+            raise ValueError("the spike detector's statistics are not two rows of finite numbers")
+        values = values[:, -self.section.window :]
         self._values.zero_()
-        self._values[:, : kept.shape[1]] = kept.to(self._values.device)
-        self._accepted.fill_(kept.shape[1])
+        self._values[:, : values.shape[1]] = values.to(self._values.device)
+        self._accepted.fill_(values.shape[1])
         self._unread.clear()
 
 
 def _median(values: Tensor) -> Tensor:
-    """Along the last axis: the middle value, or the mean of the two."""
+    """Median along the last axis: the middle value, or the mean of the two."""
     size = values.shape[-1]
     ordered = values.sort(dim=-1).values
     return (ordered[..., (size - 1) // 2] + ordered[..., size // 2]) / 2

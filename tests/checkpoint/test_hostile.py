@@ -386,7 +386,7 @@ from pathlib import Path
 import torch
 from nextpt.checkpoint.commit import select_checkpoint
 from nextpt.base.collective import RankGroup
-from nextpt.train.randomness import set_rng
+from nextpt.train.random_states import set_rng_state
 
 FORBIDDEN = {"exec", "compile", "import", "pickle.find_class", "marshal.loads", "marshal.load", "code.__new__", "function.__new__",
              "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn", "ctypes.dlopen",
@@ -405,7 +405,7 @@ for part in sys.argv[1:]:
         for name in checkpoint.shapes():
             checkpoint.read_whole(name)
         if "python" in (states := checkpoint.rng(0)):
-            set_rng(states)
+            set_rng_state(states)
     except Exception as error:
         print(type(error).__name__)
     else:

@@ -79,7 +79,7 @@ def test_training_goes_on_untouched(
     expected, found = state(root / "plain"), state(root / name)
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     events = read_events(root / name / "metrics.jsonl", "save_failed")
-    assert [(e["step"], e["rank"], e["errno"], e["in_row"]) for e in events] == [
+    assert [(e["step"], e["rank"], e["errno"], e["consecutive"]) for e in events] == [
         (2, 1, number, 1),
         (3, 1, number, 2),
     ]

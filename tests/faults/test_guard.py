@@ -1,4 +1,4 @@
-"""NaN, infinities and spikes in real jobs on two ranks: a bad step leaves no trace, and too many are rolled back and passed over."""
+"""NaN, infinities and spikes in real jobs on two ranks: a bad step leaves no trace, and too many are rolled back."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def test_the_guard_goes_on_counting_after_an_end_between_bad_steps(quick: Jobs) 
         event["step"],
         event["first_bad"],
         event["last_bad"],
-        event["first_sample"],
-        event["stop_sample"],
+        event["first_sequence"],
+        event["stop_sequence"],
     ) == (16, 17, 19, 128, 152)
     state = open_checkpoint(quick.root / "bad" / "checkpoints").state
     assert (
@@ -236,7 +236,7 @@ def test_a_bad_step_changes_no_bit_of_weights_moments_and_working_weights(
 def test_every_skip_is_told_with_its_reason(skips: Jobs, stage: int) -> None:
     events = skips.events(f"bad {stage}", "skip")
     assert {e["step"]: e["reason"] for e in events} == REASONS
-    assert [(e["in_row"], e["skipped"]) for e in events] == [(1, n) for n in range(1, 6)]
+    assert [(e["consecutive"], e["skipped"]) for e in events] == [(1, n) for n in range(1, 6)]
     train = {e["step"]: e for e in skips.events(f"bad {stage}", "train")}
     assert (
         train.keys() == set(range(1, STEPS + 1))
@@ -325,7 +325,7 @@ def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     # are of steps 2, 4, 6, then 6 again.
     for name, event in {
         "between": ["batches", 9, "term"],
-        "going": ["go back", 1, "die"],
+        "going": ["rollback", 1, "die"],
         "saving": ["fragments", 4, "die"],
         "after": ["batches", 10, "die"],
         "tripped": ["batches", 10, "term"],
@@ -415,8 +415,8 @@ def test_what_a_rollback_leaves_behind(rollbacks: Jobs) -> None:
             "first_bad",
             "last_bad",
             "reason",
-            "first_sample",
-            "stop_sample",
+            "first_sequence",
+            "stop_sequence",
             "rollbacks",
         )
     } == {
@@ -424,8 +424,8 @@ def test_what_a_rollback_leaves_behind(rollbacks: Jobs) -> None:
         "first_bad": 7,
         "last_bad": 9,
         "reason": "loss not finite",
-        "first_sample": 48,
-        "stop_sample": 72,
+        "first_sequence": 48,
+        "stop_sequence": 72,
         "rollbacks": 1,
     }
     assert rollbacks.events("whole", "skip") == []  # of steps that were made again
@@ -449,8 +449,8 @@ def test_what_a_rollback_leaves_behind(rollbacks: Jobs) -> None:
     text = (rollbacks.root / "logs" / "rank-0.log").read_text()
     assert "step 7 skipped: loss not finite (loss nan, grad norm inf" in text
     assert (
-        "rolled back to step 6 after bad steps 7 to 9 (loss not finite); samples 48 to 71 are"
-        " passed over" in text
+        "rolled back to step 6 after bad steps 7 to 9 (loss not finite); sequences 48 to 71 are"
+        " skipped" in text
     )
 
 
@@ -485,7 +485,7 @@ def test_it_gives_up_in_one_line(rollbacks: Jobs) -> None:
         "3 bad steps in a row, 7 to 9 (the last one: loss not finite), after 2 rollbacks to step 6"
         " (guard.max_rollbacks); "
     )
-    assert [e["stop_sample"] for e in rollbacks.events("for ever", "rollback")] == [72, 96]
+    assert [e["stop_sequence"] for e in rollbacks.events("for ever", "rollback")] == [72, 96]
     kind, message, code = rollbacks.outcome("nowhere")
     assert (kind, code) == (
         "UserError",

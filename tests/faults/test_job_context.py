@@ -71,7 +71,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_beg
     found = read_exit_record(run)
     assert found["code"] == 75 and found["step"] == saved == steps_made(run), found
     assert (
-        f"stopped by SIGTERM after step {saved} (saved); this resumes: python {RUN} --config"
+        f"stopped by SIGTERM after step {saved} (saved); to resume: python {RUN} --config"
         in logs(tmp_path / "first")
     )
 
@@ -154,7 +154,7 @@ def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(
     _, errors = job.communicate(timeout=120)
     assert (
         job.returncode == 75
-        and f"this resumes: nextpt train --config {command[2]} --ranks 2" in errors
+        and f"to resume: nextpt train --config {command[2]} --ranks 2" in errors
     ), errors[-3000:]
     assert read_exit_record(tmp_path / "run")["code"] == 75 and not ranks_of(command[2])
 
@@ -211,7 +211,7 @@ def test_a_stopped_rank_is_found_and_named(dataset: Path, tmp_path: Path) -> Non
     # Where it waited depends on the instant of the stop
     stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
     assert re.search(
-        r"^rank 0 on .*, at (batches|the vote on batches|training|logging), step \d+$",
+        r"^rank 0 on .*, at (batches|vote on batches|training|logging), step \d+$",
         stacks,
         re.MULTILINE,
     ), stacks

@@ -22,7 +22,7 @@ from nextpt.job.signals import listen_for_signals
 WAITS = """
 import ctypes
 import nextpt.job.signals as stop
-stop.REPEAT = 0.5
+stop.REPEAT_SECONDS = 0.5
 with stop.listen_for_signals():
     print("ready", flush=True)
     mutex = (ctypes.c_char * 64)()
@@ -34,15 +34,15 @@ with stop.listen_for_signals():
 def test_a_signal_is_noted_and_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with listen_for_signals() as request:
-        assert request.seconds_left(30) is None and request.name is None
+        assert request.seconds_left(30) is None and request.signal_name is None
         os.kill(os.getpid(), signal.SIGUSR1)
         deadline = time.monotonic() + 10
-        while request.name is None and time.monotonic() < deadline:
+        while request.signal_name is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert request.name == "SIGUSR1" and 20 < request.seconds_left(30) <= 30
+        assert request.signal_name == "SIGUSR1" and 20 < request.seconds_left(30) <= 30
         os.kill(os.getpid(), signal.SIGTERM)  # the same one, sent along another way
         time.sleep(0.2)
-        assert request.name == "SIGUSR1"
+        assert request.signal_name == "SIGUSR1"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -82,9 +82,9 @@ def test_every_end_is_recorded(
     tmp_path: Path, raised: BaseException | None, code: int, reason: str
 ) -> None:
     try:
-        with record_exit(tmp_path) as progress:
+        with record_exit(tmp_path) as record:
             assert read_exit_record(tmp_path) is None
-            progress.step = 7
+            record.step = 7
             if raised:
                 raise raised
     except BaseException as error:

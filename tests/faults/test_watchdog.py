@@ -15,20 +15,22 @@ from typing import Any
 import pytest
 
 from nextpt.job.exit_record import read_exit_record
-from nextpt.job.watchdog import FIRST, Watchdog, diagnose
+from nextpt.job.watchdog import FIRST_SECONDS, Watchdog, diagnose
 
 FORK = multiprocessing.get_context("fork")
 HOSTS = ["node1", "node1", "node2", "node2"]
 
 
-def report(beat: int = 1, count: int = 7, waits: bool = True, fired: bool = True) -> dict[str, Any]:
+def report(
+    beat: int = 1, count: int = 7, in_collective: bool = True, expired: bool = True
+) -> dict[str, Any]:
     return {
         "beat": beat,
         "count": count,
-        "doing": "training, step 3",
-        "waits": waits,
-        "place": "loop.py:9 step",
-        "fired": fired,
+        "phase": "training, step 3",
+        "in_collective": in_collective,
+        "location": "loop.py:9 step",
+        "expired": expired,
     }
 
 
@@ -36,7 +38,7 @@ def report(beat: int = 1, count: int = 7, waits: bool = True, fired: bool = True
     ("changes", "words"),
     [
         ({2: None}, "rank 2 on node2 shows no sign of life"),
-        ({1: {"fired": False}}, "rank 1 on node1 shows no sign of life"),
+        ({1: {"expired": False}}, "rank 1 on node1 shows no sign of life"),
         (
             {1: {"count": 6}, 3: {"count": 6}},
             (
@@ -45,11 +47,11 @@ def report(beat: int = 1, count: int = 7, waits: bool = True, fired: bool = True
             ),
         ),
         (
-            {3: {"waits": False}},
+            {3: {"in_collective": False}},
             "rank 3 on node2 does not come to where the others wait; it is at loop.py:9 step",
         ),
         ({}, "all ranks wait for each other; the network between them may be cut"),
-        ({r: {"waits": False} for r in range(4)}, "all ranks are busy"),
+        ({r: {"in_collective": False} for r in range(4)}, "all ranks are busy"),
     ],
 )
 def test_the_guilty_rank_is_named(changes: dict[int, dict[str, Any] | None], words: str) -> None:
@@ -60,8 +62,8 @@ def test_the_guilty_rank_is_named(changes: dict[int, dict[str, Any] | None], wor
 
 
 def test_a_rank_whose_report_moves_is_alive() -> None:
-    first = {r: report(fired=r > 0, beat=1) for r in range(4)}
-    last = {r: report(fired=r > 0, beat=2) for r in range(4)}
+    first = {r: report(expired=r > 0, beat=1) for r in range(4)}
+    last = {r: report(expired=r > 0, beat=2) for r in range(4)}
     assert "wait for each other" in diagnose(first, last, HOSTS)
 
 
@@ -74,10 +76,10 @@ def test_work_may_take_ten_times_what_it_usually_takes_and_its_first_time_long(
     watchdog.close()
     for step in range(9):
         watchdog.set_phase("training", step)
-        assert watchdog.limit() == (FIRST if step == 0 else 90.0)
+        assert watchdog.limit() == (FIRST_SECONDS if step == 0 else 90.0)
         clock[0] += 9.0
         watchdog.set_phase("voting", step)
-        assert watchdog.limit() == (FIRST if step == 0 else 60.0)
+        assert watchdog.limit() == (FIRST_SECONDS if step == 0 else 60.0)
         clock[0] += 0.001
 
 

@@ -168,7 +168,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 6/6" in done.stdout and "held out, step 3" in done.stdout
+    assert "step 6/6" in done.stdout and "validation, step 3" in done.stdout
     return root / "run"
 
 

@@ -261,8 +261,8 @@ def test_what_the_guard_did_is_told(dataset: Path, tmp_path: Path) -> None:
         in page
     )
     assert (
-        "rolled back to step 6 after bad steps 7 to 8 (loss not finite); samples 48 to 63 were"
-        " passed over" in page
+        "rolled back to step 6 after bad steps 7 to 8 (loss not finite); sequences 48 to 63 were"
+        " skipped" in page
     )
 
 

@@ -42,7 +42,7 @@ from tests.support.job_probe import before
 PLACES = {
     "fragments": (ZeroState, "fragments"),
     "batches": (Loader, "step_batches"),
-    "go back": (CheckpointManager, "rollback"),
+    "rollback": (CheckpointManager, "rollback"),
     "save": (CheckpointManager, "save"),
 }
 
@@ -136,7 +136,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     def step(trainer: Trainer, number: int, measure: bool = False) -> Any:
         made = train_step(trainer, number, measure)
         if job.get("digests"):
-            digests.append([number, digest(trainer.engine)])
+            digests.append([number + 1, digest(trainer.engine)])
         return made
 
     with ExitStack() as stack:

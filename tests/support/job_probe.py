@@ -57,7 +57,7 @@ def another_takes_over(config: Config) -> Callable[[int], None]:
 
 def case(name: str, config: Config) -> Any:
     return {
-        "starting": lambda: before(run, "_open_run_folder", tell(1)),
+        "starting": lambda: before(run, "open_run_folder", tell(1)),
         "validating": lambda: before(Loader, "validation_batches", tell(1)),
         "saving": lambda: before(ZeroState, "fragments", tell(1)),
         "crashing": lambda: before(Loader, "step_batches", crash),

@@ -67,22 +67,13 @@ def _resident(field: str) -> int:
 
 
 def _train(config: Config, steps: int) -> None:
-    from nextpt.base.collective import RankGroup
     from nextpt.data.loader import Loader
     from nextpt.train.engine import Engine
-    from nextpt.train.loop import Trainer
+    from tests.support.trainers import bare_trainer
 
     loader = Loader(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    trainer = Trainer(
-        config,
-        Engine(config, torch.device("cpu")),
-        loader,
-        RankGroup.world(),
-        lambda *save: None,
-        lambda wait: None,
-        lambda event: None,
-    )
-    for step in range(1, steps + 1):
+    trainer = bare_trainer(config, Engine(config, torch.device("cpu")), loader)
+    for step in range(steps):
         trainer.train_step(step)
     loader.close()
 

@@ -20,17 +20,17 @@ from nextpt.train.run import run_training
 
 
 def main(switch: str, file: str) -> None:
-    made = JobContext.record_step
+    record_step = JobContext.record_step
 
-    def made_and_told(self: JobContext, step: int) -> None:
-        made(self, step)
+    def record_and_wait(self: JobContext, step: int) -> None:
+        record_step(self, step)
         if os.environ["RANK"] == "0" and step:
             Path(switch + ".tmp").write_text(str(step))
             os.rename(switch + ".tmp", switch)
             while Path(switch).exists():
                 time.sleep(0.01)
 
-    JobContext.record_step = made_and_told
+    JobContext.record_step = record_and_wait
     run_training(load_config(file))
     os._exit(0)
 

@@ -22,10 +22,10 @@ def main(what: str, path: str, out: str) -> None:
     from nextpt.base.collective import RankGroup
     from nextpt.checkpoint.commit import save, select_checkpoint
     from nextpt.config import load_config
+    from nextpt.train.checkpointing import restore_engine
     from nextpt.train.engine import Engine
     from nextpt.train.process_group import start_distributed
-    from nextpt.train.randomness import get_rng
-    from nextpt.train.run import resume
+    from nextpt.train.random_states import get_rng_state
 
     config = load_config(path)
     device = start_distributed()
@@ -36,7 +36,7 @@ def main(what: str, path: str, out: str) -> None:
     def load() -> None:
         checkpoint = select_checkpoint(root, "auto", ranks, print)
         held.append(checkpoint)
-        resume(engine, checkpoint, ranks)
+        restore_engine(engine, checkpoint, ranks)
 
     ranks.all_gather(None)
     gc.collect()
@@ -48,7 +48,7 @@ def main(what: str, path: str, out: str) -> None:
             root,
             engine.state,
             {"step": 1, "config": config.model_dump(mode="json")},
-            get_rng(),
+            get_rng_state(),
             ranks,
         )
     )

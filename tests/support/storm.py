@@ -150,18 +150,18 @@ def announce(rank: int, tell: Callable[[int], object]) -> None:
     from nextpt.checkpoint.manager import CheckpointManager
     from nextpt.train.loop import Trainer
 
-    write, run = CheckpointManager._write, Trainer.run
+    write, fit = CheckpointManager._write, Trainer.fit
 
     def writing(self: CheckpointManager, *arguments: Any) -> None:
         tell(SAVING + rank)
         write(self, *arguments)
         tell(SAVED + rank)
 
-    def running(self: Trainer, first_step: int) -> None:
+    def fitting(self: Trainer) -> None:
         tell(TRAINING + rank)
-        run(self, first_step)
+        fit(self)
 
-    CheckpointManager._write, Trainer.run = writing, running
+    CheckpointManager._write, Trainer.fit = writing, fitting
 
 
 class Storm:

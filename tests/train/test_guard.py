@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextpt.config import GuardSection
-from nextpt.train.rollback import EMPTY_STATE, RollbackPolicy
+from nextpt.train.rollback_policy import EMPTY_STATE, RollbackPolicy
 from nextpt.train.spike_detector import FLOORS, NORMAL, SpikeDetector
 
 LOSSES = st.one_of(st.floats(0.0, 12.0), st.sampled_from([math.nan, math.inf, -math.inf, 1e30]))
@@ -89,11 +89,11 @@ def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(
     )
     judge_all(whole.detector, steps)
     judge_all(first.detector, steps[:cut])
-    expected, begun = whole.hear(len(steps))[1], first.hear(cut)[1]
-    second.load(json.loads(json.dumps(first.state(), allow_nan=False)))
+    expected, begun = whole.read_verdicts(len(steps))[1], first.read_verdicts(cut)[1]
+    second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
     judge_all(second.detector, steps[cut:])
-    found = begun + second.hear(len(steps))[1]
-    assert second.state() == whole.state() and second.tripped == whole.tripped
+    found = begun + second.read_verdicts(len(steps))[1]
+    assert second.state() == whole.state() and second.is_rollback_due == whole.is_rollback_due
     told = [
         [
             repr(
@@ -102,7 +102,7 @@ def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(
                     e.reason,
                     e.loss,
                     e.grad_norm,
-                    e.in_row,
+                    e.consecutive,
                     e.skipped,
                     e.loss_limit,
                     e.grad_norm_limit,
@@ -130,7 +130,7 @@ def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
     assert judge_all(full.detector, [(1.0, 1.0)] * 8 + [(9.0, 1.0), (1.0, 9.0), (1.02, 1.1)]) == [
         False
     ] * 8 + [True, True, False]
-    assert [(e.step, e.reason) for e in full.hear(11)[1]] == [
+    assert [(e.step, e.reason) for e in full.read_verdicts(11)[1]] == [
         (9, "loss spike"),
         (10, "gradient spike"),
     ]
@@ -160,14 +160,18 @@ def test_too_many_in_a_row_trip_it_wherever_one_looks() -> None:
         one, events = guard(window=4, rollback_after=3), []
         for first in range(0, 8, every):
             judge_all(one.detector, steps[first : first + every])
-            events += [(e.step, e.in_row, e.skipped) for e in one.hear(first + every)[1]]
-        outcomes.append((one.tripped, one.since, one.in_row, one.skipped, events))
+            events += [
+                (e.step, e.consecutive, e.skipped) for e in one.read_verdicts(first + every)[1]
+            ]
+        outcomes.append(
+            (one.is_rollback_due, one.first_bad_step, one.consecutive, one.skipped, events)
+        )
     assert (
         outcomes[0] == (True, 4, 3, 4, [(2, 1, 1), (4, 1, 2), (5, 2, 3), (6, 3, 4)])
         and outcomes == outcomes[:1] * 3
     )
     one.record_rollback(EMPTY_STATE)
-    assert (one.tripped, one.since, one.skipped, one.rollbacks) == (False, 0, 4, 1)
+    assert (one.is_rollback_due, one.first_bad_step, one.skipped, one.rollbacks) == (False, 0, 4, 1)
     one.reset_rollbacks()
     assert one.rollbacks == 0
 
@@ -177,7 +181,7 @@ def test_another_window_takes_over_what_it_can(window: int) -> None:
     one = guard(window=8)
     judge_all(one.detector, [(float(n), 1.0) for n in range(11)])
     other = guard(window=window)
-    other.load(one.state())
+    other.load_state(one.state())
     assert other.detector.state()[0] == [float(n) for n in range(3, 11)][-window:]
     judge_all(other.detector, [(11.0, 1.0)])
     assert other.detector.state()[0] == [float(n) for n in range(3, 12)][-window:]
@@ -190,10 +194,10 @@ def test_another_window_takes_over_what_it_can(window: int) -> None:
         {"accepted": [[math.nan], [1.0]]},
         {"accepted": [[1.0]]},
         {"accepted": None},
-        {"in_row": "many"},
-        {"since": None},
+        {"consecutive": "many"},
+        {"first_bad_step": None},
     ],
 )
 def test_a_state_that_is_none_is_refused(change: dict) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
-        guard().load(EMPTY_STATE | change)
+        guard().load_state(EMPTY_STATE | change)

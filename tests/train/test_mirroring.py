@@ -11,7 +11,7 @@ import pytest
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import ConfigError, TrainingStopped
 from nextpt.base.files import canonical_json
-from nextpt.events import Event
+from nextpt.events import Event, EventBus
 from nextpt.job.context import JobContext
 from nextpt.job.signals import StopRequest
 from nextpt.train.mirroring import MARGIN, check_same_run, mirroring, open_mirror
@@ -19,9 +19,22 @@ from tests.support.checkpoints import write
 from tests.support.datasets import tiny
 
 
+class Recorder:
+    """Keeps events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def on_event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.mark.parametrize("hanging", [False, True])
 def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
-    tmp_path: Path, hanging: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hanging: bool
 ) -> None:
     config = tiny(
         tmp_path,
@@ -31,7 +44,7 @@ def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
             "grace_seconds": MARGIN + (0.5 if hanging else 60.0),
         },
     )
-    root, stop, said, events = tmp_path / "checkpoints", StopRequest(), [], []
+    root, stop, listener = tmp_path / "checkpoints", StopRequest(), Recorder()
     write(root, 3)
     job = JobContext(stop)
     mirror = open_mirror(config, root, job)
@@ -39,27 +52,29 @@ def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
         mirror.archive.note = lambda: threading.Event().wait()
     with (
         pytest.raises(TrainingStopped, match="told"),
-        mirroring(mirror, config, RankGroup.world(), job, events.append, said.append),
+        mirroring(mirror, config, RankGroup.world(), job, EventBus([listener])),
     ):
-        stop.note(signal.SIGTERM)
+        stop.record(signal.SIGTERM)
         raise TrainingStopped("told")
+    output = capsys.readouterr().out.splitlines()
     if hanging:
         assert (
-            len(said) == 1
-            and "not mirrored yet" in said[0]
-            and "the checkpoints of steps 3; the same command goes on" in said[0]
+            len(output) == 1
+            and "not mirrored yet" in output[0]
+            and "the checkpoints of steps 3; the same command continues" in output[0]
         )
     else:
-        assert said == [] and [(e.step, e.status) for e in events] == [(3, "mirrored")]
+        events = [(event.step, event.status) for event in listener.events]
+        assert output == [] and events == [(3, "mirrored")]
 
 
 def test_an_error_of_the_training_is_not_held_up(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, checkpoint={"mirror": str(tmp_path / "mirror")})
-    mirror, told = open_mirror(config, tmp_path / "checkpoints", JobContext()), list[Event]()
+    mirror = open_mirror(config, tmp_path / "checkpoints", JobContext())
     mirror.archive.note = lambda: threading.Event().wait()
     with (
         pytest.raises(ZeroDivisionError),
-        mirroring(mirror, config, RankGroup.world(), JobContext(), told.append, lambda text: None),
+        mirroring(mirror, config, RankGroup.world(), JobContext(), EventBus()),
     ):
         1 / 0  # noqa: B018
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nextpt.base.errors import ConfigError
-from nextpt.train.run import check_hpz
+from nextpt.train.startup_checks import check_hpz
 from tests.support.datasets import tiny
 
 

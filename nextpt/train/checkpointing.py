@@ -1,0 +1,239 @@
+"""Checkpoints of a training run: when to save, what to save, what a finished or failed save means."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nextpt.base.collective import RankGroup, run_on_all_ranks
+from nextpt.base.errors import CheckpointError
+from nextpt.checkpoint.folders import step_of
+from nextpt.checkpoint.format import Checkpoint, check_state_shapes
+from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
+from nextpt.config import Config
+from nextpt.data.loader import Loader
+from nextpt.events import CheckpointEvent, EventBus, SaveFailedEvent
+from nextpt.job.context import JobContext
+from nextpt.job.environment import versions
+from nextpt.train.engine import Engine
+from nextpt.train.randomness import get_rng_state, set_rng_state
+from nextpt.train.rollback_policy import RollbackPolicy
+from nextpt.train.validation import Validator
+
+
+class TrainingCheckpoints:
+    """Saves and restores everything that a run is resumed from.
+
+    A checkpoint holds weights, optimizer state, random states, the position in the data, the last
+    validation and the state of the spike detector and the rollback policy. All methods are
+    collective.
+
+    Attributes:
+        saved_step: Step of the last checkpoint that is durable or being written.
+        durable_step: Step of the last durable checkpoint; lags behind during a background save.
+        save_seconds: Duration of the last save, None before the first of this job.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        loader: Loader,
+        ranks: RankGroup,
+        checkpoints: CheckpointManager,
+        events: EventBus,
+        job: JobContext,
+        validator: Validator,
+        policy: RollbackPolicy,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.loader = loader
+        self.ranks = ranks
+        self.checkpoints = checkpoints
+        self.events = events
+        self.job = job
+        self.validator = validator
+        self.policy = policy
+        self.saved_step = self.durable_step = 0
+        self.save_seconds: float | None = None
+        self._last_save_time = time.monotonic()
+        self._overdue = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after `step` completed steps; stays true until a save begins.
+
+        A save is due after the last step, every `checkpoint.every_steps` steps, and every
+        `checkpoint.every_minutes` minutes by rank 0's clock (checked at logging steps only).
+        """
+        self._overdue = self._overdue or step == self.config.last_step or self._is_scheduled(step)
+        return self._overdue
+
+    def _is_scheduled(self, step: int) -> bool:
+        settings = self.config.checkpoint
+        if settings.every_steps and step % settings.every_steps == 0:
+            return True
+        if not settings.every_minutes or step % self.config.train.log_every:
+            return False
+        late = time.monotonic() - self._last_save_time >= 60 * settings.every_minutes
+        flag = torch.tensor(float(late and self.engine.rank == 0), device=self.engine.device)
+        return bool(self.engine.all_reduce(flag).item())
+
+    def save(self, step: int, wait: bool) -> None:
+        """Save the state after `step` completed steps.
+
+        Args:
+            step: Number of completed steps.
+            wait: Whether to return only when the checkpoint is durable.
+
+        Raises:
+            CheckpointSaveError: When training must not go on without this checkpoint.
+            RunInUseError: When another job took the run folder.
+        """
+        self.job.set_phase("save", step)
+        self.saved_step, self._overdue = step, False
+        extras = self._extras(step)
+        with self._lost_lock_first():
+            outcomes = self.checkpoints.save(
+                self.engine.state, extras, get_rng_state(), self.validator.latest_loss, wait
+            )
+        self._report(outcomes)
+        self._last_save_time = time.monotonic()
+
+    def poll(self, wait: bool = False) -> None:
+        """Report a background save that has ended, and news of the mirror.
+
+        Args:
+            wait: Whether to wait for a save that is still being written.
+        """
+        with self._lost_lock_first():
+            outcomes = self.checkpoints.poll(wait)
+        self._report(outcomes)
+        if self.checkpoints.mirror:
+            for event in self.checkpoints.mirror.news():
+                self.events.publish(event)
+
+    def rollback(self, step: int) -> dict[str, Any] | None:
+        """Restore engine and random states from the newest checkpoint before `step`.
+
+        Returns:
+            The state of that checkpoint, None when there is none. The caller restores the rest.
+        """
+        checkpoint = self.checkpoints.rollback(step)
+        if checkpoint is None:
+            return None
+        restore_engine(self.engine, checkpoint, self.ranks)
+        self.saved_step = self.durable_step = checkpoint.step
+        self.validator.latest = checkpoint.state.get("validation")
+        return checkpoint.state
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore everything but the engine (see `restore_engine`) when a job resumes.
+
+        Raises:
+            CheckpointError: When the state of the guard or the data is damaged.
+        """
+        state = checkpoint.state
+        self.saved_step = self.durable_step = checkpoint.step
+        try:
+            self.validator.latest = state.get("validation")
+            self.policy.load_state(state.get("guard"))
+            self.loader.go_on(state["data"])
+        except (KeyError, TypeError, ValueError) as error:
+            refusal = CheckpointError(
+                f"checkpoint {checkpoint.folder}: the state of the guard or of the data is damaged:"
+                f" {error}; resume from another one with checkpoint.resume=STEP"
+            )
+            refusal.every_rank = False
+            raise refusal from error
+
+    def _extras(self, step: int) -> dict[str, Any]:
+        """The part of state.json that is the trainer's. Waits for the device."""
+        return {
+            "step": step,
+            "tokens": step * self.config.tokens_per_step,
+            "config": self.config.model_dump(mode="json"),
+            "data": self.loader.state(step),
+            "versions": versions(),
+            "validation": self.validator.latest,
+            "guard": self.policy.state(),
+            "start": self.job.start,
+        }
+
+    @contextmanager
+    def _lost_lock_first(self) -> Iterator[None]:
+        """Report a lost run folder in the place of the failed save that it causes."""
+        try:
+            yield
+        except CheckpointError:
+            run_on_all_ranks(self.ranks, self.job.check_lock)
+            raise
+
+    def _report(self, outcomes: list[SavedCheckpoint | FailedSave]) -> None:
+        """Publish the outcomes of saves and keep track of the last saved step."""
+        for outcome in outcomes:
+            if isinstance(outcome, SavedCheckpoint):
+                folder = outcome.checkpoint.folder
+                self.save_seconds, self.durable_step = outcome.seconds, step_of(folder)
+                self.events.publish(
+                    CheckpointEvent(
+                        step=self.durable_step,
+                        path=str(folder),
+                        seconds=outcome.seconds,
+                        bytes=outcome.checkpoint.bytes,
+                        stall_seconds=outcome.stall_seconds,
+                    )
+                )
+                continue
+            run_on_all_ranks(self.ranks, self.job.check_lock)
+            self._raise_unless_tolerated(outcome)
+            error = outcome.error
+            self.events.publish(
+                SaveFailedEvent(
+                    step=outcome.step,
+                    message=str(error),
+                    rank=error.rank,
+                    errno=error.number,
+                    consecutive=outcome.consecutive,
+                )
+            )
+            if outcome.step == self.saved_step:
+                self.saved_step = self.durable_step
+
+    def _raise_unless_tolerated(self, failed: FailedSave) -> None:
+        """Raise the error of a failed save where training must not go on without it."""
+        settings = self.config.checkpoint
+        if (
+            settings.on_failure == "stop"
+            or failed.consecutive >= settings.max_failures
+            or failed.step == self.config.last_step
+        ):
+            raise failed.error
+
+
+def restore_engine(engine: Engine, checkpoint: Checkpoint, ranks: RankGroup) -> None:
+    """Restore weights, optimizer state and random states from a checkpoint. Collective.
+
+    Raises:
+        CheckpointError: When the checkpoint is of another model or damaged.
+    """
+    check_state_shapes(checkpoint, engine.state.state_shapes())
+    if checkpoint.state["scalars"].keys() != engine.state.scalars().keys():
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])},"
+            f" expected {sorted(engine.state.scalars())}; it was not written by this nextpt"
+        )
+    engine.state.load(checkpoint, checkpoint.state["scalars"])
+    checkpoint.close()
+    try:
+        if states := checkpoint.rng(ranks.rank):
+            set_rng_state(states)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder}: the random states of rank {ranks.rank} cannot be"
+            f" used: {error}"
+        ) from error

@@ -1,0 +1,77 @@
+"""Checks of kernels and hosts before the model is built."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.attention import choose_attention
+from kernels.attention.features import asked
+from kernels.causality import CausalityError, check_attention
+from kernels.cross_entropy import pick
+from nextpt.base.errors import ConfigError, UserError
+from nextpt.config import Config
+from nextpt.train.memory import loss_chunking
+
+
+def check_causality(config: Config, device: torch.device) -> None:
+    """Prove on this device that the run's attention does not look ahead.
+
+    Takes a fraction of a second.
+
+    Raises:
+        ConfigError: When the chosen implementation cannot do what the run needs.
+        UserError: When the attention is not causal.
+    """
+    dtype = (
+        torch.bfloat16
+        if config.train.precision == "bf16" and device.type == "cuda"
+        else torch.float32
+    )
+    head = torch.empty(1, 1, 1, config.model.head_dim_, dtype=dtype, device="meta")
+    try:
+        choose_attention(
+            config.model.attention,
+            device.type,
+            asked(head, head, documents=True, window=config.model.sliding_window),
+        )
+        check_attention(config.model.attention, device, dtype, config.model.sliding_window)
+    except ValueError as error:
+        raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
+    except CausalityError as error:
+        raise UserError(
+            f"the attention of this installation is not causal: {error}; choose another"
+            " model.attention"
+        ) from error
+
+
+def check_cross_entropy(config: Config, device: torch.device) -> None:
+    """Refuse a cross-entropy that cannot run on this device.
+
+    Raises:
+        ConfigError: When the implementation or its chunks do not fit.
+    """
+    try:
+        pick(config.model.cross_entropy, device.type)
+    except ValueError as error:
+        raise ConfigError(f"model.cross_entropy = {config.model.cross_entropy}: {error}") from error
+    loss_chunking(config, device.type)
+
+
+def check_hpz(config: Config, hosts: list[str]) -> None:
+    """Refuse groups of `train.hpz_ranks` over several hosts: they would gather over the network.
+
+    Args:
+        config: The run.
+        hosts: Host name of every rank, in order of rank.
+
+    Raises:
+        ConfigError: With the ranks and hosts of the first such group.
+    """
+    size = config.train.hpz_ranks or 1
+    for first in range(0, len(hosts), size):
+        if len(names := dict.fromkeys(hosts[first : first + size])) > 1:
+            raise ConfigError(
+                f"train.hpz_ranks = {size}: ranks {first} to {first + size - 1} are on different"
+                f" hosts ({', '.join(names)}); give the number of ranks of one host, or a divisor"
+                " of it"
+            )

@@ -1,0 +1,18 @@
+"""Trainers without a job around them: no lock, no watchdog, nobody who listens to events."""
+
+from __future__ import annotations
+
+from nextpt.base.collective import RankGroup
+from nextpt.checkpoint.manager import CheckpointManager
+from nextpt.config import Config
+from nextpt.data.loader import Loader
+from nextpt.events import EventBus
+from nextpt.job.context import JobContext
+from nextpt.train.engine import Engine
+from nextpt.train.loop import Trainer
+
+
+def bare_trainer(config: Config, engine: Engine, loader: Loader) -> Trainer:
+    ranks = RankGroup.world()
+    checkpoints = CheckpointManager(config.run_dir, config.checkpoint, ranks, print)
+    return Trainer(config, engine, loader, ranks, checkpoints, EventBus(), JobContext())

@@ -20,7 +20,7 @@ from nextpt.events import CheckpointEvent, EventBus, SaveFailedEvent
 from nextpt.job.context import JobContext
 from nextpt.job.environment import versions
 from nextpt.train.engine import Engine
-from nextpt.train.randomness import get_rng_state, set_rng_state
+from nextpt.train.random_states import get_rng_state, set_rng_state
 from nextpt.train.rollback_policy import RollbackPolicy
 from nextpt.train.validation import Validator
 

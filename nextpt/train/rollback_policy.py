@@ -102,7 +102,7 @@ class RollbackPolicy:
 
     def record_rollback(self, state: dict[str, Any] | None) -> None:
         """Continue from the state of the checkpoint that training returned to."""
-        skipped, reason, rollbacks = self.skipped, self.reason, self.rollbacks
+        skipped, reason = self.skipped, self.reason
         self.load_state(state)
         self.first_bad_step = self.consecutive = 0
         self.skipped, self.reason = skipped, reason

@@ -12,7 +12,7 @@ import torch
 from nextpt.base.collective import RankGroup, run_on_all_ranks
 from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.folders import step_of
-from nextpt.checkpoint.format import Checkpoint, check_state_shapes
+from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
 from nextpt.config import Config
 from nextpt.data.loader import Loader
@@ -221,7 +221,7 @@ def restore_engine(engine: Engine, checkpoint: Checkpoint, ranks: RankGroup) -> 
     Raises:
         CheckpointError: When the checkpoint is of another model or damaged.
     """
-    check_state_shapes(checkpoint, engine.state.state_shapes())
+    checkpoint.check_state(engine.state.state_shapes())
     if checkpoint.state["scalars"].keys() != engine.state.scalars().keys():
         raise CheckpointError(
             f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])},"

@@ -24,11 +24,11 @@ def config_show(
     """Print the resolved config and the quantities derived from it."""
     from nextpt.config import load_config, to_yaml
     from nextpt.model import ModelSpec, count
-    from nextpt.train.memory import estimate_memory, usual_device
+    from nextpt.train.memory import estimate_memory, default_device
 
     config = load_config(file, overrides or [])
     counts = count(ModelSpec.from_config(config), config.data.sequence_length)
-    memory = estimate_memory(config, ranks, device=usual_device(config))
+    memory = estimate_memory(config, ranks, device=default_device(config))
     tokens = config.total_steps * config.tokens_per_step
     accumulation = config.accumulation_steps(ranks)
     echo(to_yaml(config))

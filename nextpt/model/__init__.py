@@ -1,8 +1,17 @@
 """The decoder: spec, layers, initialisation, parameter and FLOP counts. No training code."""
 
 from nextpt.model.counts import Counts, count
-from nextpt.model.decoder import Decoder, build_decoder
+from nextpt.model.decoder import Decoder, build_decoder, parameter_shapes
 from nextpt.model.layers import KVCache
 from nextpt.model.spec import ComputeOptions, ModelSpec
 
-__all__ = ["ComputeOptions", "Counts", "Decoder", "KVCache", "ModelSpec", "build_decoder", "count"]
+__all__ = [
+    "ComputeOptions",
+    "Counts",
+    "Decoder",
+    "KVCache",
+    "ModelSpec",
+    "build_decoder",
+    "count",
+    "parameter_shapes",
+]

@@ -5,6 +5,10 @@ Shapes: B rows, T tokens, D residual width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -118,3 +122,12 @@ def build_decoder(config: Config) -> Decoder:
         seed=config.run.seed,
         options=ComputeOptions.from_config(config),
     )
+
+
+@lru_cache(maxsize=8)
+def parameter_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+    """Shape of every parameter of a decoder, by name; a tied matrix once. Allocates no weights."""
+    with torch.device("meta"):
+        decoder = Decoder(spec)
+    shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    return MappingProxyType(shapes)

@@ -33,13 +33,16 @@ class Init:
     def normal_(self, tensor: Tensor, name: str, *, residual: bool = False) -> None:
         """Fill a tensor in place from a normal distribution of mean 0.
 
-        Values are drawn in fp32 on the CPU, so that all devices get the same.
+        Values are drawn in fp32 on the CPU, so that all devices get the same. A tensor on the meta
+        device is left alone.
 
         Args:
             tensor: The parameter, of any shape, dtype and device.
             name: Name of the parameter, which with the seed decides the values.
             residual: Whether the matrix's output is added to the residual stream.
         """
+        if tensor.is_meta:
+            return
         std = self.std / math.sqrt(2 * self.depth) if residual else self.std
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

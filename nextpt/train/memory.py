@@ -1,4 +1,4 @@
-"""Estimated memory of one rank, by formula.
+"""Memory of one rank, estimated by formula.
 
 tests/train/test_memory.py compares it with measured ranks.
 """
@@ -13,21 +13,30 @@ from kernels.cross_entropy.chunking import DEFAULT_BUDGET, MIB, BudgetError, Chu
 from kernels.cross_entropy.interface import wide_logits
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config
-from nextpt.model import ModelSpec, count
+from nextpt.model import ModelSpec, count, parameter_shapes
+from nextpt.optim.registry import optimizer_spec
 
-# Elements; what the engine gives to DeepSpeed. Below DeepSpeed's 5e8: 0.8 GB of fp32 is enough for
-# a link to be busy.
+# Elements of DeepSpeed's reduction bucket. Below DeepSpeed's 5e8: 0.8 GB of fp32 is enough to keep
+# a link busy.
 REDUCE_BUCKET = 200_000_000
-LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3: parameters gathered at once (DeepSpeed's own default)
+# Parameters that ZeRO-3 gathers at once (DeepSpeed's own default)
+LIVE_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on one rank.
 
-    States: arXiv 1910.02054 section 3; activations: arXiv 2205.05198 section 4, without dropout.
+    Sources: arXiv 1910.02054 section 3 for the states; arXiv 2205.05198 section 4, without dropout,
+    for the activations.
 
-    buffers: what DeepSpeed 0.19 stages gradients and gathered parameters in.
+    Attributes:
+        weights: Working weights.
+        gradients: fp32 gradients.
+        optimizer: fp32 master weights and the optimizer's state.
+        buffers: What DeepSpeed 0.19 stages gradients and gathered parameters in.
+        activations: Tensors kept for the backward pass.
+        loss: Workspace of the loss, and the gradient of the output matrix.
     """
 
     weights: int
@@ -39,6 +48,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """All of them together."""
         return (
             self.weights
             + self.gradients
@@ -50,23 +60,28 @@ class MemoryEstimate:
 
 
 def reduce_bucket(config: Config) -> int:
-    """Elements of DeepSpeed's reduction bucket: never larger than the model."""
+    """Elements of DeepSpeed's reduction bucket: at most those of the model."""
     return min(count(ModelSpec.from_config(config)).parameters, REDUCE_BUCKET)
 
 
 def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> MemoryEstimate:
-    """Memory of one of `world_size` ranks: weights (2 or 4 bytes), fp32 gradients, fp32 master weights and moments.
+    """Estimate the memory of one rank.
 
     Stage 1 divides the optimizer state, stage 2 the gradients too, stage 3 the weights too. fp32
     training needs no separate master weights at stage 0; DeepSpeed keeps a partition of them from
-    stage 1 on. hpZ keeps a second share of the weights in every node. device: on cuda gradients are
-    reduced beside the backward pass, which takes a second bucket, and the loss has a larger
-    workspace.
+    stage 1 on. hpZ keeps a second share of the weights in every node.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks.
+        device: "cpu" or "cuda". On cuda gradients are reduced during the backward pass, which takes
+            a second bucket, and the loss has a larger workspace.
     """
-    train, parameters = config.train, count(ModelSpec.from_config(config)).parameters
-    stage = train.zero_stage
+    train, model = config.train, ModelSpec.from_config(config)
+    parameters, stage = count(model).parameters, train.zero_stage
     width = 2 if train.precision == "bf16" else 4
-    master = 4 if stage else 0
+    master = 4 * parameters if stage else 0
+    state = optimizer_spec(config.optimizer).state_bytes(parameter_shapes(model))
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // world_size) if stage >= from_stage else size
@@ -75,20 +90,24 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
         weights=share(width * parameters, 3)
         + (width * parameters // train.hpz_ranks if stage == 3 and train.hpz_ranks else 0),
         gradients=share(4 * parameters, 2),
-        optimizer=share((master + 8) * parameters, 1),
+        optimizer=share(master + state, 1),
         buffers=_buffers(config, width, device == "cuda"),
         activations=_activations(config, width),
-        loss=loss_chunking(config, device).workspace
-        + width * config.model.vocab_size * config.model.width,
+        loss=loss_chunking(config, device).workspace + width * model.vocab_size * model.width,
     )
 
 
 def _buffers(config: Config, width: int, overlap: bool) -> int:
-    """Bytes of staging, found by reading DeepSpeed 0.19.8 and by measuring.
+    """Bytes of staging, from DeepSpeed 0.19.8's source and from measurement.
 
     Stage 1 in bf16 copies a bucket of fp32 gradients for its all-reduce. Stage 2 has a bucket in
     the width of the weights, and in bf16 its fp32 image. Stage 3 has an fp32 bucket, its rearranged
     copy, and whole gathered layers.
+
+    Args:
+        config: The run.
+        width: Bytes of a working weight.
+        overlap: Whether gradients are reduced during the backward pass.
     """
     bucket, stage = reduce_bucket(config), config.train.zero_stage
     if stage < 2:
@@ -101,30 +120,34 @@ def _buffers(config: Config, width: int, overlap: bool) -> int:
 
 
 def _activations(config: Config, width: int) -> int:
-    """Tensors kept for the backward pass of one micro-batch, and the gradients of the block at work.
+    """Bytes kept for the backward pass of a micro-batch, and of one block's own gradients.
 
     Per token and block: the inputs of both norms and their images (torch keeps both where the norm
     is not fused), the inputs of the matrices, queries, keys, values and output of attention, which
     keeps no score matrix (flash attention).
     """
-    c, tokens = config.model, config.train.micro_batch_size * config.data.sequence_length
-    queries, keys = c.heads * c.head_dim_, c.kv_heads_ * c.head_dim_
-    attention = 2 * queries + 2 * keys + (queries + keys if c.qk_norm else 0)
-    ffn = (4 if c.ffn == "swiglu" else 2) * c.ffn_width_
-    block = 6 * c.width + attention + ffn
-    kept = c.depth * c.width + block if config.train.activation_checkpointing else c.depth * block
-    # Gradients of the widest tensors; the others take the place of what is freed
-    at_work = ffn // 2 + 2 * c.width
-    return width * tokens * (kept + 2 * c.width + at_work)
+    spec = ModelSpec.from_config(config)
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    attention = 2 * queries + 2 * keys + (queries + keys if spec.qk_norm else 0)
+    ffn = (4 if spec.ffn == "swiglu" else 2) * spec.ffn_width
+    block = 6 * spec.width + attention + ffn
+    kept = spec.depth * block
+    if config.train.activation_checkpointing:
+        kept = spec.depth * spec.width + block
+    # Gradients of the widest tensors; the others reuse what is freed.
+    gradients = ffn // 2 + 2 * spec.width
+    return width * tokens * (kept + 2 * spec.width + gradients)
 
 
 def loss_chunking(config: Config, device: str) -> Chunking:
     """How the loss divides the tokens of a micro-batch on a device.
 
-    Raises ConfigError when its workspace is too small.
+    Raises:
+        ConfigError: `train.loss_workspace_mib` is too small.
     """
     train = config.train
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     wide = wide_logits(
         device, dtype, torch.float32 if train.loss_logits_fp32 else None, True, "torch"
     )
@@ -143,6 +166,6 @@ def loss_chunking(config: Config, device: str) -> Chunking:
         raise ConfigError(f"train.loss_workspace_mib = {budget // MIB}: {error}") from None
 
 
-def usual_device(config: Config) -> str:
-    """Where such a run belongs when nobody says: bf16 is for GPUs."""
+def default_device(config: Config) -> str:
+    """Device type that a run is meant for: bf16 is for GPUs."""
     return "cuda" if config.train.precision == "bf16" else "cpu"

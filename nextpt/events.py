@@ -162,8 +162,9 @@ class MirrorEvent:
     """News of the mirror of the checkpoints.
 
     Attributes:
-        status: "mirrored"; "passed over": `step` is not mirrored; "damaged": a mirrored checkpoint
-            is not usable; "failing": the store accepts nothing at present; "ended": mirroring ended.
+        status: "mirrored"; "passed over": `step` is not mirrored; "damaged": a mirrored
+            checkpoint is not usable; "failing": the store accepts nothing at present; "ended":
+            mirroring ended.
         path: Location of a mirrored checkpoint.
         seconds: Duration of its upload.
         bytes: Its size.

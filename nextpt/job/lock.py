@@ -78,10 +78,9 @@ class RunLock:
         self.lost = self.lost or newest != self.token
         if self.lost:
             raise RunInUseError(
-                f"run folder {self.folder} was taken over by"
-                f" {_describe_holder(_read(_path(self.folder, newest)))}, because this job was silent for"
-                " too long (stopped, or cut off from the disk); it ends and leaves the folder to"
-                " that one"
+                f"run folder {self.folder} was taken over by {self._describe_holder(newest)},"
+                " because this job was silent for too long (stopped, or cut off from the disk); it"
+                " ends and leaves the folder to that one"
             )
 
     def release(self) -> None:
@@ -98,9 +97,8 @@ class RunLock:
             newest = max(_tokens(self.folder), default=0)
             if newest and not _is_over(_path(self.folder, newest), lease):
                 raise RunInUseError(
-                    f"run folder {self.folder} is in use by"
-                    f" {_describe_holder(_read(_path(self.folder, newest)))}; wait for it, end it, or give"
-                    " another run.dir"
+                    f"run folder {self.folder} is in use by {self._describe_holder(newest)}; wait"
+                    " for it, end it, or give another run.dir"
                 )
             token = newest + 1
             path = _path(self.folder, token)
@@ -132,6 +130,16 @@ class RunLock:
         for number, path in enumerate((self.folder / "checkpoints").glob(f"{STAGING}*")):
             with suppress(FileNotFoundError):
                 os.rename(path, path.with_name(f"{STAGING}fenced-{self.token}-{number}"))
+
+    def _describe_holder(self, token: int) -> str:
+        """The holder of a lock, for messages."""
+        holder = _read(_path(self.folder, token))
+        if not holder:
+            return "another job"
+        job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+        minutes = max(0.0, time.time() - holder["since"]) / 60
+        age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+        return f"process {holder['pid']} on {holder['host']}{job}, which started {age} ago"
 
     def _beat(self) -> None:
         while not self._stop.wait(self.heartbeat):
@@ -185,12 +193,3 @@ def _is_over(path: Path, lease: float) -> bool:
         if time.monotonic() >= deadline:
             return True
         time.sleep(min(lease / 20, 1.0))
-
-
-def _describe_holder(holder: dict[str, Any] | None) -> str:
-    if not holder:
-        return "another job"
-    job = f", Slurm job {holder['job']}" if holder.get("job") else ""
-    minutes = max(0.0, time.time() - holder["since"]) / 60
-    age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-    return f"process {holder['pid']} on {holder['host']}{job}, which started {age} ago"

@@ -44,8 +44,8 @@ class StopRequest:
             self.time, self.signal_name = now, signal.Signals(number).name
             if os.environ.get("RANK", "0") == "0":
                 print(
-                    f"{self.signal_name}: saving after this step, then ending; a second signal ends at"
-                    " once",
+                    f"{self.signal_name}: saving after this step, then ending; a second signal ends"
+                    " at once",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: when to save, what to save, what a finished or failed save means."""
+"""Checkpoints of a training run: when to save, what to save, and the outcome of saves."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class TrainingCheckpoints:
         try:
             self.validator.latest = state.get("validation")
             self.policy.load_state(state.get("guard"))
-            self.loader.go_on(state["data"])
+            self.loader.load_state(state["data"])
         except (KeyError, TypeError, ValueError) as error:
             refusal = CheckpointError(
                 f"checkpoint {checkpoint.folder}: the state of the guard or of the data is damaged:"

@@ -1,4 +1,4 @@
-"""Training loop: for each step a batch, an optimizer step, its events, and the actions that are due.
+"""Training loop: for each step batches, an optimizer step, its events, and due actions.
 
 Steps are counted in one way, from here to the loader, in checkpoints and in metrics: `step` is the
 number of completed optimizer steps. The batches at index `step` are those that are trained on when
@@ -89,8 +89,8 @@ class Trainer:
         """
         last_step = self.config.last_step
         self.logger.start_interval(self.step)
-        while self.step < last_step or self.policy.is_rollback_due:
-            if self.policy.is_rollback_due:
+        while self.step < last_step or self.policy.is_rollback_due():
+            if self.policy.is_rollback_due():
                 self.step = self.rollback.run()
                 self.logger.start_interval(self.step)
                 continue
@@ -106,7 +106,7 @@ class Trainer:
             validate = self.validator.is_due(step)
             save = self.checkpoints.is_due(step)
             verdicts = self.read_verdicts() if log or validate or save else []
-            if self.policy.is_rollback_due:
+            if self.policy.is_rollback_due():
                 continue
             if log:
                 self.logger.log(step, result, verdicts[-1])

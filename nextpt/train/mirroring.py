@@ -18,8 +18,9 @@ from nextpt.events import EventBus
 from nextpt.job.context import JobContext
 from nextpt.train.console import print_on_rank_0
 
-# Longest wait for the last checkpoints to be mirrored at the end of a run, seconds: 30 GB at 100 MB/s,
-# sent and read back. Nothing is lost after that: the same command continues with what is missing.
+# Longest wait for the last checkpoints to be mirrored at the end of a run, seconds: 30 GB at
+# 100 MB/s, sent and read back. Nothing is lost after that: the same command continues with what is
+# missing.
 END_SECONDS = 600.0
 MARGIN = 3.0  # seconds of checkpoint.grace_seconds that are kept for ending the job
 
@@ -108,7 +109,7 @@ def _finish(mirror: Mirror, config: Config, ranks: RankGroup, job: JobContext) -
     left_by_rank = [
         seconds for seconds in ranks.all_gather(job.stop.seconds_left(grace)) if seconds is not None
     ]
-    longest = min([END_SECONDS, *(seconds - MARGIN for seconds in left_by_rank)])
+    longest: float = min([END_SECONDS, *(seconds - MARGIN for seconds in left_by_rank)])
 
     def seconds_left() -> float:
         left = longest - (time.monotonic() - start)

@@ -60,9 +60,9 @@ class Rollback:
                 " rate, resume from an earlier checkpoint with checkpoint.resume=STEP, or increase"
                 " guard.spike_sigma"
             )
-        self.loader.go_on(state["data"])
+        self.loader.load_state(state["data"])
         first_sequence = self.loader.position(step)
-        self.loader.pass_over(step, stop_sequence)
+        self.loader.skip_data(step, stop_sequence)
         self.checkpoints.save(step, wait=True)
         self.events.publish(
             RollbackEvent(

@@ -45,7 +45,6 @@ class RollbackPolicy:
         self.rollbacks = 0
         self.reason = ""
 
-    @property
     def is_rollback_due(self) -> bool:
         """Whether too many steps in a row were bad; true until `record_rollback`."""
         return self.consecutive >= self.section.rollback_after
@@ -70,7 +69,7 @@ class RollbackPolicy:
         verdicts = self.detector.read()
         events: list[SkipEvent] = []
         for verdict_step, verdict in enumerate(verdicts, step - len(verdicts) + 1):
-            if self.is_rollback_due:
+            if self.is_rollback_due():
                 break
             if not verdict.reason:
                 self.first_bad_step = self.consecutive = 0

@@ -108,15 +108,14 @@ class SpikeDetector:
 
     def _limits(self) -> Tensor:
         """Limits of loss and log norm, fp64 [2]; infinite while the window is not full."""
-        if self.section.spike_sigma is None:
+        spike_sigma, window = self.section.spike_sigma, self.section.window
+        if spike_sigma is None:
             return torch.full_like(self._floors, math.inf)
         centre = _median(self._values)
         sigma = torch.maximum(
             NORMAL * _median((self._values - centre[:, None]).abs()), self._floors
         )
-        return torch.where(
-            self._accepted >= self.section.window, centre + self.section.spike_sigma * sigma, math.inf
-        )
+        return torch.where(self._accepted >= window, centre + spike_sigma * sigma, math.inf)
 
     def reset(self) -> None:
         """Start the statistics anew: the next steps cannot be compared with those before."""

@@ -11,7 +11,7 @@ from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums, metrics_json
 from nextpt.events import EventBus, ValidationEvent
 from nextpt.job.context import JobContext
-from nextpt.train.engine import Engine
+from nextpt.train.engine import Engine, TrainingModule
 
 
 class Validator:
@@ -60,22 +60,34 @@ class Validator:
         sums = DomainSums(self.loader.domains, self.engine.device)
         with self.engine.evaluating() as module:
             for domain in range(len(self.loader.domains)):
-                batches = self.loader.validation_batches(domain, self.config.validation.sequences)
-                while True:
-                    self.job.set_phase("validation", step)
-                    batch, stopping = run_on_all_ranks_or_stop(
-                        self.ranks, lambda: next(batches, None), lambda: self.job.stop_requested
-                    )
-                    if stopping:
-                        return False
-                    if batch is None:
-                        break
-                    batch = batch.to(self.engine.device)
-                    nats = module(batch, 1.0).nats
-                    sums.add(nats, batch.target_bytes, batch.is_text, batch.domain_ids)
+                if not self._add_domain(domain, module, sums, step):
+                    return False
         self.engine.all_reduce(sums.sums)
         metrics = metrics_json(sums)
         loss = metrics["total"]["nats_per_token"]
         self.latest = {"step": step, "nats_per_token": loss if math.isfinite(loss) else None}
-        self.events.publish(ValidationEvent(step, step * self.config.tokens_per_step, **metrics))
+        self.events.publish(
+            ValidationEvent(
+                step=step,
+                tokens=step * self.config.tokens_per_step,
+                domains=metrics["domains"],
+                total=metrics["total"],
+            )
+        )
         return True
+
+    def _add_domain(self, domain: int, module: TrainingModule, sums: DomainSums, step: int) -> bool:
+        """Add the sums of one domain; False when a rank was asked to stop."""
+        batches = self.loader.validation_batches(domain, self.config.validation.sequences)
+        while True:
+            self.job.set_phase("validation", step)
+            batch, stopping = run_on_all_ranks_or_stop(
+                self.ranks, lambda: next(batches, None), lambda: self.job.stop_requested
+            )
+            if stopping:
+                return False
+            if batch is None:
+                return True
+            batch = batch.to(self.engine.device)
+            nats = module(batch, 1.0).nats
+            sums.add(nats, batch.target_bytes, batch.is_text, batch.domain_ids)

@@ -515,9 +515,7 @@ def test_a_rank_killed_inside_a_rollback_or_after_it(
     assert jobs[1].outcome("run") == ["finished", "", 0] and jobs[1].losses(run) == jobs[1].losses(
         "never"
     )
-    assert open_checkpoint(tmp_path / "run" / "checkpoints").state["data"]["skipped"] == [
-        [48, 72]
-    ]
+    assert open_checkpoint(tmp_path / "run" / "checkpoints").state["data"]["skipped"] == [[48, 72]]
 
 
 @pytest.mark.slow

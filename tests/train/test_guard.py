@@ -93,7 +93,7 @@ def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(
     second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
     judge_all(second.detector, steps[cut:])
     found = begun + second.read_verdicts(len(steps))[1]
-    assert second.state() == whole.state() and second.is_rollback_due == whole.is_rollback_due
+    assert second.state() == whole.state() and second.is_rollback_due() == whole.is_rollback_due()
     told = [
         [
             repr(
@@ -164,14 +164,19 @@ def test_too_many_in_a_row_trip_it_wherever_one_looks() -> None:
                 (e.step, e.consecutive, e.skipped) for e in one.read_verdicts(first + every)[1]
             ]
         outcomes.append(
-            (one.is_rollback_due, one.first_bad_step, one.consecutive, one.skipped, events)
+            (one.is_rollback_due(), one.first_bad_step, one.consecutive, one.skipped, events)
         )
     assert (
         outcomes[0] == (True, 4, 3, 4, [(2, 1, 1), (4, 1, 2), (5, 2, 3), (6, 3, 4)])
         and outcomes == outcomes[:1] * 3
     )
     one.record_rollback(EMPTY_STATE)
-    assert (one.is_rollback_due, one.first_bad_step, one.skipped, one.rollbacks) == (False, 0, 4, 1)
+    assert (one.is_rollback_due(), one.first_bad_step, one.skipped, one.rollbacks) == (
+        False,
+        0,
+        4,
+        1,
+    )
     one.reset_rollbacks()
     assert one.rollbacks == 0
 

@@ -26,7 +26,7 @@ from data_prep.records import Bad, Record, read_part
 from data_prep.spec import PrepSpec, check_domain
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import TokensWriter
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, UserError
 from nextpt.base.files import atomic_write
 
 # Per call of the tokenizer: large enough to cost nothing, small in memory
@@ -133,7 +133,7 @@ class _Encoding:
             encoded = self._tokens([text for _, text, _, _ in sides])
         except _Disagreement:
             raise
-        except DataPrepError:
+        except UserError:
             encoded = [self._alone(file, record, text) for record, text, _, _ in sides]
         self.encoding_seconds += time.process_time() - started
         for (record, text, data, heldout), tokens in zip(sides, encoded, strict=True):
@@ -166,7 +166,7 @@ class _Encoding:
             return self._tokens([text])[0]
         except _Disagreement:
             raise
-        except DataPrepError as error:
+        except UserError as error:
             self._quarantine(
                 file, Bad(record.place, "the tokenizer refuses it", str(error), record.id)
             )
@@ -195,7 +195,7 @@ class _Encoding:
     def _is_domain(self, file: InputFile, record: Record) -> bool:
         try:
             return bool(check_domain(record.domain or ""))
-        except DataPrepError as error:
+        except UserError as error:
             self._quarantine(file, Bad(record.place, "no domain name", str(error), record.id))
             return False
 

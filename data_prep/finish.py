@@ -25,7 +25,7 @@ from data_prep.repeats import Repeats
 from data_prep.summary import summarise
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import TokensFile
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, UserError
 from nextpt.base.files import atomic_write, canonical_json, sha256_file
 
 
@@ -33,7 +33,7 @@ def is_finished(plan: Plan) -> bool:
     """Whether the output is the dataset of this plan."""
     try:
         return DatasetManifest.load(plan.spec.output).inputs_sha256 == plan.sha256
-    except DataPrepError:
+    except UserError:
         return False
 
 

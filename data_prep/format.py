@@ -140,8 +140,6 @@ class DatasetManifest(_Record):
                 )
             manifest = cls.model_validate(raw)
         except (ValueError, AttributeError, ValidationError) as error:
-            if isinstance(error, DataPrepError):
-                raise
             raise DataPrepError(
                 f"{path} is damaged: {str(error).splitlines()[0]}; prepare the data again"
             ) from error

@@ -22,7 +22,7 @@ from data_prep.plan import Plan, make_plan, plan_sha256
 from data_prep.spec import PrepSpec
 from data_prep.watch import watching
 from data_prep.workers import LocalWorkers, Workers
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, UserError
 
 
 def prepare(
@@ -72,7 +72,7 @@ def is_current(spec: PrepSpec) -> bool:
     """Whether the output is a dataset made from the inputs and settings of `spec`."""
     try:
         return DatasetManifest.load(spec.output).inputs_sha256 == plan_sha256(spec)
-    except DataPrepError:
+    except UserError:
         return False
 
 
@@ -85,7 +85,7 @@ def _is_to_do(plan: Plan, overwrite: bool, console: Console) -> bool:
     if (output / "dataset.json").exists():
         try:
             existing = DatasetManifest.load(output).inputs_sha256
-        except DataPrepError:
+        except UserError:
             if not overwrite:
                 raise
             return True

@@ -17,7 +17,7 @@ from data_prep.repeats import Repeats, find_repeats, partitions, repeats_path
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from data_prep.work import Stage, work_through
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import UserError
 
 
 def stages(plan: Plan) -> Iterator[Stage]:
@@ -87,7 +87,7 @@ def run_worker(work: Path, worker: int, workers: int) -> None:
         for stage in stages(plan):
             # Which takes seconds, and packing needs it
             work_through(stage, work, worker, workers, idle=import_streaming)
-    except (FileNotFoundError, DataPrepError):
+    except (FileNotFoundError, UserError):
         # Else another worker has finished, and removed WORK under this one's feet
         if not is_finished(plan):
             raise

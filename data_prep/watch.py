@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from data_prep.plan import Plan
 from data_prep.stages import stages
 from data_prep.work import Stage, advanced
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import UserError
 
 POLL = 0.5  # seconds; longer where a look takes long, so that looking costs a twentieth at most
 LOG_EVERY = 30.0  # seconds between lines where there is no terminal
@@ -58,7 +58,7 @@ class _Watch(ABC):
                 self.begin(stage)
                 if not self._follow(stage):
                     return
-        except (OSError, DataPrepError):
+        except (OSError, UserError):
             # The work folder is gone: finished, or failed with an error that the worker tells
             return
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, UserError
 from nextpt.base.files import atomic_write
 from nextpt.base.processes import identity, is_gone
 
@@ -97,7 +97,7 @@ def _run(stage: Stage, work: Path, item: int, lease: Lease) -> None:
     try:
         stage.run(item, lease.advance)
         _failed_path(stage, work, item).unlink(missing_ok=True)
-    except DataPrepError as error:
+    except UserError as error:
         path = _failed_path(stage, work, item)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

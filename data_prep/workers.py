@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from data_prep.stages import run_worker
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,7 +117,7 @@ def _report(work: Path, worker: int, workers: int, sender: Connection) -> None:
     try:
         _work(work, worker, workers)
         sender.send(None)
-    except DataPrepError as error:
+    except UserError as error:
         sender.send(str(error))
     except KeyboardInterrupt:
         sender.send("interrupted")
@@ -167,7 +167,7 @@ class RayWorkers(Workers):
             task = ray.remote(num_cpus=1, max_retries=3)(_work)
             ray.get([task.remote(work.absolute(), i, count) for i in range(count)])
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, DataPrepError) else error
+            cause = error.cause if isinstance(error.cause, UserError) else error
             raise DataPrepError(str(cause)) from None
         except ray.exceptions.RayError as error:
             raise DataPrepError(

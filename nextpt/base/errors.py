@@ -39,8 +39,12 @@ class DataError(UserError):
     every_rank = True
 
 
-class DataPrepError(UserError, ValueError):
+class DataPrepError(DataError):
     """A corpus, a tokenizer or a dataset that cannot be prepared or read as it is."""
+
+
+class StoreError(UserError):
+    """A store that refuses or cannot be reached, or an address that names no store."""
 
 
 class CheckpointError(UserError):

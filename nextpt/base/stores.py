@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlencode, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import StoreError
 
 _URI = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?]*)/?(?P<path>.*)", re.DOTALL
@@ -75,7 +75,7 @@ def open_store(place: str | Path) -> tuple[fs.FileSystem, str]:
     Nothing need exist there; a region of S3 is looked up over the network.
 
     Filesystems are kept for the length of the process and are safe to use from many threads, but
-    not in a process forked after the first use. Raises DataPrepError for an unknown scheme, a missing
+    not in a process forked after the first use. Raises StoreError for an unknown scheme, a missing
     package, or a store that does not answer.
     """
     matched = _URI.fullmatch(place) if isinstance(place, str) else None
@@ -88,7 +88,7 @@ def open_store(place: str | Path) -> tuple[fs.FileSystem, str]:
         if scheme not in _BY_PYARROW:
             return _open_fsspec(str(place))
         if not authority:
-            raise DataPrepError(f"{place}: expected {scheme}://BUCKET/PATH")
+            raise StoreError(f"{place}: expected {scheme}://BUCKET/PATH")
         found = _OPTIONS.search(path)
         options = found["options"] if found else ""
         filesystem, root = _open_root(
@@ -108,14 +108,12 @@ def _cause(text: str) -> tuple[str, str] | None:
     return next((cause for cause in _CAUSES if re.search(cause[0], text, re.IGNORECASE)), None)
 
 
-def store_problem(error: Exception, place: str | Path) -> DataPrepError:
+def store_problem(error: Exception, place: str | Path) -> StoreError:
     """One line about what a store answered: which place, what is wrong, and the way out where it is known."""
     text = " ".join(str(error).split())
     cause = _cause(text)
     advice = cause and cause[1]
-    return DataPrepError(
-        f"{place}: {advice} ({text[:300]})" if advice else f"{place}: {text[:300]}"
-    )
+    return StoreError(f"{place}: {advice} ({text[:300]})" if advice else f"{place}: {text[:300]}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,9 +141,9 @@ def _open_fsspec(place: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(place)
     except ImportError as error:
-        raise DataPrepError(f"{place}: {error}; that package is not installed") from error
+        raise StoreError(f"{place}: {error}; that package is not installed") from error
     except ValueError as error:
-        raise DataPrepError(
+        raise StoreError(
             f"{place}: {error}; expected a path, s3://, gs://, abfs:// or a scheme that fsspec"
             " knows"
         ) from error
@@ -160,7 +158,7 @@ class StoreFolder:
     """The folder `place`, which need not exist. durable: what is written to a disk survives a loss of power. background: S3 may take parts of a file later, which is faster; they wait in memory, without a bound where the link is slow.
 
     Methods raise one of stores.STORE_ERRORS when the store answers badly; the constructor raises
-    DataPrepError.
+    StoreError.
     """
 
     def __init__(self, place: str | Path, durable: bool = False, background: bool = True) -> None:

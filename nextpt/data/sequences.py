@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from data_prep.format import DatasetManifest
-from nextpt.base.errors import DataError, DataPrepError
+from nextpt.base.errors import DataError
 from nextpt.data.batch import StoredSequence
 from nextpt.data.domain_order import WINDOW
 from nextpt.data.mds import MappedShard
@@ -37,10 +37,7 @@ class SequenceSource(Protocol):
 
 def load_manifest(path: str | Path) -> DatasetManifest:
     """The manifest of a dataset folder. Raises DataError that names the file and the way out."""
-    try:
-        return DatasetManifest.load(Path(path))
-    except DataPrepError as error:
-        raise DataError(str(error)) from None
+    return DatasetManifest.load(Path(path))
 
 
 def load_token_bytes(path: str | Path, vocab_size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep.format import PADDING, DatasetManifest
 from data_prep.tokenizer import Tokenizer
-from nextpt.base.errors import DataPrepError, UserError
+from nextpt.base.errors import UserError
 from nextpt.data.dataset import open_sequences
 from nextpt.data.sequences import load_manifest
 from nextpt.exchange import same_vocabulary
@@ -27,7 +27,7 @@ def training_counts(data: Path, tokenizer: Tokenizer) -> np.ndarray | None:
         if not same_vocabulary(tokenizer.path, data / "tokenizer.json"):
             return None
         return _count(data, manifest, tokenizer.vocab_size)
-    except (UserError, DataPrepError, OSError):  # counts are no reason to give no loss
+    except (UserError, OSError):  # counts are no reason to give no loss
         return None
 
 

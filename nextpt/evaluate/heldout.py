@@ -39,10 +39,7 @@ def open_model(
     """(config, model in evaluation mode, tokenizer, step) of a run."""
     checkpoint = open_run(run, step)
     config, model = load_model(checkpoint, device)
-    try:
-        tokenizer = Tokenizer(run / "tokenizer.json")
-    except DataPrepError as error:
-        raise DataError(str(error)) from None
+    tokenizer = Tokenizer(run / "tokenizer.json")
     return config, model, tokenizer, checkpoint.step
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data_prep.tokenizer import Tokenizer
-from nextpt.base.errors import CheckpointError, DataError, DataPrepError
+from nextpt.base.errors import CheckpointError, DataError
 from nextpt.config import Config
 from nextpt.evaluate.foreign import ForeignModel, foreign_config
 from nextpt.evaluate.heldout import open_model
@@ -56,7 +56,7 @@ def open_source(
                 f"{path} is a Hugging Face folder, which has no steps; leave --step out"
             )
         config, model = _open_hf(path, device, decoder_only)
-        source = Source(path, config, model, _tokenizer(path / "tokenizer.json"), None)
+        source = Source(path, config, model, Tokenizer(path / "tokenizer.json"), None)
     else:
         config, model, tokenizer, at = open_model(path, step, device)
         source = Source(path, config, model, tokenizer, at)
@@ -66,13 +66,6 @@ def open_source(
             f" {source.config.model.vocab_size}; it is not the tokenizer of this model"
         )
     return source
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer(path)
-    except DataPrepError as error:
-        raise DataError(str(error)) from None
 
 
 def _open_hf(

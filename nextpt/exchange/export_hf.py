@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer
-from nextpt.base.errors import CheckpointError, DataPrepError
+from nextpt.base.errors import CheckpointError
 from nextpt.base.files import canonical_json
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import parse_config
@@ -43,10 +43,7 @@ def export_hf(
         raise CheckpointError(f"--dtype {dtype} is not known; there are {', '.join(DTYPES)}")
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
     c, architecture = config.model, choose_architecture(config.model, config.max_position)
-    try:
-        tokenizer = Tokenizer(tokenizer_path)
-    except DataPrepError as error:
-        raise CheckpointError(str(error)) from None
+    tokenizer = Tokenizer(tokenizer_path)
     described = hf_config(
         c,
         config.max_position,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.errors import ConfigError, DataError, DataPrepError
+from nextpt.base.errors import ConfigError, DataError
 from nextpt.config import Config
 from nextpt.exchange import HFWeights, different_keys, same_vocabulary
 from nextpt.train.console import print_on_rank_0
@@ -53,11 +53,7 @@ def check_tokenizer(model: Path, dataset: Path) -> None:
     model_tokenizer, data_tokenizer = model / "tokenizer.json", dataset / "tokenizer.json"
     if not model_tokenizer.is_file():
         return
-    try:
-        same = same_vocabulary(model_tokenizer, data_tokenizer)
-    except DataPrepError as error:
-        raise DataError(str(error)) from None
-    if not same:
+    if not same_vocabulary(model_tokenizer, data_tokenizer):
         raise DataError(
             f"{data_tokenizer} is not the tokenizer of the model in train.init_from: prepare the"
             f" data with --tokenizer {model_tokenizer}"

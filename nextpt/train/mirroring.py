@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.errors import ConfigError, DataPrepError, TrainingStopped
+from nextpt.base.errors import ConfigError, StoreError, TrainingStopped
 from nextpt.base.json_files import read_json
 from nextpt.checkpoint.manifest import STATE
 from nextpt.checkpoint.mirror.archive import Archive
@@ -44,7 +44,7 @@ def open_mirror(config: Config, root: Path, job: JobContext) -> Mirror | None:
         return None
     try:
         archive = Archive(address)
-    except DataPrepError as error:
+    except StoreError as error:
         raise ConfigError(f"checkpoint.mirror: {error}") from None
     return Mirror(
         archive,

@@ -18,7 +18,7 @@ import pytest
 from moto import settings
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.errors import CheckpointError, DataPrepError, NoValidCheckpointError, RunInUseError
+from nextpt.base.errors import CheckpointError, StoreError, NoValidCheckpointError, RunInUseError
 from nextpt.checkpoint import manager as manager_module
 from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.manager import CheckpointManager
@@ -420,7 +420,7 @@ def test_a_damaged_one_here_is_not_mirrored(tmp_path: Path) -> None:
 def test_mistakes_are_told_at_the_start(
     link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataPrepError, match="expected a path, s3://"):
+    with pytest.raises(StoreError, match="expected a path, s3://"):
         Archive("nosuch://bucket/run")
     with pytest.raises(
         CheckpointError, match="checkpoint.mirror: s3://nowhere/run: there is no such bucket"

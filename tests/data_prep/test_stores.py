@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import StoreError
 from nextpt.base.stores import STORE_ERRORS, is_uri, open_store, store_problem
 from tests.support.object_store import s3_server
 
@@ -97,7 +97,7 @@ def test_other_schemes_go_through_fsspec() -> None:
     ],
 )
 def test_a_place_that_cannot_be_opened_is_refused_by_name(place: str, told: str) -> None:
-    with pytest.raises(DataPrepError, match=told) as refused:
+    with pytest.raises(StoreError, match=told) as refused:
         open_store(place)
     assert place in str(refused.value)
 
@@ -108,7 +108,7 @@ def test_what_a_store_answers_is_explained_in_one_line(s3: str) -> None:
         filesystem.get_file_info(fs.FileSelector(path))
     problem = store_problem(answered.value, "s3://elsewhere/file")
     assert isinstance(
-        problem, DataPrepError
+        problem, StoreError
     ) and "s3://elsewhere/file: there is no such bucket" in str(problem)
     denied = OSError(
         "When reading information for key 'x' in bucket 'b':\n AWS Error ACCESS_DENIED during"

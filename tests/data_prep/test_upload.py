@@ -21,7 +21,7 @@ import pytest
 
 from data_prep.format import DatasetManifest
 from data_prep.upload import NOTE, files_of_dataset, upload
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, StoreError
 from tests.support.object_store import s3_server
 from tests.support.shards import write_dataset
 
@@ -191,14 +191,14 @@ def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> 
 def test_stores_that_refuse_are_explained(
     s3: str, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataPrepError, match="s3://nowhere/x: there is no such bucket"):
+    with pytest.raises(StoreError, match="s3://nowhere/x: there is no such bucket"):
         upload(many, "s3://nowhere/x")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataPrepError, match="file/x"):
+    with pytest.raises(StoreError, match="file/x"):
         upload(many, str(tmp_path / "file" / "x"))
     # The port of "discard": nobody listens
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(DataPrepError, match="cannot be reached"):
+    with pytest.raises(StoreError, match="cannot be reached"):
         upload(many, "s3://bucket/x")
 
 

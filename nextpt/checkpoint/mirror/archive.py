@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from nextpt.base.errors import DataPrepError, UserError
+from nextpt.base.errors import UserError
 from nextpt.base.files import canonical_json
 from nextpt.base.json_files import open_regular
 from nextpt.base.stores import BLOCK, StoreFolder, is_refusal
@@ -129,9 +129,9 @@ def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) 
         try:
             return in_time(action, progress)
         except Exception as error:
-            final = isinstance(
-                error, (UserError, DataPrepError, UnsupportedVersionError, TimeoutError)
-            ) or (isinstance(error, DamagedError) and attempt > 1)
+            final = isinstance(error, (UserError, UnsupportedVersionError, TimeoutError)) or (
+                isinstance(error, DamagedError) and attempt > 1
+            )
             if final or attempt == ATTEMPTS or is_refusal(error):
                 raise
             time.sleep(pause(attempt))
@@ -143,7 +143,7 @@ class Archive:
 
     Methods raise what the store's client raises.
 
-    Raises DataPrepError when the address is none. Not for two threads at a time.
+    Raises StoreError when the address is none. Not for two threads at a time.
     """
 
     def __init__(self, place: str | Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.errors import CheckpointError, DataPrepError, UserError
+from nextpt.base.errors import CheckpointError, StoreError, UserError
 from nextpt.base.json_files import sync
 from nextpt.base.stores import is_refusal, store_problem
 from nextpt.checkpoint.folders import STAGING, unused_folder
@@ -38,10 +38,10 @@ def look(
     """
     try:
         return patiently(look_there)
-    except UserError:
-        raise
     except Exception as error:
-        problem = error if isinstance(error, DataPrepError) else store_problem(error, place)
+        if isinstance(error, UserError) and not isinstance(error, StoreError):
+            raise
+        problem = error if isinstance(error, StoreError) else store_problem(error, place)
         if has_checkpoints and not is_refusal(error):
             warn(
                 f"warning: checkpoint.mirror: {problem}; training goes on from {root}, and the"

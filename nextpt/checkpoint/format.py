@@ -264,8 +264,11 @@ class Checkpoint:
         try:
             if file not in self._files:
                 self._files[file] = safe_open(self.folder / file, framework="pt")
-            stored = self._files[file].get_slice(tensor)
-            part: Tensor = stored[slices] if slices else stored[:]
+            part: Tensor = (
+                self._files[file].get_slice(tensor)[slices]
+                if slices  # a scalar cannot be sliced
+                else self._files[file].get_tensor(tensor)
+            )
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"checkpoint {self.folder}: {file} cannot be read: {error}"

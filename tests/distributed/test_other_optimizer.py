@@ -1,0 +1,152 @@
+"""A second optimizer, with other kinds of state: training, resuming, other ranks and stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextpt.checkpoint.commit import open_checkpoint
+from nextpt.config import Config, to_yaml
+from nextpt.events import read_events
+from tests.support.datasets import tiny
+from tests.support.ranks import run_ranks
+
+STEPS = 6
+STAGES = range(4)
+# (ranks, ZeRO stage) of the steps up to each of 2, 4, 5 and 6
+CHAIN = [(2, 1), (1, 3), (3, 2), (2, 0)]
+
+
+class Jobs:
+    """Jobs for tests.support.sign_momentum, and what came of them."""
+
+    def __init__(self, dataset: Path, root: Path) -> None:
+        self.dataset, self.root, self.started = dataset, root, 0
+
+    def write(self, run: str, **sections: Any) -> str:
+        """The path of a config of a run."""
+        train = {"steps": STEPS, "global_batch_size": 6, "micro_batch_size": 1}
+        sections["train"] = train | sections.get("train", {})
+        config: Config = tiny(
+            self.dataset, self.root / run, **{"optimizer": {"lr": 3e-3}} | sections
+        )
+        self.started += 1
+        path = self.root / f"config-{self.started}.yaml"
+        path.write_text(to_yaml(config))
+        return str(path)
+
+    def run(self, jobs: list[dict[str, Any]], ranks: int) -> list[Any]:
+        self.started += 1
+        folder = self.root / f"ranks-{self.started}"
+        folder.mkdir()
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        out = folder / "out.json"
+        module = "tests.support.sign_momentum"
+        run_ranks(["-m", module, str(folder / "jobs.json"), str(out)], ranks, folder)
+        return json.loads(out.read_text())
+
+    def losses(self, run: str) -> list[float]:
+        events = read_events(self.root / run / "metrics.jsonl", "train")
+        return [event["loss"] for event in events]
+
+    def state(self, run: str, folder: str = "checkpoints") -> dict[tuple[str, str], torch.Tensor]:
+        checkpoint = open_checkpoint(self.root / run / folder)
+        return {
+            (name, kind): checkpoint.read_whole(name, kind)
+            for name, kinds in checkpoint.state_shapes().items()
+            for kind in kinds
+        }
+
+
+@pytest.fixture(scope="module")
+def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    jobs = Jobs(dataset, tmp_path_factory.mktemp("sign-momentum"))
+    work: list[dict[str, Any]] = []
+    for stage in STAGES:
+        work.append({"train": jobs.write(f"whole-{stage}", train={"zero_stage": stage})})
+        for stop in (3, STEPS):
+            train = {"zero_stage": stage, "stop_at": stop}
+            work.append({"train": jobs.write(f"halves-{stage}", train=train)})
+    work.append({"train": jobs.write("adamw", train={"stop_at": 2}), "kind": "adamw"})
+    assert jobs.run(work, 2) == [None] * len(work)
+    return jobs
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resuming_changes_no_bit(jobs: Jobs, stage: int) -> None:
+    losses = jobs.losses(f"whole-{stage}")
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1
+    assert jobs.losses(f"halves-{stage}") == losses
+    whole, halves = jobs.state(f"whole-{stage}"), jobs.state(f"halves-{stage}")
+    assert whole.keys() == halves.keys()
+    assert [key for key in whole if not torch.equal(whole[key], halves[key])] == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_hold_the_kinds_of_the_spec(jobs: Jobs, stage: int) -> None:
+    state = jobs.state(f"whole-{stage}")
+    weights = {name: value for (name, kind), value in state.items() if kind == "weight"}
+    momenta = {name: value for (name, kind), value in state.items() if kind == "momentum"}
+    ages = {name: value for (name, kind), value in state.items() if kind == "age"}
+    assert len(state) == len(weights) + len(momenta) + len(ages)
+    assert ages.keys() == momenta.keys() == {n for n, w in weights.items() if w.dim() >= 2}
+    assert all(age.shape == () and age == STEPS for age in ages.values())
+    assert all(momenta[n].shape == weights[n].shape and momenta[n].any() for n in momenta)
+    assert jobs.losses(f"whole-{stage}") == pytest.approx(jobs.losses("whole-0"), rel=1e-4)
+
+
+def test_ranks_and_stage_may_change(jobs: Jobs) -> None:
+    stops = [2, 4, 5, STEPS]
+    for stop, (ranks, stage) in zip(stops, CHAIN, strict=True):
+        train = {"zero_stage": stage, "stop_at": stop}
+        assert jobs.run([{"train": jobs.write("chain", train=train)}], ranks) == [None]
+    assert jobs.losses("chain") == pytest.approx(jobs.losses("whole-1"), rel=1e-4)
+    assert jobs.losses("chain")[:2] == jobs.losses("whole-1")[:2]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_other_layouts_load_the_same_state(jobs: Jobs, ranks: int) -> None:
+    """What is loaded by other ranks at any stage is saved again as it was."""
+    work = [
+        {
+            "reload": jobs.write("whole-2", train={"zero_stage": stage}),
+            "to": str(jobs.root / f"reloaded-{ranks}-{stage}" / "checkpoints"),
+        }
+        for stage in STAGES
+    ]
+    jobs.run(work, ranks)
+    expected = jobs.state("whole-2")
+    for stage in STAGES:
+        state = jobs.state(f"reloaded-{ranks}-{stage}")
+        assert state.keys() == expected.keys()
+        assert [key for key in state if not torch.equal(state[key], expected[key])] == []
+
+
+def test_a_bad_step_changes_nothing(jobs: Jobs) -> None:
+    small = {"vocab_size": 64, "width": 32, "heads": 2, "kv_heads": 1}
+    batch = {"micro_batch_size": 2, "global_batch_size": 16}
+    work = [
+        {
+            "bad step": jobs.write(
+                "bad",
+                model=small,
+                data={"sequence_length": 16},
+                train=batch | {"zero_stage": stage},
+            )
+        }
+        for stage in STAGES
+    ]
+    for result in jobs.run(work, 2):
+        assert [bool(reason) for reason in result["reasons"]] == [False, True, False]
+        for good, bad, next_good in result["digests"]:
+            assert good == bad != next_good
+        assert all(0 < ratio < 1 for ratio in result["ratios"][0].values())
+
+
+def test_a_run_keeps_its_optimizer(jobs: Jobs) -> None:
+    [message] = jobs.run([{"train": jobs.write("adamw")}], 1)
+    assert "optimizer.kind: adamw -> sign_momentum" in message

@@ -1,0 +1,167 @@
+"""A second optimizer with other kinds of state, known to these tests only, on real ranks.
+
+`python -m tests.support.sign_momentum JOBS.json OUT` under RANK, ... does one job after another and
+writes what came of them to OUT on rank 0:
+
+    {"train": config, "kind": optimizer.kind}  trains or resumes a run; its error or null
+    {"reload": config, "to": folder}           loads the run's newest checkpoint and saves it again
+    {"bad step": config}                       makes a good, a bad and a good step
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import xxhash
+from torch import Tensor
+
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import UserError
+from nextpt.checkpoint.commit import open_checkpoint, save
+from nextpt.config import Config, OptimizerSection, load_config
+from nextpt.optim.per_parameter import PerParameterSpec
+from nextpt.optim.registry import OPTIMIZERS
+from nextpt.optim.spec import ParameterGroup, Shape, StateKind, one_value
+from nextpt.train import engine as engine_module
+from nextpt.train.checkpointing import restore_engine
+from nextpt.train.engine import Engine
+from nextpt.train.process_group import start_distributed
+from nextpt.train.run import run_training
+
+KIND = "sign_momentum"
+COOLING = 0.1
+
+
+class SignMomentum(PerParameterSpec):
+    """signSGD with momentum (arXiv 1802.04434) for matrices, whose steps shrink with their age.
+
+    Matrices have a momentum and an age: the number of their updates, one value per parameter.
+    Vectors have no state.
+    """
+
+    kind = KIND
+    matrices = ParameterGroup("matrices", (StateKind("momentum"), StateKind("age", one_value)))
+    vectors = ParameterGroup("vectors", ())
+
+    @property
+    def groups(self) -> Sequence[ParameterGroup]:
+        return self.vectors, self.matrices
+
+    def group_of(self, name: str, shape: Shape) -> ParameterGroup:
+        return self.matrices if len(shape) >= 2 else self.vectors
+
+    def update(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        updates: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not state:
+            return weight - options["lr"] * gradient.sign(), {}
+        momentum = torch.lerp(gradient, state["momentum"], self.section.betas[0])
+        size = options["lr"] / (1 + COOLING * state["age"])
+        return weight - size * momentum.sign(), {"momentum": momentum, "age": state["age"] + 1}
+
+    def last_update(
+        self,
+        weight: Tensor,
+        state: Mapping[str, Tensor],
+        options: Mapping[str, float],
+        updates: float,
+    ) -> Tensor:
+        if not state:
+            return torch.full_like(weight, options["lr"])
+        return options["lr"] / (1 + COOLING * (state["age"] - 1)) * state["momentum"].sign()
+
+
+class SignMomentumSection(OptimizerSection):
+    """Section `optimizer` of the tests' config."""
+
+    kind: Literal["adamw", "sign_momentum"] = "adamw"  # type: ignore[assignment]
+
+
+def register() -> None:
+    """Make the optimizer known to this process."""
+    OPTIMIZERS[KIND] = SignMomentum
+    Config.model_fields["optimizer"].annotation = SignMomentumSection
+    Config.model_rebuild(force=True)
+
+
+def load(path: str, kind: str = KIND) -> Config:
+    return load_config(path, [f"optimizer.kind={kind}"])
+
+
+def train(job: dict[str, Any], device: torch.device) -> str | None:
+    try:
+        run_training(load(job["train"], job.get("kind", KIND)))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def reload(job: dict[str, Any], device: torch.device) -> None:
+    """Load and save again, without a step between."""
+    config, ranks = load(job["reload"]), RankGroup.world()
+    engine = Engine(config, device)
+    checkpoint = open_checkpoint(config.run_dir / "checkpoints")
+    restore_engine(engine, checkpoint, ranks)
+    extras = {"step": checkpoint.step, "config": config.model_dump(mode="json")}
+    save(Path(job["to"]), engine.state, extras, {}, ranks)
+
+
+def digest(engine: Engine) -> str:
+    """Hash of master weights, optimizer state and working weights of this rank."""
+    total = xxhash.xxh3_128(json.dumps(engine.state.scalars()).encode())
+    for fragment in engine.state.fragments():
+        total.update(f"{fragment.name} {fragment.kind}".encode())
+        total.update(fragment.tensor.numpy().tobytes())
+    for parameter in engine.model.parameters():
+        total.update(getattr(parameter, "ds_tensor", parameter).detach().float().numpy().tobytes())
+    return total.hexdigest()
+
+
+def bad_step(job: dict[str, Any], device: torch.device) -> dict[str, list[Any]]:
+    """Digests after a good step, a step whose loss is NaN, and a good one; reasons of the steps."""
+    from tests.support.dynamics_probe import batch_of, local_weight_sum, population
+
+    engine, rows, digests = Engine(load(job["bad step"]), device), population(), []
+    loss = engine_module.next_token_loss
+    for bad in (False, True, False):
+        batches = [batch_of(rows[2 * i : 2 * i + 2]) for i in range(4)]
+
+        def spoiled(*arguments: Any, bad: bool = bad) -> Any:
+            result = loss(*arguments)
+            return result._replace(total=result.total * (float("nan") if bad else 1.0))
+
+        with patch.object(engine_module, "next_token_loss", spoiled):
+            engine.step(batches, engine.all_reduce(local_weight_sum(batches)), 1e-2)
+        digests.append(digest(engine))
+    reasons = [verdict.reason for verdict in engine.spike_detector.read()]
+    every = RankGroup.world().all_gather(digests)
+    return {"digests": every, "reasons": reasons, "ratios": [engine.update_ratios()]}
+
+
+JOBS = {"train": train, "reload": reload, "bad step": bad_step}
+
+
+def main(jobs: str, out: str) -> None:
+    register()
+    device = start_distributed()
+    results = [JOBS[next(iter(job))](job, device) for job in json.loads(Path(jobs).read_text())]
+    if os.environ["RANK"] == "0":
+        Path(out).write_text(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

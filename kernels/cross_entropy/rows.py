@@ -118,11 +118,14 @@ def work(
         block = logits[part].to(statistics.nats.dtype)  # the slab itself where the dtypes agree
         if bias is not None:
             block = block + bias
+        slope = None
         if softcap is not None:
-            block = (block / softcap).tanh_().mul_(softcap)
+            block = (block / softcap).tanh_()
+            # From tanh itself: dividing c tanh by c again would round it twice
+            slope = None if gradient is None else 1 - block.square()
+            block.mul_(softcap)
         elif gradient is None and block.data_ptr() == logits[part].data_ptr():
             block = block.clone()
-        slope = None if softcap is None or gradient is None else 1 - (block / softcap).square_()
         here = statistics.part(part)
         place, present = targets[part].clamp_min(0), targets[part] >= 0
         if known:
@@ -165,16 +168,20 @@ def _gradient(
 
     It becomes the gradient with respect to the capped logits.
     """
-    a = c.b.sum(-1, keepdim=True)
+    rest = torch.zeros_like(known.peak).unsqueeze(1)
     if c.linear is not None:
-        a = a + c.linear.unsqueeze(1)
+        rest = rest + c.linear.unsqueeze(1)
     if c.square is not None:
-        a = a + 2 * (c.square * (known.peak + known.log_sum)).unsqueeze(1)
+        rest = rest + 2 * (c.square * (known.peak + known.log_sum)).unsqueeze(1)
+    a = c.b.sum(-1, keepdim=True) + rest
     same = _same(place, present)
     z.mul_(a if whole else a * torch.exp(-known.log_sum).unsqueeze(1))
     z.masked_fill_(a == 0, 0.0)  # a row without weight may hold inf or nan
     mine = (c.b.unsqueeze(1) * same).sum(-1)
-    entry = mine * torch.expm1(-known.nats) + (a - mine) * torch.exp(-known.nats)
+    # What weighs p but is not the target's own. Not a - mine, whose error is that of mine, however
+    # small the others are.
+    others = (c.b.unsqueeze(1) * ~same).sum(-1) + rest
+    entry = mine * torch.expm1(-known.nats) + others * torch.exp(-known.nats)
     # An absent target writes what its place holds or, where that is another's column, what that one
     # writes.
     entry = torch.where(present, entry, z.gather(1, place)).gather(1, _writer(same))

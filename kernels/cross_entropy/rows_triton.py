@@ -165,6 +165,7 @@ def _write_gradient(
     nats,
     weight_b,
     a,
+    rest,
     flat,
     peak,
     log_sum,
@@ -182,11 +183,17 @@ def _write_gradient(
     place = tl.arange(0, SLOTS)
     t_k = tl.load(targets + place, mask=place < TARGETS, other=-1)
     there = (t_k >= 0) & (t_k < vocabulary)
+    # What weighs p and is the target's own, and the rest. Not a - mine, whose error is that of mine,
+    # however small the others are.
     mine = tl.zeros((SLOTS,), tl.float32)
+    others = tl.zeros((SLOTS,), tl.float32)
     for j in tl.static_range(TARGETS):
-        mine += tl.where(tl.load(targets + j) == t_k, tl.load(weight_b + j), 0.0)
+        same = tl.load(targets + j) == t_k
+        b = tl.load(weight_b + j)
+        mine += tl.where(same, b, 0.0)
+        others += tl.where(same, 0.0, b)
     known = tl.load(nats + place, mask=there, other=0.0)
-    entry = mine * _expm1_of_minus(known) + (a - mine) * tl.exp(-known) + flat
+    entry = mine * _expm1_of_minus(known) + (others + rest) * tl.exp(-known) + flat
     if HAS_CAP:
         z_t = tl.load(logits + t_k, mask=there, other=0.0).to(tl.float32)
         if HAS_BIAS:
@@ -286,13 +293,14 @@ def row_kernel(
     if GRADIENT:
         gradient += row * gradient_stride
         weight_b += row * TARGETS
-        a = tl.full((), 0.0, tl.float32)
+        rest = tl.full((), 0.0, tl.float32)
+        if LINEAR:
+            rest += tl.load(weight_linear + row)
+        if SQUARE:
+            rest += 2.0 * tl.load(weight_square + row) * (m + ls)
+        a = rest
         for k in tl.static_range(TARGETS):
             a += tl.load(weight_b + k)
-        if LINEAR:
-            a += tl.load(weight_linear + row)
-        if SQUARE:
-            a += 2.0 * tl.load(weight_square + row) * (m + ls)
         flat = tl.full((), 0.0, tl.float32)
         if FLAT:
             flat = tl.load(weight_flat + row)
@@ -305,6 +313,7 @@ def row_kernel(
                 nats,
                 weight_b,
                 a,
+                rest,
                 flat,
                 m,
                 ls,

@@ -1,4 +1,4 @@
-"""The loss over a vocabulary that is divided among two gloo ranks, against the whole one in fp64 and on one rank."""
+"""Vocabulary-parallel loss on two gloo ranks: against the whole vocabulary in fp64, and on one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.vocabulary_parallel import slice_of
-from tests.support.loss_cases import assert_as_exact, define
-from tests.support.ranks import run_ranks
+from tests.support.loss_cases import check_results, define
+from tests.support.ranks import start_ranks
 from tests.support.vocabulary_ranks import CASES, UPSTREAM, WEIGHT_SUM, build
 
 RANKS = 2
@@ -24,9 +24,11 @@ RUNS = [
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("vocabulary")
-    run_ranks(
-        ["-m", "tests.support.vocabulary_ranks", str(folder)], RANKS, folder, TRITON_INTERPRET="1"
-    )
+    # New processes: a forked one has imported triton already, without its interpreter
+    arguments = ["-m", "tests.support.vocabulary_ranks", str(folder)]
+    processes = start_ranks([arguments] * RANKS, folder, TRITON_INTERPRET="1")
+    codes = [process.wait(500) for process in processes]
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 
@@ -39,24 +41,14 @@ def test_is_the_loss_of_the_whole_vocabulary(ranks: list[dict], name: str, kerne
     found = parts[0] | {
         key: torch.cat([p[key] for p in parts]) for key in ("dW", "db") if key in parts[0]
     }
-    wide = case.wide()
-    exact = define(wide, weight_sum=WEIGHT_SUM, **options)
-    plain = define(case, weight_sum=WEIGHT_SUM, **options)
     dtype = case.hidden.dtype
-    assert torch.equal(found["hits"], exact.hits) and (found["z_loss"] > 0) == (
-        "z_loss_coefficient" in options
-    )
-    for key, e, p in (
-        ("nats", exact.nats, plain.nats),
-        ("lse", exact.lse, plain.lse),
-        ("loss", exact.losses.sum(), plain.losses.sum()),
-    ):
-        assert_as_exact(found[key], e.detach(), p, 3, dtype, key)
-    expected = torch.autograd.grad(exact.losses.sum() * UPSTREAM, wide.leaves())
-    rough = torch.autograd.grad(plain.losses.sum() * UPSTREAM, case.leaves())
-    for key, e, p in zip(("dX", "dW", "db"), expected, rough, strict=False):
-        assert found[key].dtype == dtype
-        assert_as_exact(found[key], e, p, 2, dtype, key)
+    hits = define(case.wide(), **options).hits
+    assert torch.equal(found["hits"], hits)
+    assert (found["z_loss"] > 0) == ("z_loss_coefficient" in options)
+    results = {key: found[key] for key in ("loss", "nats", "lse", "dX", "dW", "db") if key in found}
+    assert all(results[key].dtype == dtype for key in ("dX", "dW", "db") if key in results)
+    # The loss was saved before it met the gradient from above
+    check_results(results, case, dtype, upstream=UPSTREAM, weight_sum=WEIGHT_SUM, **options)
 
 
 def test_agrees_with_one_rank(ranks: list[dict]) -> None:

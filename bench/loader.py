@@ -181,7 +181,8 @@ def nextpt(folder: Path) -> Iterator[int]:
 def memmap(folder: Path, whole: bool = False) -> Iterator[int]:
     import torch
 
-    from nextpt.data.batch import StoredSequence, collate
+    from data_prep.mds import StoredSequence
+    from nextpt.data.batch import collate
 
     rows, rng = np.load(folder / "rows.npy", mmap_mode="r"), np.random.default_rng(1)
     lengths = [draw_lengths(rng) for _ in range(ROWS)]
@@ -228,8 +229,9 @@ def streaming(folder: Path, workers: int, whole: bool = False) -> Iterator[int]:
     import torch
     from torch.utils.data import DataLoader
 
+    from data_prep.mds import StoredSequence
     from data_prep.streaming_compat import import_streaming
-    from nextpt.data.batch import StoredSequence, collate
+    from nextpt.data.batch import collate
 
     import_streaming()
     from streaming import StreamingDataset

@@ -30,6 +30,7 @@ from data_prep.format import (
     token_dtype,
 )
 from data_prep.layout import Group, dropped
+from data_prep.mds import encode_vector
 from data_prep.pack import Pieces, pack, shuffled
 from data_prep.plan import Plan
 from data_prep.repeats import Repeats
@@ -198,15 +199,12 @@ class _Rows:
     def write(self, folder: Path, stream: int) -> dict[str, Any]:
         """Write the shards in shuffled order (best-fit makes rows of long documents first) and say what is in them."""
         if self.rows:
-            import_streaming()
-            from streaming import MDSWriter
-
             layout = columns(
                 self.spec.sequence_length, self.tokenizer.vocab_size, self.tokenizer.byte_counts
             )
             # Not used as a context: its __exit__ would write an index for half the rows when
             # something fails.
-            writer = MDSWriter(
+            writer = import_streaming().MDSWriter(
                 columns=layout,
                 out=str(folder),
                 compression=self.spec.compression,
@@ -240,8 +238,8 @@ class _Rows:
         self.max_segments = max(self.max_segments, len(lengths))
         sample = {
             "tokens": tokens.tobytes(),
-            "doc_lens": _encoded(np.array(lengths, dtype=np.uint32)),
-            "doc_flags": _encoded(np.array(flags, dtype=np.uint8)),
+            "doc_lens": encode_vector(np.array(lengths, dtype=np.uint32)),
+            "doc_flags": encode_vector(np.array(flags, dtype=np.uint8)),
             "domain": self.domain,
             "text_bytes": target_bytes.sum(dtype=np.uint32).tobytes(),
         }
@@ -274,14 +272,6 @@ class _Rows:
             "histogram": length_histogram(lengths).tolist(),
             "shards": shards,
         }
-
-
-def _encoded(array: np.ndarray) -> bytes:
-    """A vector as MDS has it in a column without a fixed shape: axes and type of the shape, the shape, the values."""
-    kind, shape = next(
-        (i, t) for i, t in enumerate(("u1", "<u2", "<u4")) if len(array) < 2 ** (8 << i)
-    )
-    return bytes([1 << 2 | kind]) + np.array(array.shape, dtype=shape).tobytes() + array.tobytes()
 
 
 def _flags(pieces: Pieces, lengths: np.ndarray) -> np.ndarray:

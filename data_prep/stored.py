@@ -70,10 +70,8 @@ def read_rows(shard: StoredShard) -> Iterator[dict[str, Any]]:
 
     Raises DataPrepError when its hash differs.
     """
-    import_streaming()
-    from streaming.base.compression import decompress
-    from streaming.base.format import reader_from_json
-
+    decompress = import_streaming("streaming.base.compression").decompress
+    reader_from_json = import_streaming("streaming.base.format").reader_from_json
     data = shard.path.read_bytes()
     if xxhash.xxh64_hexdigest(data) != shard.xxh64:
         raise DataPrepError(

@@ -88,9 +88,6 @@ def _write(
     dataset: Path, output: Path, manifest: DatasetManifest, split: str, domain: str, weigh: Weigh
 ) -> str:
     """The shards of one domain of one split; the hash of their index, "" where there are none."""
-    import_streaming()
-    from streaming import MDSWriter
-
     shards = shards_of(dataset, manifest, split, domain)
     if not shards:
         return ""
@@ -98,7 +95,7 @@ def _write(
     layout = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts) | {
         "token_weights": f"ndarray:float32:{length}"
     }
-    writer = MDSWriter(
+    writer = import_streaming().MDSWriter(
         columns=layout,
         out=str(folder),
         compression=shards[0].entry["compression"],

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.format import PADDING
+from data_prep.mds import StoredSequence
 from nextpt.base.errors import DataError
 
 IGNORE_INDEX = -100  # torch's own default for targets that are not predicted
@@ -51,20 +51,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory."""
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
-
-
-class StoredSequence(NamedTuple):
-    """One packed sequence as stored (data_prep.format). tokens: [T + 1].
-
-    token_weights: fp32, target_bytes: [T + 1] or None.
-    """
-
-    tokens: np.ndarray
-    doc_lens: np.ndarray
-    doc_flags: np.ndarray
-    domain: int
-    token_weights: np.ndarray | None = None
-    target_bytes: np.ndarray | None = None
 
 
 def padding_sequence(length: int, domain: int) -> StoredSequence:

@@ -14,15 +14,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.format import PADDING
+from data_prep.mds import StoredSequence
 from nextpt.base.errors import DataError
 from nextpt.config import Config
-from nextpt.data.batch import (
-    Batch,
-    StoredSequence,
-    collate,
-    padding_sequence,
-    segments_per_sequence,
-)
+from nextpt.data.batch import Batch, collate, padding_sequence, segments_per_sequence
 from nextpt.data.dataset import Dataset
 from nextpt.data.order import GlobalOrder
 from nextpt.data.plan import ORDER_VERSION, check_repeats, make_plan

@@ -155,9 +155,8 @@ class RemoteDataset:
     def _downloader(self):
         """One per thread: not all of streaming's downloaders may be shared."""
         if not hasattr(self._own, "downloader"):
-            from streaming.base.storage import CloudDownloader
-
-            self._own.downloader = CloudDownloader.get(self.address)
+            storage = import_streaming("streaming.base.storage")
+            self._own.downloader = storage.CloudDownloader.get(self.address)
         return self._own.downloader
 
     def _remove_stale(self) -> None:

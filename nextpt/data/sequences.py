@@ -13,10 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from data_prep.format import DatasetManifest
+from data_prep.mds import MappedShard, StoredSequence
 from nextpt.base.errors import DataError
-from nextpt.data.batch import StoredSequence
 from nextpt.data.domain_order import WINDOW
-from nextpt.data.mds import MappedShard
 from nextpt.data.store import ShardStore
 
 # Open maps of a domain: the window being read, the one after it, and the ends of steps read ahead
@@ -74,7 +73,7 @@ class MappedSequences:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect_right(self._starts, index) - 1
-        return self._map(shard).row(index - self._starts[shard])
+        return self._map(shard).sequence(index - self._starts[shard])
 
     def prepare(self, shards: Iterable[int]) -> None:
         with self._lock:

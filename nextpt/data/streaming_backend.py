@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.mds import StoredSequence
 from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.base.processes import mapped_files, open_files
 from nextpt.config import Config
-from nextpt.data.batch import StoredSequence
 from nextpt.data.store import ShardStore
 
 
@@ -41,8 +41,7 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
 
     Raises ConfigError for settings that would lose data.
     """
-    import_streaming()
-    from streaming import Stream, StreamingDataset
+    streaming = import_streaming()
 
     if config.data.cache_limit_gib and not config.data.remote:
         raise ConfigError(
@@ -54,12 +53,14 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
         return None
     remote = config.data.remote.rstrip("/") if config.data.remote else None
     streams = [
-        Stream(remote=f"{remote}/{store.place}" if remote else None, local=str(store.folder))
+        streaming.Stream(
+            remote=f"{remote}/{store.place}" if remote else None, local=str(store.folder)
+        )
         for store in stores
     ]
     limit = int(config.data.cache_limit_gib * 2**30) if config.data.cache_limit_gib else None
     try:
-        return StreamingDataset(
+        return streaming.StreamingDataset(
             streams=streams,
             validate_hash="xxh64",
             keep_zip=False,

@@ -11,17 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.format import PADDING
+from data_prep.mds import StoredSequence
 from kernels.attention import PackedDocuments
 from kernels.attention.documents import PackedSequences
 from nextpt.base.errors import DataError
-from nextpt.data.batch import (
-    IGNORE_INDEX,
-    Batch,
-    StoredSequence,
-    collate,
-    padding_sequence,
-    segments_per_sequence,
-)
+from nextpt.data.batch import IGNORE_INDEX, Batch, collate, padding_sequence, segments_per_sequence
 from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums
 from tests.support.datasets import tiny

@@ -77,12 +77,13 @@ def test_arrows_point_down(path: Path) -> None:
         )
 
 
-def test_only_one_module_imports_deepspeed_and_none_pickle() -> None:
+def test_only_one_module_imports_deepspeed_and_one_streaming_and_none_pickle() -> None:
     users = {
         name: {module_of(p) for p in SOURCES for i in imports(p) if i.split(".")[0] == name}
-        for name in ("deepspeed", "pickle")
+        for name in ("deepspeed", "pickle", "streaming")
     }
     assert users["deepspeed"] == {"nextpt.train.deepspeed_api"} and users["pickle"] == set()
+    assert users["streaming"] == {"data_prep.streaming_compat"}
 
 
 COLLECTIVES = {

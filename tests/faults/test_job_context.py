@@ -1,4 +1,4 @@
-"""The life of a run on real ranks: signals, a second job, killed launchers, hangs, ranks that were started differently."""
+"""Job context on real ranks: signals, second jobs, killed launchers, hangs, unequal ranks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def end(processes: list[subprocess.Popen], seconds: float = 240) -> list[int]:
     return [process.wait() for process in processes]
 
 
-def test_a_signal_to_one_rank_saves_on_all_and_a_save_that_cannot_fit_is_not_begun(
+def test_a_signal_to_one_rank_saves_on_all_unless_the_grace_period_is_too_short(
     dataset: Path, tmp_path: Path
 ) -> None:
     run, command = tmp_path / "run", write(dataset, tmp_path)
@@ -138,9 +138,7 @@ def ranks_of(config: str) -> list[str]:
     return found
 
 
-def test_nextpt_train_passes_a_signal_on_and_the_exit_code_back(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_nextpt_train_forwards_signals_and_exit_codes(dataset: Path, tmp_path: Path) -> None:
     command = write(dataset, tmp_path)
     job = subprocess.Popen(
         [sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"],
@@ -196,7 +194,7 @@ def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: 
     wait_for(lambda: not ranks_of(command[2]), 5)
 
 
-def test_a_stopped_rank_is_found_and_named(dataset: Path, tmp_path: Path) -> None:
+def test_a_suspended_rank_is_named(dataset: Path, tmp_path: Path) -> None:
     command = [*write(dataset, tmp_path), "train.hang_seconds=3"]
     ranks = start_ranks([command] * 2, tmp_path / "logs")
     wait_for(lambda: steps_made(tmp_path / "run") >= 5)

@@ -1,4 +1,4 @@
-"""What killed jobs leave on a machine: a start is clean without being asked, and nothing of a living job is touched."""
+"""Leftovers of killed jobs: a start removes them and touches nothing of a living job."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RUN = str(ROOT / "launcher" / "run.py")
 
 @pytest.fixture
 def shared() -> Iterator[dict[str, Path]]:
-    """Files in shared memory as DeepSpeed names them: of a dead job, and of a living one, this process."""
+    """Files in shared memory as DeepSpeed names them: of a dead job and of this process."""
     files = {
         state: Path(f"/dev/shm/deepspeed_allreduce_buffer_{uuid.uuid4().hex}_{state}")
         for state in ("dead", "living")
@@ -44,7 +44,7 @@ def shared() -> Iterator[dict[str, Path]]:
         path.unlink(missing_ok=True)
 
 
-def test_a_lock_gets_its_folder_clean_of_temporary_files_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_new_lock_removes_temporary_files_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "stacks").mkdir()
     left = [
         tmp_path / ".config.yaml.tmp-1234",
@@ -79,7 +79,7 @@ def test_a_start_removes_what_a_job_killed_in_its_last_save_left(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_start_among_leftovers(dataset: Path, tmp_path: Path, shared: dict[str, Path]) -> None:
-    """A lock that a killed compilation left, staging folders, a half-done removal, a lock of a number that lives as another."""
+    """A compiler's lock, staging folders, a half-done removal, a lock of a reused process id."""
     run, extensions = tmp_path / "run", tmp_path / "extensions"
     for name in ("deepspeed_shm_comm", "shm_comm", "fused_adam", "cpu_adam"):
         for parent in (extensions / name, extensions / "py311_cpu" / name):
@@ -118,9 +118,7 @@ def test_a_start_among_leftovers(dataset: Path, tmp_path: Path, shared: dict[str
 
 
 @pytest.mark.slow
-def test_a_taken_port_is_told_in_one_line_and_left_to_its_owner(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_a_port_in_use_is_a_one_line_error(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run")))
     with socket.socket() as owner:
         owner.bind(("127.0.0.1", 0))
@@ -151,7 +149,7 @@ def left_by_streaming(shared: Path, number: int, folder: str) -> list[Path]:
     return files
 
 
-def test_shared_memory_of_a_dead_dataset_in_the_same_folder_goes_and_no_other(
+def test_only_shared_memory_of_a_dead_dataset_is_removed(
     tmp_path: Path,
 ) -> None:
     dead, mapped, opened, elsewhere = (
@@ -173,10 +171,10 @@ def test_shared_memory_of_a_dead_dataset_in_the_same_folder_goes_and_no_other(
 
 
 @pytest.mark.slow
-def test_a_run_that_reads_through_streaming_goes_on_after_all_its_processes_were_killed(
+def test_a_streaming_run_resumes_after_all_its_processes_were_killed(
     dataset: Path, tmp_path: Path
 ) -> None:
-    """Python's resource tracker, which would clean up, too: as the kernel does with a whole control group."""
+    """Also Python's resource tracker, which would clean up: as when a control group is killed."""
     (tmp_path / "tmp").mkdir()
     config = tiny(
         tmp_path / "local",

@@ -1,4 +1,4 @@
-"""Two jobs in one run folder: races, dead and stopped holders, holders on other machines, fencing."""
+"""Run lock: races, dead and suspended holders, holders on other machines, fencing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_second_is_refused_with_host_process_job_and_age(
     second.release()
 
 
-def test_a_dead_holder_is_followed_at_once(tmp_path: Path) -> None:
+def test_the_lock_of_a_dead_holder_is_taken_over_at_once(tmp_path: Path) -> None:
     process = hold_in_another_process(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -75,7 +75,7 @@ def test_a_dead_holder_is_followed_at_once(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_a_number_that_another_process_got_is_not_the_holder(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_not_the_holder(tmp_path: Path) -> None:
     RunLock(tmp_path)._stop.set()
     rewrite(tmp_path, started="1")
     lock = RunLock(tmp_path, lease=3600)
@@ -83,7 +83,9 @@ def test_a_number_that_another_process_got_is_not_the_holder(tmp_path: Path) -> 
     lock.release()
 
 
-def test_a_holder_elsewhere_is_alive_while_it_beats_whatever_the_clocks_say(tmp_path: Path) -> None:
+def test_a_remote_holder_is_alive_while_its_heartbeat_changes_whatever_the_clocks(
+    tmp_path: Path,
+) -> None:
     lock = RunLock(tmp_path, heartbeat=0.1)
     lock._content |= {"machine": "another", "since": time.time() + 86400}
     time.sleep(0.3)
@@ -98,7 +100,7 @@ def test_a_holder_elsewhere_is_alive_while_it_beats_whatever_the_clocks_say(tmp_
     second.release()
 
 
-def test_a_stopped_holder_loses_and_cannot_commit(tmp_path: Path) -> None:
+def test_a_suspended_holder_loses_the_lock_and_cannot_commit(tmp_path: Path) -> None:
     """Its staging folder is out of its reach, and the check before the commit fails."""
 
     def hold() -> None:
@@ -133,8 +135,8 @@ def test_a_stopped_holder_loses_and_cannot_commit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["new", "dead", "free"])
-def test_of_many_that_race_one_wins(tmp_path: Path, state: str) -> None:
-    """Six processes, ten rounds: in no round do two hold the lock at a time, and somebody always gets it."""
+def test_one_of_many_racing_starts_wins(tmp_path: Path, state: str) -> None:
+    """Six processes, ten rounds: exactly one at a time holds the lock, and one always gets it."""
     racers, rounds = 6, 10
 
     def race(barrier: Barrier, number: int) -> None:
@@ -170,7 +172,7 @@ def test_of_many_that_race_one_wins(tmp_path: Path, state: str) -> None:
     assert all(list((tmp_path / str(turn)).glob("won-*")) for turn in range(rounds))
 
 
-def test_a_holder_learns_of_its_loss_by_itself(tmp_path: Path) -> None:
+def test_a_holder_notices_that_it_lost_the_lock(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, heartbeat=0.05)
     assert not lock.lost
     (tmp_path / "lock-8.json").write_text("{}")
@@ -187,10 +189,10 @@ def test_a_torn_lock_file_is_waited_for(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_one_that_was_slow_to_take_over_does_not_get_between_others(
+def test_a_slow_takeover_does_not_disturb_later_holders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it looks at a dead holder, two others come and go, or stay: the file it then makes has a number that was used."""
+    """Two others take the lock while it reads a dead holder's: the number it then uses is old."""
     RunLock(tmp_path)._stop.set()
     rewrite(tmp_path, started="1")
     real, others = lock_module._is_over, []

@@ -1,4 +1,4 @@
-"""Pairs of starts in one run folder, at random offsets and with clocks a day apart: one gets it, the other is refused."""
+"""Run lock, pairs of starts at random offsets and with clocks a day apart: one wins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAY = 86400.0
 
 
 def prepare(folder: Path, state: str) -> None:
-    """A folder as starts find it: new, given up, of a dead holder, or of a dead one whose number another process has now."""
+    """A folder that is new, released, of a dead holder, or of one whose process id was reused."""
     if state == "new":
         return
     lock = RunLock(folder)
@@ -58,7 +58,7 @@ def racer(root: Path, number: int, barrier: Barrier) -> None:
         barrier.wait(60)
 
 
-def test_of_a_pair_exactly_one_wins(tmp_path: Path) -> None:
+def test_exactly_one_of_a_pair_wins(tmp_path: Path) -> None:
     for pair in range(PAIRS):
         prepare(tmp_path / str(pair), ("new", "free", "dead", "number")[pair % 4])
     barrier = FORK.Barrier(2)
@@ -107,7 +107,7 @@ def stopped_holder(folder: Path, answers: Path) -> None:
 
 
 @pytest.mark.parametrize("skew", [-DAY, DAY])
-def test_of_a_pair_that_finds_a_stopped_holder_one_follows_and_the_holder_is_fenced(
+def test_one_of_a_pair_takes_over_from_a_suspended_holder_which_is_fenced(
     tmp_path: Path, skew: float
 ) -> None:
     """Several folders at a time: a lease has to pass in each."""

@@ -33,7 +33,7 @@ def gone_within(pid: int, seconds: float) -> bool:
     return start_of(pid) is None
 
 
-def test_a_stopped_process_ends_with_its_parent() -> None:
+def test_a_suspended_process_ends_with_its_parent() -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, CHILD, "1"], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -65,7 +65,7 @@ def test_a_process_ends_with_its_grandparent() -> None:
     assert gone_within(child, 5)
 
 
-def test_a_process_is_known_by_its_number_and_its_start() -> None:
+def test_a_process_is_identified_by_id_and_start_time() -> None:
     me = identity()
     assert is_here(me) and not is_gone(me)
     assert is_gone(me | {"started": "1"}) and not is_gone(

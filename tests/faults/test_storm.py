@@ -1,4 +1,4 @@
-"""A hundred kills, at least half of them in saves: see tests/support/storm.py, which says what must hold."""
+"""A hundred kills, at least half of them in saves: the invariants of support/storm.py hold."""
 
 from __future__ import annotations
 

@@ -54,20 +54,22 @@ def report(
         ({r: {"in_collective": False} for r in range(4)}, "all ranks are busy"),
     ],
 )
-def test_the_guilty_rank_is_named(changes: dict[int, dict[str, Any] | None], words: str) -> None:
+def test_the_rank_that_hangs_is_named(
+    changes: dict[int, dict[str, Any] | None], words: str
+) -> None:
     reports = {
         r: report() | (changes.get(r, {}) or {}) for r in range(4) if changes.get(r, {}) is not None
     }
     assert diagnose(reports, reports, HOSTS).startswith(words)
 
 
-def test_a_rank_whose_report_moves_is_alive() -> None:
+def test_a_rank_whose_report_changes_is_alive() -> None:
     first = {r: report(expired=r > 0, beat=1) for r in range(4)}
     last = {r: report(expired=r > 0, beat=2) for r in range(4)}
     assert "wait for each other" in diagnose(first, last, HOSTS)
 
 
-def test_work_may_take_ten_times_what_it_usually_takes_and_its_first_time_long(
+def test_a_phase_may_last_ten_medians_and_its_first_time_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
@@ -119,7 +121,7 @@ def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
     assert "in never_comes" in (tmp_path / "stacks" / "rank-2.txt").read_text()
 
 
-def test_nothing_is_written_while_work_goes_on(tmp_path: Path) -> None:
+def test_nothing_is_written_while_training_makes_progress(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path, 0, ["here"], 20.0)
     watchdog.tick = 0.05
     for step in range(20):
@@ -129,7 +131,7 @@ def test_nothing_is_written_while_work_goes_on(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+def test_a_job_that_was_suspended_as_a_whole_continues(tmp_path: Path) -> None:
     def work() -> None:
         watchdog = Watchdog(tmp_path, 0, ["here"], 2.0)
         for step in range(20):

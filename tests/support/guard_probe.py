@@ -1,4 +1,4 @@
-"""Training jobs with faults in their losses and gradients, one after another in one process per rank.
+"""Training jobs with faults in losses and gradients, one after another in each rank's process.
 
 `python -m tests.support.guard_probe JOBS.json OUT` reads a list of jobs and writes OUT-RANK.json
 with what came of each:
@@ -52,7 +52,7 @@ class Killed(BaseException):
 
 
 class Faults:
-    """Changes the loss of the second micro-batch of chosen data steps, or of all of them where the rank is null."""
+    """Changes losses of chosen data steps: of the second micro-batch or, without a rank, all."""
 
     def __init__(self, faults: list[list[Any]], never: list[int]) -> None:
         self.faults, self.never, self.data_step, self.micro = faults, sorted(never), -1, 0

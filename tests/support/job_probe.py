@@ -1,4 +1,7 @@
-"""Runs in which something happens at a chosen moment, one after another in one process: `python -m tests.support.job_probe OUT CASE=CONFIG ...`"""
+"""Runs in which something happens at a chosen moment, one after another in one process.
+
+`python -m tests.support.job_probe OUT CASE=CONFIG ...`
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, of a small model that was never trained: for commands that read one."""
+"""Run folders of a small untrained model, for commands that read one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Counts host synchronisations in optimizer steps: `python -m tests.support.sync_probe CONFIG.yaml ...` prints JSON."""
+"""Host synchronisations in optimizer steps, counted.
+
+`python -m tests.support.sync_probe CONFIG.yaml ...` prints JSON.
+"""
 
 from __future__ import annotations
 

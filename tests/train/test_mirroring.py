@@ -32,8 +32,13 @@ class Recorder:
         pass
 
 
+def stop_training(stop: StopRequest) -> None:
+    stop.record(signal.SIGTERM)
+    raise TrainingStopped("stopped")
+
+
 @pytest.mark.parametrize("hanging", [False, True])
-def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
+def test_a_stopped_job_waits_for_the_mirror_within_its_grace_period(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], hanging: bool
 ) -> None:
     config = tiny(
@@ -51,11 +56,10 @@ def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
     if hanging:
         mirror.archive.note = lambda: threading.Event().wait()
     with (
-        pytest.raises(TrainingStopped, match="told"),
+        pytest.raises(TrainingStopped, match="stopped"),
         mirroring(mirror, config, RankGroup.world(), job, EventBus([listener])),
     ):
-        stop.record(signal.SIGTERM)
-        raise TrainingStopped("told")
+        stop_training(stop)
     output = capsys.readouterr().out.splitlines()
     if hanging:
         assert (
@@ -68,7 +72,7 @@ def test_a_job_that_is_told_to_stop_waits_as_long_as_its_grace_allows(
         assert output == [] and events == [(3, "mirrored")]
 
 
-def test_an_error_of_the_training_is_not_held_up(tmp_path: Path) -> None:
+def test_a_training_error_does_not_wait_for_the_mirror(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, checkpoint={"mirror": str(tmp_path / "mirror")})
     mirror = open_mirror(config, tmp_path / "checkpoints", JobContext())
     mirror.archive.note = lambda: threading.Event().wait()
@@ -79,10 +83,10 @@ def test_an_error_of_the_training_is_not_held_up(tmp_path: Path) -> None:
         1 / 0  # noqa: B018
 
 
-def test_an_address_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_mirror_address_is_refused(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, checkpoint={"mirror": "nosuch://bucket/run"})
     with pytest.raises(
-        ConfigError, match="checkpoint.mirror: nosuch://bucket/run: .*expected a path, s3://"
+        ConfigError, match=r"checkpoint.mirror: nosuch://bucket/run: .*expected a path, s3://"
     ):
         open_mirror(config, tmp_path, JobContext())
 

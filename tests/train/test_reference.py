@@ -21,8 +21,8 @@ TEXT = Path(os.environ.get("NEXTPT_TEST_DATA", "/nowhere")) / "tinyshakespeare.t
 NANOGPT_LOSS, NANOGPT_PARAMETERS, NANOGPT_CHARACTERS = 1.88, 804_096, 2000 * 12 * 64
 
 
-def test_it_has_no_more_parameters_and_no_more_tokens() -> None:
-    """nanoGPT: 65 x 128 tokens, 64 x 128 positions, 4 blocks of 12 x 128^2 and two norms, one last norm."""
+def test_no_more_parameters_and_tokens_than_nanogpt() -> None:
+    """nanoGPT: 65 x 128 tokens, 64 x 128 positions, 4 blocks of 12 x 128^2, and nine norms."""
     config = load_config(ROOT / "configs" / "shakespeare_char.yaml")
     assert NANOGPT_PARAMETERS == 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
     assert count(ModelSpec.from_config(config)).parameters <= NANOGPT_PARAMETERS
@@ -36,7 +36,7 @@ def test_it_has_no_more_parameters_and_no_more_tokens() -> None:
 @pytest.mark.skipif(
     not TEXT.is_file(), reason="NEXTPT_TEST_DATA does not name a folder with tinyshakespeare.txt"
 )
-def test_it_is_at_or_below_the_loss_of_nanogpt(tmp_path: Path) -> None:
+def test_the_loss_is_at_most_that_of_nanogpt(tmp_path: Path) -> None:
     def nextpt(*arguments: str) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         done = subprocess.run(

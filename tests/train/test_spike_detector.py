@@ -1,4 +1,4 @@
-"""The guard's statistics and counts: against numpy, and through saving, loading, forgetting and another window."""
+"""Spike detector and rollback policy: against numpy, saved and loaded, reset, other windows."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[s
     st.integers(4, 9),
     st.one_of(st.none(), st.floats(0.5, 8.0)),
 )
-def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(
+def test_verdicts_equal_numpys_and_a_bad_step_leaves_no_trace(
     steps: list[tuple[float, float]], window: int, spikes: float | None
 ) -> None:
     section = GuardSection(window=window, spike_sigma=spikes)
@@ -79,7 +79,7 @@ def test_it_judges_as_numpy_does_and_a_bad_step_leaves_no_trace(
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(LOSSES, NORMS), min_size=1, max_size=40), st.data())
-def test_a_guard_that_is_saved_goes_on_as_if_it_was_not(
+def test_a_saved_and_loaded_policy_continues_unchanged(
     steps: list[tuple[float, float]], data: st.DataObject
 ) -> None:
     section = GuardSection(window=5, spike_sigma=2.0, rollback_after=3)
@@ -120,7 +120,7 @@ def guard(**settings: object) -> RollbackPolicy:
     return RollbackPolicy(section, SpikeDetector(section, torch.device("cpu")))
 
 
-def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
+def test_falling_losses_are_no_spikes_and_only_a_full_window_rejects() -> None:
     one = guard(window=8, spike_sigma=3.0)
     falling = [(10.0 * 0.5**n, 10.0 * 0.5**n) for n in range(30)]
     assert not any(judge_all(one.detector, falling))
@@ -136,7 +136,7 @@ def test_falling_losses_are_no_spikes_and_a_window_must_be_full() -> None:
     ]
 
 
-def test_what_was_forgotten_judges_nothing() -> None:
+def test_reset_statistics_reject_nothing() -> None:
     one = guard(window=4, spike_sigma=3.0)
     judge_all(one.detector, [(1.0, 1.0)] * 6)
     one.detector.reset()
@@ -146,7 +146,7 @@ def test_what_was_forgotten_judges_nothing() -> None:
     )
 
 
-def test_too_many_in_a_row_trip_it_wherever_one_looks() -> None:
+def test_a_rollback_is_due_independently_of_when_verdicts_are_read() -> None:
     steps = [
         (1.0, 1.0),
         (math.nan, 1.0),
@@ -182,7 +182,7 @@ def test_too_many_in_a_row_trip_it_wherever_one_looks() -> None:
 
 
 @pytest.mark.parametrize("window", [4, 6, 16])
-def test_another_window_takes_over_what_it_can(window: int) -> None:
+def test_statistics_load_into_another_window(window: int) -> None:
     one = guard(window=8)
     judge_all(one.detector, [(float(n), 1.0) for n in range(11)])
     other = guard(window=window)
@@ -190,6 +190,14 @@ def test_another_window_takes_over_what_it_can(window: int) -> None:
     assert other.detector.state()[0] == [float(n) for n in range(3, 11)][-window:]
     judge_all(other.detector, [(11.0, 1.0)])
     assert other.detector.state()[0] == [float(n) for n in range(3, 12)][-window:]
+
+
+def test_a_state_with_the_names_before_2026_12_is_read() -> None:
+    policy = guard()
+    old = {"accepted": [[1.0], [0.5]], "skipped": 9, "since": 4, "in_row": 2}
+    policy.load_state(old | {"rollbacks": 1, "reason": "loss spike"})
+    assert (policy.first_bad_step, policy.consecutive, policy.last_bad_step) == (4, 2, 5)
+    assert policy.state().keys() == EMPTY_STATE.keys()
 
 
 @pytest.mark.parametrize(
@@ -203,6 +211,6 @@ def test_another_window_takes_over_what_it_can(window: int) -> None:
         {"first_bad_step": None},
     ],
 )
-def test_a_state_that_is_none_is_refused(change: dict) -> None:
+def test_a_damaged_state_is_refused(change: dict) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         guard().load_state(EMPTY_STATE | change)

@@ -1,4 +1,4 @@
-"""Being told to stop, losing the folder, or crashing, at moments that matter: while starting, in evaluation, inside a save."""
+"""Signals, lost folders and crashes at chosen moments: start, validation, inside a save."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def outcome(root: Path, name: str) -> tuple[str, str, int]:
         ("saving", 2, "saved"),
     ],
 )
-def test_a_signal_is_acted_on_at_the_next_step(root: Path, name: str, step: int, text: str) -> None:
+def test_a_signal_stops_training_at_the_next_step(
+    root: Path, name: str, step: int, text: str
+) -> None:
     kind, message, code = outcome(root, name)
     assert (kind, code) == ("TrainingStopped", 75) and f"after step {step} ({text})" in message, (
         message

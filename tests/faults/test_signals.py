@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,12 @@ with stop.listen_for_signals():
     print("ready", flush=True)
     mutex = (ctypes.c_char * 64)()
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
-    ctypes.CDLL(None).pthread_mutex_lock(mutex)  # waits for ever, and no signal brings it back to Python
+    # waits forever, and no signal brings it back to Python
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
 """
 
 
-def test_a_signal_is_noted_and_handlers_come_back() -> None:
+def test_a_signal_is_recorded_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with listen_for_signals() as request:
         assert request.seconds_left(30) is None and request.signal_name is None
@@ -46,7 +48,7 @@ def test_a_signal_is_noted_and_handlers_come_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
+def test_a_second_signal_ends_a_process_blocked_in_a_library() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS],
         stdout=subprocess.PIPE,
@@ -78,17 +80,16 @@ def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
         (KeyboardInterrupt(), 130, "KeyboardInterrupt:"),
     ],
 )
-def test_every_end_is_recorded(
+def test_every_way_to_end_is_recorded(
     tmp_path: Path, raised: BaseException | None, code: int, reason: str
 ) -> None:
-    try:
-        with record_exit(tmp_path) as record:
-            assert read_exit_record(tmp_path) is None
-            record.step = 7
-            if raised:
-                raise raised
-    except BaseException as error:
-        assert error is raised
+    expected = pytest.raises(type(raised)) if raised else nullcontext()
+    with expected as caught, record_exit(tmp_path) as record:
+        assert read_exit_record(tmp_path) is None
+        record.step = 7
+        if raised:
+            raise raised
+    assert caught is None or caught.value is raised
     found = json.loads((tmp_path / "exit.json").read_text())
     assert (found["code"], found["reason"], found["step"], found["host"]) == (
         code,

@@ -135,7 +135,7 @@ class Engine:
                     [p.grad for p in self._module.parameters() if p.grad is not None]
                 )
             norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device).reshape(())
-            self._verdict = norm, self.spike_detector.classify(*self._loss, norm)
+            self._verdict = norm, self.spike_detector.classify(self._loss[0], self._loss[1], norm)
         return self._verdict
 
     def _check_stepped(self) -> None:

@@ -1,4 +1,4 @@
-"""Data on real ranks: the backends train alike, and trouble on one rank ends all of them with its file's name."""
+"""Data on real ranks: backends train alike; an unreadable shard ends all ranks and is named."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from tests.support.ranks import train_all
 TRAIN = {"global_batch_size": 8, "micro_batch_size": 2, "log_every": 1, "steps": 20}
 
 
-def damage_one(config: Config, steps: int = 9) -> tuple[Path, int]:
-    """Damage a shard that only rank 1 reads, and in one of the first steps only, not before the third; returns it and the steps before."""
+def damage_shard(config: Config, steps: int = 9) -> tuple[Path, int]:
+    """Damage a shard that only rank 1 reads, in a single step that is not among the first three.
+
+    Returns:
+        The shard's path, and the number of steps before the one that reads it.
+    """
     loader = Loader(config, 0, 2)
     user: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for at in range(steps):
@@ -88,11 +92,11 @@ def runs(
         train=TRAIN | {"stop_at": 1},
         validation={"every_steps": 1, "sequences": 40},
     )
-    damaged_one = damage_one(configs["damaged"])
+    damaged_shard = damage_shard(configs["damaged"])
     for shard in (damaged / "heldout" / "prose").rglob("*.mds"):
         shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
     outcomes = dict(zip(configs, train_all(list(configs.values()), 2, root / "jobs"), strict=True))
-    return root, outcomes, damaged_one
+    return root, outcomes, damaged_shard
 
 
 def events(run: Path, kind: str) -> list[dict]:
@@ -122,11 +126,11 @@ def test_stages_are_added_to_a_running_plan_and_its_past_stays(
 ) -> None:
     root, outcomes, _ = runs
     assert outcomes["grown"] is None
-    found = events(root / "native", "train")
+    steps = events(root / "native", "train")
     assert (
-        [e["step"] for e in found] == [1, 2, 3, 4, 5, 6]
-        and set(found[5]["domains"]) == {"prose"}
-        and len(found[3]["domains"]) == 2
+        [e["step"] for e in steps] == [1, 2, 3, 4, 5, 6]
+        and set(steps[5]["domains"]) == {"prose"}
+        and len(steps[3]["domains"]) == 2
     )
     message = str(outcomes["changed past"])
     assert (
@@ -139,10 +143,7 @@ def test_stages_are_added_to_a_running_plan_and_its_past_stays(
 def test_a_shard_that_one_rank_cannot_read_ends_all_at_the_step_that_needs_it(
     runs: tuple[Path, dict[str, str | None], tuple[Path, int]],
 ) -> None:
-    """All ranks were still there to train the next config.
-
-    The message is that of rank 1, spoken by rank 0 too.
-    """
+    """All ranks go on to train the next config; rank 0 raises rank 1's message."""
     root, outcomes, (path, before) = runs
     assert (
         outcomes["damaged"]
@@ -162,5 +163,5 @@ def test_so_does_one_that_validation_cannot_read(
 def test_waiting_is_in_the_record(
     runs: tuple[Path, dict[str, str | None], tuple[Path, int]],
 ) -> None:
-    found = [e["data_wait_seconds"] for e in events(runs[0] / "native", "train")]
-    assert found[0] > 0 and all(0 <= wait < 60 for wait in found)
+    waits = [e["data_wait_seconds"] for e in events(runs[0] / "native", "train")]
+    assert waits[0] > 0 and all(0 <= wait < 60 for wait in waits)

@@ -1,4 +1,4 @@
-"""hpZ changes where weights are gathered from, and nothing else: the losses are those without it, through validation and a resume."""
+"""hpZ changes where weights are gathered from and no loss, through validation and a resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_losses_and_resume_are_those_without_it(dataset: Path, tmp_path: Path) -
             checkpoint={"every_steps": 2},
         )
 
-    def figures(run: str) -> list[tuple[int, float]]:
+    def metrics(run: str) -> list[tuple[int, float]]:
         events = read_events(tmp_path / run / "metrics.jsonl")
         return [(e["step"], e["loss"]) for e in events if e["kind"] == "train"] + [
             (e["step"], e["total"]["nats_per_token"]) for e in events if e["kind"] == "validation"
@@ -36,5 +36,5 @@ def test_losses_and_resume_are_those_without_it(dataset: Path, tmp_path: Path) -
         (config("plain", None), config("hpz", 2, stop_at=4), config("hpz", 2))
     ):
         assert train_all([job], 4, tmp_path / f"logs-{number}") == [None]
-    assert len(figures("plain")) == 12
-    assert sorted(figures("hpz")) == sorted(figures("plain"))
+    assert len(metrics("plain")) == 12
+    assert sorted(metrics("hpz")) == sorted(metrics("plain"))

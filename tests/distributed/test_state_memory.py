@@ -1,4 +1,4 @@
-"""No rank holds more of a checkpoint than its share and a bounded rest, when it saves and when it loads. Measured."""
+"""Saving and loading take a rank's share of the state and a bounded rest, measured."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def measure(what: str, dataset: Path, folder: Path, ranks: int, stage: int) -> l
 
 @pytest.mark.slow
 def test_saving_and_loading_take_a_share(dataset: Path, tmp_path: Path) -> None:
-    """CommittedCheckpoint by two ranks at stage 1, loaded by four at stage 3, where each has a quarter of every parameter."""
+    """Two ranks save at stage 1; four load at stage 3, each a quarter of every parameter."""
     saved = measure("save", dataset, tmp_path, 2, 1)
     loaded = measure("load", dataset, tmp_path, 4, 3)
     whole = saved[0]["whole"]

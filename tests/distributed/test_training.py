@@ -1,4 +1,4 @@
-"""Whole training jobs on real gloo ranks: ZeRO stages agree, normalisation is global, resuming is bit-identical."""
+"""Training jobs on two gloo ranks: ZeRO stages agree, and resuming changes no bit."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def test_bf16_follows_fp32(jobs: Path, stage: int) -> None:
 
 
 def test_training_learns(jobs: Path) -> None:
-    found = losses(jobs / "fp32-0")
-    assert len(found) == STEPS and found[-1] < found[0] - 0.1
+    curve = losses(jobs / "fp32-0")
+    assert len(curve) == STEPS and curve[-1] < curve[0] - 0.1
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_training_learns(jobs: Path) -> None:
 )
 def test_resuming_twice_changes_no_bit(jobs: Path, job: str) -> None:
     assert losses(jobs / f"{job}-resumed") == losses(jobs / job)
-    expected, found = state(jobs / job), state(jobs / f"{job}-resumed")
-    assert expected.keys() == found.keys()
-    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    expected, resumed = state(jobs / job), state(jobs / f"{job}-resumed")
+    assert expected.keys() == resumed.keys()
+    assert [key for key in expected if not torch.equal(expected[key], resumed[key])] == []
 
 
 @pytest.mark.parametrize("micro", [4, 2, 1])
@@ -153,7 +153,7 @@ def test_accumulation_equals_one_big_batch(single: Path, micro: int) -> None:
 def test_weights_of_zero_for_a_domain_keep_the_normalisation_global(
     jobs: Path, single: Path
 ) -> None:
-    """Micro-batches differ widely in their weight sums here; means of means would be off."""
+    """The micro-batches' weight sums differ widely; means of means would be wrong."""
     assert_same_training(jobs / "uneven", single / "uneven")
 
 
@@ -179,13 +179,13 @@ def test_tied_embeddings_train_alike_when_divided(jobs: Path) -> None:
     assert "embed_tokens.weight" in shapes and "lm_head.weight" not in shapes
 
 
-def test_moments_are_those_of_the_steps_made(jobs: Path) -> None:
-    """The second moment of every matrix is positive somewhere, and all stages keep the same one."""
+def test_all_stages_keep_the_same_moments(jobs: Path) -> None:
+    """Moments agree between the stages, and no second moment is all zero."""
     expected = state(jobs / "fp32-0")
     for stage in (1, 2, 3):
-        found = state(jobs / f"fp32-{stage}")
+        divided = state(jobs / f"fp32-{stage}")
         for key in expected:
-            assert torch.allclose(found[key], expected[key], rtol=5e-2, atol=5e-4), (stage, key)
+            assert torch.allclose(divided[key], expected[key], rtol=5e-2, atol=5e-4), (stage, key)
     assert all(
         tensor.abs().max() > 0 for (_, kind), tensor in expected.items() if kind == "exp_avg_sq"
     )

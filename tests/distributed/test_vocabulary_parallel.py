@@ -35,7 +35,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize(("name", "kernel"), RUNS)
 def test_is_the_loss_of_the_whole_vocabulary(ranks: list[dict], name: str, kernel: str) -> None:
     case, options = build(name)
-    parts = [rank["found"][f"{name}, {kernel}"] for rank in ranks]
+    parts = [rank["results"][f"{name}, {kernel}"] for rank in ranks]
     for key in SHARED:
         assert torch.equal(parts[0][key], parts[1][key]), f"{key} differs between ranks"
     found = parts[0] | {
@@ -62,7 +62,7 @@ def test_agrees_with_one_rank(ranks: list[dict]) -> None:
         weight_sum=WEIGHT_SUM,
         **options,
     )
-    found = ranks[0]["found"]["everything, torch"]
+    found = ranks[0]["results"]["everything, torch"]
     torch.testing.assert_close(found["loss"], out.loss.detach())
     torch.testing.assert_close(found["z_loss"], out.z_loss)
     torch.testing.assert_close(found["nats"], out.nats)

@@ -1,4 +1,4 @@
-"""The gradient noise scale and the size of updates on real ranks, beside what brute force gives.
+"""Gradient noise and update ratios on real ranks, and the same by brute force.
 
 One JSON for all ZeRO stages.
 """
@@ -39,7 +39,7 @@ def config_of(stage: int, lr: float) -> Config:
 
 
 def population(seed: int = 0) -> torch.Tensor:
-    """Rows of TOKENS + 1: a repeated token each, with some noise, so that gradients have a mean and a spread."""
+    """Sequences of TOKENS + 1: a repeated token with noise, for gradients with mean and spread."""
     chance = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, 16, (ROWS, 1), generator=chance).expand(ROWS, TOKENS + 1).clone()
     noisy = torch.rand(rows.shape, generator=chance) < 0.5
@@ -69,7 +69,7 @@ def batch_of(rows: torch.Tensor, ignored: int = 0) -> Batch:
 
 
 def brute_force(model: Decoder, rows: torch.Tensor) -> tuple[float, float]:
-    """(tr(S), |G|^2) of the mean gradient of one target, from the gradient of every row by itself."""
+    """(tr(S), |G|^2) of one target's mean gradient, from the gradient of every single sequence."""
     gradients = []
     for row in rows:
         model.zero_grad()
@@ -105,7 +105,7 @@ def measured(stage: int, device: torch.device) -> dict[str, Any]:
 
 
 def uneven(device: torch.device) -> dict[str, float]:
-    """The estimates of one step of uneven micro-batches, and what their gradients, made one by one, give."""
+    """Estimates of one step of uneven micro-batches, and those from each micro-batch's gradient."""
     config, rows = config_of(0, 1e-12), population()
     batches = [batch_of(rows[MICRO * i : MICRO * (i + 1)], ignored=i) for i in range(ALL)]
     model, gradients, counts = (
@@ -136,7 +136,7 @@ def uneven(device: torch.device) -> dict[str, float]:
 
 
 def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
-    """Of three steps: kind -> (the ratio as measured, how far the weights really moved / their norm)."""
+    """Of three steps: component -> (update ratio, norm of the change / norm of the weights)."""
     engine, rows, steps = Engine(config_of(stage, 1e-3), device), population(), []
 
     def weights() -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Measured memory of one rank: `python -m tests.support.memory_probe CONFIG.yaml` under RANK, WORLD_SIZE, ... prints JSON.
+"""Measured memory of one rank: prints JSON; `python -m tests.support.memory_probe CONFIG.yaml`.
 
 The growth of resident memory from before the engine is built to the highest point of four training
 steps.

@@ -1,4 +1,6 @@
-"""Memory that a save or a load takes, on each rank: `python -m tests.support.state_memory save|load CONFIG OUT` under RANK, ...
+"""Memory that a save or a load takes on each rank.
+
+`python -m tests.support.state_memory save|load CONFIG OUT` under RANK, WORLD_SIZE, ...
 
 Nothing is trained: the state is that of a model that was just drawn. Each rank writes
 OUT-RANK.json: bytes of its share of the state and of the whole, growth of its resident memory at

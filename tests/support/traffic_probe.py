@@ -1,4 +1,4 @@
-"""One rank that counts what an optimizer step sends: bytes of every collective, and bytes on the wire of its host."""
+"""A rank that counts what an optimizer step sends: bytes per collective, and bytes on the wire."""
 
 from __future__ import annotations
 
@@ -40,7 +40,13 @@ FIRST_BLOCK = "first block"
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives while it is entered. sent: (kind, ranks of the group) -> bytes that each rank of it sends by the ring algorithms; order: the kinds as they began, and FIRST_BLOCK when the backward pass came to the first block."""
+    """Counts collectives while it is entered.
+
+    Attributes:
+        sent: (kind, ranks of the group) -> bytes that each of its ranks sends by ring algorithms.
+        order: Kinds in the order in which they began, and FIRST_BLOCK when the backward pass came
+            to the first block.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +106,7 @@ def batch_of(config: Config, rank: int) -> Batch:
 
 
 def counted(config: Config, device: torch.device) -> dict[str, Any]:
-    """What a step of a config sends, when its first steps have built buffers and learned the order of layers."""
+    """What a step sends once the first steps have built buffers and recorded the layers' order."""
     engine = Engine(config, device)
     batches = [batch_of(config, engine.rank)] * config.accumulation_steps(engine.world_size)
     weights = engine.all_reduce(local_weight_sum(batches))
@@ -126,7 +132,7 @@ def counted(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def main(out: str, *configs: str) -> None:
-    # As for a model that is far larger than what may stay gathered, which a model for tests is not.
+    # As for a model that is far larger than what may stay gathered.
     nextpt.train.deepspeed_config.LIVE_PARAMETERS = 1
     nextpt.train.memory.REDUCE_BUCKET = BUCKET
     device = start_distributed()

@@ -1,4 +1,7 @@
-"""A rank that holds a slice of the vocabulary: `python -m tests.support.vocabulary_ranks FOLDER` saves what it finds."""
+"""A rank that holds a slice of the vocabulary and saves its loss and gradients.
+
+`python -m tests.support.vocabulary_ranks FOLDER` writes FOLDER/rank-N.pt.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def run(name: str, implementation: str, group: dist.ProcessGroup) -> dict[str, t
         **options,
     )
     (out.loss * UPSTREAM).backward()
-    found = {
+    results = {
         "dX": hidden.grad,
         "dW": weight.grad,
         "nats": out.nats,
@@ -62,11 +65,14 @@ def run(name: str, implementation: str, group: dist.ProcessGroup) -> dict[str, t
         "z_loss": out.z_loss,
         "loss": out.loss.detach(),
     }
-    return found if bias is None else found | {"db": bias.grad}
+    return results if bias is None else results | {"db": bias.grad}
 
 
 def refusals(group: dist.ProcessGroup) -> list[str]:
-    """Messages for a slice of the wrong size, a target outside the whole vocabulary, fp16, and a second backward pass."""
+    """Messages of four misuses.
+
+    A slice of the wrong size, a target outside the whole vocabulary, fp16, a second backward pass.
+    """
     hidden, targets, messages = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 1]), []
     for width, target, dtype in (
         (9, 0, torch.float32),
@@ -97,13 +103,15 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
 def main(folder: str) -> None:
     dist.init_process_group("gloo")
     group = dist.new_group(list(range(dist.get_world_size())))
-    found = {
+    results = {
         f"{name}, {kernel}": run(name, kernel, group)
         for name in CASES
         for kernel in ("torch", "triton")
         if (name, kernel) != ("bf16", "triton")
     }
-    torch.save({"found": found, "refusals": refusals(group)}, f"{folder}/rank-{dist.get_rank()}.pt")
+    torch.save(
+        {"results": results, "refusals": refusals(group)}, f"{folder}/rank-{dist.get_rank()}.pt"
+    )
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""A rank that trains a small model with our loss under DeepSpeed and compares every gradient with plain torch.
+"""A rank that trains our loss under DeepSpeed and compares every gradient with plain torch's.
 
 `python -m tests.support.zero_loss OUTPUT.json`: {case: {parameter: largest difference over the
 largest value}}.
@@ -50,8 +50,8 @@ class Model(nn.Module):
             torch.tanh(self.layer(self.embedding(tokens))), self.head.weight, self.head.bias
         )
         nats = F.cross_entropy(logits, targets, reduction="none")
-        each = weights * (targets != -100) * (nats + 1e-3 * logits.logsumexp(-1).square())
-        return each.sum() / weight_sum
+        terms = weights * (targets != -100) * (nats + 1e-3 * logits.logsumexp(-1).square())
+        return terms.sum() / weight_sum
 
 
 def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,12 +65,19 @@ def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def compare(
     stage: int, tied: bool, recompute: bool, scaled: bool, rank: int, ranks: int
 ) -> dict[str, float]:
-    """Train with our loss and beside it a plain copy on all data.
+    """Train with our loss, and a plain copy on the data of all ranks.
 
-    The largest relative difference per gradient.
+    Args:
+        stage: ZeRO stage.
+        tied: Whether the output matrix is the embedding.
+        recompute: Whether the loss is computed again in the backward pass.
+        scaled: Whether DeepSpeed divides the loss by the number of micro-batches, so that the
+            gradient of the loss is not 1.
+        rank: This rank.
+        ranks: Number of ranks.
 
-    scaled: let DeepSpeed divide the loss by the number of micro-batches, so that the gradient from
-    above is not 1.
+    Returns:
+        Parameter -> largest difference of its gradients, relative to the largest gradient.
     """
     import deepspeed
 
@@ -98,11 +105,11 @@ def compare(
             engine.backward(loss * ranks, scale_wrt_gas=scaled)
             if engine.is_gradient_accumulation_boundary():
                 for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-                    found = deepspeed.utils.safe_get_full_grad(p)
-                    found = p.grad if found is None else found
+                    gradient = deepspeed.utils.safe_get_full_grad(p)
+                    gradient = p.grad if gradient is None else gradient
                     worst[name] = max(
                         worst.get(name, 0.0),
-                        float((found - q.grad).abs().max() / q.grad.abs().max()),
+                        float((gradient - q.grad).abs().max() / q.grad.abs().max()),
                     )
             engine.step()
         reference.step()
@@ -114,15 +121,15 @@ def main(output: str) -> None:
 
     start_distributed()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found = {}
+    differences = {}
     for stage, tied, recompute, scaled in itertools.product(
         range(4), (False, True), (False, True), (False, True)
     ):
-        found[f"{stage} {tied} {recompute} {scaled}"] = compare(
+        differences[f"{stage} {tied} {recompute} {scaled}"] = compare(
             stage, tied, recompute, scaled, rank, ranks
         )
     if rank == 0:
-        Path(output).write_text(json.dumps(found))
+        Path(output).write_text(json.dumps(differences))
 
 
 if __name__ == "__main__":

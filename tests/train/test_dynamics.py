@@ -1,4 +1,4 @@
-"""The gradient noise scale against brute force, and the size of updates against the weights' own change, on two ranks."""
+"""Gradient noise scale against brute force, and update ratios against measured changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("dynamics")
     run_ranks(["-m", "tests.support.dynamics_probe", str(folder / "found.json")], 2, folder)
     return json.loads((folder / "found.json").read_text())
@@ -20,24 +20,24 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
-def test_noise_scale_is_that_of_brute_force(stage: int, found: dict[str, Any]) -> None:
-    own = found[f"zero-{stage}"]
-    assert own["trace"] == pytest.approx(found["brute_force"]["trace"], rel=0.2)
-    assert own["scale"] == pytest.approx(found["brute_force"]["scale"], rel=0.2)
+def test_noise_scale_equals_brute_force(stage: int, results: dict[str, Any]) -> None:
+    own = results[f"zero-{stage}"]
+    assert own["trace"] == pytest.approx(results["brute_force"]["trace"], rel=0.2)
+    assert own["scale"] == pytest.approx(results["brute_force"]["scale"], rel=0.2)
     assert own["unmeasured"] is None
 
 
 @pytest.mark.slow
-def test_uneven_micro_batches_are_weighed(found: dict[str, Any]) -> None:
-    own = found["uneven"]
+def test_uneven_micro_batches_are_weighted(results: dict[str, Any]) -> None:
+    own = results["uneven"]
     assert own["trace"] == pytest.approx(own["expected_trace"], rel=1e-4)
     assert own["square"] == pytest.approx(own["expected_square"], rel=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
-def test_update_ratios_are_how_far_the_weights_moved(stage: int, found: dict[str, Any]) -> None:
-    for step in found[f"zero-{stage}"]["updates"]:
+def test_update_ratios_equal_the_measured_change(stage: int, results: dict[str, Any]) -> None:
+    for step in results[f"zero-{stage}"]["updates"]:
         assert set(step) == {"attention", "embedding", "feed_forward", "norms", "output"}
         assert all(ratio == pytest.approx(moved, rel=2e-3) for ratio, moved in step.values())
 

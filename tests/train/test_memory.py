@@ -1,4 +1,4 @@
-"""The memory formulas against measured ranks: resident memory at the highest point of three training steps."""
+"""Memory estimates against measured ranks: peak resident memory of three training steps."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ LARGE = {
     "qk_norm": False,
 }
 LONG = {"vocab_size": 512, "depth": 8, "width": 256, "heads": 8, "kv_heads": None, "qk_norm": False}
-ONE_ROW = {"global_batch_size": 2, "micro_batch_size": 1}
-MANY_ROWS = {"global_batch_size": 64, "micro_batch_size": 64}
+SMALL_BATCH = {"global_batch_size": 2, "micro_batch_size": 1}
+LARGE_BATCH = {"global_batch_size": 64, "micro_batch_size": 64}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "train", "ranks"),
     [
-        (LARGE, ONE_ROW | {"zero_stage": 0}, 1),
-        (LARGE, ONE_ROW | {"zero_stage": 1}, 2),
-        (LARGE, ONE_ROW | {"zero_stage": 2}, 2),
-        (LARGE, ONE_ROW | {"zero_stage": 3}, 2),
-        (LARGE, ONE_ROW | {"zero_stage": 1, "precision": "bf16"}, 2),
-        (LARGE, ONE_ROW | {"zero_stage": 2, "precision": "bf16"}, 2),
-        (LONG, MANY_ROWS | {"zero_stage": 1}, 1),
-        (LONG, MANY_ROWS | {"zero_stage": 1, "activation_checkpointing": True}, 1),
+        (LARGE, SMALL_BATCH | {"zero_stage": 0}, 1),
+        (LARGE, SMALL_BATCH | {"zero_stage": 1}, 2),
+        (LARGE, SMALL_BATCH | {"zero_stage": 2}, 2),
+        (LARGE, SMALL_BATCH | {"zero_stage": 3}, 2),
+        (LARGE, SMALL_BATCH | {"zero_stage": 1, "precision": "bf16"}, 2),
+        (LARGE, SMALL_BATCH | {"zero_stage": 2, "precision": "bf16"}, 2),
+        (LONG, LARGE_BATCH | {"zero_stage": 1}, 1),
+        (LONG, LARGE_BATCH | {"zero_stage": 1, "activation_checkpointing": True}, 1),
     ],
     ids=lambda value: (
         "-".join(f"{v}" for v in value.values()) if isinstance(value, dict) else str(value)
     ),
 )
-def test_estimates_are_within_a_quarter_of_what_ranks_take(
+def test_estimates_are_within_a_quarter_of_the_measured_memory(
     dataset: Path, tmp_path: Path, model: dict[str, Any], train: dict[str, Any], ranks: int
 ) -> None:
     config = tiny(dataset, tmp_path / "run", model=model, train=train)

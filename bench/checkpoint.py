@@ -22,10 +22,10 @@ import torch
 
 from kernels.bench.machine import describe_machine, write_json
 from nextpt.base.collective import RankGroup
-from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import describe
 from nextpt.checkpoint.state import Fragment
+from nextpt.checkpoint.verification import verify_checkpoint
 from nextpt.config import CheckpointSection
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -80,9 +80,11 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
     saved = [managers[True].save(state, {"step": step}, {})[0] for step in (1, 2)]
     found |= {"save": saved[1].seconds, "stall of a plain save": saved[1].stall_seconds}
     found["hashing"] = sum(
-        timed(lambda path=path: describe(path)) for path in saved[1].saved.folder.iterdir()
+        timed(lambda path=path: describe(path)) for path in saved[1].checkpoint.folder.iterdir()
     )
-    found["verify"] = timed(lambda: verify(saved[1].saved.folder, RankGroup.world()))
+    found["verify"] = timed(
+        lambda: verify_checkpoint(saved[1].checkpoint.folder, RankGroup.world())
+    )
     end = time.monotonic() + 2
     free = products(lambda: time.monotonic() > end)
     managers[False].resume()

@@ -73,8 +73,8 @@ def verify_checkpoints(location: Location, step: OnlyStep = None) -> None:
     Exit codes: 0 all checkpoints are valid, 65 one is not, 2 there is none.
     """
     from nextpt.base.collective import RankGroup
-    from nextpt.checkpoint.commit import intact
     from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
+    from nextpt.checkpoint.verification import verify_files
 
     checked = []
     for row in _select(list(_read_rows(location)), step, location):
@@ -83,7 +83,7 @@ def verify_checkpoints(location: Location, step: OnlyStep = None) -> None:
             verify = partial(_open_archive(location).problem, ArchivedCheckpoint(row.name, True))
             problem = _call_store(location, verify)
         elif problem is None:
-            problem = intact(_checkpoints_folder(location) / row.name, RankGroup.world())
+            problem = verify_files(_checkpoints_folder(location) / row.name, RankGroup.world())
         checked.append(replace(row, problem=problem))
     _print_rows(checked, "valid")
     if any(row.problem for row in checked):
@@ -168,7 +168,7 @@ def _read_rows(location: str) -> Iterator[CheckpointRow]:
 
 def _read_mirror_rows(location: str) -> Iterator[CheckpointRow]:
     """Yield the checkpoints of a mirror, newest first."""
-    from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError
+    from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError
 
     archive = _open_archive(location)
     for stored in _call_store(location, archive.checkpoints):

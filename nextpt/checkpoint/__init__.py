@@ -1,1 +1,1 @@
-"""Checkpoints: their form, how they come to exist, and how they are read. No pickle anywhere."""
+"""Checkpoints: format, commit protocol, verification, retention, resume, mirror. No pickle."""

@@ -1,43 +1,53 @@
-"""The folders of a run's checkpoints: their names, their order, and how they get out of the way.
+"""Checkpoint folders of a run: names, order, setting aside, removal.
 
     step-000000500              a checkpoint
-    step-000000500.2            the second one of that step: training was rolled back and came by
-    again step-000000600.damaged      one that did not verify, set aside when a start took another;
-    never read, never removed .staging-*, .removing-*     a save or a removal under way, or a killed
-    one; the next save clears them
+    step-000000500.2            the second one of that step, saved after a rollback
+    step-000000600.damaged      one that did not verify; never read again, never removed
+    .staging-*, .removing-*     a save or a removal that is under way or was killed; the next save
+                                removes them
 
-A name is given once, by renaming a finished folder, and a folder that has one is never written
-into.
+A folder gets its name once, by renaming a finished folder, and is never written to afterwards.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from nextpt.base.json_files import sync
-from nextpt.checkpoint.manifest import (
-    FOLDER,
-    DamagedError,
-    ListedCheckpoint,
-    UnsupportedVersionError,
-    read_manifest,
-)
+from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError
+from nextpt.checkpoint.manifest import FOLDER, ListedCheckpoint, read_manifest
 
 STAGING, REMOVING, DAMAGED = ".staging-", ".removing-", ".damaged"
 
 
+class Listing(NamedTuple):
+    """Checkpoint folders of a run by what their manifests say; each part newest first.
+
+    Attributes:
+        checkpoints: Folders with a valid manifest; their other files were not read.
+        damaged: (folder, problem) of those without one.
+        unsupported: (folder, problem) of those of a newer format.
+    """
+
+    checkpoints: list[ListedCheckpoint]
+    damaged: list[tuple[Path, str]]
+    unsupported: list[tuple[Path, str]]
+
+
 def checkpoint_folders(root: Path) -> list[Path]:
-    """All folders with the name of a checkpoint, newest step and attempt first."""
-    found = [(match, root / match[0]) for match in map(FOLDER.fullmatch, _names(root)) if match]
-    return [
-        path
-        for _, path in sorted(
-            found, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 1)), reverse=True
-        )
-    ]
+    """All folders with the name of a checkpoint, highest step and attempt first."""
+    matches = [match for match in map(FOLDER.fullmatch, _names(root)) if match]
+    matches.sort(key=lambda match: (int(match[1]), _attempt(match)), reverse=True)
+    return [root / match[0] for match in matches]
+
+
+def _attempt(match: re.Match[str]) -> int:
+    return int(match[2] or 1)
 
 
 def _names(root: Path) -> list[str]:
@@ -45,54 +55,56 @@ def _names(root: Path) -> list[str]:
 
 
 def steps(root: Path) -> list[int]:
-    """Steps of all folders that look like checkpoints, highest first, each once."""
+    """Steps of all folders with the name of a checkpoint, highest first, each once."""
     return list(dict.fromkeys(step_of(folder) for folder in checkpoint_folders(root)))
 
 
 def step_of(folder: Path) -> int:
-    return int(FOLDER.fullmatch(folder.name)[1])
+    """Step in the name of a checkpoint's folder."""
+    return int(_parse(folder)[1])
+
+
+def _parse(folder: Path) -> re.Match[str]:
+    match = FOLDER.fullmatch(folder.name)
+    assert match is not None, f"{folder} does not have the name of a checkpoint"
+    return match
 
 
 def folder_of_step(root: Path, step: int) -> Path:
-    """The newest folder of a step; where there is none, the one that its first save would make."""
+    """Newest folder of a step; the one that its first save would create where there is none."""
     return next(
         (f for f in checkpoint_folders(root) if step_of(f) == step), root / f"step-{step:09d}"
     )
 
 
 def unused_folder(root: Path, step: int) -> Path:
-    """The name for a new checkpoint of a step: one that no folder has, and above all attempts that are there."""
-    taken = [FOLDER.fullmatch(f.name)[2] for f in checkpoint_folders(root) if step_of(f) == step]
-    plain = root / f"step-{step:09d}"
-    return (
-        plain.with_name(f"{plain.name}.{max(int(t or 1) for t in taken) + 1}") if taken else plain
-    )
+    """Folder for a new checkpoint of a step: the attempt after all that are there."""
+    attempts = [_attempt(_parse(f)) for f in checkpoint_folders(root) if step_of(f) == step]
+    name = f"step-{step:09d}"
+    return root / (f"{name}.{max(attempts) + 1}" if attempts else name)
 
 
-def list_checkpoints(
-    root: Path,
-) -> tuple[list[ListedCheckpoint], list[tuple[Path, str]], list[tuple[Path, str]]]:
-    """(checkpoints by their manifests, damaged, of another version), each newest first.
+def list_checkpoints(root: Path) -> Listing:
+    """List the checkpoints of a run by their manifests, newest first.
 
-    A damaged one with its problem.
-
-    Newest is the highest sequence number: the line of training that was saved last, at whatever
-    step. Clocks and times of files decide nothing.
+    The newest is the one with the highest sequence number, which was saved last, at whatever step.
+    Clocks and times of files decide nothing.
     """
-    listed, damaged, foreign = [], [], []
+    checkpoints, damaged, unsupported = [], [], []
     for folder in checkpoint_folders(root):
         try:
-            listed.append(ListedCheckpoint(folder, read_manifest(folder)))
+            checkpoints.append(ListedCheckpoint(folder, read_manifest(folder)))
         except DamagedError as problem:
             damaged.append((folder, str(problem)))
         except UnsupportedVersionError as problem:
-            foreign.append((folder, str(problem)))
-    # stable: within one sequence number (0 for all of version 1) the order by step stays
-    return sorted(listed, key=lambda found: found.manifest.sequence, reverse=True), damaged, foreign
+            unsupported.append((folder, str(problem)))
+    # Stable: checkpoints with the same sequence number (0 in version 1) stay ordered by step.
+    checkpoints.sort(key=lambda checkpoint: checkpoint.manifest.sequence, reverse=True)
+    return Listing(checkpoints, damaged, unsupported)
 
 
 def set_aside_folders(root: Path) -> list[Path]:
-    """What `set_aside` has renamed, in order of name."""
+    """Folders that `set_aside` has renamed, in order of name."""
     return sorted(
         root / name
         for name in _names(root)
@@ -101,11 +113,8 @@ def set_aside_folders(root: Path) -> list[Path]:
 
 
 def last_sequence(root: Path) -> int:
-    """The highest sequence number that any manifest under `root` carries, damaged folders' too.
-
-    0 for none.
-    """
-    numbers = [found.manifest.sequence for found in list_checkpoints(root)[0]]
+    """Highest sequence number of any manifest under `root`, also in folders set aside; else 0."""
+    numbers = [checkpoint.manifest.sequence for checkpoint in list_checkpoints(root).checkpoints]
     for folder in set_aside_folders(root):
         try:
             numbers.append(read_manifest(folder).sequence)
@@ -115,21 +124,28 @@ def last_sequence(root: Path) -> int:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that no start takes it and the next save of its step has its name. Raises OSError."""
+    """Rename a damaged checkpoint, so that no start reads it and its step can be saved again.
+
+    Returns:
+        The new path.
+
+    Raises:
+        OSError: The folder cannot be renamed.
+    """
     for attempt in count(1):
-        aside = folder.with_name(folder.name + DAMAGED + (f"-{attempt}" if attempt > 1 else ""))
-        if not os.path.lexists(aside):
-            os.rename(folder, aside)
+        target = folder.with_name(folder.name + DAMAGED + (f"-{attempt}" if attempt > 1 else ""))
+        if not os.path.lexists(target):
+            os.rename(folder, target)
             sync(folder.parent)
-            return aside
+            return target
     raise AssertionError("unreachable")
 
 
 def remove(folder: Path) -> None:
-    """Take away a checkpoint: its name first, at once; then its files. Raises OSError."""
+    """Remove a checkpoint: its name first, at once, then its files. Raises OSError."""
     doomed = folder.with_name(REMOVING + folder.name)
     os.rename(folder, doomed)
-    sync(folder.parent)  # or a power loss could bring the name back, without some of the files
+    sync(folder.parent)  # or a power loss could bring the name back without some of the files
     shutil.rmtree(doomed)
 
 

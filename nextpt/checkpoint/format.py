@@ -36,8 +36,9 @@ from nextpt.checkpoint.chunks import (
     split_range,
     whole,
 )
+from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError, same_on_all_ranks
 from nextpt.checkpoint.index import Entry, read_contents, stored_shapes
-from nextpt.checkpoint.manifest import DamagedError, UnsupportedVersionError, describe
+from nextpt.checkpoint.manifest import describe
 from nextpt.checkpoint.state import WEIGHT, ShardedState, StateShapes
 
 # Bytes. Files are memory-mapped, and what was read counts as memory of this process until they are
@@ -126,7 +127,7 @@ class Checkpoint:
     """A verified checkpoint, open for reading. A `FragmentReader`.
 
     Args:
-        folder: A folder that was verified (`commit.verify_checkpoint`).
+        folder: A folder that was verified (`verification.verify_checkpoint`).
 
     Attributes:
         state: Content of state.json.
@@ -237,7 +238,7 @@ class Checkpoint:
         stored = self.shapes()
         for name in sorted(stored.keys() | shapes.keys()):
             if stored.get(name) != shapes.get(name):
-                raise _same_on_all_ranks(
+                raise same_on_all_ranks(
                     f"checkpoint {self.folder} is of another model: parameter {name} has the shape"
                     f" {stored.get(name, 'none')} in it, expected {shapes.get(name, 'none')};"
                     " use the config of its run, or another run.dir"
@@ -253,7 +254,7 @@ class Checkpoint:
         self.check_weights({name: kinds[WEIGHT] for name, kinds in state_shapes.items()})
         for name, expected in sorted(state_shapes.items()):
             if self._shapes[name] != expected:
-                raise _same_on_all_ranks(
+                raise same_on_all_ranks(
                     f"checkpoint {self.folder} is of another optimizer: its state of {name} is"
                     f" {_described(self._shapes[name])}, this optimizer needs"
                     f" {_described(expected)}; a run cannot change its optimizer: use the config"
@@ -279,9 +280,3 @@ class Checkpoint:
 def _described(kinds: Mapping[str, Shape]) -> str:
     texts = [f"{kind} {list(kinds[kind])}" for kind in sorted(kinds) if kind != WEIGHT]
     return ", ".join(texts) or "empty"
-
-
-def _same_on_all_ranks(message: str) -> CheckpointError:
-    error = CheckpointError(message)
-    error.every_rank = False
-    return error

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from nextpt.base.json_files import read_json
 from nextpt.checkpoint.chunks import Chunk, chunk_numel, chunk_shape, intersect, whole
-from nextpt.checkpoint.manifest import STATE, DamagedError, read_manifest
+from nextpt.checkpoint.errors import DamagedError
+from nextpt.checkpoint.manifest import STATE, read_manifest
 from nextpt.checkpoint.state import WEIGHT
 
 # The optimizer state of every parameter in checkpoints whose state.json has no `optimizer_state`:

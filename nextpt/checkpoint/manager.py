@@ -1,47 +1,48 @@
-"""The checkpoints of one run, as its training sees them: start from one, add to them, let old ones go."""
+"""Checkpoints of one run: resume, save in the background, rollback, retention, mirror."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
-from nextpt.base.collective import RankGroup, run_on_rank_0
-from nextpt.base.errors import (
-    CheckpointError,
-    CheckpointSaveError,
-    NoValidCheckpointError,
-    UserError,
-)
-from nextpt.checkpoint.commit import (
-    CommittedCheckpoint,
-    commit,
-    intact,
-    out_of_the_way,
-    same_everywhere,
-    select_checkpoint,
-    select_earlier_checkpoint,
-    snapshot_together,
-)
+from nextpt.base.collective import RankGroup
+from nextpt.base.errors import CheckpointError, CheckpointSaveError, NoValidCheckpointError
+from nextpt.checkpoint.commit import CommittedCheckpoint, commit, snapshot_on_all_ranks
+from nextpt.checkpoint.errors import same_on_all_ranks
 from nextpt.checkpoint.folders import clear_leftovers, list_checkpoints, remove, steps
 from nextpt.checkpoint.format import Checkpoint, Snapshot
-from nextpt.checkpoint.manifest import read_manifest
+from nextpt.checkpoint.manifest import Lineage, read_manifest
 from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
 from nextpt.checkpoint.mirror.mirror import Mirror
 from nextpt.checkpoint.mirror.restore import fetch
-from nextpt.checkpoint.retention import VERIFIED, retained
+from nextpt.checkpoint.retention import VERIFIED_BEFORE_REMOVAL, retained
+from nextpt.checkpoint.selection import (
+    read_on_rank_0,
+    select_checkpoint,
+    select_earlier_checkpoint,
+    try_set_aside,
+)
 from nextpt.checkpoint.state import ShardedState
+from nextpt.checkpoint.verification import verify_files
 from nextpt.config import CheckpointSection
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A save that became durable. seconds: from its begin till then. stall_seconds: those of them in which training stood still."""
+    """A save that became durable.
+
+    Attributes:
+        checkpoint: Where it is, and its size.
+        seconds: From the call of `save` until it was durable.
+        stall_seconds: Part of it for which training stood still.
+    """
 
     checkpoint: CommittedCheckpoint
     seconds: float
@@ -50,22 +51,41 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class FailedSave:
-    """A save of which nothing is left, for the disk did not take it. consecutive: such saves in a row up to this one."""
+    """A save that the disk did not take; nothing of it is left.
+
+    Attributes:
+        step: Its step.
+        error: What the disk answered.
+        consecutive: Number of failed saves in a row, with this one.
+    """
 
     step: int
     error: CheckpointSaveError
     consecutive: int
 
 
-class CheckpointManager:
-    """warn: shows a line to the person.
+class _Written(NamedTuple):
+    """What the writing thread hands to the training thread."""
 
-    Rank 0's is the one to listen to. may_commit: see `save` of commit.py. All methods are
-    collective.
+    checkpoint: CommittedCheckpoint
+    durable_at: float  # time.monotonic()
+    warnings: list[str]
+
+
+class CheckpointManager:
+    """The checkpoints of one run, as its training sees them. All methods are collective.
 
     With checkpoint.asynchronous a thread writes, one save at a time. It has a process group of its
-    own, because two threads of a rank must not take turns in one. What it finds is agreed upon and
-    told by the thread of the training.
+    own, because two threads of a rank must not take turns in one. Its outcome is agreed upon and
+    reported by the training thread.
+
+    Args:
+        root: Folder of the run's checkpoints.
+        settings: Section `checkpoint` of the config.
+        ranks: The ranks that train.
+        warn: Shows a line to the user; rank 0's is the one to read.
+        may_commit: See `commit.save`.
+        mirror: Mirror of the checkpoints in an object store, or None.
     """
 
     def __init__(
@@ -83,228 +103,265 @@ class CheckpointManager:
         self.warn = warn
         self.may_commit = may_commit
         self.mirror = mirror
-        self._above = 0  # sequence numbers that the mirror has
-        self._lineage: list[list[int]] = []
+        self._mirror_sequence = 0  # the highest sequence number in the mirror
+        self._lineage: Lineage = []
         self._writers = ranks.duplicate() if settings.asynchronous else ranks
-        self._flight: Future[tuple[CommittedCheckpoint, float, list[str]]] | None = None
+        self._pending: Future[_Written] | None = None
         self._step = self._failures = 0
-        self._begun = self._stall = 0.0
+        self._started = self._stall = 0.0
 
     def resume(self) -> Checkpoint | None:
-        """What to resume from; see `choose`, and `_come_back` with a mirror.
+        """Find the checkpoint to resume from, and continue its lineage.
 
-        Saves will continue its line. Leftovers of killed saves are removed: after a job that was
-        killed in its last save they would stay for ever.
+        With a mirror, its checkpoints count too. Leftovers of killed saves are removed: after a
+        job that was killed in its last save they would stay.
+
+        Returns:
+            The checkpoint, verified; None to start from step 0.
+
+        Raises:
+            CheckpointError: See `selection.select_checkpoint` and `mirror.restore.list_mirror`.
         """
-        run_on_rank_0(self.ranks, lambda: clear_leftovers(self.root))
-        found = self._come_back() if self.mirror else self._choose()
-        if found is not None:
-            self._lineage = read_manifest(found.folder).lineage
-        return found
+        read_on_rank_0(self.root, self.ranks, lambda: clear_leftovers(self.root))
+        checkpoint = self._select() if self.mirror is None else self._select_with(self.mirror)
+        if checkpoint is not None:
+            self._lineage = read_manifest(checkpoint.folder).lineage
+        return checkpoint
 
     def rollback(self, step: int) -> Checkpoint | None:
-        """The newest checkpoint of this line from before `step`, verified; None when there is none.
+        """Find the newest checkpoint of this lineage from before `step`, and continue from it.
 
-        Saves will continue from it. No save may be under way.
+        No save may be under way.
+
+        Returns:
+            The checkpoint, verified; None when there is none.
         """
-        assert self._flight is None
-        found = select_earlier_checkpoint(self.root, step, self._lineage, self.ranks, self.warn)
-        if found is not None:
-            self._lineage = read_manifest(found.folder).lineage
-        return found
+        assert self._pending is None
+        checkpoint = select_earlier_checkpoint(
+            self.root, step, self._lineage, self.ranks, self.warn
+        )
+        if checkpoint is not None:
+            self._lineage = read_manifest(checkpoint.folder).lineage
+        return checkpoint
 
-    def _choose(self) -> Checkpoint | None:
-        return select_checkpoint(self.root, self.settings.resume, self.ranks, self.warn, mend=True)
+    def _select(self) -> Checkpoint | None:
+        return select_checkpoint(
+            self.root, self.settings.resume, self.ranks, self.warn, repair=True
+        )
 
-    def _come_back(self) -> Checkpoint | None:
-        """As `choose`, where what the mirror has counts too: the highest sequence number wins, the folder's own of equal ones.
+    def _select_with(self, mirror: Mirror) -> Checkpoint | None:
+        """As `_select`, with the checkpoints of the mirror.
 
-        Raises NoValidCheckpointError where there are checkpoints, here or there, and none is whole.
+        The highest sequence number wins; of equal ones, the run folder's.
+
+        Raises:
+            NoValidCheckpointError: There are checkpoints, local or mirrored, and none is valid.
         """
-        there = self._look_there()
-        found = problem = None
-        resume = self.settings.resume
-        if resume in ("auto", "never") or resume in run_on_rank_0(
-            self.ranks, lambda: steps(self.root)
-        ):
+        uri, resume = mirror.archive.uri, self.settings.resume
+        mirrored = self._list_mirror(mirror)
+        checkpoint = problem = None
+        local_steps = read_on_rank_0(self.root, self.ranks, lambda: steps(self.root))
+        if resume in ("auto", "never") or resume in local_steps:
             try:
-                found = self._choose()
+                checkpoint = self._select()
             except NoValidCheckpointError as error:
                 problem = error
-        newest = -1 if found is None else read_manifest(found.folder).sequence
-        wanted = [
-            one
-            for one in there
-            if (one.sequence > newest if resume == "auto" else found is None and one.step == resume)
+        newest = -1 if checkpoint is None else read_manifest(checkpoint.folder).sequence
+        candidates = [
+            archived
+            for archived in mirrored
+            if (
+                archived.sequence > newest
+                if resume == "auto"
+                else checkpoint is None and archived.step == resume
+            )
         ]
-        for one in wanted:
-            why = fetch(
-                self.mirror.archive, one, self.root, self.ranks, self.mirror.accept, self.may_commit
+        for archived in candidates:
+            reason = fetch(
+                mirror.archive, archived, self.root, self.ranks, mirror.accept, self.may_commit
             )
-            if why is None:
-                self.warn(f"step {one.step} fetched from the mirror {self.mirror.archive.place}")
-                return self._choose()
+            if reason is None:
+                self.warn(f"step {archived.step} fetched from the mirror {uri}")
+                return self._select()
             self.warn(
-                f"warning: checkpoint {self.mirror.archive.place}/{one.name} is not usable: {why};"
-                " the one before it is looked for"
+                f"warning: checkpoint {uri}/{archived.name} is not usable: {reason};"
+                " trying the one before it"
             )
-        if found is None and (problem or wanted):
-            raise problem or same_everywhere(
-                f"the mirror {self.mirror.archive.place} has checkpoints of this run and none that"
-                " is whole; look at them, or give another run.dir and checkpoint.mirror",
+        if checkpoint is None and (problem or candidates):
+            raise problem or same_on_all_ranks(
+                f"the mirror {uri} has checkpoints of this run and none is valid; look at them, or"
+                " give another run.dir and checkpoint.mirror",
                 NoValidCheckpointError,
             )
-        return self._choose() if found is None else found
+        return self._select() if checkpoint is None else checkpoint
 
-    def _look_there(self) -> list[ArchivedCheckpoint]:
-        """Checkpoints of the mirror, newest first.
+    def _list_mirror(self, mirror: Mirror) -> list[ArchivedCheckpoint]:
+        """Complete checkpoints of the mirror, newest first.
 
-        Raises CheckpointError where there are some and none is wanted.
+        Raises:
+            CheckpointError: There are some, and checkpoint.resume is "never".
         """
 
-        def look() -> list[list]:
-            there = self.mirror.look(bool(steps(self.root)), self.warn)
-            if self.settings.resume == "never" and any(one.complete for one in there):
+        def list_on_rank_0() -> list[tuple[str, bool]]:
+            archived = mirror.list_checkpoints(bool(steps(self.root)), self.warn)
+            if self.settings.resume == "never" and any(a.complete for a in archived):
                 raise CheckpointError(
-                    f"checkpoint.resume = never, but the mirror {self.mirror.archive.place} holds"
+                    f"checkpoint.resume = never, but the mirror {mirror.archive.uri} holds"
                     " checkpoints of this run; give another one or remove them"
                 )
-            return [[one.name, one.complete] for one in there]
+            return [(a.name, a.complete) for a in archived]
 
-        there = [ArchivedCheckpoint(*one) for one in run_on_rank_0(self.ranks, look)]
-        self._above = max((one.sequence for one in there), default=0)
-        return [one for one in there if one.complete]
+        archived = [
+            ArchivedCheckpoint(name, complete)
+            for name, complete in read_on_rank_0(self.root, self.ranks, list_on_rank_0)
+        ]
+        self._mirror_sequence = max((a.sequence for a in archived), default=0)
+        return [a for a in archived if a.complete]
 
     def save(
         self,
         state: ShardedState,
-        extras: dict[str, Any],
-        rng: dict[str, Any],
+        extras: Mapping[str, Any],
+        rng: Mapping[str, Any],
         loss: float | None = None,
         wait: bool = True,
     ) -> list[SavedCheckpoint | FailedSave]:
-        """Save extras["step"]; see `save` of commit.py.
+        """Save the state of step extras["step"]. A save under way is waited for first.
 
-        Returns what became durable and what failed for the disk; raises the rest.
+        Args:
+            state: See `commit.save`, as for the next three.
+            extras: See `commit.save`.
+            rng: See `commit.save`.
+            loss: See `commit.save`.
+            wait: Return when the checkpoint is durable and surplus ones were removed. Otherwise,
+                with checkpoint.asynchronous, return when the state is copied; `poll` reports.
 
-        wait: until it is durable, and those are removed that need not be kept. Otherwise, with
-        checkpoint.asynchronous, only until the state is copied, and `poll` tells the rest. A save
-        that is still under way is waited for first.
+        Returns:
+            Saves that became durable, and those that the disk did not take.
+
+        Raises:
+            CheckpointError: A save failed for another reason than the disk.
         """
-        begun = time.monotonic()
-        finished = self._settle() if self._flight else []
-        snapshot = snapshot_together(self.root, state, extras, rng, self.ranks)
-        flight = self._flight = Future()
-        self._begun, self._step = begun, extras["step"]
+        started = time.monotonic()
+        outcomes = self._collect()
+        snapshot = snapshot_on_all_ranks(self.root, state, extras, rng, self.ranks)
+        pending = self._pending = Future()
+        self._started, self._step = started, extras["step"]
         if self.settings.asynchronous and not wait:
             Thread(
-                target=self._write, args=(flight, snapshot, loss), name="checkpoint", daemon=True
+                target=self._write, args=(pending, snapshot, loss), name="checkpoint", daemon=True
             ).start()
-            self._stall = time.monotonic() - begun
-            return finished
-        self._write(flight, snapshot, loss)
-        self._stall = time.monotonic() - begun
-        return finished + self._settle()
+            self._stall = time.monotonic() - started
+            return outcomes
+        self._write(pending, snapshot, loss)
+        self._stall = time.monotonic() - started
+        return outcomes + self._collect()
 
     def poll(self, wait: bool = False) -> list[SavedCheckpoint | FailedSave]:
-        """What became of the save under way; nothing while a rank is at it.
+        """Report the save under way once all ranks have finished it; free when there is none.
 
-        Costs nothing when there is none. Raises as `save` does.
+        Args:
+            wait: Wait until it is finished.
 
-        wait: until it is.
+        Returns:
+            As `save`.
+
+        Raises:
+            CheckpointError: As `save`.
         """
-        if self._flight is None or (not wait and self.ranks.any(not self._flight.done())):
+        if self._pending is None or (not wait and self.ranks.any(not self._pending.done())):
             return []
-        return self._settle()
+        return self._collect()
 
-    def _settle(self) -> list[SavedCheckpoint | FailedSave]:
-        """Wait for the save under way; what it raised is the same on all ranks."""
-        flight, self._flight = self._flight, None
+    def _collect(self) -> list[SavedCheckpoint | FailedSave]:
+        """Wait for the save under way, if any; what it raised is the same on all ranks."""
+        if self._pending is None:
+            return []
+        pending, self._pending = self._pending, None
         try:
-            saved, durable, warnings = flight.result()
+            checkpoint, durable_at, warnings = pending.result()
         except CheckpointSaveError as error:
             self._failures += 1
             return [FailedSave(self._step, error, self._failures)]
         self._failures = 0
         for text in warnings:
             self.warn(text)
-        self._lineage = saved.lineage
-        return [SavedCheckpoint(saved, durable - self._begun, self._stall)]
+        self._lineage = checkpoint.lineage
+        return [SavedCheckpoint(checkpoint, durable_at - self._started, self._stall)]
 
-    def _write(self, flight: Future, snapshot: Snapshot, loss: float | None) -> None:
-        """Commit, then let go of what need not be kept; the future gets the result."""
+    def _write(self, pending: Future[_Written], snapshot: Snapshot, loss: float | None) -> None:
+        """Commit, then remove surplus checkpoints; the future gets the outcome."""
         try:
-            saved = commit(
+            checkpoint = commit(
                 self.root,
                 snapshot,
                 self._writers,
                 self._lineage,
                 loss,
                 self.may_commit,
-                self._above,
+                self._mirror_sequence,
             )
             if self.mirror and self._writers.rank == 0:
-                self.mirror.saved(saved.folder)
-            durable = time.monotonic()
+                self.mirror.notify_saved(checkpoint.folder)
+            durable_at = time.monotonic()
             try:
-                warnings = self._retire()
-            except UserError as error:  # the new one is durable: that is no failed save
+                warnings = self._remove_surplus()
+            except CheckpointError as error:  # the new one is durable: this is no failed save
                 warnings = [f"warning: no old checkpoint was removed: {error}"]
-            flight.set_result((saved, durable, warnings))
-        # It is raised where the result is asked for; without one that would wait for ever
+            pending.set_result(_Written(checkpoint, durable_at, warnings))
+        # It is raised where the result is asked for; without a result that would wait forever.
         except BaseException as error:
-            flight.set_exception(error)
+            pending.set_exception(error)
 
-    def _retire(self) -> list[str]:
-        """Remove what retention does not keep, if at least two of the others prove whole.
+    def _remove_surplus(self) -> list[str]:
+        """Remove what retention does not keep, if two of the others prove valid.
 
-        Returns what to warn of.
+        The newest was read when it was hashed, a moment ago, and counts as one of the two.
 
-        The newest was read when it was hashed, a moment ago.
+        Returns:
+            Warnings.
         """
-        names, surplus = run_on_rank_0(self._writers, self._plan)
+        kept, surplus = read_on_rank_0(self.root, self._writers, self._plan_retention)
         if not surplus:
             return []
-        whole, warnings = names[:1], []
-        for name in [*names[1:], *surplus]:
-            if len(whole) == VERIFIED:
+        valid, warnings = kept[:1], []
+        for name in [*kept[1:], *surplus]:
+            if len(valid) == VERIFIED_BEFORE_REMOVAL:
                 break
-            problem = intact(self.root / name, self._writers)
+            folder = self.root / name
+            problem = verify_files(folder, self._writers)
             if problem is None:
-                whole.append(name)
+                valid.append(name)
             else:
-                how = run_on_rank_0(
-                    self._writers, lambda name=name: out_of_the_way(self.root / name)
-                )
-                warnings.append(
-                    f"warning: checkpoint {self.root / name} is not usable: {problem}{how}"
-                )
+                remark = read_on_rank_0(self.root, self._writers, partial(try_set_aside, folder))
+                warnings.append(f"warning: checkpoint {folder} is not usable: {problem}{remark}")
                 surplus = [other for other in surplus if other != name]
-        if len(whole) == VERIFIED:
-            warnings += run_on_rank_0(
-                self._writers, lambda: self._remove([name for name in surplus if name not in whole])
-            )
+        if len(valid) == VERIFIED_BEFORE_REMOVAL:
+            removable = [name for name in surplus if name not in valid]
+            warnings += read_on_rank_0(self.root, self._writers, lambda: self._remove(removable))
         return warnings
 
-    def _plan(self) -> tuple[list[str], list[str]]:
-        """Names of (those to keep, those to let go), newest first."""
-        listed = list_checkpoints(self.root)[0]
-        keep = [
-            one.folder.name
-            for one in retained(
-                listed, self.settings.keep_last, self.settings.keep_every, self.settings.keep_best
+    def _plan_retention(self) -> tuple[list[str], list[str]]:
+        """Names of the checkpoints to keep and of those to remove, newest first."""
+        checkpoints = list_checkpoints(self.root).checkpoints
+        settings = self.settings
+        kept = [
+            checkpoint.folder.name
+            for checkpoint in retained(
+                checkpoints, settings.keep_last, settings.keep_every, settings.keep_best
             )
         ]
-        return keep, [one.folder.name for one in listed if one.folder.name not in keep]
+        return kept, [c.folder.name for c in checkpoints if c.folder.name not in kept]
 
     def _remove(self, names: list[str]) -> list[str]:
+        """Remove checkpoints, oldest first; `names` is newest first. Returns warnings."""
         warnings = []
-        for name in reversed(names):  # the oldest first
+        for name in reversed(names):
             try:
-                with self.mirror.removing(name) if self.mirror else nullcontext(True) as may:
-                    if may:
+                with self.mirror.removal(name) if self.mirror else nullcontext(True) as allowed:
+                    if allowed:
                         remove(self.root / name)
-            except OSError as error:  # training need not end for it; the next save tries again
+            except OSError as error:  # training need not end; the next save tries again
                 warnings.append(
                     f"warning: checkpoint {self.root / name} is no longer needed and cannot be"
                     f" removed: {error.strerror}"

@@ -1,12 +1,12 @@
-"""The manifest: what a checkpoint folder holds, of which step, and of which line of training.
+"""Checkpoint manifest: files with sizes and hashes, step, lineage, and a hash of itself.
 
-It is written last. A folder is a checkpoint only if its manifest is in order, it holds the named
-files and no others, and their sizes and hashes agree. The manifest carries a hash of itself, so a
-flipped bit in it is seen as well.
+The manifest is written last. A folder is a checkpoint only if its manifest is valid and the folder
+holds exactly the named files, with these sizes and hashes.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -19,27 +19,22 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from nextpt.base.files import canonical_json
 from nextpt.base.json_files import open_regular, parse_json, write_json
+from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError
 
+# Version 1 had no step, lineage, loss and hash of itself. Version 2 named the lineage `line`.
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
-# Version 1 had no step, lineage, loss and hash of itself; version 2 called the lineage `line`. The number of an attempt: see folders.py.
+# step-STEP, or step-STEP.ATTEMPT after a rollback; see folders.py.
 FOLDER = re.compile(r"step-(\d{9,18})(?:\.(\d{1,9}))?")
 # Above any real manifest: 10^5 ranks are 24 MB. What claims to be larger is not read into memory.
 LARGEST_MANIFEST = 2**26
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class DamagedError(Exception):
-    """Why a folder is no checkpoint, as a phrase that follows its name."""
-
-
-class UnsupportedVersionError(Exception):
-    """A checkpoint of a format that this nextpt does not read. It may be in order."""
+Lineage = list[list[int]]  # see Manifest.lineage
 
 
 class FileEntry(BaseModel):
-    """size: bytes. xxh3: 128-bit hash of them, hex."""
+    """Size of a file in bytes, and its 128-bit xxh3 hash in hex."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -48,11 +43,18 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """sequence: grows by one with every save of the run folder; 0 in version 1, which had none.
+    """Content of manifest.json.
 
-    lineage: ranges [first, last] of the sequence numbers of all saves that this one descends from, and
-    its own; what lies between them was abandoned by a rollback. loss: of the last validation before
-    it, nats per token.
+    Attributes:
+        format_version: Version that wrote it.
+        files: Name -> size and hash of every other file.
+        step: Number of optimizer steps.
+        world_size: Number of ranks that wrote the checkpoint.
+        sequence: Number of this save; it grows by one with every save of the run folder. 0 in
+            version 1, which had none.
+        lineage: Ranges [first, last] of the sequence numbers of all saves that this one descends
+            from, and its own. What lies between them was abandoned by a rollback.
+        loss: Of the last validation before the save, nats per token.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -67,32 +69,33 @@ class Manifest(BaseModel):
 
     @property
     def bytes(self) -> int:
+        """Size of all files but the manifest."""
         return sum(entry.size for entry in self.files.values())
 
     def descends_from(self, other: Manifest) -> bool:
-        """Whether training went through `other` on its way here.
+        """Whether training went through `other` on its way to this save.
 
-        Saves without a number are told by their step.
+        Of saves without a sequence number, those of a lower or equal step count as ancestors.
         """
-        return other.step <= self.step if other.sequence == 0 else other.is_in_lineage(self.lineage)
+        return other.step <= self.step if other.sequence == 0 else other.is_in(self.lineage)
 
-    def is_in_lineage(self, lineage: list[list[int]]) -> bool:
-        """Whether a lineage went through this save.
+    def is_in(self, lineage: Lineage) -> bool:
+        """Whether this save is part of a lineage.
 
-        One without a number is older than all that have one.
+        One without a sequence number is older than all that have one, and counts as part of it.
         """
         return self.sequence == 0 or any(first <= self.sequence <= last for first, last in lineage)
 
 
-def extend_lineage(lineage: list[list[int]], sequence: int) -> list[list[int]]:
-    """The lineage of a save numbered `sequence` that continues `lineage`."""
+def extend_lineage(lineage: Lineage, sequence: int) -> Lineage:
+    """Lineage of a save numbered `sequence` that continues `lineage`."""
     if lineage and lineage[-1][1] == sequence - 1:
         return [*lineage[:-1], [lineage[-1][0], sequence]]
     return [*lineage, [sequence, sequence]]
 
 
 def file_names(world_size: int) -> set[str]:
-    """Files of a checkpoint that so many ranks wrote, but for the manifest."""
+    """Names of the files of a checkpoint that `world_size` ranks wrote, without the manifest."""
     return {STATE} | {
         f"rank-{rank:05d}.{kind}" for rank in range(world_size) for kind in ("safetensors", "json")
     }
@@ -100,13 +103,14 @@ def file_names(world_size: int) -> set[str]:
 
 @dataclass(frozen=True)
 class ListedCheckpoint:
-    """A folder that has a manifest in order; its files were not looked at."""
+    """A folder with a valid manifest; its other files were not read."""
 
     folder: Path
     manifest: Manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json durably, with the hash of itself."""
     value = manifest.model_dump()
     write_json(folder / MANIFEST, value | {"xxh3": _digest(value)})
 
@@ -116,7 +120,12 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, checked in itself. Raises DamagedError, or UnsupportedVersionError."""
+    """Read and validate manifest.json; the files that it names are not read.
+
+    Raises:
+        DamagedError: It is missing, cannot be read, or is not what nextpt writes.
+        UnsupportedVersionError: It is of a newer format version.
+    """
     try:
         value = _canonical(folder)
         version = value.get("format_version") if isinstance(value, dict) else None
@@ -195,29 +204,26 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare the folder with its manifest, by names and sizes alone. Raises DamagedError."""
+    """Compare the names and sizes of a folder's files with its manifest. Raises DamagedError."""
     try:
         if folder.is_symlink():
             raise DamagedError("it is a symbolic link")
-        found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
+        stats = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
     except OSError as error:
         raise DamagedError(f"it cannot be read: {error.strerror or error}") from None
     for name, entry in manifest.files.items():
-        if name not in found:
+        if name not in stats:
             raise DamagedError(f"{name} is missing")
-        if not stat.S_ISREG(found[name].st_mode):
+        if not stat.S_ISREG(stats[name].st_mode):
             raise DamagedError(f"{name} is a symbolic link or no plain file")
-        if found[name].st_size != entry.size:
-            raise DamagedError(f"{name} has {found[name].st_size} bytes, expected {entry.size}")
-    for name in sorted(found.keys() - manifest.files.keys() - {MANIFEST}):
+        if stats[name].st_size != entry.size:
+            raise DamagedError(f"{name} has {stats[name].st_size} bytes, expected {entry.size}")
+    for name in sorted(stats.keys() - manifest.files.keys() - {MANIFEST}):
         raise DamagedError(f"it holds {name!r}, which its manifest does not name")
 
 
 def manifest_problem(folder: Path) -> str | None:
-    """Why a folder cannot be a checkpoint, by its manifest and file sizes alone.
-
-    None if it may be one.
-    """
+    """First problem in the manifest of a folder, or in the sizes of its files; None without one."""
     try:
         check_files(folder, read_manifest(folder))
     except (DamagedError, UnsupportedVersionError) as problem:
@@ -226,11 +232,12 @@ def manifest_problem(folder: Path) -> str | None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """{"size", "xxh3"} of a file, from its bytes on the disk."""
+    """Size and hash of a file, from its bytes on the disk, as in `FileEntry`."""
     digest, size = xxhash.xxh3_128(), 0
     with open_regular(path) as file:
-        # In large pieces: between two of them a thread that writes must get Python's lock back from
-        # the one that trains.
+        assert isinstance(file, io.BufferedReader)
+        # In large blocks: between two of them the writing thread must get the GIL back from the one
+        # that trains.
         buffer = memoryview(bytearray(max(1, min(os.fstat(file.fileno()).st_size, 2**24))))
         while read := file.readinto(buffer):
             digest.update(buffer[:read])
@@ -239,15 +246,22 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def hash_problem(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> str | None:
-    """Why a folder is no checkpoint, by the hashes of every `shares`-th file from `share`.
+    """First file whose hash differs from the manifest's; None without one.
 
-    None if they are in order.
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest.
+        share: Number of this reader, from 0.
+        shares: Number of readers; each takes every `shares`-th file.
+
+    Returns:
+        The file and what is wrong with it.
     """
     for name in sorted(manifest.files)[share::shares]:
         try:
-            found = describe(folder / name)
+            described = describe(folder / name)
         except OSError as error:
             return f"{name}: {error.strerror or error}"
-        if found != manifest.files[name].model_dump():
+        if described != manifest.files[name].model_dump():
             return f"{name} is damaged: its hash differs from the manifest's"
     return None

@@ -1,30 +1,36 @@
-"""Which checkpoints a run keeps."""
+"""Retention: which checkpoints of a run are kept."""
 
 from __future__ import annotations
 
+import math
+
 from nextpt.checkpoint.manifest import ListedCheckpoint
 
-# Nothing is removed unless so many of those that stay have just been read and their hashes agree.
-VERIFIED = 2
+# Nothing is removed unless this many of the kept ones were just read and their hashes agree.
+VERIFIED_BEFORE_REMOVAL = 2
 
 
 def retained(
-    listed: list[ListedCheckpoint], last: int | None, every: int | None, best: int | None
+    checkpoints: list[ListedCheckpoint], last: int | None, every: int | None, best: int | None
 ) -> list[ListedCheckpoint]:
-    """Those to keep, newest first. listed: newest first.
+    """Select the checkpoints to keep.
 
-    last: so many of the newest one's line and as many of all; None keeps everything. Both, because
-    a rollback must neither lose the checkpoint it went back to, nor take the abandoned ones away at
-    once. every: those of each step that this divides, for ever. best: so many with the lowest
-    validation loss on the line; of equal ones the older, which is nearer to the weights that were
-    measured.
+    Args:
+        checkpoints: All of them, newest first.
+        last: Keep this many of the newest one's lineage, and this many of all. None keeps
+            everything. Both, because a rollback must not lose the checkpoint that it went back to,
+            nor remove the abandoned ones at once.
+        every: Keep those whose step is a multiple of this.
+        best: Keep this many of the lineage with the lowest validation loss; of equal ones the
+            older, which is nearer to the weights that were measured.
+
+    Returns:
+        Those to keep, newest first.
     """
-    if last is None or not listed:
-        return listed
-    line = [one for one in listed if listed[0].manifest.descends_from(one.manifest)]
-    measured = [one for one in reversed(line) if one.manifest.loss is not None]
-    chosen = {id(one) for one in listed[:last] + line[:last]}
-    chosen |= {id(one) for one in sorted(measured, key=lambda one: one.manifest.loss)[: best or 0]}
-    return [
-        one for one in listed if id(one) in chosen or (every and one.manifest.step % every == 0)
-    ]
+    if last is None or not checkpoints:
+        return checkpoints
+    lineage = [c for c in checkpoints if checkpoints[0].manifest.descends_from(c.manifest)]
+    measured = [c for c in reversed(lineage) if c.manifest.loss is not None]
+    measured.sort(key=lambda c: math.inf if c.manifest.loss is None else c.manifest.loss)
+    kept = {id(c) for c in checkpoints[:last] + lineage[:last] + measured[: best or 0]}
+    return [c for c in checkpoints if id(c) in kept or (every and c.manifest.step % every == 0)]

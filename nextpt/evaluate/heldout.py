@@ -13,8 +13,8 @@ import torch
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import CheckpointError, DataError, DataPrepError
 from nextpt.base.files import atomic_write, canonical_json
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import Config
 from nextpt.exchange.decoder import load_model
 from nextpt.model import Decoder

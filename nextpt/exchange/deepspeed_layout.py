@@ -9,10 +9,9 @@ not in it.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections import OrderedDict
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +80,9 @@ def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
             },
         )
         (folder / "latest").write_text(tag.name)
-        # Found, not imported: importing deepspeed starts its accelerator.
-        package = importlib.util.find_spec("deepspeed").submodule_search_locations[0]
-        shutil.copyfile(Path(package) / "utils" / "zero_to_fp32.py", folder / "zero_to_fp32.py")
+        # Located, not imported: importing deepspeed starts its accelerator.
+        script = distribution("deepspeed").locate_file("deepspeed/utils/zero_to_fp32.py")
+        shutil.copyfile(str(script), folder / "zero_to_fp32.py")
 
 
 def _save(path: Path, value: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ class TrainingCheckpoints:
             outcomes = self.checkpoints.poll(wait)
         self._report(outcomes)
         if self.checkpoints.mirror:
-            for event in self.checkpoints.mirror.news():
+            for event in self.checkpoints.mirror.drain_events():
                 self.events.publish(event)
 
     def rollback(self, step: int) -> dict[str, Any] | None:

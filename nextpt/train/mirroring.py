@@ -87,7 +87,7 @@ def mirroring(
         yield
         return
     if ranks.rank == 0:
-        mirror.begin()
+        mirror.start()
     stopped = None
     try:
         try:
@@ -96,8 +96,8 @@ def mirroring(
             stopped = error
         _finish(mirror, config, ranks, job)
     finally:
-        mirror.end()
-        for event in mirror.news():
+        mirror.stop()
+        for event in mirror.drain_events():
             events.publish(event)
     if stopped:
         raise stopped
@@ -121,6 +121,6 @@ def _finish(mirror: Mirror, config: Config, ranks: RankGroup, job: JobContext) -
     if steps:
         print_on_rank_0(
             ranks,
-            f"warning: not mirrored yet in {mirror.archive.place}: the checkpoints of steps"
+            f"warning: not mirrored yet in {mirror.archive.uri}: the checkpoints of steps"
             f" {', '.join(map(str, steps))}; the same command continues with them",
         )

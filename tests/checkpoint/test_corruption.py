@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import NoValidCheckpointError
-from nextpt.checkpoint.commit import select_checkpoint
 from nextpt.checkpoint.manifest import file_names
+from nextpt.checkpoint.selection import select_checkpoint
 from tests.support.checkpoints import as_version_1, edit, holds, on_ranks, write
 
 Files = dict[str, bytes]
@@ -205,14 +205,16 @@ def test_damaged_ones_are_set_aside_and_their_step_saved_anew(tmp_path: Path) ->
         (tmp_path / NEW / "state.json").write_text("{}")
         said: list[str] = []
         assert (
-            select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append, mend=True).step == 1
+            select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append, repair=True).step
+            == 1
         )
         assert (
             f"(set aside as {NEW}.damaged{attempt})" in said[0]
             and (tmp_path / f"{NEW}.damaged{attempt}" / "state.json").read_text() == "{}"
         )
         assert (
-            select_checkpoint(tmp_path, "auto", RankGroup.world(), pytest.fail, mend=True).step == 1
+            select_checkpoint(tmp_path, "auto", RankGroup.world(), pytest.fail, repair=True).step
+            == 1
         )  # told once
         assert write(tmp_path, 2).name == NEW
     shutil.rmtree(tmp_path / OLD)
@@ -229,5 +231,5 @@ def test_nothing_is_set_aside_by_a_start_that_finds_none_valid(tmp_path: Path) -
         (write(tmp_path, step) / "state.json").write_text("{}")
     for _ in range(2):
         with pytest.raises(NoValidCheckpointError):
-            select_checkpoint(tmp_path, "auto", RankGroup.world(), print, mend=True)
+            select_checkpoint(tmp_path, "auto", RankGroup.world(), print, repair=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [OLD, NEW]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from nextpt.base.collective import RankGroup
-from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manager import CheckpointManager
+from nextpt.checkpoint.verification import verify_checkpoint
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import dying_at
@@ -52,7 +52,11 @@ def start_and_save(
 
 
 def good(root: Path) -> list[int]:
-    return [step_of(f) for f in checkpoint_folders(root) if verify(f, RankGroup.world()) is None]
+    return [
+        step_of(f)
+        for f in checkpoint_folders(root)
+        if verify_checkpoint(f, RankGroup.world()) is None
+    ]
 
 
 @pytest.fixture(scope="module")

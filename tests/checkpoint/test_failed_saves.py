@@ -12,9 +12,9 @@ import pytest
 
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import CheckpointError
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave
 from nextpt.checkpoint.manifest import read_manifest
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import refusing
@@ -194,7 +194,7 @@ def test_a_retention_that_fails_is_no_failed_save(
     def refuse() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(manager, "_plan", refuse)
+    monkeypatch.setattr(manager, "_plan_retention", refuse)
     assert told(save(manager, RankGroup.world(), 1, wait=True)) == ["step-000000001"]
     assert (
         len(said) == 1

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.chunks import chunk_numel, slices_within, split_range, whole
-from nextpt.checkpoint.commit import open_checkpoint, save, select_checkpoint
+from nextpt.checkpoint.commit import save
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.selection import open_checkpoint, select_checkpoint
 from nextpt.checkpoint.state import Fragment
 from tests.support.checkpoints import KINDS, SHAPES, State, holds, write
 

@@ -25,10 +25,10 @@ from hypothesis.stateful import (
 
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import NoValidCheckpointError
-from nextpt.checkpoint.commit import verify
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import read_manifest
+from nextpt.checkpoint.verification import verify_checkpoint
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import Killed, dying_at
@@ -169,7 +169,8 @@ class Histories(RuleBasedStateMachine):
     def enough(self, had: int) -> None:
         """At every instant two verified good ones, or as many as there were."""
         assert sum(
-            verify(folder, RankGroup.world()) is None for folder in checkpoint_folders(self.root)
+            verify_checkpoint(folder, RankGroup.world()) is None
+            for folder in checkpoint_folders(self.root)
         ) >= min(2, had)
 
     @precondition(lambda self: self.running)

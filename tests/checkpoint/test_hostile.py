@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import CheckpointError
 from nextpt.base.files import canonical_json
-from nextpt.checkpoint.commit import open_checkpoint, select_checkpoint
 from nextpt.checkpoint.manifest import manifest_problem
+from nextpt.checkpoint.selection import open_checkpoint, select_checkpoint
 from tests.support.checkpoints import as_version_1, edit, forge, holds, write
 
 INDEX, TENSORS = "rank-00000.json", "rank-00000.safetensors"
@@ -375,7 +375,7 @@ def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
     folder = write(tmp_path, 2)
     rewrite_manifest(folder, lambda m: m.update(format_version=4, more={}))
     with pytest.raises(CheckpointError, match="format version is 4.*checkpoint.resume=STEP"):
-        select_checkpoint(tmp_path, "auto", RankGroup.world(), print, mend=True)
+        select_checkpoint(tmp_path, "auto", RankGroup.world(), print, repair=True)
     assert folder.exists() and select_checkpoint(tmp_path, 1, RankGroup.world(), print) is not None
 
 
@@ -384,7 +384,7 @@ import os
 import sys
 from pathlib import Path
 import torch
-from nextpt.checkpoint.commit import select_checkpoint
+from nextpt.checkpoint.selection import select_checkpoint
 from nextpt.base.collective import RankGroup
 from nextpt.train.random_states import set_rng_state
 
@@ -401,7 +401,7 @@ sys.addaudithook(hook)
 on = True
 for part in sys.argv[1:]:
     try:
-        checkpoint = select_checkpoint(Path(part), "auto", RankGroup.world(), lambda text: None, mend=True)
+        checkpoint = select_checkpoint(Path(part), "auto", RankGroup.world(), lambda text: None, repair=True)
         for name in checkpoint.shapes():
             checkpoint.read_whole(name)
         if "python" in (states := checkpoint.rng(0)):

@@ -9,8 +9,8 @@ import pytest
 
 from nextpt.base.collective import RankGroup
 from nextpt.checkpoint import manager as manager_module
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
 

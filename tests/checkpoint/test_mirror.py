@@ -18,12 +18,12 @@ import pytest
 from moto import settings
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.errors import CheckpointError, StoreError, NoValidCheckpointError, RunInUseError
+from nextpt.base.errors import CheckpointError, NoValidCheckpointError, RunInUseError, StoreError
 from nextpt.checkpoint import manager as manager_module
 from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.checkpoint.manifest import read_manifest
-from nextpt.checkpoint.mirror import archive as archive_module
+from nextpt.checkpoint.mirror import retry as retry_module
 from nextpt.checkpoint.mirror.archive import NOTE, Archive
 from nextpt.checkpoint.mirror.mirror import Mirror
 from nextpt.config import CheckpointSection
@@ -51,10 +51,10 @@ def link(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_module, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(archive_module, "LONGEST_PAUSE", 0.1)
-    monkeypatch.setattr(archive_module, "ATTEMPTS", 2)
-    monkeypatch.setattr(archive_module, "STALL", 5.0)
+    monkeypatch.setattr(retry_module, "INITIAL_BACKOFF", 0.02)
+    monkeypatch.setattr(retry_module, "MAX_BACKOFF", 0.1)
+    monkeypatch.setattr(retry_module, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(retry_module, "STALL_SECONDS", 5.0)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ class Job:
         )
         self.found = self.manager.resume()
         if self.ranks.rank == 0:
-            self.mirror.begin()
+            self.mirror.start()
 
     def save(self, *which: int) -> Job:
         for step in which:
@@ -98,11 +98,11 @@ class Job:
         """The steps that were not mirrored."""
         deadline = time.monotonic() + seconds
         left = self.mirror.finish(lambda: deadline - time.monotonic())
-        self.events += self.mirror.news()
+        self.events += self.mirror.drain_events()
         return left
 
     def told(self, status: str) -> list[int]:
-        self.events += self.mirror.news()
+        self.events += self.mirror.drain_events()
         return [event.step for event in self.events if event.status == status]
 
     def wait_for(self, status: str, step: int | None = None) -> None:
@@ -266,7 +266,7 @@ def test_a_kill_in_the_middle_leaves_no_half_and_the_next_start_goes_on(
     assert half[0].step in (2, 3)
     lost = Job(tmp_path / "elsewhere", place)  # the node is gone
     assert lost.found.step == max(one.step for one in direct.checkpoints() if one.complete)
-    lost.mirror.end()
+    lost.mirror.stop()
     assert Job(tmp_path / "run", place).end() == [] and whole(place) == [3, 2]
 
 
@@ -336,7 +336,7 @@ def test_no_whole_one_anywhere_is_never_a_fresh_start(tmp_path: Path) -> None:
     corrupt(place, 1, "state.json")
     corrupt(place, 2, "state.json")
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(NoValidCheckpointError, match="none that is whole"):
+    with pytest.raises(NoValidCheckpointError, match="none is valid"):
         Job(tmp_path / "run", place)
     assert not list((tmp_path / "run").iterdir())
 
@@ -358,7 +358,7 @@ def test_the_higher_number_wins_here_or_there(tmp_path: Path) -> None:
     assert Job(tmp_path / "b", place).save(3).end() == []
     back = Job(tmp_path / "a", place)
     assert back.found.step == 3 and steps(tmp_path / "a") == [3, 2, 1]
-    back.mirror.end()
+    back.mirror.stop()
     rolled = Job(tmp_path / "a", place, resume=2).save(3)  # the new line is here only for a moment
     assert (
         rolled.found.step == 2
@@ -409,10 +409,10 @@ def test_a_damaged_one_here_is_not_mirrored(tmp_path: Path) -> None:
     path = write(tmp_path / "run", 2, lineage=[[1, 1]]) / "state.json"
     mirror = Mirror(Archive(place), tmp_path / "run", CheckpointSection(), "run")
     path.write_text(path.read_text().replace("2", "3"))
-    mirror.begin()
+    mirror.start()
     deadline = time.monotonic() + 60
     assert mirror.finish(lambda: deadline - time.monotonic()) == [] and whole(place) == [1]
-    assert [event.message for event in mirror.news() if event.status == "passed over"] == [
+    assert [event.message for event in mirror.drain_events() if event.status == "passed over"] == [
         f"{tmp_path}/run/step-000000002 is not mirrored: state.json is not what its manifest says"
     ]
 
@@ -440,11 +440,11 @@ def test_mistakes_are_told_at_the_start(
     ):
         Job(tmp_path / "empty", place, run="one")
     assert not (tmp_path / "empty").exists()
-    monkeypatch.setattr(archive_module, "STALL", 0.5)
+    monkeypatch.setattr(retry_module, "STALL_SECONDS", 0.5)
     link.mode = "hang"
     with pytest.raises(CheckpointError, match="no answer in 0.5 s.*does not start from nothing"):
         Job(tmp_path / "empty", place, run="one")
-    monkeypatch.setattr(archive_module, "STALL", 5.0)
+    monkeypatch.setattr(retry_module, "STALL_SECONDS", 5.0)
     link.mode = "503"
     job = Job(tmp_path / "run", place, run="one")
     assert job.found.step == 1 and "training goes on from" in job.said[0]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.mirror.archive import Archive
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
 from tests.support.datasets import tiny

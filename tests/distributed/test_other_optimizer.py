@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_checkpoint
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
 from tests.support.datasets import tiny

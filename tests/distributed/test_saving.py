@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import checkpoint_folders
 from nextpt.checkpoint.manifest import read_manifest
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.events import read_events
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all

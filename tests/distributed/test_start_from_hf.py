@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_checkpoint
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import Config, parse_config
 from nextpt.exchange import HFWeights, config_from_hf, export_hf
 from nextpt.model import Decoder

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.events import read_events
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.checkpoint.commit import open_checkpoint
+from nextpt.checkpoint.selection import open_checkpoint
 from tests.support.guard_jobs import Jobs
 
 STAGES = (0, 1, 2, 3)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nextpt.base.processes import command_of
-from nextpt.checkpoint.commit import steps
+from nextpt.checkpoint.folders import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import checkpoint_folders
 from nextpt.checkpoint.manifest import read_manifest
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.job.exit_record import read_exit_record
 from tests.support.guard_jobs import Jobs
 

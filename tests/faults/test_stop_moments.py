@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.checkpoint.commit import steps
+from nextpt.checkpoint.folders import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record

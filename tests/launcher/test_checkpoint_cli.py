@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launcher.cli import app
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.mirror.archive import Archive
+from nextpt.checkpoint.selection import open_checkpoint
 from tests.support.checkpoints import holds, write
 
 
@@ -25,7 +25,7 @@ def places(tmp_path: Path) -> tuple[Path, str]:
     archive = Archive(f"file://{tmp_path}/mirror")
     for step in (1, 2):
         folder = write(root, step, float(step), lineage=[[1, 1]] if step == 2 else [])
-        archive.send(folder, read_manifest(folder))
+        archive.upload(folder, read_manifest(folder))
     archive.claim("run", "owner", "host")
     return tmp_path / "run", f"file://{tmp_path}/mirror"
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nextpt.base.collective import RankGroup
-from nextpt.checkpoint.commit import open_checkpoint, save
+from nextpt.checkpoint.commit import save
 from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.checkpoint.state import Fragment
 from nextpt.config import Config
 from nextpt.model import Decoder, build_decoder

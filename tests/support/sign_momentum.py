@@ -24,7 +24,8 @@ from torch import Tensor
 
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import UserError
-from nextpt.checkpoint.commit import open_checkpoint, save
+from nextpt.checkpoint.commit import save
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import Config, OptimizerSection, load_config
 from nextpt.optim.per_parameter import PerParameterSpec
 from nextpt.optim.registry import OPTIMIZERS

@@ -22,7 +22,8 @@ from kernels.bench.machine import measure_peak
 
 def main(what: str, path: str, out: str) -> None:
     from nextpt.base.collective import RankGroup
-    from nextpt.checkpoint.commit import save, select_checkpoint
+    from nextpt.checkpoint.commit import save
+    from nextpt.checkpoint.selection import select_checkpoint
     from nextpt.config import load_config
     from nextpt.train.checkpointing import restore_engine
     from nextpt.train.engine import Engine

@@ -46,8 +46,8 @@ from typing import Any
 from kernels.bench.machine import write_json
 from nextpt.base.errors import EXIT_CRASHED
 from nextpt.base.processes import command_of
-from nextpt.checkpoint.commit import open_checkpoint
 from nextpt.checkpoint.folders import REMOVING, STAGING
+from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import to_yaml
 from nextpt.events import read_events
 from nextpt.job.environment import read_starts

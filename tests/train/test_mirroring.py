@@ -54,7 +54,7 @@ def test_a_stopped_job_waits_for_the_mirror_within_its_grace_period(
     job = JobContext(stop)
     mirror = open_mirror(config, root, job)
     if hanging:
-        mirror.archive.note = lambda: threading.Event().wait()
+        mirror.archive.read_note = lambda: threading.Event().wait()
     with (
         pytest.raises(TrainingStopped, match="stopped"),
         mirroring(mirror, config, RankGroup.world(), job, EventBus([listener])),
@@ -75,7 +75,7 @@ def test_a_stopped_job_waits_for_the_mirror_within_its_grace_period(
 def test_a_training_error_does_not_wait_for_the_mirror(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path, checkpoint={"mirror": str(tmp_path / "mirror")})
     mirror = open_mirror(config, tmp_path / "checkpoints", JobContext())
-    mirror.archive.note = lambda: threading.Event().wait()
+    mirror.archive.read_note = lambda: threading.Event().wait()
     with (
         pytest.raises(ZeroDivisionError),
         mirroring(mirror, config, RankGroup.world(), JobContext(), EventBus()),

@@ -1,1 +1,1 @@
-"""Mirror of a run's checkpoints in an object store: upload in the background, restore at a start."""
+"""Mirror of a run's checkpoints in an object store: background upload, restore at a start."""

@@ -1,47 +1,50 @@
-"""A start whose run folder has lost its checkpoints, or is behind its mirror: the newest whole one comes from there."""
+"""Restore from the mirror: listing it at a start, and fetching a checkpoint into the run folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import CheckpointError, StoreError, UserError
 from nextpt.base.json_files import sync
 from nextpt.base.stores import is_refusal, store_problem
+from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError, same_on_all_ranks
 from nextpt.checkpoint.folders import STAGING, unused_folder
-from nextpt.checkpoint.manifest import (
-    MANIFEST,
-    DamagedError,
-    UnsupportedVersionError,
-    check_files,
-    read_manifest,
-)
-from nextpt.checkpoint.mirror.archive import Archive, ArchivedCheckpoint, patiently
+from nextpt.checkpoint.manifest import MANIFEST, check_files, read_manifest
+from nextpt.checkpoint.mirror.archive import Archive, ArchivedCheckpoint
+from nextpt.checkpoint.mirror.retry import retry_call
 
 
-def look(
-    place: str,
-    look_there: Callable[[], list[ArchivedCheckpoint]],
+def list_mirror(
+    uri: str,
+    list_checkpoints: Callable[[], list[ArchivedCheckpoint]],
     has_checkpoints: bool,
     root: Path,
     warn: Callable[[str], None],
 ) -> list[ArchivedCheckpoint]:
-    """What a mirror holds, newest first.
+    """List the checkpoints of a mirror at a start, newest first.
 
-    Raises CheckpointError when it refuses, or cannot be reached and might hold the run.
+    Args:
+        uri: The mirror, for messages.
+        list_checkpoints: Reads the list from the store.
+        has_checkpoints: Whether the run folder has some. Then a store that cannot be reached is a
+            warning, and the mirror catches up later.
+        root: Folder of the run's checkpoints, for messages.
+        warn: Receives the warning.
 
-    has_checkpoints: whether the run folder has some. Then a store that cannot be reached is told of
-    and left for later.
+    Raises:
+        CheckpointError: The store refuses, or cannot be reached and might hold the run.
     """
     try:
-        return patiently(look_there)
+        return retry_call(list_checkpoints)
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error, StoreError):
             raise
-        problem = error if isinstance(error, StoreError) else store_problem(error, place)
+        problem = error if isinstance(error, StoreError) else store_problem(error, uri)
         if has_checkpoints and not is_refusal(error):
             warn(
                 f"warning: checkpoint.mirror: {problem}; training goes on from {root}, and the"
@@ -57,54 +60,62 @@ def look(
             )
         )
         raise CheckpointError(
-            f"checkpoint.mirror: {problem}{more}; mend it, or checkpoint.mirror=null goes without"
+            f"checkpoint.mirror: {problem}{more}; fix it, or start without a mirror:"
+            " checkpoint.mirror=null"
         ) from error
 
 
 def fetch(
     archive: Archive,
-    stored: ArchivedCheckpoint,
+    checkpoint: ArchivedCheckpoint,
     root: Path,
     ranks: RankGroup,
     accept: Callable[[Path], None] = lambda folder: None,
     may_commit: Callable[[], None] = lambda: None,
 ) -> str | None:
-    """Bring a checkpoint of the mirror into the run's folder.
+    """Fetch a checkpoint of the mirror into the run folder; ranks share the files. Collective.
 
-    Collective: the ranks share the files.
+    Args:
+        archive: The mirror.
+        checkpoint: Which one.
+        root: Folder of the run's checkpoints.
+        ranks: The ranks that read.
+        accept: Called on rank 0 with the complete folder before the rename; raises UserError to
+            refuse a checkpoint of another run.
+        may_commit: Called on rank 0 before the rename; raises to refuse.
 
-    Returns why it is none, and then nothing is left; None when it is there. accept: asked on rank 0
-    about the whole folder before it has a name; raises UserError to refuse. Raises CheckpointError
-    when the store does not give it.
+    Returns:
+        Why the checkpoint is not valid, and then nothing is left behind; None when it was fetched.
+
+    Raises:
+        CheckpointError: On all ranks, when the store does not return it or it is refused.
     """
-    staging = root / f"{STAGING}fetch-{stored.name}"
+    staging = root / f"{STAGING}fetch-{checkpoint.name}"
 
     def begin() -> None:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        patiently(lambda: archive.fetch(stored, MANIFEST, staging / MANIFEST))
+        if ranks.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            retry_call(partial(archive.download, checkpoint, MANIFEST, staging / MANIFEST))
 
-    def share() -> None:
-        names = sorted(patiently(lambda: archive.manifest(stored)).files)
+    def download_share() -> None:
+        names = sorted(retry_call(partial(archive.manifest, checkpoint)).files)
         for name in names[ranks.rank :: ranks.world_size]:
-            patiently(
-                lambda name=name: archive.fetch(stored, name, staging / name),
-                lambda name=name: _size(staging / name),
-            )
+            target = staging / name
+            retry_call(partial(archive.download, checkpoint, name, target), partial(_size, target))
 
     def finish() -> None:
-        check_files(staging, read_manifest(staging))
-        accept(staging)
-        sync(staging)
-        may_commit()
-        os.rename(staging, unused_folder(root, stored.step))
-        sync(root)
+        if ranks.rank == 0:
+            check_files(staging, read_manifest(staging))
+            accept(staging)
+            sync(staging)
+            may_commit()
+            os.rename(staging, unused_folder(root, checkpoint.step))
+            sync(root)
 
     try:
-        for action, everywhere in ((begin, False), (share, True), (finish, False)):
-            if problem := _together(
-                action if everywhere or ranks.rank == 0 else lambda: None, archive, stored, ranks
-            ):
+        for action in (begin, download_share, finish):
+            if problem := _run_and_vote(action, f"{archive.uri}/{checkpoint.name}", ranks):
                 return problem
         return None
     finally:
@@ -116,26 +127,21 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _together(
-    action: Callable[[], None], archive: Archive, stored: ArchivedCheckpoint, ranks: RankGroup
-) -> str | None:
-    """Run on every rank, then vote: what is damaged, or None; all raise when one failed."""
-    damaged = failed = None
+def _run_and_vote(action: Callable[[], None], uri: str, ranks: RankGroup) -> str | None:
+    """Run on every rank, then vote: returns what is damaged; all ranks raise when one failed."""
+    damage = failure = None
     try:
         action()
-    except DamagedError as problem:
-        damaged = str(problem)
-    except (UnsupportedVersionError, UserError) as problem:
-        failed = str(problem)
+    except DamagedError as error:
+        damage = str(error)
+    except (UnsupportedVersionError, UserError) as error:
+        failure = str(error)
     except Exception as error:
-        failed = str(store_problem(error, f"{archive.place}/{stored.name}"))
-    told = ranks.all_gather([damaged, failed])
-    for rank, (_, problem) in enumerate(told):
+        failure = str(store_problem(error, uri))
+    votes: list[list[str | None]] = ranks.all_gather([damage, failure])
+    for rank, (_, problem) in enumerate(votes):
         if problem:
-            failure = CheckpointError(
-                f"the checkpoint {archive.place}/{stored.name} cannot be fetched (rank {rank}):"
-                f" {problem}"
+            raise same_on_all_ranks(
+                f"the checkpoint {uri} cannot be fetched (rank {rank}): {problem}"
             )
-            failure.every_rank = False
-            raise failure
-    return next((problem for problem, _ in told if problem), None)
+    return next((problem for problem, _ in votes if problem), None)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nextpt.base.errors import DataPrepError, UserError
 from nextpt.base.files import atomic_write
-from nextpt.base.processes import identity, is_gone
+from nextpt.base.processes import has_ended, process_identity
 
 HEARTBEAT = 5.0  # seconds between touches of a lease
 # Seconds without one after which its worker counts as dead; far above the delays of shared file
@@ -150,7 +150,7 @@ class Lease:
 
 def _owner(advanced: int) -> str:
     """Content of a lease, always as long: written over the last one without a truncation, it is whole whenever its worker dies."""
-    return json.dumps(identity() | {"advanced": advanced}).ljust(LEASE_BYTES)
+    return json.dumps(process_identity() | {"advanced": advanced}).ljust(LEASE_BYTES)
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def _is_dead(path: Path) -> bool:
         return False
     except ValueError:  # being written, or cut off by a full disk
         return silent > STALE
-    return silent > STALE or is_gone(owner)
+    return silent > STALE or has_ended(owner)
 
 
 def advanced(stage: Stage, work: Path, pending: set[int]) -> int:

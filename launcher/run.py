@@ -21,7 +21,7 @@ from nextpt.base.errors import (  # noqa: E402
     TrainingStopped,
     UserError,
 )
-from nextpt.base.processes import command_of, end_with, parent_of  # noqa: E402
+from nextpt.base.processes import command_line, exit_with_ancestors, parent_pid  # noqa: E402
 
 CODES = """exit codes: 0 finished; 1 crashed; 2 a mistake to mend first; 4 another job works in the run folder; 65 no valid
 checkpoint where there were some; 75 told to stop (SIGTERM, SIGUSR1), the same command resumes; 76 a rank or the network did not answer, the same command resumes. RUN/exit.json
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Until training listens: there is nothing to save yet
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: os._exit(EXIT_REQUEUE))
-    end_with(launchers(), _orphaned)
+    exit_with_ancestors(launchers(), _orphaned)
     try:
         from nextpt.config import load_config
 
@@ -130,13 +130,13 @@ def launchers() -> list[int]:
     if "RANK" not in os.environ:
         return []
     found = [os.getppid()]
-    above = parent_of(found[0]) if "deepspeed" in command_of(found[0]) else None
+    above = parent_pid(found[0]) if "deepspeed" in command_line(found[0]) else None
     # Its runner, or on another host the shell that pdsh had started
-    if above and "deepspeed" in command_of(above):
+    if above and "deepspeed" in command_line(above):
         found.append(above)
-        above = parent_of(above)
+        above = parent_pid(above)
     # pdsh's connection; a person's own has a shell of his between
-    if above and command_of(above).startswith("sshd"):
+    if above and command_line(above).startswith("sshd"):
         found.append(above)
     supervisor = os.environ.get("NEXTPT_SUPERVISOR")
     return found + ([int(supervisor)] if supervisor else [])

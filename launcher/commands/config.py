@@ -24,7 +24,7 @@ def config_show(
     """Print the resolved config and the quantities derived from it."""
     from nextpt.config import load_config, to_yaml
     from nextpt.model import ModelSpec, count
-    from nextpt.train.memory import estimate_memory, default_device
+    from nextpt.train.memory import default_device, estimate_memory
 
     config = load_config(file, overrides or [])
     counts = count(ModelSpec.from_config(config), config.data.sequence_length)

@@ -14,7 +14,7 @@ from types import FrameType
 
 from launcher.console import console
 from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, UserError
-from nextpt.base.processes import children_of, command_of
+from nextpt.base.processes import child_pids, command_line
 from nextpt.config import load_config
 from nextpt.job.exit_record import read_exit_record
 from nextpt.job.signals import SIGNALS
@@ -136,11 +136,11 @@ def _tell_ranks(launcher: int, number: int) -> None:
     """
     below = [launcher]
     for pid in below:  # grows while it is read
-        below += children_of(pid)
+        below += child_pids(pid)
     told = [
         pid
         for pid in below
-        if f"{RUN} --local_rank" in (command := command_of(pid)) and LAUNCH not in command
+        if f"{RUN} --local_rank" in (command := command_line(pid)) and LAUNCH not in command
     ]
     for pid in told:
         with suppress(ProcessLookupError):

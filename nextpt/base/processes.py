@@ -1,4 +1,4 @@
-"""Which process is which, here and on other machines, and ending with the processes that one was started by."""
+"""Processes: identity across machines, liveness, command lines, exit together with ancestors."""
 
 from __future__ import annotations
 
@@ -16,120 +16,125 @@ from typing import Any
 import psutil
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-POLL = 1.0  # seconds between looks at ancestors
+POLL_SECONDS = 1.0  # between two checks that the ancestors are alive
 
 
-def start_of(pid: int) -> str | None:
-    """When a process of this machine began, None when there is none: with its number it names a process until a reboot.
+def start_ticks(pid: int) -> str | None:
+    """Start time of a process of this machine, in clock ticks since boot; None without such a process.
 
-    In clock ticks since boot, which no change of the wall clock moves; what has ended and was not
-    waited for is gone too.
+    Together with the pid it names a process until the next reboot. psutil's create_time() is in
+    seconds of the wall clock and moves when the clock is set, so /proc is read here. A process that
+    has ended and was not waited for (a zombie) counts as gone.
     """
-    fields = _stat(pid)
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            # The name of the command stands in parentheses and may hold any character. From the
+            # state on; proc(5) counts it as field 3 and the start time as field 22.
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
     return fields[19] if fields and fields[0] not in "ZX" else None
 
 
 def is_stopped(pid: int) -> bool:
     """Whether a process of this machine is stopped, as by SIGSTOP or Ctrl-Z."""
-    fields = _stat(pid)
-    return fields is not None and fields[0] in "Tt"
+    with suppress(psutil.Error):
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    return False
 
 
-def parent_of(pid: int) -> int | None:
-    """Number of the parent of a process of this machine."""
-    fields = _stat(pid)
-    return int(fields[1]) if fields else None
+def parent_pid(pid: int) -> int | None:
+    """Pid of the parent of a process of this machine; None without such a process."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).ppid()
+    return None
 
 
-def children_of(pid: int) -> list[int]:
-    """Numbers of the children of a process of this machine."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else []):
-        if parent_of(int(name)) == pid:
-            found.append(int(name))
-    return found
+def child_pids(pid: int) -> list[int]:
+    """Pids of the children of a process of this machine."""
+    with suppress(psutil.Error):
+        return [child.pid for child in psutil.Process(pid).children()]
+    return []
 
 
-def identity() -> dict[str, Any]:
-    """Names this process among those of all machines. machine: one boot of one kernel, and one space of process numbers."""
+def command_line(pid: int) -> str:
+    """Command line of a process of this machine; empty without such a process."""
+    with suppress(psutil.Error):
+        return " ".join(psutil.Process(pid).cmdline())
+    return ""
+
+
+def process_identity() -> dict[str, Any]:
+    """Identity of this process among those of all machines, as JSON.
+
+    `machine` names one boot of one kernel and one pid namespace.
+    """
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "started": start_of(os.getpid()),
+        "started": start_ticks(os.getpid()),
     }
 
 
-def is_here(owner: dict[str, Any]) -> bool:
-    """Whether a process that `identity` names is, or was, one of this machine."""
-    return owner.get("machine") == _machine()
+def is_on_this_machine(identity: dict[str, Any]) -> bool:
+    """Whether a process of `process_identity` is, or was, one of this machine."""
+    return bool(identity.get("machine") == _machine())
 
 
-def is_gone(owner: dict[str, Any]) -> bool:
-    """Whether a process that `identity` names is known to have ended: only of this machine is that known."""
-    return is_here(owner) and start_of(owner["pid"]) != owner["started"]
+def has_ended(identity: dict[str, Any]) -> bool:
+    """Whether a process of `process_identity` is known to have ended.
+
+    That is known of processes of this machine only.
+    """
+    return is_on_this_machine(identity) and start_ticks(identity["pid"]) != identity["started"]
 
 
-def end_with(ancestors: list[int], gone: Callable[[int], None]) -> None:
-    """Call gone(pid) when one of the ancestors (parent first) has ended.
+def exit_with_ancestors(ancestors: list[int], on_exit: Callable[[int], None]) -> None:
+    """Watch ancestors, and call `on_exit` with the pid of one that has ended.
 
-    The kernel kills this process with its parent.
+    On Linux the kernel kills this process when its parent ends, which works also while this process
+    is stopped or inside a library. A thread watches the other ancestors, and the parent where the
+    kernel has no such signal. Ancestors that have ended before the call are noticed too.
 
-    The kernel's way works also while this process is stopped or inside a library; a thread looks
-    for the others, and for the parent where the kernel has no such way. Ancestors that are dead
-    already are noticed too.
+    Args:
+        ancestors: Pids, the parent first.
+        on_exit: Called once, in the thread.
     """
     if sys.platform == "linux" and ancestors and ancestors[0] == os.getppid():
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    known = [(pid, start_of(pid)) for pid in ancestors]
+    watched = [(pid, start_ticks(pid)) for pid in ancestors]
     parent = os.getppid()
 
-    def lost() -> int | None:
-        if not os.path.isdir("/proc/self"):  # a system that tells of the parent only
+    def ended_ancestor() -> int | None:
+        if not os.path.isdir("/proc/self"):  # such a system shows only a change of the parent
             return parent if os.getppid() != parent else None
-        return next((pid for pid, began in known if began is None or start_of(pid) != began), None)
+        return next((p for p, ticks in watched if ticks is None or start_ticks(p) != ticks), None)
 
     def watch() -> None:
-        while (pid := lost()) is None:
-            time.sleep(POLL)
-        gone(pid)
+        while (pid := ended_ancestor()) is None:
+            time.sleep(POLL_SECONDS)
+        on_exit(pid)
 
     threading.Thread(target=watch, daemon=True, name="ancestors").start()
 
 
-def command_of(pid: int) -> str:
-    """The command line of a process of this machine; empty when there is none."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
-
-
 def open_files() -> Iterator[str]:
-    """Paths of the files that processes we may look at have open."""
+    """Paths of the files that processes have open, as far as this user may look."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             yield from (file.path for file in process.open_files())
 
 
 def mapped_files() -> Iterator[str]:
-    """Paths that processes we may look at have mapped: shared memory is often closed once it is mapped."""
+    """Paths that processes have mapped: shared memory is often closed once it is mapped."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             yield from (area.path for area in process.memory_maps())
 
 
-def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on (proc(5) counts it as the third)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
 def _machine() -> str:
+    """One boot of one kernel and one pid namespace; the host name where /proc does not say."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"

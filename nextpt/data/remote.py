@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import xxhash
+from tenacity import Retrying, stop_after_attempt, wait_exponential
 
 from data_prep.format import DatasetManifest
 from data_prep.streaming_compat import import_streaming
@@ -69,23 +69,31 @@ class RemoteDataset:
             self._incoming
             / f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}-{target.name}"
         )
-        trouble = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(PAUSE * 4 ** (attempt - 1))
-            try:
-                temporary.unlink(missing_ok=True)
-                self._downloader().download(f"{self.address}/{name}", str(temporary), TIMEOUT)
-                trouble = check(temporary) or ""
-                if not trouble:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(temporary, target)
-                    return
-            except Exception as error:
-                trouble = " ".join(str(error).split()) or type(error).__name__
-            finally:
-                temporary.unlink(missing_ok=True)
-        raise DataError(f"{self.address}/{name} cannot be fetched ({ATTEMPTS} attempts): {trouble}")
+        retrying = Retrying(
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential(PAUSE, exp_base=4),
+            reraise=True,
+        )
+        try:
+            retrying(self._fetch_once, name, target, temporary, check)
+        except Exception as error:  # whatever the store's client raises
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"{self.address}/{name} cannot be fetched ({ATTEMPTS} attempts): {problem}"
+            ) from error
+
+    def _fetch_once(
+        self, name: str, target: Path, temporary: Path, check: Callable[[Path], str | None]
+    ) -> None:
+        try:
+            temporary.unlink(missing_ok=True)
+            self._downloader().download(f"{self.address}/{name}", str(temporary), TIMEOUT)
+            if problem := check(temporary):
+                raise DataError(problem)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def fetch_dataset(self, node: ScratchFolder) -> None:
         """Bring everything but the shards, dataset.json last.

@@ -22,7 +22,7 @@ from typing import Any
 
 from nextpt.base.errors import RunInUseError
 from nextpt.base.files import atomic_write, canonical_json
-from nextpt.base.processes import identity, is_gone, is_here, is_stopped
+from nextpt.base.processes import has_ended, is_on_this_machine, is_stopped, process_identity
 from nextpt.checkpoint.folders import STAGING
 
 HEARTBEAT = 5.0  # seconds between two writes of the holder
@@ -54,7 +54,7 @@ class RunLock:
         self.folder = folder
         self.heartbeat = heartbeat
         self.lost = False
-        self._content = identity() | {
+        self._content = process_identity() | {
             "job": os.environ.get("SLURM_JOB_ID"),
             "since": time.time(),
             "held": True,
@@ -186,9 +186,11 @@ def _is_over(path: Path, lease: float) -> bool:
         content = _read(path)
         if content is None:
             return True
-        if content and (not content.get("held") or is_gone(content)):
+        if content and (not content.get("held") or has_ended(content)):
             return True
-        if content != first or (content and is_here(content) and not is_stopped(content["pid"])):
+        if content != first or (
+            content and is_on_this_machine(content) and not is_stopped(content["pid"])
+        ):
             return False
         if time.monotonic() >= deadline:
             return True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.base.processes import command_of
+from nextpt.base.processes import command_line
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
@@ -81,7 +81,7 @@ def start(
 
 
 def ranks(on: Hosts, name: str) -> list[int]:
-    return [pid for pid in on.processes(name) if f"{RUN} --local_rank" in command_of(pid)]
+    return [pid for pid in on.processes(name) if f"{RUN} --local_rank" in command_line(pid)]
 
 
 def close(found: dict[int, float], wanted: dict[int, float]) -> bool:
@@ -98,7 +98,7 @@ def test_a_host_that_loses_its_processes_and_a_signal(
     wait_for(lambda: max(losses(run), default=0) > 25)
     assert ranks(three, "h1") and ranks(three, "h2")
     for pid in three.processes("h2"):  # all but its sshd
-        if "node.py" in command_of(pid) or RUN in command_of(pid):
+        if "node.py" in command_line(pid) or RUN in command_line(pid):
             os.kill(pid, signal.SIGKILL)
     wait_for(lambda: "starting it again after step" in (tmp_path / "output").read_text())
     seen = max(losses(run))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nextpt.base.processes import command_of
+from nextpt.base.processes import command_line
 from nextpt.checkpoint.folders import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events
@@ -183,7 +183,7 @@ def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: 
     [launch] = [
         pid
         for pid in map(int, ranks_of(command[2]))
-        if "deepspeed.launcher.launch" in command_of(pid)
+        if "deepspeed.launcher.launch" in command_line(pid)
     ]
     os.kill(launch, signal.SIGKILL)
     _, errors = job.communicate(timeout=60)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.processes import children_of
+from nextpt.base.processes import child_pids
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.config import CheckpointSection, to_yaml
 from nextpt.data.streaming_backend import remove_stale
@@ -192,7 +192,7 @@ def test_a_streaming_run_resumes_after_all_its_processes_were_killed(
             tmp_path / "first" / "rank-0.log"
         ).read_text()
         time.sleep(0.05)
-    for pid in [child for rank in ranks for child in children_of(rank.pid)] + [
+    for pid in [child for rank in ranks for child in child_pids(rank.pid)] + [
         rank.pid for rank in ranks
     ]:
         os.kill(pid, signal.SIGKILL)

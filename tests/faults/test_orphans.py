@@ -9,14 +9,21 @@ import sys
 import time
 from pathlib import Path
 
-from nextpt.base.processes import identity, is_gone, is_here, is_stopped, parent_of, start_of
+from nextpt.base.processes import (
+    has_ended,
+    is_on_this_machine,
+    is_stopped,
+    parent_pid,
+    process_identity,
+    start_ticks,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import os, sys, time
-from nextpt.base.processes import end_with, parent_of
-ancestors = [os.getppid(), parent_of(os.getppid())][:int(sys.argv[1])]
-end_with(ancestors, lambda pid: os._exit(9))
+from nextpt.base.processes import exit_with_ancestors, parent_pid
+ancestors = [os.getppid(), parent_pid(os.getppid())][:int(sys.argv[1])]
+exit_with_ancestors(ancestors, lambda pid: os._exit(9))
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
@@ -28,9 +35,9 @@ PARENT = (
 
 def gone_within(pid: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while start_of(pid) is not None and time.monotonic() < deadline:
+    while start_ticks(pid) is not None and time.monotonic() < deadline:
         time.sleep(0.05)
-    return start_of(pid) is None
+    return start_ticks(pid) is None
 
 
 def test_a_suspended_process_ends_with_its_parent() -> None:
@@ -57,8 +64,8 @@ def test_a_process_ends_with_its_grandparent() -> None:
     middle, child = int(top.stdout.readline()), int(top.stdout.readline())
     assert (
         int(top.stdout.readline()) == child
-        and parent_of(child) == middle
-        and parent_of(middle) == top.pid
+        and parent_pid(child) == middle
+        and parent_pid(middle) == top.pid
     )
     top.kill()
     top.wait()
@@ -66,12 +73,12 @@ def test_a_process_ends_with_its_grandparent() -> None:
 
 
 def test_a_process_is_identified_by_id_and_start_time() -> None:
-    me = identity()
-    assert is_here(me) and not is_gone(me)
-    assert is_gone(me | {"started": "1"}) and not is_gone(
+    me = process_identity()
+    assert is_on_this_machine(me) and not has_ended(me)
+    assert has_ended(me | {"started": "1"}) and not has_ended(
         me | {"started": "1", "machine": "another boot"}
     )
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert start_of(child.pid) is None  # ended, and not waited for
+    assert start_ticks(child.pid) is None  # ended, and not waited for
     child.wait()

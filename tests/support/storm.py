@@ -45,7 +45,7 @@ from typing import Any
 
 from kernels.bench.machine import write_json
 from nextpt.base.errors import EXIT_CRASHED
-from nextpt.base.processes import command_of
+from nextpt.base.processes import command_line
 from nextpt.checkpoint.folders import REMOVING, STAGING
 from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import to_yaml
@@ -418,7 +418,7 @@ class Storm:
         pids = (
             [job.pid]
             if victim == "nextpt train"
-            else [p for p in working_on(run.config) if victim in command_of(p)][:1]
+            else [p for p in working_on(run.config) if victim in command_line(p)][:1]
         )
         self.expect(bool(pids), run, f"no process {victim}")
         kill = Kill(
@@ -426,7 +426,7 @@ class Storm:
         )
         os.kill(pids[0], signal.SIGKILL)
         struck = time.monotonic()
-        while any("run.py --local_rank" in command_of(pid) for pid in working_on(run.config)):
+        while any("run.py --local_rank" in command_line(pid) for pid in working_on(run.config)):
             self.expect(
                 time.monotonic() - struck < DETECT,
                 run,
@@ -494,7 +494,7 @@ def working_on(config: Path) -> list[int]:
     """Processes of this machine that deepspeed's launcher started, or is, for a config."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
-        command = command_of(int(name))
+        command = command_line(int(name))
         if str(config) in command and "launcher/run.py" in command:
             found.append(int(name))
     return sorted(found)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.jobs.local import free_port
-from nextpt.base.processes import children_of
+from nextpt.base.processes import child_pids
 from nextpt.config import Config, to_yaml
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
@@ -77,7 +77,7 @@ def orphans() -> list[int]:
     while True:
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                return children_of(os.getpid())
+                return child_pids(os.getpid())
         except ChildProcessError:
             return []
 

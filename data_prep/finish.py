@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import orjson
 
+from data_prep.duplicates import Duplicates
 from data_prep.encode import tokens_path
 from data_prep.format import SPLITS, DatasetManifest, SplitCounts, token_dtype
 from data_prep.group import group_name, packed_path
 from data_prep.layout import Layout, dropped, quarantined
 from data_prep.plan import Plan
-from data_prep.repeats import Repeats
 from data_prep.summary import summarise
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import TokensFile
@@ -38,7 +38,7 @@ def is_finished(plan: Plan) -> bool:
 
 
 def finish(
-    plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats, wall_seconds: float
+    plan: Plan, layout: Layout, tokenizer: Tokenizer, duplicates: Duplicates, wall_seconds: float
 ) -> None:
     """Put the dataset together in WORK/dataset, rename it to the output, and remove WORK.
 
@@ -56,14 +56,14 @@ def finish(
         split: {d: _write_index(folder, split, d, layout, packed) for d in layout.domains}
         for split in SPLITS
     }
-    _check_sums(plan, layout, repeats, counts)
+    _check_sums(plan, layout, duplicates, counts)
     shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
     with atomic_write(folder / "token_bytes.npy", "wb") as file:
         np.save(file, tokenizer.token_bytes())
-    _write_heldout(plan, layout, repeats, folder / "heldout_text")
-    _write_quarantine(plan, repeats, folder / "quarantine.jsonl")
+    _write_heldout(plan, layout, duplicates, folder / "heldout_text")
+    _write_quarantine(plan, duplicates, folder / "quarantine.jsonl")
     manifest = _manifest(plan, layout, tokenizer, counts)
-    summarise(plan, layout, tokenizer, repeats, manifest, packed, folder, wall_seconds)
+    summarise(plan, layout, tokenizer, duplicates, manifest, packed, folder, wall_seconds)
     with atomic_write(folder / "dataset.json") as file:
         file.write(canonical_json(manifest.model_dump()))
     _take_name(folder, spec.output)
@@ -105,7 +105,7 @@ def _write_index(
 
 
 def _check_sums(
-    plan: Plan, layout: Layout, repeats: Repeats, counts: dict[str, dict[str, SplitCounts]]
+    plan: Plan, layout: Layout, duplicates: Duplicates, counts: dict[str, dict[str, SplitCounts]]
 ) -> None:
     """Counts in = counts out + passed over + quarantined.
 
@@ -119,13 +119,13 @@ def _check_sums(
     kept = 0
     for unit in plan.units:
         lengths = TokensFile(tokens_path(plan.spec.work, unit.index)).documents["tokens"]
-        kept += int(np.delete(lengths, dropped(plan, repeats, unit.index)).sum(dtype=np.int64))
+        kept += int(np.delete(lengths, dropped(plan, duplicates, unit.index)).sum(dtype=np.int64))
     assert written == kept + documents, (
         f"{kept} tokens in, {written - documents} out, and {documents} ends"
     )
 
 
-def _write_heldout(plan: Plan, layout: Layout, repeats: Repeats, folder: Path) -> None:
+def _write_heldout(plan: Plan, layout: Layout, duplicates: Duplicates, folder: Path) -> None:
     """heldout_text/DOMAIN.jsonl from those of the units, in order, without what was dropped."""
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
@@ -136,7 +136,7 @@ def _write_heldout(plan: Plan, layout: Layout, repeats: Repeats, folder: Path) -
         for unit in plan.units:
             path = tokens_path(plan.spec.work, unit.index)
             tokens = TokensFile(path)
-            gone = set(dropped(plan, repeats, unit.index).tolist())
+            gone = set(dropped(plan, duplicates, unit.index).tolist())
             with open(path.with_suffix(".heldout.jsonl"), "rb") as lines:
                 for line in lines:
                     entry = orjson.loads(line)
@@ -146,13 +146,13 @@ def _write_heldout(plan: Plan, layout: Layout, repeats: Repeats, folder: Path) -
                         files[domain].write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
 
 
-def _write_quarantine(plan: Plan, repeats: Repeats, path: Path) -> None:
+def _write_quarantine(plan: Plan, duplicates: Duplicates, path: Path) -> None:
     """quarantine.jsonl: the bad records of all units, clashes of ids included.
 
     No file when there are none.
     """
     path.unlink(missing_ok=True)
-    lines = [line for unit in plan.units for line in quarantined(plan, repeats, unit)]
+    lines = [line for unit in plan.units for line in quarantined(plan, duplicates, unit)]
     if lines:
         with atomic_write(path, "wb") as file:
             file.writelines(lines)

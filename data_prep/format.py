@@ -7,7 +7,7 @@
     stream, and its shards in folders, gNNNNN/shard.NNNNN.mds[.zstd] DATA/heldout_text/DOMAIN.jsonl
     the held-out documents themselves DATA/quarantine.jsonl                 records that could not
     be used: file, place, reason; only when there are any DATA/report.{json,html}
-    counts, lengths, packing, repeats, throughput
+    counts, lengths, packing, duplicates, throughput
 
 A row has sequence_length + 1 tokens: T inputs and, shifted by one, T targets. A document is stored
 as [start] + tokens + [end]; one longer than a row is cut into pieces that overlap by one token, so

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data_prep.duplicates import Duplicates
 from data_prep.encode import Advance, tokens_path
 from data_prep.format import (
     ENDS_MID_DOCUMENT,
@@ -33,7 +34,6 @@ from data_prep.layout import Group, dropped
 from data_prep.mds import encode_vector
 from data_prep.pack import Pieces, pack, shuffled
 from data_prep.plan import Plan
-from data_prep.repeats import Repeats
 from data_prep.report import length_histogram
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def pack_group(
     group: Group,
     domain: int,
     tokenizer: Tokenizer,
-    repeats: Repeats,
+    duplicates: Duplicates,
     advance: Advance = lambda n: None,
 ) -> None:
     """Pack a group and write its shards. domain: its number in the dataset."""
@@ -88,7 +88,7 @@ def pack_group(
     started = time.process_time()
     try:
         for number, split in enumerate(SPLITS):
-            documents = gather(plan, group, repeats, tokenizer, heldout=split == "heldout")
+            documents = gather(plan, group, duplicates, tokenizer, heldout=split == "heldout")
             rows = _Rows(plan, tokenizer, documents, domain)
             found[split] = rows.write(staging / split, 2 * group.index + number)
             advance(int(documents.offsets[-1]))
@@ -105,7 +105,7 @@ def pack_group(
 
 
 def gather(
-    plan: Plan, group: Group, repeats: Repeats, tokenizer: Tokenizer, *, heldout: bool
+    plan: Plan, group: Group, duplicates: Duplicates, tokenizer: Tokenizer, *, heldout: bool
 ) -> Documents:
     """The documents of a group that belong to one split, without those that are dropped."""
     tokens, sizes, lengths, total = [], [], [], 0
@@ -117,7 +117,7 @@ def gather(
         last = group.stop[1] if unit == group.stop[0] else len(file.documents)
         chosen = _chosen(file.documents, file.footer["domains"].index(group.domain), heldout)
         chosen[:first] = chosen[last:] = False
-        chosen[dropped(plan, repeats, unit)] = False
+        chosen[dropped(plan, duplicates, unit)] = False
         counts = file.documents["tokens"].astype(np.int64)
         tokens.append(_select(file.tokens, counts, chosen))
         if tokenizer.byte_counts == "column":

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import orjson
 
+from data_prep.duplicates import Duplicates
 from data_prep.encode import tokens_path
 from data_prep.plan import Plan, Unit
-from data_prep.repeats import Repeats
 from data_prep.tokens import TokensFile, read_footer
 from nextpt.base.errors import DataPrepError
 from nextpt.base.files import atomic_write
@@ -62,15 +62,15 @@ def layout_path(work: Path) -> Path:
     return work / "layout.json"
 
 
-def make_layout(plan: Plan, repeats: Repeats) -> None:
+def make_layout(plan: Plan, duplicates: Duplicates) -> None:
     """Write WORK/layout.json.
 
     Raises DataPrepError when too many records are bad or a domain has nothing to train on.
     """
     work = plan.spec.work
     footers = [read_footer(tokens_path(work, unit.index)) for unit in plan.units]
-    counts = _counts(plan, footers, repeats)
-    _check_bad(plan, repeats, counts)
+    counts = _counts(plan, footers, duplicates)
+    _check_bad(plan, duplicates, counts)
     found = {domain for footer in footers for domain in footer["totals"]}
     domains = sorted(found if plan.spec.domain_field else found | set(plan.spec.domains))
     for domain in domains or list(plan.spec.domains):
@@ -86,7 +86,7 @@ def make_layout(plan: Plan, repeats: Repeats) -> None:
         json.dump({"domains": domains, "groups": groups, "counts": counts}, file)
 
 
-def _counts(plan: Plan, footers: list[dict[str, Any]], repeats: Repeats) -> dict[str, Any]:
+def _counts(plan: Plan, footers: list[dict[str, Any]], duplicates: Duplicates) -> dict[str, Any]:
     """Sums over the units. Asserts that no record was lost."""
     passed: Counter[str] = Counter()
     bad: Counter[str] = Counter()
@@ -99,10 +99,10 @@ def _counts(plan: Plan, footers: list[dict[str, Any]], repeats: Repeats) -> dict
     assert records + cuts == documents + passed.total() + bad.total(), (
         f"{records} records became {documents}, {passed}, {bad}"
     )
-    repeated = len(repeats.texts)
+    repeated = len(duplicates.texts)
     if plan.spec.duplicates == "drop":
         passed["repeats an earlier text"] = repeated
-    if clashes := sum(len(clashing_ids(repeats, unit)) for unit in range(len(footers))):
+    if clashes := sum(len(clashing_ids(duplicates, unit)) for unit in range(len(footers))):
         bad["repeated id"] = clashes
     return {
         "records": records,
@@ -117,33 +117,33 @@ def _counts(plan: Plan, footers: list[dict[str, Any]], repeats: Repeats) -> dict
     }
 
 
-def clashing_ids(repeats: Repeats, unit: int) -> np.ndarray:
+def clashing_ids(duplicates: Duplicates, unit: int) -> np.ndarray:
     """Documents of a unit whose id an earlier one with another text has.
 
     A repeated record is a repeat, no clash.
     """
-    return np.setdiff1d(repeats.of_unit("ids", unit), repeats.of_unit("texts", unit))
+    return np.setdiff1d(duplicates.of_unit("ids", unit), duplicates.of_unit("texts", unit))
 
 
-def dropped(plan: Plan, repeats: Repeats, unit: int) -> np.ndarray:
+def dropped(plan: Plan, duplicates: Duplicates, unit: int) -> np.ndarray:
     """Documents of a unit that do not get into the dataset."""
-    clashes = clashing_ids(repeats, unit)
+    clashes = clashing_ids(duplicates, unit)
     return (
-        np.union1d(clashes, repeats.of_unit("texts", unit))
+        np.union1d(clashes, duplicates.of_unit("texts", unit))
         if plan.spec.duplicates == "drop"
         else clashes
     )
 
 
-def _check_bad(plan: Plan, repeats: Repeats, counts: dict[str, Any]) -> None:
+def _check_bad(plan: Plan, duplicates: Duplicates, counts: dict[str, Any]) -> None:
     bad, records = sum(counts["bad"].values()), counts["records"]
     if bad <= plan.spec.max_bad_fraction * records:
         return
     path = plan.spec.work / "quarantine.jsonl"
     with atomic_write(path, "wb") as file:
-        file.writelines(line for unit in plan.units for line in quarantined(plan, repeats, unit))
+        file.writelines(line for unit in plan.units for line in quarantined(plan, duplicates, unit))
     first = orjson.loads(
-        next(line for unit in plan.units for line in quarantined(plan, repeats, unit))
+        next(line for unit in plan.units for line in quarantined(plan, duplicates, unit))
     )
     reasons = ", ".join(f"{reason}: {count}" for reason, count in counts["bad"].items())
     raise DataPrepError(
@@ -161,12 +161,12 @@ def place_of(entry: dict[str, Any]) -> str:
     )
 
 
-def quarantined(plan: Plan, repeats: Repeats, unit: Unit) -> Iterator[bytes]:
+def quarantined(plan: Plan, duplicates: Duplicates, unit: Unit) -> Iterator[bytes]:
     """JSON lines that tell the bad records of a unit: file, place, reason, detail, id."""
     path = tokens_path(plan.spec.work, unit.index)
     with open(path.with_suffix(".bad.jsonl"), "rb") as file:
         yield from file
-    clashes = clashing_ids(repeats, unit.index)
+    clashes = clashing_ids(duplicates, unit.index)
     for document in TokensFile(path).documents[clashes] if len(clashes) else ():
         entry = {
             "file": unit.parts[document["part"]].file.uri,

@@ -79,7 +79,7 @@ class SplitReport(_Part):
         return ratio(self.cut_documents, self.documents)
 
 
-class RepeatedText(_Part):
+class DuplicateText(_Part):
     """A text that came more than once. count: how often in all.
 
     bytes: of one copy; id: of the first.
@@ -91,7 +91,7 @@ class RepeatedText(_Part):
     excerpt: FromCorpus
 
 
-class Repeats(_Part):
+class Duplicates(_Part):
     """Exact repeats. documents, bytes: of the copies after the first.
 
     dropped: whether they were left out.
@@ -100,8 +100,8 @@ class Repeats(_Part):
     documents: int
     bytes: int
     dropped: bool
-    top: list[RepeatedText]
-    repeated_ids: int
+    top: list[DuplicateText]
+    duplicate_ids: int
 
 
 class BadRecord(_Part):
@@ -196,7 +196,7 @@ class PrepReport(_Part):
     sequence_length: int
     documents_read: int
     splits: list[SplitReport]
-    repeats: Repeats
+    duplicates: Duplicates
     filtered: dict[str, int]
     quarantined: dict[str, Quarantined]
     throughput: Throughput

@@ -8,15 +8,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from data_prep.choice import choice_path, chosen_tokenizer, make_tokenizer
+from data_prep.duplicates import Duplicates, duplicates_path, find_duplicates, partitions
 from data_prep.encode import encode_unit, tokens_path
 from data_prep.finish import finish, is_finished
 from data_prep.group import pack_group, packed_path
 from data_prep.layout import Layout, layout_path, make_layout
 from data_prep.plan import Plan
-from data_prep.repeats import Repeats, find_repeats, partitions, repeats_path
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
-from data_prep.work import Stage, work_through
+from data_prep.work import Stage, run_stage
 from nextpt.base.errors import UserError
 
 
@@ -38,18 +38,18 @@ def stages(plan: Plan) -> Iterator[Stage]:
     )
     count = partitions(work, len(units))
     yield Stage(
-        "repeats",
+        "duplicates",
         [len(units)] * count,
-        lambda i: repeats_path(work, i).exists(),
-        lambda i, advance: find_repeats(work, len(units), i, count, advance),
+        lambda i: duplicates_path(work, i).exists(),
+        lambda i, advance: find_duplicates(work, len(units), i, count, advance),
     )
     yield Stage(
         "layout",
         [1],
         lambda i: layout_path(work).exists(),
-        lambda i, advance: make_layout(plan, Repeats(work, count)),
+        lambda i, advance: make_layout(plan, Duplicates(work, count)),
     )
-    layout, repeats = Layout.load(work), _repeats(plan.sha256, work, count)
+    layout, duplicates = Layout.load(work), _duplicates(plan.sha256, work, count)
     yield Stage(
         "pack",
         [group.tokens for group in layout.groups],
@@ -59,7 +59,7 @@ def stages(plan: Plan) -> Iterator[Stage]:
             layout.groups[i],
             layout.domains.index(layout.groups[i].domain),
             _tokenizer(plan),
-            repeats,
+            duplicates,
             advance,
         ),
     )
@@ -71,7 +71,7 @@ def stages(plan: Plan) -> Iterator[Stage]:
             plan,
             layout,
             _tokenizer(plan),
-            repeats,
+            duplicates,
             time.time() - (work / "plan.json").stat().st_mtime,
         ),
     )
@@ -86,7 +86,7 @@ def run_worker(work: Path, worker: int, workers: int) -> None:
     try:
         for stage in stages(plan):
             # Which takes seconds, and packing needs it
-            work_through(stage, work, worker, workers, idle=import_streaming)
+            run_stage(stage, work, worker, workers, idle=import_streaming)
     except (FileNotFoundError, UserError):
         # Else another worker has finished, and removed WORK under this one's feet
         if not is_finished(plan):
@@ -98,5 +98,5 @@ def _tokenizer(plan: Plan) -> Tokenizer:
 
 
 @lru_cache(maxsize=1)
-def _repeats(plan_sha256: str, work: Path, count: int) -> Repeats:
-    return Repeats(work, count)
+def _duplicates(plan_sha256: str, work: Path, count: int) -> Duplicates:
+    return Duplicates(work, count)

@@ -10,23 +10,23 @@ from typing import Any
 import orjson
 
 from data_prep.choice import encoder_reason
+from data_prep.duplicates import Duplicates
 from data_prep.encode import tokens_path
 from data_prep.format import SPLITS, DatasetManifest
 from data_prep.layout import Layout, place_of, quarantined
 from data_prep.plan import Plan
-from data_prep.repeats import Repeats
 from data_prep.report import (
     BadRecord,
+    DuplicateText,
     InputReport,
     PrepReport,
     Quarantined,
-    RepeatedText,
     SplitReport,
     Throughput,
     TokenizerReport,
     write_report,
 )
-from data_prep.report import Repeats as RepeatsReport
+from data_prep.report import Duplicates as DuplicatesReport
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import TokensFile, read_footer
 
@@ -38,7 +38,7 @@ def summarise(
     plan: Plan,
     layout: Layout,
     tokenizer: Tokenizer,
-    repeats: Repeats,
+    duplicates: Duplicates,
     manifest: DatasetManifest,
     packed: list[dict[str, Any]],
     folder: Path,
@@ -61,9 +61,9 @@ def summarise(
             sequence_length=spec.sequence_length,
             documents_read=layout.counts["records"],
             splits=splits,
-            repeats=_repeats(plan, layout, tokenizer, repeats),
+            duplicates=_duplicates(plan, layout, tokenizer, duplicates),
             filtered=layout.counts["passed"],
-            quarantined=_quarantine(plan, repeats, layout),
+            quarantined=_quarantine(plan, duplicates, layout),
             throughput=_throughput(plan, layout, packed, wall_seconds),
             tokenizer=TokenizerReport(
                 name=_tokenizer_name(plan),
@@ -102,21 +102,23 @@ def _split(
     )
 
 
-def _repeats(plan: Plan, layout: Layout, tokenizer: Tokenizer, repeats: Repeats) -> RepeatsReport:
+def _duplicates(
+    plan: Plan, layout: Layout, tokenizer: Tokenizer, duplicates: Duplicates
+) -> DuplicatesReport:
     size = 0
-    for unit in sorted(set(repeats.texts["unit"].tolist())):
+    for unit in sorted(set(duplicates.texts["unit"].tolist())):
         documents = TokensFile(tokens_path(plan.spec.work, unit)).documents
-        size += int(documents["bytes"][repeats.of_unit("texts", unit)].sum(dtype="int64"))
-    return RepeatsReport(
-        documents=len(repeats.texts),
+        size += int(documents["bytes"][duplicates.of_unit("texts", unit)].sum(dtype="int64"))
+    return DuplicatesReport(
+        documents=len(duplicates.texts),
         bytes=size,
         dropped=plan.spec.duplicates == "drop",
-        top=[_often(plan, tokenizer, entry) for entry in repeats.often],
-        repeated_ids=len(repeats.ids),
+        top=[_often(plan, tokenizer, entry) for entry in duplicates.often],
+        duplicate_ids=len(duplicates.ids),
     )
 
 
-def _often(plan: Plan, tokenizer: Tokenizer, entry: Any) -> RepeatedText:
+def _often(plan: Plan, tokenizer: Tokenizer, entry: Any) -> DuplicateText:
     """A frequent text, found again by its first place."""
     unit = plan.units[int(entry["unit"])]
     file = TokensFile(tokens_path(plan.spec.work, unit.index))
@@ -124,7 +126,7 @@ def _often(plan: Plan, tokenizer: Tokenizer, entry: Any) -> RepeatedText:
     start = int(file.documents["tokens"][: int(entry["document"])].sum(dtype="int64"))
     tokens = file.tokens[start : start + min(int(document["tokens"]), EXCERPT_TOKENS)]
     source = unit.parts[int(document["part"])].file.uri
-    return RepeatedText(
+    return DuplicateText(
         count=int(entry["count"]),
         bytes=int(entry["bytes"]),
         excerpt=tokenizer.decode(tokens),
@@ -132,10 +134,10 @@ def _often(plan: Plan, tokenizer: Tokenizer, entry: Any) -> RepeatedText:
     )
 
 
-def _quarantine(plan: Plan, repeats: Repeats, layout: Layout) -> dict[str, Quarantined]:
+def _quarantine(plan: Plan, duplicates: Duplicates, layout: Layout) -> dict[str, Quarantined]:
     examples: dict[str, list[BadRecord]] = {reason: [] for reason in layout.counts["bad"]}
     for unit in plan.units:
-        for line in quarantined(plan, repeats, unit):
+        for line in quarantined(plan, duplicates, unit):
             entry = orjson.loads(line)
             if len(examples[entry["reason"]]) < EXAMPLES:
                 examples[entry["reason"]].append(

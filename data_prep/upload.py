@@ -135,7 +135,7 @@ class _Target(StoreFolder):
         note, finished = self.read(NOTE), self.read("dataset.json")
         if note not in (None, mine) or (finished is not None and mine not in finished):
             raise DataPrepError(
-                f"{self.place} holds another dataset, or part of one; give another place or remove"
+                f"{self.location} holds another dataset, or part of one; give another place or remove"
                 " what is there"
             )
         if note is None:
@@ -170,7 +170,7 @@ class _Target(StoreFolder):
         wrong = [f for f in files if sizes.get(f.name) != f.bytes]
         if wrong:
             raise DataPrepError(
-                f"{self.place}/{wrong[0].name} has {sizes.get(wrong[0].name)} bytes after the"
+                f"{self.location}/{wrong[0].name} has {sizes.get(wrong[0].name)} bytes after the"
                 f" upload, expected {wrong[0].bytes}; start the upload again"
             )
 

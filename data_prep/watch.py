@@ -22,7 +22,7 @@ LOG_EVERY = 30.0  # seconds between lines where there is no terminal
 WORDS = {
     "tokenizer": "choosing the tokenizer",
     "tokenize": "tokenizing",
-    "repeats": "looking for repeats",
+    "duplicates": "looking for duplicates",
     "layout": "laying out",
     "pack": "packing",
     "finish": "finishing",

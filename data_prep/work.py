@@ -44,18 +44,18 @@ class Stage:
     costs: Sequence[int] | None = None
 
 
-class StageFailed(DataPrepError):
+class StageError(DataPrepError):
     """Some items of a stage could not be done; says the first of them."""
 
 
-def work_through(
+def run_stage(
     stage: Stage, work: Path, worker: int, workers: int, idle: Callable[[], object] = lambda: None
 ) -> None:
     """Do items of a stage until all are done, by whomever.
 
     Starts with this worker's share of the items.
 
-    idle: called when all that is left is being done by others. Raises StageFailed when some could
+    idle: called when all that is left is being done by others. Raises StageError when some could
     not be done, after the others are.
     """
     started = time.time()
@@ -83,7 +83,7 @@ def work_through(
         more = (
             f" (and {len(failures) - 1} more like it: {work}/failed)" if len(failures) > 1 else ""
         )
-        raise StageFailed(failures[0] + more)
+        raise StageError(failures[0] + more)
 
 
 def _in_order(costs: Sequence[int], worker: int, workers: int) -> list[int]:

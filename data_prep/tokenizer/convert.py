@@ -19,8 +19,8 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer as HFTokenizer
 
+from data_prep.tokenizer.adversarial import adversarial_texts
 from data_prep.tokenizer.description import BYTE_CHARACTERS, END_OF_TEXT, Description
-from data_prep.tokenizer.nasty import nasty_texts
 from data_prep.tokenizer.patterns import PATTERNS, SPECIALS, for_oniguruma
 from data_prep.tokenizer.tiktoken_encoder import last_pair
 from nextpt.base.errors import DataPrepError
@@ -313,7 +313,7 @@ def _compare(content: dict[str, Any], ranks: Ranks, source: str) -> None:
             f"{source}: the pattern {ranks.pattern!r} cannot be read: {error}"
         ) from error
     library.encode_special_tokens = True
-    texts = [*nasty_texts(), *(token.decode("utf-8", "replace") for token in ranks.mergeable)]
+    texts = [*adversarial_texts(), *(token.decode("utf-8", "replace") for token in ranks.mergeable)]
     for text, encoded in zip(
         texts, library.encode_batch_fast(texts, add_special_tokens=False), strict=True
     ):

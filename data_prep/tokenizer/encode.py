@@ -14,9 +14,9 @@ import numpy as np
 from tokenizers import Encoding
 from tokenizers import Tokenizer as HFTokenizer
 
+from data_prep.tokenizer.adversarial import adversarial_texts
 from data_prep.tokenizer.byte_counts import sizes_from_offsets, token_lengths, token_spellings
 from data_prep.tokenizer.description import Description
-from data_prep.tokenizer.nasty import nasty_texts
 from data_prep.tokenizer.respell import Respeller
 from data_prep.tokenizer.tiktoken_encoder import NotEligibleError, TiktokenEncoder
 from nextpt.base.errors import DataPrepError
@@ -78,7 +78,7 @@ class Tokenizer:
             return None, "asked for"
         try:
             fast = TiktokenEncoder(self._description, self.library)
-            if difference := self._compare(fast, nasty_texts()):
+            if difference := self._compare(fast, adversarial_texts()):
                 raise NotEligibleError(f"tiktoken differs from it on {difference}")
         except NotEligibleError as reason:
             if encoder == "tiktoken":

@@ -162,7 +162,7 @@ class StoreFolder:
     """
 
     def __init__(self, place: str | Path, durable: bool = False, background: bool = True) -> None:
-        self.place, self.durable = str(place).rstrip("/"), durable
+        self.location, self.durable = str(place).rstrip("/"), durable
         self.filesystem, root = open_store(place)
         if not background and isinstance(self.filesystem, fs.S3FileSystem):
             rebuild, (options,) = self.filesystem.__reduce__()

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data_prep.tokenizer import Tokenizer, convert, train_bpe
+from data_prep.tokenizer.adversarial import adversarial_texts
 from data_prep.tokenizer.description import BYTE_OF, Description
-from data_prep.tokenizer.nasty import nasty_texts
 from data_prep.tokenizer.patterns import PATTERNS, for_oniguruma
 from data_prep.tokenizer.tiktoken_encoder import last_pair
 from nextpt.base.errors import DataPrepError
 from tests.support.tokenizers import KINDS, TEXTS
 
 ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
-FRAGMENTS = st.lists(st.sampled_from(nasty_texts()[:120]) | ANY, max_size=6).map("".join)
+FRAGMENTS = st.lists(st.sampled_from(adversarial_texts()[:120]) | ANY, max_size=6).map("".join)
 # tiktoken's own forms of the patterns (0.14, tiktoken_ext/openai_public.py), which its published
 # encodings bring along.
 POSSESSIVE = {
@@ -115,7 +115,7 @@ def test_ranks_encode_difficult_texts_as_tiktoken(
     )
     for encoder in ("tiktoken", "tokenizers"):
         tokenizer = Tokenizer(tmp_path / "tokenizer.json", encoder=encoder)
-        for text in [*nasty_texts(), *TEXTS]:
+        for text in [*adversarial_texts(), *TEXTS]:
             check_equal(tokenizer, encoding, text)
 
 
@@ -221,7 +221,7 @@ def test_tekken(ranks: dict[bytes, int], tmp_path: Path, name: str) -> None:
     encoding = tiktoken.Encoding(
         "tekken", pat_str=PATTERNS["o200k_base"], mergeable_ranks=kept, special_tokens={}
     )
-    for text in [*nasty_texts(), *TEXTS]:
+    for text in [*adversarial_texts(), *TEXTS]:
         check_equal(tokenizer, encoding, text)
 
 
@@ -274,7 +274,7 @@ def test_gpt2s_pair(tmp_path: Path, source: str) -> None:
         "pair", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={}
     )
     assert tokenizer.token(tokenizer.end_id) == "<|endoftext|>"
-    for text in [*nasty_texts(), *TEXTS]:
+    for text in [*adversarial_texts(), *TEXTS]:
         check_equal(tokenizer, encoding, text)
 
 
@@ -284,7 +284,7 @@ def test_tokenizer_json_passes_through(tmp_path: Path) -> None:
     before, after = Tokenizer(tmp_path / "in.json"), Tokenizer(tmp_path / "out.json")
     assert (after.start_id, after.end_id) == (0, before.end_id)
     assert all(
-        before.encode(text).tolist() == after.encode(text).tolist() for text in nasty_texts()
+        before.encode(text).tolist() == after.encode(text).tolist() for text in adversarial_texts()
     )
 
 
@@ -464,7 +464,7 @@ def test_the_real_gpt2_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (by_name.vocab_size, by_name.end_id, by_name.encoder) == (50257, 50256, "tiktoken")
     assert all(
         by_name.encode(text).tolist() == by_file.encode(text).tolist()
-        for text in [*nasty_texts(), *real_texts()]
+        for text in [*adversarial_texts(), *real_texts()]
     )
 
 
@@ -504,7 +504,7 @@ def test_the_real_gpt_neox() -> None:
         "column",
         50277,
     )
-    texts = [*nasty_texts(), *real_texts()]
+    texts = [*adversarial_texts(), *real_texts()]
     assert tokenizer.difference(texts) is None
     for text in texts:
         assert int(tokenizer.encode_with_bytes(text)[1].sum()) == len(text.encode())
@@ -523,8 +523,8 @@ def real_texts() -> list[str]:
 
 def check_real(tokenizer: Tokenizer, encoding: tiktoken.Encoding) -> None:
     table = tokenizer.token_bytes()
-    for text in [*nasty_texts(), *real_texts()]:
+    for text in [*adversarial_texts(), *real_texts()]:
         ids = tokenizer.encode(text)
         assert ids.tolist() == encoding.encode(text, disallowed_special=())
         assert int(table[ids].sum()) == len(text.encode())
-    assert tokenizer.difference([*nasty_texts(), *real_texts()]) is None
+    assert tokenizer.difference([*adversarial_texts(), *real_texts()]) is None

@@ -136,8 +136,8 @@ def test_a_lease_can_be_read_at_any_moment(tmp_path: Path, monkeypatch: pytest.M
 DRIVER = """
 import sys
 from pathlib import Path
-import data_prep.plan, data_prep.layout, data_prep.repeats
-data_prep.plan.UNIT_BYTES, data_prep.layout.GROUP_TOKENS, data_prep.repeats.PARTITION = 20_000, 8_000, 50
+import data_prep.plan, data_prep.layout, data_prep.duplicates
+data_prep.plan.UNIT_BYTES, data_prep.layout.GROUP_TOKENS, data_prep.duplicates.PARTITION = 20_000, 8_000, 50
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.workers import LocalWorkers

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep.duplicates import KEYED, _later
 from data_prep.format import (
     ENDS_MID_DOCUMENT,
     PADDING,
@@ -20,7 +21,6 @@ from data_prep.format import (
     DatasetManifest,
 )
 from data_prep.prepare import is_current
-from data_prep.repeats import KEYED, _later
 from data_prep.spec import PrepSpec
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
@@ -233,10 +233,10 @@ def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path
         kept = prepare(spec)
     report = json.loads((spec.output / "report.json").read_text())
     assert sum(kept.splits[s]["x"].documents for s in SPLITS) == 56
-    assert report["repeats"]["documents"] == 11 and report["repeats"]["bytes"] == sum(
+    assert report["duplicates"]["documents"] == 11 and report["duplicates"]["bytes"] == sum(
         len(t.encode()) for t in base[:7] + base[5:9]
     )
-    assert [t["count"] for t in report["repeats"]["top"]] == [3, 3, *[2] * 7]
+    assert [t["count"] for t in report["duplicates"]["top"]] == [3, 3, *[2] * 7]
     with small_units(2000):
         dropped = prepare(
             spec.model_copy(update={"output": tmp_path / "dropped", "duplicates": "drop"})

@@ -109,7 +109,7 @@ def test_the_page_in_a_browser(rich: Path) -> None:
         assert headings == [
             "Domains and splits",
             "Lengths of documents",
-            "Repeats",
+            "Duplicates",
             "Left out",
             "Throughput",
             "Tokenizer",

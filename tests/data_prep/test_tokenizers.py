@@ -17,14 +17,14 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import normalizers
 
 from data_prep.tokenizer import Tokenizer, evenly_sampled, tiktoken_encoder, train_bpe
+from data_prep.tokenizer.adversarial import adversarial_texts
 from data_prep.tokenizer.byte_counts import sizes_from_offsets
-from data_prep.tokenizer.nasty import nasty_texts
 from nextpt.base.errors import DataPrepError
 from tests.support.tokenizers import ANY_TEXT, KINDS, TEXTS
 
 FAST = ("byte_level", "gpt2", "whole", "neox")
 ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
-FRAGMENTS = st.lists(st.sampled_from(nasty_texts()[:120]) | ANY, max_size=6).map("".join)
+FRAGMENTS = st.lists(st.sampled_from(adversarial_texts()[:120]) | ANY, max_size=6).map("".join)
 RUNS = st.builds(
     lambda text, times: text * times, st.text(min_size=1, max_size=3), st.integers(1, 300)
 )
@@ -78,7 +78,7 @@ def test_bytes_sum_to_the_text(made: dict[str, Tokenizer], kind: str, text: str)
 
 @pytest.mark.parametrize("kind", ANY_TEXT)
 def test_bytes_sum_to_difficult_texts(made: dict[str, Tokenizer], kind: str) -> None:
-    for text in nasty_texts():
+    for text in adversarial_texts():
         check_bytes(made[kind], text)
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer, convert
-from data_prep.tokenizer.nasty import nasty_texts
+from data_prep.tokenizer.adversarial import adversarial_texts
 from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config
@@ -365,7 +365,7 @@ def test_real_tokenizers_encode_as_ours(name: str, tmp_path: Path) -> None:
         for t in json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
         if t["special"]
     ]
-    texts = [t for t in nasty_texts() if not any(s in t for s in specials)]
+    texts = [t for t in adversarial_texts() if not any(s in t for s in specials)]
     texts.append((data / "tinyshakespeare.txt").read_text(encoding="utf-8")[:200_000])
     for text in texts:
         assert theirs(text).input_ids == [own.start_id, *own.encode(text).tolist()], text[:200]

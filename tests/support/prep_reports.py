@@ -6,11 +6,11 @@ import numpy as np
 
 from data_prep.report import (
     BadRecord,
+    Duplicates,
+    DuplicateText,
     InputReport,
     PrepReport,
     Quarantined,
-    RepeatedText,
-    Repeats,
     SplitReport,
     Throughput,
     TokenizerReport,
@@ -61,16 +61,16 @@ def rich_report() -> PrepReport:
         sequence_length=2048,
         documents_read=247_003,
         splits=splits,
-        repeats=Repeats(
+        duplicates=Duplicates(
             documents=1_204,
             bytes=3_400_000,
             dropped=True,
-            repeated_ids=17,
+            duplicate_ids=17,
             top=[
-                RepeatedText(
+                DuplicateText(
                     count=311, bytes=4_096, id="crawl/17/4", excerpt="All rights reserved. " * 6
                 ),
-                RepeatedText(count=12, bytes=77, id=NASTY, excerpt=NASTY),
+                DuplicateText(count=12, bytes=77, id=NASTY, excerpt=NASTY),
             ],
         ),
         filtered={"repeated text": 1_204, "shorter than 64 bytes": 890},
@@ -143,7 +143,7 @@ def empty_report() -> PrepReport:
             "filtered": {},
             "quarantined": {},
             "inputs": [],
-            "repeats": Repeats(documents=0, bytes=0, dropped=False, top=[], repeated_ids=0),
+            "duplicates": Duplicates(documents=0, bytes=0, dropped=False, top=[], duplicate_ids=0),
             "throughput": Throughput(
                 workers=1,
                 wall_seconds=0.0,

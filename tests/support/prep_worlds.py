@@ -71,7 +71,7 @@ def small_units(unit: int = 20_000, group: int = 8_000, partition: int = 50) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_prep.plan.UNIT_BYTES", unit)
         patch.setattr("data_prep.layout.GROUP_TOKENS", group)
-        patch.setattr("data_prep.repeats.PARTITION", partition)
+        patch.setattr("data_prep.duplicates.PARTITION", partition)
         yield
 
 

@@ -30,12 +30,12 @@ def partitions(work: Path, units: int) -> int:
     return max(1, -(-documents // PARTITION))
 
 
-def repeats_path(work: Path, partition: int) -> Path:
+def duplicates_path(work: Path, partition: int) -> Path:
     """The result of a partition: there when it is done."""
-    return work / "repeats" / f"{partition:05d}.npz"
+    return work / "duplicates" / f"{partition:05d}.npz"
 
 
-def find_repeats(
+def find_duplicates(
     work: Path, units: int, partition: int, count: int, advance: Advance = lambda n: None
 ) -> None:
     """Write the later ones of equal texts and of equal ids among the documents of one partition of `count`."""
@@ -52,7 +52,7 @@ def find_repeats(
         advance(1)
     texts, often = _later(np.concatenate(found["text"] or [np.empty(0, KEYED)]))
     ids, _ = _later(np.concatenate(found["id"] or [np.empty(0, KEYED)]))
-    path = repeats_path(work, partition)
+    path = duplicates_path(work, partition)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb") as file:
         np.savez(file, texts=texts, ids=ids, often=often)
@@ -79,7 +79,7 @@ def _later(keyed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(places, order=("unit", "document")), often
 
 
-class Repeats:
+class Duplicates:
     """What all partitions found. texts, ids: PLACE records in order.
 
     often: the most frequent texts.
@@ -88,7 +88,7 @@ class Repeats:
     def __init__(self, work: Path, count: int) -> None:
         parts = []
         for partition in range(count):
-            with np.load(repeats_path(work, partition)) as found:
+            with np.load(duplicates_path(work, partition)) as found:
                 parts.append({name: found[name] for name in found.files})
         self.texts, self.ids = (
             np.sort(np.concatenate([p[name] for p in parts]), order=("unit", "document"))

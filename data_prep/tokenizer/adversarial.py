@@ -141,7 +141,7 @@ TEXTS = (
 
 
 @cache
-def nasty_texts() -> tuple[str, ...]:
+def adversarial_texts() -> tuple[str, ...]:
     """The texts above, and all of Unicode in samples: where the category changes, and every 16th code point of the planes in use."""
     return TEXTS + _unicode_samples()
 

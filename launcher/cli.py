@@ -68,7 +68,32 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command line; the entry point `nextpt`."""
-    app()
+    *words, last = sys.argv[1:] or [""]
+    if last != "--help" or not print_help(words):
+        app()
+
+
+def print_help(words: list[str]) -> bool:
+    """Print the help text of a command without parsing any option.
+
+    Typer's parser imports pydantic, which takes longer than everything else in a help text.
+
+    Args:
+        words: Names of a group and its command, as on the command line; empty for `nextpt`.
+
+    Returns:
+        Whether there is such a command; otherwise nothing was printed.
+    """
+    command = typer.main.get_command(app)
+    context = typer.Context(command, info_name="nextpt")
+    for word in words:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            return False
+        context = typer.Context(command, info_name=word, parent=context)
+    if text := command.get_help(context):
+        print(text)
+    return True
 
 
 if __name__ == "__main__":

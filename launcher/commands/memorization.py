@@ -1,253 +1,252 @@
-"""`nextpt memorization`: what a run has by heart, and what of an evaluation set was in its training data."""
+"""`nextpt memorization`: canaries, extraction of training data, contamination of test sets."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from launcher.console import build_table, console, echo, progress_bars
+from launcher.options import JsonFile, PlotFile, RunFolder, Step
 from launcher.registration import add_command, add_group
+from nextpt.base.errors import ConfigError
 
-RunFolder = Annotated[Path, typer.Option("--run", help="run folder, such as runs/demo")]
-Step = Annotated[int | None, typer.Option(help="step of the checkpoint; the newest unless given")]
-Json = Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")]
-Plot = Annotated[Path | None, typer.Option(help="also draw them: a .png, .svg or .pdf file")]
+PERCENT = 100.0
+EXTRACTION_COLUMNS = (("exact", "share"), ("near", "share"), ("score", "mean"))
 
 
 def plant(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="where canaries.jsonl (for `nextpt prep shards`) and canaries.json are written"
+            help="folder to write: canaries.jsonl (for `nextpt prep shards`) and canaries.json"
         ),
     ],
     each: Annotated[
         int, typer.Option(min=1, help="canaries for each number of repeats, 1, 2, 4, ... 128")
     ] = 8,
-    controls: Annotated[int, typer.Option(min=1, help="canaries that are never shown")] = 256,
-    seed: Annotated[int, typer.Option(help="of the random texts")] = 0,
+    controls: Annotated[int, typer.Option(min=1, help="canaries that are not shown")] = 256,
+    seed: Annotated[int, typer.Option(help="seed of the random texts")] = 0,
 ) -> None:
-    """Make random texts to add to a corpus, so that `canaries` can tell later how well they were remembered."""
+    """Write random texts (canaries) to add to a corpus, for `nextpt memorization canaries`."""
     from nextpt.evaluate.memorization.canaries import make_canaries, write_canaries
 
-    made = make_canaries(each, controls, seed)
-    write_canaries(made, folder)
+    planted = make_canaries(each, controls, seed)
+    write_canaries(planted, folder)
     echo(
-        f"{folder}/canaries.jsonl: {sum(c.repeats for c in made):,} documents,"
-        f" {len(made) - controls} texts; keep {folder}/canaries.json"
+        f"{folder}/canaries.jsonl: {sum(c.repeats for c in planted):,} documents,"
+        f" {len(planted) - controls} texts; keep {folder}/canaries.json"
     )
 
 
 def canaries(
-    folder: Annotated[Path, typer.Argument(help="what `plant` wrote")],
+    folder: Annotated[Path, typer.Argument(help="folder that `plant` wrote")],
     run: RunFolder,
     step: Step = None,
-    json_path: Json = None,
-    plot: Plot = None,
+    json_path: JsonFile = None,
+    plot: PlotFile = None,
 ) -> None:
-    """Extraction and exposure of planted texts against how often they were shown, beside texts that never were."""
+    """Measure extraction and exposure of canaries by the number of times they were shown."""
     from nextpt.evaluate.heldout import open_model
     from nextpt.evaluate.memorization.canaries import read_canaries
     from nextpt.evaluate.memorization.measure import measure_canaries
     from nextpt.generate.text import pick_device
+    from nextpt.observe.memorization_plots import plot_canaries
 
     planted = read_canaries(folder)
-    config, model, tokenizer, at = open_model(run, step, pick_device())
-    with progress_bars("trying") as progress:
-        found = measure_canaries(config, model, tokenizer, planted, progress)
-    result = {"run": str(run), "step": at, "by_repeats": found}
+    config, model, tokenizer, checkpoint_step = open_model(run, step, pick_device())
+    with progress_bars("measuring") as progress:
+        by_repeats = measure_canaries(config, model, tokenizer, planted, progress)
+    result = {"run": str(run), "step": checkpoint_step, "by_repeats": by_repeats}
     rows = [
         [
             repeats if int(repeats) else "never",
-            f"{f['nats']['of']}",
-            interval(f["extracted"], "share", 100),
-            interval(f["score"], "mean", 100),
-            interval(f["exposure_bits"], "mean"),
+            f"{metrics['nats']['of']}",
+            format_metric(metrics["extracted"], "share", PERCENT),
+            format_metric(metrics["score"], "mean", PERCENT),
+            format_metric(metrics["exposure_bits"], "mean"),
         ]
-        for repeats, f in found.items()
+        for repeats, metrics in by_repeats.items()
     ]
-    console.print(
-        build_table(
-            f"canaries, step {at} (95 % intervals)",
-            ["shown", "texts", "extracted, %", "tokens agree, %", "exposure, bits"],
-            rows,
-        )
-    )
-    _write(result, json_path)
-    if plot:
-        from nextpt.observe.memorization_plots import plot_canaries
-
-        plot_canaries(result, plot)
-        echo(f"drawn in {plot}")
+    headings = ["shown", "texts", "extracted, %", "tokens agree, %", "exposure, bits"]
+    title = f"canaries, step {checkpoint_step} (95 % intervals)"
+    console.print(build_table(title, headings, rows))
+    _write(result, json_path, plot, plot_canaries)
 
 
 def extract(
     run: RunFolder,
     step: Step = None,
-    data: Annotated[
-        Path | None, typer.Option(help="dataset folder; the run's own unless given")
-    ] = None,
-    prefixes: Annotated[str, typer.Option(help="lengths of the prefixes, tokens")] = "16,32,64,128",
-    continuation: Annotated[int, typer.Option(min=1, help="tokens that the model must give")] = 32,
-    count: Annotated[int, typer.Option(min=1, help="sequences of each side")] = 256,
-    seed: Annotated[int, typer.Option(help="of the choice of sequences")] = 0,
-    json_path: Json = None,
-    plot: Plot = None,
+    data: Annotated[Path | None, typer.Option(help="dataset folder [default: the run's]")] = None,
+    prefixes: Annotated[
+        str, typer.Option(help="lengths of the prefixes, tokens, separated by commas")
+    ] = "16,32,64,128",
+    continuation: Annotated[int, typer.Option(min=1, help="tokens of a continuation")] = 32,
+    count: Annotated[int, typer.Option(min=1, help="sequences per split")] = 256,
+    seed: Annotated[int, typer.Option(help="seed of the choice of sequences")] = 0,
+    json_path: JsonFile = None,
+    plot: PlotFile = None,
 ) -> None:
-    """Of stretches of training and held-out documents: how many does the model continue, token for token?"""
+    """Measure how often a model continues training and held-out documents token for token."""
     from data_prep.format import SPLITS
-    from nextpt.data.dataset import open_sequences
+    from nextpt.data.dataset import open_rows
     from nextpt.evaluate.heldout import open_model
     from nextpt.evaluate.memorization.measure import measure_extraction
     from nextpt.generate.text import pick_device
+    from nextpt.observe.memorization_plots import plot_extraction
 
-    lengths = _lengths(prefixes)
-    config, model, _, at = open_model(run, step, pick_device())
+    lengths = _parse_lengths(prefixes)
+    config, model, _, checkpoint_step = open_model(run, step, pick_device())
     folder = data or Path(config.data.path)
     with progress_bars("continuing") as progress:
-        found = measure_extraction(
+        metrics = measure_extraction(
             config,
             model,
-            {side: list(open_sequences(folder, side).values()) for side in SPLITS},
+            {split: list(open_rows(folder, split).values()) for split in SPLITS},
             prefixes=lengths,
             continuation=continuation,
             count=count,
             seed=seed,
             progress=progress,
         )
-    result = {"run": str(run), "step": at, "continuation": continuation, "seed": seed} | found
-    columns = (("exact", "share"), ("near", "share"), ("score", "mean"))
-    rows = [
-        [
-            side,
-            str(p),
-            *(interval(found[side]["prefixes"][str(p)][name], key, 100) for name, key in columns),
-        ]
-        for side in SPLITS
-        for p in lengths
-    ]
-    console.print(
-        build_table(
-            f"continuations of {continuation} tokens, greedy, step {at} (95 % intervals)",
-            ["side", "prefix", "all agree, %", "9 of 10 agree, %", "tokens agree, %"],
-            rows,
-        )
-    )
-    for side in SPLITS:
-        echo(
-            f"{side}: {interval(found[side]['nats_per_token'], 'mean', digits=3)} nats per token of"
-            f" the continuations, of {found[side]['sequences']} sequences"
-        )
-    echo(f"gap: {found['gap_nats_per_token']:.3f} nats per token")
-    _write(result, json_path)
-    if plot:
-        from nextpt.observe.memorization_plots import plot_extraction
+    result = {
+        "run": str(run),
+        "step": checkpoint_step,
+        "continuation": continuation,
+        "seed": seed,
+    } | metrics
+    _print_extraction(result, lengths, SPLITS)
+    _write(result, json_path, plot, plot_extraction)
 
-        plot_extraction(result, plot)
-        echo(f"drawn in {plot}")
+
+def _print_extraction(result: dict[str, Any], lengths: list[int], splits: tuple[str, ...]) -> None:
+    rows = []
+    for split in splits:
+        for length in lengths:
+            metrics = result[split]["prefixes"][str(length)]
+            cells = [format_metric(metrics[name], key, PERCENT) for name, key in EXTRACTION_COLUMNS]
+            rows.append([split, str(length), *cells])
+    title = (
+        f"continuations of {result['continuation']} tokens, greedy, step {result['step']}"
+        " (95 % intervals)"
+    )
+    headings = ["split", "prefix", "all agree, %", "9 of 10 agree, %", "tokens agree, %"]
+    console.print(build_table(title, headings, rows))
+    for split in splits:
+        nats = format_metric(result[split]["nats_per_token"], "mean", digits=3)
+        echo(
+            f"{split}: {nats} nats per token of the continuations, of"
+            f" {result[split]['sequences']} sequences"
+        )
+    echo(f"gap: {result['gap_nats_per_token']:.3f} nats per token")
 
 
 def contamination(
     run: Annotated[
         Path | None,
         typer.Option(
-            help="run folder: its data, and bits per byte with and without what was found"
+            help="run folder: its dataset, and bits per byte with and without contamination"
         ),
     ] = None,
     step: Step = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            help=(
-                "dataset folder whose training shards are looked through; the run's own unless"
-                " given"
-            )
-        ),
+        typer.Option(help="dataset folder whose training shards are searched [default: the run's]"),
     ] = None,
     text: Annotated[
         str | None,
         typer.Option(
             help=(
-                "the evaluation set, in any form that `nextpt prep` reads; the held-out texts"
-                " unless given"
+                "evaluation set, in any form that `nextpt prep` reads [default: the held-out"
+                " documents]"
             )
         ),
     ] = None,
-    json_path: Json = None,
+    json_path: JsonFile = None,
 ) -> None:
-    """Which documents of an evaluation set share 13 words, or 50 characters, with the training shards?"""
+    """Find documents of a test set that share 13 words or 50 characters with the training data."""
     from nextpt.evaluate.memorization.examine import examine
 
     with progress_bars("reading") as progress:
         result = examine(run, step, data, text, progress)
-    rows = [
-        [
-            domain,
-            f"{f['documents']:,}",
-            f"{f['contaminated']:,}",
-            f"{f['with_13_words']:,}",
-            f"{f['with_50_characters']:,}",
-            " / ".join(
-                _bits(f.get("bits_per_byte", {}).get(part))
-                for part in ("all", "clean", "contaminated")
-            ),
-        ]
-        for domain, f in result["domains"].items()
-    ]
-    console.print(
-        build_table(
-            "documents that share text with the training shards (bits per byte: all / clean /"
-            " found)",
-            ["domain", "documents", "found", "13 words", "50 chars", "bits per byte"],
-            rows,
+    rows = []
+    for domain, metrics in result["domains"].items():
+        bits = metrics.get("bits_per_byte", {})
+        rows.append(
+            [
+                domain,
+                f"{metrics['documents']:,}",
+                f"{metrics['contaminated']:,}",
+                f"{metrics['with_13_words']:,}",
+                f"{metrics['with_50_characters']:,}",
+                " / ".join(_format_bits(bits.get(k)) for k in ("all", "clean", "contaminated")),
+            ]
         )
+    title = (
+        "documents that share text with the training shards (bits per byte: all / clean /"
+        " contaminated)"
     )
-    if json_path is None and any(f["contaminated"] for f in result["domains"].values()):
-        echo("which ones: --json FILE")
+    headings = ["domain", "documents", "found", "13 words", "50 chars", "bits per byte"]
+    console.print(build_table(title, headings, rows))
+    is_contaminated = any(metrics["contaminated"] for metrics in result["domains"].values())
+    if json_path is None and is_contaminated:
+        echo("--json FILE lists them")
     _write(result, json_path)
 
 
-def interval(value: dict[str, Any], key: str, scale: float = 1.0, digits: int | None = None) -> str:
-    """ "x (low-high)" of a figure times `scale`, with its interval.
+def format_metric(
+    metric: dict[str, Any], key: str, scale: float = 1.0, digits: int | None = None
+) -> str:
+    """Format a metric with its interval as "x (low-high)".
 
-    The figure alone where it has none.
+    Args:
+        metric: Value under `key`, and the interval's ends under "low" and "high" (None where there
+            is none).
+        key: Key of the value.
+        scale: Factor of all three.
+        digits: Decimal places; 1 for percentages and 2 for others unless given.
     """
-    if value[key] is None:
+    if metric[key] is None:
         return "-"
-    digits = digits if digits is not None else 1 if scale == 100 else 2
-    middle, low, high = (
-        None if value[k] is None else f"{scale * value[k]:.{digits}f}" for k in (key, "low", "high")
-    )
-    return middle if low is None else f"{middle} ({low}-{high})"
+    places = digits if digits is not None else 1 if scale == PERCENT else 2
+    value = f"{scale * metric[key]:.{places}f}"
+    if metric["low"] is None:
+        return value
+    return f"{value} ({scale * metric['low']:.{places}f}-{scale * metric['high']:.{places}f})"
 
 
-def _bits(value: float | None) -> str:
+def _format_bits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _lengths(text: str) -> list[int]:
-    from nextpt.base.errors import ConfigError
-
+def _parse_lengths(text: str) -> list[int]:
     try:
         lengths = sorted({int(part) for part in text.split(",")})
     except ValueError:
         lengths = []
     if not lengths or lengths[0] < 1:
         raise ConfigError(
-            f"--prefixes {text}: expected numbers of tokens with commas between them, such as"
-            " 16,32,64"
+            f"--prefixes {text}: expected numbers of tokens separated by commas, such as 16,32,64"
         )
     return lengths
 
 
-def _write(result: dict[str, Any], path: Path | None) -> None:
-    if path:
-        from nextpt.evaluate.heldout import write_result
+def _write(
+    result: dict[str, Any],
+    json_path: Path | None,
+    plot: Path | None = None,
+    draw: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    from nextpt.evaluate.heldout import write_result
 
-        write_result(result, path)
-        echo(f"written to {path}")
+    if json_path:
+        write_result(result, json_path)
+        echo(f"written to {json_path}")
+    if plot and draw:
+        draw(result, plot)
+        echo(f"plotted in {plot}")
 
 
 def register(app: typer.Typer) -> None:
@@ -255,13 +254,16 @@ def register(app: typer.Typer) -> None:
     group = add_group(
         app,
         "memorization",
-        help="What a run has by heart, and what of an evaluation set it was trained on.",
+        help="Memorization of training data, and contamination of evaluation sets.",
     )
     add_command(
         group,
         "plant",
         plant,
-        example="nextpt memorization plant data/canaries, then prep shards ... canaries=data/canaries/canaries.jsonl",
+        example=(
+            "nextpt memorization plant data/canaries, then prep shards ..."
+            " canaries=data/canaries/canaries.jsonl"
+        ),
     )
     add_command(
         group,
@@ -273,11 +275,16 @@ def register(app: typer.Typer) -> None:
         group,
         "extract",
         extract,
-        example="nextpt memorization extract --run runs/demo --prefixes 16,64,128 --plot extraction.png",
+        example=(
+            "nextpt memorization extract --run runs/demo --prefixes 16,64,128 --plot extraction.png"
+        ),
     )
     add_command(
         group,
         "contamination",
         contamination,
-        example="nextpt memorization contamination --run runs/demo    or: --data data/mine --text benchmark.jsonl",
+        example=(
+            "nextpt memorization contamination --run runs/demo    or: --data data/mine"
+            " --text benchmark.jsonl"
+        ),
     )

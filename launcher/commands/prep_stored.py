@@ -1,11 +1,10 @@
-"""`nextpt prep export`, `upload` and `weigh`: what is done with a finished dataset."""
+"""`nextpt prep export`, `upload` and `weigh`: operations on a finished dataset."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
 
-import humanize
 import typer
 
 from launcher.console import console, echo
@@ -21,12 +20,12 @@ def weigh(
         str,
         typer.Option(
             metavar="FILE.py:NAME",
-            help="function of a row (a dict of its columns) that gives T + 1 numbers >= 0",
+            help="function of a row (a dict of its columns) that returns T + 1 numbers >= 0",
         ),
     ],
     output: Annotated[Path, typer.Option(help="folder of the new dataset")],
 ) -> None:
-    """Write a dataset again with a weight for each token, for objective.token_weights=true.
+    """Copy a dataset with a weight for each token, for objective.token_weights=true.
 
     See docs/ablation.md.
     """
@@ -44,11 +43,11 @@ def weigh(
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("weighing rows", total=rows)
 
-        def told(row: dict[str, Any]) -> Any:
+        def weigh_row(row: dict[str, Any]) -> Any:
             bar.advance(task)
             return function(row)
 
-        add_token_weights(data, output, told)
+        add_token_weights(data, output, weigh_row)
     echo(
         f"{output}: {rows:,} rows with token_weights; train on it with data.path={output}"
         " objective.token_weights=true"
@@ -61,18 +60,18 @@ def export(
         Path, typer.Option(metavar="PREFIX", help="files are PREFIX-DOMAIN-SPLIT.bin and .idx")
     ],
     megatron: Annotated[
-        bool, typer.Option("--megatron", help="as Megatron-LM's indexed datasets")
+        bool, typer.Option("--megatron", help="as indexed datasets of Megatron-LM")
     ] = False,
 ) -> None:
-    """Write a dataset in another program's format."""
+    """Write a dataset in the format of another framework."""
     from data_prep.export import export_megatron
 
     if not megatron:
         raise UserError("name the format to export to: --megatron")
-    done = export_megatron(data, output, console)
-    for part in done:
+    parts = export_megatron(data, output, console)
+    for part in parts:
         echo(f"{part.prefix}.bin/.idx: {part.sequences:,} sequences, {part.tokens:,} tokens")
-    train = [f"{part.tokens} {part.prefix}" for part in done if part.split == "train"]
+    train = [f"{part.tokens} {part.prefix}" for part in parts if part.split == "train"]
     echo(f"for Megatron: --split 100,0,0 --data-path {' '.join(train)}   (weights are tokens)")
 
 
@@ -81,28 +80,26 @@ def upload(
     remote: Annotated[
         str,
         typer.Argument(
-            metavar="REMOTE", help="s3://, gs://, abfs://, another scheme of fsspec's, or a folder"
+            metavar="REMOTE", help="s3://, gs://, abfs://, another scheme of fsspec, or a folder"
         ),
     ],
-    threads: Annotated[int, typer.Option(min=1, help="files sent at the same time")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="files uploaded in parallel")] = 8,
 ) -> None:
     """Copy a finished dataset to an object store, dataset.json last.
 
-    The same command again goes on.
-
-    S3_ENDPOINT_URL names an S3 that is not Amazon's.
+    The same command continues after an interruption. S3_ENDPOINT_URL sets the endpoint of an
+    S3-compatible store.
     """
-    from data_prep.upload import upload as send
+    from humanize import naturalsize
 
-    done = send(data, remote, threads=threads, console=console)
-    there = (
-        f"; {done.present_files} shards were there already"
-        f" ({humanize.naturalsize(done.present_bytes, binary=True)})" * bool(done.present_files)
-    )
-    echo(
-        f"{remote}: {done.sent_files} files, {humanize.naturalsize(done.sent_bytes, binary=True)}"
-        f" sent{there}"
-    )
+    from data_prep.upload import upload as upload_dataset
+
+    done = upload_dataset(data, remote, threads=threads, console=console)
+    text = f"{remote}: {done.sent_files} files, {naturalsize(done.sent_bytes, binary=True)} sent"
+    if done.present_files:
+        size = naturalsize(done.present_bytes, binary=True)
+        text += f"; {done.present_files} shards were there already ({size})"
+    echo(text)
 
 
 def register(app: typer.Typer) -> None:

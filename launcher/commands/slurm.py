@@ -1,67 +1,72 @@
-"""`nextpt slurm`: write a job script for a config and submit it."""
+"""`nextpt slurm`: write the job script of a config and submit it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.console import echo
-from launcher.jobs.slurm import further_option, job_script, submit_script
+from launcher.options import Overrides, SbatchOptions
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import ConfigError
-from nextpt.base.files import atomic_write
-from nextpt.config import Config, load_config
 
-# Seconds from the signal to the time limit, as Slurm may send it up to 60 s too early or late
-# (sbatch --signal)
-LEAST_LEAD = 120
+if TYPE_CHECKING:
+    from nextpt.config import Config
+
+ConfigPath = Annotated[Path, typer.Option("--config", help="YAML file of the run, see configs/")]
+Nodes = Annotated[int, typer.Option(min=1, help="number of nodes")]
+GpusPerNode = Annotated[
+    int, typer.Option(min=0, help="GPUs per node, one rank on each; 0 trains on CPUs")
+]
+RanksPerNode = Annotated[
+    int | None, typer.Option(min=1, help="ranks per node without GPUs [default: 1]")
+]
+CpusPerRank = Annotated[int, typer.Option(min=1, help="CPU cores per rank")]
+TimeLimit = Annotated[
+    str,
+    typer.Option(
+        "--time",
+        help="time limit in sbatch's format; before it the job saves and requeues itself",
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="write and print the script, submit nothing")
+]
 
 
 def submit(
-    config: Annotated[Path, typer.Option(help="YAML file, see configs/")],
-    nodes: Annotated[int, typer.Option(min=1)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="override keys of the file")
-    ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="one rank each; 0 trains on CPUs")] = 8,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="where there are no GPUs: 1 unless given")
-    ] = None,
-    cpus_per_rank: Annotated[int, typer.Option(min=1)] = 8,
-    time: Annotated[
-        str,
-        typer.Option(
-            help="time limit, as sbatch takes it; the job saves and queues itself again before it"
-        ),
-    ] = "24:00:00",
-    sbatch: Annotated[
-        list[str] | None,
-        typer.Option(help="a further option for sbatch, such as --partition=gpu; may be repeated"),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="write the script and show it, submit nothing")
-    ] = False,
+    config: ConfigPath,
+    nodes: Nodes,
+    overrides: Overrides = None,
+    gpus_per_node: GpusPerNode = 8,
+    ranks_per_node: RanksPerNode = None,
+    cpus_per_rank: CpusPerRank = 8,
+    time_limit: TimeLimit = "24:00:00",
+    sbatch: SbatchOptions = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Write RUN/slurm/job.sbatch and submit it.
 
-    The job resumes the run, and requeues itself when it is preempted or out of time.
+    The job resumes the run, and requeues itself when it is preempted or reaches the time limit.
     """
+    from launcher.jobs.slurm import job_script, parse_sbatch_option, submit_script, train_options
+    from nextpt.base.files import atomic_write
+    from nextpt.config import load_config
+
     settings = load_config(str(config), overrides or [])
     ranks = _ranks_per_node(gpus_per_node, ranks_per_node)
     settings.accumulation_steps(nodes * ranks)
-    _check_paths(settings)
-    options = {
-        "--job-name": settings.run.name,
-        "--nodes": str(nodes),
-        "--ntasks-per-node": str(ranks),
-        "--cpus-per-task": str(cpus_per_rank),
-        "--gpus-per-node": str(gpus_per_node) if gpus_per_node else "",
-        "--time": time,
-        "--signal": f"USR1@{_lead(settings)}",
-        "--output": str((settings.run_dir / "slurm" / "%j.log").resolve()),
-    } | dict(further_option(option) for option in sbatch or [])
+    _check_dataset(settings)
+    options = train_options(
+        settings,
+        nodes=nodes,
+        ranks_per_node=ranks,
+        gpus_per_node=gpus_per_node,
+        cpus_per_rank=cpus_per_rank,
+        time_limit=time_limit,
+    ) | dict(map(parse_sbatch_option, sbatch or []))
     script = settings.run_dir / "slurm" / "job.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(script) as file:
@@ -70,12 +75,12 @@ def submit(
         echo(script.read_text(encoding="utf-8"))
         echo(f"written to {script}; nothing was submitted")
         return
-    number = submit_script(script)
-    log = options["--output"].replace("%j", number)
-    echo(f"job {number}: {nodes} nodes x {ranks} ranks, script {script}")
+    job = submit_script(script)
+    log = options["--output"].replace("%j", job)
+    echo(f"job {job}: {nodes} nodes x {ranks} ranks, script {script}")
     echo(
-        f"watch: tail -F {log}; save and end: scancel --signal=USR1 {number} (it queues itself"
-        f" again) or scancel {number}"
+        f"watch: tail -F {log}; save and requeue: scancel --signal=USR1 {job}; save and end:"
+        f" scancel {job}"
     )
 
 
@@ -88,16 +93,12 @@ def _ranks_per_node(gpus: int, ranks: int | None) -> int:
     return gpus or ranks or 1
 
 
-def _lead(settings: Config) -> int:
-    return max(LEAST_LEAD, round(settings.checkpoint.grace_seconds) + 60)
-
-
-def _check_paths(settings: Config) -> None:
-    """The job starts somewhere else, later: what it would not find should be said now."""
+def _check_dataset(settings: Config) -> None:
+    """Raise ConfigError for a dataset that the job would not find when it starts."""
     if settings.data.remote is None and not (Path(settings.data.path) / "dataset.json").is_file():
         raise ConfigError(
             f"data.path = {settings.data.path} holds no dataset.json; prepare the dataset on a disk"
-            " that all nodes see first"
+            " that all nodes share first"
         )
 
 
@@ -108,5 +109,8 @@ def register(app: typer.Typer) -> None:
         group,
         "submit",
         submit,
-        example="nextpt slurm submit --config configs/1.3b.yaml --nodes 4 --sbatch --partition=gpu data.path=/data/shards",
+        example=(
+            "nextpt slurm submit --config configs/1.3b.yaml --nodes 4 --sbatch --partition=gpu"
+            " data.path=/data/shards"
+        ),
     )

@@ -1,9 +1,9 @@
-"""`nextpt tokenizer`: train one, convert one, look at one."""
+"""`nextpt tokenizer`: train, convert and describe tokenizers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import console, echo
+from launcher.options import PrintJson
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import DataPrepError
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 Output = Annotated[Path, typer.Option(help="tokenizer.json to write")]
 Start = Annotated[
-    str | None, typer.Option(help="special token put before a document; the usual one unless given")
+    str | None, typer.Option(help="special token before each document [default: the tokenizer's]")
 ]
 End = Annotated[
-    str | None, typer.Option(help="special token put after a document; the usual one unless given")
+    str | None, typer.Option(help="special token after each document [default: the tokenizer's]")
 ]
 TextField = Annotated[str, typer.Option(help="key or column of the text")]
 
@@ -36,43 +37,47 @@ def tokenizer_train(
         ),
     ],
     output: Output,
-    vocab_size: Annotated[int, typer.Option(help="tokens, the end of text included")] = 32768,
+    vocab_size: Annotated[
+        int, typer.Option(help="tokens, including the special token at the end of a document")
+    ] = 32768,
     max_bytes: Annotated[
         float,
         typer.Option(
             min=1,
-            help="text to learn from at most, an even sample of the corpus; it is held in memory",
+            help="maximum bytes of training text, an even sample of the corpus, held in memory",
         ),
     ] = 1e9,
     text_field: TextField = "text",
 ) -> None:
-    """Learn a byte-level BPE from a corpus."""
+    """Train a byte-level BPE tokenizer on a corpus."""
     from data_prep.tokenizer import Tokenizer, evenly_sampled, train_bpe
 
     if not output.absolute().parent.is_dir():
         raise DataPrepError(f"folder {output.absolute().parent} for the tokenizer does not exist")
-    sample = evenly_sampled(_read([_place(item) for item in corpora], text_field), int(max_bytes))
+    sample = evenly_sampled(
+        _read_texts([_path_of(item) for item in corpora], text_field), int(max_bytes)
+    )
     size = sum(len(text.encode()) for text in sample)
-    echo(f"learning {vocab_size:,} tokens from {size:,} bytes")
+    echo(f"training {vocab_size:,} tokens on {size:,} bytes")
     train_bpe(sample, vocab_size, output, total=len(sample), progress=console.is_terminal)
-    _say(_facts(Tokenizer(output), sample))
+    _print_description(_describe(Tokenizer(output), sample))
 
 
-def _place(item: str) -> str:
-    """PATH of an item that may be DOMAIN=PATH, as `nextpt prep shards` takes them."""
+def _path_of(item: str) -> str:
+    """Return PATH of an argument PATH or DOMAIN=PATH, as `nextpt prep shards` takes them."""
     from data_prep.spec import DOMAIN_NAME
 
     name, equals, path = item.partition("=")
     return path if equals and DOMAIN_NAME.fullmatch(name) and not Path(item).exists() else item
 
 
-def _read(places: list[str], text_field: str) -> Iterator[str]:
-    """Texts of the corpora, with a bar; bad records are passed over and counted."""
+def _read_texts(paths: list[str], text_field: str) -> Iterator[str]:
+    """Yield the texts of the corpora with a progress bar; bad records are skipped and counted."""
     from data_prep.inputs import find_files
     from data_prep.progress import byte_progress
     from data_prep.records import Bad, Fields, read_part, whole
 
-    files = [file for place in places for file in find_files(place)]
+    files = [file for path in paths for file in find_files(path)]
     bad = 0
     with byte_progress(console) as progress:
         task = progress.add_task("reading", total=sum(file.size for file in files))
@@ -85,7 +90,7 @@ def _read(places: list[str], text_field: str) -> Iterator[str]:
                 else:
                     yield record.text
     if bad:
-        echo(f"{bad:,} bad records passed over; nextpt prep shards names them")
+        echo(f"{bad:,} bad records skipped; nextpt prep shards lists them")
 
 
 def tokenizer_convert(
@@ -93,8 +98,8 @@ def tokenizer_convert(
         str,
         typer.Argument(
             help=(
-                "tokenizer.json, ranks (.tiktoken), encoder.json with vocab.bpe, tekken.json, or a"
-                " name such as cl100k_base"
+                "tokenizer.json, a tiktoken rank file (.tiktoken), encoder.json with vocab.bpe,"
+                " tekken.json, or a name such as cl100k_base"
             )
         ),
     ],
@@ -103,25 +108,26 @@ def tokenizer_convert(
         str | None,
         typer.Option(
             help=(
-                "how a file of ranks cuts text: gpt2, cl100k_base, llama3, o200k_base, qwen, or a"
-                " regular expression"
+                "pre-tokenization of a rank file: gpt2, cl100k_base, llama3, o200k_base, qwen, or"
+                " a regular expression"
             )
         ),
     ] = None,
     special: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TOKEN[=ID]", help="special tokens of a file of ranks, in their order"
+            metavar="TOKEN[=ID]",
+            help="special token of a rank file, in the order of the ids; may be repeated",
         ),
     ] = None,
     start: Start = None,
     end: End = None,
 ) -> None:
-    """Write the tokenizer.json that encodes as another tokenizer does, and compare both on difficult texts."""
+    """Convert a tokenizer to tokenizer.json and compare both on adversarial texts."""
     from data_prep.tokenizer import Tokenizer, convert
 
     convert(source, output, pattern=pattern, specials=special or (), start=start, end=end)
-    _say(_facts(Tokenizer(output), []))
+    _print_description(_describe(Tokenizer(output), []))
 
 
 def tokenizer_show(
@@ -132,23 +138,31 @@ def tokenizer_show(
     text_field: TextField = "text",
     start: Start = None,
     end: End = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+    as_json: PrintJson = False,
 ) -> None:
-    """Say what a tokenizer is, which library encodes with it and why, and how long its tokens are."""
+    """Describe a tokenizer: kind, size, the library that encodes with it, bytes per token."""
     from data_prep.documents import read_documents
     from data_prep.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(file / "tokenizer.json" if file.is_dir() else file, start=start, end=end)
-    facts = _facts(tokenizer, (d.text for d in read_documents(text, text_field)) if text else ())
+    description = _describe(
+        tokenizer, (d.text for d in read_documents(text, text_field)) if text else ()
+    )
     if as_json:
-        print(json.dumps(facts, indent=1))
+        print(json.dumps(description, indent=1))
     else:
-        _say(facts)
+        _print_description(description)
 
 
-def _facts(tokenizer: Tokenizer, texts: Any) -> dict[str, Any]:
-    """What `show` tells. texts: strings to encode, none for what no text is needed for."""
-    facts = {
+def _describe(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
+    """Describe a tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: Texts to encode for bytes per token and the comparison of both libraries; none where
+            these are not wanted.
+    """
+    description: dict[str, Any] = {
         "file": str(tokenizer.path),
         "sha256": tokenizer.sha256,
         "kind": tokenizer.kind,
@@ -165,30 +179,27 @@ def _facts(tokenizer: Tokenizer, texts: Any) -> dict[str, Any]:
         size, tokens = size + len(text.encode()), tokens + len(tokenizer.encode(text))
         difference = difference or tokenizer.difference([text])
     if tokens:
-        facts |= {
+        description |= {
             "text_bytes": size,
             "text_tokens": tokens,
             "bytes_per_token": round(size / tokens, 3),
         }
         if tokenizer.encoder == "tiktoken":
-            facts["difference"] = (
+            description["difference"] = (
                 difference or "none: both libraries give the same tokens on this text"
             )
-    return facts
+    return description
 
 
-def _say(facts: dict[str, Any]) -> None:
-    for name, value in facts.items():
-        echo(
-            f"{name.replace('_', ' '):<16} {value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('_', ' '):<16} {value}"
-        )
+def _print_description(description: dict[str, Any]) -> None:
+    for name, value in description.items():
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        echo(f"{name.replace('_', ' '):<16} {text}")
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = add_group(app, "tokenizer", help="Train, convert and look at tokenizers.")
+    group = add_group(app, "tokenizer", help="Train, convert and describe tokenizers.")
     add_command(
         group,
         "train",

@@ -1,8 +1,9 @@
-"""Training one run of a set: a rung of a ladder, a variant of an ablation."""
+"""Training of one run of a set: a rung of a ladder, a variant of an ablation."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from launcher.console import echo
@@ -11,28 +12,32 @@ if TYPE_CHECKING:
     from nextpt.scaling.run_set import NamedRun, RunSet
 
 
-def train_run(runs: RunSet, run: NamedRun, place: str, ranks: int | None) -> None:
-    """One run, to its end.
+def train_run(runs: RunSet, run: NamedRun, position: str, ranks: int | None) -> None:
+    """Train one run to its end; exits with the run's exit code where that is not 0.
 
-    Ends the command with the run's exit code where it has another than 0. place: of it in the set,
-    to say.
+    Args:
+        runs: The set.
+        run: The run of the set.
+        position: Of the run in the set, such as "rung 2/7", to print.
+        ranks: Processes; None is one per GPU, 1 without GPUs.
     """
     from launcher.jobs.local import start_training
     from launcher.jobs.supervise import RESTARTS, supervise
     from nextpt.model import ModelSpec, count
 
     config = runs.config(run)
+    parameters = count(ModelSpec.from_config(config)).parameters
+    tokens = config.total_steps * config.tokens_per_step
     echo(
-        f"\n=== {place} {run.name}: {count(ModelSpec.from_config(config)).parameters:,} parameters,"
-        f" {config.total_steps * config.tokens_per_step:,} tokens, {runs.flops(run):.3g} FLOPs"
+        f"\n=== {position} {run.name}: {parameters:,} parameters, {tokens:,} tokens,"
+        f" {runs.flops(run):.3g} FLOPs"
     )
-    code = supervise(
-        lambda: start_training(str(runs.base), runs.arguments(run), ranks), config.run_dir, RESTARTS
-    )
+    start = partial(start_training, str(runs.base), runs.arguments(run), ranks)
+    code = supervise(start, config.run_dir, RESTARTS)
     if code:
         print(
-            f"error: {run.name} ended with exit code {code}; the message is above. When that is"
-            " mended, the same command goes on",
+            f"error: {run.name} ended with exit code {code}; see the message above. When that is"
+            " fixed, the same command continues",
             file=sys.stderr,
             flush=True,
         )

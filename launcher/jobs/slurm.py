@@ -8,34 +8,74 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nextpt.base.errors import ConfigError, UserError
 
+if TYPE_CHECKING:
+    from nextpt.config import Config
+
 TEMPLATE = Path(__file__).resolve().parents[1] / "slurm" / "train.sbatch"
 ROOT = TEMPLATE.parents[2]
+# Seconds from the signal to the time limit: Slurm may send it up to 60 s early or late
+# (sbatch --signal).
+MIN_SIGNAL_SECONDS = 120
+_SBATCH_LINE = re.compile(r"#SBATCH (--[a-z-]+)")
+
+
+def train_options(
+    settings: Config,
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    gpus_per_node: int,
+    cpus_per_rank: int,
+    time_limit: str,
+) -> dict[str, str]:
+    """Return the sbatch options of a training job, --name -> value; an empty value is no option."""
+    return {
+        "--job-name": settings.run.name,
+        "--nodes": str(nodes),
+        "--ntasks-per-node": str(ranks_per_node),
+        "--cpus-per-task": str(cpus_per_rank),
+        "--gpus-per-node": str(gpus_per_node) if gpus_per_node else "",
+        "--time": time_limit,
+        "--signal": f"USR1@{_signal_seconds(settings)}",
+        "--output": str((settings.run_dir / "slurm" / "%j.log").resolve()),
+    }
+
+
+def _signal_seconds(settings: Config) -> int:
+    return max(MIN_SIGNAL_SECONDS, round(settings.checkpoint.grace_seconds) + 60)
 
 
 def job_script(config: Path, overrides: list[str], options: dict[str, str]) -> str:
-    """train.sbatch with other #SBATCH lines, and the config and its overrides as its arguments.
+    """Build a job script from train.sbatch.
 
-    options: --name -> value; an empty value is left out, and with it the line of the template.
+    Args:
+        config: Absolute path of the config.
+        overrides: Config keys, key=value.
+        options: sbatch options, --name -> value, in the place of the template's. An empty value
+            removes the template's option.
     """
-    lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
-    named = re.compile(r"#SBATCH (--[a-z-]+)")
-    kept = [line for line in lines if not ((found := named.match(line)) and found[1] in options)]
-    last = max(i for i, line in enumerate(kept) if line.startswith("#SBATCH"))
-    added = [f"#SBATCH {name}={value}" for name, value in options.items() if value]
-    # Slurm copies the script to the node: it cannot find by itself what it belongs to.
-    given = [
+    lines = [
+        line
+        for line in TEMPLATE.read_text(encoding="utf-8").splitlines()
+        if not ((match := _SBATCH_LINE.match(line)) and match[1] in options)
+    ]
+    header = 1 + max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+    option_lines = [f"#SBATCH {name}={value}" for name, value in options.items() if value]
+    # Slurm copies the script to the node, where the script cannot find the checkout by itself.
+    settings = [
         f"set -- {shlex.join([str(config), *overrides])}",
         f"NEXTPT_ROOT={shlex.quote(str(ROOT))}",
         f"PYTHON={shlex.quote(sys.executable)}",
     ]
-    return "\n".join([*kept[: last + 1], *added, *given, *kept[last + 1 :]]) + "\n"
+    return "\n".join([*lines[:header], *option_lines, *settings, *lines[header:]]) + "\n"
 
 
-def further_option(option: str) -> tuple[str, str]:
-    """--name and value of an option for sbatch. Raises ConfigError for another form."""
+def parse_sbatch_option(option: str) -> tuple[str, str]:
+    """Parse --name=value into (--name, value). Raises ConfigError."""
     name, equals, value = option.partition("=")
     if not re.fullmatch(r"--[a-z][a-z-]*", name) or not equals or "\n" in value:
         raise ConfigError(
@@ -45,13 +85,17 @@ def further_option(option: str) -> tuple[str, str]:
 
 
 def submit_script(script: Path) -> str:
+    """Submit a script and return the job's number.
+
+    Raises:
+        UserError: sbatch is not on this machine, or refuses the script.
+    """
     if shutil.which("sbatch") is None:
         raise UserError(
             f"sbatch is not on this machine; run this where jobs are submitted, or: sbatch {script}"
         )
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(
-            f"sbatch refuses {script}: {' '.join((done.stderr or done.stdout).split())}"
-        )
-    return done.stdout.strip().partition(";")[0]
+    process = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+    if process.returncode:
+        message = " ".join((process.stderr or process.stdout).split())
+        raise UserError(f"sbatch refuses {script}: {message}")
+    return process.stdout.strip().partition(";")[0]

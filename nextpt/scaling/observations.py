@@ -68,7 +68,7 @@ def clusters(values: np.ndarray, tolerance: float) -> list[np.ndarray]:
     return np.split(order, gaps + 1)
 
 
-def drop_highest(runs: Runs, number: int) -> Runs:
+def drop_highest_losses(runs: Runs, number: int) -> Runs:
     """Without the runs of the `number` highest losses, and those that equal the last of them."""
     if number == 0:
         return runs

@@ -138,7 +138,7 @@ def test_config_show_prints_derived_figures() -> None:
         ),
         (
             ["prep", "shards", "nowhere", "--output", "x", "--sequence-length", "8"],
-            ["DOMAIN=PLACE"],
+            ["DOMAIN=PATH"],
         ),
     ],
 )

@@ -42,8 +42,8 @@ def test_train(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     size = sum(len(text.encode()) for text in TEXTS * 3) + 28 * 5
     for words in (
-        f"learning 400 tokens from {size:,} bytes",
-        "1 bad records passed over",
+        f"training 400 tokens on {size:,} bytes",
+        "1 bad records skipped",
         "bytes per token",
         "encoder          tiktoken",
         "difference       none",

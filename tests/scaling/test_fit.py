@@ -15,7 +15,7 @@ from nextpt.scaling.checks import sensitivity, warnings
 from nextpt.scaling.fitting import fit, nonnegative
 from nextpt.scaling.frontier import envelope, isoflop
 from nextpt.scaling.laws import CHINCHILLA, KAPLAN, LAWS, OVER_TRAINING, Law
-from nextpt.scaling.observations import Runs, drop_highest, read_csv
+from nextpt.scaling.observations import Runs, drop_highest_losses, read_csv
 from nextpt.scaling.predict import predict
 from nextpt.scaling.repeats import fit_repeated
 from nextpt.scaling.repeats import loss as repeated_loss
@@ -61,7 +61,7 @@ def made(law: Law, noise: float = 0.0, seed: int = 0, sizes: int = 6, tokens: in
 )
 def test_240_published_runs(delta: float, expected: tuple[float, ...]) -> None:
     """ArXiv 2404.10102: Huber's loss, and the least absolute deviations that its published constants belong to."""
-    runs = drop_highest(chinchilla_runs(), 5)
+    runs = drop_highest_losses(chinchilla_runs(), 5)
     assert len(runs) == 240
     assert tuple(fit(CHINCHILLA, runs, delta=delta).constants.values()) == pytest.approx(
         expected, rel=1e-3
@@ -71,7 +71,7 @@ def test_240_published_runs(delta: float, expected: tuple[float, ...]) -> None:
 @published
 def test_published_intervals() -> None:
     """ArXiv 2404.10102, 4000 resamples of 240 runs."""
-    found = fit(CHINCHILLA, drop_highest(chinchilla_runs(), 5), bootstrap=4000)
+    found = fit(CHINCHILLA, drop_highest_losses(chinchilla_runs(), 5), bootstrap=4000)
     expected = {
         "A": (285.2, 743.6),
         "B": (1042.4, 5810.3),
@@ -95,7 +95,7 @@ def test_outliers_move_beta() -> None:
 @published
 def test_approaches_1_and_2_agree_with_the_paper() -> None:
     """Hoffmann et al., table 2: N grows as C^0.50 (0.488 to 0.502) and C^0.49 (0.462 to 0.534), here from points read off a figure."""
-    runs = drop_highest(chinchilla_runs(), 5)
+    runs = drop_highest_losses(chinchilla_runs(), 5)
     assert isoflop(runs).a == pytest.approx(0.49, abs=0.045)
     assert envelope(runs).a == pytest.approx(0.50, abs=0.045)
 

@@ -207,7 +207,7 @@ def test_thousands_of_devices() -> None:
         "--config", "configs/70b.yaml", "--devices", "4096", "train.global_batch_size=4096"
     )
     assert done.returncode == 0, done.stderr
-    assert "4,096 x H100" in done.stdout and "quickest that fits: train.zero_stage=3" in done.stdout
+    assert "4,096 x H100" in done.stdout and "fastest that fits: train.zero_stage=3" in done.stdout
     table = [line for line in done.stdout.splitlines() if line.startswith(" ")]
     assert len(table) > 8 and max(map(len, table)) <= 80
 

@@ -91,7 +91,7 @@ def extract(
 ) -> None:
     """Measure how often a model continues training and held-out documents token for token."""
     from data_prep.format import SPLITS
-    from nextpt.data.dataset import open_rows
+    from nextpt.data.dataset import open_sequences
     from nextpt.evaluate.heldout import open_model
     from nextpt.evaluate.memorization.measure import measure_extraction
     from nextpt.generate.text import pick_device
@@ -104,7 +104,7 @@ def extract(
         metrics = measure_extraction(
             config,
             model,
-            {split: list(open_rows(folder, split).values()) for split in SPLITS},
+            {split: list(open_sequences(folder, split).values()) for split in SPLITS},
             prefixes=lengths,
             continuation=continuation,
             count=count,

@@ -20,7 +20,8 @@ from nextpt.config import to_yaml
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
 from tests.support.datasets import tiny
-from tests.support.ranks import start_ranks
+from tests.support.fork_server import ForkedPython
+from tests.support.ranks import end_ranks, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "launcher" / "run.py")
@@ -48,15 +49,9 @@ def logs(folder: Path) -> str:
     return "\n".join(p.read_text() for p in sorted(folder.glob("rank-*.log")))
 
 
-def end(processes: list[subprocess.Popen], seconds: float = 240) -> list[int]:
+def end(processes: list[ForkedPython], seconds: float = 240) -> list[int]:
     """Exit codes of all; those that do not end are killed, and show as -9."""
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return [process.wait() for process in processes]
+    return end_ranks(processes, time.monotonic() + seconds)
 
 
 def test_a_signal_to_one_rank_saves_on_all_unless_the_grace_period_is_too_short(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher.jobs.local import free_port
 from nextpt.config import Config, to_yaml
-from tests.support.fork_server import start_python
+from tests.support.fork_server import ForkedPython, start_python
 
 
 def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: str) -> None:
@@ -26,46 +26,38 @@ def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: 
 
     Raises AssertionError with the ends of the logs when a rank fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
-    processes = [
-        start_python(arguments, _environment(rank, world_size, port, variables), log)
-        for rank, log in enumerate(logs)
-    ]
-    deadline = time.monotonic() + 500
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    if any(code != 0 for code in codes):  # None: still running
+    processes = start_ranks([arguments] * world_size, folder, **variables)
+    codes = end_ranks(processes, time.monotonic() + 500)
+    if any(codes):
         raise AssertionError(
             f"ranks ended with {codes}:\n"
             + "\n".join(p.read_text()[-3000:] for p in folder.glob("rank-*.log"))
         )
 
 
-def start_ranks(
-    arguments: list[list[str]], folder: Path, **variables: str
-) -> list[subprocess.Popen]:
-    """Start Python once per rank, each with its own arguments, in new processes."""
+def start_ranks(arguments: list[list[str]], folder: Path, **variables: str) -> list[ForkedPython]:
+    """Start Python once per rank, each with its own arguments, forked from the fork server."""
     world_size = len(arguments)
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    processes = []
-    for rank in range(world_size):
-        environment = _environment(rank, world_size, port, variables)
-        with open(folder / f"rank-{rank}.log", "w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *arguments[rank]],
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    return processes
+    return [
+        start_python(
+            arguments[rank],
+            _environment(rank, world_size, port, variables),
+            folder / f"rank-{rank}.log",
+        )
+        for rank in range(world_size)
+    ]
+
+
+def end_ranks(processes: list[ForkedPython], deadline: float) -> list[int]:
+    """Exit codes, negative for a signal. What runs at the deadline (monotonic) is killed."""
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.wait() for process in processes]
 
 
 def _environment(

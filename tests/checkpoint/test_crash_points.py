@@ -17,7 +17,7 @@ from nextpt.checkpoint.verification import verify_checkpoint
 from nextpt.config import CheckpointSection
 from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import dying_at
-from tests.support.forked import in_a_child
+from tests.support.forked import run_in_child
 
 
 def start_and_save(
@@ -101,7 +101,7 @@ def test_killed_before_every_operation(
             with dying_at(root, at, real=True, power_loss=power_loss):
                 start_and_save(root, world_size, [3, 4, 5], writer, wait)
 
-        code = in_a_child(die)
+        code = run_in_child(die)
         os.close(writer)
         acknowledged = [2, *os.read(reader, 100)]
         os.close(reader)
@@ -133,7 +133,7 @@ def test_killed_before_every_operation_of_a_first_save(tmp_path: Path) -> None:
             with dying_at(root, at, real=True):
                 start_and_save(root, 1, [1])
 
-        if in_a_child(die) == 0:
+        if run_in_child(die) == 0:
             break
         found = good(root)
         assert found in ([], [1]) and start_and_save(root, 1, [2]) == [found[0] if found else 0]

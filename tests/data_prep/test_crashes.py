@@ -20,7 +20,7 @@ from data_prep.spec import PrepSpec
 from data_prep.streaming_compat import import_streaming
 from data_prep.work import _lease
 from data_prep.workers import LocalWorkers
-from tests.support.forked import in_a_child
+from tests.support.forked import run_in_child
 from tests.support.prep_worlds import content, small_units, world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def killed_at(spec: PrepSpec, rename: int, *, after: bool) -> bool:
         with small_units():
             prepare(spec, workers=LocalWorkers(1))
 
-    return in_a_child(action) == -signal.SIGKILL
+    return run_in_child(action) == -signal.SIGKILL
 
 
 def finish(spec: PrepSpec) -> None:
@@ -74,7 +74,7 @@ def finish(spec: PrepSpec) -> None:
         with small_units():
             prepare(spec, workers=LocalWorkers(1))
 
-    assert in_a_child(action) == 0
+    assert run_in_child(action) == 0
 
 
 def test_there_are_many_steps(expected: dict[str, str]) -> None:

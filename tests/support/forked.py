@@ -1,4 +1,4 @@
-"""A function run in a forked child, which may be killed without this process."""
+"""Forked children: run a function in a process that may be killed without this one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 LONGEST = 60  # seconds; what hangs says where, and ends with 1
 
 
-def in_a_child(action: Callable[[], object]) -> int:
+def run_in_child(action: Callable[[], object]) -> int:
     """Run in a forked process.
 
     Returns its exit code, negative for a signal, 70 for an exception, which is printed.

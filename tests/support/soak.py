@@ -1,4 +1,4 @@
-"""The share of time that is training when ranks die again and again, and how soon a rank that hangs is found.
+"""Soak: share of time that is training while ranks are killed, and time to detect a hang.
 
     python -m tests.support.soak [--seconds 600] [--mtbf 60] [--cold] [--hangs 1] [--seed N] [--json
     FILE]
@@ -33,8 +33,9 @@ from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
 from tests.support.figures import machine, quantiles
 from tests.support.ranks import start_ranks
-from tests.support.storm import Breach, Case, Run, Storm, announce, noticed
-from tests.support.zygote import Job, one_thread, warm
+from tests.support.storm import Storm, others_noticed, report_progress
+from tests.support.storm_records import Case, Run, StormError
+from tests.support.zygote import Job, import_training, restart_single_threaded
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL = 40  # steps between saves; of about a tenth of a second each
@@ -50,7 +51,7 @@ class ColdJob:
         )
         self.pids = [process.pid for process in self.processes]
 
-    def hear(self, until: float) -> bool:
+    def listen(self, until: float) -> bool:
         while time.monotonic() < until:
             if any(process.poll() is not None for process in self.processes):
                 return False
@@ -83,7 +84,7 @@ def start(storm: Storm, run: Run, cold: bool) -> Job | ColdJob:
         "train.global_batch_size=16",
         f"checkpoint.every_steps={INTERVAL}",
     ]
-    return ColdJob(arguments, run.log) if cold else Job(arguments, 2, run.log, announce)
+    return ColdJob(arguments, run.log) if cold else Job(arguments, 2, run.log, report_progress)
 
 
 def said(job: Job | ColdJob, run: Run) -> str:
@@ -100,11 +101,13 @@ def lives(
     Returns the seconds that it took, and of each kill {redone, recovered}.
     """
     dice = random.Random(f"{storm.seed} soak")
-    origin, blow = time.monotonic(), dice.expovariate(1 / mtbf)
+    origin, next_kill = time.monotonic(), dice.expovariate(1 / mtbf)
     job, made, kills, killed_at = begin(), 0, [], 0.0
     while True:
         storm.expect(
-            job.hear(origin + min(blow, seconds)), run, "ranks ended though nobody had killed them"
+            job.listen(origin + min(next_kill, seconds)),
+            run,
+            "ranks ended though nobody had killed them",
         )
         over = time.monotonic() - origin >= seconds
         taken, struck = time.monotonic() - origin, time.time()
@@ -117,7 +120,7 @@ def lives(
         else:
             before = len(said(job, run))
             job.kill([dice.randrange(2)])
-            noticed(job, lambda job=job, before=before: said(job, run)[before:])
+            others_noticed(job, lambda job=job, before=before: said(job, run)[before:])
             job.kill([0, 1])  # as a launcher does
             job.wait()
         job.close()
@@ -134,12 +137,12 @@ def lives(
             return taken, kills
         kills.append({})
         killed_at = struck
-        blow += dice.expovariate(1 / mtbf)
+        next_kill += dice.expovariate(1 / mtbf)
         job = begin()
 
 
 def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any]:
-    """What became of the time. Raises Breach."""
+    """What became of the time. Raises StormError."""
     run, began = storm.new_run(Case(1, "fp32", 2, True), steps=10**6), time.time()
     taken, kills = lives(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
     kept = [
@@ -166,19 +169,19 @@ def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any
 
 
 def hang(storm: Storm) -> dict[str, float]:
-    """Seconds from SIGSTOP of a rank in training till the other says which it is, and till the other has ended."""
+    """Seconds from SIGSTOP of a rank until the other names it, and until the other has ended."""
     run = storm.new_run(Case(1, "fp32", 2, False), steps=10**6)
     job = start(storm, run, False)
     while not [e for e in read_events(run.folder / "metrics.jsonl", "train") if e["step"] >= 20]:
-        storm.expect(job.hear(time.monotonic() + 0.1), run, "ranks ended by themselves")
+        storm.expect(job.listen(time.monotonic() + 0.1), run, "ranks ended by themselves")
     stopped = time.time()
     os.kill(job.pids[1], signal.SIGSTOP)
     stacks = run.folder / "stacks" / "rank-0.txt"
     while not stacks.exists():
-        job.hear(time.monotonic() + 0.05)
+        job.listen(time.monotonic() + 0.05)
         storm.expect(time.time() - stopped < 120, run, "a hang was not found")
     found = time.time() - stopped
-    job.hear(time.monotonic() + 60, lambda: read_exit_record(run.folder) is not None)
+    job.listen(time.monotonic() + 60, lambda: read_exit_record(run.folder) is not None)
     while not (end := read_exit_record(run.folder)):
         time.sleep(0.05)
     storm.expect(
@@ -206,11 +209,11 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     load = os.getloadavg()[0]
     try:
-        warm()
+        import_training()
         storm = Storm(folder, options.seed)
         hangs = [hang(storm) for _ in range(options.hangs)]
         result = soak(storm, options.seconds, options.mtbf, options.cold) | {"hangs": hangs}
-    except Breach as breach:
+    except StormError as breach:
         print(f"error: {breach}\nwhat it left is in {folder}", file=sys.stderr)
         return 1
     shutil.rmtree(folder)
@@ -224,5 +227,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    one_thread("tests.support.soak")
+    restart_single_threaded("tests.support.soak")
     sys.exit(main())

@@ -1,15 +1,15 @@
-"""A storm: training that is killed with SIGKILL again and again, and must come out as if nothing had been.
+"""Storm: training killed with SIGKILL again and again, compared with unbroken runs.
 
     python -m tests.support.storm [--kills 100] [--launchers 2] [--seed N] [--json FILE]
 
 Runs of a tiny model, saved every few steps, are started, killed and started again until they reach
 their last step: ZeRO stages 0 to 3, fp32 and bf16, one rank and two, saves in the background and
-not. Ranks are forked (zygote.py) and do what launcher/run.py does; all they add is to tell when
-training and each save begins and ends, so that kills can be aimed at saves and counted there. A
-kill hits all ranks, or one and the others must notice, which are then ended as a launcher would.
+not. Ranks are forked (zygote.py) and do what launcher/run.py does; they also report when training
+and each save begins and ends, so that kills can be aimed at saves and counted there. A kill hits
+all ranks, or one: the others must notice it, and are then ended as a launcher would.
 
 After every kill: each loss that was logged is that of an unbroken run, bit for bit; the checkpoint
-that the next start takes is not older than the last one told of (CheckpointEvent); the steps made
+that the next start takes is not older than the last one published (CheckpointEvent); the steps made
 again are at most the interval between saves (twice that with saves in the background, of which one
 may be under way). At the end: all losses, and a hash of all weights and moments, are those of the
 unbroken run. After the storm nothing is left: shared memory, open files, processes, staging
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import hashlib
 import json
 import os
 import random
@@ -39,126 +38,65 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kernels.bench.machine import write_json
 from nextpt.base.errors import EXIT_CRASHED
 from nextpt.base.processes import command_line
-from nextpt.checkpoint.folders import REMOVING, STAGING
-from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import to_yaml
 from nextpt.events import read_events
 from nextpt.job.environment import read_starts
 from nextpt.job.exit_record import read_exit_record
 from tests.support.datasets import make_dataset, tiny
-from tests.support.figures import machine, quantiles
-from tests.support.forked import in_a_child
-from tests.support.zygote import Job, adopt, one_thread, orphans, warm
+from tests.support.figures import machine
+from tests.support.forked import run_in_child
+from tests.support.storm_records import (
+    CASES,
+    INTERVAL,
+    STEPS,
+    Case,
+    Kill,
+    Reference,
+    Run,
+    StormError,
+    digest,
+    leftovers,
+    losses,
+    summary,
+    working_on,
+)
+from tests.support.zygote import (
+    Job,
+    become_subreaper,
+    import_training,
+    orphans,
+    restart_single_threaded,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, INTERVAL = 24, 3  # of a run; between saves
-TRAINING, SAVING, SAVED = 0, 64, 128  # what a rank tells, plus its number
+TRAINING, SAVING, SAVED = 0, 64, 128  # what a rank reports, plus its number
 # Seconds in which the others must notice that a rank died in training, and ranks end without their
 # launcher
 DETECT = 5.0
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000  # of linux/sched.h, linux/mount.h
 
 
-class Breach(AssertionError):
-    """The storm found something broken."""
-
-
-@dataclass(frozen=True)
-class Case:
-    stage: int
-    precision: str
-    ranks: int
-    asynchronous: bool
-
-    @property
-    def most_redone(self) -> int:
-        return INTERVAL * (2 if self.asynchronous else 1)
-
-    def __str__(self) -> str:
-        return f"zero-{self.stage}-{self.precision}-{self.ranks}-{'background' if self.asynchronous else 'plain'}"
-
-
-CASES = [
-    Case(stage, precision, ranks, (stage + (precision == "bf16") + ranks) % 2 == 0)
-    for ranks in (2, 1)
-    for precision in ("fp32", "bf16")
-    for stage in (0, 1, 2, 3)
-    if stage or precision == "fp32"
-]
-
-
-@dataclass
-class Golden:
-    """What an unbroken run comes to. seconds: of it all; saves: of each save."""
-
-    losses: dict[int, float]
-    digest: str
-    seconds: float
-    saves: list[float]
-
-
-@dataclass
-class Kill:
-    """victims: "all", "one" or the launcher's name. inside: in a save. detected: seconds till the others noticed, or had ended.
-
-    redone, recovered: steps made again, and seconds from the kill to the first step, of the next
-    start that got so far.
-    """
-
-    case: str
-    stage: int
-    victims: str
-    aimed: str
-    asynchronous: bool
-    inside: bool
-    training: bool
-    at: float
-    detected: float | None = None
-    redone: int | None = None
-    recovered: float | None = None
-
-
-@dataclass
-class Run:
-    """A run folder between two starts. acknowledged, made: the last such step.
-
-    pending: kills that no start has followed yet.
-    """
-
-    case: Case
-    folder: Path
-    config: Path
-    acknowledged: int = 0
-    made: int = 0
-    starts: int = 0
-    pending: list[Kill] = field(default_factory=list)
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_suffix(".log")
-
-
-def announce(rank: int, tell: Callable[[int], object]) -> None:
-    """In a rank: tell when training begins, and when each save begins and ends, retention included."""
+def report_progress(rank: int, send: Callable[[int], object]) -> None:
+    """Report when training begins and when each save (with retention) begins and ends."""
     from nextpt.checkpoint.manager import CheckpointManager
     from nextpt.train.loop import Trainer
 
     write, fit = CheckpointManager._write, Trainer.fit
 
     def writing(self: CheckpointManager, *arguments: Any) -> None:
-        tell(SAVING + rank)
+        send(SAVING + rank)
         write(self, *arguments)
-        tell(SAVED + rank)
+        send(SAVED + rank)
 
     def fitting(self: Trainer) -> None:
-        tell(TRAINING + rank)
+        send(TRAINING + rank)
         fit(self)
 
     CheckpointManager._write, Trainer.fit = writing, fitting
@@ -171,14 +109,14 @@ class Storm:
         self.folder, self.seed, self.say = folder, seed, say
         self.dataset = folder / "dataset" / "shards"
         # It has workers
-        if in_a_child(
+        if run_in_child(
             lambda: make_dataset(Path(sysconfig.get_path("stdlib")) / "email", folder / "dataset")
         ):
-            raise Breach("no dataset could be made")
+            raise StormError("no dataset could be made")
         self.kills: list[Kill] = []
         self.leaks: Counter[str] = Counter()
         self.runs = 0
-        self._golden: dict[Case, Golden] = {}
+        self._references: dict[Case, Reference] = {}
 
     def new_run(self, case: Case, **train: Any) -> Run:
         name = f"{case}-{self.runs:04d}"
@@ -200,52 +138,52 @@ class Storm:
         path.write_text(to_yaml(config))
         return Run(case, self.folder / name, path)
 
-    def golden(self, case: Case) -> Golden:
+    def reference(self, case: Case) -> Reference:
         """The unbroken run of a case, made once."""
-        if case not in self._golden:
+        if case not in self._references:
             run = self.new_run(case)
             began = time.monotonic()
-            job = Job(["--config", str(run.config)], case.ranks, run.log, announce)
-            job.hear(time.monotonic() + 120)
+            job = Job(["--config", str(run.config)], case.ranks, run.log, report_progress)
+            job.listen(time.monotonic() + 120)
             self.expect(job.wait() == [0] * case.ranks, run, "an unbroken run failed")
             job.close()
-            begins = [t for t, byte in job.told if byte == SAVING]
-            ends = [t for t, byte in job.told if byte == SAVED]
-            self._golden[case] = Golden(
+            begins = [t for t, byte in job.messages if byte == SAVING]
+            ends = [t for t, byte in job.messages if byte == SAVED]
+            self._references[case] = Reference(
                 losses(run.folder),
                 digest(run.folder),
                 time.monotonic() - began,
                 [b - a for a, b in zip(begins, ends, strict=True)],
             )
-        return self._golden[case]
+        return self._references[case]
 
     def expect(self, holds: bool, run: Run, text: str) -> None:
         if not holds:
             tail = run.log.read_text()[-4000:] if run.log.exists() else ""
-            raise Breach(
+            raise StormError(
                 f"{run.case}: {text} (seed {self.seed}, {len(self.kills)} kills before)\n{tail}"
             )
 
     # ---- kills
     # ----------------------------------------------------------------------------------------------
 
-    def blow(self, case: Case, kills: int) -> None:
+    def kill_ranks(self, case: Case, kills: int) -> None:
         """So many kills of runs of a case; each run is then brought to its end and compared."""
-        dice, golden = random.Random(f"{self.seed} {case}"), self.golden(case)
+        dice, reference = random.Random(f"{self.seed} {case}"), self.reference(case)
         goal = len(self.kills) + kills
         while len(self.kills) < goal:
             run, finished = self.new_run(case), False
             while not finished:
-                finished = self.life(run, dice if len(self.kills) < goal else None)
-            self.check_end(run, golden)
+                finished = self.run_once(run, dice if len(self.kills) < goal else None)
+            self.check_end(run, reference)
 
-    def life(self, run: Run, dice: random.Random | None) -> bool:
+    def run_once(self, run: Run, dice: random.Random | None) -> bool:
         """One start, killed as the dice have it, or let be; True when it came to its end."""
-        case, golden = run.case, self.golden(run.case)
-        job = Job(["--config", str(run.config)], case.ranks, run.log, announce)
+        case, reference = run.case, self.reference(run.case)
+        job = Job(["--config", str(run.config)], case.ranks, run.log, report_progress)
         kill = None
         if dice is None:
-            job.hear(time.monotonic() + 300)
+            job.listen(time.monotonic() + 300)
         else:
             victims = "one" if case.ranks > 1 and dice.random() < 0.5 else "all"
             hit = (
@@ -254,8 +192,8 @@ class Storm:
                 else dice.sample(range(case.ranks), case.ranks)
             )
             aimed = "save" if dice.random() < 0.6 else "anywhere"
-            if self.moment(job, aimed, hit[0], dice, golden):
-                kill = self.strike(job, run, victims, aimed, hit)
+            if self.wait_for_moment(job, aimed, hit[0], dice, reference):
+                kill = self.kill(job, run, victims, aimed, hit)
         codes = job.wait(60)
         job.close()
         self.expect(codes is not None, run, "ranks did not end")
@@ -273,21 +211,23 @@ class Storm:
                 f"ranks ended with {codes} and nobody had killed them",
             )
             kill = None
-        self.check_life(run, job.began)
+        self.check_start(run, job.began)
         if kill:
             run.pending.append(kill)
         return kill is None
 
-    def moment(self, job: Job, aimed: str, rank: int, dice: random.Random, golden: Golden) -> bool:
+    def wait_for_moment(
+        self, job: Job, aimed: str, rank: int, dice: random.Random, reference: Reference
+    ) -> bool:
         """Wait for the moment of a kill; False when the job ended before."""
         share = dice.random()
         if aimed == "anywhere":
-            return job.hear(time.monotonic() + share * golden.seconds)
+            return job.listen(time.monotonic() + share * reference.seconds)
         nth = dice.choice((1, 2, 2, 3, 3, 4))
-        begun = job.hear(time.monotonic() + 60, lambda: job.count(SAVING + rank) >= nth)
-        return begun and job.hear(time.monotonic() + share * statistics.median(golden.saves))
+        begun = job.listen(time.monotonic() + 60, lambda: job.count(SAVING + rank) >= nth)
+        return begun and job.listen(time.monotonic() + share * statistics.median(reference.saves))
 
-    def strike(self, job: Job, run: Run, victims: str, aimed: str, hit: list[int]) -> Kill:
+    def kill(self, job: Job, run: Run, victims: str, aimed: str, hit: list[int]) -> Kill:
         """SIGKILL.
 
         Where one rank is hit, see that the others notice, or that they had not met yet; then end
@@ -300,14 +240,16 @@ class Storm:
         began = time.monotonic()
         job.kill(hit)
         if victims == "one":
-            if noticed(job, lambda: run.log.read_text()[before:] if run.log.exists() else ""):
+            if others_noticed(
+                job, lambda: run.log.read_text()[before:] if run.log.exists() else ""
+            ):
                 kill.detected = time.monotonic() - began
             else:
-                job.hear(time.monotonic() + 0.01)
+                job.listen(time.monotonic() + 0.01)
                 self.expect(
                     job.count(*range(case.ranks)) < case.ranks,
                     run,
-                    f"the others noticed nothing for {DETECT} s after a rank was killed",
+                    f"the others others_noticed nothing for {DETECT} s after a rank was killed",
                 )
             job.kill(list(range(case.ranks)))
         return kill
@@ -315,13 +257,13 @@ class Storm:
     # ---- what must hold
     #   -------------------------------------------------------------------------------------
 
-    def check_life(self, run: Run, began: float) -> None:
-        """After a start: what it took, what it logged, what it told of."""
-        golden = self.golden(run.case).losses if run.case in self._golden else None
+    def check_start(self, run: Run, began: float) -> None:
+        """Check a start: its checkpoint, its losses, the checkpoints that it published."""
+        reference = self.reference(run.case).losses if run.case in self._references else None
         path = run.folder / "metrics.jsonl"
         made, starts = read_events(path, "train"), read_starts(run.folder)
-        if golden:
-            wrong = [e["step"] for e in made if golden.get(e["step"]) != e["loss"]]
+        if reference:
+            wrong = [e["step"] for e in made if reference.get(e["step"]) != e["loss"]]
             self.expect(
                 not wrong, run, f"the losses of steps {wrong} are not those of an unbroken run"
             )
@@ -346,13 +288,15 @@ class Storm:
             [run.acknowledged, *(e["step"] for e in read_events(path, "checkpoint"))]
         )
 
-    def check_end(self, run: Run, golden: Golden) -> None:
+    def check_end(self, run: Run, reference: Reference) -> None:
         """After the last step: the same as the unbroken run, and nothing left behind."""
         self.expect(
-            losses(run.folder) == golden.losses, run, "the losses are not those of the unbroken run"
+            losses(run.folder) == reference.losses,
+            run,
+            "the losses are not those of the unbroken run",
         )
         self.expect(
-            digest(run.folder) == golden.digest,
+            digest(run.folder) == reference.digest,
             run,
             "the weights and moments are not those of the unbroken run",
         )
@@ -367,7 +311,7 @@ class Storm:
     # ---- launchers
     #   ------------------------------------------------------------------------------------------
 
-    def blow_launchers(self, kills: int) -> None:
+    def kill_launchers(self, kills: int) -> None:
         """Kill what stands above the ranks, each time in a cold start of `nextpt train`.
 
         Then let forked ranks finish the run.
@@ -375,19 +319,19 @@ class Storm:
         dice = random.Random(f"{self.seed} launchers")
         for number in range(kills):
             case = dice.choice([case for case in CASES if case.ranks == 2])
-            golden, run = self.golden(case), self.new_run(case)
-            self.launcher_life(
+            reference, run = self.reference(case), self.new_run(case)
+            self.run_launcher_once(
                 run,
                 ("nextpt train", "deepspeed.launcher.runner", "deepspeed.launcher.launch")[
                     number % 3
                 ],
                 dice,
             )
-            while not self.life(run, None):
+            while not self.run_once(run, None):
                 pass
-            self.check_end(run, golden)
+            self.check_end(run, reference)
 
-    def launcher_life(self, run: Run, victim: str, dice: random.Random) -> None:
+    def run_launcher_once(self, run: Run, victim: str, dice: random.Random) -> None:
         began, case = time.time(), run.case
         with open(run.log, "a") as log:
             job = subprocess.Popen(
@@ -444,12 +388,12 @@ class Storm:
         code = job.wait(30)
         self.expect(code != 0, run, f"nextpt train ended with 0 though {victim} was killed")
         self.kills.append(kill)
-        self.check_life(run, began)
+        self.check_start(run, began)
         run.pending.append(kill)
 
 
-def noticed(job: Any, said: Callable[[], str]) -> bool:
-    """Whether the ranks that are left end, or say that another was lost, within DETECT. job: a Job, or what is like one."""
+def others_noticed(job: Any, said: Callable[[], str]) -> bool:
+    """Whether the other ranks end, or report a lost rank, within DETECT seconds."""
     deadline = time.monotonic() + DETECT
     while time.monotonic() < deadline:
         if job.wait(0.005) or "lost another rank" in said():
@@ -457,51 +401,8 @@ def noticed(job: Any, said: Callable[[], str]) -> bool:
     return False
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """Step -> loss; a step that was logged twice is a mistake."""
-    events = read_events(folder / "metrics.jsonl", "train")
-    found = {event["step"]: event["loss"] for event in events}
-    assert len(found) == len(events), f"{folder}: a step was logged twice"
-    return found
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 over all weights and moments of the newest checkpoint."""
-    checkpoint, total = open_checkpoint(folder / "checkpoints"), hashlib.sha256()
-    assert checkpoint.step == STEPS, checkpoint.folder
-    for name, kinds in sorted(checkpoint.state_shapes().items()):
-        for kind in kinds:
-            total.update(f"{name} {kind}".encode())
-            total.update(checkpoint.read_whole(name, kind).numpy().tobytes())
-    return total.hexdigest()
-
-
-def leftovers(folder: Path) -> dict[str, list[str]]:
-    """What no finished run may hold."""
-    names = [path.name for path in folder.rglob("*")]
-    locks = sorted(folder.glob("lock-*.json"))
-    return {
-        "staging folders": [n for n in names if n.startswith((STAGING, REMOVING))],
-        "temporary files": [n for n in names if ".tmp" in n],
-        "held locks": (
-            [p.name for p in locks if json.loads(p.read_text())["held"]]
-            + [p.name for p in locks[1:]]
-        ),
-    }
-
-
-def working_on(config: Path) -> list[int]:
-    """Processes of this machine that deepspeed's launcher started, or is, for a config."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        command = command_line(int(name))
-        if str(config) in command and "launcher/run.py" in command:
-            found.append(int(name))
-    return sorted(found)
-
-
 def own_shared_memory() -> bool:
-    """Give this process and those it starts an empty /dev/shm of their own, so that what others do there is not counted."""
+    """Give this process and its children an empty /dev/shm, so that only their files count."""
     libc = ctypes.CDLL(None, use_errno=True)
     return (
         sys.platform == "linux"
@@ -509,40 +410,6 @@ def own_shared_memory() -> bool:
         and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
         and libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777") == 0
     )
-
-
-def summary(kills: list[Kill]) -> dict[str, Any]:
-    """Figures over all kills.
-
-    Seconds of detection: of kills of one rank in training, and of launchers.
-    """
-    single = [k for k in kills if k.victims == "one"]
-    above = [k for k in kills if k.victims not in ("one", "all")]
-    return {
-        "kills": len(kills),
-        "inside_saves": sum(k.inside for k in kills),
-        "inside_background_saves": sum(k.inside and k.asynchronous for k in kills),
-        "at_start_up": sum(not k.training for k in kills),
-        "by_victims": dict(Counter(k.victims for k in kills)),
-        "by_stage": dict(sorted(Counter(k.stage for k in kills).items())),
-        "acknowledged_steps_lost": 0,
-        "steps_redone": {
-            "plain saves": quantiles(
-                k.redone for k in kills if k.redone is not None and not k.asynchronous
-            ),
-            "background saves": quantiles(
-                k.redone for k in kills if k.redone is not None and k.asynchronous
-            ),
-        },
-        "seconds_to_the_next_step": quantiles(
-            k.recovered for k in kills if k.recovered is not None
-        ),
-        "seconds_till_the_other_ranks_noticed": quantiles(
-            k.detected for k in single if k.training and k.detected is not None
-        ),
-        "killed_before_ranks_had_met": sum(k.detected is None for k in single),
-        "seconds_till_ranks_ended_without_launcher": quantiles(k.detected for k in above),
-    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -561,10 +428,10 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     try:
-        warm()
-        adopt()
-        result = brew(Storm(folder, seed), options, private)
-    except Breach as breach:
+        import_training()
+        become_subreaper()
+        result = run_storm(Storm(folder, seed), options, private)
+    except StormError as breach:
         print(f"error: {breach}\nwhat it left is in {folder}", file=sys.stderr)
         return 1
     shutil.rmtree(folder)
@@ -573,19 +440,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def brew(storm: Storm, options: argparse.Namespace, private: bool) -> dict[str, Any]:
-    """The whole storm, as JSON values. Raises Breach."""
+def run_storm(storm: Storm, options: argparse.Namespace, private: bool) -> dict[str, Any]:
+    """The whole storm, as JSON values. Raises StormError."""
     began, load, files = time.monotonic(), os.getloadavg()[0], len(os.listdir("/proc/self/fd"))
     shared = set(os.listdir("/dev/shm"))
     for number, case in enumerate(CASES):
         quota = options.kills * (number + 1) // len(CASES) - options.kills * number // len(CASES)
         if quota:
-            storm.blow(case, quota)
+            storm.kill_ranks(case, quota)
             storm.say(
                 f"{len(storm.kills):5d} kills, {sum(k.inside for k in storm.kills)} in saves,"
                 f" {time.monotonic() - began:.0f} s: {case}"
             )
-    storm.blow_launchers(options.launchers)
+    storm.kill_launchers(options.launchers)
     leaks = dict(storm.leaks) | {
         "processes": len(orphans()),
         "open files": len(os.listdir("/proc/self/fd")) - files,
@@ -593,13 +460,13 @@ def brew(storm: Storm, options: argparse.Namespace, private: bool) -> dict[str, 
         "extension folders": sum(1 for _ in (storm.folder / "extensions").rglob("*")),
     }
     if any(leaks.values()):
-        raise Breach(f"the storm left {leaks} (seed {storm.seed})")
+        raise StormError(f"the storm left {leaks} (seed {storm.seed})")
     return {
         "machine": machine(),
         "load": {"at the start": round(load, 1), "at the end": round(os.getloadavg()[0], 1)},
         "seed": storm.seed,
         "seconds": round(time.monotonic() - began),
-        "runs_finished": storm.runs - len(storm._golden),
+        "runs_finished": storm.runs - len(storm._references),
         **summary(storm.kills),
         "left_behind": leaks,
         "each": [asdict(kill) for kill in storm.kills],
@@ -607,5 +474,5 @@ def brew(storm: Storm, options: argparse.Namespace, private: bool) -> dict[str, 
 
 
 if __name__ == "__main__":
-    one_thread("tests.support.storm")
+    restart_single_threaded("tests.support.storm")
     sys.exit(main())

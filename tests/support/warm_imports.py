@@ -1,5 +1,5 @@
 """Imports of a training job, made once in the fork server; leaves one thread."""
 
-from tests.support.zygote import warm
+from tests.support.zygote import import_training
 
-warm()
+import_training()

@@ -1,4 +1,4 @@
-"""Ranks forked from one process that has imported everything: a start takes a second and not ten.
+"""Zygote: ranks forked from one process that has imported everything, to start in a second.
 
     python -m tests.support.zygote JOBS.json     run [config file, ranks] after [config file,
     ranks], all forked
@@ -39,7 +39,7 @@ LATE = (
 LONGEST = 600  # seconds after which the kernel ends a rank that nobody ended
 
 
-def one_thread(module: str) -> None:
+def restart_single_threaded(module: str) -> None:
     """Start this process again, as `python -m MODULE`, if libraries may have started threads in it.
 
     For the first line of a main.
@@ -49,7 +49,7 @@ def one_thread(module: str) -> None:
         os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
 
 
-def warm() -> None:
+def import_training() -> None:
     """Import what a training job imports, also what it imports late. Before the first fork."""
     import torch
 
@@ -67,7 +67,7 @@ def warm() -> None:
     )
 
 
-def adopt() -> None:
+def become_subreaper() -> None:
     """Become the parent of what descendants leave behind, so that `orphans` sees it."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -85,7 +85,7 @@ def orphans() -> list[int]:
 class Job:
     """The ranks of one start, forked on construction; output goes to `log`.
 
-    prepare(rank, tell): called in each rank before it starts; tell(byte) puts a byte into `told`,
+    prepare(rank, send): called in each rank before it starts; send(byte) adds a byte to `messages`,
     from any thread.
     """
 
@@ -94,10 +94,10 @@ class Job:
         arguments: list[str],
         ranks: int,
         log: Path,
-        prepare: Callable[[int, Callable[[int], object]], None] = lambda rank, tell: None,
+        prepare: Callable[[int, Callable[[int], object]], None] = lambda rank, send: None,
     ) -> None:
         self.log, self.codes = log, {}
-        self.told: list[tuple[float, int]] = []  # (monotonic time of hearing, byte)
+        self.messages: list[tuple[float, int]] = []  # (monotonic time of arrival, byte)
         self._pipe, writer = os.pipe()
         os.set_blocking(self._pipe, False)
         port = free_port()
@@ -143,8 +143,8 @@ class Job:
         finally:
             os._exit(code)
 
-    def hear(self, until: float, enough: Callable[[], bool] = lambda: False) -> bool:
-        """Listen till a moment (monotonic) or till it is enough.
+    def listen(self, until: float, enough: Callable[[], bool] = lambda: False) -> bool:
+        """Read messages until a moment (monotonic) or until `enough` is true.
 
         False when all ranks ended before.
         """
@@ -154,14 +154,14 @@ class Job:
                 return True
             if select.select([self._pipe], [], [], left)[0]:
                 data = os.read(self._pipe, 4096)
-                self.told += [(time.monotonic(), byte) for byte in data]
+                self.messages += [(time.monotonic(), byte) for byte in data]
                 if not data:
                     return False
         return True
 
     def count(self, *bytes_: int) -> int:
-        """How often one of these was told."""
-        return sum(byte in bytes_ for _, byte in self.told)
+        """How often one of these bytes was sent."""
+        return sum(byte in bytes_ for _, byte in self.messages)
 
     def kill(self, ranks: list[int]) -> None:
         """SIGKILL, to one after the other. Ranks that have ended are passed over."""
@@ -192,7 +192,7 @@ class Job:
 
     def close(self) -> None:
         """Hear the last words, and let go of the pipe. After `wait`."""
-        self.hear(time.monotonic() + 5)
+        self.listen(time.monotonic() + 5)
         os.close(self._pipe)
 
 
@@ -220,7 +220,7 @@ def run_jobs(jobs: list[tuple[Config, int]], folder: Path) -> None:
 
 
 def _main(file: str) -> int:
-    warm()
+    import_training()
     for path, ranks in json.loads(Path(file).read_text()):
         job = Job(["--config", path], ranks, Path(path).with_suffix(".log"))
         codes = job.wait()
@@ -232,5 +232,5 @@ def _main(file: str) -> int:
 
 
 if __name__ == "__main__":
-    one_thread("tests.support.zygote")
+    restart_single_threaded("tests.support.zygote")
     sys.exit(_main(sys.argv[1]))

@@ -1,0 +1,180 @@
+"""Cases, runs and kills of a storm (storm.py), and what a run may not leave behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nextpt.base.processes import command_line
+from nextpt.checkpoint.folders import REMOVING, STAGING
+from nextpt.checkpoint.selection import open_checkpoint
+from nextpt.events import read_events
+from tests.support.figures import quantiles
+
+STEPS, INTERVAL = 24, 3  # of a run; between saves
+
+
+class StormError(AssertionError):
+    """The storm found something broken."""
+
+
+@dataclass(frozen=True)
+class Case:
+    stage: int
+    precision: str
+    ranks: int
+    asynchronous: bool
+
+    @property
+    def most_redone(self) -> int:
+        return INTERVAL * (2 if self.asynchronous else 1)
+
+    def __str__(self) -> str:
+        saves = "background" if self.asynchronous else "plain"
+        return f"zero-{self.stage}-{self.precision}-{self.ranks}-{saves}"
+
+
+CASES = [
+    Case(stage, precision, ranks, (stage + (precision == "bf16") + ranks) % 2 == 0)
+    for ranks in (2, 1)
+    for precision in ("fp32", "bf16")
+    for stage in (0, 1, 2, 3)
+    if stage or precision == "fp32"
+]
+
+
+@dataclass
+class Reference:
+    """What an unbroken run comes to. seconds: of it all; saves: of each save."""
+
+    losses: dict[int, float]
+    digest: str
+    seconds: float
+    saves: list[float]
+
+
+@dataclass
+class Kill:
+    """A kill.
+
+    Attributes:
+        victims: "all", "one" or the launcher's name.
+        inside: Whether it hit a save.
+        detected: Seconds until the others noticed or had ended.
+        redone: Steps that the next start made again.
+        recovered: Seconds from the kill to the first step of the next start that got so far.
+    """
+
+    case: str
+    stage: int
+    victims: str
+    aimed: str
+    asynchronous: bool
+    inside: bool
+    training: bool
+    at: float
+    detected: float | None = None
+    redone: int | None = None
+    recovered: float | None = None
+
+
+@dataclass
+class Run:
+    """A run folder between two starts. acknowledged, made: the last such step.
+
+    pending: kills that no start has followed yet.
+    """
+
+    case: Case
+    folder: Path
+    config: Path
+    acknowledged: int = 0
+    made: int = 0
+    starts: int = 0
+    pending: list[Kill] = field(default_factory=list)
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Step -> loss; a step that was logged twice is a mistake."""
+    events = read_events(folder / "metrics.jsonl", "train")
+    found = {event["step"]: event["loss"] for event in events}
+    assert len(found) == len(events), f"{folder}: a step was logged twice"
+    return found
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over all weights and moments of the newest checkpoint."""
+    checkpoint, total = open_checkpoint(folder / "checkpoints"), hashlib.sha256()
+    assert checkpoint.step == STEPS, checkpoint.folder
+    for name, kinds in sorted(checkpoint.state_shapes().items()):
+        for kind in kinds:
+            total.update(f"{name} {kind}".encode())
+            total.update(checkpoint.read_whole(name, kind).numpy().tobytes())
+    return total.hexdigest()
+
+
+def leftovers(folder: Path) -> dict[str, list[str]]:
+    """What no finished run may hold."""
+    names = [path.name for path in folder.rglob("*")]
+    locks = sorted(folder.glob("lock-*.json"))
+    return {
+        "staging folders": [n for n in names if n.startswith((STAGING, REMOVING))],
+        "temporary files": [n for n in names if ".tmp" in n],
+        "held locks": (
+            [p.name for p in locks if json.loads(p.read_text())["held"]]
+            + [p.name for p in locks[1:]]
+        ),
+    }
+
+
+def working_on(config: Path) -> list[int]:
+    """Processes of this machine that deepspeed's launcher started, or is, for a config."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        command = command_line(int(name))
+        if str(config) in command and "launcher/run.py" in command:
+            found.append(int(name))
+    return sorted(found)
+
+
+def summary(kills: list[Kill]) -> dict[str, Any]:
+    """Figures over all kills.
+
+    Seconds of detection: of kills of one rank in training, and of launchers.
+    """
+    single = [k for k in kills if k.victims == "one"]
+    above = [k for k in kills if k.victims not in ("one", "all")]
+    return {
+        "kills": len(kills),
+        "inside_saves": sum(k.inside for k in kills),
+        "inside_background_saves": sum(k.inside and k.asynchronous for k in kills),
+        "at_start_up": sum(not k.training for k in kills),
+        "by_victims": dict(Counter(k.victims for k in kills)),
+        "by_stage": dict(sorted(Counter(k.stage for k in kills).items())),
+        "acknowledged_steps_lost": 0,
+        "steps_redone": {
+            "plain saves": quantiles(
+                k.redone for k in kills if k.redone is not None and not k.asynchronous
+            ),
+            "background saves": quantiles(
+                k.redone for k in kills if k.redone is not None and k.asynchronous
+            ),
+        },
+        "seconds_to_the_next_step": quantiles(
+            k.recovered for k in kills if k.recovered is not None
+        ),
+        "seconds_till_the_other_ranks_noticed": quantiles(
+            k.detected for k in single if k.training and k.detected is not None
+        ),
+        "killed_before_ranks_had_met": sum(k.detected is None for k in single),
+        "seconds_till_ranks_ended_without_launcher": quantiles(k.detected for k in above),
+    }

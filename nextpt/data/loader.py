@@ -1,6 +1,8 @@
 """Micro-batches of one rank, by optimizer step.
 
-The position is that of the step, after what was passed over: no other state.
+`step` is the number of completed optimizer steps, as in nextpt/train/loop.py: the batches at index
+`step` are those that are trained on next. The position follows from it and from skipped data;
+there is no other state.
 """
 
 from __future__ import annotations
@@ -69,13 +71,13 @@ class Loader:
         self._window_lock = threading.Lock()
 
     def position(self, step: int) -> int:
-        """First sample of the step-th optimizer step, counted from 0: after those of all steps before and those passed over."""
+        """First sample that is read after `step` completed steps, behind skipped data."""
         return step * self.config.train.global_batch_size + sum(
             stop - first for first, stop in self.skipped
         )
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps keeps: the position, what was passed over, and what it is a position in."""
+        """What a checkpoint after `step` completed steps keeps: position, skipped data, and hashes."""
         position = self.position(step)
         return {
             "position": position,
@@ -106,7 +108,7 @@ class Loader:
         self.skipped = passed
 
     def skip_data(self, step: int, stop: int) -> None:
-        """Have the step-th step (from 0) and those after it read from position `stop` on, not before what they read now."""
+        """Continue at position `stop` after `step` completed steps, and skip what is before it."""
         first = self.position(step)
         self._forget_ahead()
         if self.skipped and self.skipped[-1][1] == first:
@@ -119,7 +121,7 @@ class Loader:
         self._ahead.clear()
 
     def begins_stage(self, step: int) -> bool:
-        """Whether the step-th step (from 0) reads another stage of the plan than the step before it."""
+        """Whether a new stage of the plan begins after `step` completed steps."""
         first = self.position(step)
         before = next((begin for begin, stop in self.skipped if stop == first), first)
         return before > 0 and self.plan.stage_at(before - 1) != self.plan.stage_at(first)
@@ -151,7 +153,7 @@ class Loader:
             raise DataError("changed since: " + " and ".join(changed))
 
     def step_batches(self, step: int) -> list[Batch]:
-        """The micro-batches of this rank for the step-th optimizer step, counted from 0.
+        """This rank's micro-batches at index `step`: those trained on after `step` completed steps.
 
         Raises DataError when one of its shards cannot be read; steps before are not disturbed by
         what is read ahead.
@@ -168,7 +170,7 @@ class Loader:
             self.wait_seconds += time.monotonic() - started
 
     def positions(self, step: int) -> list[range]:
-        """Global positions of this rank's rows at a step (from 0), one range per micro-batch."""
+        """Positions of this rank's micro-batches at index `step`, one range per micro-batch."""
         train, world = self.config.train, self.world_size
         first = self.position(step) + self.rank * train.micro_batch_size
         stride = train.micro_batch_size * world

@@ -1,1 +1,1 @@
-"""Training: the step, the loop, schedule, optimizer and the DeepSpeed engine."""
+"""Training: loop, optimizer step on DeepSpeed, validation, checkpoints, rollback, startup."""

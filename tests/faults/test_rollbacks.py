@@ -206,7 +206,7 @@ def test_too_many_rollbacks_end_with_a_one_line_error(rollbacks: Jobs) -> None:
     assert (kind, code) == (
         "UserError",
         2,
-    ) and "and there is no checkpoint from before them to go back to; " in message
+    ) and "and there is no checkpoint from before them to roll back to; " in message
     assert not (rollbacks.root / "nowhere" / "checkpoints").exists()
 
 

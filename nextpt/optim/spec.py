@@ -27,6 +27,8 @@ from nextpt.config import OptimizerSection
 if TYPE_CHECKING:
     from nextpt.optim.guarded import GuardedOptimizer
 
+# In a checkpoint the parameter itself; in an optimizer's state the count of updates
+RESERVED = ("weight", "step")
 Shape = tuple[int, ...]
 # Returns the gradient norm of the step under way over all ranks (fp32 scalar, before clipping) and
 # whether the step must change nothing (bool scalar). A norm that is negative or not finite comes
@@ -61,6 +63,9 @@ class StateKind:
     name: str
     shape: Callable[[Shape], Shape] = like_parameter
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        assert self.name not in RESERVED, f"a kind of state cannot be named {self.name!r}"
 
     def is_elementwise(self, shape: Shape) -> bool:
         """Whether the state of a parameter of this shape is divided as the parameter is."""

@@ -1,7 +1,7 @@
-"""The tokenizer of a preparation: given, trained or made of characters, and the library that encodes with it.
+"""Choice of the tokenizer of a preparation, and of the library that encodes with it.
 
-WORK/tokenizer.json and WORK/encoder.json (written last) hold the choice, so that all workers make
-the same.
+The tokenizer is given, trained on the corpus, or made of its characters. WORK/tokenizer.json and
+WORK/encoder.json (written last) hold the choice, so that all workers encode alike.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 16, 2**14
 
 
 def choice_path(work: Path) -> Path:
-    """WORK/encoder.json: there when the tokenizer is."""
+    """WORK/encoder.json, which exists when the tokenizer does."""
     return work / "encoder.json"
 
 
 def make_tokenizer(plan: Plan) -> None:
-    """Write WORK/tokenizer.json, and choose the library. Raises DataPrepError."""
+    """Write WORK/tokenizer.json and choose the library.
+
+    Raises:
+        DataPrepError: When the tokenizer cannot be made, or the library that was asked for differs.
+    """
     spec, path = plan.spec, plan.spec.work / "tokenizer.json"
     if spec.tokenizer is not None:
         convert(str(spec.tokenizer), path, start=spec.start_token, end=spec.end_token)
@@ -45,6 +49,7 @@ def make_tokenizer(plan: Plan) -> None:
             (text for unit in plan.units for text, _ in _texts(plan, unit)), path
         )
     else:
+        assert spec.vocab_size is not None  # PrepSpec.check
         train_bpe(_training_texts(plan), spec.vocab_size, path)
     tokenizer = Tokenizer(path, encoder=spec.encoder)
     token_dtype(tokenizer.vocab_size)
@@ -65,21 +70,23 @@ def make_tokenizer(plan: Plan) -> None:
 
 @lru_cache(maxsize=1)
 def chosen_tokenizer(plan_sha256: str, work: Path) -> Tokenizer:
-    """The tokenizer of a preparation, made once per process.
+    """Open the tokenizer of a preparation, once per process.
 
-    plan_sha256 keeps preparations apart.
+    Args:
+        plan_sha256: Identity of the plan; keeps preparations apart in the cache.
+        work: Work folder.
     """
     choice = json.loads(choice_path(work).read_text(encoding="utf-8"))
     return Tokenizer(work / "tokenizer.json", encoder=choice["encoder"])
 
 
 def encoder_reason(work: Path) -> str:
-    """Why that library."""
-    return json.loads(choice_path(work).read_text(encoding="utf-8"))["reason"]
+    """Why the library was chosen."""
+    return str(json.loads(choice_path(work).read_text(encoding="utf-8"))["reason"])
 
 
 def _texts(plan: Plan, unit: Unit) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is held out) of the good records of a unit."""
+    """Yield (text, whether it is held out) of the good records of a unit."""
     tail_from, threshold = unit.tail_from, int(plan.spec.heldout * 2**64)
     for part in unit.parts:
         for record in read_part(part, plan.fields):
@@ -97,7 +104,10 @@ def _texts(plan: Plan, unit: Unit) -> Iterator[tuple[str, bool]]:
 
 
 def _training_texts(plan: Plan) -> Iterator[str]:
-    """Texts of the training side, the first ones of every unit when there are more than TRAINING_BYTES."""
+    """Yield texts of the training split.
+
+    Of a corpus above TRAINING_BYTES, only the first texts of every unit.
+    """
     share = TRAINING_BYTES // max(len(plan.units), 1)
     for unit in plan.units:
         left = share if len(plan.units) > 1 else TRAINING_BYTES

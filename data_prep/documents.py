@@ -1,4 +1,4 @@
-"""The documents of a corpus, one after another, where one process is enough."""
+"""Documents of a corpus as one stream, where one process is enough."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nextpt.base.errors import DataPrepError
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `id` tells where it comes from."""
+    """One text; `id` says where it comes from."""
 
     id: str
     text: str
@@ -22,9 +22,10 @@ class Document:
 def read_documents(
     place: str | Path, text_field: str = "text", id_field: str | None = "id"
 ) -> Iterator[Document]:
-    """Documents of a file, folder, glob or URI, in a fixed order.
+    """Yield the documents of a file, folder, glob or URI, in a fixed order.
 
-    Raises DataPrepError that names file and place of a bad record.
+    Raises:
+        DataPrepError: With file and position of a bad record.
     """
     for file in find_files(place):
         for record in read_part(whole(file), Fields(text_field, id_field)):

@@ -1,4 +1,4 @@
-"""What a preparation would do, and how long it would take, measured on a sample of its own corpus."""
+"""Dry run: what a preparation would do and how long it would take, measured on a sample."""
 
 from __future__ import annotations
 
@@ -24,9 +24,17 @@ SHARE_OF_TOKENIZER = 0.85  # of the time of a whole preparation (docs/data.md)
 
 @dataclass(frozen=True)
 class Estimate:
-    """stored: bytes of all inputs. text, tokens, seconds: estimates from the sample.
+    """Estimate of a preparation.
 
-    None where no tokenizer is given.
+    Attributes:
+        plan: Its plan.
+        workers: Number of workers.
+        stored: Bytes of all inputs.
+        text: Bytes of text, extrapolated from the sample; None where no tokenizer is given, as are:
+        tokens: Number of tokens.
+        seconds: Wall-clock time.
+        disk: Bytes of disk used on the way.
+        current: Whether the output exists and was made from the same inputs and settings.
     """
 
     plan: Plan
@@ -39,7 +47,7 @@ class Estimate:
     current: bool
 
     def lines(self) -> list[str]:
-        """For a person to read."""
+        """The estimate as lines of text."""
         spec, units = self.plan.spec, self.plan.units
         files = {part.file for unit in units for part in unit.parts}
         found = [
@@ -48,7 +56,7 @@ class Estimate:
         ]
         if self.current:
             found.append(f"{spec.output} is there and was made from them: nothing would be done")
-        if self.tokens is None:
+        if self.tokens is None or self.text is None or self.seconds is None or self.disk is None:
             found.append(
                 "the tokenizer would be trained first; its speed is not known yet, so neither is"
                 " the time"
@@ -71,9 +79,10 @@ class Estimate:
 
 
 def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
-    """Plan, and tokenize a sample.
+    """Make the plan and tokenize a sample of the corpus; writes nothing that stays.
 
-    Writes nothing that stays. Raises DataPrepError as the preparation would.
+    Raises:
+        DataPrepError: As the preparation would.
     """
     plan = make_plan(spec)
     count = workers or local_workers(plan).count
@@ -108,7 +117,7 @@ def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
 
 
 def _sample(plan: Plan, unit: Unit) -> Iterator[tuple[str, int]]:
-    """(text, bytes of the stored file that are used up since the text before) from the first block of a unit."""
+    """Yield (text, bytes of the stored file used since the text before) of a unit's first block."""
     used: list[int] = []
     for record in read_part(unit.parts[0], plan.fields, used.append):
         if len(used) > 1:

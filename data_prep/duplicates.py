@@ -1,10 +1,10 @@
-"""Documents that are there more than once: by the hash of their text, and by their id.
+"""Duplicate documents: by the hash of their text, and by their id.
 
-Hashes are divided among partitions by their remainder, so that memory is bounded by PARTITION
-records however many documents there are, and partitions are work for as many workers. The first of
-equal documents, in the order of the plan, is the one that counts. Equal means equal xxh64, and for
-texts equal length too: among 10^9 documents one false pair is to be expected with a chance of 3 %
-for ids and far less for texts.
+Hashes are divided among partitions by their remainder. So memory is bounded by PARTITION records
+however many documents there are, and any number of workers can share the partitions. Of equal
+documents the first, in the order of the plan, is kept. Equal means equal xxh64, and for texts equal
+length too: among 10^9 documents one false pair is expected with a probability of 3 % for ids and
+far less for texts.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ OFTEN = np.dtype([("count", "<u8"), ("bytes", "<u4"), ("unit", "<u4"), ("documen
 
 
 def partitions(work: Path, units: int) -> int:
-    """How many partitions the documents of all units need."""
-    documents = sum(read_footer(tokens_path(work, unit))["documents"] for unit in range(units))
+    """Number of partitions that the documents of all units need."""
+    documents = sum(int(read_footer(tokens_path(work, unit))["documents"]) for unit in range(units))
     return max(1, -(-documents // PARTITION))
 
 
 def duplicates_path(work: Path, partition: int) -> Path:
-    """The result of a partition: there when it is done."""
+    """Result of a partition, which exists when the partition is done."""
     return work / "duplicates" / f"{partition:05d}.npz"
 
 
 def find_duplicates(
     work: Path, units: int, partition: int, count: int, advance: Advance = lambda n: None
 ) -> None:
-    """Write the later ones of equal texts and of equal ids among the documents of one partition of `count`."""
-    found = {"text": [], "id": []}
+    """Write the duplicate texts and ids among the documents of one of `count` partitions."""
+    keys: dict[str, list[np.ndarray]] = {"text": [], "id": []}
     for unit in range(units):
         documents = TokensFile(tokens_path(work, unit)).documents
         for name, hashes in (("text", documents["text_hash"]), ("id", documents["id_hash"])):
@@ -48,10 +48,10 @@ def find_duplicates(
             keyed = np.empty(len(own), dtype=KEYED)
             keyed["hash"], keyed["unit"], keyed["document"] = hashes[own], unit, own
             keyed["bytes"] = documents["bytes"][own] if name == "text" else 0
-            found[name].append(keyed)
+            keys[name].append(keyed)
         advance(1)
-    texts, often = _later(np.concatenate(found["text"] or [np.empty(0, KEYED)]))
-    ids, _ = _later(np.concatenate(found["id"] or [np.empty(0, KEYED)]))
+    texts, often = _later(np.concatenate(keys["text"] or [np.empty(0, KEYED)]))
+    ids, _ = _later(np.concatenate(keys["id"] or [np.empty(0, KEYED)]))
     path = duplicates_path(work, partition)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb") as file:
@@ -59,7 +59,7 @@ def find_duplicates(
 
 
 def _later(keyed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(places of all but the first of each key, in order; the TOP most frequent keys)."""
+    """(all places of each key but the first, in order; the TOP most frequent keys)."""
     order = np.lexsort((keyed["document"], keyed["unit"], keyed["bytes"], keyed["hash"]))
     keyed = keyed[order]
     new = np.ones(len(keyed), dtype=bool)
@@ -80,9 +80,12 @@ def _later(keyed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Duplicates:
-    """What all partitions found. texts, ids: PLACE records in order.
+    """Results of all partitions.
 
-    often: the most frequent texts.
+    Attributes:
+        texts: PLACE records of documents whose text came before, in order.
+        ids: PLACE records of documents whose id came before, in order.
+        often: OFTEN records of the most frequent texts.
     """
 
     def __init__(self, work: Path, count: int) -> None:
@@ -101,6 +104,6 @@ class Duplicates:
 
     def of_unit(self, which: str, unit: int) -> np.ndarray:
         """Documents of a unit that repeat an earlier text ("texts") or id ("ids"), in order."""
-        places = getattr(self, which)
+        places: np.ndarray = getattr(self, which)
         low, high = np.searchsorted(places["unit"], (unit, unit + 1))
-        return places["document"][low:high]
+        return np.asarray(places["document"][low:high])

@@ -1,8 +1,8 @@
-"""Tokenizing one unit: records in; tokens, held-out texts and quarantined records out.
+"""Tokenization of one unit: records in; tokens, held-out documents and bad records out.
 
-WORK/tok/NNNNNN.tok is written last (data_prep.tokens); beside it lie NNNNNN.heldout.jsonl and
-NNNNNN.bad.jsonl. Every record is counted once: in documents, in `passed` (why it is passed over) or
-in `bad` (why it cannot be used).
+WORK/tok/NNNNNN.tok is written last (data_prep.tokens); beside it are NNNNNN.heldout.jsonl and
+NNNNNN.bad.jsonl. Every record is counted once: in documents, in `passed` (why it is filtered) or in
+`bad` (why it cannot be used).
 """
 
 from __future__ import annotations
@@ -38,14 +38,18 @@ Write = Callable[[bytes], object]
 
 
 def tokens_path(work: Path, unit: int) -> Path:
-    """The .tok file of a unit: there when the unit is done."""
+    """The .tok file of a unit, which exists when the unit is done."""
     return work / "tok" / f"{unit:06d}.tok"
 
 
 def encode_unit(
     plan: Plan, unit: Unit, tokenizer: Tokenizer, advance: Advance = lambda n: None
 ) -> None:
-    """Tokenize a unit into WORK/tok. Raises DataPrepError for a file that cannot be read at all."""
+    """Tokenize a unit into WORK/tok.
+
+    Raises:
+        DataPrepError: When a file cannot be read at all.
+    """
     path = tokens_path(plan.spec.work, unit.index)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = TokensWriter(
@@ -65,7 +69,7 @@ def encode_unit(
 
 
 class _Encoding:
-    """One unit on its way through the tokenizer."""
+    """State of one unit while it is tokenized."""
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class _Encoding:
         self.started, self.encoding_seconds = time.process_time(), 0.0
 
     def encode_part(self, number: int, file: InputFile, records: Iterator[Record | Bad]) -> None:
-        """Tokenize the records of the unit's part `number`."""
+        """Tokenize the records of part `number` of the unit."""
         self.part = number
         group: list[Record] = []
         characters = 0
@@ -119,7 +123,7 @@ class _Encoding:
         self.write_bad(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def _encode(self, file: InputFile, group: list[Record]) -> None:
-        """Tokenize a group; when the tokenizer refuses it, one by one."""
+        """Tokenize a group of records; one by one when the tokenizer refuses the group."""
         wanted = [
             (record, data) for record in group if (data := self._wanted(file, record)) is not None
         ]
@@ -129,8 +133,9 @@ class _Encoding:
             for text, data, heldout in self._sides(record.text, data)
         ]
         started = time.process_time()
+        encoded: list[tuple[np.ndarray, np.ndarray | None] | None]
         try:
-            encoded = self._tokens([text for _, text, _, _ in sides])
+            encoded = list(self._tokens([text for _, text, _, _ in sides]))
         except _Disagreement:
             raise
         except UserError:
@@ -148,9 +153,9 @@ class _Encoding:
         return [(ids, None) for ids in self.tokenizer.encode_batch(texts)]
 
     def _check_libraries(self, text: str) -> None:
-        """The choice of the faster library was proved on other texts.
+        """Compare the libraries on one text of every unit.
 
-        Go on proving it on one of every unit.
+        The faster library was chosen by a comparison on other texts.
         """
         self.checked = True
         if difference := self.tokenizer.difference([text]):
@@ -173,7 +178,7 @@ class _Encoding:
             return None
 
     def _wanted(self, file: InputFile, record: Record) -> bytes | None:
-        """UTF-8 of a record's text; None, and counted, when it is passed over or quarantined."""
+        """UTF-8 of a record's text; None, and counted, when it is filtered or quarantined."""
         try:
             data = record.text.encode()
         except UnicodeEncodeError as error:
@@ -200,7 +205,10 @@ class _Encoding:
             return False
 
     def _sides(self, text: str, data: bytes) -> list[tuple[str, bytes, bool]]:
-        """(text, its UTF-8, held out): one, or two where the held-out tail begins inside the document."""
+        """(text, its UTF-8, held out) of one document.
+
+        Two of them where the held-out tail begins inside the document.
+        """
         if self.tail_from is None:
             return [(text, data, xxhash.xxh64_intdigest(data) < self.threshold)]
         head, tail = text[: self.tail_from], text[self.tail_from :]
@@ -267,7 +275,10 @@ class _Encoding:
             self.write_heldout(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def footer(self) -> dict[str, Any]:
-        """What the unit's footer says. records + cuts = documents + passed + bad. totals: domain -> documents, tokens, bytes, held-out documents."""
+        """The unit's footer; records + cuts = documents + passed + bad.
+
+        totals: domain -> [documents, tokens, bytes, held-out documents].
+        """
         return {
             "domains": list(self.domains),
             "records": self.records,
@@ -282,9 +293,9 @@ class _Encoding:
 
 
 def _id_hash(domain: str, name: str) -> int:
-    """Never 0, which says that there is no id."""
+    """Hash of an id within its domain; never 0, which says that there is no id."""
     return xxhash.xxh64_intdigest(f"{domain}\0{name}".encode("utf-8", "surrogatepass")) or 1
 
 
 class _Disagreement(DataPrepError):
-    """The tokenizer libraries differ: no fault of a document, so nothing is quarantined for it."""
+    """The tokenizer libraries differ; no document is at fault, so none is quarantined for it."""

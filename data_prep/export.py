@@ -1,27 +1,27 @@
-"""Shards as Megatron-LM's indexed datasets, PREFIX-DOMAIN-SPLIT.bin and .idx.
+r"""Export of shards to Megatron-LM's indexed datasets, PREFIX-DOMAIN-SPLIT.bin and .idx.
 
 Layout (megatron/core/datasets/indexed_dataset.py of Megatron-LM), little-endian:
 
     .bin  the tokens of all sequences, one after the other
-    .idx  b"MMIDIDX\\0\\0", uint64 version 1, uint8 code of the token type (4 int32, 8 uint16),
-    uint64 sequences n,
-          uint64 entries of the last table, int32 [n] lengths in tokens, int64 [n] offsets in bytes,
+    .idx  b"MMIDIDX\0\0", uint64 version 1, uint8 code of the token type (4 int32, 8 uint16),
+          uint64 number of sequences n, uint64 entries of the last table,
+          int32 [n] lengths in tokens, int64 [n] offsets in bytes,
           int64 [n + 1] sequence at which each document begins, and n
 
-Megatron's GPTDataset shuffles sequences, joins them to one stream and cuts that into samples, so a
-sequence here is what stays together there: one segment of a row, a document or a piece of one. Rows
-are shuffled and do not say whose pieces they hold, so the pieces of a document longer than a row
-stay apart: prepare with long rows to keep documents whole.
+Megatron's GPTDataset shuffles sequences, joins them to one stream and cuts that into samples. So a
+sequence of Megatron's is one segment of our rows: a document or a piece of one. Rows are shuffled
+and do not say whose pieces they hold, so the pieces of a document longer than a row stay apart:
+prepare with long rows to keep documents whole.
 
 The stream predicts every token from the one before it, so tokens are kept or left out such that
 each target of our rows is predicted from its own predecessor:
 
-- the token that a piece shares with the piece before it is kept; without it the piece's second
-  token would be predicted from some other document;
-- a document's start is left out where it is the same token as the end: the end of the document
-  before does its work, as with preprocess_data.py --append-eod. Both would teach that an end is
-  followed by an end. A start of its own is kept;
-- padding is left out.
+- The token that a piece shares with the piece before it is kept. Without it the piece's second
+  token would be predicted from some other document.
+- A document's start token is left out where it is the same token as the end token: the end of the
+  document before does its work, as with preprocess_data.py --append-eod. Both would teach that an
+  end is followed by an end. Any other start token is kept.
+- Padding is left out.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Exported:
 
 
 def megatron_dtype(vocab_size: int) -> np.dtype:
-    """The token type that Megatron itself chooses (DType.optimal_dtype): uint16 below 65500 tokens, else int32."""
+    """Token type that Megatron itself chooses (DType.optimal_dtype).
+
+    uint16 below 65500 tokens, else int32.
+    """
     if vocab_size > 2**31:
         raise DataPrepError(
             f"a vocabulary of {vocab_size} tokens does not fit int32, the widest token type of"
@@ -70,12 +73,12 @@ def megatron_dtype(vocab_size: int) -> np.dtype:
 
 
 def export_megatron(data: Path, prefix: Path, console: Console | None = None) -> list[Exported]:
-    """Write every domain and split of the dataset `data` that has rows.
+    """Write every domain and split of a dataset that has rows; all files appear together or none.
 
-    All files appear together or none.
+    Uses memory for one shard and one block of a table.
 
-    Memory: one shard and one block of a table. Raises DataPrepError for a dataset that is not whole,
-    and for files that are there.
+    Raises:
+        DataPrepError: When the dataset is incomplete, or files are in the way.
     """
     manifest = DatasetManifest.load(data)
     parts = {
@@ -120,9 +123,9 @@ def export_megatron(data: Path, prefix: Path, console: Console | None = None) ->
 
 
 class _Pair:
-    """One .bin and its .idx while they are written.
+    """A .bin and its .idx while they are written.
 
-    The lengths go straight to their place; the tables behind them follow.
+    Lengths go straight to their position in the .idx; the tables after them follow in `finish`.
     """
 
     def __init__(self, tokens: IO[bytes], index: IO[bytes], manifest: DatasetManifest) -> None:
@@ -133,6 +136,7 @@ class _Pair:
         index.write(bytes(HEADER.size))
 
     def add(self, shard: StoredShard) -> None:
+        """Append the segments of a shard."""
         for row in read_rows(shard):
             lengths = []
             for sequence, flags in _segments(row, shard.path):
@@ -178,7 +182,7 @@ class _Pair:
 
 
 def _segments(row: dict[str, Any], shard: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens, flags) of the segments of a row that hold text."""
+    """Yield (tokens, flags) of the segments of a row that hold text."""
     ends = np.cumsum(row["doc_lens"], dtype=np.int64)
     assert len(ends) and ends[-1] == len(row["tokens"]), (
         f"{shard}: a row's segments do not add up to its tokens"

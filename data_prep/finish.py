@@ -1,6 +1,6 @@
-"""The last stage: indices, manifest, held-out texts, quarantine and report.
+"""Last stage of a preparation: indices, manifest, held-out documents, quarantine and report.
 
-Then the folder takes its name.
+Then the finished folder takes its name.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def is_finished(plan: Plan) -> bool:
 def finish(
     plan: Plan, layout: Layout, tokenizer: Tokenizer, duplicates: Duplicates, wall_seconds: float
 ) -> None:
-    """Put the dataset together in WORK/dataset, rename it to the output, and remove WORK.
+    """Assemble the dataset in WORK/dataset, rename it to the output, and remove WORK.
 
-    Asserts that all that the units hold is in the shards, in the quarantine, or counted as passed
-    over.
+    Asserts that every record of the units is in the shards, in the quarantine, or counted as
+    filtered.
     """
     spec, folder = plan.spec, plan.spec.work / "dataset"
     for leftover in folder.rglob(".*.tmp-*"):
@@ -73,7 +73,7 @@ def finish(
 def _write_index(
     folder: Path, split: str, domain: str, layout: Layout, packed: list[dict[str, Any]]
 ) -> SplitCounts:
-    """One index.json over all groups of a domain, and the domain's counts."""
+    """Write one index.json over all groups of a domain; return the domain's counts."""
     shards = []
     most = 0
     sums = dict.fromkeys(
@@ -107,9 +107,9 @@ def _write_index(
 def _check_sums(
     plan: Plan, layout: Layout, duplicates: Duplicates, counts: dict[str, dict[str, SplitCounts]]
 ) -> None:
-    """Counts in = counts out + passed over + quarantined.
+    """Check that counts in = counts out + filtered + quarantined.
 
-    A difference is a mistake of ours, and nothing is written.
+    A difference is a defect of the program; then nothing is written.
     """
     found = layout.counts
     documents = sum(c.documents for domains in counts.values() for c in domains.values())
@@ -126,7 +126,7 @@ def _check_sums(
 
 
 def _write_heldout(plan: Plan, layout: Layout, duplicates: Duplicates, folder: Path) -> None:
-    """heldout_text/DOMAIN.jsonl from those of the units, in order, without what was dropped."""
+    """Write heldout_text/DOMAIN.jsonl from those of the units, without dropped documents."""
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
         files = {
@@ -147,9 +147,9 @@ def _write_heldout(plan: Plan, layout: Layout, duplicates: Duplicates, folder: P
 
 
 def _write_quarantine(plan: Plan, duplicates: Duplicates, path: Path) -> None:
-    """quarantine.jsonl: the bad records of all units, clashes of ids included.
+    """Write quarantine.jsonl: the bad records of all units, clashes of ids included.
 
-    No file when there are none.
+    Writes no file when there are none.
     """
     path.unlink(missing_ok=True)
     lines = [line for unit in plan.units for line in quarantined(plan, duplicates, unit)]
@@ -185,9 +185,9 @@ def _manifest(
 
 
 def _take_name(folder: Path, output: Path) -> None:
-    """Give the finished folder its name.
+    """Rename the finished folder to the output.
 
-    A dataset that it replaces goes after it is whole, not before.
+    A dataset that it replaces is removed after the new one is whole.
     """
     old = output.with_name(f"{output.name}.old-{os.getpid()}")
     if output.exists():

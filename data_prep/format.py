@@ -1,27 +1,32 @@
-"""The shard contract: what a dataset folder holds and what a row means.
+"""Shard format: the files of a dataset folder and the meaning of a row.
 
-    DATA/dataset.json                     the manifest below; written last, so a folder without it
-    is unfinished DATA/tokenizer.json                   the tokenizer that made the tokens
-    DATA/token_bytes.npy                  uint16 [V]: UTF-8 bytes of each token; 0 says that a token
-    is no text (special, or a hole) DATA/{train,heldout}/DOMAIN/          index.json of an MDS
-    stream, and its shards in folders, gNNNNN/shard.NNNNN.mds[.zstd] DATA/heldout_text/DOMAIN.jsonl
-    the held-out documents themselves DATA/quarantine.jsonl                 records that could not
-    be used: file, place, reason; only when there are any DATA/report.{json,html}
-    counts, lengths, packing, duplicates, throughput
+    DATA/dataset.json              the manifest below; written last, so a folder without it is
+                                   unfinished
+    DATA/tokenizer.json            the tokenizer that made the tokens
+    DATA/token_bytes.npy           uint16 [V]: UTF-8 bytes of each token; 0 says that a token is
+                                   no text (special, or a hole)
+    DATA/{train,heldout}/DOMAIN/   index.json of an MDS stream, and its shards in folders,
+                                   gNNNNN/shard.NNNNN.mds[.zstd]
+    DATA/heldout_text/DOMAIN.jsonl the held-out documents themselves
+    DATA/quarantine.jsonl          records that could not be used: file, place, reason; only when
+                                   there are any
+    DATA/report.{json,html}        counts, lengths, packing, duplicates, throughput
 
-A row has sequence_length + 1 tokens: T inputs and, shifted by one, T targets. A document is stored
-as [start] + tokens + [end]; one longer than a row is cut into pieces that overlap by one token, so
-that every token is the target exactly once. A row is a sequence of segments: pieces of documents,
-and perhaps padding at its end.
+A row (a packed sequence) has sequence_length + 1 tokens: T inputs and, shifted by one, T targets. A
+document is stored as [start] + tokens + [end]; one longer than a row is cut into pieces that
+overlap by one token, so that every token is the target exactly once. A row consists of segments:
+pieces of documents, and perhaps padding at its end.
 
 Bytes. With byte-level tokenizers a token stands for the same bytes everywhere (token_bytes.npy;
 byte_counts "table"). With others (normalisation, SentencePiece, WordPiece) that depends on its
-place; then byte_counts is "column", rows have `target_bytes`, and the table only tells text from
+context; then byte_counts is "column", rows have `target_bytes`, and the table only tells text from
 special tokens. Either way the bytes of all targets of a document sum to the UTF-8 bytes of its
 text.
 
 A shard may also have `token_weights` (ndarray:float32:T+1): a factor on each token's loss when it
 is the target, used where objective.token_weights is set.
+
+`data_prep/mds.py` knows how these columns lie in a shard file.
 """
 
 from __future__ import annotations
@@ -46,7 +51,11 @@ PADDING = 4
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Smallest unsigned type that holds every token id. Raises DataPrepError above 2^32."""
+    """Smallest unsigned type that holds every token id.
+
+    Raises:
+        DataPrepError: Above 2^32 tokens.
+    """
     if vocab_size <= 2**16:
         return np.dtype(np.uint16)
     if vocab_size <= 2**32:
@@ -58,11 +67,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def columns(sequence_length: int, vocab_size: int, byte_counts: str = "table") -> dict[str, str]:
-    """MDS columns of a row. doc_lens and doc_flags: one entry per segment, lengths summing to the row.
+    """MDS columns of a row: name -> encoding.
 
-    target_bytes (byte_counts "column" only): UTF-8 bytes each token stands for where it is the
-    target.
-    text_bytes: their sum over the row's targets.
+    doc_lens and doc_flags have one entry per segment; the lengths sum to the row's. target_bytes
+    (only with byte_counts "column") is the number of UTF-8 bytes that each token stands for where
+    it is the target, and text_bytes is their sum over the row's targets.
     """
     found = {
         "tokens": f"ndarray:{token_dtype(vocab_size)}:{sequence_length + 1}",
@@ -81,10 +90,18 @@ class _Record(BaseModel):
 
 
 class SplitCounts(_Record):
-    """One domain of one split. tokens: targets that are predicted, the ends of documents included.
+    """Counts of one domain of one split.
 
-    max_segments: the most segments that any row has, padding included; None where the writer did
-    not say.
+    Attributes:
+        documents: Documents.
+        bytes: UTF-8 bytes of their texts.
+        tokens: Targets that are predicted, the ends of documents included.
+        text_tokens: Targets that stand for text.
+        rows: Rows (packed sequences).
+        padding_tokens: Tokens of padding in all rows.
+        max_segments: Largest number of segments of any row, padding included; None where the writer
+            did not record it.
+        index_sha256: Hash of index.json; empty without rows.
     """
 
     documents: int
@@ -98,7 +115,7 @@ class SplitCounts(_Record):
 
 
 class DatasetManifest(_Record):
-    """dataset.json."""
+    """Content of dataset.json."""
 
     format_version: int = FORMAT_VERSION
     sequence_length: int
@@ -118,7 +135,13 @@ class DatasetManifest(_Record):
 
     @classmethod
     def load(cls, folder: Path) -> DatasetManifest:
-        """Read and check a dataset folder. Raises DataPrepError that names the file and the way out."""
+        """Read and check the manifest of a dataset folder.
+
+        Raises:
+            DataPrepError: When the folder is unfinished, damaged, of another format version, or has
+            another
+                tokenizer than the one that made the shards.
+        """
         path = folder / "dataset.json"
         if not path.is_file():
             state = (

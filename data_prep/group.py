@@ -1,7 +1,7 @@
-"""Packing one group of documents and writing its rows as MDS shards.
+"""Packing of one group of documents into rows, written as MDS shards.
 
-The shards of a group come to lie in WORK/dataset/SPLIT/DOMAIN/gNNNNN, by renaming a whole folder;
-WORK/packed/NNNNN.json, written after that, says what is in them, and that the group is done.
+The shards of a group move to WORK/dataset/SPLIT/DOMAIN/gNNNNN by the rename of a whole folder;
+WORK/packed/NNNNN.json, written after that, holds their counts and says that the group is done.
 """
 
 from __future__ import annotations
@@ -45,20 +45,24 @@ SHARD_BYTES = 2**26  # MDS's own default: large enough to stream, small enough t
 
 
 def group_name(index: int) -> str:
+    """Name of the folder of a group's shards."""
     return f"g{index:05d}"
 
 
 def packed_path(work: Path, group: int) -> Path:
-    """What is in the shards of a group: there when it is done."""
+    """Counts of a group's shards, a file that exists when the group is done."""
     return work / "packed" / f"{group:05d}.json"
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of one split. stream: [start] tokens [end] of all, one after another.
+    """Documents of one split.
 
-    sizes: uint32, bytes of each place of the stream, or None; offsets: int64 [documents + 1] into
-    them; bytes: UTF-8 bytes of all texts.
+    Attributes:
+        stream: [start] + tokens + [end] of all documents, one after another.
+        sizes: uint32, bytes of each position of the stream; None with byte_counts "table".
+        offsets: int64 [documents + 1] into the stream.
+        bytes: UTF-8 bytes of all texts.
     """
 
     stream: np.ndarray
@@ -68,6 +72,7 @@ class Documents:
 
     @property
     def lengths(self) -> np.ndarray:
+        """int64 [documents]: tokens of each document, start and end included."""
         return np.diff(self.offsets)
 
 
@@ -79,7 +84,16 @@ def pack_group(
     duplicates: Duplicates,
     advance: Advance = lambda n: None,
 ) -> None:
-    """Pack a group and write its shards. domain: its number in the dataset."""
+    """Pack a group and write its shards.
+
+    Args:
+        plan: The plan.
+        group: The group.
+        domain: Number of its domain in the dataset.
+        tokenizer: The tokenizer of the preparation.
+        duplicates: Results of the duplicates stage.
+        advance: Called with the number of tokens written.
+    """
     work = plan.spec.work
     name = group_name(group.index)
     staging = work / "packed" / f".{name}-{socket.gethostname()}-{os.getpid()}"
@@ -107,7 +121,7 @@ def pack_group(
 def gather(
     plan: Plan, group: Group, duplicates: Duplicates, tokenizer: Tokenizer, *, heldout: bool
 ) -> Documents:
-    """The documents of a group that belong to one split, without those that are dropped."""
+    """Read the documents of a group that belong to one split, without dropped ones."""
     tokens, sizes, lengths, total = [], [], [], 0
     for unit in range(group.start[0], min(group.stop[0] + 1, len(plan.units))):
         file = TokensFile(tokens_path(plan.spec.work, unit))
@@ -139,10 +153,19 @@ def gather(
 def _spread(
     parts: list[np.ndarray], counts: list[np.ndarray], offsets: np.ndarray, dtype: npt.DTypeLike
 ) -> np.ndarray:
-    """The values of `parts`, of which documents have `counts` each, from the second place of each document on; other places are not set.
+    """Copy values of documents to their positions in the stream, from each document's second on.
 
-    One copy for each document, and no other: a mask over all places takes longer but for the
+    One copy per document and no other: a mask over all positions takes longer for all but the
     shortest documents.
+
+    Args:
+        parts: Values of the documents, one array per unit.
+        counts: Number of values of each document, one array per unit.
+        offsets: int64 [documents + 1], where each document begins in the stream.
+        dtype: Type of the result.
+
+    Returns:
+        The stream; positions of start and end tokens are not set.
     """
     spread = np.empty(offsets[-1], dtype=dtype)
     places = iter((offsets[:-1] + 1).tolist())
@@ -156,14 +179,11 @@ def _spread(
 
 def _chosen(documents: np.ndarray, domain: int, heldout: bool) -> np.ndarray:
     assert documents.dtype == DOCUMENT
-    return (documents["domain"] == domain) & (documents["heldout"] == heldout)
+    return np.asarray((documents["domain"] == domain) & (documents["heldout"] == heldout))
 
 
 def _select(values: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The stretches of `values` that belong to chosen documents.
-
-    Documents have `counts` values each.
-    """
+    """Select the values of the chosen documents; documents have `counts` values each."""
     if chosen.all():
         return values
     ends = np.cumsum(counts)
@@ -197,7 +217,10 @@ class _Rows:
         self.text_tokens = self.max_segments = 0
 
     def write(self, folder: Path, stream: int) -> dict[str, Any]:
-        """Write the shards in shuffled order (best-fit makes rows of long documents first) and say what is in them."""
+        """Write the shards in shuffled order and return their counts.
+
+        Best-fit packing makes the rows of long documents first, hence the shuffle.
+        """
         if self.rows:
             layout = columns(
                 self.spec.sequence_length, self.tokenizer.vocab_size, self.tokenizer.byte_counts
@@ -217,7 +240,11 @@ class _Rows:
         return self._summary(_check_shards(folder) if self.rows else [])
 
     def _sample(self, row: list[int]) -> dict[str, bytes]:
-        """One MDS sample (columns of data_prep.format), encoded: the writer takes bytes as they are, and encoding costs it twice as much as all the rest of writing."""
+        """Encode one MDS sample (columns of data_prep.format).
+
+        The writer takes bytes as they are; its own encoding costs twice as much as all the rest of
+        writing.
+        """
         begins, ends = self.begins[row].tolist(), self.ends[row].tolist()
         flags = self.flags[row].tolist()
         lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
@@ -226,7 +253,7 @@ class _Rows:
         own = self.table[tokens]
         firsts = [0, *accumulate(lengths[:-1])]  # no targets
         own[firsts] = own[filled:] = 0
-        self.text_tokens += np.count_nonzero(own)
+        self.text_tokens += int(np.count_nonzero(own))
         if self.documents.sizes is None:
             target_bytes = own
         else:
@@ -250,7 +277,7 @@ class _Rows:
     def _joined(
         self, values: np.ndarray, begins: list[int], ends: list[int], padding: int
     ) -> np.ndarray:
-        """The stretches of `values` that make a row, padded to its length."""
+        """Concatenate the stretches of `values` that make a row, and pad to its length."""
         row = np.concatenate([values[begin:end] for begin, end in zip(begins, ends, strict=True)])
         short = self.capacity - len(row)
         return np.concatenate((row, np.full(short, padding, dtype=values.dtype))) if short else row
@@ -276,16 +303,18 @@ class _Rows:
 
 def _flags(pieces: Pieces, lengths: np.ndarray) -> np.ndarray:
     begins_inside = np.where(pieces.start > 0, STARTS_MID_DOCUMENT, 0)
-    return begins_inside | np.where(pieces.stop < lengths[pieces.document], ENDS_MID_DOCUMENT, 0)
+    ends_inside = np.where(pieces.stop < lengths[pieces.document], ENDS_MID_DOCUMENT, 0)
+    return np.asarray(begins_inside | ends_inside)
 
 
 def _check_shards(folder: Path) -> list[dict[str, Any]]:
-    """Read back what the writer wrote, against its hashes, and sync it.
+    """Verify what the writer wrote against its hashes, and sync it.
 
-    Returns the shards of its index, which is removed: the whole domain gets one.
+    Returns:
+        The shards of its index.json, which is removed: the whole domain gets one.
     """
     index = folder / "index.json"
-    shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+    shards: list[dict[str, Any]] = json.loads(index.read_text(encoding="utf-8"))["shards"]
     for shard in shards:
         stored = shard["zip_data"] or shard["raw_data"]
         path = folder / stored["basename"]

@@ -1,4 +1,4 @@
-"""Finding the files of a corpus: a file, a folder, a glob, local or in an object store."""
+"""Input files of a corpus: a file, a folder, a glob, local or in an object store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ READABLE = ".jsonl, .ndjson, .json (one object a line) or .txt, plain, .gz or .z
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file. name: below the corpus it was found in. stamp: changes when the file does: its modification time, ns, as far as the store has one; of small local files the hash of what is in them, so that a copy counts as the same."""
+    """One input file.
+
+    Attributes:
+        uri: Path or URI.
+        name: Path below the location that it was found in.
+        size: Bytes as stored.
+        stamp: Changes when the file does: the modification time in ns as far as the store has one;
+        for
+            small local files a hash of the content, so that a copy counts as the same file.
+    """
 
     uri: str
     name: str
@@ -36,12 +45,12 @@ class InputFile:
 
     @property
     def compression(self) -> str | None:
-        """ "gzip", "zstd" or None."""
+        """Compression of the file: "gzip", "zstd" or None."""
         return COMPRESSIONS.get(posixpath.splitext(self.name)[1].lower())
 
 
 def format_of(name: str) -> str | None:
-    """The format that a file's name tells, None for a file that is not read."""
+    """Format that a file's name tells; None for a file that is not read."""
     stem, end = posixpath.splitext(name.lower())
     if end in COMPRESSIONS:
         end = posixpath.splitext(stem)[1]
@@ -50,12 +59,14 @@ def format_of(name: str) -> str | None:
 
 
 def find_files(location: str | Path) -> list[InputFile]:
-    """The readable files of a location in the order of their names.
+    """List the readable files of a location, sorted by name.
 
-    Raises DataPrepError that names the location.
+    Files whose name begins with "." or "_" are markers of other programs; in folders they are
+    skipped.
 
-    Files whose name begins with "." or "_" are markers of other programs and are passed over in
-    folders.
+    Raises:
+        DataPrepError: With the location, when it does not exist or holds no readable file.
+        StoreError: When the store refuses.
     """
     text = str(location)
     pattern = re.search(r"[*?\[]", text)
@@ -80,7 +91,7 @@ def find_files(location: str | Path) -> list[InputFile]:
 def _readable(
     text: str, base: str, path: str, listing: list[fs.FileInfo], pattern: bool
 ) -> list[InputFile]:
-    """Those of a listing of folder `path` that are read and wanted."""
+    """The files in a listing of folder `path` that match and have a format that is read."""
     found = []
     for entry in listing:
         name = posixpath.relpath(entry.path, path)
@@ -108,7 +119,7 @@ def _input(uri: str, name: str, info: fs.FileInfo) -> InputFile:
 
 
 def _matches(uri: str, pattern: str) -> bool:
-    """Glob by path segments: `*` stays within one, `**` spans any number."""
+    """Match a glob by path segments: `*` stays within one, `**` spans any number."""
     return re.fullmatch(_glob_expression(pattern), uri) is not None
 
 

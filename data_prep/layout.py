@@ -1,8 +1,8 @@
-"""What is packed together: the documents of all units, in the order of the plan, divided into groups of one domain.
+"""Groups of documents that are packed together: one domain each, in the order of the plan.
 
-Groups are a function of what the units hold, so they too do not depend on the workers. Before any
-is packed the share of bad records is looked at: WORK/layout.json is there when the corpus is good
-enough to go on.
+Groups are a function of what the units hold, so they do not depend on the workers. Before any group
+is packed, the share of bad records is checked: WORK/layout.json exists when the corpus is good
+enough to continue.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ GROUP_TOKENS = 2**26
 
 @dataclass(frozen=True)
 class Group:
-    """Documents of one domain from `start` (unit, document) up to `stop`, in the order of the plan. tokens: an estimate."""
+    """Documents of one domain from `start` (unit, document) up to `stop`, in the order of the plan.
+
+    tokens is an estimate.
+    """
 
     index: int
     domain: str
@@ -49,6 +52,7 @@ class Layout:
 
     @classmethod
     def load(cls, work: Path) -> Layout:
+        """Read WORK/layout.json."""
         value = json.loads(layout_path(work).read_text(encoding="utf-8"))
         groups = [
             Group(i, domain, tuple(start), tuple(stop), tokens)
@@ -58,14 +62,15 @@ class Layout:
 
 
 def layout_path(work: Path) -> Path:
-    """WORK/layout.json: there when the layout is made."""
+    """WORK/layout.json, which exists when the layout stage is done."""
     return work / "layout.json"
 
 
 def make_layout(plan: Plan, duplicates: Duplicates) -> None:
     """Write WORK/layout.json.
 
-    Raises DataPrepError when too many records are bad or a domain has nothing to train on.
+    Raises:
+        DataPrepError: When too many records are bad or a domain has nothing to train on.
     """
     work = plan.spec.work
     footers = [read_footer(tokens_path(work, unit.index)) for unit in plan.units]
@@ -87,7 +92,7 @@ def make_layout(plan: Plan, duplicates: Duplicates) -> None:
 
 
 def _counts(plan: Plan, footers: list[dict[str, Any]], duplicates: Duplicates) -> dict[str, Any]:
-    """Sums over the units. Asserts that no record was lost."""
+    """Sum the counts over the units; asserts that no record was lost."""
     passed: Counter[str] = Counter()
     bad: Counter[str] = Counter()
     for footer in footers:
@@ -118,15 +123,15 @@ def _counts(plan: Plan, footers: list[dict[str, Any]], duplicates: Duplicates) -
 
 
 def clashing_ids(duplicates: Duplicates, unit: int) -> np.ndarray:
-    """Documents of a unit whose id an earlier one with another text has.
+    """Documents of a unit that have the id of an earlier document with another text.
 
-    A repeated record is a repeat, no clash.
+    A record that is repeated as a whole is a duplicate, not a clash.
     """
     return np.setdiff1d(duplicates.of_unit("ids", unit), duplicates.of_unit("texts", unit))
 
 
 def dropped(plan: Plan, duplicates: Duplicates, unit: int) -> np.ndarray:
-    """Documents of a unit that do not get into the dataset."""
+    """Documents of a unit that are left out of the dataset."""
     clashes = clashing_ids(duplicates, unit)
     return (
         np.union1d(clashes, duplicates.of_unit("texts", unit))
@@ -155,14 +160,14 @@ def _check_bad(plan: Plan, duplicates: Duplicates, counts: dict[str, Any]) -> No
 
 
 def place_of(entry: dict[str, Any]) -> str:
-    """Where a quarantined record is, in words."""
+    """Position of a quarantined record, for a message."""
     return (
         f"row {entry['place']}" if entry["file"].endswith(".parquet") else f"byte {entry['place']}"
     )
 
 
 def quarantined(plan: Plan, duplicates: Duplicates, unit: Unit) -> Iterator[bytes]:
-    """JSON lines that tell the bad records of a unit: file, place, reason, detail, id."""
+    """Yield a JSON line for each bad record of a unit: file, place, reason, detail, id."""
     path = tokens_path(plan.spec.work, unit.index)
     with open(path.with_suffix(".bad.jsonl"), "rb") as file:
         yield from file
@@ -184,7 +189,7 @@ def quarantined(plan: Plan, duplicates: Duplicates, unit: Unit) -> Iterator[byte
 def _groups(
     domain: str, footers: list[dict[str, Any]], work: Path
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int], int]]:
-    """(start, stop, tokens) of the groups of a domain.
+    """Yield (start, stop, tokens) of the groups of a domain.
 
     A unit larger than a group is divided by documents.
     """
@@ -205,7 +210,7 @@ def _groups(
 
 
 def _cuts(domain: str, footer: dict[str, Any], work: Path, unit: int) -> Iterator[tuple[int, int]]:
-    """(document to cut before, tokens before it) for every full group inside one unit."""
+    """Yield (document to cut before, tokens before it) for every full group inside one unit."""
     documents = TokensFile(tokens_path(work, unit)).documents
     own = np.where(
         documents["domain"] == footer["domains"].index(domain),

@@ -88,9 +88,8 @@ class MappedShard:
         try:
             # Python's mmap keeps a descriptor for as long as the map lives (until 3.13); torch's
             # does not.
-            self._bytes = memoryview(
-                torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-            )
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            self._bytes = mapped.numpy().data
         except RuntimeError:
             raise FileNotFoundError(errno.ENOENT, "it cannot be mapped", str(path)) from None
         self._check(size, columns)

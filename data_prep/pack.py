@@ -1,4 +1,4 @@
-"""Packing: documents into rows of fixed length, boundaries kept, nothing thrown away."""
+"""Packing of documents into rows of fixed length: boundaries kept, no token dropped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import numpy as np
 class Pieces:
     """Stretches [start, stop) of documents, int64 [pieces] each.
 
-    A document's own overlap by one token.
-
-    Within a piece all tokens but the first are targets, so each token but a document's first is the
-    target once.
+    Pieces of the same document overlap by one token. Within a piece all tokens but the first are
+    targets, so each token but a document's first is the target once.
     """
 
     document: np.ndarray
@@ -23,11 +21,15 @@ class Pieces:
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.stop - self.start
+        """int64 [pieces]: tokens of each piece."""
+        return np.asarray(self.stop - self.start)
 
 
 def cut_long(lengths: np.ndarray, capacity: int) -> Pieces:
-    """Cut documents of `lengths` tokens (int64 [documents], each at least 2) into pieces of at most `capacity` tokens."""
+    """Cut documents into pieces of at most `capacity` tokens.
+
+    lengths: int64 [documents], tokens of each, at least 2.
+    """
     counts = np.maximum(-(-(lengths - 1) // (capacity - 1)), 1)
     document = np.repeat(np.arange(len(lengths)), counts)
     first = np.cumsum(counts) - counts
@@ -36,7 +38,16 @@ def cut_long(lengths: np.ndarray, capacity: int) -> Pieces:
 
 
 def pack(lengths: np.ndarray, capacity: int, method: str) -> tuple[Pieces, list[list[int]]]:
-    """Pieces of documents of `lengths` tokens, and rows as lists of pieces, by one of the methods of the manifest."""
+    """Pack documents by one of the methods of the manifest.
+
+    Args:
+        lengths: int64 [documents], tokens of each document.
+        capacity: Tokens of a row.
+        method: "best_fit", "concat" or "single".
+
+    Returns:
+        The pieces, and each row as a list of pieces.
+    """
     if method == "concat":
         return concatenate(lengths, capacity)
     pieces = cut_long(lengths, capacity)
@@ -46,9 +57,9 @@ def pack(lengths: np.ndarray, capacity: int, method: str) -> tuple[Pieces, list[
 
 
 def concatenate(lengths: np.ndarray, capacity: int) -> tuple[Pieces, list[list[int]]]:
-    """Documents one after another, cut wherever a row is full.
+    """Put documents one after another, cut wherever a row is full.
 
-    What is left of one begins the next row.
+    The rest of a cut document begins the next row.
     """
     cut: list[tuple[int, int, int]] = []
     rows: list[list[int]] = [[]]
@@ -71,11 +82,17 @@ def concatenate(lengths: np.ndarray, capacity: int) -> tuple[Pieces, list[list[i
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Rows as lists of piece indices: longest pieces first, each into the fullest row that still has room.
+    """Pack the longest pieces first, each into the fullest row that still has room.
 
     arXiv 2404.10830 (best-fit packing): nearly no padding and no needless cuts. Free space is
-    looked up in an integer whose bit s is set while some row has s tokens free; deterministic.
-    Raises ValueError for a piece above capacity.
+    looked up in an integer whose bit s is set while some row has s tokens free; the result is
+    deterministic.
+
+    Returns:
+        Rows as lists of piece indices.
+
+    Raises:
+        ValueError: For a piece above `capacity`.
     """
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"a piece of {lengths.max()} tokens is longer than a row of {capacity}")
@@ -102,5 +119,6 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def shuffled(count: int, seed: int, stream: int) -> np.ndarray:
-    """Permutation of range(count): a function of (seed, stream) on every machine."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream])).permutation(count)
+    """Permutation of range(count), a function of (seed, stream) on every machine."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, stream]))
+    return np.asarray(generator.permutation(count))

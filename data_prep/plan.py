@@ -1,8 +1,8 @@
-"""The plan of a preparation: its inputs cut into work units, which do not depend on how many workers there are.
+"""Plan of a preparation: its inputs cut into work units, independent of the number of workers.
 
-WORK/plan.json is written once. Every worker reads it, and a preparation that is started again goes
-on only when its settings and inputs (names, sizes, modification times) are those of the plan that
-it finds.
+WORK/plan.json is written once and read by every worker. A preparation that is started again
+continues only when its settings and inputs (names, sizes, modification times) are those of the plan
+that it finds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ LISTING_THREADS = 16  # Parquet footers in an object store are latency, not work
 
 @dataclass(frozen=True)
 class Unit:
-    """Work for one worker. source: the name that its corpus was given under. size: bytes stored. text: about how many they unpack to. tail_from: characters of it before the held-out tail begins (split "tail" only)."""
+    """Work for one worker.
+
+    Attributes:
+        index: Number of the unit.
+        source: Name that its corpus was given under.
+        parts: Parts of files, in order.
+        text: Bytes that they decompress to, approximately.
+        tail_from: Characters of the unit before the held-out tail begins (split "tail" only).
+    """
 
     index: int
     source: str
@@ -40,12 +48,13 @@ class Unit:
 
     @property
     def size(self) -> int:
+        """Bytes as stored."""
         return sum(part.stored for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings, files and units. sha256: of everything that the dataset is a function of."""
+    """Settings and units; sha256 covers everything that the dataset is a function of."""
 
     spec: PrepSpec
     units: tuple[Unit, ...]
@@ -53,10 +62,12 @@ class Plan:
 
     @property
     def fields(self) -> Fields:
+        """Keys of the records."""
         return Fields(self.spec.text_field, self.spec.id_field, self.spec.domain_field)
 
     @property
     def size(self) -> int:
+        """Bytes of all inputs as stored."""
         return sum(unit.size for unit in self.units)
 
     def save(self) -> None:
@@ -83,7 +94,11 @@ class Plan:
 
     @classmethod
     def load(cls, work: Path) -> Plan:
-        """Read WORK/plan.json. Raises DataPrepError when it is not there or damaged."""
+        """Read WORK/plan.json.
+
+        Raises:
+            DataPrepError: When it is not there or damaged.
+        """
         path = work / "plan.json"
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +115,12 @@ class Plan:
 
 
 def make_plan(spec: PrepSpec) -> Plan:
-    """List the inputs and cut them. Raises DataPrepError for settings or places that make no sense."""
+    """List the inputs and cut them into units.
+
+    Raises:
+        DataPrepError: When settings or inputs are invalid.
+        StoreError: When a store refuses.
+    """
     spec.check()
     found = {name: find_files(place) for name, place in spec.domains.items()}
     units: list[Unit] = []
@@ -115,7 +135,7 @@ def make_plan(spec: PrepSpec) -> Plan:
 
 
 def _identity(spec: PrepSpec, found: dict[str, list[InputFile]]) -> str:
-    """Hash of settings and inputs, names relative to their corpus, so that a corpus may be moved."""
+    """Hash of settings and inputs; names are relative to their corpus, so that it may be moved."""
     inputs = {name: [[f.name, f.size, f.stamp] for f in files] for name, files in found.items()}
     chosen = _tokenizer_identity(spec.tokenizer) if spec.tokenizer else None
     parts = [inputs, chosen, spec.settings(), FORMAT_VERSION]
@@ -131,7 +151,10 @@ def _tokenizer_identity(source: str | Path) -> list[str]:
 
 
 def _cut(files: list[InputFile]) -> Iterator[tuple[tuple[Part, ...], int]]:
-    """(parts, bytes of text) of units of about UNIT_BYTES: parts gathered in order until a unit is full."""
+    """Yield (parts, bytes of text) of units of about UNIT_BYTES.
+
+    Parts are gathered in order until a unit is full.
+    """
     gathered: list[Part] = []
     total = 0
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
@@ -147,7 +170,7 @@ def _cut(files: list[InputFile]) -> Iterator[tuple[tuple[Part, ...], int]]:
 
 
 def _parts(file: InputFile) -> list[tuple[Part, int]]:
-    """(part, bytes of text it may hold) of one file."""
+    """(part, bytes of text that it may hold) of each part of one file."""
     if file.format == ".parquet":
         sizes = row_groups(file)
         if sum(sizes) <= UNIT_BYTES:
@@ -166,9 +189,9 @@ def _parts(file: InputFile) -> list[tuple[Part, int]]:
 
 
 def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:
-    """Units with the place where the tail of their source begins.
+    """Units with the position at which the held-out tail of their source begins.
 
-    Reads everything once: for corpora of one machine.
+    Reads the whole corpus once: meant for corpora of one machine.
     """
     fields = Fields(spec.text_field, spec.id_field)
     lengths = [
@@ -195,7 +218,7 @@ def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:
 
 
 def plan_sha256(spec: PrepSpec) -> str:
-    """What the plan of these settings and inputs would be called, without reading them."""
+    """Identity of the plan of these settings and inputs, without reading the inputs."""
     spec.check()
     return _identity(spec, {name: find_files(place) for name, place in spec.domains.items()})
 

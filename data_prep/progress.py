@@ -1,4 +1,4 @@
-"""The progress bar of work that is measured in bytes: amount, rate, time left."""
+"""Progress bar of work that is measured in bytes: amount, rate, time left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import (
 
 
 def byte_progress(console: Console | None) -> Progress:
-    """A bar on a terminal; nothing elsewhere."""
+    """A progress bar on a terminal; nothing elsewhere."""
     console = console or Console(quiet=True)
     return Progress(
         TextColumn("{task.description}"),

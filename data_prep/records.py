@@ -1,6 +1,6 @@
-"""Records of a part of a file: JSON lines, Parquet or plain text, in bounded memory.
+"""Records of a part of a file (JSON lines, Parquet or plain text), read in bounded memory.
 
-A bad one is told, not raised.
+A bad record is yielded, not raised.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ USUAL_EXPANSION = 4
 class Part:
     """A stretch of one file.
 
-    Plain lines: bytes [start, stop) in which a line begins; Parquet: row groups [start, stop);
-    other files are whole: [0, size). stored: bytes of the file that it takes.
+    Attributes:
+        file: The file.
+        start: For plain lines, bytes [start, stop) in which a line begins; for Parquet, row groups
+            [start, stop); other files are whole, [0, size).
+        stop: See start.
+        stored: Bytes of the stored file that the part takes.
     """
 
     file: InputFile
@@ -47,7 +51,7 @@ class Part:
 
 
 def whole(file: InputFile) -> Part:
-    """All of a file."""
+    """The part that is all of a file."""
     return Part(
         file, 0, len(row_groups(file)) if file.format == ".parquet" else file.size, file.size
     )
@@ -55,7 +59,11 @@ def whole(file: InputFile) -> Part:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One document. place: byte offset of its line in the (decompressed) file, row of a Parquet file, 0 for a text file."""
+    """One document.
+
+    place: byte offset of its line in the (decompressed) file, row of a Parquet file, 0 for a text
+    file.
+    """
 
     place: int
     text: str
@@ -65,7 +73,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A record that cannot be used, and why."""
+    """A record that cannot be used, and the reason."""
 
     place: int
     reason: str
@@ -77,7 +85,7 @@ class Bad:
 class Fields:
     """Keys of a record.
 
-    A dotted one ("meta.lang") goes down into objects when there is no such key as a whole.
+    A dotted key ("meta.lang") descends into objects when there is no such key as a whole.
     """
 
     text: str = "text"
@@ -88,10 +96,18 @@ class Fields:
 def read_part(
     part: Part, fields: Fields, advance: Callable[[int], None] = lambda n: None
 ) -> Iterator[Record | Bad]:
-    """Records of a part, good and bad, in their order. advance: hears bytes of the stored file as they are used up.
+    """Yield the records of a part, good and bad, in order.
 
-    Raises DataPrepError, naming the file, for what spoils all of it: a file that is gone, truncated,
-    not in its format, or whose text column has another type.
+    Args:
+        part: The part.
+        fields: Keys of text, id and domain.
+        advance: Called with the bytes of the stored file that were used up since the last call.
+
+    Raises:
+        DataPrepError: With the file, for what spoils all of it: a file that is gone, truncated, not
+        in
+            its format, or whose text column has another type.
+        StoreError: When the store refuses.
     """
     kind = part.file.format
     try:
@@ -111,16 +127,19 @@ def read_part(
 
 
 def _open(file: InputFile) -> tuple[pa.NativeFile, pa.NativeFile]:
-    """(stream of the unpacked bytes, the stored file below it, whose `tell` says how much is used up)."""
+    """Open a file: (stream of the decompressed bytes, the stored file below it).
+
+    `tell` of the second says how much of the file is used up.
+    """
     store, path = open_store(file.uri)
     raw = store.open_input_file(path)
     return (pa.CompressedInputStream(raw, file.compression) if file.compression else raw), raw
 
 
 def unpacked_size(file: InputFile) -> int:
-    """Bytes that a file holds once it is unpacked.
+    """Size in bytes of a file once it is decompressed.
 
-    Of a larger compressed file an estimate from its first ones.
+    For a large compressed file an estimate from its first bytes.
     """
     if not file.compression:
         return file.size
@@ -152,7 +171,7 @@ def _read_text(part: Part) -> Record | Bad:
 
 
 def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, bytes | Bad]]:
-    """(offset, line) of every line that begins in the part.
+    """Yield (offset, line) of every line that begins in the part.
 
     A line above LONGEST_LINE is skipped in bounded memory.
     """
@@ -219,7 +238,7 @@ def _parse(place: int, line: bytes, fields: Fields) -> Record | Bad:
 
 
 def _record(place: int, record: dict[str, Any], fields: Fields) -> Record | Bad:
-    """Pick the wanted keys out of a record."""
+    """Pick the configured keys out of a record."""
     name = _lookup(record, fields.id) if fields.id else None
     name = None if name is None else str(name)
     text = _lookup(record, fields.text)
@@ -260,7 +279,11 @@ def _utf8(place: int, data: bytes) -> str | Bad:
 
 
 def row_groups(file: InputFile) -> list[int]:
-    """Uncompressed bytes of each row group. Raises DataPrepError."""
+    """Uncompressed bytes of each row group of a Parquet file.
+
+    Raises:
+        DataPrepError: When the file is not Parquet.
+    """
     store, path = open_store(file.uri)
     try:
         with store.open_input_file(path) as source:
@@ -293,9 +316,10 @@ def _read_parquet(
 
 
 def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
-    """Columns to read, by their first step.
+    """Columns to read, by the first step of each key.
 
-    Raises DataPrepError when the text column is missing or no string.
+    Raises:
+        DataPrepError: When the text column is missing or not a string.
     """
     found = []
     for key in (fields.text, fields.id, fields.domain):
@@ -322,7 +346,10 @@ def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
-    """Rows as dicts. One whose bytes are not UTF-8 is given as its error, and spoils no other."""
+    """Yield rows as dicts.
+
+    A row whose bytes are not UTF-8 is yielded as its error, and spoils no other.
+    """
     try:
         yield from batch.to_pylist()
         return

@@ -1,7 +1,7 @@
-"""The report of a preparation: report.json for programs and report.html for people, one page without network.
+"""Report of a preparation: report.json for programs and report.html, one page without network.
 
-Both are made from the models below, which the preparation fills; what can be derived from other
-figures is derived here and also written to report.json.
+Both come from the models below, which the preparation fills. What can be derived from other figures
+is derived here and also written to report.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ FromCorpus = Annotated[
 
 
 def length_histogram(lengths: np.ndarray) -> np.ndarray:
-    """int64 [HISTOGRAM_BINS]: entry i counts the lengths in [2^i, 2^(i+1)). lengths: integers of 1 and more."""
+    """Histogram of lengths by powers of two.
+
+    Args:
+        lengths: Integers of 1 and more.
+
+    Returns:
+        int64 [HISTOGRAM_BINS]: entry i counts the lengths in [2^i, 2^(i+1)).
+    """
     # exact, where a rounded log2 is not
     exponents = np.frexp(np.asarray(lengths, dtype=np.float64))[1] - 1
     return np.bincount(exponents, minlength=HISTOGRAM_BINS).astype(np.int64)
@@ -43,10 +50,14 @@ class _Part(BaseModel):
 class SplitReport(_Part):
     """One domain of one split.
 
-    tokens: targets, the ends of documents included; text_tokens: those of them that are text.
-    slots: tokens that the rows have room for, rows * (sequence_length + 1). pieces: segments that
-    hold text; cut_documents: documents of more than one piece. length_histogram: documents by their
-    tokens with start and end, as length_histogram() bins them.
+    Attributes:
+        tokens: Targets, the ends of documents included.
+        text_tokens: Targets that are text.
+        slots: Tokens that the rows have room for, rows * (sequence_length + 1).
+        pieces: Segments that hold text.
+        cut_documents: Documents of more than one piece.
+        length_histogram: Documents by their tokens with start and end, in bins of
+        length_histogram().
     """
 
     split: str
@@ -62,27 +73,33 @@ class SplitReport(_Part):
     cut_documents: int
     length_histogram: list[int]
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this form
     @property
     def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of text per text token."""
         return ratio(self.bytes, self.text_tokens)
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this form
     @property
     def packing_efficiency(self) -> float | None:
         """Share of the slots that hold tokens of documents."""
         return ratio(self.slots - self.padding_tokens, self.slots)
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this form
     @property
     def cut_share(self) -> float | None:
+        """Share of the documents that were cut into pieces."""
         return ratio(self.cut_documents, self.documents)
 
 
 class DuplicateText(_Part):
-    """A text that came more than once. count: how often in all.
+    """A text that occurs more than once.
 
-    bytes: of one copy; id: of the first.
+    Attributes:
+        count: Occurrences.
+        bytes: UTF-8 bytes of one copy.
+        id: Where the first one is.
+        excerpt: Its beginning.
     """
 
     count: int
@@ -92,9 +109,14 @@ class DuplicateText(_Part):
 
 
 class Duplicates(_Part):
-    """Exact repeats. documents, bytes: of the copies after the first.
+    """Exact duplicates.
 
-    dropped: whether they were left out.
+    Attributes:
+        documents: Copies after the first.
+        bytes: Their UTF-8 bytes.
+        dropped: Whether they were left out.
+        top: The most frequent texts.
+        duplicate_ids: Documents whose id came before.
     """
 
     documents: int
@@ -105,7 +127,7 @@ class Duplicates(_Part):
 
 
 class BadRecord(_Part):
-    """Where a record that cannot be used lies. place: line, row or byte offset."""
+    """A record that cannot be used. place: line, row or byte offset."""
 
     file: str
     place: str
@@ -113,19 +135,24 @@ class BadRecord(_Part):
 
 
 class Quarantined(_Part):
-    """Records of one kind that cannot be used, with the first few."""
+    """Records that cannot be used for one reason, with the first few as examples."""
 
     records: int
     examples: list[BadRecord]
 
 
 class Throughput(_Part):
-    """stage_seconds: CPU seconds of all workers by what they did.
+    """Throughput of a preparation.
 
-    The tokenizer's own are under "tokenize".
-
-    cpu_seconds: of all processes; bytes: UTF-8 of the texts read; input_bytes: of the files as they
-    are, compressed or not.
+    Attributes:
+        workers: Processes that tokenized.
+        wall_seconds: Wall-clock time.
+        cpu_seconds: CPU time of all processes.
+        bytes: UTF-8 bytes of the texts read.
+        input_bytes: Bytes of the files as stored, compressed or not.
+        tokens: Tokens.
+        stage_seconds: CPU seconds of all workers by stage; the tokenizer's own are under
+        "tokenize".
     """
 
     workers: int
@@ -136,35 +163,39 @@ class Throughput(_Part):
     tokens: int
     stage_seconds: dict[str, float]
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this form
     @property
     def tokenizer_share(self) -> float | None:
         """Share of the CPU time spent inside the tokenizer."""
         return ratio(self.stage_seconds.get("tokenize", 0.0), self.cpu_seconds)
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this form
     @property
     def tokens_per_second(self) -> float | None:
+        """Tokens per second of wall-clock time."""
         return ratio(self.tokens, self.wall_seconds)
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this form
     @property
     def tokens_per_core_second(self) -> float | None:
+        """Tokens per second of CPU time."""
         return ratio(self.tokens, self.cpu_seconds)
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this form
     @property
     def bytes_per_second(self) -> float | None:
+        """Bytes of text per second of wall-clock time."""
         return ratio(self.bytes, self.wall_seconds)
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]  # pydantic documents this form
     @property
     def bytes_per_core_second(self) -> float | None:
+        """Bytes of text per second of CPU time."""
         return ratio(self.bytes, self.cpu_seconds)
 
 
 class TokenizerReport(_Part):
-    """encoder: the library that encoded; reason: why that one."""
+    """The tokenizer. encoder: library that encoded; reason: why that library."""
 
     name: str
     kind: str
@@ -175,7 +206,7 @@ class TokenizerReport(_Part):
 
 
 class InputReport(_Part):
-    """One input of one domain, as it was given. bytes: of its files as they are."""
+    """One input of one domain, as given. bytes: of its files as stored."""
 
     domain: str
     place: str
@@ -184,9 +215,9 @@ class InputReport(_Part):
 
 
 class PrepReport(_Part):
-    """Everything the report says. filtered, quarantined: by reason.
+    """Content of the report.
 
-    settings: shown as they are, by name.
+    filtered and quarantined are by reason; settings are shown as they are, by name.
     """
 
     name: str
@@ -219,7 +250,7 @@ def write_report(report: PrepReport, folder: Path) -> None:
 
 
 def total_of(splits: list[SplitReport]) -> SplitReport:
-    """All domains and splits as one."""
+    """Sum over all domains and splits."""
     counts = (
         "documents",
         "bytes",
@@ -244,7 +275,7 @@ def ratio(part: float, whole: float) -> float | None:
 
 
 def histogram_bars(counts: list[int], width: float, height: float) -> list[dict[str, float | int]]:
-    """Bars of a histogram in a picture of width x height, from the first bin that holds something to the last."""
+    """Bars of a histogram in a plot of width x height, from the first to the last filled bin."""
     filled = [i for i, count in enumerate(counts) if count]
     if not filled:
         return []

@@ -1,4 +1,4 @@
-"""What to prepare: the settings that a dataset is a function of, beside its inputs."""
+"""Settings of a preparation: everything but the inputs that a dataset is a function of."""
 
 from __future__ import annotations
 
@@ -21,15 +21,34 @@ LONGEST_DOCUMENT = 2**26
 class PrepSpec(BaseModel):
     """Settings of one dataset.
 
-    domains: name -> file, folder, glob or URI. One of vocab_size (a tokenizer is trained),
-    tokenizer (what data_prep.tokenizer.convert reads: a file, a folder, the name of a tiktoken
-    encoding) and characters. sequence_length: inputs per row, tokens. heldout: share kept for
-    evaluation. split: "hash" holds out that share of the documents by a hash of their text, "tail"
-    that share of each domain's characters from its end, cutting the document where it begins.
-    domain_field: key of the domain in each record; then the names of `domains` only name places.
-    min_bytes, max_bytes: bounds on a document's UTF-8 bytes; others are passed over and counted.
-    duplicates "drop" keeps the first of documents with the same text.
-    max_bad_fraction: share of bad records above which nothing is made. seed: order of rows.
+    Attributes:
+        domains: Name -> file, folder, glob or URI.
+        output: Dataset folder to write.
+        sequence_length: Inputs per row, tokens.
+        vocab_size: Size of a tokenizer to train. Exactly one of vocab_size, tokenizer and
+        characters.
+        tokenizer: What data_prep.tokenizer.convert reads: a file, a folder, the name of a tiktoken
+            encoding.
+        characters: Make every character a token.
+        encoder: Library that encodes.
+        start_token: Special token before each document; by default the tokenizer's own.
+        end_token: Special token after each document; by default the tokenizer's own.
+        heldout: Share held out for evaluation.
+        split: "hash" holds out that share of the documents, by a hash of their text. "tail" holds
+        out
+            that share of each domain's characters from its end, cutting the document where it
+            begins.
+        seed: Of the order of rows.
+        text_field: Key of the text.
+        id_field: Key of the id, or None.
+        domain_field: Key of the domain in each record; then the names of `domains` name locations
+        only.
+        packing: "best_fit", "concat" or "single".
+        compression: Of shards: zstd, zstd:LEVEL, or None.
+        min_bytes: Shorter documents (UTF-8) are filtered out and counted.
+        max_bytes: Longer documents (UTF-8) are filtered out and counted.
+        duplicates: "drop" keeps the first of documents with the same text.
+        max_bad_fraction: Share of bad records above which nothing is written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,11 +77,15 @@ class PrepSpec(BaseModel):
 
     @property
     def work(self) -> Path:
-        """Folder of unfinished work, beside the output so that finished shards need only be renamed."""
+        """Folder of unfinished work, beside the output, so that shards are only renamed."""
         return self.output.with_name(self.output.name + ".work")
 
     def check(self) -> None:
-        """Raise DataPrepError on the first value that makes no sense."""
+        """Check the values.
+
+        Raises:
+            DataPrepError: On the first invalid value.
+        """
         if not self.domains:
             raise DataPrepError("no corpus given; name at least one as DOMAIN=PATH")
         for name in self.domains:
@@ -120,12 +143,19 @@ class PrepSpec(BaseModel):
             )
 
     def settings(self) -> dict[str, object]:
-        """All that decides the dataset but its inputs; where it is written does not."""
-        return json.loads(self.model_dump_json(exclude={"output", "domains", "tokenizer"}))
+        """Everything that decides the dataset but its inputs; the output is not part of it."""
+        settings: dict[str, object] = json.loads(
+            self.model_dump_json(exclude={"output", "domains", "tokenizer"})
+        )
+        return settings
 
 
 def check_domain(name: str) -> str:
-    """The name, when it can name a folder. Raises DataPrepError."""
+    """Return the name if it can name a folder.
+
+    Raises:
+        DataPrepError: If it cannot.
+    """
     if not DOMAIN_NAME.fullmatch(name) or len(name) > 100:
         raise DataPrepError(f"domain name {name!r}: expected letters, digits, '.', '_' and '-'")
     return name

@@ -1,4 +1,4 @@
-"""The stages of a preparation, in order: what their items are, when one is done, and how it is done."""
+"""Stages of a preparation, in order: their items, when an item is done, and how to do it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nextpt.base.errors import UserError
 
 
 def stages(plan: Plan) -> Iterator[Stage]:
-    """Each stage when the one before it is done, as its items depend on what that found."""
+    """Yield each stage when the one before it is done, as items depend on earlier results."""
     work, units = plan.spec.work, plan.units
     yield Stage(
         "tokenizer",
@@ -80,7 +80,8 @@ def stages(plan: Plan) -> Iterator[Stage]:
 def run_worker(work: Path, worker: int, workers: int) -> None:
     """Take part in a preparation until it is finished; the same on every host.
 
-    Raises DataPrepError when it cannot be.
+    Raises:
+        DataPrepError: When it cannot be finished.
     """
     plan = Plan.load(work)
     try:

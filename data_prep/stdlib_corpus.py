@@ -1,7 +1,7 @@
-"""A real corpus that every machine has: the standard library of the running Python.
+"""Corpus that every machine has: the standard library of the running Python.
 
-Two domains: `code`, its sources with docstrings stripped, and `prose`, its docstrings (those of a
-module are one document), the language reference that pydoc carries, and text files.
+Two domains: `code`, its sources without docstrings, and `prose`, its docstrings (those of a module
+are one document), the language reference that pydoc carries, and text files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ SHORTEST_PROSE = 200  # characters: a module with less says little beyond its si
 
 @dataclass
 class Collected:
-    """What was written. skipped: sources that do not decode or parse (the library tests itself with such files)."""
+    """Counts of what was written.
+
+    skipped: sources that do not decode or parse (the library tests itself with such files).
+    """
 
     documents: dict[str, int]
     bytes: dict[str, int]
@@ -43,8 +46,12 @@ class Collected:
 def collect(output: Path, library: Path | None = None) -> Collected:
     """Write OUTPUT/code.jsonl and OUTPUT/prose.jsonl, one {"id", "text"} a line, in a fixed order.
 
-    library: folder of sources; the running Python's standard library unless given. Raises DataPrepError
-    if it has none.
+    Args:
+        output: Folder to write to.
+        library: Folder of sources; by default the running Python's standard library.
+
+    Raises:
+        DataPrepError: When the library has no sources.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
     result = Collected({"code": 0, "prose": 0}, {"code": 0, "prose": 0}, 0)
@@ -95,7 +102,7 @@ def _documents(library: Path, result: Collected) -> Iterator[tuple[str, Document
 
 
 def _topics(text: str, name: str) -> Iterator[Document]:
-    """The language reference: a literal dict of topic -> text."""
+    """Yield the language reference, a literal dict of topic -> text."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Dict):
             for topic, body in ast.literal_eval(node).items():
@@ -103,7 +110,7 @@ def _topics(text: str, name: str) -> Iterator[Document]:
 
 
 def _separate(source: str) -> tuple[list[str], str]:
-    """(docstrings in their order, source without them). Lines and comments stay as they are."""
+    """(docstrings in order, source without them). Lines and comments stay as they are."""
     docstrings: list[str] = []
     lines = source.splitlines(keepends=True)
 

@@ -1,4 +1,4 @@
-"""A finished dataset as files: the shards that its indices name, checked, and the rows in them."""
+"""Files of a finished dataset: the shards that its indices name, verified, and their rows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from nextpt.base.files import sha256_file
 
 @dataclass(frozen=True)
 class StoredShard:
-    """One shard as it lies on the disk, compressed or not. bytes, xxh64: of that file.
+    """One shard file, compressed or not.
 
-    entry: what index.json says of it.
+    Attributes:
+        folder: Folder of its index.json.
+        name: Path below it.
+        bytes: Size of the file.
+        xxh64: Hash of the file.
+        entry: Its entry in index.json.
     """
 
     folder: Path
@@ -32,14 +37,19 @@ class StoredShard:
 
     @property
     def path(self) -> Path:
+        """Path of the file."""
         return self.folder / self.name
 
 
 def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) -> list[StoredShard]:
-    """The shards of one domain of one split, in order; none where it has no rows.
+    """List the shards of one domain of one split, in order; none where it has no rows.
 
-    Raises DataPrepError when the index is not the one of the manifest, names a file outside its folder
-    or without a hash, or when a shard is missing or of another size. Shards are not read.
+    Shards are not read.
+
+    Raises:
+        DataPrepError: When the index is not the one of the manifest, names a file outside its
+        folder or
+            without a hash, or when a shard is missing or of another size.
     """
     counts, folder = manifest.splits[split][domain], root / split / domain
     if not counts.rows:
@@ -66,9 +76,10 @@ def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) ->
 
 
 def read_rows(shard: StoredShard) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, as mosaicml-streaming decodes them.
+    """Yield the rows of a shard, as mosaicml-streaming decodes them.
 
-    Raises DataPrepError when its hash differs.
+    Raises:
+        DataPrepError: When its hash differs.
     """
     decompress = import_streaming("streaming.base.compression").decompress
     reader_from_json = import_streaming("streaming.base.format").reader_from_json

@@ -1,4 +1,4 @@
-"""Filling the report of a finished preparation from its plan, layout and markers."""
+"""Collection of a finished preparation's figures into its report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,18 @@ def summarise(
     folder: Path,
     wall_seconds: float,
 ) -> None:
-    """Write folder/report.json and folder/report.html. packed: what the markers of the groups say."""
+    """Write folder/report.json and folder/report.html.
+
+    Args:
+        plan: The plan.
+        layout: The layout.
+        tokenizer: The tokenizer.
+        duplicates: Results of the duplicates stage.
+        manifest: Manifest of the finished dataset.
+        packed: Counts of the groups, see data_prep.group.packed_path.
+        folder: Folder to write to.
+        wall_seconds: Wall-clock time of the preparation.
+    """
     spec = plan.spec
     splits = [
         _split(split, domain, manifest, layout, packed)
@@ -119,7 +130,7 @@ def _duplicates(
 
 
 def _often(plan: Plan, tokenizer: Tokenizer, entry: Any) -> DuplicateText:
-    """A frequent text, found again by its first place."""
+    """A frequent text, read back at its first occurrence."""
     unit = plan.units[int(entry["unit"])]
     file = TokensFile(tokens_path(plan.spec.work, unit.index))
     document = file.documents[int(entry["document"])]

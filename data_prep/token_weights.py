@@ -1,4 +1,4 @@
-"""A dataset written again with a weight for each token, the optional column `token_weights` of the shard contract (format.py)."""
+"""Token weights: a copy of a dataset with the optional column `token_weights` of format.py."""
 
 from __future__ import annotations
 
@@ -23,32 +23,44 @@ Weigh = Callable[[dict[str, Any]], np.ndarray]
 
 
 def load_function(place: str) -> Weigh:
-    """The function of FILE.py:NAME. Raises DataPrepError."""
+    """Load the function of FILE.py:NAME.
+
+    Raises:
+        DataPrepError: When there is no such file or function, or the file fails.
+    """
     file, _, name = place.rpartition(":")
     if not Path(file).is_file():
         raise DataPrepError(
             f"{place}: expected FILE.py:NAME, a function of a row in a file that is there"
         )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise DataPrepError(f"{file} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does
         raise DataPrepError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
-    if not callable(function := getattr(module, name, None)):
+    function: Weigh | None = getattr(module, name, None)
+    if function is None or not callable(function):
         raise DataPrepError(f"{file} has no function {name}")
     return function
 
 
 def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
-    """Write `dataset` to the folder `output`, each row with the column token_weights = weigh(row), held-out rows too.
+    """Write `dataset` to `output` with the column token_weights = weigh(row) on all rows.
 
-    row: the columns of data_prep.format.columns, `tokens` [T + 1] and `domain` (its number) among
-    them. weigh gives [T + 1]: the factor on the loss of each token where it is the target, finite
-    and >= 0. The output appears whole or not at all. Raises DataPrepError for weights that are none and
-    for an output that is there.
+    The output appears whole or not at all.
+
+    Args:
+        dataset: Dataset folder.
+        output: Folder to write, which must not exist.
+        weigh: Maps a row (the columns of data_prep.format.columns, `tokens` [T + 1] and the number
+            `domain` among them) to weights [T + 1]: the factor on the loss of each token where it
+            is the target, finite and >= 0.
+
+    Raises:
+        DataPrepError: When weights are invalid or the output exists.
     """
     manifest = DatasetManifest.load(dataset)
     if output.exists():
@@ -87,7 +99,10 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
 def _write(
     dataset: Path, output: Path, manifest: DatasetManifest, split: str, domain: str, weigh: Weigh
 ) -> str:
-    """The shards of one domain of one split; the hash of their index, "" where there are none."""
+    """Write the shards of one domain of one split.
+
+    Return the hash of their index, "" without rows.
+    """
     shards = shards_of(dataset, manifest, split, domain)
     if not shards:
         return ""

@@ -1,11 +1,13 @@
-"""The tokens of one unit on disk, between tokenizing and packing: WORK/tok/NNNNNN.tok.
+"""Tokens of one unit on disk, between tokenizing and packing: WORK/tok/NNNNNN.tok.
 
     tokens      uint16 or uint32, all documents one after another, without start and end
     sizes       uint32, only where byte_counts is "column": bytes of every token and of every
-    document's end documents   DOCUMENT records footer      JSON: counts, and the sizes of the
-    sections tail        8 bytes: length of the footer; 8 bytes: MAGIC
+                document's end
+    documents   DOCUMENT records
+    footer      JSON: counts, and the sizes of the sections
+    tail        8 bytes: length of the footer; 8 bytes: MAGIC
 
-The file takes its name when it is whole, so its being there says that the unit is done.
+The file takes its name when it is whole, so its existence says that the unit is done.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ DOCUMENT = np.dtype(
 class TokensWriter:
     """Writes one .tok file; memory does not grow with it.
 
-    Use `finish`, or `abandon` when something failed.
+    Call `finish`, or `abandon` after a failure.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, *, sizes: bool) -> None:
@@ -50,13 +52,23 @@ class TokensWriter:
             for name in ("tokens", "sizes", "documents")
         }
         self._dtype, self._has_sizes = dtype, sizes
-        self._files = {name: open(p, "wb") for name, p in self._paths.items()}
+        self._files = {
+            name: open(p, "wb")  # noqa: SIM115 - closed by finish or abandon
+            for name, p in self._paths.items()
+        }
         self.count = self.tokens = 0
 
     def add(self, tokens: np.ndarray, sizes: np.ndarray | None, document: tuple[int, ...]) -> None:
-        """tokens: uint32 [n]. sizes: uint32 [n + 1] or None. document: the fields of DOCUMENT."""
+        """Append a document.
+
+        Args:
+            tokens: uint32 [n].
+            sizes: uint32 [n + 1]; None with byte_counts "table".
+            document: Fields of DOCUMENT.
+        """
         self._files["tokens"].write(tokens.astype(self._dtype).data)
         if self._has_sizes:
+            assert sizes is not None
             self._files["sizes"].write(sizes.astype("<u4").data)
         self._files["documents"].write(np.array(document, dtype=DOCUMENT).tobytes())
         self.count += 1
@@ -85,14 +97,14 @@ class TokensWriter:
         self.abandon()
 
     def abandon(self) -> None:
-        """Close and remove what is unfinished."""
+        """Close and remove unfinished files."""
         for name, file in self._files.items():
             file.close()
             self._paths[name].unlink(missing_ok=True)
 
 
 class TokensFile:
-    """Reads one .tok file by memory map."""
+    """Reads one .tok file through a memory map."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,7 +122,11 @@ class TokensFile:
 
 
 def read_footer(path: Path) -> dict[str, Any]:
-    """The footer of a .tok file. Raises DataPrepError for a file that is none."""
+    """Read the footer of a .tok file.
+
+    Raises:
+        DataPrepError: When the file is not a whole .tok file.
+    """
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -120,7 +136,8 @@ def read_footer(path: Path) -> dict[str, Any]:
             if length + 16 > size:
                 raise ValueError("it has no footer")
             file.seek(size - 16 - length)
-            return json.loads(file.read(length))
+            footer: dict[str, Any] = json.loads(file.read(length))
+            return footer
     except (OSError, ValueError, struct.error) as error:
         raise DataPrepError(
             f"{path} is damaged ({error}); remove it and start again, it will be made anew"

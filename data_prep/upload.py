@@ -1,9 +1,9 @@
-"""Copying a finished dataset to an object store or another folder, so that it is there whole or not at all.
+"""Upload of a finished dataset to an object store or another folder, whole or not at all.
 
-Shards go first, then the other files, the index.json files after them and dataset.json last:
-readers take a folder without it for unfinished. A note beside them says which dataset is being
-copied; while it agrees, shards that are there in their full size are not sent again. It goes away
-at the end. Each shard is hashed while it is sent, against its index.
+Shards go first, then the other files, then the index.json files, and dataset.json last: readers
+take a folder without it for unfinished. A note beside them names the dataset that is being copied;
+while it agrees, shards that are there in their full size are not sent again. It is removed at the
+end. Each shard is hashed while it is sent, and compared with its index.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ THREADS = 8
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to send. name: its path in the dataset folder. xxh64: for shards, what its content must hash to."""
+    """A file to send.
+
+    Attributes:
+        path: Where it is.
+        name: Path in the dataset folder.
+        bytes: Size.
+        xxh64: For shards, the hash that the content must have.
+    """
 
     path: Path
     name: str
@@ -38,7 +45,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What an upload did: files and bytes sent, and those that were there already."""
+    """Files and bytes that an upload sent, and those that were there already."""
 
     sent_files: int
     sent_bytes: int
@@ -49,11 +56,20 @@ class Uploaded:
 def upload(
     data: Path, remote: str, *, threads: int = THREADS, console: Console | None = None
 ) -> Uploaded:
-    """Copy the dataset folder `data` to `remote`: s3://, gs://, abfs://, another scheme of fsspec's, or a folder.
+    """Copy a dataset folder to an object store or another folder.
 
-    The same call again goes on where one was cut short, and has little to do after one that was
-    not. At the end every file is there in its size. Raises DataPrepError (one line) when the dataset is
-    not whole, another dataset is at `remote`, or the store refuses.
+    The same call continues an upload that was cut short, and has little to do after a complete one.
+    At the end every file is there in its full size.
+
+    Args:
+        data: Dataset folder.
+        remote: s3://, gs://, abfs://, another scheme that fsspec knows, or a folder.
+        threads: Files sent at the same time.
+        console: Where progress is shown.
+
+    Raises:
+        DataPrepError: When the dataset is not whole, or another dataset is at `remote`.
+        StoreError: When the store refuses.
     """
     manifest = DatasetManifest.load(data)
     shards, others, last = files_of_dataset(data, manifest)
@@ -84,7 +100,7 @@ def upload(
 def files_of_dataset(
     data: Path, manifest: DatasetManifest
 ) -> tuple[list[LocalFile], list[LocalFile], list[LocalFile]]:
-    """(shards, other files, the files that make it readable in their order).
+    """(shards, other files, indices and dataset.json in their order).
 
     Hidden and unfinished files are left out.
     """
@@ -112,11 +128,11 @@ def files_of_dataset(
         and p.name[0] != "."
         and not any(p.is_relative_to(split) for split in splits)
     )
-    as_files = (
+    others_and_final = [
         [LocalFile(p, _name(p, data), p.stat().st_size, None) for p in paths]
         for paths in (others, final)
-    )
-    return shards, *as_files
+    ]
+    return shards, others_and_final[0], others_and_final[1]
 
 
 def _name(path: Path, data: Path) -> str:
@@ -124,19 +140,20 @@ def _name(path: Path, data: Path) -> str:
 
 
 class _Target(StoreFolder):
-    """The place that a dataset is copied to."""
+    """The location that a dataset is copied to."""
 
     def begin(self, manifest: DatasetManifest) -> bool:
-        """Leave the note; whether files that are there may be taken for those of this dataset.
+        """Write the note; return whether files that are there may belong to this dataset.
 
-        Raises DataPrepError when another dataset is or was being put there.
+        Raises:
+            DataPrepError: When another dataset is or was being copied there.
         """
         mine = manifest.fingerprint.encode()
         note, finished = self.read(NOTE), self.read("dataset.json")
         if note not in (None, mine) or (finished is not None and mine not in finished):
             raise DataPrepError(
-                f"{self.location} holds another dataset, or part of one; give another place or remove"
-                " what is there"
+                f"{self.location} holds another dataset, or part of one; give another location, or"
+                " remove what is there"
             )
         if note is None:
             self.write(NOTE, [mine])
@@ -145,7 +162,8 @@ class _Target(StoreFolder):
     def send(self, file: LocalFile, advance: Callable[[int], None]) -> None:
         """Copy one file.
 
-        Raises DataPrepError when a shard is not what its index says; what was written of it is removed.
+        Raises:
+            DataPrepError: When a shard is not what its index says; the copy is removed.
         """
         digest = xxhash.xxh64()
 
@@ -165,7 +183,7 @@ class _Target(StoreFolder):
             )
 
     def check(self, files: list[LocalFile]) -> None:
-        """Every file must be there in its size."""
+        """Check that every file is there in its full size."""
         sizes = self.sizes()
         wrong = [f for f in files if sizes.get(f.name) != f.bytes]
         if wrong:
@@ -179,7 +197,7 @@ class _Target(StoreFolder):
 
 
 def _in_threads(files: list[LocalFile], send: Callable[[LocalFile], None], threads: int) -> None:
-    """Send files at the same time; the first failure stops those that have not begun."""
+    """Send files at the same time; the first failure cancels those that have not begun."""
     with ThreadPoolExecutor(min(threads, len(files)) or 1) as pool:
         try:
             for sent in as_completed([pool.submit(send, file) for file in files]):

@@ -1,4 +1,4 @@
-"""What a person sees while workers work: a bar per stage with rate and time left, or a line now and then in a log."""
+"""Progress display of a preparation: a bar per stage on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORDS = {
 
 @contextmanager
 def watching(plan: Plan, console: Console) -> Iterator[None]:
-    """Show the progress of a preparation, whoever works on it, while the block runs."""
+    """Show the progress of a preparation, whichever workers do it, while the block runs."""
     if console.quiet:
         yield
         return
@@ -84,11 +84,11 @@ class _Watch(ABC):
 
     @abstractmethod
     def begin(self, stage: Stage) -> None:
-        """A stage begins."""
+        """Begin to show a stage."""
 
     @abstractmethod
     def show(self, stage: Stage, amount: int, total: int, items: int) -> None:
-        """Amount of `total` done; `items` of its items finished."""
+        """Show that `amount` of `total` is done and `items` items are finished."""
 
 
 class _Bars(_Watch):
@@ -108,7 +108,8 @@ class _Bars(_Watch):
 
     def begin(self, stage: Stage) -> None:
         self.task = self.progress.add_task(WORDS[stage.name], total=sum(stage.sizes), detail="")
-        self.began, self.first = time.monotonic(), None
+        self.began = time.monotonic()
+        self.first: int | None = None
 
     def show(self, stage: Stage, amount: int, total: int, items: int) -> None:
         if self.first is None:
@@ -126,15 +127,16 @@ class _Lines(_Watch):
     """A line every LOG_EVERY seconds."""
 
     def begin(self, stage: Stage) -> None:
-        self.began, self.told, self.first = time.monotonic(), time.monotonic(), None
+        self.began = self.last_line = time.monotonic()
+        self.first: int | None = None
 
     def show(self, stage: Stage, amount: int, total: int, items: int) -> None:
         now = time.monotonic()
         if self.first is None:
             self.first = amount  # done before, by an earlier start
-        if now - self.told < LOG_EVERY or not total:
+        if now - self.last_line < LOG_EVERY or not total:
             return
-        self.told = now
+        self.last_line = now
         rate = (amount - self.first) / (now - self.began)
         left = (
             f"{(total - amount) / rate / 60:.0f} minutes left" if rate > 0 else "time left unknown"

@@ -1,10 +1,11 @@
-"""Workers without a master: any number of processes, on any hosts that share WORK, take items until none is left.
+"""Worker coordination without a master, through leases in a shared folder.
 
-A stage is a list of items, each of which is done when its marker file is there. A worker that wants
-an item makes WORK/leases/STAGE-ITEM, which only one can make, and keeps touching it; the lease of a
-worker that died is taken over. Should two workers ever do the same item, nothing is lost: results
-are the same bytes, and are renamed into place. An item that cannot be done leaves
-WORK/failed/STAGE-ITEM with the reason, and the stage fails when all others are done.
+Any number of processes, on any hosts that share WORK, take items until none is left. A stage is a
+list of items, each of which is done when its marker file exists. A worker that takes an item
+creates WORK/leases/STAGE-ITEM exclusively and keeps touching it; the lease of a worker that died is
+taken over. Should two workers ever do the same item, nothing is lost: results are the same bytes
+and are renamed into place. An item that fails leaves WORK/failed/STAGE-ITEM with the reason, and
+the stage fails when all other items are done.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ POLL = 0.2  # seconds between looks at what others are still doing
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage over `items`. done(i): whether item i is there. run(i, advance): do it.
+    """One stage of a preparation.
 
-    Advance hears work done, in the unit of `sizes`, for the progress bar. sizes: work of each item.
-    costs: what each takes of time beside the others, where that is not its size.
+    Attributes:
+        name: Name, also of its leases.
+        sizes: Amount of work of each item.
+        done: Whether item i is done.
+        run: Do item i; calls its second argument with the work done, in the unit of `sizes`.
+        costs: Relative time that each item takes, where that is not its size.
     """
 
     name: str
@@ -45,18 +50,23 @@ class Stage:
 
 
 class StageError(DataPrepError):
-    """Some items of a stage could not be done; says the first of them."""
+    """Some items of a stage failed; the message is that of the first."""
 
 
 def run_stage(
     stage: Stage, work: Path, worker: int, workers: int, idle: Callable[[], object] = lambda: None
 ) -> None:
-    """Do items of a stage until all are done, by whomever.
+    """Do items of a stage until all are done, by any worker.
 
-    Starts with this worker's share of the items.
+    Args:
+        stage: The stage.
+        work: Work folder.
+        worker: Number of this worker; it begins with its share of the items.
+        workers: Number of workers.
+        idle: Called when all that is left is being done by others.
 
-    idle: called when all that is left is being done by others. Raises StageError when some could
-    not be done, after the others are.
+    Raises:
+        StageError: When some items failed, after the others are done.
     """
     started = time.time()
     pending = _in_order(stage.costs or stage.sizes, worker, workers)
@@ -87,7 +97,11 @@ def run_stage(
 
 
 def _in_order(costs: Sequence[int], worker: int, workers: int) -> list[int]:
-    """Items, the dearest first, so that the last ones, on which the others wait, are small (Graham 1969, doi 10.1137/0117039). Each worker begins with every `workers`-th and goes on with what the next worker has left."""
+    """Items in the order in which a worker takes them: largest first.
+
+    So the last ones, on which the others wait, are small (Graham 1969, doi 10.1137/0117039). Each
+    worker begins with every `workers`-th item and continues with what the next worker has left.
+    """
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
     step = max(workers, 1)
     return [item for share in range(step) for item in order[(worker + share) % step :: step]]
@@ -109,7 +123,7 @@ def _failed_path(stage: Stage, work: Path, item: int) -> Path:
 
 
 def _has_failed(stage: Stage, work: Path, item: int, started: float) -> bool:
-    """Whether the item failed since this worker began; what failed before is tried once more."""
+    """Whether the item failed since this worker began; earlier failures are tried once more."""
     try:
         return _failed_path(stage, work, item).stat().st_mtime >= started - STALE / 10
     except FileNotFoundError:
@@ -124,7 +138,7 @@ def _failure(stage: Stage, work: Path, item: int) -> str | None:
 
 
 class Lease:
-    """A file that says who does an item and how far it is; touched by a thread of its own."""
+    """A file that names the worker of an item and its progress, kept fresh by a thread."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._advanced, self._stop = path, 0, threading.Event()
@@ -132,7 +146,7 @@ class Lease:
         self._thread.start()
 
     def advance(self, amount: int) -> None:
-        """Hear that `amount` more of the item's work is done."""
+        """Report that `amount` more of the item's work is done."""
         self._advanced += amount
 
     def _beat(self) -> None:
@@ -143,19 +157,23 @@ class Lease:
                 file.write(_owner(self._advanced))
 
     def release(self) -> None:
+        """Stop the thread and remove the file."""
         self._stop.set()
         self._thread.join()
         self.path.unlink(missing_ok=True)
 
 
 def _owner(advanced: int) -> str:
-    """Content of a lease, always as long: written over the last one without a truncation, it is whole whenever its worker dies."""
+    """Content of a lease, of constant length.
+
+    It is written over the last one without a truncation, so it is whole whenever its worker dies.
+    """
     return json.dumps(process_identity() | {"advanced": advanced}).ljust(LEASE_BYTES)
 
 
 @contextmanager
 def _lease(work: Path, name: str) -> Iterator[Lease | None]:
-    """The lease of an item while the block runs, or None when another worker holds it."""
+    """Hold the lease of an item while the block runs; None when another worker holds it."""
     path = work / "leases" / name
     # Not its parents: when WORK is gone, another worker has finished
     path.parent.mkdir(exist_ok=True)
@@ -175,7 +193,10 @@ def _lease(work: Path, name: str) -> Iterator[Lease | None]:
 
 
 def _is_dead(path: Path) -> bool:
-    """Whether the holder of a lease is gone: known at once on this host, by its silence on another."""
+    """Whether the holder of a lease has ended.
+
+    That is known at once on this host, and after a silence of STALE seconds on another.
+    """
     try:
         silent = time.time() - path.stat().st_mtime
         owner = json.loads(path.read_text(encoding="utf-8"))
@@ -187,7 +208,7 @@ def _is_dead(path: Path) -> bool:
 
 
 def advanced(stage: Stage, work: Path, pending: set[int]) -> int:
-    """Work that is done on items which are not finished, by all workers: for a progress bar."""
+    """Work done by all workers on items that are not finished, for a progress bar."""
     amount = 0
     for path in (work / "leases").glob(f"{stage.name}-*"):
         item = int(path.name.rpartition("-")[2])

@@ -1,6 +1,6 @@
-"""Where workers run.
+"""Workers of a preparation: local processes or a Ray cluster.
 
-All of them do the same (data_prep.stages.run_worker); they meet in the work folder only.
+All run data_prep.stages.run_worker, and meet in the work folder only.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ import multiprocessing
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from data_prep.stages import run_worker
 from nextpt.base.errors import DataPrepError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+_Receiver: TypeAlias = "Connection[Any, Any]"
 
 
 class Workers(ABC):
@@ -25,25 +30,30 @@ class Workers(ABC):
 
     @abstractmethod
     def run(self, work: Path) -> None:
-        """Raises DataPrepError with the reason when the preparation cannot be finished."""
+        """Run until the preparation is finished.
+
+        Raises:
+            DataPrepError: When it cannot be finished.
+        """
 
 
 class LocalWorkers(Workers):
     """Processes of this machine.
 
-    In a job array this task is number `task` of `tasks`, each with as many processes.
+    In a job array this task is number `task` of `tasks`, with `count` processes each.
     """
 
     def __init__(self, count: int, task: int = 0, tasks: int = 1) -> None:
         self.count, self.first, self.total = count, task * count, tasks * count
 
     def run(self, work: Path) -> None:
+        """Run until the preparation is finished; see Workers."""
         if self.count == 1:
             _work(work, self.first, self.total)
             return
         # A fork would share threads of libraries that do not survive it
         context = multiprocessing.get_context("spawn")
-        with _one_thread_each():
+        with _single_threaded_environment():
             children = []
             for i in range(self.count):
                 receiver, sender = context.Pipe(duplex=False)
@@ -60,28 +70,28 @@ class LocalWorkers(Workers):
                 child.terminate()
                 child.join()
 
-    def _wait(self, children: list[tuple[multiprocessing.Process, Connection]]) -> None:
-        """Until one says why it cannot go on, or all have ended.
+    def _wait(self, children: list[tuple[SpawnProcess, _Receiver]]) -> None:
+        """Wait until a worker reports why it cannot continue, or all have ended.
 
-        The work of one that was killed goes to the others.
+        The others take over the work of one that was killed.
         """
         open_ends = {receiver: child for child, receiver in children}
         killed = 0
         while open_ends:
-            for receiver in wait(list(open_ends)):
+            for receiver in [end for end in wait(list(open_ends)) if isinstance(end, Connection)]:
                 child = open_ends.pop(receiver)
                 try:
                     message = receiver.recv()
                 except EOFError:
                     child.join()
-                    if child.exitcode > 0:
+                    exit_code = child.exitcode or 0
+                    if exit_code > 0:
                         raise DataPrepError(
-                            f"worker {child.pid} broke down with the message above; please"
-                            " report it"
-                        )
+                            f"worker {child.pid} crashed with the message above; please report it"
+                        ) from None
                     killed += 1
                     print(
-                        f"warning: worker {child.pid} was killed (signal {-child.exitcode}); the"
+                        f"warning: worker {child.pid} was killed (signal {-exit_code}); the"
                         " others do its work",
                         file=sys.stderr,
                     )
@@ -95,25 +105,31 @@ class LocalWorkers(Workers):
             )
 
 
-class _one_thread_each:
-    """Environment of children: one thread in the tokenizer, as there is one process per core."""
+# Environment of worker processes: one thread in each tokenizer, as there is one process per core.
+SINGLE_THREADED = {
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
 
-    VALUES = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.get(name) for name in self.VALUES}
-        os.environ.update(self.VALUES)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
+@contextmanager
+def _single_threaded_environment() -> Iterator[None]:
+    """Set SINGLE_THREADED in this process's environment while children are started."""
+    before = {name: os.environ.get(name) for name in SINGLE_THREADED}
+    os.environ.update(SINGLE_THREADED)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
 
 
-def _report(work: Path, worker: int, workers: int, sender: Connection) -> None:
-    """Body of a child: its last word is None, or why it cannot go on."""
+def _report(work: Path, worker: int, workers: int, sender: Connection[Any, Any]) -> None:
+    """Body of a worker process: sends None at its end, or why it cannot continue."""
     try:
         _work(work, worker, workers)
         sender.send(None)
@@ -130,22 +146,24 @@ def _work(work: Path, worker: int, workers: int) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataPrepError(
                 f"no space left on the device of {work.absolute().parent}; free some and start"
-                " again, it goes on where it was"
+                " again, it continues where it was"
             ) from error
         raise DataPrepError(f"{error.filename or work}: {error.strerror or error}") from error
 
 
 class RayWorkers(Workers):
-    """Workers of a Ray cluster whose hosts share the work folder, this checkout and its Python environment.
+    """Workers of a Ray cluster whose hosts share the work folder, checkout and environment.
 
-    address: of an existing cluster, "auto" to find one, None to start one on this machine. count:
-    as many as the cluster has cores unless given.
+    Args:
+        address: Of an existing cluster; "auto" finds one; None starts one on this machine.
+        count: Number of workers; by default one per core of the cluster.
     """
 
     def __init__(self, address: str | None = None, count: int | None = None) -> None:
         self.address, self.count = address, count
 
     def run(self, work: Path) -> None:
+        """Run until the preparation is finished; see Workers."""
         try:
             import ray
         except ImportError as error:
@@ -156,14 +174,15 @@ class RayWorkers(Workers):
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 include_dashboard=False if self.address is None else None,
-                runtime_env={"env_vars": _one_thread_each.VALUES | {"PYTHONPATH": str(ROOT)}},
+                runtime_env={"env_vars": SINGLE_THREADED | {"PYTHONPATH": str(ROOT)}},
             )
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise DataPrepError(
                 f"Ray cluster {self.address or 'of this machine'}: {str(error).splitlines()[0]}"
             ) from error
         try:
-            count = self.count or max(int(ray.cluster_resources().get("CPU", 1)), 1)
+            resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray has no types
+            count = self.count or max(int(resources.get("CPU", 1)), 1)
             task = ray.remote(num_cpus=1, max_retries=3)(_work)
             ray.get([task.remote(work.absolute(), i, count) for i in range(count)])
         except ray.exceptions.RayTaskError as error:

@@ -1,4 +1,4 @@
-"""Tokenizers: opening one of any kind, converting, training, encoding, and how many bytes each token stands for."""
+"""Tokenizers: opening, converting, training, encoding, and the bytes that each token stands for."""
 
 from data_prep.tokenizer.convert import convert
 from data_prep.tokenizer.description import END_OF_TEXT

@@ -1,8 +1,8 @@
-"""Texts on which tokenizer libraries have differed or might: what `Tokenizer` compares them on before it takes the faster.
+"""Adversarial texts: `Tokenizer` compares the two encoder libraries on them.
 
-They cover what patterns and engines read in their own ways (line ends before the end of the text,
-long digits, contractions in capitals, spaces of all kinds), bytes that no token spans, and every
-part of Unicode.
+They cover what patterns and regular-expression engines read differently (line ends before the end
+of the text, long digits, contractions in capitals, spaces of all kinds), bytes that no token spans,
+and every part of Unicode.
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ TEXTS = (
 
 @cache
 def adversarial_texts() -> tuple[str, ...]:
-    """The texts above, and all of Unicode in samples: where the category changes, and every 16th code point of the planes in use."""
+    """The texts above, and samples of all of Unicode.
+
+    Samples are taken where the category changes, and at every 16th code point of the planes in use.
+    """
     return TEXTS + _unicode_samples()
 
 

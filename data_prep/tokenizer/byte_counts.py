@@ -1,4 +1,4 @@
-"""How many bytes of the original text each token stands for."""
+"""UTF-8 bytes of the original text that each token stands for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from data_prep.tokenizer.description import BYTE_OF, Description
 
 
 def token_lengths(description: Description, vocab_size: int) -> np.ndarray:
-    """uint16 [vocab_size]: UTF-8 bytes of each token as it is spelled, 0 for special tokens and holes.
+    """UTF-8 bytes of each token as it is spelled, uint16 [vocab_size].
+
+    0 for special tokens and holes.
 
     With tokenizers whose tokens have no bytes of their own every text token has at least 1, and the
-    token for what the vocabulary cannot spell counts as text: it stands for bytes of the document.
+    token for text that the vocabulary cannot spell counts as text: it stands for bytes of the
+    document.
     """
     lengths = np.zeros(vocab_size, dtype=np.uint16)
     for token, index in description.vocabulary.items():
@@ -21,17 +24,17 @@ def token_lengths(description: Description, vocab_size: int) -> np.ndarray:
         lengths[index] = min(
             len(token) if description.byte_level else max(len(token.encode()), 1), 2**16 - 1
         )
-    for token in description.added:
-        lengths[token.id] = (
+    for added in description.added:
+        lengths[added.id] = (
             0
-            if token.special and token.id != description.unknown_id
-            else min(len(token.content.encode()), 2**16 - 1)
+            if added.special and added.id != description.unknown_id
+            else min(len(added.content.encode()), 2**16 - 1)
         )
     return lengths
 
 
 def token_spellings(description: Description, vocab_size: int) -> list[bytes]:
-    """The bytes that each token stands for as it is spelled.
+    """Bytes that each token is spelled with.
 
     Empty for special tokens and holes, and for tokens that are not text by themselves (a
     WordPiece's "##").
@@ -47,8 +50,8 @@ def token_spellings(description: Description, vocab_size: int) -> list[bytes]:
             spelled[index] = (
                 bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
             )
-    for token in description.added:
-        spelled[token.id] = b"" if token.special else token.content.encode()
+    for added in description.added:
+        spelled[added.id] = b"" if added.special else added.content.encode()
     return spelled
 
 
@@ -62,15 +65,19 @@ def utf8_positions(text: str) -> np.ndarray:
 
 
 def sizes_from_offsets(text: str, offsets: np.ndarray) -> np.ndarray:
-    """uint32 [n + 1]: bytes of `text` that each of n tokens stands for, and the end token's last.
+    """Bytes of `text` that each of n tokens stands for, and the end token's last; they sum to all.
 
-    They sum to all of them.
+    A token takes the bytes before its end that no earlier token took, so dropped text goes to the
+    token that follows it, and at the end of the text to the last token. Tokens of the same
+    position, such as the bytes of a character that is spelled byte by byte, share its bytes. The
+    end token has bytes only where no other token has any.
 
-    offsets: int64 [n, 2], characters [start, stop) of each token as the tokenizers library tells
-    them. A token takes the bytes before its end that no earlier token took, so dropped text goes to
-    what follows it, and at the end of the text to the last token. Tokens of one and the same place,
-    such as the bytes of a character that is spelled byte by byte, share its bytes. The end token
-    has bytes only where no other token has any.
+    Args:
+        text: The text.
+        offsets: int64 [n, 2], characters [start, stop) of each token, from the tokenizers library.
+
+    Returns:
+        uint32 [n + 1].
     """
     positions = utf8_positions(text)
     count, total = len(offsets), int(positions[-1])
@@ -88,9 +95,10 @@ def sizes_from_offsets(text: str, offsets: np.ndarray) -> np.ndarray:
 
 
 def _share(sizes: np.ndarray, same: np.ndarray) -> None:
-    """Divide the bytes of every run of tokens of one place among them, what is left over to the later ones; in place.
+    """Divide the bytes of every run of tokens of one position among them, in place.
 
-    same: bool [n - 1], whether a token's place is that of the one before.
+    Bytes left over go to the later tokens of the run. same: bool [n - 1], whether a token has the
+    position of the one before.
     """
     run = np.concatenate(([0], np.cumsum(~same)))
     lengths = np.bincount(run)

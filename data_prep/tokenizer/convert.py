@@ -1,6 +1,6 @@
-"""From the formats that tokenizers are published in to tokenizer.json, the one form that nextpt reads.
+"""Conversion of published tokenizer formats to tokenizer.json, the only format that nextpt reads.
 
-Read are tokenizer.json itself, tiktoken's rank files and its encodings by name, GPT-2's pair of
+Accepted are tokenizer.json itself, tiktoken's rank files and its encodings by name, GPT-2's pair of
 files, and Mistral's tekken.
 """
 
@@ -59,7 +59,13 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """A tiktoken-style encoding. mergeable: bytes -> id, in the order of merging. specials: content -> id."""
+    """A tiktoken-style encoding.
+
+    Attributes:
+        mergeable: Bytes -> id, in the order of merging.
+        pattern: Regular expression that cuts text before merging.
+        specials: Content -> id of the special tokens.
+    """
 
     mergeable: dict[bytes, int]
     pattern: str
@@ -75,12 +81,18 @@ def convert(
     start: str | None = None,
     end: str | None = None,
 ) -> None:
-    """Write the tokenizer.json that encodes as `source` does: a file, a folder, or the name of a tiktoken encoding.
+    """Write the tokenizer.json that encodes as `source` does.
 
-    pattern: for a file of ranks, one of PATTERNS by name or a regular expression. specials: its
-    special tokens, "TOKEN" or "TOKEN=ID". start, end: special tokens that begin and end a document,
-    where the usual ones are not meant. Raises DataPrepError, which names file and line, and then writes
-    nothing.
+    Args:
+        source: A file, a folder, or the name of a tiktoken encoding.
+        output: File to write.
+        pattern: For a file of ranks, one of PATTERNS by name or a regular expression.
+        specials: Special tokens of a file of ranks, "TOKEN" or "TOKEN=ID".
+        start: Special token that begins a document, where it is not the usual one.
+        end: Special token that ends a document, where it is not the usual one.
+
+    Raises:
+        DataPrepError: With file and line; then nothing is written.
     """
     content = _content(source, pattern, list(specials))
     description = Description(content, Path(source))
@@ -102,7 +114,7 @@ def convert(
 
 
 def _content(source: str, pattern: str | None, specials: list[str]) -> dict[str, Any]:
-    """The content of tokenizer.json."""
+    """Content of the tokenizer.json."""
     path = Path(source)
     if path.is_dir():
         path = _in_folder(path)
@@ -125,7 +137,8 @@ def _content(source: str, pattern: str | None, specials: list[str]) -> dict[str,
     except ValueError as error:
         raise DataPrepError(f"{path} is not JSON: {error}") from error
     if isinstance(content.get("model"), dict):
-        return content
+        tokenizer: dict[str, Any] = content
+        return tokenizer
     if isinstance(content.get("vocab"), list) and "config" in content:
         return _from_ranks(_tekken(content, path), source)
     if content and all(isinstance(value, int) for value in content.values()):
@@ -147,7 +160,10 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _partner(path: Path) -> Path:
-    """The other file of GPT-2's pair: gpt2_encoder.json and gpt2_vocab.bpe, or vocab.json and merges.txt."""
+    """The other file of GPT-2's pair.
+
+    gpt2_encoder.json and gpt2_vocab.bpe, or vocab.json and merges.txt.
+    """
     for one, other in (
         ("encoder.json", "vocab.bpe"),
         ("vocab.json", "merges.txt"),
@@ -216,7 +232,7 @@ def _rank_file(path: Path, data: bytes, pattern: str | None, specials: list[str]
 
 
 def _named_specials(specials: list[str], largest: int) -> dict[str, int]:
-    """ "TOKEN=ID" or "TOKEN", which takes the next id."""
+    """Ids of "TOKEN=ID" or "TOKEN", which takes the next id."""
     named: dict[str, int] = {}
     for item in specials:
         content, equals, index = item.rpartition("=")
@@ -228,7 +244,7 @@ def _named_specials(specials: list[str], largest: int) -> dict[str, int]:
 
 
 def _tekken(content: dict[str, Any], path: Path) -> Ranks:
-    """Mistral's: special tokens first, then the ranks, as many as default_vocab_size leaves room for."""
+    """Mistral's format: special tokens, then the ranks that default_vocab_size leaves room for."""
     try:
         config = content["config"]
         count, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
@@ -274,7 +290,13 @@ def _gpt2_pair(encoder: Path, merges: Path) -> dict[str, Any]:
 
 
 def _from_ranks(ranks: Ranks, source: str) -> dict[str, Any]:
-    """tokenizer.json of an encoding, compared with tiktoken on the difficult texts and on every token's own. Raises DataPrepError."""
+    """tokenizer.json of an encoding, verified against tiktoken.
+
+    Both are compared on the adversarial texts and on every token's own text.
+
+    Raises:
+        DataPrepError: When they differ.
+    """
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks.mergeable]:
         raise DataPrepError(
             f"{source} has no token for byte {lacking[0]:#04x} ({len(lacking)} are lacking);"
@@ -336,7 +358,10 @@ def _byte_level(
     *,
     ignore_merges: bool,
 ) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE. ignore_merges: what is one token between two cuts is taken whole, as by tiktoken."""
+    """tokenizer.json of a byte-level BPE.
+
+    ignore_merges: take what is one token between two cuts whole, as tiktoken does.
+    """
     flags = {
         "single_word": False,
         "lstrip": False,

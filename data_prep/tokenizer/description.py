@@ -1,4 +1,4 @@
-"""What a tokenizer.json says of itself: its kind, its special tokens, and whether its tokens have bytes of their own."""
+"""Description of a tokenizer.json: kind, special tokens, whether tokens have fixed bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENDS = (
     "<|end_of_text|>",
     "<eos>",
     "<|end▁of▁sentence|>",
-    "<｜end▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 - DeepSeek spells it so
     "[SEP]",
     "<|eos|>",
     "[EOS]",
@@ -30,7 +30,7 @@ STARTS = (
     "<bos>",
     "<|begin_of_text|>",
     "<|startoftext|>",
-    "<｜begin▁of▁sentence｜>",
+    "<｜begin▁of▁sentence｜>",  # noqa: RUF001 - DeepSeek spells it so
     "[CLS]",
     "<|bos|>",
     "[BOS]",
@@ -40,7 +40,7 @@ STARTS = (
 def byte_characters() -> list[str]:
     """The character that stands for each byte 0..255 in byte-level vocabularies.
 
-    Printable bytes of Latin-1 stand for themselves, the others are counted up from U+0100 (GPT-2,
+    Printable bytes of Latin-1 stand for themselves, the others are numbered from U+0100 (GPT-2,
     src/encoder.py).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -56,7 +56,10 @@ BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token matched in the text before the model sees it. stretches: it may take spaces beside it, or needs word bounds."""
+    """A token matched in the text before the model sees it.
+
+    stretches: it may take the spaces beside it, or needs word boundaries.
+    """
 
     id: int
     content: str
@@ -68,7 +71,12 @@ class AddedToken:
 class Description:
     """The parts of a tokenizer.json that nextpt decides by.
 
-    Raises DataPrepError for content that is none; `path` names it.
+    Args:
+        content: Parsed JSON.
+        path: Of the file, for messages.
+
+    Raises:
+        DataPrepError: When the content is not a tokenizer.json.
     """
 
     def __init__(self, content: Any, path: Path) -> None:
@@ -96,7 +104,11 @@ class Description:
 
     @classmethod
     def read(cls, path: Path) -> Description:
-        """Of a file. Raises DataPrepError."""
+        """Read a file.
+
+        Raises:
+            DataPrepError: When it cannot be read or is not a tokenizer.json.
+        """
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")), path)
         except (OSError, ValueError) as error:
@@ -104,7 +116,7 @@ class Description:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """Token -> id, without what is only an added token."""
+        """Token -> id, without tokens that are only added tokens."""
         vocabulary = self.model["vocab"]
         return (
             vocabulary
@@ -114,14 +126,14 @@ class Description:
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """Pre-tokenizers in their order."""
+        """Pre-tokenizers in order."""
         return _flat(self.content.get("pre_tokenizer"), "pretokenizers")
 
     @cached_property
     def byte_level(self) -> bool:
-        """BPE over bytes that neither adds, drops nor changes one on the way to the model.
+        """Whether it is a BPE over bytes that adds, drops or changes none on the way to the model.
 
-        A normalizer aside.
+        A normalizer is not considered.
         """
         levels = [s for s in self.steps if s["type"] == "ByteLevel"]
         return (
@@ -141,7 +153,7 @@ class Description:
 
     @property
     def characters(self) -> bool:
-        """Every character is one token, as write_character_tokenizer makes them."""
+        """Whether every character is one token, as write_character_tokenizer makes them."""
         return (
             self.kind == "WordLevel"
             and not self.content.get("normalizer")
@@ -153,7 +165,7 @@ class Description:
 
     @property
     def own_bytes(self) -> bool:
-        """Whether a token stands for the same bytes everywhere: byte_counts "table" of data_prep.format."""
+        """Whether a token stands for the same bytes everywhere: byte_counts "table"."""
         plain = not self.content.get("normalizer") and not any(
             t.stretches for t in self.added if not t.special
         )
@@ -174,17 +186,23 @@ class Description:
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """Id of the token for text that the vocabulary cannot spell, where there is such text."""
+        """Id of the token for text that the vocabulary cannot spell.
+
+        None where there is no such text.
+        """
         if self.byte_level:
             return None
         if self.kind == "Unigram":
             return self.model.get("unk_id")
-        return self.vocabulary.get(self.model.get("unk_token"))
+        return self.vocabulary.get(self.model.get("unk_token") or "")
 
     def start_and_end(self, start: str | None, end: str | None) -> tuple[int, int]:
-        """Ids of the tokens put before and after a document: the named ones, or those of the file's template, or the usual ones.
+        """Ids of the tokens put before and after a document.
 
-        Raises DataPrepError when a named one is not among the special tokens, or none ends a document.
+        They are the named ones, else those of the file's template, else the usual ones.
+
+        Raises:
+            DataPrepError: When a named one is not a special token, or none ends a document.
         """
         for name in (start, end):
             if name is not None and name not in self.specials:
@@ -203,9 +221,9 @@ class Description:
         return self.specials[start], self.specials[end]
 
     def with_template(self, start_id: int, end_id: int | None) -> dict[str, Any]:
-        """The content of the file with a template that puts these special tokens around a text.
+        """Content of the file with a template that puts these special tokens around a text.
 
-        No end: only before it.
+        With end_id None, only the start token before it.
         """
         names = {index: content for content, index in self.specials.items()}
         ids = [start_id] if end_id is None else [start_id, end_id]

@@ -26,15 +26,21 @@ COMPARED = 256  # texts per call when the two libraries are compared
 
 
 class Tokenizer:
-    """A tokenizer.json, and what nextpt needs to know of it.
+    """A tokenizer.json, opened for encoding and decoding.
 
-    Text that spells a special token stays text.
+    Text that spells a special token is encoded as text.
 
-    path, sha256: the file. vocab_size: the largest id + 1. start_id, end_id: the tokens put before
-    and after a document.
-    encoder: the library that encodes, and encoder_reason why that one. byte_counts: "table" when a
-    token stands for the same bytes everywhere, else "column" (see data_prep.format). library: the
-    tokenizer as the tokenizers library has it.
+    Attributes:
+        path: The file.
+        sha256: Its hash.
+        vocab_size: Largest id + 1.
+        start_id: Token put before a document.
+        end_id: Token put after a document.
+        encoder: Library that encodes.
+        encoder_reason: Why that library.
+        byte_counts: "table" when a token stands for the same bytes everywhere, else "column" (see
+            data_prep.format).
+        library: The tokenizer as the tokenizers library has it.
     """
 
     def __init__(
@@ -45,13 +51,19 @@ class Tokenizer:
         start: str | None = None,
         end: str | None = None,
     ) -> None:
-        """start, end: contents of special tokens.
+        """Open a tokenizer.json.
 
-        Unless given those of the file's template or the usual ones.
+        Args:
+            path: The file.
+            encoder: "auto" takes tiktoken, which is several times as fast, where it gives the same
+            tokens.
+            start: Content of the start token; by default that of the file's template, or the usual
+            one.
+            end: Content of the end token; by default that of the file's template, or the usual one.
 
-        encoder: "auto" takes tiktoken, which is several times as fast, where it gives the same
-        tokens. Raises DataPrepError for a file that is no tokenizer.json, special tokens that are not
-        there, and "tiktoken" where it would differ.
+        Raises:
+            DataPrepError: When the file is not a tokenizer.json, a special token does not exist, or
+                `encoder` is "tiktoken" and would differ.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         if not path.is_file():
@@ -73,7 +85,7 @@ class Tokenizer:
         self.encoder: Literal["tiktoken", "tokenizers"] = "tiktoken" if self._fast else "tokenizers"
 
     def _choose(self, encoder: str) -> tuple[TiktokenEncoder | None, str]:
-        """The encoder of tiktoken where it is wanted and equal, and why."""
+        """(tiktoken's encoder where it is allowed and equal, else None; the reason)."""
         if encoder == "tokenizers":
             return None, "asked for"
         try:
@@ -90,13 +102,13 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """What it is, in words."""
+        """The kind in words."""
         return self._description.name
 
     def difference(self, texts: Iterable[str]) -> str | None:
-        """The first of `texts` on which the two libraries differ, shown shortly.
+        """First of `texts` on which the two libraries differ, shortened for display.
 
-        None when there is none or one library is in use.
+        None when there is none, or only one library is in use.
         """
         return self._compare(self._fast, texts) if self._fast else None
 
@@ -111,16 +123,18 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, uint32, without start and end.
 
-        Raises DataPrepError for a text that cannot be encoded.
+        Raises:
+            DataPrepError: For a text that cannot be encoded.
         """
         if self._fast is None:
             return self._encode_by_library(texts)
         return [self.encode(text) for text in texts]
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, uint32, without start and end.
+        """Token ids, uint32 [n], without start and end.
 
-        Raises DataPrepError for a text that cannot be encoded.
+        Raises:
+            DataPrepError: For a text that cannot be encoded.
         """
         if self._fast is not None:
             ids = self._fast.encode(text)
@@ -140,7 +154,7 @@ class Tokenizer:
         ]
 
     def _with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids uint32 [n] and their places int64 [n, 2], characters [start, stop) of the text."""
+        """Ids uint32 [n] and their positions int64 [n, 2], characters [start, stop) of the text."""
         try:
             encoded: Encoding = self.library.encode(text, add_special_tokens=False)
         except Exception as error:
@@ -152,10 +166,12 @@ class Tokenizer:
         )
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids uint32 [n], and uint32 [n + 1]: UTF-8 bytes of `text` that each stands for, the end token's last.
+        """Encode a text, and count the bytes that each token stands for.
 
-        The bytes sum to all of the text's. The end token has 0, unless the document has no other
-        token.
+        Returns:
+            Ids uint32 [n], and sizes uint32 [n + 1]: UTF-8 bytes of `text` that each token stands
+            for, the end token's last. Sizes sum to the bytes of the text. The end token has 0,
+            unless the document has no other token.
         """
         ids = self._fast.encode(text) if self._fast is not None else None
         if ids is None and self.byte_counts == "table":
@@ -172,7 +188,7 @@ class Tokenizer:
         return ids, sizes
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD."""
+        """Text of the tokens, without special ones. Bytes that are not UTF-8 become U+FFFD."""
         return self.library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token(self, index: int) -> str | None:
@@ -180,24 +196,25 @@ class Tokenizer:
         return self.library.id_to_token(index)
 
     def token_bytes(self) -> np.ndarray:
-        """uint16 [V]: UTF-8 bytes each token stands for.
+        """uint16 [V]: UTF-8 bytes that each token stands for; 0 for special tokens and holes.
 
-        0 for special tokens and holes in the vocabulary.
-
-        Exact when byte_counts is "table"; when it is "column" they only tell text (at least 1) from
-        what is none.
+        Exact when byte_counts is "table". When it is "column" they only tell text (at least 1) from
+        special tokens.
         """
         return self._lengths.copy()
 
     def spellings(self) -> list[bytes]:
-        """The bytes that each token is spelled with.
+        """Bytes that each token is spelled with.
 
-        Empty for special tokens, and for all of a tokenizer that knows no bytes.
+        Empty for special tokens, and for all tokens of a tokenizer that knows no bytes.
         """
         return token_spellings(self._description, self.vocab_size)
 
     def copy_to(self, path: Path) -> None:
-        """Write the tokenizer.json to `path`, such that opening it without further words gives the same start and end."""
+        """Write the tokenizer.json to `path` with its start and end tokens in the template.
+
+        So opening it without further arguments gives the same start and end.
+        """
         opened = self._description.start_and_end(None, None)
         if opened == (self.start_id, self.end_id):
             shutil.copyfile(self.path, path)
@@ -210,7 +227,10 @@ class Tokenizer:
             )
 
     def write_with_start(self, path: Path) -> None:
-        """Write the tokenizer.json to `path`, such that other programs put the start token before a text and nothing after it."""
+        """Write the tokenizer.json to `path` for other programs.
+
+        They will put the start token before a text and nothing after it.
+        """
         with atomic_write(path) as file:
             json.dump(
                 self._description.with_template(self.start_id, None), file, ensure_ascii=False

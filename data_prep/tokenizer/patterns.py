@@ -1,4 +1,4 @@
-"""The patterns that published byte-level tokenizers cut text by before they merge bytes."""
+"""Pre-tokenization patterns of published byte-level tokenizers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SPECIALS: dict[str, dict[str, int]] = {
 
 
 def for_oniguruma(pattern: str) -> str:
-    r"""The pattern such that the engine of the tokenizers library reads it as tiktoken's does.
+    """Rewrite a pattern such that the engine of the tokenizers library reads it as tiktoken's does.
 
     There "$" also matches before the end of a line, and "{1,3}+" is a repetition of a repetition
     and not a possessive one; at the end of an alternative, where nothing can be taken back, a plain

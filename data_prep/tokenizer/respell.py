@@ -1,4 +1,7 @@
-"""Keeping text that spells a special token text, also where the model's own vocabulary spells the token."""
+"""Encoding of text that spells a special token as text.
+
+It stays text also where the model's own vocabulary holds the token.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from nextpt.base.errors import DataPrepError
 
 
 class Respeller:
-    """Puts the tokens of single characters in the place of special tokens that a model made of text.
+    """Replaces special tokens that a model made of text by the tokens of single characters.
 
-    The tokenizers library passes over special tokens in the text, but a model whose vocabulary
-    holds "</s>" as a piece, as Unigram's does, may still make it of the same characters. The token
-    for unknown text is no such case, unless the text spells its name.
+    The tokenizers library ignores special tokens in the text, but a model whose vocabulary holds
+    "</s>" as a piece, as Unigram's does, may still make it of the same characters. The token for
+    unknown text is no such case, unless the text spells its name.
     """
 
     def __init__(self, description: Description, library: HFTokenizer, vocab_size: int) -> None:
@@ -36,7 +39,11 @@ class Respeller:
     def __call__(
         self, text: str, ids: np.ndarray, places: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same ids and places (int64 [n, 2], characters) with special tokens spelled by the characters they stand for."""
+        """Spell special tokens by the characters they stand for.
+
+        Returns:
+            The ids, and their positions int64 [n, 2] in characters.
+        """
         new_ids: list[int] = []
         new_places: list[tuple[int, int]] = []
         for index, (start, stop) in zip(ids.tolist(), places.tolist(), strict=True):

@@ -1,13 +1,13 @@
-"""Encoding by tiktoken what a byte-level tokenizer.json describes, where both libraries must give the same tokens.
+"""tiktoken as encoder of a byte-level tokenizer.json, where both libraries give the same tokens.
 
-Why the merges are the same. Both libraries merge, again and again, the pair with the lowest rank
-that stands leftmost; the tokenizers library ranks listed pairs, tiktoken any pair whose joined
-bytes are a token, by that token's id. While a token comes to be inside a text, the merges within
-its bytes happen in the order in which they would in its bytes alone, so it always comes from the
-one pair that is left last there. Hence both are equal when listed merges are in the order of the
-ids they make, and a token can be reached by merging in one library exactly when it can in the
-other; `_ranks` checks both. The patterns run in two regular-expression engines, about which there
-is no such proof: they are compared on texts.
+Why the merges are the same. Both libraries merge, again and again, the leftmost pair with the
+lowest rank; the tokenizers library ranks listed pairs, tiktoken any pair whose joined bytes are a
+token, by that token's id. While a token comes to be inside a text, the merges within its bytes
+happen in the order in which they would in its bytes alone, so it always comes from the one pair
+that is left last there. Hence both are equal when listed merges are in the order of the ids they
+make, and a token can be reached by merging in one library exactly when it can in the other;
+`_ranks` checks both. The patterns run in two regular-expression engines, about which there is no
+such proof: they are compared on texts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from itertools import pairwise
 
 import numpy as np
 import tiktoken
@@ -30,13 +31,14 @@ SHORT = 2**19
 
 
 class NotEligibleError(Exception):
-    """tiktoken cannot stand in for the tokenizers library; says why in one phrase."""
+    """tiktoken cannot replace the tokenizers library; the message is the reason, in one phrase."""
 
 
 class TiktokenEncoder:
-    """ids of a text by tiktoken, or None for a text that must go through the tokenizers library.
+    """Encodes by tiktoken; returns None for a text that must go through the tokenizers library.
 
-    Raises NotEligibleError.
+    Raises:
+        NotEligibleError: When the tokenizer is one that tiktoken cannot reproduce.
     """
 
     def __init__(self, description: Description, library: HFTokenizer) -> None:
@@ -54,9 +56,11 @@ class TiktokenEncoder:
         )
 
     def encode(self, text: str) -> np.ndarray | None:
-        """uint32 [tokens].
+        """Token ids, uint32 [n].
 
-        None: not in normal form, or too much for the regular-expression engine (10^6 spaces).
+        Returns:
+            None for a text that is not in normal form, or too much for the regular-expression
+            engine (10^6 spaces).
         """
         if self._normalizing and not _is_nfc(text):
             return None
@@ -83,7 +87,7 @@ class TiktokenEncoder:
     def _pieces(self, found: list[str]) -> np.ndarray:
         """Tokens of text, literal, text, ....
 
-        A special token spelled in the text is text, and cuts it nowhere.
+        A special token spelled in the text is text, and is no boundary.
         """
         joined, rest = [], found[0]
         for literal, text in zip(found[1::2], found[2::2], strict=True):
@@ -101,17 +105,21 @@ class TiktokenEncoder:
 
 
 def _pattern(description: Description) -> str:
-    """The pattern that cuts text before merging. Raises NotEligibleError."""
+    """The pattern that cuts text before merging.
+
+    Raises:
+        NotEligibleError: When there is none.
+    """
     if not description.byte_level:
         raise NotEligibleError(f"it is {description.name}")
     steps = description.steps
     if [s["type"] for s in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return PATTERNS["gpt2"]  # what ByteLevel splits by unless told not to
+        return PATTERNS["gpt2"]  # what ByteLevel splits by unless use_regex is off
     if [s["type"] for s in steps] == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         pattern, way = steps[0]["pattern"].get("Regex"), (steps[0]["behavior"], steps[0]["invert"])
         # Removed and inverted drops what the pattern leaves out, as tiktoken does.
         if pattern and way in (("Isolated", False), ("Removed", True)):
-            return pattern
+            return str(pattern)
     raise NotEligibleError("its pre-tokenizer is not one pattern and bytes")
 
 
@@ -123,10 +131,10 @@ def _normalizing(description: Description) -> bool:
 
 
 def _literals(description: Description) -> re.Pattern[str] | None:
-    """Cuts text at added tokens that are not special, leftmost and longest first, as the tokenizers library does.
+    """Pattern of the added tokens that are not special, at which text is cut.
 
-    Special tokens that the library looks for in the same pass are in it too: one that it passes
-    over hides what it overlaps.
+    Leftmost and longest first, as the tokenizers library does. Special tokens that the library
+    looks for in the same pass are in it too: one that it skips hides what it overlaps.
     """
     literals = [t for t in description.added if not t.special]
     if not literals:
@@ -146,7 +154,8 @@ def _literals(description: Description) -> re.Pattern[str] | None:
 def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
     """Bytes -> id of the tokens that tiktoken must know.
 
-    Raises NotEligibleError unless both libraries merge alike.
+    Raises:
+        NotEligibleError: Unless both libraries merge alike.
     """
     vocabulary = description.vocabulary
     specials = set(description.specials.values())
@@ -189,7 +198,8 @@ def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
 def _ids_in_order(description: Description) -> set[int]:
     """Ids of the tokens that merges make.
 
-    Raises NotEligibleError when merges are not in their order.
+    Raises:
+        NotEligibleError: When merges are not in the order of these ids.
     """
     made, before = set(), -1
     for merge in description.model["merges"]:
@@ -210,8 +220,7 @@ def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | No
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, place = min(
-            (ranks.get(a + b, sys.maxsize), i)
-            for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            (ranks.get(a + b, sys.maxsize), i) for i, (a, b) in enumerate(pairwise(parts))
         )
         if rank == sys.maxsize:
             return None
@@ -220,5 +229,8 @@ def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | No
 
 
 def _is_nfc(text: str) -> bool:
-    """Whether NFC leaves `text` alone, in Python's Unicode (14 or newer) and so in the library's, which is older."""
+    """Whether NFC leaves `text` alone.
+
+    By Python's Unicode (14 or newer), and so by the library's, which is older.
+    """
     return text.isascii() or unicodedata.is_normalized("NFC", text)

@@ -1,4 +1,4 @@
-"""Making tokenizers: byte-level BPE trained on texts, and one of characters."""
+"""Training of tokenizers: byte-level BPE, and one token per character."""
 
 from __future__ import annotations
 
@@ -27,12 +27,19 @@ def train_bpe(
     total: int | None = None,
     progress: bool = False,
 ) -> None:
-    """Train a byte-level BPE on `texts` and write tokenizer.json.
+    """Train a byte-level BPE and write its tokenizer.json.
 
-    Every byte is a token, so nothing is unknown.
+    Every byte is a token, so no text is unknown.
 
-    total: how many texts there are, for the bars that progress shows on a terminal. Raises
-    DataPrepError when vocab_size is too small, or larger than the texts can fill.
+    Args:
+        texts: Training texts.
+        vocab_size: Number of tokens.
+        path: File to write.
+        total: Number of texts, for the progress bar.
+        progress: Show progress on a terminal.
+
+    Raises:
+        DataPrepError: When vocab_size is too small, or larger than the texts can fill.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataPrepError(
@@ -64,13 +71,11 @@ def train_bpe(
 
 
 def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """About half of `max_bytes` to all of it, in UTF-8, of texts that have more.
+    """Sample about half of `max_bytes` to all of it (UTF-8) of larger corpora; all of smaller ones.
 
-    All of those that have less.
-
-    Pieces of texts are taken by their hash, so the sample is spread evenly, and it does not depend
-    on the order of the texts. No more than max_bytes is held: when that is reached, half of the
-    hashes no longer count.
+    Pieces of texts are chosen by their hash, so the sample is spread evenly and does not depend on
+    the order of the texts. At most max_bytes are held: when that is reached, half of the hashes are
+    dropped.
     """
     kept: list[tuple[int, bytes]] = []
     size, limit = 0, 2**64
@@ -90,10 +95,13 @@ def evenly_sampled(texts: Iterable[str], max_bytes: int) -> list[str]:
 
 
 def write_character_tokenizer(texts: Iterable[str], path: Path) -> None:
-    """Write a tokenizer.json in which every character of `texts` is a token, in order of code point, the end of text last.
+    """Write a tokenizer.json in which every character of `texts` is a token.
 
-    It spells nothing else: a text with another character is refused when it is encoded. Raises
-    DataPrepError without a text.
+    Tokens are in order of code point, the end of text last. A text with any other character is
+    refused when it is encoded.
+
+    Raises:
+        DataPrepError: Without a text.
     """
     characters = sorted(set().union(*texts))
     if not characters:

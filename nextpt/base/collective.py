@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -160,7 +160,8 @@ def run_on_rank_0(ranks: RankGroup, action: Callable[[], T]) -> T:
     Raises:
         UserError: Of the class and exit code of rank 0's UserError or OSError.
     """
-    result = failure = None
+    result: Any = None
+    failure = None
     if ranks.rank == 0:
         try:
             result = action()
@@ -169,7 +170,7 @@ def run_on_rank_0(ranks: RankGroup, action: Callable[[], T]) -> T:
     result, failure = ranks.broadcast([result, failure])
     if failure:
         raise _unpack(failure)
-    return result  # type: ignore[return-value]  # JSON keeps the types that callers use
+    return cast(T, result)
 
 
 def check_same_on_all_ranks(ranks: RankGroup, facts: dict[str, Any]) -> None:
@@ -228,7 +229,8 @@ def _unpack(packed: list[Any], prefix: str = "") -> UserError:
     name, message, exit_code = packed
     kind = getattr(errors, name, UserError)
     # A class with arguments of its own is represented by the nearest one that takes a message.
-    kind = next(k for k in kind.__mro__ if k.__init__ is Exception.__init__)
+    while "__init__" in vars(kind):
+        kind = kind.__base__
     error: UserError = kind(prefix + message)
     error.exit_code, error.every_rank = exit_code, False
     return error

@@ -1,6 +1,6 @@
-"""Mistakes that a person can mend, and what a process ends with.
+"""User-facing errors and process exit codes.
 
-Each message is one line that names the thing and the way out.
+The message of each error is one line: what is wrong, the value, what was expected, what to do.
 """
 
 # Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of
@@ -17,12 +17,13 @@ EXIT_HUNG = 76
 
 
 class UserError(Exception):
-    """A mistake of the user's. Shown without a traceback.
+    """An error that the user can fix; shown without a traceback.
 
-    exit_code: what the process ends with.
-
-    every_rank: the error is this rank's own (its disk is full, its shard is corrupt), so this rank
-    must print it; other errors are the same on all ranks and rank 0 speaks for them.
+    Attributes:
+        exit_code: Exit code of the process.
+        every_rank: Whether each rank prints the error because it is that rank's own (its disk is
+        full,
+            its shard is corrupt). Other errors are the same on all ranks, and rank 0 prints them.
     """
 
     exit_code = EXIT_USER_ERROR
@@ -30,36 +31,37 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A key or value of the config."""
+    """A key or value of the config is wrong."""
 
 
 class DataError(UserError):
-    """A dataset that is missing, damaged or not the one that the config describes."""
+    """A dataset is missing, damaged, or not the one that the config describes."""
 
     every_rank = True
 
 
 class DataPrepError(DataError):
-    """A corpus, a tokenizer or a dataset that cannot be prepared or read as it is."""
+    """A corpus, tokenizer or dataset cannot be prepared or read as it is."""
 
 
 class StoreError(UserError):
-    """A store that refuses or cannot be reached, or an address that names no store."""
+    """An object store refuses or cannot be reached, or an address names no store."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or of another run."""
+    """A checkpoint is missing, damaged, or of another run."""
 
     every_rank = True
 
 
 class CheckpointSaveError(CheckpointError):
-    """The disk did not take a checkpoint; none of it was left, and those before it are whole.
+    """The disk or the system refused a checkpoint, on the same save for all ranks.
 
-    The same on every rank.
+    Nothing of the checkpoint is left; earlier ones are intact.
 
-    rank: the first that failed. number: errno of what happened there, None where the system gave
-    none.
+    Attributes:
+        rank: First rank that failed.
+        number: errno of the failure; None where the system gave none.
     """
 
     every_rank = False
@@ -70,9 +72,9 @@ class CheckpointSaveError(CheckpointError):
 
 
 class NoValidCheckpointError(CheckpointError):
-    """A run folder holds checkpoints and none of them verifies: a person must look.
+    """A run folder holds checkpoints and none of them verifies.
 
-    To start again would lose the run.
+    The user has to look: to start from nothing would lose the run.
     """
 
     exit_code = EXIT_NO_VALID_CHECKPOINT
@@ -83,15 +85,15 @@ class ScalingError(UserError):
 
 
 class RunInUseError(UserError):
-    """Another job works in the run folder, or took it from this one."""
+    """Another job works in the run folder, or took it over from this one."""
 
     exit_code = EXIT_RUN_IN_USE
 
 
 class TrainingStopped(Exception):
-    """Training ended before its last step because it was told to.
+    """Training ended before its last step because it was asked to stop.
 
-    Not a mistake; the message says how to go on.
+    Not a user error; the message says how to continue.
     """
 
     exit_code = EXIT_REQUEUE

@@ -1,4 +1,4 @@
-"""Writing files so that they exist whole or not at all."""
+"""Atomic file writes, canonical JSON and file hashes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", *, keep_same: bool = False) -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`.
+    """Open a temporary file beside `path` that takes its name when the block ends without an error.
 
-    It is synced and takes the name when the block ends without an error.
+    The file is synced before it is renamed, so `path` is never half written.
 
-    keep_same: a file that holds the same bytes already is left as it is, with its time of
-    modification.
+    Args:
+        path: The file to write.
+        mode: Mode of `open`; text is UTF-8.
+        keep_same: Leave a file that holds the same bytes already, with its modification time.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -34,7 +36,7 @@ def atomic_write(path: Path, mode: str = "w", *, keep_same: bool = False) -> Ite
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no insignificant choice, ending in a newline."""
+    """JSON with sorted keys and fixed whitespace, ending in a newline."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

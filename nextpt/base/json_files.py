@@ -1,4 +1,4 @@
-"""JSON files: written canonical and durable, read as if an enemy had written them."""
+"""JSON files: canonical and durable when written, parsed strictly when read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nextpt.base.files import canonical_json
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Canonical JSON, synced to the disk."""
+    """Write canonical JSON and sync it to the disk."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(canonical_json(value))
         file.flush()
@@ -30,9 +30,10 @@ def sync(path: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read; never through a symbolic link, and never one that is no plain file.
+    """Open a regular file for reading, never through a symbolic link.
 
-    Raises OSError.
+    Raises:
+        OSError: Also for a symbolic link, a pipe, a device or a folder.
     """
     if path.is_symlink():  # for the message; the flag below is what keeps the promise
         raise OSError(f"{path.name} is a symbolic link")
@@ -45,18 +46,21 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file.
+    """Read a JSON file that may have been written by anyone.
 
-    Raises OSError, or ValueError for what canonical JSON never holds.
+    Raises:
+        OSError: When it cannot be read or is not a regular file.
+        ValueError: When it holds what canonical JSON never does.
     """
     with open_regular(path) as file:
         return parse_json(file.read())
 
 
 def parse_json(data: bytes) -> Any:
-    """Strict JSON: UTF-8, finite numbers, no key twice, and no nesting that exhausts the stack.
+    """Parse strict JSON: UTF-8, finite numbers, no duplicate key, no excessive nesting.
 
-    Raises ValueError.
+    Raises:
+        ValueError: When the data is anything else.
     """
     try:
         return json.loads(

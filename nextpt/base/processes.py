@@ -20,7 +20,9 @@ POLL_SECONDS = 1.0  # between two checks that the ancestors are alive
 
 
 def start_ticks(pid: int) -> str | None:
-    """Start time of a process of this machine, in clock ticks since boot; None without such a process.
+    """Start time of a process of this machine, in clock ticks since boot.
+
+    None without such a process.
 
     Together with the pid it names a process until the next reboot. psutil's create_time() is in
     seconds of the wall clock and moves when the clock is set, so /proc is read here. A process that

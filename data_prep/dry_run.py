@@ -50,32 +50,32 @@ class Estimate:
         """The estimate as lines of text."""
         spec, units = self.plan.spec, self.plan.units
         files = {part.file for unit in units for part in unit.parts}
-        found = [
+        lines = [
             f"{len(files)} files, {naturalsize(self.stored)}, in {len(units)} work units of"
             f" {', '.join(sorted(spec.domains))}"
         ]
         if self.current:
-            found.append(f"{spec.output} is there and was made from them: nothing would be done")
+            lines.append(f"{spec.output} is there and was made from them: nothing would be done")
         if self.tokens is None or self.text is None or self.seconds is None or self.disk is None:
-            found.append(
+            lines.append(
                 "the tokenizer would be trained first; its speed is not known yet, so neither is"
                 " the time"
             )
         else:
-            found.append(
+            lines.append(
                 f"about {naturalsize(self.text)} of text, {self.tokens:,} tokens,"
                 f" {-(-self.tokens // (spec.sequence_length + 1)):,} rows"
             )
-            found.append(
+            lines.append(
                 f"about {naturaldelta(self.seconds)} with {self.workers} workers"
                 f" ({self.tokens / self.seconds / self.workers:,.0f} tokens/s each)"
             )
             free = shutil.disk_usage(_existing(spec.output)).free
-            found.append(
+            lines.append(
                 f"about {naturalsize(self.disk)} of disk beside {spec.output} on the way;"
                 f" {naturalsize(free)} are free"
             )
-        return [*found, "nothing was written"]
+        return [*lines, "nothing was written"]
 
 
 def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
@@ -96,10 +96,10 @@ def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
     used = size = tokens = 0
     started = time.perf_counter()
     for unit in plan.units[:: max(len(plan.units) // SAMPLE_UNITS, 1)]:
-        for found, bytes_used in _sample(plan, unit):
+        for text, bytes_used in _sample(plan, unit):
             used += bytes_used
-            size += len(found.encode("utf-8", "replace"))
-            tokens += len(tokenizer.encode(found))
+            size += len(text.encode("utf-8", "replace"))
+            tokens += len(tokenizer.encode(text))
     seconds = max(time.perf_counter() - started, 1e-9) / SHARE_OF_TOKENIZER
     scale = stored / max(used, 1)
     # Tokens lie on the disk twice, before and after packing; padding is far below a per cent.

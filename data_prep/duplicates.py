@@ -91,8 +91,8 @@ class Duplicates:
     def __init__(self, work: Path, count: int) -> None:
         parts = []
         for partition in range(count):
-            with np.load(duplicates_path(work, partition)) as found:
-                parts.append({name: found[name] for name in found.files})
+            with np.load(duplicates_path(work, partition)) as arrays:
+                parts.append({name: arrays[name] for name in arrays.files})
         self.texts, self.ids = (
             np.sort(np.concatenate([p[name] for p in parts]), order=("unit", "document"))
             for name in ("texts", "ids")

@@ -124,12 +124,12 @@ class _Encoding:
 
     def _encode(self, file: InputFile, group: list[Record]) -> None:
         """Tokenize a group of records; one by one when the tokenizer refuses the group."""
-        wanted = [
-            (record, data) for record in group if (data := self._wanted(file, record)) is not None
+        usable = [
+            (record, data) for record in group if (data := self._utf8(file, record)) is not None
         ]
         sides = [
             (record, text, data, heldout)
-            for record, data in wanted
+            for record, data in usable
             for text, data, heldout in self._sides(record.text, data)
         ]
         started = time.process_time()
@@ -177,7 +177,7 @@ class _Encoding:
             )
             return None
 
-    def _wanted(self, file: InputFile, record: Record) -> bytes | None:
+    def _utf8(self, file: InputFile, record: Record) -> bytes | None:
         """UTF-8 of a record's text; None, and counted, when it is filtered or quarantined."""
         try:
             data = record.text.encode()

@@ -79,13 +79,13 @@ def _write_index(
     sums = dict.fromkeys(
         ("documents", "bytes", "tokens", "text_tokens", "rows", "padding_tokens"), 0
     )
-    for group, found in zip(layout.groups, packed, strict=True):
+    for group, counts_of_group in zip(layout.groups, packed, strict=True):
         if group.domain != domain:
             continue
         for key in sums:
-            sums[key] += found[split][key]
-        most = max(most, found[split]["max_segments"])
-        for shard in found[split]["shards"]:
+            sums[key] += counts_of_group[split][key]
+        most = max(most, counts_of_group[split]["max_segments"])
+        for shard in counts_of_group[split]["shards"]:
             for data in (shard["raw_data"], shard["zip_data"]):
                 if data:
                     data["basename"] = f"{group_name(group.index)}/{data['basename']}"
@@ -111,10 +111,10 @@ def _check_sums(
 
     A difference is a defect of the program; then nothing is written.
     """
-    found = layout.counts
+    totals = layout.counts
     documents = sum(c.documents for domains in counts.values() for c in domains.values())
-    out = documents + sum(found["passed"].values()) + sum(found["bad"].values())
-    assert out == found["records"] + found["cuts"], f"{found['records']} records in, {out} out"
+    out = documents + sum(totals["passed"].values()) + sum(totals["bad"].values())
+    assert out == totals["records"] + totals["cuts"], f"{totals['records']} records in, {out} out"
     written = sum(c.tokens for domains in counts.values() for c in domains.values())
     kept = 0
     for unit in plan.units:

@@ -73,7 +73,7 @@ def columns(sequence_length: int, vocab_size: int, byte_counts: str = "table") -
     (only with byte_counts "column") is the number of UTF-8 bytes that each token stands for where
     it is the target, and text_bytes is their sum over the row's targets.
     """
-    found = {
+    layout = {
         "tokens": f"ndarray:{token_dtype(vocab_size)}:{sequence_length + 1}",
         "doc_lens": "ndarray:uint32",
         "doc_flags": "ndarray:uint8",
@@ -81,8 +81,8 @@ def columns(sequence_length: int, vocab_size: int, byte_counts: str = "table") -
         "text_bytes": "uint32",
     }
     if byte_counts == "column":
-        found["target_bytes"] = f"ndarray:uint32:{sequence_length + 1}"
-    return found
+        layout["target_bytes"] = f"ndarray:uint32:{sequence_length + 1}"
+    return layout
 
 
 class _Record(BaseModel):

@@ -98,24 +98,24 @@ def pack_group(
     name = group_name(group.index)
     staging = work / "packed" / f".{name}-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
-    found: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     started = time.process_time()
     try:
         for number, split in enumerate(SPLITS):
             documents = gather(plan, group, duplicates, tokenizer, heldout=split == "heldout")
             rows = _Rows(plan, tokenizer, documents, domain)
-            found[split] = rows.write(staging / split, 2 * group.index + number)
+            counts[split] = rows.write(staging / split, 2 * group.index + number)
             advance(int(documents.offsets[-1]))
         for split in SPLITS:
             target = work / "dataset" / split / group.domain / name
             # There already: another worker's, of the same bytes
-            if found[split]["rows"] and not target.exists():
+            if counts[split]["rows"] and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(staging / split, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     with atomic_write(packed_path(work, group.index)) as file:
-        json.dump(found | {"seconds": time.process_time() - started}, file)
+        json.dump(counts | {"seconds": time.process_time() - started}, file)
 
 
 def gather(
@@ -168,11 +168,11 @@ def _spread(
         The stream; positions of start and end tokens are not set.
     """
     spread = np.empty(offsets[-1], dtype=dtype)
-    places = iter((offsets[:-1] + 1).tolist())
+    positions = iter((offsets[:-1] + 1).tolist())
     for values, lengths in zip(parts, counts, strict=True):
         first = 0
-        for count, place in zip(lengths.tolist(), places, strict=False):
-            spread[place : place + count] = values[first : first + count]
+        for count, position in zip(lengths.tolist(), positions, strict=False):
+            spread[position : position + count] = values[first : first + count]
             first += count
     return spread
 

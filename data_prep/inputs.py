@@ -92,24 +92,24 @@ def _readable(
     text: str, base: str, path: str, listing: list[fs.FileInfo], pattern: bool
 ) -> list[InputFile]:
     """The files in a listing of folder `path` that match and have a format that is read."""
-    found = []
+    files = []
     for entry in listing:
         name = posixpath.relpath(entry.path, path)
         uri = f"{base.rstrip('/')}/{name}" if base else name
-        wanted = (
+        matches = (
             _matches(uri, text)
             if pattern
             else not any(part.startswith((".", "_")) for part in name.split("/"))
         )
-        if entry.type == fs.FileType.File and wanted and format_of(name):
-            found.append(_input(uri, name, entry))
-    if not found:
+        if entry.type == fs.FileType.File and matches and format_of(name):
+            files.append(_input(uri, name, entry))
+    if not files:
         raise DataPrepError(
             f"no file matches {text}, of those that are read: {READABLE}"
             if pattern
             else f"folder {text} holds no file that is read: {READABLE}"
         )
-    return sorted(found, key=lambda f: f.name)
+    return sorted(files, key=lambda f: f.name)
 
 
 def _input(uri: str, name: str, info: fs.FileInfo) -> InputFile:

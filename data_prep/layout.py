@@ -76,8 +76,10 @@ def make_layout(plan: Plan, duplicates: Duplicates) -> None:
     footers = [read_footer(tokens_path(work, unit.index)) for unit in plan.units]
     counts = _counts(plan, footers, duplicates)
     _check_bad(plan, duplicates, counts)
-    found = {domain for footer in footers for domain in footer["totals"]}
-    domains = sorted(found if plan.spec.domain_field else found | set(plan.spec.domains))
+    with_records = {domain for footer in footers for domain in footer["totals"]}
+    domains = sorted(
+        with_records if plan.spec.domain_field else with_records | set(plan.spec.domains)
+    )
     for domain in domains or list(plan.spec.domains):
         totals = [footer["totals"].get(domain, [0, 0, 0, 0]) for footer in footers]
         if sum(t[0] - t[3] for t in totals) == 0:
@@ -218,11 +220,11 @@ def _cuts(domain: str, footer: dict[str, Any], work: Path, unit: int) -> Iterato
         0,
     )
     ends = np.cumsum(own)
-    taken = 0
-    while ends[-1] - taken > GROUP_TOKENS:
+    before = 0
+    while ends[-1] - before > GROUP_TOKENS:
         document = max(
-            int(np.searchsorted(ends, taken + GROUP_TOKENS, side="right")),
-            int(np.searchsorted(ends, taken, side="right")) + 1,
+            int(np.searchsorted(ends, before + GROUP_TOKENS, side="right")),
+            int(np.searchsorted(ends, before, side="right")) + 1,
         )
-        yield document, int(ends[document - 1]) - taken
-        taken = int(ends[document - 1])
+        yield document, int(ends[document - 1]) - before
+        before = int(ends[document - 1])

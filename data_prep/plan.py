@@ -122,21 +122,21 @@ def make_plan(spec: PrepSpec) -> Plan:
         StoreError: When a store refuses.
     """
     spec.check()
-    found = {name: find_files(place) for name, place in spec.domains.items()}
+    files = {name: find_files(place) for name, place in spec.domains.items()}
     units: list[Unit] = []
-    for name in sorted(found):
+    for name in sorted(files):
         units += [
             Unit(len(units) + i, name, parts, text)
-            for i, (parts, text) in enumerate(_cut(found[name]))
+            for i, (parts, text) in enumerate(_cut(files[name]))
         ]
     if spec.split == "tail":
         units = _find_tails(spec, units)
-    return Plan(spec, tuple(units), _identity(spec, found))
+    return Plan(spec, tuple(units), _identity(spec, files))
 
 
-def _identity(spec: PrepSpec, found: dict[str, list[InputFile]]) -> str:
+def _identity(spec: PrepSpec, files: dict[str, list[InputFile]]) -> str:
     """Hash of settings and inputs; names are relative to their corpus, so that it may be moved."""
-    inputs = {name: [[f.name, f.size, f.stamp] for f in files] for name, files in found.items()}
+    inputs = {name: [[f.name, f.size, f.stamp] for f in listed] for name, listed in files.items()}
     chosen = _tokenizer_identity(spec.tokenizer) if spec.tokenizer else None
     parts = [inputs, chosen, spec.settings(), FORMAT_VERSION]
     return sha256(canonical_json(parts).encode()).hexdigest()

@@ -106,8 +106,8 @@ def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
     """Write the plan, or find it there."""
     work = plan.spec.work
     if (work / "plan.json").exists():
-        found = Plan.load(work)
-        if found.sha256 == plan.sha256:
+        existing = Plan.load(work)
+        if existing.sha256 == plan.sha256:
             done = sum(tokens_path(work, unit.index).exists() for unit in plan.units)
             if alone:
                 console.print(

@@ -146,18 +146,18 @@ def unpacked_size(file: InputFile) -> int:
     if file.size <= 8 * HEAD:
         return file.size * USUAL_EXPANSION
     store, path = open_store(file.uri)
-    given = 0
+    unpacked = 0
     try:
         with store.open_input_file(path) as source:
             head = source.read(HEAD)
         with pa.CompressedInputStream(pa.BufferReader(head), file.compression) as stream:
-            while given < BOMB_RATIO * HEAD and (chunk := stream.read(2**16)):
-                given += len(chunk)
+            while unpacked < BOMB_RATIO * HEAD and (chunk := stream.read(2**16)):
+                unpacked += len(chunk)
     # It ends in the middle of its stream, as it must; what else is wrong the one who reads all of
     # it will tell
     except STORE_ERRORS:
         pass
-    return file.size * given // HEAD or file.size * USUAL_EXPANSION
+    return file.size * unpacked // HEAD or file.size * USUAL_EXPANSION
 
 
 def _read_text(part: Part) -> Record | Bad:
@@ -218,8 +218,8 @@ def _too_long(offset: int) -> Bad:
     return Bad(offset, "line too long", f"more than {LONGEST_LINE} bytes without a newline")
 
 
-def _refuse_bomb(file: InputFile, given: int) -> None:
-    if file.compression and given > BOMB_FLOOR and given > BOMB_RATIO * file.size:
+def _refuse_bomb(file: InputFile, unpacked: int) -> None:
+    if file.compression and unpacked > BOMB_FLOOR and unpacked > BOMB_RATIO * file.size:
         raise DataPrepError(
             f"{file.uri}: its {file.size} bytes unpack to more than {BOMB_RATIO} times as many, as"
             " those of a decompression bomb do; unpack it yourself if it is to be trusted"
@@ -321,13 +321,13 @@ def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
     Raises:
         DataPrepError: When the text column is missing or not a string.
     """
-    found = []
+    columns = []
     for key in (fields.text, fields.id, fields.domain):
         if key is None:
             continue
         name = key if key in schema.names else key.split(".")[0]
         if name in schema.names:
-            found.append(name)
+            columns.append(name)
         elif key != fields.id:
             raise DataPrepError(f"{file.uri}: no column {key!r}; it has {', '.join(schema.names)}")
     if fields.text in schema.names:
@@ -342,7 +342,7 @@ def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
             raise DataPrepError(
                 f"{file.uri}: column {fields.text!r} is of type {kind}, expected string"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(columns))
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:

@@ -94,7 +94,7 @@ def summarise(
 def _split(
     split: str, domain: str, manifest: DatasetManifest, layout: Layout, packed: list[dict[str, Any]]
 ) -> SplitReport:
-    found = [
+    groups = [
         group[split]
         for group, planned in zip(packed, layout.groups, strict=True)
         if planned.domain == domain
@@ -105,10 +105,10 @@ def _split(
         domain=domain,
         **counts.model_dump(exclude={"max_segments", "index_sha256"}),
         slots=counts.rows * (manifest.sequence_length + 1),
-        pieces=sum(f["pieces"] for f in found),
-        cut_documents=sum(f["cut_documents"] for f in found),
+        pieces=sum(f["pieces"] for f in groups),
+        cut_documents=sum(f["cut_documents"] for f in groups),
         length_histogram=[
-            sum(column) for column in zip(*(f["histogram"] for f in found), strict=True)
+            sum(column) for column in zip(*(f["histogram"] for f in groups), strict=True)
         ],
     )
 
@@ -155,8 +155,8 @@ def _quarantine(plan: Plan, duplicates: Duplicates, layout: Layout) -> dict[str,
                     BadRecord(file=entry["file"], place=place_of(entry), detail=entry["detail"])
                 )
     return {
-        reason: Quarantined(records=layout.counts["bad"][reason], examples=found)
-        for reason, found in examples.items()
+        reason: Quarantined(records=layout.counts["bad"][reason], examples=records)
+        for reason, records in examples.items()
     }
 
 
@@ -184,15 +184,15 @@ def _throughput(
 
 
 def _inputs(plan: Plan) -> list[InputReport]:
-    found = []
+    reports = []
     for name, place in plan.spec.domains.items():
         files = {part.file for unit in plan.units if unit.source == name for part in unit.parts}
-        found.append(
+        reports.append(
             InputReport(
                 domain=name, place=str(place), files=len(files), bytes=sum(f.size for f in files)
             )
         )
-    return found
+    return reports
 
 
 def _tokenizer_name(plan: Plan) -> str:

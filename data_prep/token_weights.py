@@ -81,13 +81,15 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
         for name in ("tokenizer.json", "token_bytes.npy"):
             shutil.copyfile(dataset / name, staging / name)
         shutil.copytree(dataset / "heldout_text", staging / "heldout_text")
-        made = manifest.model_copy(
+        weighted = manifest.model_copy(
             update={"splits": splits, "fingerprint": "", "inputs_sha256": ""}
         )
-        fingerprint = sha256(canonical_json(made.model_dump()).encode()).hexdigest()
+        fingerprint = sha256(canonical_json(weighted.model_dump()).encode()).hexdigest()
         with atomic_write(staging / "dataset.json") as file:
             file.write(
-                canonical_json(made.model_copy(update={"fingerprint": fingerprint}).model_dump())
+                canonical_json(
+                    weighted.model_copy(update={"fingerprint": fingerprint}).model_dump()
+                )
             )
         os.rename(staging, output)
     except OSError as error:

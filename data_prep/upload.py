@@ -77,13 +77,13 @@ def upload(
         target = _Target(remote)
         present = target.begin(manifest)
         sizes = target.sizes()
-        here = [f for f in shards if present and sizes.get(f.name) == f.bytes]
-        todo = [f for f in shards if f not in set(here)]
+        present_shards = [f for f in shards if present and sizes.get(f.name) == f.bytes]
+        missing_shards = [f for f in shards if f not in set(present_shards)]
         with byte_progress(console) as progress:
             task = progress.add_task(
-                "uploading", total=sum(f.bytes for f in (*todo, *others, *last))
+                "uploading", total=sum(f.bytes for f in (*missing_shards, *others, *last))
             )
-            for stage in (todo, others, *([f] for f in last)):
+            for stage in (missing_shards, others, *([f] for f in last)):
                 _in_threads(
                     stage,
                     lambda f: target.send(f, lambda n: progress.update(task, advance=n)),
@@ -93,8 +93,13 @@ def upload(
         target.end()
     except STORE_ERRORS as error:
         raise store_problem(error, remote) from error
-    sent = [*todo, *others, *last]
-    return Uploaded(len(sent), sum(f.bytes for f in sent), len(here), sum(f.bytes for f in here))
+    sent = [*missing_shards, *others, *last]
+    return Uploaded(
+        len(sent),
+        sum(f.bytes for f in sent),
+        len(present_shards),
+        sum(f.bytes for f in present_shards),
+    )
 
 
 def files_of_dataset(

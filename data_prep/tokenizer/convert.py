@@ -148,14 +148,14 @@ def _content(source: str, pattern: str | None, specials: list[str]) -> dict[str,
 
 def _in_folder(folder: Path) -> Path:
     for pattern in ("tokenizer.json", "*vocab.bpe", "merges.txt", "*tekken*.json*", "*.tiktoken"):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
+        matches = sorted(folder.glob(pattern))
+        if len(matches) > 1:
             raise DataPrepError(
-                f"folder {folder} holds several tokenizers ({', '.join(p.name for p in found)}):"
+                f"folder {folder} holds several tokenizers ({', '.join(p.name for p in matches)}):"
                 " name one"
             )
-        if found:
-            return found[0]
+        if matches:
+            return matches[0]
     raise DataPrepError(f"folder {folder} holds no tokenizer; {EXPECTED}")
 
 

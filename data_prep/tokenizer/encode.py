@@ -147,10 +147,10 @@ class Tokenizer:
             encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise DataPrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
-        found = [np.array(e.ids, dtype=np.uint32) for e in encoded]
+        ids_of_texts = [np.array(e.ids, dtype=np.uint32) for e in encoded]
         return [
             self._with_places(text)[0] if self._respell.suspects(text, ids) else ids
-            for text, ids in zip(texts, found, strict=True)
+            for text, ids in zip(texts, ids_of_texts, strict=True)
         ]
 
     def _with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:

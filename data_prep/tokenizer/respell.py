@@ -73,10 +73,10 @@ class Respeller:
             self._spellings[character] = [
                 token.id for part in spelling for token in self._library.model.tokenize(part)
             ]
-        found = self._spellings[character]
-        if self._special[found].any():
+        ids = self._spellings[character]
+        if self._special[ids].any():
             raise DataPrepError(
                 f"the tokenizer {self._description.path} has no way to spell the special token"
                 f" {self._names[special]!r} in a text"
             )
-        return found
+        return ids

@@ -67,8 +67,8 @@ class TiktokenEncoder:
         try:
             if self._split is None:
                 return self._ids(text)
-            found = self._split.split(text)
-            return self._ids(text) if len(found) == 1 else self._pieces(found)
+            pieces = self._split.split(text)
+            return self._ids(text) if len(pieces) == 1 else self._pieces(pieces)
         except ValueError:
             return None
         # What Rust's panics become in Python is no Exception, and can only be told by its name
@@ -84,13 +84,13 @@ class TiktokenEncoder:
         text.isascii() or text.encode()
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
-    def _pieces(self, found: list[str]) -> np.ndarray:
+    def _pieces(self, pieces: list[str]) -> np.ndarray:
         """Tokens of text, literal, text, ....
 
         A special token spelled in the text is text, and is no boundary.
         """
-        joined, rest = [], found[0]
-        for literal, text in zip(found[1::2], found[2::2], strict=True):
+        joined, rest = [], pieces[0]
+        for literal, text in zip(pieces[1::2], pieces[2::2], strict=True):
             token = self._literal_ids.get(literal)
             if token is None:
                 rest += literal + text
@@ -159,16 +159,16 @@ def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
     """
     vocabulary = description.vocabulary
     specials = set(description.specials.values())
-    made = _ids_in_order(description)
-    if made & specials:
-        raise NotEligibleError("a special token of it is also made by merging")
+    merged = _ids_in_order(description)
+    if merged & specials:
+        raise NotEligibleError("a special token of it is also merged by merging")
     model = library.model
     keeps_whole, model.ignore_merges = model.ignore_merges, False
     try:
         spelled = {
             t
             for t, i in vocabulary.items()
-            if (i in made or len(t) == 1) and i not in specials and BYTE_OF.keys() >= set(t)
+            if (i in merged or len(t) == 1) and i not in specials and BYTE_OF.keys() >= set(t)
         }
         reached = {
             t for t in spelled if [piece.id for piece in model.tokenize(t)] == [vocabulary[t]]
@@ -201,15 +201,15 @@ def _ids_in_order(description: Description) -> set[int]:
     Raises:
         NotEligibleError: When merges are not in the order of these ids.
     """
-    made, before = set(), -1
+    merged, before = set(), -1
     for merge in description.model["merges"]:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         index = description.vocabulary[left + right]
         if index < before:
             raise NotEligibleError("its merges are not in the order of the ids they make")
-        made.add(index)
+        merged.add(index)
         before = index
-    return made
+    return merged
 
 
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
@@ -219,12 +219,12 @@ def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | No
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        rank, place = min(
+        rank, at = min(
             (ranks.get(a + b, sys.maxsize), i) for i, (a, b) in enumerate(pairwise(parts))
         )
         if rank == sys.maxsize:
             return None
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
 

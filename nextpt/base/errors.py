@@ -6,12 +6,11 @@ The message of each error is one line: what is wrong, the value, what was expect
 # Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of
 # sysexits.h.
 EXIT_CRASHED = 1  # an error of the program; a traceback was shown
-EXIT_USER_ERROR = 2  # something that a person must mend first
+EXIT_USER_ERROR = 2  # an error that the user must fix first
 EXIT_RUN_IN_USE = 4  # another job works in the run folder
-EXIT_NO_VALID_CHECKPOINT = (
-    65  # EX_DATAERR: the run has checkpoints and none of them is valid; a person must look
-)
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: told to stop; the same command goes on
+# EX_DATAERR: the run has checkpoints and none is valid; the user must look
+EXIT_NO_VALID_CHECKPOINT = 65
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop; the same command continues
 # No progress: a rank or the network does not answer; the same command goes on, on sound machines
 EXIT_HUNG = 76
 

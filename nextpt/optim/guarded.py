@@ -1,4 +1,4 @@
-"""Optimizers that clip and guard on the device: a bad step changes nothing, nobody waits.
+"""Guarded optimizers: clipping on the device, and a bad step changes nothing.
 
 An engine may give an optimizer flat tensors that hold parts of many parameters (ZeRO) instead of
 the parameters themselves. `Shard` says which part of a flat tensor belongs to which parameter.

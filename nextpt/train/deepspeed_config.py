@@ -10,16 +10,20 @@ from nextpt.config import Config
 from nextpt.train.memory import LIVE_PARAMETERS, reduce_bucket
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, data_size: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a run; it relies on no default.
 
     DeepSpeed clips nothing: `nextpt.optim` does.
+
+    Args:
+        config: The run.
+        data_size: Number of ranks that divide the data among them.
     """
     bf16 = config.train.precision == "bf16"
     stage = config.train.zero_stage
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_accumulation_steps": config.accumulation_steps(data_size),
         "gradient_clipping": 0.0,
         "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "fp16": {"enabled": False},

@@ -52,8 +52,9 @@ class Engine:
         self.config, self.device = config, device
         self.mesh = Mesh.create()
         self.rank, self.world_size = self.mesh.rank, self.mesh.world_size
+        self._data_size = self.mesh.data_size
         deepspeed_api.disable_host_gradient_checks()
-        settings = deepspeed_config(config, self.world_size)
+        settings = deepspeed_config(config, self._data_size)
         with self._construction(settings):
             module = TrainingModule(build_decoder(config), config.objective.z_loss_coefficient)
         if config.train.compile:
@@ -77,7 +78,7 @@ class Engine:
         stage = config.train.zero_stage
         self._zero = self._engine.optimizer if stage else None
         self.state = ZeroState(parameters, self._optimizer, self._zero, stage, self.mesh)
-        self._noise = GradientNoise(module, device, self.world_size)
+        self._noise = GradientNoise(module, device, self._data_size)
 
     @property
     def model(self) -> Decoder:
@@ -113,7 +114,7 @@ class Engine:
         for batch in batches:
             loss = Loss(*self._engine(batch, weight_sum))
             # DeepSpeed averages gradients over ranks; the normalisation asks for their sum.
-            self._engine.backward(loss.total * self.world_size, scale_wrt_gas=False)
+            self._engine.backward(loss.total * self._data_size, scale_wrt_gas=False)
             self._noise.end_micro_batch(batch.token_weights.sum(), weight_sum)
             losses.append(Loss(loss.total.detach(), loss.z_loss, loss.nats))
             if len(losses) == len(batches):
@@ -160,7 +161,7 @@ class Engine:
             norm: Gradient norm of the step, before clipping.
         """
         return self._noise.estimate(
-            self.all_reduce, micro_batches * self.world_size, weight_sum, norm
+            self.all_reduce, micro_batches * self._data_size, weight_sum, norm
         )
 
     def update_ratios(self) -> dict[str, float]:

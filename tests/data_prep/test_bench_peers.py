@@ -1,4 +1,4 @@
-"""The peers of the benchmark do the whole work: all three write the same tokens, and they are those of the tokenizer."""
+"""The benchmark's peers do the whole work: all three write the tokenizer's tokens."""
 
 from __future__ import annotations
 

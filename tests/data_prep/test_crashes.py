@@ -1,4 +1,4 @@
-"""Killed at any instant and started again, a preparation ends with the same bytes and does nothing twice."""
+"""Crash safety: killed at any instant and restarted, a preparation writes the same bytes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_killed_at_a_rename_and_started_again(
 
 @pytest.mark.slow
 def test_killed_at_every_rename(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
-    """Each of the places where something becomes visible: before it for odd ones, after it for even ones."""
+    """At each rename: before it for odd ones, after it for even ones."""
     for step in count(1):
         spec = given.model_copy(update={"output": tmp_path / str(step) / "out"})
         spec.output.parent.mkdir()
@@ -137,13 +137,15 @@ DRIVER = """
 import sys
 from pathlib import Path
 import data_prep.plan, data_prep.layout, data_prep.duplicates
-data_prep.plan.UNIT_BYTES, data_prep.layout.GROUP_TOKENS, data_prep.duplicates.PARTITION = 20_000, 8_000, 50
+data_prep.plan.UNIT_BYTES, data_prep.layout.GROUP_TOKENS = 20_000, 8_000
+data_prep.duplicates.PARTITION = 50
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.workers import LocalWorkers
 if __name__ == "__main__":
     task, tasks, workers = map(int, sys.argv[2:])
-    prepare(PrepSpec.model_validate_json(Path(sys.argv[1]).read_text()), workers=LocalWorkers(workers, task, tasks), alone=tasks == 1)
+    spec = PrepSpec.model_validate_json(Path(sys.argv[1]).read_text())
+    prepare(spec, workers=LocalWorkers(workers, task, tasks), alone=tasks == 1)
 """
 
 

@@ -19,7 +19,9 @@ FOLDER = Path(__file__).parent / "fixtures" / "datatrove"
 def raw() -> dict[str, str]:
     """Text of each document that was given to datatrove, by id."""
     lines = (
-        line for file in sorted((FOLDER / "raw").iterdir()) for line in open(file, encoding="utf-8")
+        line
+        for file in sorted((FOLDER / "raw").iterdir())
+        for line in file.read_text(encoding="utf-8").splitlines()
     )
     return {record["id"]: record["text"] for record in map(json.loads, lines)}
 

@@ -1,4 +1,4 @@
-"""Megatron-LM's indexed datasets, read by a reader written here from their published description, not by our own code."""
+"""Megatron-LM export, read by a reader written from the published description of the format."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from data_prep.format import ENDS_MID_DOCUMENT, PADDING, STARTS_MID_DOCUMENT, Da
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataPrepError
 from nextpt.base.files import sha256_file
+from tests.support.prep_worlds import lines_of
 from tests.support.shards import write_dataset
 
 
@@ -61,7 +62,7 @@ def test_documents_of_a_real_dataset_come_out_as_they_went_in(
     tokenizer, length = Tokenizer(dataset / "tokenizer.json"), manifest.sequence_length
     for domain in manifest.domains:
         expected: Counter[bytes] = Counter()
-        for line in open(dataset / "heldout_text" / f"{domain}.jsonl", encoding="utf-8"):
+        for line in lines_of(dataset / "heldout_text" / f"{domain}.jsonl"):
             document = np.concatenate(
                 [[manifest.start_id], tokenizer.encode(json.loads(line)["text"]), [manifest.end_id]]
             ).astype("<u2")
@@ -163,7 +164,7 @@ def small(tmp_path: Path) -> Path:
 
 def test_nothing_is_overwritten(small: Path, tmp_path: Path) -> None:
     (tmp_path / "x-b-train.bin").write_text("mine")
-    with pytest.raises(DataPrepError, match="x-b-train.bin exists"):
+    with pytest.raises(DataPrepError, match=r"x-b-train.bin exists"):
         export_megatron(small, tmp_path / "x")
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ["data", "x-b-train.bin"]

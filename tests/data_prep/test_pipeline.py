@@ -1,4 +1,4 @@
-"""What gets into a dataset and what does not: every record is accounted for, with every packing and tokenizer."""
+"""Datasets hold every record exactly once, with every packing and tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataPrepError
 from nextpt.base.files import sha256_file
-from tests.support.prep_worlds import prepare, small_units, texts, world, write_lines
+from tests.support.prep_worlds import lines_of, prepare, small_units, texts, world, write_lines
 from tests.support.tokenizers import ANY_TEXT, KINDS
 
 
@@ -75,7 +75,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PrepSpec:
 
 def given_texts(spec: PrepSpec, domain: str) -> list[str]:
     files = sorted(Path(spec.domains[domain]).rglob("*.jsonl")) or [Path(spec.domains[domain])]
-    return [json.loads(line)["text"] for file in files for line in open(file, encoding="utf-8")]
+    return [json.loads(line)["text"] for file in files for line in lines_of(file)]
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "single"])
@@ -243,7 +243,7 @@ def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path
         )
     assert sum(dropped.splits[s]["x"].documents for s in SPLITS) == 45
     found = Counter(
-        json.loads(line)["text"] for line in open(tmp_path / "dropped/heldout_text/x.jsonl")
+        json.loads(line)["text"] for line in lines_of(tmp_path / "dropped/heldout_text/x.jsonl")
     )
     assert set(found.values()) == {1}
     assert json.loads((tmp_path / "dropped/report.json").read_text())["filtered"] == {
@@ -258,7 +258,7 @@ def test_repeats_never_straddle_the_split(prepared: PrepSpec, tmp_path: Path) ->
     )
     prepare(spec)
     heldout = Counter(
-        json.loads(line)["text"] for line in open(spec.output / "heldout_text/x.jsonl")
+        json.loads(line)["text"] for line in lines_of(spec.output / "heldout_text/x.jsonl")
     )
     assert heldout and set(heldout.values()) == {3}
 
@@ -276,7 +276,7 @@ def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
     )
-    with pytest.raises(DataPrepError, match="1 of 23 records are bad.*repeated id: 1.*--id-field"):
+    with pytest.raises(DataPrepError, match=r"1 of 23 records are bad.*repeated id: 1.*--id-field"):
         prepare(spec)
     made = prepare(spec.model_copy(update={"max_bad_fraction": 0.1}), overwrite=True)
     assert sum(made.splits[s]["x"].documents for s in SPLITS) == 22
@@ -302,7 +302,7 @@ def test_bad_records_are_quarantined_up_to_the_stated_share(
         }
     )
     with pytest.raises(
-        DataPrepError, match="3 of 101 records are bad, more than max_bad_fraction = 0.02"
+        DataPrepError, match=r"3 of 101 records are bad, more than max_bad_fraction = 0.02"
     ):
         prepare(spec)
     assert (
@@ -319,7 +319,7 @@ def test_bad_records_are_quarantined_up_to_the_stated_share(
         "not UTF-8": 1,
         "not a JSON object": 1,
     }
-    assert [json.loads(line)["reason"] for line in open(spec.output / "quarantine.jsonl")] == [
+    assert [json.loads(line)["reason"] for line in lines_of(spec.output / "quarantine.jsonl")] == [
         "text is no string",
         "not UTF-8",
         "not a JSON object",
@@ -445,7 +445,7 @@ def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(
     assert is_current(spec) and not is_current(spec.model_copy(update={"seed": 1}))
     write_lines(tmp_path / "x.jsonl", texts(31, 8))
     assert not is_current(spec)
-    with pytest.raises(DataPrepError, match="other inputs or settings.*--overwrite"):
+    with pytest.raises(DataPrepError, match=r"other inputs or settings.*--overwrite"):
         prepare(spec)
     old = (spec.output / "dataset.json").read_bytes()
     assert (
@@ -465,7 +465,7 @@ def test_unfinished_work_on_something_else_is_not_touched(
     with pytest.raises(DataPrepError, match="records are bad"):
         prepare(spec)
     write_lines(tmp_path / "x.jsonl", texts(30, 8))
-    with pytest.raises(DataPrepError, match="unfinished work on other inputs.*--overwrite"):
+    with pytest.raises(DataPrepError, match=r"unfinished work on other inputs.*--overwrite"):
         prepare(spec)
     prepare(spec, overwrite=True)
 
@@ -475,6 +475,6 @@ def test_work_that_had_not_begun_is_simply_begun_anew(prepared: PrepSpec, tmp_pa
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "tokenizer": tmp_path / "no.json"}
     )
-    with pytest.raises(DataPrepError, match="no.json"):
+    with pytest.raises(DataPrepError, match=r"no.json"):
         prepare(spec)
     prepare(spec.model_copy(update={"tokenizer": prepared.tokenizer}))

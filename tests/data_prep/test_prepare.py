@@ -22,6 +22,7 @@ from data_prep.stdlib_corpus import collect
 from data_prep.streaming_compat import import_streaming
 from data_prep.tokenizer import Tokenizer, train_bpe
 from nextpt.base.errors import DataPrepError
+from tests.support.prep_worlds import lines_of
 
 TEXTS = [
     f"line {i}: the quick brown fox jumps over {i * 7919} lazy dogs, again and again\n"
@@ -118,7 +119,7 @@ def test_rows_give_back_the_documents(tmp_path: Path) -> None:
     ].documents == len(TEXTS)
     assert sum(map(len, pieces)) == sum(map(len, TEXTS))
     heldout = [
-        json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl")
+        json.loads(line)["text"] for line in lines_of(tmp_path / "out" / "heldout_text" / "a.jsonl")
     ]
     assert 0 < len(heldout) == manifest.splits["heldout"]["a"].documents and set(heldout) <= set(
         TEXTS
@@ -270,8 +271,8 @@ def test_stdlib_corpus_separates_docstrings_from_code(tmp_path: Path) -> None:
     )
     (library / "broken.py").write_text("def (:\n")
     found = collect(tmp_path / "out", library)
-    code = [json.loads(line) for line in open(tmp_path / "out" / "code.jsonl")]
-    prose = [json.loads(line) for line in open(tmp_path / "out" / "prose.jsonl")]
+    code = [json.loads(line) for line in lines_of(tmp_path / "out" / "code.jsonl")]
+    prose = [json.loads(line) for line in lines_of(tmp_path / "out" / "prose.jsonl")]
     assert found.documents == {"code": 1, "prose": 1} and found.skipped == 1
     assert (
         code[0]["id"] == "m.py"
@@ -303,7 +304,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
-    """One long text, as character models are trained on: the last share is held out, every character is one token."""
+    """One long text: the last share is held out, every character is one token."""
     text = "".join(
         f"{i}: to be or not to be, that is the question \u2014 \u00e9\n" for i in range(200)
     )
@@ -333,8 +334,7 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
         text
     )
     heldout = [
-        json.loads(line)["text"]
-        for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl", encoding="utf-8")
+        json.loads(line)["text"] for line in lines_of(tmp_path / "out" / "heldout_text" / "a.jsonl")
     ]
     assert heldout == [text[boundary:]]
     with pytest.raises(DataPrepError, match="refuses a text"):
@@ -344,7 +344,7 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
 def test_the_tail_of_many_documents_is_cut_once(tmp_path: Path) -> None:
     made = prepare(spec(tmp_path, split="tail", heldout=0.3))
     tail = "".join(
-        json.loads(line)["text"] for line in open(tmp_path / "out" / "heldout_text" / "a.jsonl")
+        json.loads(line)["text"] for line in lines_of(tmp_path / "out" / "heldout_text" / "a.jsonl")
     )
     assert "".join(TEXTS).endswith(tail) and len(tail) == len("".join(TEXTS)) - int(
         len("".join(TEXTS)) * 0.7

@@ -1,4 +1,4 @@
-"""Our shards in the hands of others: mosaicml-streaming's two readers, and llm-foundry's conventions on top of them.
+"""Shards as mosaicml-streaming's two readers and llm-foundry read them.
 
 What must come out is decoded here from the bytes of the shards, by the published layout of MDS:
 uint32 samples n, uint32 [n + 1] offsets of the samples; a sample is the uint32 sizes of its columns
@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def decode_shards(folder: Path) -> Iterator[dict[str, Any]]:
         count = int.from_bytes(data[:4], "little")
         assert count == shard["samples"]
         offsets = np.frombuffer(data, "<u4", count + 1, 4).tolist()
-        for begin, end in zip(offsets, offsets[1:], strict=False):
+        for begin, end in pairwise(offsets):
             fixed = list(shard["column_sizes"])
             sizes = iter(np.frombuffer(data, "<u4", fixed.count(None), begin).tolist())
             at, sample = begin + 4 * fixed.count(None), {}
@@ -147,11 +148,15 @@ common = dict(batch_size=4, num_canonical_nodes=1)
 for split in ("train", "heldout"):
     streams = lambda: [Stream(local=f"{root}/{split}/{d}", split=None) for d in domains]
     rows = list(StreamingDataset(streams=streams(), shuffle=False, **common))
-    shuffled = list(StreamingDataset(streams=streams(), shuffle=True, shuffle_algo="py1e", shuffle_seed=3, shuffle_block_size=64, **common))
-    batches = list(DataLoader(Text(streams=streams(), shuffle=False, **common), batch_size=4, collate_fn=torch.stack))
+    shuffling = dict(shuffle_algo="py1e", shuffle_seed=3, shuffle_block_size=64)
+    shuffled = list(StreamingDataset(streams=streams(), shuffle=True, **shuffling, **common))
+    text = Text(streams=streams(), shuffle=False, **common)
+    batches = list(DataLoader(text, batch_size=4, collate_fn=torch.stack))
     assert all(b.dtype == torch.int64 for b in batches)
-    np.savez(f"{output}/{split}.npz", input_ids=torch.cat(batches).numpy(), shuffled=np.stack([r["tokens"] for r in shuffled]),
-             **{name: np.concatenate([r[name] for r in rows]) for name in ("tokens", "doc_lens", "doc_flags")},
+    names = ("tokens", "doc_lens", "doc_flags")
+    np.savez(f"{output}/{split}.npz", input_ids=torch.cat(batches).numpy(),
+             shuffled=np.stack([r["tokens"] for r in shuffled]),
+             **{name: np.concatenate([r[name] for r in rows]) for name in names},
              **{name: np.array([r[name] for r in rows]) for name in ("domain", "text_bytes")})
 """
 

@@ -30,11 +30,14 @@ def lines(texts: list[str]) -> bytes:
     ).encode()
 
 
-def read(path: Path, fields: Fields = Fields()) -> list[Record | Bad]:
+FIELDS = Fields()
+
+
+def read(path: Path, fields: Fields = FIELDS) -> list[Record | Bad]:
     return list(read_part(whole(find_files(path)[0]), fields))
 
 
-def reasons(path: Path, fields: Fields = Fields()) -> list[str]:
+def reasons(path: Path, fields: Fields = FIELDS) -> list[str]:
     return [r.reason if isinstance(r, Bad) else "good" for r in read(path, fields)]
 
 

@@ -1,4 +1,4 @@
-"""The report of a preparation: its figures, its page in a real browser, and texts that try to break it."""
+"""Report of a preparation: its figures, its page in a real browser, adversarial texts."""
 
 from __future__ import annotations
 

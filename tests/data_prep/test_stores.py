@@ -1,4 +1,4 @@
-"""Stores: local paths, a real HTTP S3, fsspec's schemes, and what is said when something is missing."""
+"""Stores: local paths, a real HTTP S3, fsspec's schemes, and messages when something is missing."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Tokenizers of every kind: bytes sum to the text, special tokens stay text, and tiktoken encodes only where it is equal."""
+"""Tokenizers of every kind: byte counts, special tokens in texts, tiktoken where it is equal."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import normalizers
 
-from data_prep.tokenizer import Tokenizer, evenly_sampled, tiktoken_encoder, train_bpe
+from data_prep.tokenizer import Tokenizer, tiktoken_encoder
 from data_prep.tokenizer.adversarial import adversarial_texts
 from data_prep.tokenizer.byte_counts import sizes_from_offsets
 from nextpt.base.errors import DataPrepError
@@ -29,14 +28,6 @@ RUNS = st.builds(
     lambda text, times: text * times, st.text(min_size=1, max_size=3), st.integers(1, 300)
 )
 TEXT = ANY | FRAGMENTS | RUNS.filter(lambda text: text.isprintable() or text.isascii())
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    folder = tmp_path_factory.mktemp("tokenizers")
-    for kind, make in KINDS.items():
-        make(folder / f"{kind}.json")
-    return {kind: Tokenizer(folder / f"{kind}.json") for kind in KINDS}
 
 
 def plain(path: Path) -> HFTokenizer:
@@ -72,32 +63,32 @@ def check_bytes(tokenizer: Tokenizer, text: str) -> None:
 @pytest.mark.parametrize("kind", ANY_TEXT)
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT)
-def test_bytes_sum_to_the_text(made: dict[str, Tokenizer], kind: str, text: str) -> None:
-    check_bytes(made[kind], text)
+def test_bytes_sum_to_the_text(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
+    check_bytes(tokenizers[kind], text)
 
 
 @pytest.mark.parametrize("kind", ANY_TEXT)
-def test_bytes_sum_to_difficult_texts(made: dict[str, Tokenizer], kind: str) -> None:
+def test_bytes_sum_to_difficult_texts(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     for text in adversarial_texts():
-        check_bytes(made[kind], text)
+        check_bytes(tokenizers[kind], text)
 
 
-def test_characters_have_the_bytes_of_utf8(made: dict[str, Tokenizer]) -> None:
+def test_characters_have_the_bytes_of_utf8(tokenizers: dict[str, Tokenizer]) -> None:
     for text in TEXTS:
-        check_bytes(made["characters"], text)
-        assert made["characters"].encode_with_bytes(text)[1].tolist() == [
+        check_bytes(tokenizers["characters"], text)
+        assert tokenizers["characters"].encode_with_bytes(text)[1].tolist() == [
             len(c.encode()) for c in text
         ] + [0]
-    assert made["characters"].byte_counts == "table"
+    assert tokenizers["characters"].byte_counts == "table"
     with pytest.raises(DataPrepError, match="refuses a text"):
-        made["characters"].encode_with_bytes("\u2603")
+        tokenizers["characters"].encode_with_bytes("\u2603")
 
 
-def test_every_token_of_bytes_has_its_own(made: dict[str, Tokenizer]) -> None:
-    """Against what the library decodes: a token alone, between two letters so that no space is taken off."""
+def test_every_token_of_bytes_has_its_own(tokenizers: dict[str, Tokenizer]) -> None:
+    """Against what the library decodes: a token between two letters, so that no space is lost."""
     for kind in FAST:
-        library, table = plain(made[kind].path), made[kind].token_bytes()
-        for index in range(made[kind].vocab_size):
+        library, table = plain(tokenizers[kind].path), tokenizers[kind].token_bytes()
+        for index in range(tokenizers[kind].vocab_size):
             if table[index] and "\ufffd" not in (
                 text := library.decode([index], skip_special_tokens=False)
             ):
@@ -132,19 +123,22 @@ def test_every_token_of_bytes_has_its_own(made: dict[str, Tokenizer]) -> None:
     ],
 )
 def test_bytes_by_place(
-    made: dict[str, Tokenizer], kind: str, text: str, expected: list[tuple[str, int]]
+    tokenizers: dict[str, Tokenizer], kind: str, text: str, expected: list[tuple[str, int]]
 ) -> None:
-    ids, sizes = made[kind].encode_with_bytes(text)
-    assert made[kind].byte_counts == "column"
+    ids, sizes = tokenizers[kind].encode_with_bytes(text)
+    assert tokenizers[kind].byte_counts == "column"
     assert [
-        (made[kind].token(i), size) for i, size in zip(ids.tolist(), sizes.tolist(), strict=False)
+        (tokenizers[kind].token(i), size)
+        for i, size in zip(ids.tolist(), sizes.tolist(), strict=False)
     ] == expected
 
 
-def test_a_text_without_tokens_leaves_its_bytes_to_the_end(made: dict[str, Tokenizer]) -> None:
-    ids, sizes = made["wordpiece"].encode_with_bytes(" \n\0 ")
+def test_a_text_without_tokens_leaves_its_bytes_to_the_end(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    ids, sizes = tokenizers["wordpiece"].encode_with_bytes(" \n\0 ")
     assert ids.tolist() == [] and sizes.tolist() == [4]
-    assert made["llama"].encode_with_bytes("")[1].tolist() == [0]
+    assert tokenizers["llama"].encode_with_bytes("")[1].tolist() == [0]
 
 
 def test_places_that_go_back_or_repeat() -> None:
@@ -155,8 +149,10 @@ def test_places_that_go_back_or_repeat() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_spelled_in_a_text_are_text(made: dict[str, Tokenizer], kind: str) -> None:
-    tokenizer = made[kind]
+def test_special_tokens_spelled_in_a_text_are_text(
+    tokenizers: dict[str, Tokenizer], kind: str
+) -> None:
+    tokenizer = tokenizers[kind]
     content = json.loads(tokenizer.path.read_text(encoding="utf-8"))
     specials = {t["content"]: t["id"] for t in content["added_tokens"] if t["special"]}
     unknown = specials.get("<unk>", specials.get("[UNK]"))
@@ -186,9 +182,9 @@ def test_special_tokens_spelled_in_a_text_are_text(made: dict[str, Tokenizer], k
 @settings(max_examples=100, deadline=None)
 @given(text=TEXT)
 def test_tiktoken_gives_the_librarys_tokens(
-    made: dict[str, Tokenizer], kind: str, text: str
+    tokenizers: dict[str, Tokenizer], kind: str, text: str
 ) -> None:
-    tokenizer = made[kind]
+    tokenizer = tokenizers[kind]
     assert tokenizer.encoder == "tiktoken" and tokenizer.difference([text]) is None
     assert (
         tokenizer.encode(text).tolist()
@@ -196,9 +192,11 @@ def test_tiktoken_gives_the_librarys_tokens(
     )
 
 
-def test_other_kinds_go_through_the_library_and_say_why(made: dict[str, Tokenizer]) -> None:
+def test_other_kinds_go_through_the_library_and_say_why(tokenizers: dict[str, Tokenizer]) -> None:
     reasons = {
-        kind: made[kind].encoder_reason for kind in KINDS if made[kind].encoder == "tokenizers"
+        kind: tokenizers[kind].encoder_reason
+        for kind in KINDS
+        if tokenizers[kind].encoder == "tokenizers"
     }
     assert reasons == {
         "prefix_space": "it is byte-level BPE that changes text",
@@ -207,8 +205,8 @@ def test_other_kinds_go_through_the_library_and_say_why(made: dict[str, Tokenize
         "wordpiece": "it is WordPiece",
         "characters": "it is characters",
     }
-    assert made["llama"].difference(["a"]) is None
-    assert {kind: made[kind].byte_counts for kind in FAST} == {
+    assert tokenizers["llama"].difference(["a"]) is None
+    assert {kind: tokenizers[kind].byte_counts for kind in FAST} == {
         "byte_level": "table",
         "gpt2": "table",
         "whole": "table",
@@ -270,12 +268,12 @@ def add_literal(**flags: bool) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_tiktoken_is_not_taken_where_it_would_differ(
-    made: dict[str, Tokenizer],
+    tokenizers: dict[str, Tokenizer],
     tmp_path: Path,
     change: Callable[[dict[str, Any]], None],
     reason: str,
 ) -> None:
-    path = changed(made["byte_level"], tmp_path / "tokenizer.json", change)
+    path = changed(tokenizers["byte_level"], tmp_path / "tokenizer.json", change)
     tokenizer = Tokenizer(path)
     assert tokenizer.encoder == "tokenizers"
     with pytest.raises(DataPrepError, match=reason):
@@ -285,11 +283,11 @@ def test_tiktoken_is_not_taken_where_it_would_differ(
 
 
 def test_a_token_that_no_merging_reaches_is_known_only_where_it_counts(
-    made: dict[str, Tokenizer], tmp_path: Path
+    tokenizers: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
-    assert made["whole"].encode("a zqzq").tolist()[-1] == 420  # taken whole between two cuts
+    assert tokenizers["whole"].encode("a zqzq").tolist()[-1] == 420  # taken whole between two cuts
     path = changed(
-        made["whole"],
+        tokenizers["whole"],
         tmp_path / "tokenizer.json",
         lambda content: content["model"].update(ignore_merges=False),
     )
@@ -322,13 +320,16 @@ def listed_merges(draw: st.DrawFn) -> list[tuple[str, str]]:
 @settings(max_examples=40, deadline=None)
 @given(merges=listed_merges(), whole=st.booleans(), data=st.data())
 def test_any_list_of_merges_is_encoded_as_by_the_library(
-    made: dict[str, Tokenizer], merges: list[tuple[str, str]], whole: bool, data: st.DataObject
+    tokenizers: dict[str, Tokenizer],
+    merges: list[tuple[str, str]],
+    whole: bool,
+    data: st.DataObject,
 ) -> None:
     """Tiktoken is taken where the order of the ids is that of the merges, or else it is not.
 
     Both are right.
     """
-    content = json.loads(made["byte_level"].path.read_text(encoding="utf-8"))
+    content = json.loads(tokenizers["byte_level"].path.read_text(encoding="utf-8"))
     vocabulary = {t: i for t, i in content["model"]["vocab"].items() if i <= 256}
     for left, right in merges:
         vocabulary.setdefault(left + right, len(vocabulary))
@@ -337,7 +338,7 @@ def test_any_list_of_merges_is_encoded_as_by_the_library(
         "merges": [list(pair) for pair in merges],
         "ignore_merges": whole,
     }
-    path = made["byte_level"].path.with_name("merges.json")
+    path = tokenizers["byte_level"].path.with_name("merges.json")
     path.write_text(json.dumps(content), encoding="utf-8")
     tokenizer, library = Tokenizer(path), plain(path)
     if len({a + b for a, b in merges}) == len(merges) and not whole:
@@ -375,19 +376,19 @@ def test_the_library_decomposes_nothing_that_python_does_not_know() -> None:
     )
 )
 def test_literal_tokens_are_cut_out_as_the_library_does(
-    made: dict[str, Tokenizer], parts: list[str]
+    tokenizers: dict[str, Tokenizer], parts: list[str]
 ) -> None:
-    path = made["byte_level"].path.with_name("literal.json")
-    if "literal" not in made:
-        changed(made["byte_level"], path, add_literal())
+    path = tokenizers["byte_level"].path.with_name("literal.json")
+    if "literal" not in tokenizers:
+        changed(tokenizers["byte_level"], path, add_literal())
         content = json.loads(path.read_text())
         content["added_tokens"] += [
             content["added_tokens"][-1] | {"id": 421 + i, "content": name}
             for i, name in enumerate(("=<|end", ">="))
         ]
         path.write_text(json.dumps(content))
-        made["literal"] = Tokenizer(path)
-    tokenizer = made["literal"]
+        tokenizers["literal"] = Tokenizer(path)
+    tokenizer = tokenizers["literal"]
     text = "".join(parts)
     assert tokenizer.encoder == "tiktoken"
     assert tokenizer.encode(text).tolist() == plain(path).encode(text, add_special_tokens=False).ids
@@ -407,117 +408,38 @@ HUGE = {
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_runs_of_a_million(made: dict[str, Tokenizer], name: str) -> None:
+def test_runs_of_a_million(tokenizers: dict[str, Tokenizer], name: str) -> None:
     """Tiktoken's engine gives up on some of these; the tokens are the library's all the same."""
     text = HUGE[name]
-    ids, sizes = made["byte_level"].encode_with_bytes(text)
-    assert ids.tolist() == plain(made["byte_level"].path).encode(text, add_special_tokens=False).ids
+    ids, sizes = tokenizers["byte_level"].encode_with_bytes(text)
+    assert (
+        ids.tolist()
+        == plain(tokenizers["byte_level"].path).encode(text, add_special_tokens=False).ids
+    )
     assert int(sizes.sum()) == len(text.encode())
 
 
 def test_a_panic_of_the_engine_is_no_end(
-    made: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+    tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts up to SHORT go a way on which the engine panics where the other raises."""
     monkeypatch.setattr(tiktoken_encoder, "SHORT", 2**30)
     text = HUGE["spaces, then a word"]
-    assert made["byte_level"]._fast.encode(text) is None
+    assert tokenizers["byte_level"]._fast.encode(text) is None
     assert (
-        made["byte_level"].encode(text).tolist()
-        == plain(made["byte_level"].path).encode(text, add_special_tokens=False).ids
+        tokenizers["byte_level"].encode(text).tolist()
+        == plain(tokenizers["byte_level"].path).encode(text, add_special_tokens=False).ids
     )
 
 
 @pytest.mark.parametrize("kind", ["neox", "llama", "unigram", "wordpiece"])
-def test_runs_of_many_in_other_kinds(made: dict[str, Tokenizer], kind: str) -> None:
+def test_runs_of_many_in_other_kinds(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     for text in (" " * 10**5, "a" * 10**5, "\U0001f600" * 10**4, "\r\n" * 10**4):
-        assert int(made[kind].encode_with_bytes(text)[1].sum()) == len(text.encode())
+        assert int(tokenizers[kind].encode_with_bytes(text)[1].sum()) == len(text.encode())
 
 
-def test_a_lone_surrogate_is_refused(made: dict[str, Tokenizer]) -> None:
+def test_a_lone_surrogate_is_refused(tokenizers: dict[str, Tokenizer]) -> None:
     for kind in ANY_TEXT:
-        for encode in (made[kind].encode, made[kind].encode_with_bytes):
+        for encode in (tokenizers[kind].encode, tokenizers[kind].encode_with_bytes):
             with pytest.raises(DataPrepError, match="refuses a text"):
                 encode("a\ud800b")
-
-
-def test_start_and_end(made: dict[str, Tokenizer], tmp_path: Path) -> None:
-    usual = {kind: [t.token(i) for i in (t.start_id, t.end_id)] for kind, t in made.items()}
-    assert usual["byte_level"] == usual["characters"] == ["<|endoftext|>"] * 2
-    assert (
-        usual["llama"] == ["<s>", "</s>"]
-        and usual["unigram"] == ["</s>", "</s>"]
-        and usual["wordpiece"] == ["[CLS]", "[SEP]"]
-    )
-    named = Tokenizer(made["wordpiece"].path, start="[MASK]", end="[PAD]")
-    named.copy_to(tmp_path / "copy.json")
-    copied = Tokenizer(tmp_path / "copy.json")
-    assert (copied.start_id, copied.end_id) == (named.start_id, named.end_id) == (4, 0)
-    assert copied.encode(TEXTS[0]).tolist() == named.encode(TEXTS[0]).tolist()
-    made["llama"].copy_to(tmp_path / "same.json")
-    assert (tmp_path / "same.json").read_bytes() == made["llama"].path.read_bytes()
-    with pytest.raises(
-        DataPrepError, match=r"'<bos>' is not one of its special tokens \(<unk>, <s>, </s>\)"
-    ):
-        Tokenizer(made["llama"].path, start="<bos>")
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{", "is not a tokenizer.json"),
-        ("[]", "is not a tokenizer.json"),
-        ('{"model": {"type": "BPE"}}', "is not a tokenizer.json"),
-        (
-            (
-                '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]},'
-                ' "added_tokens": []}'
-            ),
-            "the tokenizers library reads",
-        ),
-        (
-            (
-                '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},'
-                ' "added_tokens": []}'
-            ),
-            "no end-of-text token",
-        ),
-    ],
-)
-def test_files_that_are_no_tokenizer(tmp_path: Path, content: str, words: str) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(content)
-    with pytest.raises(DataPrepError, match=words) as raised:
-        Tokenizer(path)
-    assert "bad.json" in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_trained_tokenizers_are_encoded_by_tiktoken(tmp_path: Path) -> None:
-    train_bpe(TEXTS, 300, tmp_path / "tokenizer.json")
-    assert Tokenizer(tmp_path / "tokenizer.json").encoder == "tiktoken"
-    before = (tmp_path / "tokenizer.json").read_bytes()
-    with pytest.raises(DataPrepError, match="only"):
-        train_bpe(TEXTS, 10**6, tmp_path / "tokenizer.json")
-    assert (tmp_path / "tokenizer.json").read_bytes() == before and len(
-        list(tmp_path.iterdir())
-    ) == 1
-
-
-def test_samples_are_even_bounded_and_the_same_in_any_order() -> None:
-    texts = [f"{domain}{i} " * 50 for domain in "ab" for i in range(2000)]
-    total = sum(map(len, texts))
-    sample = evenly_sampled(texts, total // 8)
-    size = sum(map(len, sample))
-    assert total // 17 < size <= total // 8
-    assert 0.35 < sum(text.startswith("a") for text in sample) / len(sample) < 0.65
-    assert 0.45 < sum(map(len, evenly_sampled(texts, int(total * 0.6)))) / total < 0.55
-    assert sorted(evenly_sampled(reversed(texts), total // 8)) == sorted(sample)
-    assert evenly_sampled(texts, total) == texts
-    huge = "".join(f"{i} " for i in range(300_000))
-    assert 2**17 < sum(map(len, evenly_sampled([huge], 2**19))) <= 2**19
-    assert evenly_sampled(["same"] * 100, 50) == []
-
-
-def test_copies_in_another_folder_open_alike(made: dict[str, Tokenizer], tmp_path: Path) -> None:
-    shutil.copy(made["neox"].path, tmp_path / "tokenizer.json")
-    assert Tokenizer(tmp_path / "tokenizer.json").sha256 == made["neox"].sha256

@@ -35,7 +35,7 @@ def s3() -> Iterator[str]:
 
 
 def names(address: str, prefix: str) -> dict[str, int]:
-    """Size of each object below `prefix`, without the empty one that pyarrow leaves for a folder when it removes a file."""
+    """Size of each object below `prefix`, without pyarrow's empty ones for folders."""
     pages = (
         boto3.client("s3", endpoint_url=address)
         .get_paginator("list_objects_v2")
@@ -108,7 +108,7 @@ def test_a_damaged_shard_stops_it_and_it_goes_on_from_there(s3: str, many: Path)
     shard = many / "train" / "b" / "g00000" / "shard.00007.mds"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DataPrepError, match="shard.00007.mds is damaged"):
+    with pytest.raises(DataPrepError, match=r"shard.00007.mds is damaged"):
         upload(many, "s3://bucket/damaged", threads=1)
     there = names(s3, "damaged")
     shards = [f"train/{domain}/g00000/shard.{i:05d}.mds" for domain in "ab" for i in range(20)]
@@ -180,7 +180,7 @@ def test_another_dataset_is_not_overwritten(many: Path, tmp_path: Path) -> None:
 
 def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> None:
     (many / "train" / "a" / "g00000" / "shard.00003.mds").unlink()
-    with pytest.raises(DataPrepError, match="shard.00003.mds is missing"):
+    with pytest.raises(DataPrepError, match=r"shard.00003.mds is missing"):
         upload(many, str(tmp_path / "copy"))
     shutil.rmtree(many)
     with pytest.raises(DataPrepError, match="is not there"):
@@ -211,7 +211,8 @@ from streaming import Stream, StreamingDataset
 remote, split, domains, output = sys.argv[1], sys.argv[2], sys.argv[3].split(","), sys.argv[4]
 with tempfile.TemporaryDirectory() as local:
     streams = [Stream(remote=f"{remote}/{split}/{d}", local=f"{local}/{d}") for d in domains]
-    rows = [s["tokens"] for s in StreamingDataset(streams=streams, batch_size=1, shuffle=False, num_canonical_nodes=1)]
+    dataset = StreamingDataset(streams=streams, batch_size=1, shuffle=False, num_canonical_nodes=1)
+    rows = [s["tokens"] for s in dataset]
 np.save(output, np.stack(rows))
 """
 
@@ -220,7 +221,7 @@ np.save(output, np.stack(rows))
 def test_streaming_downloads_what_was_uploaded(
     s3: str, dataset: Path, many: Path, tmp_path: Path, compression: str | None
 ) -> None:
-    """Through StreamingDataset itself, in a process of its own: it leaves threads and shared memory behind."""
+    """Through StreamingDataset, in its own process: it leaves threads and shared memory behind."""
     from data_prep.stored import read_rows, shards_of
 
     data = dataset

@@ -1,4 +1,4 @@
-"""Small corpora that are cut into many units and groups, so that a preparation has many steps in which it can be killed."""
+"""Small corpora cut into many units and groups: many steps at which a kill may come."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def prepare(spec: PrepSpec, *, overwrite: bool = False) -> DatasetManifest:
 
 @contextmanager
 def small_units(unit: int = 20_000, group: int = 8_000, partition: int = 50) -> Iterator[None]:
-    """Units of so many bytes, groups of so many tokens and partitions of so many documents, in this process."""
+    """Set the sizes of units (bytes), groups (tokens) and partitions (documents)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_prep.plan.UNIT_BYTES", unit)
         patch.setattr("data_prep.layout.GROUP_TOKENS", group)
@@ -82,3 +82,8 @@ def content(dataset: Path) -> dict[str, str]:
         for p in sorted(dataset.rglob("*"))
         if p.is_file() and p.stem != "report"
     }
+
+
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of a file."""
+    return path.read_bytes().split(b"\n")[:-1]

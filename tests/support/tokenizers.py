@@ -67,7 +67,7 @@ def _prefix_space(path: Path) -> None:
 
 
 def _whole(path: Path) -> None:
-    """As converted tiktoken encodings: a token that no merging reaches is found where it is all between two cuts."""
+    """As converted tiktoken encodings: a token that no merging reaches counts between two cuts."""
     train_bpe(TEXTS, 420, path)
     content = json.loads(path.read_text(encoding="utf-8"))
     content["model"]["ignore_merges"] = True
@@ -76,7 +76,7 @@ def _whole(path: Path) -> None:
 
 
 def _llama(path: Path) -> None:
-    """As Llama 2: a mark for spaces, one before the text, and bytes for what the vocabulary cannot spell."""
+    """As Llama 2: a mark for spaces, one before the text, and bytes for unknown text."""
     tokenizer = HFTokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
@@ -120,7 +120,7 @@ def _unigram(path: Path) -> None:
 
 
 def _wordpiece(path: Path) -> None:
-    """As BERT: lower case, accents and control characters dropped, spaces dropped, unknown words."""
+    """As BERT: lower case; accents, control characters and spaces dropped; unknown words."""
     tokenizer = HFTokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -165,3 +165,13 @@ KINDS: dict[str, Callable[[Path], None]] = {
 }
 # Characters refuses those it has not seen
 ANY_TEXT = tuple(kind for kind in KINDS if kind != "characters")
+
+# tiktoken's own forms of the patterns (0.14, tiktoken_ext/openai_public.py), which its published
+# encodings bring along.
+POSSESSIVE = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+    "cl100k_base": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+}

@@ -1,4 +1,4 @@
-"""Models to and from other people's layouts: Hugging Face folders both ways, DeepSpeed's checkpoints one way."""
+"""Model exchange: Hugging Face folders both ways, DeepSpeed checkpoints one way."""
 
 from nextpt.exchange.deepspeed_layout import export_deepspeed
 from nextpt.exchange.export_hf import export_hf

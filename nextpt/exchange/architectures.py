@@ -1,9 +1,10 @@
-"""Which architecture of the transformers library computes what a model section describes, and its config.json.
+"""Architectures of the transformers library that compute a model of ours, and their config.json.
 
 Each was chosen by reading its forward pass: pre-norm, full rotary embeddings over halves, RMSNorm
-with statistics in fp32, and nothing that cannot be set to nothing. Two things are done by weights,
-exactly: a GELU feed-forward without a gate in a gated one whose second matrix is zero with a bias
-of one; and VaultGemma's embedding scale and its norms around one, see tensors.py.
+with statistics in fp32, and no operation that cannot be switched off. Two differences are made up
+for by weights, exactly: a GELU feed-forward without a gate becomes a gated one whose second matrix
+is zero with a bias of one; and VaultGemma's embedding scale and its norms around one, see
+tensors.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextpt.base.errors import CheckpointError
+from nextpt.checkpoint.errors import same_on_all_ranks
 from nextpt.config import ModelSection
 from nextpt.model.rope import attention_temperature
 
@@ -20,14 +22,23 @@ HINT = "nextpt_model"  # key of config.json that holds the model section an expo
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture. What it can do and how its config.json says so.
+    """One architecture: what it can compute, and the defaults of its config.json.
 
-    gated: its feed-forward has a gate. mlp_bias: it can have biases there. whole_heads: its width
-    must be a multiple of its heads. norms: names of the norms before attention and feed-forward.
-    activation: the key of the activation, and what holds when it is missing. tied, theta: what
-    holds when tie_word_embeddings or rope_theta is missing; None: they must be there.
-    derives_head_dim: width / heads when head_dim is missing. centered: norms store w - 1, and the
-    embedding is multiplied by sqrt(width).
+    Attributes:
+        name: Class name in transformers.
+        model_type: Key `model_type` of config.json.
+        qk_norm: It has an RMSNorm on queries and keys.
+        window: It can have a sliding window.
+        gated: Its feed-forward has a gate.
+        attention_bias: It can have biases in the attention.
+        mlp_bias: It can have biases in the feed-forward.
+        whole_heads: Its width must be a multiple of its heads.
+        norms: Names of the norms before attention and feed-forward.
+        activation: Key of the activation, and its default.
+        tied: Default of tie_word_embeddings.
+        theta: Default of rope_theta; None where it must be given.
+        derives_head_dim: The default of head_dim is width / heads; otherwise it must be given.
+        centered: Norms store w - 1, and the embedding is multiplied by sqrt(width).
     """
 
     name: str
@@ -88,94 +99,111 @@ ARCHITECTURES = {
 }
 
 
-def effective_window(c: ModelSection, max_position: int) -> int | None:
-    """The window, unless it is so wide that it hides nothing."""
-    return c.sliding_window if c.sliding_window and c.sliding_window < max_position else None
+def effective_window(section: ModelSection, max_position: int) -> int | None:
+    """Sliding window, tokens; None where it is so wide that it hides nothing."""
+    return (
+        section.sliding_window
+        if section.sliding_window and section.sliding_window < max_position
+        else None
+    )
 
 
-def choose_architecture(c: ModelSection, max_position: int) -> Architecture:
-    """The architecture that computes the same logits.
+def choose_architecture(section: ModelSection, max_position: int) -> Architecture:
+    """Choose the architecture that computes the same logits.
 
-    Raises CheckpointError naming the options that none has together.
+    Args:
+        section: The model section.
+        max_position: Positions of the rotary tables, tokens.
+
+    Raises:
+        CheckpointError: No architecture has these options together; they are named.
     """
-    gelu, window = c.ffn == "gelu", effective_window(c, max_position)
-    wanted = [("ffn = gelu", gelu), ("bias = true", c.bias)]
-    if c.logit_softcap is not None:
-        others = [key for key, asked in [*wanted, ("qk_norm = true", c.qk_norm)] if asked]
+    gelu, window = section.ffn == "gelu", effective_window(section, max_position)
+    options = [("ffn = gelu", gelu), ("bias = true", section.bias)]
+    if section.logit_softcap is not None:
+        others = [
+            name for name, is_set in [*options, ("qk_norm = true", section.qk_norm)] if is_set
+        ]
         if others:
             raise _impossible(["logit_softcap", *others])
-        if c.width % c.heads:
+        if section.width % section.heads:
             raise _impossible(
-                ["logit_softcap", f"head_dim = {c.head_dim} (width is no multiple of heads)"]
+                ["logit_softcap", f"head_dim = {section.head_dim} (width is no multiple of heads)"]
             )
         return VAULTGEMMA
-    others = [key for key, asked in wanted if asked]
-    if c.qk_norm:
+    others = [name for name, is_set in options if is_set]
+    if section.qk_norm:
         if window and others:
             raise _impossible(["qk_norm = true", f"sliding_window = {window}", *others])
-        return HUNYUAN3 if c.bias else APERTUS if gelu else QWEN3
-    whole = c.width % c.heads == 0
+        return HUNYUAN3 if section.bias else APERTUS if gelu else QWEN3
+    whole = section.width % section.heads == 0
     if window or not whole:
         return SMOLLM3 if others else MISTRAL
     return ARCEE if gelu else LLAMA
 
 
 def _impossible(options: list[str]) -> CheckpointError:
-    error = CheckpointError(
+    return same_on_all_ranks(
         f"no architecture of transformers has model.{' together with model.'.join(options)}; a"
         " model with these options cannot be exported to it (docs/export.md lists what can)"
     )
-    error.every_rank = False
-    return error
 
 
 def hf_config(
-    c: ModelSection, max_position: int, *, start_id: int, end_id: int, dtype: str
+    section: ModelSection, max_position: int, *, start_id: int, end_id: int, dtype: str
 ) -> dict[str, Any]:
-    """config.json of the architecture that `choose_architecture` gives. dtype: "float32" or "bfloat16"."""
-    architecture = choose_architecture(c, max_position)
-    by_weights = c.ffn == "gelu" and architecture.gated
+    """Make the config.json of the architecture that `choose_architecture` returns.
+
+    Args:
+        section: The model section.
+        max_position: Positions of the rotary tables, tokens.
+        start_id: Token that begins a document.
+        end_id: Token that ends a document.
+        dtype: "float32" or "bfloat16".
+    """
+    architecture = choose_architecture(section, max_position)
+    by_weights = section.ffn == "gelu" and architecture.gated
     return {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "intermediate_size": c.ffn_width_,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads_,
-        "head_dim": c.head_dim_,
-        architecture.activation[0]: "gelu" if c.ffn == "gelu" else "silu",
+        "vocab_size": section.vocab_size,
+        "hidden_size": section.width,
+        "intermediate_size": section.ffn_width_,
+        "num_hidden_layers": section.depth,
+        "num_attention_heads": section.heads,
+        "num_key_value_heads": section.kv_heads_,
+        "head_dim": section.head_dim_,
+        architecture.activation[0]: "gelu" if section.ffn == "gelu" else "silu",
         "max_position_embeddings": max_position,
-        "initializer_range": c.init_std,
-        "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tied_embeddings and not architecture.centered,
-        "attention_bias": c.bias,
+        "initializer_range": section.init_std,
+        "rms_norm_eps": section.norm_eps,
+        "tie_word_embeddings": section.tied_embeddings and not architecture.centered,
+        "attention_bias": section.bias,
         "attention_dropout": 0.0,
         "use_cache": True,
-        **({"mlp_bias": c.bias or by_weights} if architecture.mlp_bias else {}),
-        **_rope(c),
-        **_own_keys(c, architecture, max_position),
+        **({"mlp_bias": section.bias or by_weights} if architecture.mlp_bias else {}),
+        **_rope(section),
+        **_own_keys(section, architecture, max_position),
         "bos_token_id": start_id,
         "eos_token_id": end_id,
         "pad_token_id": None,
         "dtype": dtype,
         "torch_dtype": dtype,  # releases before 4.56 read the latter
         HINT: (
-            c.model_dump(mode="json", exclude={"attention", "cross_entropy"})
+            section.model_dump(mode="json", exclude={"attention", "cross_entropy"})
             | {"max_position": max_position}
         ),
     }
 
 
-def _rope(c: ModelSection) -> dict[str, Any]:
-    """Release 5 of transformers reads rope_parameters, those before it rope_theta and rope_scaling."""
-    scaling = c.rope_scaling
+def _rope(section: ModelSection) -> dict[str, Any]:
+    """Rotary keys: release 5 of transformers reads rope_parameters, older ones the other two."""
+    scaling = section.rope_scaling
     if scaling is None:
         return {
-            "rope_theta": c.rope_base,
+            "rope_theta": section.rope_base,
             "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+            "rope_parameters": {"rope_type": "default", "rope_theta": section.rope_base},
         }
     keys: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind != "linear":
@@ -193,23 +221,25 @@ def _rope(c: ModelSection) -> dict[str, Any]:
             "truncate": True,
         }
     return {
-        "rope_theta": c.rope_base,
+        "rope_theta": section.rope_base,
         "rope_scaling": keys,
-        "rope_parameters": keys | {"rope_theta": c.rope_base},
+        "rope_parameters": keys | {"rope_theta": section.rope_base},
     }
 
 
-def _own_keys(c: ModelSection, architecture: Architecture, max_position: int) -> dict[str, Any]:
-    """Keys that one architecture has and others do not."""
-    window = effective_window(c, max_position)
-    layers = ["sliding_attention" if window else "full_attention"] * c.depth
+def _own_keys(
+    section: ModelSection, architecture: Architecture, max_position: int
+) -> dict[str, Any]:
+    """Keys that only this architecture has."""
+    window = effective_window(section, max_position)
+    layers = ["sliding_attention" if window else "full_attention"] * section.depth
     if architecture is MISTRAL:
         return {"sliding_window": window}
     if architecture is QWEN3:
         return {
             "use_sliding_window": bool(window),
             "sliding_window": window,
-            "max_window_layers": 0 if window else c.depth,
+            "max_window_layers": 0 if window else section.depth,
             "layer_types": layers,
         }
     if architecture is SMOLLM3:
@@ -217,17 +247,17 @@ def _own_keys(c: ModelSection, architecture: Architecture, max_position: int) ->
             "use_sliding_window": bool(window),
             "sliding_window": window,
             "layer_types": layers,
-            "no_rope_layers": [1] * c.depth,
+            "no_rope_layers": [1] * section.depth,
         }
     if architecture is HUNYUAN3:
-        return {"mlp_layer_types": ["dense"] * c.depth}
+        return {"mlp_layer_types": ["dense"] * section.depth}
     if architecture is VAULTGEMMA:
-        # It makes a mask for a window in any case; no layer uses it where all are full.
+        # It always builds a mask for a window; no layer uses it where all are full.
         return {
             "sliding_window": window or max_position,
             "layer_types": layers,
-            "query_pre_attn_scalar": c.head_dim_,
+            "query_pre_attn_scalar": section.head_dim_,
             "attn_logit_softcapping": None,
-            "final_logit_softcapping": c.logit_softcap,
+            "final_logit_softcapping": section.logit_softcap,
         }
     return {}

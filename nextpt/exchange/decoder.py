@@ -1,4 +1,4 @@
-"""A model from a checkpoint, for reading only: evaluation, generation, export."""
+"""Decoder built from a checkpoint, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ from nextpt.model import Decoder, build_decoder
 def load_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu"
 ) -> tuple[Config, Decoder]:
-    """The config of the run and its model, fp32, in evaluation mode.
+    """Load the model of a checkpoint, fp32, in evaluation mode.
 
-    Implementations and the loss's workspace were chosen for the machine that trained it; here they
-    are chosen anew.
+    Kernel implementations and the loss's workspace, which the run chose for the machine that
+    trained it, are reset to their defaults.
+
+    Args:
+        checkpoint: A verified checkpoint.
+        device: Where the model is placed.
+
+    Returns:
+        The config of the run, and the model.
+
+    Raises:
+        CheckpointError: The checkpoint does not fit the config that it holds.
     """
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
     config = config.model_copy(

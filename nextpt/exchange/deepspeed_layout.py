@@ -1,10 +1,10 @@
-"""A checkpoint in the layout of DeepSpeed's own, which its zero_to_fp32.py turns into a state dict.
+"""Export in DeepSpeed's checkpoint layout, which its zero_to_fp32.py turns into a state dict.
 
-Of a ZeRO-2 run on one rank: `latest`, and in the folder it names mp_rank_00_model_states.pt
-(parameter shapes, and the weights as the module has them) and
+The layout is that of a ZeRO-2 run on one rank: `latest`, and in the folder that it names
+mp_rank_00_model_states.pt (parameter shapes, and the weights as the module has them) and
 zero_pp_rank_0_mp_rank_00_optim_states.pt (the fp32 weights, one flat tensor). Names are those of
-`Decoder`. Both are pickles, as DeepSpeed wants them; nextpt never reads any. Optimizer moments are
-not in it.
+`Decoder`. Both files are pickles, as DeepSpeed requires; nextpt never reads one. The optimizer's
+state is not exported.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ ALIGNMENT = 2  # zero_to_fp32 expects groups padded to a multiple of 2 x ranks
 
 
 def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
-    """Write the folder `output`, which must not exist.
+    """Write a checkpoint in DeepSpeed's layout. The model is held in memory once, fp32.
 
-    The whole model is held in memory once, fp32.
+    Args:
+        checkpoint: What is exported.
+        output: Folder to write; it must not exist.
 
-    Raises CheckpointError, and then nothing is left behind.
+    Raises:
+        CheckpointError: It cannot be written; nothing is left behind.
     """
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
     shapes = OrderedDict((name, torch.Size(shape)) for name, shape in checkpoint.shapes().items())
@@ -86,7 +89,7 @@ def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
 
 
 def _save(path: Path, value: dict[str, Any]) -> None:
-    """Pickle and sync. Raises OSError where torch would hide it behind an error of its own."""
+    """Pickle and sync; raises the OSError that torch would hide behind a RuntimeError."""
     try:
         with open(path, "wb") as file:
             torch.save(value, file)

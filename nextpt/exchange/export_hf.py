@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: safetensors, config, tokenizer."""
+"""Export to a Hugging Face folder: safetensors, config.json, tokenizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import parse_config
 from nextpt.exchange.architectures import choose_architecture, hf_config
 from nextpt.exchange.folders import new_folder
-from nextpt.exchange.tensors import Stored, stored_tensors
+from nextpt.exchange.tensors import StoredTensor, stored_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHARD_BYTES = 4 * 2**30  # of a file; about twice that is held in memory at once
-# Parameters that the folder's tensors give only to the last bit; import reads it
+SHARD_BYTES = 4 * 2**30  # of one file; about twice as much is held in memory at once
+# Exact values of the parameters that the other tensors give only to the last bit; read by import.
 EXACT = "nextpt-exact.safetensors"
 
 
@@ -34,26 +34,38 @@ def export_hf(
     dtype: str = "fp32",
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write the folder `output`, which must not exist; returns the name of the architecture.
+    """Write a checkpoint as a Hugging Face folder.
 
-    dtype: "fp32" or "bf16". shard_bytes: size above which weights are divided among files. Raises
-    CheckpointError, and then nothing is left behind.
+    Args:
+        checkpoint: What is exported.
+        tokenizer_path: The run's tokenizer.json.
+        output: Folder to write; it must not exist.
+        dtype: "fp32" or "bf16".
+        shard_bytes: Size above which the weights are divided among files.
+
+    Returns:
+        Name of the transformers class.
+
+    Raises:
+        CheckpointError: No architecture can express the model, or the folder cannot be written;
+            nothing is left behind.
     """
     if dtype not in DTYPES:
-        raise CheckpointError(f"--dtype {dtype} is not known; there are {', '.join(DTYPES)}")
+        raise CheckpointError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
-    c, architecture = config.model, choose_architecture(config.model, config.max_position)
+    section = config.model
+    architecture = choose_architecture(section, config.max_position)
     tokenizer = Tokenizer(tokenizer_path)
     described = hf_config(
-        c,
+        section,
         config.max_position,
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
         dtype=str(DTYPES[dtype]).removeprefix("torch."),
     )
-    stored = stored_tensors(c, architecture)
+    stored = stored_tensors(section, architecture)
     with new_folder(output) as folder:
-        _write_weights(folder, checkpoint, stored, c.width, DTYPES[dtype], shard_bytes)
+        _write_weights(folder, checkpoint, stored, section.width, DTYPES[dtype], shard_bytes)
         if dtype == "fp32" and (inexact := inexact_parameters(stored)):
             save_file({name: checkpoint.read_whole(name) for name in inexact}, folder / EXACT)
         _write_json(folder / "config.json", described)
@@ -69,21 +81,21 @@ def export_hf(
     return architecture.name
 
 
-def inexact_parameters(stored: list[Stored]) -> list[str]:
-    """Parameters that no tensor of the folder holds as they are."""
-    same = {s.ours for s in stored if s.how == "same"}
-    return [s.ours for s in stored if s.ours is not None and s.ours not in same]
+def inexact_parameters(stored: list[StoredTensor]) -> list[str]:
+    """Parameters that no tensor of the folder stores unchanged."""
+    same = {s.parameter for s in stored if s.transform == "same"}
+    return [s.parameter for s in stored if s.parameter is not None and s.parameter not in same]
 
 
 def _write_weights(
     folder: Path,
     checkpoint: Checkpoint,
-    stored: list[Stored],
+    stored: list[StoredTensor],
     width: int,
     dtype: torch.dtype,
     limit: int,
 ) -> None:
-    """One file, or several below `limit` bytes and their index, as transformers names them."""
+    """Write one file, or several below `limit` bytes and their index, as transformers does."""
     shards = _divide(stored, dtype.itemsize, limit)
     names = (
         ["model.safetensors"]
@@ -98,16 +110,16 @@ def _write_weights(
         )
     if len(shards) > 1:
         total = sum(math.prod(s.shape) for s in stored) * dtype.itemsize
-        places = {s.theirs: name for name, shard in zip(names, shards, strict=True) for s in shard}
+        files = {s.hf_name: name for name, shard in zip(names, shards, strict=True) for s in shard}
         _write_json(
             folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": places},
+            {"metadata": {"total_size": total}, "weight_map": files},
         )
 
 
-def _divide(stored: list[Stored], itemsize: int, limit: int) -> list[list[Stored]]:
-    """Runs of tensors, each below `limit` bytes unless it is a single tensor."""
-    shards: list[list[Stored]] = [[]]
+def _divide(stored: list[StoredTensor], itemsize: int, limit: int) -> list[list[StoredTensor]]:
+    """Group consecutive tensors into shards below `limit` bytes, or of a single tensor."""
+    shards: list[list[StoredTensor]] = [[]]
     used = 0
     for tensor in stored:
         size = math.prod(tensor.shape) * itemsize
@@ -120,15 +132,20 @@ def _divide(stored: list[Stored], itemsize: int, limit: int) -> list[list[Stored
 
 
 def _tensors(
-    checkpoint: Checkpoint, shard: list[Stored], width: int, dtype: torch.dtype
+    checkpoint: Checkpoint, shard: list[StoredTensor], width: int, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for tensor in shard:
-        parameter = checkpoint.read_whole(tensor.ours) if tensor.ours is not None else None
-        yield tensor.theirs, tensor.make(parameter, width).to(dtype)
+        parameter = (
+            checkpoint.read_whole(tensor.parameter) if tensor.parameter is not None else None
+        )
+        yield tensor.hf_name, tensor.to_hf(parameter, width).to(dtype)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_position: int) -> None:
-    """tokenizer.json that puts the start token before a text, as training did, and never the end, which ends generation."""
+    """Write the tokenizer: it prepends the start token, as in training, and appends no end token.
+
+    The end token would end generation.
+    """
     start, end = tokenizer.token(tokenizer.start_id), tokenizer.token(tokenizer.end_id)
     tokenizer.write_with_start(folder / "tokenizer.json")
     tokens = {"bos_token": start, "eos_token": end}

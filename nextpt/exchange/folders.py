@@ -1,4 +1,4 @@
-"""A folder that exists whole or not at all."""
+"""Output folders that appear as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from nextpt.base.json_files import sync
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write in.
+    """Yield a staging folder; it becomes `output` when the block ends without an error.
 
-    Synced and renamed to it when the block ends without an error, else removed.
+    It is synced and renamed then, and removed otherwise.
 
-    Raises CheckpointError when `output` exists, its parent does not, or the disk refuses.
+    Raises:
+        CheckpointError: `output` exists, its parent does not, or the disk refuses.
     """
     parent = output.absolute().parent
     if os.path.lexists(output):
@@ -39,7 +40,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         os.rename(staging, output)
         sync(parent)
     except (OSError, SafetensorError) as error:
-        # safetensors tells of a full disk in words only
+        # safetensors reports a full disk only in the text of its error
         full = "No space left" in str(error)
         what = (
             "no space left on the device"

@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a decoder, or as the weights that training starts from.
+"""Import from a Hugging Face folder: a decoder, or the initial weights of a training run.
 
 Only safetensors and JSON are read. Weights are read by range, so a rank of a training job reads
-what it will hold.
+only what it will hold.
 """
 
 from __future__ import annotations
@@ -23,24 +23,32 @@ from nextpt.config import Config, ModelSection, parse_config
 from nextpt.exchange.architectures import effective_window
 from nextpt.exchange.export_hf import EXACT, inexact_parameters
 from nextpt.exchange.reading import read_config
-from nextpt.exchange.tensors import Stored, stored_tensors
+from nextpt.exchange.tensors import StoredTensor, stored_tensors
 from nextpt.model import Decoder, build_decoder
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Who continues from a model may change these, for longer contexts say; the parameters fit all the
-# same.
+# Keys that a run that starts from a model may change, for longer contexts say: the shapes of the
+# parameters do not depend on them.
 FREE = ("rope_base", "rope_scaling", "norm_eps", "logit_softcap", "sliding_window")
-# Old exports hold them; they follow from the config
+# Old exports hold these buffers; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 class HFWeights:
-    """The weights of a folder under our parameter names: the `FragmentReader` of a start from it.
+    """Weights of a Hugging Face folder under our parameter names. A `FragmentReader`.
 
-    Moments are zero.
+    Optimizer state reads as zero.
 
-    section, max_position: the model it describes. Raises CheckpointError for anything that is not
-    exactly such a model.
+    Args:
+        folder: A local Hugging Face folder.
+
+    Attributes:
+        architecture: Architecture of transformers.
+        section: The model section that it describes.
+        max_position: Positions of the rotary tables, tokens.
+
+    Raises:
+        CheckpointError: The folder does not hold exactly such a model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,18 +58,20 @@ class HFWeights:
             )
         self.folder = folder
         self.architecture, self.section, self.max_position = read_config(folder)
-        self._open: dict[str, Any] = {}
-        self._places = self._index()
+        self._handles: dict[str, Any] = {}
+        self._files_by_tensor = self._index()
         stored = stored_tensors(self.section, self.architecture)
         self._check(stored)
-        # Where one parameter is stored twice, the one that is stored as it is.
+        # Where one parameter is stored twice, the tensor that stores it unchanged.
         self._sources = {
-            s.ours: s for s in sorted(stored, key=lambda s: s.how == "same") if s.ours is not None
+            s.parameter: s
+            for s in sorted(stored, key=lambda s: s.transform == "same")
+            if s.parameter is not None
         }
         self._exact = self._check_exact(inexact_parameters(stored))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every parameter."""
+        """Full shape of every parameter, by our names."""
         return {name: s.shape for name, s in self._sources.items()}
 
     def read(
@@ -75,7 +85,9 @@ class HFWeights:
             return torch.zeros(stop - start)
         stored = self._sources[name]
         file, key = (
-            (EXACT, name) if name in self._exact else (self._places[stored.theirs], stored.theirs)
+            (EXACT, name)
+            if name in self._exact
+            else (self._files_by_tensor[stored.hf_name], stored.hf_name)
         )
         out = torch.empty(stop - start)
         offset = 0
@@ -84,26 +96,19 @@ class HFWeights:
             values = self._slice(file, key, tuple(slice(a, b) for a, b in part))
             out[offset : offset + chunk_numel(part)] = values.to(torch.float32).reshape(-1)
             offset += chunk_numel(part)
-        return out if name in self._exact else stored.unmake(out, self.section.width)
+        return out if name in self._exact else stored.from_hf(out, self.section.width)
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name.
 
-        Raises CheckpointError for pickled weights, missing files and names outside the folder.
+        Raises:
+            CheckpointError: The weights are pickles, a file is missing, or a name leads outside.
         """
         index = self.folder / "model.safetensors.index.json"
         if not index.is_file():
             if not (self.folder / "model.safetensors").is_file():
-                pickled = next(
-                    iter(
-                        [
-                            *self.folder.glob("*.bin"),
-                            *self.folder.glob("*.pt"),
-                            *self.folder.glob("*.pth"),
-                        ]
-                    ),
-                    None,
-                )
+                suffixes = {".bin", ".pt", ".pth"}
+                pickled = next((p for p in self.folder.iterdir() if p.suffix in suffixes), None)
                 raise CheckpointError(
                     f"{self.folder} has no model.safetensors"
                     + (
@@ -115,70 +120,78 @@ class HFWeights:
                 )
             return dict.fromkeys(self._handle("model.safetensors").keys(), "model.safetensors")
         try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files_by_tensor: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))[
+                "weight_map"
+            ]
             bad = [
-                file for file in places.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)
+                file
+                for file in files_by_tensor.values()
+                if not re.fullmatch(r"[\w.-]+\.safetensors", file)
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read: {error}") from None
         if bad:
             raise CheckpointError(
-                f"{index} names {bad[0]!r}, which is no safetensors file of this folder"
+                f"{index} names {bad[0]!r}, which is not a safetensors file of this folder"
             )
-        held = {file: set(self._handle(file).keys()) for file in set(places.values())}
-        for name, file in places.items():
+        held = {file: set(self._handle(file).keys()) for file in set(files_by_tensor.values())}
+        for name, file in files_by_tensor.items():
             if name not in held[file]:
                 raise CheckpointError(f"{index} says that {file} holds {name}, but it does not")
-        return places
+        return files_by_tensor
 
     def _handle(self, file: str) -> Any:
-        if file not in self._open:
+        if file not in self._handles:
             try:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
+                self._handles[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
-        return self._open[file]
+        return self._handles[file]
 
     def _slice(self, file: str, key: str, slices: tuple[slice, ...]) -> Tensor:
         try:
-            return self._handle(file).get_slice(key)[slices]
+            part: Tensor = self._handle(file).get_slice(key)[slices]
+            return part
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
 
-    def _check(self, stored: list[Stored]) -> None:
-        """Every tensor is there in its shape and a float type, constants have their value, and there is no other."""
+    def _check(self, stored: list[StoredTensor]) -> None:
+        """Check names, shapes and dtypes of all tensors, and the values of the constants."""
         for s in stored:
-            if s.theirs not in self._places:
+            if s.hf_name not in self._files_by_tensor:
                 raise CheckpointError(
-                    f"{self.folder} has no tensor {s.theirs}, which its config.json asks for"
+                    f"{self.folder} has no tensor {s.hf_name}, which its config.json asks for"
                 )
-            view = self._handle(self._places[s.theirs]).get_slice(s.theirs)
+            view = self._handle(self._files_by_tensor[s.hf_name]).get_slice(s.hf_name)
             if tuple(view.get_shape()) != s.shape or view.get_dtype() not in FLOATS:
                 raise CheckpointError(
-                    f"{self.folder}: {s.theirs} is {view.get_dtype()} {tuple(view.get_shape())}, "
+                    f"{self.folder}: {s.hf_name} is {view.get_dtype()} {tuple(view.get_shape())}, "
                     f"expected floats {s.shape}"
                 )
-            if s.ours is None and not torch.equal(
-                view[:].float(), s.make(None, self.section.width)
+            if s.parameter is None and not torch.equal(
+                view[:].float(), s.to_hf(None, self.section.width)
             ):
                 raise CheckpointError(
-                    f"{self.folder}: {s.theirs} is no longer all {s.how}; a feed-forward without a"
-                    " gate cannot express it"
+                    f"{self.folder}: {s.hf_name} is no longer all {s.transform}; a feed-forward"
+                    " without a gate cannot express it"
                 )
         ignored = {"lm_head.weight"} if self.section.tied_embeddings else set()
         unknown = [
             name
-            for name in self._places.keys() - {s.theirs for s in stored} - ignored
+            for name in self._files_by_tensor.keys() - {s.hf_name for s in stored} - ignored
             if not BUFFERS.fullmatch(name)
         ]
         if unknown:
             raise CheckpointError(
-                f"{self.folder} has a tensor {min(unknown)} that the model of its config.json"
-                " has not"
+                f"{self.folder} has a tensor {min(unknown)} that the model of its config.json does"
+                " not have"
             )
 
     def _check_exact(self, names: list[str]) -> frozenset[str]:
-        """Names whose exact values lie beside, as long as the tensors of the model are still those made from them."""
+        """Parameters to read from the file of exact values.
+
+        It counts only while the tensors of the model are those that were made from its values.
+        """
         if not names or not (self.folder / EXACT).is_file():
             return frozenset()
         handle = self._handle(EXACT)
@@ -186,17 +199,25 @@ class HFWeights:
         for name in set(handle.keys()) & set(names):
             stored, exact = self._sources[name], handle.get_tensor(name)
             if exact.shape == stored.shape and torch.equal(
-                stored.make(exact, self.section.width),
-                self._slice(self._places[stored.theirs], stored.theirs, ()),
+                stored.to_hf(exact, self.section.width),
+                self._slice(self._files_by_tensor[stored.hf_name], stored.hf_name, ()),
             ):
                 kept.append(name)
         return frozenset(kept)
 
 
 def load_hf(folder: Path, device: torch.device | str = "cpu") -> tuple[Config, Decoder]:
-    """The model of a local Hugging Face folder, fp32, in evaluation mode, and a config around its model section.
+    """Load the model of a local Hugging Face folder, fp32, in evaluation mode.
 
-    Raises CheckpointError that names the file or key that cannot be read or expressed.
+    Args:
+        folder: The folder.
+        device: Where the model is placed.
+
+    Returns:
+        A config with its model section (see `config_from_hf`), and the model.
+
+    Raises:
+        CheckpointError: A file or key cannot be read or expressed; it is named.
     """
     weights = HFWeights(folder)
     config = config_from_hf(weights)
@@ -216,11 +237,15 @@ def config_from_hf(
     data: Path | None = None,
     sequence_length: int | None = None,
 ) -> Config:
-    """A whole config that continues from the weights of a folder.
+    """Make a complete config of a run that starts from the weights of a folder.
 
-    What it says of training is a modest start.
+    Its training section is a modest default, to be edited.
 
-    data, sequence_length: of the dataset; the folder itself and the model's positions unless given.
+    Args:
+        weights: The folder.
+        name: Key run.name.
+        data: Dataset; the folder itself unless given.
+        sequence_length: Of the dataset; the model's positions unless given.
     """
     return parse_config(
         {
@@ -248,7 +273,12 @@ def config_from_hf(
 
 
 def different_keys(weights: HFWeights, config: Config) -> tuple[list[str], list[str]]:
-    """Keys in which a config's model differs from the folder's, as phrases: (shapes of parameters, what is done with them)."""
+    """Keys in which a config's model differs from that of the folder.
+
+    Returns:
+        Phrases about the keys that change the parameters' shapes or meaning, and about the others
+        (`FREE`).
+    """
     mine, theirs = (
         _computed(section, positions)
         for section, positions in (
@@ -256,35 +286,36 @@ def different_keys(weights: HFWeights, config: Config) -> tuple[list[str], list[
             (weights.section, weights.max_position),
         )
     )
-    found = {
+    differences = {
         key: f"model.{key} = {mine[key]}, there {theirs[key]}"
         for key in mine
         if mine[key] != theirs[key]
     }
-    return [text for key, text in found.items() if key not in FREE], [
-        text for key, text in found.items() if key in FREE
+    return [text for key, text in differences.items() if key not in FREE], [
+        text for key, text in differences.items() if key in FREE
     ]
 
 
-def _computed(c: ModelSection, positions: int) -> dict[str, Any]:
-    values = c.model_dump(
+def _computed(section: ModelSection, positions: int) -> dict[str, Any]:
+    values = section.model_dump(
         mode="json", exclude={"attention", "cross_entropy", "init_std", "max_position"}
     )
     return values | {
-        "kv_heads": c.kv_heads_,
-        "head_dim": c.head_dim_,
-        "ffn_width": c.ffn_width_,
-        "sliding_window": effective_window(c, positions),
+        "kv_heads": section.kv_heads_,
+        "head_dim": section.head_dim_,
+        "ffn_width": section.ffn_width_,
+        "sliding_window": effective_window(section, positions),
     }
 
 
-def same_vocabulary(one: Path, other: Path) -> bool:
-    """Whether two tokenizer.json give every token the same id; templates and the like aside.
+def same_vocabulary(tokenizer: Path, other: Path) -> bool:
+    """Whether two tokenizer.json files give every token the same id, whatever else they say.
 
-    Raises DataPrepError.
+    Raises:
+        DataPrepError: A file cannot be read.
     """
     a, b = (
         {**d.vocabulary} | {t.content: t.id for t in d.added}
-        for d in (Description.read(one), Description.read(other))
+        for d in (Description.read(tokenizer), Description.read(other))
     )
     return a == b

@@ -1,7 +1,4 @@
-"""What a config.json of the transformers library describes, as a model section.
-
-Nothing is imported or run for it.
-"""
+"""Reading of a Hugging Face config.json into a model section; nothing is imported or run for it."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from nextpt.exchange.architectures import (
     hf_config,
 )
 
-# Keys that change nothing of what the model computes.
+# Keys that do not affect what the model computes.
 NEUTRAL = {
     "architectures",
     "model_type",
@@ -52,8 +49,7 @@ NEUTRAL = {
     "is_encoder_decoder",
     HINT,
 }
-# Keys of the parts that are not in every architecture but do not matter where all layers are alike
-# and dense.
+# Keys of parts that have no effect where all layers are alike and dense, by model type.
 UNUSED = {
     "hy_v3": {
         "num_experts",
@@ -68,13 +64,17 @@ UNUSED = {
     "smollm3": {"no_rope_layer_interval"},
 }
 
-LARGEST = {"num_hidden_layers": 10_000}
+MAX_COUNTS = {"num_hidden_layers": 10_000}  # others: 2**31
 
 
 def read_config(folder: Path) -> tuple[Architecture, ModelSection, int]:
-    """(architecture, model section, positions) of a Hugging Face folder.
+    """Read the config.json of a Hugging Face folder.
 
-    Raises CheckpointError that names the first key that a decoder of ours cannot express.
+    Returns:
+        Architecture, model section, and positions of the rotary tables.
+
+    Raises:
+        CheckpointError: It cannot be read, or our decoder cannot express a key; it is named.
     """
     path = folder / "config.json"
     try:
@@ -82,8 +82,8 @@ def read_config(folder: Path) -> tuple[Architecture, ModelSection, int]:
         kind = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is no config of a Hugging Face model: {error}; give a folder with config.json"
-            " and *.safetensors"
+            f"{path} is not the config of a Hugging Face model: {error}; give a folder with"
+            " config.json and *.safetensors"
         ) from None
     architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
     if architecture is None:
@@ -92,60 +92,66 @@ def read_config(folder: Path) -> tuple[Architecture, ModelSection, int]:
             f" {', '.join(sorted(ARCHITECTURES))}"
         )
     try:
-        found = Keys(path, values, architecture).section()
-        return architecture, *_as_exported(values, architecture, found, path)
+        described = ConfigReader(path, values, architecture).section()
+        return architecture, *_as_exported(values, architecture, described, path)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{path} has a value of a kind that no model of {architecture.name} has: {error}"
+            f"{path} has a value that no {architecture.name} has: {error}"
         ) from None
 
 
 def _as_exported(
-    values: dict[str, Any], architecture: Architecture, found: dict[str, Any], path: Path
+    values: dict[str, Any], architecture: Architecture, described: dict[str, Any], path: Path
 ) -> tuple[ModelSection, int]:
-    """The section that the export was made from, as long as the other keys still say the same.
+    """Model section that the export was made from, while the other keys still agree with it.
 
-    Else the one they describe.
+    Otherwise the section that the other keys describe.
+
+    Args:
+        values: Content of config.json.
+        architecture: Its architecture.
+        described: What the keys that transformers reads describe.
+        path: The file, for messages.
     """
     hint = values.get(HINT)
     try:
         if hint is not None:
             section, positions = ModelSection.model_validate(hint), hint["max_position"]
             if (
-                section.depth == found["depth"]
-                and _says(section, positions, architecture, path) == found
+                section.depth == described["depth"]
+                and _described_by_export(section, positions, architecture, path) == described
             ):
                 return section, positions
     except (ValueError, CheckpointError, TypeError, KeyError):
-        pass  # somebody changed it: the keys that transformers reads are what counts
-    return _own_section(found, architecture, path), found["max_position"]
+        pass  # it was edited: the keys that transformers reads decide
+    return _to_section(described, architecture, path), described["max_position"]
 
 
-def _says(
+def _described_by_export(
     section: ModelSection, positions: int, architecture: Architecture, path: Path
 ) -> dict[str, Any] | None:
-    """What is found in the config.json that this section is exported to.
+    """What the config.json that this section is exported to describes.
 
-    None when it is of another architecture.
+    None when that is of another architecture.
     """
-    again = hf_config(section, positions, start_id=0, end_id=0, dtype="float32")
+    exported = hf_config(section, positions, start_id=0, end_id=0, dtype="float32")
     return (
-        Keys(path, again, architecture).section()
-        if again["model_type"] == architecture.model_type
+        ConfigReader(path, exported, architecture).section()
+        if exported["model_type"] == architecture.model_type
         else None
     )
 
 
-def _own_section(found: dict[str, Any], architecture: Architecture, path: Path) -> ModelSection:
-    activation, wanted = found.pop("activation"), "silu" if architecture.gated else "gelu"
-    if activation != wanted:
+def _to_section(described: dict[str, Any], architecture: Architecture, path: Path) -> ModelSection:
+    activation, expected = described.pop("activation"), "silu" if architecture.gated else "gelu"
+    if activation != expected:
         _refuse(
             path,
             architecture.activation[0],
             activation,
-            f"only {wanted} of this architecture can be expressed",
+            f"only {expected} of this architecture can be expressed",
         )
-    biases = found.pop("attention_bias"), found.pop("mlp_bias")
+    biases = described.pop("attention_bias"), described.pop("mlp_bias")
     if biases[0] != biases[1]:
         _refuse(
             path,
@@ -162,7 +168,7 @@ def _own_section(found: dict[str, Any], architecture: Architecture, path: Path) 
         )
     try:
         return ModelSection.model_validate(
-            found | {"bias": biases[0], "ffn": "swiglu" if architecture.gated else "gelu"}
+            described | {"bias": biases[0], "ffn": "swiglu" if architecture.gated else "gelu"}
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -176,19 +182,29 @@ def _refuse(path: Path, key: str, value: Any, why: str) -> NoReturn:
     raise CheckpointError(f"{path}: {key} = {value!r} cannot be imported: {why}")
 
 
-class Keys:
-    """Reads the keys of one config.json once each, so that what is left over is known not to be understood."""
+class ConfigReader:
+    """Reads each key of a config.json once, so that a key left over is one that is not understood.
+
+    Args:
+        path: The file, for messages.
+        values: Its content.
+        architecture: Its architecture.
+    """
 
     def __init__(self, path: Path, values: dict[str, Any], architecture: Architecture) -> None:
         self.path, self.architecture = path, architecture
-        self._left = {
+        self._unread = {
             k: v
             for k, v in values.items()
             if k not in NEUTRAL | UNUSED.get(architecture.model_type, set())
         }
 
     def section(self) -> dict[str, Any]:
-        """Values of a model section, and beside them activation, attention_bias and mlp_bias as they are there."""
+        """Values of a model section, and activation, attention_bias and mlp_bias as they are given.
+
+        Raises:
+            CheckpointError: A key is missing, or our decoder cannot express it.
+        """
         a = self.architecture
         width, heads, depth = (
             self._count(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
@@ -199,7 +215,7 @@ class Keys:
                 self._missing("head_dim")
             head_dim = width // heads
         positions = self._count("max_position_embeddings")
-        found = {
+        section = {
             "vocab_size": self._count("vocab_size"),
             "depth": depth,
             "width": width,
@@ -220,23 +236,23 @@ class Keys:
             "sliding_window": self._window(depth),
         }
         if a is HUNYUAN3:
-            self._all("mlp_layer_types", "dense", depth)
+            self._require_in_all_layers("mlp_layer_types", "dense", depth)
         if a is VAULTGEMMA:
-            found["logit_softcap"] = self._take("final_logit_softcapping", 30.0)
-            self._must_be("attn_logit_softcapping", None, 50.0)
-            self._must_be("query_pre_attn_scalar", head_dim, 256)
-        for key, value in self._left.items():
+            section["logit_softcap"] = self._take("final_logit_softcapping", 30.0)
+            self._require("attn_logit_softcapping", None, 50.0)
+            self._require("query_pre_attn_scalar", head_dim, 256)
+        for key, value in self._unread.items():
             if value not in (None, False, [], {}):
                 self._refuse(key, value, "nextpt does not know it")
-        return found
+        return section
 
     def _take(self, key: str, default: Any) -> Any:
-        return self._left.pop(key, default)
+        return self._unread.pop(key, default)
 
     def _number(self, key: str) -> Any:
-        if key not in self._left:
+        if key not in self._unread:
             self._missing(key)
-        value = self._left.pop(key)
+        value = self._unread.pop(key)
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
@@ -248,9 +264,9 @@ class Keys:
 
     def _count(self, key: str) -> int:
         value = self._number(key)
-        if value != int(value) or value > LARGEST.get(key, 2**31):
+        if value != int(value) or value > MAX_COUNTS.get(key, 2**31):
             self._refuse(
-                key, value, f"a whole number up to {LARGEST.get(key, 2**31):,} is expected"
+                key, value, f"a whole number up to {MAX_COUNTS.get(key, 2**31):,} is expected"
             )
         return int(value)
 
@@ -260,24 +276,24 @@ class Keys:
     def _refuse(self, key: str, value: Any, why: str) -> NoReturn:
         _refuse(self.path, key, value, why)
 
-    def _must_be(self, key: str, wanted: Any, default: Any) -> None:
-        if (value := self._take(key, default)) != wanted:
-            self._refuse(key, value, f"only {wanted} can be expressed")
+    def _require(self, key: str, expected: Any, default: Any) -> None:
+        if (value := self._take(key, default)) != expected:
+            self._refuse(key, value, f"only {expected} can be expressed")
 
-    def _all(self, key: str, wanted: Any, depth: int) -> None:
+    def _require_in_all_layers(self, key: str, expected: Any, depth: int) -> None:
         value = self._take(key, None)
-        if value != [wanted] * depth:
-            self._refuse(key, value, f"only {wanted!r} for every layer can be expressed")
+        if value != [expected] * depth:
+            self._refuse(key, value, f"only {expected!r} for every layer can be expressed")
 
     def _window(self, depth: int) -> int | None:
-        """The sliding window of all layers; None where none has one."""
+        """Sliding window of all layers, tokens; None where no layer has one."""
         a = self.architecture
         if not a.window:
-            self._must_be("sliding_window", None, None)
+            self._require("sliding_window", None, None)
             return None
         window, layers = self._take("sliding_window", 4096), self._take("layer_types", None)
         if a is SMOLLM3:
-            self._all("no_rope_layers", 1, depth)
+            self._require_in_all_layers("no_rope_layers", 1, depth)
         if a in (QWEN3, SMOLLM3) and not self._take("use_sliding_window", False):
             window = None
         first = self._take("max_window_layers", 28) if a is QWEN3 else 0
@@ -296,7 +312,7 @@ class Keys:
         return window if layers[0] == "sliding_attention" else None
 
     def _rope(self, positions: int) -> dict[str, Any]:
-        """rope_base and rope_scaling, from the keys of release 5 or those before it."""
+        """rope_base and rope_scaling, from the keys of transformers 5 or those before it."""
         old = self._take("rope_scaling", None)
         keys = dict(old or self._take("rope_parameters", None) or {})
         self._take("rope_parameters", None)
@@ -304,13 +320,13 @@ class Keys:
         base = keys.pop("rope_theta", None) or theta
         if base is None or (self.architecture is APERTUS and not keys and old is None):
             self._missing("rope_parameters")
-        for holder in (keys, self._left):
+        for holder in (keys, self._unread):
             if (partial := holder.pop("partial_rotary_factor", None)) not in (None, 1, 1.0):
                 self._refuse("partial_rotary_factor", partial, "only whole heads can be rotated")
         kind = keys.pop("rope_type", None) or keys.pop("type", None) or "default"
         keys.pop("type", None)
         if kind == "default":
-            self._nothing_left(keys)
+            self._require_empty(keys)
             return {"rope_base": float(base), "rope_scaling": None}
         return {"rope_base": float(base), "rope_scaling": self._scaling(kind, keys, positions)}
 
@@ -334,22 +350,22 @@ class Keys:
             self._missing("rope_scaling.low_freq_factor")
         if kind == "yarn":
             keys = {k: v for k, v in keys.items() if not (k == "truncate" and v is True)}
-            wanted = 0.1 * math.log(values["factor"] or 1.0) + 1.0
+            expected = 0.1 * math.log(values["factor"] or 1.0) + 1.0
             if (attention := keys.pop("attention_factor", None)) is not None and not math.isclose(
-                attention, wanted, rel_tol=1e-6
+                attention, expected, rel_tol=1e-6
             ):
                 self._refuse(
                     "rope_scaling.attention_factor",
                     attention,
-                    f"only 0.1 ln(factor) + 1 = {wanted:.6f} can be expressed",
+                    f"only 0.1 ln(factor) + 1 = {expected:.6f} can be expressed",
                 )
-        self._nothing_left(keys)
+        self._require_empty(keys)
         try:
             return RopeScaling.model_validate(values).model_dump(mode="json")
         except ValidationError as error:
             self._refuse("rope_scaling", values, error.errors()[0]["msg"])
 
-    def _nothing_left(self, keys: dict[str, Any]) -> None:
+    def _require_empty(self, keys: dict[str, Any]) -> None:
         for key, value in keys.items():
             if value is not None:
                 self._refuse(f"rope_scaling.{key}", value, "nextpt does not know it")

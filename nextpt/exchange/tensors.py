@@ -1,4 +1,4 @@
-"""How the parameters of a decoder are named and stored in a Hugging Face folder, both ways."""
+"""Mapping between the parameters of a decoder and the tensors of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -13,101 +13,114 @@ from nextpt.exchange.architectures import Architecture
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of the folder.
+class StoredTensor:
+    """One tensor of a Hugging Face folder.
 
-    theirs: its name there. ours: the parameter it is made from, None for a constant. how: "same";
-    "centered", w - 1; "scaled", divided by sqrt(width); or "zeros", "ones". shape: of both.
+    Attributes:
+        hf_name: Its name in the folder.
+        parameter: The parameter that it stores; None for a constant.
+        transform: "same"; "centered": w - 1; "scaled": divided by sqrt(width); "zeros"; "ones".
+        shape: Of the tensor and of the parameter.
     """
 
-    theirs: str
-    ours: str | None
-    how: str
+    hf_name: str
+    parameter: str | None
+    transform: str
     shape: tuple[int, ...]
 
-    def make(self, parameter: Tensor | None, width: int) -> Tensor:
-        """The tensor to store, fp32. parameter: fp32, None for a constant."""
+    def to_hf(self, parameter: Tensor | None, width: int) -> Tensor:
+        """The tensor to store, fp32, from the parameter, fp32, or None for a constant."""
         if parameter is None:
-            return torch.full(self.shape, 1.0 if self.how == "ones" else 0.0)
-        if self.how == "centered":
+            return torch.full(self.shape, 1.0 if self.transform == "ones" else 0.0)
+        if self.transform == "centered":
             return parameter - 1.0
-        return parameter / math.sqrt(width) if self.how == "scaled" else parameter
+        return parameter / math.sqrt(width) if self.transform == "scaled" else parameter
 
-    def unmake(self, tensor: Tensor, width: int) -> Tensor:
-        """The parameter, fp32, or any part of it. Exact for "same", else to the last bit or two."""
-        if self.how == "centered":
+    def from_hf(self, tensor: Tensor, width: int) -> Tensor:
+        """The parameter, fp32, or any part of it; exact for "same", else to the last bit or two."""
+        if self.transform == "centered":
             return tensor + 1.0
-        return tensor * math.sqrt(width) if self.how == "scaled" else tensor
+        return tensor * math.sqrt(width) if self.transform == "scaled" else tensor
 
 
-def stored_tensors(c: ModelSection, architecture: Architecture) -> list[Stored]:
-    """Every tensor of the folder, in the order of the forward pass."""
+def stored_tensors(section: ModelSection, architecture: Architecture) -> list[StoredTensor]:
+    """All tensors of a Hugging Face folder, in the order of the forward pass."""
     norm = "centered" if architecture.centered else "same"
-    matrix = (c.vocab_size, c.width)
-    found = [
-        Stored(
+    matrix = (section.vocab_size, section.width)
+    tensors = [
+        StoredTensor(
             "model.embed_tokens.weight",
             "embed_tokens.weight",
             "scaled" if architecture.centered else "same",
             matrix,
         )
     ]
-    for i in range(c.depth):
-        found += _block(c, architecture, f"blocks.{i}", f"model.layers.{i}", norm)
-    found.append(Stored("model.norm.weight", "final_norm.weight", norm, (c.width,)))
-    if not c.tied_embeddings:
-        found.append(Stored("lm_head.weight", "lm_head.weight", "same", matrix))
-    elif architecture.centered:  # there, a tied output matrix would be scaled too
-        found.append(Stored("lm_head.weight", "embed_tokens.weight", "same", matrix))
-    return found
+    for i in range(section.depth):
+        tensors += _block(section, architecture, f"blocks.{i}", f"model.layers.{i}", norm)
+    tensors.append(StoredTensor("model.norm.weight", "final_norm.weight", norm, (section.width,)))
+    if not section.tied_embeddings:
+        tensors.append(StoredTensor("lm_head.weight", "lm_head.weight", "same", matrix))
+    elif architecture.centered:  # a tied output matrix would be scaled like the embedding
+        tensors.append(StoredTensor("lm_head.weight", "embed_tokens.weight", "same", matrix))
+    return tensors
 
 
 def _block(
-    c: ModelSection, architecture: Architecture, ours: str, theirs: str, norm: str
-) -> list[Stored]:
-    queries, keys = c.heads * c.head_dim_, c.kv_heads_ * c.head_dim_
+    section: ModelSection, architecture: Architecture, ours: str, theirs: str, norm: str
+) -> list[StoredTensor]:
+    queries, keys = section.heads * section.head_dim_, section.kv_heads_ * section.head_dim_
     first, second = architecture.norms
-    found = [Stored(f"{theirs}.{first}.weight", f"{ours}.attention_norm.weight", norm, (c.width,))]
+    tensors = [
+        StoredTensor(
+            f"{theirs}.{first}.weight", f"{ours}.attention_norm.weight", norm, (section.width,)
+        )
+    ]
     projections = {
-        "q_proj": (queries, c.width),
-        "k_proj": (keys, c.width),
-        "v_proj": (keys, c.width),
-        "o_proj": (c.width, queries),
+        "q_proj": (queries, section.width),
+        "k_proj": (keys, section.width),
+        "v_proj": (keys, section.width),
+        "o_proj": (section.width, queries),
     }
     for name, shape in projections.items():
-        found += _linear(f"{theirs}.self_attn.{name}", f"{ours}.attention.{name}", shape, c.bias)
-    if c.qk_norm:
-        found += [
-            Stored(
+        tensors += _linear(
+            f"{theirs}.self_attn.{name}", f"{ours}.attention.{name}", shape, section.bias
+        )
+    if section.qk_norm:
+        tensors += [
+            StoredTensor(
                 f"{theirs}.self_attn.{name}.weight",
                 f"{ours}.attention.{name}.weight",
                 "same",
-                (c.head_dim_,),
+                (section.head_dim_,),
             )
             for name in ("q_norm", "k_norm")
         ]
-    found.append(Stored(f"{theirs}.{second}.weight", f"{ours}.ffn_norm.weight", norm, (c.width,)))
-    up, down = (c.ffn_width_, c.width), (c.width, c.ffn_width_)
-    if c.ffn == "swiglu":
+    tensors.append(
+        StoredTensor(f"{theirs}.{second}.weight", f"{ours}.ffn_norm.weight", norm, (section.width,))
+    )
+    up, down = (section.ffn_width_, section.width), (section.width, section.ffn_width_)
+    if section.ffn == "swiglu":
         for name, shape in (("gate_proj", up), ("up_proj", up), ("down_proj", down)):
-            found += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, c.bias)
-        return found
+            tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, section.bias)
+        return tensors
     if not architecture.gated:
         for name, shape in (("up_proj", up), ("down_proj", down)):
-            found += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, c.bias)
-        return found
-    # gelu(x A) * (x 0 + 1): the gate does the work and what it gates is one.
-    for name, own, shape in (("gate_proj", "up_proj", up), ("down_proj", "down_proj", down)):
-        found += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{own}", shape, c.bias)
-        if not c.bias:
-            found.append(Stored(f"{theirs}.mlp.{name}.bias", None, "zeros", shape[:1]))
+            tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, section.bias)
+        return tensors
+    # gelu(x A) * (x 0 + 1): the gate computes everything, and what it gates is one.
+    for name, own_name, shape in (("gate_proj", "up_proj", up), ("down_proj", "down_proj", down)):
+        tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{own_name}", shape, section.bias)
+        if not section.bias:
+            tensors.append(StoredTensor(f"{theirs}.mlp.{name}.bias", None, "zeros", shape[:1]))
     return [
-        *found,
-        Stored(f"{theirs}.mlp.up_proj.weight", None, "zeros", up),
-        Stored(f"{theirs}.mlp.up_proj.bias", None, "ones", up[:1]),
+        *tensors,
+        StoredTensor(f"{theirs}.mlp.up_proj.weight", None, "zeros", up),
+        StoredTensor(f"{theirs}.mlp.up_proj.bias", None, "ones", up[:1]),
     ]
 
 
-def _linear(theirs: str, ours: str, shape: tuple[int, int], bias: bool) -> list[Stored]:
-    found = [Stored(f"{theirs}.weight", f"{ours}.weight", "same", shape)]
-    return found + ([Stored(f"{theirs}.bias", f"{ours}.bias", "same", shape[:1])] if bias else [])
+def _linear(theirs: str, ours: str, shape: tuple[int, int], bias: bool) -> list[StoredTensor]:
+    tensors = [StoredTensor(f"{theirs}.weight", f"{ours}.weight", "same", shape)]
+    return tensors + (
+        [StoredTensor(f"{theirs}.bias", f"{ours}.bias", "same", shape[:1])] if bias else []
+    )

@@ -111,7 +111,7 @@ class MappedShard:
         samples = int.from_bytes(self._bytes[:4], "little")
         head = 4 * (samples + 2)
         if samples != self.samples or size < head:
-            raise self._damaged(f"it says {samples} rows, its index {self.samples}")
+            raise self._damaged(f"it has {samples} sequences, in its index {self.samples}")
         offsets = np.frombuffer(self._bytes, "<u4", self.samples + 1, 4).astype(np.int64)
         if offsets[0] < head or offsets[-1] != size or (np.diff(offsets) <= 0).any():
             raise self._damaged(f"its offsets do not fit its {size} bytes")
@@ -148,7 +148,7 @@ class MappedShard:
         flags_at = at + _SIZES.size
         lens_at = flags_at + flags_size
         if lens_at + lens_size + self._fixed_size != end:
-            raise self._damaged(f"the columns of row {number} do not fill its place")
+            raise self._damaged(f"the columns of sequence {number} do not fill its bytes")
         # One byte for dimensions and item size, then the shape
         flags_head, lens_head = 1 + (1 << (data[flags_at] & 3)), 1 + (1 << (data[lens_at] & 3))
         before_end, item, count = self._tokens

@@ -1,1 +1,1 @@
-"""From shards to micro-batches: rows, their global order, batches."""
+"""Data room: from shards to micro-batches (sequences, their global order, batches)."""

@@ -1,12 +1,14 @@
-"""A micro-batch: fixed shapes, everything the model and the objective need. B rows, T inputs."""
+"""Micro-batches of fixed shape, collated from stored sequences. B sequences, T inputs each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,22 +16,28 @@ from data_prep.format import PADDING
 from data_prep.mds import StoredSequence
 from nextpt.base.errors import DataError
 
-IGNORE_INDEX = -100  # torch's own default for targets that are not predicted
+IGNORE_INDEX = -100  # torch's default for targets that are not predicted
 
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens, targets (IGNORE_INDEX: none), position_ids: int64 [B, T].
+    """One micro-batch.
 
-    document_ids: int32 [B, T], padding -1.
+    A segment is a document, or a piece of one, that attention does not leave. Positions start at 0
+    in every segment.
 
-    cu_seqlens: int32 [B * segments + 1], starts of the segments in the flattened inputs (padding is
-    one), then B * T over and over; `segments` is a constant of the run (segments_per_sequence), so the
-    size is too, and the longest is at most T.
-    token_weights: fp32 [B, T], 0 where ignored. target_bytes: int32 [B, T], UTF-8 bytes of each
-    target, 0 where ignored.
-    is_text: bool [B, T], the target is counted as text: not ignored and not a special token.
-    domain_ids: int64 [B]. Positions start at 0 in every segment of a row.
+    Attributes:
+        tokens: int64 [B, T].
+        targets: int64 [B, T], IGNORE_INDEX where nothing is predicted.
+        position_ids: int64 [B, T].
+        document_ids: int32 [B, T], number of the segment in its sequence; -1 in padding.
+        token_weights: fp32 [B, T], 0 where ignored.
+        target_bytes: int32 [B, T], UTF-8 bytes of each target, 0 where ignored.
+        is_text: bool [B, T], the target counts as text: neither ignored nor a special token.
+        domain_ids: int64 [B].
+        cu_seqlens: int32 [B * segments + 1], starts of the segments in the flattened inputs
+            (padding is one), filled up with B * T. `segments` is a constant of the run
+            (`segments_per_sequence`), so the size is too; no segment is longer than T.
     """
 
     tokens: Tensor
@@ -43,120 +51,142 @@ class Batch:
     cu_seqlens: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; from pinned memory the copies do not block."""
+        """Copy to `device`; copies from pinned memory do not block."""
         return Batch(
             **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         )
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory."""
+        """Copy to page-locked memory."""
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
 
 def padding_sequence(length: int, domain: int) -> StoredSequence:
-    """A row of nothing but padding. length: T + 1."""
+    """A sequence of `length` = T + 1 tokens that are all padding."""
     return StoredSequence(
         np.zeros(length, np.uint16), np.array([length]), np.array([PADDING]), domain
     )
 
 
 def segments_per_sequence(length: int, context: int, most: int | None = None) -> int:
-    """Segments of the T = length inputs of a row that cu_seqlens has room for.
+    """Segments per sequence that cu_seqlens has room for.
 
-    most: the largest number in any row of the dataset, where it is known; else T / 2 + 2, because a
-    segment that predicts anything has two tokens and only the ends of a row may hold shorter ones.
-    Cutting at `context` adds one per cut.
+    Args:
+        length: Inputs of a sequence, T.
+        context: Shortest context of the run; each cut at a multiple of it adds a segment.
+        most: Largest number of segments in any sequence of the dataset. If it is unknown T / 2 + 2:
+            a segment that predicts anything has two tokens, and only the ends of a sequence may
+            hold shorter ones.
     """
     cuts = (length - 1) // context
     return min((most or length // 2 + 2) + cuts, length)
 
 
 def collate(
-    rows: Sequence[StoredSequence],
+    sequences: Sequence[StoredSequence],
     size: int,
-    token_bytes: np.ndarray,
-    domain_weights: np.ndarray,
+    token_bytes: npt.NDArray[np.int32],
+    domain_weights: npt.NDArray[np.float32],
     *,
     segments: int,
     context: int,
 ) -> list[Batch]:
-    """SequenceSource as batches of `size`. token_bytes: int32 [V]. domain_weights: fp32 [domains], the loss weight of each domain's tokens.
+    """Collate sequences into batches.
 
-    segments: segments_per_sequence. context: no input sees further back than the last multiple of it in
-    its row; where it cuts a segment a new one begins, and the target across the cut is predicted
-    all the same. A target counts when it belongs to the document piece of its input; the first
-    token of a piece is never predicted. All rows are made together, because a few tokens cost numpy
-    as much as a thousand. Raises DataError when a row contradicts itself or the tokenizer.
+    A target counts when it belongs to the same segment as its input; the first token of a segment
+    is never predicted. All batches are built together, because numpy calls cost as much for a few
+    tokens as for a thousand.
+
+    Args:
+        sequences: A multiple of `size`.
+        size: Sequences per batch.
+        token_bytes: UTF-8 bytes of each token, int32 [V].
+        domain_weights: Loss weight of each domain's tokens, fp32 [domains].
+        segments: `segments_per_sequence`.
+        context: No input attends further back than the last multiple of it in its sequence. Where
+            that cuts a segment a new one begins; the target across the cut is still predicted.
+
+    Returns:
+        The batches, in order.
+
+    Raises:
+        DataError: A sequence contradicts itself or the tokenizer.
     """
-    count, length = len(rows), len(rows[0].tokens) - 1
+    count, length = len(sequences), len(sequences[0].tokens) - 1
     assert count % size == 0, (count, size)
     inputs, targets = np.empty((count, length), np.int64), np.empty((count, length), np.int64)
-    for i, row in enumerate(rows):
-        targets[i] = row.tokens[1:]
-    inputs[:, 0] = [row.tokens[0] for row in rows]
+    for i, sequence in enumerate(sequences):
+        targets[i] = sequence.tokens[1:]
+    inputs[:, 0] = [sequence.tokens[0] for sequence in sequences]
     inputs[:, 1:] = targets[:, :-1]
     try:
-        bytes_of_targets = token_bytes.take(targets)
+        target_bytes = token_bytes.take(targets)
         token_bytes.take(inputs[:, 0])
     except IndexError as error:
         raise DataError(
-            f"a row holds a token outside the vocabulary of {len(token_bytes)}: {error}; prepare"
-            " the data again"
+            f"a sequence has a token outside the vocabulary of {len(token_bytes)}: {error};"
+            " prepare the data again"
         ) from None
-    is_text = bytes_of_targets > 0
-    domains = np.array([row.domain for row in rows], dtype=np.int64)
+    is_text = target_bytes > 0
+    domains = np.array([sequence.domain for sequence in sequences], dtype=np.int64)
     weights = np.empty((count, length), np.float32)
     weights[:] = domain_weights[domains, None]
-    for i, row in enumerate(rows):
-        if row.target_bytes is not None:
-            bytes_of_targets[i] = row.target_bytes[1:]
-        if row.token_weights is not None:
-            weights[i] *= row.token_weights[1:]
+    for i, sequence in enumerate(sequences):
+        if sequence.target_bytes is not None:
+            target_bytes[i] = sequence.target_bytes[1:]
+        if sequence.token_weights is not None:
+            weights[i] *= sequence.token_weights[1:]
 
-    pieces = _Segments.of(rows, length)
-    for none in (pieces.last_inputs, *pieces.padding_inputs()):
-        targets.reshape(-1)[none] = IGNORE_INDEX
-        for values in (weights, bytes_of_targets, is_text):
-            values.reshape(-1)[none] = 0
-    seen = pieces if context >= length else pieces.cut(context)
-    whole = (
-        inputs,
-        targets,
-        seen.positions(),
-        seen.ids(),
-        weights,
-        bytes_of_targets,
-        is_text,
-        domains,
-    )
-    return [
-        Batch(
-            *(torch.from_numpy(part[first : first + size]) for part in whole),
-            cu_seqlens=torch.from_numpy(cu),
-        )
-        for first, cu in zip(range(0, count, size), seen.cu_seqlens(size, segments), strict=True)
-    ]
+    stored = _Segments.of(sequences, length)
+    ignored: list[Any] = [stored.last_inputs, *stored.padding_inputs()]
+    for positions in ignored:
+        targets.reshape(-1)[positions] = IGNORE_INDEX
+        for values in (weights, target_bytes, is_text):
+            values.reshape(-1)[positions] = 0
+    attended = stored if context >= length else stored.cut(context)
+    parts: dict[str, npt.NDArray[Any]] = {
+        "tokens": inputs,
+        "targets": targets,
+        "position_ids": attended.positions(),
+        "document_ids": attended.ids(),
+        "token_weights": weights,
+        "target_bytes": target_bytes,
+        "is_text": is_text,
+        "domain_ids": domains,
+    }
+    batches = []
+    for number, cu_seqlens in enumerate(attended.cu_seqlens(size, segments)):
+        rows = slice(number * size, (number + 1) * size)
+        tensors = {name: torch.from_numpy(part[rows]) for name, part in parts.items()}
+        batches.append(Batch(**tensors | {"cu_seqlens": torch.from_numpy(cu_seqlens)}))
+    return batches
 
 
 @lru_cache(maxsize=2)
-def _ramp(size: int) -> np.ndarray:
-    """0..size-1, kept: making it again takes as long as using it."""
+def _arange(size: int) -> npt.NDArray[np.int64]:
+    """0..size-1, cached: to build it takes as long as to use it."""
     return np.arange(size)
 
 
 class _Segments:
-    """Segments of the inputs of `count` rows of `length`, one row after another. starts, lengths: int64; padding: bool.
+    """Segments of the inputs of consecutive sequences.
 
-    last_inputs: places of inputs whose successor is of another segment, so not theirs to predict.
+    Args:
+        count: Sequences.
+        length: Inputs of each.
+        starts: First input of each segment in the flattened inputs, int64.
+        padding: Whether each segment is padding, bool.
+        last_inputs: Inputs whose successor belongs to another segment, so that they predict
+            nothing, int64.
     """
 
     def __init__(
         self,
         count: int,
         length: int,
-        starts: np.ndarray,
-        padding: np.ndarray,
-        last_inputs: np.ndarray,
+        starts: npt.NDArray[np.int64],
+        padding: npt.NDArray[np.bool_],
+        last_inputs: npt.NDArray[np.int64],
     ) -> None:
         self.count = count
         self.length = length
@@ -166,68 +196,76 @@ class _Segments:
         self.lengths = np.diff(starts, append=count * length)
 
     @classmethod
-    def of(cls, rows: Sequence[StoredSequence], length: int) -> _Segments:
-        counts = np.array([len(row.doc_lens) for row in rows])
-        lengths = np.concatenate([row.doc_lens for row in rows]).astype(np.int64)
-        flags = np.concatenate([row.doc_flags for row in rows])
+    def of(cls, sequences: Sequence[StoredSequence], length: int) -> _Segments:
+        """Segments as stored. Raises DataError when they do not add up."""
+        counts = np.array([len(sequence.doc_lens) for sequence in sequences])
+        lengths = np.concatenate([sequence.doc_lens for sequence in sequences]).astype(np.int64)
+        flags = np.concatenate([sequence.doc_flags for sequence in sequences])
         lasts = np.cumsum(counts) - 1
         sums = np.add.reduceat(lengths, lasts - counts + 1)
         if len(flags) != len(lengths) or (sums != length + 1).any() or lengths.min() < 1:
             raise DataError(
-                f"the segments of a row do not add up to its {length + 1} tokens; prepare the data"
-                " again"
+                f"the segments of a sequence do not add up to its {length + 1} tokens; prepare the"
+                " data again"
             )
-        lengths[lasts] -= 1  # the last token of a row is a target only
+        lengths[lasts] -= 1  # the last token of a sequence is a target only
         starts = np.cumsum(lengths) - lengths
         later = np.ones(len(lengths), bool)
-        later[lasts - counts + 1] = False  # all but the first of each row
-        there = lengths > 0
-        return cls(
-            len(rows), length, starts[there], (flags[there] & PADDING) > 0, starts[later] - 1
-        )
+        later[lasts - counts + 1] = False  # all but the first of each sequence
+        occupied = lengths > 0
+        padding = (flags[occupied] & PADDING) > 0
+        return cls(len(sequences), length, starts[occupied], padding, starts[later] - 1)
 
     def padding_inputs(self) -> list[slice]:
-        return [
-            slice(s, s + n)
-            for s, n in zip(
-                self.starts[self.padding].tolist(), self.lengths[self.padding].tolist(), strict=True
-            )
-        ]
+        """Inputs of each padding segment."""
+        starts = self.starts[self.padding].tolist()
+        lengths = self.lengths[self.padding].tolist()
+        return [slice(s, s + n) for s, n in zip(starts, lengths, strict=True)]
 
     def cut(self, context: int) -> _Segments:
-        """The segments with a new one at every multiple of `context` in a row."""
-        row_starts = np.arange(0, self.count * self.length, self.length)
-        multiples = (row_starts[:, None] + np.arange(0, self.length, context)).reshape(-1)
+        """The segments with a new one at every multiple of `context` in a sequence."""
+        sequence_starts = np.arange(0, self.count * self.length, self.length)
+        multiples = (sequence_starts[:, None] + np.arange(0, self.length, context)).reshape(-1)
         starts = np.union1d(self.starts, multiples)
         padding = self.padding[np.searchsorted(self.starts, starts, side="right") - 1]
         return _Segments(self.count, self.length, starts, padding, self.last_inputs)
 
-    def positions(self) -> np.ndarray:
-        """int64 [rows, length]: places within segments."""
-        places = np.repeat(-self.starts, self.lengths)
-        places += _ramp(self.count * self.length)
-        return places.reshape(self.count, self.length)
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Positions within the segments, int64 [count, length]."""
+        positions = np.repeat(-self.starts, self.lengths)
+        positions += _arange(self.count * self.length)
+        return positions.reshape(self.count, self.length)
 
-    def ids(self) -> np.ndarray:
-        """int32 [rows, length]: numbers of segments within their rows; -1 in padding."""
-        rows = self.starts // self.length
+    def ids(self) -> npt.NDArray[np.int32]:
+        """Numbers of the segments within their sequences, -1 in padding: int32 [count, length]."""
+        sequence = self.starts // self.length
         firsts = np.searchsorted(self.starts, np.arange(self.count) * self.length)
-        ids = np.where(self.padding, -1, np.arange(len(self.starts)) - firsts[rows]).astype(
-            np.int32
-        )
+        numbers = np.arange(len(self.starts)) - firsts[sequence]
+        ids = np.where(self.padding, -1, numbers).astype(np.int32)
         return np.repeat(ids, self.lengths).reshape(self.count, self.length)
 
-    def cu_seqlens(self, size: int, per_row: int) -> np.ndarray:
-        """int32 [rows / size, size * per_row + 1]: for every `size` rows their starts, then their total."""
+    def cu_seqlens(self, size: int, per_sequence: int) -> npt.NDArray[np.int32]:
+        """Cumulative lengths of each batch.
+
+        Args:
+            size: Sequences per batch.
+            per_sequence: Segments per sequence that there is room for.
+
+        Returns:
+            int32 [count / size, size * per_sequence + 1]: starts in the batch, then its inputs.
+
+        Raises:
+            DataError: A batch has more segments.
+        """
         batches, total = self.count // size, size * self.length
         batch, start = self.starts // total, self.starts % total
         firsts = np.searchsorted(batch, np.arange(batches))
         place = np.arange(len(batch)) - firsts[batch]
-        if place.max() >= size * per_row:
+        if place.max() >= size * per_sequence:
             raise DataError(
-                f"{size} rows hold {place.max() + 1} segments, more than the {per_row} per row that"
-                " there is room for; prepare the data again"
+                f"{size} sequences have {place.max() + 1} segments, more than the {per_sequence}"
+                " per sequence of dataset.json; prepare the data again"
             )
-        found = np.full((batches, size * per_row + 1), total, np.int32)
-        found[batch, place] = start
-        return found
+        cu_seqlens = np.full((batches, size * per_sequence + 1), total, np.int32)
+        cu_seqlens[batch, place] = start
+        return cu_seqlens

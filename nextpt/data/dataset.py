@@ -1,4 +1,4 @@
-"""A dataset as a run sees it: manifest, tables, and the rows of every domain of both splits, by either backend."""
+"""Dataset of a run: manifest, token table, and the sequences of every domain of both splits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.format import SPLITS, DatasetManifest
 from nextpt.base.errors import ConfigError
@@ -22,118 +23,129 @@ SHARD_THREADS = 4  # shards fetched, unpacked or verified at the same time; most
 
 
 class Dataset:
-    """The dataset of a config, fetched first where it is remote. rows[split][domain].
+    """The dataset of a config, fetched first if it is remote.
 
-    samples[domain]: training rows of each shard.
+    Attributes:
+        manifest: dataset.json.
+        domains: Names of the domains.
+        token_bytes: UTF-8 bytes of each token, int32 [V].
+        sequences: Split -> one source per domain.
+        shard_sizes: Per domain the training sequences of each shard, int64 [shards].
 
-    Raises ConfigError when it is not the one that the config describes, DataError when it is
-    missing or damaged.
+    Raises:
+        ConfigError: It is not the dataset that the config describes.
+        DataError: It is missing or damaged.
     """
 
     def __init__(self, config: Config) -> None:
         root, data = Path(config.data.path), config.data
-        node = ScratchFolder(data.scratch)
+        scratch = ScratchFolder(data.scratch)
         remote = RemoteDataset(data.remote, root) if data.remote else None
         if remote:
-            remote.fetch_dataset(node)
+            remote.fetch_dataset(scratch)
         self.manifest = load_manifest(root)
         check_dataset(config, self.manifest)
         self.domains = self.manifest.domains
         self.token_bytes = load_token_bytes(root, self.manifest.vocab_size)
-        cache = ShardCache(
-            node, int(data.cache_limit_gib * 2**30) if data.cache_limit_gib else None
-        )
+        limit = int(data.cache_limit_gib * 2**30) if data.cache_limit_gib else None
+        cache = ShardCache(scratch, limit)
         self.threads = ThreadPoolExecutor(SHARD_THREADS, thread_name_prefix="shards")
         self._stores = {
-            split: [self._store(root, split, d, node, remote, cache) for d in self.domains]
+            split: [
+                ShardStore(
+                    ShardIndex(root, self.manifest, split, domain),
+                    f"{split}/{domain}",
+                    scratch,
+                    remote,
+                    cache,
+                )
+                for domain in self.domains
+            ]
             for split in SPLITS
         }
+        self.sequences: dict[str, list[SequenceSource]] = {}
         if data.backend == "native":
-            cache.check(self._read_together())
-            self.sequences: dict[str, list[SequenceSource]] = {
-                split: [MappedSequences(store, d, self.threads) for d, store in enumerate(stores)]
-                for split, stores in self._stores.items()
-            }
+            cache.check(self._window_bytes())
+            for split, stores in self._stores.items():
+                self.sequences[split] = [
+                    MappedSequences(store, d, self.threads) for d, store in enumerate(stores)
+                ]
         else:
             remove_stale(
                 [str(store.folder) for stores in self._stores.values() for store in stores]
             )
-            self.sequences = {
-                split: list(open_streaming_sequences(config, stores, self.threads))
-                for split, stores in self._stores.items()
-            }
-        self.sequences_per_shard = [store.index.samples for store in self._stores["train"]]
+            for split, stores in self._stores.items():
+                self.sequences[split] = [*open_streaming_sequences(config, stores)]
+        self.shard_sizes: list[npt.NDArray[np.int64]] = [
+            store.index.counts for store in self._stores["train"]
+        ]
 
     def max_segments(self) -> int | None:
-        """The most segments of any row, where the manifest knows."""
-        known = [
-            counts.max_segments
-            for domains in self.manifest.splits.values()
-            for counts in domains.values()
-            if counts.rows
-        ]
-        return None if None in known else max(known, default=None)
+        """Most segments of any sequence; None where the manifest does not have it."""
+        most = 0
+        for domains in self.manifest.splits.values():
+            for counts in domains.values():
+                if counts.rows and counts.max_segments is None:
+                    return None
+                if counts.rows:
+                    most = max(most, counts.max_segments or 0)
+        return most or None
 
     def close(self) -> None:
-        """Stop fetching."""
+        """Stop preparing shards."""
         self.threads.shutdown(wait=False, cancel_futures=True)
 
-    def _store(
-        self,
-        root: Path,
-        split: str,
-        domain: str,
-        node: ScratchFolder,
-        remote: RemoteDataset | None,
-        cache: ShardCache,
-    ) -> ShardStore:
-        return ShardStore(
-            ShardIndex(root, self.manifest, split, domain), f"{split}/{domain}", node, remote, cache
-        )
+    def _window_bytes(self) -> int:
+        """Bytes of the largest shards that two windows of every domain can have.
 
-    def _read_together(self) -> int:
-        """Bytes of the largest shards that two windows of every domain can hold, packed forms beside raw ones."""
-        sizes = [
-            np.sort(store.index.bytes + store.index.packed_bytes)[-2 * WINDOW :].sum()
-            for store in self._stores["train"]
-        ]
-        return int(sum(sizes))
+        Compressed forms count too: they lie beside the raw files while they are unpacked.
+        """
+        total = 0
+        for store in self._stores["train"]:
+            sizes = np.sort(store.index.bytes + store.index.compressed_bytes)
+            total += int(sizes[-2 * WINDOW :].sum())
+        return total
 
 
 def open_sequences(root: Path, split: str) -> dict[str, MappedSequences]:
-    """Domain -> its rows in stored order, of a split of a dataset folder of this machine.
+    """Open a split of a dataset folder of this machine, without a run.
 
-    No run needed. Raises DataError.
+    Args:
+        root: Dataset folder.
+        split: One of data_prep.format.SPLITS.
+
+    Returns:
+        Domain -> its sequences in stored order.
+
+    Raises:
+        DataError: The dataset is missing or damaged.
     """
-    manifest, node = load_manifest(root), ScratchFolder()
-    cache = ShardCache(node, None)
-    # Nothing is begun ahead, so the threads that could are never made.
+    manifest, scratch = load_manifest(root), ScratchFolder()
+    cache = ShardCache(scratch, None)
+    # Nothing is prepared ahead, so no thread ever starts.
     threads = ThreadPoolExecutor(SHARD_THREADS, thread_name_prefix="shards")
-    stores = [
-        ShardStore(
-            ShardIndex(root, manifest, split, domain), f"{split}/{domain}", node, None, cache
-        )
-        for domain in manifest.domains
-    ]
-    return {
-        domain: MappedSequences(store, number, threads)
-        for number, (domain, store) in enumerate(zip(manifest.domains, stores, strict=True))
-    }
+    sequences = {}
+    for number, domain in enumerate(manifest.domains):
+        index = ShardIndex(root, manifest, split, domain)
+        store = ShardStore(index, f"{split}/{domain}", scratch, None, cache)
+        sequences[domain] = MappedSequences(store, number, threads)
+    return sequences
 
 
 def check_dataset(config: Config, manifest: DatasetManifest) -> None:
-    """Raise ConfigError when the dataset does not fit the config.
+    """Check that the dataset fits the config. `plan.build_plan` checks the mixtures.
 
-    The plan (plan.py) checks the mixtures.
+    Raises:
+        ConfigError: It does not.
     """
     path, data = config.data.path, config.data
     if manifest.sequence_length != data.sequence_length:
         raise ConfigError(
-            f"data.sequence_length = {data.sequence_length}, but the rows of {path} hold"
-            f" {manifest.sequence_length}; change the key or prepare the data again"
+            f"data.sequence_length = {data.sequence_length}, but the sequences of {path} have"
+            f" {manifest.sequence_length} inputs; change the key or prepare the data again"
         )
-    # Published models have more rows than their tokenizers have tokens, for even shapes; elsewhere
-    # it is a mistake.
+    # Published models have more embeddings than their tokenizers have tokens, for even shapes;
+    # elsewhere it is an error.
     wider = config.train.init_from is not None and config.model.vocab_size > manifest.vocab_size
     if manifest.vocab_size != config.model.vocab_size and not wider:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""The index of one domain of one split: its shards and their hashes, checked against the manifest.
+"""Shard index of one domain of one split: shards and hashes, checked against the manifest.
 
-An index of 10^5 shards is 50 MB of JSON. Its shards are decoded one by one into arrays, so that it
-takes half a second and no more memory than the text.
+An index of 10^5 shards is 50 MB of JSON. Its shards are decoded one by one into arrays, which takes
+half a second and no more memory than the text.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,8 +27,14 @@ _NAME = re.compile(f"{_PART}(?:/{_PART})*")
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of a shard. name: path below the domain's folder. xxh64: hash of its bytes."""
+class ShardFile:
+    """A file of a shard.
+
+    Attributes:
+        name: Path below the domain's folder.
+        bytes: Size.
+        xxh64: Hash of its bytes.
+    """
 
     name: str
     bytes: int
@@ -36,18 +43,42 @@ class File:
 
 @dataclass(frozen=True)
 class Shard:
-    """raw: the shard as it is read. packed: its zstd form, where the dataset is compressed."""
+    """A shard.
 
-    raw: File
-    packed: File | None
-    samples: int
+    Attributes:
+        raw: The file that is read.
+        compressed: Its zstd form, where the dataset is compressed.
+        count: Its sequences.
+    """
+
+    raw: ShardFile
+    compressed: ShardFile | None
+    count: int
+
+
+class _ShardNumbers:
+    """Numbers of all shards, 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.counts = array("Q")
+        self.bytes = array("Q")
+        self.xxh64 = array("Q")
+        self.compressed_bytes = array("Q")
+        self.compressed_xxh64 = array("Q")
 
 
 class ShardIndex:
-    """Shards 0..len-1 of the folder DATA/SPLIT/DOMAIN. samples: int64 [shards]. columns: name -> (encoding, bytes or None), as stored.
+    """Shards 0..len-1 of the folder DATA/SPLIT/DOMAIN.
 
-    Raises DataError when index.json is missing, damaged, not the one of the manifest, or names what
-    it must not.
+    Attributes:
+        counts: Sequences of each shard, int64 [shards].
+        bytes: Bytes of each raw file, int64 [shards].
+        compressed_bytes: Bytes of each compressed file, 0 where there is none, int64 [shards].
+        columns: Name -> (encoding, bytes or None), as stored.
+
+    Raises:
+        DataError: index.json is missing, damaged, not the one of the manifest, or names a file that
+            it must not.
     """
 
     def __init__(self, root: Path, manifest: DatasetManifest, split: str, domain: str) -> None:
@@ -56,27 +87,22 @@ class ShardIndex:
         self.columns: dict[str, tuple[str, int | None]] = {}
         self._layout: tuple[Any, ...] = ()
         self._names: list[str] = []
-        self._packed_names: list[str] = []
-        numbers = {
-            name: array("Q")
-            for name in ("samples", "bytes", "xxh64", "packed bytes", "packed xxh64")
-        }
-        counts = manifest.splits[split][domain]
-        if counts.rows:
-            wanted = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts)
-            self._wanted = (
-                wanted,
-                wanted | {"token_weights": f"ndarray:float32:{manifest.sequence_length + 1}"},
-            )
-            for shard in self._shards(self._read(counts.index_sha256)):
-                self._add(shard, *numbers.values())
-        self.samples, self.bytes, self.packed_bytes = (
-            np.array(numbers[n], np.int64) for n in ("samples", "bytes", "packed bytes")
-        )
-        self._hashes, self._packed_hashes = numbers["xxh64"], numbers["packed xxh64"]
-        if int(self.samples.sum()) != counts.rows:
+        self._compressed_names: list[str] = []
+        numbers = _ShardNumbers()
+        recorded = manifest.splits[split][domain]
+        if recorded.rows:
+            required = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts)
+            weights = {"token_weights": f"ndarray:float32:{manifest.sequence_length + 1}"}
+            self._valid_columns = (required, required | weights)
+            for shard in self._decode_shards(self._read(recorded.index_sha256)):
+                self._add(shard, numbers)
+        self.counts = np.array(numbers.counts, np.int64)
+        self.bytes = np.array(numbers.bytes, np.int64)
+        self.compressed_bytes = np.array(numbers.compressed_bytes, np.int64)
+        self._hashes, self._compressed_hashes = numbers.xxh64, numbers.compressed_xxh64
+        if int(self.counts.sum()) != recorded.rows:
             raise DataError(
-                f"{self.folder}: {self.samples.sum()} rows in index.json, {counts.rows} in"
+                f"{self.folder}: {self.counts.sum()} sequences in index.json, {recorded.rows} in"
                 " dataset.json; prepare the data again"
             )
 
@@ -84,22 +110,21 @@ class ShardIndex:
         return len(self._names)
 
     def __getitem__(self, number: int) -> Shard:
-        raw = File(self._names[number], int(self.bytes[number]), self._hashes[number])
-        name = self._packed_names[number]
-        packed = (
-            File(name, int(self.packed_bytes[number]), self._packed_hashes[number])
-            if name
-            else None
-        )
-        return Shard(raw, packed, int(self.samples[number]))
+        raw = ShardFile(self._names[number], int(self.bytes[number]), self._hashes[number])
+        compressed = None
+        if name := self._compressed_names[number]:
+            size, xxh64 = int(self.compressed_bytes[number]), self._compressed_hashes[number]
+            compressed = ShardFile(name, size, xxh64)
+        return Shard(raw, compressed, int(self.counts[number]))
 
     @property
-    def compressed(self) -> bool:
-        return any(self._packed_names)
+    def is_compressed(self) -> bool:
+        """Whether any shard has a compressed form."""
+        return any(self._compressed_names)
 
     def names(self) -> set[str]:
         """Names of all files of the shards."""
-        return {name for name in (*self._names, *self._packed_names) if name}
+        return {name for name in (*self._names, *self._compressed_names) if name}
 
     def _read(self, expected: str) -> str:
         try:
@@ -115,8 +140,8 @@ class ShardIndex:
             )
         return data.decode()
 
-    def _shards(self, text: str) -> Any:
-        """The dicts of `shards`, one at a time: decoded in one go they take five times the text's memory."""
+    def _decode_shards(self, text: str) -> Iterator[Any]:
+        """Decode the items of `shards` one by one: all at once take five times the text's memory."""
         decode = json.JSONDecoder().raw_decode
         try:
             at = text.index("[", text.index('"shards"')) + 1
@@ -130,15 +155,7 @@ class ShardIndex:
         except (ValueError, IndexError) as error:
             raise DataError(f"{self.path} is damaged: {error}; prepare the data again") from None
 
-    def _add(
-        self,
-        shard: dict[str, Any],
-        samples: array,
-        size: array,
-        xxh64: array,
-        packed_size: array,
-        packed_xxh64: array,
-    ) -> None:
+    def _add(self, shard: dict[str, Any], numbers: _ShardNumbers) -> None:
         try:
             layout = (
                 shard["format"],
@@ -151,14 +168,16 @@ class ShardIndex:
             if layout != self._layout:
                 self._check_layout(*layout)
                 self._layout = layout
-            raw, packed = shard["raw_data"], shard["zip_data"]
+            raw, compressed = shard["raw_data"], shard["zip_data"]
             self._names.append(self._name(raw))
-            self._packed_names.append(self._name(packed) if packed else "")
-            samples.append(shard["samples"])
-            size.append(raw["bytes"])
-            xxh64.append(int(raw["hashes"]["xxh64"], 16))
-            packed_size.append(packed["bytes"] if packed else 0)
-            packed_xxh64.append(int(packed["hashes"]["xxh64"], 16) if packed else 0)
+            self._compressed_names.append(self._name(compressed) if compressed else "")
+            numbers.counts.append(shard["samples"])
+            numbers.bytes.append(raw["bytes"])
+            numbers.xxh64.append(int(raw["hashes"]["xxh64"], 16))
+            numbers.compressed_bytes.append(compressed["bytes"] if compressed else 0)
+            numbers.compressed_xxh64.append(
+                int(compressed["hashes"]["xxh64"], 16) if compressed else 0
+            )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise DataError(
                 f"{self.path} is damaged: {type(error).__name__} {error}; prepare the data again"
@@ -173,11 +192,11 @@ class ShardIndex:
         sizes: list[int | None],
         compression: str | None,
     ) -> None:
-        found = dict(zip(names, encodings, strict=True))
-        if kind != "mds" or version != 2 or found not in self._wanted:
+        stored = dict(zip(names, encodings, strict=True))
+        if kind != "mds" or version != 2 or stored not in self._valid_columns:
             raise DataError(
-                f"{self.path}: columns {found} in {kind} version {version}, expected"
-                f" {self._wanted[0]} in mds version 2; prepare the data again"
+                f"{self.path}: columns {stored} in {kind} version {version}, expected"
+                f" {self._valid_columns[0]} in mds version 2; prepare the data again"
             )
         described = {n: (e, s) for n, e, s in zip(names, encodings, sizes, strict=True)}
         if self.columns and described != self.columns:
@@ -187,13 +206,16 @@ class ShardIndex:
         self.columns = described
         if compression and compression.partition(":")[0] != "zstd":
             raise DataError(
-                f"{self.path}: compression {compression} is not read; write the shards with zstd"
+                f"{self.path}: compression {compression} is not supported; write the shards with"
+                " zstd"
             )
 
     def _name(self, info: dict[str, Any]) -> str:
-        name = info["basename"]
+        name: str = info["basename"]
         if not _NAME.fullmatch(name):
-            raise DataError(f"{self.path} names a file outside its folder: {name!r}")
+            raise DataError(
+                f"{self.path} names a file outside its folder: {name!r}; prepare the data again"
+            )
         if "xxh64" not in info.get("hashes", {}):
             raise DataError(
                 f"{self.folder}/{name} has no xxh64 hash in its index; prepare the data again"
@@ -202,7 +224,7 @@ class ShardIndex:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Refuse a file that is elsewhere through a symbolic link. Raises DataError."""
+    """Refuse a file that lies outside `folder` through a symbolic link. Raises DataError."""
     real = os.path.realpath(path)
     if not real.startswith(os.path.realpath(folder) + os.sep):
         raise DataError(f"{path} leads outside its folder, to {real}; put the file itself there")

@@ -1,8 +1,8 @@
-"""Micro-batches of one rank, by optimizer step.
+"""Data loader: the micro-batches of one rank, by optimizer step.
 
 `step` is the number of completed optimizer steps, as in nextpt/train/loop.py: the batches at index
-`step` are those that are trained on next. The position follows from it and from skipped data;
-there is no other state.
+`step` are those that are trained on next. The position in the global order follows from it and from
+skipped data; there is no other state.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.format import PADDING
 from data_prep.mds import StoredSequence
@@ -22,21 +23,28 @@ from nextpt.config import Config
 from nextpt.data.batch import Batch, collate, padding_sequence, segments_per_sequence
 from nextpt.data.dataset import Dataset
 from nextpt.data.order import GlobalOrder
-from nextpt.data.plan import ORDER_VERSION, check_repeats, make_plan
+from nextpt.data.plan import ORDER_VERSION, build_plan, check_max_epochs
 from nextpt.data.sequences import SequenceSource
 
-AHEAD = 2  # optimizer steps read ahead
-WINDOWS_AHEAD = 2  # windows of shards made ready: the one being read and the next
+STEPS_AHEAD = 2  # optimizer steps read ahead
+WINDOWS_AHEAD = 2  # windows of shards prepared: the current one and the next
 
 
 class Loader:
-    """Reads the rows of one rank.
+    """Reads the batches of one rank.
 
-    Threads make batches ahead, and have shards fetched and verified before those need them.
+    Threads build batches ahead, and fetch and verify shards before those need them.
 
-    pin: copy batches into page-locked memory, for a GPU. Raises ConfigError when the dataset is not
-    the one that the config describes or the plan breaks a repeat cap, DataError when the dataset is
-    missing or damaged.
+    Args:
+        config: The run.
+        rank: This rank.
+        world_size: Number of ranks.
+        pin: Copy batches into page-locked memory, for a GPU.
+
+    Raises:
+        ConfigError: The dataset is not the one that the config describes, or the plan has more
+            epochs than data.max_epochs.
+        DataError: The dataset is missing or damaged.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, *, pin: bool = False) -> None:
@@ -46,38 +54,34 @@ class Loader:
         self._weights = np.array(
             [config.objective.domain_weights.get(d, 1.0) for d in self.domains], dtype=np.float32
         )
-        counts = [int(samples.sum()) for samples in self.dataset.sequences_per_shard]
-        self.plan = make_plan(config, self.domains, counts)
-        self._order = GlobalOrder(self.plan, self.dataset.sequences_per_shard)
-        check_repeats(
-            config,
-            self.domains,
-            counts,
-            self._order.given(config.total_steps * config.train.global_batch_size),
-        )
+        sizes = [int(shards.sum()) for shards in self.dataset.shard_sizes]
+        self.plan = build_plan(config, self.domains, sizes)
+        self._order = GlobalOrder(self.plan, self.dataset.shard_sizes)
+        planned = self._order.domain_counts(config.total_steps * config.train.global_batch_size)
+        check_max_epochs(config, self.domains, sizes, planned)
         shortest = min(stage.sequence_length for stage in self.plan.stages)
         self._segments = segments_per_sequence(
             self.manifest.sequence_length, shortest, self.dataset.max_segments()
         )
         self.wait_seconds = 0.0
-        # Ranges of positions, rising, none beside another; whole steps
+        # Ranges of skipped positions: rising, none adjacent to another, whole steps
         self.skipped: list[tuple[int, int]] = []
         # StreamingDataset is asked by one thread: its cache is not meant for several.
         threads = config.data.prefetch_threads if config.data.backend == "native" else 1
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
-        # Domain -> samples of it for which shards were last made ready
+        # Domain -> range of its draws for which shards were last prepared
         self._window: dict[int, tuple[int, int]] = {}
         self._window_lock = threading.Lock()
 
     def position(self, step: int) -> int:
-        """First sample that is read after `step` completed steps, behind skipped data."""
+        """First position that is read after `step` completed steps, behind skipped data."""
         return step * self.config.train.global_batch_size + sum(
             stop - first for first, stop in self.skipped
         )
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` completed steps keeps: position, skipped data, and hashes."""
+        """State for a checkpoint after `step` completed steps: position, skipped data, hashes."""
         position = self.position(step)
         return {
             "position": position,
@@ -89,36 +93,32 @@ class Loader:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Read on from a state, whose data `check_state` compares.
+        """Continue from a state. `check_state` compares its data.
 
-        Raises KeyError, TypeError or ValueError for one that is none.
+        Raises:
+            KeyError: A field is missing.
+            TypeError: A field has another type.
+            ValueError: The skipped ranges are not whole steps before the position.
         """
-        passed = [
-            (int(first), int(stop))
-            for first, stop in state.get("skipped", state.get("passed_over", []))
-        ]
-        edges = [edge for span in passed for edge in span]
+        spans = state.get("skipped", state.get("passed_over", []))  # until df2806d: passed_over
+        skipped = [(int(first), int(stop)) for first, stop in spans]
+        edges = [edge for span in skipped for edge in span]
         size = self.config.train.global_batch_size
         inside = all(0 <= edge <= state["position"] and edge % size == 0 for edge in edges)
         if edges != sorted(set(edges)) or not inside:
             raise ValueError(
-                f"passed_over = {passed} are not whole steps before position {state['position']}"
+                f"skipped = {skipped} are not whole steps before position {state['position']}"
             )
-        self._forget_ahead()
-        self.skipped = passed
+        self._cancel_ahead()
+        self.skipped = skipped
 
     def skip_data(self, step: int, stop: int) -> None:
         """Continue at position `stop` after `step` completed steps, and skip what is before it."""
         first = self.position(step)
-        self._forget_ahead()
+        self._cancel_ahead()
         if self.skipped and self.skipped[-1][1] == first:
             first = self.skipped.pop()[0]
         self.skipped.append((first, stop))
-
-    def _forget_ahead(self) -> None:
-        for future in self._ahead.values():
-            future.cancel()
-        self._ahead.clear()
 
     def begins_stage(self, step: int) -> bool:
         """Whether a new stage of the plan begins after `step` completed steps."""
@@ -127,17 +127,20 @@ class Loader:
         return before > 0 and self.plan.stage_at(before - 1) != self.plan.stage_at(first)
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse to go on from a state of other data: the samples before its position would not be those of this run.
+        """Refuse a state of other data: earlier sequences would not be those of this run.
 
-        Stages after the position may differ. Raises DataError that says what differs.
+        Stages after the position may differ.
+
+        Raises:
+            DataError: Something differs. Says what.
         """
         if "order_version" not in state:
-            raise DataError("it was saved by an older nextpt, whose order of samples was another")
+            raise DataError("it was saved by an older nextpt, which had another order of sequences")
         position, changed = state["position"], []
         if state["order_version"] != ORDER_VERSION:
             changed.append(
-                f"the version of the order of samples ({state['order_version']} -> {ORDER_VERSION},"
-                " by another nextpt)"
+                "the version of the order of sequences"
+                f" ({state['order_version']} -> {ORDER_VERSION}, by another nextpt)"
             )
         if state["dataset"] != self.manifest.fingerprint:
             changed.append(
@@ -146,7 +149,7 @@ class Loader:
             )
         elif state["plan_before"] != self.plan.prefix_hash(position):
             changed.append(
-                f"the plan before sample {position} (data.mixing, data.stages, run.seed; later"
+                f"the plan before sequence {position} (data.mixing, data.stages, run.seed; later"
                 " stages may change)"
             )
         if changed:
@@ -155,45 +158,42 @@ class Loader:
     def step_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches at index `step`: those trained on after `step` completed steps.
 
-        Raises DataError when one of its shards cannot be read; steps before are not disturbed by
-        what is read ahead.
+        Raises:
+            DataError: A shard of this step cannot be read. What is read ahead disturbs no earlier
+                step.
         """
         started = time.monotonic()
-        for old in [s for s in self._ahead if not step <= s <= step + AHEAD]:
+        for old in [s for s in self._ahead if not step <= s <= step + STEPS_AHEAD]:
             self._ahead.pop(old).cancel()
-        for wanted in range(step, step + 1 + AHEAD):
-            if wanted not in self._ahead:
-                self._ahead[wanted] = self._threads.submit(self._read_step, wanted)
+        for ahead in range(step, step + 1 + STEPS_AHEAD):
+            if ahead not in self._ahead:
+                self._ahead[ahead] = self._threads.submit(self._read_step, ahead)
         try:
             return self._ahead.pop(step).result()
         finally:
             self.wait_seconds += time.monotonic() - started
 
     def positions(self, step: int) -> list[range]:
-        """Positions of this rank's micro-batches at index `step`, one range per micro-batch."""
+        """Positions of this rank's sequences at index `step`, one range per micro-batch."""
         train, world = self.config.train, self.world_size
         first = self.position(step) + self.rank * train.micro_batch_size
         stride = train.micro_batch_size * world
         starts = (first + m * stride for m in range(self.config.accumulation_steps(world)))
         return [range(start, start + train.micro_batch_size) for start in starts]
 
-    def validation_batches(self, domain: int, rows: int) -> Iterator[Batch]:
-        """This rank's share of the first `rows` held-out rows of a domain.
+    def validation_batches(self, domain: int, count: int) -> Iterator[Batch]:
+        """This rank's share of the first `count` validation sequences of a domain.
 
-        Every rank gets the same number of batches.
-
-        Places past the last row are filled with padding, which no sum counts. The context is always
-        the whole row.
+        Every rank gets the same number of batches; they are filled up with padding, which no sum
+        counts. The context is always the whole sequence.
         """
-        available, size = (
-            self.dataset.sequences["heldout"][domain],
-            self.config.train.micro_batch_size,
-        )
-        rows = min(rows, len(available))
-        for first in range(0, rows, size * self.world_size):
+        source, size = self.dataset.sequences["heldout"][domain], self.config.train.micro_batch_size
+        count = min(count, len(source))
+        for first in range(0, count, size * self.world_size):
             start = first + self.rank * size
+            indices = range(start, start + size)
             yield self._threads.submit(
-                self._heldout_batch, available, domain, range(start, start + size), rows
+                self._validation_batch, source, domain, indices, count
             ).result()
 
     def close(self) -> None:
@@ -201,55 +201,57 @@ class Loader:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.dataset.close()
 
-    def _read_step(self, step: int) -> list[Batch]:
-        parts = [
-            self._order.nths(positions.start, positions.stop) for positions in self.positions(step)
-        ]
-        domains, nths = (np.concatenate(column) for column in zip(*parts, strict=True))
-        self._look_ahead(domains, nths)
-        rows, train = self._order.rows(domains, nths).tolist(), self.dataset.sequences["train"]
-        context = self._order.sequence_length(self.position(step))
-        return self._collate(
-            [train[domain][row] for domain, row in zip(domains.tolist(), rows, strict=True)],
-            context,
-        )
+    def _cancel_ahead(self) -> None:
+        for future in self._ahead.values():
+            future.cancel()
+        self._ahead.clear()
 
-    def _look_ahead(self, domains: np.ndarray, nths: np.ndarray) -> None:
-        """Have the shards made ready of the window that a domain has come to, and of the next."""
+    def _read_step(self, step: int) -> list[Batch]:
+        parts = [self._order.draws(span.start, span.stop) for span in self.positions(step)]
+        domains, draws = (np.concatenate(column) for column in zip(*parts, strict=True))
+        self._prepare_shards(domains, draws)
+        indices = self._order.sequences(domains, draws).tolist()
+        sources = self.dataset.sequences["train"]
+        sequences = [
+            sources[domain][index] for domain, index in zip(domains.tolist(), indices, strict=True)
+        ]
+        return self._collate(sequences, self._order.sequence_length(self.position(step)))
+
+    def _prepare_shards(self, domains: npt.NDArray[np.int64], draws: npt.NDArray[np.int64]) -> None:
+        """Prepare the shards of each domain's current window, and of the next."""
         for domain in np.unique(domains).tolist():
-            nth = int(nths[domains == domain][-1])
+            draw = int(draws[domains == domain][-1])
             with self._window_lock:
                 begin, end = self._window.get(domain, (0, 0))
-                if begin <= nth < end:
+                if begin <= draw < end:
                     continue
-                shards, end = self._order.domains[domain].shards_ahead(nth, WINDOWS_AHEAD)
-                self._window[domain] = (nth, end)
+                shards, end = self._order.domains[domain].shards_ahead(draw, WINDOWS_AHEAD)
+                self._window[domain] = (draw, end)
             self.dataset.sequences["train"][domain].prepare(shards)
 
-    def _heldout_batch(
+    def _validation_batch(
         self, source: SequenceSource, domain: int, indices: range, stop: int
     ) -> Batch:
         length = self.manifest.sequence_length
-        return self._collate(
-            [source[i] if i < stop else padding_sequence(length + 1, domain) for i in indices],
-            length,
-        )[0]
+        sequences = [
+            source[i] if i < stop else padding_sequence(length + 1, domain) for i in indices
+        ]
+        return self._collate(sequences, length)[0]
 
-    def _collate(self, rows: list[StoredSequence], context: int) -> list[Batch]:
+    def _collate(self, sequences: list[StoredSequence], context: int) -> list[Batch]:
         if not self.config.objective.token_weights:
-            rows = [
-                row._replace(token_weights=None) if row.token_weights is not None else row
-                for row in rows
+            sequences = [
+                s._replace(token_weights=None) if s.token_weights is not None else s
+                for s in sequences
             ]
-        elif any(row.token_weights is None and not row.doc_flags[0] & PADDING for row in rows):
+        elif any(s.token_weights is None and not s.doc_flags[0] & PADDING for s in sequences):
             raise DataError(
                 f"objective.token_weights is set, and {self.config.data.path} has no token_weights"
-                " column"
+                " column; leave it out, or prepare the data with weights"
             )
-        size = self.config.train.micro_batch_size
         batches = collate(
-            rows,
-            size,
+            sequences,
+            self.config.train.micro_batch_size,
             self.dataset.token_bytes,
             self._weights,
             segments=self._segments,

@@ -1,13 +1,13 @@
-"""How many samples each domain gives: exact integer counts per block.
+"""Mixture of domains: exact integer counts of sequences per domain in every block.
 
-Shares are rounded once to multiples of 1 / UNIT. Samples are cut into blocks of BLOCK, blocks into
-periods of PERIOD blocks, PERIOD BLOCK = UNIT: in a period domain d gives exactly its weight w_d,
-whole samples, whatever the period's number. A block holds floor(w_d / PERIOD) samples of domain d
-and at most one more (per whole PERIOD of what floor leaves over): the places left over are dealt by
-systematic sampling at offset o_j in block j of a period, o a permutation of 0..PERIOD-1 (the bits
-of j reversed, van der Corput's sequence, so that any run of blocks is nearly even). Every offset
-comes once, so every remainder is dealt exactly once. Counts of blocks never fall below 0, so what a
-domain has given only grows.
+Shares are rounded once, to multiples of 1 / UNIT. Sequences are grouped into blocks of BLOCK, and
+blocks into periods of PERIOD blocks, with PERIOD * BLOCK = UNIT: a period has exactly w_d sequences
+of domain d, where w_d is its weight, whatever the period's number. A block has floor(w_d / PERIOD)
+sequences of domain d and at most one more per whole PERIOD of the remainders: these are dealt by
+systematic sampling at offset o_j in block j of a period, where o is a permutation of 0..PERIOD-1
+(bit reversal, van der Corput's sequence, so that any run of blocks is nearly even). Every offset
+occurs once, so every remainder is dealt exactly once. Counts of blocks are never negative, so the
+cumulative counts of a domain only grow.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 
 BLOCK = 4096
 UNIT = 2**20
@@ -22,10 +23,15 @@ PERIOD = UNIT // BLOCK
 
 
 def quantise_shares(shares: list[float]) -> tuple[int, ...]:
-    """Integer weights that sum to UNIT, by largest remainder; a share above 0 weighs at least 1.
+    """Round shares to integer weights that sum to UNIT, by largest remainder.
 
-    In exact fractions, so that every machine rounds alike. shares: finite, >= 0, one above 0, at
-    most UNIT of them.
+    Computed in exact fractions, so that every machine rounds alike.
+
+    Args:
+        shares: Finite, >= 0, at least one above 0, at most UNIT of them. Any sum.
+
+    Returns:
+        One weight per share; at least 1 where the share is above 0.
     """
     total = sum(map(Fraction, shares))
     exact = [Fraction(share) * UNIT / total for share in shares]
@@ -39,7 +45,7 @@ def quantise_shares(shares: list[float]) -> tuple[int, ...]:
 
 
 class Mixture:
-    """Counts of domains with given weights (of `quantise_shares`), from block 0 on."""
+    """Counts of sequences per domain and block, for weights of `quantise_shares`."""
 
     def __init__(self, weights: tuple[int, ...]) -> None:
         self.weights = np.array(weights, dtype=np.int64)
@@ -48,20 +54,21 @@ class Mixture:
             [int(f"{j:0{PERIOD.bit_length() - 1}b}"[::-1], 2) for j in range(PERIOD)]
         )
         edges = np.concatenate(([0], np.cumsum(self.weights % PERIOD)))
-        # Places k PERIOD + offset below each edge
+        # Points k * PERIOD + offset below each edge
         dealt = np.diff(-((offsets[:, None] - edges) // PERIOD), axis=1)
-        self._amounts = self.weights // PERIOD + dealt
-        self._before = np.concatenate(
-            (np.zeros((1, len(weights)), np.int64), np.cumsum(self._amounts, axis=0))
+        self._counts: npt.NDArray[np.int64] = self.weights // PERIOD + dealt
+        self._cumulative: npt.NDArray[np.int64] = np.concatenate(
+            (np.zeros((1, len(weights)), np.int64), np.cumsum(self._counts, axis=0))
         )
 
-    def amounts(self, block: int) -> np.ndarray:
-        """int64 [domains]: samples of each domain in a block; sums to BLOCK."""
-        return self._amounts[block % PERIOD]
+    def counts(self, block: int) -> npt.NDArray[np.int64]:
+        """Sequences of each domain in a block: int64 [domains], sums to BLOCK."""
+        counts: npt.NDArray[np.int64] = self._counts[block % PERIOD]
+        return counts
 
-    def before(self, block: int) -> np.ndarray:
-        """int64 [domains]: samples of each domain in all blocks before this one.
-
-        Sums to block * BLOCK.
-        """
-        return block // PERIOD * self.weights + self._before[block % PERIOD]
+    def counts_before(self, block: int) -> npt.NDArray[np.int64]:
+        """Sequences of each domain in all earlier blocks, int64 [domains]; sum block * BLOCK."""
+        counts: npt.NDArray[np.int64] = (
+            block // PERIOD * self.weights + self._cumulative[block % PERIOD]
+        )
+        return counts

@@ -1,16 +1,18 @@
-"""Fetching files of a dataset from an object store, through mosaicml-streaming's downloaders.
+"""Remote dataset: fetches files from an object store through mosaicml-streaming's downloaders.
 
-`data.remote` is any address that streaming knows (s3://, gs://, ...; S3_ENDPOINT_URL names another
-S3) or a folder.
+`data.remote` is any URI that streaming reads (s3://, gs://, ...; S3_ENDPOINT_URL names another S3)
+or a folder.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import xxhash
@@ -20,34 +22,41 @@ from data_prep.format import DatasetManifest
 from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import ConfigError, DataError, DataPrepError
 from nextpt.base.files import sha256_file
-from nextpt.data.index import File
+from nextpt.data.index import ShardFile
 from nextpt.data.scratch import ScratchFolder
 
 ATTEMPTS = 3
 PAUSE = 0.5  # seconds before the second attempt; four times as long before the third
 TIMEOUT = 120.0  # seconds, of a read from the store
+_HASH_BLOCK = 2**22  # bytes read at a time
 
 
 class RemoteDataset:
-    """The dataset at `address`, copied file by file below `root`. Safe to use from several threads.
+    """The dataset at `uri`, copied file by file below `root`. Thread-safe.
 
-    Downloads go to root/.incoming and are renamed when they are whole and right, so any number of
-    processes may share `root`. Raises ConfigError for an address that no downloader knows.
+    Downloads go to root/.incoming and are renamed once they are complete and verified, so any
+    number of processes may share `root`.
+
+    Raises:
+        ConfigError: No downloader reads the URI, or `root` cannot be written.
     """
 
-    def __init__(self, address: str, root: Path) -> None:
+    def __init__(self, uri: str, root: Path) -> None:
         import_streaming()
-        self.address, self.root = address.rstrip("/"), root
-        self._own = threading.local()
-        if os.path.realpath(address) == os.path.realpath(root):
+        self.uri, self.root = uri.rstrip("/"), root
+        self._thread_local = threading.local()
+        if os.path.realpath(uri) == os.path.realpath(root):
             raise ConfigError(
-                f"data.remote and data.path are the same folder, {address}; data.path is where"
-                " copies are kept"
+                f"data.remote and data.path are the same folder, {uri}; set data.path to the folder"
+                " of the copies"
             )
         try:
             self._downloader()
         except (ValueError, ImportError) as error:
-            raise ConfigError(f"data.remote = {address}: {error}") from None
+            raise ConfigError(
+                f"data.remote = {uri}: {error}; give a URI that mosaicml-streaming reads, or a"
+                " folder"
+            ) from None
         self._incoming = root / ".incoming"
         try:
             self._incoming.mkdir(parents=True, exist_ok=True)
@@ -61,33 +70,57 @@ class RemoteDataset:
     def fetch(
         self, name: str, target: Path, check: Callable[[Path], str | None] = lambda path: None
     ) -> None:
-        """Copy the file `name`, relative to the address, to `target`. check: what is wrong with the copy, or None.
+        """Copy a file, in up to ATTEMPTS attempts.
 
-        Tries again a few times. Raises DataError that names the file and what happened last.
+        Args:
+            name: File, relative to the URI.
+            target: Where to write it.
+            check: Describes what is wrong with a copy; None when it is right.
+
+        Raises:
+            DataError: Every attempt failed. Names the file and the last problem.
         """
-        temporary = (
-            self._incoming
-            / f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}-{target.name}"
-        )
-        retrying = Retrying(
+        process = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+        temporary = self._incoming / f"{process}-{target.name}"
+        attempts = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
             wait=wait_exponential(PAUSE, exp_base=4),
             reraise=True,
         )
         try:
-            retrying(self._fetch_once, name, target, temporary, check)
-        except Exception as error:  # whatever the store's client raises
+            attempts(self._fetch_once, name, temporary, target, check)
+        except Exception as error:
             problem = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"{self.address}/{name} cannot be fetched ({ATTEMPTS} attempts): {problem}"
-            ) from error
+                f"{self.uri}/{name} cannot be fetched ({ATTEMPTS} attempts): {problem}"
+            ) from None
+
+    def fetch_dataset(self, scratch: ScratchFolder) -> None:
+        """Fetch everything but the shards, dataset.json last.
+
+        One process of a machine does it; the others wait.
+
+        Raises:
+            DataError: A file cannot be fetched, or `root` holds another dataset.
+        """
+        with scratch.lock(f"dataset {os.path.realpath(self.root)}"):
+            fresh = self._incoming / f"{socket.gethostname()}-{os.getpid()}-dataset"
+            fresh.mkdir(exist_ok=True)
+            try:
+                manifest = self._fetch_manifest(fresh)
+                self._fetch_tables(manifest)
+                self._fetch_indexes(manifest)
+                for name in ("tokenizer.json", "dataset.json"):
+                    os.replace(fresh / name, self.root / name)
+            finally:
+                shutil.rmtree(fresh)
 
     def _fetch_once(
-        self, name: str, target: Path, temporary: Path, check: Callable[[Path], str | None]
+        self, name: str, temporary: Path, target: Path, check: Callable[[Path], str | None]
     ) -> None:
         try:
             temporary.unlink(missing_ok=True)
-            self._downloader().download(f"{self.address}/{name}", str(temporary), TIMEOUT)
+            self._downloader().download(f"{self.uri}/{name}", str(temporary), TIMEOUT)
             if problem := check(temporary):
                 raise DataError(problem)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,100 +128,77 @@ class RemoteDataset:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def fetch_dataset(self, node: ScratchFolder) -> None:
-        """Bring everything but the shards, dataset.json last.
-
-        One process of a machine does it, the others wait.
-
-        Raises DataError when `root` holds another dataset.
-        """
-        with node.lock(f"dataset {os.path.realpath(self.root)}"):
-            fresh = self.root / ".incoming" / f"{socket.gethostname()}-{os.getpid()}-dataset"
-            fresh.mkdir(exist_ok=True)
-            try:
-                self._fetch_dataset(fresh)
-            finally:
-                for file in fresh.iterdir():
-                    file.unlink()
-                fresh.rmdir()
-
-    def _fetch_dataset(self, fresh: Path) -> None:
+    def _fetch_manifest(self, fresh: Path) -> DatasetManifest:
+        """Fetch manifest and tokenizer to `fresh`."""
         for name in ("dataset.json", "tokenizer.json"):
             self.fetch(name, fresh / name)
         try:
             manifest = DatasetManifest.load(fresh)
         except DataPrepError as error:
-            raise DataError(
-                f"{self.address}: {str(error).replace(str(fresh), self.address)}"
-            ) from None
+            raise DataError(f"{self.uri}: {str(error).replace(str(fresh), self.uri)}") from None
         present = self.root / "dataset.json"
         if present.exists() and present.read_bytes() != (fresh / "dataset.json").read_bytes():
             raise DataError(
-                f"{self.root} holds copies of another dataset than {self.address}; give another"
+                f"{self.root} holds copies of another dataset than {self.uri}; give another"
                 " data.path, or delete that folder"
             )
-        missing = [
-            n
-            for n in ("token_bytes.npy", *(f"heldout_text/{d}.jsonl" for d in manifest.domains))
-            if not (self.root / n).exists()
-        ]
-        for name in missing:
-            if (
-                name.startswith("heldout_text/")
-                and not manifest.splits["heldout"][name[13:-6]].documents
-            ):
-                continue
-            self.fetch(name, self.root / name)
+        return manifest
+
+    def _fetch_tables(self, manifest: DatasetManifest) -> None:
+        """Fetch the token table and the held-out documents, where they are missing."""
+        names = ["token_bytes.npy"]
+        for domain, counts in manifest.splits["heldout"].items():
+            if counts.documents:
+                names.append(f"heldout_text/{domain}.jsonl")
+        for name in names:
+            if not (self.root / name).exists():
+                self.fetch(name, self.root / name)
+
+    def _fetch_indexes(self, manifest: DatasetManifest) -> None:
+        """Fetch the indexes that are missing or not those of the manifest."""
         for split, domains in manifest.splits.items():
             for domain, counts in domains.items():
-                target = self.root / split / domain / "index.json"
-                if counts.rows and not (
-                    target.exists() and sha256_file(target) == counts.index_sha256
-                ):
-                    self.fetch(
-                        f"{split}/{domain}/index.json",
-                        target,
-                        lambda path, sha=counts.index_sha256: (
-                            None
-                            if sha256_file(path) == sha
-                            else (
-                                "it is not the one that dataset.json was written with (its hash"
-                                " differs)"
-                            )
-                        ),
-                    )
-        for name in ("tokenizer.json", "dataset.json"):
-            os.replace(fresh / name, self.root / name)
+                name = f"{split}/{domain}/index.json"
+                target = self.root / name
 
-    def _downloader(self):
-        """One per thread: not all of streaming's downloaders may be shared."""
-        if not hasattr(self._own, "downloader"):
+                def check(path: Path, expected: str = counts.index_sha256) -> str | None:
+                    if sha256_file(path) == expected:
+                        return None
+                    return "it is not the one that dataset.json was written with (its hash differs)"
+
+                if counts.rows and not (target.exists() and check(target) is None):
+                    self.fetch(name, target, check)
+
+    def _downloader(self) -> Any:
+        """One downloader per thread: not all of streaming's may be shared."""
+        if not hasattr(self._thread_local, "downloader"):
             storage = import_streaming("streaming.base.storage")
-            self._own.downloader = storage.CloudDownloader.get(self.address)
-        return self._own.downloader
+            self._thread_local.downloader = storage.CloudDownloader.get(self.uri)
+        return self._thread_local.downloader
 
     def _remove_stale(self) -> None:
-        """What killed processes of this machine left behind."""
-        mine = socket.gethostname() + "-"
+        """Remove what killed processes of this machine left behind."""
+        prefix = socket.gethostname() + "-"
         for path in self._incoming.iterdir():
-            pid = path.name.removeprefix(mine).partition("-")[0]
-            if path.name.startswith(mine) and pid.isdigit() and not psutil.pid_exists(int(pid)):
-                for file in path.iterdir() if path.is_dir() else ():
-                    file.unlink(missing_ok=True)
-                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            pid = path.name.removeprefix(prefix).partition("-")[0]
+            if path.name.startswith(prefix) and pid.isdigit() and not psutil.pid_exists(int(pid)):
+                if path.is_dir():
+                    for file in path.iterdir():
+                        file.unlink(missing_ok=True)
+                    path.rmdir()
+                else:
+                    path.unlink(missing_ok=True)
 
 
-def describe_mismatch(path: Path, expected: File) -> str | None:
-    """What is wrong with a copy of a file: its size or its hash; None when it is right."""
+def describe_mismatch(path: Path, expected: ShardFile) -> str | None:
+    """Describe how a file differs from its index, in size or hash; None when it is right."""
     size = path.stat().st_size
     if size != expected.bytes:
         return f"it has {size} bytes and should have {expected.bytes}"
     digest = xxhash.xxh64()
     with open(path, "rb") as file:
-        while block := file.read(2**22):
+        while block := file.read(_HASH_BLOCK):
             digest.update(block)
-    return (
-        None
-        if digest.intdigest() == expected.xxh64
-        else "its xxh64 differs from the one in index.json"
-    )
+    if digest.intdigest() != expected.xxh64:
+        return "its xxh64 differs from the one in index.json"
+    return None

@@ -1,8 +1,8 @@
-"""What the processes of one machine know in common: locks, which files were verified, room for unpacked shards.
+"""Scratch folder of a machine: locks, records of verified files, room for unpacked shards.
 
-All of it is in one folder of the machine's own disk, by default TMPDIR/nextpt-UID, and may be
-deleted at any time: it only saves work. Locks are the kernel's (flock), so one that a crashed
-process held is free at once.
+All processes of one machine share it. It lies on the machine's own disk, by default in
+TMPDIR/nextpt-UID, and may be deleted at any time: it only saves work. Locks are the kernel's
+(flock), so the lock of a crashed process is free at once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ import xxhash
 
 from nextpt.base.errors import ConfigError
 
-# Files that all locks share; two names that fall on the same one only wait for each other
-LOCKS = 256
+# Lock files; two names that share one only wait for each other.
+_LOCKS = 256
 
 
 class ScratchFolder:
-    """folder: where; must belong to this user alone, or others could vouch for files.
+    """The scratch folder of this machine.
 
-    Raises ConfigError.
+    Args:
+        folder: Where it is. It must belong to this user alone, or others could vouch for files.
+
+    Raises:
+        ConfigError: It cannot be written, or others can write it.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -35,12 +39,9 @@ class ScratchFolder:
         )
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = os.stat(self.folder, follow_symlinks=bool(folder))
-            if (
-                not stat.S_ISDIR(found.st_mode)
-                or found.st_uid != os.getuid()
-                or found.st_mode & 0o022
-            ):
+            status = os.stat(self.folder, follow_symlinks=bool(folder))
+            is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+            if not stat.S_ISDIR(status.st_mode) or not is_private:
                 raise ConfigError(
                     f"{self.folder} must be a folder that only this user can write; set"
                     " data.scratch to another"
@@ -57,9 +58,9 @@ class ScratchFolder:
     def lock(self, name: str) -> Iterator[None]:
         """Hold the lock of a name against all processes and threads of this machine.
 
-        Not nested: names share locks.
+        Locks cannot be nested: names share them.
         """
-        number = xxhash.xxh64_intdigest(os.fsencode(name)) % LOCKS
+        number = xxhash.xxh64_intdigest(os.fsencode(name)) % _LOCKS
         file = os.open(
             self.folder / "locks" / str(number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
@@ -69,13 +70,22 @@ class ScratchFolder:
         finally:
             os.close(file)
 
-    def mark(self, path: Path, xxh64: int) -> Path:
-        """The file that exists when `path`, as it is now, was found to have this hash.
+    def verified_marker(self, path: Path, xxh64: int) -> Path:
+        """The marker file that exists if `path`, as it is now, was verified to have this hash.
 
-        Raises FileNotFoundError.
+        Its modification time says when the shard was last opened on this machine.
 
-        Its time of change says when the shard was last opened here.
+        Raises:
+            FileNotFoundError: `path` does not exist.
         """
-        found = os.stat(path)
-        key = f"{os.path.realpath(path)}|{found.st_size}|{found.st_mtime_ns}|{found.st_ino}|{xxh64:016x}"
+        status = os.stat(path)
+        key = "|".join(
+            (
+                os.path.realpath(path),
+                str(status.st_size),
+                str(status.st_mtime_ns),
+                str(status.st_ino),
+                f"{xxh64:016x}",
+            )
+        )
         return self.folder / "verified" / xxhash.xxh128_hexdigest(os.fsencode(key))

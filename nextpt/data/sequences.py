@@ -1,4 +1,4 @@
-"""SequenceSource of one domain by number: which shard a row is in, reading it there, and having shards ready before they are needed."""
+"""Sequences of one domain by number, read from memory-mapped shards that are prepared ahead."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.format import DatasetManifest
 from data_prep.mds import MappedShard, StoredSequence
@@ -18,29 +19,32 @@ from nextpt.base.errors import DataError
 from nextpt.data.domain_order import WINDOW
 from nextpt.data.store import ShardStore
 
-# Open maps of a domain: the window being read, the one after it, and the ends of steps read ahead
+# Open maps of a domain: the current window, the next one, and the ends of steps read ahead
 MAPS = 2 * WINDOW + 2
-TRIES = 10
+_OPEN_ATTEMPTS = 10  # of a shard that other processes delete from the cache
 
 
 class SequenceSource(Protocol):
-    """SequenceSource 0..len-1 of a domain. Raises DataError that names the file, IndexError past the end."""
+    """Sequences 0..len-1 of a domain.
+
+    Reading raises DataError that names the file, or IndexError past the end.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> StoredSequence: ...
 
     def prepare(self, shards: Iterable[int]) -> None:
-        """Begin to make shards ready, in this order."""
+        """Begin to bring shards to this machine, in this order."""
 
 
 def load_manifest(path: str | Path) -> DatasetManifest:
-    """The manifest of a dataset folder. Raises DataError that names the file and the way out."""
+    """Read the manifest of a dataset folder. Raises DataError that names the file and the fix."""
     return DatasetManifest.load(Path(path))
 
 
-def load_token_bytes(path: str | Path, vocab_size: int) -> np.ndarray:
-    """int32 [V]: UTF-8 bytes of each token, 0 for special ones."""
+def load_token_bytes(path: str | Path, vocab_size: int) -> npt.NDArray[np.int32]:
+    """Read UTF-8 bytes of each token, 0 for special ones: int32 [V]. Raises DataError."""
     file = Path(path) / "token_bytes.npy"
     try:
         sizes = np.load(file, allow_pickle=False)
@@ -50,21 +54,25 @@ def load_token_bytes(path: str | Path, vocab_size: int) -> np.ndarray:
         raise DataError(
             f"{file} has shape {sizes.shape}, expected ({vocab_size},); prepare the data again"
         )
-    return sizes.astype(np.int32)
+    token_bytes: npt.NDArray[np.int32] = sizes.astype(np.int32)
+    return token_bytes
 
 
 class MappedSequences:
-    """SequenceSource read from memory maps. domain: label of the rows. threads: make shards ready ahead.
+    """Sequences of a domain, read from memory maps.
 
-    Shared by all domains.
+    Args:
+        store: Its shards.
+        domain: Index to label the sequences with.
+        threads: Prepare shards ahead. Shared by all domains.
     """
 
     def __init__(self, store: ShardStore, domain: int, threads: ThreadPoolExecutor) -> None:
         self._store, self._domain, self._threads = store, domain, threads
-        self._starts = [0, *np.cumsum(store.index.samples).tolist()]
+        self._starts: list[int] = [0, *np.cumsum(store.index.counts).tolist()]
         self._lock = threading.Lock()
         self._maps: OrderedDict[int, MappedShard] = OrderedDict()
-        self._coming: dict[int, Future[Path]] = {}
+        self._pending: dict[int, Future[Path]] = {}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -76,47 +84,48 @@ class MappedSequences:
         return self._map(shard).sequence(index - self._starts[shard])
 
     def prepare(self, shards: Iterable[int]) -> None:
+        """Begin to bring shards to this machine, in this order."""
         with self._lock:
             for shard in shards:
-                if shard not in self._maps and shard not in self._coming:
-                    self._coming[shard] = self._threads.submit(self._store.ready, shard)
+                if shard not in self._maps and shard not in self._pending:
+                    self._pending[shard] = self._threads.submit(self._store.ensure_local, shard)
 
     def _map(self, shard: int) -> MappedShard:
         with self._lock:
-            if found := self._maps.get(shard):
+            if mapped := self._maps.get(shard):
                 self._maps.move_to_end(shard)
-                return found
-            coming = self._coming.pop(shard, None)
-        opened = self._open(shard, coming)
+                return mapped
+            pending = self._pending.pop(shard, None)
+        mapped = self._open(shard, pending)
         with self._lock:
-            self._maps[shard] = opened
+            self._maps[shard] = mapped
             while len(self._maps) > MAPS:
                 self._maps.popitem(last=False)
-        return opened
+        return mapped
 
-    def _open(self, shard: int, coming: Future[Path] | None) -> MappedShard:
-        """What was begun ahead is waited for.
+    def _open(self, shard: int, pending: Future[Path] | None) -> MappedShard:
+        """Open a shard.
 
-        What has not begun is done here and now, before what is less urgent.
+        Work that has begun is waited for; what has not is done in this thread, before what is less
+        urgent.
         """
         path = None
-        if coming is not None and not coming.cancel():
-            path = coming.result()
-        for _ in range(TRIES):
-            path = path or self._store.ready(shard)
+        if pending is not None and not pending.cancel():
+            path = pending.result()
+        count, columns = self._store.index[shard].count, self._store.index.columns
+        for _ in range(_OPEN_ATTEMPTS):
+            path = path or self._store.ensure_local(shard)
             try:
-                opened = MappedShard(
-                    path, self._store.index[shard].samples, self._store.index.columns, self._domain
-                )
+                mapped = MappedShard(path, count, columns, self._domain)
             except FileNotFoundError:
                 path = None  # another process needed the room
                 continue
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror or error}") from error
-            self._store.touch(shard, path)
-            return opened
+            self._store.mark_used(shard, path)
+            return mapped
         raise DataError(
-            f"{self._store.folder}/{self._store.index[shard].raw.name} was deleted {TRIES} times"
-            " before it could be opened; raise data.cache_limit_gib, or keep others from that"
-            " folder"
+            f"{self._store.folder}/{self._store.index[shard].raw.name} was deleted"
+            f" {_OPEN_ATTEMPTS} times before it could be opened; raise data.cache_limit_gib, or"
+            " keep others from that folder"
         )

@@ -1,81 +1,91 @@
-"""Shard files: where they lie, whether they are whole, and how they get there.
+"""Shard store: brings shards to this machine, verified once, and keeps copies below a limit.
 
-A shard is ready when its raw file is on this machine and one process of the machine has found its
-hash right. A file that is missing is fetched (data.remote) or unpacked (a zstd shard); one that is
-wrong is fetched or unpacked again where that can mend it, and refused by name where it is the only
-copy.
+A shard can be read when its raw file is on this machine and one process of the machine has verified
+its hash. A missing file is fetched (data.remote) or unpacked (a zstd shard). A damaged file is
+fetched or unpacked again where that is possible, and refused by name where it is the only copy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import xxhash
 import zstandard
 
 from nextpt.base.errors import ConfigError, DataError
-from nextpt.data.index import File, Shard, ShardIndex, check_inside
+from nextpt.data.index import Shard, ShardFile, ShardIndex, check_inside
 from nextpt.data.remote import RemoteDataset, describe_mismatch
 from nextpt.data.scratch import ScratchFolder
 
-CHUNK = 2**20
-# Of the limit is left in use, so that not every shard that comes has to look for one to go
-ROOM = 0.95
+CHUNK = 2**20  # bytes unpacked at a time
+# Share of the limit that stays in use, so that not every new shard has to look for one to delete
+_KEPT_SHARE = 0.95
 
 
 class ShardStore:
-    """The shards of one domain of one split. place: "SPLIT/DOMAIN".
+    """The shards of one domain of one split. Safe for several threads and processes.
 
-    Safe to use from several threads and processes.
+    Unpacked shards lie beside the downloaded ones, or in the scratch folder where the dataset
+    itself is local.
 
-    Unpacked shards lie beside the downloaded ones, or in the node's folder where the dataset itself
-    is local.
+    Args:
+        index: The shards.
+        name: "SPLIT/DOMAIN".
+        scratch: The machine's scratch folder.
+        remote: Where to fetch shards from; None for a local dataset.
+        cache: Deletes copies above its limit.
     """
 
     def __init__(
         self,
         index: ShardIndex,
-        place: str,
-        node: ScratchFolder,
+        name: str,
+        scratch: ScratchFolder,
         remote: RemoteDataset | None,
         cache: ShardCache,
     ) -> None:
-        self.index, self.place, self.node, self.remote = index, place, node, remote
+        self.index, self.name, self.scratch, self.remote = index, name, scratch, remote
         self.folder = index.folder
         self._cache = cache
         own = xxhash.xxh64_hexdigest(os.fsencode(os.path.realpath(self.folder)))
-        self._unpacked = self.folder if remote else node.folder / "unpacked" / own
-        self._made_from_source = remote is not None or index.compressed
-        if self._made_from_source:
+        self._unpacked = self.folder if remote else scratch.folder / "unpacked" / own
+        self._has_copies = remote is not None or index.is_compressed
+        if self._has_copies:
             cache.add(self)
 
-    def ready(self, number: int) -> Path:
-        """The raw file of a shard, verified. Raises DataError that names the file."""
+    def ensure_local(self, number: int) -> Path:
+        """Bring a shard to this machine and verify it.
+
+        Returns:
+            Its raw file.
+
+        Raises:
+            DataError: It cannot be fetched or is damaged. Names the file.
+        """
         shard = self.index[number]
         path, is_copy = self._locate(shard)
         if self._is_verified(path, shard.raw):
             return path
-        with self.node.lock(str(path)):
+        with self.scratch.lock(str(path)):
             if self._is_verified(path, shard.raw):
                 return path
             if not is_copy:
-                if trouble := self._trouble(path, shard.raw):
-                    raise DataError(
-                        f"{path} is damaged: {trouble}; prepare the data again or copy it anew"
-                    )
+                if problem := self._problem(path, shard.raw):
+                    raise _damaged(path, problem)
             elif not path.exists() or describe_mismatch(path, shard.raw):
-                self._make(shard, path)
-            mark = self.node.mark(path, shard.raw.xxh64)
-            mark.touch()
+                self._restore(shard, path)
+            self.scratch.verified_marker(path, shard.raw.xxh64).touch()
         if is_copy:
             self._cache.trim(shard.raw.bytes)
         return path
 
-    def made(self) -> Iterator[tuple[Path, float, int]]:
-        """(file, when it was last opened or made, bytes) of all files here that can be fetched or unpacked again."""
+    def copies(self) -> Iterator[tuple[Path, float, int]]:
+        """Files that can be fetched or unpacked again: (file, time of last use, bytes)."""
         names = self.index.names()
         folders = {self._unpacked} | ({self.folder} if self.remote else set())
         for folder in folders:
@@ -85,140 +95,108 @@ class ShardStore:
                     if str(path.relative_to(folder)) not in names:
                         continue
                     try:
-                        found = path.stat()
-                        yield path, self._last_used(path, found.st_mtime), found.st_size
+                        status = path.stat()
+                        yield path, self._last_used(path, status.st_mtime), status.st_size
                     except FileNotFoundError:
-                        continue  # another process took it
+                        continue  # another process deleted it
 
-    def touch(self, number: int, path: Path) -> None:
-        """Note that a shard is in use, so that it is not the next to go."""
-        if self._made_from_source:
-            try:
-                os.utime(self.node.mark(path, self.index[number].raw.xxh64))
-            except FileNotFoundError:
-                pass  # it has been taken in this moment; whoever needs it makes it again
+    def mark_used(self, number: int, path: Path) -> None:
+        """Record that a shard is in use, so that it is not deleted next."""
+        if self._has_copies:
+            # A shard that was deleted meanwhile is restored by whoever needs it.
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.scratch.verified_marker(path, self.index[number].raw.xxh64))
 
     def _locate(self, shard: Shard) -> tuple[Path, bool]:
-        """(where the raw file is or will be, whether it can be made again)."""
+        """(path of the raw file, whether it can be fetched or unpacked again)."""
         path = self.folder / shard.raw.name
-        if self.remote or shard.packed is None or path.exists():
+        if self.remote or shard.compressed is None or path.exists():
             check_inside(path, self.folder)
             return path, self.remote is not None
         return self._unpacked / shard.raw.name, True
 
-    def _is_verified(self, path: Path, file: File) -> bool:
+    def _is_verified(self, path: Path, file: ShardFile) -> bool:
         try:
-            return self.node.mark(path, file.xxh64).exists()
+            return self.scratch.verified_marker(path, file.xxh64).exists()
         except FileNotFoundError:
             return False
 
     @staticmethod
-    def _trouble(path: Path, file: File) -> str | None:
+    def _problem(path: Path, file: ShardFile) -> str | None:
         try:
             return describe_mismatch(path, file)
         except OSError as error:
             return error.strerror or str(error)
 
-    def _last_used(self, path: Path, made: float) -> float:
+    def _last_used(self, path: Path, modified: float) -> float:
         for number in self._numbers(path):
             try:
-                return max(made, self.node.mark(path, self.index[number].raw.xxh64).stat().st_mtime)
+                marker = self.scratch.verified_marker(path, self.index[number].raw.xxh64)
+                return max(modified, marker.stat().st_mtime)
             except FileNotFoundError:
                 break
-        return made
+        return modified
 
     def _numbers(self, path: Path) -> Iterator[int]:
-        if not hasattr(self, "_by_name"):
-            self._by_name = {self.index[i].raw.name: i for i in range(len(self.index))}
+        """Number of the shard whose raw file a path is."""
         for folder in (self.folder, self._unpacked):
-            if (
-                path.is_relative_to(folder)
-                and (number := self._by_name.get(str(path.relative_to(folder)))) is not None
-            ):
-                yield number
+            if path.is_relative_to(folder):
+                number = self._number_by_name.get(str(path.relative_to(folder)))
+                if number is not None:
+                    yield number
 
-    def _make(self, shard: Shard, path: Path) -> None:
-        """Fetch or unpack a shard to `path`. What is there is replaced."""
-        if shard.packed is None:
+    @cached_property
+    def _number_by_name(self) -> dict[str, int]:
+        return {self.index[i].raw.name: i for i in range(len(self.index))}
+
+    def _restore(self, shard: Shard, path: Path) -> None:
+        """Fetch or unpack a shard to `path`, replacing what is there."""
+        if shard.compressed is None:
             self._fetch(shard.raw, path)
             return
-        packed = self.folder / shard.packed.name
-        check_inside(packed, self.folder)
-        trouble = self._trouble(packed, shard.packed)
-        if trouble and not self.remote:
-            raise DataError(
-                f"{packed} is damaged: {trouble}; prepare the data again or copy it anew"
-            )
-        if trouble:
-            self._fetch(shard.packed, packed)
+        compressed = self.folder / shard.compressed.name
+        check_inside(compressed, self.folder)
+        problem = self._problem(compressed, shard.compressed)
+        if problem and not self.remote:
+            raise _damaged(compressed, problem)
+        if problem:
+            self._fetch(shard.compressed, compressed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _unpack(packed, path, shard.raw)
+        _unpack(compressed, path, shard.raw)
         if self.remote:
-            packed.unlink(missing_ok=True)
+            compressed.unlink(missing_ok=True)
 
-    def _fetch(self, file: File, target: Path) -> None:
+    def _fetch(self, file: ShardFile, target: Path) -> None:
         assert self.remote is not None
         self.remote.fetch(
-            f"{self.place}/{file.name}", target, lambda path: describe_mismatch(path, file)
+            f"{self.name}/{file.name}", target, lambda path: describe_mismatch(path, file)
         )
 
 
-def _unpack(packed: Path, target: Path, raw: File) -> None:
-    """Write the raw form of a zstd file.
-
-    Raises DataError when it is not what the index says; never writes more than that.
-    """
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        with open(packed, "rb") as source, open(temporary, "wb") as out:
-            reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
-            left = raw.bytes
-            while data := reader.read(min(CHUNK, left + 1)):
-                left -= len(data)
-                if left < 0:
-                    raise DataError(
-                        f"{packed} unpacks to more than the {raw.bytes} bytes that its index says;"
-                        " it is damaged or hostile"
-                    )
-                out.write(data)
-        if trouble := describe_mismatch(temporary, raw):
-            raise DataError(
-                f"{packed} does not unpack to the shard of its index: {trouble}; prepare the data"
-                " again"
-            )
-        os.replace(temporary, target)
-    except zstandard.ZstdError as error:
-        raise DataError(
-            f"{packed} cannot be unpacked: {error}; prepare the data again or copy it anew"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class ShardCache:
-    """Keeps the files that can be made again below `limit` bytes (None: no limit).
+    """Keeps the copies of shards below `limit` bytes; None: no limit.
 
-    Those unused for longest go first.
-
-    Only what a store reports as made is ever deleted: the only copy of a shard never is. A file
-    that some process has mapped may be deleted; its map stays good. The processes of a machine look
-    at the files one after another, and not again before they may together have made as much as was
-    free then.
+    The least recently used are deleted first. Only what a store lists as a copy is ever deleted,
+    never the only copy of a shard. A file that some process has mapped may be deleted; its map
+    stays valid. The processes of a machine list the files one after another, and not again before
+    they may together have written as much as was free then.
     """
 
-    def __init__(self, node: ScratchFolder, limit: int | None) -> None:
-        self.node, self.limit = node, limit
+    def __init__(self, scratch: ScratchFolder, limit: int | None) -> None:
+        self.scratch, self.limit = scratch, limit
         self._stores: list[ShardStore] = []
         self._processes = int(os.environ.get("LOCAL_SIZE", "1"))
-        self._free = self._made = 0
+        self._free = self._written = 0
 
     def add(self, store: ShardStore) -> None:
+        """Include the copies of a store."""
         self._stores.append(store)
 
     def check(self, needed: int) -> None:
-        """Refuse a limit that does not hold the shards that are read at the same time.
+        """Refuse a limit below the `needed` bytes of the shards that are read at the same time.
 
-        Raises ConfigError.
+        Raises:
+            ConfigError: The limit is too low, or nothing is cached.
         """
         if self.limit is None:
             return
@@ -231,26 +209,67 @@ class ShardCache:
             raise ConfigError(
                 f"data.cache_limit_gib = {self.limit / 2**30:.3g}, but the shards that are read and"
                 f" read ahead together take {needed / 2**30:.3g} GiB; raise it, or every shard"
-                " would be made again and again"
+                " would be fetched or unpacked again and again"
             )
 
-    def trim(self, made: int = 0) -> None:
-        """Delete files when the limit may be passed. made: bytes of a file that this process has just made."""
+    def trim(self, written: int = 0) -> None:
+        """Delete copies if the limit may be exceeded.
+
+        Args:
+            written: Bytes of a copy that this process has just written.
+        """
         if self.limit is None:
             return
-        self._made += made * self._processes
-        if self._made < self._free:
+        self._written += written * self._processes
+        if self._written < self._free:
             return
-        with self.node.lock("trim"):
+        with self.scratch.lock("trim"):
             files = sorted(
-                (used, path, size) for store in self._stores for path, used, size in store.made()
+                (used, path, size) for store in self._stores for path, used, size in store.copies()
             )
             total = sum(size for _, _, size in files)
             if total > self.limit:
                 for used, path, size in files:
-                    # Just made: its reader may not have opened it yet
-                    if total <= ROOM * self.limit or used > time.time() - 1:
+                    # Just written: its reader may not have opened it yet
+                    if total <= _KEPT_SHARE * self.limit or used > time.time() - 1:
                         break
                     path.unlink(missing_ok=True)
                     total -= size
-            self._free, self._made = max(self.limit - total, 0), 0
+            self._free, self._written = max(self.limit - total, 0), 0
+
+
+def _damaged(path: Path, problem: str) -> DataError:
+    return DataError(f"{path} is damaged: {problem}; prepare the data again or copy it anew")
+
+
+def _unpack(compressed: Path, target: Path, raw: ShardFile) -> None:
+    """Write the raw form of a zstd file, never more bytes than its index says.
+
+    Raises:
+        DataError: It does not unpack to the file of the index.
+    """
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        with open(compressed, "rb") as source, open(temporary, "wb") as out:
+            reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
+            left = raw.bytes
+            while data := reader.read(min(CHUNK, left + 1)):
+                left -= len(data)
+                if left < 0:
+                    raise DataError(
+                        f"{compressed} unpacks to more than the {raw.bytes} bytes that its index"
+                        " says; it is damaged or hostile"
+                    )
+                out.write(data)
+        if problem := describe_mismatch(temporary, raw):
+            raise DataError(
+                f"{compressed} does not unpack to the shard of its index: {problem}; prepare the"
+                " data again"
+            )
+        os.replace(temporary, target)
+    except zstandard.ZstdError as error:
+        raise DataError(
+            f"{compressed} cannot be unpacked: {error}; prepare the data again or copy it anew"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,26 +1,25 @@
-"""SequenceSource read by mosaicml-streaming itself: data.backend = streaming.
+"""Streaming backend: sequences read by mosaicml-streaming itself (data.backend = streaming).
 
-The order stays ours; StreamingDataset serves as a store that is asked for sample i. So both
-backends give the same samples in the same order, each can be checked against the other, and
-StreamingDataset's traps are out of reach:
+The order stays nextpt's; StreamingDataset serves as a store that is asked for sample i. So both
+backends give the same sequences in the same order, each can be checked against the other, and
+StreamingDataset's pitfalls are avoided:
 
-- Its own iteration, with its worker processes, locks per sample and state without a fingerprint, is
-  not used; the state of a run is our position whichever backend reads. Everything its order depends
-  on is set all the same, never left to defaults.
+- Its own iteration, with worker processes, locks per sample and a state without a fingerprint, is
+  not used; the state of a run is our position with either backend. Everything its order depends on
+  is still set, never left to defaults.
 - It needs LOCAL_WORLD_SIZE, which deepspeed does not set (import_streaming does).
 - cache_limit deletes shards that have no remote: refused without data.remote.
-- It verifies a hash only when it downloads or unpacks; what lies on the disk is verified by our
-  store first.
+- It verifies a hash only when it downloads or unpacks; files on disk are verified by our store
+  first.
 - It refuses a folder that another StreamingDataset of the machine names, so two runs cannot share
-  one; the native backend can. It takes what a killed one left in shared memory for such another:
-  that is removed first.
+  one; the native backend can. It takes what a killed process left in shared memory for such a
+  dataset: that is removed first.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,18 @@ from nextpt.base.processes import mapped_files, open_files
 from nextpt.config import Config
 from nextpt.data.store import ShardStore
 
+_SHARED_MEMORY = Path("/dev/shm")
+
 
 def open_split(config: Config, stores: list[ShardStore]) -> Any:
-    """A StreamingDataset over the domains of a split that have rows, one after another.
+    """Open a StreamingDataset over the non-empty domains of a split, in order. Collective.
 
-    None when none has. Collective.
+    Returns:
+        The dataset; None when every domain is empty.
 
-    Raises ConfigError for settings that would lose data.
+    Raises:
+        ConfigError: The settings would lose data.
+        DataError: StreamingDataset cannot open it.
     """
     streaming = import_streaming()
 
@@ -54,7 +58,7 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
     remote = config.data.remote.rstrip("/") if config.data.remote else None
     streams = [
         streaming.Stream(
-            remote=f"{remote}/{store.place}" if remote else None, local=str(store.folder)
+            remote=f"{remote}/{store.name}" if remote else None, local=str(store.folder)
         )
         for store in stores
     ]
@@ -83,20 +87,25 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
         ) from error
 
 
-def remove_stale(folders: list[str], shared: Path = Path("/dev/shm")) -> None:
-    """Remove the shared memory of datasets in these folders that no process of this machine has open or mapped.
+def remove_stale(folders: list[str], shared: Path = _SHARED_MEMORY) -> None:
+    """Remove shared memory of datasets in these folders that no process has open or mapped.
 
     A job that is killed as a whole leaves it, and StreamingDataset would refuse the folders to the
-    next. To be called on every rank before it opens the first dataset: one that is opened maps what
-    others left, and creates nothing before all ranks are there.
+    next job. Every rank calls this before it opens its first dataset: opening one maps what others
+    left, and creates nothing before all ranks are there.
+
+    Args:
+        folders: Local folders of the datasets.
+        shared: Folder of POSIX shared memory.
     """
-    ours, groups = {os.path.abspath(folder) for folder in folders}, []
+    ours = {os.path.abspath(folder) for folder in folders}
+    groups: list[list[Path]] = []
     for path in shared.glob("[0-9]*_locals") if shared.is_dir() else ():
         try:
             data = path.read_bytes()
             theirs = data[4 : int.from_bytes(data[:4], "little")].decode().split("\0")[:-1]
         except (OSError, ValueError):
-            continue  # another user's, gone, or not what it seems
+            continue  # another user's, deleted meanwhile, or of another program
         if ours & {os.path.abspath(folder) for folder in theirs}:
             groups.append(list(shared.glob(f"{path.name.removesuffix('locals')}*")))
     used = set(open_files()) | set(mapped_files()) if groups else set()
@@ -107,11 +116,18 @@ def remove_stale(folders: list[str], shared: Path = Path("/dev/shm")) -> None:
 
 
 class StreamingSequences:
-    """SequenceSource of one domain out of a split's StreamingDataset. first: its sample that is the domain's row 0."""
+    """Sequences of one domain, read from a split's StreamingDataset.
+
+    Args:
+        store: Shards of the domain.
+        domain: Index to label the sequences with.
+        dataset: The StreamingDataset of the split.
+        first: Its sample that is the domain's first sequence.
+    """
 
     def __init__(self, store: ShardStore, domain: int, dataset: Any, first: int) -> None:
         self._store, self._domain, self._dataset, self._first = store, domain, dataset, first
-        self._starts = np.concatenate(([0], np.cumsum(store.index.samples)))
+        self._starts = np.concatenate(([0], np.cumsum(store.index.counts)))
         self._verified: set[int] = set()
 
     def __len__(self) -> int:
@@ -123,7 +139,7 @@ class StreamingSequences:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         name = self._store.index[shard].raw.name
         if shard not in self._verified and (self._store.folder / name).exists():
-            self._store.ready(shard)
+            self._store.ensure_local(shard)
             self._verified.add(shard)
         try:
             sample = self._dataset[self._first + index]
@@ -141,15 +157,14 @@ class StreamingSequences:
         )
 
     def prepare(self, shards: Iterable[int]) -> None:
-        """Nothing: StreamingDataset fetches a shard when it is asked for a row of it."""
+        """Do nothing: StreamingDataset fetches a shard when a sequence of it is read."""
 
 
-def open_streaming_sequences(
-    config: Config, stores: list[ShardStore], threads: ThreadPoolExecutor
-) -> list[StreamingSequences]:
-    """SequenceSource of every domain of a split. Collective. threads: not used."""
-    dataset, first, found = open_split(config, stores), 0, []
+def open_streaming_sequences(config: Config, stores: list[ShardStore]) -> list[StreamingSequences]:
+    """Open the sequences of every domain of a split. Collective."""
+    dataset, first = open_split(config, stores), 0
+    sources: list[StreamingSequences] = []
     for domain, store in enumerate(stores):
-        found.append(StreamingSequences(store, domain, dataset, first))
-        first += len(found[-1])
-    return found
+        sources.append(StreamingSequences(store, domain, dataset, first))
+        first += len(sources[-1])
+    return sources

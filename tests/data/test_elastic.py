@@ -182,7 +182,7 @@ def test_one_epoch_after_another(shards: Path) -> None:
     loader = Loader(
         tiny(shards, Path("unused"), train={"global_batch_size": 64, "micro_batch_size": 64}), 0, 1
     )
-    counts = [int(s.sum()) for s in loader.dataset.sequences_per_shard]
+    counts = [int(s.sum()) for s in loader.dataset.shard_sizes]
     domains, rows = loader._order.locate(0, sum(counts))
     for domain, count in enumerate(counts):
         given = rows[domains == domain]

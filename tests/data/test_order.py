@@ -47,14 +47,14 @@ def test_counts_of_blocks_are_exact_whatever_their_number(shares: list[float], b
     weights = quantise_shares(shares)
     mixture = Mixture(weights)
     for b in (block, block + 1, block + PERIOD):
-        amounts = mixture.amounts(b)
+        amounts = mixture.counts(b)
         assert amounts.min() >= 0 and int(amounts.sum()) == BLOCK
-        assert (mixture.before(b) + amounts == mixture.before(b + 1)).all()
+        assert (mixture.counts_before(b) + amounts == mixture.counts_before(b + 1)).all()
     # No drift, also after 10^12 samples
-    assert (mixture.before(block + PERIOD) - mixture.before(block) == weights).all()
-    for weight, given_samples in zip(weights, mixture.before(block), strict=True):
+    assert (mixture.counts_before(block + PERIOD) - mixture.counts_before(block) == weights).all()
+    for weight, given_samples in zip(weights, mixture.counts_before(block), strict=True):
         assert abs(int(given_samples) - Fraction(weight * block, PERIOD)) <= np.log2(PERIOD)
-    assert (mixture.before(0) == 0).all()
+    assert (mixture.counts_before(0) == 0).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -65,7 +65,7 @@ def test_a_pass_is_a_permutation_that_touches_few_shards_at_a_time(
     order, total = DomainOrder(np.array(samples), seed, 1), sum(samples)
     shard_of = np.repeat(np.arange(len(samples)), samples)
     for number in (0, 1, 10**9):
-        rows = order.rows(np.arange(number * total, (number + 1) * total))
+        rows = order.sequences(np.arange(number * total, (number + 1) * total))
         assert sorted(rows) == list(range(total))
         at, seen = 0, []
         while at < total:
@@ -80,10 +80,12 @@ def test_a_pass_is_a_permutation_that_touches_few_shards_at_a_time(
 
 def test_passes_and_windows_differ_and_mix_their_shards() -> None:
     order = DomainOrder(np.full(40, 50), 1, 1)
-    first, second = order.rows(np.arange(2000)), order.rows(np.arange(2000, 4000))
+    first, second = order.sequences(np.arange(2000)), order.sequences(np.arange(2000, 4000))
     assert (first != second).mean() > 0.9
     assert len(set(first[: WINDOW * 5] // 50)) > WINDOW // 2  # not one shard after another
-    assert (first[:800] != DomainOrder(np.full(40, 50), 2, 1).rows(np.arange(800))).mean() > 0.9
+    assert (
+        first[:800] != DomainOrder(np.full(40, 50), 2, 1).sequences(np.arange(800))
+    ).mean() > 0.9
     ahead, end = order.shards_ahead(1990, 2)
     assert (
         end == 2000
@@ -91,7 +93,7 @@ def test_passes_and_windows_differ_and_mix_their_shards() -> None:
         and set(ahead[8:]) == set(second[:800] // 50)
     )
     some = np.array([3, 790, 801, 1999, 2000, 3999])  # a rank's share has gaps
-    assert (order.rows(some) == np.concatenate((first, second))[some]).all()
+    assert (order.sequences(some) == np.concatenate((first, second))[some]).all()
 
 
 def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:
@@ -106,7 +108,9 @@ def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:
         for start in range(0, len(of_domain) - size, size):
             assert sorted(of_domain[start : start + size]) == list(range(size))
     for position in (0, 1, 2999, 3000, 4096, 5001, 9000):
-        assert order.given(position) == np.bincount(domains[:position], minlength=3).tolist()
+        assert (
+            order.domain_counts(position) == np.bincount(domains[:position], minlength=3).tolist()
+        )
     assert set(domains[5001:]) == {1} and abs((domains[3000:5001] == 2).mean() - 0.8) < 0.05
 
 
@@ -165,7 +169,7 @@ print(peak() - before)
 @pytest.mark.parametrize("position", [10**12, 2**53 + 1])
 def test_far_places_are_exact(position: int) -> None:
     order = GlobalOrder(plan((0, [0.6, 0.4])), [np.full(7, 5), np.full(3, 2)])
-    found = order.given(position)
+    found = order.domain_counts(position)
     assert sum(found) == position
     domain, _ = order[position]
-    assert order.given(position + 1)[domain] == found[domain] + 1
+    assert order.domain_counts(position + 1)[domain] == found[domain] + 1

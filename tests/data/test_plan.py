@@ -1,4 +1,4 @@
-"""Plans: stages, repeat caps, and which changes a state allows."""
+"""Data plans: stages, the limit on epochs, and which changes a state allows."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_stages_may_be_added_after_the_position(dataset: Path, later: list[dict[
 )
 def test_a_changed_past_is_refused(dataset: Path, later: dict[str, Any]) -> None:
     state = open_loader(dataset, mixing=A).state(50)
-    with pytest.raises(DataError, match="the plan before sample 400"):
+    with pytest.raises(DataError, match="the plan before sequence 400"):
         open_loader(dataset, **later).check_state(state)
 
 
@@ -102,7 +102,7 @@ def test_what_changed_is_named(dataset: Path, other: Path, monkeypatch: pytest.M
         open_loader(other, mixing=A).check_state(state)
     assert "plan" not in str(caught.value) and "version" not in str(caught.value)
     monkeypatch.setattr(loader_module, "ORDER_VERSION", 99)
-    with pytest.raises(DataError, match="the version of the order of samples .* and the dataset"):
+    with pytest.raises(DataError, match="the version of the order of sequences .* and the dataset"):
         open_loader(other, mixing=A).check_state(state)
     with pytest.raises(DataError, match="older nextpt"):
         open_loader(dataset).check_state({"fingerprint": "x", "position": 3})
@@ -112,14 +112,14 @@ def test_a_longer_run_is_the_same_plan(dataset: Path) -> None:
     open_loader(dataset, steps=1000).check_state(open_loader(dataset, steps=60).state(50))
 
 
-def test_repeat_caps_are_checked_over_the_whole_run(dataset: Path) -> None:
+def test_max_epochs_are_checked_over_the_whole_run(dataset: Path) -> None:
     rows = open_loader(dataset).manifest.splits["train"]["prose"].rows
     steps = 2 * rows // 8 + 1
     with pytest.raises(
         ConfigError,
         match=(
-            r"data.max_epochs allows 2 passes over domain prose, but the plan makes 2.0\d: \d+"
-            rf" samples of {rows} rows"
+            r"data.max_epochs allows 2 epochs over domain prose, but the plan has 2.0\d: \d+"
+            rf" draws from {rows} sequences"
         ),
     ):
         open_loader(dataset, steps=steps, mixing={"prose": 1}, max_epochs={"prose": 2})

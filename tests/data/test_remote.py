@@ -255,7 +255,7 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
 
     def trim_and_look(cache: ShardCache, made: int) -> None:
         for store in cache._stores:  # as if an hour had passed
-            for path, _, _ in store.made():
+            for path, _, _ in store.copies():
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(path, (path.stat().st_mtime - 3600,) * 2)
         trim(cache, made)
@@ -289,16 +289,18 @@ def test_the_one_unused_for_longest_goes_first_and_only_copies_do(
 ) -> None:
     loader = loader_of(packed, tmp_path / "cache", tmp_path)
     store = loader.dataset._stores["train"][0]
-    paths = [store.ready(i) for i in range(4)]
+    paths = [store.ensure_local(i) for i in range(4)]
     loader.close()
     for path in (*(tmp_path / "cache").rglob("*.mds"), *(tmp_path / "node" / "verified").iterdir()):
         os.utime(path, (1000, 1000))
     for path in paths:
         # The clock of files moved: marks are others now
-        store.node.mark(path, store.index[paths.index(path)].raw.xxh64).touch()
-    os.utime(store.node.mark(paths[2], store.index[2].raw.xxh64), (500, 500))
+        store.scratch.verified_marker(path, store.index[paths.index(path)].raw.xxh64).touch()
+    os.utime(store.scratch.verified_marker(paths[2], store.index[2].raw.xxh64), (500, 500))
     for i in (0, 1, 3):
-        os.utime(store.node.mark(paths[i], store.index[i].raw.xxh64), (2000 + i, 2000 + i))
+        os.utime(
+            store.scratch.verified_marker(paths[i], store.index[i].raw.xxh64), (2000 + i, 2000 + i)
+        )
     stranger = paths[0].parent / "notes.txt"
     stranger.write_text("mine" * 1000)
     cache = ShardCache(ScratchFolder(tmp_path / "node"), sum(p.stat().st_size for p in paths) - 1)

@@ -168,7 +168,7 @@ def test_a_missing_shard_is_refused_by_name(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: (d[0] + 1).to_bytes(1, "little") + d[1:], "rows"),
+        (lambda d: (d[0] + 1).to_bytes(1, "little") + d[1:], "sequences"),
         (lambda d: d[:4] + b"\xff\xff\xff\x7f" + d[8:], "offsets"),
         (lambda d: d + b"x", "offsets"),
         (lambda d: d[:-1], "offsets"),
@@ -231,9 +231,9 @@ def test_a_dataset_may_itself_be_a_link(copy: Path, tmp_path: Path) -> None:
         (lambda i: i["shards"][0]["raw_data"].pop("hashes"), "no xxh64 hash"),
         (lambda i: i["shards"][0].pop("samples"), "damaged: KeyError 'samples'"),
         (lambda i: i["shards"][0].update(samples=-1), "damaged"),
-        (lambda i: i["shards"][0].update(samples=1), "rows in index.json"),
-        (lambda i: i["shards"].pop(), "rows in index.json"),
-        (lambda i: i.update(shards=[]), "0 rows in index.json"),
+        (lambda i: i["shards"][0].update(samples=1), "sequences in index.json"),
+        (lambda i: i["shards"].pop(), "sequences in index.json"),
+        (lambda i: i.update(shards=[]), "0 sequences in index.json"),
         (lambda i: i.update(shards=["x"]), "damaged"),
         (lambda i: i["shards"][0].update(format="json"), "expected .* in mds"),
         (lambda i: i["shards"][0]["column_encodings"].__setitem__(0, "pkl"), "expected"),
@@ -279,16 +279,16 @@ def test_a_shard_is_hashed_once_per_machine_and_again_when_it_changes(
         )[1],
     )
     for _ in range(3):  # as many processes
-        store_of(copy, "train", "code", tmp_path / "node").ready(0)
+        store_of(copy, "train", "code", tmp_path / "node").ensure_local(0)
     assert hashed == [shard(copy)]
-    store_of(copy, "train", "code", tmp_path / "other machine").ready(0)
+    store_of(copy, "train", "code", tmp_path / "other machine").ensure_local(0)
     assert len(hashed) == 2
     data = shard(copy).read_bytes()
     shard(copy).write_bytes(_flip(bytearray(data)))
     with pytest.raises(DataError):
-        store_of(copy, "train", "code", tmp_path / "node").ready(0)
+        store_of(copy, "train", "code", tmp_path / "node").ensure_local(0)
     shard(copy).write_bytes(data)
-    store_of(copy, "train", "code", tmp_path / "node").ready(0)
+    store_of(copy, "train", "code", tmp_path / "node").ensure_local(0)
 
 
 def _hold(folder: str, ready: Any) -> None:
@@ -378,7 +378,7 @@ def test_other_compressions_are_refused(packed_copy: Path) -> None:
     edit_index(
         packed_copy, "train", "code", lambda index: index["shards"][0].update(compression="br:5")
     )
-    with pytest.raises(DataError, match="compression br:5 is not read"):
+    with pytest.raises(DataError, match="compression br:5 is not supported"):
         first_row(packed_copy)
 
 
@@ -393,7 +393,7 @@ def test_trouble_in_a_thread_comes_out_at_the_step_that_needs_it(
     domains, rows = loader._order.locate(0, 8 * 60)
     needed = [set() for _ in range(60)]
     for at, (domain, row) in enumerate(zip(domains, rows, strict=True)):
-        starts = np.concatenate(([0], np.cumsum(loader.dataset.sequences_per_shard[domain])))
+        starts = np.concatenate(([0], np.cumsum(loader.dataset.shard_sizes[domain])))
         needed[at // 8].add((int(domain), int(np.searchsorted(starts, row, side="right")) - 1))
     bad, step = next(
         (s, n)

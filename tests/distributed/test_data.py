@@ -35,7 +35,7 @@ def damage_shard(config: Config, steps: int = 9) -> tuple[Path, int]:
                 ):
                     shard = int(
                         np.searchsorted(
-                            np.cumsum(loader.dataset.sequences_per_shard[domain]), row, side="right"
+                            np.cumsum(loader.dataset.shard_sizes[domain]), row, side="right"
                         )
                     )
                     user.setdefault((int(domain), shard), set()).add((at, rank))
@@ -135,7 +135,7 @@ def test_stages_are_added_to_a_running_plan_and_its_past_stays(
     message = str(outcomes["changed past"])
     assert (
         "step-000000006 is not that of" in message
-        and "the plan before sample 48" in message
+        and "the plan before sequence 48" in message
         and "checkpoint.accept_changed_data=true" in message
     )
 

@@ -141,7 +141,7 @@ class ShardIndex:
         return data.decode()
 
     def _decode_shards(self, text: str) -> Iterator[Any]:
-        """Decode the items of `shards` one by one: all at once take five times the text's memory."""
+        """Decode the items of `shards` one by one; all at once take five times the memory."""
         decode = json.JSONDecoder().raw_decode
         try:
             at = text.index("[", text.index('"shards"')) + 1

@@ -22,12 +22,18 @@ from scipy.stats import chisquare
 
 from data_prep.tokenizer import Tokenizer
 from kernels.bench.machine import describe_machine, write_json
-from nextpt.config import Config
-from nextpt.evaluate.heldout import open_model
+from nextpt.evaluate.loaded_model import open_model
 from nextpt.evaluate.tokens import score_tokens
-from nextpt.generate import Continuation, Sampling, Wanted, generate, pick_device, prompt_tokens
-from nextpt.generate.decoding import Decoding
-from nextpt.generate.sample import distribution, draw, randomness
+from nextpt.generate import (
+    Continuation,
+    GenerationConfig,
+    Sampling,
+    generate,
+    pick_device,
+    prompt_tokens,
+)
+from nextpt.generate.decoding import DecodingBatch
+from nextpt.generate.sample import continuation_rng, distribution, draw
 from nextpt.model import Decoder
 
 PROMPTS = (
@@ -48,12 +54,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top-p 0.9": {"top_p": 0.9},
     "min-p 0.05": {"min_p": 0.05},
 }
-Opened = tuple[Config, Decoder, Tokenizer]
+Opened = tuple[Decoder, Tokenizer]
 
 
 def speed(opened: Opened, rows: int, rounds: int) -> float:
     """Median tokens per second of `rows` continuations decoded together."""
-    prompt = prompt_tokens(opened[0], opened[2], PROMPTS[0])
+    prompt = prompt_tokens(*opened, PROMPTS[0])
     rates = []
     for seed in range(rounds):
         begun = time.monotonic()
@@ -61,7 +67,7 @@ def speed(opened: Opened, rows: int, rounds: int) -> float:
             generate(
                 *opened,
                 [prompt],
-                Wanted(Sampling(seed=seed), TOKENS, samples=rows, batch_size=rows),
+                GenerationConfig(Sampling(seed=seed), TOKENS, samples=rows, batch_size=rows),
             )
         )
         rates.append(sum(len(c.tokens) for c in found) / (time.monotonic() - begun))
@@ -70,21 +76,25 @@ def speed(opened: Opened, rows: int, rounds: int) -> float:
 
 def difference(opened: Opened, found: list[Continuation]) -> float:
     """Largest difference, nats, between log-probabilities of generation and of one pass over the whole text."""
-    config, model, tokenizer = opened
+    model, tokenizer = opened
     worst = 0.0
     for prompt, c in zip(PROMPTS, found, strict=True):
-        document = np.array([*prompt_tokens(config, tokenizer, prompt), *c.tokens])
+        document = np.array([*prompt_tokens(model, tokenizer, prompt), *c.tokens])
         nats = score_tokens(
-            model, document, window=config.max_position, stride=config.max_position
+            model, document, window=model.max_position, stride=model.max_position
         ).nats[-len(c.tokens) :]
         worst = max(worst, float(np.abs(nats + np.array(c.logprobs)).max()))
     return worst
 
 
 def agreement(opened: Opened) -> dict[str, Any]:
-    prompts = [prompt_tokens(opened[0], opened[2], prompt) for prompt in PROMPTS]
+    prompts = [prompt_tokens(*opened, prompt) for prompt in PROMPTS]
     alone, together = (
-        list(generate(*opened, prompts, Wanted(Sampling(temperature=0), TOKENS, batch_size=size)))
+        list(
+            generate(
+                *opened, prompts, GenerationConfig(Sampling(temperature=0), TOKENS, batch_size=size)
+            )
+        )
         for size in (1, len(PROMPTS))
     )
     return {
@@ -113,14 +123,14 @@ def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 def frequencies(opened: Opened) -> dict[str, float]:
     """p-value of each setting."""
-    config, model, tokenizer = opened
-    logits = Decoding(
-        config, model, [prompt_tokens(config, tokenizer, WIDE)], config.max_position
+    model, tokenizer = opened
+    logits = DecodingBatch(
+        model, [prompt_tokens(model, tokenizer, WIDE)], model.max_position
     ).logits_BV
     found = {}
     for name, settings in SETTINGS.items():
         exact = distribution(logits, Sampling(**settings))
-        uniform = torch.from_numpy(randomness(0, 0, 0).random(DRAWS))
+        uniform = torch.from_numpy(continuation_rng(0, 0, 0).random(DRAWS))
         tokens = torch.cat(
             [draw(exact.expand(len(part), -1), part) for part in uniform.split(1000)]
         )
@@ -139,7 +149,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = pick_device()
-    opened = open_model(arguments.run, None, device)[:3]
+    loaded = open_model(arguments.run, None, device)
+    opened = (loaded.decoder, loaded.tokenizer)
     result = {
         "machine": describe_machine(device.type),
         "agreement": agreement(opened),

@@ -25,11 +25,11 @@ from launcher.tables.evaluation import compressor_table, evaluation_table
 from nextpt.base.errors import UserError
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.config import Config, load_config
-from nextpt.evaluate.evaluation import Protocol, evaluate_source
-from nextpt.evaluate.heldout import heldout_texts, open_model, write_result
-from nextpt.evaluate.source import open_source
+from nextpt.evaluate.evaluation import EvaluationProtocol, evaluate_model
+from nextpt.evaluate.heldout import heldout_texts, write_result
+from nextpt.evaluate.loaded_model import open_model
 from nextpt.events import read_events
-from nextpt.generate import Sampling, Wanted, generate, prompt_tokens
+from nextpt.generate import GenerationConfig, Sampling, generate, prompt_tokens
 from nextpt.generate.records import sample_record, save_samples
 from nextpt.observe.report import default_output, readable_duration, write_report
 from nextpt.observe.run_record import read_runs
@@ -171,10 +171,12 @@ def prove_resume(config: Config) -> int:
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Figures beside the compressors'; raises UserError when the model is worse than zlib."""
-    protocol = Protocol(stride=config.max_position // STRIDES_PER_WINDOW, compressors=True)
+    protocol = EvaluationProtocol(
+        stride=config.max_position // STRIDES_PER_WINDOW, compressors=True
+    )
     with progress_bars("evaluating") as progress:
-        result = evaluate_source(
-            open_source(config.run_dir),
+        result = evaluate_model(
+            open_model(config.run_dir),
             heldout_texts(Path(config.data.path)),
             protocol,
             progress=progress,
@@ -200,11 +202,12 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def sample(config: Config) -> None:
-    config, model, tokenizer, step = open_model(config.run_dir, None, "cpu")
+    loaded = open_model(config.run_dir)
+    model, tokenizer, step = loaded.decoder, loaded.tokenizer, loaded.step
     sampling = Sampling(0.7, top_p=0.95, seed=1)
     prompts = list(PROMPTS.values())
-    tokens = [prompt_tokens(config, tokenizer, prompt) for prompt in prompts]
-    found = list(generate(config, model, tokenizer, tokens, Wanted(sampling, max_tokens=100)))
+    tokens = [prompt_tokens(model, tokenizer, prompt) for prompt in prompts]
+    found = list(generate(model, tokenizer, tokens, GenerationConfig(sampling, max_tokens=100)))
     for kind, prompt, continuation in zip(PROMPTS, prompts, found, strict=True):
         echo(f"\n--- {kind} prompt: {json.dumps(prompt)}")
         echo(prompt + continuation.text)

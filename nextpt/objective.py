@@ -1,12 +1,15 @@
-"""The objective: L = -sum_i w_i log P(t_i | t_<i) / sum_i w_i, in nats per token.
+"""Training objective: weighted next-token loss, normalised once per optimizer step.
+
+    L = - sum_i w_i log P(t_i | t_<i) / sum_i w_i          (nats per token)
 
 The sum of weights runs over the whole optimizer step, all ranks and all micro-batches, so that the
 loss and its gradient are those of one big batch however it is divided and however uneven its
-documents are.
+documents are. A model's auxiliary losses are added with their coefficients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,24 +21,44 @@ from nextpt.model import Decoder
 
 
 class Loss(NamedTuple):
-    """total: fp32 scalar, divided by the weight sum, z_loss included. z_loss: detached. nats: detached [B, T]."""
+    """Loss of one micro-batch, as its part of the optimizer step's loss.
+
+    Attributes:
+        total: fp32 scalar that is differentiated: the weighted nats, the z-loss and the auxiliary
+            losses, each divided by the weight sum of the step.
+        z_loss: The z-loss in `total`, detached scalar.
+        nats: -log P of every target, unweighted, detached fp32 [B, T]; 0 where there is no target.
+        auxiliary_losses: Name -> its contribution to `total`, detached scalar.
+    """
 
     total: Tensor
     z_loss: Tensor
     nats: Tensor
+    auxiliary_losses: dict[str, Tensor]
 
 
 def next_token_loss(
-    model: Decoder, batch: Batch, weight_sum: Tensor | float, z_loss_coefficient: float = 0.0
+    model: Decoder,
+    batch: Batch,
+    weight_sum: Tensor | float,
+    z_loss_coefficient: float = 0.0,
+    auxiliary_coefficients: Mapping[str, float] | None = None,
 ) -> Loss:
-    """Weighted loss of one micro-batch under teacher forcing: every token is the target of those before it.
+    """Compute the weighted loss of one micro-batch under teacher forcing.
 
-    weight_sum: sum of token weights of the whole optimizer step (fp32 scalar). z_loss_coefficient:
-    factor of log^2 Z (arXiv 2204.02311 section 5). Padding and targets in another document carry weight 0
-    and are ignored.
+    Targets that are padding or lie in another document carry weight 0 and are ignored.
+
+    Args:
+        model: Returns hidden states and auxiliary losses (`DecoderOutput`).
+        batch: The micro-batch.
+        weight_sum: Sum of the token weights of the whole optimizer step, fp32 scalar.
+        z_loss_coefficient: Coefficient of log^2 Z (PaLM, arXiv 2204.02311 section 5).
+        auxiliary_coefficients: Name of an auxiliary loss -> its coefficient, 1 by default. Each
+            loss is a mean over a micro-batch; it counts by the micro-batch's share of `weight_sum`,
+            so that the step's value is the weighted mean over micro-batches and ranks.
     """
     documents = PackedDocuments.from_document_ids(batch.document_ids)
-    hidden_BTD = model(batch.tokens, batch.position_ids, documents)
+    hidden_BTD, auxiliary_losses = model(batch.tokens, batch.position_ids, documents)
     output = model.lm_head(
         hidden_BTD.flatten(0, 1),
         batch.targets.flatten(),
@@ -43,11 +66,19 @@ def next_token_loss(
         weight_sum,
         z_loss_coefficient,
     )
-    return Loss(output.loss, output.z_loss, output.nats.view_as(batch.targets))
+    total, contributions = output.loss, {}
+    if auxiliary_losses:
+        coefficients = auxiliary_coefficients or {}
+        share = batch.token_weights.sum() / weight_sum
+        for name, loss in auxiliary_losses.items():
+            contribution = coefficients.get(name, 1.0) * share * loss.float()
+            total = total + contribution
+            contributions[name] = contribution.detach()
+    return Loss(total, output.z_loss, output.nats.view_as(batch.targets), contributions)
 
 
 def local_weight_sum(batches: list[Batch]) -> Tensor:
-    """Sum of token weights over micro-batches, fp32 scalar on their device.
+    """Sum the token weights over micro-batches; fp32 scalar on their device.
 
     Ignored targets carry weight 0.
     """

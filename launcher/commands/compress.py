@@ -103,11 +103,11 @@ def _open_coder(run: Path, step: int | None) -> FileCoder:
     # cuBLAS is deterministic only with a workspace of a fixed size, which it reads when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from nextpt.evaluate.coding.files import FileCoder
-    from nextpt.evaluate.source import open_source
+    from nextpt.evaluate.loaded_model import open_model
     from nextpt.generate.text import pick_device
 
-    source = open_source(run, step, pick_device(), decoder_only=True)
-    return FileCoder(source.config, source.model, source.tokenizer)
+    source = open_model(run, step, pick_device(), decoder_only=True)
+    return FileCoder(source.decoder, source.tokenizer)
 
 
 def _print_result(result: dict[str, Any], given: Path | None) -> None:

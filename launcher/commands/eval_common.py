@@ -11,7 +11,7 @@ from launcher.console import echo
 from nextpt.base.errors import UserError
 
 if TYPE_CHECKING:
-    from nextpt.evaluate.source import Source
+    from nextpt.evaluate.loaded_model import LoadedModel
 
 Json = dict[str, Any]
 
@@ -65,7 +65,7 @@ class EvaluationInputs:
         if not self.all_steps:
             return [self.step]
         from nextpt.checkpoint.folders import list_checkpoints, step_of
-        from nextpt.evaluate.heldout import open_run
+        from nextpt.evaluate.loaded_model import open_run
 
         open_run(self.path)  # raises where the run has no valid checkpoint
         valid, *_ = list_checkpoints(self.path / "checkpoints")
@@ -73,7 +73,7 @@ class EvaluationInputs:
 
     def open(
         self, step: int | None, *, decoder_only: bool = False
-    ) -> tuple[Source, dict[str, list[str]]]:
+    ) -> tuple[LoadedModel, dict[str, list[str]]]:
         """Open the model at a step and read the documents.
 
         Args:
@@ -88,7 +88,7 @@ class EvaluationInputs:
             DataError: The documents cannot be read.
         """
         from nextpt.evaluate.heldout import heldout_texts, text_files
-        from nextpt.evaluate.source import open_source
+        from nextpt.evaluate.loaded_model import open_model
         from nextpt.generate import pick_device
 
         texts = None  # read before the model, so that an error costs no time
@@ -96,8 +96,8 @@ class EvaluationInputs:
             texts = text_files(self.text)
         elif self.data:
             texts = heldout_texts(self.data)
-        source = open_source(self.path, step, pick_device(), decoder_only=decoder_only)
-        return source, texts or heldout_texts(Path(source.config.data.path))
+        source = open_model(self.path, step, pick_device(), decoder_only=decoder_only)
+        return source, texts or heldout_texts(source.dataset)
 
 
 @dataclass(frozen=True)

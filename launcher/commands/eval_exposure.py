@@ -9,12 +9,12 @@ from launcher.commands.eval_common import EvaluationInputs, ResultFiles
 from launcher.console import build_table, console, echo, format_half_width, progress_bars
 
 if TYPE_CHECKING:
-    from nextpt.evaluate.exposure import Exposure
+    from nextpt.evaluate.exposure import ExposureProtocol
 
 ARMS = ("real", "sampled", "greedy")
 
 
-def run_exposure(inputs: EvaluationInputs, exposure: Exposure, files: ResultFiles) -> None:
+def run_exposure(inputs: EvaluationInputs, exposure: ExposureProtocol, files: ResultFiles) -> None:
     """Measure the exposure bias, print the tables, write the files. Raises UserError."""
     from nextpt.evaluate.exposure import exposure_bias
     from nextpt.observe.exposure_plot import plot_exposure

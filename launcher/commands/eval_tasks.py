@@ -104,7 +104,7 @@ def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -
             texts,
             request.built_in,
             items=request.items or DEFAULT_ITEMS,
-            rows=request.rows,
+            batch_size=request.rows,
             seed=request.seed,
             resamples=request.resamples,
             progress=progress,
@@ -119,7 +119,7 @@ def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -
     }
     if request.harness:
         result["harness"] = run_harness(
-            source, request.harness, request.include, limit=request.items, rows=request.rows
+            source, request.harness, request.include, limit=request.items, batch_size=request.rows
         )
     return result
 

@@ -17,10 +17,10 @@ from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
 if TYPE_CHECKING:
-    from nextpt.evaluate.evaluation import Protocol
+    from nextpt.evaluate.evaluation import EvaluationProtocol
 
 INPUT, METHOD, ADDITIONS = "What is evaluated", "Method", "Additional metrics"
-EXPOSURE, TASKS = "Exposure bias", "Tasks"
+EXPOSURE, TASKS = "ExposureProtocol bias", "Tasks"
 
 Run = Annotated[Path | None, typer.Option("--run", help="run folder, such as runs/demo")]
 Model = Annotated[
@@ -177,8 +177,8 @@ def evaluate(
     Also by context and by token frequency. Metrics are ratios of sums. bits/byte leaves special
     tokens out; "with EOD" includes the cost of the end-of-document tokens.
     """
-    from nextpt.evaluate.evaluation import Protocol
-    from nextpt.evaluate.exposure import Exposure
+    from nextpt.evaluate.evaluation import EvaluationProtocol
+    from nextpt.evaluate.exposure import ExposureProtocol
     from nextpt.observe.evaluation_plot import check_plot_format
 
     inputs = EvaluationInputs(run, model, step, all_steps, data, text)
@@ -206,17 +206,21 @@ def evaluate(
     if not exposure_bias and (prefix is not None or continuation is not None):
         raise UserError("--prefix and --continuation are for --exposure-bias")
     if exposure_bias:
-        exposure = Exposure(prefix, continuation, stretches, rows, resamples, seed)
+        exposure = ExposureProtocol(prefix, continuation, stretches, rows, resamples, seed)
         run_exposure(inputs, exposure, ResultFiles([json_path], plot))
     elif request:
         run_tasks(inputs, request, ResultFiles([json_path], plot))
     else:
-        protocol = Protocol(window, stride, rows, ranks, resamples, seed, compressors, harness)
+        protocol = EvaluationProtocol(
+            window, stride, rows, ranks, resamples, seed, compressors, harness
+        )
         saved = run / "evaluation.json" if run and save else None
         run_evaluation(inputs, protocol, ResultFiles([json_path, saved], plot))
 
 
-def run_evaluation(inputs: EvaluationInputs, protocol: Protocol, files: ResultFiles) -> None:
+def run_evaluation(
+    inputs: EvaluationInputs, protocol: EvaluationProtocol, files: ResultFiles
+) -> None:
     """Evaluate at every step of the inputs, print the tables, write the files."""
     from launcher.tables.evaluation import curve_table
     from nextpt.observe.evaluation_plot import plot_evaluation
@@ -231,15 +235,17 @@ def run_evaluation(inputs: EvaluationInputs, protocol: Protocol, files: ResultFi
     files.write(result, partial(plot_evaluation, result))
 
 
-def _evaluate(inputs: EvaluationInputs, step: int | None, protocol: Protocol) -> dict[str, Any]:
-    from nextpt.evaluate.evaluation import evaluate_source
+def _evaluate(
+    inputs: EvaluationInputs, step: int | None, protocol: EvaluationProtocol
+) -> dict[str, Any]:
+    from nextpt.evaluate.evaluation import evaluate_model
     from nextpt.evaluate.frequency import training_counts
 
     source, texts = inputs.open(step)
-    folder = inputs.data or (Path(source.config.data.path) if source.is_run else None)
+    folder = inputs.data or source.data
     counts = training_counts(folder, source.tokenizer) if folder else None
     with progress_bars("evaluating") as progress:
-        return evaluate_source(source, texts, protocol, counts=counts, progress=progress)
+        return evaluate_model(source, texts, protocol, counts=counts, progress=progress)
 
 
 def _print_result(result: dict[str, Any]) -> None:

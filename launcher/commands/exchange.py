@@ -22,7 +22,7 @@ def hf_export(
     dtype: Annotated[str, typer.Option(help="dtype of the weights: fp32 or bf16")] = "fp32",
 ) -> None:
     """Write safetensors, config and tokenizer that transformers loads with the same logits."""
-    from nextpt.evaluate.heldout import open_run
+    from nextpt.evaluate.loaded_model import open_run
     from nextpt.exchange import export_hf
 
     checkpoint = open_run(run, step)
@@ -33,7 +33,7 @@ def hf_export(
 
 def deepspeed_export(run: RunFolder, output: Output, step: Step = None) -> None:
     """Write the fp32 weights in DeepSpeed's layout, with its zero_to_fp32.py."""
-    from nextpt.evaluate.heldout import open_run
+    from nextpt.evaluate.loaded_model import open_run
     from nextpt.exchange import export_deepspeed
 
     checkpoint = open_run(run, step)

@@ -16,8 +16,14 @@ from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
 if TYPE_CHECKING:
-    from nextpt.evaluate.source import Source
-    from nextpt.generate import Beams, Continuation, Ending, Sampling, Wanted
+    from nextpt.evaluate.loaded_model import LoadedModel
+    from nextpt.generate import (
+        BeamSearchConfig,
+        Continuation,
+        FinishReason,
+        GenerationConfig,
+        Sampling,
+    )
 
 DEFAULT_TEMPERATURE = 0.8
 DEFAULT_LENGTH_PENALTY = 0.6  # see nextpt.generate.beam
@@ -91,8 +97,8 @@ def generate(
     A continuation ends at the end of the document, at a stop string, at --max-tokens, or at the
     model's last position.
     """
-    from nextpt.evaluate.source import open_source
-    from nextpt.generate import Wanted, pick_device, prompt_tokens
+    from nextpt.evaluate.loaded_model import open_model
+    from nextpt.generate import GenerationConfig, pick_device, prompt_tokens
     from nextpt.generate.prompts import read_prompts
 
     if prompt is not None and prompts is not None:
@@ -108,16 +114,16 @@ def generate(
     refused = [*sampling_options, *(["save"] if save else [])]
     beam_search = _beam_search(beams, length_penalty, refused)
     sampling = _sampling(sampling_options, seed)
-    request = Wanted(sampling, max_tokens, tuple(stop or ()), samples, batch_size)
+    request = GenerationConfig(sampling, max_tokens, tuple(stop or ()), samples, batch_size)
     texts = read_prompts(prompts) if prompts else {"the prompt": prompt or ""}
-    source = open_source(run, step, pick_device(), decoder_only=True)
+    source = open_model(run, step, pick_device(), decoder_only=True)
     if save and not source.is_run:
         raise UserError(
             f"--save writes samples for the report of a run, and {run} is a Hugging Face folder;"
             " use --json"
         )
     tokens = [
-        prompt_tokens(source.config, source.tokenizer, text, name) for name, text in texts.items()
+        prompt_tokens(source.decoder, source.tokenizer, text, name) for name, text in texts.items()
     ]
     generation = Generation(run, source, texts, tokens, request, beam_search)
     generation.run_and_print()
@@ -141,11 +147,11 @@ class Generation:
     """
 
     folder: Path
-    source: Source
+    source: LoadedModel
     texts: dict[str, str]
     tokens: list[list[int]]
-    request: Wanted
-    beams: Beams | None
+    request: GenerationConfig
+    beams: BeamSearchConfig | None
 
     def __post_init__(self) -> None:
         self.continuations: list[Continuation] = []
@@ -153,7 +159,7 @@ class Generation:
 
     def run_and_print(self) -> None:
         """Print a single sampled continuation as it is decoded, others when they are complete."""
-        from nextpt.generate import Ending
+        from nextpt.generate import FinishReason
 
         streams = self.is_single and self.beams is None
         if streams:
@@ -165,13 +171,13 @@ class Generation:
                 nats = -sum(continuation.logprobs) / len(continuation.tokens)
                 echo(
                     f"--- {name}, sample {continuation.sample + 1}:"
-                    f" {_describe(continuation.ending)}; {len(continuation.tokens)} tokens,"
+                    f" {_describe(continuation.finish_reason)}; {len(continuation.tokens)} tokens,"
                     f" {nats:.3f} nats each"
                 )
             _write("\n" if streams else text + continuation.text + "\n")
-            if self.is_single and continuation.ending is Ending.CONTEXT:
+            if self.is_single and continuation.finish_reason is FinishReason.CONTEXT:
                 print(
-                    f"note: {_describe(continuation.ending)} ({self.source.config.max_position}"
+                    f"note: {_describe(continuation.finish_reason)} ({self.source.model.max_position}"
                     " tokens, including the prompt)",
                     file=sys.stderr,
                 )
@@ -179,7 +185,7 @@ class Generation:
     def _continuations(self, streams: bool) -> Iterable[Continuation]:
         from nextpt.generate import beam_search, generate
 
-        model = (self.source.config, self.source.model, self.source.tokenizer)
+        model = (self.source.decoder, self.source.tokenizer)
         if self.beams:
             for number, prompt in enumerate(self.tokens):
                 yield from beam_search(*model, prompt, self.request, self.beams, number)
@@ -237,7 +243,7 @@ def _sampling(options: dict[str, Any], seed: int) -> Sampling:
 
 def _beam_search(
     width: int | None, length_penalty: float | None, sampling_options: list[str]
-) -> Beams | None:
+) -> BeamSearchConfig | None:
     """Build the beam search, or None without --beams.
 
     Args:
@@ -248,7 +254,7 @@ def _beam_search(
     Raises:
         UserError: An option of sampling is given with --beams, or --length-penalty without it.
     """
-    from nextpt.generate import Beams
+    from nextpt.generate import BeamSearchConfig
 
     if width is None:
         if length_penalty is not None:
@@ -259,18 +265,20 @@ def _beam_search(
         raise UserError(
             f"{option} is an option of sampling and --beams does not sample; leave one of them out"
         )
-    return Beams(width, DEFAULT_LENGTH_PENALTY if length_penalty is None else length_penalty)
+    return BeamSearchConfig(
+        width, DEFAULT_LENGTH_PENALTY if length_penalty is None else length_penalty
+    )
 
 
-def _describe(ending: Ending | None) -> str:
-    from nextpt.generate import Ending
+def _describe(ending: FinishReason | None) -> str:
+    from nextpt.generate import FinishReason
 
     assert ending is not None  # the continuation is complete
     return {
-        Ending.DOCUMENT: "end of the document",
-        Ending.STOP: "stop string",
-        Ending.LENGTH: "maximum number of tokens",
-        Ending.CONTEXT: "the model's last position is reached",
+        FinishReason.DOCUMENT: "end of the document",
+        FinishReason.STOP: "stop string",
+        FinishReason.LENGTH: "maximum number of tokens",
+        FinishReason.CONTEXT: "the model's last position is reached",
     }[ending]
 
 

@@ -49,17 +49,17 @@ def canaries(
     plot: PlotFile = None,
 ) -> None:
     """Measure extraction and exposure of canaries by the number of times they were shown."""
-    from nextpt.evaluate.heldout import open_model
+    from nextpt.evaluate.loaded_model import open_model
     from nextpt.evaluate.memorization.canaries import read_canaries
     from nextpt.evaluate.memorization.measure import measure_canaries
     from nextpt.generate.text import pick_device
     from nextpt.observe.memorization_plots import plot_canaries
 
     planted = read_canaries(folder)
-    config, model, tokenizer, checkpoint_step = open_model(run, step, pick_device())
+    loaded = open_model(run, step, pick_device(), decoder_only=True)
     with progress_bars("measuring") as progress:
-        by_repeats = measure_canaries(config, model, tokenizer, planted, progress)
-    result = {"run": str(run), "step": checkpoint_step, "by_repeats": by_repeats}
+        by_repeats = measure_canaries(loaded.decoder, loaded.tokenizer, planted, progress)
+    result = {"run": str(run), "step": loaded.step, "by_repeats": by_repeats}
     rows = [
         [
             repeats if int(repeats) else "never",
@@ -71,7 +71,7 @@ def canaries(
         for repeats, metrics in by_repeats.items()
     ]
     headings = ["shown", "texts", "extracted, %", "tokens agree, %", "exposure, bits"]
-    title = f"canaries, step {checkpoint_step} (95 % intervals)"
+    title = f"canaries, step {loaded.step} (95 % intervals)"
     console.print(build_table(title, headings, rows))
     _write(result, json_path, plot, plot_canaries)
 
@@ -92,18 +92,17 @@ def extract(
     """Measure how often a model continues training and held-out documents token for token."""
     from data_prep.format import SPLITS
     from nextpt.data.dataset import open_sequences
-    from nextpt.evaluate.heldout import open_model
+    from nextpt.evaluate.loaded_model import open_model
     from nextpt.evaluate.memorization.measure import measure_extraction
     from nextpt.generate.text import pick_device
     from nextpt.observe.memorization_plots import plot_extraction
 
     lengths = _parse_lengths(prefixes)
-    config, model, _, checkpoint_step = open_model(run, step, pick_device())
-    folder = data or Path(config.data.path)
+    loaded = open_model(run, step, pick_device(), decoder_only=True)
+    folder = data or loaded.dataset
     with progress_bars("continuing") as progress:
         metrics = measure_extraction(
-            config,
-            model,
+            loaded.decoder,
             {split: list(open_sequences(folder, split).values()) for split in SPLITS},
             prefixes=lengths,
             continuation=continuation,
@@ -113,7 +112,7 @@ def extract(
         )
     result = {
         "run": str(run),
-        "step": checkpoint_step,
+        "step": loaded.step,
         "continuation": continuation,
         "seed": seed,
     } | metrics

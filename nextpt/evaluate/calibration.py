@@ -1,9 +1,9 @@
-"""Whether what is predicted with probability p comes in a share p of the cases.
+"""Calibration: predicted probability against observed frequency.
 
-Two curves. `top`: only the most probable token of each place counts, in 15 equal bins, and the
+Two curves. `top`: only the most probable token of each position counts, in 15 equal bins, and the
 expected calibration error is sum_b n_b / n |share of hits in b - mean probability in b| (arXiv
-1706.04599, eq. 3). `every`: all tokens of the vocabulary count at each place, in bins that widen by
-the square root of ten, so that rare tokens are seen too.
+1706.04599, eq. 3). `every`: all tokens of the vocabulary count at each position, in bins that widen
+by the square root of ten, so that rare tokens are seen too.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ CONFIDENCE = 0.95
 
 
 class Reliability:
-    """Predictions and hits per bin of the predicted probability. edges: rising, from 0 to 1.
+    """Counts of predictions and hits per bin of the predicted probability.
 
-    A bin holds its lower edge.
+    Args:
+        edges: Edges of the bins, rising from 0 to 1; a bin holds its lower edge.
     """
 
     def __init__(self, edges: np.ndarray) -> None:
@@ -33,32 +34,37 @@ class Reliability:
         self.sums = torch.zeros(len(edges) - 1, dtype=torch.float64)
 
     def add(self, probabilities: Tensor, hits: Tensor) -> None:
-        """Probabilities [n] of predictions, and [m] of those among them that came true."""
+        """Add predictions.
+
+        Args:
+            probabilities: Predicted probabilities, [n].
+            hits: Those among them that came true, [m].
+        """
         bins = len(self.counts)
-        place, came = (
+        all_bins, hit_bins = (
             torch.bucketize(p.double(), self._inner.to(p.device), right=True)
             for p in (probabilities, hits)
         )
-        self.counts += torch.bincount(place, minlength=bins).cpu()
-        self.hits += torch.bincount(came, minlength=bins).cpu()
-        self.sums += torch.bincount(place, weights=probabilities.double(), minlength=bins).cpu()
+        self.counts += torch.bincount(all_bins, minlength=bins).cpu()
+        self.hits += torch.bincount(hit_bins, minlength=bins).cpu()
+        self.sums += torch.bincount(all_bins, weights=probabilities.double(), minlength=bins).cpu()
 
     @property
     def expected_error(self) -> float:
-        """The expected calibration error; nan where nothing was predicted."""
+        """Expected calibration error; nan without predictions."""
         return float((self.hits - self.sums).abs().sum() / self.counts.sum())
 
     def bins(self) -> list[dict[str, Any]]:
-        """Of each bin that holds predictions: edges, count, mean probability, share that came true and its Wilson interval.
+        """Describe each bin that holds predictions, for JSON.
 
-        The interval takes predictions for independent; those of neighbouring tokens are nearly so
-        at best.
+        `interval` is the Wilson interval of the observed share. It takes predictions for
+        independent; those of neighbouring tokens are nearly so at best.
         """
-        found = []
+        described = []
         for i in self.counts.nonzero().flatten().tolist():
             count, hits = int(self.counts[i]), int(self.hits[i])
             interval = binomtest(hits, count).proportion_ci(CONFIDENCE, method="wilson")
-            found.append(
+            described.append(
                 {
                     "low": float(self.edges[i]),
                     "high": float(self.edges[i + 1]),
@@ -68,18 +74,23 @@ class Reliability:
                     "interval": [interval.low, interval.high],
                 }
             )
-        return found
+        return described
 
 
 class Calibration:
-    """Both curves over the places that were added."""
+    """Both curves over the positions that were added."""
 
     def __init__(self) -> None:
         self.places = 0
         self.top, self.every = Reliability(TOP_BINS), Reliability(EVERY_BINS)
 
     def add(self, logprobs_NV: Tensor, targets_N: Tensor) -> None:
-        """logprobs: of the whole vocabulary at n places. targets: int64 [n], the tokens that came."""
+        """Add n positions.
+
+        Args:
+            logprobs_NV: Log-probabilities of the whole vocabulary.
+            targets_N: The tokens that came, int64.
+        """
         probabilities = logprobs_NV.exp().clamp(max=1.0)
         top, best = probabilities.max(-1)
         self.places += len(targets_N)
@@ -89,7 +100,7 @@ class Calibration:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. Probabilities are shares of 1; intervals are of 95 %."""
+        """Describe the curves for JSON; probabilities are shares of 1, intervals are of 95 %."""
         return {
             "places": self.places,
             "confidence": CONFIDENCE,

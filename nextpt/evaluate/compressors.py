@@ -19,16 +19,19 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 with suppress(ImportError):  # of the extra `compressors`
     import pyppmd
 
-    # 7-Zip's PPMd, of order 6 as its own default; memory for far more than any text that is
-    # compared here
+    # 7-Zip's PPMd, of order 6 as its own default, with memory for far more than any text that is
+    # compared
     COMPRESSORS["PPMd -o6"] = lambda data: pyppmd.compress(data, max_order=6, mem_size=2**28)
 
 
 def compare(documents: list[bytes]) -> dict[str, dict[str, float]]:
-    """{compressor: {"bpb_documents", "bpb_concatenated"}}: bits per byte one by one, and on all of them joined.
+    """Compress documents one by one, and all of them joined.
 
-    Joined, a compressor learns from all documents before the one it codes; a model learned from
-    other ones before.
+    Joined, a compressor learns from all documents before the one that it codes; a model learned
+    from other ones before.
+
+    Returns:
+        Compressor -> "bpb_documents" and "bpb_concatenated", bits per byte; {} without bytes.
     """
     joined = b"".join(documents)
     if not joined:
@@ -44,17 +47,22 @@ def compare(documents: list[bytes]) -> dict[str, dict[str, float]]:
     }
 
 
-def compare_file(data: bytes, before: bytes = b"") -> dict[str, dict[str, float]]:
-    """{compressor: {"bytes", "bits_per_byte"}} of one file. before: what each has read first.
+def compare_file(data: bytes, prefix: bytes = b"") -> dict[str, dict[str, float]]:
+    """Compress one file.
 
-    Then it is what `data` adds to that.
+    Args:
+        data: Content of the file.
+        prefix: What each compressor reads first; the size is what `data` adds to it.
+
+    Returns:
+        Compressor -> "bytes" and "bits_per_byte"; {} without bytes.
     """
     if not data:
         return {}
-    found = {
-        name: len(compress(before + data)) - (len(compress(before)) if before else 0)
+    sizes = {
+        name: len(compress(prefix + data)) - (len(compress(prefix)) if prefix else 0)
         for name, compress in COMPRESSORS.items()
     }
     return {
-        name: {"bytes": size, "bits_per_byte": 8 * size / len(data)} for name, size in found.items()
+        name: {"bytes": size, "bits_per_byte": 8 * size / len(data)} for name, size in sizes.items()
     }

@@ -1,4 +1,4 @@
-"""Scoring whole documents: sliding windows, every token predicted once.
+"""Scoring of whole documents with sliding windows; every token is predicted once.
 
 A document is [start] + tokens + [end]. Windows of `window` inputs move by `stride`; each scores
 only the targets that no earlier window scored, so all but those of the first window have at least
@@ -12,30 +12,48 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nextpt.data.batch import IGNORE_INDEX
-from nextpt.evaluate.foreign import ForeignModel
+from nextpt.evaluate.hugging_face import HuggingFaceModel
 from nextpt.evaluate.metrics import Metrics
 from nextpt.model import Decoder
+
+# Called with the share of the work that is done, 0 to 1
+Progress = Callable[[float], None]
+
+
+def ignore_progress(share: float) -> None:
+    """`Progress` that does nothing."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs tokens[start:stop], targets tokens[start+1:stop+1].
+    """One forward pass over a part of a document.
 
-    Targets before `fresh` (an offset) are not scored.
+    Attributes:
+        document: Number of the document.
+        start: First input token; inputs are tokens[start:stop], targets tokens[start+1:stop+1].
+        stop: End of the inputs.
+        first_scored: Offset of the first target that is scored.
     """
 
     document: int
     start: int
     stop: int
-    fresh: int
+    first_scored: int
 
 
-def windows(lengths: list[int], window: int, stride: int) -> Iterator[Window]:
-    """Windows that predict each of `length - 1` targets of every document exactly once.
+def sliding_windows(lengths: list[int], window: int, stride: int) -> Iterator[Window]:
+    """Plan windows that predict each of the length - 1 targets of every document exactly once.
 
-    Raises ValueError unless 1 <= stride <= window.
+    Args:
+        lengths: Tokens of each document, start and end included.
+        window: Most inputs of a window.
+        stride: Inputs by which windows move on.
+
+    Raises:
+        ValueError: Unless 1 <= stride <= window.
     """
     if not 1 <= stride <= window:
         raise ValueError(f"stride {stride} must be between 1 and the window of {window} tokens")
@@ -48,10 +66,11 @@ def windows(lengths: list[int], window: int, stride: int) -> Iterator[Window]:
 
 
 def harness_windows(lengths: list[int], window: int) -> Iterator[Window]:
-    """Windows as lm-evaluation-harness rolls them (context_len 1): disjoint, but the last has `window` inputs all the same.
+    """Plan windows as lm-evaluation-harness rolls them (context_len 1).
 
-    So the last targets of a document have more context than `windows` with stride = window gives
-    them (lm_eval/utils.py, get_rolling_token_windows).
+    They are disjoint, except that the last has `window` inputs too. So the last targets of a
+    document have more context than `sliding_windows` with stride = window gives them
+    (lm_eval/utils.py, get_rolling_token_windows).
     """
     for document, length in enumerate(lengths):
         for scored in range(0, length - 1, window):
@@ -60,92 +79,116 @@ def harness_windows(lengths: list[int], window: int) -> Iterator[Window]:
             yield Window(document, start, stop, scored - start)
 
 
-def contexts(length: int, planned: Iterator[Window] | Sequence[Window]) -> np.ndarray:
-    """int64 [length - 1]: tokens before each target of one document that its window shows, the start token among them."""
-    found = np.zeros(length - 1, dtype=np.int64)
-    for w in planned:
-        found[w.start + w.fresh : w.stop] = np.arange(w.fresh + 1, w.stop - w.start + 1)
-    return found
+def context_lengths(length: int, windows: Iterable[Window]) -> np.ndarray:
+    """Count the tokens that a document's windows show before each target, the start included.
+
+    Args:
+        length: Tokens of the document.
+        windows: Those of this document.
+
+    Returns:
+        int64 [length - 1].
+    """
+    lengths = np.zeros(length - 1, dtype=np.int64)
+    for w in windows:
+        lengths[w.start + w.first_scored : w.stop] = np.arange(
+            w.first_scored + 1, w.stop - w.start + 1
+        )
+    return lengths
 
 
 def score_targets(
-    model: Decoder | ForeignModel,
+    model: Decoder | HuggingFaceModel,
     documents: Sequence[np.ndarray],
-    planned: Iterable[Window],
+    windows: Iterable[Window],
     *,
-    rows: int = 32,
-    progress: Callable[[float], None] = lambda share: None,
+    batch_size: int = 32,
+    progress: Progress = ignore_progress,
 ) -> list[np.ndarray]:
-    """Nats of every target: fp64 [len(document) - 1] of each document.
+    """Compute the nats of every target.
 
-    Targets that no window scores have 0.
+    Args:
+        model: In evaluation mode.
+        documents: Tokens of each document, start and end included.
+        windows: Windows over the documents, in any order.
+        batch_size: Windows per forward pass; those of similar length share one, so little is
+            padded.
+        progress: Gets the share of the windows that is done.
 
-    rows: windows per forward pass; windows of like length share one, so little is padded. progress:
-    hears the share of the windows that is done.
+    Returns:
+        Per document fp64 [len(document) - 1]; 0 for targets that no window scores.
     """
     device = next(model.parameters()).device
-    order = sorted(planned, key=lambda w: (w.start - w.stop, w.document, w.start))
-    found = [np.zeros(len(d) - 1) for d in documents]
+    order = sorted(windows, key=lambda w: (w.start - w.stop, w.document, w.start))
+    scores = [np.zeros(len(d) - 1) for d in documents]
     with torch.no_grad():
-        for first in range(0, len(order), rows):
-            group = order[first : first + rows]
+        for first in range(0, len(order), batch_size):
+            group = order[first : first + batch_size]
             inputs, targets = _stack(group, documents)
             nats = _nats(model, inputs.to(device), targets.to(device)).cpu().double().numpy()
             for row, w in enumerate(group):
-                found[w.document][w.start + w.fresh : w.stop] = nats[
-                    row, w.fresh : w.stop - w.start
-                ]
+                scored = slice(w.start + w.first_scored, w.stop)
+                scores[w.document][scored] = nats[row, w.first_scored : w.stop - w.start]
             progress((first + len(group)) / len(order))
-    return found
+    return scores
 
 
 def score_documents(
-    model: Decoder | ForeignModel,
+    model: Decoder | HuggingFaceModel,
     documents: Sequence[np.ndarray],
     sizes: Sequence[np.ndarray],
     token_bytes: np.ndarray,
     *,
     window: int,
     stride: int,
-    rows: int = 32,
-    progress: Callable[[float], None] = lambda share: None,
+    batch_size: int = 32,
+    progress: Progress = ignore_progress,
 ) -> tuple[Metrics, np.ndarray]:
-    """Figures over all documents, and nats per document (fp64 [documents], text targets only).
+    """Score documents and sum their nats, tokens and bytes.
 
-    documents: token arrays, start and end tokens included. sizes: per document the UTF-8 bytes that
-    each target stands for, one entry fewer than tokens; they all count, also those on an end token.
-    token_bytes [V]: 0 says that a token is no text. rows, progress: as of `score_targets`.
+    Args:
+        model: In evaluation mode.
+        documents: Tokens of each document, start and end included.
+        sizes: Per document the UTF-8 bytes that each target stands for, one entry fewer than
+            tokens; all count, also those on an end token.
+        token_bytes: Bytes of each token of the vocabulary, [V]; 0: the token is no text.
+        window: As of `sliding_windows`.
+        stride: As of `sliding_windows`.
+        batch_size: As of `score_targets`.
+        progress: As of `score_targets`.
+
+    Returns:
+        The metrics over all documents, and the nats of the text targets of each, fp64 [documents].
     """
-    planned = windows([len(d) for d in documents], window, stride)
-    scores = score_targets(model, documents, planned, rows=rows, progress=progress)
-    text = [token_bytes[d[1:]] > 0 for d in documents]
-    nats = np.array([float(s[t].sum()) for s, t in zip(scores, text, strict=True)])
-    ends = sum(float(s[~t].sum()) for s, t in zip(scores, text, strict=True))
-    # Every target is scored once
+    windows = sliding_windows([len(d) for d in documents], window, stride)
+    scores = score_targets(model, documents, windows, batch_size=batch_size, progress=progress)
+    is_text = [token_bytes[d[1:]] > 0 for d in documents]
+    nats = np.array([float(s[t].sum()) for s, t in zip(scores, is_text, strict=True)])
+    special_nats = sum(float(s[~t].sum()) for s, t in zip(scores, is_text, strict=True))
     size = sum(int(of_document.sum(dtype=np.int64)) for of_document in sizes)
-    return Metrics(sum(int(t.sum()) for t in text), size, float(nats.sum()), ends), nats
+    tokens = sum(int(t.sum()) for t in is_text)
+    return Metrics(tokens, size, float(nats.sum()), special_nats), nats
 
 
-def _stack(
-    group: list[Window], documents: Sequence[np.ndarray]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets int64 [rows, longest]; padding comes last, so no real token sees it."""
+def _stack(group: list[Window], documents: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Stack windows as inputs and targets, int64 [rows, longest].
+
+    The padding comes last, so no real token attends to it.
+    """
     longest = max(w.stop - w.start for w in group)
     inputs = torch.zeros(len(group), longest, dtype=torch.long)
     targets = torch.full((len(group), longest), IGNORE_INDEX, dtype=torch.long)
     for row, w in enumerate(group):
         tokens = torch.from_numpy(documents[w.document][w.start : w.stop + 1].astype(np.int64))
         inputs[row, : len(tokens) - 1] = tokens[:-1]
-        targets[row, w.fresh : len(tokens) - 1] = tokens[1 + w.fresh :]
+        targets[row, w.first_scored : len(tokens) - 1] = tokens[1 + w.first_scored :]
     return inputs, targets
 
 
-def _nats(
-    model: Decoder | ForeignModel, inputs: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Per-token nats [rows, T], 0 where ignored."""
+def _nats(model: Decoder | HuggingFaceModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Compute nats per target [rows, T]; 0 where ignored."""
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    hidden = model(inputs, positions)
+    hidden = model(inputs, positions).hidden
     weights = (targets != IGNORE_INDEX).float().flatten()
     output = model.lm_head(hidden.flatten(0, 1), targets.flatten(), weights, 1.0)
     return output.nats.view_as(targets)

@@ -1,4 +1,4 @@
-"""Evaluating a model on documents: figures per domain, by context and by token frequency, with intervals and the protocol."""
+"""Evaluation on documents: metrics per domain, context length and token frequency, with intervals."""
 
 from __future__ import annotations
 
@@ -14,25 +14,49 @@ import numpy as np
 from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE, ratio_interval, stratified
 from nextpt.evaluate.compressors import compare
-from nextpt.evaluate.documents import Window, contexts, harness_windows, windows
+from nextpt.evaluate.documents import (
+    Progress,
+    Window,
+    context_lengths,
+    harness_windows,
+    ignore_progress,
+    sliding_windows,
+)
 from nextpt.evaluate.frequency import EDGES, band_of_tokens
 from nextpt.evaluate.heldout import encode_document
+from nextpt.evaluate.loaded_model import LoadedModel
 from nextpt.evaluate.metrics import Metrics
 from nextpt.evaluate.ranks import score_on_ranks
-from nextpt.evaluate.source import Source
 
 # Columns of a document's sums; those of contexts and bands follow
 TOKENS, BYTES, NATS, SPECIAL = range(4)
 BANDS = len(EDGES)
+# Called with the name of a domain and the share of it that is done, 0 to 1
+DomainProgress = Callable[[str, float], None]
+
+
+def ignore_domain_progress(domain: str, share: float) -> None:
+    """`DomainProgress` that does nothing."""
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How documents are scored. window: tokens of context, the longest the model has unless given. stride: tokens scored per window after the first, window / 2 unless given. rows: windows per forward pass. ranks: processes that share the documents. resamples, seed: of the bootstrap. compressors: also measure general-purpose ones on the same bytes. harness: also give the metrics of lm-evaluation-harness, by its own windows."""
+class EvaluationProtocol:
+    """How documents are scored.
+
+    Attributes:
+        window: Tokens of context; by default the longest that the model has.
+        stride: Tokens scored per window after the first; window / 2 by default.
+        batch_size: Windows per forward pass.
+        ranks: Processes that share the documents.
+        resamples: Resamples of the bootstrap.
+        seed: Seed of the bootstrap.
+        compressors: Also measure general-purpose compressors on the same bytes.
+        harness: Also give the metrics of lm-evaluation-harness, by its own windows.
+    """
 
     window: int | None = None
     stride: int | None = None
-    rows: int = 32
+    batch_size: int = 32
     ranks: int = 1
     resamples: int = 1000
     seed: int = 0
@@ -40,7 +64,7 @@ class Protocol:
     harness: bool = False
 
     def sizes(self, positions: int) -> tuple[int, int]:
-        """(window, stride) for a model of so many positions. Raises DataError."""
+        """Return (window, stride) for a model of `positions` positions. Raises DataError."""
         window = self.window or positions
         if not 2 <= window <= positions:
             raise DataError(
@@ -53,173 +77,201 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A domain's documents: texts, token arrays with start and end, and the bytes of each target."""
+class EncodedDomain:
+    """Documents of a domain.
+
+    Attributes:
+        texts: As they are read.
+        tokens: Tokens of each, start and end included.
+        sizes: UTF-8 bytes of each target.
+    """
 
     texts: list[str]
     tokens: list[np.ndarray]
     sizes: list[np.ndarray]
 
 
-def evaluate_source(
-    source: Source,
+def evaluate_model(
+    loaded: LoadedModel,
     texts: dict[str, list[str]],
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     *,
     counts: np.ndarray | None = None,
-    progress: Callable[[str, float], None] = lambda domain, share: None,
+    progress: DomainProgress = ignore_domain_progress,
 ) -> dict[str, Any]:
-    """Everything that `nextpt eval --json` writes. texts: domain -> documents.
+    """Evaluate a model on documents.
 
-    counts: int64 [V], how often each token came in training; those of the evaluated text unless
-    given. progress: hears (domain, share of it that is done). Raises DataError.
+    Args:
+        loaded: The model.
+        texts: Domain -> documents.
+        protocol: How they are scored.
+        counts: How often each token came in training, int64 [V]; counted in the evaluated text by
+            default.
+        progress: Gets (domain, share of it that is done).
+
+    Returns:
+        What `nextpt eval --json` writes.
+
+    Raises:
+        DataError: The protocol does not fit the model, or a document cannot be scored.
     """
-    window, stride = protocol.sizes(source.config.max_position)
-    encoded = _encode(source, texts)
-    bands = band_of_tokens(_text_counts(encoded, source) if counts is None else counts)
+    window, stride = protocol.sizes(loaded.model.max_position)
+    encoded = _encode(loaded, texts)
+    bands = band_of_tokens(_text_counts(encoded, loaded) if counts is None else counts)
     sums = {
-        domain: _sums(source, documents, protocol, window, stride, bands, partial(progress, domain))
+        domain: _sums(loaded, documents, protocol, window, stride, bands, partial(progress, domain))
         for domain, documents in encoded.items()
     }
-    drawn = dict(
+    resampled = dict(
         zip(sums, stratified(list(sums.values()), protocol.resamples, protocol.seed), strict=True)
     )
-    total, total_drawn = sum(s.sum(axis=0) for s in sums.values()), sum(drawn.values())
-    domains = {d: _figures(s.sum(axis=0), drawn[d], len(s)) for d, s in sums.items()}
+    total = np.sum([s.sum(axis=0) for s in sums.values()], axis=0)
+    total_resampled = np.sum(list(resampled.values()), axis=0)
+    domains = {d: _metrics(s.sum(axis=0), resampled[d], len(s)) for d, s in sums.items()}
     if protocol.compressors:
         for domain, documents in texts.items():
             domains[domain]["compressors"] = compare([text.encode() for text in documents])
     result: dict[str, Any] = {
-        ("run" if source.is_run else "model"): str(source.path),
-        "step": source.step,
+        ("run" if loaded.is_run else "model"): str(loaded.path),
+        "step": loaded.step,
         "window": window,
         "stride": stride,
-        "protocol": describe_protocol(source, protocol),
+        "protocol": describe_protocol(loaded, protocol),
         "domains": domains,
-        "total": _figures(total, total_drawn, sum(len(s) for s in sums.values())),
-        "by_context": _by_context(total, total_drawn, window),
+        "total": _metrics(total, total_resampled, sum(len(s) for s in sums.values())),
+        "by_context": _by_context(total, total_resampled, window),
         "by_frequency": {
             "counted_in": "evaluated text" if counts is None else "training shards",
-            "bands": _by_band(total, total_drawn, window),
+            "bands": _by_band(total, total_resampled, window),
         },
     }
     if protocol.harness:
         result["harness"] = {
-            d: _harness(source, documents, protocol) for d, documents in encoded.items()
+            d: _harness(loaded, documents, protocol) for d, documents in encoded.items()
         }
     return result
 
 
 def document_sums(
-    source: Source, texts: dict[str, list[str]], protocol: Protocol
+    loaded: LoadedModel, texts: dict[str, list[str]], protocol: EvaluationProtocol
 ) -> dict[str, np.ndarray]:
-    """Domain -> fp64 [documents, 4]: text tokens, bytes, their nats, nats of special tokens.
+    """Score documents as `evaluate_model` does, whose metrics are ratios of these sums.
 
-    The columns TOKENS to SPECIAL.
+    Returns:
+        Domain -> fp64 [documents, 4], columns TOKENS to SPECIAL: text tokens, bytes, their nats,
+        nats of special tokens.
 
-    They are scored as `evaluate_source` does, and are what its figures are ratios of. Raises
-    DataError.
+    Raises:
+        DataError: The protocol does not fit the model, or a document cannot be scored.
     """
-    window, stride = protocol.sizes(source.config.max_position)
-    unused = np.zeros(source.tokenizer.vocab_size, dtype=np.int64)
+    window, stride = protocol.sizes(loaded.model.max_position)
+    no_bands = np.zeros(loaded.tokenizer.vocab_size, dtype=np.int64)
     return {
-        domain: _sums(source, documents, protocol, window, stride, unused, lambda share: None)[
+        domain: _sums(loaded, documents, protocol, window, stride, no_bands, ignore_progress)[
             :, : SPECIAL + 1
         ]
-        for domain, documents in _encode(source, texts).items()
+        for domain, documents in _encode(loaded, texts).items()
     }
 
 
-def _encode(source: Source, texts: dict[str, list[str]]) -> dict[str, Encoded]:
+def _encode(loaded: LoadedModel, texts: dict[str, list[str]]) -> dict[str, EncodedDomain]:
     for domain, documents in texts.items():
         if not any(documents):
             raise DataError(f"all documents of {domain} are empty; there is nothing to score")
-    found = {}
+    encoded = {}
     for domain, documents in texts.items():
         tokens, sizes = zip(
-            *(encode_document(source.tokenizer, text) for text in documents), strict=True
+            *(encode_document(loaded.tokenizer, text) for text in documents), strict=True
         )
-        found[domain] = Encoded(documents, list(tokens), list(sizes))
-    return found
+        encoded[domain] = EncodedDomain(documents, list(tokens), list(sizes))
+    return encoded
 
 
-def _text_counts(encoded: dict[str, Encoded], source: Source) -> np.ndarray:
-    size = source.tokenizer.vocab_size
-    return sum(
-        np.bincount(tokens, minlength=size)
-        for documents in encoded.values()
-        for tokens in documents.tokens
-    )
+def _text_counts(encoded: dict[str, EncodedDomain], loaded: LoadedModel) -> np.ndarray:
+    counts = np.zeros(loaded.tokenizer.vocab_size, dtype=np.int64)
+    for documents in encoded.values():
+        for tokens in documents.tokens:
+            counts += np.bincount(tokens, minlength=len(counts))
+    return counts
 
 
 def _buckets(window: int) -> int:
-    """Contexts of 1, 2-3, 4-7, ... tokens, up to the window."""
+    """Count the buckets of contexts of 1, 2-3, 4-7, ... tokens, up to the window."""
     return window.bit_length()
 
 
 def _sums(
-    source: Source,
-    documents: Encoded,
-    protocol: Protocol,
+    loaded: LoadedModel,
+    documents: EncodedDomain,
+    protocol: EvaluationProtocol,
     window: int,
     stride: int,
     bands: np.ndarray,
-    progress: Callable[[float], None],
+    progress: Progress,
 ) -> np.ndarray:
-    """fp64 [documents, 4 + 2 buckets + 2 BANDS]: tokens, bytes, nats, special nats, then nats and tokens by context and by band."""
-    planned = list(windows([len(d) for d in documents.tokens], window, stride))
+    """Score a domain's documents.
+
+    Returns:
+        fp64 [documents, 4 + 2 buckets + 2 BANDS]: tokens, bytes, nats, special nats, then nats and
+        tokens by context bucket and by frequency band.
+    """
+    windows = list(sliding_windows([len(d) for d in documents.tokens], window, stride))
     scores = score_on_ranks(
-        source,
+        loaded,
         documents.tokens,
-        planned,
-        rows=protocol.rows,
+        windows,
+        batch_size=protocol.batch_size,
         ranks=protocol.ranks,
         progress=progress,
     )
-    token_bytes = source.tokenizer.token_bytes()
-    own: list[list[Window]] = [[] for _ in documents.tokens]
-    for w in planned:
-        own[w.document].append(w)
-    found = []
-    for tokens, sizes, nats, of_document in zip(
-        documents.tokens, documents.sizes, scores, own, strict=True
+    token_bytes = loaded.tokenizer.token_bytes()
+    windows_of: list[list[Window]] = [[] for _ in documents.tokens]
+    for w in windows:
+        windows_of[w.document].append(w)
+    rows = []
+    for tokens, sizes, nats, own_windows in zip(
+        documents.tokens, documents.sizes, scores, windows_of, strict=True
     ):
         targets = tokens[1:]
         text = token_bytes[targets] > 0
-        bucket = np.log2(contexts(len(tokens), of_document)[text]).astype(np.int64)
+        bucket = np.log2(context_lengths(len(tokens), own_windows)[text]).astype(np.int64)
         band = bands[targets[text]]
-        found.append(
-            np.concatenate(
-                [
-                    [text.sum(), sizes.sum(dtype=np.int64), nats[text].sum(), nats[~text].sum()],
-                    *(
-                        np.bincount(place, weights, length)
-                        for place, length in ((bucket, _buckets(window)), (band, BANDS))
-                        for weights in (nats[text], None)
-                    ),
-                ]
-            )
-        )
-    return np.array(found)
+        by_group = [
+            np.bincount(group, weights, length)
+            for group, length in ((bucket, _buckets(window)), (band, BANDS))
+            for weights in (nats[text], None)
+        ]
+        totals = [text.sum(), sizes.sum(dtype=np.int64), nats[text].sum(), nats[~text].sum()]
+        rows.append(np.concatenate([totals, *by_group]))
+    return np.array(rows)
 
 
-def _figures(sums: np.ndarray, drawn: np.ndarray, documents: int) -> dict[str, Any]:
-    figures = Metrics(int(sums[TOKENS]), int(sums[BYTES]), float(sums[NATS]), float(sums[SPECIAL]))
-    bits, paid = math.log(2) * drawn[:, BYTES], drawn[:, NATS] + drawn[:, SPECIAL]
+def _metrics(sums: np.ndarray, resampled: np.ndarray, documents: int) -> dict[str, Any]:
+    metrics = Metrics(int(sums[TOKENS]), int(sums[BYTES]), float(sums[NATS]), float(sums[SPECIAL]))
+    bits = math.log(2) * resampled[:, BYTES]
     intervals = {
-        "nats_per_token": ratio_interval(drawn[:, NATS], drawn[:, TOKENS]),
-        "bpb": ratio_interval(drawn[:, NATS], bits),
-        "bpb_with_eod": ratio_interval(paid, bits),
+        "nats_per_token": ratio_interval(resampled[:, NATS], resampled[:, TOKENS]),
+        "bpb": ratio_interval(resampled[:, NATS], bits),
+        "bpb_with_eod": ratio_interval(resampled[:, NATS] + resampled[:, SPECIAL], bits),
     }
-    return figures.as_dict() | {"documents": documents, "intervals": intervals}
+    return metrics.as_dict() | {"documents": documents, "intervals": intervals}
 
 
-def _rows(
-    sums: np.ndarray, drawn: np.ndarray, first: int, count: int, edges: list[tuple[float, float]]
+def _grouped(
+    sums: np.ndarray,
+    resampled: np.ndarray,
+    first: int,
+    count: int,
+    edges: list[tuple[float, float]],
 ) -> list[dict[str, Any]]:
-    """Nats in columns first.., tokens in the `count` columns after.
+    """Describe groups of tokens; those without a token are left out.
 
-    Rows without a token are left out.
+    Args:
+        sums: Sums over documents.
+        resampled: Resampled sums.
+        first: First column of the groups' nats; their tokens are in the `count` columns after.
+        count: Number of groups.
+        edges: (from, to) of each group.
     """
     return [
         {
@@ -227,7 +279,7 @@ def _rows(
             "to": high,
             "tokens": int(sums[tokens]),
             "nats_per_token": float(sums[nats] / sums[tokens]),
-            "interval": ratio_interval(drawn[:, nats], drawn[:, tokens]),
+            "interval": ratio_interval(resampled[:, nats], resampled[:, tokens]),
         }
         for nats, tokens, (low, high) in zip(
             range(first, first + count), range(first + count, first + 2 * count), edges, strict=True
@@ -236,30 +288,32 @@ def _rows(
     ]
 
 
-def _by_context(sums: np.ndarray, drawn: np.ndarray, window: int) -> list[dict[str, Any]]:
-    """from, to: tokens before the target that the model saw, the start token among them, both included."""
-    edges = [(2**b, min(2 ** (b + 1) - 1, window)) for b in range(_buckets(window))]
-    return _rows(sums, drawn, SPECIAL + 1, len(edges), edges)
+def _by_context(sums: np.ndarray, resampled: np.ndarray, window: int) -> list[dict[str, Any]]:
+    """Describe nats by context length.
 
-
-def _by_band(sums: np.ndarray, drawn: np.ndarray, window: int) -> list[dict[str, Any]]:
-    """from, to: the token's share of all tokens counted, the upper end not included.
-
-    Both 0: it never came.
+    `from`, `to`: tokens before the target that the model saw, the start token included; both ends
+    are included.
     """
-    return _rows(
-        sums,
-        drawn,
-        SPECIAL + 1 + 2 * _buckets(window),
-        BANDS,
-        [(0.0, 0.0), *zip(EDGES[:-1], EDGES[1:], strict=True)],
-    )
+    edges: list[tuple[float, float]] = [
+        (2**b, min(2 ** (b + 1) - 1, window)) for b in range(_buckets(window))
+    ]
+    return _grouped(sums, resampled, SPECIAL + 1, len(edges), edges)
 
 
-def describe_protocol(source: Source, protocol: Protocol) -> dict[str, Any]:
-    """What decides the figures, for a reader of the JSON."""
-    window, stride = protocol.sizes(source.config.max_position)
-    tokenizer = source.tokenizer
+def _by_band(sums: np.ndarray, resampled: np.ndarray, window: int) -> list[dict[str, Any]]:
+    """Describe nats by token frequency.
+
+    `from`, `to`: the token's share of all tokens counted, the upper end not included; both 0: the
+    token never occurred.
+    """
+    edges = [(0.0, 0.0), *zip(EDGES[:-1], EDGES[1:], strict=True)]
+    return _grouped(sums, resampled, SPECIAL + 1 + 2 * _buckets(window), BANDS, edges)
+
+
+def describe_protocol(loaded: LoadedModel, protocol: EvaluationProtocol) -> dict[str, Any]:
+    """Describe everything that decides the metrics, for a reader of the JSON."""
+    window, stride = protocol.sizes(loaded.model.max_position)
+    tokenizer = loaded.tokenizer
     return {
         "window": window,
         "stride": stride,
@@ -276,7 +330,7 @@ def describe_protocol(source: Source, protocol: Protocol) -> dict[str, Any]:
         "documents": (
             "each by itself: a start token, all its tokens, an end token; none sees another"
         ),
-        "figures": "ratios of sums over all documents",
+        "metrics": "ratios of sums over all documents",
         "intervals": {
             "confidence": CONFIDENCE,
             "method": "percentile bootstrap of documents, each domain by itself",
@@ -288,17 +342,21 @@ def describe_protocol(source: Source, protocol: Protocol) -> dict[str, Any]:
     }
 
 
-def _harness(source: Source, documents: Encoded, protocol: Protocol) -> dict[str, float]:
-    """The metrics of lm-evaluation-harness (lm_eval/api/metrics.py): its windows, its count of words, no end token.
+def _harness(
+    loaded: LoadedModel, documents: EncodedDomain, protocol: EvaluationProtocol
+) -> dict[str, float]:
+    """Compute the metrics of lm-evaluation-harness (lm_eval/api/metrics.py).
 
-    word_perplexity = exp(nats / words), byte_perplexity = exp(nats / bytes), bits_per_byte = nats /
-    bytes / ln 2. Words are the parts that whitespace divides a text into, empty ones at its ends
-    included.
+    Its windows, its count of words, no end token: word_perplexity = exp(nats / words),
+    byte_perplexity = exp(nats / bytes), bits_per_byte = nats / bytes / ln 2. Words are the parts
+    that whitespace divides a text into, empty ones at its ends included.
     """
-    window = source.config.max_position
+    window = loaded.model.max_position
     tokens = [d[:-1] for d in documents.tokens]
-    planned = list(harness_windows([len(d) for d in tokens], window))
-    scores = score_on_ranks(source, tokens, planned, rows=protocol.rows, ranks=protocol.ranks)
+    windows = list(harness_windows([len(d) for d in tokens], window))
+    scores = score_on_ranks(
+        loaded, tokens, windows, batch_size=protocol.batch_size, ranks=protocol.ranks
+    )
     nats = float(sum(s.sum() for s in scores))
     words = sum(len(re.split(r"\s+", text)) for text in documents.texts)
     size = sum(len(text.encode()) for text in documents.texts)

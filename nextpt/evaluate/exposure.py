@@ -1,4 +1,4 @@
-"""Free running against teacher forcing: a model's own continuations of held-out text beside the real ones.
+"""Exposure bias: free running against teacher forcing on held-out text.
 
 A stretch is `prefix` tokens of a document and the `continuation` tokens after them. The model reads
 each stretch as it is (real), with its own continuation drawn at temperature 1 (sampled) and with
@@ -10,15 +10,14 @@ real - sampled is
 
     (nats - entropy on real text)                                     what the model does not know
     of real text: its miscalibration + (entropy on real text - nats on its own text)
-    how much surer its own text makes it: the drift of free running
+    how much more certain its own text makes it: the drift of free running
 
 The drift is 0 where the model's text is to the model as real text is. Repeats: the share of a
-continuation's 4-grams that came before in it (seq-rep-4 of arXiv 1908.04319).
+continuation's 4-grams that occurred before in it (seq-rep-4 of arXiv 1908.04319).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +27,11 @@ from torch import Tensor
 
 from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE, middle, stratified
+from nextpt.evaluate.evaluation import DomainProgress, ignore_domain_progress
 from nextpt.evaluate.heldout import encode_document
-from nextpt.evaluate.source import Source
-from nextpt.generate.decoding import Decoding
-from nextpt.generate.sample import Sampling, distribution, draw, randomness
+from nextpt.evaluate.loaded_model import LoadedModel
+from nextpt.generate.decoding import DecodingBatch
+from nextpt.generate.sample import Sampling, continuation_rng, distribution, draw
 from nextpt.model import Decoder
 
 ARMS = ("real", "sampled", "greedy")
@@ -41,23 +41,27 @@ LOGITS_AT_ONCE = 2**24  # elements
 
 
 @dataclass(frozen=True)
-class Exposure:
-    """What is measured. prefix, continuation: tokens.
+class ExposureProtocol:
+    """What is measured.
 
-    A quarter of the model's positions and the rest unless given. stretches: of each domain, at
-    most. rows: stretches per batch. resamples, seed: of the bootstrap of documents; the seed is
-    also that of stretches and samples.
+    Attributes:
+        prefix: Tokens of a prefix; by default a quarter of the model's positions.
+        continuation: Tokens of a continuation; by default the rest of the positions.
+        stretches: Most stretches of each domain.
+        batch_size: Stretches per batch.
+        resamples: Resamples of the bootstrap of documents.
+        seed: Seed of the bootstrap, of the stretches and of the samples.
     """
 
     prefix: int | None = None
     continuation: int | None = None
     stretches: int = 128
-    rows: int = 32
+    batch_size: int = 32
     resamples: int = 1000
     seed: int = 0
 
     def sizes(self, positions: int) -> tuple[int, int]:
-        """(prefix, continuation) for a model of so many positions. Raises DataError."""
+        """Return (prefix, continuation) for a model of `positions` positions. Raises DataError."""
         prefix = (
             self.prefix
             if self.prefix is not None
@@ -75,144 +79,175 @@ class Exposure:
 
 
 def exposure_bias(
-    source: Source,
+    loaded: LoadedModel,
     texts: dict[str, list[str]],
-    wanted: Exposure,
-    progress: Callable[[str, float], None] = lambda domain, share: None,
+    protocol: ExposureProtocol,
+    progress: DomainProgress = ignore_domain_progress,
 ) -> dict[str, Any]:
-    """Everything that `nextpt eval --exposure-bias --json` writes. texts: domain -> documents. progress: as of `evaluate_source`.
+    """Measure the exposure bias of a model.
 
-    Raises DataError, also where no document of a domain is long enough.
+    Args:
+        loaded: The model, a Decoder.
+        texts: Domain -> documents.
+        protocol: What is measured.
+        progress: As of `evaluate_model`.
+
+    Returns:
+        What `nextpt eval --exposure-bias --json` writes.
+
+    Raises:
+        DataError: The protocol does not fit the model, or no document of a domain is long enough.
     """
-    prefix, continuation = wanted.sizes(source.config.max_position)
+    prefix, continuation = protocol.sizes(loaded.model.max_position)
     sums: dict[str, np.ndarray] = {}
     for number, (domain, documents) in enumerate(texts.items()):
         tokens_NT, document_N = _stretches(
-            source, domain, documents, prefix + continuation, wanted, number
+            loaded, domain, documents, prefix + continuation, protocol, number
         )
-        each = []
-        for first in range(0, len(tokens_NT), wanted.rows):
-            group = torch.from_numpy(tokens_NT[first : first + wanted.rows])
-            places = [(number, first + row) for row in range(len(group))]
-            each.append(_measured(source, group, prefix, places, wanted.seed))
+        parts = []
+        for first in range(0, len(tokens_NT), protocol.batch_size):
+            group = torch.from_numpy(tokens_NT[first : first + protocol.batch_size])
+            seeds = [(number, first + row) for row in range(len(group))]
+            parts.append(_measure(loaded, group, prefix, seeds, protocol.seed))
             progress(domain, (first + len(group)) / len(tokens_NT))
-        of_stretch = np.concatenate(each)
+        of_stretch = np.concatenate(parts)
         sums[domain] = np.array(
             [of_stretch[document_N == d].sum(axis=0) for d in np.unique(document_N)]
         )
-    drawn = dict(
-        zip(sums, stratified(list(sums.values()), wanted.resamples, wanted.seed), strict=True)
+    resampled = dict(
+        zip(sums, stratified(list(sums.values()), protocol.resamples, protocol.seed), strict=True)
     )
-    total, total_drawn = sum(s.sum(axis=0) for s in sums.values()), sum(drawn.values())
+    total = np.sum([s.sum(axis=0) for s in sums.values()], axis=0)
+    total_resampled = np.sum(list(resampled.values()), axis=0)
     buckets = _buckets(continuation)
     return {
-        ("run" if source.is_run else "model"): str(source.path),
-        "step": source.step,
+        ("run" if loaded.is_run else "model"): str(loaded.path),
+        "step": loaded.step,
         "protocol": {
             "prefix": prefix,
             "continuation": continuation,
-            "seed": wanted.seed,
+            "seed": protocol.seed,
             "special_tokens": "left out of all distributions",
             "sampled": "temperature 1, nothing cut off",
             "repeats": f"share of {GRAM}-grams of a continuation that came before in it",
             "intervals": {
                 "confidence": CONFIDENCE,
                 "method": "percentile bootstrap of documents, each domain by itself",
-                "resamples": wanted.resamples,
-                "seed": wanted.seed,
+                "resamples": protocol.resamples,
+                "seed": protocol.seed,
             },
         },
         "domains": {
-            d: _figures(s.sum(axis=0), drawn[d], buckets) | {"documents": len(s)}
+            d: _metrics(s.sum(axis=0), resampled[d], buckets) | {"documents": len(s)}
             for d, s in sums.items()
         },
         "total": (
-            _figures(total, total_drawn, buckets)
+            _metrics(total, total_resampled, buckets)
             | {"documents": sum(len(s) for s in sums.values())}
         ),
-        "by_position": _by_position(total, total_drawn, continuation),
+        "by_position": _by_position(total, total_resampled, continuation),
     }
 
 
 def _buckets(continuation: int) -> int:
-    """Positions 1, 2-3, 4-7, ... up to the continuation's last."""
+    """Count the buckets of positions 1, 2-3, 4-7, ... up to the continuation's last."""
     return continuation.bit_length()
 
 
 def _stretches(
-    source: Source, domain: str, documents: list[str], length: int, wanted: Exposure, number: int
+    loaded: LoadedModel,
+    domain: str,
+    documents: list[str],
+    length: int,
+    protocol: ExposureProtocol,
+    number: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [stretches, length] that do not overlap, and the document of each, int64 [stretches]."""
-    special = source.tokenizer.token_bytes() == 0
-    found, of = [], []
+    """Draw stretches of a domain that do not overlap.
+
+    Returns:
+        Tokens, int64 [stretches, length], and the document of each, int64 [stretches].
+    """
+    special = loaded.tokenizer.token_bytes() == 0
+    stretches, document_of = [], []
     for document, text in enumerate(documents):
-        tokens = encode_document(source.tokenizer, text)[0][1:-1].astype(np.int64)
+        tokens = encode_document(loaded.tokenizer, text)[0][1:-1].astype(np.int64)
         for start in range(0, len(tokens) - length + 1, length):
             if not special[tokens[start : start + length]].any():
-                found.append(tokens[start : start + length])
-                of.append(document)
-    if not found:
+                stretches.append(tokens[start : start + length])
+                document_of.append(document)
+    if not stretches:
         raise DataError(
             f"no document of {domain} has {length} tokens, prefix and continuation together; ask"
             " for fewer"
         )
-    chosen = np.random.default_rng([wanted.seed, number]).permutation(len(found))[
-        : wanted.stretches
-    ]
+    rng = np.random.default_rng([protocol.seed, number])
+    chosen = rng.permutation(len(stretches))[: protocol.stretches]
     chosen.sort()
-    return np.stack(found)[chosen], np.array(of)[chosen]
+    return np.stack(stretches)[chosen], np.array(document_of)[chosen]
 
 
-def _measured(
-    source: Source, real_NT: Tensor, prefix: int, places: list[tuple[int, int]], seed: int
+def _measure(
+    loaded: LoadedModel, real_NT: Tensor, prefix: int, seeds: list[tuple[int, int]], seed: int
 ) -> np.ndarray:
-    """fp64 [stretches, 3 arms x 2 kinds x buckets + 3 + buckets]: nats and entropies by position, repeats, tokens by position."""
-    count, model = real_NT.shape[1] - prefix, source.model
-    banned = torch.from_numpy(source.tokenizer.token_bytes() == 0)
-    banned = torch.nn.functional.pad(
-        banned, (0, source.config.model.vocab_size - len(banned)), value=True
-    )
-    own = [
+    """Score stretches as they are and with the model's own continuations.
+
+    Returns:
+        fp64 [stretches, 3 arms x 2 kinds x buckets + 3 + buckets]: nats and entropies by position,
+        repeats, tokens by position.
+    """
+    count, model = real_NT.shape[1] - prefix, loaded.decoder
+    special = torch.from_numpy(loaded.tokenizer.token_bytes() == 0)
+    # Logits beyond the tokenizer's vocabulary are no text either
+    banned = torch.nn.functional.pad(special, (0, model.vocab_size - len(special)), value=True)
+    continuations = [
         continue_freely(
-            source, real_NT[:, :prefix], count, banned, Sampling(temperature=t, seed=seed), places
+            model, real_NT[:, :prefix], count, banned, Sampling(temperature=t, seed=seed), seeds
         )
         for t in (1.0, 0.0)
     ]
-    rows_NT = [real_NT, *(torch.cat([real_NT[:, :prefix], made], dim=1) for made in own)]
+    arms_NT = [real_NT, *(torch.cat([real_NT[:, :prefix], c], dim=1) for c in continuations)]
     bucket = np.log2(np.arange(1, count + 1)).astype(np.int64)
-    width, parts = _buckets(count), []
-    for tokens_NT in rows_NT:
+    buckets, parts = _buckets(count), []
+    for tokens_NT in arms_NT:
         for kind in _scores(model, tokens_NT, prefix, banned):
-            parts.append(np.stack([np.bincount(bucket, row, width) for row in kind]))
+            parts.append(np.stack([np.bincount(bucket, row, buckets) for row in kind]))
     repeats = np.array(
-        [[_repeats(row) for row in tokens_NT[:, prefix:].tolist()] for tokens_NT in rows_NT]
+        [[_repeats(row) for row in tokens_NT[:, prefix:].tolist()] for tokens_NT in arms_NT]
     ).T
-    return np.concatenate(
-        [*parts, repeats, np.tile(np.bincount(bucket, minlength=width), (len(real_NT), 1))], axis=1
-    )
+    tokens = np.tile(np.bincount(bucket, minlength=buckets), (len(real_NT), 1))
+    return np.concatenate([*parts, repeats, tokens], axis=1)
 
 
 def continue_freely(
-    source: Source,
+    model: Decoder,
     prefixes_NT: Tensor,
     count: int,
     banned_V: Tensor,
     sampling: Sampling,
-    places: list[tuple[int, int]],
+    seeds: list[tuple[int, int]],
 ) -> Tensor:
-    """int64 [rows, count] that the model goes on with, without the banned tokens (bool [V]). places: of each row, for its random numbers."""
-    decoding = Decoding(
-        source.config, source.model, prefixes_NT.tolist(), prefixes_NT.shape[1] + count
-    )
-    random = [randomness(sampling.seed, *place) for place in places]
-    chosen = []
-    for made in range(count):
-        if made:
-            decoding.feed(chosen[-1])
-        probabilities = distribution(decoding.logits_BV.masked_fill(banned_V, -torch.inf), sampling)
-        chosen.append(
-            draw(probabilities, torch.tensor([one.random() for one in random], dtype=torch.float64))
-        )
+    """Generate `count` tokens after each prefix, without the banned tokens.
+
+    Args:
+        model: In evaluation mode.
+        prefixes_NT: Tokens of the prefixes, int64.
+        count: Tokens to generate.
+        banned_V: Tokens that are never chosen, bool.
+        sampling: How tokens are chosen.
+        seeds: Two numbers per row that, with the seed, decide its random numbers.
+
+    Returns:
+        int64 [rows, count].
+    """
+    batch = DecodingBatch(model, prefixes_NT.tolist(), prefixes_NT.shape[1] + count)
+    rngs = [continuation_rng(sampling.seed, *numbers) for numbers in seeds]
+    chosen: list[Tensor] = []
+    for position in range(count):
+        if position:
+            batch.append(chosen[-1])
+        probabilities = distribution(batch.logits_BV.masked_fill(banned_V, -torch.inf), sampling)
+        uniform = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64)
+        chosen.append(draw(probabilities, uniform))
     return torch.stack(chosen, dim=1)
 
 
@@ -220,33 +255,41 @@ def continue_freely(
 def _scores(
     model: Decoder, tokens_NT: Tensor, prefix: int, banned_V: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(nats of each token, entropy of its distribution) after the prefix, fp64 [rows, continuation], both without the banned tokens."""
+    """Score the tokens after the prefix, without the banned tokens.
+
+    Returns:
+        Nats of each token and entropy of its distribution, fp64 [rows, continuation].
+    """
     device = next(model.parameters()).device
     inputs, targets = tokens_NT[:, :-1].to(device), tokens_NT[:, prefix:].to(device)
-    hidden = model(inputs, torch.arange(inputs.shape[1], device=device).expand_as(inputs))[
-        :, prefix - 1 :
-    ]
+    positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
+    hidden = model(inputs, positions).hidden[:, prefix - 1 :]
+    banned_V = banned_V.to(device)
     nats, entropy = [], []
     at_once = max(1, LOGITS_AT_ONCE // (hidden.shape[1] * len(banned_V)))
-    for some, came in zip(hidden.split(at_once), targets.split(at_once), strict=True):
-        logs = (
-            model.lm_head(some).float().masked_fill(banned_V.to(device), -torch.inf).log_softmax(-1)
-        )
-        nats.append(-logs.gather(-1, came.unsqueeze(-1)).squeeze(-1).double())
-        entropy.append(torch.special.entr(logs.exp()).sum(-1).double())
+    for first in range(0, len(targets), at_once):
+        logits = model.lm_head(hidden[first : first + at_once]).float()
+        logprobs = logits.masked_fill(banned_V, -torch.inf).log_softmax(-1)
+        of_targets = logprobs.gather(-1, targets[first : first + at_once].unsqueeze(-1))
+        nats.append(-of_targets.squeeze(-1).double())
+        entropy.append(torch.special.entr(logprobs.exp()).sum(-1).double())
     return torch.cat(nats).cpu().numpy(), torch.cat(entropy).cpu().numpy()
 
 
 def _repeats(tokens: list[int]) -> float:
+    """Share of the 4-grams that occurred before."""
     grams = list(zip(*(tokens[k:] for k in range(GRAM)), strict=False))
     return 1 - len(set(grams)) / len(grams)
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """One vector of `_measured`, or many resampled ones, taken apart.
+    """Sums of `_measure`, or many resampled ones, taken apart; leading axes stay.
 
-    The leading axes stay. scores [..., arm, kind, bucket].
+    Attributes:
+        scores: [..., arm, kind, bucket].
+        repeats: [..., arm].
+        tokens: [..., bucket].
     """
 
     scores: np.ndarray
@@ -255,18 +298,17 @@ class _Sums:
 
     @staticmethod
     def of(values: np.ndarray, buckets: int) -> _Sums:
-        scores = values[..., : len(ARMS) * 2 * buckets].reshape(
-            *values.shape[:-1], len(ARMS), 2, buckets
-        )
+        shape = (*values.shape[:-1], len(ARMS), 2, buckets)
+        scores = values[..., : len(ARMS) * 2 * buckets].reshape(shape)
         return _Sums(scores, values[..., -buckets - len(ARMS) : -buckets], values[..., -buckets:])
 
 
-def _with_interval(value: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
-    return {"value": float(value), "interval": middle(drawn) if np.ptp(drawn) else None}
+def _with_interval(value: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
+    return {"value": float(value), "interval": middle(resampled) if np.ptp(resampled) else None}
 
 
 def _parts(scores: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The gap and its two parts. scores [..., arm, kind], tokens [...]."""
+    """Compute the gap and its two parts from scores [..., arm, kind] and tokens [...]."""
     real, own = scores[..., 0, :], scores[..., 1, :]
     parts = {
         "gap": real[..., NATS] - own[..., NATS],
@@ -276,11 +318,12 @@ def _parts(scores: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
     return {name: value / tokens for name, value in parts.items()}
 
 
-def _figures(sums: np.ndarray, drawn: np.ndarray, buckets: int) -> dict[str, Any]:
-    one, many = _Sums.of(sums, buckets), _Sums.of(drawn, buckets)
+def _metrics(sums: np.ndarray, resampled: np.ndarray, buckets: int) -> dict[str, Any]:
+    one, many = _Sums.of(sums, buckets), _Sums.of(resampled, buckets)
     tokens, tokens_drawn = one.tokens.sum(), many.tokens.sum(axis=-1)
     of_all, of_drawn = one.scores.sum(axis=-1), many.scores.sum(axis=-1)
-    stretches, stretches_drawn = one.tokens[0], many.tokens[..., 0]  # each has one first position
+    # Each stretch has one first position
+    stretches, stretches_drawn = one.tokens[0], many.tokens[..., 0]
     arms = {
         name: {
             "nats_per_token": _with_interval(
@@ -301,10 +344,15 @@ def _figures(sums: np.ndarray, drawn: np.ndarray, buckets: int) -> dict[str, Any
     }
 
 
-def _by_position(sums: np.ndarray, drawn: np.ndarray, continuation: int) -> list[dict[str, Any]]:
-    """from, to: places in the continuation, from 1, both included."""
+def _by_position(
+    sums: np.ndarray, resampled: np.ndarray, continuation: int
+) -> list[dict[str, Any]]:
+    """Describe nats by position in the continuation.
+
+    `from`, `to`: positions from 1, both included.
+    """
     buckets, rows = _buckets(continuation), []
-    one, many = _Sums.of(sums, buckets), _Sums.of(drawn, buckets)
+    one, many = _Sums.of(sums, buckets), _Sums.of(resampled, buckets)
     for b in range(buckets):
         tokens, tokens_drawn = one.tokens[b], many.tokens[:, b]
         row: dict[str, Any] = {"from": 2**b, "to": min(2 ** (b + 1) - 1, continuation)}

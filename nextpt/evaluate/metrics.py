@@ -1,11 +1,9 @@
-"""Per-domain sums of nats, tokens and bytes.
+"""Metrics as ratios of per-domain sums of nats, tokens and bytes; never means of ratios.
 
-Every figure is a ratio of such sums, never a mean of ratios.
-
-In `nats_per_token`, `perplexity` and `bpb` only text counts: the nats and the number of
-special tokens (start and end of document) are left out, the bytes are those of all text, so
-`bpb` = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into
-tokens. `bpb_with_eod` pays for the ends of documents too, over the same bytes: what a file that can be
+In `nats_per_token`, `perplexity` and `bpb` only text counts: the nats and the number of special
+tokens (start and end of document) are left out, the bytes are those of all text, so
+bpb = sum(nats) / (ln 2 * sum(bytes)) depends on the text and not on how it was cut into tokens.
+`bpb_with_eod` adds the nats of the ends of documents, over the same bytes: what a file that can be
 decoded costs. Where a tokenizer changes text, a text token may stand for no bytes and the end of a
 document for some (spaces that were stripped).
 """
@@ -14,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +20,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metrics:
-    """What the sums say. tokens: text tokens predicted. bytes: UTF-8 bytes they stand for. nats: their code length.
+    """Sums over predicted tokens, and the metrics that are ratios of them.
 
-    special_nats: the code length of the special tokens that were predicted, the ends of documents.
+    Attributes:
+        tokens: Text tokens.
+        bytes: UTF-8 bytes that they stand for.
+        nats: Their code length.
+        special_nats: Code length of the special tokens, the ends of documents.
     """
 
     tokens: int
@@ -41,19 +44,22 @@ class Metrics:
 
     @property
     def nats_per_token(self) -> float:
+        """Mean loss of a text token, nats; nan without tokens."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def bpb(self) -> float:
+        """Bits per byte of text; nan without bytes."""
         return self.nats / (math.log(2) * self.bytes) if self.bytes else math.nan
 
     @property
     def bpb_with_eod(self) -> float:
-        return (
-            (self.nats + self.special_nats) / (math.log(2) * self.bytes) if self.bytes else math.nan
-        )
+        """Bits per byte with the ends of documents paid for; nan without bytes."""
+        nats = self.nats + self.special_nats
+        return nats / (math.log(2) * self.bytes) if self.bytes else math.nan
 
     def as_dict(self) -> dict[str, float]:
+        """Return the metrics for JSON."""
         nats = self.nats_per_token
         return {
             "tokens": self.tokens,
@@ -67,9 +73,11 @@ class Metrics:
 
 
 class DomainSums:
-    """Accumulates on the device, without synchronisation.
+    """Sums per domain, accumulated on the device without synchronisation.
 
-    fp64 because fp32 stops growing at 2^24 tokens.
+    Args:
+        domains: Names, in the order of their ids.
+        device: Where the sums live. They are fp64: fp32 stops growing at 2^24 tokens.
     """
 
     def __init__(self, domains: list[str], device: torch.device) -> None:
@@ -77,9 +85,13 @@ class DomainSums:
         self.sums = torch.zeros(len(domains), 4, dtype=torch.float64, device=device)
 
     def add(self, nats: Tensor, target_bytes: Tensor, is_text: Tensor, domain_ids: Tensor) -> None:
-        """nats, target_bytes, is_text [B, T], nats and bytes 0 where no target is predicted.
+        """Add a batch.
 
-        domain_ids [B].
+        Args:
+            nats: [B, T]; 0 where no target is predicted.
+            target_bytes: Bytes of each target, [B, T]; 0 where no target is predicted.
+            is_text: Whether the target is text, bool [B, T].
+            domain_ids: Domain of each row, int64 [B].
         """
         columns = (
             is_text.double(),
@@ -91,23 +103,23 @@ class DomainSums:
             0, domain_ids, torch.stack([column.sum(dim=1) for column in columns], dim=1)
         )
 
-    def figures(self) -> dict[str, Metrics]:
-        """Figures per domain; reads the device. Domains without a token are left out."""
-        rows = self.sums.tolist()
-        found = {
-            d: Metrics(int(tokens), int(size), *nats)
-            for d, (tokens, size, *nats) in zip(self.domains, rows, strict=True)
+    def by_domain(self) -> dict[str, Metrics]:
+        """Return the metrics per domain; reads the device. Domains without tokens are left out."""
+        metrics = {
+            domain: Metrics(int(tokens), int(size), *nats)
+            for domain, (tokens, size, *nats) in zip(self.domains, self.sums.tolist(), strict=True)
         }
-        return {domain: figures for domain, figures in found.items() if figures.tokens}
+        return {domain: m for domain, m in metrics.items() if m.tokens}
 
     def total(self) -> Metrics:
+        """Return the metrics over all domains; reads the device."""
         tokens, size, *nats = self.sums.sum(dim=0).tolist()
         return Metrics(int(tokens), int(size), *nats)
 
 
-def metrics_json(sums: DomainSums) -> dict[str, dict]:
-    """{"domains": {name: figures}, "total": figures}: the fixed form that scripts rely on."""
+def metrics_json(sums: DomainSums) -> dict[str, dict[str, Any]]:
+    """Return {"domains": {name: metrics}, "total": metrics}, a form that scripts rely on."""
     return {
-        "domains": {name: figures.as_dict() for name, figures in sums.figures().items()},
+        "domains": {name: metrics.as_dict() for name, metrics in sums.by_domain().items()},
         "total": sums.total().as_dict(),
     }

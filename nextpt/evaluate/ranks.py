@@ -1,13 +1,13 @@
-"""Scoring on several processes of one machine: documents are divided, each rank opens the model by itself.
+"""Scoring on several processes of one machine: documents are divided, each opens the model.
 
-What comes back are nats per target, put together again by document; so sums are taken in one order,
-whatever the number of ranks.
+The processes return nats per target, which are put together by document; so sums are taken in one
+order, whatever the number of processes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -16,63 +16,68 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nextpt.evaluate.documents import Window, score_targets
-from nextpt.evaluate.source import Source, open_source
+from nextpt.evaluate.documents import Progress, Window, ignore_progress, score_targets
+from nextpt.evaluate.loaded_model import LoadedModel, open_model
 
 
 def score_on_ranks(
-    source: Source,
+    loaded: LoadedModel,
     documents: Sequence[np.ndarray],
-    planned: Sequence[Window],
+    windows: Sequence[Window],
     *,
-    rows: int = 32,
+    batch_size: int = 32,
     ranks: int = 1,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = ignore_progress,
 ) -> list[np.ndarray]:
-    """As `score_targets`. ranks: processes; on GPUs rank r takes device r modulo their number."""
+    """Do the same as `score_targets` on `ranks` processes.
+
+    On GPUs rank r takes device r modulo their number.
+    """
     if ranks == 1 or len(documents) < 2:
-        return score_targets(source.model, documents, planned, rows=rows, progress=progress)
+        return score_targets(
+            loaded.model, documents, windows, batch_size=batch_size, progress=progress
+        )
     ranks = min(ranks, len(documents))
-    found: list[np.ndarray] = [np.zeros(0)] * len(documents)
-    shares = [range(rank, len(documents), ranks) for rank in range(ranks)]
+    scores: list[np.ndarray] = [np.zeros(0)] * len(documents)
     with ProcessPoolExecutor(ranks, get_context("spawn")) as pool:
-        jobs = {}
-        for rank, share in enumerate(shares):
-            own = [
+        share_of_job = {}
+        for rank in range(ranks):
+            share = range(rank, len(documents), ranks)
+            rank_windows = [
                 replace(w, document=w.document // ranks)
-                for w in planned
+                for w in windows
                 if w.document % ranks == rank
             ]
-            jobs[
-                pool.submit(
-                    _score,
-                    source.path,
-                    source.step,
-                    rank,
-                    ranks,
-                    [documents[i] for i in share],
-                    own,
-                    rows,
-                )
-            ] = share
-        for done, job in enumerate(as_completed(jobs), 1):
-            for i, nats in zip(jobs[job], job.result(), strict=True):
-                found[i] = nats
-            progress(done / ranks)
-    return found
+            job = pool.submit(
+                _score_share,
+                loaded.path,
+                loaded.step,
+                rank,
+                ranks,
+                [documents[i] for i in share],
+                rank_windows,
+                batch_size,
+            )
+            share_of_job[job] = share
+        for finished, job in enumerate(as_completed(share_of_job), 1):
+            for i, nats in zip(share_of_job[job], job.result(), strict=True):
+                scores[i] = nats
+            progress(finished / ranks)
+    return scores
 
 
-def _score(
+def _score_share(
     path: Path,
     step: int | None,
     rank: int,
     ranks: int,
     documents: list[np.ndarray],
-    planned: list[Window],
-    rows: int,
+    windows: list[Window],
+    batch_size: int,
 ) -> list[np.ndarray]:
-    """What one rank does."""
+    """Score one rank's documents, in its own process."""
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    return score_targets(open_source(path, step, device).model, documents, planned, rows=rows)
+    model = open_model(path, step, device).model
+    return score_targets(model, documents, windows, batch_size=batch_size)

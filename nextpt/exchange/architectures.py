@@ -14,7 +14,7 @@ from typing import Any
 
 from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.errors import same_on_all_ranks
-from nextpt.config import ModelSection
+from nextpt.model import ModelSpec
 from nextpt.model.rope import attention_temperature
 
 HINT = "nextpt_model"  # key of config.json that holds the model section an export was made from
@@ -99,44 +99,32 @@ ARCHITECTURES = {
 }
 
 
-def effective_window(section: ModelSection, max_position: int) -> int | None:
-    """Sliding window, tokens; None where it is so wide that it hides nothing."""
-    return (
-        section.sliding_window
-        if section.sliding_window and section.sliding_window < max_position
-        else None
-    )
-
-
-def choose_architecture(section: ModelSection, max_position: int) -> Architecture:
+def choose_architecture(spec: ModelSpec) -> Architecture:
     """Choose the architecture that computes the same logits.
 
     Args:
-        section: The model section.
-        max_position: Positions of the rotary tables, tokens.
+        spec: Shape of the model.
 
     Raises:
         CheckpointError: No architecture has these options together; they are named.
     """
-    gelu, window = section.ffn == "gelu", effective_window(section, max_position)
-    options = [("ffn = gelu", gelu), ("bias = true", section.bias)]
-    if section.logit_softcap is not None:
-        others = [
-            name for name, is_set in [*options, ("qk_norm = true", section.qk_norm)] if is_set
-        ]
+    gelu, window = spec.ffn == "gelu", spec.effective_window
+    options = [("ffn = gelu", gelu), ("bias = true", spec.bias)]
+    if spec.logit_softcap is not None:
+        others = [name for name, is_set in [*options, ("qk_norm = true", spec.qk_norm)] if is_set]
         if others:
             raise _impossible(["logit_softcap", *others])
-        if section.width % section.heads:
+        if spec.width % spec.heads:
             raise _impossible(
-                ["logit_softcap", f"head_dim = {section.head_dim} (width is no multiple of heads)"]
+                ["logit_softcap", f"head_dim = {spec.head_dim} (width is no multiple of heads)"]
             )
         return VAULTGEMMA
     others = [name for name, is_set in options if is_set]
-    if section.qk_norm:
+    if spec.qk_norm:
         if window and others:
             raise _impossible(["qk_norm = true", f"sliding_window = {window}", *others])
-        return HUNYUAN3 if section.bias else APERTUS if gelu else QWEN3
-    whole = section.width % section.heads == 0
+        return HUNYUAN3 if spec.bias else APERTUS if gelu else QWEN3
+    whole = spec.width % spec.heads == 0
     if window or not whole:
         return SMOLLM3 if others else MISTRAL
     return ARCEE if gelu else LLAMA
@@ -149,61 +137,55 @@ def _impossible(options: list[str]) -> CheckpointError:
     )
 
 
-def hf_config(
-    section: ModelSection, max_position: int, *, start_id: int, end_id: int, dtype: str
-) -> dict[str, Any]:
+def hf_config(spec: ModelSpec, *, start_id: int, end_id: int, dtype: str) -> dict[str, Any]:
     """Make the config.json of the architecture that `choose_architecture` returns.
 
     Args:
-        section: The model section.
-        max_position: Positions of the rotary tables, tokens.
+        spec: Shape of the model.
         start_id: Token that begins a document.
         end_id: Token that ends a document.
         dtype: "float32" or "bfloat16".
     """
-    architecture = choose_architecture(section, max_position)
-    by_weights = section.ffn == "gelu" and architecture.gated
+    architecture = choose_architecture(spec)
+    by_weights = spec.ffn == "gelu" and architecture.gated
     return {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
-        "vocab_size": section.vocab_size,
-        "hidden_size": section.width,
-        "intermediate_size": section.ffn_width_,
-        "num_hidden_layers": section.depth,
-        "num_attention_heads": section.heads,
-        "num_key_value_heads": section.kv_heads_,
-        "head_dim": section.head_dim_,
-        architecture.activation[0]: "gelu" if section.ffn == "gelu" else "silu",
-        "max_position_embeddings": max_position,
-        "initializer_range": section.init_std,
-        "rms_norm_eps": section.norm_eps,
-        "tie_word_embeddings": section.tied_embeddings and not architecture.centered,
-        "attention_bias": section.bias,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.width,
+        "intermediate_size": spec.ffn_width,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        architecture.activation[0]: "gelu" if spec.ffn == "gelu" else "silu",
+        "max_position_embeddings": spec.max_position,
+        "initializer_range": spec.init_std,
+        "rms_norm_eps": spec.norm_eps,
+        "tie_word_embeddings": spec.tied_embeddings and not architecture.centered,
+        "attention_bias": spec.bias,
         "attention_dropout": 0.0,
         "use_cache": True,
-        **({"mlp_bias": section.bias or by_weights} if architecture.mlp_bias else {}),
-        **_rope(section),
-        **_own_keys(section, architecture, max_position),
+        **({"mlp_bias": spec.bias or by_weights} if architecture.mlp_bias else {}),
+        **_rope(spec),
+        **_own_keys(spec, architecture),
         "bos_token_id": start_id,
         "eos_token_id": end_id,
         "pad_token_id": None,
         "dtype": dtype,
         "torch_dtype": dtype,  # releases before 4.56 read the latter
-        HINT: (
-            section.model_dump(mode="json", exclude={"attention", "cross_entropy"})
-            | {"max_position": max_position}
-        ),
+        HINT: spec.to_json(),
     }
 
 
-def _rope(section: ModelSection) -> dict[str, Any]:
+def _rope(spec: ModelSpec) -> dict[str, Any]:
     """Rotary keys: release 5 of transformers reads rope_parameters, older ones the other two."""
-    scaling = section.rope_scaling
+    scaling = spec.rope_scaling
     if scaling is None:
         return {
-            "rope_theta": section.rope_base,
+            "rope_theta": spec.rope_base,
             "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": section.rope_base},
+            "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_base},
         }
     keys: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind != "linear":
@@ -221,25 +203,23 @@ def _rope(section: ModelSection) -> dict[str, Any]:
             "truncate": True,
         }
     return {
-        "rope_theta": section.rope_base,
+        "rope_theta": spec.rope_base,
         "rope_scaling": keys,
-        "rope_parameters": keys | {"rope_theta": section.rope_base},
+        "rope_parameters": keys | {"rope_theta": spec.rope_base},
     }
 
 
-def _own_keys(
-    section: ModelSection, architecture: Architecture, max_position: int
-) -> dict[str, Any]:
+def _own_keys(spec: ModelSpec, architecture: Architecture) -> dict[str, Any]:
     """Keys that only this architecture has."""
-    window = effective_window(section, max_position)
-    layers = ["sliding_attention" if window else "full_attention"] * section.depth
+    window = spec.effective_window
+    layers = ["sliding_attention" if window else "full_attention"] * spec.depth
     if architecture is MISTRAL:
         return {"sliding_window": window}
     if architecture is QWEN3:
         return {
             "use_sliding_window": bool(window),
             "sliding_window": window,
-            "max_window_layers": 0 if window else section.depth,
+            "max_window_layers": 0 if window else spec.depth,
             "layer_types": layers,
         }
     if architecture is SMOLLM3:
@@ -247,17 +227,17 @@ def _own_keys(
             "use_sliding_window": bool(window),
             "sliding_window": window,
             "layer_types": layers,
-            "no_rope_layers": [1] * section.depth,
+            "no_rope_layers": [1] * spec.depth,
         }
     if architecture is HUNYUAN3:
-        return {"mlp_layer_types": ["dense"] * section.depth}
+        return {"mlp_layer_types": ["dense"] * spec.depth}
     if architecture is VAULTGEMMA:
         # It always builds a mask for a window; no layer uses it where all are full.
         return {
-            "sliding_window": window or max_position,
+            "sliding_window": window or spec.max_position,
             "layer_types": layers,
-            "query_pre_attn_scalar": section.head_dim_,
+            "query_pre_attn_scalar": spec.head_dim,
             "attn_logit_softcapping": None,
-            "final_logit_softcapping": section.logit_softcap,
+            "final_logit_softcapping": spec.logit_softcap,
         }
     return {}

@@ -6,7 +6,7 @@ import torch
 
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config, parse_config
-from nextpt.model import Decoder, build_decoder
+from nextpt.model import Decoder, ModelSpec
 
 
 def load_model(
@@ -28,13 +28,7 @@ def load_model(
         CheckpointError: The checkpoint does not fit the config that it holds.
     """
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
-    config = config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"attention": "auto", "cross_entropy": "auto"}),
-            "train": config.train.model_copy(update={"loss_workspace_mib": None}),
-        }
-    )
-    model = build_decoder(config)
+    model = Decoder(ModelSpec.from_config(config))
     checkpoint.check_weights({name: tuple(p.shape) for name, p in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -19,6 +19,7 @@ from nextpt.config import parse_config
 from nextpt.exchange.architectures import choose_architecture, hf_config
 from nextpt.exchange.folders import new_folder
 from nextpt.exchange.tensors import StoredTensor, stored_tensors
+from nextpt.model import ModelSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 4 * 2**30  # of one file; about twice as much is held in memory at once
@@ -53,19 +54,18 @@ def export_hf(
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
-    section = config.model
-    architecture = choose_architecture(section, config.max_position)
+    spec = ModelSpec.from_config(config)
+    architecture = choose_architecture(spec)
     tokenizer = Tokenizer(tokenizer_path)
     described = hf_config(
-        section,
-        config.max_position,
+        spec,
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
         dtype=str(DTYPES[dtype]).removeprefix("torch."),
     )
-    stored = stored_tensors(section, architecture)
+    stored = stored_tensors(spec, architecture)
     with new_folder(output) as folder:
-        _write_weights(folder, checkpoint, stored, section.width, DTYPES[dtype], shard_bytes)
+        _write_weights(folder, checkpoint, stored, spec.width, DTYPES[dtype], shard_bytes)
         if dtype == "fp32" and (inexact := inexact_parameters(stored)):
             save_file({name: checkpoint.read_whole(name) for name in inexact}, folder / EXACT)
         _write_json(folder / "config.json", described)
@@ -77,7 +77,7 @@ def export_hf(
                 "pad_token_id": tokenizer.end_id,
             },
         )
-        _write_tokenizer(folder, tokenizer, config.max_position)
+        _write_tokenizer(folder, tokenizer, spec.max_position)
     return architecture.name
 
 

@@ -19,12 +19,11 @@ from data_prep.tokenizer.description import Description
 from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.chunks import Chunk, chunk_numel, split_range, whole
 from nextpt.checkpoint.state import WEIGHT
-from nextpt.config import Config, ModelSection, parse_config
-from nextpt.exchange.architectures import effective_window
+from nextpt.config import Config, parse_config
 from nextpt.exchange.export_hf import EXACT, inexact_parameters
 from nextpt.exchange.reading import read_config
 from nextpt.exchange.tensors import StoredTensor, stored_tensors
-from nextpt.model import Decoder, build_decoder
+from nextpt.model import Decoder, ModelSpec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys that a run that starts from a model may change, for longer contexts say: the shapes of the
@@ -44,8 +43,7 @@ class HFWeights:
 
     Attributes:
         architecture: Architecture of transformers.
-        section: The model section that it describes.
-        max_position: Positions of the rotary tables, tokens.
+        spec: Shape of the model that it describes.
 
     Raises:
         CheckpointError: The folder does not hold exactly such a model.
@@ -57,10 +55,10 @@ class HFWeights:
                 f"folder {folder} does not exist; give a local Hugging Face folder"
             )
         self.folder = folder
-        self.architecture, self.section, self.max_position = read_config(folder)
+        self.architecture, self.spec = read_config(folder)
         self._handles: dict[str, Any] = {}
         self._files_by_tensor = self._index()
-        stored = stored_tensors(self.section, self.architecture)
+        stored = stored_tensors(self.spec, self.architecture)
         self._check(stored)
         # Where one parameter is stored twice, the tensor that stores it unchanged.
         self._sources = {
@@ -96,7 +94,7 @@ class HFWeights:
             values = self._slice(file, key, tuple(slice(a, b) for a, b in part))
             out[offset : offset + chunk_numel(part)] = values.to(torch.float32).reshape(-1)
             offset += chunk_numel(part)
-        return out if name in self._exact else stored.from_hf(out, self.section.width)
+        return out if name in self._exact else stored.from_hf(out, self.spec.width)
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name.
@@ -169,13 +167,13 @@ class HFWeights:
                     f"expected floats {s.shape}"
                 )
             if s.parameter is None and not torch.equal(
-                view[:].float(), s.to_hf(None, self.section.width)
+                view[:].float(), s.to_hf(None, self.spec.width)
             ):
                 raise CheckpointError(
                     f"{self.folder}: {s.hf_name} is no longer all {s.transform}; a feed-forward"
                     " without a gate cannot express it"
                 )
-        ignored = {"lm_head.weight"} if self.section.tied_embeddings else set()
+        ignored = {"lm_head.weight"} if self.spec.tied_embeddings else set()
         unknown = [
             name
             for name in self._files_by_tensor.keys() - {s.hf_name for s in stored} - ignored
@@ -199,35 +197,31 @@ class HFWeights:
         for name in set(handle.keys()) & set(names):
             stored, exact = self._sources[name], handle.get_tensor(name)
             if exact.shape == stored.shape and torch.equal(
-                stored.to_hf(exact, self.section.width),
+                stored.to_hf(exact, self.spec.width),
                 self._slice(self._files_by_tensor[stored.hf_name], stored.hf_name, ()),
             ):
                 kept.append(name)
         return frozenset(kept)
 
 
-def load_hf(folder: Path, device: torch.device | str = "cpu") -> tuple[Config, Decoder]:
+def load_hf(folder: Path, device: torch.device | str = "cpu") -> Decoder:
     """Load the model of a local Hugging Face folder, fp32, in evaluation mode.
 
     Args:
         folder: The folder.
         device: Where the model is placed.
 
-    Returns:
-        A config with its model section (see `config_from_hf`), and the model.
-
     Raises:
         CheckpointError: A file or key cannot be read or expressed; it is named.
     """
     weights = HFWeights(folder)
-    config = config_from_hf(weights)
-    model = build_decoder(config)
+    model = Decoder(weights.spec)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(
                 weights.read(name, "weight", 0, parameter.numel()).view(parameter.shape)
             )
-    return config, model.to(device).eval()
+    return model.to(device).eval()
 
 
 def config_from_hf(
@@ -252,13 +246,9 @@ def config_from_hf(
             "run": {"name": name},
             "data": {
                 "path": str(data or weights.folder),
-                "sequence_length": sequence_length or weights.max_position,
+                "sequence_length": sequence_length or weights.spec.max_position,
             },
-            "model": (
-                weights.section.model_copy(
-                    update={"max_position": weights.max_position}
-                ).model_dump(mode="json")
-            ),
+            "model": weights.spec.to_json(),
             "optimizer": {"lr": 2e-5},
             "schedule": {"warmup": 10},
             "train": {
@@ -279,13 +269,7 @@ def different_keys(weights: HFWeights, config: Config) -> tuple[list[str], list[
         Phrases about the keys that change the parameters' shapes or meaning, and about the others
         (`FREE`).
     """
-    mine, theirs = (
-        _computed(section, positions)
-        for section, positions in (
-            (config.model, config.max_position),
-            (weights.section, weights.max_position),
-        )
-    )
+    mine, theirs = (_compared(spec) for spec in (ModelSpec.from_config(config), weights.spec))
     differences = {
         key: f"model.{key} = {mine[key]}, there {theirs[key]}"
         for key in mine
@@ -296,16 +280,9 @@ def different_keys(weights: HFWeights, config: Config) -> tuple[list[str], list[
     ]
 
 
-def _computed(section: ModelSection, positions: int) -> dict[str, Any]:
-    values = section.model_dump(
-        mode="json", exclude={"attention", "cross_entropy", "init_std", "max_position"}
-    )
-    return values | {
-        "kv_heads": section.kv_heads_,
-        "head_dim": section.head_dim_,
-        "ffn_width": section.ffn_width_,
-        "sliding_window": effective_window(section, positions),
-    }
+def _compared(spec: ModelSpec) -> dict[str, Any]:
+    values = spec.to_json() | {"sliding_window": spec.effective_window}
+    return {key: v for key, v in values.items() if key not in ("init_std", "max_position")}
 
 
 def same_vocabulary(tokenizer: Path, other: Path) -> bool:

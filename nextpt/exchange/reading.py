@@ -1,4 +1,4 @@
-"""Reading of a Hugging Face config.json into a model section; nothing is imported or run for it."""
+"""Reading of a Hugging Face config.json into a ModelSpec; nothing is imported or run for it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from nextpt.exchange.architectures import (
     Architecture,
     hf_config,
 )
+from nextpt.model import ModelSpec
 
 # Keys that do not affect what the model computes.
 NEUTRAL = {
@@ -67,11 +68,11 @@ UNUSED = {
 MAX_COUNTS = {"num_hidden_layers": 10_000}  # others: 2**31
 
 
-def read_config(folder: Path) -> tuple[Architecture, ModelSection, int]:
+def read_config(folder: Path) -> tuple[Architecture, ModelSpec]:
     """Read the config.json of a Hugging Face folder.
 
     Returns:
-        Architecture, model section, and positions of the rotary tables.
+        Architecture and shape of the model.
 
     Raises:
         CheckpointError: It cannot be read, or our decoder cannot express a key; it is named.
@@ -93,7 +94,7 @@ def read_config(folder: Path) -> tuple[Architecture, ModelSection, int]:
         )
     try:
         described = ConfigReader(path, values, architecture).section()
-        return architecture, *_as_exported(values, architecture, described, path)
+        return architecture, _as_exported(values, architecture, described, path)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
             f"{path} has a value that no {architecture.name} has: {error}"
@@ -102,10 +103,10 @@ def read_config(folder: Path) -> tuple[Architecture, ModelSection, int]:
 
 def _as_exported(
     values: dict[str, Any], architecture: Architecture, described: dict[str, Any], path: Path
-) -> tuple[ModelSection, int]:
-    """Model section that the export was made from, while the other keys still agree with it.
+) -> ModelSpec:
+    """Spec that the export was made from, while the other keys still agree with it.
 
-    Otherwise the section that the other keys describe.
+    Otherwise the spec that the other keys describe.
 
     Args:
         values: Content of config.json.
@@ -116,25 +117,27 @@ def _as_exported(
     hint = values.get(HINT)
     try:
         if hint is not None:
-            section, positions = ModelSection.model_validate(hint), hint["max_position"]
+            section = ModelSection.model_validate(hint)
+            spec = ModelSpec.from_section(section, hint["max_position"])
             if (
-                section.depth == described["depth"]
-                and _described_by_export(section, positions, architecture, path) == described
+                spec.depth == described["depth"]
+                and _described_by_export(spec, architecture, path) == described
             ):
-                return section, positions
+                return spec
     except (ValueError, CheckpointError, TypeError, KeyError):
         pass  # it was edited: the keys that transformers reads decide
-    return _to_section(described, architecture, path), described["max_position"]
+    section = _to_section(described, architecture, path)
+    return ModelSpec.from_section(section, described["max_position"])
 
 
 def _described_by_export(
-    section: ModelSection, positions: int, architecture: Architecture, path: Path
+    spec: ModelSpec, architecture: Architecture, path: Path
 ) -> dict[str, Any] | None:
-    """What the config.json that this section is exported to describes.
+    """What the config.json that this spec is exported to describes.
 
     None when that is of another architecture.
     """
-    exported = hf_config(section, positions, start_id=0, end_id=0, dtype="float32")
+    exported = hf_config(spec, start_id=0, end_id=0, dtype="float32")
     return (
         ConfigReader(path, exported, architecture).section()
         if exported["model_type"] == architecture.model_type

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nextpt.config import ModelSection
 from nextpt.exchange.architectures import Architecture
+from nextpt.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class StoredTensor:
         return tensor * math.sqrt(width) if self.transform == "scaled" else tensor
 
 
-def stored_tensors(section: ModelSection, architecture: Architecture) -> list[StoredTensor]:
+def stored_tensors(spec: ModelSpec, architecture: Architecture) -> list[StoredTensor]:
     """All tensors of a Hugging Face folder, in the order of the forward pass."""
     norm = "centered" if architecture.centered else "same"
-    matrix = (section.vocab_size, section.width)
+    matrix = (spec.vocab_size, spec.width)
     tensors = [
         StoredTensor(
             "model.embed_tokens.weight",
@@ -55,10 +55,10 @@ def stored_tensors(section: ModelSection, architecture: Architecture) -> list[St
             matrix,
         )
     ]
-    for i in range(section.depth):
-        tensors += _block(section, architecture, f"blocks.{i}", f"model.layers.{i}", norm)
-    tensors.append(StoredTensor("model.norm.weight", "final_norm.weight", norm, (section.width,)))
-    if not section.tied_embeddings:
+    for i in range(spec.depth):
+        tensors += _block(spec, architecture, f"blocks.{i}", f"model.layers.{i}", norm)
+    tensors.append(StoredTensor("model.norm.weight", "final_norm.weight", norm, (spec.width,)))
+    if not spec.tied_embeddings:
         tensors.append(StoredTensor("lm_head.weight", "lm_head.weight", "same", matrix))
     elif architecture.centered:  # a tied output matrix would be scaled like the embedding
         tensors.append(StoredTensor("lm_head.weight", "embed_tokens.weight", "same", matrix))
@@ -66,51 +66,51 @@ def stored_tensors(section: ModelSection, architecture: Architecture) -> list[St
 
 
 def _block(
-    section: ModelSection, architecture: Architecture, ours: str, theirs: str, norm: str
+    spec: ModelSpec, architecture: Architecture, ours: str, theirs: str, norm: str
 ) -> list[StoredTensor]:
-    queries, keys = section.heads * section.head_dim_, section.kv_heads_ * section.head_dim_
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     first, second = architecture.norms
     tensors = [
         StoredTensor(
-            f"{theirs}.{first}.weight", f"{ours}.attention_norm.weight", norm, (section.width,)
+            f"{theirs}.{first}.weight", f"{ours}.attention_norm.weight", norm, (spec.width,)
         )
     ]
     projections = {
-        "q_proj": (queries, section.width),
-        "k_proj": (keys, section.width),
-        "v_proj": (keys, section.width),
-        "o_proj": (section.width, queries),
+        "q_proj": (queries, spec.width),
+        "k_proj": (keys, spec.width),
+        "v_proj": (keys, spec.width),
+        "o_proj": (spec.width, queries),
     }
     for name, shape in projections.items():
         tensors += _linear(
-            f"{theirs}.self_attn.{name}", f"{ours}.attention.{name}", shape, section.bias
+            f"{theirs}.self_attn.{name}", f"{ours}.attention.{name}", shape, spec.bias
         )
-    if section.qk_norm:
+    if spec.qk_norm:
         tensors += [
             StoredTensor(
                 f"{theirs}.self_attn.{name}.weight",
                 f"{ours}.attention.{name}.weight",
                 "same",
-                (section.head_dim_,),
+                (spec.head_dim,),
             )
             for name in ("q_norm", "k_norm")
         ]
     tensors.append(
-        StoredTensor(f"{theirs}.{second}.weight", f"{ours}.ffn_norm.weight", norm, (section.width,))
+        StoredTensor(f"{theirs}.{second}.weight", f"{ours}.ffn_norm.weight", norm, (spec.width,))
     )
-    up, down = (section.ffn_width_, section.width), (section.width, section.ffn_width_)
-    if section.ffn == "swiglu":
+    up, down = (spec.ffn_width, spec.width), (spec.width, spec.ffn_width)
+    if spec.ffn == "swiglu":
         for name, shape in (("gate_proj", up), ("up_proj", up), ("down_proj", down)):
-            tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, section.bias)
+            tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, spec.bias)
         return tensors
     if not architecture.gated:
         for name, shape in (("up_proj", up), ("down_proj", down)):
-            tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, section.bias)
+            tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, spec.bias)
         return tensors
     # gelu(x A) * (x 0 + 1): the gate computes everything, and what it gates is one.
     for name, own_name, shape in (("gate_proj", "up_proj", up), ("down_proj", "down_proj", down)):
-        tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{own_name}", shape, section.bias)
-        if not section.bias:
+        tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{own_name}", shape, spec.bias)
+        if not spec.bias:
             tensors.append(StoredTensor(f"{theirs}.mlp.{name}.bias", None, "zeros", shape[:1]))
     return [
         *tensors,

@@ -1,11 +1,11 @@
-"""Decoding: from prompts to text."""
+"""Text generation from prompts: sampling, greedy decoding and beam search."""
 
-from nextpt.generate.beam import Beams, beam_search
+from nextpt.generate.beam import BeamSearchConfig, beam_search
 from nextpt.generate.sample import Sampling
 from nextpt.generate.text import (
     Continuation,
-    Ending,
-    Wanted,
+    FinishReason,
+    GenerationConfig,
     generate,
     pick_device,
     prompt_tokens,
@@ -13,11 +13,11 @@ from nextpt.generate.text import (
 )
 
 __all__ = [
-    "Beams",
+    "BeamSearchConfig",
     "Continuation",
-    "Ending",
+    "FinishReason",
+    "GenerationConfig",
     "Sampling",
-    "Wanted",
     "beam_search",
     "generate",
     "pick_device",

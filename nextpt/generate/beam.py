@@ -1,4 +1,4 @@
-"""Beam search: the continuations that the model finds most probable as a whole."""
+"""Beam search: the continuations that are most probable as a whole, with a length penalty."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import UserError
-from nextpt.config import Config
-from nextpt.generate.decoding import Decoding
-from nextpt.generate.stopping import GrowingText, StopStrings
-from nextpt.generate.text import Continuation, Ending, Wanted
+from nextpt.generate.decoding import DecodingBatch
+from nextpt.generate.stopping import IncrementalDetokenizer, StopStringFilter
+from nextpt.generate.text import Continuation, FinishReason, GenerationConfig
 from nextpt.model import Decoder
 
 
 @dataclass(frozen=True)
-class Beams:
-    """width: hypotheses that are kept. length_penalty: alpha of `score`.
+class BeamSearchConfig:
+    """Settings of a beam search.
 
-    0 compares sums, which favours short ones.
+    Attributes:
+        width: Hypotheses that are kept at each step.
+        length_penalty: alpha of `score`. 0 compares sums of log-probabilities, which favours short
+            continuations; 0.6 to 0.7 was best for translation (arXiv 1609.08144, section 7).
 
-    0.6 to 0.7 was best for translation (arXiv 1609.08144, section 7). Raises UserError for a value
-    out of bounds.
+    Raises:
+        UserError: A value is out of bounds.
     """
 
     width: int
@@ -36,15 +38,18 @@ class Beams:
             raise UserError(f"length_penalty = {self.length_penalty} must be >= 0")
 
     def score(self, logprob: float, length: int) -> float:
-        """Log P(Y) / lp(Y), lp(Y) = (5 + |Y|)^alpha / (5 + 1)^alpha (arXiv 1609.08144, eq. 14). length: tokens, the end's too."""
-        return logprob * (6 / (5 + length)) ** self.length_penalty
+        """Score a hypothesis of `length` tokens, the end token included.
+
+        log P(Y) / lp(Y), lp(Y) = (5 + |Y|)^alpha / (5 + 1)^alpha (arXiv 1609.08144, eq. 14).
+        """
+        return logprob * float((6 / (5 + length)) ** self.length_penalty)
 
 
 @dataclass(frozen=True)
 class _Hypothesis:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    ending: Ending | None = None
+    finish_reason: FinishReason | None = None
 
     @property
     def logprob(self) -> float:
@@ -52,65 +57,78 @@ class _Hypothesis:
 
 
 def beam_search(
-    config: Config,
     model: Decoder,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
-    wanted: Wanted,
-    beams: Beams,
+    config: GenerationConfig,
+    beams: BeamSearchConfig,
     number: int = 0,
 ) -> list[Continuation]:
-    """The `wanted.samples` best finished hypotheses, best first, of one prompt (of `prompt_tokens`).
+    """Find the best finished hypotheses of one prompt.
 
-    A hypothesis is finished at the end of the document, at a stop string, after `wanted.max_tokens`
-    or where the positions end. The search stops when no other one can come among the best, since a
-    log-probability only falls. number: the prompt's, for the result. Raises UserError when more are
-    wanted than there are beams.
+    A hypothesis is finished at the end of the document, at a stop string, after `max_tokens` or
+    where the positions end. The search stops when no unfinished hypothesis can become one of the
+    best, since a log-probability only falls.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Decodes the tokens.
+        prompt: Tokens, from `prompt_tokens`.
+        config: `samples` is the number of hypotheses to return; its sampling is not used.
+        beams: Settings of the search.
+        number: Number of the prompt, for the result.
+
+    Returns:
+        The `config.samples` best hypotheses, best first.
+
+    Raises:
+        UserError: More hypotheses are asked for than there are beams.
     """
-    if wanted.samples > beams.width:
+    if config.samples > beams.width:
         raise UserError(
-            f"samples = {wanted.samples} of beams = {beams.width}: as many hypotheses are kept as"
+            f"samples = {config.samples} of beams = {beams.width}: as many hypotheses are kept as"
             " there are beams; ask for more beams"
         )
-    room = config.max_position - len(prompt)
-    most = min(wanted.max_tokens, room)
-    last = Ending.LENGTH if wanted.max_tokens <= room else Ending.CONTEXT
-    decoding = Decoding(config, model, [prompt], len(prompt) + most)
-    live, done = [_Hypothesis()], []
-    for length in range(1, most + 1):
+    room = model.max_position - len(prompt)
+    max_tokens = min(config.max_tokens, room)
+    last_reason = FinishReason.LENGTH if config.max_tokens <= room else FinishReason.CONTEXT
+    batch = DecodingBatch(model, [prompt], len(prompt) + max_tokens)
+    live, finished = [_Hypothesis()], list[_Hypothesis]()
+    for length in range(1, max_tokens + 1):
         candidates = [
-            (parent, _judged(h, tokenizer, prompt, wanted.stop))
-            for parent, h in _expand(decoding, live, 2 * beams.width)
+            (parent, _finish(h, tokenizer, prompt, config.stop))
+            for parent, h in _expand(batch, live, 2 * beams.width)
         ]
-        if length == most:
+        if length == max_tokens:
             candidates = [
-                (parent, h if h.ending else _Hypothesis(h.tokens, h.logprobs, last))
+                (parent, h if h.finish_reason else _Hypothesis(h.tokens, h.logprobs, last_reason))
                 for parent, h in candidates
             ]
-        done += [h for _, h in candidates if h.ending]
-        done = sorted(done, key=lambda h: -beams.score(h.logprob, len(h.tokens)))[: beams.width]
-        going = [(parent, h) for parent, h in candidates if not h.ending][: beams.width]
-        if not going or _settled(done, going[0][1], most, beams):
+        finished += [h for _, h in candidates if h.finish_reason]
+        finished = sorted(finished, key=lambda h: -beams.score(h.logprob, len(h.tokens)))
+        finished = finished[: beams.width]
+        unfinished = [(parent, h) for parent, h in candidates if not h.finish_reason][: beams.width]
+        if not unfinished or _is_settled(finished, unfinished[0][1], max_tokens, beams):
             break
-        decoding.take([parent for parent, _ in going])
-        live = [h for _, h in going]
-        decoding.feed(torch.tensor([h.tokens[-1] for h in live]))
+        batch.take([parent for parent, _ in unfinished])
+        live = [h for _, h in unfinished]
+        batch.append(torch.tensor([h.tokens[-1] for h in live]))
     return [
-        _result(h, tokenizer, prompt, wanted.stop, number, place)
-        for place, h in enumerate(done[: wanted.samples])
+        _continuation(h, tokenizer, prompt, config.stop, number, rank)
+        for rank, h in enumerate(finished[: config.samples])
     ]
 
 
 def _expand(
-    decoding: Decoding, live: list[_Hypothesis], most: int
+    batch: DecodingBatch, live: list[_Hypothesis], count: int
 ) -> list[tuple[int, _Hypothesis]]:
-    """The most probable continuations by one token, best first, each with the row that it comes from."""
-    logprobs_BV = decoding.logits_BV.log_softmax(-1)
+    """Return the `count` most probable one-token extensions, best first, with their parents' rows."""
+    logprobs_BV = batch.logits_BV.log_softmax(-1)
     sums_BV = logprobs_BV.double() + torch.tensor(
         [h.logprob for h in live], dtype=torch.float64
     ).unsqueeze(1)
-    places = sums_BV.flatten().topk(min(most, sums_BV.numel())).indices
-    rows, tokens = places // sums_BV.shape[1], places % sums_BV.shape[1]
+    flat = sums_BV.flatten().topk(min(count, sums_BV.numel())).indices
+    rows, tokens = flat // sums_BV.shape[1], flat % sums_BV.shape[1]
     return [
         (row, _Hypothesis((*live[row].tokens, token), (*live[row].logprobs, logprob)))
         for row, token, logprob in zip(
@@ -119,48 +137,58 @@ def _expand(
     ]
 
 
-def _settled(done: list[_Hypothesis], best: _Hypothesis, most: int, beams: Beams) -> bool:
-    """Whether the beams are all finished, and the best that goes on cannot become better than the last of them."""
-    bound = beams.score(best.logprob, most)
-    return len(done) == beams.width and beams.score(done[-1].logprob, len(done[-1].tokens)) >= bound
+def _is_settled(
+    finished: list[_Hypothesis], best: _Hypothesis, max_tokens: int, beams: BeamSearchConfig
+) -> bool:
+    """Whether all beams are finished and the best unfinished one cannot displace any of them."""
+    if len(finished) < beams.width:
+        return False
+    worst = finished[-1]
+    return beams.score(worst.logprob, len(worst.tokens)) >= beams.score(best.logprob, max_tokens)
 
 
-def _judged(
+def _finish(
     hypothesis: _Hypothesis, tokenizer: Tokenizer, prompt: Sequence[int], stops: tuple[str, ...]
 ) -> _Hypothesis:
-    """With its ending, where the last token is the end's or completes a stop string."""
-    ending = None
+    """Set the finish reason where the last token ends the document or completes a stop string."""
+    reason = None
     if hypothesis.tokens[-1] == tokenizer.end_id:
-        ending = Ending.DOCUMENT
+        reason = FinishReason.DOCUMENT
     elif stops and _text(hypothesis, tokenizer, prompt, stops)[1]:
-        ending = Ending.STOP
-    return _Hypothesis(hypothesis.tokens, hypothesis.logprobs, ending)
+        reason = FinishReason.STOP
+    return _Hypothesis(hypothesis.tokens, hypothesis.logprobs, reason)
 
 
 def _text(
     hypothesis: _Hypothesis, tokenizer: Tokenizer, prompt: Sequence[int], stops: tuple[str, ...]
 ) -> tuple[str, bool]:
-    """The text up to a stop string, and whether there was one."""
-    growing, stopping = GrowingText(tokenizer, prompt), StopStrings(stops)
-    shown = [
-        stopping.add(piece)
+    """Return the text up to a stop string, and whether there was one."""
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt)
+    stop_filter = StopStringFilter(stops)
+    parts = [
+        stop_filter.add(piece)
         for token in hypothesis.tokens
-        for piece in growing.add(token)
-        if not stopping.found
+        for piece in detokenizer.add(token)
+        if not stop_filter.matched
     ]
-    shown += [stopping.add(piece) for piece in growing.rest() if not stopping.found]
-    return "".join(shown) + stopping.rest(), stopping.found
+    parts += [stop_filter.add(piece) for piece in detokenizer.flush() if not stop_filter.matched]
+    return "".join(parts) + stop_filter.flush(), stop_filter.matched
 
 
-def _result(
+def _continuation(
     hypothesis: _Hypothesis,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     stops: tuple[str, ...],
     number: int,
-    place: int,
+    rank: int,
 ) -> Continuation:
     text, _ = _text(hypothesis, tokenizer, prompt, stops)
     return Continuation(
-        number, place, list(hypothesis.tokens), list(hypothesis.logprobs), text, hypothesis.ending
+        number,
+        rank,
+        list(hypothesis.tokens),
+        list(hypothesis.logprobs),
+        text,
+        hypothesis.finish_reason,
     )

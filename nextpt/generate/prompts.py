@@ -1,4 +1,4 @@
-"""Prompts from a file."""
+"""Prompts read from a .txt or .jsonl file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from nextpt.base.errors import UserError
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Where it stands ("FILE, line 3") -> prompt. *.jsonl: objects with a key `prompt`.
+    """Read prompts from a file.
 
-    *.txt: each line is one, without its end.
+    Args:
+        path: *.jsonl: one object with a key `prompt` on each line; empty lines are skipped. *.txt:
+            one prompt on each line; an empty line is the empty prompt.
 
-    An empty line of a .txt is the empty prompt; of a .jsonl it is passed over. Raises UserError
-    that names the line.
+    Returns:
+        Location ("FILE, line 3") -> prompt.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no prompt; names the line.
     """
     if path.suffix not in (".jsonl", ".txt"):
         raise UserError(
@@ -29,19 +34,24 @@ def read_prompts(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start:,}") from error
     if lines == [""]:
         raise UserError(f"{path} is empty; put one prompt on each line")
-    places = {f"{path}, line {number}": line for number, line in enumerate(lines, start=1)}
+    by_location = {f"{path}, line {number}": line for number, line in enumerate(lines, start=1)}
     if path.suffix == ".txt":
-        return {place: line.removesuffix("\r") for place, line in places.items()}
-    return {place: _prompt_of(place, line) for place, line in places.items() if line.strip()}
+        return {location: line.removesuffix("\r") for location, line in by_location.items()}
+    return {
+        location: _parse_prompt(location, line)
+        for location, line in by_location.items()
+        if line.strip()
+    }
 
 
-def _prompt_of(place: str, line: str) -> str:
+def _parse_prompt(location: str, line: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{place} is not JSON: {error}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise UserError(f"{location} is not JSON: {error}") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else None
+    if not isinstance(prompt, str):
         raise UserError(
-            f'{place} is not an object with a text under "prompt", such as {{"prompt": "Once"}}'
+            f'{location} is not an object with a text under "prompt", such as {{"prompt": "Once"}}'
         )
-    return value["prompt"]
+    return prompt

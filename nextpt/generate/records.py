@@ -1,4 +1,4 @@
-"""What is kept of generated text: the JSON of a call, and RUN/samples.json."""
+"""Generated text as JSON: the result of one call, and RUN/samples.json."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ def generation_json(
     settings: dict[str, Any],
     prompts: Sequence[str],
     tokenizer: Tokenizer,
-    found: Sequence[Continuation],
+    continuations: Sequence[Continuation],
 ) -> dict[str, Any]:
-    """The form of `nextpt generate --json`. logprob: nats, under the model's own distribution."""
+    """Describe continuations in the form of `nextpt generate --json`.
+
+    `logprob` is in nats, under the model's own distribution.
+    """
     return {
         "run": str(run),
         "step": step,
@@ -34,37 +37,45 @@ def generation_json(
                 "prompt_number": c.prompt,
                 "sample": c.sample,
                 "text": c.text,
-                "ending": c.ending,
+                "finish_reason": c.finish_reason,
                 "logprob": sum(c.logprobs),
                 "tokens": [
                     {"id": token, "token": tokenizer.token(token), "logprob": logprob}
                     for token, logprob in zip(c.tokens, c.logprobs, strict=True)
                 ],
             }
-            for c in found
+            for c in continuations
         ],
     }
 
 
 def sample_record(
-    step: int, prompt: str, found: Continuation, sampling: Sampling
+    step: int | None, prompt: str, continuation: Continuation, sampling: Sampling
 ) -> dict[str, Any]:
-    """One entry of RUN/samples.json. text: the continuation, without the prompt."""
-    return {"step": step, "prompt": prompt, "sample": found.sample, "text": found.text} | asdict(
-        sampling
-    )
+    """Describe a continuation as one entry of RUN/samples.json; `text` is without the prompt."""
+    return {
+        "step": step,
+        "prompt": prompt,
+        "sample": continuation.sample,
+        "text": continuation.text,
+    } | asdict(sampling)
 
 
 def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
-    """Add samples to RUN/samples.json; one with the same step, prompt and settings is replaced.
+    """Add samples to RUN/samples.json; those with the same step, prompt and settings are replaced.
 
-    Raises DataError.
+    Raises:
+        DataError: The file cannot be written, or holds something else.
     """
     path = run / "samples.json"
+
+    def settings(sample: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in sample.items() if key != "text"}
+
     try:
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        new = [{k: v for k, v in s.items() if k != "text"} for s in samples]
-        kept = [s for s in kept if {k: v for k, v in s.items() if k != "text"} not in new]
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        replaced = [settings(sample) for sample in samples]
+        kept = [sample for sample in old if settings(sample) not in replaced]
         with atomic_write(path) as file:
             file.write(canonical_json(kept + samples))
     except (OSError, ValueError, AttributeError) as error:

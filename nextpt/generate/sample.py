@@ -1,4 +1,4 @@
-"""From logits to the next token: the distribution that it is drawn from, and the draw."""
+"""Sampling of the next token: temperature, top-k, top-p, min-p, repetition penalty, the draw."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from nextpt.base.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the most probable one (greedy).
+    """How the next token is chosen.
 
-    repetition_penalty: logits of tokens that were there already are divided by it where positive
-    and multiplied where negative (CTRL, arXiv 1909.05858, section 4.1, which divides them all: that
-    would favour tokens of negative logit). Then the temperature; then top_k keeps the k most
-    probable tokens, top_p the smallest set whose probability reaches p (arXiv 1904.09751), min_p
-    those with at least p times the probability of the most probable one (arXiv 2407.01082). Raises
-    UserError for a value out of bounds.
+    The penalty is applied first, then the temperature, top-k, top-p and min-p in this order.
+
+    Attributes:
+        temperature: Divides the logits; 0: the most probable token (greedy).
+        top_k: Keep the k most probable tokens.
+        top_p: Keep the smallest set whose probability reaches p (arXiv 1904.09751).
+        min_p: Keep tokens of at least p times the largest probability (arXiv 2407.01082).
+        repetition_penalty: Logits of tokens that occurred before are divided by it where positive
+            and multiplied where negative (CTRL, arXiv 1909.05858, section 4.1, divides them all,
+            which favours tokens of negative logit).
+        seed: Seed of the draws.
+
+    Raises:
+        UserError: A value is out of bounds.
     """
 
     temperature: float = 1.0
@@ -48,11 +56,15 @@ class Sampling:
 
 
 def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
-    """Probabilities fp64 [B, V] that tokens are drawn from.
+    """Compute the probabilities that tokens are drawn from.
 
-    Greedy is all on the arg-max, the first one of several.
+    Args:
+        logits_BV: Logits of the next token.
+        sampling: How the token is chosen. Greedy puts all probability on the first arg-max.
+        seen_BV: True for tokens that occurred before; required where there is a penalty.
 
-    seen_BV: True for tokens that were there already; needed where there is a penalty.
+    Returns:
+        Probabilities, fp64 [B, V].
     """
     scaled = logits_BV.double()
     if sampling.repetition_penalty != 1:
@@ -63,7 +75,7 @@ def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None =
         )
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(scaled.argmax(-1), scaled.shape[-1]).double()
-    # A small temperature would make infinities of large logits
+    # A small temperature would overflow large logits
     scaled = scaled - scaled.amax(-1, keepdim=True)
     probabilities = (scaled / sampling.temperature).softmax(-1)
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
@@ -85,10 +97,17 @@ def _renormalised(probabilities: Tensor) -> Tensor:
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """int64 [B]: where the cumulative probability first exceeds a uniform number of [0, 1), both fp64.
+    """Draw one token per row by inversion of the cumulative distribution.
 
-    Inversion and not torch.multinomial: a row's token then depends on its own random number alone,
-    whatever else is in the batch.
+    Unlike torch.multinomial, a row's token depends on its own random number alone, whatever else is
+    in the batch.
+
+    Args:
+        probabilities_BV: fp64 [B, V].
+        uniform_B: One number of [0, 1) per row, fp64 [B].
+
+    Returns:
+        Tokens, int64 [B]: where the cumulative probability first exceeds the number.
     """
     cumulative = probabilities_BV.cumsum(-1)
     total = cumulative[:, -1]
@@ -97,6 +116,6 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, reached.unsqueeze(-1), right=True).squeeze(-1)
 
 
-def randomness(seed: int, prompt: int, sample: int) -> np.random.Generator:
-    """The random numbers of one continuation: of the seed and its place, so that its batch does not matter."""
+def continuation_rng(seed: int, prompt: int, sample: int) -> np.random.Generator:
+    """Random numbers of one continuation, independent of the batch that it is decoded in."""
     return np.random.default_rng([seed, prompt, sample])

@@ -1,4 +1,4 @@
-"""Text that grows piece by piece: whole characters only, and nothing of a stop string."""
+"""Incremental detokenization: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -7,59 +7,65 @@ from collections.abc import Iterator, Sequence
 from data_prep.tokenizer import Tokenizer
 
 
-class GrowingText:
-    """The text of a growing list of tokens, piece by piece.
+class IncrementalDetokenizer:
+    """Text of a growing list of tokens, piece by piece.
 
-    joined, the pieces are the text after that of the first tokens.
+    Joined, the pieces are the text after that of the first tokens. What a token reads as depends on
+    those before it: decoders strip the space at the front of a text, and a character may take
+    several tokens. So the tokens of the previous piece are decoded again with the new ones.
 
-    What a token reads as depends on those before it: decoders take the space off the front of a
-    text, and a character may take several tokens. So the tokens of the piece before are decoded
-    again with the new ones.
+    Args:
+        tokenizer: Decodes the tokens.
+        tokens: The first tokens, whose text is not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> None:
         self._tokenizer, self._tokens = tokenizer, list(tokens)
-        # Where the piece before begins, and the tokens whose text was given
-        self._before, self._shown = 0, len(tokens)
+        # First token of the previous piece, and number of tokens whose text was returned
+        self._previous, self._returned = 0, len(tokens)
 
     def add(self, token: int) -> Iterator[str]:
-        """Take one more token; yields the text that is now whole, if any."""
+        """Append a token; yields the text that is now complete, if any."""
         self._tokens.append(token)
-        if not self._new().endswith("\ufffd"):
-            yield from self.rest()
+        if not self._new_text().endswith("\ufffd"):
+            yield from self.flush()
 
-    def rest(self) -> Iterator[str]:
-        """Yield what has not been given, whole or not."""
-        if text := self._new():
+    def flush(self) -> Iterator[str]:
+        """Yield the text that was not returned yet, complete or not."""
+        if text := self._new_text():
             yield text
-            self._before, self._shown = self._shown, len(self._tokens)
+            self._previous, self._returned = self._returned, len(self._tokens)
 
-    def _new(self) -> str:
-        given, text = (
-            self._tokenizer.decode(self._tokens[self._before : stop])
-            for stop in (self._shown, None)
+    def _new_text(self) -> str:
+        returned, text = (
+            self._tokenizer.decode(self._tokens[self._previous : stop])
+            for stop in (self._returned, None)
         )
-        if text.startswith(given):
-            return text[len(given) :]
+        if text.startswith(returned):
+            return text[len(returned) :]
         # A byte that ends no character makes the decoder of byte tokens take back those before it,
         # which were right.
-        return self._tokenizer.decode(self._tokens[self._shown :])
+        return self._tokenizer.decode(self._tokens[self._returned :])
 
 
-class StopStrings:
-    """Holds back what may become a stop string. found: one has come; the text ended before it."""
+class StopStringFilter:
+    """Holds back text that may become a stop string, and ends the text before one.
+
+    Attributes:
+        matched: A stop string occurred; the text ended before it.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "an empty stop string"
-        self._stops, self._held, self.found = tuple(stops), "", False
+        self._stops, self._held, self.matched = tuple(stops), "", False
 
     def add(self, piece: str) -> str:
-        """The text that may be shown after one more piece; may be empty."""
+        """Append a piece; returns the text that may be shown, which may be empty."""
         self._held += piece
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return self._give(min(places))
+        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if starts:
+            self.matched = True
+            return self._release(min(starts))
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         held = next(
             (
@@ -69,12 +75,12 @@ class StopStrings:
             ),
             0,
         )
-        return self._give(len(self._held) - held)
+        return self._release(len(self._held) - held)
 
-    def rest(self) -> str:
-        """What was held back and became no stop string; nothing after one was found."""
-        return "" if self.found else self._give(len(self._held))
+    def flush(self) -> str:
+        """Return the text that was held back; empty after a stop string."""
+        return "" if self.matched else self._release(len(self._held))
 
-    def _give(self, size: int) -> str:
+    def _release(self, size: int) -> str:
         text, self._held = self._held[:size], self._held[size:]
         return text

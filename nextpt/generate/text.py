@@ -1,4 +1,4 @@
-"""From prompts to text: several prompts at once, several samples of each, heard piece by piece."""
+"""Text generation: several prompts at once, several samples of each, streamed piece by piece."""
 
 from __future__ import annotations
 
@@ -11,31 +11,42 @@ from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataPrepError, UserError
-from nextpt.config import Config
-from nextpt.generate.decoding import Decoding
-from nextpt.generate.sample import Sampling, distribution, draw, randomness
-from nextpt.generate.stopping import GrowingText, StopStrings
+from nextpt.generate.decoding import DecodingBatch
+from nextpt.generate.sample import Sampling, continuation_rng, distribution, draw
+from nextpt.generate.stopping import IncrementalDetokenizer, StopStringFilter
 from nextpt.model import Decoder
 
-# Number of the prompt, number of the sample, a piece of text
-Hear = Callable[[int, int, str], None]
+# Called with (number of the prompt, number of the sample, a piece of text)
+TextCallback = Callable[[int, int, str], None]
 
 
-class Ending(StrEnum):
+def ignore_text(prompt: int, sample: int, piece: str) -> None:
+    """`TextCallback` that does nothing."""
+
+
+class FinishReason(StrEnum):
     """Why a continuation ended."""
 
     DOCUMENT = "end"  # the model ended the document
-    STOP = "stop"  # a stop string came
-    LENGTH = "length"  # as many tokens as were asked for
-    CONTEXT = "context"  # the model's positions end there
+    STOP = "stop"  # a stop string occurred
+    LENGTH = "length"  # `max_tokens` were generated
+    CONTEXT = "context"  # the model's positions end
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to generate. max_tokens: of each continuation. stop: texts that end it. samples: continuations of each prompt.
+class GenerationConfig:
+    """What to generate.
 
-    batch_size: continuations that are decoded together; the same tokens come at any size but where
-    rounding decides. Raises UserError for a number below 1 and an empty stop string.
+    Attributes:
+        sampling: How each token is chosen.
+        max_tokens: Most tokens of a continuation.
+        stop: Strings that end a continuation and are not part of its text.
+        samples: Continuations of each prompt.
+        batch_size: Continuations that are decoded together. The tokens are the same at any size,
+            except where rounding decides between two.
+
+    Raises:
+        UserError: A number is below 1, or a stop string is empty.
     """
 
     sampling: Sampling = Sampling()
@@ -49,16 +60,22 @@ class Wanted:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)} must be >= 1")
         if not all(self.stop):
-            raise UserError("a stop string is empty: every text holds it; leave it out")
+            raise UserError("a stop string is empty: every text contains it; leave it out")
 
 
 @dataclass
 class Continuation:
     """One continuation of a prompt.
 
-    tokens: all that were chosen, the end of the document and those of a stop string too. logprobs:
-    of each, nats, under the model's own distribution (no temperature, nothing cut off). text:
-    without the prompt and the stop string.
+    Attributes:
+        prompt: Number of the prompt.
+        sample: Number of the sample of that prompt.
+        tokens: All tokens that were chosen, those of the end of the document and of a stop string
+            included.
+        logprobs: Log-probability of each token, nats, under the model's own distribution (no
+            temperature, nothing cut off).
+        text: Without the prompt and the stop string.
+        finish_reason: Why it ended; None while it grows.
     """
 
     prompt: int
@@ -66,15 +83,21 @@ class Continuation:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
-    ending: Ending | None = None
+    finish_reason: FinishReason | None = None
 
 
 def text_tokens(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
-    """The start token and those of a text.
+    """Encode a text behind the start token.
 
-    Raises UserError, which begins with `name`, for a text that cannot be encoded.
+    Args:
+        tokenizer: Encodes the text.
+        text: Any text.
+        name: What the text is called in errors.
+
+    Raises:
+        UserError: The text cannot be encoded.
     """
-    # How Python holds bytes of the command line that are none
+    # Python keeps bytes of the command line that are no UTF-8 as lone surrogates
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name} is not UTF-8")
     try:
@@ -84,120 +107,138 @@ def text_tokens(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
 
 
 def prompt_tokens(
-    config: Config, tokenizer: Tokenizer, prompt: str, name: str = "the prompt"
+    model: Decoder, tokenizer: Tokenizer, prompt: str, name: str = "the prompt"
 ) -> list[int]:
-    """`text_tokens` of a prompt. Raises UserError also where they leave no room."""
+    """Encode a prompt that leaves room for a continuation.
+
+    Raises:
+        UserError: The prompt cannot be encoded, or fills the model's positions.
+    """
     tokens = text_tokens(tokenizer, prompt, name)
-    if len(tokens) >= config.max_position:
+    if len(tokens) >= model.max_position:
         raise UserError(
             f"{name} has {len(tokens):,} tokens with the start token; the model's positions end at"
-            f" {config.max_position:,}: shorten it"
+            f" {model.max_position:,}: shorten it"
         )
     return tokens
 
 
 def generate(
-    config: Config,
     model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    wanted: Wanted,
-    hear: Hear = lambda prompt, sample, piece: None,
+    config: GenerationConfig,
+    on_text: TextCallback = ignore_text,
 ) -> Iterator[Continuation]:
-    """Yield the continuations of all prompts (of `prompt_tokens`), samples of one prompt together, in order.
+    """Continue prompts.
 
-    hear: gets text as it grows; a character spread over several tokens comes when it is whole, and
-    never a part of a stop string. A continuation that reaches the model's last position ends there:
-    the context is not moved.
+    A continuation that reaches the model's last position ends there: the context is not shifted.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Decodes the tokens.
+        prompts: Tokens of each prompt, from `prompt_tokens`.
+        config: What to generate.
+        on_text: Gets text as it grows: whole characters, and never a part of a stop string.
+
+    Yields:
+        The continuations of all prompts in order, those of one prompt together.
     """
-    wishes = [(p, s) for p in range(len(prompts)) for s in range(wanted.samples)]
-    for first in range(0, len(wishes), wanted.batch_size):
+    pairs = [(p, s) for p in range(len(prompts)) for s in range(config.samples)]
+    for first in range(0, len(pairs), config.batch_size):
         rows = [
-            _Row(config, tokenizer, prompts[p], p, s, wanted, hear)
-            for p, s in wishes[first : first + wanted.batch_size]
+            _Row(model, tokenizer, prompts[p], p, s, config, on_text)
+            for p, s in pairs[first : first + config.batch_size]
         ]
-        _decode(config, model, rows, wanted.sampling)
+        _decode(model, rows, config.sampling)
         yield from (row.result for row in rows)
 
 
 class _Row:
-    """A continuation under way."""
+    """A continuation in progress."""
 
     def __init__(
         self,
-        config: Config,
+        model: Decoder,
         tokenizer: Tokenizer,
         prompt: Sequence[int],
         number: int,
         sample: int,
-        wanted: Wanted,
-        hear: Hear,
+        config: GenerationConfig,
+        on_text: TextCallback,
     ) -> None:
         self.prompt, self.result = prompt, Continuation(number, sample)
-        self.random = randomness(wanted.sampling.seed, number, sample)
-        room = config.max_position - len(prompt)
-        self.most = min(wanted.max_tokens, room)
-        self._at_most = Ending.LENGTH if wanted.max_tokens <= room else Ending.CONTEXT
-        self._end_id, self._hear = tokenizer.end_id, hear
-        self._growing, self._stops = GrowingText(tokenizer, prompt), StopStrings(wanted.stop)
+        self.rng = continuation_rng(config.sampling.seed, number, sample)
+        room = model.max_position - len(prompt)
+        self.max_tokens = min(config.max_tokens, room)
+        self._last_reason = (
+            FinishReason.LENGTH if config.max_tokens <= room else FinishReason.CONTEXT
+        )
+        self._end_id, self._on_text = tokenizer.end_id, on_text
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt)
+        self._stop_filter = StopStringFilter(config.stop)
 
     def add(self, token: int, logprob: float) -> None:
-        """Take the next token; sets result.ending when it was the last."""
+        """Append the next token; sets `result.finish_reason` when it was the last."""
         result = self.result
         result.tokens.append(token)
         result.logprobs.append(logprob)
         if token == self._end_id:
-            result.ending = Ending.DOCUMENT
+            result.finish_reason = FinishReason.DOCUMENT
         else:
-            self._say(self._growing.add(token))
-            if self._stops.found:
-                result.ending = Ending.STOP
-            elif len(result.tokens) == self.most:
-                result.ending = self._at_most
-        if result.ending in (Ending.DOCUMENT, Ending.LENGTH, Ending.CONTEXT):
-            self._say(self._growing.rest())
-            self._give(self._stops.rest())
+            self._filter(self._detokenizer.add(token))
+            if self._stop_filter.matched:
+                result.finish_reason = FinishReason.STOP
+            elif len(result.tokens) == self.max_tokens:
+                result.finish_reason = self._last_reason
+        if result.finish_reason not in (None, FinishReason.STOP):
+            self._filter(self._detokenizer.flush())
+            self._emit(self._stop_filter.flush())
 
-    def _say(self, pieces: Iterator[str]) -> None:
+    def _filter(self, pieces: Iterator[str]) -> None:
         for piece in pieces:
-            self._give(self._stops.add(piece))
+            self._emit(self._stop_filter.add(piece))
 
-    def _give(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         if text:
             self.result.text += text
-            self._hear(self.result.prompt, self.result.sample, text)
+            self._on_text(self.result.prompt, self.result.sample, text)
 
 
-def _decode(config: Config, model: Decoder, rows: list[_Row], sampling: Sampling) -> None:
+def _decode(model: Decoder, rows: list[_Row], sampling: Sampling) -> None:
     """Decode rows together until each has ended; those that have leave the batch."""
     numbers = sorted({row.result.prompt for row in rows})
-    texts = {row.result.prompt: row.prompt for row in rows}
+    prompts = {row.result.prompt: row.prompt for row in rows}
     longest = max(len(row.prompt) for row in rows)
-    decoding = Decoding(
-        config, model, [texts[n] for n in numbers], longest + max(row.most for row in rows)
+    batch = DecodingBatch(
+        model, [prompts[n] for n in numbers], longest + max(row.max_tokens for row in rows)
     )
-    decoding.take([numbers.index(row.result.prompt) for row in rows])
-    seen_BV = _seen(decoding.logits_BV, rows)
+    batch.take([numbers.index(row.result.prompt) for row in rows])
+    seen_BV = _seen_tokens(batch.logits_BV, rows)
     while True:
-        probabilities = distribution(decoding.logits_BV, sampling, seen_BV)
+        probabilities = distribution(batch.logits_BV, sampling, seen_BV)
         tokens = draw(
-            probabilities, torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+            probabilities, torch.tensor([row.rng.random() for row in rows], dtype=torch.float64)
         )
-        logprobs = decoding.logits_BV.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+        logprobs = batch.logits_BV.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
         seen_BV.scatter_(1, tokens.unsqueeze(1), True)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.add(token, logprob)
-        going = [i for i, row in enumerate(rows) if row.result.ending is None]
-        if not going:
+        unfinished = [i for i, row in enumerate(rows) if row.result.finish_reason is None]
+        if not unfinished:
             return
-        if len(going) < len(rows):
-            decoding.take(going)
-            rows, tokens, seen_BV = [rows[i] for i in going], tokens[going], seen_BV[going]
-        decoding.feed(tokens)
+        if len(unfinished) < len(rows):
+            batch.take(unfinished)
+            rows = [rows[i] for i in unfinished]
+            tokens, seen_BV = tokens[unfinished], seen_BV[unfinished]
+        batch.append(tokens)
 
 
-def _seen(logits_BV: Tensor, rows: list[_Row]) -> Tensor:
-    """True [B, V] for the tokens of each prompt, the start token left out: in many vocabularies it is the end token too."""
+def _seen_tokens(logits_BV: Tensor, rows: list[_Row]) -> Tensor:
+    """Mark the tokens of each prompt, bool [B, V].
+
+    The start token is left out: in many vocabularies it is the end token too.
+    """
     seen = torch.zeros_like(logits_BV, dtype=torch.bool)
     for i, row in enumerate(rows):
         seen[i, list(row.prompt[1:])] = True
@@ -205,5 +246,5 @@ def _seen(logits_BV: Tensor, rows: list[_Row]) -> Tensor:
 
 
 def pick_device() -> torch.device:
-    """The GPU when there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

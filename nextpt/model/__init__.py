@@ -1,7 +1,7 @@
 """The decoder: spec, layers, initialisation, parameter and FLOP counts. No training code."""
 
 from nextpt.model.counts import Counts, count
-from nextpt.model.decoder import Decoder, build_decoder, parameter_shapes
+from nextpt.model.decoder import Decoder, DecoderOutput, build_decoder, parameter_shapes
 from nextpt.model.layers import KVCache
 from nextpt.model.spec import ComputeOptions, ModelSpec
 
@@ -9,6 +9,7 @@ __all__ = [
     "ComputeOptions",
     "Counts",
     "Decoder",
+    "DecoderOutput",
     "KVCache",
     "ModelSpec",
     "build_decoder",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,20 @@ from nextpt.model.init import Init
 from nextpt.model.layers import Block, Embedding, KVCache, RMSNorm
 from nextpt.model.rope import tables
 from nextpt.model.spec import ComputeOptions, ModelSpec
+
+
+class DecoderOutput(NamedTuple):
+    """Result of a model's forward pass.
+
+    Attributes:
+        hidden: Final hidden states [B, T, D], normalised, ready for the model's `lm_head`.
+        auxiliary_losses: Name -> loss beside the next-token loss, as a differentiable scalar that is
+            a mean over the tokens of this micro-batch; empty for a dense decoder. The objective
+            multiplies each by its coefficient and adds it (nextpt/objective.py).
+    """
+
+    hidden: Tensor
+    auxiliary_losses: dict[str, Tensor]
 
 
 class LMHead(LinearCrossEntropy):
@@ -67,6 +82,16 @@ class Decoder(nn.Module):
         # Not buffers: they stay fp32 when the module is cast, and a checkpoint does not need them
         self._rope = tables(spec.max_position, spec.head_dim, spec.rope_base, spec.rope_scaling)
 
+    if TYPE_CHECKING:  # torch.nn.Module.__call__ is untyped
+
+        def __call__(
+            self,
+            tokens_BT: Tensor,
+            position_ids_BT: Tensor,
+            documents: Packing | None = None,
+            cache: KVCache | None = None,
+        ) -> DecoderOutput: ...
+
     @property
     def max_position(self) -> int:
         """Positions that the model has, tokens."""
@@ -83,7 +108,7 @@ class Decoder(nn.Module):
         position_ids_BT: Tensor,
         documents: Packing | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+    ) -> DecoderOutput:
         """Compute the final hidden states, normalised, ready for `lm_head`.
 
         Args:
@@ -91,16 +116,11 @@ class Decoder(nn.Module):
             position_ids_BT: Position of each token, int64 [B, T], below `max_position`.
             documents: Which tokens may attend to each other; all of a row by default.
             cache: Keys and values of the tokens before these T, which are appended to it.
-
-        Returns:
-            Hidden states [B, T, D].
         """
         if self._rope[0].device != tokens_BT.device:
             self._rope = (self._rope[0].to(tokens_BT.device), self._rope[1].to(tokens_BT.device))
-        rope = (
-            self._rope[0][position_ids_BT].unsqueeze(2),
-            self._rope[1][position_ids_BT].unsqueeze(2),
-        )
+        cos, sin = self._rope
+        rope = (cos[position_ids_BT].unsqueeze(2), sin[position_ids_BT].unsqueeze(2))
         x_BTD = self.embed_tokens(tokens_BT)
         recompute = (
             self.options.activation_checkpointing and self.training and torch.is_grad_enabled()
@@ -112,7 +132,7 @@ class Decoder(nn.Module):
                 x_BTD = block(x_BTD, rope, documents, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        return self.final_norm(x_BTD)
+        return DecoderOutput(self.final_norm(x_BTD), {})
 
 
 def build_decoder(config: Config) -> Decoder:

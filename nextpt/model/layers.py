@@ -177,7 +177,8 @@ class Attention(nn.Module):
             window=spec.sliding_window,
             implementation=self.implementation,
         )
-        return self.o_proj(out.reshape(rows, length, -1))
+        output_BTD: Tensor = self.o_proj(out.reshape(rows, length, -1))
+        return output_BTD
 
 
 class FeedForward(nn.Module):
@@ -202,7 +203,8 @@ class FeedForward(nn.Module):
         hidden_BTF = (
             F.silu(self.gate_proj(x_BTD)) * up_BTF if self.gate_proj is not None else F.gelu(up_BTF)
         )
-        return self.down_proj(hidden_BTF)
+        output_BTD: Tensor = self.down_proj(hidden_BTF)
+        return output_BTD
 
 
 class Block(nn.Module):
@@ -226,4 +228,5 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the residual stream after the block, [B, T, D]; arguments as of `Attention`."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, documents, cache)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        output_BTD: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        return output_BTD

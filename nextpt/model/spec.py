@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -73,6 +74,18 @@ class ModelSpec:
     def from_config(cls, config: Config) -> ModelSpec:
         """Resolve the model section of a run config."""
         return cls.from_section(config.model, config.max_position)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields for JSON; they are valid values of a config's model section."""
+        scaling = self.rope_scaling.model_dump(mode="json") if self.rope_scaling else None
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {
+            "rope_scaling": scaling
+        }
+
+    def default_ffn_width(self) -> int:
+        """Feed-forward width where a config gives none: 8/3 (swiglu) or 4 (gelu) x width, up to 64."""
+        multiple = 8 / 3 if self.ffn == "swiglu" else 4
+        return 64 * math.ceil(multiple * self.width / 64)
 
     @property
     def effective_window(self) -> int | None:

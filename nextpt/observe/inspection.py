@@ -23,11 +23,11 @@ from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write, canonical_json
 from nextpt.evaluate.calibration import Calibration
 from nextpt.evaluate.heldout import heldout_texts
+from nextpt.evaluate.loaded_model import open_model
 from nextpt.evaluate.metrics import Metrics
-from nextpt.evaluate.source import open_source
 from nextpt.evaluate.tokens import TokenScores, next_tokens, score_tokens
 from nextpt.generate import text_tokens
-from nextpt.generate.stopping import GrowingText
+from nextpt.generate.stopping import IncrementalDetokenizer
 from nextpt.observe.calibration_plot import plot_calibration
 from nextpt.observe.report import environment
 
@@ -88,18 +88,18 @@ def inspect_text(
     hears (what, share of it that is done). Raises UserError, which begins with `source`, for a text
     that cannot be encoded, and DataError for held-out documents that are not there.
     """
-    opened = open_source(run, step, device, decoder_only=True)
-    config, model, tokenizer, at = opened.config, opened.model, opened.tokenizer, opened.step
+    opened = open_model(run, step, device, decoder_only=True)
+    model, tokenizer, at = opened.decoder, opened.tokenizer, opened.step
     if heldout and not opened.is_run:
         raise DataError(
             f"{run} is a Hugging Face folder, which names no held-out documents; leave"
             " --heldout out"
         )
-    window = config.max_position
+    window = model.max_position
     stride = max(window // 2, 1)
     document = np.array(text_tokens(tokenizer, text, source))
     calibration = Calibration()
-    domains = heldout_texts(Path(config.data.path)) if heldout else {}
+    domains = heldout_texts(opened.dataset) if heldout else {}
     found = score_tokens(
         model,
         document,
@@ -115,9 +115,7 @@ def inspect_text(
                 score_tokens(model, encoded, window=window, stride=stride, calibration=calibration)
             progress(f"{domain}, held out", number / len(texts))
     if not calibration.places:
-        raise DataError(
-            f"the held-out documents of {config.data.path} hold no text to calibrate on"
-        )
+        raise DataError(f"the held-out documents of {opened.data} hold no text to calibrate on")
     entropy, ids, nats = next_tokens(model, document, window=window)
     following = {
         "entropy": entropy,
@@ -143,7 +141,7 @@ def rows(tokenizer: Tokenizer, found: TokenScores) -> list[dict[str, Any]]:
 
     Empty where a later token completes a character.
     """
-    growing, spell = GrowingText(tokenizer, [tokenizer.start_id]), speller(tokenizer)
+    detokenizer, spell = IncrementalDetokenizer(tokenizer, [tokenizer.start_id]), speller(tokenizer)
     values = zip(
         found.ids.tolist(),
         found.nats.tolist(),
@@ -157,7 +155,7 @@ def rows(tokenizer: Tokenizer, found: TokenScores) -> list[dict[str, Any]]:
         {
             "id": token,
             "token": spell(token),
-            "text": "".join(growing.add(token)),
+            "text": "".join(detokenizer.add(token)),
             "nats": nats,
             "probability": math.exp(-nats),
             "rank": rank,
@@ -197,7 +195,7 @@ def speller(tokenizer: Tokenizer) -> Callable[[int], str]:
 
     def spell(token: int) -> str:
         if token not in known:
-            text = "".join(GrowingText(tokenizer, middle).add(token))
+            text = "".join(IncrementalDetokenizer(tokenizer, middle).add(token))
             known[token] = text or name(token)
         return known[token]
 

@@ -14,15 +14,21 @@ import torch
 from nextpt.base.errors import ScalingError
 from nextpt.base.files import canonical_json
 from nextpt.evaluate.bootstrap import CONFIDENCE
-from nextpt.evaluate.evaluation import BYTES, NATS, Protocol, describe_protocol, document_sums
+from nextpt.evaluate.evaluation import (
+    BYTES,
+    NATS,
+    EvaluationProtocol,
+    describe_protocol,
+    document_sums,
+)
 from nextpt.evaluate.heldout import heldout_texts
-from nextpt.evaluate.source import open_source
+from nextpt.evaluate.loaded_model import open_model
 from nextpt.scaling.ablation import Ablation
 from nextpt.scaling.paired import paired_figures
 from nextpt.scaling.record import write_json
 
 SUMS = "documents.json"  # in a run's folder
-PROTOCOL = Protocol()  # of `nextpt eval` without options
+PROTOCOL = EvaluationProtocol()  # of `nextpt eval` without options
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def score_run(run: Path, step: int, heldout: HeldOut, device: torch.device | str
             )
         if found["step"] == step:
             return found
-    source = open_source(run, step, device)
+    source = open_model(run, step, device)
     sums = document_sums(source, heldout.texts, PROTOCOL)
     found = {
         "step": step,

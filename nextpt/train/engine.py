@@ -62,7 +62,8 @@ class Engine:
                 block.compile()
         self.spike_detector = SpikeDetector(config.guard, device)
         # Of the step under way: (total, z-loss), summed over all ranks.
-        self._loss = torch.zeros(2, dtype=torch.float64, device=device)
+        self._loss = (torch.zeros((), device=device), torch.zeros((), device=device))
+        self._auxiliary_losses: dict[str, Tensor] = {}
         # DeepSpeed makes a step while it builds ZeRO-3; the spike detector does not see that.
         good = torch.zeros((), dtype=torch.bool, device=device)
         self._verdict: tuple[Tensor, Tensor] | None = (torch.zeros((), device=device), good)
@@ -116,15 +117,27 @@ class Engine:
             # DeepSpeed averages gradients over ranks; the normalisation asks for their sum.
             self._engine.backward(loss.total * self._data_size, scale_wrt_gas=False)
             self._noise.end_micro_batch(batch.token_weights.sum(), weight_sum)
-            losses.append(Loss(loss.total.detach(), loss.z_loss, loss.nats))
+            losses.append(loss._replace(total=loss.total.detach()))
             if len(losses) == len(batches):
-                sums = torch.stack(
-                    [torch.stack([loss.total.double(), loss.z_loss.double()]) for loss in losses]
-                )
-                self._loss, self._verdict = self.all_reduce(sums.sum(dim=0)), None
+                self._sum_losses(losses)
             self._engine.step()
         self._check_stepped()
         return losses
+
+    def _sum_losses(self, losses: list[Loss]) -> None:
+        """Sum the losses of the step over micro-batches and ranks; its verdict is due. Collective."""
+        parts = [[loss.total, loss.z_loss, *loss.auxiliary_losses.values()] for loss in losses]
+        sums = torch.stack([torch.stack([part.double() for part in of_one]) for of_one in parts])
+        total, z_loss, *auxiliary = self.all_reduce(sums.sum(dim=0))
+        # Auxiliary losses are no part of the loss that is judged and logged, as the z-loss is none
+        for value in auxiliary:
+            total = total - value
+        self._loss, self._verdict = (total, z_loss), None
+        self._auxiliary_losses = dict(zip(losses[0].auxiliary_losses, auxiliary, strict=True))
+
+    def auxiliary_losses(self) -> dict[str, float]:
+        """Auxiliary losses of the last step over all ranks; waits for the device."""
+        return {name: float(value) for name, value in self._auxiliary_losses.items()}
 
     def _current_verdict(self) -> tuple[Tensor, Tensor]:
         """(Global gradient norm before clipping, whether the step is bad); see `optim.Verdict`."""

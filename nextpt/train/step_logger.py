@@ -84,6 +84,7 @@ class StepLogger:
                 grad_norm=verdict.grad_norm,
                 tokens_per_second=rate,
                 z_loss=verdict.z_loss,
+                auxiliary_losses=engine.auxiliary_losses(),
                 data_wait_seconds=self.loader.wait_seconds - self._start_wait,
                 memory_bytes=memory_in_use(engine.device),
                 mfu=mfu,
@@ -93,7 +94,7 @@ class StepLogger:
                 update_ratios=engine.update_ratios(),
                 domains={
                     name: {"nats_per_token": metrics.nats_per_token, "bpb": metrics.bpb}
-                    for name, metrics in sums.figures().items()
+                    for name, metrics in sums.by_domain().items()
                 },
             )
         )

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.evaluate.coding import container
-from nextpt.evaluate.coding.coder import BITS, Decoder, Encoder
+from nextpt.evaluate.coding.coder import BITS, RangeDecoder, RangeEncoder
 from nextpt.evaluate.coding.files import FileCoder
 from nextpt.evaluate.coding.frequencies import cumulative
-from nextpt.evaluate.coding.text import Bytes
+from nextpt.evaluate.coding.text import ByteCodec
 from nextpt.evaluate.compressors import COMPRESSORS, compare_file
 from tests.support.models import POSITIONS, decoder
 from tests.support.runs import make_run
@@ -44,16 +44,16 @@ PARTS = st.lists(
 @settings(deadline=None, max_examples=200)
 @given(PARTS)
 def test_parts_come_back_and_cost_what_they_say(parts: list[tuple[int, int]]) -> None:
-    encoder = Encoder()
+    encoder = RangeEncoder()
     for part in parts:
         encoder.encode(*part)
     data = encoder.finish()
     bits = sum(BITS - math.log2(size) for _, size in parts)
     assert 8 * len(data) <= 1.0001 * bits + 12
-    decoder = Decoder(data)
+    range_decoder = RangeDecoder(data)
     for start, size in parts:
-        assert start <= decoder.peek() < start + size
-        decoder.take(start, size)
+        assert start <= range_decoder.peek() < start + size
+        range_decoder.take(start, size)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_whole_parts_cost_a_thousandth_at_most(vocabulary: int, sharpness: float
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory: pytest.TempPathFactory) -> FileCoder:
-    return FileCoder(*make_run(tmp_path_factory.mktemp("run") / "run"))
+    return FileCoder(*make_run(tmp_path_factory.mktemp("run") / "run")[1:])
 
 
 @settings(
@@ -112,8 +112,8 @@ def test_models_of_large_vocabularies_code_at_their_code_length(
 
     The tokenizer uses the first tokens only, so every token is dear.
     """
-    config, model = decoder(vocab_size=vocabulary, init_std=0.5)
-    large = FileCoder(config, model, coder.tokenizer)
+    _, model = decoder(vocab_size=vocabulary, init_std=0.5)
+    large = FileCoder(model, coder.tokenizer)
     data = b"Whan that Aprille with his shoures soote, and \xff\x00 bytes"
     coded, found = large.encode(data, 4)
     assert large.decode(coded, "it") == data and found.code_length > 50
@@ -135,13 +135,13 @@ def test_a_file_of_another_model_or_environment_is_refused(
     coder: FileCoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coded, _ = coder.encode(b"some text")
-    config, model, tokenizer = make_run(tmp_path / "other")
-    same = FileCoder(config, model, tokenizer)
+    _, model, tokenizer = make_run(tmp_path / "other")
+    same = FileCoder(model, tokenizer)
     assert same.decode(coded, "it") == b"some text"
     with torch.no_grad():
         model.final_norm.weight[0] += 1e-6
     with pytest.raises(DataError, match="it was coded with another model"):
-        FileCoder(config, model, tokenizer).decode(coded, "it")
+        FileCoder(model, tokenizer).decode(coded, "it")
     monkeypatch.setattr(coder, "environment", "torch 9")
     with pytest.raises(DataError, match="it was coded with torch 2.*; here is torch 9"):
         coder.decode(coded, "it")
@@ -187,7 +187,7 @@ def test_every_tokenizer_spells_any_bytes_or_says_that_it_cannot(kind: str, tmp_
     KINDS[kind](tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     try:
-        spelled = Bytes(tokenizer)
+        spelled = ByteCodec(tokenizer)
     except DataError as error:
         assert "of the 256 bytes" in str(error)
         assert kind not in ("byte_level", "llama")

@@ -14,11 +14,11 @@ from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.data.sequences import load_manifest
 from nextpt.evaluate.bootstrap import ratio_interval, resampled_sums
-from nextpt.evaluate.documents import contexts, windows
-from nextpt.evaluate.evaluation import Protocol, evaluate_source
+from nextpt.evaluate.documents import context_lengths, sliding_windows
+from nextpt.evaluate.evaluation import EvaluationProtocol, evaluate_model
 from nextpt.evaluate.frequency import band_of_tokens, training_counts
 from nextpt.evaluate.heldout import text_files
-from nextpt.evaluate.source import Source, open_source
+from nextpt.evaluate.loaded_model import LoadedModel, open_model
 from tests.support.runs import make_run
 
 TEXTS = {
@@ -28,31 +28,31 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("evaluation") / "run"
     make_run(folder)
-    return open_source(folder)
+    return open_model(folder)
 
 
 @pytest.fixture(scope="module")
-def result(source: Source) -> dict:
-    return evaluate_source(source, TEXTS, Protocol(resamples=200, harness=True))
+def result(source: LoadedModel) -> dict:
+    return evaluate_model(source, TEXTS, EvaluationProtocol(resamples=200, harness=True))
 
 
 @pytest.mark.parametrize(
     "protocol",
     [
-        Protocol(rows=1, resamples=200),
-        Protocol(rows=7, resamples=200),
-        pytest.param(Protocol(ranks=2, resamples=200), marks=pytest.mark.slow),
-        pytest.param(Protocol(ranks=3, rows=5, resamples=200), marks=pytest.mark.slow),
+        EvaluationProtocol(batch_size=1, resamples=200),
+        EvaluationProtocol(batch_size=7, resamples=200),
+        pytest.param(EvaluationProtocol(ranks=2, resamples=200), marks=pytest.mark.slow),
+        pytest.param(EvaluationProtocol(ranks=3, batch_size=5, resamples=200), marks=pytest.mark.slow),
     ],
-    ids=lambda p: f"rows={p.rows},ranks={p.ranks}",
+    ids=lambda p: f"batch_size={p.batch_size},ranks={p.ranks}",
 )
 def test_any_batch_size_and_rank_count_give_the_same(
-    source: Source, result: dict, protocol: Protocol
+    source: LoadedModel, result: dict, protocol: EvaluationProtocol
 ) -> None:
-    again = evaluate_source(source, TEXTS, protocol)
+    again = evaluate_model(source, TEXTS, protocol)
     for a, b in (
         (result["total"], again["total"]),
         *((result["domains"][d], again["domains"][d]) for d in TEXTS),
@@ -89,7 +89,7 @@ def test_totals_are_ratios_of_sums_and_lie_in_their_intervals(result: dict) -> N
 
 
 def test_contexts_count_what_the_window_shows() -> None:
-    assert contexts(10, list(windows([10], 4, 2))).tolist() == [1, 2, 3, 4, 3, 4, 3, 4, 3]
+    assert context_lengths(10, list(sliding_windows([10], 4, 2))).tolist() == [1, 2, 3, 4, 3, 4, 3, 4, 3]
 
 
 def test_the_bootstrap_has_the_error_of_the_mean() -> None:
@@ -119,9 +119,9 @@ def test_counts_of_training_shards(dataset: Path) -> None:
     assert training_counts(dataset / "nowhere", tokenizer) is None
 
 
-def harness_by_its_definition(source: Source, text: str) -> float:
+def harness_by_its_definition(source: LoadedModel, text: str) -> float:
     """Log-likelihood as lm_eval 0.4 defines it: get_rolling_token_windows with context_len 1, each window a pass of its own."""
-    tokens, length = source.tokenizer.encode(text).tolist(), source.config.max_position
+    tokens, length = source.tokenizer.encode(text).tolist(), source.model.max_position
     first = min(length, len(tokens))
     pairs = [([source.tokenizer.start_id, *tokens[: first - 1]], tokens[:first])]
     predicted = first
@@ -135,7 +135,7 @@ def harness_by_its_definition(source: Source, text: str) -> float:
         ids = torch.tensor([inputs])
         with torch.no_grad():
             logits = source.model.lm_head(
-                source.model(ids, torch.arange(len(inputs)).unsqueeze(0))
+                source.model(ids, torch.arange(len(inputs)).unsqueeze(0)).hidden
             )[0].double()
         total += float(
             logits.log_softmax(-1)[-len(targets) :]
@@ -145,7 +145,7 @@ def harness_by_its_definition(source: Source, text: str) -> float:
     return total
 
 
-def test_the_metrics_of_lm_evaluation_harness(source: Source, result: dict) -> None:
+def test_the_metrics_of_lm_evaluation_harness(source: LoadedModel, result: dict) -> None:
     for domain, texts in TEXTS.items():
         likelihood = sum(harness_by_its_definition(source, text) for text in texts)
         words = sum(len(re.split(r"\s+", text)) for text in texts)
@@ -158,7 +158,7 @@ def test_the_metrics_of_lm_evaluation_harness(source: Source, result: dict) -> N
         assert found["bits_per_byte"] == pytest.approx(-likelihood / size / math.log(2), rel=1e-6)
 
 
-def test_texts_that_cannot_be_scored(source: Source, tmp_path: Path) -> None:
+def test_texts_that_cannot_be_scored(source: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))
     for name, words in (
@@ -169,11 +169,13 @@ def test_texts_that_cannot_be_scored(source: Source, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             text_files([tmp_path / name])
     with pytest.raises(DataError, match="all documents of d are empty"):
-        evaluate_source(source, {"d": ["", ""]}, Protocol())
+        evaluate_model(source, {"d": ["", ""]}, EvaluationProtocol())
     with pytest.raises(DataError, match="stride = 99 must be between 1 and the window"):
-        evaluate_source(source, {"d": ["a"]}, Protocol(stride=99))
-    one = evaluate_source(source, {"d": ["a text far longer than the context " * 30]}, Protocol())
+        evaluate_model(source, {"d": ["a"]}, EvaluationProtocol(stride=99))
+    one = evaluate_model(
+        source, {"d": ["a text far longer than the context " * 30]}, EvaluationProtocol()
+    )
     assert (
         one["total"]["intervals"]["bpb"] is None
-        and one["total"]["tokens"] > source.config.max_position
+        and one["total"]["tokens"] > source.model.max_position
     )

@@ -10,9 +10,15 @@ import pytest
 import torch
 
 from nextpt.base.errors import DataError
-from nextpt.evaluate.exposure import Exposure, _repeats, _scores, continue_freely, exposure_bias
+from nextpt.evaluate.exposure import (
+    ExposureProtocol,
+    _repeats,
+    _scores,
+    continue_freely,
+    exposure_bias,
+)
+from nextpt.evaluate.loaded_model import LoadedModel, open_model
 from nextpt.evaluate.memorization.extraction import greedy
-from nextpt.evaluate.source import Source, open_source
 from nextpt.generate.sample import Sampling
 from tests.support.runs import make_run
 
@@ -20,28 +26,28 @@ TEXTS = {
     "verse": ["Whan that Aprille with his shoures soote\n" * n for n in (4, 9)],
     "code": ["def f(x):\n    return x + 1\n" * 9],
 }
-WANTED = Exposure(prefix=4, continuation=12, stretches=9, resamples=50)
+WANTED = ExposureProtocol(prefix=4, continuation=12, stretches=9, resamples=50)
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("exposure") / "run"
     make_run(folder)
-    return open_source(folder)
+    return open_model(folder)
 
 
-def banned(source: Source) -> torch.Tensor:
+def banned(source: LoadedModel) -> torch.Tensor:
     return torch.from_numpy(source.tokenizer.token_bytes() == 0)
 
 
-def test_scores_leave_special_tokens_out_and_nothing_else(source: Source) -> None:
+def test_scores_leave_special_tokens_out_and_nothing_else(source: LoadedModel) -> None:
     tokens = torch.from_numpy(
         source.tokenizer.encode(TEXTS["verse"][1])[:16].astype(np.int64)
     ).unsqueeze(0)
     nats, entropy = _scores(source.model, tokens, 4, banned(source))
     with torch.no_grad():
         logits = source.model.lm_head(
-            source.model(tokens[:, :-1], torch.arange(15).unsqueeze(0))
+            source.model(tokens[:, :-1], torch.arange(15).unsqueeze(0)).hidden
         ).double()[0, 3:]
     probabilities = logits.softmax(-1)
     probabilities[:, banned(source)] = 0
@@ -53,7 +59,7 @@ def test_scores_leave_special_tokens_out_and_nothing_else(source: Source) -> Non
     assert entropy[0] == pytest.approx(torch.special.entr(probabilities).sum(-1).numpy(), abs=1e-5)
 
 
-def test_continuations_have_no_special_token_and_follow_the_model(source: Source) -> None:
+def test_continuations_have_no_special_token_and_follow_the_model(source: LoadedModel) -> None:
     prefixes = torch.from_numpy(
         np.stack(
             [source.tokenizer.encode(TEXTS["verse"][1])[at : at + 4] for at in range(40)]
@@ -73,11 +79,11 @@ def test_continuations_have_no_special_token_and_follow_the_model(source: Source
     nothing = torch.zeros_like(banned(source))
     assert torch.equal(
         continue_freely(source, prefixes, 12, nothing, Sampling(temperature=0), places),
-        greedy(source.config, source.model, prefixes, 12),
+        greedy(source.decoder, prefixes, 12),
     )
 
 
-def test_the_parts_sum_to_the_gap_at_any_batch_size(source: Source) -> None:
+def test_the_parts_sum_to_the_gap_at_any_batch_size(source: LoadedModel) -> None:
     result = exposure_bias(source, TEXTS, WANTED)
     for of in (result["total"], *result["domains"].values(), *result["by_position"]):
         assert of["gap"]["value"] == pytest.approx(
@@ -106,14 +112,16 @@ def test_the_parts_sum_to_the_gap_at_any_batch_size(source: Source) -> None:
         result["domains"]["code"]["gap"]["interval"] is None and len(total["gap"]["interval"]) == 2
     )
     again = exposure_bias(
-        source, TEXTS, Exposure(prefix=4, continuation=12, stretches=9, rows=2, resamples=50)
+        source,
+        TEXTS,
+        ExposureProtocol(prefix=4, continuation=12, stretches=9, batch_size=2, resamples=50),
     )
     assert again["total"]["drift"]["value"] == pytest.approx(total["drift"]["value"], abs=1e-6)
 
 
 def test_a_model_that_says_nothing_has_no_gap(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    source = open_source(tmp_path / "run")
+    source = open_model(tmp_path / "run")
     torch.nn.init.zeros_(source.model.lm_head.weight)
     of = exposure_bias(source, TEXTS, WANTED)["total"]
     even = math.log(int((source.tokenizer.token_bytes() > 0).sum()))
@@ -133,15 +141,15 @@ def test_repeats() -> None:
 
 def test_sizes() -> None:
     assert (
-        Exposure().sizes(256) == (64, 192)
-        and Exposure(continuation=56).sizes(256) == (200, 56)
-        and Exposure(prefix=6).sizes(256) == (6, 250)
+        ExposureProtocol().sizes(256) == (64, 192)
+        and ExposureProtocol(continuation=56).sizes(256) == (200, 56)
+        and ExposureProtocol(prefix=6).sizes(256) == (6, 250)
     )
     for prefix, continuation in ((0, None), (250, 20), (255, None), (None, 256)):
         with pytest.raises(DataError, match="together at most the model's 256 positions"):
-            Exposure(prefix, continuation).sizes(256)
+            ExposureProtocol(prefix, continuation).sizes(256)
 
 
-def test_documents_that_are_too_short_are_told(source: Source) -> None:
+def test_documents_that_are_too_short_are_told(source: LoadedModel) -> None:
     with pytest.raises(DataError, match="no document of verse has 16 tokens"):
         exposure_bias(source, {"verse": ["Whan"]}, WANTED)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nextpt.evaluate.evaluation import Protocol, evaluate_source
-from nextpt.evaluate.heldout import open_run
-from nextpt.evaluate.source import open_source
+from nextpt.evaluate.evaluation import EvaluationProtocol, evaluate_model
+from nextpt.evaluate.loaded_model import open_model, open_run
 from nextpt.exchange import export_hf
 from tests.support.runs import make_run
 
@@ -41,12 +40,12 @@ def test_the_harness_measures_the_same_on_an_export(tmp_path: Path) -> None:
         dtype="float32",
         add_bos_token=False,
     )
-    assert model.prefix_token_id == open_source(tmp_path / "run").tokenizer.start_id
+    assert model.prefix_token_id == open_model(tmp_path / "run").tokenizer.start_id
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
     likelihoods = model.loglikelihood_rolling(requests)
     sizes = [len(text.encode()) for text in TEXTS]
-    found = evaluate_source(
-        open_source(tmp_path / "run"), {"d": TEXTS}, Protocol(resamples=10, harness=True)
+    found = evaluate_model(
+        open_model(tmp_path / "run"), {"d": TEXTS}, EvaluationProtocol(resamples=10, harness=True)
     )["harness"]["d"]
     assert found["bits_per_byte"] == pytest.approx(
         bits_per_byte(list(zip(likelihoods, sizes, strict=True))), rel=1e-6

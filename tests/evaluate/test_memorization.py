@@ -30,7 +30,7 @@ from nextpt.evaluate.memorization.canaries import (
     write_canaries,
 )
 from nextpt.evaluate.memorization.contamination import find_overlaps, training_texts
-from nextpt.evaluate.memorization.extraction import greedy, sample_sequences, scores
+from nextpt.evaluate.memorization.extraction import agreement, greedy, sample_stretches
 from nextpt.evaluate.memorization.measure import (
     bits_per_byte_by_contamination,
     measure_canaries,
@@ -150,7 +150,7 @@ def learned(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     rows = torch.tensor(tokens)
     for _ in range(steps):
-        hidden = model(rows[:, :-1], torch.arange(rows.shape[1] - 1).expand(len(rows), -1))
+        hidden = model(rows[:, :-1], torch.arange(rows.shape[1] - 1).expand(len(rows), -1)).hidden
         loss = torch.nn.functional.cross_entropy(
             model.lm_head(hidden).flatten(0, 1), rows[:, 1:].flatten()
         )
@@ -164,10 +164,10 @@ def test_greedy_is_the_argmax_of_the_forward_pass(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path)
     model = build_decoder(config).eval()
     prefixes = torch.randint(0, 512, (3, 7), generator=torch.Generator().manual_seed(0))
-    given_tokens = greedy(config, model, prefixes, 9)
+    given_tokens = greedy(model, prefixes, 9)
     whole = torch.cat([prefixes, given_tokens], dim=1)
     with torch.no_grad():
-        logits = model.lm_head(model(whole[:, :-1], torch.arange(15).expand(3, 15)))
+        logits = model.lm_head(model(whole[:, :-1], torch.arange(15).expand(3, 15)).hidden)
     assert torch.equal(logits[:, 6:].argmax(-1), given_tokens)
 
 
@@ -196,7 +196,7 @@ def test_what_was_trained_on_is_extracted_and_the_rest_is_not(tmp_path: Path) ->
         "train": list(open_sequences(data, "train").values()),
         "heldout": list(open_sequences(other, "train").values()),
     }
-    found = measure_extraction(config, model, sides, prefixes=[16], continuation=8, count=40)
+    found = measure_extraction(model, sides, prefixes=[16], continuation=8, count=40)
     assert found["train"]["sequences"] == 40
     assert (
         found["train"]["prefixes"]["16"]["score"]["mean"]
@@ -209,19 +209,19 @@ def test_what_was_trained_on_is_extracted_and_the_rest_is_not(tmp_path: Path) ->
     )
     assert found["gap_nats_per_token"] > 0.5
     with pytest.raises(DataError, match="more than the model's 32 positions"):
-        measure_extraction(config, model, sides, prefixes=[30], continuation=8, count=4)
+        measure_extraction(model, sides, prefixes=[30], continuation=8, count=4)
 
 
 def test_sequences_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
     rows = list(open_sequences(planted[0], "train").values())
     tokenizer = Tokenizer(planted[0] / "tokenizer.json")
-    found = sample_sequences(rows, 20, 5, 50, np.random.default_rng(1))
+    found = sample_stretches(rows, 20, 5, 50, np.random.default_rng(1))
     assert found.tokens.shape == (50, 20)
     assert not np.isin(found.tokens[:, 1:-1], [tokenizer.start_id, tokenizer.end_id]).any()
     assert np.array_equal(
-        found.tokens, sample_sequences(rows, 20, 5, 50, np.random.default_rng(1)).tokens
+        found.tokens, sample_stretches(rows, 20, 5, 50, np.random.default_rng(1)).tokens
     )
-    assert sample_sequences(rows, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
+    assert sample_stretches(rows, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
 
 
 def test_canaries_are_told_from_controls(tmp_path: Path) -> None:
@@ -251,11 +251,11 @@ def test_canaries_are_told_from_controls(tmp_path: Path) -> None:
         config, [[tokenizer.start_id, *tokenizer.encode(c.text).tolist()[:80]] for c in taught], 150
     )
     short = [Canary(c.text[:80], c.repeats) for c in made if c.repeats in (0, 128)]
-    found = measure_canaries(config, model, tokenizer, short)
+    found = measure_canaries(model, tokenizer, short)
     assert found["128"]["extracted"]["share"] == 1 and found["0"]["extracted"]["share"] == 0
     assert found["128"]["exposure_bits"]["mean"] == pytest.approx(np.log2(21))
     assert 0 <= found["0"]["exposure_bits"]["mean"] < 3
-    scored = scores(config, model, sample_sequences([], 4, 2, 5, np.random.default_rng(0)), 2)
+    scored = agreement(model, sample_stretches([], 4, 2, 5, np.random.default_rng(0)), 2)
     assert scored.shape == (0,)
 
 

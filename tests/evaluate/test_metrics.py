@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextpt.evaluate.compressors import compare
-from nextpt.evaluate.documents import score_documents, windows
-from nextpt.evaluate.evaluation import Protocol, evaluate_source
+from nextpt.evaluate.documents import score_documents, sliding_windows
+from nextpt.evaluate.evaluation import EvaluationProtocol, evaluate_model
+from nextpt.evaluate.loaded_model import LoadedModel
 from nextpt.evaluate.metrics import DomainSums, Metrics, metrics_json
-from nextpt.evaluate.source import Source
 from nextpt.model import build_decoder
 from tests.support.datasets import tiny
 from tests.support.runs import make_run
@@ -33,7 +33,7 @@ def test_windows_score_each_target_once(
 ) -> None:
     stride = data.draw(st.integers(1, window))
     scored: dict[int, list[int]] = {d: [] for d in range(len(lengths))}
-    for w in windows(lengths, window, stride):
+    for w in sliding_windows(lengths, window, stride):
         assert w.stop - w.start <= window
         scored[w.document] += range(w.start + w.fresh, w.stop)
     assert scored == {d: list(range(n - 1)) for d, n in enumerate(lengths)}
@@ -46,12 +46,12 @@ def test_scores_are_the_models_log_probabilities() -> None:
     documents = [rng.integers(0, 500, size) for size in (5, 12, 16)]
     is_text = (np.arange(512) % 7 > 0).astype(np.uint16)
     sizes = [rng.integers(0, 6, len(d) - 1) for d in documents]  # of the place, not of the token
-    figures, nats = score_documents(model, documents, sizes, is_text, window=16, stride=8, rows=2)
+    figures, nats = score_documents(model, documents, sizes, is_text, window=16, stride=8, batch_size=2)
     expected, size, count = [], 0, 0
     for d, of_document in zip(documents, sizes, strict=True):
         inputs = torch.from_numpy(d[:-1]).unsqueeze(0)
         with torch.no_grad():
-            logits = model.lm_head(model(inputs, torch.arange(len(d) - 1).unsqueeze(0)))[0]
+            logits = model.lm_head(model(inputs, torch.arange(len(d) - 1).unsqueeze(0)).hidden)[0]
         losses = torch.nn.functional.cross_entropy(
             logits, torch.from_numpy(d[1:]), reduction="none"
         )
@@ -89,7 +89,7 @@ def test_sums_count_text_only_and_keep_domains_apart() -> None:
     is_text = torch.tensor([[True, False, True], [True, True, False]])
     sums.add(nats, target_bytes, is_text, torch.tensor([1, 0]))
     sums.add(nats, target_bytes, is_text, torch.tensor([0, 0]))
-    found = sums.figures()
+    found = sums.by_domain()
     assert found == {"a": Metrics(6, 12, 53.0, 66.0), "b": Metrics(2, 4, 5.0, 2.0)}
     assert set(metrics_json(sums)["domains"]) == {"a", "b"} and sums.total() == Metrics(
         8, 16, 58.0, 68.0
@@ -105,7 +105,7 @@ def test_text_of_no_bytes_counts_and_bytes_of_an_end_do_too() -> None:
         torch.tensor([[True, True, False]]),
         torch.tensor([0]),
     )
-    assert sums.figures() == {"a": Metrics(2, 5, 3.0, 4.0)}
+    assert sums.by_domain() == {"a": Metrics(2, 5, 3.0, 4.0)}
 
 
 def test_compressors_are_measured_on_the_same_bytes() -> None:
@@ -126,12 +126,12 @@ def test_compressors_are_measured_on_the_same_bytes() -> None:
 @pytest.mark.parametrize("kind", ["wordpiece", "llama", "byte_level"])
 def test_all_bytes_of_held_out_documents_count(tmp_path: Path, kind: str) -> None:
     """Whatever the tokenizer makes of a text, and also where it makes nothing of it."""
-    config, model, tokenizer = make_run(tmp_path / "run", kind)
+    _, model, tokenizer = make_run(tmp_path / "run", kind)
     texts = ["The quick \u00c9l\u00e8ve \u4f60\u597d  \U0001f600\n" * 5, " \n ", "a"]
-    total = evaluate_source(
-        Source(tmp_path, config, model.eval(), tokenizer, 3),
+    total = evaluate_model(
+        LoadedModel(tmp_path, model.eval(), tokenizer, 3),
         {"d": texts},
-        Protocol(stride=4, resamples=10),
+        EvaluationProtocol(stride=4, resamples=10),
     )["total"]
     assert total["bytes"] == sum(len(text.encode()) for text in texts)
     assert (

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from nextpt.base.errors import DataError
+from nextpt.evaluate.loaded_model import LoadedModel, open_model
 from nextpt.evaluate.memorization.extraction import greedy
-from nextpt.evaluate.source import Source, open_source
 from nextpt.evaluate.tasks.harness import _with_intervals, adapter, run_harness
 from nextpt.evaluate.tasks.items import COPIED, PAIRS, TASKS, WORDS, Item, Material, make_items
 from nextpt.evaluate.tasks.measure import heldout_loss, measure_tasks, score_items
+from nextpt.model import DecoderOutput
 from nextpt.observe.tasks_plot import plot_tasks
 from tests.support.models import our_logits
 from tests.support.runs import make_run
@@ -32,14 +33,14 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("tasks") / "run"
     make_run(folder, max_position=512)
-    return open_source(folder)
+    return open_model(folder)
 
 
 @pytest.fixture(scope="module")
-def material(source: Source) -> Material:
+def material(source: LoadedModel) -> Material:
     return Material(source.tokenizer, TEXTS["verse"], 10_000)
 
 
@@ -120,16 +121,16 @@ def test_cloze_is_a_word_of_the_text_where_it_stands(material: Material) -> None
     )
 
 
-def test_exact_is_what_greedy_decoding_writes(source: Source) -> None:
+def test_exact_is_what_greedy_decoding_writes(source: LoadedModel) -> None:
     """Answers that the model itself wrote are right; with one token changed they are wrong."""
     prompts = torch.from_numpy(np.random.default_rng(0).integers(10, 200, (8, 20)))
-    answers = greedy(source.config, source.model, prompts, 4)
+    answers = greedy(source.decoder, prompts, 4)
     items = [Item(p, a) for p, a in zip(prompts.tolist(), answers.tolist(), strict=True)]
     changed = [
         Item(item.prompt, [*item.answer[:at], item.answer[at] + 1, *item.answer[at + 1 :]])
         for at, item in enumerate(items[:4])
     ]
-    nats, hits = score_items(source, [*items, *changed], rows=5)
+    nats, hits = score_items(source, [*items, *changed], batch_size=5)
     assert all(h.all() for h in hits[:8])
     for at, h in enumerate(hits[8:]):
         assert h[:at].all() and not h[at]
@@ -139,33 +140,34 @@ def test_exact_is_what_greedy_decoding_writes(source: Source) -> None:
     assert nats[0] == pytest.approx(
         [-float(logits[19 + k, token]) for k, token in enumerate(items[0].answer)], abs=1e-5
     )
-    alone, _ = score_items(source, items[2:3], rows=1)
+    alone, _ = score_items(source, items[2:3], batch_size=1)
     assert nats[2] == pytest.approx(alone[0], abs=1e-5)
 
 
 class Copier(torch.nn.Module):
     """Says, with probability 0.9 and more, what came after the last place where the current token stood before."""
 
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, vocab_size: int, max_position: int) -> None:
         super().__init__()
-        self.anything, self.vocab = torch.nn.Parameter(torch.zeros(1)), vocab
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+        self.vocab_size, self.max_position = vocab_size, max_position
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        logits = torch.zeros(*tokens.shape, self.vocab)
+    def forward(self, tokens: Tensor, positions: Tensor) -> DecoderOutput:
+        logits = torch.zeros(*tokens.shape, self.vocab_size)
         for row, text in enumerate(tokens.tolist()):
             for at in range(len(text)):
                 before = [i for i in range(at) if text[i] == text[at]]
                 if before:
                     logits[row, at, text[before[-1] + 1]] = 12.0
-        return logits
+        return DecoderOutput(logits, {})
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
-def test_a_model_that_copies_is_found_out(source: Source) -> None:
-    copier = Source(
-        source.path, source.config, Copier(source.config.model.vocab_size), source.tokenizer, 3
+def test_a_model_that_copies_is_found_out(source: LoadedModel) -> None:
+    copier = LoadedModel(
+        source.path, Copier(source.model.vocab_size, source.model.max_position), source.tokenizer, 3
     )
     found = measure_tasks(copier, TEXTS, ["induction", "arithmetic"], items=20, resamples=50)
     induction = found["induction"]
@@ -174,7 +176,7 @@ def test_a_model_that_copies_is_found_out(source: Source) -> None:
         and induction["exact"]["interval"][1] == 1
         and 0.8 < induction["exact"]["interval"][0] < 1
     )
-    per_answer = math.log1p((source.config.model.vocab_size - 1) * math.exp(-12))
+    per_answer = math.log1p((source.model.vocab_size - 1) * math.exp(-12))
     assert induction["nats_per_token"]["value"] == pytest.approx(per_answer, rel=1e-3)
     assert (
         induction["probability"]["value"] == pytest.approx(math.exp(-per_answer), rel=1e-3)
@@ -186,14 +188,14 @@ def test_a_model_that_copies_is_found_out(source: Source) -> None:
 
 
 def test_heldout_loss_is_that_of_the_first_documents(
-    source: Source, monkeypatch: pytest.MonkeyPatch
+    source: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = heldout_loss(source, TEXTS, rows=4)
+    whole = heldout_loss(source, TEXTS, batch_size=4)
     monkeypatch.setattr("nextpt.evaluate.tasks.measure.LOSS_TOKENS", 50)
-    assert heldout_loss(source, TEXTS, rows=4)["tokens"] == 50 < whole["tokens"]
+    assert heldout_loss(source, TEXTS, batch_size=4)["tokens"] == 50 < whole["tokens"]
 
 
-def test_mistakes_are_told(source: Source, material: Material) -> None:
+def test_mistakes_are_told(source: LoadedModel, material: Material) -> None:
     with pytest.raises(
         DataError,
         match="there is no task 'chess'; there are arithmetic, copying, brackets, induction, cloze",
@@ -208,7 +210,7 @@ def test_mistakes_are_told(source: Source, material: Material) -> None:
 
 
 def test_the_harness_is_asked_for_by_name_where_it_is_missing(
-    source: Source, monkeypatch: pytest.MonkeyPatch
+    source: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install .nextpt.harness"):
@@ -255,7 +257,7 @@ metric_list: [{{metric: acc}}]
 
 
 @pytest.mark.slow
-def test_the_harness_runs_a_task_of_a_folder(source: Source, tmp_path: Path) -> None:
+def test_the_harness_runs_a_task_of_a_folder(source: LoadedModel, tmp_path: Path) -> None:
     """Its accuracy is what our scores of the same choices say.
 
     log-likelihoods of whole texts are ours; what it generates is greedy.
@@ -286,7 +288,7 @@ def test_the_harness_runs_a_task_of_a_folder(source: Source, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_adapter_scores_and_generates(source: Source) -> None:
+def test_the_adapter_scores_and_generates(source: LoadedModel) -> None:
     pytest.importorskip("lm_eval")
     live, text = adapter(source, 4), TEXTS["verse"][0]
     [(whole, _)] = live.loglikelihood([SimpleNamespace(args=("", text[:60]))])
@@ -294,7 +296,7 @@ def test_the_adapter_scores_and_generates(source: Source) -> None:
     assert whole == pytest.approx(rolling, rel=1e-6)
     prompt = [source.tokenizer.start_id, *source.tokenizer.encode(text[:30]).tolist()]
     expected = source.tokenizer.decode(
-        greedy(source.config, source.model, torch.tensor([prompt]), 6)[0].tolist()
+        greedy(source.decoder, torch.tensor([prompt]), 6)[0].tolist()
     )
     made = live.generate_until(
         [SimpleNamespace(args=(text[:30], {"until": ["\u0000never"], "max_gen_toks": 6}))]

@@ -32,5 +32,5 @@ def test_a_run_of_a_gpu_is_read_on_a_cpu() -> None:
     )
     _, found = load_model(checkpoint)
     tokens = torch.arange(20).unsqueeze(0)
-    hidden = found(tokens, tokens)
+    hidden = found(tokens, tokens).hidden
     assert torch.isfinite(found.lm_head(hidden[0], tokens[0]).nats).all()

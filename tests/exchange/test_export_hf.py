@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config
 from nextpt.exchange import export_deepspeed, export_hf, load_hf
 from nextpt.exchange.architectures import choose_architecture
-from nextpt.model import Decoder
+from nextpt.model import Decoder, ModelSpec
 from tests.support.models import POSITIONS, checkpoint_of, decoder, our_logits, some_tokens
 from tests.support.tokenizers import KINDS, TEXTS
 
@@ -105,10 +106,8 @@ def check_round_trip(
     torch.testing.assert_close(
         their_logits(root / "hf", tokens), our_logits(model, tokens), atol=1e-4, rtol=0
     )
-    found, again = load_hf(root / "hf")
-    for key in ("kv_heads_", "head_dim_", "ffn_width_"):
-        assert getattr(found.model, key) == getattr(config.model, key)
-    assert found.max_position == config.max_position
+    again = load_hf(root / "hf")
+    assert again.spec == ModelSpec.from_config(config)
     mine, theirs = dict(model.named_parameters()), dict(again.named_parameters())
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(p, theirs[n]) for n, p in mine.items())
@@ -197,7 +196,7 @@ def test_drawn_configs_give_the_same_logits(
     config, model = decoder(**options)
     root = tmp_path_factory.mktemp("drawn")
     try:
-        choose_architecture(config.model, config.max_position)
+        choose_architecture(ModelSpec.from_config(config))
     except CheckpointError:
         assert not possible(
             options | {"sliding_window": (options["sliding_window"] or POSITIONS) < POSITIONS}
@@ -208,21 +207,20 @@ def test_drawn_configs_give_the_same_logits(
 
 def test_a_window_that_hides_nothing_is_none() -> None:
     config, _ = decoder(sliding_window=POSITIONS, qk_norm=True, bias=True)
-    assert choose_architecture(config.model, config.max_position).name == "HYV3ForCausalLM"
+    assert choose_architecture(ModelSpec.from_config(config)).name == "HYV3ForCausalLM"
     with pytest.raises(
         CheckpointError,
         match=(
             "model.qk_norm = true together with model.sliding_window = 39 together with model.bias"
         ),
     ):
-        choose_architecture(
-            config.model.model_copy(update={"sliding_window": POSITIONS - 1}), config.max_position
-        )
+        spec = ModelSpec.from_config(config)
+        choose_architecture(replace(spec, sliding_window=POSITIONS - 1))
     odd, _ = decoder(width=30, head_dim=8, logit_softcap=1.0)
     with pytest.raises(
         CheckpointError, match="model.logit_softcap together with model.head_dim = 8"
     ):
-        choose_architecture(odd.model, odd.max_position)
+        choose_architecture(ModelSpec.from_config(odd))
 
 
 @pytest.mark.parametrize("options", [{}, {"logit_softcap": 3.0}], ids=["llama", "vaultgemma"])
@@ -250,7 +248,7 @@ def test_bf16_halves_the_file_and_is_our_bf16(tmp_path: Path, tokenizer_file: Pa
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == torch.bfloat16
-    _, again = load_hf(tmp_path / "hf")
+    again = load_hf(tmp_path / "hf")
     for name, p in model.named_parameters():
         assert torch.equal(again.get_parameter(name), p.bfloat16().float()), name
     size = (tmp_path / "hf" / "model.safetensors").stat().st_size

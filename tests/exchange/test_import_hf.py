@@ -23,6 +23,7 @@ from nextpt.base.errors import CheckpointError
 from nextpt.config import RopeScaling
 from nextpt.exchange import (
     HFWeights,
+    config_from_hf,
     different_keys,
     export_hf,
     load_hf,
@@ -106,7 +107,7 @@ def foreign(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_models_of_transformers_have_the_same_logits_here(kind: str, tmp_path: Path) -> None:
     theirs = foreign(tmp_path / "hf", kind)
-    _, model = load_hf(tmp_path / "hf")
+    model = load_hf(tmp_path / "hf")
     tokens = some_tokens(96, 60)
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -117,7 +118,7 @@ def test_models_of_transformers_have_the_same_logits_here(kind: str, tmp_path: P
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_read_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     theirs = foreign(tmp_path / "hf", "qwen3", dtype)
-    _, model = load_hf(tmp_path / "hf")
+    model = load_hf(tmp_path / "hf")
     assert torch.equal(model.embed_tokens.weight, theirs.model.embed_tokens.weight)
     assert torch.equal(
         model.blocks[1].ffn.down_proj.weight, theirs.model.layers[1].mlp.down_proj.weight
@@ -137,8 +138,8 @@ def test_a_config_as_old_releases_wrote_it(tmp_path: Path) -> None:
         rope_scaling={k: v for k, v in LLAMA3.items() if k not in ("rope_theta", "rope_type")}
         | {"type": "llama3"},
     )
-    (new, a), (old, b) = load_hf(tmp_path / "new"), load_hf(tmp_path / "old")
-    assert new.model == old.model
+    a, b = load_hf(tmp_path / "new"), load_hf(tmp_path / "old")
+    assert a.spec == b.spec
     assert torch.equal(our_logits(a, some_tokens(96)), our_logits(b, some_tokens(96)))
 
 
@@ -382,10 +383,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_published_configs_are_understood(name: str, tmp_path: Path) -> None:
     keys, wanted = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(keys))
-    _, section, positions = read_config(tmp_path)
-    assert {key: getattr(section, key) for key in wanted} == wanted and positions == keys[
-        "max_position_embeddings"
-    ]
+    _, spec = read_config(tmp_path)
+    assert {key: getattr(spec, key) for key in wanted} == wanted
+    assert spec.max_position == keys["max_position_embeddings"]
 
 
 ANY_VALUE = st.recursive(
@@ -422,8 +422,8 @@ def test_any_value_of_any_key_is_read_or_refused_in_one_line(
     folder = tmp_path_factory.getbasetemp()
     (folder / "config.json").write_text(json.dumps(values))
     try:
-        architecture, section, positions = read_config(folder)
-        assert hf_config(section, positions, start_id=0, end_id=0, dtype="float32")["model_type"]
+        _, spec = read_config(folder)
+        assert hf_config(spec, start_id=0, end_id=0, dtype="float32")["model_type"]
     except CheckpointError as error:
         assert "\n" not in str(error) and "config.json" in str(error)
 
@@ -509,9 +509,9 @@ def test_an_edited_export_means_what_transformers_reads(tmp_path: Path) -> None:
     """The hint that an export carries counts only while it says the same as the other keys."""
     folder = exported(tmp_path, rope_base=1e4)
     edit(folder, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    assert load_hf(folder)[0].model.rope_base == 5e5
+    assert load_hf(folder).spec.rope_base == 5e5
     edit(folder, **{HINT: {"vocab_size": -1}})
-    assert load_hf(folder)[0].model.rope_base == 5e5
+    assert load_hf(folder).spec.rope_base == 5e5
 
 
 def test_the_architecture_with_capped_logits_is_read_only_as_exported(tmp_path: Path) -> None:
@@ -544,7 +544,7 @@ def test_the_keys_for_old_releases_say_the_same(
     scaling: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     folder = exported(tmp_path, rope_base=321.0, rope_scaling=scaling)
-    whole = load_hf(folder)[0]
+    whole = config_from_hf(HFWeights(folder))
     edit(folder, rope_parameters=None, dtype=None, **{HINT: None})
     assert different_keys(HFWeights(folder), whole) == ([], []) and whole.model.rope_base == 321.0
 
@@ -555,7 +555,7 @@ def test_exact_values_count_only_while_the_weights_are_those(tmp_path: Path) -> 
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] += 1.0
     save_file(tensors, folder / "model.safetensors")
-    before, (_, after) = decoder(logit_softcap=2.0)[1], load_hf(folder)
+    before, after = decoder(logit_softcap=2.0)[1], load_hf(folder)
     torch.testing.assert_close(after.final_norm.weight, before.final_norm.weight + 1.0)
     assert torch.equal(after.embed_tokens.weight, before.embed_tokens.weight)
 

@@ -14,19 +14,18 @@ import torch
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import UserError
-from nextpt.config import Config
 from nextpt.generate import (
-    Beams,
+    BeamSearchConfig,
     Continuation,
-    Ending,
+    FinishReason,
+    GenerationConfig,
     Sampling,
-    Wanted,
     beam,
     beam_search,
     generate,
     prompt_tokens,
 )
-from nextpt.generate.decoding import Decoding
+from nextpt.generate.decoding import DecodingBatch
 from nextpt.generate.prompts import read_prompts
 from nextpt.model import Decoder
 from tests.support.models import POSITIONS, decoder, our_logits
@@ -42,7 +41,7 @@ PROMPTS = [
     "words other",
     "It's",
 ]
-Setup = tuple[Config, Decoder, Tokenizer]
+Setup = tuple[Decoder, Tokenizer]
 
 
 @pytest.fixture(scope="module", params=[{}, {"sliding_window": 5}], ids=["whole", "window"])
@@ -50,21 +49,21 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     KINDS["byte_level"](path)
     tokenizer = Tokenizer(path)
-    config, model = decoder(vocab_size=tokenizer.vocab_size, **request.param)
-    return config, model, tokenizer
+    _, model = decoder(vocab_size=tokenizer.vocab_size, **request.param)
+    return model, tokenizer
 
 
 def run(setup: Setup, prompts: list[str], **wanted: Any) -> list[Continuation]:
-    tokens = [prompt_tokens(setup[0], setup[2], prompt) for prompt in prompts]
-    return list(generate(*setup, tokens, Wanted(**{"max_tokens": 12} | wanted)))
+    tokens = [prompt_tokens(*setup, prompt) for prompt in prompts]
+    return list(generate(*setup, tokens, GenerationConfig(**{"max_tokens": 12} | wanted)))
 
 
 def training_logprobs(setup: Setup, prompt: str, found: Continuation) -> torch.Tensor:
     """Of the tokens of a continuation, by the forward pass and the loss of training over the whole text."""
-    _, model, tokenizer = setup
+    model, tokenizer = setup
     text = torch.tensor([tokenizer.start_id, *tokenizer.encode(prompt).tolist(), *found.tokens])
     with torch.no_grad():
-        hidden = model(text[None, :-1], torch.arange(len(text) - 1)[None])[0]
+        hidden = model(text[None, :-1], torch.arange(len(text) - 1)[None]).hidden[0]
         nats = model.lm_head(hidden, text[1:], torch.ones(len(text) - 1), 1.0).nats
     return -nats[-len(found.tokens) :]
 
@@ -101,9 +100,9 @@ def test_the_batch_does_not_matter(setup: Setup) -> None:
 
 def test_greedy_is_the_arg_max_of_the_whole_text(setup: Setup) -> None:
     [found] = run(setup, ["The"], sampling=Sampling(temperature=0))
-    text = [setup[2].start_id, *setup[2].encode("The").tolist()]
+    text = [setup[1].start_id, *setup[1].encode("The").tolist()]
     for token in found.tokens:
-        assert token == int(our_logits(setup[1], torch.tensor([text]))[0, -1].argmax())
+        assert token == int(our_logits(setup[0], torch.tensor([text]))[0, -1].argmax())
         text.append(token)
 
 
@@ -112,37 +111,38 @@ def test_seeds_repeat_bit_for_bit(setup: Setup) -> None:
         run(setup, ["The", "a"], samples=3, sampling=Sampling(seed=seed)) for seed in (3, 3, 4)
     )
     assert first == again and [c.tokens for c in first] != [c.tokens for c in other]
-    assert len({tuple(c.tokens) for c in first}) == 6  # samples have randomness of their own
+    assert len({tuple(c.tokens) for c in first}) == 6  # samples have continuation_rng of their own
 
 
 def test_ends_at_the_end_of_the_document_and_of_the_positions(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup[2], "end_id", -1)  # never
+    monkeypatch.setattr(setup[1], "end_id", -1)  # never
     [whole] = run(setup, ["The"], sampling=Sampling(seed=3), max_tokens=1000)
-    room = POSITIONS - 1 - len(setup[2].encode("The"))
-    assert len(whole.tokens) == room and whole.ending is Ending.CONTEXT
+    room = POSITIONS - 1 - len(setup[1].encode("The"))
+    assert len(whole.tokens) == room and whole.finish_reason is FinishReason.CONTEXT
     assert (
-        run(setup, ["The"], sampling=Sampling(seed=3), max_tokens=room)[0].ending is Ending.LENGTH
+        run(setup, ["The"], sampling=Sampling(seed=3), max_tokens=room)[0].finish_reason
+        is FinishReason.LENGTH
     )
-    monkeypatch.setattr(setup[2], "end_id", whole.tokens[5])
+    monkeypatch.setattr(setup[1], "end_id", whole.tokens[5])
     [ended] = run(setup, ["The"], sampling=Sampling(seed=3), max_tokens=1000)
     stop = whole.tokens.index(whole.tokens[5]) + 1
-    assert ended.tokens == whole.tokens[:stop] and ended.ending is Ending.DOCUMENT
-    assert ended.text == setup[2].decode([*setup[2].encode("The"), *whole.tokens[: stop - 1]])[3:]
+    assert ended.tokens == whole.tokens[:stop] and ended.finish_reason is FinishReason.DOCUMENT
+    assert ended.text == setup[1].decode([*setup[1].encode("The"), *whole.tokens[: stop - 1]])[3:]
 
 
 def test_each_row_reaches_the_end_of_its_own_positions(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside a long prompt a short one goes on in columns that are more than the model has positions."""
-    monkeypatch.setattr(setup[2], "end_id", -1)
+    monkeypatch.setattr(setup[1], "end_id", -1)
     prompts = ["", "def f(x):\n    if x > 10:\n        return x", "a"]
     found = run(setup, prompts, sampling=Sampling(seed=2), max_tokens=1000)
     for prompt, c in zip(prompts, found, strict=True):
         assert (
-            len(c.tokens) == POSITIONS - 1 - len(setup[2].encode(prompt))
-            and c.ending is Ending.CONTEXT
+            len(c.tokens) == POSITIONS - 1 - len(setup[1].encode(prompt))
+            and c.finish_reason is FinishReason.CONTEXT
         )
         torch.testing.assert_close(
             torch.tensor(c.logprobs), training_logprobs(setup, prompt, c), atol=1e-4, rtol=0
@@ -152,7 +152,7 @@ def test_each_row_reaches_the_end_of_its_own_positions(
 
 def test_a_prompt_without_room_is_told(setup: Setup) -> None:
     with pytest.raises(UserError, match=f"line 7 has .* positions end at {POSITIONS}: shorten it"):
-        prompt_tokens(setup[0], setup[2], "word " * 200, "line 7")
+        prompt_tokens(*setup, "word " * 200, "line 7")
 
 
 def test_stop_strings_across_tokens(setup: Setup) -> None:
@@ -161,24 +161,26 @@ def test_stop_strings_across_tokens(setup: Setup) -> None:
     [whole] = run(setup, ["The"], sampling=Sampling(seed=8), max_tokens=30)
     middle = len(whole.text) // 2
     stop = whole.text[middle : middle + 5]
-    tokens = [prompt_tokens(setup[0], setup[2], "The")]
-    wanted = Wanted(Sampling(seed=8), max_tokens=30, stop=("nowhere to be found", stop))
+    tokens = [prompt_tokens(*setup, "The")]
+    wanted = GenerationConfig(Sampling(seed=8), max_tokens=30, stop=("nowhere to be found", stop))
     [found] = generate(*setup, tokens, wanted, lambda prompt, sample, piece: heard.append(piece))
-    assert found.ending is Ending.STOP and found.text == whole.text[
+    assert found.finish_reason is FinishReason.STOP and found.text == whole.text[
         : whole.text.index(stop)
     ] == "".join(heard)
     assert found.tokens == whole.tokens[: len(found.tokens)] and len(found.tokens) < 30
     [begun] = generate(
-        *setup, tokens, Wanted(Sampling(seed=8), max_tokens=30, stop=(whole.text[-1] + "and more",))
+        *setup,
+        tokens,
+        GenerationConfig(Sampling(seed=8), max_tokens=30, stop=(whole.text[-1] + "and more",)),
     )
     assert begun.text == whole.text, "what was held back and became no stop string is lost"
 
 
 def exhaustive(
-    setup: Setup, prompt: list[int], length: int, beams: Beams
+    setup: Setup, prompt: list[int], length: int, beams: BeamSearchConfig
 ) -> list[tuple[float, tuple[int, ...]]]:
     """(score, tokens) of every continuation, best first, each scored over the whole text."""
-    _, model, tokenizer = setup
+    model, tokenizer = setup
     vocabulary = model.lm_head.weight.shape[0]
     found = []
     for tokens in itertools.product(range(vocabulary), repeat=length):
@@ -195,70 +197,83 @@ def exhaustive(
 def test_wide_beams_find_the_best_of_all(
     setup: Setup, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, model = decoder(vocab_size=6)
-    small = (config, model, setup[2])
-    monkeypatch.setattr(setup[2], "end_id", 4)
-    beams = Beams(300, alpha)
-    found = beam_search(*small, [1, 2], Wanted(max_tokens=3, samples=20), beams)
+    _, model = decoder(vocab_size=6)
+    small = (model, setup[1])
+    monkeypatch.setattr(setup[1], "end_id", 4)
+    beams = BeamSearchConfig(300, alpha)
+    found = beam_search(*small, [1, 2], GenerationConfig(max_tokens=3, samples=20), beams)
     expected = exhaustive(small, [1, 2], 3, beams)[:20]
     assert [tuple(c.tokens) for c in found] == [tokens for _, tokens in expected]
     assert [beams.score(sum(c.logprobs), len(c.tokens)) for c in found] == pytest.approx(
         [score for score, _ in expected], abs=1e-5
     )
-    assert {c.ending for c in found} == {Ending.DOCUMENT, Ending.LENGTH}
+    assert {c.finish_reason for c in found} == {FinishReason.DOCUMENT, FinishReason.LENGTH}
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_ending_a_search_early_loses_nothing(
     setup: Setup, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, model = decoder(vocab_size=6)
-    monkeypatch.setattr(setup[2], "end_id", 4)
+    _, model = decoder(vocab_size=6)
+    monkeypatch.setattr(setup[1], "end_id", 4)
     arguments = [
-        ([first, second], Wanted(max_tokens=12, samples=width), Beams(width, alpha))
+        (
+            [first, second],
+            GenerationConfig(max_tokens=12, samples=width),
+            BeamSearchConfig(width, alpha),
+        )
         for first in range(6)
         for second in (1, 5)
         for alpha in (0.0, 0.6, 2.0)
     ]
     steps: list[Any] = []
-    feed = Decoding.feed
+    feed = DecodingBatch.append
     monkeypatch.setattr(
-        Decoding, "feed", lambda self, tokens: (steps.append(0), feed(self, tokens))
+        DecodingBatch, "append", lambda self, tokens: (steps.append(0), feed(self, tokens))
     )
-    early = [beam_search(config, model, setup[2], *a) for a in arguments]
+    early = [beam_search(model, setup[1], *a) for a in arguments]
     fewer = len(steps)
-    monkeypatch.setattr(beam, "_settled", lambda *arguments: False)
-    assert early == [beam_search(config, model, setup[2], *a) for a in arguments]
+    monkeypatch.setattr(beam, "_is_settled", lambda *arguments: False)
+    assert early == [beam_search(model, setup[1], *a) for a in arguments]
     assert fewer < 0.9 * (len(steps) - fewer), "no search ended early"
 
 
 def test_one_beam_is_greedy_and_more_are_no_worse(setup: Setup) -> None:
-    tokens = prompt_tokens(setup[0], setup[2], "The")
+    tokens = prompt_tokens(*setup, "The")
     [greedy] = run(setup, ["The"], sampling=Sampling(temperature=0))
-    [one] = beam_search(*setup, tokens, Wanted(max_tokens=12), Beams(1))
+    [one] = beam_search(*setup, tokens, GenerationConfig(max_tokens=12), BeamSearchConfig(1))
     assert one.tokens == greedy.tokens and one.text == greedy.text
     torch.testing.assert_close(
         torch.tensor(one.logprobs), training_logprobs(setup, "The", one), atol=1e-4, rtol=0
     )
-    several = beam_search(*setup, tokens, Wanted(max_tokens=12, samples=3), Beams(6))
-    scores = [Beams(6).score(sum(c.logprobs), len(c.tokens)) for c in several]
-    assert scores == sorted(scores, reverse=True) and scores[0] >= Beams(1).score(
+    several = beam_search(
+        *setup, tokens, GenerationConfig(max_tokens=12, samples=3), BeamSearchConfig(6)
+    )
+    scores = [BeamSearchConfig(6).score(sum(c.logprobs), len(c.tokens)) for c in several]
+    assert scores == sorted(scores, reverse=True) and scores[0] >= BeamSearchConfig(1).score(
         sum(one.logprobs), len(one.tokens)
     )
     stop = several[0].text[2:4]
-    stopped = beam_search(*setup, tokens, Wanted(max_tokens=12, samples=6, stop=(stop,)), Beams(6))
-    assert Ending.STOP in {c.ending for c in stopped} and not any(stop in c.text for c in stopped)
+    stopped = beam_search(
+        *setup,
+        tokens,
+        GenerationConfig(max_tokens=12, samples=6, stop=(stop,)),
+        BeamSearchConfig(6),
+    )
+    assert FinishReason.STOP in {c.finish_reason for c in stopped} and not any(
+        stop in c.text for c in stopped
+    )
     with pytest.raises(UserError, match="samples = 7 of beams = 6"):
-        beam_search(*setup, tokens, Wanted(samples=7), Beams(6))
+        beam_search(*setup, tokens, GenerationConfig(samples=7), BeamSearchConfig(6))
 
 
 def test_rows_that_are_taken_go_on_as_their_own_texts(setup: Setup) -> None:
     """Also twice the same row, as beams do."""
-    config, model, _ = setup
-    decoding = Decoding(config, model, [[1, 2, 3, 4], [5], [6, 7]], 8)
-    decoding.feed(torch.tensor([8, 9, 10]))
+    model, _ = setup
+    decoding = DecodingBatch(model, [[1, 2, 3, 4], [5], [6, 7]], 8)
+    decoding.append(torch.tensor([8, 9, 10]))
     decoding.take([2, 1, 2])
-    decoding.feed(torch.tensor([11, 12, 13]))
+    decoding.append(torch.tensor([11, 12, 13]))
     for row, text in enumerate(([6, 7, 10, 11], [5, 9, 12], [6, 7, 10, 13])):
         torch.testing.assert_close(
             decoding.logits_BV[row],
@@ -273,7 +288,7 @@ def test_rows_that_are_taken_go_on_as_their_own_texts(setup: Setup) -> None:
 )
 def test_bad_wishes_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
-        Wanted(**bad)
+        GenerationConfig(**bad)
 
 
 def test_prompts_of_files(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from bench.generation import chi_squared
 from nextpt.base.errors import UserError
-from nextpt.generate.sample import Sampling, distribution, draw, randomness
+from nextpt.generate.sample import Sampling, continuation_rng, distribution, draw
 from tests.support.models import decoder, our_logits, some_tokens
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
@@ -88,7 +88,7 @@ def test_drawn_frequencies_are_those_of_the_exact_distribution(settings: dict[st
     logits = our_logits(decoder()[1], some_tokens(96, 12))[:1, -1]
     sampling = Sampling(**settings, seed=5)
     exact = distribution(logits, sampling, torch.arange(96).unsqueeze(0) % 3 == 0)
-    uniform = torch.from_numpy(randomness(5, 0, 0).random(draws))
+    uniform = torch.from_numpy(continuation_rng(5, 0, 0).random(draws))
     counts = np.bincount(draw(exact.expand(draws, -1), uniform).numpy(), minlength=96)
     probabilities = exact[0].numpy()
     assert counts[probabilities == 0].sum() == 0

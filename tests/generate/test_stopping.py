@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.tokenizer import Tokenizer
-from nextpt.generate.stopping import GrowingText, StopStrings
+from nextpt.generate.stopping import IncrementalDetokenizer, StopStringFilter
 from tests.support.tokenizers import ANY_TEXT, KINDS
 
 ANY = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -28,8 +28,8 @@ def tokenizer(
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], first: int) -> list[str]:
-    growing = GrowingText(tokenizer, [tokenizer.start_id, *ids[:first]])
-    return [piece for token in ids[first:] for piece in growing.add(token)] + list(growing.rest())
+    growing = IncrementalDetokenizer(tokenizer, [tokenizer.start_id, *ids[:first]])
+    return [piece for token in ids[first:] for piece in growing.add(token)] + list(growing.flush())
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,15 +73,15 @@ def test_what_was_given_is_not_taken_back(tmp_path: Path) -> None:
 )
 def test_nothing_of_a_stop_string_is_shown(pieces: list[str], stops: list[str]) -> None:
     """However it is cut into pieces; and what can be shown is shown at once."""
-    stopping, text, shown = StopStrings(stops), "", ""
+    stopping, text, shown = StopStringFilter(stops), "", ""
     for piece in pieces:
         text += piece
         shown += stopping.add(piece)
         places = [text.find(stop) for stop in stops if stop in text]
-        assert stopping.found == bool(places)
+        assert stopping.matched == bool(places)
         if places:
-            assert shown == text[: min(places)] and stopping.rest() == ""
+            assert shown == text[: min(places)] and stopping.flush() == ""
             return
         held = text[len(shown) :]
         assert text.startswith(shown) and (not held or any(stop.startswith(held) for stop in stops))
-    assert shown + stopping.rest() == text
+    assert shown + stopping.flush() == text

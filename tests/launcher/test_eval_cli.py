@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from nextpt.evaluate.heldout import open_model, open_run
+from nextpt.evaluate.loaded_model import open_run
 from nextpt.exchange import export_hf
+from nextpt.exchange.decoder import load_model
 from tests.support.models import checkpoint_of
 from tests.support.runs import make_run
 
@@ -103,9 +104,7 @@ def test_tasks_at_one_checkpoint_and_over_all(place: Path) -> None:
         "cloze",
     } and all(name in shown for name in result["tasks"])
     assert "<svg" in (place / "tasks.svg").read_text()
-    checkpoint_of(
-        *open_model(place / "two", None, "cpu")[:2], place / "two" / "checkpoints", step=7
-    )
+    checkpoint_of(*load_model(open_run(place / "two")), place / "two" / "checkpoints", step=7)
     shown = evaluate(
         "--run",
         place / "two",

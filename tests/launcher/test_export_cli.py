@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from launcher.cli import app
 from nextpt.config import load_config
 from nextpt.exchange import export_hf, load_hf
+from nextpt.model import ModelSpec
 from tests.support.models import checkpoint_of, decoder
 from tests.support.tokenizers import KINDS
 
@@ -61,7 +62,7 @@ def test_from_a_run_to_a_folder_to_a_config(run: Path, dataset: Path, tmp_path: 
         and written.run.name == "go-on"
         and written.data.path == str(dataset)
     )
-    assert written.model == load_hf(tmp_path / "hf")[0].model
+    assert ModelSpec.from_config(written) == load_hf(tmp_path / "hf").spec
     again = nextpt(
         "import", "hf", tmp_path / "hf", "--data", dataset, "--output", tmp_path / "go-on.yaml"
     )

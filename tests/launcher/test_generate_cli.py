@@ -33,7 +33,10 @@ def test_one_continuation_follows_its_prompt(run: Path) -> None:
     )
     assert nextpt("--run", run, "--max-tokens", 3).exit_code == 0  # an empty prompt
     whole = nextpt("--run", run, "--max-tokens", 500, "--temperature", 0, "--min-p", 0.1)
-    assert "note: the model's last position is reached (40 tokens, including the prompt)" in whole.stderr
+    assert (
+        "note: the model's last position is reached (40 tokens, including the prompt)"
+        in whole.stderr
+    )
 
 
 def test_json_of_several_prompts_and_samples(run: Path, tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_json_of_several_prompts_and_samples(run: Path, tmp_path: Path) -> None:
     ]
     for c in found["continuations"]:
         assert (
-            c["ending"] in ("length", "end")
+            c["finish_reason"] in ("length", "end")
             and c["logprob"] == pytest.approx(sum(t["logprob"] for t in c["tokens"]))
             and c["logprob"] < 0
         )

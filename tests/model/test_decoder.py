@@ -53,7 +53,7 @@ def test_flops_by_formula_are_those_of_the_matrix_products(shape: str) -> None:
     length = config.data.sequence_length
     tokens = torch.zeros(1, length, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        hidden = model(tokens, torch.arange(length).unsqueeze(0))
+        hidden = model(tokens, torch.arange(length).unsqueeze(0)).hidden
         model.lm_head(hidden[0], tokens[0], torch.ones(length), float(length)).loss.backward()
     assert counter.get_total_flops() / length == pytest.approx(
         count(
@@ -76,7 +76,7 @@ def test_output_does_not_depend_on_later_tokens_or_other_documents(
     positions = torch.cat([torch.arange(8), torch.arange(12)]).unsqueeze(0)
 
     def logits(t: torch.Tensor) -> torch.Tensor:
-        return model.lm_head(model(t, positions, PackedDocuments.from_document_ids(ids)))[0]
+        return model.lm_head(model(t, positions, PackedDocuments.from_document_ids(ids)).hidden)[0]
 
     before = logits(tokens)
     for place in range(20):
@@ -97,7 +97,7 @@ def test_gradient_of_an_output_stays_in_its_past() -> None:
     model.embed_tokens.forward = lambda tokens: embedded
     out = model(
         torch.zeros(1, 12, dtype=torch.long), positions, PackedDocuments.from_document_ids(ids)
-    )
+    ).hidden
     for i in range(12):
         (gradient,) = torch.autograd.grad(out[0, i].sum(), embedded, retain_graph=True)
         reached = gradient[0].ne(0).any(-1).tolist()
@@ -123,7 +123,7 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
 def test_capped_logits_are_those_of_the_loss() -> None:
     """Generation and the loss cap alike, also under tied embeddings."""
     _, model = build(logit_softcap=2.0, tied_embeddings=True, init_std=0.5)
-    hidden = model(torch.arange(12).unsqueeze(0), torch.arange(12).unsqueeze(0))[0]
+    hidden = model(torch.arange(12).unsqueeze(0), torch.arange(12).unsqueeze(0)).hidden[0]
     targets = torch.arange(12)
     logits = model.lm_head(hidden)
     assert 1.0 < logits.abs().max() < 2.0
@@ -139,10 +139,10 @@ def test_cache_gives_the_same_logits_as_the_whole_text() -> None:
     tokens = torch.randint(0, 96, (1, 15), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(15).unsqueeze(0)
     with torch.no_grad():
-        whole = model(tokens, positions)
+        whole = model(tokens, positions).hidden
         cache = KVCache.empty(model.spec, 1, 15, dtype=torch.float32, device=torch.device("cpu"))
         parts = [
-            model(tokens[:, a:b], positions[:, a:b], cache=cache)
+            model(tokens[:, a:b], positions[:, a:b], cache=cache).hidden
             for a, b in ((0, 6), (6, 7), (7, 12), (12, 15))
         ]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)

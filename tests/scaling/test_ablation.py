@@ -12,8 +12,8 @@ import pytest
 
 from nextpt.base.errors import ScalingError
 from nextpt.evaluate.bootstrap import ratio_interval, stratified
-from nextpt.evaluate.evaluation import BYTES, NATS, Protocol, evaluate_source
-from nextpt.evaluate.source import open_source
+from nextpt.evaluate.evaluation import BYTES, NATS, EvaluationProtocol, evaluate_model
+from nextpt.evaluate.loaded_model import open_model
 from nextpt.scaling.ablation import load_ablation
 from nextpt.scaling.ablation_plot import plot_ablation
 from nextpt.scaling.ablation_result import SUMS, HeldOut, score_run
@@ -110,7 +110,7 @@ def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: 
     make_run(tmp_path / "run")
     heldout = HeldOut(tmp_path / "heldout_text", TEXTS)
     found = score_run(tmp_path / "run", 3, heldout, "cpu")
-    figures = evaluate_source(open_source(tmp_path / "run"), TEXTS, Protocol(resamples=2))[
+    figures = evaluate_model(open_model(tmp_path / "run"), TEXTS, EvaluationProtocol(resamples=2))[
         "domains"
     ]
     for domain, rows in found["sums"].items():

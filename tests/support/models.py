@@ -90,7 +90,9 @@ def our_logits(model: Decoder, tokens_BT: Tensor) -> Tensor:
     """fp32 [B, T, V]."""
     positions = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
     with torch.no_grad():
-        return model.lm_head(model(tokens_BT, positions).flatten(0, 1)).view(*tokens_BT.shape, -1)
+        return model.lm_head(model(tokens_BT, positions).hidden.flatten(0, 1)).view(
+            *tokens_BT.shape, -1
+        )
 
 
 def some_tokens(vocab_size: int, length: int = POSITIONS) -> Tensor:

@@ -1,7 +1,6 @@
-"""A range coder (G.
+"""Range coder (G. N. N. Martin 1979) with a 64-bit range and frequencies of BITS bits.
 
-N. N. Martin 1979) with 64 bits of range and frequencies of BITS bits, carries included, ends
-without waste.
+It propagates carries, and its last bytes are as few as name a number in the range.
 
 Frequencies of 24 bits, as coders in libraries have them, are too coarse for vocabularies of 128K: a
 token can have no less than one of 2^24 parts, and 131,072 such parts are a hundredth of all. With
@@ -18,15 +17,15 @@ _TOP, _WIDTH = 1 << 56, 64
 _MASK = (1 << _WIDTH) - 1
 
 
-class Encoder:
-    """Takes parts [start, start + size) of 2^BITS one after another; `finish` gives the bytes."""
+class RangeEncoder:
+    """Encodes parts [start, start + size) of 2^BITS one after another."""
 
     def __init__(self) -> None:
         self._low, self._range = 0, _MASK
         self._out = bytearray()
 
     def encode(self, start: int, size: int) -> None:
-        """Narrow the range to a part of it. size: at least 1."""
+        """Narrow the range to the part [start, start + size); `size` is at least 1."""
         part = self._range >> BITS
         self._low += part * start
         self._range = part * size
@@ -39,14 +38,14 @@ class Encoder:
 
     def _carry(self) -> None:
         self._low &= _MASK
-        place = len(self._out) - 1
-        while self._out[place] == 0xFF:
-            self._out[place] = 0
-            place -= 1
-        self._out[place] += 1
+        index = len(self._out) - 1
+        while self._out[index] == 0xFF:
+            self._out[index] = 0
+            index -= 1
+        self._out[index] += 1
 
     def finish(self) -> bytes:
-        """All bytes.
+        """Return all bytes.
 
         The decoder reads zeros behind them, so the fewest bytes that name a number in the range are
         enough.
@@ -64,8 +63,11 @@ class Encoder:
         return bytes(self._out).rstrip(b"\0")
 
 
-class Decoder:
-    """Reads what `Encoder` wrote: `peek` says where in 2^BITS the next part lies, `take` is told which part that was."""
+class RangeDecoder:
+    """Decodes what `RangeEncoder` wrote.
+
+    For each part, `peek` returns a number in it, and `take` consumes the part.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data, self._next = data, _WIDTH // 8
@@ -73,15 +75,19 @@ class Decoder:
         self._range = _MASK
 
     def peek(self) -> int:
-        """A place in [0, 2^BITS). Raises DataError for bytes that no encoder wrote."""
+        """Return a number of [0, 2^BITS) in the next part.
+
+        Raises:
+            DataError: No encoder wrote these bytes.
+        """
         self._part = self._range >> BITS
-        place = self._code // self._part
-        if place >> BITS:
+        number = self._code // self._part
+        if number >> BITS:
             raise DataError("the coded data is damaged")
-        return place
+        return number
 
     def take(self, start: int, size: int) -> None:
-        """Go on behind the part [start, start + size), which holds the place that `peek` gave."""
+        """Consume the part [start, start + size), which holds the number that `peek` returned."""
         self._code -= self._part * start
         self._range = self._part * size
         while self._range < _TOP:

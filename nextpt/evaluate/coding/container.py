@@ -1,4 +1,6 @@
-"""The form of a coded file, all numbers little-endian.
+"""File format of compressed files: header, frames, and the checks on reading.
+
+All numbers are little-endian.
 
     "nxpt" | uint8 version | uint16 threads | uint16 rows | uint32 window | 16 bytes digest of the
     model | uint64 bytes | uint64 tokens | uint8 length of the environment | the environment, ASCII
@@ -11,12 +13,15 @@ processor's instructions, the device.
 
 from __future__ import annotations
 
+import itertools
 import platform
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +30,11 @@ import xxhash
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.base.files import canonical_json
-from nextpt.config import Config
 from nextpt.model import Decoder
 
-MAGIC, VERSION = b"nxpt", 2
-SEGMENT = 2**20  # tokens that one checksum is over: a mistake is found before much is decoded
+# Version 2 differs in the digest alone, see `legacy_digests`
+MAGIC, VERSION, READABLE_VERSIONS = b"nxpt", 3, (2, 3)
+SEGMENT = 2**20  # tokens under one checksum: damage is seen before much is decoded
 _FIXED = struct.Struct("<4sBHHI16sQQB")
 _FRAME = struct.Struct("<III")
 # So that the header, the first frame included, is 128 bytes at most
@@ -38,7 +43,18 @@ LONGEST_ENVIRONMENT = 128 - _FIXED.size - _FRAME.size
 
 @dataclass(frozen=True)
 class Header:
-    """threads: of torch on a CPU. rows, window: of lockstep.run. size: bytes of the original. tokens: that they were cut into."""
+    """Header of a compressed file.
+
+    Attributes:
+        threads: Threads of torch on a CPU.
+        rows: Rows of `run_lockstep`.
+        window: Window of `run_lockstep`.
+        model: Digest of the model.
+        size: Bytes of the original.
+        tokens: Tokens that it was cut into.
+        environment: Where it was coded.
+        version: Version of the format.
+    """
 
     threads: int
     rows: int
@@ -47,13 +63,15 @@ class Header:
     size: int
     tokens: int
     environment: str
+    version: int = VERSION
 
     def pack(self) -> bytes:
+        """Return the header's bytes."""
         environment = self.environment.encode("ascii")
         return (
             _FIXED.pack(
                 MAGIC,
-                VERSION,
+                self.version,
                 self.threads,
                 self.rows,
                 self.window,
@@ -67,47 +85,52 @@ class Header:
 
     @property
     def segments(self) -> list[int]:
-        """Tokens of each."""
+        """Tokens of each segment."""
         return [min(SEGMENT, self.tokens - first) for first in range(0, self.tokens, SEGMENT)]
 
 
 def pack_segment(code: bytes, original: bytes) -> bytes:
-    """A frame and the code. original: the bytes that it stands for."""
+    """Return a frame and the code; `original` is what the code stands for."""
     return _FRAME.pack(len(code), zlib.crc32(code), zlib.crc32(original)) + code
 
 
 def header_bytes(coded: bytes) -> int:
-    """Of a coded file, up to the first code."""
-    return (
-        _FIXED.size
-        + coded[_FIXED.size - 1]
-        + (_FRAME.size if len(coded) > _FIXED.size + coded[_FIXED.size - 1] else 0)
-    )
+    """Count the bytes of a compressed file before the first code."""
+    header = _FIXED.size + coded[_FIXED.size - 1]
+    return header + (_FRAME.size if len(coded) > header else 0)
 
 
 def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
-    """(header, (code, checksum) of every segment). name: of the file, for errors.
+    """Take a compressed file apart.
 
-    Raises DataError.
+    Args:
+        data: Content of the file.
+        name: Its name in errors.
+
+    Returns:
+        The header, and (code, checksum of the original) of every segment.
+
+    Raises:
+        DataError: It is no such file, is of another version, or is damaged.
     """
     if not data.startswith(MAGIC) or len(data) < 5:
         raise DataError(f"{name} was not made by nextpt compress")
-    if data[4] != VERSION:
+    if data[4] not in READABLE_VERSIONS:
         raise DataError(
-            f"{name} has version {data[4]} of the coded form; this nextpt reads {VERSION}"
+            f"{name} has version {data[4]} of the coded form; this nextpt reads"
+            f" {' and '.join(map(str, READABLE_VERSIONS))}"
         )
     cut_off = DataError(f"{name} is cut off or damaged; nothing of it was decoded")
     if len(data) < _FIXED.size:
         raise cut_off
-    _, _, threads, rows, window, model, size, tokens, length = _FIXED.unpack_from(data)
-    at = _FIXED.size + length
+    _, version, threads, rows, window, model, size, tokens, length = _FIXED.unpack_from(data)
+    offset = _FIXED.size + length
     try:
-        header = Header(
-            threads, rows, window, model, size, tokens, data[_FIXED.size : at].decode("ascii")
-        )
+        environment = data[_FIXED.size : offset].decode("ascii")
     except UnicodeDecodeError:
         raise cut_off from None
-    # A token stands for a byte at least, and a row for a token: more are no sizes of a file.
+    header = Header(threads, rows, window, model, size, tokens, environment, version)
+    # A token stands for a byte at least, and a row for a token: more are no sizes of a file
     if (
         len(header.environment) != length
         or tokens > size
@@ -116,56 +139,74 @@ def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
         or (tokens and not 0 < rows <= tokens)
     ):
         raise cut_off
-    if -(-tokens // SEGMENT) > (len(data) - at) // _FRAME.size:  # before a list of so many is made
+    if -(-tokens // SEGMENT) > (len(data) - offset) // _FRAME.size:  # before a long list is made
         raise cut_off
     segments = []
     for _ in header.segments:
-        if len(data) < at + _FRAME.size:
+        if len(data) < offset + _FRAME.size:
             raise cut_off
-        count, own, checksum = _FRAME.unpack_from(data, at)
-        at += _FRAME.size
-        segments.append((data[at : at + count], checksum))
-        if zlib.crc32(segments[-1][0]) != own:
+        count, code_checksum, checksum = _FRAME.unpack_from(data, offset)
+        offset += _FRAME.size
+        segments.append((data[offset : offset + count], checksum))
+        if zlib.crc32(segments[-1][0]) != code_checksum:
             raise cut_off
-        at += count
-    if at != len(data):
+        offset += count
+    if offset != len(data):
         raise cut_off
     return header, segments
 
 
-def digest(config: Config, model: Decoder, tokenizer: Tokenizer) -> bytes:
-    """16 bytes that name a model: its shape, weights and tokenizer, wherever they lie."""
+def model_digest(model: Decoder, tokenizer: Tokenizer) -> bytes:
+    """Return 16 bytes that identify a model: its spec, weights and tokenizer."""
+    return _digest(model.spec.to_json(), model, tokenizer)
+
+
+def legacy_digests(model: Decoder, tokenizer: Tokenizer) -> Iterator[bytes]:
+    """Yield the digests that version 2 of the format may have for a model.
+
+    It hashed the config's model section, in which values that follow from others may be null, and
+    beside it the resolved `max_position`.
+    """
+    spec = model.spec
+    values = spec.to_json()
+    follow = ["max_position"]
+    follow += ["kv_heads"] if spec.kv_heads == spec.heads else []
+    follow += ["head_dim"] if spec.head_dim == spec.width // spec.heads else []
+    follow += ["ffn_width"] if spec.ffn_width == spec.default_ffn_width() else []
+    for given in itertools.product((True, False), repeat=len(follow)):
+        nulls = {key: None for key, is_given in zip(follow, given, strict=True) if not is_given}
+        yield _digest([values | nulls, spec.max_position], model, tokenizer)
+
+
+def _digest(shape: Any, model: Decoder, tokenizer: Tokenizer) -> bytes:
     hashed = xxhash.xxh3_128()
-    hashed.update(
-        canonical_json(
-            [config.model.model_dump(exclude={"attention", "cross_entropy"}), config.max_position]
-        ).encode()
-    )
+    hashed.update(canonical_json(shape).encode())
     hashed.update(tokenizer.sha256.encode())
     for name, parameter in sorted(model.named_parameters()):
         hashed.update(name.encode())
-        hashed.update(parameter.detach().float().cpu().contiguous().numpy())
+        hashed.update(parameter.detach().float().cpu().contiguous().numpy().data)
     return hashed.digest()
 
 
 def environment(device: torch.device) -> str:
-    """In words, ASCII, at most LONGEST_ENVIRONMENT characters."""
-    where = (
+    """Describe the environment in ASCII, in at most LONGEST_ENVIRONMENT characters."""
+    hardware = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{torch.backends.cpu.get_cpu_capability()} {_processor()}"
     )
-    words = f"torch {torch.__version__} numpy {np.__version__} {platform.machine()} {where}"
+    words = f"torch {torch.__version__} numpy {np.__version__} {platform.machine()} {hardware}"
     words = words.encode("ascii", "replace").decode()
     if len(words) > LONGEST_ENVIRONMENT:
-        words = words[: LONGEST_ENVIRONMENT - 9] + " " + xxhash.xxh32_hexdigest(words)
+        words = f"{words[: LONGEST_ENVIRONMENT - 9]} {xxhash.xxh32_hexdigest(words.encode())}"
     return words
 
 
 def _processor() -> str:
-    """Its name: libraries choose by more of it than the instructions that torch tells of."""
+    """Return the processor's name: libraries choose by more than the instructions torch names."""
     try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        found = None
-    return found[1] if found else platform.processor()
+        return platform.processor()
+    match = re.search(r"model name\s*: (.*)", cpuinfo)
+    return match[1] if match else platform.processor()

@@ -1,4 +1,4 @@
-"""Files coded by a model, and decoded again."""
+"""Lossless compression and decompression of files by a model's predictions."""
 
 from __future__ import annotations
 
@@ -11,33 +11,51 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write
-from nextpt.config import Config
 from nextpt.evaluate.coding.container import (
+    VERSION,
     Header,
-    digest,
     environment,
     header_bytes,
+    legacy_digests,
+    model_digest,
     pack_segment,
     unpack,
 )
-from nextpt.evaluate.coding.lockstep import Reading, Writing, run
-from nextpt.evaluate.coding.text import Bytes
+from nextpt.evaluate.coding.lockstep import TokenCoder, TokenDecoder, TokenEncoder, run_lockstep
+from nextpt.evaluate.coding.text import ByteCodec
 from nextpt.model import Decoder
 
-# Rows make it quick, but each begins without context: none is shorter, where the file is not
+# More rows are faster, but each begins without context: no row is shorter, unless the file is
 MOST_ROWS, ROW_TOKENS = 64, 1024
 CACHE_BYTES = 2**31  # of keys and values of all rows together, unless rows are asked for
-Progress = Callable[[str, float], None]
+# Called with what is done and the share of it that is done, 0 to 1
+CodingProgress = Callable[[str, float], None]
+
+
+def ignore_coding_progress(phase: str, share: float) -> None:
+    """`CodingProgress` that does nothing."""
 
 
 @dataclass(frozen=True)
-class Coded:
-    """What came of coding a file. bytes: of the original. payload, header: of the coded file. code_length: bytes that the model's own probabilities ask for, to the fraction. seconds: of coding and of decoding it again."""
+class CompressionResult:
+    """Sizes and times of compressing a file.
+
+    Attributes:
+        bytes: Bytes of the original.
+        tokens: Tokens that it was cut into.
+        payload: Bytes of code.
+        header: Bytes of the header.
+        code_length: Bytes that the model's own probabilities ask for, to the fraction.
+        model_bytes: Bytes of the model's weights, fp32.
+        seconds: Time of coding.
+        verify_seconds: Time of decoding it again.
+    """
 
     bytes: int
     tokens: int
@@ -49,6 +67,7 @@ class Coded:
     verify_seconds: float
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields and the ratios of them, for JSON."""
         size = self.bytes
         return asdict(self) | {
             "total": self.payload + self.header,
@@ -58,72 +77,126 @@ class Coded:
 
 
 class FileCoder:
-    """Codes bytes with one model. Raises DataError for one whose tokenizer lacks bytes."""
+    """Compresses and decompresses bytes with one model.
 
-    def __init__(self, config: Config, model: Decoder, tokenizer: Tokenizer) -> None:
-        self.config, self.model, self.tokenizer = config, model.float(), tokenizer
-        self.bytes = Bytes(tokenizer)
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its vocabulary has a token for every byte.
+
+    Raises:
+        DataError: The tokenizer lacks a token for some byte.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.float(), tokenizer
+        self.codec = ByteCodec(tokenizer)
         self.device = next(model.parameters()).device
-        self.digest, self.environment = digest(config, model, tokenizer), environment(self.device)
+        self.digest = model_digest(model, tokenizer)
+        self.environment = environment(self.device)
 
     def encode(
-        self, data: bytes, rows: int | None = None, progress: Progress = lambda what, share: None
-    ) -> tuple[bytes, Coded]:
-        """(the coded file, what came of it), after it was decoded again. rows: chosen by the size unless given."""
+        self,
+        data: bytes,
+        rows: int | None = None,
+        progress: CodingProgress = ignore_coding_progress,
+    ) -> tuple[bytes, CompressionResult]:
+        """Compress bytes, decompress the result and compare.
+
+        Args:
+            data: Any bytes.
+            rows: Rows that are coded together; by default chosen by the size.
+            progress: Gets (phase, share of it that is done).
+
+        Returns:
+            The compressed file and its sizes and times.
+
+        Raises:
+            DataError: The original does not come back: the device does not repeat its arithmetic.
+        """
         began = time.perf_counter()
-        tokens = self.bytes.encode(data)
+        tokens = self.codec.encode(data)
         header = Header(
             torch.get_num_threads(),
-            min(rows or self._rows(len(tokens)), max(len(tokens), 1)),
-            self.config.max_position,
+            min(rows or self._default_rows(len(tokens)), max(len(tokens), 1)),
+            self.model.max_position,
             self.digest,
             len(data),
             len(tokens),
             self.environment,
         )
         parts, bits, first = [header.pack()], 0.0, 0
-        with _exactly(header.threads):
+        with _deterministic(header.threads):
             for number, count in enumerate(header.segments):
-                own = tokens[first : first + count]
-                side = Writing(own, min(header.rows, count))
-                bits += self._run(
-                    header,
-                    side,
-                    count,
-                    partial(progress, f"coding {number + 1} of {len(header.segments)}"),
-                )[1]
-                parts.append(pack_segment(side.coder.finish(), self.bytes.decode(own)))
+                segment = tokens[first : first + count]
+                encoder = TokenEncoder(segment, min(header.rows, count))
+                phase = f"coding {number + 1} of {len(header.segments)}"
+                bits += self._run(header, encoder, count, partial(progress, phase))[1]
+                parts.append(pack_segment(encoder.coder.finish(), self.codec.decode(segment)))
                 first += count
         coded = b"".join(parts)
-        middle = time.perf_counter()
+        encoded = time.perf_counter()
         if self.decode(coded, "what was coded", progress) != data:
             raise DataError(
                 "the file does not come back as it was: this device does not repeat its arithmetic;"
                 " nothing was written"
             )
         head = header_bytes(coded)
-        weights = sum(p.numel() * 4 for p in self.model.parameters())
-        return coded, Coded(
-            len(data),
-            len(tokens),
-            len(coded) - head,
-            head,
-            float(bits) / 8,
-            weights,
-            middle - began,
-            time.perf_counter() - middle,
+        return coded, CompressionResult(
+            bytes=len(data),
+            tokens=len(tokens),
+            payload=len(coded) - head,
+            header=head,
+            code_length=float(bits) / 8,
+            model_bytes=sum(p.numel() * 4 for p in self.model.parameters()),
+            seconds=encoded - began,
+            verify_seconds=time.perf_counter() - encoded,
         )
 
     def decode(
-        self, coded: bytes, name: str, progress: Progress = lambda what, share: None
+        self, coded: bytes, name: str, progress: CodingProgress = ignore_coding_progress
     ) -> bytes:
-        """The original. name: of the coded file, for errors.
+        """Decompress a file.
 
-        Raises DataError for a file that is not one, is damaged, or was coded by another model or in
-        another environment, which would give other probabilities.
+        Args:
+            coded: Content of the compressed file.
+            name: Its name in errors.
+            progress: Gets (phase, share of it that is done).
+
+        Raises:
+            DataError: It is no compressed file, is damaged, or was coded by another model or in
+                another environment, which would give other probabilities.
         """
         header, segments = unpack(coded, name)
-        if header.model != self.digest:
+        self._check(header, name)
+        parts = []
+        with _deterministic(header.threads):
+            for number, (count, (code, checksum)) in enumerate(
+                zip(header.segments, segments, strict=True)
+            ):
+                phase = f"decoding {number + 1} of {len(segments)}"
+                tokens, _ = self._run(header, TokenDecoder(code), count, partial(progress, phase))
+                parts.append(self.codec.decode(tokens))
+                if zlib.crc32(parts[-1]) != checksum:
+                    raise DataError(
+                        f"{name}: segment {number + 1} of {len(segments)} is whole, but something"
+                        " else comes out of it: the arithmetic here is not that of where it was"
+                        " coded"
+                    )
+        data = b"".join(parts)
+        if len(data) != header.size:
+            raise DataError(
+                f"{name} is damaged: {len(data)} bytes came out of it, it says {header.size}"
+            )
+        return data
+
+    def _check(self, header: Header, name: str) -> None:
+        """Raise DataError unless this model and environment can decode the file."""
+        digests = (
+            [self.digest]
+            if header.version == VERSION
+            else legacy_digests(self.model, self.tokenizer)
+        )
+        if header.model not in digests:
             raise DataError(
                 f"{name} was coded with another model, tokenizer or step of the run:"
                 f" {header.model.hex()[:12]}, this one is {self.digest.hex()[:12]}; name it with"
@@ -135,51 +208,26 @@ class FileCoder:
                 " probabilities may differ in their last bits, and one is enough to lose the file:"
                 " decode it where it was coded"
             )
-        if header.window != self.config.max_position:
+        if header.window != self.model.max_position:
             raise DataError(
                 f"{name} is damaged: it says a window of {header.window}, this model has"
-                f" {self.config.max_position} positions"
+                f" {self.model.max_position} positions"
             )
-        found = []
-        with _exactly(header.threads):
-            for number, (count, (code, checksum)) in enumerate(
-                zip(header.segments, segments, strict=True)
-            ):
-                tokens, _ = self._run(
-                    header,
-                    Reading(code),
-                    count,
-                    partial(progress, f"decoding {number + 1} of {len(segments)}"),
-                )
-                found.append(self.bytes.decode(tokens))
-                if zlib.crc32(found[-1]) != checksum:
-                    raise DataError(
-                        f"{name}: segment {number + 1} of {len(segments)} is whole, but something"
-                        " else comes out of it: the arithmetic here is not that of where it was"
-                        " coded"
-                    )
-        data = b"".join(found)
-        if len(data) != header.size:
-            raise DataError(
-                f"{name} is damaged: {len(data)} bytes came out of it, it says {header.size}"
-            )
-        return data
 
-    def _rows(self, tokens: int) -> int:
-        """As many as a file of so many tokens is cut into, and the memory takes."""
-        model = self.config.model
+    def _default_rows(self, tokens: int) -> int:
+        """As many rows as the file's tokens and the memory of the caches allow."""
+        spec = self.model.spec
         # fp32 keys and values of a row
-        cache = 8 * model.depth * model.kv_heads_ * model.head_dim_ * self.config.max_position
+        cache = 8 * spec.depth * spec.kv_heads * spec.head_dim * spec.max_position
         return max(min(tokens // ROW_TOKENS, MOST_ROWS, CACHE_BYTES // cache), 1)
 
     def _run(
-        self, header: Header, side: Writing | Reading, count: int, progress: Callable[[float], None]
-    ):
-        return run(
-            self.config,
+        self, header: Header, coder: TokenCoder, count: int, progress: Callable[[float], None]
+    ) -> tuple[np.ndarray, float]:
+        return run_lockstep(
             self.model,
             self.tokenizer.start_id,
-            side,
+            coder,
             count,
             min(header.rows, count),
             header.window,
@@ -188,8 +236,8 @@ class FileCoder:
 
 
 @contextmanager
-def _exactly(threads: int) -> Iterator[None]:
-    """The same threads for both sides, and no algorithm that depends on the moment."""
+def _deterministic(threads: int) -> Iterator[None]:
+    """Compute with the same number of threads on both sides, and by deterministic algorithms."""
     before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=False)
@@ -201,7 +249,7 @@ def _exactly(threads: int) -> Iterator[None]:
 
 
 def read_file(path: Path) -> bytes:
-    """Raises DataError."""
+    """Read a file. Raises DataError."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -209,7 +257,7 @@ def read_file(path: Path) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Whole or not at all. Raises DataError."""
+    """Write a file, whole or not at all. Raises DataError."""
     try:
         with atomic_write(path, "wb") as file:
             file.write(data)

@@ -1,4 +1,4 @@
-"""Any bytes as tokens of a tokenizer whose vocabulary has all bytes, and back."""
+"""Exact conversion between bytes and tokens of a tokenizer whose vocabulary has all bytes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ import numpy as np
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 
-# What Python's surrogateescape makes of bytes that are no UTF-8
+# Bytes that are no UTF-8, as Python's surrogateescape decodes them
 _RAW = re.compile("([\udc80-\udcff]+)")
 
 
-class Bytes:
-    """Raises DataError for a tokenizer that lacks a token for some byte."""
+class ByteCodec:
+    """Encodes any bytes as tokens and decodes them exactly.
+
+    Args:
+        tokenizer: Its vocabulary has a token for every byte.
+
+    Raises:
+        DataError: The tokenizer lacks a token for some byte.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -32,9 +39,9 @@ class Bytes:
             )
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Tokens int64 whose spellings joined are `data`.
+        """Return tokens, int64, whose spellings joined are `data`.
 
-        What the tokenizer would change is spelled byte by byte.
+        Text that the tokenizer would change is spelled byte by byte.
         """
         tokens: list[int] = []
         for number, part in enumerate(_RAW.split(data.decode("utf-8", "surrogateescape"))):
@@ -45,28 +52,32 @@ class Bytes:
         return np.array(tokens, dtype=np.int64)
 
     def decode(self, tokens: np.ndarray) -> bytes:
-        """What the tokens spell, joined."""
+        """Return the joined spellings of tokens."""
         return b"".join([self._spelled[token] for token in tokens.tolist()])
 
     def _of_text(self, text: str) -> list[int]:
-        """All of it by the tokenizer where that is exact, else line by line, and what it would change byte by byte."""
+        """Encode by the tokenizer where that is exact, else by line, else byte by byte."""
         whole = self._exact(text)
         if whole is not None:
             return whole
-        found: list[int] = []
+        tokens: list[int] = []
         for line in text.splitlines(keepends=True):
             exact = self._exact(line)
-            found += self._by_byte(line.encode()) if exact is None else exact
-        return found
+            tokens += self._by_byte(line.encode()) if exact is None else exact
+        return tokens
 
     def _exact(self, text: str) -> list[int] | None:
-        """The tokenizer's tokens when they spell the text, also after the space that some put before it is taken away again."""
+        """Return the tokenizer's tokens if they spell the text.
+
+        Some tokenizers put a space before it, which is taken off again.
+        """
         ids, data = self._tokenizer.encode(text), text.encode()
         spelled = self.decode(ids)
+        tokens: list[int] = ids.tolist()
         if spelled == data:
-            return ids.tolist()
-        if spelled == b" " + data and self._spelled[ids[0]].startswith(b" "):
-            return self._by_byte(self._spelled[ids[0]][1:]) + ids[1:].tolist()
+            return tokens
+        if spelled == b" " + data and self._spelled[tokens[0]].startswith(b" "):
+            return self._by_byte(self._spelled[tokens[0]][1:]) + tokens[1:]
         return None
 
     def _by_byte(self, data: bytes) -> list[int]:

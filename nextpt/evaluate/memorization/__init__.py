@@ -1,1 +1,1 @@
-"""What a model has by heart, and what of an evaluation set was in its training data."""
+"""Memorization: extraction of training text, canaries, and contamination of evaluation sets."""

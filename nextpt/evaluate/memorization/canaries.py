@@ -1,9 +1,8 @@
-"""Canaries: random texts put into a corpus a known number of times, and others that are never shown to the model.
+"""Canaries: random texts planted in a corpus a known number of times, and their exposure.
 
-Exposure of a canary (arXiv 1802.08232, section 4): log2(controls + 1) - log2(rank), its rank by
-code length among the
-controls: 0 bits for one that is no more likely than they are, log2(controls + 1) when it is
-likelier than all of them.
+Exposure of a canary (arXiv 1802.08232, section 4): log2(controls + 1) - log2(rank), with its rank
+by code length among controls that the model never saw: 0 bits for a canary that is no more likely
+than they are, log2(controls + 1) for one that is more likely than all of them.
 """
 
 from __future__ import annotations
@@ -21,37 +20,54 @@ from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write
 
 REPEATS = (1, 2, 4, 8, 16, 32, 64, 128)
-WORDS = 16  # two syllables each, of 100: 213 bits of chance in every canary
+WORDS = 16  # two syllables each, of 100: 213 random bits in every canary
 SYLLABLES = [c + v for c in "bdfghjklmnprstvwxyzc" for v in "aeiou"]
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A text, and how often it is in the corpus; 0 for a control."""
+    """A random text.
+
+    Attributes:
+        text: The text.
+        repeats: How often it is in the corpus; 0 for a control.
+    """
 
     text: str
     repeats: int
 
 
-def make_canaries(each: int, controls: int, seed: int) -> list[Canary]:
-    """`each` canaries for every number of REPEATS, and `controls` that are never shown.
+def make_canaries(per_repeats: int, controls: int, seed: int) -> list[Canary]:
+    """Draw canaries and controls.
 
     Documents are held out by the hash of their text when it is low (data_prep), so only texts with
-    a hash in the upper half are taken: with a held-out fraction of up to a half none of them is.
+    a hash in the upper half are used: with a held-out fraction of up to a half none of them is.
+
+    Args:
+        per_repeats: Canaries for every number of REPEATS.
+        controls: Canaries that the model is never shown.
+        seed: Seed of the texts.
     """
-    chance = random.Random(seed)
-    wanted = [repeats for repeats in REPEATS for _ in range(each)] + [0] * controls
+    rng = random.Random(seed)
+    repeats_of = [repeats for repeats in REPEATS for _ in range(per_repeats)] + [0] * controls
     texts: dict[str, None] = {}
-    while len(texts) < len(wanted):
-        words = ("".join(chance.choices(SYLLABLES, k=2)) for _ in range(WORDS))
+    while len(texts) < len(repeats_of):
+        words = ("".join(rng.choices(SYLLABLES, k=2)) for _ in range(WORDS))
         text = f"The phrase is {' '.join(words)}.\n"
         if xxhash.xxh64_intdigest(text.encode()) >= 2**63:
             texts[text] = None
-    return [Canary(text, repeats) for text, repeats in zip(texts, wanted, strict=True)]
+    return [Canary(text, repeats) for text, repeats in zip(texts, repeats_of, strict=True)]
 
 
 def write_canaries(canaries: Sequence[Canary], folder: Path) -> None:
-    """FOLDER/canaries.jsonl, the documents to add to a corpus as a domain, and FOLDER/canaries.json, which tells of all of them, written last. Raises DataError."""
+    """Write canaries to a folder.
+
+    FOLDER/canaries.jsonl holds the documents to add to a corpus as a domain, FOLDER/canaries.json,
+    written last, describes all canaries and controls.
+
+    Raises:
+        DataError: The folder cannot be written.
+    """
     lines = [
         json.dumps({"id": f"canary-{i}-{copy}", "text": c.text})
         for i, c in enumerate(canaries)
@@ -71,10 +87,10 @@ def write_canaries(canaries: Sequence[Canary], folder: Path) -> None:
 
 
 def read_canaries(folder: Path) -> list[Canary]:
-    """What `write_canaries` wrote. Raises DataError that names the file."""
+    """Read what `write_canaries` wrote. Raises DataError that names the file."""
     path = folder / "canaries.json"
     try:
-        found = [
+        canaries = [
             Canary(str(c["text"]), int(c["repeats"]))
             for c in json.loads(path.read_text(encoding="utf-8"))
         ]
@@ -83,15 +99,15 @@ def read_canaries(folder: Path) -> list[Canary]:
             f"{path} cannot be read ({error}); expected what `nextpt memorization plant {folder}`"
             " writes"
         ) from None
-    if not any(c.repeats == 0 for c in found) or not any(c.repeats for c in found):
+    if not any(c.repeats == 0 for c in canaries) or not any(c.repeats for c in canaries):
         raise DataError(
-            f"{path} holds no {'control' if any(c.repeats for c in found) else 'canary'}; both are"
+            f"{path} holds no {'control' if any(c.repeats for c in canaries) else 'canary'}; both are"
             " needed to compare"
         )
-    return found
+    return canaries
 
 
 def exposure(nats: float, controls: Sequence[float]) -> float:
-    """Bits; `nats` and `controls`: code lengths of a canary and of the controls."""
+    """Compute the exposure in bits from code lengths of a canary and of the controls."""
     rank = 1 + sum(c <= nats for c in controls)
     return math.log2(len(controls) + 1) - math.log2(rank)

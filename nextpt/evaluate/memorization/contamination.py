@@ -1,14 +1,15 @@
-"""What of an evaluation set stands in the training shards: stretches of 13 words, and of 50 characters (ngrams.py).
+"""Contamination: stretches of an evaluation set that occur in the training shards.
 
-The texts of the training side are decoded from the shards themselves, piece by piece, so what is
-looked through is what was trained on. A document longer than a row lies there in pieces; a stretch
-that such a cut divides is not seen. So every overlap of 25 words, or of 99 characters, is found
-wherever it lies, and a shorter one where no cut goes through it.
+Stretches are of 13 words, and of 50 characters (ngrams.py). The texts of the training side are
+decoded from the shards themselves, piece by piece, so what is searched is what was trained on. A
+document longer than a sequence is in the shards in pieces; a stretch that such a cut divides is not
+seen. So every overlap of 25 words, or of 99 characters, is found wherever it is, and a shorter one
+where no cut goes through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +18,23 @@ import numpy as np
 from data_prep.format import PADDING
 from data_prep.tokenizer import Tokenizer
 from nextpt.data.dataset import open_sequences
+from nextpt.evaluate.documents import Progress, ignore_progress
 from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, Units, stretch_hashes, units
 
-GATHERED = 2**22  # characters of training text that are looked up at a time
+CHARACTERS_AT_ONCE = 2**22  # characters of training text that are looked up at a time
 KINDS = {"words": WORDS, "characters": CHARACTERS}
 
 
 @dataclass(frozen=True)
-class Found:
-    """One document of the evaluation set. shares: kind of stretch -> share of its stretches that the training text has, 0 for a text that is shorter than one."""
+class DocumentOverlap:
+    """Overlap of one document of the evaluation set with the training text.
+
+    Attributes:
+        domain: Its domain.
+        number: Its number in the domain.
+        shares: Kind of stretch -> share of its stretches that occur in the training text; 0 for a
+            text that is shorter than one.
+    """
 
     domain: str
     number: int
@@ -38,37 +47,52 @@ class Found:
 
 
 def training_texts(
-    data: Path, tokenizer: Tokenizer, progress: Callable[[float], None] = lambda share: None
+    data: Path, tokenizer: Tokenizer, progress: Progress = ignore_progress
 ) -> Iterator[str]:
-    """Texts of all pieces of documents in the training shards of a dataset folder, domain by domain. Raises DataError."""
+    """Decode all pieces of documents in the training shards of a dataset folder, by domain.
+
+    Args:
+        data: The dataset folder.
+        tokenizer: The dataset's.
+        progress: Gets the share of the sequences that is done.
+
+    Raises:
+        DataError: The shards cannot be read.
+    """
     domains = open_sequences(data, "train")
-    total, seen = sum(len(rows) for rows in domains.values()), 0
-    for rows in domains.values():
-        for number in range(len(rows)):
-            row = rows[number]
-            for tokens, flags in zip(
-                np.split(row.tokens, np.cumsum(row.doc_lens)[:-1]), row.doc_flags, strict=True
-            ):
+    total, seen = sum(len(sequences) for sequences in domains.values()), 0
+    for sequences in domains.values():
+        for number in range(len(sequences)):
+            sequence = sequences[number]
+            pieces = np.split(sequence.tokens, np.cumsum(sequence.doc_lens)[:-1])
+            for tokens, flags in zip(pieces, sequence.doc_flags, strict=True):
                 if not flags & PADDING:
                     yield tokenizer.decode(tokens)
             seen += 1
             progress(seen / total)
 
 
-def find_overlaps(evaluated: dict[str, Sequence[str]], training: Iterator[str]) -> list[Found]:
-    """For every document of the evaluation set (domain -> texts), how much of it the training texts have."""
+def find_overlaps(
+    evaluated: Mapping[str, Sequence[str]], training: Iterator[str]
+) -> list[DocumentOverlap]:
+    """Compute the overlap of every document of an evaluation set with the training texts.
+
+    Args:
+        evaluated: Domain -> documents of the evaluation set.
+        training: Training texts.
+    """
     documents = [
         (domain, number, units(text))
         for domain, texts in evaluated.items()
         for number, text in enumerate(texts)
     ]
-    own = {
+    hashes_of = {
         kind: [stretch_hashes(getattr(u, kind), length) for _, _, u in documents]
         for kind, length in KINDS.items()
     }
     sought = {
         kind: np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
-        for kind, hashes in own.items()
+        for kind, hashes in hashes_of.items()
     }
     seen = {kind: np.zeros(len(values), bool) for kind, values in sought.items()}
     for group in _groups(training):
@@ -79,8 +103,10 @@ def find_overlaps(evaluated: dict[str, Sequence[str]], training: Iterator[str]) 
                 np.concatenate([stretch_hashes(getattr(u, kind), length) for u in group]),
             )
     return [
-        Found(
-            domain, number, {kind: _share(own[kind][i], sought[kind], seen[kind]) for kind in KINDS}
+        DocumentOverlap(
+            domain,
+            number,
+            {kind: _share(hashes_of[kind][i], sought[kind], seen[kind]) for kind in KINDS},
         )
         for i, (domain, number, _) in enumerate(documents)
     ]
@@ -92,7 +118,7 @@ def _groups(texts: Iterator[str]) -> Iterator[list[Units]]:
     for text in texts:
         group.append(units(text))
         size += len(text)
-        if size >= GATHERED:
+        if size >= CHARACTERS_AT_ONCE:
             yield group
             group, size = [], 0
     if group:
@@ -100,11 +126,11 @@ def _groups(texts: Iterator[str]) -> Iterator[list[Units]]:
 
 
 def _mark(seen: np.ndarray, sought: np.ndarray, hashes: np.ndarray) -> None:
-    """Note which of the sorted `sought` are among `hashes`."""
+    """Mark in `seen` which of the sorted `sought` are among `hashes`."""
     if len(sought) and len(hashes):
-        places = np.searchsorted(sought, hashes)
-        places[places == len(sought)] = 0
-        seen[places[sought[places] == hashes]] = True
+        indices = np.searchsorted(sought, hashes)
+        indices[indices == len(sought)] = 0
+        seen[indices[sought[indices] == hashes]] = True
 
 
 def _share(hashes: np.ndarray, sought: np.ndarray, seen: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The contamination report: an evaluation set against the training shards of a dataset, and what it does to bits per byte."""
+"""Contamination report: an evaluation set against the training shards, with bits per byte."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import numpy as np
 from data_prep.documents import read_documents
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
-from nextpt.config import Config
-from nextpt.evaluate.documents import score_documents
-from nextpt.evaluate.heldout import encode_document, heldout_texts, open_model
-from nextpt.evaluate.memorization.contamination import Found, find_overlaps, training_texts
+from nextpt.evaluate.documents import Progress, score_documents
+from nextpt.evaluate.heldout import encode_document, heldout_texts
+from nextpt.evaluate.loaded_model import LoadedModel, open_model
+from nextpt.evaluate.memorization.contamination import (
+    DocumentOverlap,
+    find_overlaps,
+    training_texts,
+)
 from nextpt.evaluate.memorization.measure import bits_per_byte_by_contamination
-from nextpt.model import Decoder
 
 
 def examine(
@@ -27,24 +30,34 @@ def examine(
     text: str | None,
     progress: Callable[[str, float], None],
 ) -> dict[str, Any]:
-    """Counts per domain, and every document found with the shares of its stretches that the training shards have.
+    """Report which documents of an evaluation set share text with the training shards.
 
-    run: for bits per byte with and without those documents, and for `data` where that is not given.
-    text: the evaluation set, the held-out texts of `data` unless given. Raises DataError without
-    any of run and data, DataPrepError for a text that cannot be read.
+    Args:
+        run: Run folder, for bits per byte with and without those documents, and for `data` where
+            that is not given.
+        step: Step of the run's checkpoint; the newest by default.
+        data: Dataset folder whose training shards are searched.
+        text: The evaluation set; by default the held-out texts of `data`.
+        progress: Gets (what is done, share of it that is done).
+
+    Returns:
+        Counts per domain, and every contaminated document with the shares of its stretches.
+
+    Raises:
+        DataError: Neither run nor data is given, or they cannot be read.
+        DataPrepError: A text cannot be read.
     """
-    config = model = None
+    loaded = None
     if run is not None:
-        config, model, tokenizer, step = open_model(run, step, "cpu")
-        data = data or Path(config.data.path)
+        loaded = open_model(run, step, decoder_only=True)
+        data, step, tokenizer = data or loaded.dataset, loaded.step, loaded.tokenizer
     elif data is None:
-        raise DataError("whose training shards? give --run or --data")
+        raise DataError("no training shards to search; give --run or --data")
     else:
         tokenizer = Tokenizer(data / "tokenizer.json")
-    sets = {"text": [d.text for d in read_documents(text)]} if text else heldout_texts(data)
-    found = find_overlaps(
-        sets, training_texts(data, tokenizer, partial(progress, "training shards"))
-    )
+    texts_of = {"text": [d.text for d in read_documents(text)]} if text else heldout_texts(data)
+    training = training_texts(data, tokenizer, partial(progress, "training shards"))
+    overlaps = find_overlaps(texts_of, training)
     result: dict[str, Any] = {
         "data": str(data),
         "text": text,
@@ -52,50 +65,51 @@ def examine(
         "step": step,
         "domains": {},
     }
-    for domain, texts in sets.items():
-        own = [f for f in found if f.domain == domain]
-        result["domains"][domain] = _counts(own) | {
+    for domain, texts in texts_of.items():
+        of_domain = [overlap for overlap in overlaps if overlap.domain == domain]
+        result["domains"][domain] = _counts(of_domain) | {
             "found": [
-                {"document": f.number, **f.shares, "begins": texts[f.number][:80]}
-                for f in own
-                if f.contaminated
+                {
+                    "document": overlap.number,
+                    **overlap.shares,
+                    "begins": texts[overlap.number][:80],
+                }
+                for overlap in of_domain
+                if overlap.contaminated
             ]
         }
-        if model is not None and config is not None:
+        if loaded is not None:
             result["domains"][domain]["bits_per_byte"] = _bits_per_byte(
-                config, model, tokenizer, texts, own, partial(progress, domain)
+                loaded, texts, of_domain, partial(progress, domain)
             )
     return result
 
 
-def _counts(own: list[Found]) -> dict[str, int]:
+def _counts(overlaps: list[DocumentOverlap]) -> dict[str, Any]:
     return {
-        "documents": len(own),
-        "contaminated": sum(f.contaminated for f in own),
-        "with_13_words": sum(f.shares["words"] > 0 for f in own),
-        "with_50_characters": sum(f.shares["characters"] > 0 for f in own),
+        "documents": len(overlaps),
+        "contaminated": sum(overlap.contaminated for overlap in overlaps),
+        "with_13_words": sum(overlap.shares["words"] > 0 for overlap in overlaps),
+        "with_50_characters": sum(overlap.shares["characters"] > 0 for overlap in overlaps),
     }
 
 
 def _bits_per_byte(
-    config: Config,
-    model: Decoder,
-    tokenizer: Tokenizer,
-    texts: list[str],
-    found: list[Found],
-    progress: Callable[[float], None],
+    loaded: LoadedModel, texts: list[str], overlaps: list[DocumentOverlap], progress: Progress
 ) -> dict[str, float | None]:
-    encoded, sizes = zip(*(encode_document(tokenizer, text) for text in texts), strict=True)
-    window = config.max_position
+    encoded, sizes = zip(*(encode_document(loaded.tokenizer, text) for text in texts), strict=True)
+    window = loaded.model.max_position
     _, nats = score_documents(
-        model,
+        loaded.model,
         encoded,
         sizes,
-        tokenizer.token_bytes(),
+        loaded.tokenizer.token_bytes(),
         window=window,
         stride=window // 2,
         progress=progress,
     )
     return bits_per_byte_by_contamination(
-        nats, np.array([int(s.sum()) for s in sizes]), np.array([f.contaminated for f in found])
+        nats,
+        np.array([int(s.sum()) for s in sizes]),
+        np.array([overlap.contaminated for overlap in overlaps]),
     )

@@ -1,15 +1,15 @@
-"""Extraction: given a stretch of a document, does the model go on as the document does?
+"""Extraction: does the model continue a stretch of a document as the document does?
 
 A sequence is a prefix and the `continuation` tokens after it; the model continues the prefix
-greedily. Score: the share of those tokens that agree, place by place (arXiv 2304.11158, section 2);
-exact: all of them (arXiv 2202.07646); near: at least NEAR of them. The same continuations are asked
-for with prefixes of every length, the longer ones reaching further back, and of held-out documents
-too: what those score is not memory but prediction.
+greedily. Score: the share of those tokens that agree, position by position (arXiv 2304.11158,
+section 2); exact: all of them (arXiv 2202.07646); near: at least NEAR of them. The same
+continuations are asked for with prefixes of every length, the longer ones reaching further back,
+and of held-out documents too: what those score is not memory but prediction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,98 +19,114 @@ from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
 from data_prep.format import PADDING
-from nextpt.config import Config
 from nextpt.data.sequences import SequenceSource
-from nextpt.generate.decoding import Decoding
+from nextpt.generate.decoding import DecodingBatch
 from nextpt.model import Decoder
 
 NEAR = 0.9
-BATCH = 64  # sequences continued at a time
+BATCH_SIZE = 64  # stretches that are continued together
+DRAWS = 20  # per stretch, before it is given up
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """tokens: int64 [sequences, longest prefix + continuation], each from inside one document."""
+class Stretches:
+    """Stretches of documents.
+
+    Attributes:
+        tokens: int64 [stretches, longest prefix + continuation], each from inside one document.
+        continuation: Tokens of the continuation, the last ones.
+    """
 
     tokens: np.ndarray
     continuation: int
 
 
-def sample_sequences(
-    rows: Sequence[SequenceSource],
+def sample_stretches(
+    domains: Sequence[SequenceSource],
     length: int,
     continuation: int,
     count: int,
-    chance: np.random.Generator,
-) -> Sequences:
-    """`count` stretches of `length` tokens, drawn evenly from the rows of all domains: a row, a piece of a document in it that is long enough, a place in that. Fewer when no such piece is found in 20 draws for each."""
-    sizes = np.array([len(r) for r in rows], dtype=float)
-    found: list[np.ndarray] = []
-    for _ in range(20 * count if sizes.sum() else 0):
-        domain = rows[int(chance.choice(len(rows), p=sizes / sizes.sum()))]
-        row = domain[int(chance.integers(len(domain)))]
-        starts = np.cumsum(row.doc_lens) - row.doc_lens
-        fits = [
-            (s, n)
-            for s, n, flags in zip(starts, row.doc_lens, row.doc_flags, strict=True)
-            if n >= length and not flags & PADDING
+    rng: np.random.Generator,
+) -> Stretches:
+    """Draw stretches evenly from the sequences of all domains.
+
+    A sequence is drawn, a piece of a document in it that is long enough, and a start in that.
+
+    Args:
+        domains: Sequences of each domain.
+        length: Tokens of a stretch.
+        continuation: Those of them that are the continuation.
+        count: Stretches; fewer are returned when no such piece is found in DRAWS draws for each.
+        rng: Source of the draws.
+    """
+    sizes = np.array([len(sequences) for sequences in domains], dtype=float)
+    stretches: list[np.ndarray] = []
+    for _ in range(DRAWS * count if sizes.sum() else 0):
+        domain = domains[int(rng.choice(len(domains), p=sizes / sizes.sum()))]
+        sequence = domain[int(rng.integers(len(domain)))]
+        starts = np.cumsum(sequence.doc_lens) - sequence.doc_lens
+        pieces = [
+            (start, size)
+            for start, size, flags in zip(
+                starts, sequence.doc_lens, sequence.doc_flags, strict=True
+            )
+            if size >= length and not flags & PADDING
         ]
-        if fits:
-            start, size = fits[int(chance.integers(len(fits)))]
-            at = int(start) + int(chance.integers(int(size) - length + 1))
-            found.append(row.tokens[at : at + length].astype(np.int64))
-            if len(found) == count:
+        if pieces:
+            start, size = pieces[int(rng.integers(len(pieces)))]
+            first = int(start) + int(rng.integers(int(size) - length + 1))
+            stretches.append(sequence.tokens[first : first + length].astype(np.int64))
+            if len(stretches) == count:
                 break
-    return Sequences(np.stack(found) if found else np.zeros((0, length), np.int64), continuation)
+    tokens = np.stack(stretches) if stretches else np.zeros((0, length), np.int64)
+    return Stretches(tokens, continuation)
 
 
-def greedy(config: Config, model: Decoder, prefixes: Tensor, count: int) -> Tensor:
-    """The `count` most probable tokens one after another, int64 [rows, count], after prefixes int64 [rows, length]."""
-    decoding, chosen = Decoding(config, model, prefixes.tolist(), prefixes.shape[1] + count), []
+def greedy(model: Decoder, prefixes: Tensor, count: int) -> Tensor:
+    """Continue prefixes, int64 [rows, length], greedily by `count` tokens: int64 [rows, count]."""
+    batch = DecodingBatch(model, prefixes.tolist(), prefixes.shape[1] + count)
+    chosen: list[Tensor] = []
     for _ in range(count):
-        chosen.append(decoding.logits_BV.argmax(-1))
+        chosen.append(batch.logits_BV.argmax(-1))
         if len(chosen) < count:
-            decoding.feed(chosen[-1])
+            batch.append(chosen[-1])
     return torch.stack(chosen, dim=1)
 
 
-def scores(
-    config: Config,
-    model: Decoder,
-    sequences: Sequences,
-    prefix: int,
-    advance: Callable[[int], None] = lambda n: None,
-) -> np.ndarray:
-    """fp64 [sequences]: the share of the continuation's tokens that the model gives after the last `prefix` tokens before it."""
-    found = [np.zeros(0)]
-    count = sequences.continuation
-    for first in range(0, len(sequences.tokens), BATCH):
-        group = torch.from_numpy(sequences.tokens[first : first + BATCH])
-        given = greedy(config, model, group[:, -count - prefix : -count], count)
-        found.append((given == group[:, -count:]).double().mean(dim=1).numpy())
-        advance(len(group))
-    return np.concatenate(found)
+def agreement(model: Decoder, stretches: Stretches, prefix: int) -> np.ndarray:
+    """Share of each continuation's tokens that the model generates, fp64 [stretches].
+
+    Args:
+        model: In evaluation mode.
+        stretches: The stretches.
+        prefix: Tokens before the continuation that the model sees.
+    """
+    shares = [np.zeros(0)]
+    count = stretches.continuation
+    for first in range(0, len(stretches.tokens), BATCH_SIZE):
+        group = torch.from_numpy(stretches.tokens[first : first + BATCH_SIZE])
+        generated = greedy(model, group[:, -count - prefix : -count], count)
+        shares.append((generated == group[:, -count:]).double().mean(dim=1).numpy())
+    return np.concatenate(shares)
 
 
 @torch.no_grad()
-def continuation_nats(model: Decoder, sequences: Sequences) -> np.ndarray:
-    """fp64 [sequences]: nats per token of the continuations, given all that the sequences have before them."""
-    device, found = next(model.parameters()).device, [np.zeros(0)]
-    for first in range(0, len(sequences.tokens), BATCH):
-        group = torch.from_numpy(sequences.tokens[first : first + BATCH]).to(device)
-        inputs, targets = group[:, :-1], group[:, -sequences.continuation :]
-        hidden = model(inputs, torch.arange(inputs.shape[1], device=device).expand_as(inputs))[
-            :, -sequences.continuation :
-        ]
-        logs = model.lm_head(hidden).float().log_softmax(-1)
-        found.append(
-            -logs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double().mean(dim=1).cpu().numpy()
-        )
-    return np.concatenate(found)
+def continuation_nats(model: Decoder, stretches: Stretches) -> np.ndarray:
+    """Nats per token of the continuations, given all tokens before them, fp64 [stretches]."""
+    device, nats = next(model.parameters()).device, [np.zeros(0)]
+    for first in range(0, len(stretches.tokens), BATCH_SIZE):
+        group = torch.from_numpy(stretches.tokens[first : first + BATCH_SIZE]).to(device)
+        inputs, targets = group[:, :-1], group[:, -stretches.continuation :]
+        positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
+        hidden = model(inputs, positions).hidden[:, -stretches.continuation :]
+        logprobs = model.lm_head(hidden).float().log_softmax(-1)
+        of_targets = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        nats.append(-of_targets.double().mean(dim=1).cpu().numpy())
+    return np.concatenate(nats)
 
 
 def share(hits: np.ndarray) -> dict[str, Any]:
-    """A share and its 95 % interval (Wilson's) of yes and no, bool [trials]."""
+    """Share of hits, bool [trials], with its 95 % Wilson interval, for JSON."""
     if not len(hits):
         return {"share": None, "low": None, "high": None, "of": 0}
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
@@ -123,7 +139,7 @@ def share(hits: np.ndarray) -> dict[str, Any]:
 
 
 def mean(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """A mean and its 95 % interval by bootstrap over the values, fp64 [n]."""
+    """Mean of values, fp64 [n], with its 95 % bootstrap interval, for JSON."""
     if len(values) < 2:
         return {
             "mean": float(values[0]) if len(values) else None,

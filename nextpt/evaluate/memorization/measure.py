@@ -1,4 +1,4 @@
-"""One report about what a run has by heart: extraction by length of the prefix, train against held-out, and canaries."""
+"""Memorization report: extraction by prefix length, training against held-out text, and canaries."""
 
 from __future__ import annotations
 
@@ -9,137 +9,163 @@ import numpy as np
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
-from nextpt.config import Config
 from nextpt.data.sequences import SequenceSource
 from nextpt.evaluate.memorization.canaries import Canary, exposure
 from nextpt.evaluate.memorization.extraction import (
     NEAR,
-    Sequences,
+    Stretches,
+    agreement,
     continuation_nats,
     mean,
-    sample_sequences,
-    scores,
+    sample_stretches,
     share,
 )
 from nextpt.model import Decoder
 
+# Called with what is done and the share of it that is done, 0 to 1
 Progress = Callable[[str, float], None]
 
 
-def silent(what: str, part: float) -> None:
-    """The progress that nobody watches."""
+def ignore_progress(phase: str, done: float) -> None:
+    """`Progress` that does nothing."""
 
 
 def measure_extraction(
-    config: Config,
     model: Decoder,
-    sides: dict[str, Sequence[SequenceSource]],
+    splits: dict[str, Sequence[SequenceSource]],
     *,
     prefixes: Sequence[int],
     continuation: int,
     count: int,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
-    """Side ("train", "heldout") -> "prefixes": {length: exact, near, score}, and "nats_per_token" of the same continuations after the longest prefix; and "gap": held-out nats less those of training.
+    """Measure how much of its training text a model continues token for token.
 
-    Raises DataError where the context has no room for them, or a side has no document that is long
-    enough.
+    Args:
+        model: In evaluation mode.
+        splits: Split ("train", "heldout") -> sequences of each domain.
+        prefixes: Lengths of the prefixes, tokens.
+        continuation: Tokens of the continuations.
+        count: Stretches of each split.
+        seed: Seed of the choice of stretches.
+        progress: Gets (split, share of it that is done).
+
+    Returns:
+        Split -> "prefixes": {length: exact, near, score}, and "nats_per_token" of the same
+        continuations after the longest prefix; and "gap_nats_per_token": held-out less training.
+
+    Raises:
+        DataError: The model's positions are too few, or a split has no document that is long
+            enough.
     """
     length = max(prefixes) + continuation
-    if length > config.max_position:
+    if length > model.max_position:
         raise DataError(
             f"a prefix of {max(prefixes)} and a continuation of {continuation} tokens are more than"
-            f" the model's {config.max_position} positions; ask for shorter ones"
+            f" the model's {model.max_position} positions; ask for shorter ones"
         )
-    found: dict[str, Any] = {}
-    for side, rows in sides.items():
-        sequences = sample_sequences(rows, length, continuation, count, np.random.default_rng(seed))
-        if not len(sequences.tokens):
+    result: dict[str, Any] = {}
+    for split, domains in splits.items():
+        stretches = sample_stretches(
+            domains, length, continuation, count, np.random.default_rng(seed)
+        )
+        if not len(stretches.tokens):
             raise DataError(
-                f"no document of the {side} side has {length} tokens in one piece; ask for shorter"
+                f"no document of the {split} side has {length} tokens in one piece; ask for shorter"
                 " prefixes or continuations"
             )
-        found[side] = {
-            "sequences": len(sequences.tokens),
-            "prefixes": {},
-            "nats_per_token": mean(continuation_nats(model, sequences)),
-        }
+        by_prefix = {}
         for number, prefix in enumerate(prefixes):
-            agreed = scores(config, model, sequences, prefix)
-            found[side]["prefixes"][str(prefix)] = {
-                "exact": share(agreed == 1),
-                "near": share(agreed >= NEAR),
-                "score": mean(agreed),
+            scores = agreement(model, stretches, prefix)
+            by_prefix[str(prefix)] = {
+                "exact": share(scores == 1),
+                "near": share(scores >= NEAR),
+                "score": mean(scores),
             }
-            progress(side, (number + 1) / len(prefixes))
-    if {"train", "heldout"} <= found.keys():
-        found["gap_nats_per_token"] = (
-            found["heldout"]["nats_per_token"]["mean"] - found["train"]["nats_per_token"]["mean"]
+            progress(split, (number + 1) / len(prefixes))
+        result[split] = {
+            "sequences": len(stretches.tokens),
+            "prefixes": by_prefix,
+            "nats_per_token": mean(continuation_nats(model, stretches)),
+        }
+    if {"train", "heldout"} <= result.keys():
+        result["gap_nats_per_token"] = (
+            result["heldout"]["nats_per_token"]["mean"] - result["train"]["nats_per_token"]["mean"]
         )
-    return found
+    return result
 
 
 def measure_canaries(
-    config: Config,
     model: Decoder,
     tokenizer: Tokenizer,
     canaries: Sequence[Canary],
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> dict[str, Any]:
-    """Repeats -> canaries, share extracted (the second half of its tokens, given the first), score, exposure (bits), nats.
+    """Measure extraction and exposure of canaries.
 
-    Raises DataError for canaries that are longer than the context.
+    Returns:
+        Repeats -> share extracted (the second half of the tokens, given the first), score, exposure
+        in bits, nats.
+
+    Raises:
+        DataError: A canary is longer than the model's positions.
     """
-    rows: dict[int, list[tuple[float, float]]] = {}
+    by_repeats: dict[int, list[tuple[float, float]]] = {}
     for number, canary in enumerate(canaries):
         tokens = np.array(
             [[tokenizer.start_id, *tokenizer.encode(canary.text).tolist()]], dtype=np.int64
         )
-        if tokens.shape[1] > config.max_position:
+        length = tokens.shape[1]
+        if length > model.max_position:
             raise DataError(
-                f"a canary has {tokens.shape[1]} tokens, more than the model's"
-                f" {config.max_position} positions; its tokenizer cuts them too finely for this"
-                " context"
+                f"a canary has {length} tokens, more than the model's {model.max_position}"
+                " positions; its tokenizer cuts them too finely for this context"
             )
-        half = Sequences(tokens, tokens.shape[1] // 2)
-        agreed = scores(config, model, half, tokens.shape[1] - half.continuation)
-        nats = continuation_nats(model, Sequences(tokens, tokens.shape[1] - 1)) * (
-            tokens.shape[1] - 1
-        )
-        rows.setdefault(canary.repeats, []).append((float(agreed[0]), float(nats[0])))
+        half = Stretches(tokens, length // 2)
+        score = agreement(model, half, length - half.continuation)
+        nats = continuation_nats(model, Stretches(tokens, length - 1)) * (length - 1)
+        by_repeats.setdefault(canary.repeats, []).append((float(score[0]), float(nats[0])))
         progress("canaries", (number + 1) / len(canaries))
-    controls = [nats for _, nats in rows[0]]
+    controls = [nats for _, nats in by_repeats[0]]
     return {
-        str(repeats): _canaries_of(rows[repeats], controls, repeats) for repeats in sorted(rows)
+        str(repeats): _summarize(by_repeats[repeats], controls, repeats)
+        for repeats in sorted(by_repeats)
     }
 
 
-def _canaries_of(
-    found: list[tuple[float, float]], controls: list[float], repeats: int
+def _summarize(
+    canaries: list[tuple[float, float]], controls: list[float], repeats: int
 ) -> dict[str, Any]:
-    agreed = np.array([score for score, _ in found])
-    # A control is ranked among the other controls.
+    """Summarize the (score, nats) of the canaries of one number of repeats."""
+    scores = np.array([score for score, _ in canaries])
+    # A control is ranked among the other controls
     others = (
         [controls[:i] + controls[i + 1 :] for i in range(len(controls))]
         if repeats == 0
-        else [controls] * len(found)
+        else [controls] * len(canaries)
     )
     exposures = np.array(
-        [exposure(nats, rest) for (_, nats), rest in zip(found, others, strict=True)]
+        [exposure(nats, rest) for (_, nats), rest in zip(canaries, others, strict=True)]
     )
     return {
-        "extracted": share(agreed == 1),
-        "score": mean(agreed),
+        "extracted": share(scores == 1),
+        "score": mean(scores),
         "exposure_bits": mean(exposures),
-        "nats": mean(np.array([nats for _, nats in found])),
+        "nats": mean(np.array([nats for _, nats in canaries])),
     }
 
 
 def bits_per_byte_by_contamination(
     nats: np.ndarray, sizes: np.ndarray, contaminated: np.ndarray
 ) -> dict[str, float | None]:
-    """Bits per byte of all documents, of the clean and of the contaminated ones: ratios of sums. nats, sizes (bytes): [documents]."""
+    """Compute bits per byte of all, the clean and the contaminated documents: ratios of sums.
+
+    Args:
+        nats: Of each document, fp64 [documents].
+        sizes: Bytes of each, int64 [documents].
+        contaminated: bool [documents].
+    """
     parts = {"all": np.ones(len(nats), bool), "clean": ~contaminated, "contaminated": contaminated}
     return {
         name: float(nats[p].sum() / (np.log(2) * sizes[p].sum())) if sizes[p].sum() else None

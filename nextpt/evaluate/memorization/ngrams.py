@@ -1,10 +1,10 @@
-"""Stretches of text as 64-bit hashes, so that all stretches of a corpus can be looked up in those of an evaluation set.
+"""Stretches of text as 64-bit hashes, so that those of a corpus can be looked up in a table.
 
 Two kinds: 13 words (GPT-3, arXiv 2005.14165 appendix C) and 50 characters (GPT-4, arXiv 2303.08774
-appendix C), both of text in small letters; words are runs of letters and digits, characters are
-those of the words, without what is between. A hash of a stretch is a polynomial in its units modulo
-2^64, each unit mixed first; two of 10^9 stretches agree by chance with one of 10^6 with a
-probability of 10^9 * 10^6 / 2^64 = 5e-5.
+appendix C), both of lower-cased text; words are runs of letters and digits, characters are those of
+the words, without what is between. A hash of a stretch is a polynomial in its units modulo 2^64,
+each unit mixed first; two of 10^9 stretches agree by chance with one of 10^6 with a probability of
+10^9 * 10^6 / 2^64 = 5e-5.
 """
 
 from __future__ import annotations
@@ -22,24 +22,29 @@ _WORD = re.compile(r"[^\W_]+")
 
 @dataclass(frozen=True)
 class Units:
-    """A text in the two forms that are compared. words: uint64 [words], a hash of each. characters: uint64 [characters], mixed."""
+    """A text in the two forms that are compared.
+
+    Attributes:
+        words: Hash of each word, uint64 [words].
+        characters: Each character, mixed, uint64 [characters].
+    """
 
     words: np.ndarray
     characters: np.ndarray
 
 
 def units(text: str) -> Units:
-    """The words and the characters of a text."""
-    found = _WORD.findall(text.lower())
+    """Take a text apart into words and characters."""
+    matches = _WORD.findall(text.lower())
     words = np.fromiter(
-        (xxhash.xxh64_intdigest(w.encode("utf-8", "surrogatepass")) for w in found),
+        (xxhash.xxh64_intdigest(w.encode("utf-8", "surrogatepass")) for w in matches),
         np.uint64,
-        len(found),
+        len(matches),
     )
     return Units(
         words,
         _mix(
-            np.frombuffer("".join(found).encode("utf-32-le", "surrogatepass"), np.uint32).astype(
+            np.frombuffer("".join(matches).encode("utf-32-le", "surrogatepass"), np.uint32).astype(
                 np.uint64
             )
         ),
@@ -47,16 +52,17 @@ def units(text: str) -> Units:
 
 
 def stretch_hashes(values: np.ndarray, length: int) -> np.ndarray:
-    """uint64 [len(values) - length + 1]: the hash of every stretch of `length` units.
+    """Hash every stretch of `length` units, uint64 [len(values) - length + 1].
 
-    Empty where there are fewer.
+    The result is empty where there are fewer units.
     """
     count = len(values) - length + 1
     if count <= 0:
         return np.zeros(0, np.uint64)
     # h of a + b units is h(a) + BASE^a * h(b, a units on): the binary digits of `length` need few
     # passes over the text.
-    hashed, done = np.zeros(count, np.uint64), 0
+    hashed: np.ndarray = np.zeros(count, np.uint64)
+    done = 0
     doubling, size = values, 1
     while done < length:
         if length & size:
@@ -73,7 +79,10 @@ def _power(exponent: int) -> np.uint64:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): characters are small numbers, and would cancel in a polynomial."""
+    """Mix by the finaliser of splitmix64 (Steele et al. 2014).
+
+    Characters are small numbers and would cancel in a polynomial.
+    """
     x = values * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

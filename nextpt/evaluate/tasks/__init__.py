@@ -1,1 +1,1 @@
-"""What a model can do, on small tasks that need no download: how often exactly, and how nearly."""
+"""Small tasks that need no download: exact match and the smooth metrics beneath it."""

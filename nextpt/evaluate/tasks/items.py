@@ -1,4 +1,4 @@
-"""The built-in tasks: prompts whose right continuation is known.
+"""Built-in tasks: prompts whose right continuation is known.
 
 Worked examples stand before a question wherever a model that only continues text could not know
 what is asked. Items are a function of (seed, task, tokenizer, texts): the same for every checkpoint
@@ -35,7 +35,13 @@ WORD = re.compile(r"(?<=\S) ([^\W\d_]{%d,})(?!\w)" % LETTERS)
 
 @dataclass(frozen=True)
 class Item:
-    """prompt: token ids, the start token first. answer: token ids, at least one. chance: of a guess that knows what kind of answer is asked for; None where nobody can say."""
+    """One question.
+
+    Attributes:
+        prompt: Token ids, the start token first.
+        answer: Token ids, at least one.
+        chance: Probability that a guess of the right kind is right; None where it is unknown.
+    """
 
     prompt: list[int]
     answer: list[int]
@@ -44,16 +50,22 @@ class Item:
 
 @dataclass(frozen=True)
 class Material:
-    """What items are made of. texts: of held-out documents. room: tokens that prompt and answer may have together."""
+    """What items are made from.
+
+    Attributes:
+        tokenizer: The model's.
+        texts: Held-out documents.
+        room: Most tokens of prompt and answer together.
+    """
 
     tokenizer: Tokenizer
     texts: Sequence[str]
     room: int
 
     def item(self, prompt: str, answer: str, chance: float | None) -> Item | None:
-        """None where it does not fit.
+        """Encode an item; None if it does not fit.
 
-        The answer's tokens are those it has after the prompt, as lm-evaluation-harness divides
+        The answer's tokens are those that it has after the prompt, as lm-evaluation-harness divides
         them.
         """
         try:
@@ -83,7 +95,7 @@ def arithmetic(material: Material, rng: np.random.Generator) -> Item | None:
 
 
 def copying(material: Material, rng: np.random.Generator) -> Item | None:
-    """Words once more, in their order, after two lines that do so."""
+    """Words to repeat in their order, after two lines that do so."""
     lines = [" ".join(rng.choice(WORDS, COPIED, replace=False)) for _ in range(3)]
     return material.item(
         "".join(f"{line} | {line}\n" for line in lines[:-1]) + f"{lines[-1]} |",
@@ -104,12 +116,14 @@ def brackets(material: Material, rng: np.random.Generator) -> Item | None:
 
 
 def _bracket_string(rng: np.random.Generator) -> tuple[str, str]:
-    """A string that opens two to four brackets more than it closes, and what closes those.
+    """Draw a string that opens two to four brackets more than it closes, and what closes those.
 
-    A space between all.
+    All brackets have a space between them.
     """
     more, pairs = int(rng.integers(2, 5)), int(rng.integers(3))
-    to_open, to_close, waiting, written = more + pairs, pairs, [], []
+    to_open, to_close = more + pairs, pairs
+    waiting: list[str] = []
+    written: list[str] = []
     while to_open or to_close:
         if waiting and to_close and (not to_open or rng.random() < 0.4):
             written.append(waiting.pop())
@@ -122,7 +136,7 @@ def _bracket_string(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def induction(material: Material, rng: np.random.Generator) -> Item | None:
-    """Random tokens, then the same again up to some place: which comes next? (arXiv 2209.11895)"""
+    """Random tokens, then the same again up to some position: which is next? (arXiv 2209.11895)."""
     usable = np.flatnonzero(material.tokenizer.token_bytes() > 0)
     count = min(REPEATED, (material.room - 1) // 2, len(usable))
     if count < 2:
@@ -133,18 +147,15 @@ def induction(material: Material, rng: np.random.Generator) -> Item | None:
 
 
 def cloze(material: Material, rng: np.random.Generator) -> Item | None:
-    """A word of a held-out text after the text before it.
-
-    The text is cut on its left to what fits.
-    """
+    """A word of a held-out text after the text before it, which is cut on its left to fit."""
     text = material.texts[int(rng.integers(len(material.texts)))]
-    places = [found for found in WORD.finditer(text) if found.start() >= 40]
-    if not places:
+    matches = [match for match in WORD.finditer(text) if match.start() >= 40]
+    if not matches:
         return None
-    found = places[int(rng.integers(len(places)))]
+    match = matches[int(rng.integers(len(matches)))]
     for characters in (BEFORE, BEFORE // 2, BEFORE // 4, BEFORE // 8):  # until it fits
         if item := material.item(
-            text[max(0, found.start() - characters) : found.start()], f" {found[1]}", None
+            text[max(0, match.start() - characters) : match.start()], f" {match[1]}", None
         ):
             return item
     return None
@@ -153,26 +164,34 @@ def cloze(material: Material, rng: np.random.Generator) -> Item | None:
 TASKS: dict[str, Callable[[Material, np.random.Generator], Item | None]] = {
     task.__name__: task for task in (arithmetic, copying, brackets, induction, cloze)
 }
-TRIES = 20  # for each item: texts may have no word, prompts no room
+TRIES = 20  # for each item: a text may have no word, a prompt no room
 
 
 def make_items(name: str, material: Material, count: int, seed: int) -> list[Item]:
-    """`count` items of a task, or fewer where texts are few.
+    """Draw items of a task.
 
-    Raises DataError for a name that is none, and where not one item fits.
+    Args:
+        name: Name of the task, of TASKS.
+        material: What they are made from.
+        count: Number of items; fewer are returned where texts are few.
+        seed: Seed of the items.
+
+    Raises:
+        DataError: There is no such task, or not one item fits.
     """
     if name not in TASKS:
         raise DataError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
-    rng, found = np.random.default_rng([seed, *name.encode()]), []
+    rng = np.random.default_rng([seed, *name.encode()])
+    items: list[Item] = []
     for _ in range(TRIES * count):
-        if len(found) == count:
+        if len(items) == count:
             break
         if item := TASKS[name](material, rng):
-            found.append(item)
-    if not found:
+            items.append(item)
+    if not items:
         raise DataError(
             f"no item of task {name} fits the model's {material.room} positions"
             + (", or the texts have no word for it" if name == "cloze" else "")
             + "; choose others with --task"
         )
-    return found
+    return items

@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nextpt.base.errors import CheckpointError, DataError
 from nextpt.evaluate.documents import score_documents
-from nextpt.evaluate.foreign import ForeignModel
-from nextpt.evaluate.heldout import encode_document, open_run
-from nextpt.evaluate.source import open_source
+from nextpt.evaluate.heldout import encode_document
+from nextpt.evaluate.hugging_face import HuggingFaceModel
+from nextpt.evaluate.loaded_model import open_model, open_run
 from nextpt.exchange import export_hf
 from nextpt.model import Decoder
 from tests.support.runs import make_run
@@ -33,7 +33,7 @@ def nats_of(source) -> float:
 def test_a_run_and_its_export_are_one_model(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     export_hf(open_run(tmp_path / "run"), tmp_path / "run" / "tokenizer.json", tmp_path / "hf")
-    run, exported = open_source(tmp_path / "run"), open_source(tmp_path / "hf")
+    run, exported = open_model(tmp_path / "run"), open_model(tmp_path / "hf")
     assert (
         run.is_run and run.step == 3 and not exported.is_run and isinstance(exported.model, Decoder)
     )
@@ -52,8 +52,8 @@ def gpt2(tmp_path: Path) -> Path:
 
 
 def test_a_foreign_architecture_is_run_by_transformers(gpt2: Path) -> None:
-    source = open_source(gpt2)
-    assert isinstance(source.model, ForeignModel) and source.config.max_position == 32
+    source = open_model(gpt2)
+    assert isinstance(source.model, HuggingFaceModel) and source.model.max_position == 32
     model = GPT2LMHeadModel.from_pretrained(gpt2).eval()
     tokens, sizes = encode_document(source.tokenizer, "a short text")
     ids = torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0)
@@ -68,26 +68,26 @@ def test_a_foreign_architecture_is_run_by_transformers(gpt2: Path) -> None:
     with pytest.raises(
         CheckpointError, match="model_type = 'gpt2' cannot be imported; these can: apertus"
     ):
-        open_source(gpt2, decoder_only=True)
+        open_model(gpt2, decoder_only=True)
 
 
 def test_what_cannot_be_opened_is_named(gpt2: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="which has no steps"):
-        open_source(gpt2, 5)
+        open_model(gpt2, 5)
     config = json.loads((gpt2 / "config.json").read_text())
     (gpt2 / "model.safetensors").rename(gpt2 / "kept")
     torch.save({}, gpt2 / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="gpt2 cannot be read by transformers"):
-        open_source(gpt2)
+        open_model(gpt2)
     (gpt2 / "kept").rename(gpt2 / "model.safetensors")
     (gpt2 / "tokenizer.json").unlink()
     with pytest.raises(DataError, match="tokenizer.json does not exist"):
-        open_source(gpt2)
+        open_model(gpt2)
     (gpt2 / "config.json").write_text(json.dumps(config | {"model_type": "nobody_knows"}))
     with pytest.raises(CheckpointError, match="cannot be read by transformers"):
-        open_source(gpt2)
+        open_model(gpt2)
     with pytest.raises(CheckpointError, match="does not exist"):
-        open_source(tmp_path / "nothing")
+        open_model(tmp_path / "nothing")
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
@@ -97,4 +97,4 @@ def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
     ).save_pretrained(folder)
     KINDS["byte_level"](folder / "tokenizer.json")
     with pytest.raises(DataError, match="not the tokenizer of this model"):
-        open_source(folder)
+        open_model(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from pydantic import model_validator
@@ -167,24 +166,6 @@ class ModelSection(Section):
         aliases=("loss_implementation", "fused_cross_entropy"),
     )
 
-    @property
-    def kv_heads_(self) -> int:
-        """Key/value heads, resolved."""
-        return self.kv_heads or self.heads
-
-    @property
-    def head_dim_(self) -> int:
-        """Width of a head, resolved."""
-        return self.head_dim or self.width // self.heads
-
-    @property
-    def ffn_width_(self) -> int:
-        """Hidden width of the feed-forward layer, resolved."""
-        if self.ffn_width:
-            return self.ffn_width
-        multiple = 8 / 3 if self.ffn == "swiglu" else 4
-        return 64 * math.ceil(multiple * self.width / 64)
-
     @model_validator(mode="after")
     def _check_shape(self) -> ModelSection:
         if self.head_dim is None and self.width % self.heads:
@@ -192,12 +173,13 @@ class ModelSection(Section):
                 f"model.width = {self.width} is not a multiple of model.heads = {self.heads}; "
                 "change one of them or set model.head_dim"
             )
-        if self.heads % self.kv_heads_:
+        if self.heads % (self.kv_heads or self.heads):
             raise ValueError(
                 f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}"
             )
-        if self.head_dim_ % 2:
+        head_dim = self.head_dim or self.width // self.heads
+        if head_dim % 2:
             raise ValueError(
-                f"model.head_dim = {self.head_dim_} is odd; rotary embeddings need an even one"
+                f"model.head_dim = {head_dim} is odd; rotary embeddings need an even one"
             )
         return self

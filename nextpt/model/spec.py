@@ -11,6 +11,12 @@ import torch
 from nextpt.config import Config, ModelSection, RopeScaling
 
 
+def default_ffn_width(ffn: Literal["swiglu", "gelu"], width: int) -> int:
+    """Feed-forward width of 8/3 (swiglu) or 4 (gelu) x width, rounded up to a multiple of 64."""
+    multiple = 8 / 3 if ffn == "swiglu" else 4
+    return 64 * math.ceil(multiple * width / 64)
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Shape and mathematics of a pre-norm decoder, with every default resolved.
@@ -62,9 +68,9 @@ class ModelSpec:
     def from_section(cls, section: ModelSection, max_position: int) -> ModelSpec:
         """Resolve a model section; `max_position` takes effect where the section gives none."""
         resolved = {
-            "kv_heads": section.kv_heads_,
-            "head_dim": section.head_dim_,
-            "ffn_width": section.ffn_width_,
+            "kv_heads": section.kv_heads or section.heads,
+            "head_dim": section.head_dim or section.width // section.heads,
+            "ffn_width": section.ffn_width or default_ffn_width(section.ffn, section.width),
             "max_position": section.max_position or max_position,
         }
         names = [field.name for field in fields(cls)]
@@ -81,11 +87,6 @@ class ModelSpec:
         return {field.name: getattr(self, field.name) for field in fields(self)} | {
             "rope_scaling": scaling
         }
-
-    def default_ffn_width(self) -> int:
-        """Feed-forward width where a config gives none: 8/3 (swiglu) or 4 (gelu) x width, up to 64."""
-        multiple = 8 / 3 if self.ffn == "swiglu" else 4
-        return 64 * math.ceil(multiple * self.width / 64)
 
     @property
     def effective_window(self) -> int | None:

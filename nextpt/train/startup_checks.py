@@ -10,6 +10,7 @@ from kernels.causality import CausalityError, check_attention
 from kernels.cross_entropy import pick
 from nextpt.base.errors import ConfigError, UserError
 from nextpt.config import Config
+from nextpt.model import ModelSpec
 from nextpt.train.memory import loss_chunking
 
 
@@ -27,7 +28,7 @@ def check_causality(config: Config, device: torch.device) -> None:
         if config.train.precision == "bf16" and device.type == "cuda"
         else torch.float32
     )
-    head = torch.empty(1, 1, 1, config.model.head_dim_, dtype=dtype, device="meta")
+    head = torch.empty(1, 1, 1, ModelSpec.from_config(config).head_dim, dtype=dtype, device="meta")
     try:
         choose_attention(
             config.model.attention,

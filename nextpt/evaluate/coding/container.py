@@ -31,6 +31,7 @@ from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.base.files import canonical_json
 from nextpt.model import Decoder
+from nextpt.model.spec import default_ffn_width
 
 # Version 2 differs in the digest alone, see `legacy_digests`
 MAGIC, VERSION, READABLE_VERSIONS = b"nxpt", 3, (2, 3)
@@ -172,7 +173,7 @@ def legacy_digests(model: Decoder, tokenizer: Tokenizer) -> Iterator[bytes]:
     follow = ["max_position"]
     follow += ["kv_heads"] if spec.kv_heads == spec.heads else []
     follow += ["head_dim"] if spec.head_dim == spec.width // spec.heads else []
-    follow += ["ffn_width"] if spec.ffn_width == spec.default_ffn_width() else []
+    follow += ["ffn_width"] if spec.ffn_width == default_ffn_width(spec.ffn, spec.width) else []
     for given in itertools.product((True, False), repeat=len(follow)):
         nulls = {key: None for key, is_given in zip(follow, given, strict=True) if not is_given}
         yield _digest([values | nulls, spec.max_position], model, tokenizer)

@@ -1,4 +1,4 @@
-"""Which hosts a training runs on: the hostfile, the environment file of deepspeed, and what is looked at before anything starts."""
+"""Hosts of a training: hostfile, exported variables, and the checks before ranks start."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nextpt.base.errors import ConfigError, UserError
 from nextpt.base.files import sha256_file
 from nextpt.config import Config
 
 NODE = Path(__file__).resolve().parent / "node.py"
-# No question may be asked, and a connection without an answer for 15 s is lost.
+# Without prompts; a connection without an answer for 15 s counts as lost.
 SSH_OPTIONS = (
     "-o",
     "BatchMode=yes",
@@ -40,14 +40,43 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[A-Za-z0-9_@%+=:,./~-]*")
 
 @dataclass(frozen=True)
 class Host:
-    """A line of a hostfile. name: as ssh knows it. slots: ranks on it."""
+    """A line of a hostfile.
+
+    Attributes:
+        name: Name of the host for ssh.
+        slots: Number of ranks on it.
+    """
 
     name: str
     slots: int
 
 
-class Unreachable(UserError):
-    """A host that does not answer. hosts: all of them."""
+class HostAnswer(TypedDict):
+    """Answer of node.py's `look`.
+
+    Attributes:
+        versions: Library -> version.
+        gpus: Number of GPUs that torch sees.
+        folder: Whether the working folder exists there.
+        mark: Whether the host sees the run folder.
+        data: SHA-256 of the dataset's manifest, or None.
+        address: Address by which this machine reached the host, or None.
+    """
+
+    versions: dict[str, str]
+    gpus: int
+    folder: bool
+    mark: bool
+    data: str | None
+    address: str | None
+
+
+class UnreachableError(UserError):
+    """Hosts that do not answer.
+
+    Attributes:
+        hosts: The hosts.
+    """
 
     def __init__(self, message: str, hosts: list[Host]) -> None:
         super().__init__(message)
@@ -55,12 +84,13 @@ class Unreachable(UserError):
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Hosts of a file with lines `NAME slots=N`.
+    """Read the hosts of a file with lines `NAME slots=N`.
 
-    Empty lines and those that begin with # are left out. Raises ConfigError.
+    Empty lines and lines that begin with # are skipped. Stricter than deepspeed, which passes names
+    to shells and trains on this machine alone where the file does not exist.
 
-    Stricter than deepspeed, which hands names on to shells and takes a file that is not there for
-    one machine.
+    Raises:
+        ConfigError: The file cannot be read or a line has another form.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -80,7 +110,7 @@ def read_hostfile(path: Path) -> list[Host]:
             )
         if match["name"] in {host.name for host in hosts}:
             raise ConfigError(
-                f"hostfile {path}, line {number}: host {match['name']} is there twice; give it one"
+                f"hostfile {path}, line {number}: host {match['name']} is listed twice; give it one"
                 " line with all its slots"
             )
         hosts.append(Host(match["name"], int(match["slots"])))
@@ -92,12 +122,15 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def exported_variables() -> dict[str, str]:
-    """Variables of ~/.deepspeed_env and ./.deepspeed_env, where people keep what all hosts are to have. Raises ConfigError.
+    """Read the variables of ~/.deepspeed_env and ./.deepspeed_env, which all hosts get.
 
-    deepspeed pastes their values into a shell command on every host: one that a shell would act
-    upon is refused here.
+    deepspeed pastes their values into a shell command on every host: values with characters that a
+    shell interprets are refused.
+
+    Raises:
+        ConfigError: A line has another form.
     """
-    found: dict[str, str] = {}
+    variables: dict[str, str] = {}
     for path in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, 1):
@@ -106,18 +139,18 @@ def exported_variables() -> dict[str, str]:
             if not _VARIABLE.fullmatch(line.strip()):
                 raise ConfigError(
                     f"{path}, line {number}: {line.strip()!r} is not NAME=value with a value of"
-                    " letters, digits and @%+=:,./~_-; deepspeed would give it to a shell on every"
+                    " letters, digits and @%+=:,./~_-; deepspeed would pass it to a shell on every"
                     " host"
                 )
             name, _, value = line.strip().partition("=")
-            found[name] = value
-    return found
+            variables[name] = value
+    return variables
 
 
 def ssh_command(ssh: str, host: Host) -> list[str]:
-    """The command that starts launcher/jobs/node.py on a host.
+    """Return the command that starts launcher/jobs/node.py on a host.
 
-    What it is to do goes through its standard input.
+    The request goes through its standard input.
     """
     return [
         *shlex.split(ssh),
@@ -127,10 +160,15 @@ def ssh_command(ssh: str, host: Host) -> list[str]:
     ]
 
 
-def probe(hosts: list[Host], ssh: str, config: Config) -> dict[str, dict[str, Any]]:
-    """What each host says of itself (node.py, `look`), after all agree.
+def probe(hosts: list[Host], ssh: str, config: Config) -> dict[str, HostAnswer]:
+    """Ask every host to describe itself (node.py, `look`) and check that all agree.
 
-    Raises Unreachable, or UserError naming host and difference.
+    Returns:
+        Name of each host -> its answer.
+
+    Raises:
+        UnreachableError: Hosts do not answer.
+        UserError: A host differs; names the host and the difference.
     """
     run = config.run_dir.resolve()
     data = Path(config.data.path).resolve() / "dataset.json"
@@ -142,28 +180,30 @@ def probe(hosts: list[Host], ssh: str, config: Config) -> dict[str, dict[str, An
             "data": None if config.data.remote else str(data),
         }
         with ThreadPoolExecutor(min(len(hosts), 32)) as threads:
-            answers = dict(
-                zip(
-                    (h.name for h in hosts),
-                    threads.map(lambda host: _ask(ssh, host, request), hosts),
-                    strict=True,
-                )
-            )
-    silent = [host for host in hosts if isinstance(answers[host.name], str)]
+            replies = list(threads.map(lambda host: _ask(ssh, host, request), hosts))
+    silent = {
+        host: reply for host, reply in zip(hosts, replies, strict=True) if isinstance(reply, str)
+    }
     if silent:
-        raise Unreachable(
-            "; ".join(f"host {host.name}: {answers[host.name]}" for host in silent), silent
+        raise UnreachableError(
+            "; ".join(f"host {host.name}: {problem}" for host, problem in silent.items()),
+            list(silent),
         )
-    wanted = sha256_file(data) if data.is_file() else None
+    answers = {
+        host.name: reply
+        for host, reply in zip(hosts, replies, strict=True)
+        if not isinstance(reply, str)
+    }
+    data_hash = sha256_file(data) if data.is_file() and not config.data.remote else None
     for host in hosts:
-        _check(host, answers[host.name], run, data, None if config.data.remote else wanted)
+        _check(host, answers[host.name], run, data, data_hash)
     _compare_versions(answers)
     return answers
 
 
 @contextmanager
 def _mark(run: Path) -> Iterator[Path]:
-    """A file in the run folder that every host must see."""
+    """Create a file in the run folder that every host must see, for the time of the probe."""
     run.mkdir(parents=True, exist_ok=True)
     mark = run / f".shared-{secrets.token_hex(8)}"
     mark.touch()
@@ -173,10 +213,10 @@ def _mark(run: Path) -> Iterator[Path]:
         mark.unlink(missing_ok=True)
 
 
-def _ask(ssh: str, host: Host, request: dict[str, Any]) -> dict[str, Any] | str:
-    """The answer of a host, or what is wrong."""
+def _ask(ssh: str, host: Host, request: dict[str, Any]) -> HostAnswer | str:
+    """Return the answer of a host, or the problem."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ssh_command(ssh, host),
             input=json.dumps(request) + "\n",
             capture_output=True,
@@ -187,23 +227,30 @@ def _ask(ssh: str, host: Host, request: dict[str, Any]) -> dict[str, Any] | str:
         return f"no answer for {PROBE_SECONDS} s"
     except OSError as error:
         return f"{shlex.split(ssh)[0]} cannot be started ({error.strerror})"
-    if done.returncode == 0 and done.stdout.strip():
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    said = " ".join(done.stderr.split())[-300:] or f"ended with {done.returncode}"
-    if done.returncode == 255:
-        return f"not reachable by ssh without a password ({said})"
-    if done.returncode in (126, 127) or "No such file" in said or "can't open file" in said:
+    if process.returncode == 0 and process.stdout.strip():
+        answer: HostAnswer = json.loads(process.stdout.strip().splitlines()[-1])
+        return answer
+    message = " ".join(process.stderr.split())[-300:] or f"exit code {process.returncode}"
+    if process.returncode == 255:
+        return f"not reachable by ssh without a password ({message})"
+    is_missing = "No such file" in message or "can't open file" in message
+    if process.returncode in (126, 127) or is_missing:
         return (
-            f"does not have {sys.executable} and {NODE} as this machine has: the project must lie"
-            f" on a disk that all hosts see ({said})"
+            f"does not have {sys.executable} and {NODE} as this machine has: the project must be on"
+            f" a disk that all hosts share ({message})"
         )
-    return said
+    return message
 
 
-def _check(host: Host, answer: dict[str, Any], run: Path, data: Path, wanted: str | None) -> None:
-    """Raises UserError. wanted: hash of the dataset's manifest here.
+def _check(host: Host, answer: HostAnswer, run: Path, data: Path, data_hash: str | None) -> None:
+    """Raise UserError where a host does not see what this machine sees.
 
-    None where hosts fetch it from elsewhere.
+    Args:
+        host: The host.
+        answer: Its answer.
+        run: The run folder.
+        data: Manifest of the dataset.
+        data_hash: Its SHA-256 on this machine; None where hosts download the dataset.
     """
     if not answer["folder"]:
         raise UserError(
@@ -215,10 +262,10 @@ def _check(host: Host, answer: dict[str, Any], run: Path, data: Path, wanted: st
             f"host {host.name} does not see the run folder {run} of this machine; run.dir must lie"
             " on a disk that all hosts share"
         )
-    if wanted and answer["data"] != wanted:
+    if data_hash and answer["data"] != data_hash:
         raise UserError(
             f"host {host.name} does not have the dataset {data.parent} as this machine has; put it"
-            " on a disk that all hosts see, or give data.remote"
+            " on a disk that all hosts see, or set data.remote"
         )
     if answer["gpus"] and host.slots > answer["gpus"]:
         raise UserError(
@@ -227,19 +274,20 @@ def _check(host: Host, answer: dict[str, Any], run: Path, data: Path, wanted: st
         )
 
 
-def _compare_versions(answers: dict[str, dict[str, Any]]) -> None:
+def _compare_versions(answers: dict[str, HostAnswer]) -> None:
+    """Raise UserError where hosts have different libraries, or some GPUs and others none."""
     for name in sorted({name for answer in answers.values() for name in answer["versions"]}):
-        found = {host: answer["versions"].get(name, "none") for host, answer in answers.items()}
-        usual = Counter(found.values()).most_common(1)[0][0]
-        other = next((host for host, version in found.items() if version != usual), None)
+        versions = {host: answer["versions"].get(name, "none") for host, answer in answers.items()}
+        usual = Counter(versions.values()).most_common(1)[0][0]
+        other = next((host for host, version in versions.items() if version != usual), None)
         if other:
             raise UserError(
-                f"host {other} has {name} {found[other]} and others have {usual}; install the same"
-                " everywhere"
+                f"host {other} has {name} {versions[other]} and others have {usual}; install the"
+                " same everywhere"
             )
-    kinds = {host: bool(answer["gpus"]) for host, answer in answers.items()}
-    if len(set(kinds.values())) > 1:
+    has_gpus = {host: bool(answer["gpus"]) for host, answer in answers.items()}
+    if len(set(has_gpus.values())) > 1:
+        without = next(host for host, has in has_gpus.items() if not has)
         raise UserError(
-            f"host {next(h for h, has in kinds.items() if not has)} has no GPU that torch sees,"
-            " others have; leave it out of the hostfile"
+            f"host {without} has no GPU that torch sees, others have; leave it out of the hostfile"
         )

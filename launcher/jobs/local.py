@@ -1,4 +1,4 @@
-"""Starting ranks on this machine with the deepspeed launcher."""
+"""Training on this machine: starts ranks with the deepspeed launcher and forwards signals."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from launcher.console import console
 from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, UserError
-from nextpt.base.processes import child_pids, command_line
+from nextpt.base.processes import command_line
 from nextpt.config import load_config
 from nextpt.job.exit_record import read_exit_record
 from nextpt.job.signals import SIGNALS
 
 OUT_OF_MEMORY = (
-    ", most likely because memory ran out (see dmesg; nextpt plan tells what a run needs)"
+    ", most likely because memory ran out (see dmesg; nextpt plan estimates what a run needs)"
 )
 RUN = Path(__file__).resolve().parents[1] / "run.py"
-LAUNCH = "deepspeed.launcher.launch"
+DEEPSPEED_LAUNCH = "deepspeed.launcher.launch"
 
 
-class Told(Exception):
-    """This process was told to end before there were ranks."""
+class StoppedBeforeRanksError(Exception):
+    """A signal that asks to stop came before there were ranks to pass it on to."""
 
 
 def train_command(config: str, overrides: list[str], ranks: int, port: int) -> list[str]:
-    """The command that a person would type: deepspeed launcher/run.py --config ... on this machine."""
+    """Return the command line that starts ranks on this machine: deepspeed launcher/run.py ..."""
     return [
         sys.executable,
         "-m",
@@ -58,125 +60,143 @@ def start_training(
 ) -> int:
     """Train on this machine.
 
-    Returns the exit code. ranks: one per GPU, or 1 without GPUs, unless given.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which save and exit (nextpt/job/signals.py).
 
-    SIGTERM and SIGUSR1 go on to the ranks, which save and end (nextpt/job/signals.py). Raises
-    KeyboardInterrupt, with all ranks ended, when this process is interrupted or its terminal
-    closed.
+    Args:
+        config: YAML file.
+        overrides: Config keys, key=value.
+        ranks: Processes; None is one per GPU, 1 without GPUs.
+        port: TCP port of the rendezvous; None is a free one.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        KeyboardInterrupt: This process was interrupted or its terminal closed; all ranks were
+            killed.
     """
-    environment = os.environ | {
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
-        "NEXTPT_SUPERVISOR": str(os.getpid()),
-        "NEXTPT_COMMAND": shlex.join(
-            [
-                "nextpt",
-                "train",
-                "--config",
-                config,
-                *(["--ranks", str(ranks)] if ranks else []),
-                *overrides,
-            ]
-        ),
-    }
-    if not _gpus():
+    gpus = _count_gpus()
+    command = train_command(config, overrides, ranks or max(gpus, 1), port or free_port())
+    environment = _environment(config, overrides, ranks)
+    if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    command = train_command(config, overrides, ranks or max(_gpus(), 1), port or free_port())
-    # In a session of its own: Ctrl-C reaches this process alone, and not every rank, each with a
-    # traceback to show.
+    # In a session of its own: Ctrl-C reaches this process alone, not every rank, each of which
+    # would print a traceback.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = {
-        number: signal.signal(number, lambda number, frame: _tell_ranks(process.pid, number))
-        for number in SIGNALS
-    }
-    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, interrupt)
-    try:
-        code = process.wait()
-    except Told:
-        _end(process)
-        return EXIT_REQUEUE
-    except KeyboardInterrupt:
-        _end(process)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    # Of deepspeed itself -9; of a rank deepspeed passes it on as 247, a shell as 137
+    code = _wait(process)
+    # -9 is of deepspeed itself; of a rank deepspeed passes it on as 247, a shell as 137.
     if code < 0 or code > 128:
         number = -code if code < 0 else 256 - code if code > 192 else code - 128
-        print(
-            f"error: a rank was ended by signal {number}"
-            f" ({signal.strsignal(number)}){OUT_OF_MEMORY if number == signal.SIGKILL else ''}; the"
-            " same command resumes",
-            file=sys.stderr,
-            flush=True,
+        reason = OUT_OF_MEMORY if number == signal.SIGKILL else ""
+        _print_error(
+            f"a rank was ended by signal {number} ({signal.strsignal(number)}){reason}; the same"
+            " command resumes"
         )
-        # Of SIGNALS a rank dies only before it has anything to save
+        # A rank dies of one of SIGNALS only before it has anything to save.
         return EXIT_REQUEUE if number in SIGNALS else 128 + number
     return code or _recorded_code(load_config(config, overrides, warn_deprecated=False).run_dir)
 
 
+def _environment(config: str, overrides: list[str], ranks: int | None) -> dict[str, str]:
+    options = ["--ranks", str(ranks)] if ranks else []
+    command = ["nextpt", "train", "--config", config, *options, *overrides]
+    return os.environ | {
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+        "NEXTPT_SUPERVISOR": str(os.getpid()),
+        "NEXTPT_COMMAND": shlex.join(command),
+    }
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the launcher with this process's signals passed on; returns its exit code."""
+    handlers = {
+        number: signal.signal(number, lambda number, frame: _signal_ranks(process.pid, number))
+        for number in SIGNALS
+    }
+    handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, raise_interrupt)
+    try:
+        return process.wait()
+    except StoppedBeforeRanksError:
+        _kill(process)
+        return EXIT_REQUEUE
+    except KeyboardInterrupt:
+        _kill(process)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def _recorded_code(run: Path) -> int:
-    """The code of a job whose launcher says 0: deepspeed's says so too when the process below it was killed."""
-    end = read_exit_record(run)
-    if end is None:
-        print(
-            f"error: training ended without a word: {run / 'exit.json'} is not there. Something"
-            f" killed it{OUT_OF_MEMORY}; the same command resumes",
-            file=sys.stderr,
-            flush=True,
+    """Return the exit code that a job recorded, where its launcher exits with 0.
+
+    deepspeed's launcher also does so when the process below it was killed.
+    """
+    record = read_exit_record(run)
+    if record is None:
+        _print_error(
+            f"training left no exit record ({run / 'exit.json'}). It was killed{OUT_OF_MEMORY};"
+            " the same command resumes"
         )
         return EXIT_CRASHED
-    return end["code"]
+    return int(record["code"])
 
 
-def _tell_ranks(launcher: int, number: int) -> None:
-    """Pass a signal on to the ranks only: deepspeed's launchers would die of it, or kill the ranks after 30 s.
+def _signal_ranks(launcher: int, number: int) -> None:
+    """Send a signal to the ranks and not to deepspeed's launchers.
 
-    Where there are no ranks yet, nothing is lost: the launcher is ended.
+    The launchers would die of it, or kill the ranks after 30 seconds.
+
+    Raises:
+        StoppedBeforeRanksError: There are no ranks yet.
     """
-    below = [launcher]
-    for pid in below:  # grows while it is read
-        below += child_pids(pid)
-    told = [
-        pid
-        for pid in below
-        if f"{RUN} --local_rank" in (command := command_line(pid)) and LAUNCH not in command
-    ]
-    for pid in told:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-    if not told:
-        raise Told
+    descendants: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        descendants = psutil.Process(launcher).children(recursive=True)
+    ranks = [process for process in descendants if _is_rank(command_line(process.pid))]
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
+    if not ranks:
+        raise StoppedBeforeRanksError
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """A handler: end as Ctrl-C does."""
+def _is_rank(command: str) -> bool:
+    return f"{RUN} --local_rank" in command and DEEPSPEED_LAUNCH not in command
+
+
+def raise_interrupt(number: int, frame: FrameType | None) -> None:
+    """Signal handler: end as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
-def _end(process: subprocess.Popen) -> None:
-    """End the launcher and its ranks, and give the terminal its cursor back, which a live line hides."""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher and its ranks, and show the cursor, which a live line hides."""
     with suppress(ProcessLookupError):
-        # A checkpoint exists or does not: nothing can be half-written
+        # A checkpoint is committed or not: none is left half-written.
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     console.show_cursor(True)
 
 
-def _gpus() -> int:
+def _count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on. Raises UserError when the system has none left."""
+    """Return a TCP port without a listener. Raises UserError when the system has none left."""
     try:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
+            return int(probe.getsockname()[1])
     except OSError as error:
         raise UserError(
             f"no free TCP port on this machine ({error.strerror}); close some connections, or give"
             " --port"
         ) from error
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""What runs on each host of a training on several: `nextpt train --hostfile` starts it over ssh.
+"""Ranks of one host in a training on several: `nextpt train --hostfile` starts it over ssh.
 
 The first line of standard input is a JSON object: {"action": "look", ...} or {"action": "start",
-...}. So no word of a config or a path goes through a shell of this host. While ranks run, further
-lines are names of signals for them. The end of standard input means that the one who started this
-is gone: the ranks are killed.
+...}, so that no word of a config or a path goes through a shell of this host. While ranks run,
+further lines are names of signals for them. The end of standard input means that the launcher has
+ended: the ranks are killed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-# The repository root, not this folder, must be importable; must come before every other import of
-# ours.
+# The repository root, not this folder, must be importable: before any other import of ours.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
-OTHERS_HAVE = 30.0  # seconds for the other ranks to end by themselves when one did
+END_SECONDS = 30.0  # in which the other ranks must end after one has failed
+
+Rank = subprocess.Popen[bytes]
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
-    """What this host has. folder, mark, data of the request: paths that it should see. address: where the one that asks reached it."""
+    """Describe this host.
+
+    Args:
+        request: Paths that the host should see: "folder" (working folder), "mark" (a file in the
+            run folder), "data" (manifest of the dataset, or None).
+
+    Returns:
+        Versions, number of GPUs, whether folder and mark exist, the SHA-256 of the manifest, and
+        the address by which the launcher reached this host.
+    """
     import torch
 
     from nextpt.base.files import sha256_file
@@ -48,31 +58,34 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
 def start(request: dict[str, Any]) -> int:
     """Start the ranks of this host and wait for them.
 
-    Returns the exit code of the one that ended the job here.
+    Returns:
+        The exit code of the rank that ended the job here.
     """
     os.chdir(request["folder"])
-    ranks = []
-    for local in range(request["slots"]):
-        environment = (
-            os.environ
-            | request["variables"]
-            | {
-                "RANK": str(request["first_rank"] + local),
-                "LOCAL_RANK": str(local),
-                "WORLD_SIZE": str(request["world_size"]),
-                "LOCAL_SIZE": str(request["slots"]),
-                "MASTER_ADDR": request["address"],
-                "MASTER_PORT": str(request["port"]),
-            }
-        )
-        command = [sys.executable, "-u", str(RUN), f"--local_rank={local}", *request["arguments"]]
-        ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
-    threading.Thread(target=_listen, args=(ranks,), daemon=True).start()
+    ranks = [_start_rank(request, local_rank) for local_rank in range(request["slots"])]
+    threading.Thread(target=_forward_signals, args=(ranks,), daemon=True).start()
     return _wait(ranks)
 
 
-def _listen(ranks: list[subprocess.Popen]) -> None:
-    """Pass signals on until standard input ends; then nobody waits for these ranks any more."""
+def _start_rank(request: dict[str, Any], local_rank: int) -> Rank:
+    environment = (
+        os.environ
+        | request["variables"]
+        | {
+            "RANK": str(request["first_rank"] + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(request["world_size"]),
+            "LOCAL_SIZE": str(request["slots"]),
+            "MASTER_ADDR": request["address"],
+            "MASTER_PORT": str(request["port"]),
+        }
+    )
+    command = [sys.executable, "-u", str(RUN), f"--local_rank={local_rank}", *request["arguments"]]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+
+
+def _forward_signals(ranks: list[Rank]) -> None:
+    """Send signals to the ranks until standard input ends; then kill the ranks."""
     for line in sys.stdin:
         for rank in ranks:
             if rank.poll() is None:
@@ -82,22 +95,24 @@ def _listen(ranks: list[subprocess.Popen]) -> None:
     os._exit(1)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
-    first, deadline = 0, float("inf")
+def _wait(ranks: list[Rank]) -> int:
+    first_code, deadline = 0, float("inf")
     while any(rank.poll() is None for rank in ranks):
         codes = [rank.returncode for rank in ranks if rank.returncode]
-        if codes and not first:
+        if codes and not first_code:
             # Below zero: ended by a signal, and so the cause
-            first, deadline = min(codes), time.monotonic() + OTHERS_HAVE
+            first_code, deadline = min(codes), time.monotonic() + END_SECONDS
         if time.monotonic() > deadline:
             for rank in ranks:
                 rank.kill()
         time.sleep(0.05)
-    first = first or min((rank.returncode for rank in ranks if rank.returncode), default=0)
-    return first if first >= 0 else 128 - first
+    last_codes = [rank.returncode for rank in ranks if rank.returncode]
+    first_code = first_code or min(last_codes, default=0)
+    return first_code if first_code >= 0 else 128 - first_code
 
 
 def main() -> int:
+    """Answer the request of standard input; returns the exit code."""
     request = json.loads(sys.stdin.readline())
     if request["action"] == "look":
         print(json.dumps(look(request)), flush=True)
@@ -108,5 +123,5 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # A thread may be reading standard input, which interpreter teardown would wait for
+    # A thread may be reading standard input, which interpreter teardown would wait for.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Starting a training again after it hung, crashed or was killed, from its last checkpoint."""
+"""Supervision: restart a training that hung, crashed or was killed, from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -13,47 +13,51 @@ from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
 
 RESTARTS = 3
-# Signals that are somebody's wish; all others that end a rank are an accident.
-_WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Signals that a user or a scheduler sends on purpose; ranks ended by others are restarted.
+_REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def supervise(start: Callable[[], int], run: Path, restarts: int) -> int:
-    """Call start() (a whole training.
+    """Start a training, and again while that can help.
 
-    Returns its exit code) again while that helps; returns the last code.
+    User errors, requested stops, and crashes before the first step of a start are not retried: the
+    next start would only repeat them.
 
-    restarts: how often in a row without a new checkpoint. What a person must mend, or wished, is
-    not tried again; nor is a crash before the first step, which the next start would only repeat.
+    Args:
+        start: Trains to the end; returns the exit code.
+        run: The run folder.
+        restarts: Maximum restarts in a row without a new checkpoint.
+
+    Returns:
+        The exit code of the last start.
     """
-    left, newest = restarts, _newest(run)
+    restarts_left, newest = restarts, _newest_checkpoint(run)
     while True:
-        before = _last_step(run)
+        step_before = _last_step(run)
         code = start()
-        saved = _newest(run)
-        if saved > newest:
-            left, newest = restarts, saved
-        if (
-            left == 0
-            or not _is_accident(code)
-            or (code == EXIT_CRASHED and _last_step(run) <= before)
-        ):
+        checkpoint = _newest_checkpoint(run)
+        if checkpoint > newest:
+            restarts_left, newest = restarts, checkpoint
+        made_progress = code != EXIT_CRASHED or _last_step(run) > step_before
+        if restarts_left == 0 or not _is_failure(code) or not made_progress:
             return code
-        left -= 1
-        end = read_exit_record(run)
+        restarts_left -= 1
+        record = read_exit_record(run)
+        plural = "" if restarts_left == 1 else "s"
         print(
-            f"nextpt: training ended with {code} ({end['reason'] if end else 'killed'}); starting"
-            f" it again after step {saved}, {left} more such start{'s' * (left != 1)} if no"
-            " checkpoint comes between",
+            f"nextpt: training ended with {code} ({record['reason'] if record else 'killed'});"
+            f" restarting from step {checkpoint}, {restarts_left} more restart{plural} without a"
+            " new checkpoint",
             file=sys.stderr,
             flush=True,
         )
 
 
-def _is_accident(code: int) -> bool:
-    return code in (EXIT_CRASHED, EXIT_HUNG) or (code > 128 and code - 128 not in _WISHES)
+def _is_failure(code: int) -> bool:
+    return code in (EXIT_CRASHED, EXIT_HUNG) or (code > 128 and code - 128 not in _REQUESTS)
 
 
-def _newest(run: Path) -> int:
+def _newest_checkpoint(run: Path) -> int:
     return max(steps(run / "checkpoints"), default=0)
 
 

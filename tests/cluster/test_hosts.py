@@ -100,7 +100,7 @@ def test_a_host_that_loses_its_processes_and_a_signal(
     for pid in three.processes("h2"):  # all but its sshd
         if "node.py" in command_line(pid) or RUN in command_line(pid):
             os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: "starting it again after step" in (tmp_path / "output").read_text())
+    wait_for(lambda: "restarting from step" in (tmp_path / "output").read_text())
     seen = max(losses(run))
     wait_for(lambda: max(losses(run)) > seen)
     job.send_signal(signal.SIGTERM)
@@ -122,12 +122,12 @@ def test_a_cut_link_is_found_and_the_run_finishes_on_the_other_hosts(
     three.cut("h3")
     began = time.monotonic()
     try:
-        wait_for(lambda: "starting it again after step" in (tmp_path / "output").read_text(), 60)
+        wait_for(lambda: "restarting from step" in (tmp_path / "output").read_text(), 60)
         print(f"a cut link was found after {time.monotonic() - began:.1f} s")
         assert job.wait(300) == 0, (tmp_path / "output").read_text()
     finally:
         three.mend("h3")
-    assert "going on without h3: host h3: not reachable" in (tmp_path / "output").read_text()
+    assert "continuing without h3: host h3: not reachable" in (tmp_path / "output").read_text()
     assert close(losses(run), unbroken)
     wait_for(lambda: not ranks(three, "h3"), 60)
 

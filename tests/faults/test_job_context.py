@@ -182,7 +182,7 @@ def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: 
     ]
     os.kill(launch, signal.SIGKILL)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 1 and "training ended without a word" in errors, (
+    assert job.returncode == 1 and "training left no exit record" in errors, (
         job.returncode,
         errors[-2000:],
     )

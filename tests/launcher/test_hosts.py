@@ -43,7 +43,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     [
         ("", "names no host"),
         ("# none\n\n", "names no host"),
-        ("a slots=2\na slots=3\n", "line 2: host a is there twice"),
+        ("a slots=2\na slots=3\n", "line 2: host a is listed twice"),
         ("a slots=0\n", "line 1"),
         ("a slots=-1\n", "line 1"),
         ("a\n", "line 1: 'a' is not of the form"),
@@ -164,7 +164,7 @@ def test_what_is_started_again(
 ) -> None:
     trainings = Trainings(tmp_path / "run", *ends)
     assert supervise(trainings, tmp_path / "run", 3) == code and trainings.made == made
-    assert capsys.readouterr().err.count("starting it again") == made - 1
+    assert capsys.readouterr().err.count("restarting from step") == made - 1
 
 
 def test_without_restarts_nothing_is_started_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whatever happens to the bytes of a checkpoint, it is noticed before a tensor is used, and the one before it is taken."""
+"""Any damage to the bytes of a checkpoint is detected before a tensor is used."""
 
 from __future__ import annotations
 

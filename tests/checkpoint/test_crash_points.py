@@ -1,4 +1,4 @@
-"""Killed before any file operation of a save, a retention or a start, a run goes on from an acknowledged step."""
+"""Killed before any file operation, a run resumes from the last reported step or a later one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def good(root: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Step 2, two damaged ones of step 3, one of them set aside, and what a killed save and a killed removal leave."""
+    """Step 2, two damaged ones of step 3, one set aside; leftovers of a killed save and removal."""
     root = tmp_path_factory.mktemp("before") / "checkpoints"
     start_and_save(root, 2, [2, 3])
     (root / "step-000000003" / "state.json").write_text("torn")
@@ -90,7 +90,10 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_before_every_operation(
     before: Path, tmp_path: Path, world_size: int, wait: bool, stride: int, power_loss: bool
 ) -> None:
-    """A start that sets a damaged one aside, three saves, two retentions: every place (or every stride-th), one after the other."""
+    """A start that sets a damaged one aside, three saves, two retentions.
+
+    Killed at every operation, or every stride-th, one after the other.
+    """
     ends: set[str] = set()
     for at in count(0, stride):
         root = tmp_path / str(at) / "checkpoints"

@@ -1,4 +1,4 @@
-"""Random histories of a run folder: saves, kills inside them, damage, rollbacks, other numbers of ranks, starts over.
+"""Random histories of a run folder: saves, kills, damage, rollbacks, world sizes, restarts.
 
 A plain list of what was committed is kept beside the real folder; what a start takes must follow
 from that list.
@@ -35,7 +35,12 @@ from tests.support.file_operations import Killed, dying_at
 
 
 class Save:
-    """One committed checkpoint. value: of its State, told to no other. lineage: the saves that led to it, itself last."""
+    """One committed checkpoint.
+
+    Attributes:
+        value: That of its State, which no other save has.
+        lineage: The saves that led to it, itself last.
+    """
 
     def __init__(
         self, folder: Path, step: int, value: float, lineage: list[Save], loss: float | None
@@ -194,7 +199,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def what_is_kept_is_what_the_settings_say(self) -> None:
-        """Right after a save that was not disturbed: the last of the line, every third for ever, the best; bounded."""
+        """After an undisturbed save: the last of the lineage, every third, the best; bounded."""
         if (
             not getattr(self, "saves", None)
             or not self.running

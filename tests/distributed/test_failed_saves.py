@@ -25,7 +25,7 @@ TWO_AND_THREE = r"\.staging-step-00000000[23]/rank-00001"
 def jobs(
     dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, str | None]]:
-    """(folder of the runs, name -> how each ended)"""
+    """Folder of the runs, and how each of them ended, by name."""
     root = tmp_path_factory.mktemp("refusing")
     wanted = {
         "plain": ("", 0, {}),

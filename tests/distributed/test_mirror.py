@@ -1,4 +1,4 @@
-"""Real jobs on two gloo ranks whose checkpoints are mirrored to an S3 that goes away for a while."""
+"""Real jobs on two gloo ranks whose mirror, an S3, is unreachable for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of real jobs on two gloo ranks: written in the background, rolled back, kept and let go."""
+"""Checkpoints of real jobs on two gloo ranks: background saves, rollback, retention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that start from a Hugging Face folder: its weights to the bit, step 0, nothing of an optimizer; mistakes named by all ranks."""
+"""Runs that start from a Hugging Face folder: exact weights, step 0, errors on all ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def config_of(folder: Path, dataset: Path, run: Path, **sections: dict[str, Any]) -> Config:
-    """What `nextpt import hf` writes, for one step on two ranks whose learning rate moves nothing."""
+    """The config of `nextpt import hf`: one step on two ranks, with a learning rate of nothing."""
     values = config_from_hf(
         HFWeights(folder), name="run", data=dataset, sequence_length=64
     ).model_dump(mode="json")

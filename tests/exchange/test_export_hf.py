@@ -208,17 +208,13 @@ def test_drawn_configs_give_the_same_logits(
 def test_a_window_that_hides_nothing_is_none() -> None:
     config, _ = decoder(sliding_window=POSITIONS, qk_norm=True, bias=True)
     assert choose_architecture(ModelSpec.from_config(config)).name == "HYV3ForCausalLM"
-    with pytest.raises(
-        CheckpointError,
-        match=(
-            "model.qk_norm = true together with model.sliding_window = 39 together with model.bias"
-        ),
-    ):
-        spec = ModelSpec.from_config(config)
-        choose_architecture(replace(spec, sliding_window=POSITIONS - 1))
+    windowed = replace(ModelSpec.from_config(config), sliding_window=POSITIONS - 1)
+    message = "model.qk_norm = true together with model.sliding_window = 39 together with model.b"
+    with pytest.raises(CheckpointError, match=message):
+        choose_architecture(windowed)
     odd, _ = decoder(width=30, head_dim=8, logit_softcap=1.0)
     with pytest.raises(
-        CheckpointError, match="model.logit_softcap together with model.head_dim = 8"
+        CheckpointError, match=r"model.logit_softcap together with model.head_dim = 8"
     ):
         choose_architecture(ModelSpec.from_config(odd))
 
@@ -406,7 +402,7 @@ def test_an_output_in_the_way_is_left_alone(
 def test_a_full_disk_is_named_and_nothing_is_left(
     export: Export, lack: int, tmp_path: Path, tokenizer_file: Path
 ) -> None:
-    """lack: pages that the disk is too small by, so that it is full in the last file, or one before, or the weights."""
+    """lack: pages by which the disk is too small: it is full in the last file or an earlier one."""
     checkpoint = checkpoint_of(*decoder(logit_softcap=2.0), tmp_path / "checkpoints")
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -422,7 +418,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     try:
         with pytest.raises(
             CheckpointError,
-            match="out cannot be written: (no space left|No space left) on (the )?device; nothing",
+            match=r"out cannot be written: (no space left|No space left) on (the )?device; nothing",
         ):
             export(checkpoint, tokenizer_file, disk / "out")
         assert not list(disk.iterdir())
@@ -449,8 +445,8 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, tokenizer_file: Pa
 
 def test_bad_requests_are_named(tmp_path: Path, tokenizer_file: Path) -> None:
     checkpoint = checkpoint_of(*decoder(), tmp_path / "checkpoints")
-    with pytest.raises(CheckpointError, match="--dtype fp8 is not known; there are fp32, bf16"):
+    with pytest.raises(CheckpointError, match="--dtype fp8 is not known; use one of fp32, bf16"):
         export_hf(checkpoint, tokenizer_file, tmp_path / "hf", dtype="fp8")
-    with pytest.raises(CheckpointError, match="tokenizer .*none.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"tokenizer .*none.json does not exist"):
         export_hf(checkpoint, tmp_path / "none.json", tmp_path / "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]

@@ -112,7 +112,7 @@ def test_mistakes_of_exporting_end_with_one_line(
 
 def test_unknown_types_and_models_that_nothing_expresses(run: Path, tmp_path: Path) -> None:
     done = nextpt("export", "hf", "--run", run, "--output", tmp_path / "hf", "--dtype", "int4")
-    assert done.exit_code == 2 and "--dtype int4 is not known; there are fp32, bf16" in done.stderr
+    assert done.exit_code == 2 and "--dtype int4 is not known; use one of fp32, bf16" in done.stderr
     checkpoint_of(
         *decoder(vocab_size=512, logit_softcap=1.0, bias=True), tmp_path / "run" / "checkpoints"
     )

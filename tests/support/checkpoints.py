@@ -1,4 +1,4 @@
-"""Small real checkpoints: a state of three parameters, divided among any number of ranks that are threads, and forgeries of them."""
+"""Small real checkpoints, written by any number of ranks that are threads; and forgeries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = {"a": (5, 3), "b": (4,), "c": (2, 3, 4)}
 
 
 class State:
-    """A ShardedState of one rank: of every parameter two uneven fragments, of which the ranks take every n-th."""
+    """A ShardedState: two uneven fragments of every parameter; the ranks take every n-th."""
 
     def __init__(self, value: float = 1.0, rank: int = 0, world_size: int = 1) -> None:
         self.rank, self.world_size = rank, world_size
@@ -59,7 +59,12 @@ def holds(checkpoint: Checkpoint, value: float) -> bool:
 
 
 class Board:
-    """Where threads meet to exchange JSON, in any number of groups. in_turn: one runs at a time, from exchange to exchange."""
+    """Exchange of JSON between threads, in any number of groups.
+
+    Args:
+        world_size: Number of threads.
+        in_turn: One thread runs at a time, from exchange to exchange.
+    """
 
     def __init__(self, world_size: int, in_turn: bool) -> None:
         self.world_size, self.in_turn = world_size, in_turn
@@ -173,7 +178,12 @@ def write(
 
 
 def forge(folder: Path, **changes: Any) -> None:
-    """Make the manifest agree with the files as they are now, as somebody would who means harm. changes: of its keys."""
+    """Make the manifest agree with the files as they are now, as an attacker would.
+
+    Args:
+        folder: The checkpoint.
+        changes: Keys of the manifest to change.
+    """
     old = read_manifest(folder)
     files = {name: describe(folder / name) for name in old.files}
     write_manifest(folder, old.model_validate(old.model_dump() | {"files": files} | changes))
@@ -187,7 +197,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def as_version_1(folder: Path) -> None:
-    """Rewrite the manifest and state.json of a checkpoint as the first format version wrote them."""
+    """Rewrite a checkpoint's manifest and state.json as the first format version wrote them."""
     edit(folder / "state.json", lambda state: state.pop("optimizer_state"))
     names = read_manifest(folder).files
     files = {name: describe(folder / name) for name in names}

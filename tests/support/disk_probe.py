@@ -1,4 +1,4 @@
-"""A rank whose disk refuses the files of some saves: jobs as `tests.support.ranks` runs them, with a refusal of each.
+"""A rank whose disk refuses the files of some saves; run by `tests.support.ranks`.
 
 python -m tests.support.disk_probe OUTCOMES RANK PATTERN ERRNO FILE.yaml PATTERN ERRNO FILE.yaml ...
 """

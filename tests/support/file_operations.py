@@ -1,4 +1,4 @@
-"""Death at a chosen file operation: of this process for good, or of what it does, as if it had been killed there; and refusals.
+"""Death at a chosen file operation, as by a kill, of this process or of a block; refusals.
 
 Seen by an audit hook, so nothing goes past it: opening to write, renaming, removing, making
 folders; and syncing and the writing of tensor files, which have no audit event. With a power loss,
@@ -26,7 +26,7 @@ TOUCHES = CHANGES | {"open", "os.listdir", "os.scandir", "shutil.rmtree"}
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no `except Exception` catches it, and whatever tries a file operation afterwards dies too."""
+    """Stands for SIGKILL: no `except Exception` catches it, and every later file operation dies."""
 
 
 class _Plan:
@@ -137,7 +137,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def refusing(pattern: str, number: int) -> Iterator[None]:
-    """Within the block every file whose path the pattern finds is refused with this errno, when it is opened to write or synced."""
+    """Refuse files whose path matches, with this errno, when opened to write or synced."""
     global _refused
     _install()
     sync, save_file = os.fsync, checkpoint_format.save_file

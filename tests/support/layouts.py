@@ -1,4 +1,4 @@
-"""Datasets in the layout of large preparations: shards in folders gNNNNN, perhaps compressed, perhaps with more columns."""
+"""Datasets in the layout of large preparations: group folders, compression, more columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = ("dataset.json", "tokenizer.json", "token_bytes.npy")
 
 
 def samples_of(dataset: Path, split: str, domain: str) -> Iterator[Sample]:
-    """The samples of a domain as streaming's own local reader has them, in the order of the index."""
+    """Sequences of a domain as streaming's own local reader returns them, in index order."""
     import_streaming()
     from streaming import LocalDataset
 
@@ -46,7 +46,19 @@ def rewrite(
     change: Callable[[Sample], Sample] = lambda s: s,
     shared_index: bool = True,
 ) -> Path:
-    """Write the rows of `dataset` to `folder` in small shards. change: of each sample, to fill the columns of byte_counts and extra."""
+    """Write the sequences of `dataset` to `folder` in small shards.
+
+    Args:
+        dataset: The dataset to read.
+        folder: Where to write.
+        compression: MDS compression of the shards; None for none.
+        shard_rows: Sequences of a shard.
+        group_shards: Shards of a group folder.
+        byte_counts: Layout of the byte counts, see `data_prep.format.columns`.
+        extra: Further columns, name -> MDS encoding.
+        change: Fills the columns byte_counts and extra of each sequence.
+        shared_index: Write an index of all groups beside theirs.
+    """
     import_streaming()
     from streaming import MDSWriter
 

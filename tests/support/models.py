@@ -1,4 +1,4 @@
-"""Checkpoints of small models that were never trained, and Hugging Face's reading of what is exported from them."""
+"""Checkpoints of small untrained models, and their logits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ModelState:
 
 
 def decoder(**model: Any) -> tuple[Config, Decoder]:
-    """A small decoder none of whose parameters is at its initial 0 or 1, so that leaving one out is seen."""
+    """A small decoder; no parameter has its initial 0 or 1, so that leaving one out shows."""
     base = {
         "vocab_size": 96,
         "depth": 2,
@@ -68,7 +68,7 @@ def decoder(**model: Any) -> tuple[Config, Decoder]:
     module = build_decoder(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, p in module.named_parameters():
+        for _, p in module.named_parameters():
             if p.dim() == 1:
                 p.add_(torch.empty_like(p).uniform_(-0.5, 0.5, generator=generator))
     return config, module.eval()

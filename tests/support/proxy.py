@@ -1,4 +1,4 @@
-"""A TCP proxy before an HTTP server, for outages: it can be told to refuse, hang, answer 503, cut answers short, or be slow."""
+"""A TCP proxy before an HTTP server that can refuse, hang, answer 503, truncate, or be slow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ SLOW = 2**15  # bytes a piece, with a hundredth of a second between
 
 
 class Proxy:
-    """mode: "pass", "refuse" (nobody listens), "hang" (nothing is answered), "503", "truncate" or "slow"; for new and open connections."""
+    """A proxy whose `mode` applies to new and open connections.
+
+    Modes: "pass", "refuse" (nobody listens), "hang" (no answer), "503", "truncate", "slow".
+    """
 
     def __init__(self, target: str) -> None:
         host, _, port = target.removeprefix("http://").partition(":")

@@ -1,0 +1,101 @@
+"""Jobs with a mirror, for tests: start, save, end; damage to the mirror."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nextpt.base.collective import RankGroup
+from nextpt.checkpoint.manager import CheckpointManager
+from nextpt.checkpoint.mirror.archive import NOTE, Archive
+from nextpt.checkpoint.mirror.mirror import Mirror
+from nextpt.config import CheckpointSection
+from nextpt.events import MirrorEvent
+from tests.support.checkpoints import State
+
+
+class MirroredJob:
+    """A job of one rank with a mirror: it starts, saves and ends."""
+
+    def __init__(
+        self,
+        root: Path,
+        uri: str,
+        ranks: RankGroup | None = None,
+        may_write: Callable[[], None] = lambda: None,
+        accept: Callable[[Path], None] = lambda folder: None,
+        run: str = "run",
+        **options: Any,
+    ) -> None:
+        self.root, self.ranks = root, ranks or RankGroup.world()
+        self.warnings: list[str] = []
+        self.events: list[MirrorEvent] = []
+        section = CheckpointSection(**{"keep_last": 2} | options)
+        self.mirror = Mirror(Archive(uri), root, section, run, may_write, accept)
+        self.manager = CheckpointManager(
+            root, section, self.ranks, self.warnings.append, mirror=self.mirror
+        )
+        self.checkpoint = self.manager.resume()
+        if self.ranks.rank == 0:
+            self.mirror.start()
+
+    def save(self, *which: int) -> MirroredJob:
+        for step in which:
+            self.manager.save(
+                State(float(step), self.ranks.rank, self.ranks.world_size),
+                {"step": step, "config": {}},
+                {},
+            )
+        return self
+
+    def end(self, seconds: float = 60.0) -> list[int]:
+        """Wait for uploads and stop; returns the steps that are not mirrored."""
+        deadline = time.monotonic() + seconds
+        left = self.mirror.finish(lambda: deadline - time.monotonic())
+        self.events += self.mirror.drain_events()
+        return left
+
+    def told(self, status: str) -> list[int]:
+        self.events += self.mirror.drain_events()
+        return [event.step for event in self.events if event.status == status]
+
+    def wait_for(self, status: str, step: int | None = None) -> None:
+        deadline = time.monotonic() + 60
+        while not any(step in (None, found) for found in self.steps_with(status)):
+            assert time.monotonic() < deadline, self.events
+            time.sleep(0.01)
+
+
+def valid_steps(uri: str) -> list[int]:
+    """Steps of the mirrored checkpoints, newest first; all are valid, and nothing else exists."""
+    archive = Archive(uri)
+    stored = archive.checkpoints()
+    assert [archive.problem(one) for one in stored] == [None] * len(stored) and all(
+        one.complete for one in stored
+    )
+    known = {
+        NOTE,
+        *(
+            f"{one.name}/{name}"
+            for one in stored
+            for name in [*archive.manifest(one).files, "manifest.json"]
+        ),
+    }
+    assert set(archive.store.sizes()) <= known
+    return [one.step for one in stored]
+
+
+def corrupt(
+    uri: str,
+    step: int,
+    name: str,
+    change: Callable[[bytes], bytes] = lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+) -> None:
+    """Change a file of a mirrored checkpoint."""
+    archive = Archive(uri)
+    stored = next(one for one in archive.checkpoints() if one.step == step)
+    archive.store.write(
+        f"{stored.name}/{name}", [change(archive.store.read(f"{stored.name}/{name}"))]
+    )

@@ -139,8 +139,7 @@ class DatasetManifest(_Record):
 
         Raises:
             DataPrepError: When the folder is unfinished, damaged, of another format version, or has
-            another
-                tokenizer than the one that made the shards.
+                another tokenizer than the one that made the shards.
         """
         path = folder / "dataset.json"
         if not path.is_file():

@@ -29,8 +29,7 @@ class InputFile:
         name: Path below the location that it was found in.
         size: Bytes as stored.
         stamp: Changes when the file does: the modification time in ns as far as the store has one;
-        for
-            small local files a hash of the content, so that a copy counts as the same file.
+            for small local files a hash of the content, so that a copy counts as the same file.
     """
 
     uri: str

@@ -93,6 +93,11 @@ class Fields:
     domain: str | None = None
 
 
+def unreadable(error: Exception, what: str) -> DataPrepError:
+    """The error for an input that a store does not give, or that is not what its name says."""
+    return DataPrepError(str(store_problem(error, what)))
+
+
 def read_part(
     part: Part, fields: Fields, advance: Callable[[int], None] = lambda n: None
 ) -> Iterator[Record | Bad]:
@@ -105,9 +110,7 @@ def read_part(
 
     Raises:
         DataPrepError: With the file, for what spoils all of it: a file that is gone, truncated, not
-        in
-            its format, or whose text column has another type.
-        StoreError: When the store refuses.
+            in its format, or whose text column has another type; also when its store refuses.
     """
     kind = part.file.format
     try:
@@ -123,7 +126,7 @@ def read_part(
                 elif line and not line.isspace():
                     yield _parse(place, line, fields)
     except STORE_ERRORS as error:
-        raise store_problem(error, f"{part.file.uri} cannot be read") from error
+        raise unreadable(error, f"{part.file.uri} cannot be read") from error
 
 
 def _open(file: InputFile) -> tuple[pa.NativeFile, pa.NativeFile]:
@@ -290,7 +293,7 @@ def row_groups(file: InputFile) -> list[int]:
             metadata = pq.ParquetFile(source).metadata
             return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     except STORE_ERRORS as error:
-        raise store_problem(error, f"{file.uri} cannot be read as Parquet") from error
+        raise unreadable(error, f"{file.uri} cannot be read as Parquet") from error
 
 
 def _read_parquet(

@@ -57,7 +57,7 @@ class SplitReport(_Part):
         pieces: Segments that hold text.
         cut_documents: Documents of more than one piece.
         length_histogram: Documents by their tokens with start and end, in bins of
-        length_histogram().
+            length_histogram().
     """
 
     split: str
@@ -152,7 +152,7 @@ class Throughput(_Part):
         input_bytes: Bytes of the files as stored, compressed or not.
         tokens: Tokens.
         stage_seconds: CPU seconds of all workers by stage; the tokenizer's own are under
-        "tokenize".
+            "tokenize".
     """
 
     workers: int

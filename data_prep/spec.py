@@ -26,7 +26,7 @@ class PrepSpec(BaseModel):
         output: Dataset folder to write.
         sequence_length: Inputs per row, tokens.
         vocab_size: Size of a tokenizer to train. Exactly one of vocab_size, tokenizer and
-        characters.
+            characters.
         tokenizer: What data_prep.tokenizer.convert reads: a file, a folder, the name of a tiktoken
             encoding.
         characters: Make every character a token.
@@ -35,14 +35,13 @@ class PrepSpec(BaseModel):
         end_token: Special token after each document; by default the tokenizer's own.
         heldout: Share held out for evaluation.
         split: "hash" holds out that share of the documents, by a hash of their text. "tail" holds
-        out
-            that share of each domain's characters from its end, cutting the document where it
+            out that share of each domain's characters from its end, cutting the document where it
             begins.
         seed: Of the order of rows.
         text_field: Key of the text.
         id_field: Key of the id, or None.
         domain_field: Key of the domain in each record; then the names of `domains` name locations
-        only.
+            only.
         packing: "best_fit", "concat" or "single".
         compression: Of shards: zstd, zstd:LEVEL, or None.
         min_bytes: Shorter documents (UTF-8) are filtered out and counted.

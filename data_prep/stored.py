@@ -48,8 +48,7 @@ def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) ->
 
     Raises:
         DataPrepError: When the index is not the one of the manifest, names a file outside its
-        folder or
-            without a hash, or when a shard is missing or of another size.
+            folder or without a hash, or when a shard is missing or of another size.
     """
     counts, folder = manifest.splits[split][domain], root / split / domain
     if not counts.rows:

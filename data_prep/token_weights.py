@@ -101,10 +101,7 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
 def _write(
     dataset: Path, output: Path, manifest: DatasetManifest, split: str, domain: str, weigh: Weigh
 ) -> str:
-    """Write the shards of one domain of one split.
-
-    Return the hash of their index, "" without rows.
-    """
+    """Write the shards of one domain of one split; return the hash of their index, or ""."""
     shards = shards_of(dataset, manifest, split, domain)
     if not shards:
         return ""

@@ -10,9 +10,7 @@ from data_prep.tokenizer.description import BYTE_OF, Description
 
 
 def token_lengths(description: Description, vocab_size: int) -> np.ndarray:
-    """UTF-8 bytes of each token as it is spelled, uint16 [vocab_size].
-
-    0 for special tokens and holes.
+    """UTF-8 bytes of each token as spelled, uint16 [vocab_size]; 0 for special tokens and holes.
 
     With tokenizers whose tokens have no bytes of their own every text token has at least 1, and the
     token for text that the vocabulary cannot spell counts as text: it stands for bytes of the

@@ -186,15 +186,13 @@ class Description:
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """Id of the token for text that the vocabulary cannot spell.
-
-        None where there is no such text.
-        """
+        """Id of the token for text that the vocabulary cannot spell; None if there is none."""
         if self.byte_level:
             return None
         if self.kind == "Unigram":
             return self.model.get("unk_id")
-        return self.vocabulary.get(self.model.get("unk_token") or "")
+        unknown = self.model.get("unk_token")
+        return None if unknown is None else self.vocabulary.get(unknown)
 
     def start_and_end(self, start: str | None, end: str | None) -> tuple[int, int]:
         """Ids of the tokens put before and after a document.

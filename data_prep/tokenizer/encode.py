@@ -56,9 +56,9 @@ class Tokenizer:
         Args:
             path: The file.
             encoder: "auto" takes tiktoken, which is several times as fast, where it gives the same
-            tokens.
+                tokens.
             start: Content of the start token; by default that of the file's template, or the usual
-            one.
+                one.
             end: Content of the end token; by default that of the file's template, or the usual one.
 
         Raises:

@@ -161,7 +161,7 @@ def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
     specials = set(description.specials.values())
     merged = _ids_in_order(description)
     if merged & specials:
-        raise NotEligibleError("a special token of it is also merged by merging")
+        raise NotEligibleError("a special token of it is also made by merging")
     model = library.model
     keeps_whole, model.ignore_merges = model.ignore_merges, False
     try:

@@ -21,8 +21,8 @@ class UserError(Exception):
     Attributes:
         exit_code: Exit code of the process.
         every_rank: Whether each rank prints the error because it is that rank's own (its disk is
-        full,
-            its shard is corrupt). Other errors are the same on all ranks, and rank 0 prints them.
+            full, its shard is corrupt). Other errors are the same on all ranks, and rank 0 prints
+            them.
     """
 
     exit_code = EXIT_USER_ERROR

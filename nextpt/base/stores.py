@@ -175,8 +175,7 @@ class StoreFolder:
         location: URI or path of the folder, which need not exist.
         durable: Sync what is written to a disk, so that it survives a loss of power.
         background: Let S3 take parts of a file while the next ones are produced. That is faster,
-        but
-            the parts wait in memory, without a bound where the link is slow.
+            but the parts wait in memory, without a bound where the link is slow.
 
     Raises:
         StoreError: When the location names no store that can be opened.
@@ -199,10 +198,7 @@ class StoreFolder:
         return f"{self.root}/{name}"
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Sizes in bytes of all files by name.
-
-        Only of those in the folder `below` if it is given.
-        """
+        """Sizes in bytes of all files by name, or of those in the folder `below` alone."""
         folder = self.path(below) if below else self.root
         infos = self.filesystem.get_file_info(
             fs.FileSelector(folder, recursive=True, allow_not_found=True)

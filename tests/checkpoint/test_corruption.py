@@ -123,7 +123,7 @@ def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(damage=damages())
-def test_every_accident_is_noticed(root: Path, damage: Callable[[Files, Files], Files]) -> None:
+def test_every_damage_is_detected(root: Path, damage: Callable[[Files, Files], Files]) -> None:
     check(root, damage)
 
 
@@ -132,7 +132,7 @@ def test_every_accident_is_noticed(root: Path, damage: Callable[[Files, Files], 
     max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(damage=damages())
-def test_a_thousand_accidents_are_noticed(
+def test_a_thousand_damages_are_detected(
     root: Path, damage: Callable[[Files, Files], Files]
 ) -> None:
     check(root, damage)
@@ -140,7 +140,7 @@ def test_a_thousand_accidents_are_noticed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_byte_counts(root: Path, name: str) -> None:
+def test_a_flipped_bit_in_every_byte_is_detected(root: Path, name: str) -> None:
     """One flipped bit in each byte of each file, one after the other."""
     good = read(root / "good")
     chance = random.Random(name)
@@ -153,7 +153,7 @@ def test_every_byte_counts(root: Path, name: str) -> None:
         assert found is not None and found.step == 1, (name, at)
 
 
-def test_an_undamaged_one_is_taken(root: Path) -> None:
+def test_an_undamaged_checkpoint_is_used(root: Path) -> None:
     """The checks above would also pass for a reader that refuses everything."""
     put(root / NEW, read(root / "good"))
     found = select_checkpoint(root, "auto", RankGroup.world(), pytest.fail)
@@ -170,7 +170,7 @@ def test_an_undamaged_one_is_taken(root: Path) -> None:
         lambda m: m.pop("xxh3"),
     ],
 )
-def test_what_only_the_manifest_says_has_its_own_hash(
+def test_the_manifest_has_a_hash_of_itself(
     tmp_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
     for step in (1, 2):
@@ -184,7 +184,7 @@ def test_what_only_the_manifest_says_has_its_own_hash(
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 7])
-def test_any_number_of_ranks_agrees_on_what_is_damaged(tmp_path: Path, readers: int) -> None:
+def test_any_number_of_ranks_agrees_on_damage(tmp_path: Path, readers: int) -> None:
     for step in (1, 2):
         write(tmp_path, step, float(step), world_size=2)
     for name in NAMES:
@@ -198,7 +198,9 @@ def test_any_number_of_ranks_agrees_on_what_is_damaged(tmp_path: Path, readers: 
         path.write_bytes(good)
 
 
-def test_damaged_ones_are_set_aside_and_their_step_saved_anew(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_set_aside_and_their_step_can_be_saved_again(
+    tmp_path: Path,
+) -> None:
     for step in (1, 2):
         write(tmp_path, step)
     for attempt in ("", "-2"):
@@ -226,7 +228,7 @@ def test_damaged_ones_are_set_aside_and_their_step_saved_anew(tmp_path: Path) ->
     assert NoValidCheckpointError.exit_code == 65
 
 
-def test_nothing_is_set_aside_by_a_start_that_finds_none_valid(tmp_path: Path) -> None:
+def test_nothing_is_set_aside_when_none_is_valid(tmp_path: Path) -> None:
     for step in (1, 2):
         (write(tmp_path, step) / "state.json").write_text("{}")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A disk that does not take a checkpoint: what is told, what is left, and the next save."""
+"""A disk that does not take a checkpoint: the report, what is left, and the next save."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def fail_twice(
         (errno.EROFS, "state", 0),
     ],
 )
-def test_the_rank_and_the_true_error_are_told_on_all_ranks(
+def test_all_ranks_report_the_failed_rank_and_its_error(
     tmp_path: Path, number: int, pattern: str, rank: int, asynchronous: bool
 ) -> None:
     shim = refusing(pattern, number)
@@ -126,7 +126,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_that_gets_room_again(small_disk: Path, asynchronous: bool) -> None:
+def test_a_full_disk_with_room_again_later(small_disk: Path, asynchronous: bool) -> None:
     ballast = small_disk / "ballast"
 
     def fill() -> None:
@@ -144,7 +144,7 @@ def test_a_full_disk_that_gets_room_again(small_disk: Path, asynchronous: bool) 
     )
 
 
-def test_tensors_that_no_longer_fit_are_told_with_the_number_of_the_system(
+def test_tensors_that_do_not_fit_the_disk_are_reported_with_the_errno(
     small_disk: Path,
 ) -> None:
     """The library that writes them has the error in its text only."""
@@ -162,7 +162,7 @@ def test_tensors_that_no_longer_fit_are_told_with_the_number_of_the_system(
     assert failed.error.number == errno.ENOSPC and "No space left on device" in str(failed.error)
 
 
-def test_a_file_system_that_turns_read_only(small_disk: Path) -> None:
+def test_a_file_system_that_becomes_read_only(small_disk: Path) -> None:
     def remount(mode: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{mode}", str(small_disk)], check=True)
 
@@ -172,7 +172,7 @@ def test_a_file_system_that_turns_read_only(small_disk: Path) -> None:
     assert second[0] == (2, 0, errno.EROFS, 1) and "Read-only file system (EROFS)" in second[1]
 
 
-def test_what_is_not_the_disk_still_ends_training(tmp_path: Path) -> None:
+def test_an_error_of_the_program_ends_training(tmp_path: Path) -> None:
     manager = CheckpointManager(
         tmp_path,
         CheckpointSection(),
@@ -185,7 +185,7 @@ def test_what_is_not_the_disk_still_ends_training(tmp_path: Path) -> None:
     assert type(raised.value) is CheckpointError and not list(tmp_path.iterdir())
 
 
-def test_a_retention_that_fails_is_no_failed_save(
+def test_a_failed_retention_is_not_a_failed_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []

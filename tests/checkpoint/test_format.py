@@ -1,4 +1,4 @@
-"""Boxes tile ranges; a checkpoint is read whole or refused."""
+"""Format on disk: chunks tile ranges; a checkpoint is read whole or refused."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_equal_state_gives_equal_bytes(tmp_path: Path) -> None:
     "name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"]
 )
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_newest_is_named_and_the_one_before_taken(
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     tmp_path: Path, name: str, damage: str
 ) -> None:
     write(tmp_path, 1)
@@ -143,7 +143,7 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     assert "step-000000001" in str(raised.value) and "step-000000002" in str(raised.value)
 
 
-def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Path) -> None:
+def test_an_unfinished_save_is_not_a_checkpoint_and_the_next_removes_it(tmp_path: Path) -> None:
     (tmp_path / ".staging-step-000000009").mkdir()
     (tmp_path / ".staging-step-000000009" / "rank-00000.safetensors").write_bytes(b"half")
     assert (
@@ -156,7 +156,7 @@ def test_an_unfinished_save_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000010"]
 
 
-def test_saving_a_step_again_takes_another_name_and_wins(tmp_path: Path) -> None:
+def test_a_second_save_of_a_step_gets_another_name_and_is_newer(tmp_path: Path) -> None:
     first = write(tmp_path, 4, 1.0)
     before = {p.name: p.read_bytes() for p in first.iterdir()}
     assert (

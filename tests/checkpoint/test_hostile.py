@@ -1,4 +1,4 @@
-"""Checkpoints that somebody made to do harm: sizes and hashes agree, what they say does not.
+"""Malicious checkpoints: sizes and hashes agree, and the content is wrong.
 
 Each is refused in one line.
 """
@@ -104,7 +104,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
         ),
     ],
 )
-def test_a_manifest_that_lies(
+def test_a_manifest_with_false_values(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
 ) -> None:
     limit = sys.get_int_max_str_digits()
@@ -132,7 +132,7 @@ def test_a_manifest_that_lies(
         ('{"files":{}}', "not written as nextpt writes it"),
     ],
 )
-def test_a_manifest_that_is_no_manifest(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_is_not_a_manifest(tmp_path: Path, text: str, words: str) -> None:
     folder = write(tmp_path, 1)
     (folder / "manifest.json").write_text(text)
     assert words in refusal(tmp_path)
@@ -154,7 +154,7 @@ def test_a_manifest_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", INDEX, TENSORS])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_what_is_no_plain_file(tmp_path: Path, name: str, kind: str) -> None:
+def test_links_and_pipes_are_refused(tmp_path: Path, name: str, kind: str) -> None:
     path = write(tmp_path, 1) / name
     path.rename(tmp_path / "elsewhere")
     if kind == "link":
@@ -278,7 +278,7 @@ def test_tensors_that_do_not_fit_their_index(
         (10**8).to_bytes(8, "little") + b"{}",
     ],
 )
-def test_a_tensor_file_that_is_none(tmp_path: Path, data: bytes) -> None:
+def test_a_tensor_file_that_is_not_safetensors(tmp_path: Path, data: bytes) -> None:
     folder = write(tmp_path, 1)
     (folder / TENSORS).write_bytes(data)
     forge(folder)
@@ -331,7 +331,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
     pick=st.integers(0, 10**6),
     new=JSON,
 )
-def test_any_value_in_any_place_is_refused_or_harmless(
+def test_any_value_anywhere_is_refused_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, name: str, pick: int, new: Any
 ) -> None:
     """Never anything but a CheckpointError in one line.
@@ -361,7 +361,7 @@ def test_any_value_in_any_place_is_refused_or_harmless(
     assert "\n" not in refusal
 
 
-def test_two_versions_of_the_format_are_read(tmp_path: Path) -> None:
+def test_older_format_versions_are_read(tmp_path: Path) -> None:
     as_version_1(write(tmp_path, 3, 5.0))
     as_version_1(write(tmp_path, 12, 6.0, world_size=2))
     assert holds(open_checkpoint(tmp_path), 6.0) and holds(open_checkpoint(tmp_path, 3), 5.0)
@@ -369,7 +369,7 @@ def test_two_versions_of_the_format_are_read(tmp_path: Path) -> None:
     assert holds(open_checkpoint(tmp_path), 7.0) and manifest_problem(folder) is None
 
 
-def test_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_newer_format_is_refused_and_not_skipped(tmp_path: Path) -> None:
     """It may be in order: an older one in its place would be a rollback that nobody asked for."""
     write(tmp_path, 1)
     folder = write(tmp_path, 2)

@@ -1,4 +1,4 @@
-"""What training asks of its checkpoints: which to keep, and saving while it goes on."""
+"""CheckpointManager: retention, rollback, asynchronous saves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def names(root: Path) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_is_kept(
+def test_retention(
     tmp_path: Path, settings: dict[str, object], left: list[str], world_size: int
 ) -> None:
     losses = {2: 5.0, 3: 1.0, 4: 1.0, 7: 2.0}
@@ -66,7 +66,7 @@ def test_what_is_kept(
     assert names(tmp_path) == left
 
 
-def test_a_rollback_wins_and_does_not_take_the_abandoned_at_once(tmp_path: Path) -> None:
+def test_a_rollback_is_newest_and_removes_the_abandoned_later(tmp_path: Path) -> None:
     run(tmp_path, RankGroup.world(), [(s, None) for s in (2, 4, 6)], keep_last=2, keep_every=2)
     run(tmp_path, RankGroup.world(), [(3, None)], keep_last=2, keep_every=2, resume=2)
     assert open_checkpoint(tmp_path).step == 3  # and not 6
@@ -80,7 +80,7 @@ def test_a_rollback_wins_and_does_not_take_the_abandoned_at_once(tmp_path: Path)
     assert names(tmp_path) == ["2", "4", "4.2", "6", "7", "9"]
 
 
-def test_a_rollback_keeps_what_it_went_back_to(tmp_path: Path) -> None:
+def test_a_rollback_keeps_the_checkpoint_it_returned_to(tmp_path: Path) -> None:
     run(tmp_path, RankGroup.world(), [(s, None) for s in (2, 4, 6, 8)], keep_last=None)
     run(tmp_path, RankGroup.world(), [(5, None)], keep_last=2, resume=4)
     assert names(tmp_path) == ["4", "5", "8"]  # the newest two of the line, and of all
@@ -89,7 +89,9 @@ def test_a_rollback_keeps_what_it_went_back_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_going_back_keeps_to_the_line_and_to_what_is_whole(tmp_path: Path, world_size: int) -> None:
+def test_a_rollback_stays_in_the_lineage_and_uses_valid_checkpoints(
+    tmp_path: Path, world_size: int
+) -> None:
     """Steps 5 and 6 were abandoned for 5.2; 4 is damaged; 7 is not from before."""
     on_ranks(
         world_size,
@@ -126,7 +128,7 @@ def test_going_back_keeps_to_the_line_and_to_what_is_whole(tmp_path: Path, world
     assert open_checkpoint(tmp_path).folder.name == "step-000000003.2"
 
 
-def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> None:
+def test_nothing_is_removed_unless_two_are_valid(tmp_path: Path) -> None:
     run(tmp_path, RankGroup.world(), [(1, None), (2, None)], keep_last=2)
     path = tmp_path / "step-000000002" / "state.json"
     said: list[str] = []
@@ -144,7 +146,7 @@ def test_nothing_is_removed_while_fewer_than_two_are_whole(tmp_path: Path) -> No
     )
 
 
-def test_what_cannot_be_removed_is_told_and_training_goes_on(
+def test_a_failed_removal_is_a_warning_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(folder: Path) -> None:
@@ -178,7 +180,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_training_goes_on_while_a_copy_is_written(
+def test_training_goes_on_during_an_asynchronous_save(
     tmp_path: Path, gate: threading.Event, world_size: int
 ) -> None:
     def job(ranks: RankGroup) -> list[SavedCheckpoint]:
@@ -204,7 +206,7 @@ def test_training_goes_on_while_a_copy_is_written(
     assert holds(open_checkpoint(tmp_path), 1.0)
 
 
-def test_one_save_is_under_way_and_the_last_is_waited_for(
+def test_one_save_at_a_time_and_the_last_is_waited_for(
     tmp_path: Path, gate: threading.Event
 ) -> None:
     manager = CheckpointManager(
@@ -220,9 +222,7 @@ def test_one_save_is_under_way_and_the_last_is_waited_for(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(
-    tmp_path: Path, world_size: int
-) -> None:
+def test_an_error_in_the_background_surfaces_on_every_rank(tmp_path: Path, world_size: int) -> None:
     def job(ranks: RankGroup) -> str:
         manager = CheckpointManager(
             tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None
@@ -243,7 +243,7 @@ def test_what_goes_wrong_in_the_background_surfaces_on_every_rank(
     )
 
 
-def test_numbers_grow_although_the_manifests_on_the_disk_are_lost(tmp_path: Path) -> None:
+def test_sequence_numbers_grow_although_manifests_are_lost(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, CheckpointSection(), RankGroup.world(), lambda text: None)
     lines = []
     for step in (1, 2, 3):

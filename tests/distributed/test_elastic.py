@@ -1,4 +1,4 @@
-"""Going on with another number of ranks, another ZeRO stage, another precision."""
+"""Resume with another world size, another ZeRO stage, another precision."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_other_ranks_and_stages_follow_the_unbroken_curve(runs: Path) -> None:
+def test_other_world_sizes_and_stages_follow_the_uninterrupted_curve(runs: Path) -> None:
     assert [
         (start["world_size"], start["zero_stage"]) for start in read_starts(runs / "chain")
     ] == CHAIN
@@ -60,7 +60,7 @@ def test_other_ranks_and_stages_follow_the_unbroken_curve(runs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_precision_goes_on_without_a_jump(runs: Path) -> None:
+def test_a_change_of_precision_makes_no_jump(runs: Path) -> None:
     """At no step further from the fp32 run than a whole run in bf16 is somewhere.
 
     bit-identical before the change.

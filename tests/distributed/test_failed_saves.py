@@ -1,4 +1,4 @@
-"""Real jobs on two gloo ranks, of which one has a disk that refuses some saves."""
+"""Real jobs on two gloo ranks, where the disk of one refuses some saves."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_training_goes_on_untouched(
 @pytest.mark.parametrize(
     ("name", "left"), [("stop", [1]), ("too many", [1]), ("the last", [5, 4, 3, 2, 1])]
 )
-def test_training_ends_with_the_error_where_that_is_asked_for(
+def test_training_ends_with_the_error_if_configured(
     jobs: tuple[Path, dict[str, str | None]], name: str, left: list[int]
 ) -> None:
     root, ends = jobs

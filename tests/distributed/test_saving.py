@@ -62,7 +62,7 @@ def test_no_bit_differs(jobs: Path, name: str) -> None:
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
-def test_every_save_is_told_once_in_order(jobs: Path) -> None:
+def test_every_save_is_reported_once_in_order(jobs: Path) -> None:
     for run in ("plain", "background"):
         events = read_events(jobs / run / "metrics.jsonl", "checkpoint")
         assert [event["step"] for event in events] == list(range(1, STEPS + 1))
@@ -86,7 +86,7 @@ def test_the_best_is_kept_by_the_validation_of_its_step(jobs: Path) -> None:
         assert manifests[STEPS - 1].loss == losses[4] and manifests[STEPS].loss == losses[6]
 
 
-def test_a_rollback_is_continued(jobs: Path) -> None:
+def test_a_rollback_continues_its_lineage(jobs: Path) -> None:
     """Not the steps 3 and 4 that were abandoned, but the 3 that was saved after them."""
     manifests = {
         f.name[13:]: read_manifest(f)
@@ -105,7 +105,7 @@ def test_a_rollback_is_continued(jobs: Path) -> None:
     assert manifests["6"].lineage == [[1, 2], [5, 8]] and manifests["4"].lineage == [[1, 4]]
 
 
-def test_the_state_says_where_it_comes_from(jobs: Path) -> None:
+def test_the_state_records_how_the_job_was_started(jobs: Path) -> None:
     found = open_checkpoint(jobs / "plain" / "checkpoints").state
     assert found["tokens"] == STEPS * 8 * 64 and found["validation"]["step"] == STEPS
     assert (

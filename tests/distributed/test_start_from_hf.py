@@ -93,7 +93,7 @@ def jobs(
 
 
 @pytest.mark.parametrize("job", ["fp32-0", "bf16-2"])
-def test_the_first_step_begins_at_the_folder_s_weights(
+def test_the_first_step_starts_from_the_weights_of_the_folder(
     job: str, jobs: tuple[Path, dict[str, str | None]], start: tuple[Path, Decoder]
 ) -> None:
     root, messages = jobs
@@ -108,7 +108,7 @@ def test_the_first_step_begins_at_the_folder_s_weights(
     assert checkpoint.read_whole("embed_tokens.weight", "exp_avg").any()
 
 
-def test_a_start_goes_on_from_its_own_checkpoints(
+def test_a_start_resumes_from_its_own_checkpoints(
     jobs: tuple[Path, dict[str, str | None]], start: tuple[Path, Decoder]
 ) -> None:
     root, messages = jobs
@@ -137,7 +137,7 @@ def test_a_start_goes_on_from_its_own_checkpoints(
         ("vocabulary", "model.vocab_size = 520, but the tokenizer of"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(
+def test_user_errors_are_reported_before_anything_is_written(
     job: str, words: str, jobs: tuple[Path, dict[str, str | None]]
 ) -> None:
     root, messages = jobs
@@ -147,7 +147,9 @@ def test_mistakes_are_told_before_anything_is_written(
     )
 
 
-def test_another_use_of_the_same_weights_is_told(jobs: tuple[Path, dict[str, str | None]]) -> None:
+def test_changed_use_of_the_same_weights_is_reported(
+    jobs: tuple[Path, dict[str, str | None]],
+) -> None:
     root, messages = jobs
     assert messages["bf16-2"] is None
     assert (

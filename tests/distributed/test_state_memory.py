@@ -1,4 +1,4 @@
-"""Saving and loading take a rank's share of the state and a bounded rest, measured."""
+"""Memory of saving and loading: a rank's shard of the state and a bounded rest, measured."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measure(what: str, dataset: Path, folder: Path, ranks: int, stage: int) -> l
 
 
 @pytest.mark.slow
-def test_saving_and_loading_take_a_share(dataset: Path, tmp_path: Path) -> None:
+def test_saving_and_loading_take_memory_of_a_shard(dataset: Path, tmp_path: Path) -> None:
     """Two ranks save at stage 1; four load at stage 3, each a quarter of every parameter."""
     saved = measure("save", dataset, tmp_path, 2, 1)
     loaded = measure("load", dataset, tmp_path, 4, 3)

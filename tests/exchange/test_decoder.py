@@ -1,4 +1,4 @@
-"""Models that are read from checkpoints."""
+"""Decoders loaded from checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nextpt.model import build_decoder
 from tests.support.datasets import tiny
 
 
-def test_a_run_of_a_gpu_is_read_on_a_cpu() -> None:
+def test_a_checkpoint_of_a_gpu_run_is_read_on_a_cpu() -> None:
     """Its kernels and its workspace were those of another machine."""
     # 20 tokens of it take more than a MiB
     model = {"vocab_size": 20000, "depth": 1, "width": 32, "heads": 4}

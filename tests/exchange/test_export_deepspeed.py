@@ -1,4 +1,4 @@
-"""DeepSpeed's own script turns the exported folder into our weights."""
+"""DeepSpeed's own script converts the exported folder to our weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nextpt.model import build_decoder
 from tests.support.models import checkpoint_of, decoder
 
 
-def test_zero_to_fp32_gives_our_weights(tmp_path: Path) -> None:
+def test_zero_to_fp32_returns_our_weights(tmp_path: Path) -> None:
     """Of an odd number of elements, and with a tied matrix under both names."""
     config, model = decoder(tied_embeddings=True, bias=True, vocab_size=96, width=33, head_dim=6)
     assert sum(p.numel() for p in model.parameters()) % 2 == 1
@@ -33,7 +33,7 @@ def test_zero_to_fp32_gives_our_weights(tmp_path: Path) -> None:
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
 
 
-def test_the_module_s_state_is_in_it(tmp_path: Path) -> None:
+def test_the_module_state_is_exported(tmp_path: Path) -> None:
     """For DeepSpeed's load_checkpoint(load_module_only=True), which reads the first file alone."""
     config, model = decoder(tied_embeddings=True)
     export_deepspeed(checkpoint_of(config, model, tmp_path / "checkpoints"), tmp_path / "ds")

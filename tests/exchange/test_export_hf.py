@@ -1,4 +1,4 @@
-"""Exported folders give transformers the same logits and tokens.
+"""Export to Hugging Face: the same logits and tokens in transformers.
 
 What cannot be expressed is refused by name.
 """
@@ -158,7 +158,7 @@ def test_rotary_scaling_in_every_architecture(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_drawn_configs_give_the_same_logits(
+def test_random_configs_give_the_same_logits(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path
 ) -> None:
     draw = data.draw
@@ -234,7 +234,7 @@ def test_large_models_are_divided_among_files(
     assert len({p.stat().st_mode for p in (tmp_path / "hf").iterdir()}) == 1
 
 
-def test_bf16_halves_the_file_and_is_our_bf16(tmp_path: Path, tokenizer_file: Path) -> None:
+def test_bf16_halves_the_file_and_rounds_once(tmp_path: Path, tokenizer_file: Path) -> None:
     config, model = decoder(qk_norm=True)
     export_hf(
         checkpoint_of(config, model, tmp_path / "checkpoints"),
@@ -251,7 +251,7 @@ def test_bf16_halves_the_file_and_is_our_bf16(tmp_path: Path, tokenizer_file: Pa
     assert size == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.1)
 
 
-def test_generation_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
+def test_generation_equals_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     """Greedy, from the folder alone: start token, positions and the end token's id are right."""
     config, model = decoder(sliding_window=5, vocab_size=420)
     export_hf(
@@ -277,7 +277,7 @@ def test_generation_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     [*((kind, {}) for kind in KINDS), *(("llama", s) for s in SHAPES[1:])],
     ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)),
 )
-def test_their_tokenizer_encodes_as_ours(
+def test_the_exported_tokenizer_encodes_as_ours(
     kind: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     KINDS[kind](tmp_path / "tokenizer.json")
@@ -378,7 +378,7 @@ Export = Callable[[Checkpoint, Path, Path], None]
 
 
 @pytest.mark.parametrize("export", [to_hf, to_deepspeed])
-def test_an_output_in_the_way_is_left_alone(
+def test_an_existing_output_is_not_overwritten(
     export: Export, tmp_path: Path, tokenizer_file: Path
 ) -> None:
     checkpoint = checkpoint_of(*decoder(), tmp_path / "checkpoints")

@@ -30,7 +30,7 @@ from tests.support.tokenizers import KINDS
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS_MODELS)
-def test_models_of_transformers_have_the_same_logits_here(kind: str, tmp_path: Path) -> None:
+def test_models_of_transformers_have_the_same_logits(kind: str, tmp_path: Path) -> None:
     reference = save_transformers_model(tmp_path / "hf", kind)
     model = load_hf(tmp_path / "hf")
     tokens = some_tokens(96, 60)
@@ -41,7 +41,7 @@ def test_models_of_transformers_have_the_same_logits_here(kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_read_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision_is_read_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     reference = save_transformers_model(tmp_path / "hf", "qwen3", dtype)
     model = load_hf(tmp_path / "hf")
     assert torch.equal(model.embed_tokens.weight, reference.model.embed_tokens.weight)
@@ -50,7 +50,7 @@ def test_half_precision_is_read_to_the_bit(dtype: torch.dtype, tmp_path: Path) -
     )
 
 
-def test_a_config_as_old_releases_wrote_it(tmp_path: Path) -> None:
+def test_configs_of_old_releases_are_read(tmp_path: Path) -> None:
     save_transformers_model(tmp_path / "new", "llama 3.1")
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     edit_config(
@@ -90,7 +90,7 @@ def test_an_edited_export_means_what_transformers_reads(tmp_path: Path) -> None:
         },
     ],
 )
-def test_the_keys_for_old_releases_say_the_same(
+def test_the_keys_for_old_releases_describe_the_same_model(
     scaling: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     folder = export_model(tmp_path, rope_base=321.0, rope_scaling=scaling)
@@ -99,7 +99,7 @@ def test_the_keys_for_old_releases_say_the_same(
     assert different_keys(HFWeights(folder), whole) == ([], []) and whole.model.rope_base == 321.0
 
 
-def test_exact_values_count_only_while_the_weights_are_those(tmp_path: Path) -> None:
+def test_exact_values_are_read_only_while_the_weights_are_unchanged(tmp_path: Path) -> None:
     """After further training of an export, its weights are read, not the exact values beside."""
     folder = export_model(tmp_path, logit_softcap=2.0)
     tensors = load_file(folder / "model.safetensors")
@@ -125,7 +125,7 @@ def test_any_range_is_read_without_the_rest(tmp_path: Path) -> None:
         assert not weights.read(name, "exp_avg", 2, 9).any()
 
 
-def test_differences_tell_shapes_from_uses(tmp_path: Path) -> None:
+def test_differences_in_shape_and_in_use_are_separate(tmp_path: Path) -> None:
     weights = HFWeights(export_model(tmp_path))
     assert different_keys(weights, decoder(sliding_window=100)[0]) == ([], [])  # it hides nothing
     shapes, uses = different_keys(

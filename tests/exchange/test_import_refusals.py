@@ -128,7 +128,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_expressed_is_named(case: str, tmp_path: Path) -> None:
+def test_keys_that_cannot_be_expressed_are_named(case: str, tmp_path: Path) -> None:
     kind, keys, message = REFUSED[case]
     save_transformers_model(tmp_path / "hf", kind)
     edit_config(tmp_path / "hf", **keys)
@@ -261,7 +261,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configs_are_understood(name: str, tmp_path: Path) -> None:
+def test_published_configs_are_read(name: str, tmp_path: Path) -> None:
     keys, wanted = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(keys))
     _, spec = read_config(tmp_path)

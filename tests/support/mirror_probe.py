@@ -1,4 +1,4 @@
-"""A rank in whose job the way to the store breaks for some steps.
+"""A rank whose connection to the store is cut for some steps.
 
 See tests/distributed/test_mirror.py.
 

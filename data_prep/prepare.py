@@ -1,9 +1,9 @@
-"""From corpora to a dataset folder, by any number of workers.
+"""Preparation of a dataset folder from corpora, by any number of workers.
 
-Work goes on in OUTPUT.work, beside the output: plan, tokenizer, tokens of every unit, packed groups
-(data_prep.stages). Killed at any instant and started again, with any number of workers, it goes on
-with what is not done, and ends with the same bytes. The finished folder takes its name by a rename,
-so a dataset folder exists or does not.
+Unfinished work is in OUTPUT.work, beside the output: plan, tokenizer, tokens of every unit, packed
+groups (data_prep.stages). A preparation that is killed at any instant and started again, with any
+number of workers, continues with what is not done and ends with the same bytes. The finished folder
+takes its name by a rename, so a dataset folder exists or does not.
 """
 
 from __future__ import annotations
@@ -35,12 +35,19 @@ def prepare(
 ) -> DatasetManifest:
     """Write the dataset folder `spec.output` and return its manifest.
 
-    An unchanged dataset is reused, unfinished work continued.
+    An unchanged dataset is reused, and unfinished work is continued.
 
-    overwrite: replace a dataset, or drop unfinished work, of other inputs or settings. workers:
-    where to work; the cores of this machine unless given. alone: no other start of the same
-    preparation is at work now, as tasks of a job array are; then what failed before is tried anew.
-    Raises DataPrepError (naming file, line or key); the output is as it was then.
+    Args:
+        spec: Settings and inputs.
+        overwrite: Replace a dataset, or drop unfinished work, of other inputs or settings.
+        console: Where progress is shown.
+        workers: Where to work; by default on the cores of this machine.
+        alone: Whether no other process works on the same preparation, as tasks of a job array do.
+            Then what failed before is tried again.
+
+    Raises:
+        DataPrepError: With file, line or key; the output is left as it was.
+        StoreError: When a store refuses.
     """
     console = console or Console(quiet=True)
     plan = make_plan(spec)
@@ -77,9 +84,10 @@ def is_current(spec: PrepSpec) -> bool:
 
 
 def _is_to_do(plan: Plan, overwrite: bool, console: Console) -> bool:
-    """False when the output is there already.
+    """Whether there is anything to do: False when the output is there already.
 
-    Raises DataPrepError when it is something else, and is not to be replaced.
+    Raises:
+        DataPrepError: When the output is something else and must not be replaced.
     """
     output = plan.spec.output
     if (output / "dataset.json").exists():
@@ -103,16 +111,14 @@ def _is_to_do(plan: Plan, overwrite: bool, console: Console) -> bool:
 
 
 def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
-    """Write the plan, or find it there."""
+    """Write the plan, or continue with the one that is there."""
     work = plan.spec.work
     if (work / "plan.json").exists():
         existing = Plan.load(work)
         if existing.sha256 == plan.sha256:
             done = sum(tokens_path(work, unit.index).exists() for unit in plan.units)
             if alone:
-                console.print(
-                    f"going on with {work}: {done} of {len(plan.units)} units are tokenized"
-                )
+                console.print(f"continuing {work}: {done} of {len(plan.units)} units are tokenized")
                 shutil.rmtree(work / "failed", ignore_errors=True)
             return
         if not overwrite and any((work / "tok").glob("*.tok")):

@@ -22,7 +22,7 @@ from nextpt.base.stores import STORE_ERRORS, open_store, store_problem
 BLOCK = 2**22
 LONGEST_LINE = 2 * LONGEST_DOCUMENT  # a document and what else its record holds
 # Text compresses 3 to 10 times and repetitive logs some hundred; zeros 30,000 times (zstd). A bomb
-# is a file that goes on past this ratio, once it has given more than BOMB_FLOOR bytes.
+# is a file that exceeds this ratio, once it has yielded more than BOMB_FLOOR bytes.
 BOMB_RATIO = 1000
 BOMB_FLOOR = 2**26
 PARQUET_ROWS = 256

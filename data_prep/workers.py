@@ -101,7 +101,7 @@ class LocalWorkers(Workers):
         if killed == len(children):
             raise DataPrepError(
                 "all workers were killed; is there too little memory? Start again with fewer"
-                " --workers, it goes on where it was"
+                " --workers, it continues where it was"
             )
 
 
@@ -190,7 +190,7 @@ class RayWorkers(Workers):
             raise DataPrepError(str(cause)) from None
         except ray.exceptions.RayError as error:
             raise DataPrepError(
-                f"Ray gave up: {str(error).splitlines()[0]}; start again, it goes on where it was"
+                f"Ray gave up: {str(error).splitlines()[0]}; start again, it continues where it was"
             ) from error
         finally:
             ray.shutdown()

@@ -11,7 +11,7 @@ EXIT_RUN_IN_USE = 4  # another job works in the run folder
 # EX_DATAERR: the run has checkpoints and none is valid; the user must look
 EXIT_NO_VALID_CHECKPOINT = 65
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop; the same command continues
-# No progress: a rank or the network does not answer; the same command goes on, on sound machines
+# No progress: a rank or the network does not answer; the same command continues on sound machines
 EXIT_HUNG = 76
 
 

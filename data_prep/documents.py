@@ -20,14 +20,14 @@ class Document:
 
 
 def read_documents(
-    place: str | Path, text_field: str = "text", id_field: str | None = "id"
+    location: str | Path, text_field: str = "text", id_field: str | None = "id"
 ) -> Iterator[Document]:
     """Yield the documents of a file, folder, glob or URI, in a fixed order.
 
     Raises:
         DataPrepError: With file and position of a bad record.
     """
-    for file in find_files(place):
+    for file in find_files(location):
         for record in read_part(whole(file), Fields(text_field, id_field)):
             where = f"{file.uri}, {'row' if file.format == '.parquet' else 'byte'} {record.place}"
             if isinstance(record, Bad):

@@ -122,7 +122,7 @@ def make_plan(spec: PrepSpec) -> Plan:
         StoreError: When a store refuses.
     """
     spec.check()
-    files = {name: find_files(place) for name, place in spec.domains.items()}
+    files = {name: find_files(location) for name, location in spec.domains.items()}
     units: list[Unit] = []
     for name in sorted(files):
         units += [
@@ -220,11 +220,11 @@ def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:
 def plan_sha256(spec: PrepSpec) -> str:
     """Identity of the plan of these settings and inputs, without reading the inputs."""
     spec.check()
-    return _identity(spec, {name: find_files(place) for name, place in spec.domains.items()})
+    return _identity(spec, {name: find_files(location) for name, location in spec.domains.items()})
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Settings and sources, for the report."""
     return plan.spec.settings() | {
-        "sources": {name: str(place) for name, place in plan.spec.domains.items()}
+        "sources": {name: str(location) for name, location in plan.spec.domains.items()}
     }

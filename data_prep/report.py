@@ -209,7 +209,7 @@ class InputReport(_Part):
     """One input of one domain, as given. bytes: of its files as stored."""
 
     domain: str
-    place: str
+    location: str
     files: int
     bytes: int
 
@@ -296,8 +296,8 @@ def histogram_bars(counts: list[int], width: float, height: float) -> list[dict[
 
 def bin_position(length: int, bars: list[dict[str, float | int]]) -> float | None:
     """Where `length` lies on the axis of these bars (logarithmic); None outside of it."""
-    place = math.log2(length) - bars[0]["exponent"]
-    return bars[0]["x"] + place * (bars[0]["width"] + 2) if 0 <= place <= len(bars) else None
+    bins = math.log2(length) - bars[0]["exponent"]
+    return bars[0]["x"] + bins * (bars[0]["width"] + 2) if 0 <= bins <= len(bars) else None
 
 
 def _short(value: float | None) -> str:

@@ -185,11 +185,14 @@ def _throughput(
 
 def _inputs(plan: Plan) -> list[InputReport]:
     reports = []
-    for name, place in plan.spec.domains.items():
+    for name, location in plan.spec.domains.items():
         files = {part.file for unit in plan.units if unit.source == name for part in unit.parts}
         reports.append(
             InputReport(
-                domain=name, place=str(place), files=len(files), bytes=sum(f.size for f in files)
+                domain=name,
+                location=str(location),
+                files=len(files),
+                bytes=sum(f.size for f in files),
             )
         )
     return reports

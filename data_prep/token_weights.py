@@ -22,16 +22,16 @@ from nextpt.base.files import atomic_write, canonical_json, sha256_file
 Weigh = Callable[[dict[str, Any]], np.ndarray]
 
 
-def load_function(place: str) -> Weigh:
+def load_function(reference: str) -> Weigh:
     """Load the function of FILE.py:NAME.
 
     Raises:
         DataPrepError: When there is no such file or function, or the file fails.
     """
-    file, _, name = place.rpartition(":")
+    file, _, name = reference.rpartition(":")
     if not Path(file).is_file():
         raise DataPrepError(
-            f"{place}: expected FILE.py:NAME, a function of a row in a file that is there"
+            f"{reference}: expected FILE.py:NAME, a function of a row in a file that is there"
         )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None:

@@ -113,9 +113,9 @@ def rich_report() -> PrepReport:
         },
         inputs=[
             InputReport(
-                domain="code", place="data/code/**/*.jsonl.zst", files=412, bytes=140_000_000
+                domain="code", location="data/code/**/*.jsonl.zst", files=412, bytes=140_000_000
             ),
-            InputReport(domain="prose", place="s3://bucket/crawl/", files=96, bytes=100_000_000),
+            InputReport(domain="prose", location="s3://bucket/crawl/", files=96, bytes=100_000_000),
         ],
     )
 

@@ -1,7 +1,8 @@
-"""Evaluation on documents: metrics per domain, context length and token frequency, with intervals."""
+"""Evaluation on documents: metrics per domain, context and token frequency, with intervals."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -306,7 +307,7 @@ def _by_band(sums: np.ndarray, resampled: np.ndarray, window: int) -> list[dict[
     `from`, `to`: the token's share of all tokens counted, the upper end not included; both 0: the
     token never occurred.
     """
-    edges = [(0.0, 0.0), *zip(EDGES[:-1], EDGES[1:], strict=True)]
+    edges = [(0.0, 0.0), *itertools.pairwise(EDGES)]
     return _grouped(sums, resampled, SPECIAL + 1 + 2 * _buckets(window), BANDS, edges)
 
 

@@ -30,9 +30,7 @@ def heldout_texts(data: Path) -> dict[str, list[str]]:
             " with --data"
         )
     try:
-        texts_of = {
-            f.stem: [json.loads(line)["text"] for line in open(f, encoding="utf-8")] for f in files
-        }
+        texts_of = {file.stem: _read_jsonl(file) for file in files}
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{data}/heldout_text cannot be read: {error}; prepare the data again"
@@ -40,6 +38,11 @@ def heldout_texts(data: Path) -> dict[str, list[str]]:
     if not any(texts_of.values()):
         raise DataError(f"{data} holds no held-out documents; prepare it with a larger --heldout")
     return {domain: texts for domain, texts in texts_of.items() if texts}
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
 
 
 def text_files(paths: Sequence[Path]) -> dict[str, list[str]]:

@@ -30,7 +30,8 @@ class LogitHead(nn.Module):
             self, logits: Tensor, targets: Tensor, weights: Tensor, weight_sum: float = 1.0
         ) -> LossOutput: ...
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Tensor | LossOutput: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor | LossOutput:
+            """Run `forward`."""
 
     def forward(
         self,
@@ -106,7 +107,8 @@ class HuggingFaceModel(nn.Module):
 
     if TYPE_CHECKING:  # torch.nn.Module.__call__ is untyped
 
-        def __call__(self, tokens: Tensor, positions: Tensor) -> DecoderOutput: ...
+        def __call__(self, tokens: Tensor, positions: Tensor) -> DecoderOutput:
+            """Run `forward`."""
 
     def forward(self, tokens: Tensor, positions: Tensor) -> DecoderOutput:
         """Compute logits [B, T, V] in the place of hidden states.

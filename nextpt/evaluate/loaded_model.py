@@ -58,7 +58,7 @@ class LoadedModel:
         """The dataset folder of the run. Raises DataError for a Hugging Face folder."""
         if self.data is None:
             raise DataError(
-                f"{self.path} is a Hugging Face folder, which names no dataset; give one with --data"
+                f"{self.path} is a Hugging Face folder, which has no dataset; give one with --data"
             )
         return self.data
 

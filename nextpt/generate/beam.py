@@ -122,7 +122,7 @@ def beam_search(
 def _expand(
     batch: DecodingBatch, live: list[_Hypothesis], count: int
 ) -> list[tuple[int, _Hypothesis]]:
-    """Return the `count` most probable one-token extensions, best first, with their parents' rows."""
+    """Return the `count` most probable one-token extensions, best first, with their rows."""
     logprobs_BV = batch.logits_BV.log_softmax(-1)
     sums_BV = logprobs_BV.double() + torch.tensor(
         [h.logprob for h in live], dtype=torch.float64

@@ -49,7 +49,7 @@ class GenerationConfig:
         UserError: A number is below 1, or a stop string is empty.
     """
 
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 200
     stop: tuple[str, ...] = ()
     samples: int = 1

@@ -28,8 +28,8 @@ class DecoderOutput(NamedTuple):
 
     Attributes:
         hidden: Final hidden states [B, T, D], normalised, ready for the model's `lm_head`.
-        auxiliary_losses: Name -> loss beside the next-token loss, as a differentiable scalar that is
-            a mean over the tokens of this micro-batch; empty for a dense decoder. The objective
+        auxiliary_losses: Name -> loss beside the next-token loss, as a differentiable scalar, a
+            mean over the tokens of this micro-batch; empty for a dense decoder. The objective
             multiplies each by its coefficient and adds it (nextpt/objective.py).
     """
 
@@ -64,13 +64,14 @@ class Decoder(nn.Module):
         spec: Shape of the model.
         seed: Each parameter is drawn from (seed, its name), so it is the same for any number of
             ranks.
-        options: Implementations and memory of the computation.
+        options: Implementations and memory of the computation; the defaults if None.
     """
 
     def __init__(
-        self, spec: ModelSpec, *, seed: int = 0, options: ComputeOptions = ComputeOptions()
+        self, spec: ModelSpec, *, seed: int = 0, options: ComputeOptions | None = None
     ) -> None:
         super().__init__()
+        options = options or ComputeOptions()
         self.spec, self.options = spec, options
         init = Init(seed, spec.init_std, spec.depth)
         self.embed_tokens = Embedding(spec.vocab_size, spec.width, init, "embed_tokens")
@@ -90,7 +91,8 @@ class Decoder(nn.Module):
             position_ids_BT: Tensor,
             documents: Packing | None = None,
             cache: KVCache | None = None,
-        ) -> DecoderOutput: ...
+        ) -> DecoderOutput:
+            """Run `forward`."""
 
     @property
     def max_position(self) -> int:

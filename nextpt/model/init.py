@@ -1,7 +1,7 @@
 """Initial weights: a function of (seed, parameter name), the same for any number of ranks.
 
 Each matrix is drawn where its layer is built. Under ZeRO-3's partitioned construction a layer is
-partitioned over the ranks as soon as it is complete, so no rank ever holds more than one whole layer.
+partitioned over the ranks as soon as it is complete, so no rank holds more than one whole layer.
 """
 
 from __future__ import annotations

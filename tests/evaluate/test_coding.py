@@ -1,28 +1,31 @@
-"""Files come back as they were, at the size that the model's code length says.
-
-Whatever else is refused.
-"""
+"""Lossless compression: exact round trips at the model's code length, and refusals."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
+from nextpt.base.files import canonical_json
 from nextpt.evaluate.coding import container
 from nextpt.evaluate.coding.coder import BITS, RangeDecoder, RangeEncoder
 from nextpt.evaluate.coding.files import FileCoder
 from nextpt.evaluate.coding.frequencies import cumulative
 from nextpt.evaluate.coding.text import ByteCodec
 from nextpt.evaluate.compressors import COMPRESSORS, compare_file
+from nextpt.model import Decoder
 from tests.support.models import POSITIONS, decoder
 from tests.support.runs import make_run
 from tests.support.tokenizers import KINDS
@@ -43,7 +46,7 @@ PARTS = st.lists(
 
 @settings(deadline=None, max_examples=200)
 @given(PARTS)
-def test_parts_come_back_and_cost_what_they_say(parts: list[tuple[int, int]]) -> None:
+def test_parts_decode_at_their_code_length(parts: list[tuple[int, int]]) -> None:
     encoder = RangeEncoder()
     for part in parts:
         encoder.encode(*part)
@@ -60,13 +63,10 @@ def test_parts_come_back_and_cost_what_they_say(parts: list[tuple[int, int]]) ->
     ("vocabulary", "sharpness"),
     [(256, 4.0), (32_000, 3.0), (50_257, 3.0), (131_072, 3.0), (131_072, 8.0)],
 )
-def test_whole_parts_cost_a_thousandth_at_most(vocabulary: int, sharpness: float) -> None:
-    """Bits of the parts against those of the probabilities, for tokens drawn from them.
-
-    Sharp ones have a code length near 0.
-    """
-    chance = torch.Generator().manual_seed(vocabulary)
-    logits = sharpness * torch.randn(60, vocabulary, generator=chance)
+def test_integer_frequencies_cost_a_thousandth_at_most(vocabulary: int, sharpness: float) -> None:
+    """Compares code lengths of frequencies and probabilities; sharp ones are near 0."""
+    rng = torch.Generator().manual_seed(vocabulary)
+    logits = sharpness * torch.randn(60, vocabulary, generator=rng)
     ends = cumulative(logits)
     assert (
         (ends[:, 0] == 0).all()
@@ -97,27 +97,27 @@ def coder(tmp_path_factory: pytest.TempPathFactory) -> FileCoder:
     ),
     rows=st.integers(1, 5),
 )
-def test_any_bytes_come_back(coder: FileCoder, data: bytes, rows: int) -> None:
-    coded, found = coder.encode(data, rows)
+def test_any_bytes_round_trip(coder: FileCoder, data: bytes, rows: int) -> None:
+    coded, result = coder.encode(data, rows)
     assert coder.decode(coded, "it") == data
-    assert found.header + found.payload == len(coded) and found.header <= 128
-    assert found.payload <= 1.001 * found.code_length + 8
+    assert result.header + result.payload == len(coded) and result.header <= 128
+    assert result.payload <= 1.001 * result.code_length + 8
 
 
 @pytest.mark.parametrize("vocabulary", [32_000, 50_257, 131_072])
 def test_models_of_large_vocabularies_code_at_their_code_length(
     coder: FileCoder, vocabulary: int
 ) -> None:
-    """Logits of standard deviation 3, as trained models have.
+    """Logits have a standard deviation of 3, as of trained models.
 
-    The tokenizer uses the first tokens only, so every token is dear.
+    The tokenizer uses the first tokens only, so every token has a long code.
     """
     _, model = decoder(vocab_size=vocabulary, init_std=0.5)
     large = FileCoder(model, coder.tokenizer)
     data = b"Whan that Aprille with his shoures soote, and \xff\x00 bytes"
-    coded, found = large.encode(data, 4)
-    assert large.decode(coded, "it") == data and found.code_length > 50
-    assert found.payload <= 1.001 * found.code_length + 8
+    coded, result = large.encode(data, 4)
+    assert large.decode(coded, "it") == data and result.code_length > 50
+    assert result.payload <= 1.001 * result.code_length + 8
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -126,9 +126,9 @@ def test_texts_longer_than_the_context(
 ) -> None:
     monkeypatch.setattr(container, "SEGMENT", 150)
     data = ("Bytes and text: ä 漢字 \U0001f600 " * 12).encode() + bytes(range(256))
-    coded, found = coder.encode(data, rows)
-    assert found.tokens > 2 * 150 > rows * POSITIONS and coder.decode(coded, "it") == data
-    assert found.payload <= 1.001 * found.code_length + 8 + 14 * (found.tokens // 150)
+    coded, result = coder.encode(data, rows)
+    assert result.tokens > 2 * 150 > rows * POSITIONS and coder.decode(coded, "it") == data
+    assert result.payload <= 1.001 * result.code_length + 8 + 14 * (result.tokens // 150)
 
 
 def test_a_file_of_another_model_or_environment_is_refused(
@@ -143,20 +143,20 @@ def test_a_file_of_another_model_or_environment_is_refused(
     with pytest.raises(DataError, match="it was coded with another model"):
         FileCoder(model, tokenizer).decode(coded, "it")
     monkeypatch.setattr(coder, "environment", "torch 9")
-    with pytest.raises(DataError, match="it was coded with torch 2.*; here is torch 9"):
+    with pytest.raises(DataError, match=r"it was coded with torch 2.*; here is torch 9"):
         coder.decode(coded, "it")
 
 
 def test_a_damaged_file_is_refused(coder: FileCoder) -> None:
     data = b"some text, and more of it " * 3
-    coded, found = coder.encode(data)
+    coded, result = coder.encode(data)
     for length in range(len(coded)):
         with pytest.raises(DataError, match="it "):
             coder.decode(coded[:length], "it")
-    chance = np.random.default_rng(0)
-    for place in [*range(found.header), *chance.integers(found.header, len(coded), 20)]:
+    rng = np.random.default_rng(0)
+    for place in [*range(result.header), *rng.integers(result.header, len(coded), 20)]:
         flipped = bytearray(coded)
-        flipped[place] ^= 1 << int(chance.integers(8))
+        flipped[place] ^= 1 << int(rng.integers(8))
         try:
             # Threads and rows are not checked by themselves
             assert coder.decode(bytes(flipped), "it") == data, place
@@ -183,7 +183,7 @@ def test_damage_that_looks_like_a_size_is_refused_at_once(coder: FileCoder) -> N
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_every_tokenizer_spells_any_bytes_or_says_that_it_cannot(kind: str, tmp_path: Path) -> None:
+def test_every_tokenizer_encodes_any_bytes_or_is_refused(kind: str, tmp_path: Path) -> None:
     KINDS[kind](tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     try:
@@ -213,7 +213,7 @@ def test_compressors_that_read_another_text_first() -> None:
     assert compare_file(b"") == {}
 
 
-def test_a_device_that_does_not_repeat_itself_is_found_out(
+def test_a_device_that_is_not_deterministic_is_refused(
     coder: FileCoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coder, "decode", lambda *_: b"something else")
@@ -225,3 +225,52 @@ def test_many_threads_have_room_in_the_header() -> None:
     header = container.Header(384, 64, 4096, bytes(16), 10, 0, "e" * container.LONGEST_ENVIRONMENT)
     assert container.unpack(header.pack(), "it") == (header, [])
     assert len(header.pack()) + 12 <= 128
+
+
+def test_files_of_version_2_are_read_whatever_the_config_left_out(tmp_path: Path) -> None:
+    """Version 2 hashed the config's model section, with null for what follows from others."""
+    config, model, tokenizer = make_run(tmp_path / "run", kv_heads=None, ffn_width=None)
+    coder = FileCoder(model, tokenizer)
+    coded, _ = coder.encode(b"some text")
+    section = config.model.model_dump(exclude={"attention", "cross_entropy"})
+    old = hashed_as_before([section, config.max_position], model, tokenizer)
+    assert section["kv_heads"] is None and old != coder.digest
+    header, segments = container.unpack(coded, "it")
+    old_file = replace(header, version=2, model=old).pack() + coded[len(header.pack()) :]
+    assert coder.decode(old_file, "it") == b"some text" and len(segments) == 1
+    other = replace(header, version=2, model=bytes(16)).pack() + coded[len(header.pack()) :]
+    with pytest.raises(DataError, match="it was coded with another model"):
+        coder.decode(other, "it")
+
+
+def hashed_as_before(shape: list[Any], model: Decoder, tokenizer: Tokenizer) -> bytes:
+    """The digest of a model in files of version 2."""
+    hashed = xxhash.xxh3_128(canonical_json(shape).encode())
+    hashed.update(tokenizer.sha256.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        hashed.update(name.encode())
+        hashed.update(parameter.detach().numpy().tobytes())
+    return hashed.digest()
+
+
+def test_compression_is_verified_without_assertions(tmp_path: Path) -> None:
+    """`python -O` removes assertions; the comparison after coding must stay."""
+    make_run(tmp_path / "run")
+    program = f"""
+from pathlib import Path
+from nextpt.base.errors import DataError
+from nextpt.base.files import canonical_json
+from nextpt.evaluate.coding.files import FileCoder
+from nextpt.evaluate.loaded_model import open_model
+
+loaded = open_model(Path({str(tmp_path / "run")!r}))
+coder = FileCoder(loaded.decoder, loaded.tokenizer)
+coder.decode = lambda *_: b"something else"
+try:
+    coder.encode(b"some text")
+except DataError as error:
+    print(__debug__, error)
+"""
+    command = [sys.executable, "-O", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False the file does not come back as it was")

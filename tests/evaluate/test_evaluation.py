@@ -1,4 +1,4 @@
-"""An evaluation's figures: the same for any batch size and rank count, with intervals, bands and lm-evaluation-harness's metrics."""
+"""Evaluation: same metrics for any batch size and rank count, intervals, bands, harness metrics."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def result(source: LoadedModel) -> dict:
         EvaluationProtocol(batch_size=1, resamples=200),
         EvaluationProtocol(batch_size=7, resamples=200),
         pytest.param(EvaluationProtocol(ranks=2, resamples=200), marks=pytest.mark.slow),
-        pytest.param(EvaluationProtocol(ranks=3, batch_size=5, resamples=200), marks=pytest.mark.slow),
+        pytest.param(
+            EvaluationProtocol(ranks=3, batch_size=5, resamples=200), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda p: f"batch_size={p.batch_size},ranks={p.ranks}",
 )
@@ -89,7 +91,17 @@ def test_totals_are_ratios_of_sums_and_lie_in_their_intervals(result: dict) -> N
 
 
 def test_contexts_count_what_the_window_shows() -> None:
-    assert context_lengths(10, list(sliding_windows([10], 4, 2))).tolist() == [1, 2, 3, 4, 3, 4, 3, 4, 3]
+    assert context_lengths(10, list(sliding_windows([10], 4, 2))).tolist() == [
+        1,
+        2,
+        3,
+        4,
+        3,
+        4,
+        3,
+        4,
+        3,
+    ]
 
 
 def test_the_bootstrap_has_the_error_of_the_mean() -> None:
@@ -120,7 +132,7 @@ def test_counts_of_training_shards(dataset: Path) -> None:
 
 
 def harness_by_its_definition(source: LoadedModel, text: str) -> float:
-    """Log-likelihood as lm_eval 0.4 defines it: get_rolling_token_windows with context_len 1, each window a pass of its own."""
+    """Log-likelihood by lm_eval 0.4's rolling windows with context_len 1, a pass for each."""
     tokens, length = source.tokenizer.encode(text).tolist(), source.model.max_position
     first = min(length, len(tokens))
     pairs = [([source.tokenizer.start_id, *tokens[: first - 1]], tokens[:first])]

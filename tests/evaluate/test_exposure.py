@@ -1,4 +1,4 @@
-"""Free running beside teacher forcing: the scores are the model's, the parts sum to the gap, and a model without a gap shows none."""
+"""Exposure bias: scores are the model's, the parts sum to the gap, no gap where there is none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXTS = {
     "verse": ["Whan that Aprille with his shoures soote\n" * n for n in (4, 9)],
     "code": ["def f(x):\n    return x + 1\n" * 9],
 }
-WANTED = ExposureProtocol(prefix=4, continuation=12, stretches=9, resamples=50)
+PROTOCOL = ExposureProtocol(prefix=4, continuation=12, stretches=9, resamples=50)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_scores_leave_special_tokens_out_and_nothing_else(source: LoadedModel) -
     tokens = torch.from_numpy(
         source.tokenizer.encode(TEXTS["verse"][1])[:16].astype(np.int64)
     ).unsqueeze(0)
-    nats, entropy = _scores(source.model, tokens, 4, banned(source))
+    nats, entropy = _scores(source.decoder, tokens, 4, banned(source))
     with torch.no_grad():
         logits = source.model.lm_head(
             source.model(tokens[:, :-1], torch.arange(15).unsqueeze(0)).hidden
@@ -66,25 +66,27 @@ def test_continuations_have_no_special_token_and_follow_the_model(source: Loaded
         ).astype(np.int64)
     )
     places = [(0, row) for row in range(40)]
-    drawn = continue_freely(source, prefixes, 12, banned(source), Sampling(seed=3), places)
+    drawn = continue_freely(source.decoder, prefixes, 12, banned(source), Sampling(seed=3), places)
     assert not banned(source)[drawn].any() and len(drawn.unique()) > 20
-    nats, entropy = _scores(source.model, torch.cat([prefixes, drawn], dim=1), 4, banned(source))
+    nats, entropy = _scores(source.decoder, torch.cat([prefixes, drawn], dim=1), 4, banned(source))
     # Of tokens that are drawn from what the model says, 0 on average
     surplus = (nats - entropy).sum(axis=1)
     assert abs(surplus.mean()) < 4 * surplus.std() / math.sqrt(40)
     assert torch.equal(
         drawn[7:9],
-        continue_freely(source, prefixes[7:9], 12, banned(source), Sampling(seed=3), places[7:9]),
+        continue_freely(
+            source.decoder, prefixes[7:9], 12, banned(source), Sampling(seed=3), places[7:9]
+        ),
     )
     nothing = torch.zeros_like(banned(source))
     assert torch.equal(
-        continue_freely(source, prefixes, 12, nothing, Sampling(temperature=0), places),
+        continue_freely(source.decoder, prefixes, 12, nothing, Sampling(temperature=0), places),
         greedy(source.decoder, prefixes, 12),
     )
 
 
 def test_the_parts_sum_to_the_gap_at_any_batch_size(source: LoadedModel) -> None:
-    result = exposure_bias(source, TEXTS, WANTED)
+    result = exposure_bias(source, TEXTS, PROTOCOL)
     for of in (result["total"], *result["domains"].values(), *result["by_position"]):
         assert of["gap"]["value"] == pytest.approx(
             of["miscalibration"]["value"] + of["drift"]["value"], abs=1e-12
@@ -123,7 +125,7 @@ def test_a_model_that_says_nothing_has_no_gap(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     source = open_model(tmp_path / "run")
     torch.nn.init.zeros_(source.model.lm_head.weight)
-    of = exposure_bias(source, TEXTS, WANTED)["total"]
+    of = exposure_bias(source, TEXTS, PROTOCOL)["total"]
     even = math.log(int((source.tokenizer.token_bytes() > 0).sum()))
     assert [
         of["arms"][arm]["nats_per_token"]["value"] for arm in ("real", "sampled", "greedy")
@@ -152,4 +154,4 @@ def test_sizes() -> None:
 
 def test_documents_that_are_too_short_are_told(source: LoadedModel) -> None:
     with pytest.raises(DataError, match="no document of verse has 16 tokens"):
-        exposure_bias(source, {"verse": ["Whan"]}, WANTED)
+        exposure_bias(source, {"verse": ["Whan"]}, PROTOCOL)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness itself, on an exported checkpoint, gives what `nextpt eval --harness` gives of the run.
+"""The real lm-evaluation-harness on an export gives the metrics of `nextpt eval --harness`.
 
 An export's tokenizer puts the start token before a text, and the harness puts its prefix token
 before that: unless it is told add_bos_token=False, it scores a start token after a start token,

@@ -1,4 +1,4 @@
-"""A run, a Hugging Face folder of ours and one of a foreign architecture open by one call and score alike."""
+"""Loaded models: a run, its export and a transformers model open by one call and score alike."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def nats_of(source) -> float:
     )[0].nats
 
 
-def test_a_run_and_its_export_are_one_model(tmp_path: Path) -> None:
+def test_a_run_and_its_export_score_alike(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     export_hf(open_run(tmp_path / "run"), tmp_path / "run" / "tokenizer.json", tmp_path / "hf")
     run, exported = open_model(tmp_path / "run"), open_model(tmp_path / "hf")
@@ -51,7 +51,7 @@ def gpt2(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_foreign_architecture_is_run_by_transformers(gpt2: Path) -> None:
+def test_an_architecture_that_nextpt_lacks_is_run_by_transformers(gpt2: Path) -> None:
     source = open_model(gpt2)
     assert isinstance(source.model, HuggingFaceModel) and source.model.max_position == 32
     model = GPT2LMHeadModel.from_pretrained(gpt2).eval()
@@ -71,7 +71,7 @@ def test_a_foreign_architecture_is_run_by_transformers(gpt2: Path) -> None:
         open_model(gpt2, decoder_only=True)
 
 
-def test_what_cannot_be_opened_is_named(gpt2: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_opened_are_named(gpt2: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="which has no steps"):
         open_model(gpt2, 5)
     config = json.loads((gpt2 / "config.json").read_text())
@@ -81,7 +81,7 @@ def test_what_cannot_be_opened_is_named(gpt2: Path, tmp_path: Path) -> None:
         open_model(gpt2)
     (gpt2 / "kept").rename(gpt2 / "model.safetensors")
     (gpt2 / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match="tokenizer.json does not exist"):
+    with pytest.raises(DataError, match=r"tokenizer\.json does not exist"):
         open_model(gpt2)
     (gpt2 / "config.json").write_text(json.dumps(config | {"model_type": "nobody_knows"}))
     with pytest.raises(CheckpointError, match="cannot be read by transformers"):

@@ -1,7 +1,4 @@
-"""Planted overlaps are found, all of them.
-
-A model that was trained on a text has it by heart, and canaries say so.
-"""
+"""Memorization: planted overlaps, extraction of trained text, canaries against controls."""
 
 from __future__ import annotations
 
@@ -59,7 +56,7 @@ def test_equal_stretches_have_equal_hashes(values: list[int], length: int) -> No
     assert len(set(hashes.tolist())) == len(stretches)
 
 
-def test_units_pass_over_case_and_marks() -> None:
+def test_units_ignore_case_and_punctuation() -> None:
     assert np.array_equal(units("Don't, STOP_now!").words, units("don t stop now").words)
     assert np.array_equal(units("a b\nc").characters, units("ABC").characters)
     assert len(units("").words) == len(units(" \n_").characters) == 0
@@ -82,7 +79,7 @@ def corpus(folder: Path, training: list[str], sequence_length: int, **more: Any)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[bool]]:
-    """A dataset, an evaluation set, and which of its documents share text with the dataset, whose long documents are cut."""
+    """A dataset whose long documents are cut, an evaluation set, and which documents overlap."""
     # 26 words and some 100 characters: found across any cut
     shared = [text_of(1000 + 30 * i, 26) for i in range(8)]
     training = [
@@ -144,7 +141,7 @@ def test_bits_per_byte_are_ratios_of_sums() -> None:
     )
 
 
-def learned(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
+def trained_on(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
     """A decoder that was taught some sequences."""
     model = build_decoder(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -171,7 +168,7 @@ def test_greedy_is_the_argmax_of_the_forward_pass(tmp_path: Path) -> None:
     assert torch.equal(logits[:, 6:].argmax(-1), given_tokens)
 
 
-def test_what_was_trained_on_is_extracted_and_the_rest_is_not(tmp_path: Path) -> None:
+def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     texts = ["".join(chance.choice(list("abcdefgh"), 30)) for _ in range(16)]
     data = corpus(tmp_path / "train", texts[:8], 32, characters=True)
@@ -187,7 +184,7 @@ def test_what_was_trained_on_is_extracted_and_the_rest_is_not(tmp_path: Path) ->
         [tokenizer.start_id, *tokenizer.encode(t).tolist(), tokenizer.end_id] for t in texts[:8]
     ]
     # Begun anywhere
-    model = learned(
+    model = trained_on(
         config,
         [document[at : at + 24] for document in stored for at in range(len(document) - 23)],
         80,
@@ -212,7 +209,7 @@ def test_what_was_trained_on_is_extracted_and_the_rest_is_not(tmp_path: Path) ->
         measure_extraction(model, sides, prefixes=[30], continuation=8, count=4)
 
 
-def test_sequences_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
+def test_stretches_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
     rows = list(open_sequences(planted[0], "train").values())
     tokenizer = Tokenizer(planted[0] / "tokenizer.json")
     found = sample_stretches(rows, 20, 5, 50, np.random.default_rng(1))
@@ -224,12 +221,12 @@ def test_sequences_lie_inside_one_document(planted: tuple[Path, list[str], list[
     assert sample_stretches(rows, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
 
 
-def test_canaries_are_told_from_controls(tmp_path: Path) -> None:
-    made = make_canaries(each=2, controls=20, seed=3)
+def test_canaries_are_distinguished_from_controls(tmp_path: Path) -> None:
+    made = make_canaries(per_repeats=2, controls=20, seed=3)
     assert (
         made
-        == make_canaries(each=2, controls=20, seed=3)
-        != make_canaries(each=2, controls=20, seed=4)
+        == make_canaries(per_repeats=2, controls=20, seed=3)
+        != make_canaries(per_repeats=2, controls=20, seed=4)
     )
     write_canaries(made, tmp_path)
     assert read_canaries(tmp_path) == made
@@ -247,7 +244,7 @@ def test_canaries_are_told_from_controls(tmp_path: Path) -> None:
         model={"vocab_size": tokenizer.vocab_size, "width": 64},
     )
     taught = [c for c in made if c.repeats == 128]
-    model = learned(
+    model = trained_on(
         config, [[tokenizer.start_id, *tokenizer.encode(c.text).tolist()[:80]] for c in taught], 150
     )
     short = [Canary(c.text[:80], c.repeats) for c in made if c.repeats in (0, 128)]
@@ -267,5 +264,5 @@ def test_exposure() -> None:
 @pytest.mark.parametrize("content", ["", "[]", '[{"text": "a"}]', '[{"text": "a", "repeats": 1}]'])
 def test_a_damaged_list_of_canaries_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "canaries.json").write_text(content)
-    with pytest.raises(DataError, match="canaries.json"):
+    with pytest.raises(DataError, match=r"canaries\.json"):
         read_canaries(tmp_path)

@@ -1,7 +1,4 @@
-"""Figures are ratios of sums.
-
-Sliding windows score every token once, with the model's own probabilities.
-"""
+"""Metrics are ratios of sums; sliding windows score every token once, by the model itself."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def test_windows_score_each_target_once(
     scored: dict[int, list[int]] = {d: [] for d in range(len(lengths))}
     for w in sliding_windows(lengths, window, stride):
         assert w.stop - w.start <= window
-        scored[w.document] += range(w.start + w.fresh, w.stop)
+        scored[w.document] += range(w.start + w.first_scored, w.stop)
     assert scored == {d: list(range(n - 1)) for d, n in enumerate(lengths)}
 
 
@@ -46,7 +43,9 @@ def test_scores_are_the_models_log_probabilities() -> None:
     documents = [rng.integers(0, 500, size) for size in (5, 12, 16)]
     is_text = (np.arange(512) % 7 > 0).astype(np.uint16)
     sizes = [rng.integers(0, 6, len(d) - 1) for d in documents]  # of the place, not of the token
-    figures, nats = score_documents(model, documents, sizes, is_text, window=16, stride=8, batch_size=2)
+    metrics, nats = score_documents(
+        model, documents, sizes, is_text, window=16, stride=8, batch_size=2
+    )
     expected, size, count = [], 0, 0
     for d, of_document in zip(documents, sizes, strict=True):
         inputs = torch.from_numpy(d[:-1]).unsqueeze(0)
@@ -59,7 +58,7 @@ def test_scores_are_the_models_log_probabilities() -> None:
         expected.append(float(losses[text].sum()))
         size, count = size + int(of_document.sum()), count + int(text.sum())
     assert nats == pytest.approx(expected, rel=1e-5)
-    assert (figures.tokens, figures.bytes) == (count, size) and figures.nats == pytest.approx(
+    assert (metrics.tokens, metrics.bytes) == (count, size) and metrics.nats == pytest.approx(
         sum(expected), rel=1e-5
     )
 
@@ -73,13 +72,13 @@ def test_long_documents_get_context_from_the_stride() -> None:
     assert few.tokens == many.tokens == 89 and few.nats != many.nats
 
 
-def test_figures_derive_from_sums() -> None:
-    figures = Metrics(tokens=4, bytes=10, nats=4 * math.log(3), special_nats=math.log(3)).as_dict()
-    assert figures["nats_per_token"] == pytest.approx(math.log(3))
-    assert figures["perplexity"] == pytest.approx(3)
-    assert figures["bits_per_token"] == pytest.approx(math.log2(3))
-    assert figures["bpb"] == pytest.approx(0.4 * math.log2(3))
-    assert figures["bpb_with_eod"] == pytest.approx(0.5 * math.log2(3))
+def test_metrics_derive_from_sums() -> None:
+    metrics = Metrics(tokens=4, bytes=10, nats=4 * math.log(3), special_nats=math.log(3)).as_dict()
+    assert metrics["nats_per_token"] == pytest.approx(math.log(3))
+    assert metrics["perplexity"] == pytest.approx(3)
+    assert metrics["bits_per_token"] == pytest.approx(math.log2(3))
+    assert metrics["bpb"] == pytest.approx(0.4 * math.log2(3))
+    assert metrics["bpb_with_eod"] == pytest.approx(0.5 * math.log2(3))
 
 
 def test_sums_count_text_only_and_keep_domains_apart() -> None:
@@ -97,7 +96,10 @@ def test_sums_count_text_only_and_keep_domains_apart() -> None:
 
 
 def test_text_of_no_bytes_counts_and_bytes_of_an_end_do_too() -> None:
-    """Of a tokenizer that changes text: the second token stands for nothing, the third ends the document and two stripped spaces."""
+    """A tokenizer that changes text.
+
+    The second token stands for no bytes, the third for the end and two stripped spaces.
+    """
     sums = DomainSums(["a"], torch.device("cpu"))
     sums.add(
         torch.tensor([[1.0, 2.0, 4.0]]),

@@ -1,4 +1,4 @@
-"""Tasks: answers are right by construction, exact match is what greedy decoding does, and smooth figures are the model's own."""
+"""Tasks: right answers by construction, exact match as greedy decoding, the smooth metrics."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_items_are_a_function_of_the_seed_and_differ(material: Material, name: s
     assert make_items(name, material, 5, seed=1) == items[:5]
 
 
-def test_sums_are_right(material: Material) -> None:
+def test_arithmetic_answers_are_right(material: Material) -> None:
     for item in make_items("arithmetic", material, 30, 0):
         prompt, answer = spelled(material, item)
         sums = re.findall(r"(\d\d) \+ (\d\d) = (\d+)\n", prompt + answer + "\n")
@@ -70,7 +70,7 @@ def test_sums_are_right(material: Material) -> None:
         )
 
 
-def test_copies_are_right(material: Material) -> None:
+def test_copying_answers_are_right(material: Material) -> None:
     for item in make_items("copying", material, 30, 0):
         lines = "".join(spelled(material, item)).split("\n")
         assert len(lines) == 3 and all(
@@ -145,7 +145,7 @@ def test_exact_is_what_greedy_decoding_writes(source: LoadedModel) -> None:
 
 
 class Copier(torch.nn.Module):
-    """Says, with probability 0.9 and more, what came after the last place where the current token stood before."""
+    """Predicts, with probability above 0.9, what followed the current token's last occurrence."""
 
     def __init__(self, vocab_size: int, max_position: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Copier(torch.nn.Module):
         return hidden
 
 
-def test_a_model_that_copies_is_found_out(source: LoadedModel) -> None:
+def test_a_model_that_copies_solves_induction(source: LoadedModel) -> None:
     copier = LoadedModel(
         source.path, Copier(source.model.vocab_size, source.model.max_position), source.tokenizer, 3
     )
@@ -195,7 +195,7 @@ def test_heldout_loss_is_that_of_the_first_documents(
     assert heldout_loss(source, TEXTS, batch_size=4)["tokens"] == 50 < whole["tokens"]
 
 
-def test_mistakes_are_told(source: LoadedModel, material: Material) -> None:
+def test_user_errors_are_named(source: LoadedModel, material: Material) -> None:
     with pytest.raises(
         DataError,
         match="there is no task 'chess'; there are arithmetic, copying, brackets, induction, cloze",
@@ -213,7 +213,7 @@ def test_the_harness_is_asked_for_by_name_where_it_is_missing(
     source: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install .nextpt.harness"):
+    with pytest.raises(DataError, match=r"pip install .nextpt.harness"):
         run_harness(source, ["lambada_openai"])
 
 

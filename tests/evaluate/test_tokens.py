@@ -1,7 +1,4 @@
-"""Figures of single tokens are those of the whole distribution.
-
-Calibration counts by definition.
-"""
+"""Scores of single tokens are those of the whole distribution; calibration counts by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from nextpt.evaluate.tokens import next_tokens, score_tokens
 from tests.support.models import POSITIONS, decoder, our_logits, some_tokens
 
 
-def test_figures_are_those_of_the_whole_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_the_whole_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = decoder()
     document = some_tokens(96, 30)[0]
     probabilities = our_logits(model, document[None])[0].double().softmax(-1)

@@ -1,7 +1,4 @@
-"""Generated tokens are those of the model on the whole text, in any batch.
-
-stopping, seeds, the end of the positions.
-"""
+"""Generated tokens are the model's on the whole text, in any batch; beam search; prompt files."""
 
 from __future__ import annotations
 
@@ -53,13 +50,13 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return model, tokenizer
 
 
-def run(setup: Setup, prompts: list[str], **wanted: Any) -> list[Continuation]:
+def run(setup: Setup, prompts: list[str], **config: Any) -> list[Continuation]:
     tokens = [prompt_tokens(*setup, prompt) for prompt in prompts]
-    return list(generate(*setup, tokens, GenerationConfig(**{"max_tokens": 12} | wanted)))
+    return list(generate(*setup, tokens, GenerationConfig(**{"max_tokens": 12} | config)))
 
 
 def training_logprobs(setup: Setup, prompt: str, found: Continuation) -> torch.Tensor:
-    """Of the tokens of a continuation, by the forward pass and the loss of training over the whole text."""
+    """Log-probabilities of a continuation by one training pass over the whole text."""
     model, tokenizer = setup
     text = torch.tensor([tokenizer.start_id, *tokenizer.encode(prompt).tolist(), *found.tokens])
     with torch.no_grad():
@@ -135,7 +132,7 @@ def test_ends_at_the_end_of_the_document_and_of_the_positions(
 def test_each_row_reaches_the_end_of_its_own_positions(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside a long prompt a short one goes on in columns that are more than the model has positions."""
+    """Beside a long prompt a short one uses more columns than the model has positions."""
     monkeypatch.setattr(setup[1], "end_id", -1)
     prompts = ["", "def f(x):\n    if x > 10:\n        return x", "a"]
     found = run(setup, prompts, sampling=Sampling(seed=2), max_tokens=1000)
@@ -150,23 +147,23 @@ def test_each_row_reaches_the_end_of_its_own_positions(
     assert len(found[0].tokens) - len(found[1].tokens) > 5
 
 
-def test_a_prompt_without_room_is_told(setup: Setup) -> None:
+def test_a_prompt_without_room_is_refused(setup: Setup) -> None:
     with pytest.raises(UserError, match=f"line 7 has .* positions end at {POSITIONS}: shorten it"):
         prompt_tokens(*setup, "word " * 200, "line 7")
 
 
 def test_stop_strings_across_tokens(setup: Setup) -> None:
     """Cut out of what comes anyway, so that it begins and ends inside tokens."""
-    heard: list[str] = []
+    pieces: list[str] = []
     [whole] = run(setup, ["The"], sampling=Sampling(seed=8), max_tokens=30)
     middle = len(whole.text) // 2
     stop = whole.text[middle : middle + 5]
     tokens = [prompt_tokens(*setup, "The")]
-    wanted = GenerationConfig(Sampling(seed=8), max_tokens=30, stop=("nowhere to be found", stop))
-    [found] = generate(*setup, tokens, wanted, lambda prompt, sample, piece: heard.append(piece))
+    config = GenerationConfig(Sampling(seed=8), max_tokens=30, stop=("nowhere to be found", stop))
+    [found] = generate(*setup, tokens, config, lambda prompt, sample, piece: pieces.append(piece))
     assert found.finish_reason is FinishReason.STOP and found.text == whole.text[
         : whole.text.index(stop)
-    ] == "".join(heard)
+    ] == "".join(pieces)
     assert found.tokens == whole.tokens[: len(found.tokens)] and len(found.tokens) < 30
     [begun] = generate(
         *setup,
@@ -267,7 +264,7 @@ def test_one_beam_is_greedy_and_more_are_no_worse(setup: Setup) -> None:
         beam_search(*setup, tokens, GenerationConfig(samples=7), BeamSearchConfig(6))
 
 
-def test_rows_that_are_taken_go_on_as_their_own_texts(setup: Setup) -> None:
+def test_taken_rows_continue_as_their_own_texts(setup: Setup) -> None:
     """Also twice the same row, as beams do."""
     model, _ = setup
     decoding = DecodingBatch(model, [[1, 2, 3, 4], [5], [6, 7]], 8)
@@ -286,7 +283,7 @@ def test_rows_that_are_taken_go_on_as_their_own_texts(setup: Setup) -> None:
 @pytest.mark.parametrize(
     "bad", [{"max_tokens": 0}, {"samples": 0}, {"batch_size": 0}, {"stop": ("a", "")}]
 )
-def test_bad_wishes_are_named(bad: dict[str, Any]) -> None:
+def test_bad_generation_configs_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         GenerationConfig(**bad)
 

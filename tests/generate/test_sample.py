@@ -1,4 +1,4 @@
-"""What the next token is drawn from, by definition, and that it is drawn so often."""
+"""Sampling: the distribution by its definition, and the frequencies of draws from it."""
 
 from __future__ import annotations
 

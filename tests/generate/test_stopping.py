@@ -1,7 +1,4 @@
-"""Text comes out piece by piece, whatever the tokenizer.
-
-Joined it is the text of all tokens, up to a stop string.
-"""
+"""Incremental detokenization for every tokenizer, and no part of a stop string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder: counts by formula, causality through the whole stack, initialisation, cache, rotary positions."""
+"""Decoder: counts by formula, causality, initialisation, key-value cache, rotary positions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_flops_by_formula_are_those_of_the_matrix_products(shape: str) -> None:
 def test_output_does_not_depend_on_later_tokens_or_other_documents(
     shape: str, attention: str
 ) -> None:
-    config, model = build(**SHAPES[shape], attention=attention)
+    _, model = build(**SHAPES[shape], attention=attention)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 96, (1, 20), generator=generator)
     ids = torch.tensor([[0] * 8 + [1] * 12], dtype=torch.int32)
@@ -90,7 +90,7 @@ def test_output_does_not_depend_on_later_tokens_or_other_documents(
 
 
 def test_gradient_of_an_output_stays_in_its_past() -> None:
-    config, model = build()
+    _, model = build()
     embedded = torch.randn(1, 12, 32, requires_grad=True)
     ids = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
     positions = torch.arange(12).unsqueeze(0)
@@ -134,7 +134,7 @@ def test_capped_logits_are_those_of_the_loss() -> None:
 
 
 def test_cache_gives_the_same_logits_as_the_whole_text() -> None:
-    config, model = build()
+    _, model = build()
     model.eval()
     tokens = torch.randint(0, 96, (1, 15), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(15).unsqueeze(0)

@@ -44,4 +44,6 @@ def test_coefficients_multiply_auxiliary_losses_and_their_gradients() -> None:
         batch = batch_of(population()[:4])
         square = model(batch.tokens, batch.position_ids).auxiliary_losses["square"]
     assert float(summed.auxiliary_losses["square"]) == pytest.approx(3 * float(square) / 2)
-    assert float((summed.total - loss.total).detach()) == pytest.approx(3 * float(square) / 2, rel=1e-4)
+    assert float((summed.total - loss.total).detach()) == pytest.approx(
+        3 * float(square) / 2, rel=1e-4
+    )

@@ -99,11 +99,12 @@ def read_canaries(folder: Path) -> list[Canary]:
             f"{path} cannot be read ({error}); expected what `nextpt memorization plant {folder}`"
             " writes"
         ) from None
-    if not any(c.repeats == 0 for c in canaries) or not any(c.repeats for c in canaries):
-        raise DataError(
-            f"{path} holds no {'control' if any(c.repeats for c in canaries) else 'canary'}; both are"
-            " needed to compare"
-        )
+    for kind, count in (
+        ("canary", sum(c.repeats > 0 for c in canaries)),
+        ("control", sum(c.repeats == 0 for c in canaries)),
+    ):
+        if not count:
+            raise DataError(f"{path} holds no {kind}; both are needed to compare")
     return canaries
 
 

@@ -1,4 +1,4 @@
-"""Memorization report: extraction by prefix length, training against held-out text, and canaries."""
+"""Memorization report: extraction by prefix length, on training and held-out text, and canaries."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def run_harness(
         batch_size: Requests per forward pass.
 
     Returns:
-        Task -> metric, as the harness names it (`acc,none`) -> "value" and its 95 % "interval", from
-        the harness's standard errors.
+        Task -> metric, as the harness names it (`acc,none`) -> "value" and its 95 % "interval",
+        from the harness's standard errors.
 
     Raises:
         DataError: lm_eval is not installed, a task is unknown, or its data cannot be had.

@@ -30,7 +30,7 @@ EXAMPLES = 4  # worked examples before a question
 COPIED = 5  # words that are copied
 REPEATED = 24  # random tokens that are repeated
 BEFORE, LETTERS = 1000, 4  # cloze: characters of text before the word, letters it has at least
-WORD = re.compile(r"(?<=\S) ([^\W\d_]{%d,})(?!\w)" % LETTERS)
+WORD = re.compile(rf"(?<=\S) ([^\W\d_]{{{LETTERS},}})(?!\w)")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""What a checkpoint costs: how long training stands still, how long until it is durable, what the hashes and the retention add.
+"""Benchmark of saves: stall of training, time until durable, hashing, verification, retention.
 
     python -m bench.checkpoint [--mib 512] [--rounds 5] [--folder DIR] [--json FILE]
 
-One rank, a state of so many MiB. Medians over the rounds. `copy` is a plain copy of the state into
-memory of its own, made in the same round: what a save in the background can at best hold training
-for. `work` is how much of its pace a loop of matrix products keeps while a save is written.
+One rank, a state of --mib MiB. Medians over the rounds. `copy` is a plain copy of the state, made
+in the same round: the shortest possible stall of an asynchronous save. `work kept` is the share of
+its pace that a loop of matrix products keeps while a save is written.
 """
 
 from __future__ import annotations
@@ -42,34 +42,38 @@ class State:
         }
 
     def fragments(self) -> Iterator[Fragment]:
+        """All matrices, whole."""
         for (name, kind), tensor in self.values.items():
             yield Fragment(name, kind, (ROWS, COLUMNS), 0, tensor.numel(), tensor)
 
     def scalars(self) -> dict[str, float]:
+        """None."""
         return {}
 
     def state_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Three kinds of state of every matrix."""
         return {name: dict.fromkeys(KINDS, (ROWS, COLUMNS)) for name, _ in self.values}
 
 
 def timed(action: Callable[[], object]) -> float:
-    begun = time.monotonic()
+    """Seconds that an action takes."""
+    start = time.monotonic()
     action()
-    return time.monotonic() - begun
+    return time.monotonic() - start
 
 
 def products(until: Callable[[], bool]) -> float:
     """Matrix products per second until `until` says so."""
-    matrix, done, begun = torch.randn(256, 256), 0, time.monotonic()
+    matrix, done, start = torch.randn(256, 256), 0, time.monotonic()
     while not until():
         matrix @ matrix
         done += 1
-    return done / (time.monotonic() - begun)
+    return done / (time.monotonic() - start)
 
 
 def one_round(folder: Path, state: State) -> dict[str, float]:
     """Seconds of each part, and the share of the pace that work keeps."""
-    found = {"copy": timed(lambda: [t.clone() for t in state.values.values()])}
+    seconds = {"copy": timed(lambda: [t.clone() for t in state.values.values()])}
     managers = {
         wait: CheckpointManager(
             folder, CheckpointSection(asynchronous=not wait, keep_last=2), RankGroup.world(), print
@@ -78,11 +82,11 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
     }
     managers[True].resume()
     saved = [managers[True].save(state, {"step": step}, {})[0] for step in (1, 2)]
-    found |= {"save": saved[1].seconds, "stall of a plain save": saved[1].stall_seconds}
-    found["hashing"] = sum(
+    seconds |= {"save": saved[1].seconds, "stall of a plain save": saved[1].stall_seconds}
+    seconds["hashing"] = sum(
         timed(lambda path=path: describe(path)) for path in saved[1].checkpoint.folder.iterdir()
     )
-    found["verify"] = timed(
+    seconds["verify"] = timed(
         lambda: verify_checkpoint(saved[1].checkpoint.folder, RankGroup.world())
     )
     end = time.monotonic() + 2
@@ -91,7 +95,7 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
     managers[False].save(state, {"step": 3}, {}, wait=False)
     done: list = []
     busy = products(lambda: bool(done.extend(managers[False].poll()) or done))
-    return found | {
+    return seconds | {
         "stall in the background": done[0].stall_seconds,
         "background save": done[0].seconds,
         "work kept": busy / free,
@@ -99,6 +103,7 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run the benchmark and print its medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer, convert
 from data_prep.tokenizer.adversarial import adversarial_texts
-from nextpt.base.errors import CheckpointError
+from nextpt.base.errors import CheckpointError, DataPrepError
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config
 from nextpt.exchange import export_deepspeed, export_hf, load_hf
@@ -447,6 +447,6 @@ def test_bad_requests_are_named(tmp_path: Path, tokenizer_file: Path) -> None:
     checkpoint = checkpoint_of(*decoder(), tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="--dtype fp8 is not known; use one of fp32, bf16"):
         export_hf(checkpoint, tokenizer_file, tmp_path / "hf", dtype="fp8")
-    with pytest.raises(CheckpointError, match=r"tokenizer .*none.json does not exist"):
+    with pytest.raises(DataPrepError, match=r"tokenizer .*none.json does not exist"):
         export_hf(checkpoint, tmp_path / "none.json", tmp_path / "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]

@@ -57,7 +57,8 @@ class MirroredJob:
         self.events += self.mirror.drain_events()
         return left
 
-    def told(self, status: str) -> list[int]:
+    def steps_with(self, status: str) -> list[int]:
+        """Steps of the events of this status so far."""
         self.events += self.mirror.drain_events()
         return [event.step for event in self.events if event.status == status]
 

@@ -89,7 +89,7 @@ def _print_inspection(inspection: Inspection, top: int) -> None:
     echo(f"next token: {following}")
     echo(
         f"expected calibration error {inspection.calibration.top.expected_error:.3f} over"
-        f" {inspection.calibration.places:,} positions of {inspection.calibrated_on}"
+        f" {inspection.calibration.positions:,} positions of {inspection.calibrated_on}"
     )
 
 

@@ -81,7 +81,7 @@ class Calibration:
     """Both curves over the positions that were added."""
 
     def __init__(self) -> None:
-        self.places = 0
+        self.positions = 0
         self.top, self.every = Reliability(TOP_BINS), Reliability(EVERY_BINS)
 
     def add(self, logprobs_NV: Tensor, targets_N: Tensor) -> None:
@@ -93,7 +93,7 @@ class Calibration:
         """
         probabilities = logprobs_NV.exp().clamp(max=1.0)
         top, best = probabilities.max(-1)
-        self.places += len(targets_N)
+        self.positions += len(targets_N)
         self.top.add(top, top[best == targets_N])
         self.every.add(
             probabilities.flatten(), probabilities.gather(1, targets_N.unsqueeze(1)).squeeze(1)
@@ -102,7 +102,7 @@ class Calibration:
     def as_dict(self) -> dict[str, Any]:
         """Describe the curves for JSON; probabilities are shares of 1, intervals are of 95 %."""
         return {
-            "places": self.places,
+            "positions": self.positions,
             "confidence": CONFIDENCE,
             "expected_calibration_error": self.top.expected_error,
             "top": self.top.bins(),

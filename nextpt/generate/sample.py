@@ -79,13 +79,13 @@ def distribution(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None =
     scaled = scaled - scaled.amax(-1, keepdim=True)
     probabilities = (scaled / sampling.temperature).softmax(-1)
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
-        values, places = probabilities.topk(sampling.top_k)
-        probabilities = _renormalised(torch.zeros_like(probabilities).scatter(-1, places, values))
+        values, indices = probabilities.topk(sampling.top_k)
+        probabilities = _renormalised(torch.zeros_like(probabilities).scatter(-1, indices, values))
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, places = probabilities.sort(descending=True, stable=True)
+        ordered, indices = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         kept = torch.where(before < sampling.top_p, ordered, 0.0)
-        probabilities = _renormalised(torch.zeros_like(probabilities).scatter(-1, places, kept))
+        probabilities = _renormalised(torch.zeros_like(probabilities).scatter(-1, indices, kept))
     if sampling.min_p:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = _renormalised(torch.where(probabilities >= least, probabilities, 0.0))

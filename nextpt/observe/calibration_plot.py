@@ -39,7 +39,7 @@ def plot_calibration(found: dict[str, Any], of: str) -> Picture:
             fontsize=10,
         )
         right.set_title("All tokens", loc="left", fontsize=10)
-        title = f"Calibration on {of}, {found['places']:,} places"
+        title = f"Calibration on {of}, {found['positions']:,} positions"
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     points = "; ".join(f"{b['predicted']:.3f} came {b['observed']:.3f}" for b in found["top"])
     return finish(figure, title, f"{title}. Most probable token, predicted and observed: {points}")

@@ -114,7 +114,7 @@ def inspect_text(
             if len(encoded) > 1:
                 score_tokens(model, encoded, window=window, stride=stride, calibration=calibration)
             progress(f"{domain}, held out", number / len(texts))
-    if not calibration.places:
+    if not calibration.positions:
         raise DataError(f"the held-out documents of {opened.data} hold no text to calibrate on")
     entropy, ids, nats = next_tokens(model, document, window=window)
     following = {

@@ -105,7 +105,7 @@ def test_every_token_of_the_vocabulary_counts_once() -> None:
     every, top = calibration.as_dict()["every"], calibration.as_dict()["top"]
     assert (
         sum(b["count"] for b in every) == 30 * 50
-        and sum(b["count"] for b in top) == calibration.places == 30
+        and sum(b["count"] for b in top) == calibration.positions == 30
     )
     assert sum(b["count"] * b["observed"] for b in every) == pytest.approx(30)
     assert (TOP_BINS[0], TOP_BINS[-1], EVERY_BINS[0], EVERY_BINS[-1]) == (0, 1, 0, 1) and len(

@@ -39,7 +39,7 @@ def test_a_file_is_inspected(run: Path, tmp_path: Path) -> None:
         sum(t["nats"] for t in found["tokens"]) / len(found["tokens"])
     )
     assert (
-        found["calibration"]["places"] == len(found["tokens"])
+        found["calibration"]["positions"] == len(found["tokens"])
         and len(found["following"]["alternatives"]) == 8
     )
     assert (
@@ -63,7 +63,7 @@ def test_calibration_on_held_out_documents(
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert found["source"] == "the prompt" and found["calibrated_on"] == "held-out documents"
-    assert found["calibration"]["places"] > len(found["tokens"])
+    assert found["calibration"]["positions"] > len(found["tokens"])
     (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text('{"text": ""}\n')
     assert (
         "the held-out documents of none hold no text"

@@ -87,9 +87,10 @@ def print_help(words: list[str]) -> bool:
     command = typer.main.get_command(app)
     context = typer.Context(command, info_name="nextpt")
     for word in words:
-        command = getattr(command, "commands", {}).get(word)
-        if command is None:
+        commands = getattr(command, "commands", {})
+        if word not in commands:
             return False
+        command = commands[word]
         context = typer.Context(command, info_name=word, parent=context)
     if text := command.get_help(context):
         print(text)

@@ -1,4 +1,4 @@
-"""The whole path on this CPU: corpus, shards, training, resume, evaluation, samples, report.
+"""Demo: corpus, shards, training, resume, evaluation, samples and report on this CPU.
 
 `make demo` runs it.
 """
@@ -53,11 +53,11 @@ STAGES = (
 
 
 def main() -> None:
-    """Run all stages; raises UserError at the first that fails."""
+    """Run all stages. Raises UserError at the first that fails."""
     # The demo is the same everywhere, and shows the CPU path
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config = load_config(CONFIG)
-    tell_what_is_there(config)
+    print_earlier_run(config)
     stage(1)
     corpus = Path(config.data.path).parent / "corpus"
     with console.status("reading sources"):
@@ -94,51 +94,58 @@ def main() -> None:
 
 
 def stage(number: int) -> None:
+    """Print the heading of a stage."""
     echo(f"\n=== {number}/{len(STAGES)}  {STAGES[number - 1]}")
 
 
-def tell_what_is_there(config: Config) -> None:
-    """What an earlier demo left, what becomes of it, and how to start afresh."""
-    found = steps(config.run_dir / "checkpoints")
-    if not found:
+def print_earlier_run(config: Config) -> None:
+    """Print what an earlier demo left, how it is used, and how to start again."""
+    saved = steps(config.run_dir / "checkpoints")
+    if not saved:
         return
-    if found[0] >= config.last_step:
+    if saved[0] >= config.last_step:
         echo(
-            f"The run {config.run_dir} is there and complete (step {found[0]}): it is not trained"
+            f"The run {config.run_dir} exists and is complete (step {saved[0]}): it is not trained"
             " again, but checked, evaluated and sampled again."
         )
     else:
         echo(
-            f"The run {config.run_dir} is there up to step {found[0]} of {config.last_step}:"
+            f"The run {config.run_dir} exists up to step {saved[0]} of {config.last_step}:"
             " training resumes from it."
         )
-    echo(f"To start afresh: {start_afresh(config)}")
+    echo(f"To start again from nothing: {start_afresh(config)}")
 
 
 def start_afresh(config: Config) -> str:
+    """Return the command that removes everything and runs the demo again."""
     return f"rm -r {config.run_dir} {Path(config.data.path).parent} && make demo"
 
 
 def train(config: Config, *overrides: str) -> None:
+    """Train the demo's run. Raises UserError where training fails."""
     started = time.monotonic()
     code = start_training(str(CONFIG), list(overrides), ranks=RANKS)
     if code:
         raise UserError(
-            f"training ended with exit code {code}; the message is above. When that is mended, make"
-            " demo goes on"
+            f"training ended with exit code {code}; see the message above. When that is fixed, make"
+            " demo continues"
         )
     if not overrides:
         echo(f"took {(time.monotonic() - started) / 60:.1f} minutes with start-up")
 
 
 def prove_resume(config: Config) -> int:
-    """Continue from the middle checkpoint in a copy of the run and compare every logged loss, bit by bit.
+    """Resume from the middle checkpoint in a copy of the run and compare every logged loss.
 
-    Returns how many losses were identical; raises UserError when one was not.
+    Returns:
+        The number of bit-identical losses.
+
+    Raises:
+        UserError: A loss differs.
     """
     run, copy = config.run_dir, config.run_dir.with_name(config.run_dir.name + "-resumed")
     middle = next(
-        s for s in sorted(steps(run / "checkpoints")) if s >= config.checkpoint.every_steps
+        s for s in sorted(steps(run / "checkpoints")) if s >= (config.checkpoint.every_steps or 0)
     )
     stop = min(middle + RESUMED_STEPS, config.last_step)
     shutil.rmtree(copy, ignore_errors=True)
@@ -170,7 +177,7 @@ def prove_resume(config: Config) -> int:
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Figures beside the compressors'; raises UserError when the model is worse than zlib."""
+    """Evaluate beside compressors. Raises UserError when the model is worse than zlib."""
     protocol = EvaluationProtocol(
         stride=config.max_position // STRIDES_PER_WINDOW, compressors=True
     )
@@ -202,6 +209,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def sample(config: Config) -> None:
+    """Print one continuation of each prompt and save them for the report."""
     loaded = open_model(config.run_dir)
     model, tokenizer, step = loaded.decoder, loaded.tokenizer, loaded.step
     sampling = Sampling(0.7, top_p=0.95, seed=1)
@@ -221,7 +229,7 @@ def sample(config: Config) -> None:
 
 
 def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> None:
-    """The last table: what was learned, and what to do next."""
+    """Print the last table and commands to try next."""
     record = read_runs([config.run_dir])[0]
     table = Table(
         title="what was learned, in bits per byte of held-out text",
@@ -265,6 +273,6 @@ def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> 
         ),
         ("compare the two", f".venv/bin/nextpt report {config.run_dir} runs/wide"),
         ("use your own text", ".venv/bin/nextpt prep shards --help"),
-        ("start afresh", start_afresh(config)),
+        ("start again", start_afresh(config)),
     ):
         echo(f"  {text:<18} {command}")

@@ -26,7 +26,7 @@ from nextpt.base.processes import command_line, exit_with_ancestors, parent_pid 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LINGER_SECONDS = 3.0
 EXIT_INTERRUPTED = 130
-EPILOG = """example: deepspeed --num_gpus 8 launcher/run.py --config configs/124m.yaml train.steps=10
+EPILOG = """example: deepspeed --num_gpus 8 launcher/run.py --config configs/124m.yaml train.steps=9
 
 exit codes: 0 finished; 1 crashed; 2 user error; 4 another job uses the run folder; 65 no valid
 checkpoint among those that exist; 75 stopped by SIGTERM or SIGUSR1, the same command resumes; 76 a

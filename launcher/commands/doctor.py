@@ -43,7 +43,7 @@ def doctor(
         print(json.dumps(result, indent=1))
     else:
         for finding in findings:
-            echo_finding(finding.subject, finding.status, finding.found, finding.advice)
+            echo_finding(finding.subject, finding.status, finding.observed, finding.advice)
         echo(f"\n{problems} problems, {warnings} warnings")
     sys.exit(1 if problems else 0)
 

@@ -69,7 +69,9 @@ class EvaluationInputs:
 
         open_run(self.path)  # raises where the run has no valid checkpoint
         valid, *_ = list_checkpoints(self.path / "checkpoints")
-        return list(sorted({step_of(checkpoint.folder) for checkpoint in valid}))
+        steps: list[int | None] = []
+        steps += sorted({step_of(checkpoint.folder) for checkpoint in valid})
+        return steps
 
     def open(
         self, step: int | None, *, decoder_only: bool = False

@@ -177,8 +177,8 @@ class Generation:
             _write("\n" if streams else text + continuation.text + "\n")
             if self.is_single and continuation.finish_reason is FinishReason.CONTEXT:
                 print(
-                    f"note: {_describe(continuation.finish_reason)} ({self.source.model.max_position}"
-                    " tokens, including the prompt)",
+                    f"note: {_describe(continuation.finish_reason)}"
+                    f" ({self.source.model.max_position} tokens, including the prompt)",
                     file=sys.stderr,
                 )
 

@@ -108,8 +108,8 @@ def _print_most_surprising(inspection: Inspection, top: int) -> None:
         padding=(0, 1, 0, 0),
     )
     for heading in HEADINGS:
-        justify = "left" if heading in LEFT_ALIGNED else "right"
-        table.add_column(heading, justify=justify, no_wrap=True)
+        is_left = heading in LEFT_ALIGNED
+        table.add_column(heading, justify="left" if is_left else "right", no_wrap=True)
     for position, token in inspection.most_surprising(top):
         context = inspection.tokens[max(position - CONTEXT_TOKENS, 0) : position - 1]
         before = "".join(t["text"] for t in context)[-CONTEXT_CHARACTERS:]

@@ -129,7 +129,7 @@ def _write_scripts(
         **paths,
     )
     target = SCRIPT.format(
-        title=f"The prediction of the target of {ladder_file.name}, and the target, after all rungs.",
+        title=f"The prediction for {ladder_file.name} and its target, after all rungs.",
         logs=scripts_folder / "%j.log",
         options=options,
         arguments=arguments,

@@ -204,7 +204,10 @@ def register(app: typer.Typer) -> None:
         group,
         "train",
         tokenizer_train,
-        example="nextpt tokenizer train code=data/code.jsonl data/prose --vocab-size 32768 --output tokenizer.json",
+        example=(
+            "nextpt tokenizer train code=data/code.jsonl data/prose --vocab-size 32768"
+            " --output tokenizer.json"
+        ),
     )
     add_command(
         group,

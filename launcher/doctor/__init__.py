@@ -1,4 +1,4 @@
-"""`nextpt doctor`: what this machine has, and what to do about each lack."""
+"""Checks of `nextpt doctor`: libraries, machine, leftovers of killed processes."""
 
 from launcher.doctor.finding import Finding, Status
 from launcher.doctor.rounds import examine

@@ -1,4 +1,4 @@
-"""What the doctor says of one thing."""
+"""Findings of the doctor: one subject, its status, and a fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """ok: as it should be. note: worth knowing. warning: will hurt some runs. problem: training does not work."""
+    """Status of a finding: ok, worth knowing, a risk for some runs, or training does not work."""
 
     OK = "ok"
     NOTE = "note"
@@ -17,25 +17,36 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """subject: what was looked at. found: what is there. advice: what to do, for all but what is well."""
+    """One finding.
+
+    Attributes:
+        subject: What was checked.
+        status: Its status.
+        observed: What the check observed.
+        advice: The fix; empty for the status ok.
+    """
 
     subject: str
     status: Status
-    found: str
+    observed: str
     advice: str = ""
 
 
-def ok(subject: str, found: str) -> Finding:
-    return Finding(subject, Status.OK, found)
+def ok(subject: str, observed: str) -> Finding:
+    """Return a finding that needs nothing."""
+    return Finding(subject, Status.OK, observed)
 
 
-def note(subject: str, found: str, advice: str = "") -> Finding:
-    return Finding(subject, Status.NOTE, found, advice)
+def note(subject: str, observed: str, advice: str = "") -> Finding:
+    """Return a finding worth knowing."""
+    return Finding(subject, Status.NOTE, observed, advice)
 
 
-def warning(subject: str, found: str, advice: str) -> Finding:
-    return Finding(subject, Status.WARNING, found, advice)
+def warning(subject: str, observed: str, advice: str) -> Finding:
+    """Return a finding that is a risk for some runs."""
+    return Finding(subject, Status.WARNING, observed, advice)
 
 
-def problem(subject: str, found: str, advice: str) -> Finding:
-    return Finding(subject, Status.PROBLEM, found, advice)
+def problem(subject: str, observed: str, advice: str) -> Finding:
+    """Return a finding with which training does not work."""
+    return Finding(subject, Status.PROBLEM, observed, advice)

@@ -1,4 +1,4 @@
-"""What killed processes leave: locks on which others wait for ever, and shared memory that nobody frees."""
+"""Leftovers of killed processes: stale locks of compilations, unused shared memory."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 from launcher.doctor.finding import Finding, ok, warning
 from nextpt.base.processes import mapped_files, open_files
 
-YOUNG = 30.0  # seconds: a file that someone may be about to open
+MIN_AGE = 30.0  # seconds; a younger file may be about to be opened
 
 
 def examine_leftovers() -> list[Finding]:
+    """Run all checks of this module."""
     return [extension_locks(), stale_shared_memory()]
 
 
 def extensions_folder() -> Path:
-    """Where torch compiles extensions (torch.utils.cpp_extension.get_default_build_root)."""
+    """Return the folder in which torch compiles extensions.
+
+    See torch.utils.cpp_extension.get_default_build_root.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
 
 
 def extension_locks(root: Path | None = None) -> Finding:
-    """A compilation holds an open file named `lock`.
-
-    One that nobody has open was left by a killed process.
-    """
+    """Check for locks of compilations that no process has open: a killed process left them."""
     root = root or extensions_folder()
     locks = list(root.rglob("lock")) if root.is_dir() else []
     held = set(open_files()) if locks else set()
@@ -35,8 +36,8 @@ def extension_locks(root: Path | None = None) -> Finding:
         return warning(
             "extension locks",
             f"{len(stale)} left by killed compilations: {', '.join(map(str, stale[:3]))}",
-            f"rm {' '.join(map(str, stale))}: whatever compiles the same extension waits for ever"
-            " otherwise (nextpt compiles none)",
+            f"rm {' '.join(map(str, stale))}: otherwise every compilation of the same extension"
+            " hangs (nextpt compiles none)",
         )
     return ok(
         "extension locks", f"none stale in {root}" + (f", {len(locks)} in use" if locks else "")
@@ -44,7 +45,7 @@ def extension_locks(root: Path | None = None) -> Finding:
 
 
 def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
-    """This user's files in shared memory that no process has open or mapped."""
+    """Check for this user's files in shared memory that no process has open or mapped."""
     mine = (
         [f for f in root.iterdir() if f.is_file() and f.stat().st_uid == os.getuid()]
         if root.is_dir()
@@ -52,7 +53,7 @@ def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
     )
     used = set(open_files()) | set(mapped_files()) if mine else set()
     now = time.time()
-    stale = [f for f in mine if str(f) not in used and now - f.stat().st_mtime > YOUNG]
+    stale = [f for f in mine if str(f) not in used and now - f.stat().st_mtime > MIN_AGE]
     if not stale:
         return ok(
             "stale shared memory",
@@ -63,6 +64,6 @@ def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
     return warning(
         "stale shared memory",
         f"{len(stale)} files, {size / 2**20:.1f} MiB, that no process uses: {names}",
-        "remove them when no job of yours starts at this moment: they hold memory until the machine"
+        "remove them while none of your jobs is starting: they use memory until the machine"
         " restarts",
     )

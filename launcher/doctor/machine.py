@@ -1,4 +1,4 @@
-"""Memory, disks, limits, ports and names of this machine."""
+"""Checks of the machine: memory, disks, limits, ports, names, environment variables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from launcher.doctor.finding import Finding, note, ok, problem, warning
 
 GIB = 2**30
 # A checkpoint of the demo; one of a 1.3B model is 16 GiB
-LEAST_DISK, LITTLE_DISK = 1 * GIB, 10 * GIB
-LITTLE_MEMORY = 4 * GIB  # torch, deepspeed and a small model on two ranks take about two
-LITTLE_SHM = 1 * GIB  # Docker gives 64 MiB; NCCL and streaming need more
-FEW_FILES = 4096  # shards, sockets of all ranks and libraries; 1024 is a common default
-# Variables that change how ranks meet and compute.
+MIN_DISK, LOW_DISK = 1 * GIB, 10 * GIB
+LOW_MEMORY = 4 * GIB  # torch, deepspeed and a small model on two ranks take about two
+LOW_SHM = 1 * GIB  # Docker gives 64 MiB; NCCL and streaming need more
+MIN_FILES = 4096  # shards, sockets of all ranks and libraries; 1024 is a common default
+# Variables that affect the rendezvous of the ranks or the computation.
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -33,7 +33,12 @@ PREFIXES = ("NCCL_", "GLOO_", "DS_", "UCX_", "TORCH_NCCL_", "PYTORCH_")
 
 
 def examine_machine(folder: Path, port: int) -> list[Finding]:
-    """folder: where runs are written. port: where ranks of `deepspeed` meet unless told otherwise."""
+    """Run all checks of this module.
+
+    Args:
+        folder: Folder that runs are written to.
+        port: Port of deepspeed's rendezvous, unless another is given.
+    """
     return [
         processor(),
         memory(),
@@ -48,6 +53,7 @@ def examine_machine(folder: Path, port: int) -> list[Finding]:
 
 
 def processor() -> Finding:
+    """Check cores and vector instructions."""
     try:
         flags = next(
             (
@@ -76,18 +82,19 @@ def processor() -> Finding:
 
 
 def memory() -> Finding:
+    """Check the free memory of the host or of the container."""
     host = psutil.virtual_memory()
     available, total, source = host.available, host.total, "host"
     if (limit := _cgroup_limit()) and limit < total:
         total, source = limit, "container limit"
         available = min(available, limit - _cgroup_used())
     text = f"{available / GIB:.1f} GiB of {total / GIB:.1f} GiB free ({source})"
-    if available < LITTLE_MEMORY:
+    if available < LOW_MEMORY:
         return warning(
             "memory",
             text,
-            f"ranks of a CPU run need about 1 GiB each; free some, below {LITTLE_MEMORY / GIB:.0f}"
-            " GiB they are killed",
+            f"ranks of a CPU run need about 1 GiB each; free some, below {LOW_MEMORY / GIB:.0f}"
+            " GiB they may be killed",
         )
     return ok("memory", text)
 
@@ -114,8 +121,8 @@ def _number(path: str) -> int | None:
 
 
 def disks(folder: Path) -> list[Finding]:
-    """Free space where runs and temporary files go, each disk once."""
-    found, seen = [], set()
+    """Check the free space for runs and temporary files, each disk once."""
+    findings, seen = [], set()
     for use, path in (
         ("runs", folder.absolute()),
         ("temporary files", Path(tempfile.gettempdir())),
@@ -128,19 +135,19 @@ def disks(folder: Path) -> list[Finding]:
         free = shutil.disk_usage(path).free
         subject, text = f"disk for {use}", f"{free / GIB:.1f} GiB free at {path}"
         if not os.access(path, os.W_OK):
-            found.append(
+            findings.append(
                 problem(
                     subject,
                     f"{path} is not writable",
                     "give another folder with run.dir, or change its permissions",
                 )
             )
-        elif free < LEAST_DISK:
-            found.append(
+        elif free < MIN_DISK:
+            findings.append(
                 problem(subject, text, "free some: a checkpoint holds 12 bytes per parameter")
             )
-        elif free < LITTLE_DISK:
-            found.append(
+        elif free < LOW_DISK:
+            findings.append(
                 warning(
                     subject,
                     text,
@@ -148,32 +155,34 @@ def disks(folder: Path) -> list[Finding]:
                 )
             )
         else:
-            found.append(ok(subject, text))
-    return found
+            findings.append(ok(subject, text))
+    return findings
 
 
 def shared_memory(path: Path = Path("/dev/shm")) -> Finding:
+    """Check the size of shared memory."""
     if not path.is_dir():
         return warning(
             "shared memory", f"{path} is missing", "mount it: mount -t tmpfs tmpfs /dev/shm"
         )
     size = shutil.disk_usage(path)
     text = f"{size.free / GIB:.1f} GiB of {size.total / GIB:.1f} GiB free at {path}"
-    if size.free < LITTLE_SHM:
+    if size.free < LOW_SHM:
         return warning(
             "shared memory",
             text,
-            "start the container with --shm-size=8g (or --ipc=host), or remove what is left there",
+            "start the container with --shm-size=8g (or --ipc=host), or remove leftovers",
         )
     return ok("shared memory", text)
 
 
 def limits() -> list[Finding]:
-    found = []
+    """Check the limits of open files, processes and locked memory."""
+    findings = []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = f"{_limit(soft)} (hard limit {_limit(hard)})"
-    if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
-        found.append(
+    if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
+        findings.append(
             warning(
                 "open files",
                 text,
@@ -182,10 +191,10 @@ def limits() -> list[Finding]:
             )
         )
     else:
-        found.append(ok("open files", text))
+        findings.append(ok("open files", text))
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
-        found.append(
+    if soft != resource.RLIM_INFINITY and soft < MIN_FILES:
+        findings.append(
             warning(
                 "processes and threads",
                 f"{_limit(soft)} (hard limit {_limit(hard)})",
@@ -195,7 +204,7 @@ def limits() -> list[Finding]:
     if any(Path("/sys/class/infiniband").glob("*")):
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         locked = "locked memory"
-        found.append(
+        findings.append(
             ok(locked, "unlimited")
             if soft == resource.RLIM_INFINITY
             else warning(
@@ -205,7 +214,7 @@ def limits() -> list[Finding]:
                 " file",
             )
         )
-    return found
+    return findings
 
 
 def _limit(value: int) -> str:
@@ -213,6 +222,7 @@ def _limit(value: int) -> str:
 
 
 def free_port(port: int) -> Finding:
+    """Check that a TCP port is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -222,13 +232,13 @@ def free_port(port: int) -> Finding:
                 f"port {port}",
                 f"not free ({error.strerror})",
                 "another job may be training: deepspeed --master_port 29501; "
-                "nextpt train takes a free one by itself",
+                "nextpt train uses a free port",
             )
-    return ok(f"port {port}", "free; deepspeed's ranks meet there unless told otherwise")
+    return ok(f"port {port}", "free; deepspeed's default for the rendezvous")
 
 
 def host_name() -> Finding:
-    """Gloo asks for the address of the own host name; where that fails, ranks cannot meet."""
+    """Check that the host name has an address: without one Gloo cannot connect ranks."""
     name = socket.gethostname()
     try:
         return ok("host name", f"{name} is {socket.gethostbyname(name)}")
@@ -241,8 +251,8 @@ def host_name() -> Finding:
 
 
 def deepspeed_env() -> list[Finding]:
-    """Deepspeed reads .deepspeed_env line by line: an empty line crashes it and a comment becomes an export."""
-    found = []
+    """Check the .deepspeed_env files: deepspeed fails on empty lines and exports comments."""
+    findings = []
     for folder in (Path.home(), Path.cwd()):
         path = folder / ".deepspeed_env"
         try:
@@ -255,7 +265,7 @@ def deepspeed_env() -> list[Finding]:
             if "=" not in line or line.lstrip().startswith("#")
         ]
         if bad:
-            found.append(
+            findings.append(
                 problem(
                     ".deepspeed_env",
                     f"{path}: line {', '.join(bad)} is not NAME=value",
@@ -263,16 +273,18 @@ def deepspeed_env() -> list[Finding]:
                 )
             )
         else:
-            found.append(note(".deepspeed_env", f"{path} is exported on every host"))
-    return found
+            findings.append(note(".deepspeed_env", f"{path} is exported on every host"))
+    return findings
 
 
 def variables() -> Finding:
-    there = [
+    """List the environment variables that affect training."""
+    assignments = [
         f"{name}={os.environ[name]}"
         for name in sorted(os.environ)
         if name in VARIABLES or name.startswith(PREFIXES)
     ]
     return note(
-        "environment", "; ".join(there) if there else "no variable that changes training is set"
+        "environment",
+        "; ".join(assignments) if assignments else "no variable that affects training is set",
     )

@@ -1,7 +1,7 @@
-"""Imports the heavy libraries, one after the other, and prints what they say as JSON.
+"""Import probe: imports the heavy libraries one by one and prints facts about each as JSON.
 
-Run as a child process (`python -m launcher.doctor.probe`): an import that crashes or hangs must not
-take the doctor along.
+It runs as a child process (`python -m launcher.doctor.probe`): an import that crashes or hangs does
+not end the doctor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 
 def torch_facts() -> dict[str, Any]:
+    """Return build and devices of torch."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -31,24 +32,28 @@ def torch_facts() -> dict[str, Any]:
         "hip_build": torch.version.hip,
         "cuda": cuda,
         "devices": devices,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "nccl": _nccl_version() if cuda else None,
         "gloo": torch.distributed.is_gloo_available(),
     }
 
 
-def deepspeed_facts() -> dict[str, Any]:
-    from nextpt.train import engine  # the one room that imports deepspeed, with its settings
+def _nccl_version() -> str:
+    import torch
 
-    ops = engine.deepspeed.ops
-    return {
-        "compatible": sorted(name for name, fits in ops.__compatible_ops__.items() if fits),
-        "prebuilt": sorted(
-            name for name, built in engine.deepspeed.git_version_info.installed_ops.items() if built
-        ),
-    }
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # torch has no types for it
+    return ".".join(map(str, version))
+
+
+def deepspeed_facts() -> dict[str, Any]:
+    """Return the compiled ops of DeepSpeed."""
+    from nextpt.train.deepspeed_api import op_names  # sets the environment that deepspeed needs
+
+    compatible, prebuilt = op_names()
+    return {"compatible": compatible, "prebuilt": prebuilt}
 
 
 def streaming_facts() -> dict[str, Any]:
+    """Import mosaicml-streaming."""
     from data_prep.streaming_compat import import_streaming
 
     import_streaming()
@@ -56,12 +61,14 @@ def streaming_facts() -> dict[str, Any]:
 
 
 def triton_facts() -> dict[str, Any]:
+    """Return the version of Triton."""
     import triton
 
     return {"version": triton.__version__}
 
 
 def kernels_facts() -> dict[str, Any]:
+    """Return which package `kernels` is imported."""
     import kernels
     import kernels.causality
 
@@ -81,13 +88,13 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """One line of JSON per library, so that what came before a crash is known."""
+    """Print one line of JSON per library, so that the libraries before a crash are known."""
     for name, facts in PROBES.items():
         try:
-            found = facts()
+            result = facts()
         except Exception as error:
-            found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-        print(json.dumps({"library": name} | found), flush=True)
+            result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        print(json.dumps({"library": name} | result), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All checks, one after the other."""
+"""All checks of the doctor."""
 
 from __future__ import annotations
 
@@ -11,5 +11,10 @@ from launcher.doctor.software import examine_software, probe
 
 
 def examine(folder: Path, port: int) -> list[Finding]:
-    """Everything the doctor has to say, software first. folder: where runs are written. port: where ranks meet."""
+    """Run all checks, software first.
+
+    Args:
+        folder: Folder that runs are written to.
+        port: Port of the rendezvous of the ranks.
+    """
     return [*examine_software(probe()), *examine_machine(folder, port), *examine_leftovers()]

@@ -1,4 +1,4 @@
-"""Versions, imports, the accelerator as torch sees it, and packages that get in each other's way."""
+"""Checks of the software: versions, imports, accelerator, conflicting packages, tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.doctor.finding import Finding, note, ok, problem, warning
 TESTED_PYTHONS = ((3, 11), (3, 12))
 PROBE_SECONDS = 180  # torch and deepspeed load in ten; a cold network disk takes minutes
 OUR_KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-# What starts ranks elsewhere, and what for; none is needed on one machine.
+# Programs that start ranks on other hosts, and their use; none is needed on one machine.
 TOOLS = {
     "ssh": "to start ranks on other hosts (deepspeed --hostfile)",
     "pdsh": (
@@ -31,7 +31,7 @@ TOOLS = {
 
 
 def examine_software(probed: dict[str, dict[str, Any]]) -> list[Finding]:
-    """probed: what `probe` found."""
+    """Run all checks of this module on the result of `probe`."""
     return [
         python(),
         *packages(),
@@ -44,33 +44,34 @@ def examine_software(probed: dict[str, dict[str, Any]]) -> list[Finding]:
 
 
 def probe() -> dict[str, dict[str, Any]]:
-    """Facts per library, from a child process.
+    """Return the facts about each library, from a child process.
 
-    A library after which nothing came has {"error": ...}.
+    A library whose import ended the process has {"error": ...}.
     """
-    # -P: as an installed command sees the packages, not as a shell in the checkout does.
+    # -P: packages as an installed command sees them, not as a shell in the checkout does.
     command = [sys.executable, "-P", "-m", "launcher.doctor.probe"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
-        out, end = done.stdout, f"the import ended the process (exit code {done.returncode})"
+        output, end = done.stdout, f"the import ended the process (exit code {done.returncode})"
     except subprocess.TimeoutExpired as error:
-        out = (error.stdout or b"").decode()
+        output = (error.stdout or b"").decode()
         end = f"the import did not end within {PROBE_SECONDS} s"
-    found = {}
-    for line in out.splitlines():
+    results: dict[str, dict[str, Any]] = {}
+    for line in output.splitlines():
         try:
             facts = json.loads(line)
-            found[facts.pop("library")] = facts
+            results[facts.pop("library")] = facts
         except (ValueError, KeyError, AttributeError):
-            continue  # a library's own chatter
+            continue  # output of a library
     for name in ("torch", "triton", "kernels", "streaming", "deepspeed"):
-        if name not in found:
-            found[name] = {"error": end}
+        if name not in results:
+            results[name] = {"error": end}
             break
-    return found
+    return results
 
 
 def python() -> Finding:
+    """Check the version of Python."""
     running = sys.version_info[:2]
     text = f"{platform.python_version()} at {sys.prefix}, {platform.system()} {platform.release()}"
     if running < TESTED_PYTHONS[0]:
@@ -81,13 +82,13 @@ def python() -> Finding:
         return warning(
             "python",
             text,
-            "tested are 3.11 and 3.12; on trouble: make setup PYTHON=/path/to/python3.12",
+            "3.11 and 3.12 are tested; in case of problems: make setup PYTHON=/path/to/python3.12",
         )
     return ok("python", text)
 
 
 def packages() -> list[Finding]:
-    """Installed versions against the ranges that this nextpt declares."""
+    """Compare installed versions with the ranges that nextpt declares."""
     try:
         declared = [Requirement(text) for text in requires("nextpt") or []]
     except PackageNotFoundError:
@@ -98,19 +99,19 @@ def packages() -> list[Finding]:
                 "run make setup, or pip install -e . in the checkout",
             )
         ]
-    found = [ok("nextpt", f"{version('nextpt')} at {OUR_KERNELS.parent}")]
+    findings = [ok("nextpt", f"{version('nextpt')} at {OUR_KERNELS.parent}")]
     for requirement in declared:
         optional = requirement.marker is not None and "extra" in str(requirement.marker)
         if (optional and requirement.name != "flash-attn") or (
             requirement.marker and not optional and not requirement.marker.evaluate()
         ):
             continue
-        found.append(_package(requirement, optional))
-    return found
+        findings.append(_package(requirement, optional))
+    return findings
 
 
 def _package(requirement: Requirement, optional: bool) -> Finding:
-    name, wanted = requirement.name, str(requirement.specifier)
+    name, expected = requirement.name, str(requirement.specifier)
     try:
         installed = version(name)
     except PackageNotFoundError:
@@ -121,18 +122,18 @@ def _package(requirement: Requirement, optional: bool) -> Finding:
                 "optional: pip install flash-attn on a GPU machine; attention falls back to"
                 " torch's",
             )
-        return problem(name, f"not installed; {wanted} is needed", "run make setup")
+        return problem(name, f"not installed; {expected} is needed", "run make setup")
     if not requirement.specifier.contains(installed, prereleases=True):
         return problem(
             name,
-            f"{installed}, outside {wanted}",
-            f"pip install '{name}{wanted}', or make setup in a new checkout",
+            f"{installed}, outside {expected}",
+            f"pip install '{name}{expected}', or make setup in a new checkout",
         )
-    return ok(name, f"{installed} ({wanted})")
+    return ok(name, f"{installed} ({expected})")
 
 
 def imports(probed: dict[str, dict[str, Any]]) -> list[Finding]:
-    """Libraries that are installed and still do not load."""
+    """Check for libraries that are installed and cannot be imported."""
     advice = {
         "streaming": (
             "torchvision of another torch build is the usual cause: pip uninstall torchvision;"
@@ -158,7 +159,7 @@ def imports(probed: dict[str, dict[str, Any]]) -> list[Finding]:
 
 
 def nvidia_smi() -> list[list[str]] | None:
-    """[name, driver, memory MiB, used MiB] per GPU as the driver tells.
+    """Return [name, driver, memory MiB, used MiB] per GPU, from the driver.
 
     None without a driver, [] when it fails.
     """
@@ -181,10 +182,10 @@ def nvidia_smi() -> list[list[str]] | None:
 
 
 def accelerator(torch: dict[str, Any], driver: list[list[str]] | None) -> Finding:
-    """GPUs as the driver and as torch see them."""
+    """Compare the GPUs of the driver with those of torch."""
     name = "accelerator"
     if "error" in torch or not torch:
-        return note(name, "unknown: torch does not load", "mend torch first")
+        return note(name, "unknown: torch cannot be imported", "fix torch first")
     if torch["devices"]:
         kinds = {
             f"{d['name']}, {d['memory'] / 2**30:.0f} GiB,"
@@ -207,7 +208,7 @@ def accelerator(torch: dict[str, Any], driver: list[list[str]] | None) -> Findin
         return ok(name, text)
     if driver is None:
         other = (
-            "; an AMD GPU's driver is here, which nextpt has never run on"
+            "; there is the driver of an AMD GPU, on which nextpt was never run"
             if Path("/dev/kfd").exists()
             else ""
         )
@@ -215,14 +216,14 @@ def accelerator(torch: dict[str, Any], driver: list[list[str]] | None) -> Findin
     if not driver:
         return problem(
             name,
-            "nvidia-smi is here and the driver does not answer",
+            "nvidia-smi exists and the driver does not answer",
             "reload or reinstall the NVIDIA driver; see dmesg",
         )
     if not torch["cuda_build"]:
         return problem(
             name,
             f"{driver[0][0]}, but this torch is a CPU build",
-            "rm -r .venv && make setup takes the CUDA build",
+            "rm -r .venv && make setup installs the CUDA build",
         )
     return problem(
         name,
@@ -234,26 +235,26 @@ def accelerator(torch: dict[str, Any], driver: list[list[str]] | None) -> Findin
 
 
 def ops(deepspeed: dict[str, Any]) -> list[Finding]:
-    """DeepSpeed's compiled ops: nextpt needs none, so none is ever compiled behind the person's back."""
+    """List the compiled ops of DeepSpeed; nextpt needs none, and compiles none."""
     if "compatible" not in deepspeed:
         return []
     listed = ", ".join(deepspeed["compatible"]) or "none"
     return [
         ok(
             "deepspeed ops",
-            f"none is needed; could be compiled here: {listed}; prebuilt:"
+            f"none is needed; could be compiled: {listed}; prebuilt:"
             f" {', '.join(deepspeed['prebuilt']) or 'none'}",
         )
     ]
 
 
 def kernels(facts: dict[str, Any]) -> Finding:
-    """Hugging Face's package `kernels` has the import name of ours."""
+    """Check that `import kernels` is ours, not the package of Hugging Face with that name."""
     name = "package kernels"
     try:
-        foreign = distribution("kernels")
+        hugging_face = distribution("kernels")
     except PackageNotFoundError:
-        foreign = None
+        hugging_face = None
     ours = facts.get("path") == str(OUR_KERNELS)
     if not ours:
         return problem(
@@ -261,23 +262,24 @@ def kernels(facts: dict[str, Any]) -> Finding:
             f"import kernels gives {facts.get('path', 'an error')}, not {OUR_KERNELS}",
             "pip uninstall kernels, or start from the root of the checkout",
         )
-    if foreign is not None:
+    if hugging_face is not None:
         return warning(
             name,
-            f"ours is found first, but Hugging Face's kernels {foreign.version} is installed too",
+            f"ours is imported, but Hugging Face's kernels {hugging_face.version} is installed too",
             "use one environment for each: pip uninstall kernels here, or transformers may call"
-            " ours for its own",
+            " ours instead of its own",
         )
     return ok(name, f"ours, {OUR_KERNELS}")
 
 
 def tools() -> list[Finding]:
-    there = [name for name in TOOLS if shutil.which(name)]
-    lacking = [f"{name} ({use})" for name, use in TOOLS.items() if name not in there]
+    """List the programs that start ranks on other hosts."""
+    installed = [name for name in TOOLS if shutil.which(name)]
+    lacking = [f"{name} ({use})" for name, use in TOOLS.items() if name not in installed]
     return [
         note(
             "tools",
-            f"found: {', '.join(there) or 'none'}"
+            f"found: {', '.join(installed) or 'none'}"
             + (f"; not found: {'; '.join(lacking)}" if lacking else ""),
         )
     ]

@@ -1,4 +1,4 @@
-"""Pictures of runs: matplotlib to SVG, each a data URI, so that a page needs no network and no other file."""
+"""Plots of runs for the report: matplotlib to SVG as data URIs, which need no other file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -18,13 +19,13 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from nextpt.observe.run_record import RunRecord
 
-# Okabe and Ito's palette: told apart with every common colour blindness, and in print.
+# Palette of Okabe and Ito: distinguishable with colour blindness and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MOST_POINTS = 1500  # of a line; more are thinned, keeping the extremes of every stretch
-NOISE_SHARE = 0.2  # of the run, that the noise scale is a mean over
-# Of the run, above which losses may leave the frame: the first steps would flatten all others
+MAX_POINTS = 1500  # of a line; longer ones are thinned, keeping the extremes of every part
+NOISE_SHARE = 0.2  # fraction of the run over which the noise scale is averaged
+# Fraction of the run whose losses may leave the axes: the first steps would flatten all others
 WARM_UP_SHARE = 0.05
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {  # keys are literal types of matplotlib
     "svg.hashsalt": "nextpt",
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",
@@ -39,8 +40,14 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One figure: uri for <img src>, alt for those who do not see it."""
+class Plot:
+    """One plot of a page.
+
+    Attributes:
+        title: Title.
+        uri: data URI of the SVG, for <img src>.
+        alt: Text for those who cannot see it.
+    """
 
     title: str
     uri: str
@@ -48,12 +55,13 @@ class Picture:
 
     @property
     def svg(self) -> bytes:
+        """The SVG file."""
         return base64.b64decode(self.uri.partition(",")[2])
 
 
-def pictures(runs: list[RunRecord]) -> list[Picture]:
-    """All pictures of a report, in reading order; those without data are left out."""
-    drawn = [
+def report_plots(runs: list[RunRecord]) -> list[Plot]:
+    """Return the plots of a report, in reading order; those without data are left out."""
+    plots = [
         *_losses(runs, "nats per token", "nats_per_token", "nats_per_token"),
         *_losses(runs, "bits per byte", "bpb", "bpb"),
         _compressors(runs),
@@ -75,7 +83,7 @@ def pictures(runs: list[RunRecord]) -> list[Picture]:
             from_zero=True,
             unit="",
         ),
-        _quantity(runs, "Waiting for data", "share of the time, %", _waiting, from_zero=True),
+        _quantity(runs, "Waiting for data", "fraction of the time, %", _waiting, from_zero=True),
         _quantity(
             runs,
             "Memory of the first rank",
@@ -87,26 +95,26 @@ def pictures(runs: list[RunRecord]) -> list[Picture]:
         ),
         _quantity(
             runs,
-            "Model FLOP utilisation",
-            "share of the peak, %",
+            "Model FLOPs utilization (MFU)",
+            "fraction of the peak, %",
             lambda e: math.nan if e.get("mfu") is None else 100 * e["mfu"],
             from_zero=True,
         ),
     ]
-    return [picture for picture in drawn if picture]
+    return [plot for plot in plots if plot]
 
 
 def _waiting(event: dict[str, Any]) -> float:
-    """Percent of the logged interval that rank 0 waited for its loader.
+    """Return the percentage of the logged interval in which rank 0 waited for its loader.
 
-    `interval_tokens` is put there by _series.
+    _series adds `interval_tokens`.
     """
     seconds = event["interval_tokens"] / event["tokens_per_second"]
     return 100 * event["data_wait_seconds"] / seconds if seconds else math.nan
 
 
-def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `most` points of a line: the smallest and largest of each stretch, so that no spike is lost."""
+def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Thin a line to about `most` points: the extremes of each part, so that no spike is lost."""
     if len(x) <= most:
         return x, y
     keep: set[int] = {0, len(x) - 1}
@@ -119,9 +127,9 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndar
 
 
 def running_mean(y: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Mean over a centred window of `share` of the line (at least 5 points).
+    """Return the mean over a centred window, a fraction `share` of the line, at least 5 points.
 
-    What is not finite is left out.
+    Values that are not finite are left out.
     """
     half = max(int(len(y) * share / 2), 2)
     finite = np.isfinite(y)
@@ -130,7 +138,8 @@ def running_mean(y: np.ndarray, share: float = 0.05) -> np.ndarray:
     low = np.maximum(np.arange(len(y)) - half, 0)
     high = np.minimum(np.arange(len(y)) + half + 1, len(y))
     n = counts[high] - counts[low]
-    return np.divide(sums[high] - sums[low], n, out=np.full(len(y), np.nan), where=n > 0)
+    means = np.divide(sums[high] - sums[low], n, out=np.full(len(y), np.nan), where=n > 0)
+    return np.asarray(means)
 
 
 def _series(
@@ -143,11 +152,8 @@ def _series(
     return np.array([e["tokens"] for e in run.train], dtype=float), np.array(values, dtype=float)
 
 
-def _losses(runs: list[RunRecord], unit: str, train_key: str, heldout_key: str) -> list[Picture]:
-    """Loss against tokens.
-
-    One run: one picture with a line per domain. Several: one picture per domain, a line per run.
-    """
+def _losses(runs: list[RunRecord], unit: str, train_key: str, heldout_key: str) -> list[Plot]:
+    """Plot loss against tokens: of one run a line per domain, of several a plot per domain."""
     domains = sorted(
         {d for run in runs for e in (*run.train, *run.validation) for d in e["domains"]}
     )
@@ -158,18 +164,26 @@ def _losses(runs: list[RunRecord], unit: str, train_key: str, heldout_key: str) 
             (f"Loss on {domain}, {unit}", [(run, domain, run.label) for run in runs])
             for domain in domains
         ]
-    drawn = [_loss(title, unit, lines, train_key, heldout_key) for title, lines in groups]
-    return [picture for picture in drawn if picture]
+    plots = [_loss(title, unit, lines, train_key, heldout_key) for title, lines in groups]
+    return [plot for plot in plots if plot]
 
 
 def _loss(
     title: str, unit: str, lines: list[tuple[RunRecord, str, str]], train_key: str, heldout_key: str
-) -> Picture | None:
-    """Training thin, held-out rows thick with marks. lines: (run, domain, name in the legend)."""
+) -> Plot | None:
+    """Plot training loss thin and validation loss thick, with markers.
+
+    Args:
+        title: Title.
+        unit: Label of the axis.
+        lines: Run, domain and name in the legend of each line.
+        train_key: Metric of training events.
+        heldout_key: Metric of validation events.
+    """
     figure, axes = _canvas()
     tops, parts = [], []
     for (run, domain, name), colour in zip(lines, itertools.cycle(COLOURS), strict=False):
-        x, y = _series(run, lambda e, d=domain: e["domains"].get(d, {}).get(train_key, math.nan))
+        x, y = _series(run, partial(_domain_metric, domain=domain, key=train_key))
         if not np.isfinite(y).any():
             continue
         if len({line[0].label for line in lines}) == 1:
@@ -192,9 +206,9 @@ def _loss(
                 linewidth=2.2,
                 marker="o",
                 markersize=5,
-                label=f"{name}, held out",
+                label=f"{name}, validation",
             )
-            parts.append(f"{name} ends at {held[-1][1]:.3f} on held-out rows")
+            parts.append(f"{name} ends at {held[-1][1]:.3f} on the validation split")
         tops.append(
             np.nanmax(np.where((x >= WARM_UP_SHARE * x[-1]) & np.isfinite(y), y, -math.inf))
         )
@@ -209,6 +223,14 @@ def _loss(
     return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
 
 
+def _domain_metric(event: dict[str, Any], domain: str, key: str) -> float:
+    return float(event["domains"].get(domain, {}).get(key, math.nan))
+
+
+def _update_ratio(event: dict[str, Any], kind: str) -> float:
+    return float(event.get("update_ratios", {}).get(kind, math.nan))
+
+
 def _quantity(
     runs: list[RunRecord],
     title: str,
@@ -219,8 +241,8 @@ def _quantity(
     from_zero: bool = False,
     unit: str | None = None,
     smooth: bool = True,
-) -> Picture | None:
-    """One number of each logged step against tokens. unit: shown with SI prefixes where given."""
+) -> Plot | None:
+    """Plot one quantity of each logged step against tokens; `unit` is shown with SI prefixes."""
     figure, axes = _canvas()
     parts = []
     for number, run in enumerate(runs):
@@ -254,8 +276,8 @@ def _quantity(
     return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
 
 
-def _noise(runs: list[RunRecord]) -> Picture | None:
-    """Gradient noise scale: the ratio of two running means (nextpt/train/dynamics.py), wide, as one step says little."""
+def _noise(runs: list[RunRecord]) -> Plot | None:
+    """Plot the gradient noise scale: ratio of two wide running means (nextpt/train/dynamics.py)."""
     figure, axes = _canvas()
     parts = []
     for number, run in enumerate(runs):
@@ -291,8 +313,8 @@ def _noise(runs: list[RunRecord]) -> Picture | None:
     )
 
 
-def _updates(runs: list[RunRecord]) -> Picture | None:
-    """Size of updates: of one run a line per kind of parameter, of several the feed-forward's."""
+def _updates(runs: list[RunRecord]) -> Plot | None:
+    """Plot the size of updates: of one run per kind of parameter, of several the feed-forward's."""
     kinds = sorted({kind for run in runs for e in run.train for kind in e.get("update_ratios", {})})
     lines = (
         [(runs[0], kind, kind.replace("_", "-")) for kind in kinds]
@@ -302,7 +324,7 @@ def _updates(runs: list[RunRecord]) -> Picture | None:
     figure, axes = _canvas()
     parts = []
     for (run, kind, name), colour in zip(lines, itertools.cycle(COLOURS), strict=False):
-        x, y = _series(run, lambda e, k=kind: e.get("update_ratios", {}).get(k, math.nan))
+        x, y = _series(run, partial(_update_ratio, kind=kind))
         y = np.where(y > 0, y, np.nan)
         if np.isfinite(y).any():
             axes.plot(*thin(x, running_mean(y)), color=colour, label=name)
@@ -322,37 +344,33 @@ def _updates(runs: list[RunRecord]) -> Picture | None:
     )
 
 
-def _compressors(runs: list[RunRecord]) -> Picture | None:
-    """Bits per byte of held-out documents beside the compressors', all documents as one stream."""
-    measured = [run for run in runs if run.evaluation]
+def _compressors(runs: list[RunRecord]) -> Plot | None:
+    """Plot bits per byte of held-out documents beside compressors, all documents as one stream."""
+    evaluations = {run.label: run.evaluation["domains"] for run in runs if run.evaluation}
     compared = next(
-        (r for r in measured if all("compressors" in f for f in r.evaluation["domains"].values())),
-        None,
+        (e for e in evaluations.values() if all("compressors" in f for f in e.values())), None
     )
     if compared is None:
         return None
-    domains = list(compared.evaluation["domains"])
+    domains = list(compared)
     bars: list[tuple[str, list[float], str]] = [
         (
-            run.label,
-            [run.evaluation["domains"].get(d, {}).get("bpb", math.nan) for d in domains],
+            label,
+            [evaluation.get(d, {}).get("bpb", math.nan) for d in domains],
             COLOURS[i % len(COLOURS)],
         )
-        for i, run in enumerate(measured)
+        for i, (label, evaluation) in enumerate(evaluations.items())
     ]
     greys = ("#bdbdbd", "#969696", "#636363")
-    first = compared.evaluation["domains"][domains[0]]["compressors"]
+    first = compared[domains[0]]["compressors"]
     for number, name in enumerate(sorted(first, key=lambda name: -first[name]["bpb_concatenated"])):
-        values = [
-            compared.evaluation["domains"][d]["compressors"][name]["bpb_concatenated"]
-            for d in domains
-        ]
+        values = [compared[d]["compressors"][name]["bpb_concatenated"] for d in domains]
         bars.append((name, values, greys[number % len(greys)]))
     figure, axes = _canvas()
     width = 0.8 / len(bars)
     for number, (name, values, colour) in enumerate(bars):
-        places = np.arange(len(domains)) + (number - (len(bars) - 1) / 2) * width
-        drawn = axes.bar(places, values, width * 0.92, color=colour, label=name)
+        positions = np.arange(len(domains)) + (number - (len(bars) - 1) / 2) * width
+        drawn = axes.bar(positions, values, width * 0.92, color=colour, label=name)
         axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=2)
     axes.set_xticks(range(len(domains)), domains)
     axes.grid(axis="x", visible=False)
@@ -383,7 +401,7 @@ def _frame(axes: Axes, runs: list[RunRecord], title: str, label: str) -> None:
 
 
 def _mark_resumes(axes: Axes, run: RunRecord) -> None:
-    """A dotted line where a later start went on."""
+    """Mark every resume with a dotted line."""
     for start in run.starts[1:]:
         axes.axvline(
             (start["first_step"] - 1) * run.config.tokens_per_step,
@@ -393,11 +411,11 @@ def _mark_resumes(axes: Axes, run: RunRecord) -> None:
         )
 
 
-def finish(figure: Figure, title: str, alt: str) -> Picture:
-    """As SVG, the same bytes each time."""
+def finish(figure: Figure, title: str, alt: str) -> Plot:
+    """Render a figure as SVG; equal figures give equal bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(
+    return Plot(
         title, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode(), alt
     )

@@ -1,4 +1,4 @@
-"""The picture of an evaluation: bits per byte by domain or over checkpoints, and loss by context and token frequency."""
+"""Plot of an evaluation: bits per byte, loss by context and by token frequency."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot_format(path: Path) -> None:
-    """Raise DataError for a name whose ending is no format of pictures, or whose folder is not there."""
+    """Raise DataError for a plot whose suffix is no format or whose folder does not exist."""
     if path.suffix not in FORMATS:
-        raise DataError(f"{path} must end in {', '.join(FORMATS)}; the ending says what is drawn")
+        raise DataError(f"{path} must end in {', '.join(FORMATS)}, the format of the plot")
     if not path.absolute().parent.is_dir():
         raise DataError(f"{path} cannot be written: folder {path.absolute().parent} does not exist")
 
 
 def plot_evaluation(result: dict[str, Any], path: Path) -> None:
-    """Draw what `nextpt eval --json` writes.
-
-    Bars and whiskers are 95 % intervals. Raises DataError.
-    """
+    """Plot the result of `nextpt eval`, with 95 % intervals. Raises DataError."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(12, 4), layout="constrained")
         first, second, third = figure.subplots(1, 3)
@@ -53,8 +50,8 @@ def plot_evaluation(result: dict[str, Any], path: Path) -> None:
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def whiskers(values: list[float], intervals: list[list[float] | None]) -> list[list[float]]:
-    """Whiskers below and above; none where there is no interval."""
+def error_bars(values: list[float], intervals: list[list[float] | None]) -> list[list[float]]:
+    """Return the lengths of the error bars below and above; 0 where there is no interval."""
     kept = [interval or [value, value] for value, interval in zip(values, intervals, strict=True)]
     return [
         [max(v - low, 0) for v, (low, _) in zip(values, kept, strict=True)],
@@ -66,7 +63,7 @@ def _points(
     axes: Axes, x: Any, values: list[float], intervals: list[list[float] | None], **style: Any
 ) -> None:
     axes.errorbar(
-        x, values, yerr=whiskers(values, intervals), marker="o", markersize=4, capsize=3, **style
+        x, values, yerr=error_bars(values, intervals), marker="o", markersize=4, capsize=3, **style
     )
 
 
@@ -74,7 +71,7 @@ def _domains(axes: Axes, result: dict[str, Any]) -> None:
     figures = [*result["domains"].items(), ("total", result["total"])]
     for offset, key, label in (
         (-0.1, "bpb", "text only"),
-        (0.1, "bpb_with_eod", "ends of documents paid"),
+        (0.1, "bpb_with_eod", "with ends of documents"),
     ):
         _points(
             axes,
@@ -144,4 +141,6 @@ def _bands(axes: Axes, frequency: dict[str, Any]) -> None:
         ],
         fontsize=8,
     )
-    axes.set(xlabel=f"share of the token in the {frequency['counted_in']}", ylabel="nats per token")
+    axes.set(
+        xlabel=f"frequency of the token in the {frequency['counted_in']}", ylabel="nats per token"
+    )

@@ -1,4 +1,4 @@
-"""The picture of a model that runs free: loss by place in a continuation, and what the gap is made of."""
+"""Plot of the exposure bias: loss by position in a continuation, and the parts of the gap."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nextpt.observe.curves import COLOURS, SETTINGS
 
 
 def plot_exposure(result: dict[str, Any], path: Path) -> None:
-    """Draw what `nextpt eval --exposure-bias --json` writes, all domains together.
+    """Plot the result of `nextpt eval --exposure-bias`, all domains together, 95 % intervals.
 
-    Bands are 95 % intervals. Raises DataError.
+    Raises DataError.
     """
     rows, p = result["by_position"], result["protocol"]
     with matplotlib.rc_context(SETTINGS):
@@ -31,11 +31,11 @@ def plot_exposure(result: dict[str, Any], path: Path) -> None:
         for colour, name in zip(COLOURS[3:], ("miscalibration", "drift"), strict=False):
             _curve(second, rows, name, name, colour)
         second.axhline(0, color="0.6", linewidth=1)
-        first.set_ylabel("nats per token, given all before it")
+        first.set_ylabel("nats per token")
         second.set_ylabel("part of the gap, nats per token")
         for axes in (first, second):
             axes.set_xscale("log", base=2)
-            axes.set_xlabel("place in the continuation, tokens")
+            axes.set_xlabel("position in the continuation, tokens")
             axes.legend(fontsize=8)
         name = Path(result.get("run") or result["model"]).name
         at = "" if result["step"] is None else f", step {result['step']:,}"

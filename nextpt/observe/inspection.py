@@ -1,4 +1,4 @@
-"""One HTML page about one text: every token coloured by its surprise, with what the model had expected instead.
+"""HTML page about one text: tokens coloured by surprisal, with the model's alternatives.
 
 The page is one file, opens from disk without network, and runs no script: hovering and clicking are
 CSS.
@@ -31,17 +31,30 @@ from nextpt.generate.stopping import IncrementalDetokenizer
 from nextpt.observe.calibration_plot import plot_calibration
 from nextpt.observe.report import environment
 
-MOST_SHOWN = 20_000  # tokens on the page, about 8 MB; a browser takes seconds for more
-DARKEST = 12.0  # bits, from which on the colour stays: chance among 4,096 tokens
+MAX_SHOWN = 20_000  # tokens on the page, about 8 MB; a browser takes seconds for more
+DARKEST = 12.0  # bits, above which the colour is the same: a uniform guess of 4,096 tokens
 STEPS = (0, 2, 4, 6, 9, 12)  # bits in the legend
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A text as a model saw it. source: where the text is from. tokens: of the text, as `rows` makes them. following: what the model expects after it. metrics: sums over the text. calibration: of `calibrated_on`."""
+    """Predictions of a model for the tokens of a text.
+
+    Attributes:
+        run: Run folder or Hugging Face folder.
+        step: Step of the checkpoint; None for a Hugging Face folder.
+        source: Name of the text.
+        window: Tokens of context.
+        stride: Tokens scored per window.
+        tokens: One object per token, see `describe_tokens`.
+        following: Predictions after the last token.
+        metrics: Sums over the text.
+        calibration: Calibration on `calibrated_on`.
+        calibrated_on: Name of the text that calibration was measured on.
+    """
 
     run: Path
-    step: int | None  # of a run
+    step: int | None
     source: str
     window: int
     stride: int
@@ -52,7 +65,7 @@ class Inspection:
     calibrated_on: str
 
     def as_dict(self) -> dict[str, Any]:
-        """The form of inspect.json. Nats and probabilities, ranks from 1."""
+        """Return the content of inspect.json; ranks are counted from 1."""
         return {
             "run": str(self.run),
             "step": self.step,
@@ -67,9 +80,9 @@ class Inspection:
         }
 
     def most_surprising(self, count: int) -> list[tuple[int, dict[str, Any]]]:
-        """(place from 1, token) of those with the most nats, first the largest."""
-        places = sorted(range(len(self.tokens)), key=lambda i: -self.tokens[i]["nats"])[:count]
-        return [(place + 1, self.tokens[place]) for place in places]
+        """Return (position from 1, token) of the tokens with the most nats, largest first."""
+        indices = sorted(range(len(self.tokens)), key=lambda i: -self.tokens[i]["nats"])[:count]
+        return [(index + 1, self.tokens[index]) for index in indices]
 
 
 def inspect_text(
@@ -82,11 +95,20 @@ def inspect_text(
     device: torch.device | str = "cpu",
     progress: Callable[[str, float], None] = lambda name, share: None,
 ) -> Inspection:
-    """A text, not empty, as the newest checkpoint of a run sees it, or that of a step.
+    """Inspect a text that is not empty.
 
-    heldout: calibration on all held-out documents of the run's dataset, not on the text. progress:
-    hears (what, share of it that is done). Raises UserError, which begins with `source`, for a text
-    that cannot be encoded, and DataError for held-out documents that are not there.
+    Args:
+        run: Run folder or Hugging Face folder.
+        text: The text.
+        source: Its name.
+        step: Step of the checkpoint; None is the newest.
+        heldout: Measure calibration on all held-out documents of the run's dataset.
+        device: Device of the model.
+        progress: Called with (name, fraction that is done).
+
+    Raises:
+        UserError: The text cannot be encoded; the message begins with `source`.
+        DataError: There are no held-out documents.
     """
     opened = open_model(run, step, device, decoder_only=True)
     model, tokenizer, at = opened.decoder, opened.tokenizer, opened.step
@@ -100,7 +122,7 @@ def inspect_text(
     document = np.array(text_tokens(tokenizer, text, source))
     calibration = Calibration()
     domains = heldout_texts(opened.dataset) if heldout else {}
-    found = score_tokens(
+    scores = score_tokens(
         model,
         document,
         window=window,
@@ -119,16 +141,16 @@ def inspect_text(
     entropy, ids, nats = next_tokens(model, document, window=window)
     following = {
         "entropy": entropy,
-        "alternatives": expected(speller(tokenizer), ids.tolist(), nats.tolist()),
+        "alternatives": describe_alternatives(speller(tokenizer), ids.tolist(), nats.tolist()),
     }
-    metrics = Metrics(len(found.nats), len(text.encode()), float(found.nats.sum()))
+    metrics = Metrics(len(scores.nats), len(text.encode()), float(scores.nats.sum()))
     return Inspection(
         run,
         at,
         source,
         window,
         stride,
-        rows(tokenizer, found),
+        describe_tokens(tokenizer, scores),
         following,
         metrics,
         calibration,
@@ -136,19 +158,19 @@ def inspect_text(
     )
 
 
-def rows(tokenizer: Tokenizer, found: TokenScores) -> list[dict[str, Any]]:
-    """One object per token. text: what it adds to the text.
+def describe_tokens(tokenizer: Tokenizer, scores: TokenScores) -> list[dict[str, Any]]:
+    """Return one object per token.
 
-    Empty where a later token completes a character.
+    "text" is the text that the token adds, empty where a later token completes a character.
     """
     detokenizer, spell = IncrementalDetokenizer(tokenizer, [tokenizer.start_id]), speller(tokenizer)
     values = zip(
-        found.ids.tolist(),
-        found.nats.tolist(),
-        found.rank.tolist(),
-        found.entropy.tolist(),
-        found.alternatives.tolist(),
-        found.alternative_nats.tolist(),
+        scores.ids.tolist(),
+        scores.nats.tolist(),
+        scores.rank.tolist(),
+        scores.entropy.tolist(),
+        scores.alternatives.tolist(),
+        scores.alternative_nats.tolist(),
         strict=True,
     )
     return [
@@ -160,16 +182,16 @@ def rows(tokenizer: Tokenizer, found: TokenScores) -> list[dict[str, Any]]:
             "probability": math.exp(-nats),
             "rank": rank,
             "entropy": entropy,
-            "alternatives": expected(spell, others, others_nats),
+            "alternatives": describe_alternatives(spell, others, others_nats),
         }
         for token, nats, rank, entropy, others, others_nats in values
     ]
 
 
-def expected(
+def describe_alternatives(
     spell: Callable[[int], str], tokens: list[int], nats: list[float]
 ) -> list[dict[str, Any]]:
-    """Tokens that the model expects, with their probabilities."""
+    """Return tokens with their probabilities."""
     return [
         {"id": token, "token": spell(token), "probability": math.exp(-n)}
         for token, n in zip(tokens, nats, strict=True)
@@ -177,21 +199,24 @@ def expected(
 
 
 def speller(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """What a token reads as in the middle of a text.
+    """Return the function token -> its text in the middle of a text.
 
-    <C3><A9> for bytes that are no character; else its name in the vocabulary.
+    Bytes that are no character are written as <C3><A9>, other tokens by their name in the
+    vocabulary.
     """
     middle, known = [tokenizer.start_id, *tokenizer.encode("a").tolist()], {}
     sizes = tokenizer.token_bytes()
 
     def name(token: int) -> str:
-        found = tokenizer.token(token) or f"<{token}>"
-        if re.fullmatch("<0x[0-9A-F]{2}>", found):
-            return found
+        spelling = tokenizer.token(token) or f"<{token}>"
+        if re.fullmatch("<0x[0-9A-F]{2}>", spelling):
+            return spelling
         in_bytes = (
-            token < len(sizes) and sizes[token] == len(found) and all(c in BYTE_OF for c in found)
+            token < len(sizes)
+            and sizes[token] == len(spelling)
+            and all(c in BYTE_OF for c in spelling)
         )
-        return "".join(f"<{BYTE_OF[c]:02X}>" for c in found) if in_bytes else found
+        return "".join(f"<{BYTE_OF[c]:02X}>" for c in spelling) if in_bytes else spelling
 
     def spell(token: int) -> str:
         if token not in known:
@@ -203,7 +228,7 @@ def speller(tokenizer: Tokenizer) -> Callable[[int], str]:
 
 
 def visible(text: str) -> str:
-    """With marks for what cannot be seen."""
+    """Replace invisible characters by visible marks."""
     return (
         text.replace(" ", "\u2423")
         .replace("\n", "\u23ce")
@@ -212,24 +237,21 @@ def visible(text: str) -> str:
     )
 
 
-def write_inspection(found: Inspection, folder: Path) -> None:
-    """Write tokens.html, calibration.svg and inspect.json.
-
-    Raises DataError where that cannot be.
-    """
-    picture = plot_calibration(found.calibration.as_dict(), found.calibrated_on)
-    made = environment()
-    made.filters |= {
+def write_inspection(inspection: Inspection, folder: Path) -> None:
+    """Write tokens.html, calibration.svg and inspect.json. Raises DataError."""
+    plot = plot_calibration(inspection.calibration.as_dict(), inspection.calibrated_on)
+    templates = environment()
+    templates.filters |= {
         "visible": visible,
         "bits": lambda nats: nats / math.log(2),
         "shade": lambda bits: round(min(bits / DARKEST, 1) * 0.75, 2),
     }
-    page = made.get_template("tokens.html.j2").render(
-        found=found,
-        total=found.metrics.as_dict(),
-        picture=picture,
-        shown=found.tokens[:MOST_SHOWN],
-        surprising=found.most_surprising(20),
+    page = templates.get_template("tokens.html.j2").render(
+        inspection=inspection,
+        total=inspection.metrics.as_dict(),
+        plot=plot,
+        shown=inspection.tokens[:MAX_SHOWN],
+        surprising=inspection.most_surprising(20),
         steps=STEPS,
         darkest=DARKEST,
         version=nextpt.__version__,
@@ -238,8 +260,8 @@ def write_inspection(found: Inspection, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (
             ("tokens.html", page.encode()),
-            ("calibration.svg", picture.svg),
-            ("inspect.json", canonical_json(found.as_dict()).encode()),
+            ("calibration.svg", plot.svg),
+            ("inspect.json", canonical_json(inspection.as_dict()).encode()),
         ):
             with atomic_write(folder / name, "wb") as file:
                 file.write(content)

@@ -1,4 +1,4 @@
-"""Pictures of memorization: agreement by length of the prefix, and canaries by how often they were shown."""
+"""Plots of memorization: agreement by length of the prefix, canaries by number of repeats."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ NAMES = {"train": "training documents", "heldout": "held-out documents"}
 
 
 def plot_extraction(result: dict[str, Any], path: Path) -> None:
-    """What `nextpt memorization extract` found. Raises DataError when it cannot be written."""
+    """Plot the result of `nextpt memorization extract`. Raises DataError."""
     figure = _figure()
     columns = (
         ("score", "mean", "tokens that agree, %"),
-        ("exact", "share", "continued without a mistake, %"),
+        ("exact", "share", "all tokens agree, %"),
     )
     for axes, (key, part, title) in zip(figure.axes, columns, strict=True):
         for side, colour in SIDES.items():
             points = {int(p): f[key] for p, f in result[side]["prefixes"].items()}
-            # Beside each other, so that both bars are seen
-            places = [p * (1.03 if side == "train" else 1 / 1.03) for p in points]
-            _points(axes, places, list(points.values()), part, 100, colour, NAMES[side])
+            # Side by side, so that both error bars are visible
+            positions = [p * (1.03 if side == "train" else 1 / 1.03) for p in points]
+            _points(axes, positions, list(points.values()), part, 100, colour, NAMES[side])
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(points), [str(p) for p in points])
         axes.set_xlabel("prefix, tokens")
@@ -43,16 +43,18 @@ def plot_extraction(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_canaries(result: dict[str, Any], path: Path) -> None:
-    """What `nextpt memorization canaries` found. Raises DataError when it cannot be written."""
+    """Plot the result of `nextpt memorization canaries`. Raises DataError."""
     figure, by_repeats = _figure(), result["by_repeats"]
-    places = list(range(len(by_repeats)))
+    positions: list[float] = list(range(len(by_repeats)))
     columns = (
         ("exposure_bits", "mean", 1, "exposure, bits"),
         ("extracted", "share", 100, "extracted, %"),
     )
     for axes, (key, part, scale, title) in zip(figure.axes, columns, strict=True):
-        _points(axes, places, [f[key] for f in by_repeats.values()], part, scale, COLOURS[0], None)
-        axes.set_xticks(places, [r if int(r) else "never" for r in by_repeats])
+        _points(
+            axes, positions, [f[key] for f in by_repeats.values()], part, scale, COLOURS[0], None
+        )
+        axes.set_xticks(positions, [r if int(r) else "never" for r in by_repeats])
         axes.set_xlabel("times shown in the corpus")
         axes.set_ylabel(title)
         axes.set_ylim(bottom=0)
@@ -69,7 +71,7 @@ def _figure() -> Figure:
 
 def _points(
     axes: Any,
-    places: list[float],
+    positions: list[float],
     values: list[dict[str, Any]],
     part: str,
     scale: float,
@@ -87,7 +89,7 @@ def _points(
     ]
     bars = [[max(b, 0) for b in below], [max(a, 0) for a in above]]
     axes.errorbar(
-        places,
+        positions,
         middle,
         yerr=bars,
         color=colour,

@@ -1,4 +1,4 @@
-"""One HTML page about one run or several: pictures, tables, samples, config, environment, checkpoints.
+"""HTML report about one run or several: plots, tables, samples, config, checkpoints.
 
 The page is one file and opens from disk without network; its Content-Security-Policy forbids it any
 request.
@@ -18,12 +18,12 @@ import nextpt
 from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write
 from nextpt.config import flatten, to_yaml
-from nextpt.observe.curves import pictures
+from nextpt.observe.curves import report_plots
 from nextpt.observe.run_record import RunRecord, read_runs
 
 
 def default_output(folders: list[Path]) -> Path:
-    """RUN/report.html of one run; of several, report.html beside the first."""
+    """Return RUN/report.html of one run; of several, report.html beside the first."""
     return (
         folders[0] / "report.html"
         if len(folders) == 1
@@ -34,7 +34,8 @@ def default_output(folders: list[Path]) -> Path:
 def write_report(folders: list[Path], output: Path) -> None:
     """Write the page.
 
-    Raises DataError for a folder that is not a run, or a file that cannot be written.
+    Raises:
+        DataError: A folder is not a run, or the file cannot be written.
     """
     runs = read_runs(folders)
     page = (
@@ -43,7 +44,7 @@ def write_report(folders: list[Path], output: Path) -> None:
         .render(
             title=", ".join(run.label for run in runs),
             runs=runs,
-            pictures=pictures(runs),
+            plots=report_plots(runs),
             differences=config_differences(runs),
             configs={run.label: to_yaml(run.config) for run in runs},
             version=nextpt.__version__,
@@ -60,7 +61,7 @@ def write_report(folders: list[Path], output: Path) -> None:
 
 
 def config_differences(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
-    """(key, value in each run) of the keys in which the runs differ, their names and folders left out."""
+    """Return (key, value in each run) of the keys that differ, without names and folders."""
     flat = [flatten(run.config.model_dump(mode="json")) for run in runs]
     keys = sorted(set().union(*flat) - {"run.name", "run.dir"})
     rows = [(key, [f.get(key, "-") for f in flat]) for key in keys]
@@ -68,7 +69,7 @@ def config_differences(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
 
 
 def heldout_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
-    """Validation figures as a table: one row per run, step and domain."""
+    """Return validation metrics as rows, one per run, step and domain."""
     return [
         {"run": run.label, "step": e["step"], "tokens": e["tokens"], "domain": name} | figures
         for run in runs
@@ -78,30 +79,31 @@ def heldout_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
 
 
 def environment() -> Environment:
-    """Of all pages: templates of this folder, everything escaped, numbers and times for people."""
-    made = Environment(
+    """Return the template environment of all pages: escaping, readable numbers and times."""
+    templates = Environment(
         loader=PackageLoader("nextpt.observe", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "count": lambda n: f"{n:,}",
         "size": partial(humanize.naturalsize, binary=True),
         "date": readable_time,
         "duration": readable_duration,
         "short": humanize.metric,
     }
-    return made
+    return templates
 
 
 def readable_time(seconds: float) -> str:
+    """Format seconds since the epoch as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def readable_duration(seconds: float) -> str:
-    """300 -> 5 minutes."""
+    """Format a duration, such as 300 as "5 minutes"."""
     return humanize.precisedelta(
         seconds, minimum_unit="seconds" if seconds < 90 else "minutes", format="%.0f"
     )

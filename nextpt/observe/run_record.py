@@ -24,7 +24,20 @@ from nextpt.model import ModelSpec, count
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run. label: its name in pictures and tables. train, validation: records of metrics.jsonl, in order of step."""
+    """One run.
+
+    Attributes:
+        label: Name in plots and tables.
+        folder: The run folder.
+        config: Its config.
+        train: Training events of metrics.jsonl, in order of step.
+        validation: Validation events of metrics.jsonl, in order of step.
+        evaluation: Content of evaluation.json, or None.
+        samples: Content of samples.json.
+        starts: Records of the starts.
+        checkpoints: The checkpoints.
+        notes: What could not be read.
+    """
 
     label: str
     folder: Path
@@ -39,21 +52,24 @@ class RunRecord:
 
     @property
     def last(self) -> dict[str, Any]:
+        """The last training event."""
         return self.train[-1]
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return count(ModelSpec.from_config(self.config)).parameters
 
     @property
     def status(self) -> str:
-        done, whole = self.last["step"], self.config.total_steps
-        if done >= whole:
+        """Progress of the run."""
+        step, total = self.last["step"], self.config.total_steps
+        if step >= total:
             return "complete"
-        return f"at step {done:,} of {whole:,} ({done / whole:.0%})"
+        return f"at step {step:,} of {total:,} ({step / total:.0%})"
 
     def seconds(self) -> float:
-        """Time spent in logged steps; pauses, validation and saving are not in it."""
+        """Return the time of logged steps, without pauses, validation and checkpoints."""
         total, before = 0.0, 0
         for event in self.train:
             total += (event["tokens"] - before) / event["tokens_per_second"]
@@ -61,8 +77,8 @@ class RunRecord:
         return total
 
     def median_rate(self) -> float:
-        """Median tokens per second of the logged steps."""
-        return statistics.median(event["tokens_per_second"] for event in self.train)
+        """Return the median tokens per second of the logged steps."""
+        return float(statistics.median(event["tokens_per_second"] for event in self.train))
 
 
 def read_runs(folders: list[Path]) -> list[RunRecord]:

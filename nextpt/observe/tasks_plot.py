@@ -1,4 +1,4 @@
-"""The picture of tasks: exact match and loss of answers, for one checkpoint or over the held-out loss of all."""
+"""Plot of tasks: exact match and answer loss, of one checkpoint or against held-out loss."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from matplotlib.figure import Figure
 
 from nextpt.base.errors import DataError
 from nextpt.observe.curves import COLOURS, SETTINGS
-from nextpt.observe.evaluation_plot import whiskers
+from nextpt.observe.evaluation_plot import error_bars
 
 LABELS = {
-    "exact": "exact match, share of items",
+    "exact": "exact match, fraction of items",
     "probability": "probability of the answer",
     "nats_per_token": "nats per answer token",
 }
 
 
-def plot_tasks(found: list[dict[str, Any]], path: Path) -> None:
-    """Draw what `nextpt eval --tasks --json` writes of each checkpoint, lowest step first.
+def plot_tasks(results: list[dict[str, Any]], path: Path) -> None:
+    """Plot the results of `nextpt eval --tasks`, one per checkpoint, lowest step first.
 
     Raises DataError.
     """
-    last = found[-1]
+    last = results[-1]
     panels = [
-        (label, [{name: of[key] for name, of in at["tasks"].items()} for at in found])
+        (label, [{name: of[key] for name, of in at["tasks"].items()} for at in results])
         for key, label in LABELS.items()
         if last["tasks"]
     ]
     if "harness" in last:
-        panels.append(("metric of lm-evaluation-harness", [_flat(at["harness"]) for at in found]))
+        panels.append(("metric of lm-evaluation-harness", [_flat(at["harness"]) for at in results]))
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
         for axes, (label, figures) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):
-            if len(found) > 1:
-                _over_loss(axes, [at["loss"]["bpb"] for at in found], figures)
+            if len(results) > 1:
+                _over_loss(axes, [at["loss"]["bpb"] for at in results], figures)
             else:
-                _one(axes, figures[0])
+                _plot_single(axes, figures[0])
             axes.set_ylabel(label)
             if label == LABELS["exact"]:
                 axes.set_ylim(-0.03, 1.03)
-                _chance(axes, last["tasks"]) if len(found) == 1 else None
+                _chance(axes, last["tasks"]) if len(results) == 1 else None
             if axes.get_legend_handles_labels()[0] and label in (LABELS["exact"], panels[-1][0]):
                 axes.legend(fontsize=8)
         name = Path(last.get("run") or last["model"]).name
@@ -54,8 +54,8 @@ def plot_tasks(found: list[dict[str, Any]], path: Path) -> None:
             ""
             if last["step"] is None
             else f", step {last['step']:,}"
-            if len(found) == 1
-            else f", {len(found)} checkpoints"
+            if len(results) == 1
+            else f", {len(results)} checkpoints"
         )
         figure.suptitle(
             f"{name}{at}: tasks, 95 % intervals from items",
@@ -79,23 +79,24 @@ def _flat(harness: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over_loss(axes: Axes, loss: list[float], figures: list[dict[str, Any]]) -> None:
-    """Training goes to the right: the loss falls."""
+    """Plot against the loss, which falls to the right: training goes to the right."""
     for colour, name in zip(itertools.cycle(COLOURS), figures[-1], strict=False):
         _points(axes, loss, [at[name] for at in figures], label=name, color=colour)
     axes.set_xlabel("held-out loss, bits per byte")
     axes.invert_xaxis()
 
 
-def _one(axes: Axes, figures: dict[str, Any]) -> None:
+def _plot_single(axes: Axes, figures: dict[str, Any]) -> None:
     _points(axes, range(len(figures)), list(figures.values()), linestyle="none", color=COLOURS[0])
     axes.set_xticks(range(len(figures)), list(figures), fontsize=8, rotation=20)
     axes.margins(x=0.15)
 
 
 def _chance(axes: Axes, tasks: dict[str, Any]) -> None:
-    places = [(i, of["chance"]) for i, of in enumerate(tasks.values()) if of["chance"] is not None]
-    if places:
-        axes.scatter(*zip(*places, strict=True), marker="_", s=200, color="0.5", label="chance")
+    chances = [(i, of["chance"]) for i, of in enumerate(tasks.values()) if of["chance"] is not None]
+    if chances:
+        positions, values = [i for i, _ in chances], [chance for _, chance in chances]
+        axes.scatter(positions, values, marker="_", s=200, color="0.5", label="chance")
 
 
 def _points(axes: Axes, x: Any, figures: list[dict[str, Any]], **style: Any) -> None:
@@ -103,7 +104,7 @@ def _points(axes: Axes, x: Any, figures: list[dict[str, Any]], **style: Any) -> 
     axes.errorbar(
         x,
         values,
-        yerr=whiskers(values, [f["interval"] for f in figures]),
+        yerr=error_bars(values, [f["interval"] for f in figures]),
         marker="o",
         markersize=4,
         capsize=3,

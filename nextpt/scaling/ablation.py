@@ -1,4 +1,4 @@
-"""An ablation: a baseline, variants of it, and one difference between each and the baseline, trained with several seeds.
+"""Ablations: a baseline and variants of it, each trained with several seeds.
 
 Runs of one seed share their initial weights and the order of their data wherever the variant does
 not change these itself, so a variant is compared with the baseline of the same seed.
@@ -16,25 +16,27 @@ from nextpt.checkpoint.folders import steps
 from nextpt.config import Config, flatten
 from nextpt.data.dataset import check_dataset
 from nextpt.data.sequences import load_manifest
-from nextpt.scaling.run_set import NamedRun, RunSet, read_set, repeated
+from nextpt.scaling.run_set import NamedRun, RunSet, first_duplicate, read_set
 
 WEIGHTS = "objective.domain_weights."
 
 
 class Ablation(RunSet):
-    """An ablation as its YAML file says."""
+    """An ablation, as its YAML file describes it."""
 
     seeds: list[int] = Field(
         [0], min_length=1, description="run.seed of the runs; each variant is trained with each"
     )
-    baseline: NamedRun = Field(description="what the variants are compared with")
-    variants: list[NamedRun] = Field(min_length=1, description="what is compared with the baseline")
+    baseline: NamedRun = Field(description="run that the variants are compared with")
+    variants: list[NamedRun] = Field(
+        min_length=1, description="runs that are compared with the baseline"
+    )
 
     @field_validator("seeds")
     @classmethod
-    def _differ(cls, seeds: list[int]) -> list[int]:
+    def _check_seeds(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{seeds} has a seed twice, whose runs would be the same")
+            raise ValueError(f"{seeds} repeats a seed, whose runs would be the same")
         return seeds
 
     @property
@@ -58,13 +60,13 @@ class Ablation(RunSet):
         return Path(self.config(self.seeded(self.baseline, self.seeds[0])).data.path)
 
     def changes(self, variant: NamedRun) -> dict[str, list[Any]]:
-        """Keys in which a variant differs from the baseline: [the baseline's value, the variant's]."""
+        """Return the keys that differ from the baseline: [baseline value, variant value]."""
         base, other = (
-            _meaning(self.config(self.seeded(one, self.seeds[0])))
-            for one in (self.baseline, variant)
+            _run_settings(self.config(self.seeded(run, self.seeds[0])))
+            for run in (self.baseline, variant)
         )
         pairs = {
-            key: [one.get(key, 1.0 if key.startswith(WEIGHTS) else None) for one in (base, other)]
+            key: [keys.get(key, 1.0 if key.startswith(WEIGHTS) else None) for keys in (base, other)]
             for key in sorted(base.keys() | other.keys())
         }
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -76,13 +78,13 @@ def load_ablation(path: Path) -> Ablation:
     Raises ScalingError, ConfigError and DataError.
     """
     ablation = read_set(Ablation, path, "an ablation")
-    if twice := repeated([variant.name for variant in ablation.all]):
+    if duplicate := first_duplicate([variant.name for variant in ablation.all]):
         raise ScalingError(
-            f"{path}: two variants have the name {twice}; each needs folders of its own"
+            f"{path}: two variants have the name {duplicate}; each needs folders of its own"
         )
     for key, overrides in (
         ("overrides", ablation.overrides),
-        *((one.name, one.overrides) for one in ablation.all),
+        *((run.name, run.overrides) for run in ablation.all),
     ):
         for override in overrides:
             if override.startswith("run."):
@@ -104,10 +106,7 @@ def load_ablation(path: Path) -> Ablation:
 
 
 def _check(ablation: Ablation, variant: NamedRun, path: Path) -> None:
-    """The config of a variant, and that its dataset has what it names.
-
-    A remote dataset is looked at when training starts.
-    """
+    """Check the config of a variant and its dataset; training checks remote datasets."""
     try:
         config = ablation.config(ablation.seeded(variant, ablation.seeds[0]))
         if config.data.remote is None:
@@ -116,24 +115,21 @@ def _check(ablation: Ablation, variant: NamedRun, path: Path) -> None:
         raise ConfigError(f"{path}: {variant.name}: {error}") from None
 
 
-def _meaning(config: Config) -> dict[str, Any]:
-    """Keys and values that make a run what it is, without its name and folder.
+def _run_settings(config: Config) -> dict[str, Any]:
+    """Return the keys that determine a run, without its name and folder.
 
-    A weight of 1 is no weight.
+    A domain weight of 1 is left out.
     """
     values = config.model_dump(mode="json")
     weights = values["objective"].pop("domain_weights")
-    found = flatten(values) | {
+    settings = flatten(values) | {
         f"{WEIGHTS}{domain}": weight for domain, weight in weights.items() if weight != 1
     }
-    return {key: value for key, value in found.items() if key not in ("run.name", "run.dir")}
+    return {key: value for key, value in settings.items() if key not in ("run.name", "run.dir")}
 
 
 def is_done(ablation: Ablation, run: NamedRun) -> bool:
-    """Whether a run was trained to its end.
-
-    Raises ScalingError where its folder holds another run.
-    """
+    """Return whether a run is finished. Raises ScalingError where its folder holds another run."""
     return (
         ablation.is_begun(run)
         and max(steps(ablation.folder(run) / "checkpoints"), default=0)

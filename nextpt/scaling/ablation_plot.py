@@ -1,4 +1,4 @@
-"""The picture of an ablation: differences from the baseline per domain, with intervals, and each seed's own."""
+"""Plot of an ablation: differences from the baseline per domain, with intervals and seeds."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from matplotlib.figure import Figure
 from nextpt.base.errors import ScalingError
 from nextpt.scaling.plots import GREY, SETTINGS
 
-# Okabe and Ito's, told apart in print and when colour-blind
+# Palette of Okabe and Ito, distinguishable with colour blindness and in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SPREAD = 0.5  # width that the variants of a domain share, in domains
 
 
 def plot_ablation(result: dict[str, Any], path: Path) -> None:
-    """Draw what DIR/ablation.json holds. Raises ScalingError when the picture cannot be written."""
+    """Plot the content of DIR/ablation.json. Raises ScalingError."""
     baseline, variants, seeds = result["baseline"], result["variants"], len(result["seeds"])
-    places = [*baseline["domains"], "total"]
+    names = [*baseline["domains"], "total"]
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(2.4 + 1.7 * len(places), 4.2), layout="constrained")
+        figure = Figure(figsize=(2.4 + 1.7 * len(names), 4.2), layout="constrained")
         axes = figure.subplots()
         axes.axhline(0, color=GREY, linewidth=1)
         for number, variant in enumerate(variants):
             offset = SPREAD * ((number + 0.5) / len(variants) - 0.5)
-            _variant(axes, variant, offset, COLOURS[number % len(COLOURS)], seeds)
+            _plot_variant(axes, variant, offset, COLOURS[number % len(COLOURS)], seeds)
         labels = [
             f"{name}\n{figures['bpb']:.3f}"
             for name, figures in (*baseline["domains"].items(), ("total", baseline["total"]))
         ]
-        axes.set_xticks(range(len(places)), labels)
+        axes.set_xticks(range(len(names)), labels)
         axes.set(
             xlabel=f"domain, and bits per byte of {baseline['name']} there",
             ylabel=f"difference from {baseline['name']}, bits per byte",
-            xlim=(-0.6, len(places) - 0.4),
+            xlim=(-0.6, len(names) - 0.4),
         )
         axes.set_title("Below 0: better than the baseline", loc="left", fontweight="bold")
         figure.legend(loc="outside lower left", ncols=2, fontsize=8)
@@ -46,8 +46,10 @@ def plot_ablation(result: dict[str, Any], path: Path) -> None:
             raise ScalingError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _variant(axes: Axes, variant: dict[str, Any], offset: float, colour: str, seeds: int) -> None:
-    """Means with their intervals; where there are several seeds, a ring for each beside them."""
+def _plot_variant(
+    axes: Axes, variant: dict[str, Any], offset: float, colour: str, seeds: int
+) -> None:
+    """Plot means with their intervals, and a ring for each of several seeds beside them."""
     figures = [*variant["domains"].values(), variant["total"]]
     means = [f["difference"] for f in figures]
     reach = [

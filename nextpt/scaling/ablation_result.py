@@ -1,4 +1,4 @@
-"""What an ablation found: every run scored on the held-out documents, once, and the differences between them."""
+"""Results of an ablation: every run scored once on the held-out documents, and the differences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nextpt.evaluate.evaluation import (
 from nextpt.evaluate.heldout import heldout_texts
 from nextpt.evaluate.loaded_model import open_model
 from nextpt.scaling.ablation import Ablation
-from nextpt.scaling.paired import paired_figures
+from nextpt.scaling.paired import paired_metrics
 from nextpt.scaling.record import write_json
 
 SUMS = "documents.json"  # in a run's folder
@@ -33,77 +33,94 @@ PROTOCOL = EvaluationProtocol()  # of `nextpt eval` without options
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents that all models are scored on. texts: domain -> documents."""
+    """Documents that all models are scored on.
+
+    Attributes:
+        folder: Their folder.
+        texts: Documents of each domain.
+    """
 
     folder: Path
     texts: dict[str, list[str]]
 
     @classmethod
     def of(cls, data: Path) -> HeldOut:
-        """Those of a dataset folder. Raises DataError."""
+        """Read the held-out documents of a dataset folder. Raises DataError."""
         return cls(data / "heldout_text", heldout_texts(data))
 
     @property
     def sha256(self) -> str:
+        """SHA-256 of the documents."""
         return sha256(canonical_json(self.texts).encode()).hexdigest()
 
 
 def score_run(run: Path, step: int, heldout: HeldOut, device: torch.device | str) -> dict[str, Any]:
-    """RUN/documents.json, made where it is not there: {"step", "heldout_sha256", "protocol", "sums": domain -> [documents, 4]}.
+    """Score a run, or read RUN/documents.json where it was scored before.
 
-    Raises ScalingError where the file is of other documents or damaged, CheckpointError and
-    DataError of the run.
+    Returns:
+        {"step", "heldout_sha256", "protocol", "sums": domain -> [documents, 4]}.
+
+    Raises:
+        ScalingError: The file is damaged or is of other documents.
+        CheckpointError: The run has no such checkpoint.
+        DataError: The documents cannot be scored.
     """
     path = run / SUMS
     if path.exists():
-        found = _read(path)
-        if found["heldout_sha256"] != heldout.sha256:
+        scores = _read(path)
+        if scores["heldout_sha256"] != heldout.sha256:
             raise ScalingError(
-                f"{path} is of other held-out documents than those in {heldout.folder} now (SHA-256"
-                f" {found['heldout_sha256'][:12]} -> {heldout.sha256[:12]}); remove it and those of"
-                " the other runs to score all again, or bring the documents back"
+                f"{path} is of other held-out documents than {heldout.folder} (SHA-256"
+                f" {scores['heldout_sha256'][:12]} -> {heldout.sha256[:12]}); remove it and those"
+                " of the other runs to score all again, or restore the documents"
             )
-        if found["step"] == step:
-            return found
+        if scores["step"] == step:
+            return scores
     source = open_model(run, step, device)
     sums = document_sums(source, heldout.texts, PROTOCOL)
-    found = {
+    scores = {
         "step": step,
         "heldout_sha256": heldout.sha256,
         "protocol": describe_protocol(source, PROTOCOL),
         "sums": {domain: rows.tolist() for domain, rows in sums.items()},
     }
-    write_json(found, path)
-    return found
+    write_json(scores, path)
+    return scores
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not {"step", "heldout_sha256", "protocol", "sums"} <= found.keys():
+        scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not {"step", "heldout_sha256", "protocol", "sums"} <= scores.keys():
             raise ValueError("keys are missing")
-        return found
+        return scores
     except (OSError, ValueError, AttributeError) as error:
         raise ScalingError(
-            f"{path} cannot be read ({error}); remove it, and the run is scored again"
+            f"{path} cannot be read ({error}); remove it to score the run again"
         ) from None
 
 
 def result_of(
     ablation: Ablation, heldout: HeldOut, scores: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """What DIR/ablation.json holds. scores: name of a run -> what `score_run` gave."""
+    """Build the content of DIR/ablation.json.
+
+    Args:
+        ablation: The ablation.
+        heldout: The documents.
+        scores: Name of each run -> result of `score_run`.
+    """
     grid = [
         [scores[ablation.seeded(variant, seed).name] for seed in ablation.seeds]
         for variant in ablation.all
     ]
     columns = {
-        d: np.array([[one["sums"][d] for one in of_variant] for of_variant in grid])
+        d: np.array([[run["sums"][d] for run in variant_runs] for variant_runs in grid])
         for d in heldout.texts
     }
     sizes = {d: values[0, 0, :, BYTES] for d, values in columns.items()}
     assert all((values[..., BYTES] == sizes[d]).all() for d, values in columns.items())
-    figures = paired_figures(
+    metrics = paired_metrics(
         sizes,
         {d: values[..., NATS] for d, values in columns.items()},
         PROTOCOL.resamples,
@@ -116,9 +133,9 @@ def result_of(
                 str(ablation.folder(ablation.seeded(variant, seed))) for seed in ablation.seeds
             ],
             "changes": ablation.changes(variant),
-            **found,
+            **variant_metrics,
         }
-        for variant, found in zip(ablation.all, figures, strict=True)
+        for variant, variant_metrics in zip(ablation.all, metrics, strict=True)
     ]
     scored = grid[0][0]["protocol"]
     return {

@@ -1,4 +1,4 @@
-"""Dividing compute between parameters and tokens, and what it costs to divide it otherwise.
+"""Compute-optimal allocation between parameters and tokens, and the cost of other ones.
 
 C = 6 N D throughout.
 """
@@ -13,18 +13,24 @@ from nextpt.scaling.fitting import Fit
 from nextpt.scaling.laws import Constants, Law
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, Runs
 
-# Sizes whose price is told, as shares of the compute-optimal one
+# Sizes in the table of over-training, as fractions of the compute-optimal one
 SMALLER = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
 
-MOST_TOKENS = 1e30  # stands for any number of tokens
+MAX_TOKENS = 1e30  # more than any number of tokens
 
 
 @dataclass(frozen=True)
 class Priced:
     """A model of `share` of the compute-optimal size.
 
-    tokens, loss: at the same compute. same_loss_tokens, same_loss_flops: what it takes to reach the
-    optimal model's loss all the same; None where no amount of tokens would.
+    Attributes:
+        share: Fraction of the optimal size.
+        parameters: Its parameters N.
+        tokens: Tokens at the same compute.
+        loss: Loss at the same compute, nats per token.
+        same_loss_tokens: Tokens with which it reaches the optimal model's loss; None where no
+            number of tokens does.
+        same_loss_flops: Compute of that training.
     """
 
     share: float
@@ -36,8 +42,9 @@ class Priced:
 
 
 def optimum(law: Law, constants: Constants, flops: float) -> tuple[np.ndarray, np.ndarray]:
-    """Compute-optimal N and D for `flops`: N = G (C/6)^(beta/(alpha+beta)), D = C / (6 N), G = (alpha A / (beta B))^(1/(alpha+beta)).
+    """Return the compute-optimal N and D for `flops`.
 
+    N = G (C/6)^(beta/(alpha+beta)), D = C / (6 N), G = (alpha A / (beta B))^(1/(alpha+beta));
     Hoffmann et al., arXiv 2203.15556, equation 4.
     """
     a, b, alpha, beta = (np.asarray(value, dtype=float) for value in law.inner(constants))
@@ -50,15 +57,15 @@ def optimum(law: Law, constants: Constants, flops: float) -> tuple[np.ndarray, n
 
 
 def optimal_exponent(law: Law, constants: Constants) -> np.ndarray:
-    """A of N = k C^a."""
+    """Return a of N = k C^a."""
     _, _, alpha, beta = (np.asarray(value, dtype=float) for value in law.inner(constants))
-    return beta / (alpha + beta)
+    return np.asarray(beta / (alpha + beta))
 
 
 def interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    """The central interval of `level` of the resamples, by percentiles.
+    """Return the central interval of the resamples at a level, by percentiles.
 
-    Those that are not finite count as the largest number.
+    Values that are not finite count as the largest number.
     """
     low, high = np.quantile(
         np.where(np.isfinite(values), values, np.finfo(float).max),
@@ -69,36 +76,36 @@ def interval(values: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def predictions(fit: Fit, parameters: float, tokens: float) -> np.ndarray:
-    """Losses [R] that a new run of this size may have: the law of every resample, times the scatter of a single run.
+    """Return losses [R] of a new run: the law of every resample times the scatter of one run.
 
-    The scatter is that of the fit's residuals, made larger by sqrt(n / (n - p)) for the p constants
+    The scatter is that of the fit's residuals, enlarged by sqrt(n / (n - p)) for the p constants
     that were fitted to them.
     """
     n, p = len(fit.runs), len(fit.law.constants)
     generator = np.random.RandomState(0)
     losses = fit.law.loss(fit.resamples, np.asarray(float(parameters)), np.asarray(float(tokens)))
     scatter = -fit.residuals * np.sqrt(n / (n - p))
-    return losses * np.exp(generator.choice(scatter, len(losses)))
+    return np.asarray(losses * np.exp(generator.choice(scatter, len(losses))))
 
 
 def extrapolation(runs: Runs, flops: float) -> float:
-    """How far compute is outside the range of the runs: 1 inside, the factor beyond its end outside."""
-    return max(1.0, flops / runs.flops.max(), runs.flops.min() / flops)
+    """Return the factor by which compute is outside the range of the runs; 1 inside."""
+    return max(1.0, flops / float(runs.flops.max()), float(runs.flops.min()) / flops)
 
 
 def price(fit: Fit, flops: float) -> list[Priced]:
-    """What models smaller than the optimum cost at training time.
+    """Return the training cost of models smaller than the optimum (over-training).
 
-    Each is cheaper to run by its share.
+    The cost of inference falls with the share.
     """
     best, _ = optimum(fit.law, fit.constants, flops)
     target = float(fit.loss(best, flops / FLOPS_PER_PARAMETER_AND_TOKEN / best))
-    found = []
+    priced = []
     for share in SMALLER:
         parameters = float(best) * share
         tokens = flops / FLOPS_PER_PARAMETER_AND_TOKEN / parameters
         needed = _tokens_for(fit, parameters, target) if share < 1 else tokens
-        found.append(
+        priced.append(
             Priced(
                 share,
                 parameters,
@@ -108,15 +115,15 @@ def price(fit: Fit, flops: float) -> list[Priced]:
                 needed and FLOPS_PER_PARAMETER_AND_TOKEN * parameters * needed,
             )
         )
-    return found
+    return priced
 
 
 def _tokens_for(fit: Fit, parameters: float, loss: float) -> float | None:
-    """Tokens after which a model has a loss: bisection of ln D, as every law falls with D.
+    """Return the tokens with which a model reaches a loss, or None where it never does.
 
-    None where it never has it.
+    By bisection of ln D: every law falls with D.
     """
-    low, high = 0.0, np.log(MOST_TOKENS)
+    low, high = 0.0, np.log(MAX_TOKENS)
     if fit.loss(parameters, np.exp(high)) > loss:
         return None
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""How far a fit can be trusted: what the runs cannot tell, and how much single runs decide."""
+"""Checks of a fit: undetermined constants, sensitivity to single runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from nextpt.scaling.observations import SAME, Runs, clusters
 
 FEW_SIZES = 4  # fewer leave the exponent of N and E to trade against each other
 NARROW = 1.5  # D/N within this factor in all runs: N and D grew together
-FLAT = (0.5, 2.0)  # factors on an exponent that a fit should be able to tell from 1
-BEYOND = 10.0  # times the largest fitted compute: where the sensitivity of predictions is told
+FLAT = (0.5, 2.0)  # factors on an exponent that a fit should distinguish from 1
+BEYOND = 10.0  # times the largest fitted compute, where the sensitivity is evaluated
 
 
 @dataclass(frozen=True)
-class Left:
-    """A fit without some of the runs. loss: of the compute-optimal model at BEYOND times the largest compute of all runs."""
+class LeaveOutFit:
+    """A fit without some of the runs.
+
+    Attributes:
+        what: Which runs were left out.
+        runs: Number of runs of the fit.
+        constants: Name -> value.
+        loss: Of the compute-optimal model at BEYOND times the largest compute of all runs.
+    """
 
     what: str
     runs: int
@@ -28,43 +35,44 @@ class Left:
 
 
 def warnings(fit: Fit) -> list[str]:
-    """What a reader must know before believing the constants, one line each."""
-    runs, found = fit.runs, []
+    """Return warnings about the constants, one line each."""
+    runs = fit.runs
+    lines: list[str] = []
     for what, letter, values in (
         ("model sizes", "N", runs.parameters),
         ("numbers of tokens", "D", runs.tokens),
     ):
         if (number := len(clusters(values, SAME))) < FEW_SIZES:
-            found.append(
+            lines.append(
                 f"only {number} {what}: the exponent of {letter} and E trade against each other;"
                 f" {FEW_SIZES} or more are needed"
             )
     ratio = runs.tokens / runs.parameters
     if ratio.max() < NARROW * ratio.min():
-        found.append(
+        lines.append(
             f"all runs have about one D/N ({ratio.min():.3g} to {ratio.max():.3g} tokens per"
-            " parameter): the shares of N and of D cannot be told apart, and nothing follows about"
+            " parameter): the shares of N and of D cannot be separated, and nothing follows about"
             " other ratios or the optimum"
         )
-    found += [
+    lines += [
         f"{name} is not determined: half or twice its value fits about as well"
         for name in _flat(fit)
     ]
     if (e := fit.constants.get("E")) is not None and e < 0.05 * runs.loss.min():
-        found.append(
+        lines.append(
             f"E = {e:.2g} is nearly 0: the runs do not show a floor, so predictions far beyond them"
             " are too low"
         )
-    found += refusals(fit)
+    lines += refusals(fit)
     for name, values in fit.resamples.items():
         low, high = interval(values, 0.95)
         if name in ("alpha", "beta", "alpha_N", "alpha_D") and high > 3 * max(low, 1e-9):
-            found.append(f"{name} is only known to lie between {low:.3g} and {high:.3g} (95 %)")
-    return found
+            lines.append(f"{name} is only known to lie between {low:.3g} and {high:.3g} (95 %)")
+    return lines
 
 
 def refusals(fit: Fit) -> list[str]:
-    """A line where resamples follow no law."""
+    """Return a warning where loss does not fall with N or D in some resamples."""
     if not fit.refused:
         return []
     drawn = fit.refused + len(next(iter(fit.resamples.values()), ()))
@@ -75,7 +83,12 @@ def refusals(fit: Fit) -> list[str]:
 
 
 def _flat(fit: Fit) -> list[str]:
-    """Exponents whose profile is flat: held at a FLAT multiple, all else fitted again, the objective grows by less than its own size per degree of freedom (one standard error, were it a likelihood)."""
+    """Return the exponents whose profile is flat.
+
+    An exponent is held at each multiple of FLAT and all else fitted again; it is flat where the
+    objective grows by less than its own value per degree of freedom (one standard error, if it
+    were a likelihood).
+    """
     problem = Problem(fit.law, fit.runs, fit.delta)
     theta = fit.law.private(fit.constants, problem.centre)
     ones = np.ones((len(FLAT), len(fit.runs)))
@@ -93,8 +106,11 @@ def _flat(fit: Fit) -> list[str]:
     return flat
 
 
-def sensitivity(fit: Fit) -> list[Left]:
-    """The fit without the highest losses, without the smallest or the largest size, and without the one run that moves it most."""
+def sensitivity(fit: Fit) -> list[LeaveOutFit]:
+    """Fit again without the highest losses, the smallest or the largest size, or one single run.
+
+    The single run is the one that moves the fit most.
+    """
     runs = fit.runs
     order, sizes = np.argsort(-runs.loss), runs.sizes()
     left_out = {
@@ -133,7 +149,7 @@ def sensitivity(fit: Fit) -> list[Left]:
     if single:
         named.append(max(single, key=lambda i: abs(losses[i] - losses[0])))
     return [
-        Left(
+        LeaveOutFit(
             names[i],
             int(masks[i].sum()),
             {key: float(value[i]) for key, value in constants.items()},
@@ -149,7 +165,7 @@ def _beyond(fit: Fit, constants: Constants) -> np.ndarray:
 
 
 def describe(runs: Runs) -> str:
-    """Ranges of what was fitted, in one line."""
+    """Describe the ranges of the runs in one line."""
 
     def span(values: np.ndarray) -> str:
         return f"{values.min():.3g} to {values.max():.3g}"

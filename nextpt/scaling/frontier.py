@@ -1,6 +1,7 @@
-"""Compute-optimal sizes without a parametric law: Chinchilla's approaches 1 and 2 (Hoffmann et al., arXiv 2203.15556, section 3).
+"""Compute-optimal frontier by approaches 1 and 2 of Hoffmann et al. (Chinchilla).
 
-Both find the best size at several amounts of compute, and draw N = k C^a through them. Approach 1
+Source: arXiv 2203.15556, section 3. Both find the best size at several amounts of compute, and fit
+N = k C^a to them. Approach 1
 takes, at each compute, the lowest of all training curves; approach 2 the minimum of a parabola of
 the loss over ln N through runs of equal compute. A parabola is biased where the sizes do not lie
 evenly about the optimum, and a training curve where its learning rate has not decayed.
@@ -24,7 +25,7 @@ POINTS = 1500  # amounts of compute at which training curves are compared, as in
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best size at one amount of compute. parameters, tokens, flops, loss (nats per token)."""
+    """The best size at one amount of compute; loss in nats per token."""
 
     flops: float
     parameters: float
@@ -34,7 +35,17 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Frontier:
-    """N = k C^a, and D = C / (6 N), so D's exponent is 1 - a. resamples: a and ln k of the bootstrap [R, 2], may be empty."""
+    """N = k C^a and D = C / (6 N), so the exponent of D is 1 - a.
+
+    Attributes:
+        name: Value of --form.
+        runs: The runs.
+        optima: The optima that the line was fitted to.
+        a: Exponent of N.
+        log_k: ln k.
+        resamples: a and ln k of the bootstrap, [R, 2]; may be empty.
+        notes: Warnings.
+    """
 
     name: str
     runs: Runs
@@ -45,17 +56,19 @@ class Frontier:
     notes: list[str]
 
     def parameters(self, flops: float) -> float:
+        """Return the optimal N for `flops`."""
         return float(np.exp(self.log_k + self.a * np.log(flops)))
 
     def parameter_resamples(self, flops: float) -> np.ndarray:
-        return np.exp(self.resamples[:, 1] + self.resamples[:, 0] * np.log(flops))
+        """Return the optimal N for `flops` of every resample, [R]."""
+        return np.asarray(np.exp(self.resamples[:, 1] + self.resamples[:, 0] * np.log(flops)))
 
 
 def isoflop(runs: Runs, bootstrap: int = 0) -> Frontier:
-    """Approach 2.
+    """Fit the frontier by approach 2; the bootstrap resamples the runs of every group.
 
-    The bootstrap resamples the runs of every group. Raises ScalingError for fewer than two groups
-    with a minimum.
+    Raises:
+        ScalingError: Fewer than two groups of equal compute have a minimum.
     """
     groups = [runs.only(group) for group in clusters(runs.flops, EQUAL_COMPUTE)]
     usable = [group for group in groups if len(group.sizes()) >= PARABOLA]
@@ -74,18 +87,23 @@ def isoflop(runs: Runs, bootstrap: int = 0) -> Frontier:
             f" and a minimum between them; of {len(runs)} runs in {len(groups)} groups of equal"
             f" compute (within {EQUAL_COMPUTE:.0%}) {len(optima)} are such"
         )
-    draw = lambda generator: [
-        v for g in usable if (v := _vertex(g.only(generator.choice(len(g), len(g)))))
-    ]
+
+    def draw(generator: np.random.RandomState) -> list[Optimum]:
+        samples = [group.only(generator.choice(len(group), len(group))) for group in usable]
+        return [vertex for sample in samples if (vertex := _vertex(sample))]
+
     return _frontier("isoflop", runs, optima, draw, bootstrap, notes)
 
 
 def envelope(curves: Runs, bootstrap: int = 0) -> Frontier:
-    """Approach 1: rows are points of training curves, those of one size one curve.
+    """Fit the frontier by approach 1; the bootstrap resamples curves.
 
-    The bootstrap resamples curves.
+    Args:
+        curves: Points of training curves; those of one size are one curve.
+        bootstrap: Number of resamples.
 
-    Raises ScalingError where fewer than three sizes have two points or more.
+    Raises:
+        ScalingError: Fewer than three sizes have two points or more.
     """
     lines = [
         _curve(curves, size) for size in curves.sizes() if len(np.unique(curves.tokens[size])) > 1
@@ -101,12 +119,15 @@ def envelope(curves: Runs, bootstrap: int = 0) -> Frontier:
             "one size has the lowest loss at every amount of compute: there is no frontier between"
             " sizes; add larger or smaller ones"
         )
-    draw = lambda generator: _lowest([lines[i] for i in generator.choice(len(lines), len(lines))])  # noqa: E731
+
+    def draw(generator: np.random.RandomState) -> list[Optimum]:
+        return _lowest([lines[i] for i in generator.choice(len(lines), len(lines))])
+
     return _frontier("envelope", curves, optima, draw, bootstrap, [])
 
 
 def _vertex(group: Runs) -> Optimum | None:
-    """Minimum of the parabola of ln L over ln N; None where it has none between the sizes."""
+    """Return the minimum of the parabola of ln L over ln N; None without one between the sizes."""
     x = np.log(group.parameters)
     if len(group.sizes()) < PARABOLA:
         return None
@@ -124,7 +145,7 @@ def _vertex(group: Runs) -> Optimum | None:
 
 
 def _curve(curves: Runs, size: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """N of a size, ln C and ln L of its points in order."""
+    """Return N of a size, and ln C and ln L of its points in order of C."""
     order = size[np.argsort(curves.tokens[size], kind="stable")]
     return (
         float(curves.parameters[size].mean()),
@@ -134,27 +155,27 @@ def _curve(curves: Runs, size: np.ndarray) -> tuple[float, np.ndarray, np.ndarra
 
 
 def _lowest(lines: list[tuple[float, np.ndarray, np.ndarray]]) -> list[Optimum]:
-    """At each compute the size of the lowest curve.
+    """Return the size of the lowest curve at each compute.
 
-    Only where its neighbours in size have curves too, so that it had rivals.
+    Only where smaller and larger sizes have a loss at that compute too.
     """
     grid = np.linspace(
         min(line[1][0] for line in lines), max(line[1][-1] for line in lines), POINTS
     )
     losses = np.stack([np.interp(grid, c, loss, left=np.nan, right=np.nan) for _, c, loss in lines])
     sizes = np.array([line[0] for line in lines])
-    found = []
-    for at, column in zip(grid, losses.T, strict=True):
-        there = np.isfinite(column)
-        if there.sum() < 2:
+    optima = []
+    for log_flops, column in zip(grid, losses.T, strict=True):
+        trained = np.isfinite(column)
+        if trained.sum() < 2:
             continue
         best = int(np.nanargmin(column))
         # The smallest or the largest that has a curve here may be lowest only because the better
         # size was not trained this far.
-        if sizes[best] in (sizes[there].min(), sizes[there].max()):
+        if sizes[best] in (sizes[trained].min(), sizes[trained].max()):
             continue
-        flops = float(np.exp(at))
-        found.append(
+        flops = float(np.exp(log_flops))
+        optima.append(
             Optimum(
                 flops,
                 float(sizes[best]),
@@ -162,7 +183,7 @@ def _lowest(lines: list[tuple[float, np.ndarray, np.ndarray]]) -> list[Optimum]:
                 float(np.exp(column[best])),
             )
         )
-    return found
+    return optima
 
 
 def _line(optima: list[Optimum]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""A ladder of runs: small ones that a law is fitted to, and a large one whose loss is predicted before it is trained.
+"""Ladders: small runs that a law is fitted to, and a large one whose loss is predicted.
 
-The prediction is on disk before the first step of the largest rung, and is not written again once
-that rung has begun.
+The prediction is written before the first step of the largest run, and not written again once that
+run has begun.
 """
 
 from __future__ import annotations
@@ -23,128 +23,129 @@ from nextpt.scaling.laws import CHINCHILLA
 from nextpt.scaling.observations import read_run_folders
 from nextpt.scaling.predict import predict
 from nextpt.scaling.record import fit_json, write_json
-from nextpt.scaling.run_set import NamedRun, RunSet, read_set, repeated
+from nextpt.scaling.run_set import NamedRun, RunSet, first_duplicate, read_set
 
-# Compute of the largest rung over that of the biggest fitted one: less would hardly be a prediction
-LEAST_RATIO = 4.0
+# Compute of the target over that of the largest rung: with less it would hardly be a prediction.
+MIN_COMPUTE_RATIO = 4.0
 BOOTSTRAP = 4000
 LEVEL = 0.9
 
 
 class Ladder(RunSet):
-    """A ladder as its YAML file says."""
+    """A ladder, as its YAML file describes it."""
 
     rungs: list[NamedRun] = Field(description="runs that the law is fitted to")
     target: NamedRun = Field(description="the run that is predicted")
 
     @property
     def all(self) -> list[NamedRun]:
+        """The rungs, then the target."""
         return [*self.rungs, self.target]
 
     def arguments(self, run: NamedRun) -> list[str]:
-        """All overrides of a rung: one validation, after the last step."""
-        own = super().arguments(run)
-        return [
-            *own,
-            f"validation.every_steps={load_config(self.base, own, warn_deprecated=False).total_steps}",
-        ]
+        """Return all overrides of a run: with one validation, after the last step."""
+        overrides = super().arguments(run)
+        steps = load_config(self.base, overrides, warn_deprecated=False).total_steps
+        return [*overrides, f"validation.every_steps={steps}"]
 
 
 def load_ladder(path: Path) -> Ladder:
     """Read and check a ladder, and every rung's config. Raises ScalingError and ConfigError."""
     ladder = read_set(Ladder, path, "a ladder")
-    if twice := repeated([rung.name for rung in ladder.all]):
+    if duplicate := first_duplicate([rung.name for rung in ladder.all]):
         raise ScalingError(
-            f"{path}: two rungs have the name {twice}; each needs a folder of its own"
+            f"{path}: two rungs have the name {duplicate}; each needs a folder of its own"
         )
     if len(ladder.rungs) <= len(CHINCHILLA.constants):
         raise ScalingError(
             f"{path}: {len(ladder.rungs)} rungs are too few; {CHINCHILLA.formula} needs at least"
             f" {len(CHINCHILLA.constants) + 1}"
         )
-    biggest = max(ladder.rungs, key=ladder.flops)
-    if (ratio := ladder.flops(ladder.target) / ladder.flops(biggest)) < LEAST_RATIO:
+    largest = max(ladder.rungs, key=ladder.flops)
+    if (ratio := ladder.flops(ladder.target) / ladder.flops(largest)) < MIN_COMPUTE_RATIO:
         raise ScalingError(
             f"{path}: target {ladder.target.name} takes {ratio:.2f} times the compute of"
-            f" {biggest.name}, the biggest that is fitted; {LEAST_RATIO:g} times or more are needed"
+            f" {largest.name}, the largest rung; {MIN_COMPUTE_RATIO:g} times or more are needed"
             " for a prediction"
         )
     return ladder
 
 
 def is_done(ladder: Ladder, rung: NamedRun) -> bool:
-    """Whether a rung was trained to its end.
-
-    Raises ScalingError where its folder holds another run.
-    """
-    config, begun = ladder.config(rung), ladder.is_begun(rung)
+    """Return whether a run is finished. Raises ScalingError where its folder holds another run."""
+    config, has_begun = ladder.config(rung), ladder.is_begun(rung)
     events = read_events(ladder.folder(rung) / "metrics.jsonl", "validation")
-    return begun and bool(events) and events[-1]["step"] >= config.total_steps
+    return has_begun and bool(events) and events[-1]["step"] >= config.total_steps
 
 
 def write_prediction(ladder: Ladder) -> dict[str, Any]:
     """Fit the finished rungs and write DIR/fit.json and DIR/prediction.json.
 
-    What is written before the target began is kept.
+    Once the target has begun, the prediction on disk is returned and not written again.
 
-    Raises ScalingError where the target has begun without a prediction: none could be honest any
-    more.
+    Raises:
+        ScalingError: The target has begun without a prediction.
     """
     path, target = ladder.dir / "prediction.json", ladder.target
     begun = bool(read_events(ladder.folder(target) / "metrics.jsonl"))
     if begun and path.exists():
-        return read(path)
+        return read_result(path)
     if begun:
         raise ScalingError(
-            f"{ladder.folder(target)} has begun and {path} is not there: a prediction must come"
-            " first; remove that folder"
+            f"{ladder.folder(target)} has begun and {path} does not exist: the prediction must be"
+            " written first; remove that folder"
         )
     runs = read_run_folders([ladder.folder(rung) for rung in ladder.rungs])
-    found = fit(CHINCHILLA, runs, bootstrap=BOOTSTRAP)
-    values = fit_json(found)
+    law_fit = fit(CHINCHILLA, runs, bootstrap=BOOTSTRAP)
+    values = fit_json(law_fit)
     write_json(values, ladder.dir / "fit.json")
     config = ladder.config(target)
-    made = predict(
-        found,
+    prediction = predict(
+        law_fit,
         count(ModelSpec.from_config(config)).parameters,
         config.total_steps * config.tokens_per_step,
         LEVEL,
     )
-    made |= {
+    prediction |= {
         "run": str(ladder.folder(target)),
         "written": time.time(),
-        "compute_ratio": made["flops"] / float(runs.flops.max()),
+        "compute_ratio": prediction["flops"] / float(runs.flops.max()),
         "fit": {name: values[name] for name in ("form", *CHINCHILLA.constants)},
-        "warnings": list(dict.fromkeys([*made["warnings"], *values["warnings"]])),
+        "warnings": list(dict.fromkeys([*prediction["warnings"], *values["warnings"]])),
     }
-    _write(made, path)
-    return made
+    _write(prediction, path)
+    return prediction
 
 
 def write_result(ladder: Ladder) -> dict[str, Any]:
-    """DIR/result.json: the prediction beside the measured loss of the finished target. error: predicted / measured - 1."""
-    made = read(ladder.dir / "prediction.json")
+    """Write DIR/result.json: the prediction beside the measured loss of the finished target.
+
+    Returns:
+        Its content; "error" is predicted / measured - 1.
+    """
+    prediction = read_result(ladder.dir / "prediction.json")
     runs = read_run_folders([ladder.folder(ladder.target)])
-    measured, (low, high) = float(runs.loss[0]), made["interval"]
+    measured, (low, high) = float(runs.loss[0]), prediction["interval"]
     first = read_events(ladder.folder(ladder.target) / "metrics.jsonl", "train")[0]["time"]
     result = {
-        "predicted": made["loss"],
-        "level": made["level"],
+        "predicted": prediction["loss"],
+        "level": prediction["level"],
         "interval": [low, high],
         "measured": measured,
-        "error": made["loss"] / measured - 1,
+        "error": prediction["loss"] / measured - 1,
         "inside": low <= measured <= high,
-        "compute_ratio": made["compute_ratio"],
-        "prediction_before_first_step": made["written"] < first,
+        "compute_ratio": prediction["compute_ratio"],
+        "prediction_before_first_step": prediction["written"] < first,
     }
     _write(result, ladder.dir / "result.json")
     return result
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A prediction or result. Raises ScalingError when it is damaged."""
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a prediction or a result. Raises ScalingError when the file is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
     except (OSError, ValueError) as error:
         raise ScalingError(f"{path} cannot be read: {error}") from error
 

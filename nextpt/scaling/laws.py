@@ -1,4 +1,4 @@
-"""The forms of scaling laws: loss as a function of parameters N and training tokens D.
+"""Scaling laws: loss as a function of parameters N and training tokens D.
 
 Each is a scaled sum of powers, L = (sum_k exp(t_k))^s, with terms t_k linear in the unknowns theta
 once logarithms are taken; Kaplan's has a scale s, for the others it is 1. Logarithms of N and D are
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-# Derivatives of the K terms by theta [K, n, p], and what is added to them [K, n]
+# Derivatives of the K terms by theta [K, n, p], and their constant parts [K, n]
 Terms = tuple[np.ndarray, np.ndarray]
-Constants = dict[str, np.ndarray]  # name of a parameter -> its value, or one per resample [R]
-TINY = 1e-300  # stands for a coefficient that a fit drove to 0
+# Name of a constant -> its value (a float), or one value per resample (float64 [R])
+Constants = dict[str, Any]
+TINY = 1e-300  # in the place of a coefficient that a fit drove to 0
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,24 @@ class Centre:
 
 @dataclass(frozen=True)
 class Law:
-    """One form.
+    """One scaling law.
 
-    constants: names of its public parameters. terms: of (x, y), the centred logarithms of N and D.
-    exponents: which of theta are exponents, the others being logarithms of coefficients. scaled:
-    the last of theta is the scale s. least_squares: fitted by least squares of the loss in nats, as
-    published, and not by Huber's loss of its logarithm. public: (theta [R, p], centre) ->
-    constants; private: (constants of one fit, centre) -> theta [p]. loss: (constants, N, D) -> nats
-    per token. inner: constants -> (A, B, alpha, beta) of what divides compute: for any budget the N
-    that minimises L minimises A N^-alpha + B D^-beta.
+    Attributes:
+        name: Value of --form.
+        formula: For messages.
+        source: Paper and equation.
+        constants: Names of its constants.
+        terms: (x, y), the centred logarithms of N and D -> the terms.
+        exponents: Indices of theta that are exponents; the others are logarithms of coefficients.
+        exponent_names: Their names.
+        public: (theta [R, p], centre) -> constants.
+        private: (constants of one fit, centre) -> theta [p].
+        loss: (constants, N, D) -> nats per token.
+        inner: Constants -> (A, B, alpha, beta) of the allocation: for any budget the N that
+            minimises L minimises A N^-alpha + B D^-beta.
+        scaled: The last of theta is the scale s.
+        least_squares: Fitted by least squares of the loss in nats, as published, not by the Huber
+            loss of its logarithm.
     """
 
     name: str
@@ -55,7 +66,7 @@ class Law:
     least_squares: bool = False
 
     def log_loss(self, theta: np.ndarray, terms: Terms) -> tuple[np.ndarray, np.ndarray]:
-        """Ln L [R, n] of theta [R, p], and its derivatives [R, n, p]."""
+        """Return ln L [R, n] of theta [R, p], and its derivatives [R, n, p]."""
         design, added = terms
         logs = np.einsum("knp,rp->krn", design, theta) + added[:, None, :]
         largest = logs.max(0)
@@ -108,7 +119,8 @@ def _chinchilla_theta(c: Constants, centre: Centre) -> np.ndarray:
 
 
 def _chinchilla_loss(c: Constants, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    return c["E"] + c["A"] * parameters ** -c["alpha"] + c["B"] * tokens ** -c["beta"]
+    loss = c["E"] + c["A"] * parameters ** -c["alpha"] + c["B"] * tokens ** -c["beta"]
+    return np.asarray(loss)
 
 
 CHINCHILLA = Law(
@@ -174,9 +186,8 @@ def _kaplan_inner(c: Constants) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def _kaplan_loss(c: Constants, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    return ((c["N_c"] / parameters) ** (c["alpha_N"] / c["alpha_D"]) + c["D_c"] / tokens) ** c[
-        "alpha_D"
-    ]
+    inner = (c["N_c"] / parameters) ** (c["alpha_N"] / c["alpha_D"]) + c["D_c"] / tokens
+    return np.asarray(inner ** c["alpha_D"])
 
 
 KAPLAN = Law(

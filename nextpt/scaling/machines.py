@@ -1,8 +1,9 @@
-"""Devices that a run can be planned for: memory, arithmetic peak and links, from the vendors' data sheets."""
+"""Devices that runs are planned for: memory, peak FLOP/s and links, from data sheets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nextpt.base.errors import ConfigError
 from nextpt.train.hardware import PEAK_BF16_TFLOPS
@@ -10,12 +11,15 @@ from nextpt.train.hardware import PEAK_BF16_TFLOPS
 
 @dataclass(frozen=True)
 class Machine:
-    """One kind of device and how many of it are joined.
+    """One kind of device and its links.
 
-    memory: bytes. peak: dense bf16 FLOP/s. link: bytes/s that one device sends to others of its
-    node (one direction).
-    node_network: bytes/s that one node sends to others, all its adapters together. node_size:
-    devices per node.
+    Attributes:
+        name: Name for messages.
+        memory: Bytes.
+        peak: Dense bf16 FLOP/s.
+        link: Bytes/s that one device sends to others of its node, one direction.
+        node_network: Bytes/s that one node sends to others, all its adapters together.
+        node_size: Devices per node.
     """
 
     name: str
@@ -26,7 +30,9 @@ class Machine:
     node_size: int = 8
 
     def bus(self, devices: int) -> float:
-        """Bytes/s per device of a ring over `devices`: the slower of the links and of the nodes' networks.
+        """Return bytes/s per device of a ring over `devices` devices.
+
+        It is the slower of the links and of the nodes' networks.
 
         A ring crosses each node boundary once, over all adapters of a node together (NCCL lays one
         ring per adapter).
@@ -60,16 +66,17 @@ def machine(
     node_gbs: float | None = None,
     node_size: int | None = None,
 ) -> Machine:
-    """A machine by name, with what is known better put in its place.
+    """Return a device by name, with the given quantities in the place of its own.
 
-    Raises ConfigError for an unknown name.
+    Raises:
+        ConfigError: The name is unknown.
     """
     if name.lower() not in MACHINES:
         raise ConfigError(
             f"--device {name}: known are {', '.join(MACHINES)}; for another, name the nearest and"
             " give --memory, --peak and --link"
         )
-    changes = {
+    changes: dict[str, Any] = {
         "memory": memory_gib and int(memory_gib * 2**30),
         "peak": peak_tflops and peak_tflops * 1e12,
         "link": link_gbs and link_gbs * 1e9,

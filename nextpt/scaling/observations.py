@@ -1,4 +1,6 @@
-"""What scaling laws are fitted to: runs with their parameters, training tokens and final loss, from a CSV or from run folders.
+"""Runs that scaling laws are fitted to: parameters, training tokens and final loss.
+
+They are read from a CSV file or from run folders.
 
 Conventions: N counts all parameters unless said otherwise, D the training tokens, and compute is C
 = 6 N D FLOPs (arXiv 2001.08361, section 2.1). A file that gives compute instead of tokens has D = C
@@ -27,7 +29,16 @@ COUNTS = ("parameters", "non_embedding_parameters", "matmul_parameters")  # of n
 
 @dataclass(frozen=True)
 class Runs:
-    """n runs. parameters, tokens, loss (nats per token): float64 [n]. labels: what names each in messages. unique_tokens [n]: D without repetition, where known. convention: how parameters were counted and where tokens come from."""
+    """n runs.
+
+    Attributes:
+        parameters: N, float64 [n].
+        tokens: D, float64 [n].
+        loss: Nats per token, float64 [n].
+        labels: Names of the runs for messages.
+        convention: How parameters were counted and where tokens come from.
+        unique_tokens: D without repetition, float64 [n], where known.
+    """
 
     parameters: np.ndarray
     tokens: np.ndarray
@@ -41,10 +52,11 @@ class Runs:
 
     @property
     def flops(self) -> np.ndarray:
-        return FLOPS_PER_PARAMETER_AND_TOKEN * self.parameters * self.tokens
+        """Training compute C = 6 N D, FLOPs, [n]."""
+        return np.asarray(FLOPS_PER_PARAMETER_AND_TOKEN * self.parameters * self.tokens)
 
     def only(self, kept: np.ndarray) -> Runs:
-        """Those that a mask or an array of indices names."""
+        """Return the runs of a mask or of an array of indices."""
         labels = [self.labels[i] for i in np.arange(len(self))[kept]]
         unique = None if self.unique_tokens is None else self.unique_tokens[kept]
         return replace(
@@ -57,19 +69,19 @@ class Runs:
         )
 
     def sizes(self) -> list[np.ndarray]:
-        """Indices of the runs of each model size, smallest first; those within SAME are one."""
+        """Return the indices of the runs of each model size, smallest first."""
         return clusters(self.parameters, SAME)
 
 
 def clusters(values: np.ndarray, tolerance: float) -> list[np.ndarray]:
-    """Indices of values that follow each other within a relative gap of `tolerance`, smallest first."""
+    """Return indices of values in groups with relative gaps of at most `tolerance`, sorted."""
     order = np.argsort(values, kind="stable")
     gaps = np.flatnonzero(np.diff(np.log(values[order])) > math.log1p(tolerance))
     return np.split(order, gaps + 1)
 
 
 def drop_highest_losses(runs: Runs, number: int) -> Runs:
-    """Without the runs of the `number` highest losses, and those that equal the last of them."""
+    """Leave out the runs with the `number` highest losses, and ties of the last of them."""
     if number == 0:
         return runs
     if number >= len(runs):
@@ -86,25 +98,32 @@ def read_csv(
     flops: str | None = None,
     unique_tokens: str | None = None,
 ) -> Runs:
-    """Runs of a CSV file with a header.
+    """Read the runs of a CSV file with a header.
 
-    The other arguments name its columns. tokens or flops must be given.
+    Args:
+        path: The file.
+        parameters: Column of N.
+        loss: Column of the loss, nats per token.
+        tokens: Column of D; exactly one of tokens and flops must be given.
+        flops: Column of C, FLOPs.
+        unique_tokens: Column of the unique tokens.
 
-    Raises ScalingError that names the file, the line and the column.
+    Raises:
+        ScalingError: Names the file, the line and the column.
     """
     if (tokens is None) == (flops is None):
         raise ScalingError(
             "give either --tokens-column or --flops-column: tokens, or compute in FLOPs from which"
             " D = C / (6 N)"
         )
-    named = {
+    columns = {
         "parameters": parameters,
         "tokens": tokens or flops,
         "loss": loss,
         "unique tokens": unique_tokens,
     }
     header, rows = _rows(path)
-    for column in named.values():
+    for column in columns.values():
         if column is not None and column not in header:
             near = difflib.get_close_matches(
                 column, header, n=1, cutoff=0.4
@@ -117,8 +136,8 @@ def read_csv(
                 + (f"the nearest is {near[0]!r}" if near else f"it has {', '.join(header)}")
             )
     read = {
-        what: np.array([_number(path, line, row, column, what) for line, row in rows])
-        for what, column in named.items()
+        quantity: np.array([_number(path, line, row, column, quantity) for line, row in rows])
+        for quantity, column in columns.items()
         if column is not None
     }
     if flops is not None:
@@ -135,7 +154,7 @@ def read_csv(
 
 
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Header, and each row with the line that it ends on."""
+    """Return the header, and each row with the number of its last line."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -152,7 +171,7 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     return header, rows
 
 
-def _number(path: Path, line: int, row: dict[str, str], column: str, what: str) -> float:
+def _number(path: Path, line: int, row: dict[str, str], column: str, quantity: str) -> float:
     text = row[column]
     try:
         value = float(text)
@@ -160,8 +179,8 @@ def _number(path: Path, line: int, row: dict[str, str], column: str, what: str) 
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
         raise ScalingError(
-            f"{path} line {line}: {column} = {text!r}; {what} must be a finite number above 0 "
-            "(a run that failed has no place in a fit: remove its line)"
+            f"{path} line {line}: {column} = {text!r}; {quantity} must be a finite number above 0 "
+            "(remove the line of a run that failed)"
         )
     return value
 
@@ -169,12 +188,17 @@ def _number(path: Path, line: int, row: dict[str, str], column: str, what: str) 
 def read_run_folders(
     folders: list[Path], counted: str = "parameters", *, curves: bool = False
 ) -> Runs:
-    """Finished runs of nextpt: N by `counted` (one of COUNTS), D and the total held-out loss of the last validation.
+    """Read finished runs of nextpt: N, D and the validation loss after the last step.
 
-    curves: every validation of each run instead of the last one; runs may then be unfinished.
-    Raises ScalingError.
+    Args:
+        folders: Run folders.
+        counted: What N counts, one of COUNTS.
+        curves: Read every validation of each run, not only the last; runs may be unfinished.
+
+    Raises:
+        ScalingError: A folder is no run, or has no (last) validation.
     """
-    found = []
+    points = []
     for folder in folders:
         if not (folder / "config.yaml").is_file():
             raise ScalingError(f"{folder} is not a run folder: it has no config.yaml")
@@ -191,7 +215,7 @@ def read_run_folders(
                 " to another law"
             )
         for event in events if curves else events[-1:]:
-            found.append(
+            points.append(
                 (
                     getattr(
                         count(
@@ -205,14 +229,18 @@ def read_run_folders(
                     f"{folder} step {event['step']}",
                 )
             )
-    for *_, loss, label in found:
+    for *_, loss, label in points:
         if not (loss > 0 and math.isfinite(loss)):
             raise ScalingError(
-                f"{label}: the held-out loss is {loss}; a run that diverged has no place in a fit"
+                f"{label}: the held-out loss is {loss}; leave out runs that diverged"
             )
-    columns = [np.array(column, dtype=float) for column in list(zip(*found, strict=True))[:3]]
+    parameters, tokens, losses = (
+        np.array([point[column] for point in points], dtype=float) for column in range(3)
+    )
     return Runs(
-        *columns,
-        [label for *_, label in found],
+        parameters,
+        tokens,
+        losses,
+        [label for *_, label in points],
         f"N: {counted.replace('_', ' ')}; D: tokens trained on; held-out nats per token",
     )

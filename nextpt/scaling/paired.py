@@ -1,4 +1,4 @@
-"""Differences in bits per byte between models that were scored on the same documents, with paired intervals.
+"""Paired differences in bits per byte between models scored on the same documents.
 
 Documents differ far more from each other than models do, so the difference is taken document by
 document and the documents are resampled afterwards: every resample draws the same documents for all
@@ -17,19 +17,25 @@ import numpy as np
 from nextpt.evaluate.bootstrap import middle, stratified
 
 
-def paired_figures(
+def paired_metrics(
     sizes: dict[str, np.ndarray], nats: dict[str, np.ndarray], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Of each model {"domains": domain -> figures, "total": figures}. The first is the baseline, which the others are compared with.
+    """Compare models with the first one, the baseline.
 
-    sizes: domain -> int64 [documents], UTF-8 bytes. nats: domain -> fp64 [models, seeds,
-    documents]. Figures are means over seeds: `bpb`, of the baseline with its `interval`; of
-    the others `difference` (below 0: better than the baseline) with its `interval`. `by_seed`: of
-    the baseline bpb, of others the difference from the baseline of that seed; `seed_sd`: their
-    standard deviation. Intervals are percentiles that hold CONFIDENCE; null where no domain has two
-    documents.
+    Args:
+        sizes: Domain -> UTF-8 bytes of the documents, int64 [documents].
+        nats: Domain -> nats, fp64 [models, seeds, documents].
+        resamples: Number of bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Returns:
+        For each model {"domains": domain -> metrics, "total": metrics}. Metrics are means over
+        seeds: `bpb`, of the baseline with its `interval`; of the others `difference` (below 0 is
+        better than the baseline) with its `interval`. `by_seed`: bpb of the baseline, of others
+        the difference from the baseline of that seed; `seed_sd`: its standard deviation. Intervals
+        are percentiles with the probability CONFIDENCE; None where no domain has two documents.
     """
-    drawn = dict(
+    resampled = dict(
         zip(
             nats,
             stratified([_columns(sizes[d], nats[d]) for d in nats], resamples, seed),
@@ -37,42 +43,61 @@ def paired_figures(
         )
     )
     sums = {d: (int(sizes[d].sum()), nats[d].sum(axis=2), len(sizes[d])) for d in nats}
-    total = (
-        *map(sum, zip(*sums.values(), strict=True)),
-        sum(drawn.values()),
-        any(len(s) > 1 for s in sizes.values()),
-    )
+    total_size = sum(size for size, _, _ in sums.values())
+    total_nats = np.sum([domain_nats for _, domain_nats, _ in sums.values()], axis=0)
+    total_documents = sum(documents for _, _, documents in sums.values())
+    total_resampled = np.sum(list(resampled.values()), axis=0)
+    has_interval = any(len(s) > 1 for s in sizes.values())
     return [
         {
-            "domains": {d: _figures(model, *sums[d], drawn[d], len(sizes[d]) > 1) for d in nats},
-            "total": _figures(model, *total),
+            "domains": {
+                d: _metrics(model, *sums[d], resampled[d], len(sizes[d]) > 1) for d in nats
+            },
+            "total": _metrics(
+                model, total_size, total_nats, total_documents, total_resampled, has_interval
+            ),
         }
         for model in range(len(next(iter(nats.values()))))
     ]
 
 
 def _columns(sizes: np.ndarray, nats: np.ndarray) -> np.ndarray:
-    """fp64 [documents, 1 + models]: bytes, nats of the baseline, and nats of each other model less those. Means over seeds.
+    """Return the columns that are resampled, means over seeds, fp64 [documents, 1 + models].
 
-    The difference is taken before the sums, so that of two models that are the same it is exactly 0
-    in every resample.
+    They are bytes, nats of the baseline, and the difference of each other model from those. The
+    difference is taken before the sums, so that for two equal models it is exactly 0 in every
+    resample.
     """
     means = nats.mean(axis=1)
     return np.stack([sizes, means[0], *(means[1:] - means[0])], axis=1)
 
 
-def _figures(
-    model: int, size: int, nats: np.ndarray, documents: int, drawn: np.ndarray, several: bool
+def _metrics(
+    model: int,
+    size: int,
+    nats: np.ndarray,
+    documents: int,
+    resampled: np.ndarray,
+    has_interval: bool,
 ) -> dict[str, Any]:
-    """Nats [models, seeds]: sums over documents. drawn [resamples, 1 + models]: resampled sums of `_columns`."""
+    """Return the metrics of one model.
+
+    Args:
+        model: Its index; 0 is the baseline.
+        size: Bytes of all documents.
+        nats: Sums over documents [models, seeds].
+        documents: Number of documents.
+        resampled: Resampled sums of `_columns` [resamples, 1 + models].
+        has_interval: Whether any domain has two documents.
+    """
     bits = nats / (math.log(2) * size)
     by_seed = bits[model] - bits[0] if model else bits[0]
-    ratios = drawn[:, 1 + model] / (math.log(2) * drawn[:, 0])
-    found = {"documents": documents, "bytes": size, "bpb": float(bits[model].mean())}
+    ratios = resampled[:, 1 + model] / (math.log(2) * resampled[:, 0])
+    metrics = {"documents": documents, "bytes": size, "bpb": float(bits[model].mean())}
     if model:
-        found["difference"] = float(by_seed.mean())
-    return found | {
-        "interval": middle(ratios) if several else None,
+        metrics["difference"] = float(by_seed.mean())
+    return metrics | {
+        "interval": middle(ratios) if has_interval else None,
         "by_seed": by_seed.tolist(),
         "seed_sd": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
     }

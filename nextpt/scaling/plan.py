@@ -1,4 +1,4 @@
-"""What a run will take, before any GPU hour is spent: memory, time and traffic for every ZeRO stage.
+"""Plan of a run: estimated memory, time and communication for every ZeRO stage.
 
 Nothing is measured here and nothing starts; a config is planned for any number of devices, on any
 machine.
@@ -26,10 +26,16 @@ RECOMPUTE = 1 / 3
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run: a ZeRO stage with or without activation checkpointing.
+    """A ZeRO stage with or without activation checkpointing.
 
-    traffic: bytes that one device sends in a step. communication, seconds: of one step, alone and
-    as planned, where what exceeds the backward pass is not hidden.
+    Attributes:
+        stage: ZeRO stage.
+        checkpointing: Whether activations are recomputed.
+        memory: Memory per rank.
+        fits: Whether it fits into the device.
+        traffic: Bytes that one device sends in a step.
+        communication: Seconds of communication of one step, alone.
+        seconds: Seconds of one step; communication beyond the backward pass is not hidden.
     """
 
     stage: int
@@ -43,7 +49,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a run on `devices` devices at a stated utilisation."""
+    """Estimates of a run on `devices` devices at a given model FLOPs utilization."""
 
     config: Config
     machine: Machine
@@ -61,7 +67,7 @@ class Plan:
 
     @property
     def best(self) -> Option | None:
-        """The quickest option that fits; of equally quick ones the lowest stage."""
+        """The fastest option that fits; of equally fast ones the lowest stage."""
         fitting = [option for option in self.options if option.fits]
         return min(
             fitting, key=lambda o: (round(o.seconds, 6), o.stage, o.checkpointing), default=None
@@ -69,21 +75,30 @@ class Plan:
 
     @property
     def total_tokens(self) -> int:
+        """Training tokens of the run."""
         return self.config.total_steps * self.config.tokens_per_step
 
     def tokens_per_second(self, option: Option) -> float:
+        """Throughput of all devices."""
         return self.config.tokens_per_step / option.seconds
 
     def days(self, option: Option) -> float:
-        """Days of stepping; validation, saving and failures come on top."""
+        """Days of training steps, without validation, checkpoints and failures."""
         return self.config.total_steps * option.seconds / 86400
 
 
 def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> Plan:
-    """Plan a run. utilisation: model FLOP utilisation without recomputation, as a share of the peak (PaLM's definition).
+    """Plan a run.
 
-    Raises ConfigError when the batch cannot be divided among the devices, or a node into groups of
-    `train.hpz_ranks`.
+    Args:
+        config: The run.
+        devices: Number of devices, one rank on each.
+        machine: The device.
+        utilisation: Model FLOPs utilization (MFU) without recomputation, from 0 to 1 (PaLM).
+
+    Raises:
+        ConfigError: The batch cannot be divided among the devices, or a node into groups of
+            `train.hpz_ranks`.
     """
     accumulation = config.accumulation_steps(devices)
     if devices > machine.node_size and machine.node_size % (config.train.hpz_ranks or 1):
@@ -108,7 +123,7 @@ def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> 
 
 
 def variant(config: Config, stage: int, checkpointing: bool) -> Config:
-    """The config at another stage."""
+    """Return the config at another stage."""
     train = config.train.model_copy(
         update={"zero_stage": stage, "activation_checkpointing": checkpointing}
     )
@@ -117,27 +132,33 @@ def variant(config: Config, stage: int, checkpointing: bool) -> Config:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one device sends in an optimizer step: in collectives of all devices, and in those of the ranks of one node alone."""
+    """Bytes that one device sends in an optimizer step.
+
+    Attributes:
+        everywhere: In collectives of all devices.
+        in_node: In collectives of the ranks of one node.
+    """
 
     everywhere: float
     in_node: float = 0.0
 
     @property
     def total(self) -> float:
+        """Bytes in all collectives."""
         return self.everywhere + self.in_node
 
 
 def traffic(config: Config, devices: int) -> Traffic:
-    """What one device sends in an optimizer step, by the ring algorithms: (N - 1)/N of the data per pass.
+    """Return the bytes that one device sends in an optimizer step, with ring algorithms.
 
-    arXiv 1910.02054 section 7, as DeepSpeed 0.19.8 does it and with our widths
-    (tests/cluster/test_traffic.py counts it): gradients travel in fp32, weights in the width of
-    training. All ranks get all gradients at stages 0 to 2, two passes each, once per step (0, 1) or
-    per micro-batch (2); at stage 3 each gets its own, one pass per micro-batch. Stage 3 gathers the
-    weights for the forward pass of every micro-batch, and again for the backward pass when they are
-    too many to stay gathered; with hpZ (arXiv 2306.10209) only the first of these is among all
-    ranks, and the others are inside a node. Small parameters, which stay gathered, are not taken
-    off.
+    One pass of a ring sends (N - 1)/N of the data. arXiv 1910.02054 section 7, as in
+    DeepSpeed 0.19.8 and with our dtypes (tests/cluster/test_traffic.py counts it): gradients travel
+    in fp32, weights in the width of training. All ranks get all gradients at stages 0 to 2, two
+    passes each, once per step (0, 1) or per micro-batch (2); at stage 3 each gets its own, one pass
+    per micro-batch. Stage 3 gathers the weights for the forward pass of every micro-batch, and
+    again for the backward pass when they are too many to stay gathered; with hpZ (arXiv 2306.10209)
+    only the first of these is among all ranks, and the others are inside a node. Small parameters,
+    which stay gathered, are not taken off.
     """
     train, n, micro = (
         config.train,

@@ -1,8 +1,9 @@
-"""Pictures of scaling laws: the fit beside its runs, and compute-optimal sizes against compute."""
+"""Plots of scaling laws: the fit beside its runs, and compute-optimal sizes against compute."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,12 +17,12 @@ from nextpt.scaling.allocation import interval, optimum
 from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
 
-KINDS = (".svg", ".png", ".pdf")
+FORMATS = (".svg", ".png", ".pdf")
 LEVEL = 0.9  # of the bands
 POINTS = 60
-MOST_LINES = 8  # sizes whose curve is drawn
+MAX_CURVES = 8  # sizes whose curve is plotted
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {  # keys are literal types of matplotlib
     "svg.hashsalt": "nextpt",
     "font.size": 10,
     "axes.spines.top": False,
@@ -34,27 +35,24 @@ SETTINGS = {
 
 
 def check_plot_format(path: Path, form: str) -> None:
-    """Raises ScalingError for a picture that cannot be drawn, before any work is done."""
+    """Raise ScalingError for a plot that cannot be written, before any work is done."""
     if form == "repeated":
-        raise ScalingError("--plot: there is no picture of the form repeated")
-    if path.suffix not in KINDS:
-        raise ScalingError(f"--plot {path}: the name must end in {', '.join(KINDS)}")
+        raise ScalingError("--plot: there is no plot of the form repeated")
+    if path.suffix not in FORMATS:
+        raise ScalingError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
 
 
-def plot_fit(found: Fit | Frontier, path: Path) -> None:
-    """Write a picture of the kind that the name's ending chooses.
-
-    Raises ScalingError when it cannot be written.
-    """
+def plot_fit(fit: Fit | Frontier, path: Path) -> None:
+    """Write a plot in the format of the name's suffix. Raises ScalingError."""
     with matplotlib.rc_context(SETTINGS):
-        if isinstance(found, Fit):
+        if isinstance(fit, Fit):
             figure = Figure(figsize=(10, 4.4), layout="constrained")
             left, right = figure.subplots(1, 2)
-            _losses(left, found, figure)
-            _optimal(right, found)
+            _plot_losses(left, fit, figure)
+            _plot_optimal(right, fit)
         else:
             figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-            _frontier(figure.subplots(), found)
+            _plot_frontier(figure.subplots(), fit)
         try:
             figure.savefig(
                 path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
@@ -63,15 +61,15 @@ def plot_fit(found: Fit | Frontier, path: Path) -> None:
             raise ScalingError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _losses(axes: Axes, fit: Fit, figure: Figure) -> None:
-    """Runs as points, coloured by size, and the law's curve of some sizes."""
+def _plot_losses(axes: Axes, fit: Fit, figure: Figure) -> None:
+    """Plot the runs as points, coloured by size, and the law's curves of some sizes."""
     runs = fit.runs
     norm = LogNorm(runs.parameters.min(), runs.parameters.max())
     colours = matplotlib.colormaps["viridis"]
     axes.scatter(runs.flops, runs.loss, c=runs.parameters, norm=norm, cmap=colours, s=14, zorder=3)
     sizes = runs.sizes()
     for size in (
-        sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, MOST_LINES).astype(int))
+        sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, MAX_CURVES).astype(int))
     ):
         n = float(runs.parameters[size].mean())
         tokens = np.geomspace(runs.tokens[size].min() / 1.5, runs.tokens[size].max() * 1.5, POINTS)
@@ -99,8 +97,8 @@ def _losses(axes: Axes, fit: Fit, figure: Figure) -> None:
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="parameters N", pad=0.01)
 
 
-def _optimal(axes: Axes, fit: Fit) -> None:
-    """Compute-optimal N against compute, with the band of the bootstrap, to a hundred times the largest run."""
+def _plot_optimal(axes: Axes, fit: Fit) -> None:
+    """Plot the optimal N with the bootstrap's band, to 100 times the largest compute."""
     runs = fit.runs
     budgets = np.geomspace(runs.flops.min(), 100 * runs.flops.max(), POINTS)
     axes.scatter(runs.flops, runs.parameters, s=8, color=GREY, label="runs")
@@ -111,43 +109,43 @@ def _optimal(axes: Axes, fit: Fit) -> None:
         label="compute-optimal N",
     )
     if fit.resamples:
-        bands = [interval(optimum(fit.law, fit.resamples, c)[0], LEVEL) for c in budgets]
-        axes.fill_between(
-            budgets,
-            *zip(*bands, strict=True),
-            color=BLUE,
-            alpha=0.2,
-            linewidth=0,
-            label=f"{LEVEL:.0%} interval",
-        )
+        _plot_band(axes, budgets, [optimum(fit.law, fit.resamples, c)[0] for c in budgets])
     _finish_optimal(axes, runs.flops.max())
 
 
-def _frontier(axes: Axes, found: Frontier) -> None:
+def _plot_frontier(axes: Axes, frontier: Frontier) -> None:
     budgets = np.geomspace(
-        min(o.flops for o in found.optima), 100 * max(o.flops for o in found.optima), POINTS
+        min(o.flops for o in frontier.optima), 100 * max(o.flops for o in frontier.optima), POINTS
     )
     axes.scatter(
-        [o.flops for o in found.optima],
-        [o.parameters for o in found.optima],
+        [o.flops for o in frontier.optima],
+        [o.parameters for o in frontier.optima],
         s=12,
         color=GREY,
-        label="best size found",
+        label="best size",
     )
     axes.plot(
-        budgets, [found.parameters(c) for c in budgets], color=BLUE, label=f"N = k C^{found.a:.3f}"
+        budgets,
+        [frontier.parameters(c) for c in budgets],
+        color=BLUE,
+        label=f"N = k C^{frontier.a:.3f}",
     )
-    if len(found.resamples):
-        bands = [interval(found.parameter_resamples(c), LEVEL) for c in budgets]
-        axes.fill_between(
-            budgets,
-            *zip(*bands, strict=True),
-            color=BLUE,
-            alpha=0.2,
-            linewidth=0,
-            label=f"{LEVEL:.0%} interval",
-        )
-    _finish_optimal(axes, max(o.flops for o in found.optima))
+    if len(frontier.resamples):
+        _plot_band(axes, budgets, [frontier.parameter_resamples(c) for c in budgets])
+    _finish_optimal(axes, max(o.flops for o in frontier.optima))
+
+
+def _plot_band(axes: Axes, budgets: np.ndarray, resamples: list[np.ndarray]) -> None:
+    ends = [interval(values, LEVEL) for values in resamples]
+    axes.fill_between(
+        budgets,
+        [low for low, _ in ends],
+        [high for _, high in ends],
+        color=BLUE,
+        alpha=0.2,
+        linewidth=0,
+        label=f"{LEVEL:.0%} interval",
+    )
 
 
 def _finish_optimal(axes: Axes, largest: float) -> None:

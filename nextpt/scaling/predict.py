@@ -1,7 +1,4 @@
-"""Answers from a fit: the loss of a model that is not trained yet, and how to divide a budget.
-
-As plain values for JSON.
-"""
+"""Predictions from a fit: loss of a new model, allocation of a budget, as plain JSON values."""
 
 from __future__ import annotations
 
@@ -16,12 +13,15 @@ from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, Runs
 
-# Times the fitted compute, beyond which the interval says little: the form itself is then the doubt
+# Times the fitted compute, beyond which the form of the law is more uncertain than its constants
 FAR = 100.0
 
 
 def predict(fit: Fit, parameters: float, tokens: float, level: float) -> dict[str, Any]:
-    """Loss in nats per token with the interval of a single new run (None without resamples), and warnings."""
+    """Predict the loss in nats per token, with the interval of a single new run, and warnings.
+
+    The interval is None without resamples.
+    """
     flops = FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens
     return {
         "parameters": parameters,
@@ -40,26 +40,24 @@ def predict(fit: Fit, parameters: float, tokens: float, level: float) -> dict[st
     }
 
 
-def plan_budget(found: Fit | Frontier, flops: float, level: float) -> dict[str, Any]:
-    """Compute-optimal N and D for a budget with intervals.
+def plan_budget(fit: Fit | Frontier, flops: float, level: float) -> dict[str, Any]:
+    """Return the compute-optimal N and D for a budget, with intervals.
 
-    From a parametric fit also the loss and the price of smaller models.
+    A parametric fit also gives the loss and the price of smaller models.
     """
-    if isinstance(found, Fit):
-        best, tokens = (float(value) for value in optimum(found.law, found.constants, flops))
-        resampled = (
-            optimum(found.law, found.resamples, flops)[0] if found.resamples else np.empty(0)
-        )
-        more = {
-            "loss": predict(found, best, tokens, level),
-            "price": [asdict(priced) for priced in price(found, flops)],
+    if isinstance(fit, Fit):
+        best, tokens = (float(value) for value in optimum(fit.law, fit.constants, flops))
+        resampled = optimum(fit.law, fit.resamples, flops)[0] if fit.resamples else np.empty(0)
+        parametric: dict[str, Any] = {
+            "loss": predict(fit, best, tokens, level),
+            "price": [asdict(priced) for priced in price(fit, flops)],
         }
     else:
-        best = found.parameters(flops)
+        best = fit.parameters(flops)
         tokens = flops / FLOPS_PER_PARAMETER_AND_TOKEN / best
-        resampled = found.parameter_resamples(flops) if len(found.resamples) else np.empty(0)
-        more = {}
-    low, high = interval(resampled, level) if len(resampled) else (None, None)
+        resampled = fit.parameter_resamples(flops) if len(fit.resamples) else np.empty(0)
+        parametric = {}
+    low, high = interval(resampled, level) if len(resampled) else (0.0, 0.0)
     products = flops / FLOPS_PER_PARAMETER_AND_TOKEN
     return {
         "flops": flops,
@@ -69,8 +67,8 @@ def plan_budget(found: Fit | Frontier, flops: float, level: float) -> dict[str, 
         "level": level,
         "parameters_interval": [low, high] if low else None,
         "tokens_interval": [products / high, products / low] if low else None,
-        "warnings": _range_warnings(found.runs, flops),
-        **more,
+        "warnings": _range_warnings(fit.runs, flops),
+        **parametric,
     }
 
 

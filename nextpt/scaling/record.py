@@ -1,4 +1,4 @@
-"""Fits as JSON: constants, intervals, the runs they came from and the resamples, so that predictions need nothing else."""
+"""JSON form of fits: constants, intervals, runs and resamples, all that predictions need."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DIGITS = 8  # of resamples: far below their scatter
 
 
 def fit_json(fit: Fit) -> dict[str, Any]:
-    """One parametric fit.
+    """Return the JSON form of a parametric fit.
 
     Top level: its constants by name; N_c and D_c of L = (N_c/N)^alpha + (D_c/D)^beta + E;
     `intervals`.
@@ -52,7 +52,7 @@ def fit_json(fit: Fit) -> dict[str, Any]:
         "refused": fit.refused,
         "residual_rms": float(np.sqrt(np.mean(fit.residuals**2))),
         "warnings": warnings(fit),
-        "sensitivity": [asdict(left) for left in sensitivity(fit)],
+        "sensitivity": [asdict(left_out) for left_out in sensitivity(fit)],
         "runs": _runs_json(fit.runs),
         "resamples": {
             name: [float(f"{value:.{DIGITS}g}") for value in values]
@@ -62,7 +62,7 @@ def fit_json(fit: Fit) -> dict[str, Any]:
 
 
 def critical(fit: Fit, *, resampled: bool = False) -> dict[str, Any]:
-    """N_c = A^(1/alpha) in parameters and D_c = B^(1/beta) in tokens; Kaplan's form has its own."""
+    """Return N_c = A^(1/alpha), parameters, and D_c = B^(1/beta), tokens; {} for Kaplan's law."""
     c = fit.resamples if resampled else fit.constants
     if "A" not in c:
         return {}
@@ -75,7 +75,7 @@ def critical(fit: Fit, *, resampled: bool = False) -> dict[str, Any]:
 
 
 def frontier_json(frontier: Frontier) -> dict[str, Any]:
-    """Approach 1 or 2."""
+    """Return the JSON form of a frontier (approach 1 or 2)."""
     resampled = len(frontier.resamples) > 0
     return {
         "form": frontier.name,
@@ -92,27 +92,28 @@ def frontier_json(frontier: Frontier) -> dict[str, Any]:
     }
 
 
-def repeated_json(found: RepeatedFit) -> dict[str, Any]:
-    """The law of repeated data: seven constants, of which R_N and R_D are the half-lives R_N* and R_D*."""
+def repeated_json(fit: RepeatedFit) -> dict[str, Any]:
+    """Return the JSON form of the law of repeated data; R_N and R_D are R_N* and R_D*."""
+    assert fit.runs.unique_tokens is not None  # fit_repeated
     return {
         "form": "repeated",
         "formula": "L = E + A / N'^alpha + B / D'^beta",
         "source": "Muennighoff et al., arXiv 2305.16264",
-        **found.constants,
+        **fit.constants,
         "interval_level": LEVEL,
         "intervals": (
-            {name: interval(values, LEVEL) for name, values in found.resamples.items()} or None
+            {name: interval(values, LEVEL) for name, values in fit.resamples.items()} or None
         ),
-        "objective": found.objective,
-        "delta": found.delta,
-        "warnings": found.notes,
-        "runs": _runs_json(found.runs) | {"unique_tokens": found.runs.unique_tokens.tolist()},
-        "resamples": {name: values.tolist() for name, values in found.resamples.items()},
+        "objective": fit.objective,
+        "delta": fit.delta,
+        "warnings": fit.notes,
+        "runs": _runs_json(fit.runs) | {"unique_tokens": fit.runs.unique_tokens.tolist()},
+        "resamples": {name: values.tolist() for name, values in fit.resamples.items()},
     }
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Raises ScalingError when the file cannot be written."""
+    """Write a JSON file. Raises ScalingError."""
     try:
         with atomic_write(path) as file:
             json.dump(values, file, indent=1)
@@ -122,7 +123,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
 
 
 def read_fit(path: Path) -> Fit | Frontier:
-    """What `nextpt scaling fit --json` wrote. Raises ScalingError for anything else."""
+    """Read a file of `nextpt scaling fit --json`. Raises ScalingError for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -146,13 +147,22 @@ def _restore(values: dict[str, Any]) -> Fit | Frontier:
         raise ValueError("a fit of repeated data is not used for predictions")
     columns = values["runs"]
     runs = Runs(
-        *(np.array(columns[name]) for name in ("parameters", "tokens", "loss")),
+        np.array(columns["parameters"]),
+        np.array(columns["tokens"]),
+        np.array(columns["loss"]),
         columns["labels"],
         columns["convention"],
     )
     if values["form"] not in LAWS:
-        frontier = values["form"], runs, [], values["a"], values["log_k"]
-        return Frontier(*frontier, np.array(values["resamples"]).reshape(-1, 2), values["warnings"])
+        return Frontier(
+            values["form"],
+            runs,
+            [],
+            values["a"],
+            values["log_k"],
+            np.array(values["resamples"]).reshape(-1, 2),
+            values["warnings"],
+        )
     law = LAWS[values["form"]]
     constants = {name: values[name] for name in law.constants}
     residuals = np.log(law.loss(constants, runs.parameters, runs.tokens) / runs.loss)

@@ -1,10 +1,10 @@
-"""The law of repeated data: what further passes over the same tokens are worth (Muennighoff et al., arXiv 2305.16264, section 3.1).
+"""Scaling law of repeated data (Muennighoff et al., arXiv 2305.16264, section 3.1).
 
 L = E + A / N'^alpha + B / D'^beta with D' = U_D (1 + R_D* (1 - exp(-R_D / R_D*))), where U_D are
 the unique tokens and R_D = D / U_D - 1 the repetitions; N' likewise with U_N = min(N, the
 compute-optimal N of U_D tokens) and R_N = N / U_N - 1. The paper fits the half-lives R_N* and R_D*
 after the other constants; here all seven are fitted together, since N' differs from N in runs of
-one pass too.
+one epoch too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from nextpt.base.errors import ScalingError
 from nextpt.scaling.fitting import DELTA, SEED, Problem, check
 from nextpt.scaling.laws import CHINCHILLA, Constants
 from nextpt.scaling.observations import Runs
-from nextpt.scaling.solver import SMALLEST_DELTA, huber, minimise
+from nextpt.scaling.solver import MIN_DELTA, huber, minimise
 
-ONE_PASS = 1.001  # D / U_D up to which tokens count as seen once
-HALF_LIVES = np.log((0.1, 1000.0))  # where they are looked for; published: R_N* 5.31, R_D* 15.39
+ONE_EPOCH = 1.001  # D / U_D up to which tokens count as seen once
+# Range of ln of the half-lives; published: R_N* 5.31, R_D* 15.39
+HALF_LIVES = (float(np.log(0.1)), float(np.log(1000.0)))
 GRID = 25
 STEP = 1e-5  # of theta, for slopes by central differences
 NAMES = (*CHINCHILLA.constants, "R_N", "R_D")
@@ -28,7 +29,16 @@ NAMES = (*CHINCHILLA.constants, "R_N", "R_D")
 
 @dataclass(frozen=True)
 class RepeatedFit:
-    """constants: the seven of NAMES. resamples: name -> [R], empty without. notes: what the runs do not determine."""
+    """The law fitted to runs.
+
+    Attributes:
+        runs: The runs.
+        constants: The seven of NAMES.
+        objective: Minimum of the sum of Huber losses.
+        delta: Of the Huber loss.
+        resamples: Name -> values [R] of the bootstrap; empty without.
+        notes: Constants that the runs do not determine.
+    """
 
     runs: Runs
     constants: Constants
@@ -41,7 +51,7 @@ class RepeatedFit:
 def loss(
     constants: Constants, parameters: np.ndarray, tokens: np.ndarray, unique: np.ndarray
 ) -> np.ndarray:
-    """Nats per token. All arguments broadcast."""
+    """Return nats per token; all arguments broadcast."""
     alpha, beta = constants["alpha"], constants["beta"]
     unique = np.minimum(unique, tokens)
     log_g = (np.log(alpha * constants["A"]) - np.log(beta * constants["B"])) / (alpha + beta)
@@ -51,25 +61,28 @@ def loss(
     needed = np.minimum(parameters, np.exp(np.minimum(log_optimal, 700)))
     return CHINCHILLA.loss(
         constants,
-        _worth(parameters, needed, constants["R_N"]),
-        _worth(tokens, unique, constants["R_D"]),
+        _effective(parameters, needed, constants["R_N"]),
+        _effective(tokens, unique, constants["R_D"]),
     )
 
 
-def _worth(amount: np.ndarray, once: np.ndarray, half_life: np.ndarray) -> np.ndarray:
-    return once * (1 - half_life * np.expm1(-(amount / once - 1) / half_life))
+def _effective(amount: np.ndarray, unique: np.ndarray, half_life: np.ndarray) -> np.ndarray:
+    """Return D' of D tokens with `unique` ones, or N' of N parameters."""
+    return np.asarray(unique * (1 - half_life * np.expm1(-(amount / unique - 1) / half_life)))
 
 
 def fit_repeated(runs: Runs, *, delta: float | None = None, bootstrap: int = 0) -> RepeatedFit:
-    """Fit all seven constants by Huber's loss of ln L; the bootstrap resamples runs.
+    """Fit all seven constants by the Huber loss of ln L; the bootstrap resamples runs.
 
-    Raises ScalingError.
+    Raises:
+        ScalingError: The runs cannot determine the constants.
     """
     if runs.unique_tokens is None:
         raise ScalingError(
             "the form repeated needs --unique-column: how many different tokens each run saw"
         )
-    once = runs.tokens <= ONE_PASS * runs.unique_tokens
+    unique_tokens = runs.unique_tokens
+    once = runs.tokens <= ONE_EPOCH * unique_tokens
     if (~once).sum() < 3:
         raise ScalingError(
             f"only {(~once).sum()} of {len(runs)} runs repeat their data; 3 or more are needed to"
@@ -93,7 +106,7 @@ def fit_repeated(runs: Runs, *, delta: float | None = None, bootstrap: int = 0) 
 
     def losses(theta: np.ndarray) -> np.ndarray:
         columns = {name: values[:, None] for name, values in constants_of(theta).items()}
-        return np.log(loss(columns, runs.parameters, runs.tokens, runs.unique_tokens))
+        return np.asarray(np.log(loss(columns, runs.parameters, runs.tokens, unique_tokens)))
 
     def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         slopes = [
@@ -117,14 +130,12 @@ def fit_repeated(runs: Runs, *, delta: float | None = None, bootstrap: int = 0) 
         resamples = constants_of(
             minimise(model, target, drawn, np.repeat(best, bootstrap, 0), delta)[0]
         )
-    constants = {name: float(value[0]) for name, value in constants_of(best).items()}
+    constants: Constants = {name: float(value[0]) for name, value in constants_of(best).items()}
     # A profile with all else held: flat there is flat however the others move.
     allowed = max(float(objective[0]), 1e-20) * (1 + 1 / max(len(runs) - len(NAMES), 1))
     moved = best + np.log(2) * np.concatenate([np.eye(7)[5:], -np.eye(7)[5:]])
     flat = (
-        (huber(losses(moved) - target, max(delta, SMALLEST_DELTA)).sum(1) < allowed)
-        .reshape(2, 2)
-        .any(0)
+        (huber(losses(moved) - target, max(delta, MIN_DELTA)).sum(1) < allowed).reshape(2, 2).any(0)
     )
     notes = [
         f"{name}* is not determined: its profile is flat, half or twice {constants[name]:.3g} fits"

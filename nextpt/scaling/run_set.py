@@ -1,7 +1,7 @@
-"""Runs that are trained as a set: a YAML file names their base config, their folder, and what each changes.
+"""Sets of runs: a YAML file with their base config, their folder and the keys that each changes.
 
-Ladders (ladder.py) and ablations (ablation.py) are such sets. A run lies in DIR/NAME; one that is
-finished is not trained again.
+Ladders (ladder.py) and ablations (ablation.py) are such sets. The folder of a run is DIR/NAME; a
+finished run is not trained again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 
 
 class NamedRun(BaseModel):
-    """One run."""
+    """One run of a set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(
@@ -31,7 +31,7 @@ class NamedRun(BaseModel):
 
 
 class RunSet(BaseModel):
-    """What all sets of runs have."""
+    """Base class of sets of runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     base: Path = Field(description="config that all runs share, relative to the set's file")
@@ -39,10 +39,11 @@ class RunSet(BaseModel):
     overrides: list[str] = Field(default_factory=list, description="keys that all runs change")
 
     def folder(self, run: NamedRun) -> Path:
+        """Run folder of a run."""
         return self.dir / run.name
 
     def arguments(self, run: NamedRun) -> list[str]:
-        """All overrides of a run."""
+        """Return all overrides of a run."""
         return [
             *self.overrides,
             *run.overrides,
@@ -51,10 +52,11 @@ class RunSet(BaseModel):
         ]
 
     def config(self, run: NamedRun) -> Config:
+        """Load the config of a run. Raises ConfigError."""
         return load_config(self.base, self.arguments(run))
 
     def flops(self, run: NamedRun) -> float:
-        """C = 6 N D with all parameters."""
+        """Return the training compute C = 6 N D, FLOPs, with all parameters."""
         config = self.config(run)
         return float(
             FLOPS_PER_PARAMETER_AND_TOKEN
@@ -64,9 +66,10 @@ class RunSet(BaseModel):
         )
 
     def is_begun(self, run: NamedRun) -> bool:
-        """Whether a run's folder holds the run.
+        """Return whether the run has begun.
 
-        Raises ScalingError where it holds one of another config.
+        Raises:
+            ScalingError: Its folder holds a run of another config.
         """
         folder = self.folder(run)
         if not (folder / "config.yaml").is_file():
@@ -87,26 +90,32 @@ class RunSet(BaseModel):
 Kind = TypeVar("Kind", bound=RunSet)
 
 
-def read_set(kind: type[Kind], path: Path, what: str) -> Kind:
-    """A set as its file says, its base found beside the file. what: its name in messages.
+def read_set(kind: type[Kind], path: Path, name: str) -> Kind:
+    """Read a set from its YAML file.
 
-    Raises ScalingError that names file and key.
+    Args:
+        kind: Class of the set.
+        path: The file; the base config is relative to its folder.
+        name: Of the kind of set, for messages.
+
+    Raises:
+        ScalingError: The file cannot be read or a key is wrong; names the file and the key.
     """
     try:
-        found = kind.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+        run_set = kind.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
     except ValidationError as error:
         first = error.errors()[0]
         raise ScalingError(
-            f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}; {what} has"
+            f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}; {name} has"
             f" {', '.join(kind.model_fields)}"
         ) from None
     except OSError as error:
         raise ScalingError(f"{path} cannot be read: {error.strerror}") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
         raise ScalingError(f"{path}: {' '.join(str(error).split())}") from error
-    return found.model_copy(update={"base": path.parent / found.base})
+    return run_set.model_copy(update={"base": path.parent / run_set.base})
 
 
-def repeated(values: list[str]) -> str | None:
-    """The first that comes twice."""
+def first_duplicate(values: list[str]) -> str | None:
+    """Return the first value that occurs more than once."""
     return next((value for value in values if values.count(value) > 1), None)

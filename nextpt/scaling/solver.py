@@ -1,7 +1,7 @@
-"""Robust regression of many resamples at once: Huber's loss, minimised by Levenberg-Marquardt on all of them together.
+"""Batched robust regression: Huber loss minimised by Levenberg-Marquardt for many resamples.
 
-A bootstrap of a scaling law solves the same small problem thousands of times; in one batch it takes
-seconds.
+A bootstrap of a scaling law solves the same small problem thousands of times; scipy's least_squares
+solves one problem per call, and one batch takes seconds.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Model = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 OUTSIDE = 0.03
 # Stands for delta -> 0: the sum of absolute residuals is then within 1e-7 of its minimum (measured,
 # 240 runs)
-SMALLEST_DELTA = 1e-8
-MOST_ITERATIONS = 500
+MIN_DELTA = 1e-8
+MAX_ITERATIONS = 500
 # Relative decrease of the objective, twice in a row, below which a problem is solved
 TOLERANCE = 1e-12
 STUCK = 1e10  # damping at which no step decreases the objective any more
 
 
 def huber(residuals: np.ndarray, delta: float) -> np.ndarray:
-    """Huber's loss, elementwise: r^2 / 2 up to delta, delta (|r| - delta / 2) beyond (Huber 1964)."""
+    """Huber loss, elementwise: r^2 / 2 up to delta, delta (|r| - delta / 2) beyond (Huber 1964)."""
     size = np.abs(residuals)
     if np.isinf(delta):
-        return size**2 / 2
+        return np.asarray(size**2 / 2)
     return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
 
 
@@ -40,15 +40,21 @@ def minimise(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Minimise sum_i w_i huber(model_i - target_i) for each of R problems.
 
-    target [n] or [R, n]; weights [R, n]; start [R, p]; delta > 0 in units of the target, inf for
-    least squares, 0 for least absolute deviations. Returns theta [R, p] and the objectives [R]; for
-    delta 0 those of SMALLEST_DELTA.
-
-    Small deltas are reached over larger ones, each started from the solution before: near 0 few
+    Small deltas are reached over larger ones, each started from the previous solution: near 0 few
     residuals curve the objective.
+
+    Args:
+        model: Predictions and their derivatives as a function of theta.
+        target: [n] or [R, n].
+        weights: [R, n].
+        start: [R, p].
+        delta: In units of the target; inf for least squares, 0 for least absolute deviations.
+
+    Returns:
+        theta [R, p] and the objectives [R]; for delta 0 those of MIN_DELTA.
     """
     target = np.broadcast_to(target, weights.shape)
-    last = max(delta, SMALLEST_DELTA)
+    last = max(delta, MIN_DELTA)
     theta = start
     for current in (*_larger(last), last):
         theta, objective = _descend(model, target, weights, theta, current)
@@ -73,24 +79,24 @@ def _descend(
     damping = np.full(len(theta), 1e-3)
     still = np.zeros(len(theta), dtype=int)
     active = np.arange(len(theta))
-    for _ in range(MOST_ITERATIONS):
+    for _ in range(MAX_ITERATIONS):
         trial = theta[active] + _step(
             jacobian[active], residuals[active], weights[active], damping[active], delta
         )
         with np.errstate(over="ignore", invalid="ignore"):
             prediction, slopes = model(trial)
             errors = prediction - target[active]
-            found = (weights[active] * huber(errors, delta)).sum(1)
-        better = found < objective[active]  # False for what is not finite
-        decrease = np.where(better, objective[active] - found, np.inf) / np.maximum(
+            trial_objective = (weights[active] * huber(errors, delta)).sum(1)
+        better = trial_objective < objective[active]  # False for what is not finite
+        decrease = np.where(better, objective[active] - trial_objective, np.inf) / np.maximum(
             objective[active], np.finfo(float).tiny
         )
-        taken = active[better]
-        theta[taken], residuals[taken], jacobian[taken], objective[taken] = (
+        improved = active[better]
+        theta[improved], residuals[improved], jacobian[improved], objective[improved] = (
             trial[better],
             errors[better],
             slopes[better],
-            found[better],
+            trial_objective[better],
         )
         damping[active] = np.where(better, damping[active] / 5, damping[active] * 4)
         still[active] = np.where(

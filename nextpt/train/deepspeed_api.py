@@ -35,6 +35,13 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 VERSION: str = deepspeed.__version__
 
 
+def op_names() -> tuple[list[str], list[str]]:
+    """Return the names of DeepSpeed's compiled ops: those that could be compiled, and prebuilt ones."""
+    compatible = sorted(name for name, fits in deepspeed.ops.__compatible_ops__.items() if fits)
+    installed = deepspeed.git_version_info.installed_ops
+    return compatible, sorted(name for name, is_built in installed.items() if is_built)
+
+
 def init_process_group(backend: str, timeout_minutes: float) -> None:
     """Create torch's default process group through DeepSpeed.
 

@@ -57,7 +57,7 @@ def test_this_machine_is_fit() -> None:
         "shared memory",
         "host name",
     } <= set(found)
-    assert found["torch"]["status"] == "ok" and ">=2.10" in found["torch"]["found"]
+    assert found["torch"]["status"] == "ok" and ">=2.10" in found["torch"]["observed"]
     assert all(f["advice"] for f in found.values() if f["status"] in ("warning", "problem"))
     plain = doctor()
     assert (
@@ -77,13 +77,13 @@ def test_a_foreign_kernels_package_is_named(tmp_path: Path) -> None:
     found = subjects(doctor("--json", PYTHONPATH=f"{ROOT}:{tmp_path}"))["package kernels"]
     assert (
         found["status"] == "warning"
-        and "0.9.0" in found["found"]
+        and "0.9.0" in found["observed"]
         and "pip uninstall kernels" in found["advice"]
     )
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n")
     done = doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode == 1 and str(tmp_path) in subjects(done)["package kernels"]["found"]
+    assert done.returncode == 1 and str(tmp_path) in subjects(done)["package kernels"]["observed"]
 
 
 def test_the_command_line_finds_its_own_kernels_all_the_same(tmp_path: Path) -> None:
@@ -126,13 +126,13 @@ def test_versions_outside_the_range_and_missing_packages(tmp_path: Path) -> None
     found = subjects(doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}"))
     assert (
         found["numpy"]["status"] == "problem"
-        and "2.4.1, outside" in found["numpy"]["found"]
+        and "2.4.1, outside" in found["numpy"]["observed"]
         and "<2.4" in found["numpy"]["advice"]
     )
     from packaging.requirements import Requirement
 
     missing = software._package(Requirement("nothing-of-the-sort>=3"), optional=False)
-    assert missing.status is Status.PROBLEM and ">=3" in missing.found
+    assert missing.status is Status.PROBLEM and ">=3" in missing.observed
 
 
 def test_a_library_that_breaks_on_import_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_a_library_that_breaks_on_import_is_a_problem_and_not_the_end(tmp_path: 
     (tmp_path / "deepspeed" / "__init__.py").write_text("import os; os._exit(139)")
     done = doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
     found = subjects(done)
-    assert done.returncode == 1 and "libcuda is broken" in found["import triton"]["found"]
+    assert done.returncode == 1 and "libcuda is broken" in found["import triton"]["observed"]
     assert (
-        "exit code 139" in found["import deepspeed"]["found"]
+        "exit code 139" in found["import deepspeed"]["observed"]
         and found["package kernels"]["status"] == "ok"
     )
 
@@ -185,7 +185,7 @@ def test_accelerators(
     found = software.accelerator(torch, driver)
     assert (
         found.status == status
-        and words in found.found
+        and words in found.observed
         and (found.advice or status in ("ok", "note"))
     )
 
@@ -230,15 +230,15 @@ def test_shared_memory_is_stale_when_nobody_maps_it(shared: Path) -> None:
         assert holder.stdout.readline() == "there\n"
         assert (
             str(shared)
-            not in leftovers.stale_shared_memory().advice + leftovers.stale_shared_memory().found
+            not in leftovers.stale_shared_memory().advice + leftovers.stale_shared_memory().observed
         )
         holder.stdin.close()
         holder.wait()
     found = leftovers.stale_shared_memory()
-    assert found.status is Status.WARNING and str(shared) in found.found
+    assert found.status is Status.WARNING and str(shared) in found.observed
     os.utime(shared, (time.time(), time.time()))
     # young: somebody may be about to open it
-    assert str(shared) not in leftovers.stale_shared_memory().found
+    assert str(shared) not in leftovers.stale_shared_memory().observed
 
 
 def test_a_taken_port() -> None:
@@ -272,7 +272,7 @@ def test_deepspeed_env_with_a_comment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert machine.deepspeed_env() == []
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n\n# no\n")
     [found] = machine.deepspeed_env()
-    assert found.status is Status.PROBLEM and "line 2, 3" in found.found
+    assert found.status is Status.PROBLEM and "line 2, 3" in found.observed
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     assert [f.status for f in machine.deepspeed_env()] == [Status.NOTE]
 

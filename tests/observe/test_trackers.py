@@ -26,7 +26,7 @@ from nextpt.events import (
     scalars,
 )
 from nextpt.observe.trackers import check_trackers, open_trackers
-from nextpt.observe.trackers.choice import Guarded
+from nextpt.observe.trackers.choice import FailSafeTracker
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all
 
@@ -245,7 +245,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(
             self.calls += 1
 
     broken = Broken()
-    guarded = Guarded("broken", broken)
+    guarded = FailSafeTracker("broken", broken)
     for step in (1, 2):
         guarded.on_event(step_event(step, 1.0))
     guarded.close()

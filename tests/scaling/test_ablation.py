@@ -17,7 +17,7 @@ from nextpt.evaluate.loaded_model import open_model
 from nextpt.scaling.ablation import load_ablation
 from nextpt.scaling.ablation_plot import plot_ablation
 from nextpt.scaling.ablation_result import SUMS, HeldOut, score_run
-from nextpt.scaling.paired import paired_figures
+from nextpt.scaling.paired import paired_metrics
 from tests.support.runs import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def scores(models: int = 3, seeds: int = 2) -> tuple[dict[str, np.ndarray], dict
 
 def test_differences_are_those_of_the_figures() -> None:
     sizes, nats = scores()
-    baseline, *variants = paired_figures(sizes, nats, 300, 0)
+    baseline, *variants = paired_metrics(sizes, nats, 300, 0)
     whole = (
         {**nats, "total": np.concatenate(list(nats.values()), axis=2)},
         {
@@ -70,7 +70,7 @@ def test_differences_are_those_of_the_figures() -> None:
 
 def test_the_interval_is_that_of_the_differences_and_of_one_model_that_of_eval() -> None:
     sizes, nats = scores(seeds=1)
-    baseline, variant, _ = paired_figures(sizes, nats, 300, 3)
+    baseline, variant, _ = paired_metrics(sizes, nats, 300, 3)
     drawn = stratified(
         [np.stack([sizes[d], nats[d][0, 0], nats[d][1, 0]], axis=1) for d in DOCUMENTS], 300, 3
     )
@@ -89,7 +89,7 @@ def test_identical_models_differ_by_exactly_nothing_and_one_document_has_no_inte
     sizes, nats = scores(models=2)
     for values in nats.values():
         values[1] = values[0]
-    figures = paired_figures(sizes, nats, 300, 0)[1]
+    figures = paired_metrics(sizes, nats, 300, 0)[1]
     for f in (*figures["domains"].values(), figures["total"]):
         assert (
             f["difference"] == 0
@@ -98,7 +98,7 @@ def test_identical_models_differ_by_exactly_nothing_and_one_document_has_no_inte
             and f["seed_sd"] == 0
         )
     sizes["prose"], nats["prose"] = sizes["prose"][:1], scores()[1]["prose"][:2, :, :1]
-    figures = paired_figures(sizes, nats, 300, 0)[1]
+    figures = paired_metrics(sizes, nats, 300, 0)[1]
     assert (
         figures["domains"]["prose"]["interval"] is None
         and figures["domains"]["prose"]["difference"] != 0
@@ -134,7 +134,7 @@ def test_the_picture(tmp_path: Path) -> None:
     for seeds in (1, 2):
         baseline, *variants = (
             {"name": f"m{i}", **m}
-            for i, m in enumerate(paired_figures(*scores(seeds=seeds), 20, 0))
+            for i, m in enumerate(paired_metrics(*scores(seeds=seeds), 20, 0))
         )
         plot_ablation(
             {"baseline": baseline, "variants": variants, "seeds": list(range(seeds))},

@@ -12,7 +12,7 @@ import pytest
 from nextpt.base.errors import ScalingError
 from nextpt.scaling.allocation import interval, optimum, predictions, price
 from nextpt.scaling.checks import sensitivity, warnings
-from nextpt.scaling.fitting import fit, nonnegative
+from nextpt.scaling.fitting import fit, nnls
 from nextpt.scaling.frontier import envelope, isoflop
 from nextpt.scaling.laws import CHINCHILLA, KAPLAN, LAWS, OVER_TRAINING, Law
 from nextpt.scaling.observations import Runs, drop_highest_losses, read_csv
@@ -272,7 +272,7 @@ def test_nonnegative_least_squares() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         columns, target = rng.standard_normal((9, 3)), rng.standard_normal(9)
-        found = nonnegative(columns, target)
+        found, _ = nnls(columns, target)
         slope = columns.T @ (columns @ found - target)
         assert (found >= 0).all() and (slope > -1e-9).all() and abs(slope @ found) < 1e-9
 

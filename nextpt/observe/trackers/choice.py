@@ -1,4 +1,4 @@
-"""Which trackers a config asks for, whether their libraries are there, and what happens when one fails."""
+"""Selection of trackers by the config, the check of their libraries, isolation of failures."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ LIBRARIES = {
 }
 
 
-class Guarded:
-    """A tracker that may fail without ending the training: the first failure is told once, then it hears no more.
+class FailSafeTracker:
+    """A tracker whose failure does not end the training.
 
-    Weeks of training are worth more than their curve: metrics.jsonl still has all of it.
+    The first failure is printed and the tracker gets no further events; metrics.jsonl has them all.
     """
 
     def __init__(self, name: str, tracker: Listener) -> None:
-        self.name, self._tracker = name, tracker
+        self.name = name
+        self._tracker: Listener | None = tracker
 
     def on_event(self, event: Event) -> None:
+        """Send an event."""
         self._try(lambda tracker: tracker.on_event(event))
 
     def close(self) -> None:
+        """Close the tracker."""
         self._try(lambda tracker: tracker.close())
 
     def _try(self, action: Callable[[Listener], None]) -> None:
@@ -41,37 +44,42 @@ class Guarded:
         except Exception as error:
             self._tracker = None
             print(
-                f"warning: {self.name} stopped ({_one_line(error)}); training goes on without it",
+                f"warning: {self.name} stopped ({_one_line(error)}); training continues without it",
                 file=sys.stderr,
                 flush=True,
             )
 
 
-def chosen(config: Config) -> list[str]:
-    """Names of the trackers that the config switches on, besides JSON lines."""
+def selected_trackers(config: Config) -> list[str]:
+    """Return the names of the trackers that the config selects, besides JSON lines."""
     return [name for name in LIBRARIES if getattr(config.trackers, name)]
 
 
 def check_trackers(config: Config) -> None:
-    """Raise ConfigError when the library of a chosen tracker is not installed. Opens nothing."""
-    for name in chosen(config):
+    """Raise ConfigError when the library of a selected tracker is not installed."""
+    for name in selected_trackers(config):
         missing = [module for module in LIBRARIES[name] if importlib.util.find_spec(module) is None]
         if missing:
             raise ConfigError(
                 f"trackers.{name}: {', '.join(missing)} is not installed; pip install"
-                f" 'nextpt[trackers]', or take trackers.{name} out of the config"
+                f" 'nextpt[trackers]', or remove trackers.{name} from the config"
             )
 
 
 def open_trackers(config: Config, first_step: int) -> list[Listener]:
-    """Start the chosen trackers, which `check_trackers` has passed. first_step: 1, or where a resumed run goes on.
+    """Open the selected trackers, which `check_trackers` has checked.
 
-    Raises UserError, with everything opened so far closed, when one cannot start.
+    Args:
+        config: The run.
+        first_step: 1, or the next step of a resumed run.
+
+    Raises:
+        UserError: One cannot start; those opened before are closed.
     """
     opened: list[Listener] = []
-    for name in chosen(config):
+    for name in selected_trackers(config):
         try:
-            opened.append(Guarded(name, _open(name, config, first_step)))
+            opened.append(FailSafeTracker(name, _open(name, config, first_step)))
         except Exception as error:
             for tracker in opened:
                 tracker.close()
@@ -82,7 +90,7 @@ def open_trackers(config: Config, first_step: int) -> list[Listener]:
 
 
 def _open(name: str, config: Config, first_step: int) -> Listener:
-    """The libraries are imported only when chosen: they take seconds."""
+    """Open one tracker; its library is imported here, which takes seconds."""
     if name == "tensorboard":
         from nextpt.observe.trackers.tensorboard_events import TensorBoardTracker
 

@@ -11,7 +11,7 @@ from nextpt.events import Event, RollbackEvent, scalars
 class TensorBoardTracker:
     """Scalars against the step.
 
-    A resumed run, or one rolled back, hides the points of steps that are made again (`purge_step`).
+    After a resume or a rollback the points of repeated steps are hidden (`purge_step`).
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
@@ -23,6 +23,7 @@ class TensorBoardTracker:
         return SummaryWriter(self._folder, purge_step=first_step, flush_secs=10)
 
     def on_event(self, event: Event) -> None:
+        """Write the scalars of an event."""
         if isinstance(event, RollbackEvent):
             self._writer.close()
             self._writer = self._open(event.step + 1)
@@ -30,4 +31,5 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, event.step, walltime=event.time)
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()

@@ -16,15 +16,16 @@ from nextpt.events import Event, scalars
 
 
 class WandbTracker:
-    """One W&B run per run folder: its id is kept in RUN/wandb_id, so that a resumed run goes on in the same place.
+    """One W&B run per run folder; RUN/wandb_id has its id, with which a resumed run continues.
 
-    The step is logged as a value and made the axis: W&B's own step refuses to go back, and a
-    resumed run makes some steps again. Only the config and the metrics leave the machine: no code,
+    The step is logged as a value and used as the axis: W&B's own step cannot go back, and a resumed
+    run repeats some steps. Only the config and the metrics leave the machine: no code,
     no git state, no console output.
     """
 
     def __init__(self, config: Config) -> None:
         section = config.trackers.wandb
+        assert section is not None  # selected by the config
         if section.mode == "online" and not _has_key():
             raise ConfigError(
                 "trackers.wandb: no API key; set WANDB_API_KEY or run `wandb login`, "
@@ -52,22 +53,24 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")
 
     def on_event(self, event: Event) -> None:
+        """Log the scalars of an event."""
         self._run.log({"step": event.step} | scalars(event))
 
     def close(self) -> None:
+        """Finish the run."""
         self._run.finish()
 
 
 def _has_key() -> bool:
-    """Whether wandb would find a key by itself.
+    """Return whether wandb has an API key.
 
-    Without one it asks on the terminal, which would hang a job.
+    Without one it prompts on the terminal, which would hang a job.
     """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        # Where `wandb login` puts it
+        # Written by `wandb login`
         return netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, NetrcParseError):
         return False
@@ -77,7 +80,7 @@ def _id(config: Config) -> str:
     path = config.run_dir / "wandb_id"
     if path.exists():
         return path.read_text(encoding="utf-8").strip()
-    found = secrets.token_hex(8)
+    run_id = secrets.token_hex(8)
     with atomic_write(path) as file:
-        file.write(found + "\n")
-    return found
+        file.write(run_id + "\n")
+    return run_id

@@ -36,7 +36,7 @@ VERSION: str = deepspeed.__version__
 
 
 def op_names() -> tuple[list[str], list[str]]:
-    """Return the names of DeepSpeed's compiled ops: those that could be compiled, and prebuilt ones."""
+    """Names of the DeepSpeed ops that could be compiled here, and of the prebuilt ones."""
     compatible = sorted(name for name, fits in deepspeed.ops.__compatible_ops__.items() if fits)
     installed = deepspeed.git_version_info.installed_ops
     return compatible, sorted(name for name, is_built in installed.items() if is_built)

@@ -50,6 +50,7 @@ def export_hf(
     Raises:
         CheckpointError: No architecture can express the model, or the folder cannot be written;
             nothing is left behind.
+        DataPrepError: The tokenizer cannot be read.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")

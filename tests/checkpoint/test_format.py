@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,12 @@ from nextpt.checkpoint.chunks import chunk_numel, slices_within, split_range, wh
 from nextpt.checkpoint.commit import save
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.checkpoint.format import Checkpoint
+from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.selection import open_checkpoint, select_checkpoint
 from nextpt.checkpoint.state import Fragment
 from tests.support.checkpoints import KINDS, SHAPES, State, holds, write
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "checkpoints"
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), st.data())
@@ -103,6 +107,24 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path) -
         match=r"state of b is exp_avg \[4\], exp_avg_sq \[4\], this optimizer needs momentum \[4\]",
     ):
         checkpoint.check_state(momentum)
+
+
+@pytest.mark.parametrize(
+    ("version", "step", "value", "lineage"),
+    [(1, 4, 3.0, []), (2, 1, 1.0, [[1, 1]]), (2, 2, 2.5, [[1, 2]])],
+)
+def test_checkpoints_of_older_format_versions_are_read_and_continued(
+    tmp_path: Path, version: int, step: int, value: float, lineage: list[list[int]]
+) -> None:
+    """Written by State(value) of commit df2806d, on two or three ranks."""
+    shutil.copytree(FIXTURES / f"version-{version}", tmp_path / "run")
+    checkpoint = open_checkpoint(tmp_path / "run", step)
+    assert checkpoint.step == step and holds(checkpoint, value)
+    checkpoint.check_state(State().state_shapes())
+    manifest = read_manifest(checkpoint.folder)
+    assert (manifest.format_version, manifest.lineage) == (version, lineage)
+    after = read_manifest(write(tmp_path / "run", step + 1, 9.0, lineage=manifest.lineage))
+    assert after.descends_from(manifest) and holds(open_checkpoint(tmp_path / "run"), 9.0)
 
 
 def test_equal_state_gives_equal_bytes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.data.loader import Loader
 from tests.support.datasets import tiny
-from tests.support.layouts import rewrite, rows_of
+from tests.support.layouts import rewrite, sequences_of
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def open_loader(path: Path, backend: str, **data: Any) -> Loader:
 
 
 def batches(loader: Loader) -> list[dict[str, torch.Tensor]]:
-    found = [vars(b) for step in range(20) for b in loader.step_batches(step)]
-    found += [vars(b) for domain in (0, 1) for b in loader.validation_batches(domain, 5)]
+    tensors = [vars(b) for step in range(20) for b in loader.step_batches(step)]
+    tensors += [vars(b) for domain in (0, 1) for b in loader.validation_batches(domain, 5)]
     loader.close()
-    return found
+    return tensors
 
 
 def assert_equal(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> None:
@@ -108,14 +108,14 @@ def test_states_are_the_same_for_both_backends(dataset: Path) -> None:
         ("LocalDataset", "grouped"),  # which does not unpack
     ],
 )
-def test_streamings_own_iteration_yields_our_rows_sample_for_sample(
+def test_streamings_own_iteration_yields_our_sequences_sample_for_sample(
     request: pytest.FixtureRequest, layout: str, reader: str, tmp_path: Path
 ) -> None:
     import_streaming()
     import streaming
 
     source = request.getfixturevalue(layout)
-    ours = rows_of(source, "train", "prose", tmp_path / "node")
+    ours = sequences_of(source, "train", "prose", tmp_path / "node")
     folder = str(shutil.copytree(source / "train" / "prose", tmp_path / "d"))
     if reader == "LocalDataset":
         local = streaming.LocalDataset(local=folder)
@@ -128,13 +128,13 @@ def test_streamings_own_iteration_yields_our_rows_sample_for_sample(
         )
     assert len(theirs) == len(ours)
     for i, sample in enumerate(theirs):
-        row = ours[i]
-        assert sample["tokens"].tobytes() == row.tokens.tobytes()
-        np.testing.assert_array_equal(sample["doc_lens"], row.doc_lens)
-        np.testing.assert_array_equal(sample["doc_flags"], row.doc_flags)
+        sequence = ours[i]
+        assert sample["tokens"].tobytes() == sequence.tokens.tobytes()
+        np.testing.assert_array_equal(sample["doc_lens"], sequence.doc_lens)
+        np.testing.assert_array_equal(sample["doc_flags"], sequence.doc_flags)
 
 
-def test_a_shuffled_epoch_of_streaming_is_a_pass_of_ours(grouped: Path, tmp_path: Path) -> None:
+def test_a_shuffled_epoch_of_streaming_is_an_epoch_of_ours(grouped: Path, tmp_path: Path) -> None:
     """As multisets: the orders are different functions."""
     import_streaming()
     from streaming import StreamingDataset
@@ -159,9 +159,9 @@ def test_a_shuffled_epoch_of_streaming_is_a_pass_of_ours(grouped: Path, tmp_path
         0,
         1,
     )
-    rows, read = loader._order.locate(0, len(theirs))[1], loader.dataset.sequences["train"][1]
+    sequences, read = loader._order.locate(0, len(theirs))[1], loader.dataset.sequences["train"][1]
     assert sorted(s["tokens"].tobytes() for s in theirs) == sorted(
-        read[int(r)].tokens.tobytes() for r in rows
+        read[int(r)].tokens.tobytes() for r in sequences
     )
     loader.close()
 
@@ -187,7 +187,7 @@ def test_the_library_path_also_refuses_damaged_shards_by_name(
         del loader
 
 
-def test_the_library_path_has_rotten_copies_fetched_again(grouped: Path, tmp_path: Path) -> None:
+def test_the_library_path_fetches_damaged_copies_again(grouped: Path, tmp_path: Path) -> None:
     expected = batches(open_loader(tmp_path / "a", "streaming", remote=str(grouped)))
     for shard in (tmp_path / "a").rglob("*.mds"):
         shard.write_bytes(shard.read_bytes()[:-3] + b"rot")

@@ -1,4 +1,4 @@
-"""Batches say what the rows say, in one shape."""
+"""Batches: collation of sequences into tensors of one shape."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SIZES = np.array([0, 1, 2, 3, 4, 0, 0, 0, 0, 0], dtype=np.int32)
 WEIGHTS = np.array([1.0, 2.0], dtype=np.float32)
 
 
-def make(rows: list[StoredSequence], context: int | None = None) -> Batch:
-    length = len(rows[0].tokens) - 1
+def make(sequences: list[StoredSequence], context: int | None = None) -> Batch:
+    length = len(sequences[0].tokens) - 1
     (batch,) = collate(
-        rows,
-        len(rows),
+        sequences,
+        len(sequences),
         SIZES,
         WEIGHTS,
         segments=segments_per_sequence(length, context or length),
@@ -39,7 +39,7 @@ def make(rows: list[StoredSequence], context: int | None = None) -> Batch:
     return batch
 
 
-def test_a_batch_says_what_its_row_says() -> None:
+def test_a_batch_has_what_its_sequence_has() -> None:
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 0, 0])
     batch = make(
         [
@@ -65,8 +65,8 @@ def test_a_batch_says_what_its_row_says() -> None:
 
 def test_a_shorter_context_cuts_what_is_seen_and_nothing_that_is_predicted() -> None:
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 0, 0])
-    row = StoredSequence(tokens, np.array([4, 3, 2]), np.array([0, 2, PADDING]), 0)
-    whole, cut = make([row]), make([row], context=3)
+    sequence = StoredSequence(tokens, np.array([4, 3, 2]), np.array([0, 2, PADDING]), 0)
+    whole, cut = make([sequence]), make([sequence], context=3)
     assert cut.document_ids.tolist() == [[0, 0, 0, 1, 2, 2, 3, -1]]
     assert cut.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
     assert cut.cu_seqlens.tolist()[:7] == [0, 3, 4, 6, 7, 8, 8]
@@ -74,9 +74,9 @@ def test_a_shorter_context_cuts_what_is_seen_and_nothing_that_is_predicted() -> 
         assert torch.equal(getattr(whole, name), getattr(cut, name))
 
 
-def test_bytes_come_from_the_column_where_rows_have_one() -> None:
+def test_bytes_come_from_the_column_where_sequences_have_one() -> None:
     """A text token may stand for nothing and the end of a document for something."""
-    row = StoredSequence(
+    sequence = StoredSequence(
         np.array([9, 1, 2, 9, 0]),
         np.array([4, 1]),
         np.array([0, PADDING]),
@@ -84,14 +84,14 @@ def test_bytes_come_from_the_column_where_rows_have_one() -> None:
         None,
         np.array([0, 0, 5, 2, 0], dtype=np.uint32),
     )
-    batch = make([row, padding_sequence(5, 0)])
+    batch = make([sequence, padding_sequence(5, 0)])
     assert batch.target_bytes.tolist() == [[0, 5, 2, 0], [0] * 4]
     assert batch.is_text.tolist() == [[True, True, False, False], [False] * 4]
     assert batch.targets.tolist() == [[1, 2, 9, X], [X] * 4]
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
+def sequences(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
     length = draw(st.integers(2, 30))
     made = []
     for _ in range(draw(st.integers(1, 4))):
@@ -116,26 +116,26 @@ def rows(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(rows())
+@given(sequences())
 def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int]) -> None:
     """Against a loop over tokens, and the packing that attention makes of either description."""
     made, context = case
     length = len(made[0].tokens) - 1
     batch = make(made, context)
-    for i, row in enumerate(made):
-        piece = np.repeat(np.arange(len(row.doc_lens)), row.doc_lens)
-        padding = np.repeat(row.doc_flags, row.doc_lens) > 0
+    for i, sequence in enumerate(made):
+        piece = np.repeat(np.arange(len(sequence.doc_lens)), sequence.doc_lens)
+        padding = np.repeat(sequence.doc_flags, sequence.doc_lens) > 0
         number = position = -1
         for t in range(length):
             new = t == 0 or piece[t] != piece[t - 1] or t % context == 0
             number, position = number + new, 0 if new else position + 1
             predicted = piece[t] == piece[t + 1] and not padding[t]
-            assert int(batch.targets[i, t]) == (row.tokens[t + 1] if predicted else X)
+            assert int(batch.targets[i, t]) == (sequence.tokens[t + 1] if predicted else X)
             assert int(batch.document_ids[i, t]) == (-1 if padding[t] else number)
             assert padding[t] or int(batch.position_ids[i, t]) == position
-            assert float(batch.token_weights[i, t]) == predicted * WEIGHTS[row.domain]
-            assert int(batch.target_bytes[i, t]) == predicted * SIZES[row.tokens[t + 1]]
-            assert bool(batch.is_text[i, t]) == (predicted and SIZES[row.tokens[t + 1]] > 0)
+            assert float(batch.token_weights[i, t]) == predicted * WEIGHTS[sequence.domain]
+            assert int(batch.target_bytes[i, t]) == predicted * SIZES[sequence.tokens[t + 1]]
+            assert bool(batch.is_text[i, t]) == (predicted and SIZES[sequence.tokens[t + 1]] > 0)
     assert (
         batch.cu_seqlens.shape == (len(made) * segments_per_sequence(length, context) + 1,)
         and batch.cu_seqlens.dtype == torch.int32
@@ -148,8 +148,8 @@ def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int])
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows(), st.integers(1, 3))
-def test_batches_made_together_are_those_made_apart(
+@given(sequences(), st.integers(1, 3))
+def test_batches_collated_together_are_those_collated_apart(
     case: tuple[list[StoredSequence], int], times: int
 ) -> None:
     made, context = case
@@ -161,7 +161,7 @@ def test_batches_made_together_are_those_made_apart(
     assert len(together) == times
     for batch in (
         *together,
-        *(b for row in made for b in collate([row], 1, SIZES, WEIGHTS, **options)),
+        *(b for sequence in made for b in collate([sequence], 1, SIZES, WEIGHTS, **options)),
     ):
         assert all(tensor.is_contiguous() for tensor in vars(batch).values())
     assert all(
@@ -193,17 +193,19 @@ def test_batches_made_together_are_those_made_apart(
         ),
     ],
 )
-def test_rows_that_contradict_themselves_are_refused(row: StoredSequence, message: str) -> None:
+def test_sequences_that_contradict_themselves_are_refused(
+    sequence: StoredSequence, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
-        make([row])
+        make([sequence])
 
 
 def test_more_segments_than_there_is_room_for_are_refused() -> None:
-    row = StoredSequence(
+    sequence = StoredSequence(
         np.array([9, 1, 2, 3, 1, 1, 1, 1, 1]), np.ones(9, np.uint32), np.zeros(9, np.uint8), 0
     )
     with pytest.raises(DataError, match="segments"):
-        make([row])
+        make([sequence])
     assert (
         segments_per_sequence(64, 64, most=5) == 5
         and segments_per_sequence(64, 16, most=5) == 8
@@ -211,15 +213,15 @@ def test_more_segments_than_there_is_room_for_are_refused() -> None:
     )
 
 
-def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_row_needs(
+def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_sequence_needs(
     dataset: Path,
 ) -> None:
     loader = Loader(tiny(dataset, Path("unused")), 0, 1)
     most = max(
-        len(rows[i].doc_lens)
+        len(sequences[i].doc_lens)
         for split in ("train", "heldout")
-        for rows in loader.dataset.sequences[split]
-        for i in range(len(rows))
+        for sequences in loader.dataset.sequences[split]
+        for i in range(len(sequences))
     )
     assert loader.dataset.max_segments() == most < 64 // 2
     assert loader.step_batches(0)[0].cu_seqlens.shape == (2 * most + 1,)
@@ -227,7 +229,7 @@ def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_row_needs(
 
 
 @pytest.mark.parametrize("context", [64, 10])
-def test_one_pass_sees_every_byte_and_every_token_once(dataset: Path, context: int) -> None:
+def test_one_epoch_has_every_byte_and_every_token_once(dataset: Path, context: int) -> None:
     stage = {"sequence_length": context}
     rows_of_all = {"global_batch_size": 1, "micro_batch_size": 1}
     loader = Loader(
@@ -241,16 +243,16 @@ def test_one_pass_sees_every_byte_and_every_token_once(dataset: Path, context: i
         1,
     )
     counts = loader.manifest.splits["train"]["code"]
-    found = [loader.step_batches(step)[0] for step in range(counts.rows)]
-    assert sum(int(b.target_bytes.sum()) for b in found) == counts.bytes
-    assert sum(int((b.targets != X).sum()) for b in found) == counts.tokens
-    assert sum(int(b.is_text.sum()) for b in found) == counts.text_tokens
-    assert max(int(b.position_ids.max()) for b in found) == context - 1
+    batches = [loader.step_batches(step)[0] for step in range(counts.rows)]
+    assert sum(int(b.target_bytes.sum()) for b in batches) == counts.bytes
+    assert sum(int((b.targets != X).sum()) for b in batches) == counts.tokens
+    assert sum(int(b.is_text.sum()) for b in batches) == counts.text_tokens
+    assert max(int(b.position_ids.max()) for b in batches) == context - 1
     loader.close()
 
 
-def test_bytes_of_a_column_reach_the_figures(dataset: Path, tmp_path: Path) -> None:
-    """Every token of a row has its predecessor's bytes: the first of a document stands for none, its end for some and is no text."""
+def test_bytes_of_a_column_reach_the_metrics(dataset: Path, tmp_path: Path) -> None:
+    """Every token has its predecessor's bytes: the first of a document none, its end some."""
     table = np.load(dataset / "token_bytes.npy").astype(np.uint32)
 
     def later(sample: dict) -> dict:
@@ -263,12 +265,15 @@ def test_bytes_of_a_column_reach_the_figures(dataset: Path, tmp_path: Path) -> N
     folder = rewrite(dataset, tmp_path / "d", byte_counts="column", change=later)
     loader = Loader(tiny(folder, Path("unused")), 0, 1)
     sums, differ, predicted = DomainSums(loader.domains, torch.device("cpu")), 0, 0
-    rows = loader.dataset.sequences["heldout"][0]
-    for number, batch in enumerate(loader.validation_batches(0, len(rows))):
+    sequences = loader.dataset.sequences["heldout"][0]
+    for number, batch in enumerate(loader.validation_batches(0, len(sequences))):
         expected = np.zeros((2, 64), np.int64)
-        for i in range(min(2, len(rows) - 2 * number)):
+        for i in range(min(2, len(sequences) - 2 * number)):
             expected[i] = later(
-                {"tokens": rows[2 * number + i].tokens, "doc_lens": rows[2 * number + i].doc_lens}
+                {
+                    "tokens": sequences[2 * number + i].tokens,
+                    "doc_lens": sequences[2 * number + i].doc_lens,
+                }
             )["target_bytes"][1:]
         np.testing.assert_array_equal(
             batch.target_bytes.numpy(), np.where(batch.targets != X, expected, 0)
@@ -297,7 +302,7 @@ def test_bytes_of_a_column_reach_the_figures(dataset: Path, tmp_path: Path) -> N
     loader.close()
 
 
-def test_held_out_rows_hold_every_byte_once(dataset: Path) -> None:
+def test_validation_sequences_have_every_byte_once(dataset: Path) -> None:
     loader = Loader(
         tiny(dataset, Path("unused"), train={"global_batch_size": 1, "micro_batch_size": 1}), 0, 1
     )
@@ -308,7 +313,7 @@ def test_held_out_rows_hold_every_byte_once(dataset: Path) -> None:
     loader.close()
 
 
-def test_ranks_share_validation_rows_without_counting_any_twice(dataset: Path) -> None:
+def test_ranks_share_validation_sequences_without_counting_any_twice(dataset: Path) -> None:
     config = tiny(dataset, Path("unused"), train={"global_batch_size": 12, "micro_batch_size": 2})
     whole = sum(int(b.target_bytes.sum()) for b in Loader(config, 0, 1).validation_batches(0, 7))
     parts = [list(Loader(config, rank, 3).validation_batches(0, 7)) for rank in range(3)]

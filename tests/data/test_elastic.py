@@ -1,4 +1,4 @@
-"""The same global batches in the same order, however many ranks, micro-batches and threads there are, also when they change."""
+"""Elastic loading: global batches are independent of ranks, micro-batches and threads."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ def config_of(shards: Path, micro: int, threads: int = 2, **data: Any) -> Config
 
 
 def global_batches(config: Config, world: int, steps: range) -> list[dict[str, torch.Tensor]]:
-    """Every field of every step's global batch, rows in the order of their global positions."""
+    """Every field of every step's global batch, sequences in the order of their positions."""
     loaders = [Loader(config, rank, world) for rank in range(world)]
-    found = []
+    batches = []
     for step in steps:
-        rows: dict[int, dict[str, torch.Tensor]] = {}
+        sequences: dict[int, dict[str, torch.Tensor]] = {}
         for loader in loaders:
             for positions, batch in zip(
                 loader.positions(step), loader.step_batches(step), strict=True
             ):
                 for i, position in enumerate(positions):
-                    rows[position] = {
+                    sequences[position] = {
                         name: getattr(batch, name)[i]
                         for name in vars(batch)
                         if name != "cu_seqlens"
                     }
-        assert sorted(rows) == list(range(step * GLOBAL, (step + 1) * GLOBAL))
-        found.append(
+        assert sorted(sequences) == list(range(step * GLOBAL, (step + 1) * GLOBAL))
+        batches.append(
             {
-                name: torch.stack([rows[p][name] for p in sorted(rows)])
-                for name in rows[step * GLOBAL]
+                name: torch.stack([sequences[p][name] for p in sorted(sequences)])
+                for name in sequences[step * GLOBAL]
             }
         )
     for loader in loaders:
         loader.close()
-    return found
+    return batches
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def whole(shards: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def assert_equal(
-    found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]
+    batches: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]
 ) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+    assert len(batches) == len(expected)
+    for a, b in zip(batches, expected, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
@@ -90,7 +90,7 @@ def test_a_run_may_be_resumed_with_other_ranks_again_and_again(
     shards: Path, whole: list[dict[str, torch.Tensor]]
 ) -> None:
     """Within stages and across their ends; a checkpoint's state is accepted by each."""
-    found, state = [], None
+    batches, state = [], None
     for world, micro, steps in (
         (2, 4, range(5)),
         (8, 8, range(5, 13)),
@@ -104,8 +104,8 @@ def test_a_run_may_be_resumed_with_other_ranks_again_and_again(
             assert state["position"] == steps.start * GLOBAL
         state = loader.state(steps.stop)
         loader.close()
-        found += global_batches(config, world, steps)
-    assert_equal(found, whole)
+        batches += global_batches(config, world, steps)
+    assert_equal(batches, whole)
 
 
 def test_steps_may_be_asked_for_in_any_order(
@@ -119,14 +119,14 @@ def test_steps_may_be_asked_for_in_any_order(
     loader.close()
 
 
-def test_what_is_passed_over_is_not_read_also_after_a_resume(
+def test_skipped_data_is_not_read_also_after_a_resume(
     shards: Path, whole: list[dict[str, torch.Tensor]]
 ) -> None:
-    """Also across the end of a stage, twice from the same step, and with what was read ahead before it was known."""
+    """Also across the end of a stage, twice from the same step, and after reading ahead."""
     loader = Loader(config_of(shards, GLOBAL), 0, 1)
 
-    def reads(one: Loader, step: int) -> int:
-        (batch,) = one.step_batches(step)
+    def reads(loader: Loader, step: int) -> int:
+        (batch,) = loader.step_batches(step)
         return next(
             n for n, expected in enumerate(whole) if torch.equal(batch.tokens, expected["tokens"])
         )
@@ -159,9 +159,11 @@ def test_what_is_passed_over_is_not_read_also_after_a_resume(
     assert (first[0], second[0]) == (13 * GLOBAL + 16, 13 * GLOBAL + 48) and resumed.state(
         5
     ) == state
-    # Of an older nextpt
-    resumed.load_state({name: value for name, value in state.items() if name != "skipped"})
+    older = {name: value for name, value in state.items() if name != "skipped"}
+    resumed.load_state(older)
     assert resumed.position(5) == 5 * GLOBAL
+    resumed.load_state(older | {"passed_over": state["skipped"]})
+    assert resumed.state(5) == state
     for spans in (
         [[0, 1]],
         [[128, 64]],
@@ -178,14 +180,14 @@ def test_what_is_passed_over_is_not_read_also_after_a_resume(
 
 
 def test_one_epoch_after_another(shards: Path) -> None:
-    """Without a mixture, the samples of one pass are all rows once, up to how the last block falls out."""
+    """Without a mixture an epoch has all sequences once, but for where its last block ends."""
     loader = Loader(
         tiny(shards, Path("unused"), train={"global_batch_size": 64, "micro_batch_size": 64}), 0, 1
     )
     counts = [int(s.sum()) for s in loader.dataset.shard_sizes]
-    domains, rows = loader._order.locate(0, sum(counts))
+    domains, sequences = loader._order.locate(0, sum(counts))
     for domain, count in enumerate(counts):
-        given = rows[domains == domain]
+        given = sequences[domains == domain]
         assert abs(len(given) - count) < 0.05 * count and len(set(given[:count])) == min(
             len(given), count
         )
@@ -231,5 +233,5 @@ def test_waiting_is_measured(shards: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(shards: Path) -> None:
-    with pytest.raises(ConfigError, match="train.global_batch_size"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size"):
         Loader(config_of(shards, 16), 0, 8).step_batches(0)

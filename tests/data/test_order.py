@@ -1,4 +1,4 @@
-"""The global order is a pure function of its inputs, in integers, and any place of it is reached at once."""
+"""Global order: a pure function of its inputs, in integers, with random access."""
 
 from __future__ import annotations
 
@@ -59,26 +59,26 @@ def test_counts_of_blocks_are_exact_whatever_their_number(shares: list[float], b
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=70).filter(any), st.integers(0, 2**31 - 1))
-def test_a_pass_is_a_permutation_that_touches_few_shards_at_a_time(
+def test_an_epoch_is_a_permutation_that_touches_few_shards_at_a_time(
     samples: list[int], seed: int
 ) -> None:
     order, total = DomainOrder(np.array(samples), seed, 1), sum(samples)
     shard_of = np.repeat(np.arange(len(samples)), samples)
     for number in (0, 1, 10**9):
-        rows = order.sequences(np.arange(number * total, (number + 1) * total))
-        assert sorted(rows) == list(range(total))
+        sequences = order.sequences(np.arange(number * total, (number + 1) * total))
+        assert sorted(sequences) == list(range(total))
         at, seen = 0, []
         while at < total:
             shards, end = order.shards_ahead(number * total + at, 1)
             size = sum(samples[s] for s in shards)
             assert end == number * total + at + size
-            assert len(shards) <= WINDOW and set(shard_of[rows[at : at + size]]) == set(shards)
+            assert len(shards) <= WINDOW and set(shard_of[sequences[at : at + size]]) == set(shards)
             seen += shards
             at += size
         assert sorted(seen) == [s for s, n in enumerate(samples) if n]
 
 
-def test_passes_and_windows_differ_and_mix_their_shards() -> None:
+def test_epochs_and_windows_differ_and_mix_their_shards() -> None:
     order = DomainOrder(np.full(40, 50), 1, 1)
     first, second = order.sequences(np.arange(2000)), order.sequences(np.arange(2000, 4000))
     assert (first != second).mean() > 0.9
@@ -96,15 +96,15 @@ def test_passes_and_windows_differ_and_mix_their_shards() -> None:
     assert (order.sequences(some) == np.concatenate((first, second))[some]).all()
 
 
-def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:
+def test_every_sequence_comes_once_before_any_comes_twice_also_over_stages() -> None:
     sizes = (300, 50, 7)
     order = GlobalOrder(
         plan((0, [0.5, 0.3, 0.2]), (3000, [0.1, 0.1, 0.8]), (5001, [0, 1, 0]), seed=1),
         [np.full(30, 10), np.full(10, 5), np.array([7])],
     )
-    domains, rows = order.locate(0, 9000)
+    domains, sequences = order.locate(0, 9000)
     for domain, size in enumerate(sizes):
-        of_domain = rows[domains == domain]
+        of_domain = sequences[domains == domain]
         for start in range(0, len(of_domain) - size, size):
             assert sorted(of_domain[start : start + size]) == list(range(size))
     for position in (0, 1, 2999, 3000, 4096, 5001, 9000):
@@ -114,7 +114,7 @@ def test_every_row_comes_once_before_any_comes_twice_also_over_stages() -> None:
     assert set(domains[5001:]) == {1} and abs((domains[3000:5001] == 2).mean() - 0.8) < 0.05
 
 
-def test_order_depends_on_the_seed_and_the_place_and_nothing_else() -> None:
+def test_order_depends_on_the_seed_and_the_position_and_nothing_else() -> None:
     shards = [np.full(20, 5), np.full(4, 5)]
     a, b, other = (
         GlobalOrder(plan((0, [0.9, 0.1]), (5000, [0.5, 0.5]), seed=seed), shards)
@@ -122,15 +122,15 @@ def test_order_depends_on_the_seed_and_the_place_and_nothing_else() -> None:
     )
     places = [9000, 5000, 3, 4095, 4096, 4999]
     assert [a[p] for p in places] == [b[p] for p in reversed(places)][::-1]
-    domains, rows = a.locate(4990, 5100)
-    assert list(zip(domains.tolist(), rows.tolist(), strict=True)) == [
+    domains, sequences = a.locate(4990, 5100)
+    assert list(zip(domains.tolist(), sequences.tolist(), strict=True)) == [
         b[p] for p in range(4990, 5100)
     ]
     assert [a[p] for p in range(50)] != [other[p] for p in range(50)]
 
 
 def test_the_order_is_the_one_of_this_version() -> None:
-    """When this fails the order has changed: raise ORDER_VERSION, or runs would go on with other samples than they think."""
+    """When this fails the order has changed: raise ORDER_VERSION, so that runs refuse it."""
     assert permutation(8, 1, 2, (3, 4, 5)).tolist() == PINNED_DRAW
     order = GlobalOrder(
         plan((0, [0.7, 0.2, 0.1]), (10000, [0.2, 0.2, 0.6]), seed=7),
@@ -140,8 +140,8 @@ def test_the_order_is_the_one_of_this_version() -> None:
     assert hashlib.sha256(found).hexdigest() == PINNED_ORDER
 
 
-def test_sample_a_thousand_million_is_reached_at_once() -> None:
-    """200 MB beyond what the imports take, with 10^5 shards and 1.6 10^9 rows a domain.
+def test_position_1e9_is_reached_at_once() -> None:
+    """In 200 MB beyond what the imports take, with 10^5 shards and 1.6 10^9 sequences a domain.
 
     The time is in bench/loader.py.
     """
@@ -152,7 +152,8 @@ from nextpt.data.order import GlobalOrder
 from nextpt.data.plan import DataPlan, Stage
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-order = GlobalOrder(DataPlan(0, (Stage(0, quantise_shares([3, 1]), 64),)), [np.full(100_000, 16_384), np.full(100_000, 16_384)])
+plan = DataPlan(0, (Stage(0, quantise_shares([3, 1]), 64),))
+order = GlobalOrder(plan, [np.full(100_000, 16_384)] * 2)
 order.locate(10**9, 10**9 + 4096)
 print(peak() - before)
 """
@@ -167,7 +168,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize("position", [10**12, 2**53 + 1])
-def test_far_places_are_exact(position: int) -> None:
+def test_far_positions_are_exact(position: int) -> None:
     order = GlobalOrder(plan((0, [0.6, 0.4])), [np.full(7, 5), np.full(3, 2)])
     found = order.domain_counts(position)
     assert sum(found) == position

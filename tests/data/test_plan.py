@@ -98,11 +98,12 @@ def test_one_stage_is_no_stage(dataset: Path) -> None:
 
 def test_what_changed_is_named(dataset: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = open_loader(dataset, mixing=A).state(50)
-    with pytest.raises(DataError, match="^changed since: the dataset") as caught:
+    with pytest.raises(DataError, match=r"^changed since: the dataset") as caught:
         open_loader(other, mixing=A).check_state(state)
     assert "plan" not in str(caught.value) and "version" not in str(caught.value)
     monkeypatch.setattr(loader_module, "ORDER_VERSION", 99)
-    with pytest.raises(DataError, match="the version of the order of sequences .* and the dataset"):
+    changes = r"the version of the order of sequences .* and the dataset"
+    with pytest.raises(DataError, match=changes):
         open_loader(other, mixing=A).check_state(state)
     with pytest.raises(DataError, match="older nextpt"):
         open_loader(dataset).check_state({"fingerprint": "x", "position": 3})
@@ -113,13 +114,13 @@ def test_a_longer_run_is_the_same_plan(dataset: Path) -> None:
 
 
 def test_max_epochs_are_checked_over_the_whole_run(dataset: Path) -> None:
-    rows = open_loader(dataset).manifest.splits["train"]["prose"].rows
-    steps = 2 * rows // 8 + 1
+    sequences = open_loader(dataset).manifest.splits["train"]["prose"].rows
+    steps = 2 * sequences // 8 + 1
     with pytest.raises(
         ConfigError,
         match=(
             r"data.max_epochs allows 2 epochs over domain prose, but the plan has 2.0\d: \d+"
-            rf" draws from {rows} sequences"
+            rf" draws from {sequences} sequences"
         ),
     ):
         open_loader(dataset, steps=steps, mixing={"prose": 1}, max_epochs={"prose": 2})

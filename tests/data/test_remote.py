@@ -1,4 +1,4 @@
-"""Datasets in an object store: fetched through a real S3 server, shared by processes, mended when copies rot, kept below a limit."""
+"""Remote datasets: a real S3 server, processes that share copies, damaged copies, the limit."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_dataset_of_an_object_store_gives_the_same_batches(
     )
 
 
-def test_a_copy_that_rotted_is_fetched_again(packed: Path, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_fetched_again(packed: Path, tmp_path: Path) -> None:
     expected = first_steps(loader_of(packed, tmp_path / "cache", tmp_path))
     for shard in (tmp_path / "cache").rglob("*.mds"):
         shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
@@ -160,13 +160,13 @@ def test_a_store_without_the_dataset_is_refused(
     assert not list((tmp_path / "cache" / ".incoming").iterdir())
 
 
-def test_addresses_that_cannot_be_meant_are_refused(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="data.remote = ftp://x"):
+def test_invalid_uris_are_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.remote = ftp://x"):
         loader_of("ftp://x", tmp_path / "cache", tmp_path)
     with pytest.raises(ConfigError, match="same folder"):
         loader_of(packed, packed, tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="data.path"):
+    with pytest.raises(ConfigError, match=r"data\.path"):
         loader_of(packed, tmp_path / "file", tmp_path)
 
 
@@ -186,8 +186,8 @@ def test_an_index_of_the_store_that_is_not_the_manifests_is_refused(
     with pytest.raises(
         DataError,
         match=(
-            "train/code/index.json cannot be fetched .* not the one that dataset.json was written"
-            " with"
+            r"train/code/index\.json cannot be fetched .* not the one that dataset\.json was"
+            r" written with"
         ),
     ):
         loader_of(source, tmp_path / "cache", tmp_path)
@@ -203,15 +203,19 @@ def test_an_unfinished_dataset_is_refused_and_leaves_nothing(packed: Path, tmp_p
 
 
 READER = """
-import sys, json, collections
+import sys, json, hashlib
 from pathlib import Path
 import nextpt.data.remote as remote
 from tests.data.test_remote import loader_of, first_steps
 fetched = []
 fetch = remote.RemoteDataset.fetch
-remote.RemoteDataset.fetch = lambda self, name, target, check=lambda p: None: (fetched.append(name), fetch(self, name, target, check))[1]
-tokens = first_steps(loader_of(sys.argv[1], Path(sys.argv[2]) / "cache", Path(sys.argv[2])))
-print(json.dumps([__import__("hashlib").sha256(b"".join(tokens)).hexdigest(), fetched]))
+def record(self, name, target, check=lambda path: None):
+    fetched.append(name)
+    fetch(self, name, target, check)
+remote.RemoteDataset.fetch = record
+source, folder = sys.argv[1], Path(sys.argv[2])
+tokens = first_steps(loader_of(source, folder / "cache", folder))
+print(json.dumps([hashlib.sha256(b"".join(tokens)).hexdigest(), fetched]))
 """
 
 
@@ -284,7 +288,7 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
     assert len(list(packed.rglob("*.zstd"))) > 30  # the source is whole
 
 
-def test_the_one_unused_for_longest_goes_first_and_only_copies_do(
+def test_the_least_recently_used_copy_is_deleted_first_and_only_copies_are(
     packed: Path, tmp_path: Path
 ) -> None:
     loader = loader_of(packed, tmp_path / "cache", tmp_path)

@@ -1,4 +1,4 @@
-"""Shards are read as streaming reads them, verified once per machine, and refused by name when they are not what they should be."""
+"""Shards: read as streaming reads them, verified once per machine, refused by name if damaged."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ import zstandard
 
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.base.files import sha256_file
+from nextpt.data.index import ShardFile
 from nextpt.data.loader import Loader
+from nextpt.data.remote import describe_mismatch
 from nextpt.data.scratch import ScratchFolder
 from nextpt.data.sequences import MAPS
 from tests.support.datasets import tiny
-from tests.support.layouts import edit_index, rewrite, rows_of, samples_of, store_of
+from tests.support.layouts import edit_index, rewrite, samples_of, sequences_of, store_of
 
 
 @pytest.fixture(scope="module")
@@ -52,33 +54,33 @@ def shard(folder: Path, suffix: str = "") -> Path:
 
 
 def first_row(folder: Path, scratch: Path | None = None) -> Any:
-    return rows_of(folder, "train", "code", scratch)[0]
+    return sequences_of(folder, "train", "code", scratch)[0]
 
 
 @pytest.mark.parametrize("layout", ["dataset", "grouped", "packed"])
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_rows_are_what_streaming_reads(
+def test_sequences_are_what_streaming_reads(
     request: pytest.FixtureRequest, dataset: Path, layout: str, split: str, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(layout)
     for domain in ("code", "prose"):
-        rows = rows_of(folder, split, domain, tmp_path)
+        sequences = sequences_of(folder, split, domain, tmp_path)
         samples = list(samples_of(dataset, split, domain))
-        assert len(rows) == len(samples) > 10
+        assert len(sequences) == len(samples) > 10
         for i, sample in enumerate(samples):
-            row = rows[i]
-            np.testing.assert_array_equal(row.tokens, sample["tokens"])
-            np.testing.assert_array_equal(row.doc_lens, sample["doc_lens"])
-            np.testing.assert_array_equal(row.doc_flags, sample["doc_flags"])
-            assert row.domain == sample["domain"] and row.tokens.dtype == np.uint16
+            sequence = sequences[i]
+            np.testing.assert_array_equal(sequence.tokens, sample["tokens"])
+            np.testing.assert_array_equal(sequence.doc_lens, sample["doc_lens"])
+            np.testing.assert_array_equal(sequence.doc_flags, sample["doc_flags"])
+            assert sequence.domain == sample["domain"] and sequence.tokens.dtype == np.uint16
         with pytest.raises(IndexError):
-            rows[len(rows)]
+            sequences[len(sequences)]
 
 
 def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, packed: Path) -> None:
     """Not in their order, which follows the shards.
 
-    But one pass over a domain holds the same rows.
+    but one epoch over a domain holds the same sequences.
     """
     found = []
     for folder in (dataset, grouped, packed):
@@ -102,32 +104,32 @@ def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, pack
 
 def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) -> None:
     folder = rewrite(dataset, tmp_path / "d", shard_rows=2)
-    rows = rows_of(folder, "train", "code")
-    shards = len(rows._store.index)
+    sequences = sequences_of(folder, "train", "code")
+    shards = len(sequences._store.index)
     assert shards > 3 * MAPS
     descriptors = len(os.listdir("/proc/self/fd"))
-    kept = [rows[i].tokens for i in range(4)]
-    for i in range(len(rows)):
-        rows[i]
+    kept = [sequences[i].tokens for i in range(4)]
+    for i in range(len(sequences)):
+        sequences[i]
     maps = sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert maps <= MAPS + 2 and len(os.listdir("/proc/self/fd")) <= descriptors + 1
     # Views outlive the reader's interest in their shard
-    assert kept[0].tobytes() == rows[0].tokens.tobytes()
+    assert kept[0].tobytes() == sequences[0].tokens.tobytes()
 
 
 def test_a_shard_that_is_needed_does_not_wait_behind_those_that_will_be(
     grouped: Path, tmp_path: Path
 ) -> None:
-    rows, busy = rows_of(grouped, "train", "code", tmp_path), threading.Event()
-    rows._threads.submit(busy.wait)
-    rows.prepare(range(5))
+    sequences, busy = sequences_of(grouped, "train", "code", tmp_path), threading.Event()
+    sequences._threads.submit(busy.wait)
+    sequences.prepare(range(5))
     with ThreadPoolExecutor(1) as caller:
         assert (
-            caller.submit(lambda: rows[0]).result(30).tokens.tobytes()
-            == rows_of(grouped, "train", "code", tmp_path)[0].tokens.tobytes()
+            caller.submit(lambda: sequences[0]).result(30).tokens.tobytes()
+            == sequences_of(grouped, "train", "code", tmp_path)[0].tokens.tobytes()
         )
         busy.set()
-    rows._threads.shutdown(wait=True)
+    sequences._threads.shutdown(wait=True)
     # The others were made ready in their turn
     assert len(list((tmp_path / "verified").iterdir())) == 5
 
@@ -245,17 +247,17 @@ def test_an_index_that_is_not_of_the_format_is_refused(
 ) -> None:
     edit_index(copy, "train", "code", change)
     with pytest.raises(DataError, match=message):
-        rows_of(copy, "train", "code")
+        sequences_of(copy, "train", "code")
 
 
 def test_an_index_that_was_changed_or_is_gone_is_refused(copy: Path) -> None:
     path = copy / "train" / "code" / "index.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(DataError, match="its hash differs"):
-        rows_of(copy, "train", "code")
+        sequences_of(copy, "train", "code")
     path.unlink()
-    with pytest.raises(DataError, match="index.json: No such file"):
-        rows_of(copy, "train", "code")
+    with pytest.raises(DataError, match=r"index\.json: No such file"):
+        sequences_of(copy, "train", "code")
 
 
 def test_an_index_is_read_however_it_is_written(copy: Path) -> None:
@@ -264,20 +266,19 @@ def test_an_index_is_read_however_it_is_written(copy: Path) -> None:
     path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=3))
     raw["splits"]["train"]["code"]["index_sha256"] = sha256_file(path)
     (copy / "dataset.json").write_text(json.dumps(raw))
-    assert len(rows_of(copy, "train", "code")) == raw["splits"]["train"]["code"]["rows"]
+    assert len(sequences_of(copy, "train", "code")) == raw["splits"]["train"]["code"]["rows"]
 
 
 def test_a_shard_is_hashed_once_per_machine_and_again_when_it_changes(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed = []
-    monkeypatch.setattr(
-        "nextpt.data.store.describe_mismatch",
-        lambda path, file, real=__import__("nextpt.data.remote").data.remote.describe_mismatch: (
-            hashed.append(path),
-            real(path, file),
-        )[1],
-    )
+
+    def describe(path: Path, file: ShardFile) -> str | None:
+        hashed.append(path)
+        return describe_mismatch(path, file)
+
+    monkeypatch.setattr("nextpt.data.store.describe_mismatch", describe)
     for _ in range(3):  # as many processes
         store_of(copy, "train", "code", tmp_path / "node").ensure_local(0)
     assert hashed == [shard(copy)]
@@ -317,13 +318,13 @@ def test_a_crash_leaves_no_lock_behind(tmp_path: Path) -> None:
     process.join()
 
 
-def test_the_nodes_folder_must_be_ones_own(tmp_path: Path) -> None:
+def test_the_scratch_folder_must_belong_to_the_user(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    with pytest.raises(ConfigError, match="data.scratch"):
+    with pytest.raises(ConfigError, match=r"data\.scratch"):
         ScratchFolder(tmp_path / "open")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="data.scratch"):
+    with pytest.raises(ConfigError, match=r"data\.scratch"):
         ScratchFolder(tmp_path / "file")
 
 
@@ -383,18 +384,18 @@ def test_other_compressions_are_refused(packed_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_trouble_in_a_thread_comes_out_at_the_step_that_needs_it(
+def test_an_error_in_a_thread_is_raised_at_the_step_that_needs_it(
     copy: Path, tmp_path: Path, threads: int
 ) -> None:
     config = tiny(
         copy, Path("unused"), data={"prefetch_threads": threads, "scratch": str(tmp_path / "node")}
     )
     loader = Loader(config, 0, 1)
-    domains, rows = loader._order.locate(0, 8 * 60)
+    domains, sequences = loader._order.locate(0, 8 * 60)
     needed = [set() for _ in range(60)]
-    for at, (domain, row) in enumerate(zip(domains, rows, strict=True)):
+    for at, (domain, sequence) in enumerate(zip(domains, sequences, strict=True)):
         starts = np.concatenate(([0], np.cumsum(loader.dataset.shard_sizes[domain])))
-        needed[at // 8].add((int(domain), int(np.searchsorted(starts, row, side="right")) - 1))
+        needed[at // 8].add((int(domain), int(np.searchsorted(starts, sequence, side="right")) - 1))
     bad, step = next(
         (s, n)
         for n, shards in enumerate(needed)

@@ -59,14 +59,17 @@ def test_weights_that_are_not_there_are_refused_but_places_past_the_last_row_nee
     loader = Loader(
         tiny(weighted, Path("unused"), objective={"token_weights": True}, train=train), 2, 3
     )
-    (batch,) = loader.validation_batches(0, 3)  # all three rows are rank 0's
+    (batch,) = loader.validation_batches(0, 3)  # all three sequences are rank 0's
     assert float(batch.token_weights.sum()) == 0 and (batch.targets < 0).all()
 
 
 def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_count(
     dataset: Path,
 ) -> None:
-    """With weight w: (w G_code + G_prose) / (w n_code + n_prose), G the gradient of a domain's summed nats and n its targets."""
+    """With weight w: (w G_code + G_prose) / (w n_code + n_prose).
+
+    G is the gradient of a domain's summed nats, n the number of its targets.
+    """
 
     def gradient(weights: dict[str, float], divided: bool = True) -> tuple[torch.Tensor, float]:
         loader = Loader(tiny(dataset, Path("unused"), objective={"domain_weights": weights}), 0, 1)

@@ -143,8 +143,10 @@ def store_of(dataset: Path, split: str, domain: str, scratch: Path | None = None
     )
 
 
-def rows_of(dataset: Path, split: str, domain: str, scratch: Path | None = None) -> MappedSequences:
-    """The rows of a domain of a local dataset, by our own reader."""
+def sequences_of(
+    dataset: Path, split: str, domain: str, scratch: Path | None = None
+) -> MappedSequences:
+    """The sequences of a domain of a local dataset, by our own reader."""
     manifest = load_manifest(dataset)
     return MappedSequences(
         store_of(dataset, split, domain, scratch),

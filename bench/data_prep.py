@@ -1,4 +1,4 @@
-"""How fast corpora become shards: `nextpt prep shards` beside what other programs do, per core, and how two workers scale.
+"""Speed of data preparation: `nextpt prep shards` beside other programs, and two workers.
 
     python -m bench.data_prep [--corpus FILE.jsonl.zst] [--tokenizer FILE] [--rounds 3] [--json
     FILE]
@@ -39,7 +39,11 @@ ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one provider. peak: bytes of its largest process, or of this one if that is more: the kernel's count begins there."""
+    """Measurement of one run of one provider.
+
+    peak: bytes of its largest process, or of this one if that is more: the kernel's count begins
+    there.
+    """
 
     tokens: int
     wall: float
@@ -49,7 +53,7 @@ class Run:
 
 
 def make_corpus(path: Path) -> None:
-    """Texts of the packages of this Python, as .jsonl.zst.
+    """Write texts of the packages of this Python, as .jsonl.zst.
 
     They are other files on another machine.
     """
@@ -73,7 +77,11 @@ def make_corpus(path: Path) -> None:
 
 
 def run(command: list[str]) -> tuple[str, float, float, int]:
-    """(output, wall seconds, CPU seconds of the process and its children, bytes of the largest of them)."""
+    """Run a command.
+
+    Returns:
+        (output, wall seconds, CPU seconds of the process and its children, bytes of the largest).
+    """
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD
@@ -91,7 +99,7 @@ def run(command: list[str]) -> tuple[str, float, float, int]:
 
 
 def ours(corpus: Path, tokenizer: Path, folder: Path, workers: int) -> Run:
-    """`nextpt prep shards` with some workers."""
+    """Measure `nextpt prep shards` with some workers."""
     _, wall, cpu, peak = run(
         [
             sys.executable,
@@ -117,6 +125,7 @@ def ours(corpus: Path, tokenizer: Path, folder: Path, workers: int) -> Run:
 
 
 def peer(name: str, corpus: Path, tokenizer: Path, folder: Path) -> Run:
+    """Measure a program of bench.data_prep_peers."""
     output, wall, cpu, peak = run(
         [
             sys.executable,
@@ -132,6 +141,7 @@ def peer(name: str, corpus: Path, tokenizer: Path, folder: Path) -> Run:
 
 
 def main() -> None:
+    """Measure all providers in turn, print a table, write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -171,21 +181,22 @@ def main() -> None:
             f"nextpt, {n} workers, two files": lambda out, n=n: ours(halves, tokenizer, out, n)
             for n in (1, 2)
         }
-        found: dict[str, list[Run]] = {name: [] for name in providers}
+        runs_by_name: dict[str, list[Run]] = {name: [] for name in providers}
         for _ in range(arguments.rounds):
             for name, provider in providers.items():
-                found[name].append(provider(folder / "out"))
+                runs_by_name[name].append(provider(folder / "out"))
                 shutil.rmtree(folder / "out")
         size = sum(len(d.text.encode()) for d in read_documents(corpus))
-    show(machine, size, found, arguments.json)
+    show(machine, size, runs_by_name, arguments.json)
 
 
 def split_in_two(corpus: Path, folder: Path) -> Path:
-    """The same documents in two files of about equal size, as a compressed file is the work of one worker."""
+    """Write the documents to two files of about equal size: one worker reads a compressed file."""
     (folder / "halves").mkdir()
     writers = [
         zstandard.ZstdCompressor(3).stream_writer(
-            open(folder / f"halves/{i}.jsonl.zst", "wb"), closefd=True
+            open(folder / f"halves/{i}.jsonl.zst", "wb"),  # noqa: SIM115 (the writer closes it)
+            closefd=True,
         )
         for i in range(2)
     ]
@@ -200,17 +211,17 @@ def split_in_two(corpus: Path, folder: Path) -> Path:
 
 
 def show(
-    machine: dict[str, str], size: int, found: dict[str, list[Run]], path: Path | None
+    machine: dict[str, str], size: int, runs_by_name: dict[str, list[Run]], path: Path | None
 ) -> None:
-    """The table, ratios to nextpt, and the JSON."""
-    print(f"{size / 1e6:.0f} MB of text; medians of {len(found['nextpt'])} rounds\n")
+    """Print the table with ratios to nextpt; write the JSON."""
+    print(f"{size / 1e6:.0f} MB of text; medians of {len(runs_by_name['nextpt'])} rounds\n")
     print(
         f"{'':<32} {'Mtokens/s/core':>14} {'ratio':>6} {'wall s':>7} {'MiB':>6}  inside the"
         " tokenizer"
     )
-    rates = {name: median(r.tokens / r.cpu for r in runs) for name, runs in found.items()}
-    walls = {name: median(r.wall for r in runs) for name, runs in found.items()}
-    for name, runs in found.items():
+    rates = {name: median(r.tokens / r.cpu for r in runs) for name, runs in runs_by_name.items()}
+    walls = {name: median(r.wall for r in runs) for name, runs in runs_by_name.items()}
+    for name, runs in runs_by_name.items():
         share = (
             f"{median(r.tokenizer_share for r in runs):.0%}"
             if runs[0].tokenizer_share is not None
@@ -220,14 +231,14 @@ def show(
             f"{name:<32} {rates[name] / 1e6:>14.2f} {rates['nextpt'] / rates[name]:>6.2f}"
             f" {walls[name]:>7.1f} {max(r.peak for r in runs) / 2**20:>6.0f}  {share}"
         )
-    one, two = (walls[f"nextpt, {n} workers, two files"] for n in (1, 2))
-    print(f"\ntwo workers: {one / two:.2f} times as fast as one (wall time, start included)")
+    single, double = (walls[f"nextpt, {n} workers, two files"] for n in (1, 2))
+    print(f"\ntwo workers: {single / double:.2f} times as fast as one (wall time, start included)")
     write_json(
         path,
         {
             "machine": machine,
             "bytes": size,
-            "speedup_of_two": one / two,
+            "speedup_of_two": single / double,
             "providers": {
                 name: {
                     "tokens_per_core_second": rates[name],
@@ -236,7 +247,7 @@ def show(
                     "tokenizer_share": runs[0].tokenizer_share,
                     "tokens": runs[0].tokens,
                 }
-                for name, runs in found.items()
+                for name, runs in runs_by_name.items()
             },
         },
     )

@@ -1,4 +1,4 @@
-"""How other programs tokenize a corpus, made again in a few lines each, to be timed beside `nextpt prep`.
+"""Tokenization of other programs, rewritten in a few lines each, beside `nextpt prep`.
 
     python -m bench.data_prep_peers NAME CORPUS.jsonl.zst TOKENIZER.json FOLDER    prints one line
     of JSON
@@ -29,7 +29,7 @@ END = "<|endoftext|>"
 
 
 def lines(corpus: Path) -> Iterator[bytes]:
-    """Lines of a .jsonl, .gz or .zst."""
+    """Read the lines of a .jsonl, .gz or .zst."""
     rest = b""
     with pa.input_stream(str(corpus), compression="detect") as stream:
         while chunk := stream.read(2**22):
@@ -40,7 +40,13 @@ def lines(corpus: Path) -> Iterator[bytes]:
 
 
 def llm_foundry(corpus: Path, tokenizer_json: Path, folder: Path, max_length: int = 2048) -> int:
-    """llm-foundry's convert_dataset_json --concat_tokens (llmfoundry/command_utils/data_prep/convert_dataset_json.py and ConcatTokensDataset of llmfoundry/data/data.py, v0.22): transformers' fast tokenizer, one document at a time; a Python list that rows are cut from; rows of int32 through MDSWriter. The tokens after the last full row are dropped."""
+    """Tokenize as llm-foundry v0.22's convert_dataset_json --concat_tokens.
+
+    (llmfoundry/command_utils/data_prep/convert_dataset_json.py and ConcatTokensDataset of
+    llmfoundry/data/data.py.) transformers' fast tokenizer, one document at a time; a Python list
+    that rows are cut from; rows of int32 through MDSWriter. The tokens after the last full row are
+    dropped.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +74,12 @@ def llm_foundry(corpus: Path, tokenizer_json: Path, folder: Path, max_length: in
 
 
 def datatrove(corpus: Path, tokenizer_json: Path, folder: Path, batch_size: int = 10_000) -> int:
-    """Datatrove's DocumentTokenizer with its defaults (src/datatrove/pipeline/tokens/tokenizer.py, 0.10.1): encode_batch of 10,000 documents, the end by a TemplateProcessing, struct.pack of each document's list, then all documents copied once more in shuffled order; beside the tokens their ends as uint64."""
+    """Tokenize as datatrove 0.10.1's DocumentTokenizer with its defaults.
+
+    (src/datatrove/pipeline/tokens/tokenizer.py.) encode_batch of 10,000 documents, the end by a
+    TemplateProcessing, struct.pack of each document's list, then all documents copied once more in
+    shuffled order; beside the tokens their ends as uint64.
+    """
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
@@ -105,7 +116,12 @@ def datatrove(corpus: Path, tokenizer_json: Path, folder: Path, batch_size: int 
 
 
 def megatron(corpus: Path, tokenizer_json: Path, folder: Path) -> int:
-    """Megatron-LM's tools/preprocess_data.py --append-eod, one worker (and IndexedDatasetBuilder of megatron-core 0.16.1): json.loads and `encode` of one document at a time, an array of its tokens to .bin, Python lists of lengths to .idx. Through the tokenizers library itself; Megatron's own wrapper goes through transformers."""
+    """Tokenize as Megatron-LM's tools/preprocess_data.py --append-eod with one worker.
+
+    (And IndexedDatasetBuilder of megatron-core 0.16.1.) json.loads and `encode` of one document at
+    a time, an array of its tokens to .bin, Python lists of lengths to .idx. Through the tokenizers
+    library itself; Megatron's own wrapper goes through transformers.
+    """
     from tokenizers import Tokenizer
 
     from data_prep.export import CODES, HEADER, MAGIC, megatron_dtype
@@ -144,6 +160,7 @@ PEERS: dict[str, Callable[[Path, Path, Path], int]] = {
 
 
 def main() -> None:
+    """Run a program and print its tokens."""
     name, corpus, tokenizer, folder = sys.argv[1:]
     started = time.perf_counter(), sum(os.times()[:4])
     tokens = PEERS[name](Path(corpus), Path(tokenizer), Path(folder))

@@ -1,4 +1,4 @@
-"""How fast a run's model generates, and how far its log-probabilities are from those of the training forward pass.
+"""Speed of generation, and agreement of its log-probabilities with the training forward pass.
 
     python -m bench.generation --run runs/demo [--rounds 3] [--json FILE]
 
@@ -58,27 +58,27 @@ Opened = tuple[Decoder, Tokenizer]
 
 
 def speed(opened: Opened, rows: int, rounds: int) -> float:
-    """Median tokens per second of `rows` continuations decoded together."""
+    """Return the median tokens per second of `rows` continuations decoded together."""
     prompt = prompt_tokens(*opened, PROMPTS[0])
     rates = []
     for seed in range(rounds):
         begun = time.monotonic()
-        found = list(
+        continuations = list(
             generate(
                 *opened,
                 [prompt],
                 GenerationConfig(Sampling(seed=seed), TOKENS, samples=rows, batch_size=rows),
             )
         )
-        rates.append(sum(len(c.tokens) for c in found) / (time.monotonic() - begun))
+        rates.append(sum(len(c.tokens) for c in continuations) / (time.monotonic() - begun))
     return median(rates)
 
 
-def difference(opened: Opened, found: list[Continuation]) -> float:
-    """Largest difference, nats, between log-probabilities of generation and of one pass over the whole text."""
+def difference(opened: Opened, continuations: list[Continuation]) -> float:
+    """Return the largest difference, in nats, between generation and one pass over the text."""
     model, tokenizer = opened
     worst = 0.0
-    for prompt, c in zip(PROMPTS, found, strict=True):
+    for prompt, c in zip(PROMPTS, continuations, strict=True):
         document = np.array([*prompt_tokens(model, tokenizer, prompt), *c.tokens])
         nats = score_tokens(
             model, document, window=model.max_position, stride=model.max_position
@@ -88,6 +88,7 @@ def difference(opened: Opened, found: list[Continuation]) -> float:
 
 
 def agreement(opened: Opened) -> dict[str, Any]:
+    """Compare greedy continuations alone, in a batch, and with one pass over the text."""
     prompts = [prompt_tokens(*opened, prompt) for prompt in PROMPTS]
     alone, together = (
         list(
@@ -106,7 +107,7 @@ def agreement(opened: Opened) -> dict[str, Any]:
 
 
 def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """p-value of drawn counts [V] against exact probabilities [V].
+    """Return the p-value of drawn counts [V] against exact probabilities [V].
 
     Tokens expected fewer than 5 times share a cell.
     """
@@ -122,25 +123,26 @@ def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def frequencies(opened: Opened) -> dict[str, float]:
-    """p-value of each setting."""
+    """Return the p-value of each setting."""
     model, tokenizer = opened
     logits = DecodingBatch(
         model, [prompt_tokens(model, tokenizer, WIDE)], model.max_position
     ).logits_BV
-    found = {}
+    p_values = {}
     for name, settings in SETTINGS.items():
         exact = distribution(logits, Sampling(**settings))
         uniform = torch.from_numpy(continuation_rng(0, 0, 0).random(DRAWS))
         tokens = torch.cat(
             [draw(exact.expand(len(part), -1), part) for part in uniform.split(1000)]
         )
-        found[name] = chi_squared(
+        p_values[name] = chi_squared(
             np.bincount(tokens.numpy(), minlength=exact.shape[1]), exact[0].numpy()
         )
-    return found
+    return p_values
 
 
 def main() -> None:
+    """Measure a run, print, write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What the guard costs a step, and how near to its limits a run came.
+"""Cost of the guard in a step, and how near to its limits a run came.
 
     python -m bench.guard [--device cpu] [--steps 2000] [--run RUN --window 128]
 
@@ -28,7 +28,7 @@ PARTS = 20
 
 
 def judging(device: str, steps: int) -> float:
-    """Microseconds a step."""
+    """Return the microseconds of a step."""
     detector, seconds = SpikeDetector(GuardSection(), torch.device(device)), []
     loss, z_loss, norm = torch.tensor([3.0, 0.0, 1.0], dtype=torch.float64, device=device)
     for _ in range(PARTS + 1):
@@ -43,23 +43,30 @@ def judging(device: str, steps: int) -> float:
 
 
 def heights(run: Path, window: int) -> list[tuple[int, float, float, float]]:
-    """(step, standard deviations of the loss, of the log norm, norm / its median) of each logged step after `window` others."""
+    """Measure each logged step that has `window` others before it.
+
+    Returns:
+        (step, standard deviations of the loss, of the log norm, norm / its median) of each.
+    """
     events = [
         e
         for e in read_events(run / "metrics.jsonl", "train")
         if math.isfinite(e["loss"]) and 0 < e["grad_norm"] < math.inf
     ]
-    values, found = np.array([[e["loss"], math.log(e["grad_norm"])] for e in events]), []
+    values, steps_measured = np.array([[e["loss"], math.log(e["grad_norm"])] for e in events]), []
     for number in range(window, len(values)):
         last = values[number - window : number]
         centre = np.median(last, axis=0)
         above = values[number] - centre
         loss, norm = above / (NORMAL * np.median(np.abs(last - centre), axis=0))
-        found.append((events[number]["step"], float(loss), float(norm), math.exp(above[1])))
-    return found
+        steps_measured.append(
+            (events[number]["step"], float(loss), float(norm), math.exp(above[1]))
+        )
+    return steps_measured
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=2000)
@@ -70,7 +77,7 @@ def main() -> None:
         ", ".join(f"{name} {value}" for name, value in describe_machine(arguments.device).items())
     )
     print(f"detector: {judging(arguments.device, max(arguments.steps, PARTS)):.0f} us a step")
-    found = heights(arguments.run, arguments.window) if arguments.run else []
+    steps_measured = heights(arguments.run, arguments.window) if arguments.run else []
     for place, what in enumerate(
         (
             "standard deviations of the loss",
@@ -79,13 +86,13 @@ def main() -> None:
         ),
         1,
     ):
-        top = sorted(found, key=lambda one: one[place])[-3:]
+        top = sorted(steps_measured, key=lambda step: step[place])[-3:]
         (
             print(
-                f"highest of {len(found)} steps, {what}:",
-                ", ".join(f"{one[place]:.2f} (step {one[0]})" for one in reversed(top)),
+                f"highest of {len(steps_measured)} steps, {what}:",
+                ", ".join(f"{step[place]:.2f} (step {step[0]})" for step in reversed(top)),
             )
-            if found
+            if steps_measured
             else None
         )
 

@@ -1,4 +1,4 @@
-"""The loader beside StreamingDataset with torch's DataLoader and a plain numpy memmap: samples per CPU second, start, resume, memory.
+"""Speed of the loader beside StreamingDataset and numpy memmap: rate, start, resume, memory.
 
 `python -m bench.loader` makes a dataset of random rows, then runs every provider in a process of
 its own, in turn, several rounds. CPU seconds are those of the process and its children, user and
@@ -53,18 +53,18 @@ SAMPLES = {
 
 
 def draw_lengths(rng: np.random.Generator) -> np.ndarray:
-    """Lengths of the segments of a row: documents of a median of 600 tokens, those that do not fit cut."""
-    found, left = [], T + 1
+    """Return the lengths of the segments of a row: documents of a median of 600 tokens, cut."""
+    lengths, left = [], T + 1
     while left:
-        found.append(min(max(int(rng.lognormal(np.log(600), 1.2)), 3), left))
-        left -= found[-1]
+        lengths.append(min(max(int(rng.lognormal(np.log(600), 1.2)), 3), left))
+        left -= lengths[-1]
         if left and left < 3:
-            found[-1], left = found[-1] + left, 0
-    return np.array(found, np.uint32)
+            lengths[-1], left = lengths[-1] + left, 0
+    return np.array(lengths, np.uint32)
 
 
 def make_dataset(folder: Path) -> None:
-    """Random rows as a dataset of one domain, and the tokens alone as rows.npy."""
+    """Write random rows as a dataset of one domain, and the tokens alone as rows.npy."""
     from data_prep.format import columns
     from data_prep.streaming_compat import import_streaming
 
@@ -101,6 +101,7 @@ def make_dataset(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, rows: int) -> None:
+    """Write dataset.json."""
     from data_prep.format import DatasetManifest, SplitCounts
 
     index = (folder / "train" / "web" / "index.json").read_bytes()
@@ -128,7 +129,7 @@ def write_manifest(folder: Path, rows: int) -> None:
 
 
 def simulate(source: Path, folder: Path) -> None:
-    """A dataset of SHARDS shards that are all alike, of which those exist that the first steps and those at FAR read."""
+    """Write a dataset of SHARDS equal shards: only those that the first steps and FAR read."""
     from nextpt.data.mixture import quantise_shares
     from nextpt.data.order import GlobalOrder
     from nextpt.data.plan import DataPlan, Stage
@@ -155,6 +156,7 @@ def simulate(source: Path, folder: Path) -> None:
 
 
 def config_of(folder: Path, scratch: Path) -> Any:
+    """Return a config that reads the dataset."""
     from nextpt.config import parse_config
 
     return parse_config(
@@ -170,6 +172,7 @@ def config_of(folder: Path, scratch: Path) -> Any:
 
 
 def nextpt(folder: Path) -> Iterator[int]:
+    """Read batches by our loader; yields samples read."""
     from nextpt.data.loader import Loader
 
     loader, step = Loader(config_of(folder, folder / "scratch"), 0, 1), 0
@@ -179,6 +182,7 @@ def nextpt(folder: Path) -> Iterator[int]:
 
 
 def memmap(folder: Path, whole: bool = False) -> Iterator[int]:
+    """Read rows of rows.npy; yields samples read."""
     import torch
 
     from data_prep.mds import StoredSequence
@@ -213,6 +217,7 @@ def memmap(folder: Path, whole: bool = False) -> Iterator[int]:
 
 
 def plain_memmap(folder: Path) -> Iterator[int]:
+    """Read windows of one stream of tokens; yields samples read."""
     import torch
 
     rng = np.random.default_rng(1)
@@ -226,6 +231,7 @@ def plain_memmap(folder: Path) -> Iterator[int]:
 
 
 def streaming(folder: Path, workers: int, whole: bool = False) -> Iterator[int]:
+    """Read by StreamingDataset and DataLoader; yields samples read."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -273,12 +279,13 @@ PROVIDERS: dict[str, Callable[[Path], Iterator[int]]] = {
 
 
 def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and its children."""
     process = psutil.Process()
     return sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True)))
 
 
 def measure(provider: str, folder: Path) -> dict[str, float]:
-    """Samples per CPU second and per second of one provider, after a warm-up that reads every file once."""
+    """Measure samples per CPU second and per second, after a pass that reads every file once."""
     batches, wanted = PROVIDERS[provider](folder), SAMPLES[provider]
     warm = 0
     while warm < wanted // 10:
@@ -291,7 +298,7 @@ def measure(provider: str, folder: Path) -> dict[str, float]:
 
 
 def status(key: str) -> int:
-    """Bytes of a line of this process's status."""
+    """Return the bytes of a line of this process's status."""
     return next(
         1024 * int(line.split()[1])
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -300,7 +307,7 @@ def status(key: str) -> int:
 
 
 def start(folder: Path, position: int) -> dict[str, float]:
-    """Seconds from a config to the first batch at a position, and growth of resident memory at its highest."""
+    """Measure the seconds from a config to the first batch at a position, and peak memory."""
     from nextpt.data.loader import Loader
 
     config = config_of(folder, Path(tempfile.mkdtemp(dir=folder)))
@@ -316,7 +323,7 @@ def start(folder: Path, position: int) -> dict[str, float]:
 
 
 def far(folder: Path) -> dict[str, float]:
-    """The same of the order alone: from rows per shard to the rows of a block of samples at FAR."""
+    """Measure the order alone: from rows per shard to the rows of a block of samples at FAR."""
     from nextpt.data.mixture import quantise_shares
     from nextpt.data.order import GlobalOrder
     from nextpt.data.plan import DataPlan, Stage
@@ -334,7 +341,7 @@ def far(folder: Path) -> dict[str, float]:
 
 
 def run_apart(*arguments: str) -> dict[str, float]:
-    """A part of the benchmark in a process of its own."""
+    """Run a part of the benchmark in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "bench.loader", *arguments],
@@ -347,11 +354,13 @@ def run_apart(*arguments: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def medians(found: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(f[key] for f in found) for key in found[0]}
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each key."""
+    return {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
 
 
 def main() -> None:
+    """Measure all parts in turn, print tables, write JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.loader", description=__doc__.splitlines()[0]
     )
@@ -376,7 +385,9 @@ def main() -> None:
         (folder / "large").mkdir()
         make_dataset(folder)
         simulate(folder, folder / "large")
-        found: dict[str, list[dict[str, float]]] = {provider: [] for provider in PROVIDERS}
+        rounds_by_provider: dict[str, list[dict[str, float]]] = {
+            provider: [] for provider in PROVIDERS
+        }
         starts: dict[str, list[dict[str, float]]] = {
             "first batch": [],
             "batch at 10^9": [],
@@ -384,7 +395,7 @@ def main() -> None:
         }
         for _ in range(options.rounds):
             for provider in PROVIDERS:
-                found[provider].append(run_apart("--part", "measure", provider, name))
+                rounds_by_provider[provider].append(run_apart("--part", "measure", provider, name))
             starts["first batch"].append(run_apart("--part", "start", "0", f"{name}/large"))
             starts["batch at 10^9"].append(run_apart("--part", "start", str(FAR), f"{name}/large"))
             starts["order at 10^9"].append(run_apart("--part", "far", "-", name))
@@ -394,7 +405,7 @@ def main() -> None:
         ),
         "sample": f"{T} inputs, micro-batches of {BATCH}",
         "rounds": options.rounds,
-        "providers": {provider: medians(rounds) for provider, rounds in found.items()},
+        "providers": {provider: medians(rounds) for provider, rounds in rounds_by_provider.items()},
         "start": {what: medians(rounds) for what, rounds in starts.items()},
     }
     show(result)
@@ -402,6 +413,7 @@ def main() -> None:
 
 
 def show(result: dict[str, Any]) -> None:
+    """Print the tables."""
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
     print(
         f"\n| {result['sample']} | samples per CPU second | tokens per CPU second | samples/s |"

@@ -1,4 +1,4 @@
-"""How fast tokenizers encode: tiktoken and the calls of the tokenizers library, tokens per second of one core's time.
+"""Speed of tokenizers: tiktoken and the tokenizers library, tokens per second of a core.
 
     python -m bench.tokenizers [TOKENIZER...] [--text CORPUS] [--megabytes 8] [--json FILE]
 
@@ -31,17 +31,17 @@ BATCH = 256
 
 
 def texts_of(corpus: str | None, limit: int, folder: Path) -> list[str]:
-    """Documents of the corpus, evenly from all of it, up to `limit` bytes."""
+    """Return documents of the corpus, evenly from all of it, up to `limit` bytes."""
     if corpus is None:
         collect(folder / "corpus")
         corpus = str(folder / "corpus")
-    found = [document.text for document in read_documents(corpus)]
-    step = max(sum(len(text.encode()) for text in found) // limit, 1)
-    return found[::step]
+    texts = [document.text for document in read_documents(corpus)]
+    step = max(sum(len(text.encode()) for text in texts) // limit, 1)
+    return texts[::step]
 
 
 def encoders(tokenizer: Tokenizer) -> dict[str, Callable[[list[str]], int]]:
-    """Name -> what encodes texts and counts their tokens."""
+    """Return functions that encode texts and count their tokens, by name."""
     library = tokenizer.library
 
     def batches(encode: Callable[..., list]) -> Callable[[list[str]], int]:
@@ -53,21 +53,21 @@ def encoders(tokenizer: Tokenizer) -> dict[str, Callable[[list[str]], int]]:
 
         return run
 
-    found = {
+    functions = {
         "tokenizers encode_batch": batches(library.encode_batch),
         "tokenizers encode_batch_fast": batches(library.encode_batch_fast),
     }
     if tokenizer.encoder == "tiktoken":
-        found["tiktoken"] = lambda texts: sum(map(len, tokenizer.encode_batch(texts)))
+        functions["tiktoken"] = lambda texts: sum(map(len, tokenizer.encode_batch(texts)))
     if tokenizer.byte_counts == "column":
-        found[f"{tokenizer.encoder}, with bytes of every token"] = lambda texts: sum(
+        functions[f"{tokenizer.encoder}, with bytes of every token"] = lambda texts: sum(
             len(tokenizer.encode_with_bytes(text)[0]) for text in texts
         )
-    return found
+    return functions
 
 
 def measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, dict[str, float]]:
-    """Name -> rates per second of CPU time, the median of rounds in which all encoders take their turn."""
+    """Return rates per second of CPU time by name, medians of rounds of all encoders in turn."""
     seconds: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
     for _ in range(ROUNDS):
@@ -90,6 +90,7 @@ def measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, dict[str, float
 
 
 def main() -> None:
+    """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -118,8 +119,8 @@ def main() -> None:
         for source in arguments.tokenizers:
             path = folder / "tokenizer.json"
             train_bpe(texts, 32768, path) if source == "trained" else convert(source, path)
-            results[Path(source).name] = found = measure(Tokenizer(path), texts)
-            for name, rates in found.items():
+            results[Path(source).name] = measured = measure(Tokenizer(path), texts)
+            for name, rates in measured.items():
                 print(
                     f"{Path(source).name:<28} {size / rates['tokens']:>11.2f}  {name:<38}"
                     f" {rates['tokens_per_second'] / 1e6:>9.2f}"

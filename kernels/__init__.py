@@ -1,1 +1,1 @@
-"""Causal attention and vocabulary cross-entropy: implementations, what each can do, and the choice per device."""
+"""Causal attention and vocabulary cross-entropy: implementations, and the choice among them."""

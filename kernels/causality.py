@@ -1,15 +1,21 @@
-"""Proof that attention does not look ahead: by perturbation and by gradient, for any implementation.
+"""Causality check: attention does not look ahead, by perturbation and by gradient.
 
-The intervention keeps all shapes: replacing tokens tests what is seen, shortening the input would
-test how sums are ordered.
+It runs on any implementation. The intervention keeps all shapes: replacing tokens tests what is
+seen, shortening the input would test how sums are ordered.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernels.attention import PackedDocuments, attention
+
+Attend = Callable[[Tensor, Tensor], Tensor]
+# Of two rows: the first has two documents, the second three
+LENGTHS = ((5, 7), (1, 8, 3))
 
 
 class CausalityError(AssertionError):
@@ -22,21 +28,31 @@ def check_attention(
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
 ) -> None:
-    """Raise CausalityError if any output depends on a later token or on another document of the row.
+    """Check that no output depends on a later token, nor on another document of the row.
 
     Perturbation: keys and values of one position are replaced; outputs that may not see it must not
     change by a bit. Gradient: the derivative of one output by all keys and values must be exactly 0
     where it may not look.
+
+    Args:
+        implementation: a name of `kernels.choice.ATTENTION`, or "auto".
+        device: where to run it.
+        dtype: of queries, keys and values.
+        window: keys that a query sees.
+
+    Raises:
+        CausalityError: an output depends on what it must not see, or not on what it sees.
     """
     generator = torch.Generator().manual_seed(0)
     shape, kv_shape = (2, 12, 4, 16), (2, 12, 2, 16)
     q, k, v = (
         torch.randn(s, generator=generator).to(device, dtype) for s in (shape, kv_shape, kv_shape)
     )
-    ids = torch.tensor(
-        [[0] * 5 + [1] * 7, [0] + [1] * 8 + [2] * 3], dtype=torch.int32, device=device
-    )
-    for documents in (None, PackedDocuments.from_document_ids(ids)):
+    lengths = torch.tensor([length for row in LENGTHS for length in row])
+    numbers = torch.tensor([number for row in LENGTHS for number in range(len(row))])
+    ids = numbers.repeat_interleave(lengths).view(shape[:2]).to(device, torch.int32)
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+    for documents in (None, PackedDocuments(ids, starts)):
         allowed = _allowed(ids if documents is not None else torch.zeros_like(ids), window)
 
         def run(k: Tensor, v: Tensor, documents: PackedDocuments | None = documents) -> Tensor:
@@ -62,37 +78,37 @@ def _allowed(ids: Tensor, window: int | None) -> Tensor:
     return allowed.to(ids.device)
 
 
-def _check_perturbation(run, k: Tensor, v: Tensor, allowed: Tensor) -> None:
+def _check_perturbation(run: Attend, k: Tensor, v: Tensor, allowed: Tensor) -> None:
     before = run(k, v)
     for j in range(k.shape[1]):
         changed_k, changed_v = k.clone(), v.clone()
         changed_k[:, j] += 1.0
         changed_v[:, j] -= 1.0
-        moved = (run(changed_k, changed_v) != before).flatten(2).any(-1)
-        _demand(moved, allowed[:, :, j], f"replacing token {j}")
+        changed = (run(changed_k, changed_v) != before).flatten(2).any(-1)
+        _compare(changed, allowed[:, :, j], f"replacing token {j}")
 
 
-def _check_gradient(run, k: Tensor, v: Tensor, allowed: Tensor) -> None:
+def _check_gradient(run: Attend, k: Tensor, v: Tensor, allowed: Tensor) -> None:
     k, v = k.detach().requires_grad_(), v.detach().requires_grad_()
     out = run(k, v).float()
     for i in range(out.shape[1]):
         gradients = torch.autograd.grad(out[:, i].sum(), (k, v), retain_graph=True)
-        moved = torch.stack([g.flatten(2).ne(0).any(-1) for g in gradients]).any(0)
-        _demand(moved, allowed[:, i], f"the gradient of output {i}")
+        depends = torch.stack([g.flatten(2).ne(0).any(-1) for g in gradients]).any(0)
+        _compare(depends, allowed[:, i], f"the gradient of output {i}")
 
 
-def _demand(moved: Tensor, allowed: Tensor, what: str) -> None:
-    """What moved must be allowed.
+def _compare(depends: Tensor, allowed: Tensor, intervention: str) -> None:
+    """Raise where the dependence is not exactly the allowed one.
 
-    And what is allowed must have moved, or the check sees nothing at all.
+    What is allowed must depend too, or the check would see nothing at all.
     """
-    if bool((moved & ~allowed).any()):
+    if bool((depends & ~allowed).any()):
         raise CausalityError(
-            f"{what} reaches tokens that may not see it, (row, token):"
-            f" {(moved & ~allowed).nonzero().tolist()}"
+            f"{intervention} reaches tokens that may not see it, (row, token):"
+            f" {(depends & ~allowed).nonzero().tolist()}"
         )
-    if not bool((moved == allowed).all()):
+    if not bool((depends == allowed).all()):
         raise CausalityError(
-            f"{what} does not reach tokens that see it, (row, token):"
-            f" {(allowed & ~moved).nonzero().tolist()}"
+            f"{intervention} does not reach tokens that see it, (row, token):"
+            f" {(allowed & ~depends).nonzero().tolist()}"
         )

@@ -1,73 +1,192 @@
-"""Choosing an implementation by name or by device, from what each declares."""
+"""Choice of implementations: what each can do, the order of choice, the reasons for a refusal.
+
+One table for causal attention and one for the vocabulary's cross-entropy. A name chooses one
+implementation, which is refused with every reason that it cannot be used; "auto" chooses the first
+of the device's order that can do what is asked. Nothing is imported here before it is asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+WIDEST_HEAD = 256  # elements, for kernels that keep a tile of a head in registers
+SHAPES_AND_TYPES = ("fp32", "fp64", "heads wider than 256", "values of another width than keys")
+# Beside those: "documents", "documents without cu_seqlens", "window", "softcap", "sinks", "lse" and
+# "offsets" (queries and keys that do not end at the same position).
+
+
+def _always_available() -> str | None:
+    return None
+
+
+def _package_missing(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    return None
+
+
+def _flash_attn_unavailable() -> str | None:
+    return _package_missing("flash_attn")
+
+
+def _triton_unavailable() -> str | None:
+    return _package_missing("triton")
+
+
+def _triton_attention_unavailable() -> str | None:
+    if missing := _package_missing("triton"):
+        return missing
+    from kernels.attention import triton_attention
+
+    return triton_attention.failure_on_gpu()
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute something.
+    """What one implementation of an operator needs and can do.
 
-    features: what it can do beyond the plain case. devices: torch device types it runs on.
-    available: why it cannot be used in this process, or None.
+    Attributes:
+        name: how a call and a config name it.
+        devices: types of torch devices that it runs on.
+        features: what it can do beyond the plain 16-bit case.
+        interpreted: it also runs on a CPU where Triton interprets kernels (TRITON_INTERPRET=1).
+        unavailable: returns why it cannot be used in this process, or None.
     """
 
     name: str
-    run: Callable[..., Any]
     devices: frozenset[str]
-    features: frozenset[str] = field(default_factory=frozenset)
-    available: Callable[[], str | None] = lambda: None
+    features: frozenset[str] = frozenset()
+    interpreted: bool = False
+    unavailable: Callable[[], str | None] = _always_available
 
-    def lacks(self, device: str, features: Iterable[str]) -> list[str]:
-        """What stands in the way of using it, as phrases; empty when nothing does."""
-        reason = self.available()
-        found = [reason] if reason else []
-        if device not in self.devices:
-            found.append(f"it does not run on {device}")
-        return found + [
-            f"it has no {feature}" for feature in sorted(features) if feature not in self.features
-        ]
-
-
-class TritonImplementation(Implementation):
-    """One that also runs on a CPU where Triton interprets its kernels (TRITON_INTERPRET=1)."""
-
-    def lacks(self, device: str, features: Iterable[str]) -> list[str]:
-        if device == "cpu" and self.available() is None and _interpreted():
-            device = next(iter(self.devices))
-        return super().lacks(device, features)
+    def refusals(self, device: str, features: Iterable[str] = ()) -> list[str]:
+        """Return the reasons not to use it, as phrases; empty where it can be used."""
+        reason = self.unavailable()
+        reasons = [reason] if reason else []
+        interpreted = device == "cpu" and self.interpreted and not reason and _interprets()
+        if device not in self.devices and not interpreted:
+            reasons.append(f"it does not run on {device}")
+        lacking = [feature for feature in sorted(features) if feature not in self.features]
+        return reasons + [f"it has no {feature}" for feature in lacking]
 
 
-def _interpreted() -> bool:
+def _interprets() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
 
 
+def _table(*implementations: Implementation) -> dict[str, Implementation]:
+    return {implementation.name: implementation for implementation in implementations}
+
+
+_CPU_AND_CUDA, _CUDA = frozenset({"cpu", "cuda"}), frozenset({"cuda"})
+_MASKS = ("documents", "documents without cu_seqlens", "window", "offsets")
+
+ATTENTION = _table(
+    Implementation(
+        "reference",
+        _CPU_AND_CUDA,
+        frozenset({*_MASKS, "softcap", "sinks", "lse", *SHAPES_AND_TYPES}),
+    ),
+    Implementation("sdpa", _CPU_AND_CUDA, frozenset({*_MASKS, *SHAPES_AND_TYPES})),
+    Implementation(
+        "flash_attn",
+        _CUDA,
+        frozenset({"documents", "window", "softcap"}),
+        unavailable=_flash_attn_unavailable,
+    ),
+    Implementation(
+        "triton",
+        _CUDA,
+        frozenset(
+            {*_MASKS, "softcap", "sinks", "lse", "fp32", "values of another width than keys"}
+        ),
+        interpreted=True,
+        unavailable=_triton_attention_unavailable,
+    ),
+)
+# On CUDA Triton stands behind SDPA as long as it has not run on a GPU (bench/PENDING.md); on a CPU
+# it would be interpreted.
+ATTENTION_ORDER = {"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")}
+
+CROSS_ENTROPY = _table(
+    Implementation("reference", _CPU_AND_CUDA),
+    Implementation("torch", _CPU_AND_CUDA),
+    Implementation("triton", _CUDA, interpreted=True, unavailable=_triton_unavailable),
+)
+CROSS_ENTROPY_ORDER = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
+
+
+def choose_attention(name: str, device: str, features: Iterable[str] = ()) -> Implementation:
+    """Choose the implementation of attention for a type of device and `attention_features`.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    return choose(ATTENTION, ATTENTION_ORDER, name, device, features)
+
+
+def choose_cross_entropy(name: str, device: str) -> Implementation:
+    """Choose the implementation of the vocabulary's cross-entropy for a type of device.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    return choose(CROSS_ENTROPY, CROSS_ENTROPY_ORDER, name, device)
+
+
+def attention_features(q: Tensor, v: Tensor, **options: object) -> set[str]:
+    """Return the features that a call of attention needs.
+
+    Args:
+        q: queries [B, Sq, Hq, D].
+        v: values [B, Sk, Hkv, Dv].
+        options: named as features; those that are not None are needed.
+    """
+    needed = {
+        "fp32": q.element_size() == 4,
+        "fp64": q.element_size() == 8,
+        "heads wider than 256": max(q.shape[3], v.shape[3]) > WIDEST_HEAD,
+        "values of another width than keys": q.shape[3] != v.shape[3],
+    } | {name: value is not None for name, value in options.items()}
+    return {name for name, is_needed in needed.items() if is_needed}
+
+
 def choose(
-    table: dict[str, Implementation],
-    order: Iterable[str],
+    table: Mapping[str, Implementation],
+    orders: Mapping[str, Iterable[str]],
     name: str,
     device: str,
-    features: Iterable[str],
+    features: Iterable[str] = (),
 ) -> Implementation:
-    """The named implementation, or for "auto" the first in `order` that can do what is asked.
+    """Choose an implementation by name, or for "auto" the first of the device's order that can.
 
-    Raises ValueError that says what the named one lacks, or lists the names there are.
+    Args:
+        table: implementations by name.
+        orders: names by type of device, best first; "cpu" stands for other devices too.
+        name: a key of `table`, or "auto".
+        device: type of the torch device.
+        features: what the implementation must be able to do.
+
+    Raises:
+        ValueError: the name is unknown, or nothing that it stands for can do what is asked; the
+            message says why.
     """
     features = set(features)
     if name == "auto":
-        for candidate in order:
-            if not table[candidate].lacks(device, features):
+        for candidate in orders.get(device, orders["cpu"]):
+            if not table[candidate].refusals(device, features):
                 return table[candidate]
         raise ValueError(f"no implementation on {device} has all of: {', '.join(sorted(features))}")
     if name not in table:
         raise ValueError(
             f"unknown implementation {name!r}; there are auto, {', '.join(sorted(table))}"
         )
-    if lacking := table[name].lacks(device, features):
-        raise ValueError(f"implementation {name!r} cannot be used here: {'; '.join(lacking)}")
+    if reasons := table[name].refusals(device, features):
+        raise ValueError(f"implementation {name!r} cannot be used here: {'; '.join(reasons)}")
     return table[name]

@@ -57,7 +57,7 @@ def next_token_loss(
             loss is a mean over a micro-batch; it counts by the micro-batch's share of `weight_sum`,
             so that the step's value is the weighted mean over micro-batches and ranks.
     """
-    documents = PackedDocuments.from_document_ids(batch.document_ids)
+    documents = PackedDocuments(batch.document_ids, batch.cu_seqlens)
     hidden_BTD, auxiliary_losses = model(batch.tokens, batch.position_ids, documents)
     output = model.lm_head(
         hidden_BTD.flatten(0, 1),

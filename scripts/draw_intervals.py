@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from kernels.attention.intervals import of_documents  # noqa: E402
+from kernels.attention.intervals import Slices, of_documents  # noqa: E402
 
 TILE, LENGTHS = 4, (9, 5, 18)
 COLOURS = {"read, with a mask": "#f4b183", "read whole": "#9dc3e6", "not read": "#f2f2f2"}
@@ -34,7 +34,7 @@ def kind_of(block: torch.Tensor) -> str:
 def draw(axes, title: str, window: int | None) -> None:
     """Draw the blocks of scores that are read, masked and skipped."""
     ids = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).unsqueeze(0)
-    mask = of_documents(ids, window).mask()[0, 0]
+    mask = of_documents(ids, Slices.of(ids.shape[1], ids.shape[1]), window).mask()[0, 0]
     size = mask.shape[0]
     for q in range(0, size, TILE):
         for k in range(0, size, TILE):

@@ -1,19 +1,15 @@
-"""Causal attention over packed documents: one call, several implementations."""
+"""Causal attention over packed documents and slices of sequences, in four implementations."""
 
-from kernels.attention.documents import LeftPadded, PackedDocuments, PackedSequences
-from kernels.attention.interface import (
-    IMPLEMENTATIONS,
-    attention,
-    attention_packed,
-    choose_attention,
-)
+from kernels.attention.call import AttentionOutput
+from kernels.attention.documents import LeftPadded, PackedDocuments, PackedSequences, Packing
+from kernels.attention.interface import attention, attention_packed
 
 __all__ = [
-    "IMPLEMENTATIONS",
+    "AttentionOutput",
     "LeftPadded",
     "PackedDocuments",
     "PackedSequences",
+    "Packing",
     "attention",
     "attention_packed",
-    "choose_attention",
 ]

@@ -1,74 +1,66 @@
-"""The backward pass, deterministic: gradients of keys and values by one kernel, of queries by another, no atomics.
+"""Backward pass of attention, deterministic: one kernel for keys and values, one for queries.
 
     delta = sum_v out dout - dlse       p = exp(s - lse)       ds = p (dout v^T - delta)
     (arXiv 2205.14135)
 
-The gradient through the log-sum-exp is only a part of delta. A program of the first kernel holds a
-block of keys and goes over the queries that see it, of all query heads that share them; its scores
-are transposed, so that statistics of queries lie along columns. Seven matrix products where a pass
-with atomics has five; always the same bits.
+There are no atomics. The gradient through the log-sum-exp is only a part of delta. A program of the
+kernel for keys holds a block of keys and goes over the queries that see it, of all query heads that
+share them; its scores are transposed, so that statistics of queries lie along columns. Seven matrix
+products where a pass with atomics has five; always the same bits.
 """
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from kernels.attention.forward_triton import (
-    count_tiles,
+from kernels import triton_jit as tj
+from kernels.attention.tiles_triton import (
+    HeadRows,
+    block_start,
+    capped_scores,
+    count_blocks,
     key_ranges,
     load_block,
-    scores_of,
+    load_ends,
+    rows_of_head,
     store_block,
-    tile_start,
 )
+from kernels.triton_jit import jit
 from kernels.triton_math import LOG2_E
 
 
-@triton.jit
+@jit
 def delta_kernel(
-    out,
-    d_out,
-    d_lse,
-    delta,
-    o_b,
-    o_s,
-    o_h,
-    do_b,
-    do_s,
-    do_h,
-    queries,
-    heads,
+    out: tj.Pointer,
+    d_out: tj.Pointer,
+    d_lse: tj.Pointer,
+    delta: tj.Pointer,
+    out_strides: tj.Strides,
+    d_out_strides: tj.Strides,
+    queries: tj.Scalar,
+    heads: tj.Scalar,
     V: tl.constexpr,
     HAS_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):
+) -> None:
+    """Write delta of one tile of queries of one head."""
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * BLOCK_M
     at = start + tl.arange(0, BLOCK_M)
-    a = load_block(
-        out + row * o_b + head.to(tl.int64) * o_h, start, o_s, queries, True, V, BLOCK_M, BLOCK_V
-    ).to(tl.float32)
-    b = load_block(
-        d_out + row * do_b + head.to(tl.int64) * do_h,
-        start,
-        do_s,
-        queries,
-        True,
-        V,
-        BLOCK_M,
-        BLOCK_V,
-    ).to(tl.float32)
-    found = tl.sum(a * b, 1)
+    out_rows = rows_of_head(out, out_strides, row, head, queries)
+    d_out_rows = rows_of_head(d_out, d_out_strides, row, head, queries)
+    a = load_block(out_rows, start, True, V, BLOCK_M, BLOCK_V).to(tl.float32)
+    b = load_block(d_out_rows, start, True, V, BLOCK_M, BLOCK_V).to(tl.float32)
+    sums = tl.sum(a * b, 1)
     place = (row * heads + head) * queries + at
     if HAS_LSE:
-        found -= tl.load(d_lse + place, mask=at < queries, other=0.0)
-    tl.store(delta + place, found, mask=at < queries)
+        sums -= tl.load(d_lse + place, mask=at < queries, other=0.0)
+    tl.store(delta + place, sums, mask=at < queries)
 
 
-@triton.jit
-def _through_cap(ds, s, softcap, HAS_CAP: tl.constexpr):
+@jit
+def _through_cap(ds: tj.Block, s: tj.Block, softcap: tj.Scalar, HAS_CAP: tl.constexpr) -> tj.Block:
     """Gradient of the scores before the cap; s: capped scores in units of log2."""
     if HAS_CAP:
         t = s / (softcap * LOG2_E)
@@ -76,54 +68,53 @@ def _through_cap(ds, s, softcap, HAS_CAP: tl.constexpr):
     return ds
 
 
-@triton.jit
-def _load_statistics(lse, delta, at, queries):
+@jit
+def _load_statistics(
+    lse: tj.Pointer, delta: tj.Pointer, at: tj.Block, queries: tj.Scalar
+) -> tuple[tj.Block, tj.Block]:
     """(lse in units of log2, delta); a query that sees nothing has p = 0."""
-    there = at < queries
-    natural = tl.load(lse + at, mask=there, other=float("inf"))
-    return tl.where(natural == float("-inf"), float("inf"), natural) * LOG2_E, tl.load(
-        delta + at, mask=there, other=0.0
-    )
+    inside = at < queries
+    natural = tl.load(lse + at, mask=inside, other=float("inf"))
+    lse2 = tl.where(natural == float("-inf"), float("inf"), natural) * LOG2_E
+    return lse2, tl.load(delta + at, mask=inside, other=0.0)
 
 
-@triton.jit
+@jit
 def _over_queries(
-    dk,
-    dv,
-    k,
-    v,
-    q,
-    d_out,
-    lse,
-    delta,
-    first,
-    last,
-    at_N,
-    start,
-    stop,
-    queries,
-    q_s,
-    do_s,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    dk: tj.Block,
+    dv: tj.Block,
+    k: tj.Block,
+    v: tj.Block,
+    q: HeadRows,
+    d_out: HeadRows,
+    lse: tj.Pointer,
+    delta: tj.Pointer,
+    first: tj.Pointer,
+    last: tj.Pointer,
+    at_N: tj.Block,
+    start: tj.Scalar,
+    stop: tj.Scalar,
+    scale: tj.Scalar,
+    softcap: tj.Scalar,
+    SHAPE: tl.constexpr,
+) -> tuple[tj.Block, tj.Block]:
+    """Add the queries start..stop of one head to the gradients of a block of keys and values."""
+    D: tl.constexpr = SHAPE.D
+    V: tl.constexpr = SHAPE.V
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    HAS_CAP: tl.constexpr = SHAPE.HAS_CAP
+    PRECISION: tl.constexpr = SHAPE.PRECISION
     # One loop with a mask: a second one without spilled 8 to 224 bytes
     for m in range(start, stop, BLOCK_M):
         at = m + tl.arange(0, BLOCK_M)
-        tile_q = load_block(q, m, q_s, queries, True, D, BLOCK_M, BLOCK_D)
-        tile_do = load_block(d_out, m, do_s, queries, True, V, BLOCK_M, BLOCK_V)
-        lse2, delta_M = _load_statistics(lse, delta, at, queries)
-        from_M = tl.load(first + at, mask=at < queries, other=0)
-        to_M = tl.load(last + at, mask=at < queries, other=-1)
-        s = scores_of(k, tile_q, scale, softcap, HAS_CAP, PRECISION)
-        seen = (at_N[:, None] >= from_M[None, :]) & (at_N[:, None] <= to_M[None, :])
+        tile_q = load_block(q, m, True, D, BLOCK_M, BLOCK_D)
+        tile_do = load_block(d_out, m, True, V, BLOCK_M, BLOCK_V)
+        lse2, delta_M = _load_statistics(lse, delta, at, q.count)
+        first_M, last_M = load_ends(first, last, at, q.count)
+        s = capped_scores(k, tile_q, scale, softcap, HAS_CAP, PRECISION)
+        seen = (at_N[:, None] >= first_M[None, :]) & (at_N[:, None] <= last_M[None, :])
         p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
         dv = tl.dot(p.to(tile_do.dtype), tile_do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(tile_do), input_precision=PRECISION)
@@ -132,55 +123,42 @@ def _over_queries(
     return dk, dv
 
 
-@triton.jit
+@jit
 def keys_kernel(
-    q,
-    k,
-    v,
-    d_out,
-    lse,
-    delta,
-    first,
-    last,
-    query_start,
-    query_stop,
-    dk,
-    dv,
-    q_b,
-    q_s,
-    q_h,
-    k_b,
-    k_s,
-    k_h,
-    v_b,
-    v_s,
-    v_h,
-    do_b,
-    do_s,
-    do_h,
-    dk_b,
-    dk_s,
-    dk_h,
-    dv_b,
-    dv_s,
-    dv_h,
-    interval_stride,
-    key_interval_stride,
-    queries,
-    keys,
-    heads,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q: tj.Pointer,
+    k: tj.Pointer,
+    v: tj.Pointer,
+    d_out: tj.Pointer,
+    lse: tj.Pointer,
+    delta: tj.Pointer,
+    first: tj.Pointer,
+    last: tj.Pointer,
+    query_start: tj.Pointer,
+    query_stop: tj.Pointer,
+    dk: tj.Pointer,
+    dv: tj.Pointer,
+    q_strides: tj.Strides,
+    k_strides: tj.Strides,
+    v_strides: tj.Strides,
+    d_out_strides: tj.Strides,
+    dk_strides: tj.Strides,
+    dv_strides: tj.Strides,
+    interval_stride: tj.Scalar,
+    key_interval_stride: tj.Scalar,
+    queries: tj.Scalar,
+    keys: tj.Scalar,
+    heads: tj.Scalar,
+    scale: tj.Scalar,
+    softcap: tj.Scalar,
+    SHAPE: tl.constexpr,
+) -> None:
+    """Write the gradients of a block of keys and values of one key head."""
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
+    D: tl.constexpr = SHAPE.D
+    V: tl.constexpr = SHAPE.V
     block, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first += row * interval_stride
     last += row * interval_stride
@@ -188,99 +166,61 @@ def keys_kernel(
     query_stop += row * key_interval_stride
     at = block * BLOCK_N + tl.arange(0, BLOCK_N)
     low, high = block * BLOCK_N, tl.minimum(block * BLOCK_N + BLOCK_N, keys) - 1
-    k_N = load_block(
-        k + row * k_b + kv_head.to(tl.int64) * k_h, low, k_s, keys, True, D, BLOCK_N, BLOCK_D
-    )
-    v_N = load_block(
-        v + row * v_b + kv_head.to(tl.int64) * v_h, low, v_s, keys, True, V, BLOCK_N, BLOCK_V
-    )
+    k_rows = rows_of_head(k, k_strides, row, kv_head, keys)
+    v_rows = rows_of_head(v, v_strides, row, kv_head, keys)
+    k_N = load_block(k_rows, low, True, D, BLOCK_N, BLOCK_D)
+    v_N = load_block(v_rows, low, True, V, BLOCK_N, BLOCK_V)
     start = tl.load(query_start + low) // BLOCK_M * BLOCK_M
     stop = tl.load(query_stop + high)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        q_h_at = q + row * q_b + head.to(tl.int64) * q_h
-        do_at = d_out + row * do_b + head.to(tl.int64) * do_h
-        lse_at = lse + (row * heads + head) * queries
-        delta_at = delta + (row * heads + head) * queries
+    for member in range(SHAPE.GROUP):
+        head = kv_head * SHAPE.GROUP + member
+        q_rows = rows_of_head(q, q_strides, row, head, queries)
+        d_out_rows = rows_of_head(d_out, d_out_strides, row, head, queries)
+        lse_M = lse + (row * heads + head) * queries
+        delta_M = delta + (row * heads + head) * queries
         acc_k, acc_v = _over_queries(
-            acc_k,
-            acc_v,
-            k_N,
-            v_N,
-            q_h_at,
-            do_at,
-            lse_at,
-            delta_at,
-            first,
-            last,
-            at,
-            start,
-            stop,
-            queries,
-            q_s,
-            do_s,
-            scale,
-            softcap,
-            D,
-            V,
-            HAS_CAP,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_D,
-            BLOCK_V,
-        )
-    store_block(
-        dk + row * dk_b + kv_head.to(tl.int64) * dk_h,
-        acc_k * scale,
-        low,
-        dk_s,
-        keys,
-        D,
-        BLOCK_N,
-        BLOCK_D,
-    )
-    store_block(
-        dv + row * dv_b + kv_head.to(tl.int64) * dv_h, acc_v, low, dv_s, keys, V, BLOCK_N, BLOCK_V
-    )
+            acc_k, acc_v, k_N, v_N, q_rows, d_out_rows, lse_M, delta_M,
+            first, last, at, start, stop, scale, softcap, SHAPE,
+        )  # fmt: skip
+    dk_rows = rows_of_head(dk, dk_strides, row, kv_head, keys)
+    dv_rows = rows_of_head(dv, dv_strides, row, kv_head, keys)
+    store_block(dk_rows, acc_k * scale, low, D, BLOCK_N, BLOCK_D)
+    store_block(dv_rows, acc_v, low, V, BLOCK_N, BLOCK_V)
 
 
-@triton.jit
-def _dq_over_keys(
-    dq,
-    q,
-    k,
-    v,
-    d_out,
-    lse2,
-    delta,
-    first,
-    last,
-    start,
-    stop,
-    resume,
-    end,
-    keys,
-    k_s,
-    v_s,
-    scale,
-    softcap,
+@jit
+def _over_keys(
+    dq: tj.Block,
+    q: tj.Block,
+    k: HeadRows,
+    v: HeadRows,
+    d_out: tj.Block,
+    lse2: tj.Block,
+    delta: tj.Block,
+    first: tj.Block,
+    last: tj.Block,
+    spans: tj.Scalar,
+    scale: tj.Scalar,
+    softcap: tj.Scalar,
     MASKED: tl.constexpr,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    near, count = count_tiles(start, stop, resume, end, BLOCK_N)
+    SHAPE: tl.constexpr,
+) -> tj.Block:
+    """Add the keys of two spans (start, stop, resume, end) to the gradient of a tile of queries."""
+    D: tl.constexpr = SHAPE.D
+    V: tl.constexpr = SHAPE.V
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
+    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
+    HAS_CAP: tl.constexpr = SHAPE.HAS_CAP
+    PRECISION: tl.constexpr = SHAPE.PRECISION
+    near, count = count_blocks(spans, BLOCK_N)
     for t in range(count):
-        n = tile_start(t, near, start, resume, BLOCK_N)
-        k_N = load_block(k, n, k_s, keys, MASKED, D, BLOCK_N, BLOCK_D)
-        v_N = load_block(v, n, v_s, keys, MASKED, V, BLOCK_N, BLOCK_V)
-        s = scores_of(q, k_N, scale, softcap, HAS_CAP, PRECISION)
+        n = block_start(t, near, spans, BLOCK_N)
+        k_N = load_block(k, n, MASKED, D, BLOCK_N, BLOCK_D)
+        v_N = load_block(v, n, MASKED, V, BLOCK_N, BLOCK_V)
+        s = capped_scores(q, k_N, scale, softcap, HAS_CAP, PRECISION)
         p = tl.exp2(s - lse2[:, None])
         if MASKED:
             at = n + tl.arange(0, BLOCK_N)
@@ -291,147 +231,60 @@ def _dq_over_keys(
     return dq
 
 
-@triton.jit
+@jit
 def queries_kernel(
-    q,
-    k,
-    v,
-    d_out,
-    lse,
-    delta,
-    first,
-    last,
-    dq,
-    q_b,
-    q_s,
-    q_h,
-    k_b,
-    k_s,
-    k_h,
-    v_b,
-    v_s,
-    v_h,
-    do_b,
-    do_s,
-    do_h,
-    dq_b,
-    dq_s,
-    dq_h,
-    interval_stride,
-    queries,
-    keys,
-    heads,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q: tj.Pointer,
+    k: tj.Pointer,
+    v: tj.Pointer,
+    d_out: tj.Pointer,
+    lse: tj.Pointer,
+    delta: tj.Pointer,
+    first: tj.Pointer,
+    last: tj.Pointer,
+    dq: tj.Pointer,
+    q_strides: tj.Strides,
+    k_strides: tj.Strides,
+    v_strides: tj.Strides,
+    d_out_strides: tj.Strides,
+    dq_strides: tj.Strides,
+    interval_stride: tj.Scalar,
+    queries: tj.Scalar,
+    keys: tj.Scalar,
+    heads: tj.Scalar,
+    scale: tj.Scalar,
+    softcap: tj.Scalar,
+    SHAPE: tl.constexpr,
+) -> None:
+    """Write the gradient of one tile of queries of one head."""
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
+    D: tl.constexpr = SHAPE.D
+    V: tl.constexpr = SHAPE.V
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first += row * interval_stride
     last += row * interval_stride
-    k += row * k_b + (head // GROUP).to(tl.int64) * k_h
-    v += row * v_b + (head // GROUP).to(tl.int64) * v_h
+    k_rows = rows_of_head(k, k_strides, row, head // SHAPE.GROUP, keys)
+    v_rows = rows_of_head(v, v_strides, row, head // SHAPE.GROUP, keys)
     at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = at < queries
-    first_M = tl.load(first + at, mask=there, other=0)
-    last_M = tl.load(last + at, mask=there, other=-1)
-    q_M = load_block(
-        q + row * q_b + head.to(tl.int64) * q_h,
-        tile * BLOCK_M,
-        q_s,
-        queries,
-        True,
-        D,
-        BLOCK_M,
-        BLOCK_D,
-    )
-    do_M = load_block(
-        d_out + row * do_b + head.to(tl.int64) * do_h,
-        tile * BLOCK_M,
-        do_s,
-        queries,
-        True,
-        V,
-        BLOCK_M,
-        BLOCK_V,
-    )
-    lse2, delta_M = _load_statistics(
-        lse + (row * heads + head) * queries, delta + (row * heads + head) * queries, at, queries
-    )
+    first_M, last_M = load_ends(first, last, at, queries)
+    q_rows = rows_of_head(q, q_strides, row, head, queries)
+    d_out_rows = rows_of_head(d_out, d_out_strides, row, head, queries)
+    q_M = load_block(q_rows, tile * BLOCK_M, True, D, BLOCK_M, BLOCK_D)
+    do_M = load_block(d_out_rows, tile * BLOCK_M, True, V, BLOCK_M, BLOCK_V)
+    statistics = (row * heads + head) * queries
+    lse2, delta_M = _load_statistics(lse + statistics, delta + statistics, at, queries)
     start, whole_start, whole_stop, stop = key_ranges(first, last, tile, queries, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    acc = _dq_over_keys(
-        acc,
-        q_M,
-        k,
-        v,
-        do_M,
-        lse2,
-        delta_M,
-        first_M,
-        last_M,
-        start,
-        whole_start,
-        whole_stop,
-        stop,
-        keys,
-        k_s,
-        v_s,
-        scale,
-        softcap,
-        True,
-        D,
-        V,
-        HAS_CAP,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_V,
-    )
-    acc = _dq_over_keys(
-        acc,
-        q_M,
-        k,
-        v,
-        do_M,
-        lse2,
-        delta_M,
-        first_M,
-        last_M,
-        whole_start,
-        whole_stop,
-        stop,
-        stop,
-        keys,
-        k_s,
-        v_s,
-        scale,
-        softcap,
-        False,
-        D,
-        V,
-        HAS_CAP,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_V,
-    )
-    store_block(
-        dq + row * dq_b + head.to(tl.int64) * dq_h,
-        acc * scale,
-        tile * BLOCK_M,
-        dq_s,
-        queries,
-        D,
-        BLOCK_M,
-        BLOCK_D,
-    )
+    acc = _over_keys(
+        acc, q_M, k_rows, v_rows, do_M, lse2, delta_M, first_M, last_M,
+        (start, whole_start, whole_stop, stop), scale, softcap, True, SHAPE,
+    )  # fmt: skip
+    acc = _over_keys(
+        acc, q_M, k_rows, v_rows, do_M, lse2, delta_M, first_M, last_M,
+        (whole_start, whole_stop, stop, stop), scale, softcap, False, SHAPE,
+    )  # fmt: skip
+    dq_rows = rows_of_head(dq, dq_strides, row, head, queries)
+    store_block(dq_rows, acc * scale, tile * BLOCK_M, D, BLOCK_M, BLOCK_D)

@@ -1,4 +1,4 @@
-"""Which tokens of a packed batch may see each other."""
+"""Packings: which tokens of a batch may see each other."""
 
 from __future__ import annotations
 
@@ -7,87 +7,114 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from kernels.attention.intervals import Intervals, of_documents, of_lengths, of_padding
+from kernels.attention.intervals import Intervals, Slices, of_documents, of_lengths, of_padding
 
 
 class Packing(ABC):
-    """Parts of rows that do not see each other; made once per batch and shared by all layers.
+    """Parts of rows that do not see each other; built once per batch and shared by all layers."""
 
-    shape: (rows, queries, keys).
-    """
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.shape = shape
-        self._intervals: dict[int | None, Intervals] = {}
-        self._masks: dict[int | None, Tensor] = {}
+    def __init__(self) -> None:
+        # By window, for the slices of the last call: layers differ in their windows only.
+        self._intervals: dict[int | None, tuple[Slices, Intervals]] = {}
+        self._masks: dict[int | None, tuple[Slices, Tensor]] = {}
 
     @abstractmethod
-    def _find(self, window: int | None) -> Intervals: ...
+    def check(self, rows: int, slices: Slices) -> None:
+        """Raise ValueError where it does not describe `rows` rows with these slices."""
 
     @abstractmethod
-    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
-        """int32 starts of the parts in the flattened queries and keys, then the totals up to a constant size."""
+    def cu_seqlens(self, slices: Slices) -> tuple[Tensor, Tensor]:
+        """Return the starts of the parts among the queries and among the keys.
 
-    def intervals(self, window: int | None) -> Intervals:
-        """What every query may see; cached per window."""
-        if window not in self._intervals:
-            self._intervals[window] = self._find(window)
-        return self._intervals[window]
+        Queries and keys of all rows are counted through, and end together in every row.
 
-    def mask(self, window: int | None) -> Tensor:
-        """Boolean [B, 1, Sq, Sk], True where query row may see key column; cached per window."""
-        if window not in self._masks:
-            self._masks[window] = self.intervals(window).mask()
-        return self._masks[window]
+        Returns:
+            int32 [parts + 1] twice: starts, then the totals; parts may be empty.
+        """
+
+    @abstractmethod
+    def _compute_intervals(self, slices: Slices, window: int | None) -> Intervals: ...
+
+    def intervals(self, slices: Slices, window: int | None) -> Intervals:
+        """Return the keys that every query sees; kept for further calls with the same slices."""
+        kept = self._intervals.get(window)
+        if kept is None or kept[0] != slices:
+            kept = self._intervals[window] = slices, self._compute_intervals(slices, window)
+        return kept[1]
+
+    def mask(self, slices: Slices, window: int | None) -> Tensor:
+        """Return the boolean mask [B, 1, Sq, Sk], True where a query sees a key; kept likewise."""
+        kept = self._masks.get(window)
+        if kept is None or kept[0] != slices:
+            kept = self._masks[window] = slices, self.intervals(slices, window).mask()
+        return kept[1]
 
 
 class PackedDocuments(Packing):
-    """Documents of a batch of packed rows.
+    """Documents packed in rows; a query sees keys of its own document only.
 
-    document_ids: int [B, S]. A document is a run of equal ids in a row; a query sees keys of its
-    own run only. Every token sees itself, padding too, so that no row of the mask is empty and
-    nothing turns NaN.
+    Every token sees itself, padding too, so that no row of the mask of whole rows is empty. The
+    ids describe the whole rows where queries or keys are slices of them.
+
+    Args:
+        document_ids: int [B, S]; a document is a run of equal ids in a row.
+        cu_seqlens: int32 [documents + 1], starts of the documents in the flattened rows, then
+            B * S, which may repeat; a document ends with its row. Only flash_attn needs it.
     """
 
-    def __init__(self, document_ids: Tensor) -> None:
-        super().__init__((*document_ids.shape, document_ids.shape[1]))
-        self.document_ids = document_ids
-
-    @classmethod
-    def from_document_ids(cls, document_ids: Tensor) -> PackedDocuments:
-        """document_ids: int [B, S]; ids of neighbouring documents in a row must differ."""
+    def __init__(self, document_ids: Tensor, cu_seqlens: Tensor | None = None) -> None:
         if document_ids.dim() != 2:
             raise ValueError(f"document_ids must be [B, S], got shape {tuple(document_ids.shape)}")
-        return cls(document_ids)
+        super().__init__()
+        self.document_ids = document_ids
+        self._cu_seqlens = cu_seqlens
 
-    def _find(self, window: int | None) -> Intervals:
-        return of_documents(self.document_ids, window)
+    @property
+    def has_cu_seqlens(self) -> bool:
+        """Whether the starts of the documents are known, and not their ids alone."""
+        return self._cu_seqlens is not None
 
-    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
-        """Twice int32 [B * S + 1].
+    def check(self, rows: int, slices: Slices) -> None:
+        """Raise ValueError where the slices are not within the rows."""
+        length = self.document_ids.shape[1]
+        ends = slices.query_offset + slices.queries, slices.key_offset + slices.keys
+        starts = slices.query_offset, slices.key_offset
+        if self.document_ids.shape[0] != rows or max(ends) > length or min(starts) < 0:
+            raise ValueError(
+                f"document_ids {tuple(self.document_ids.shape)} do not fit {rows} rows with"
+                f" queries at {starts[0]}..{ends[0]} and keys at {starts[1]}..{ends[1]}"
+            )
 
-        The size does not depend on the documents, so nothing has to be read on the host.
-        """
-        ids = self.document_ids
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        flat = starts.flatten()
-        total = flat.numel()
-        # All others land on the last place
-        places = torch.where(flat, torch.cumsum(flat, 0) - 1, total)
-        out = torch.full((total + 1,), total, dtype=torch.int32, device=ids.device)
-        index = torch.arange(total, dtype=torch.int32, device=ids.device)
-        out.scatter_(0, places, torch.where(flat, index, total).to(torch.int32))
-        return out, out
+    def _compute_intervals(self, slices: Slices, window: int | None) -> Intervals:
+        return of_documents(self.document_ids, slices, window)
+
+    def cu_seqlens(self, slices: Slices) -> tuple[Tensor, Tensor]:
+        """Return the starts of the documents, or of what the slices hold of them."""
+        if self._cu_seqlens is None:
+            raise ValueError("the starts of the documents (cu_seqlens) are not known")
+        starts = (
+            self._starts(self._cu_seqlens, slices.query_offset, slices.queries),
+            self._starts(self._cu_seqlens, slices.key_offset, slices.keys),
+        )
+        return starts
+
+    def _starts(self, cu_seqlens: Tensor, offset: int, length: int) -> Tensor:
+        whole = self.document_ids.shape[1]
+        if (offset, length) == (0, whole):
+            return cu_seqlens
+        row = torch.div(cu_seqlens, whole, rounding_mode="floor")
+        return row * length + (cu_seqlens - row * whole - offset).clamp(0, length)
 
 
 class PackedSequences(Packing):
-    """Sequences one after another in a single row, as `cu_seqlens` says.
+    """Sequences one after another in a single row; queries and keys have lengths of their own.
 
-    Queries and keys may have lengths of their own.
-
-    cu_queries, cu_keys: int32 [sequences + 1], starts and the total; sequences may be empty, and
-    totals may repeat.
+    Args:
+        cu_queries: int32 [sequences + 1], starts among the queries and the total; sequences may be
+            empty, and totals may repeat.
+        cu_keys: the same among the keys.
+        queries: number of queries.
+        keys: number of keys.
     """
 
     def __init__(self, cu_queries: Tensor, cu_keys: Tensor, queries: int, keys: int) -> None:
@@ -103,55 +130,57 @@ class PackedSequences(Packing):
                     f" {tuple(cu_queries.shape)} {cu_queries.dtype} and {tuple(cu_keys.shape)}"
                     f" {cu_keys.dtype}"
                 )
-        super().__init__((1, queries, keys))
+        super().__init__()
         self._cu = cu_queries, cu_keys
+        self._slices = Slices.of(queries, keys)
 
-    def _find(self, window: int | None) -> Intervals:
-        return of_lengths(*self._cu, *self.shape[1:], window)
+    def check(self, rows: int, slices: Slices) -> None:
+        """Raise ValueError for several rows, for other lengths and for offsets."""
+        if rows != 1 or slices != self._slices:
+            raise ValueError(
+                f"packed sequences of {self._slices.queries} queries and {self._slices.keys} keys"
+                f" do not fit {rows} rows of {slices.queries} queries and {slices.keys} keys; they"
+                " take no offsets, since each sequence's queries end with its keys"
+            )
 
-    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
+    def _compute_intervals(self, slices: Slices, window: int | None) -> Intervals:
+        return of_lengths(*self._cu, slices.queries, slices.keys, window)
+
+    def cu_seqlens(self, slices: Slices) -> tuple[Tensor, Tensor]:
+        """Return the starts as they were given."""
         return self._cu
 
 
 class LeftPadded(Packing):
-    """Texts of unlike length that end together, with a key-value cache: the padding before each is a document of its own.
+    """Texts of unlike length that end together: the padding before each is a document of its own.
 
-    padding: int [B], columns before each row's text; below `keys`. The queries are the last
-    `queries` of the keys.
+    Args:
+        padding: int [B], positions before each row's text.
     """
 
-    def __init__(self, padding: Tensor, queries: int, keys: int) -> None:
-        if padding.dim() != 1 or queries > keys:
-            raise ValueError(
-                f"padding must be [B] and queries at most keys; got {tuple(padding.shape)},"
-                f" {queries} and {keys}"
-            )
-        super().__init__((padding.shape[0], queries, keys))
+    def __init__(self, padding: Tensor) -> None:
+        if padding.dim() != 1:
+            raise ValueError(f"padding must be [B], got shape {tuple(padding.shape)}")
+        super().__init__()
         self.padding = padding.to(torch.int32)
 
-    def _find(self, window: int | None) -> Intervals:
-        return of_padding(self.padding, *self.shape[1:], window)
+    def check(self, rows: int, slices: Slices) -> None:
+        """Raise ValueError for another number of rows."""
+        if self.padding.shape[0] != rows:
+            raise ValueError(f"padding of {self.padding.shape[0]} rows does not fit {rows} rows")
 
-    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
-        """Twice int32 [2 B + 1]: per row its padding, then its text.
+    def _compute_intervals(self, slices: Slices, window: int | None) -> Intervals:
+        return of_padding(self.padding, slices, window)
 
-        The padding of most rows has no query.
-        """
-        rows, queries, keys = self.shape
+    def cu_seqlens(self, slices: Slices) -> tuple[Tensor, Tensor]:
+        """Return int32 [2 B + 1] twice: per row its padding, then its text."""
 
-        def starts(padding: Tensor, length: int) -> Tensor:
+        def starts(offset: int, length: int) -> Tensor:
+            padding = (self.padding - offset).clamp(0, length)
             lengths = torch.stack((padding, length - padding), dim=1).flatten()
             return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
-        return starts((self.padding - (keys - queries)).clamp_min(0), queries), starts(
-            self.padding, keys
+        return (
+            starts(slices.query_offset, slices.queries),
+            starts(slices.key_offset, slices.keys),
         )
-
-
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Boolean [queries, keys], aligned bottom-right: the last query sees the last key. window counts keys, itself too."""
-    distance = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(
-        keys, device=device
-    )
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)

@@ -1,58 +1,38 @@
-"""The flash_attn package, if it is installed.
+"""The flash_attn package (2.6 or later), where it is installed.
 
-Untested here: it cannot be built on a machine without CUDA.
+It has never run here: it cannot be built on a machine without CUDA. A test checks its arguments
+with functions of the same signatures that compute by definition.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from typing import Any
 
 from torch import Tensor
 
-from kernels.attention.documents import Packing
-from kernels.choice import Implementation
+from kernels.attention.call import AttentionCall, AttentionOutput
 
 
-def _unavailable() -> str | None:
-    return (
-        None
-        if importlib.util.find_spec("flash_attn")
-        else "the package flash_attn is not installed"
-    )
+def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionOutput:
+    """Compute `kernels.attention.attention` without sinks and log-sum-exp.
 
-
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    documents: Packing | None,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    sinks: None,
-    return_lse: bool,
-) -> Tensor:
-    """See kernels.attention.attention; no sinks or log-sum-exp."""
+    The package aligns the last query with the last key, of the rows or of each document.
+    """
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    options = {
-        "softmax_scale": scale,
+    options: dict[str, Any] = {
+        "softmax_scale": call.scale,
         "causal": True,
-        "softcap": softcap or 0.0,
-        "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "softcap": call.softcap or 0.0,
+        "window_size": (-1, -1) if call.window is None else (call.window - 1, 0),
     }
-    if documents is None:
-        return flash_attn_func(q, k, v, **options)
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
-    out = flash_attn_varlen_func(*flat, *documents.cu_seqlens(), q.shape[1], k.shape[1], **options)
-    return out.unflatten(0, q.shape[:2])
-
-
-IMPLEMENTATION = Implementation(
-    "flash_attn",
-    run,
-    frozenset({"cuda"}),
-    frozenset({"documents", "window", "softcap"}),
-    _unavailable,
-)
+    if call.documents is None:
+        return AttentionOutput(flash_attn_func(q, k, v, **options), None)
+    out = flash_attn_varlen_func(
+        *(t.flatten(0, 1) for t in (q, k, v)),
+        *call.documents.cu_seqlens(call.slices),
+        q.shape[1],
+        k.shape[1],
+        **options,
+    )
+    return AttentionOutput(out.unflatten(0, q.shape[:2]), None)

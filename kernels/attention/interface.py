@@ -1,37 +1,61 @@
-"""The attention call: checks, choice of implementation, and the table of those there are."""
+"""Attention calls: checks of the arguments, then the implementation that was chosen."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from kernels.attention import flash, reference, sdpa, triton_attention
-from kernels.attention.documents import PackedSequences, Packing
-from kernels.attention.features import asked
+from kernels.attention.call import AttentionCall, AttentionOutput
+from kernels.attention.documents import PackedDocuments, PackedSequences, Packing
+from kernels.attention.intervals import Slices
 from kernels.autocast import autocast
-from kernels.choice import Implementation, choose
+from kernels.choice import attention_features, choose_attention
 
-IMPLEMENTATIONS = {
-    i.name: i
-    for i in (
-        reference.IMPLEMENTATION,
-        sdpa.IMPLEMENTATION,
-        flash.IMPLEMENTATION,
-        triton_attention.IMPLEMENTATION,
-    )
+_FUNCTIONS = {
+    "reference": reference.run,
+    "sdpa": sdpa.run,
+    "flash_attn": flash.run,
+    "triton": triton_attention.run,
 }
-# On CUDA ours comes after SDPA as long as it has not run on a GPU (bench/PENDING.md); on a CPU it
-# would be interpreted.
-AUTO_ORDER = {"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")}
 
 
-def choose_attention(name: str, device: str, features: set[str]) -> Implementation:
-    """The implementation for a device and a set of features ("documents", "window", "softcap", "sinks", "lse" and those of features.py)."""
-    return choose(
-        IMPLEMENTATIONS, AUTO_ORDER.get(device, AUTO_ORDER["cpu"]), name, device, features
-    )
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_offset: int | None = None,
+    key_offset: int = 0,
+    documents: Packing | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    implementation: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_offset: int | None = None,
+    key_offset: int = 0,
+    documents: Packing | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[True],
+    implementation: str = "auto",
+) -> AttentionOutput: ...
 
 
 def attention(
@@ -39,6 +63,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    query_offset: int | None = None,
+    key_offset: int = 0,
     documents: Packing | None = None,
     window: int | None = None,
     scale: float | None = None,
@@ -46,21 +72,39 @@ def attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention, softmax(scale q k^T) v, aligned bottom-right when there are fewer queries than keys.
+) -> Tensor | AttentionOutput:
+    """Causal attention, softmax(scale q k^T) v, of slices of a sequence.
 
-    q [B, Sq, Hq, D]; k [B, Sk, Hkv, D]; v [B, Sk, Hkv, Dv]; one floating dtype. Hq is a multiple of
-    Hkv: queries h * Hq/Hkv.. share key head h. documents: only tokens of one document see each
-    other. window: keys a query sees, itself included. scale: 1/sqrt(D) unless given. softcap c:
-    scores become c tanh(s / c). sinks [Hq]: learned logits that take part in the softmax and carry
-    no value. Returns out [B, Sq, Hq, Dv] and, if asked, the natural-log log-sum-exp, fp32 [B, Hq,
-    Sq], which is differentiable. A query that sees nothing gives 0 and -inf.
+    A query sees the keys whose positions are at most its own. One floating dtype.
 
-    Raises ValueError for shapes that do not fit and for what the named implementation cannot do.
+    Args:
+        q: [B, Sq, Hq, D].
+        k: [B, Sk, Hkv, D]. Hq is a multiple of Hkv: queries h * Hq/Hkv.. share key head h.
+        v: [B, Sk, Hkv, Dv].
+        query_offset: position of the first query in the whole sequence. Unless it is given, the
+            last query stands at the last key, as in decoding with a cache of keys.
+        key_offset: position of the first key. Results over slices of keys are put together by
+            their log-sum-exp; sinks belong to one of them then.
+        documents: which tokens see each other: those of one document only.
+        window: keys that a query sees, its own position included.
+        scale: 1/sqrt(D) unless given.
+        softcap: c of scores c tanh(s / c).
+        sinks: [Hq], learned logits that take part in the softmax and carry no value.
+        return_lse: return the log-sum-exp too.
+        implementation: a name of `kernels.choice.ATTENTION`, or "auto".
+
+    Returns:
+        out [B, Sq, Hq, Dv], or an `AttentionOutput` with the natural log-sum-exp, which is
+        differentiable. A query that sees nothing gives 0 and -inf.
+
+    Raises:
+        ValueError: shapes do not fit, or the implementation cannot do what is asked.
     """
     q, k, v = autocast(q, k, v)
-    _check(q, k, v, documents, window, softcap, sinks)
-    features = asked(
+    _check(q, k, v, window, softcap, sinks)
+    slices = Slices.of(q.shape[1], k.shape[1], query_offset, key_offset)
+    ids_alone = isinstance(documents, PackedDocuments) and not documents.has_cu_seqlens
+    features = attention_features(
         q,
         v,
         documents=documents,
@@ -68,20 +112,16 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         lse=return_lse or None,
+        offsets=None if slices.end_together else slices,
+        **{"documents without cu_seqlens": ids_alone or None},
     )
+    if documents is not None:
+        documents.check(q.shape[0], slices)
     chosen = choose_attention(implementation, q.device.type, features)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return chosen.run(
-        q,
-        k,
-        v,
-        documents=documents,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=return_lse,
-    )
+    call = AttentionCall(slices, scale, documents, window, softcap, sinks, return_lse)
+    output = _FUNCTIONS[chosen.name](q, k, v, call)
+    return output if return_lse else output.out
 
 
 def attention_packed(
@@ -91,12 +131,19 @@ def attention_packed(
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None = None,
     **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The same for sequences one after another: q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv].
+) -> Tensor | AttentionOutput:
+    """Attention of sequences that stand one after another. Nothing is read on the host.
 
-    cu_seqlens: int32 [sequences + 1], starts of the queries' sequences and their total;
-    cu_seqlens_k: of the keys', the same unless given. options: as of `attention`. Returns out [Tq,
-    Hq, Dv] and, if asked, lse [Hq, Tq]. Nothing is read on the host.
+    Args:
+        q: [Tq, Hq, D].
+        k: [Tk, Hkv, D].
+        v: [Tk, Hkv, Dv].
+        cu_seqlens: int32 [sequences + 1], starts of the queries' sequences and their total.
+        cu_seqlens_k: the same of the keys'; equal to `cu_seqlens` unless given.
+        options: as of `attention`, without offsets.
+
+    Returns:
+        out [Tq, Hq, Dv], or an `AttentionOutput` with lse [Hq, Tq].
     """
     if not (q.dim() == k.dim() == v.dim() == 3):
         raise ValueError(
@@ -106,15 +153,17 @@ def attention_packed(
     sequences = PackedSequences(
         cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, q.shape[0], k.shape[0]
     )
-    found = attention(*(t.unsqueeze(0) for t in (q, k, v)), documents=sequences, **options)
-    return tuple(t.squeeze(0) for t in found) if isinstance(found, tuple) else found.squeeze(0)
+    rows = (t.unsqueeze(0) for t in (q, k, v))
+    output: Tensor | AttentionOutput = attention(*rows, documents=sequences, **options)
+    if isinstance(output, Tensor):
+        return output.squeeze(0)
+    return AttentionOutput(output.out.squeeze(0), None if output.lse is None else output.lse[0])
 
 
 def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    documents: Packing | None,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
@@ -141,10 +190,6 @@ def _check(
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
-    if documents is not None and documents.shape != (q.shape[0], q.shape[1], k.shape[1]):
-        raise ValueError(
-            f"documents of shape (rows, queries, keys) = {documents.shape} do not fit {shapes}"
-        )
     if window is not None and window < 1:
         raise ValueError(f"window = {window} must be at least 1 (the token itself)")
     if softcap is not None and not softcap > 0:

@@ -1,4 +1,4 @@
-"""Tiles for the Triton kernels, and their launches."""
+"""Launches of the attention kernels, and the tiles that they are launched with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.attention.backward_triton import delta_kernel, keys_kernel, queries_kernel
 from kernels.attention.forward_triton import forward_kernel
 from kernels.attention.intervals import Intervals
+from kernels.attention.tiles_triton import Shape
 
 
 class Tile(NamedTuple):
@@ -29,14 +30,40 @@ KEYS = {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 
 KEYS_CAPPED = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)}
 QUERIES = {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)}
 WIDE = Tile(16, 16, 8, 1)  # fp32, whose exact products do not use tensor cores
+DELTA_QUERIES = 64  # of a program
+
+
+class BackwardInputs(NamedTuple):
+    """What both kernels of the backward pass read; see `backward`. delta: fp32 [B, Hq, Sq]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor
+    lse: Tensor
+    delta: Tensor
+    intervals: Intervals
+    scale: float
+    softcap: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """q, k, v, d_out, lse and delta."""
+        return self[:6]
+
+    @property
+    def strides(self) -> tuple[tuple[int, int, int], ...]:
+        """Strides of q, k, v and d_out."""
+        return tuple(strides(t) for t in self[:4])
 
 
 def padded(width: int) -> int:
-    """Width of tiles: a power of two, at least what tl.dot takes."""
-    return max(16, triton.next_power_of_2(width))
+    """Return the width of tiles: a power of two, at least what tl.dot takes."""
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def tile_for(table: dict[int, Tile], q: Tensor, v: Tensor) -> Tile:
+    """Return the tile for the types and widths of q and v."""
     if q.element_size() > 2:
         return WIDE
     width = max(q.shape[3], v.shape[3])
@@ -52,35 +79,34 @@ def forward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
+    """Launch the forward pass.
+
+    Args:
+        q: [B, Sq, Hq, D].
+        k: [B, Sk, Hkv, D].
+        v: [B, Sk, Hkv, Dv].
+        sinks: [Hq] or None.
+        intervals: keys that queries see.
+        scale: of the scores.
+        softcap: of the scores; 0 for none.
+
+    Returns:
+        (out [B, Sq, Hq, Dv], natural lse fp32 [B, Hq, Sq]).
+    """
     q, k, v = (rows_of(t) for t in (q, k, v))
-    rows, queries, heads, width = q.shape
+    rows, queries, heads, _ = q.shape
     out = q.new_empty(rows, queries, heads, v.shape[3])
     lse = q.new_empty(rows, heads, queries, dtype=torch.float32)
     if not lse.numel():
         return out, lse
     tile = tile_for(FORWARD, q, v)
     forward_kernel[(triton.cdiv(queries, tile.m), heads, rows)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        intervals.first,
-        intervals.last,
-        lse if sinks is None else sinks,
-        *strides(q),
-        *strides(k),
-        *strides(v),
-        *strides(out),
-        _row_stride(intervals.first),
-        queries,
-        k.shape[1],
-        heads,
-        scale,
-        softcap or 1.0,
-        GROUP=heads // k.shape[2],
-        **constants(q, v, softcap, tile),
+        *(q, k, v, out, lse, intervals.first, intervals.last, lse if sinks is None else sinks),
+        *(strides(t) for t in (q, k, v, out)),
+        *(_row_stride(intervals.first), queries, k.shape[1], heads, scale, softcap or 1.0),
         HAS_SINKS=sinks is not None,
+        SHAPE=shape_of(q, k, v, softcap, tile),
+        **compiler_options(tile),
     )
     return out, lse
 
@@ -98,97 +124,90 @@ def backward(
     d_out: Tensor,
     d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward pass.
+
+    Args:
+        q: as of `forward`, and so on to `softcap`.
+        k: as of `forward`.
+        v: as of `forward`.
+        sinks: as of `forward`.
+        intervals: as of `forward`.
+        scale: as of `forward`.
+        softcap: as of `forward`.
+        out: result of `forward`.
+        lse: result of `forward`.
+        d_out: gradient of `out`.
+        d_lse: gradient of `lse`, or None.
+
+    Returns:
+        Gradients of q, k, v and the sinks, the last empty without sinks.
+    """
     q, k, v, d_out = (rows_of(t) for t in (q, k, v, d_out))
-    rows, queries, heads, _ = q.shape
-    keys, kv_heads = k.shape[1:3]
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    delta = torch.empty_like(lse)
     d_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
-    if not lse.numel() or not keys:
+    if not lse.numel() or not k.shape[1]:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_sinks
-    block_v = padded(v.shape[3])
-    delta_kernel[(triton.cdiv(queries, 64), heads, rows)](
-        out,
-        d_out,
-        lse if d_lse is None else d_lse.contiguous(),
-        delta,
-        *strides(out),
-        *strides(d_out),
-        queries,
-        heads,
-        V=v.shape[3],
-        HAS_LSE=d_lse is not None,
-        BLOCK_M=64,
-        BLOCK_V=block_v,
-    )
-    first, last, start, stop = intervals
-    common = (*strides(q), *strides(k), *strides(v), *strides(d_out))
-    tile = tile_for(KEYS_CAPPED if softcap else KEYS, q, v)
-    keys_kernel[(triton.cdiv(keys, tile.n), kv_heads, rows)](
-        q,
-        k,
-        v,
-        d_out,
-        lse,
-        delta,
-        first,
-        last,
-        start,
-        stop,
-        dk,
-        dv,
-        *common,
-        *strides(dk),
-        *strides(dv),
-        _row_stride(first),
-        _row_stride(start),
-        queries,
-        keys,
-        heads,
-        scale,
-        softcap or 1.0,
-        GROUP=heads // kv_heads,
-        **constants(q, v, softcap, tile),
-    )
-    tile = tile_for(QUERIES, q, v)
-    queries_kernel[(triton.cdiv(queries, tile.m), heads, rows)](
-        q,
-        k,
-        v,
-        d_out,
-        lse,
-        delta,
-        first,
-        last,
-        dq,
-        *common,
-        *strides(dq),
-        _row_stride(first),
-        queries,
-        keys,
-        heads,
-        scale,
-        softcap or 1.0,
-        GROUP=heads // kv_heads,
-        **constants(q, v, softcap, tile),
-    )
+    delta = _delta(out, lse, d_out, d_lse)
+    inputs = BackwardInputs(q, k, v, d_out, lse, delta, intervals, scale, softcap)
+    _launch_keys(inputs, dk, dv)
+    _launch_queries(inputs, dq)
     if sinks is not None:  # a sink is a key without value: ds = p (0 - delta)
-        d_sinks = (
-            -(torch.exp(sinks.float().view(1, -1, 1) - lse) * delta).sum((0, 2)).to(sinks.dtype)
-        )
+        p = torch.exp(sinks.float().view(1, -1, 1) - lse)
+        d_sinks = -(p * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, d_sinks
 
 
-def rows_of(t: Tensor) -> Tensor:
-    """T itself where the elements of a head lie side by side, as they do in views of a projection.
+def _delta(out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+    """rowsum(out d_out) - d_lse, fp32 [B, Hq, Sq]."""
+    rows, queries, heads, width = out.shape
+    delta = torch.empty_like(lse)
+    delta_kernel[(triton.cdiv(queries, DELTA_QUERIES), heads, rows)](
+        *(out, d_out, lse if d_lse is None else d_lse.contiguous(), delta),
+        *(strides(out), strides(d_out), queries, heads),
+        V=width,
+        HAS_LSE=d_lse is not None,
+        BLOCK_M=DELTA_QUERIES,
+        BLOCK_V=padded(width),
+    )
+    return delta
 
-    Else a copy.
-    """
+
+def _launch_keys(inputs: BackwardInputs, dk: Tensor, dv: Tensor) -> None:
+    q, k, v, softcap = inputs.q, inputs.k, inputs.v, inputs.softcap
+    rows, keys, kv_heads, _ = k.shape
+    first, _, query_start, _ = inputs.intervals
+    tile = tile_for(KEYS_CAPPED if softcap else KEYS, q, v)
+    keys_kernel[(triton.cdiv(keys, tile.n), kv_heads, rows)](
+        *(*inputs.tensors, *inputs.intervals, dk, dv),
+        *(*inputs.strides, strides(dk), strides(dv)),
+        *(_row_stride(first), _row_stride(query_start), q.shape[1], keys, q.shape[2]),
+        *(inputs.scale, softcap or 1.0),
+        SHAPE=shape_of(q, k, v, softcap, tile),
+        **compiler_options(tile),
+    )
+
+
+def _launch_queries(inputs: BackwardInputs, dq: Tensor) -> None:
+    q, k, v, softcap = inputs.q, inputs.k, inputs.v, inputs.softcap
+    rows, queries, heads, _ = q.shape
+    first, last, _, _ = inputs.intervals
+    tile = tile_for(QUERIES, q, v)
+    queries_kernel[(triton.cdiv(queries, tile.m), heads, rows)](
+        *(*inputs.tensors, first, last, dq),
+        *(*inputs.strides, strides(dq)),
+        *(_row_stride(first), queries, k.shape[1], heads, inputs.scale, softcap or 1.0),
+        SHAPE=shape_of(q, k, v, softcap, tile),
+        **compiler_options(tile),
+    )
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """Return t itself where the elements of a head lie side by side, as in views, else a copy."""
     return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
 def strides(t: Tensor) -> tuple[int, int, int]:
-    """Of rows, tokens and heads of [B, S, H, D]."""
+    """Return the strides of rows, tokens and heads of [B, S, H, D]."""
     return t.stride(0), t.stride(1), t.stride(2)
 
 
@@ -197,24 +216,27 @@ def _row_stride(index: Tensor) -> int:
 
 
 def precision_of(q: Tensor) -> str:
-    """fp32 products are exact unless torch.set_float32_matmul_precision allows tf32, as for torch's own."""
-    return (
-        "tf32"
-        if q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        else "ieee"
+    """Return the precision of fp32 products, by torch.set_float32_matmul_precision as in torch."""
+    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"
+
+
+def shape_of(q: Tensor, k: Tensor, v: Tensor, softcap: float, tile: Tile) -> Shape:
+    """Return the compile-time constants of a launch."""
+    width, value_width = q.shape[3], v.shape[3]
+    return Shape(
+        D=width,
+        V=value_width,
+        BLOCK_D=padded(width),
+        BLOCK_V=padded(value_width),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        GROUP=q.shape[2] // k.shape[2],
+        HAS_CAP=softcap > 0,
+        PRECISION=precision_of(q),
     )
 
 
-def constants(q: Tensor, v: Tensor, softcap: float, tile: Tile) -> dict[str, object]:
-    return {
-        "D": q.shape[3],
-        "V": v.shape[3],
-        "HAS_CAP": softcap > 0,
-        "PRECISION": precision_of(q),
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "BLOCK_D": padded(q.shape[3]),
-        "BLOCK_V": padded(v.shape[3]),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+def compiler_options(tile: Tile) -> dict[str, int]:
+    """Return what the compiler is told of a tile."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages}

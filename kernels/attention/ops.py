@@ -1,6 +1,9 @@
-"""torch.library operators around the Triton kernels: opaque to torch.compile, with shapes, derivatives and FLOPs registered."""
+"""torch.library operators around the Triton kernels, with shapes, derivatives and FLOPs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ def attention(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Sq, Hq, Dv], natural lse fp32 [B, Hq, Sq]).
+    """Compute out [B, Sq, Hq, Dv] and the natural lse, fp32 [B, Hq, Sq].
 
     The four index tensors are `Intervals`; softcap 0: none.
     """
@@ -33,8 +36,8 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, sinks, first, last, query_start, query_stop, scale, softcap):
-    rows, queries, heads, _ = q.shape
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, queries, heads = q.shape[:3]
     return q.new_empty(rows, queries, heads, v.shape[3]), q.new_empty(
         rows, heads, queries, dtype=torch.float32
     )
@@ -57,7 +60,7 @@ def attention_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, d_sinks), the last empty without sinks. No second derivative."""
+    """Compute the gradients of q, k, v and sinks, the last empty without. No second derivative."""
     return launch.backward(
         q,
         k,
@@ -74,48 +77,51 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(q, k, v, sinks, first, last, query_start, query_stop, scale, softcap, out, lse, d_out, d_lse):
-    made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    return (*made, q.new_empty(0) if sinks is None else torch.empty_like(sinks))
+def _(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    return (*gradients, q.new_empty(0) if sinks is None else torch.empty_like(sinks))
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:8], *output)
     ctx.options = inputs[8:]
 
 
-def _backward(ctx, d_out, d_lse):
+def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, out, lse = ctx.saved_tensors
-    nothing = [None] * 10
     if d_out is None and d_lse is None:
-        return tuple(nothing)
+        return (None,) * 10
     if d_out is None:
         d_out = torch.zeros_like(out)
     dq, dk, dv, d_sinks = attention_backward(*inputs, *ctx.options, out, lse, d_out, d_lse)
-    return (dq, dk, dv, d_sinks if inputs[3] is not None else None, *nothing[4:])
+    return (dq, dk, dv, d_sinks if inputs[3] is not None else None, *[None] * 6)
 
 
 attention.register_autograd(_backward, setup_context=_keep)
 
 
 def _causal_pairs(queries: int, keys: int) -> int:
-    """Pairs of a query and a key that it sees, aligned bottom-right.
+    """Pairs of a query and a key that it sees, where both end together.
 
-    Documents and windows are not known from shapes.
+    Offsets, documents and windows are not known from shapes.
     """
     seeing = min(queries, keys)
     return seeing * keys - seeing * (seeing - 1) // 2
 
 
 @register_flop_formula(torch.ops.nextpt.attention)
-def _flops(q_shape, k_shape, v_shape, *_, **__) -> int:
+def _flops(
+    q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
     rows, queries, heads, width = q_shape
     return 2 * rows * heads * _causal_pairs(queries, k_shape[1]) * (width + v_shape[3])
 
 
 @register_flop_formula(torch.ops.nextpt.attention_backward)
-def _backward_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
-    """Five products, as the literature counts, not the seven that are made."""
+def _backward_flops(
+    q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Five products, as the literature counts, not the seven that are computed."""
     rows, queries, heads, width = q_shape
     return 2 * rows * heads * _causal_pairs(queries, k_shape[1]) * (3 * width + 2 * v_shape[3])

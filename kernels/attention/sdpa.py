@@ -1,55 +1,33 @@
-"""torch's scaled_dot_product_attention: fused on CPU and CUDA, with a dense mask for documents and windows."""
+"""torch's scaled_dot_product_attention: fused on CPU and CUDA, with a dense mask where needed."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.attention.documents import Packing, causal_mask
-from kernels.attention.features import SHAPES_AND_TYPES
-from kernels.choice import Implementation
+from kernels.attention.call import AttentionCall, AttentionOutput
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    documents: Packing | None,
-    window: int | None,
-    scale: float,
-    softcap: None,
-    sinks: None,
-    return_lse: bool,
-) -> Tensor:
-    """See kernels.attention.attention; no soft-cap, sinks or log-sum-exp."""
-    queries, keys = q.shape[1], k.shape[1]
-    plain = documents is None and window is None
-    mask = None
-    if not plain:
-        mask = (
-            causal_mask(queries, keys, window, q.device)
-            if documents is None
-            else documents.mask(window)
-        )
-    elif queries != keys and queries > 1:  # torch aligns its own causal mask top-left
-        mask = causal_mask(queries, keys, None, q.device)
+def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionOutput:
+    """Compute `kernels.attention.attention` without soft cap, sinks and log-sum-exp."""
+    slices = call.slices
+    plain = call.documents is None and call.window is None
+    square = slices.queries == slices.keys and slices.end_together
+    # torch aligns its own causal mask at the first query and key
+    is_causal = plain and square and slices.queries > 1
+    needs_mask = not (plain and (square or (slices.queries == 1 and slices.end_together)))
+    mask = call.mask(q.device) if needs_mask else None
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=mask is None and queries > 1,
-        scale=scale,
+        is_causal=is_causal,
+        scale=call.scale,
         enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)
-    if queries > keys:  # the first queries see nothing; torch gives NaN or 0 there, by backend
-        unseen = torch.arange(queries, device=q.device) < queries - keys
-        out = out.masked_fill(unseen.view(1, -1, 1, 1), 0.0)
-    return out
-
-
-IMPLEMENTATION = Implementation(
-    "sdpa", run, frozenset({"cpu", "cuda"}), frozenset({"documents", "window", *SHAPES_AND_TYPES})
-)
+    if mask is not None and not slices.see_themselves:
+        # Queries that see nothing: torch gives NaN or 0, by backend
+        unseen = ~mask.any(-1).squeeze(1)
+        out = out.masked_fill(unseen[:, :, None, None], 0.0)
+    return AttentionOutput(out, None)

@@ -1,4 +1,6 @@
-"""Our attention beside its peers, on a GPU: `python -m kernels.bench.attention [--json FILE] [--plot FILE.svg]`.
+"""Benchmark of attention beside its peers, on a GPU.
+
+`python -m kernels.bench.attention [--json FILE] [--plot FILE.svg]`.
 
 Causal bf16, 16k tokens in all; forward, backward and both, all providers in turn within each round,
 medians. TFLOP/s count 4 D per visible pair of query and key forward and 2.5 times that backward, as
@@ -8,8 +10,10 @@ the literature does; the rate of a large matrix product in the same rounds is th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +37,29 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def document_lengths(total: int) -> list[int]:
-    """A mix like that of web text: log-normal, median 600 tokens, a few of thousands (fixed, so that runs compare)."""
-    drawn = torch.distributions.LogNormal(6.4, 1.0).icdf(torch.linspace(0.02, 0.98, 64)).int()
-    lengths, order = [], torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
+    """Return lengths as of web text: log-normal, median 600 tokens, a few of thousands.
+
+    They are fixed, so that runs compare.
+    """
+    distribution: Any = torch.distributions.LogNormal(6.4, 1.0)
+    drawn = distribution.icdf(torch.linspace(0.02, 0.98, 64)).int()
+    lengths: list[int] = []
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
     while sum(lengths) < total:
         lengths.append(min(int(drawn[order[len(lengths) % 64]]), total - sum(lengths)))
     return lengths
 
 
 def backend(name: str) -> Attend:
+    """Return torch's attention by one of its backends."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, name)):
             return F.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in (q, k, v)),
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
                 is_causal=True,
                 enable_gqa=q.shape[2] != k.shape[2],
             ).transpose(1, 2)
@@ -56,111 +68,90 @@ def backend(name: str) -> Attend:
 
 
 def flex(document_ids: Tensor | None, length: int) -> Attend:
+    """Return FlexAttention with a causal mask, within documents where there are ids."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def mask(b, h, i, j):
-        return (
-            (i >= j)
-            if document_ids is None
-            else (i >= j) & (document_ids[b, i] == document_ids[b, j])
-        )
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if document_ids is None:
+            return i >= j
+        return (i >= j) & (document_ids[b, i] == document_ids[b, j])
 
     blocks = create_block_mask(mask, None, None, length, length, device="cuda")
-    compiled = torch.compile(flex_attention)
-    return lambda q, k, v: compiled(
-        *(t.transpose(1, 2) for t in (q, k, v)),
-        block_mask=blocks,
-        enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        grouped = q.shape[2] != k.shape[2]
+        return compiled(*heads_first, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
+
+    return run
 
 
-def providers(length: int, document_ids: Tensor | None) -> dict[str, Attend]:
-    documents = None if document_ids is None else PackedDocuments.from_document_ids(document_ids)
-    found: dict[str, Attend] = {
-        "nextpt": lambda q, k, v: attention(q, k, v, documents=documents, implementation="triton")
-    }
+def ours(implementation: str, documents: PackedDocuments | None) -> Attend:
+    """Return our attention by an implementation."""
+    return lambda q, k, v: attention(q, k, v, documents=documents, implementation=implementation)
+
+
+def providers(length: int, documents: PackedDocuments | None) -> dict[str, Attend]:
+    """Return the attentions that can run, by name."""
+    functions = {"nextpt": ours("triton", documents)}
     if documents is None:
-        found |= {
-            f"SDPA {n.split('_')[0].lower()}": backend(n)
-            for n in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
-        }
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+            functions[f"SDPA {name.split('_')[0].lower()}"] = backend(name)
     else:
-        found["SDPA with a mask"] = lambda q, k, v: attention(
-            q, k, v, documents=documents, implementation="sdpa"
-        )
-    found["FlexAttention"] = flex(document_ids, length)
-    try:
-        import flash_attn  # noqa: F401
+        functions["SDPA with a mask"] = ours("sdpa", documents)
+    functions["FlexAttention"] = flex(None if documents is None else documents.document_ids, length)
+    if importlib.util.find_spec("flash_attn"):
+        functions["flash_attn"] = ours("flash_attn", documents)
+    return functions
 
-        found["flash_attn"] = lambda q, k, v: attention(
-            q, k, v, documents=documents, implementation="flash_attn"
-        )
-    except ImportError:
-        pass
-    return found
+
+def pack(lengths: list[int], rows: int) -> PackedDocuments:
+    """Return documents of the same lengths in every row."""
+    sizes = torch.tensor(lengths)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), sizes).int().cuda()
+    starts = F.pad(sizes.repeat(rows).cumsum(0), (1, 0)).int().cuda()
+    return PackedDocuments(ids.expand(rows, -1).contiguous(), starts)
 
 
 def compare(
     width: int, length: int, group: int, rounds: int, packed: bool = False
 ) -> dict[str, Any]:
-    """TFLOP/s forward, backward and both, per provider."""
+    """Measure TFLOP/s forward, backward and both, per provider."""
     rows, heads = max(TOKENS // length, 1), 2048 // width
     g = torch.Generator("cuda").manual_seed(0)
-    q, d_out = (
-        torch.randn(rows, length, heads, width, generator=g, device="cuda", dtype=torch.bfloat16)
-        for _ in range(2)
-    )
-    k, v = (
-        torch.randn(
-            rows,
-            length,
-            max(heads // group, 1),
-            width,
-            generator=g,
-            device="cuda",
-            dtype=torch.bfloat16,
-        )
-        for _ in range(2)
-    )
+
+    def draw(count: int) -> Tensor:
+        shape = rows, length, count, width
+        return torch.randn(shape, generator=g, device="cuda", dtype=torch.bfloat16)
+
+    q, d_out = draw(heads).requires_grad_(), draw(heads)
+    k, v = (draw(max(heads // group, 1)).requires_grad_() for _ in range(2))
     lengths = document_lengths(length) if packed else [length]
-    ids = (
-        torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        .int()
-        .cuda()
-        .expand(rows, -1)
-        .contiguous()
-        if packed
-        else None
-    )
-    inputs = [t.requires_grad_() for t in (q, k, v)]
+    documents = pack(lengths, rows) if packed else None
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     flops = 4 * rows * heads * width * pairs
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     jobs: dict[str, Callable[[], object]] = {"product": lambda: square @ square}
     table: dict[str, Any] = {}
-    for name, run in providers(length, ids).items():
+    for name, run in providers(length, documents).items():
         try:
-            out = run(*inputs)
-            torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+            out = run(q, k, v)
+            backward = partial(torch.autograd.grad, out, (q, k, v), d_out, retain_graph=True)
+            backward()
         except Exception as problem:  # a peer that fails is a result too
-            table[name] = {
-                "failed": (
-                    f"{type(problem).__name__}:"
-                    f" {str(problem).splitlines()[0] if str(problem) else ''}"
-                )
-            }
+            message = str(problem).splitlines()[0] if str(problem) else ""
+            table[name] = {"failed": f"{type(problem).__name__}: {message}"}
             continue
-        jobs[f"{name}|forward"] = lambda run=run: run(*inputs)
-        jobs[f"{name}|backward"] = lambda out=out: torch.autograd.grad(
-            out, inputs, d_out, retain_graph=True
-        )
+        jobs[f"{name}|forward"] = partial(run, q, k, v)
+        jobs[f"{name}|backward"] = backward
     times = time_in_turn(jobs, rounds, "cuda")
     for name in dict.fromkeys(job.split("|")[0] for job in jobs if "|" in job):
-        forward, backward = times[f"{name}|forward"], times[f"{name}|backward"]
+        seconds = times[f"{name}|forward"], times[f"{name}|backward"]
         table[name] = {
-            "forward": 1e-12 * flops / forward,
-            "backward": 2.5e-12 * flops / backward,
-            "both": 3.5e-12 * flops / (forward + backward),
+            "forward": 1e-12 * flops / seconds[0],
+            "backward": 2.5e-12 * flops / seconds[1],
+            "both": 3.5e-12 * flops / sum(seconds),
         }
     return {
         "width": width,
@@ -173,6 +164,7 @@ def compare(
 
 
 def show(result: dict[str, Any]) -> None:
+    """Print a table of one shape."""
     kind = "packed documents" if result["packed"] else "causal"
     print(
         f"\nD={result['width']}, {result['length']} tokens a row, {result['group']} query heads per"
@@ -189,7 +181,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Both passes over the length of rows, a panel per width, causal and without groups."""
+    """Plot both passes over the length of rows: a panel per width, causal, without groups."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -212,6 +204,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
+    """Measure the shapes, print tables, write JSON and a plot."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench.attention", description=__doc__.splitlines()[0]
     )
@@ -224,8 +217,10 @@ def main() -> None:
     machine = describe_machine("cuda")
     print(", ".join(f"{k} {v}" for k, v in machine.items()))
     results = []
-    for shape in [*SHAPES, *((128, s, 1, True) for s in (4096, 16384))]:
-        results.append(compare(*shape[:3], arguments.rounds, packed=len(shape) > 3))
+    shapes = [(*shape, False) for shape in SHAPES]
+    shapes += [(128, length, 1, True) for length in (4096, 16384)]
+    for width, length, group, packed in shapes:
+        results.append(compare(width, length, group, arguments.rounds, packed))
         show(results[-1])
     write_json(arguments.json, {"machine": machine, "results": results})
     if arguments.plot:

@@ -1,4 +1,6 @@
-"""What the compiler makes of the Triton kernels, without a GPU: `python -m kernels.bench.compile_report [--target sm_90] [--only TEXT] [--json]`.
+"""Report of the compiler on the Triton kernels: registers, spills, shared memory, vector loads.
+
+`python -m kernels.bench.compile_report [--target sm_90] [--only TEXT] [--json]`; needs no GPU.
 
 Cross-compiles every variant and asks ptxas for registers, spills and shared memory; counts the
 vector loads and stores. Spills, or loads of less than 128 bits, are slow whatever a GPU would
@@ -32,7 +34,12 @@ TARGETS = {
 def examine(
     source: ASTSource, options: dict[str, Any], target: GPUTarget = TARGETS["sm_90"]
 ) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory, widths of global loads and stores, and whether rows have 64-bit offsets."""
+    """Compile a kernel and count what its code takes.
+
+    Returns:
+        Registers, spilled bytes, shared memory, global loads and stores by width, and whether rows
+        have 64-bit offsets.
+    """
     compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
     accesses = {
@@ -42,8 +49,8 @@ def examine(
     with tempfile.TemporaryDirectory() as folder:
         source_file = Path(folder) / "kernel.ptx"
         source_file.write_text(ptx)
-        arch = re.search(r"\.target (sm_\w+)", ptx).group(1)
-        done = subprocess.run(
+        arch = _match(r"\.target (sm_\w+)", ptx)
+        log = subprocess.run(
             [
                 get_ptxas(target.arch).path,
                 "-v",
@@ -55,11 +62,11 @@ def examine(
             capture_output=True,
             text=True,
             check=True,
-        )
+        ).stderr
     return {
         "warps": options["num_warps"],
-        "registers": int(re.search(r"Used (\d+) registers", done.stderr).group(1)),
-        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr)),
+        "registers": int(_match(r"Used (\d+) registers", log)),
+        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
         "shared": compiled.metadata.shared,
         "loads_128": sum(b >= 128 for b in accesses["ld"]),
         "stores_128": sum(b >= 128 for b in accesses["st"]),
@@ -72,17 +79,17 @@ def examine(
         ),
         "wide_offsets": _wide_offsets(ptx),
         "wide_products": len(re.findall(r"(mul\.wide|mad\.wide|mul\.lo\.s64|mad\.lo\.s64)", ptx)),
-        "serialized": "serialized" in done.stderr,
+        "serialized": "serialized" in log,
         "wgmma": "wgmma.mma_async" in ptx,
     }
 
 
 def _wide_offsets(ptx: str) -> bool:
     """Whether the program's number meets a stride in 64 bits, and never in 32."""
-    row = re.search(r"mov\.u32\s+(%r\d+), %ctaid\.x", ptx)
-    if row is None:
+    program = re.search(r"mov\.u32\s+(%r\d+), %ctaid\.x", ptx)
+    if program is None:
         return False
-    row = row.group(1)
+    row = program.group(1)
     wide = re.findall(rf"cvt\.u64\.u32\s+(%rd\d+), {row};", ptx)
     product = wide and re.search(
         rf"mul\.lo\.s64\s+%rd\d+, (%rd\d+, {wide[0]}|{wide[0]}, %rd\d+);", ptx
@@ -95,12 +102,19 @@ def _wide_offsets(ptx: str) -> bool:
 def _bits(modifiers: str) -> int:
     """Width of a PTX access such as .v4.b32."""
     vector = re.search(r"\.v(\d)", modifiers)
-    return int(re.search(r"\.[a-z]+(\d+)$", modifiers).group(1)) * (
-        int(vector.group(1)) if vector else 1
-    )
+    return int(_match(r"\.[a-z]+(\d+)$", modifiers)) * (int(vector.group(1)) if vector else 1)
+
+
+def _match(pattern: str, text: str) -> str:
+    """First group of a pattern that must be there."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"{pattern!r} does not match: {text[:200]!r}")
+    return match.group(1)
 
 
 def main() -> None:
+    """Compile the variants and print a table, or JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench.compile_report", description=__doc__.splitlines()[0]
     )
@@ -109,16 +123,18 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds this")
     arguments = parser.parse_args()
     chosen = {name: variant for name, variant in variants().items() if arguments.only in name}
-    found = {name: examine(*variant, TARGETS[arguments.target]) for name, variant in chosen.items()}
+    reports = {
+        name: examine(*variant, TARGETS[arguments.target]) for name, variant in chosen.items()
+    }
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(reports))
         return
     print(f"triton {triton.__version__}, {arguments.target}\n")
     print(
         "| kernel | warps | registers | spilled bytes | shared bytes | 128-bit loads | 128-bit"
         " stores |\n|---|---|---|---|---|---|---|"
     )
-    for name, f in found.items():
+    for name, f in reports.items():
         note = " (wgmma serialized)" if f["serialized"] else ""
         print(
             f"| {name}{note} | {f['warps']} | {f['registers']} | {f['spilled']} | {f['shared']} |"

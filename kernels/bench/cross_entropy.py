@@ -1,4 +1,6 @@
-"""The fused loss beside its peers: `python -m kernels.bench.cross_entropy [--shapes NxDxV ...] [--json FILE]`.
+"""Benchmark of the fused loss beside its peers.
+
+`python -m kernels.bench.cross_entropy [--shapes NxDxV ...] [--json FILE]`.
 
 Forward and backward, all providers in turn within each round, so that clocks and neighbours are the
 same for all; medians. The floor is the three matrix products of the definition alone (6 N D V
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ SLICE = 512  # entries of the vocabulary and tokens whose gradients are compared
 
 
 def eager(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-    """Mean cross-entropy through all logits.
+    """Compute the mean cross-entropy through all logits.
 
     Liger's reference (TorchLMHeadCE of its tests) is the same computation.
     """
@@ -40,58 +43,60 @@ def eager(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
 
 
 def ours(**options: Any) -> Loss:
+    """Return our loss with options of linear_cross_entropy."""
     return lambda x, w, t: linear_cross_entropy(x, w, t, **options).loss
 
 
 def providers(device: str) -> dict[str, Loss]:
-    """Those that can run here, by name."""
-    found: dict[str, Loss] = {"nextpt": ours()}
+    """Return the losses that can run on the device, by name."""
+    losses: dict[str, Loss] = {"nextpt": ours()}
     if device == "cuda":
-        found |= {
+        losses |= {
             "nextpt, small": ours(gradient="small"),
             "nextpt, fp32 logits": ours(logits_dtype=torch.float32),
         }
-    found |= {"torch eager": eager, "torch.compile": torch.compile(eager)}
+    losses |= {"torch eager": eager, "torch.compile": torch.compile(eager)}
     if hasattr(F, "linear_cross_entropy"):
-        found["torch F.linear_cross_entropy"] = lambda x, w, t: F.linear_cross_entropy(x, w, t)
+        losses["torch F.linear_cross_entropy"] = lambda x, w, t: F.linear_cross_entropy(x, w, t)
         chunked = torch.nn.LinearCrossEntropyOptions()
-        found["torch F.linear_cross_entropy, chunked"] = lambda x, w, t: F.linear_cross_entropy(
+        losses["torch F.linear_cross_entropy, chunked"] = lambda x, w, t: F.linear_cross_entropy(
             x, w, t, options=chunked
         )
-    return found | (_triton_peers() if device == "cuda" else {})
+    return losses | (_triton_peers() if device == "cuda" else {})
 
 
 def _triton_peers() -> dict[str, Loss]:
     """Liger 0.8.5, CCE 25.1, QuACK 0.6, where installed; none of them has a CPU path."""
-    found: dict[str, Loss] = {}
+    losses: dict[str, Loss] = {}
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import (
             LigerFusedLinearCrossEntropyFunction as Liger,
         )
 
-        found["Liger, default"] = lambda x, w, t: _first(Liger.apply(x, w, t))
+        losses["Liger, default"] = lambda x, w, t: _first(Liger.apply(x, w, t))
         for factor in (8, 16):
-            found[f"Liger, chunks x {factor}"] = _liger_with_chunks(factor)
+            losses[f"Liger, chunks x {factor}"] = _liger_with_chunks(factor)
     except ImportError:
         pass
     try:
         from cut_cross_entropy import linear_cross_entropy as cce
 
-        found["CCE, filtered"] = lambda x, w, t: cce(x, w, t)
-        found["CCE, exact"] = lambda x, w, t: cce(x, w, t, filter_eps=None)
+        losses["CCE, filtered"] = lambda x, w, t: cce(x, w, t)
+        losses["CCE, exact"] = lambda x, w, t: cce(x, w, t, filter_eps=None)
     except ImportError:
         pass
     try:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
 
-        found["QuACK"] = lambda x, w, t: quack(x, w, t, reduction="mean")
+        losses["QuACK"] = lambda x, w, t: quack(x, w, t, reduction="mean")
     except ImportError:
         pass
-    return found
+    return losses
 
 
 def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+    loss: Tensor = result[0] if isinstance(result, tuple) else result
+    return loss
 
 
 def _liger_with_chunks(factor: int) -> Loss:
@@ -99,31 +104,20 @@ def _liger_with_chunks(factor: int) -> Loss:
         LigerFusedLinearCrossEntropyFunction as Liger,
     )
 
-    # chunk_mem_const is the last
-    rest = (
-        None,
-        None,
-        -100,
-        0.0,
-        0.0,
-        "mean",
-        None,
-        False,
-        None,
-        False,
-        False,
-        False,
-        None,
-        None,
-        factor,
-    )
+    # Its defaults; chunk_mem_const is the last
+    masks, smoothing = (None, None, -100), (0.0, 0.0, "mean", None)
+    rest = (*masks, *smoothing, False, None, False, False, False, None, None, factor)
     return lambda x, w, t: _first(Liger.apply(x, w, t, *rest))
 
 
 def inputs(
     n: int, d: int, v: int, device: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden with unit variance, weight that gives logits of standard deviation 1.4, uniform targets, a tenth ignored."""
+    """Return hidden, weight and targets of a benchmark.
+
+    Hidden has unit variance, logits a standard deviation of 1.4; targets are uniform, a tenth of
+    them ignored.
+    """
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(n, d, generator=generator, device=device, dtype=dtype)
     w = torch.randn(v, d, generator=generator, device=device, dtype=dtype).mul_(1.4 / d**0.5)
@@ -133,12 +127,13 @@ def inputs(
 
 
 def step(loss: Loss, x: Tensor, w: Tensor, t: Tensor) -> None:
+    """Compute the loss and its gradients."""
     x.grad = w.grad = None
-    loss(x, w, t).backward()
+    torch.autograd.backward(loss(x, w, t))
 
 
 def products(x: Tensor, w: Tensor) -> Callable[[], None]:
-    """The three products alone, in chunks of tokens that fit beside the gradients."""
+    """Return the three products alone, in chunks of tokens that fit beside the gradients."""
     rows = min(x.shape[0], 4096)
     x, w = x.detach(), w.detach()
     logits = torch.empty(rows, w.shape[0], dtype=x.dtype, device=x.device)
@@ -146,7 +141,7 @@ def products(x: Tensor, w: Tensor) -> Callable[[], None]:
     dw = torch.empty_like(w)
 
     def run() -> None:
-        for part in x.split(rows):
+        for part in torch.split(x, rows):
             out = logits[: part.shape[0]]
             torch.mm(part, w.T, out=out)
             torch.mm(out, w, out=dx[: part.shape[0]])
@@ -156,7 +151,7 @@ def products(x: Tensor, w: Tensor) -> Callable[[], None]:
 
 
 def exact_slices(x: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(dX of the first tokens, dW of the first entries) in fp64."""
+    """Return dX of the first tokens and dW of the first entries, in fp64."""
     wide, valid = w.detach().double(), t != -100
     place = torch.where(valid, t, 0)
     dx = []
@@ -172,34 +167,35 @@ def exact_slices(x: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return dx[0], dw
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    part = found[: exact.shape[0]].double()
+def error(gradient: Tensor | None, exact: Tensor) -> float:
+    """Return the relative error of the first rows of a gradient."""
+    assert gradient is not None
+    part = gradient[: exact.shape[0]].double()
     return float((part - exact).norm() / exact.norm())
 
 
 def compare(shape: str, device: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Measure time, memory and errors of all providers at a shape NxDxV."""
     n, d, v = map(int, shape.split("x"))
     x, w, t = inputs(n, d, v, device, dtype)
     exact = exact_slices(x, w, t)
-    table, jobs = {}, {"three products": products(x, w)}
+    table: dict[str, dict[str, Any]] = {}
+    jobs: dict[str, Callable[[], None]] = {"three products": products(x, w)}
     for name, loss in providers(device).items():
+        job = partial(step, loss, x, w, t)
         try:
-            step(loss, x, w, t)  # compiles, and warms up
+            job()  # compiles, and warms up
             x.grad = w.grad = None
-            peak = measure_peak(device, lambda loss=loss: step(loss, x, w, t))
+            peak = measure_peak(device, job)
             table[name] = {
                 "peak_mib": peak / 2**20,
                 "dx_error": error(x.grad, exact[0]),
                 "dw_error": error(w.grad, exact[1]),
             }
-            jobs[name] = lambda loss=loss: step(loss, x, w, t)
+            jobs[name] = job
         except Exception as problem:  # a peer that fails is a result too
-            table[name] = {
-                "failed": (
-                    f"{type(problem).__name__}:"
-                    f" {str(problem).splitlines()[0] if str(problem) else ''}"
-                )
-            }
+            message = str(problem).splitlines()[0] if str(problem) else ""
+            table[name] = {"failed": f"{type(problem).__name__}: {message}"}
         x.grad = w.grad = None
     times = time_in_turn(jobs, rounds, device)
     floor = times["three products"]
@@ -214,6 +210,7 @@ def compare(shape: str, device: str, dtype: torch.dtype, rounds: int) -> dict[st
 
 
 def show(result: dict[str, Any]) -> None:
+    """Print a table of one shape."""
     print(
         f"\n{result['shape']} {result['dtype']}: floor of 6 N D V at {result['tflops']:.3g}"
         " TFLOP/s\n"
@@ -237,6 +234,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    """Measure the shapes, print tables, write JSON."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench.cross_entropy", description=__doc__.splitlines()[0]

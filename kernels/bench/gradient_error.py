@@ -1,4 +1,6 @@
-"""Error of the matrix gradient by number of chunks: `python -m kernels.bench.gradient_error [--tokens N] [--json FILE]`.
+"""Error of the matrix gradient by number of chunks.
+
+`python -m kernels.bench.gradient_error [--tokens N] [--json FILE]`.
 
 bf16 inputs, bf16 logits and logit gradients as on a GPU, products summed in fp32 and rounded once
 per chunk, as cuBLAS and the CPU path both do. Relative Frobenius norm of the difference from fp64.
@@ -21,7 +23,7 @@ from kernels.cross_entropy.ops import scalar_coefficients
 def inputs(
     tokens: int, width: int, vocabulary: int, realistic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """bf16 hidden and weight whose logits have a standard deviation of 1.4, and targets.
+    """Return bf16 hidden and weight whose logits have a standard deviation of 1.4, and targets.
 
     realistic: hidden states share a mean and targets follow Zipf's law, as in text; independent and
     uniform otherwise, where sums of gradients grow like a random walk.
@@ -39,6 +41,7 @@ def inputs(
 
 
 def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the matrix gradient in fp64."""
     g = torch.softmax(hidden.double() @ weight.double().T, -1)
     g.scatter_add_(1, targets, -torch.ones_like(targets, dtype=torch.float64))
     return g.T @ hidden.double()
@@ -47,7 +50,7 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def error(
     hidden: Tensor, weight: Tensor, targets: Tensor, expected: Tensor, chunks: int, sums: Sums
 ) -> float:
-    """Relative error of our matrix gradient, summed over `chunks`.
+    """Return the relative error of our matrix gradient, summed over `chunks`.
 
     "result": in bf16, which no mode does.
     """
@@ -58,23 +61,26 @@ def error(
         (False, True, False),
         scalar_coefficients(torch.ones(targets.shape), 0.0, 0.0, weight.shape[0]),
     )
+    assert gradients.weight is not None
     return float((gradients.weight.double() - expected).norm() / expected.norm())
 
 
 def table(
     tokens: int, width: int, vocabulary: int, counts: list[int]
 ) -> dict[str, dict[str, float]]:
-    """{inputs, sums: {chunks: error}}."""
-    found = {}
+    """Return {inputs, sums: {chunks: error}}."""
+    sums_by_name: dict[str, Sums] = {"bf16": "result", "fp16": "fp16", "fp32": "fp32"}
+    errors = {}
     for name, realistic in (("independent", False), ("like text", True)):
         case = inputs(tokens, width, vocabulary, realistic)
         expected = exact(*case)
-        for label, sums in (("bf16", "result"), ("fp16", "fp16"), ("fp32", "fp32")):
-            found[f"{name}, {label}"] = {str(k): error(*case, expected, k, sums) for k in counts}
-    return found
+        for label, sums in sums_by_name.items():
+            errors[f"{name}, {label}"] = {str(k): error(*case, expected, k, sums) for k in counts}
+    return errors
 
 
 def main() -> None:
+    """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench.gradient_error", description=__doc__.splitlines()[0]
     )
@@ -84,16 +90,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args()
     counts = [1, 2, 4, 8, 16, 32, 64]
-    found = table(arguments.tokens, arguments.width, arguments.vocabulary, counts)
+    measured = table(arguments.tokens, arguments.width, arguments.vocabulary, counts)
     machine = describe_machine("cpu")
     print(
         f"{', '.join(f'{k} {v}' for k, v in machine.items())}; {arguments.tokens} x"
         f" {arguments.width} x {arguments.vocabulary}\n"
     )
-    print(f"| chunks | {' | '.join(found)} |\n|{'---|' * (len(found) + 1)}")
+    print(f"| chunks | {' | '.join(measured)} |\n|{'---|' * (len(measured) + 1)}")
     for k in map(str, counts):
-        print(f"| {k} | {' | '.join(f'{errors[k]:.4f}' for errors in found.values())} |")
-    write_json(arguments.json, {"machine": machine, "errors": found})
+        print(f"| {k} | {' | '.join(f'{errors[k]:.4f}' for errors in measured.values())} |")
+    write_json(arguments.json, {"machine": machine, "errors": measured})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine's name, its clock and memory, and how results are kept."""
+"""Machine of a benchmark: its name, its clock, its memory, and files of results."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 
 def describe_machine(device: str) -> dict[str, str]:
-    """Device and versions, for the head of every table."""
+    """Return the device and the versions, for the head of every table."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -34,14 +35,15 @@ def describe_machine(device: str) -> dict[str, str]:
 
 
 def synchronize(device: str) -> None:
+    """Wait until a CUDA device has done its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def time_in_turn(
-    jobs: dict[str, Callable[[], object]], rounds: int, device: str
+    jobs: Mapping[str, Callable[[], object]], rounds: int, device: str
 ) -> dict[str, float]:
-    """Median seconds of each job.
+    """Return the median seconds of each job.
 
     In every round all run one after another, so that clocks and neighbours are the same.
     """
@@ -53,17 +55,18 @@ def time_in_turn(
             job()
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def write_json(path: Path | None, content: dict) -> None:
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write the content as JSON, with its folders, unless the path is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def measure_peak(device: str, job: Callable[[], None]) -> int:
-    """Bytes above what was there before, at the highest point of `job`."""
+    """Return the bytes above those before, at the highest point of `job`."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -78,6 +81,7 @@ def measure_peak(device: str, job: Callable[[], None]) -> int:
 
 
 def _status(key: str) -> int:
-    return 1024 * int(
-        re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)
-    )
+    line = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    if line is None:
+        raise RuntimeError(f"/proc/self/status has no {key}")
+    return 1024 * int(line.group(1))

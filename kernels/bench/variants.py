@@ -1,4 +1,4 @@
-"""The Triton kernels as training and evaluation launch them, for the compiler: `compile_report` examines them."""
+"""Variants of the Triton kernels that training and evaluation launch, for `compile_report`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from triton.compiler import ASTSource
 from kernels.attention import launch
 from kernels.attention.backward_triton import delta_kernel, keys_kernel, queries_kernel
 from kernels.attention.forward_triton import forward_kernel
-from kernels.cross_entropy.rows_triton import block_size, compiler_options, row_kernel
+from kernels.cross_entropy.rows_triton import Options, block_size, compiler_options, row_kernel
 from kernels.cross_entropy.scale_triton import BLOCK, scale_kernel
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TENSORS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
 Variant = tuple[ASTSource, dict[str, Any]]
 
 
@@ -29,7 +30,10 @@ def row_variant(
     describe: bool = True,
     grad: bool = True,
 ) -> Variant:
-    """One variant of the row kernel as the launcher would specialise it: pointers, width and strides are multiples of 16."""
+    """Return one variant of the row kernel as it is launched.
+
+    Pointers, width and strides are multiples of 16.
+    """
     block = block_size(vocabulary, cap)
     kinds = {
         "logits": POINTERS[logits],
@@ -43,59 +47,77 @@ def row_variant(
         "gradient_stride": "i64",
         "softcap": "fp32",
     }
-    constants = {
-        "TARGETS": targets,
-        "HAS_BIAS": bias,
-        "HAS_CAP": cap,
-        "LINEAR": smooth,
-        "SQUARE": True,
-        "FLAT": smooth,
-        "DESCRIBE": describe,
-        "TOTAL": smooth,
-        "GRADIENT": grad,
-        "SLOTS": triton.next_power_of_2(targets),
-        "BLOCK": block,
-    }
+    options = Options(
+        TARGETS=targets,
+        HAS_BIAS=bias,
+        HAS_CAP=cap,
+        LINEAR=smooth,
+        SQUARE=True,
+        FLAT=smooth,
+        DESCRIBE=describe,
+        TOTAL=smooth,
+        GRADIENT=grad,
+        SLOTS=triton.next_power_of_2(targets),
+        BLOCK=block,
+    )
     aligned = {"logits", "gradient", "bias", "width", "logits_stride", "gradient_stride"}
-    return _source(row_kernel, kinds, constants, aligned), compiler_options(block)
+    return _source(row_kernel, kinds, {"OPTIONS": options}, aligned), compiler_options(block)
 
 
 def _source(
-    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], aligned: set[str]
+    kernel: Any, kinds: dict[str, Any], constants: dict[str, Any], aligned: set[str]
 ) -> ASTSource:
-    """Arguments that are in neither table are pointers to fp32."""
+    """Return what is compiled.
+
+    Args:
+        kernel: decorated by triton.jit.
+        kinds: types of arguments, a tuple for a tuple; what stands nowhere points to fp32.
+        constants: compile-time arguments.
+        aligned: arguments that are multiples of 16, tuples whole.
+    """
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp32") for n in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    paths: list[tuple[int, ...]] = []
+    for name in aligned:
+        place, kind = names.index(name), signature[name]
+        inner = range(len(kind)) if isinstance(kind, tuple) else None
+        paths += [(place,)] if inner is None else [(place, i) for i in inner]
     return ASTSource(
         kernel,
         signature,
         constexprs={(names.index(n),): v for n, v in constants.items()},
-        attrs=attributes,
+        attrs={path: [["tt.divisibility", 16]] for path in paths},
     )
 
 
 def loss_variants() -> dict[str, Variant]:
+    """Return the variants of the loss's kernels, by name."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    everything = {"bias": True, "cap": True, "smooth": True}
-    found = {
+    everything: dict[str, Any] = {"bias": True, "cap": True, "smooth": True}
+    variants_by_name = {
         f"rows bf16, V={v}": row_variant(bf16, bf16, v) for v in (50, 1000, 4000, 8000, 128256)
     }
-    found |= {
+    variants_by_name |= {
         "rows fp16": row_variant(torch.float16, torch.float16),
         "rows fp32": row_variant(fp32, fp32),
     }
-    found |= {f"rows fp32 -> bf16, V={v}": row_variant(fp32, bf16, v) for v in (8000, 128256)}
-    found |= {f"rows bf16, {k} targets": row_variant(bf16, bf16, targets=k) for k in (2, 4)}
+    variants_by_name |= {
+        f"rows fp32 -> bf16, V={v}": row_variant(fp32, bf16, v) for v in (8000, 128256)
+    }
+    variants_by_name |= {
+        f"rows bf16, {k} targets": row_variant(bf16, bf16, targets=k) for k in (2, 4)
+    }
     for name, logits in (("bf16", bf16), ("fp32 -> bf16", fp32)):
-        found[f"rows {name}, soft cap"] = row_variant(logits, bf16, cap=True)
-        found[f"rows {name}, bias, soft cap, smoothing"] = row_variant(logits, bf16, **everything)
-        found[f"rows {name}, bias, soft cap, smoothing, 2 targets"] = row_variant(
+        variants_by_name[f"rows {name}, soft cap"] = row_variant(logits, bf16, cap=True)
+        variants_by_name[f"rows {name}, bias, soft cap, smoothing"] = row_variant(
+            logits, bf16, **everything
+        )
+        variants_by_name[f"rows {name}, bias, soft cap, smoothing, 2 targets"] = row_variant(
             logits, bf16, targets=2, **everything
         )
-        found[f"rows {name}, gradient only"] = row_variant(logits, bf16, describe=False)
-    found["rows fp32, statistics only"] = row_variant(fp32, fp32, grad=False)
-    found["rows fp32, statistics only, bias, soft cap"] = row_variant(
+        variants_by_name[f"rows {name}, gradient only"] = row_variant(logits, bf16, describe=False)
+    variants_by_name["rows fp32, statistics only"] = row_variant(fp32, fp32, grad=False)
+    variants_by_name["rows fp32, statistics only, bias, soft cap"] = row_variant(
         fp32, fp32, grad=False, bias=True, cap=True
     )
     for name, values, always in (
@@ -104,14 +126,14 @@ def loss_variants() -> dict[str, Variant]:
     ):
         kinds = {"values": values, "out": "*bf16", "count": "i64"}
         constants = {"BLOCK": BLOCK, "ALWAYS": always}
-        found[name] = (
+        variants_by_name[name] = (
             _source(scale_kernel, kinds, constants, {"values", "out", "count"}),
             {
                 "num_warps": 4,
                 "enable_fp_fusion": True,
             },
         )
-    return found
+    return variants_by_name
 
 
 def attention_variant(
@@ -123,43 +145,46 @@ def attention_variant(
     cap: bool = False,
     group: int = 4,
 ) -> Variant:
-    """One kernel for heads of a width.
+    """Return one kernel for heads of a width, as it is launched for a model.
 
     Strides are multiples of 16 as in models; counts of tokens are not.
     """
-    q = torch.empty(1, 1, 1, width, dtype=dtype, device="meta")
+    q = torch.empty(1, 1, group, width, dtype=dtype, device="meta")
+    k = torch.empty(1, 1, 1, width, dtype=dtype, device="meta")
     v = torch.empty(1, 1, 1, value_width or width, dtype=dtype, device="meta")
     tile = launch.tile_for(table, q, v)
-    options = launch.constants(q, v, 1.0 if cap else 0.0, tile)
-    chosen = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    constants: dict[str, Any]
+    options: dict[str, Any] = launch.compiler_options(tile)
     if kernel is delta_kernel:
-        options = {"V": width, "HAS_LSE": True, "BLOCK_M": 64, "BLOCK_V": launch.padded(width)}
-        chosen = {"num_warps": 4}
+        block = launch.padded(width)
+        constants = {
+            "V": width, "HAS_LSE": True, "BLOCK_M": launch.DELTA_QUERIES, "BLOCK_V": block
+        }  # fmt: skip
+        options = {"num_warps": 4}
     else:
-        options["GROUP"] = group
+        constants = {"SHAPE": launch.shape_of(q, k, v, 1.0 if cap else 0.0, tile)}
         if kernel is forward_kernel:
-            options["HAS_SINKS"] = True
-    tensors = {"q", "k", "v", "out", "d_out", "dq", "dk", "dv"}
-    integers = {
-        n for n in kernel.arg_names if n[-2:] in ("_b", "_s", "_h") or n.endswith("_stride")
+            constants["HAS_SINKS"] = True
+    kinds: dict[str, Any] = dict.fromkeys(TENSORS, POINTERS[dtype])
+    kinds |= dict.fromkeys(("first", "last", "query_start", "query_stop"), "*i32")
+    kinds |= dict.fromkeys(("queries", "keys", "heads"), "i32")
+    kinds |= dict.fromkeys(("scale", "softcap"), "fp32")
+    kinds |= {n: ("i32",) * 3 for n in kernel.arg_names if n.endswith("_strides")}
+    kinds |= {n: "i32" for n in kernel.arg_names if n.endswith("_stride")}
+    pointers = {
+        n
+        for n in kernel.arg_names
+        if n not in constants and str(kinds.get(n, "*fp32")).startswith("*")
     }
-    kinds = dict.fromkeys(tensors, POINTERS[dtype]) | dict.fromkeys(
-        ("first", "last", "query_start", "query_stop"), "*i32"
-    )
-    kinds |= (
-        dict.fromkeys(integers, "i32")
-        | dict.fromkeys(("queries", "keys", "heads"), "i32")
-        | dict.fromkeys(("scale", "softcap"), "fp32")
-    )
-    kinds["sinks"] = "*fp32"
-    aligned = {
-        n for n in kernel.arg_names if n not in options and kinds.get(n, "*fp32").startswith("*")
-    } | {n for n in integers if n[-2:] in ("_b", "_s", "_h")}
-    return _source(kernel, kinds, options, aligned), chosen | {"enable_fp_fusion": True}
+    strides = {n for n in kernel.arg_names if n.endswith("_strides")}
+    return _source(kernel, kinds, constants, pointers | strides), options | {
+        "enable_fp_fusion": True
+    }
 
 
 def attention_variants() -> dict[str, Variant]:
-    found = {}
+    """Return the variants of attention's kernels, by name."""
+    variants_by_name = {}
     passes = (
         ("forward", forward_kernel, launch.FORWARD),
         ("keys", keys_kernel, launch.KEYS),
@@ -167,21 +192,27 @@ def attention_variants() -> dict[str, Variant]:
     )
     for name, kernel, table in passes:
         for width in (64, 128, 256):
-            found[f"attention {name}, D={width}"] = attention_variant(kernel, table, width)
-        found[f"attention {name}, D=96"] = attention_variant(kernel, table, 96)
-        found[f"attention {name}, D=192, Dv=128"] = attention_variant(kernel, table, 192, 128)
+            variants_by_name[f"attention {name}, D={width}"] = attention_variant(
+                kernel, table, width
+            )
+        variants_by_name[f"attention {name}, D=96"] = attention_variant(kernel, table, 96)
+        variants_by_name[f"attention {name}, D=192, Dv=128"] = attention_variant(
+            kernel, table, 192, 128
+        )
         for width in (64, 128, 256):
             capped = launch.KEYS_CAPPED if kernel is keys_kernel else table
-            found[f"attention {name}, D={width}, soft cap"] = attention_variant(
+            variants_by_name[f"attention {name}, D={width}, soft cap"] = attention_variant(
                 kernel, capped, width, cap=True
             )
-        found[f"attention {name}, D=128, fp32"] = attention_variant(
+        variants_by_name[f"attention {name}, D=128, fp32"] = attention_variant(
             kernel, table, 128, dtype=torch.float32
         )
-    found["attention delta, D=128"] = attention_variant(delta_kernel, launch.FORWARD, 128)
-    return found
+    variants_by_name["attention delta, D=128"] = attention_variant(
+        delta_kernel, launch.FORWARD, 128
+    )
+    return variants_by_name
 
 
 def variants() -> dict[str, Variant]:
-    """Everything that training and evaluation launch, by name."""
+    """Return all that training and evaluation launch, by name."""
     return loss_variants() | attention_variants()

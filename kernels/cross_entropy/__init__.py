@@ -1,6 +1,6 @@
-"""Fused linear + vocabulary cross-entropy: from hidden states and the output matrix to the loss and per-token nats."""
+"""Fused linear layer and vocabulary cross-entropy: from hidden states to the loss and its nats."""
 
-from kernels.cross_entropy.interface import IMPLEMENTATIONS, LossOutput, linear_cross_entropy, pick
+from kernels.cross_entropy.interface import LossOutput, linear_cross_entropy
 from kernels.cross_entropy.module import LinearCrossEntropy
 
-__all__ = ["IMPLEMENTATIONS", "LinearCrossEntropy", "LossOutput", "linear_cross_entropy", "pick"]
+__all__ = ["LinearCrossEntropy", "LossOutput", "linear_cross_entropy"]

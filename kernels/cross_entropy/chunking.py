@@ -1,4 +1,4 @@
-"""How many tokens have their logits at once: a function of shapes and a stated budget alone.
+"""Chunks of tokens that have their logits at once: by shapes and a stated budget alone.
 
 Workspace is what exists beside the inputs and the gradients that are returned: one slab of logits,
 which is turned into its own gradient in place, and what sums the matrix gradient over several
@@ -36,7 +36,14 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Chunking:
-    """rows: tokens per chunk, the last may have fewer. sums: how the chunks of the matrix gradient are added up. workspace: bytes beside inputs and returned gradients at the highest point."""
+    """How a loss is cut.
+
+    Attributes:
+        rows: tokens per chunk; the last may have fewer.
+        chunks: number of chunks.
+        sums: how the chunks of the matrix gradient are added up.
+        workspace: bytes beside inputs and returned gradients at the highest point.
+    """
 
     rows: int
     chunks: int
@@ -45,12 +52,12 @@ class Chunking:
 
 
 def padded(vocabulary: int) -> int:
-    """Elements from one row of logits to the next."""
+    """Return the elements from one row of logits to the next."""
     return -(-vocabulary // ALIGNMENT) * ALIGNMENT
 
 
-def given_chunks(tokens: int, rows: int, gradient_bytes: int | None, mode: Gradient) -> Chunking:
-    """Chunks of a size that somebody chose; the workspace is theirs to know."""
+def fixed_chunks(tokens: int, rows: int, gradient_bytes: int | None, mode: Gradient) -> Chunking:
+    """Return chunks of `rows` tokens; the workspace is not known."""
     chunks = _count(tokens, rows)
     single = gradient_bytes != 2 or chunks == 1
     return Chunking(rows, chunks, "result" if single else "fp16" if mode == "small" else "fp32", 0)
@@ -66,15 +73,22 @@ def plan_chunks(
     budget: int,
     mode: Gradient = "precise",
 ) -> Chunking:
-    """Choose the chunks for N tokens, D width, V vocabulary.
+    """Choose the chunks.
 
-    logits_bytes: of one logit in the slab. gradient_bytes: of one element of the matrix gradient
-    that is returned, None when there is none. budget: bytes of workspace. mode: "precise" takes one
-    chunk if that fits, else fp32 sums and the largest chunks that fit; "small" takes 8 chunks of at
-    least 1024 tokens, or as many more as the budget asks for, and fp16 sums, which need no memory.
-    4-byte results are sums themselves.
+    Args:
+        tokens: N.
+        width: D.
+        vocabulary: V.
+        logits_bytes: of one logit in the slab.
+        gradient_bytes: of one element of the matrix gradient that is returned; None when there is
+            none. 4-byte results are sums themselves.
+        budget: bytes of workspace.
+        mode: "precise" takes one chunk if that fits, else fp32 sums and the largest chunks that
+            fit; "small" takes 8 chunks of at least 1024 tokens, or as many more as the budget asks
+            for, and fp16 sums, which need no memory.
 
-    Raises BudgetError when nothing fits.
+    Raises:
+        BudgetError: nothing fits.
     """
     row = padded(vocabulary) * logits_bytes
     if gradient_bytes is None or gradient_bytes >= 4:

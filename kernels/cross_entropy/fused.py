@@ -1,4 +1,4 @@
-"""The loss in chunks of tokens: logits of a chunk, their statistics, their gradient in place, two more products.
+"""Fused loss in chunks of tokens: logits, their statistics, their gradient in place, two products.
 
 With gradients that is 6 N D V FLOPs, the least there is; without, 2 N D V. The slab of logits is
 allocated once.
@@ -6,7 +6,7 @@ allocated once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,10 +20,18 @@ from kernels.cross_entropy.rows import Coefficients, Statistics
 
 
 class Problem(NamedTuple):
-    """hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N, K] with -1 for none.
+    """What a loss is computed of.
 
-    softcap: None or the cap. rows: tokens per chunk. sums: how chunks of the matrix gradient are
-    summed, see chunking.Sums. wide: fp32 logits for 16-bit inputs. kernel: "torch" or "triton".
+    Attributes:
+        hidden: [N, D].
+        weight: [V, D].
+        bias: [V] or None.
+        targets: int64 [N, K], -1 where there is none.
+        softcap: cap of the logits, or None.
+        rows: tokens per chunk.
+        sums: how chunks of the matrix gradient are summed, see chunking.Sums.
+        wide: fp32 logits for 16-bit inputs.
+        kernel: "torch" or "triton".
     """
 
     hidden: Tensor
@@ -47,91 +55,69 @@ class Problem(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of hidden [N, D], weight [V, D] and bias [V]; those not asked for are None."""
+    """Gradients of hidden [N, D], weight [V, D] and bias [V]; None where they are not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def empty(cls, p: Problem, needs: tuple[bool, bool, bool]) -> Gradients:
-        wide = p.sums == "fp32" or p.gradient_dtype() == torch.float32
-        return cls(
-            torch.empty_like(p.hidden, memory_format=torch.contiguous_format) if needs[0] else None,
-            (
-                torch.empty(
-                    p.weight.shape,
-                    dtype=p.dtype if wide else p.weight.dtype,
-                    device=p.weight.device,
-                )
-                if needs[1]
-                else None
-            ),
-            (
-                torch.zeros(p.weight.shape[0], dtype=p.dtype, device=p.weight.device)
-                if needs[2]
-                else None
-            ),
-        )
+    def empty(cls, p: Problem, needs: Sequence[bool]) -> Gradients:
+        """Allocate those of hidden, weight and bias that are needed."""
+        hidden = weight = bias = None
+        if needs[0]:
+            hidden = torch.empty_like(p.hidden, memory_format=torch.contiguous_format)
+        if needs[1]:
+            wide = p.sums == "fp32" or p.gradient_dtype() == torch.float32
+            dtype = p.dtype if wide else p.weight.dtype
+            weight = torch.empty(p.weight.shape, dtype=dtype, device=p.weight.device)
+        if needs[2]:
+            bias = torch.zeros(p.weight.shape[0], dtype=p.dtype, device=p.weight.device)
+        return cls(hidden, weight, bias)
 
 
 def run(
     p: Problem,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
     coefficients: Coefficients | None,
     statistics: Statistics | None = None,
     total: bool = False,
     combine: Callable[[slice, Statistics], None] | None = None,
 ) -> tuple[Statistics, Gradients]:
-    """Statistics of all tokens (or those given) and the gradients asked for.
+    """Compute the statistics of all tokens, and gradients.
 
-    coefficients: what the gradient of a row consists of, see `rows`; None where no gradient is
-    needed. total: whether the sums of logits are wanted. combine: completes the statistics of a
-    slice of tokens in place, before they are used.
+    Args:
+        p: the problem.
+        needs: which of the gradients of hidden, weight and bias.
+        coefficients: of the gradient of a row, see `rows`; None where no gradient is needed.
+        statistics: those of all tokens, where they are known.
+        total: whether the sums of logits are needed.
+        combine: completes the statistics of a slice of tokens in place, before they are used.
     """
     known = statistics is not None
     if statistics is None:
-        statistics = Statistics.empty(*p.targets.shape, p.dtype, p.hidden.device, total)
+        tokens, targets = p.targets.shape
+        statistics = Statistics.empty(tokens, targets, p.dtype, p.hidden.device, total)
     gradients = Gradients.empty(p, needs)
     if p.hidden.shape[0] == 0:
         return statistics, Gradients(*(None if g is None else g.zero_() for g in gradients))
     slab = Slab(p, any(needs))
-    halves = (
-        HalfSums(gradients.weight, p.hidden, coefficients, p.kernel)
-        if needs[1] and p.sums == "fp16"
-        else None
-    )
+    halves = None
+    if gradients.weight is not None and coefficients is not None and p.sums == "fp16":
+        halves = HalfSums(gradients.weight, p.hidden, coefficients, p.kernel)
     for first in range(0, p.hidden.shape[0], p.rows):
         part = slice(first, first + p.rows)
-        x = p.hidden[part]
-        logits, g = slab.views(x.shape[0])
-        logits_into(logits, x, p.weight)
-        here = statistics.part(part)
-        wanted = None if coefficients is None else coefficients.part(part)
+        logits, g = slab.views(p.hidden[part].shape[0])
+        logits_into(logits, p.hidden[part], p.weight)
+        row_inputs = p.bias, p.targets[part], p.softcap, statistics.part(part)
         if combine is not None and not known:
-            slab.work(logits, None, p.bias, p.targets[part], p.softcap, here, None, False)
-            combine(part, here)
+            slab.work(logits, None, *row_inputs, None, False)
+            combine(part, statistics.part(part))
         if g is not None or combine is None:
-            slab.work(
-                logits,
-                g,
-                p.bias,
-                p.targets[part],
-                p.softcap,
-                here,
-                wanted,
-                known or combine is not None,
-            )
-        if g is None:
-            continue
-        if gradients.hidden is not None:
-            hidden_gradient_into(gradients.hidden[part], g, p.weight)
-        if gradients.bias is not None:
-            gradients.bias.add_(g.sum(0, dtype=p.dtype))
-        if halves is not None:  # last: it writes over g
-            halves.add(g, x, first == 0)
-        elif gradients.weight is not None:
-            weight_gradient_into(gradients.weight, g, x, first == 0)
+            weights = None if coefficients is None else coefficients.part(part)
+            slab.work(logits, g, *row_inputs, weights, known or combine is not None)
+        if g is not None:
+            _add_products(gradients, halves, g, p, part)
     del slab, logits, g  # the narrow result takes their place
     if halves is not None:
         halves.finish()
@@ -140,8 +126,28 @@ def run(
     return statistics, gradients
 
 
+def _add_products(
+    gradients: Gradients, halves: HalfSums | None, g: Tensor, p: Problem, part: slice
+) -> None:
+    """Compute what one chunk's gradient of logits gives."""
+    x, is_first = p.hidden[part], part.start == 0
+    if gradients.hidden is not None:
+        hidden_gradient_into(gradients.hidden[part], g, p.weight)
+    if gradients.bias is not None:
+        gradients.bias.add_(g.sum(0, dtype=p.dtype))
+    if halves is not None:  # last: it writes over g
+        halves.add(g, x, is_first)
+    elif gradients.weight is not None:
+        weight_gradient_into(gradients.weight, g, x, is_first)
+
+
 class Slab:
-    """Memory for the logits of a chunk, which become their own gradient."""
+    """Memory for the logits of a chunk, which become their own gradient.
+
+    Args:
+        p: the problem.
+        gradient: whether there is one.
+    """
 
     def __init__(self, p: Problem, gradient: bool) -> None:
         if p.kernel == "triton":
@@ -162,7 +168,7 @@ class Slab:
         self._narrow = p.hidden.dtype if p.kernel == "triton" or p.hidden.is_cuda else dtype
 
     def views(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """(logits [rows, V], gradient [rows, V] in the same bytes, or None)."""
+        """Return logits [rows, V], and the gradient [rows, V] in the same bytes, or None."""
         logits = self._memory[:rows, : self._vocabulary]
         return logits, (
             self._memory.view(self._narrow)[:rows, : self._vocabulary] if self._gradient else None

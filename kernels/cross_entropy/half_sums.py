@@ -1,4 +1,4 @@
-"""Sums of bf16 products in fp16, which keeps 11 bits where bf16 keeps 8, in the memory of the bf16 result.
+"""Sums of bf16 products in fp16, which keeps 11 bits where bf16 keeps 8, within the result.
 
 fp16 has little range, so all is scaled by powers of two, which change no digit: logit gradients to
 at most 2^12 (a z-loss may add to that: there is room for 15 times as much), hidden states to at
@@ -17,7 +17,14 @@ from kernels.cross_entropy.rows import Coefficients
 
 
 class HalfSums:
-    """Adds up g^T x over chunks for a bf16 matrix `result` [V, D], whose memory it uses until `finish`."""
+    """Sum of g^T x over chunks for a bf16 matrix, whose memory it uses until `finish`.
+
+    Args:
+        result: bf16 [V, D].
+        hidden: [N, D], all x.
+        coefficients: of the gradients g.
+        kernel: "torch" or "triton".
+    """
 
     def __init__(
         self, result: Tensor, hidden: Tensor, coefficients: Coefficients, kernel: str
@@ -33,7 +40,7 @@ class HalfSums:
         self._alpha = 2.0 ** -(2 + (hidden.shape[0] - 1).bit_length())
 
     def add(self, g: Tensor, x: Tensor, first: bool) -> None:
-        """G [n, V], which is written over, x [n, D]."""
+        """Add a chunk: g [n, V], which is written over, and x [n, D]."""
         half_product_into(self._sums, g, x, (self._of_g, self._of_x), self._alpha, first)
 
     def finish(self) -> None:
@@ -48,6 +55,6 @@ class HalfSums:
 
 
 def power_of_two_over(most: Tensor) -> Tensor:
-    """The power of two that brings `most`, a scalar of at least 2^-100, to [0.5, 1)."""
+    """Return the power of two that brings `most`, a scalar of at least 2^-100, to [0.5, 1)."""
     most = most.clamp_min(2.0**-100)
     return torch.frexp(most).mantissa / most

@@ -1,4 +1,4 @@
-"""The loss call: checks, defaults, the choice of implementation and of chunks."""
+"""Loss calls: checks of the arguments, the choice of implementation and of chunks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import autocast
-from kernels.choice import Implementation, TritonImplementation, choose
+from kernels.choice import choose_cross_entropy
 from kernels.cross_entropy import ops, reference
 from kernels.cross_entropy.chunking import (
     DEFAULT_BUDGET,
     Chunking,
     Gradient,
-    given_chunks,
+    fixed_chunks,
     plan_chunks,
 )
 from kernels.cross_entropy.products import multiplies
@@ -22,13 +22,17 @@ from kernels.cross_entropy.rows import Statistics, check_targets, mark_absent
 
 
 class LossOutput(NamedTuple):
-    """loss: fp32, sum_i w_i (nats_i + z lse_i^2) / weight_sum.
+    """Result of the vocabulary loss; N tokens with one target, or K targets each.
 
-    [N] or [N, K] for reduction="none". z_loss: its second part, detached.
+    Attributes:
+        loss: fp32 scalar, sum_i w_i (nats_i + z_loss_coefficient lse_i^2) / weight_sum; [N] or
+            [N, K] with reduction="none". fp64 for fp64 inputs, as all that follows.
+        z_loss: its second part, detached.
+        nats: fp32 [N] or [N, K], -log p of the targets, unweighted, 0 where ignored.
+        lse: fp32 [N], log-sum-exp of the logits.
+        hits: bool in the shape of nats, whether the target's logit is above all others.
 
-    nats fp32, unweighted, 0 where ignored, and hits bool, whether the target's logit is above all
-    others: in the shape of targets. lse: fp32 [N]. nats and lse are detached but for
-    reduction="none".
+    nats and lse are detached but with reduction="none".
     """
 
     loss: Tensor
@@ -36,6 +40,21 @@ class LossOutput(NamedTuple):
     nats: Tensor
     lse: Tensor
     hits: Tensor
+
+
+class _Problem(NamedTuple):
+    """Checked inputs. targets: [N, K]; scale: [N, K], weight / weight_sum; shape: of the result."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    scale: Tensor
+    shape: torch.Size
+    z_loss_coefficient: float
+    label_smoothing: float
+    softcap: float | None
+    reduction: str
 
 
 def linear_cross_entropy(
@@ -57,79 +76,84 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     implementation: str = "auto",
 ) -> LossOutput:
-    """Weighted cross-entropy of softmax(hidden weight^T + bias) against targets, in nats.
+    """Compute the weighted cross-entropy of softmax(hidden weight^T + bias), in nats.
 
-    hidden [N, D] and weight [V, D] of one floating dtype; bias [V]; targets int64 [N], or [N, K]
-    for several targets of one hidden state, whose logits are then computed once; `ignore_index`
-    where there is none. token_weights: in the shape of targets, 1 unless given.
+    Backward once: the gradients are given out, not copied.
 
-    reduction: "sum" divides the weighted sum by `weight_sum`, which comes from outside because it
-    spans ranks and micro-batches; the sum of weights of this call unless given. "none" gives the
-    loss of each target, times its weight and divided by `weight_sum` (1 unless given), and makes
-    nats and lse differentiable; its backward pass computes the logits again.
+    Args:
+        hidden: [N, D], of one floating dtype with `weight`.
+        weight: [V, D].
+        targets: int64 [N], or [N, K] for several targets of one hidden state, whose logits are
+            computed once.
+        token_weights: in the shape of targets; 1 unless given.
+        weight_sum: divisor of the weighted sum. It comes from outside because it spans ranks and
+            micro-batches; the sum of this call's weights (1 for "none") unless given.
+        bias: [V].
+        ignore_index: target of tokens that have none.
+        z_loss_coefficient: factor of lse^2 (arXiv 2204.02311 section 5).
+        softcap: c of logits c tanh(z / c) (arXiv 2408.00118).
+        label_smoothing: e, the share of a token's mean over the whole vocabulary (arXiv 1512.00567
+            section 7) beside 1 - e of its nats, which stay what they are.
+        reduction: "sum", or "none" for the loss of each target: then nats and lse are
+            differentiable, and the backward pass computes the logits again.
+        gradient: how the matrix gradient of 16-bit inputs is summed over chunks.
+        logits_dtype: torch.float32 keeps logits of 16-bit inputs wide; so they are without
+            gradients, and on a CPU without units for the dtype.
+        workspace_bytes: of what exists beside inputs and gradients; 2 GiB on a GPU and 256 MiB on
+            a CPU unless given. See chunking.plan_chunks.
+        chunk_tokens: tokens per chunk instead.
+        implementation: a name of `kernels.choice.CROSS_ENTROPY`, or "auto".
 
-    z_loss_coefficient: coefficient of lse^2 (arXiv 2204.02311 section 5). softcap c: logits become c tanh(z /
-    c) (arXiv 2408.00118). label_smoothing e: the loss of a token becomes (1 - e) nats + e times its
-    mean over all entries of the vocabulary (arXiv 1512.00567 section 7); nats stay what they are.
-
-    gradient: "precise" or "small", how the matrix gradient of 16-bit inputs is summed over chunks;
-    workspace_bytes: what may exist beside inputs and gradients, 2 GiB on a GPU and 256 MiB on a CPU
-    unless given; chunking.plan_chunks says what follows. chunk_tokens: tokens per chunk instead.
-    logits_dtype: torch.float32 keeps logits of 16-bit inputs wide; so it is wherever no gradient is
-    needed, and on a CPU without units for the dtype.
-
-    Loss and nats are fp32 (fp64 for fp64). Backward once: the gradients are given out, not copied.
-
-    Raises ValueError for shapes that do not fit, a target outside the vocabulary on a CPU (on a GPU
-    its nats are nan), a workspace that holds no chunk, an unknown implementation.
+    Raises:
+        ValueError: shapes that do not fit, a target outside the vocabulary on a CPU (on a GPU its
+            nats are nan), a workspace that holds no chunk, an unknown implementation.
     """
-    hidden, weight, bias = autocast(hidden, weight, bias)
+    hidden, weight = autocast(hidden, weight)
+    bias = None if bias is None else autocast(bias)[0]
     check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, logits_dtype)
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction = {reduction!r} must be 'sum' or 'none'")
-    chosen = pick(implementation, hidden.device.type)
-    shape = targets.shape
-    targets, scale = prepare(hidden, targets, token_weights, weight_sum, ignore_index, reduction)
-    if chosen.name == "reference":
-        check_targets(targets, weight.shape[0])
-        found = reference.statistics(hidden, weight, bias, targets, softcap)
-        return _from_statistics(
-            found,
-            found.peak + found.log_sum,
-            scale,
-            z_loss_coefficient,
-            label_smoothing,
-            reduction,
-            weight.shape[0],
-            shape,
+    kernel = choose_cross_entropy(implementation, hidden.device.type).name
+    columns, scale = prepare(hidden, targets, token_weights, weight_sum, ignore_index, reduction)
+    options = z_loss_coefficient, label_smoothing, softcap, reduction
+    problem = _Problem(hidden, weight, bias, columns, scale, targets.shape, *options)
+    if kernel == "reference":
+        return _by_reference(problem)
+    needs = gradients_needed(hidden, weight, bias)
+    wide = wide_logits(hidden.device.type, hidden.dtype, logits_dtype, any(needs), kernel)
+    memory = gradient, workspace_bytes, chunk_tokens
+    plan = chunking(hidden, weight.shape[0], needs[1], wide, *memory)
+    return _by_chunks(problem, plan, wide, kernel, needs)
+
+
+def _by_reference(p: _Problem) -> LossOutput:
+    check_targets(p.targets, p.weight.shape[0])
+    statistics = reference.statistics(p.hidden, p.weight, p.bias, p.targets, p.softcap)
+    return _from_statistics(p, statistics, statistics.peak + statistics.log_sum)
+
+
+def _by_chunks(
+    p: _Problem, plan: Chunking, wide: bool, kernel: str, needs: list[bool]
+) -> LossOutput:
+    inputs = p.hidden, p.weight, p.bias, p.targets
+    settings = float(p.softcap or 0.0), plan.rows, plan.sums, wide, kernel, needs
+    if p.reduction == "none":
+        tokens = ops.TokenStatistics(*ops.token_statistics(*inputs, *settings))
+        statistics = Statistics(tokens.nats, tokens.peak, tokens.log_sum, tokens.total, tokens.hits)
+        return _from_statistics(p, statistics, tokens.lse)
+    result = ops.SummedLoss(
+        *ops.linear_cross_entropy(
+            *inputs, p.scale, p.z_loss_coefficient, p.label_smoothing, *settings
         )
-    needs = [
-        torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
-    ]
-    wide = wide_logits(hidden.device.type, hidden.dtype, logits_dtype, any(needs), chosen.name)
-    plan = chunking(
-        hidden, weight.shape[0], needs[1], wide, gradient, workspace_bytes, chunk_tokens
     )
-    options = (float(softcap or 0.0), plan.rows, plan.sums, wide, chosen.name, needs)
-    if reduction == "none":
-        nats, lse, total, hits, peak, log_sum = ops.token_statistics(
-            hidden, weight, bias, targets, *options
-        )
-        return _from_statistics(
-            Statistics(nats, peak, log_sum, total, hits),
-            lse,
-            scale,
-            z_loss_coefficient,
-            label_smoothing,
-            "none",
-            weight.shape[0],
-            shape,
-        )
-    loss, z_loss, nats, lse, hits, *_ = ops.linear_cross_entropy(
-        hidden, weight, bias, targets, scale, z_loss_coefficient, label_smoothing, *options
-    )
-    return LossOutput(loss, z_loss, nats.reshape(shape), lse, hits.reshape(shape))
+    nats, hits = result.nats.reshape(p.shape), result.hits.reshape(p.shape)
+    return LossOutput(result.loss, result.z_loss, nats, result.lse, hits)
+
+
+def gradients_needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
+    """Return whether gradients of hidden, weight and bias are needed."""
+    leaves = (hidden, weight, bias)
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves]
 
 
 def prepare(
@@ -140,7 +164,10 @@ def prepare(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """(targets [N, K] as mark_absent leaves them, scale [N, K]: weight / weight_sum, 0 where ignored)."""
+    """Return targets [N, K] as mark_absent leaves them, and weight / weight_sum [N, K].
+
+    The latter is 0 where targets are ignored.
+    """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
     valid = targets != ignore_index
@@ -152,19 +179,21 @@ def prepare(
     if weight_sum is None:
         total = weights.sum()
         weight_sum = torch.where(total > 0, total, 1.0) if reduction == "sum" else 1.0
-    return mark_absent(targets, ignore_index), weights / (
-        weight_sum.detach() if isinstance(weight_sum, Tensor) else weight_sum
-    )
+    divisor = weight_sum.detach() if isinstance(weight_sum, Tensor) else weight_sum
+    return mark_absent(targets, ignore_index), weights / divisor
 
 
 def wide_logits(
-    device: str, dtype: torch.dtype, wanted: torch.dtype | None, training: bool, kernel: str
+    device: str, dtype: torch.dtype, logits_dtype: torch.dtype | None, training: bool, kernel: str
 ) -> bool:
-    """Whether logits are kept wider than the inputs: on demand, without gradients, and where products are fp32 anyway."""
+    """Whether logits are kept wider than the inputs.
+
+    On demand, without gradients, and where products are fp32 anyway.
+    """
     if dtype.itemsize >= 4:
         return False
     return (
-        wanted == torch.float32
+        logits_dtype == torch.float32
         or not training
         or (kernel == "torch" and not multiplies(device, dtype))
     )
@@ -179,9 +208,20 @@ def chunking(
     workspace_bytes: int | None,
     chunk_tokens: int | None,
 ) -> Chunking:
-    """The chunks of one call.
+    """Return the chunks of one call.
 
-    Raises BudgetError, and ValueError for what is no budget, no mode or no size.
+    Args:
+        hidden: [N, D].
+        vocabulary: V.
+        needs_weight: whether there is a matrix gradient.
+        wide: whether logits are fp32.
+        gradient: see `linear_cross_entropy`, as the following.
+        workspace_bytes: budget.
+        chunk_tokens: tokens per chunk instead.
+
+    Raises:
+        BudgetError: the budget holds no chunk.
+        ValueError: no budget, no mode or no size.
     """
     if gradient not in get_args(Gradient):
         raise ValueError(f"gradient = {gradient!r} must be one of {', '.join(get_args(Gradient))}")
@@ -191,7 +231,7 @@ def chunking(
     tokens, element = hidden.shape[0], hidden.element_size()
     result = None if not needs_weight else 4 if hidden.dtype == torch.float16 else element
     if chunk_tokens is not None:
-        return given_chunks(tokens, chunk_tokens, result, gradient)
+        return fixed_chunks(tokens, chunk_tokens, result, gradient)
     return plan_chunks(
         tokens,
         hidden.shape[1],
@@ -203,38 +243,21 @@ def chunking(
     )
 
 
-def _from_statistics(
-    s: Statistics,
-    lse: Tensor,
-    scale: Tensor,
-    z_loss_coefficient: float,
-    smoothing: float,
-    reduction: str,
-    vocabulary: int,
-    shape: torch.Size,
-) -> LossOutput:
-    """The loss by its definition, from differentiable statistics."""
-    z_losses = scale * z_loss_coefficient * lse.square().unsqueeze(1)
-    smooth = (
-        s.nats
-        if not smoothing
-        else (1 - smoothing) * s.nats + smoothing * (lse - s.total / vocabulary).unsqueeze(1)
-    )
-    losses = scale * smooth + z_losses
-    if reduction == "none":
-        return LossOutput(
-            losses.reshape(shape),
-            z_losses.reshape(shape).detach(),
-            s.nats.reshape(shape),
-            lse,
-            s.hits.reshape(shape),
-        )
+def _from_statistics(p: _Problem, s: Statistics, lse: Tensor) -> LossOutput:
+    """Compute the loss by its definition, from differentiable statistics."""
+    z_losses = p.scale * p.z_loss_coefficient * lse.square().unsqueeze(1)
+    nats, smoothing = s.nats, p.label_smoothing
+    if smoothing:
+        assert s.total is not None
+        uniform = (lse - s.total / p.weight.shape[0]).unsqueeze(1)
+        nats = (1 - smoothing) * nats + smoothing * uniform
+    losses = p.scale * nats + z_losses
+    hits, per_target = s.hits.reshape(p.shape), s.nats.reshape(p.shape)
+    if p.reduction == "none":
+        z_loss = z_losses.reshape(p.shape).detach()
+        return LossOutput(losses.reshape(p.shape), z_loss, per_target, lse, hits)
     return LossOutput(
-        losses.sum(),
-        z_losses.sum().detach(),
-        s.nats.reshape(shape).detach(),
-        lse.detach(),
-        s.hits.reshape(shape),
+        losses.sum(), z_losses.sum().detach(), per_target.detach(), lse.detach(), hits
     )
 
 
@@ -248,6 +271,7 @@ def check(
     label_smoothing: float,
     logits_dtype: torch.dtype | None,
 ) -> None:
+    """Raise ValueError for arguments of `linear_cross_entropy` that do not fit."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden [N, D] and weight [V, D] do not fit: {tuple(hidden.shape)},"
@@ -283,31 +307,3 @@ def check(
             f"logits_dtype = {logits_dtype} must be torch.float32 or the dtype of hidden,"
             f" {hidden.dtype}"
         )
-
-
-def pick(implementation: str, device: str) -> Implementation:
-    """Triton on a GPU, torch on a CPU, unless one is named. Raises ValueError."""
-    return choose(
-        IMPLEMENTATIONS,
-        ("triton", "torch") if device == "cuda" else ("torch",),
-        implementation,
-        device,
-        (),
-    )
-
-
-def _no_triton() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "the package triton is not installed"
-    return None
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": Implementation("reference", reference.statistics, frozenset({"cpu", "cuda"})),
-    "torch": Implementation("torch", ops.linear_cross_entropy, frozenset({"cpu", "cuda"})),
-    "triton": TritonImplementation(
-        "triton", ops.linear_cross_entropy, frozenset({"cuda"}), available=_no_triton
-    ),
-}

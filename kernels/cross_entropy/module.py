@@ -51,7 +51,8 @@ class LinearCrossEntropy(nn.Module):
             z_loss_coefficient: float = 0.0,
         ) -> LossOutput: ...
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Tensor | LossOutput: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor | LossOutput:
+            """As `forward`, through the hooks of the module."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""torch.library operators around `fused.run`: opaque to torch.compile, with shapes and derivatives registered.
+"""torch.library operators around `fused.run`, with shapes and derivatives for torch.compile.
 
 `nextpt::linear_cross_entropy` gives the scalar loss; its gradients are made in the forward pass and
 kept, and the backward pass multiplies them by the gradient from above. `nextpt::token_statistics`
@@ -8,16 +8,68 @@ N D V FLOPs in all).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.cross_entropy import fused
+from kernels.cross_entropy.chunking import Sums
 from kernels.cross_entropy.fused import Problem
 from kernels.cross_entropy.half_sums import power_of_two_over
 from kernels.cross_entropy.rows import Coefficients, Statistics, check_targets
 
 _NO_CAP = 0.0
+OptionalGradients = tuple[Tensor | None, ...]
+
+
+class SummedLoss(NamedTuple):
+    """Result of `linear_cross_entropy`.
+
+    Attributes:
+        loss: scalar.
+        z_loss: its second part.
+        nats: [N, K].
+        lse: [N].
+        hits: [N, K].
+        unit: factor of the gradients: 1 but in fp16, where weights divided by the number of tokens
+            would vanish.
+        d_hidden: gradient of unit x loss, empty where it is not needed, as the following.
+        d_weight: [V, D].
+        d_bias: [V].
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+    nats: Tensor
+    lse: Tensor
+    hits: Tensor
+    unit: Tensor
+    d_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+
+
+class TokenStatistics(NamedTuple):
+    """Result of `token_statistics`; the first three are differentiable.
+
+    Attributes:
+        nats: [N, K].
+        lse: [N].
+        total: [N], sums of logits.
+        hits: [N, K].
+        peak: [N].
+        log_sum: [N].
+    """
+
+    nats: Tensor
+    lse: Tensor
+    total: Tensor
+    hits: Tensor
+    peak: Tensor
+    log_sum: Tensor
 
 
 def _problem(
@@ -41,15 +93,16 @@ def _problem(
         targets,
         None if softcap == _NO_CAP else softcap,
         rows,
-        sums,
+        cast(Sums, sums),
         wide,
         kernel,
     )
 
 
-def _filled(gradients: fused.Gradients, like: Tensor) -> list[Tensor]:
+def _filled(gradients: fused.Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """An operator returns tensors only: an empty one where there is no gradient."""
-    return [like.new_empty(0) if g is None else g for g in gradients]
+    hidden, weight, bias = (like.new_empty(0) if g is None else g for g in gradients)
+    return hidden, weight, bias
 
 
 @torch.library.custom_op("nextpt::linear_cross_entropy", mutates_args=())
@@ -68,11 +121,10 @@ def linear_cross_entropy(
     kernel: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, z_loss, nats [N, K], lse [N], hits [N, K], unit, dX, dW, db).
+    """Compute the fields of `SummedLoss`.
 
-    scale [N, K]: token weight / weight_sum, 0 where there is no target. needs: which of dX, dW, db
-    are made. They are of `unit` x loss: 1 but in fp16, where weights divided by the number of
-    tokens would vanish.
+    scale [N, K]: token weight / weight_sum, 0 where there is no target. needs: which of the
+    gradients of hidden, weight and bias are computed.
     """
     p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
     unit = torch.ones((), dtype=p.dtype, device=hidden.device)
@@ -83,7 +135,7 @@ def linear_cross_entropy(
         if any(needs)
         else None
     )
-    statistics, gradients = fused.run(p, tuple(needs), coefficients, total=smoothing > 0)
+    statistics, gradients = fused.run(p, needs, coefficients, total=smoothing > 0)
     lse = statistics.peak + statistics.log_sum
     row_scale = scale.sum(1)
     z_loss = (
@@ -93,6 +145,7 @@ def linear_cross_entropy(
     )
     loss = (scale * statistics.nats).sum() + z_loss
     if smoothing:
+        assert statistics.total is not None
         uniform = torch.where(row_scale != 0, lse - statistics.total / weight.shape[0], 0.0)
         loss = loss + smoothing * ((row_scale * uniform).sum() - (scale * statistics.nats).sum())
     return (loss, z_loss, statistics.nats, lse, statistics.hits, unit, *_filled(gradients, hidden))
@@ -101,7 +154,7 @@ def linear_cross_entropy(
 def scalar_coefficients(
     scale: Tensor, z_loss_coefficient: float, smoothing: float, vocabulary: int
 ) -> Coefficients:
-    """What the gradient of the scalar loss consists of, from scale [N, K]."""
+    """Return the coefficients of the gradient of the scalar loss, from scale [N, K]."""
     row = scale.sum(1)
     return Coefficients(
         scale * (1 - smoothing),
@@ -113,30 +166,30 @@ def scalar_coefficients(
 
 @linear_cross_entropy.register_fake
 def _(
-    hidden,
-    weight,
-    bias,
-    targets,
-    scale,
-    z_loss_coefficient,
-    smoothing,
-    softcap,
-    rows,
-    sums,
-    wide,
-    kernel,
-    needs,
-):
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: Tensor,
+    z_loss_coefficient: float,
+    smoothing: float,
+    softcap: float,
+    rows: int,
+    sums: str,
+    wide: bool,
+    kernel: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     scalar = hidden.new_empty((), dtype=dtype)
     per_target = hidden.new_empty(targets.shape, dtype=dtype)
-    p = Problem(hidden, weight, bias, targets, None, rows, sums, wide, kernel)
+    p = Problem(hidden, weight, bias, targets, None, rows, cast(Sums, sums), wide, kernel)
     shapes = (
         (hidden.shape, hidden.dtype),
         (weight.shape, p.gradient_dtype()),
         (weight.shape[:1], dtype),
     )
-    made = [
+    gradients = [
         hidden.new_empty(s, dtype=d) if need else hidden.new_empty(0)
         for need, (s, d) in zip(needs, shapes, strict=True)
     ]
@@ -147,43 +200,42 @@ def _(
         hidden.new_empty(targets.shape[:1], dtype=dtype),
         hidden.new_empty(targets.shape, dtype=torch.bool),
         torch.empty_like(scalar),
-        *made,
+        *gradients,
     )
 
 
-def _keep_gradients(ctx, inputs, output) -> None:
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.needs, ctx.dtypes = inputs[-1], [None if t is None else t.dtype for t in inputs[:3]]
     ctx.save_for_backward(*output[5:])
 
 
-def _give_gradients(ctx, upstream, *_):
-    nothing = [None] * 10
+def _give_gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> OptionalGradients:
+    others = [None] * 10
     if upstream is None:
-        return (None, None, None, *nothing)
-    unit, *made = ctx.saved_tensors
-    given = []
-    for gradient, need, dtype in zip(made, ctx.needs, ctx.dtypes, strict=True):
+        return (None, None, None, *others)
+    unit, *kept = ctx.saved_tensors
+    gradients: list[Tensor | None] = []
+    for gradient, need, dtype in zip(kept, ctx.needs, ctx.dtypes, strict=True):
         if not need:
-            gradient = None
+            gradients.append(None)
         elif ctx.dtypes[0] == torch.float16:
-            gradient = (gradient.float() * (upstream / unit)).to(dtype)
+            gradients.append((gradient.float() * (upstream / unit)).to(dtype))
         else:
             # Another dtype for a bias only, whose sum is fp32
-            gradient = scaled(gradient, upstream).to(dtype)
-        given.append(gradient)
-    return (*given, *nothing)
+            gradients.append(scaled(gradient, upstream).to(dtype))
+    return (*gradients, *others)
 
 
 linear_cross_entropy.register_autograd(_give_gradients, setup_context=_keep_gradients)
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Gradient x factor in gradient's own memory.
+    """Return gradient x factor, in the gradient's own memory.
 
-    In new memory while something traces, where writing over the output of an operator would be a
-    mistake. A compiler reuses the memory by itself.
+    In new memory while something traces, where writing over the output of an operator is not
+    allowed. A compiler reuses the memory by itself.
     """
     if is_in_torch_dispatch_mode():
         return gradient * factor.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -193,9 +245,9 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 @torch.library.custom_op("nextpt::scale_", mutates_args=("gradient",))
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """Gradient *= factor, a scalar on the same device.
+    """Multiply the gradient in place by a scalar on the same device.
 
-    Costs a read of the scalar where that is 1, as in training.
+    It costs a read of the scalar where that is 1, as in training.
     """
     if gradient.is_cuda:
         from kernels.cross_entropy.scale_triton import scale
@@ -206,7 +258,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
 
 
 @scale_.register_fake
-def _(gradient, factor):
+def _(gradient: Tensor, factor: Tensor) -> None:
     return None
 
 
@@ -223,17 +275,15 @@ def token_statistics(
     kernel: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(nats [N, K], lse [N], total [N]: sum of logits, hits [N, K], peak [N], log_sum [N]).
-
-    The first three are differentiable.
-    """
+    """Compute the fields of `TokenStatistics`."""
     p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
     s, _ = fused.run(p, (False, False, False), None, total=True)
+    assert s.total is not None
     return s.nats, s.peak + s.log_sum, s.total, s.hits, s.peak, s.log_sum
 
 
 @token_statistics.register_fake
-def _(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel, needs):
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *_: Any) -> Any:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     nats = hidden.new_empty(targets.shape, dtype=dtype)
     row = hidden.new_empty(targets.shape[:1], dtype=dtype)
@@ -266,7 +316,7 @@ def token_statistics_backward(
     d_lse: Tensor,
     d_total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dW, db) in the dtypes of the inputs, from the gradients of nats [N, K], lse [N] and total [N]."""
+    """Compute gradients of hidden, weight and bias from those of nats, lse and total."""
     p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
     unused = torch.empty_like(targets, dtype=torch.bool)
     statistics = Statistics(nats, peak, log_sum, None, unused)
@@ -277,19 +327,32 @@ def token_statistics_backward(
             if d_lse.numel()
             else unit
         )
-    wanted = Coefficients(
+    coefficients = Coefficients(
         torch.where(targets >= 0, d_nats * unit, 0.0), d_lse * unit, None, d_total * unit
     )
-    made = _filled(fused.run(p, tuple(needs), wanted, statistics)[1], hidden)
+    gradients = _filled(fused.run(p, needs, coefficients, statistics)[1], hidden)
     inputs = (hidden, weight, hidden if bias is None else bias)
-    return tuple(
+    d_hidden, d_weight, d_bias = (
         (g if hidden.dtype != torch.float16 else g.float() / unit).to(t.dtype)
-        for g, t in zip(made, inputs, strict=True)
+        for g, t in zip(gradients, inputs, strict=True)
     )
+    return d_hidden, d_weight, d_bias
 
 
 @token_statistics_backward.register_fake
-def _(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel, needs, *_):
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float,
+    rows: int,
+    sums: str,
+    wide: bool,
+    kernel: str,
+    needs: list[bool],
+    *_: Tensor,
+) -> tuple[Tensor, ...]:
     inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0)
@@ -297,21 +360,23 @@ def _(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel, needs, *
     )
 
 
-def _keep_inputs(ctx, inputs, output) -> None:
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, *rest = inputs
-    nats, _, _, hits, peak, log_sum = output
-    ctx.mark_non_differentiable(hits, peak, log_sum)
+    kept = TokenStatistics(*output)
+    ctx.mark_non_differentiable(kept.hits, kept.peak, kept.log_sum)
     ctx.rest = rest
-    ctx.save_for_backward(hidden, weight, bias, targets, nats, peak, log_sum)
+    ctx.save_for_backward(hidden, weight, bias, targets, kept.nats, kept.peak, kept.log_sum)
 
 
-def _recompute(ctx, d_nats, d_lse, d_total, *_):
+def _recompute(
+    ctx: Any, d_nats: Tensor, d_lse: Tensor, d_total: Tensor, *_: Tensor | None
+) -> OptionalGradients:
     hidden, weight, bias, targets, nats, peak, log_sum = ctx.saved_tensors
-    needs = ctx.rest[-1]
-    made = token_statistics_backward(
+    needs: Sequence[bool] = ctx.rest[-1]
+    gradients = token_statistics_backward(
         hidden, weight, bias, targets, *ctx.rest, nats, peak, log_sum, d_nats, d_lse, d_total
     )
-    return (*(g if need else None for g, need in zip(made, needs, strict=True)), *[None] * 7)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 7)
 
 
 token_statistics.register_autograd(_recompute, setup_context=_keep_inputs)

@@ -1,4 +1,4 @@
-"""The three matrix products of a chunk, written where the result belongs.
+"""Matrix products of a chunk, written where the result belongs.
 
 CPUs without units for them multiply 16-bit matrices slowly: fp16 at 1 to 31 GFLOP/s where fp32 has
 140 to 170 (docs/lab-notes.md). There operands are widened in blocks of the vocabulary: the copy
@@ -18,7 +18,7 @@ BLOCK = 4096  # vocabulary entries widened at once
 
 
 def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Out [n, V] = x weight^T. out has the dtype of x or fp32."""
+    """Compute out [n, V] = x weight^T; out has the dtype of x, or fp32."""
     if out.dtype == x.dtype and multiplies(x.device.type, x.dtype):
         torch.mm(x, weight.T, out=out)
     elif x.is_cuda:
@@ -33,7 +33,7 @@ def logits_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
-    """Out [n, D] = g weight. g has the dtype of weight or, on a CPU, fp32."""
+    """Compute out [n, D] = g weight; g has the dtype of weight or, on a CPU, fp32."""
     if g.dtype == weight.dtype and multiplies(g.device.type, g.dtype):
         torch.mm(g, weight, out=out)
         return
@@ -44,9 +44,9 @@ def hidden_gradient_into(out: Tensor, g: Tensor, weight: Tensor) -> None:
 
 
 def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
-    """Out [V, D] = g^T x if first, else out += g^T x. out has the dtype of x or fp32, g too.
+    """Compute out [V, D] = g^T x if first, else add it to out, with one rounding.
 
-    One rounding per call.
+    out and g have the dtype of x, or fp32.
     """
     if not x.is_cuda and not (g.dtype == out.dtype == x.dtype and multiplies("cpu", x.dtype)):
         wide = x.float()
@@ -67,7 +67,10 @@ def weight_gradient_into(out: Tensor, g: Tensor, x: Tensor, first: bool) -> None
 def half_product_into(
     out: Tensor, g: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], alpha: float, first: bool
 ) -> None:
-    """fp16 out [V, D] = alpha (g scales[0])^T (x scales[1]) if first, else out += that. bf16 g is written over on a GPU."""
+    """Compute fp16 out [V, D] = alpha (g scales[0])^T (x scales[1]) if first, else add it to out.
+
+    bf16 g is written over on a GPU.
+    """
     if not x.is_cuda:
         wide = x.float() * (scales[0] * scales[1] * alpha)
         for part in _blocks(out):
@@ -90,8 +93,8 @@ def multiplies(device: str, dtype: torch.dtype) -> bool:
 
 @cache
 def _has_bf16_units() -> bool:
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    units = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(units.get("avx512_bf16") or units.get("amx_bf16"))
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""Cross-entropy through all logits at once and autograd: the definition that others are tested against."""
+"""Reference cross-entropy, all logits at once and autograd: what others are tested with."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from kernels.cross_entropy.rows import Statistics
 def statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
 ) -> Statistics:
-    """Differentiable; targets [N, K], -1 where there is none.
+    """Return differentiable statistics.
 
-    Logits are rounded to the inputs' dtype, sums are fp32.
+    Logits are rounded to the inputs' dtype; sums are fp32.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        bias: [V] or None.
+        targets: [N, K], -1 where there is none.
+        softcap: cap of the logits, or None.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = (hidden @ weight.T).to(dtype)

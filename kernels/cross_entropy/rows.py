@@ -1,4 +1,4 @@
-"""What is computed per row of logits z [V] with targets t_1..t_K, and the torch implementation of it.
+"""Row work of the loss, on logits z [V] with targets t_1..t_K: definition, and torch's version.
 
     lse = log sum_j exp z_j              nats_k = lse - z_{t_k}
     gradient_j = A p_j - sum_k b_k [j = t_k] + flat,   A = sum_k b_k + linear + 2 square lse,   p =
@@ -20,17 +20,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NO_TARGET = -1  # in targets; all else that is not in the vocabulary is a mistake
+NO_TARGET = -1  # in targets; all else that is not in the vocabulary is an error
 # Elements worked on at once on a CPU: 16 rows of a 50K vocabulary; several passes stay in its
 # caches.
 BLOCK_ELEMENTS = 2**20
 
 
 class Statistics(NamedTuple):
-    """nats [n, K], 0 where there is no target.
+    """Statistics of n rows of logits; fp32 (fp64 for fp64).
 
-    peak, log_sum [n] with lse = peak + log_sum; total [n]: sum of logits, or None where nobody
-    asks;    hits bool [n, K]: whether the target's logit is above all others. fp32 (fp64 for fp64).
+    Attributes:
+        nats: [n, K], -log p of the targets; 0 where there is none.
+        peak: [n], the largest logit.
+        log_sum: [n], with lse = peak + log_sum.
+        total: [n], sum of logits, or None where it is not needed.
+        hits: bool [n, K], whether the target's logit is above all others.
     """
 
     nats: Tensor
@@ -43,6 +47,7 @@ class Statistics(NamedTuple):
     def empty(
         cls, rows: int, targets: int, dtype: torch.dtype, device: torch.device, total: bool
     ) -> Statistics:
+        """Allocate; `total`: with the sums of logits."""
         nats, hits = (
             torch.empty(rows, targets, dtype=d, device=device) for d in (dtype, torch.bool)
         )
@@ -50,14 +55,22 @@ class Statistics(NamedTuple):
         return cls(nats, peak, log_sum, summed if total else None, hits)
 
     def part(self, rows: slice) -> Statistics:
-        return Statistics(*(None if t is None else t[rows] for t in self))
+        """Return views of some rows."""
+        total = None if self.total is None else self.total[rows]
+        return Statistics(
+            self.nats[rows], self.peak[rows], self.log_sum[rows], total, self.hits[rows]
+        )
 
 
 class Coefficients(NamedTuple):
-    """b [n, K] and linear, square, flat [n], see above; the last three may be None.
+    """Coefficients of the gradient of n rows, see above; all but b may be None.
 
-    b is 0 where a row has no target. It counts in A also where the target is in another rank's
-    slice of the vocabulary.
+    Attributes:
+        b: [n, K], 0 where a row has no target. It counts in A also where the target is in another
+            rank's slice of the vocabulary.
+        linear: [n].
+        square: [n].
+        flat: [n].
     """
 
     b: Tensor
@@ -66,13 +79,15 @@ class Coefficients(NamedTuple):
     flat: Tensor | None
 
     def part(self, rows: slice) -> Coefficients:
-        return Coefficients(*(None if t is None else t[rows] for t in self))
+        """Return views of some rows."""
+        others = (None if t is None else t[rows] for t in (self.linear, self.square, self.flat))
+        return Coefficients(self.b[rows], *others)
 
 
 def mark_absent(targets: Tensor, ignore_index: int) -> Tensor:
-    """NO_TARGET for ignore_index.
+    """Return the targets with NO_TARGET for ignore_index.
 
-    Other negative targets are moved down by one, so that they stay mistakes.
+    Other negative targets are moved down by one, so that they stay errors.
     """
     return torch.where(
         targets == ignore_index, NO_TARGET, torch.where(targets < 0, targets - 1, targets)
@@ -82,15 +97,15 @@ def mark_absent(targets: Tensor, ignore_index: int) -> Tensor:
 def check_targets(targets: Tensor, vocabulary: int) -> None:
     """Raise ValueError for a target, as mark_absent leaves it, outside the vocabulary.
 
-    Reads the device.
+    It waits for the device.
     """
     if not targets.numel():
         return
     least, most = (int(t) for t in targets.aminmax())
     if most >= vocabulary or least < NO_TARGET:
-        found = most if most >= vocabulary else least + 1
+        target = most if most >= vocabulary else least + 1
         raise ValueError(
-            f"target {found} is not in the vocabulary of {vocabulary} entries; ignore_index marks"
+            f"target {target} is not in the vocabulary of {vocabulary} entries; ignore_index marks"
             " tokens without one"
         )
 
@@ -105,12 +120,17 @@ def work(
     coefficients: Coefficients | None,
     known: bool,
 ) -> None:
-    """Fill `statistics` (unless they are `known`), then `gradient` (unless None.
+    """Compute the statistics, then the gradient, of n rows.
 
-    It may be `logits` itself).
-
-    logits [n, V] without bias and cap, kept where there is no gradient to make; targets int64 [n,
-    K], NO_TARGET where there is none; bias [V].
+    Args:
+        logits: [n, V] without bias and cap; kept where there is no gradient.
+        gradient: [n, V], written unless None; may be `logits` itself.
+        bias: [V] or None.
+        targets: int64 [n, K], NO_TARGET where there is none.
+        softcap: cap of the logits, or None.
+        statistics: written, unless they are `known`.
+        coefficients: of the gradient; None without one.
+        known: whether the statistics are read.
     """
     step = max(BLOCK_ELEMENTS // logits.shape[1], 1)
     for first in range(0, logits.shape[0], step):
@@ -126,14 +146,14 @@ def work(
             block.mul_(softcap)
         elif gradient is None and block.data_ptr() == logits[part].data_ptr():
             block = block.clone()
-        here = statistics.part(part)
+        chunk = statistics.part(part)
         place, present = targets[part].clamp_min(0), targets[part] >= 0
         if known:
-            block.sub_(here.peak.unsqueeze(1)).sub_(here.log_sum.unsqueeze(1)).exp_()
+            block.sub_(chunk.peak.unsqueeze(1)).sub_(chunk.log_sum.unsqueeze(1)).exp_()
         else:
-            _describe(block, place, present, here)
+            _describe(block, place, present, chunk)
         if gradient is not None and coefficients is not None:
-            g = _gradient(block, place, present, here, coefficients.part(part), known)
+            g = _gradient(block, place, present, chunk, coefficients.part(part), known)
             gradient[part] = g if slope is None else g.mul_(slope)
 
 

@@ -1,4 +1,4 @@
-"""Multiplying a large tensor in place by a scalar that the host does not know."""
+"""Multiplication of a large tensor, in place, by a scalar that the host does not know."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import triton_jit as tj
+from kernels.triton_jit import jit
+
 BLOCK = 4096
 
 
-@triton.jit
-def scale_kernel(values, out, factor, count, BLOCK: tl.constexpr, ALWAYS: tl.constexpr):
+@jit
+def scale_kernel(
+    values: tj.Pointer,
+    out: tj.Pointer,
+    factor: tj.Pointer,
+    count: tj.Scalar,
+    BLOCK: tl.constexpr,
+    ALWAYS: tl.constexpr,
+) -> None:
+    """Write one block of values * factor; unless ALWAYS nothing where the factor is 1."""
     f = tl.load(factor).to(tl.float32)
     if ALWAYS or f != 1.0:  # otherwise nothing is read: a gigabyte of gradient costs a launch
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -21,9 +32,12 @@ def scale_kernel(values, out, factor, count, BLOCK: tl.constexpr, ALWAYS: tl.con
 
 
 def scale(values: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
-    """Out = values * factor; values contiguous, factor a scalar on the same device.
+    """Compute out = values * factor.
 
-    out: values itself unless given, or a view of its bytes as another type of the same width.
+    Args:
+        values: contiguous.
+        factor: a scalar on the same device.
+        out: `values` itself unless given, or its bytes as another type of the same width.
     """
     if values.dtype == torch.float64:
         values.mul_(factor)

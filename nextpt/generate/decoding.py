@@ -59,14 +59,14 @@ class DecodingBatch:
         self._set_padding(self._padding[index])
 
     def _set_padding(self, padding: Tensor) -> None:
+        self._padding = padding
         # The flag is read now, so that no step waits for the device
-        self._padding, self._padded = padding, bool(padding.any())
+        self._documents = LeftPadded(padding) if bool(padding.any()) else None
 
     @torch.no_grad()
     def _forward(self, tokens_BT: Tensor) -> None:
         device, before, new = self._padding.device, self._cache.length, tokens_BT.shape[1]
         columns = torch.arange(before, before + new, device=device)
         positions = (columns - self._padding.unsqueeze(1)).clamp_min(0)
-        documents = LeftPadded(self._padding, new, before + new) if self._padded else None
-        output = self._model(tokens_BT.to(device), positions, documents, cache=self._cache)
+        output = self._model(tokens_BT.to(device), positions, self._documents, cache=self._cache)
         self.logits_BV = self._model.lm_head(output.hidden[:, -1]).float().cpu()

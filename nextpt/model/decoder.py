@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention.documents import Packing
+from kernels.attention import Packing
 from kernels.cross_entropy import LinearCrossEntropy
 from nextpt.config import Config
 from nextpt.model.init import Init

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.attention import attention
-from kernels.attention.documents import Packing
+from kernels.attention import Packing, attention
 from nextpt.model.init import Init
 from nextpt.model.rope import rotate
 from nextpt.model.spec import ModelSpec

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.attention import choose_attention
-from kernels.attention.features import asked
 from kernels.causality import CausalityError, check_attention
-from kernels.cross_entropy import pick
+from kernels.choice import attention_features, choose_attention, choose_cross_entropy
 from nextpt.base.errors import ConfigError, UserError
 from nextpt.config import Config
 from nextpt.model import ModelSpec
@@ -33,7 +31,7 @@ def check_causality(config: Config, device: torch.device) -> None:
         choose_attention(
             config.model.attention,
             device.type,
-            asked(head, head, documents=True, window=config.model.sliding_window),
+            attention_features(head, head, documents=True, window=config.model.sliding_window),
         )
         check_attention(config.model.attention, device, dtype, config.model.sliding_window)
     except ValueError as error:
@@ -52,7 +50,7 @@ def check_cross_entropy(config: Config, device: torch.device) -> None:
         ConfigError: When the implementation or its chunks do not fit.
     """
     try:
-        pick(config.model.cross_entropy, device.type)
+        choose_cross_entropy(config.model.cross_entropy, device.type)
     except ValueError as error:
         raise ConfigError(f"model.cross_entropy = {config.model.cross_entropy}: {error}") from error
     loss_chunking(config, device.type)

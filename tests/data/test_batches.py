@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from data_prep.format import PADDING
 from data_prep.mds import StoredSequence
-from kernels.attention import PackedDocuments
-from kernels.attention.documents import PackedSequences
+from kernels.attention import PackedDocuments, PackedSequences
+from kernels.attention.intervals import Slices
 from nextpt.base.errors import DataError
 from nextpt.data.batch import IGNORE_INDEX, Batch, collate, padding_sequence, segments_per_sequence
 from nextpt.data.loader import Loader
@@ -142,8 +142,9 @@ def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int])
     )
     if context >= length:  # else padding is cut in cu_seqlens and is one run in document_ids
         total = len(made) * length
-        mask = PackedSequences(batch.cu_seqlens, batch.cu_seqlens, total, total).mask(None)[0, 0]
-        by_ids = PackedDocuments.from_document_ids(batch.document_ids).mask(None)[:, 0]
+        sequences = PackedSequences(batch.cu_seqlens, batch.cu_seqlens, total, total)
+        mask = sequences.mask(Slices.of(total, total), None)[0, 0]
+        by_ids = PackedDocuments(batch.document_ids).mask(Slices.of(length, length), None)[:, 0]
         assert torch.equal(mask, torch.block_diag(*by_ids.int()).bool())
 
 

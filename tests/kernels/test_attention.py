@@ -9,18 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import (
-    IMPLEMENTATIONS,
-    LeftPadded,
-    PackedDocuments,
-    PackedSequences,
-    attention,
-    choose_attention,
-)
-from kernels.attention import sdpa as sdpa_module
+from kernels.attention import LeftPadded, PackedDocuments, PackedSequences, attention
+from kernels.attention.call import AttentionCall
+from kernels.attention.intervals import Slices
 from kernels.causality import CausalityError, check_attention
+from kernels.choice import ATTENTION, choose_attention
 
-HERE = [i.name for i in IMPLEMENTATIONS.values() if not i.lacks("cpu", ())]
+HERE = [i.name for i in ATTENTION.values() if not i.refusals("cpu")]
 
 
 def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
@@ -59,7 +54,7 @@ def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_matches_the_definition(name: str, data: st.DataObject) -> None:
-    features = IMPLEMENTATIONS[name].features
+    features = ATTENTION[name].features
     keys = data.draw(st.integers(1, 9))
     packed = data.draw(st.booleans())
     queries = keys if packed else data.draw(st.integers(1, 9))
@@ -75,7 +70,7 @@ def test_matches_the_definition(name: str, data: st.DataObject) -> None:
         else None
     )
     ids = torch.randint(0, 2, (2, keys), generator=generator).cumsum(1).int() if packed else None
-    documents = PackedDocuments.from_document_ids(ids) if packed else None
+    documents = PackedDocuments(ids) if packed else None
     options = {
         "documents": documents,
         "window": window,
@@ -96,13 +91,15 @@ def test_matches_the_definition(name: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("window", [None, 3])
 def test_nothing_looks_ahead(name: str, window: int | None) -> None:
     check_attention(name, window=window)
-    assert "documents" in IMPLEMENTATIONS[name].features
+    assert "documents" in ATTENTION[name].features
 
 
 def test_the_check_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sdpa_module, "causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool, device=d)
-    )
+    def everything(call: AttentionCall, device: torch.device) -> torch.Tensor:
+        shape = 1, 1, call.slices.queries, call.slices.keys
+        return torch.ones(shape, dtype=torch.bool, device=device)
+
+    monkeypatch.setattr(AttentionCall, "mask", everything)
     with pytest.raises(CausalityError, match="may not see"):
         check_attention("sdpa", window=3)
 
@@ -112,9 +109,7 @@ def test_gradients_equal_the_reference() -> None:
     inputs = [torch.randn(1, 6, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     found = []
     for name in ("reference", "sdpa"):
-        out = attention(
-            *inputs, documents=PackedDocuments.from_document_ids(ids), implementation=name
-        )
+        out = attention(*inputs, documents=PackedDocuments(ids), implementation=name)
         found.append(
             torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), inputs)
         )
@@ -132,7 +127,7 @@ def test_reference_is_differentiable_everywhere_and_empty_rows_give_zero() -> No
     assert gradients[0][:, :2].eq(0).all()
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if "documents" in IMPLEMENTATIONS[n].features])
+@pytest.mark.parametrize("name", [n for n in HERE if "documents" in ATTENTION[n].features])
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (1, 2), (4, None), (4, 3), (7, None)])
 def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: int | None) -> None:
     """The last queries of whole rows of two documents.
@@ -143,29 +138,36 @@ def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: 
     q, k, v = (torch.randn(3, keys, heads, 8) for heads in (4, 2, 2))
     ids = (torch.arange(keys) >= padding.unsqueeze(1)).int()
     want, _ = naive(q, k, v, ids, window)
-    documents = LeftPadded(padding, queries, keys)
+    documents, slices = LeftPadded(padding), Slices.of(queries, keys)
     got = attention(q[:, -queries:], k, v, documents=documents, window=window, implementation=name)
     torch.testing.assert_close(got.double(), want[:, -queries:], atol=1e-5, rtol=1e-5)
-    flat = PackedSequences(*documents.cu_seqlens(), 3 * queries, 3 * keys).mask(window)[0, 0]
-    assert torch.equal(flat, torch.block_diag(*documents.mask(window)[:, 0]).bool())
+    sequences = PackedSequences(*documents.cu_seqlens(slices), 3 * queries, 3 * keys)
+    flat = sequences.mask(Slices.of(3 * queries, 3 * keys), window)[0, 0]
+    assert torch.equal(flat, torch.block_diag(*documents.mask(slices, window)[:, 0]).bool())
 
 
-def test_left_padding_refuses_more_queries_than_keys() -> None:
-    with pytest.raises(ValueError, match="queries at most keys"):
-        LeftPadded(torch.tensor([1]), 3, 2)
-
-
-def test_cu_seqlens_list_the_starts_and_pad() -> None:
-    documents = PackedDocuments.from_document_ids(torch.tensor([[0, 0, 1], [1, 1, 1]]))
-    assert documents.cu_seqlens()[0].tolist() == [0, 2, 3, 6, 6, 6, 6]
+def test_packings_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"\[B\], got shape \(1, 1\)"):
+        LeftPadded(torch.tensor([[1]]))
+    q, k, v = (torch.zeros(2, 4, heads, 8) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match="padding of 1 rows does not fit 2"):
+        attention(q, k, v, documents=LeftPadded(torch.tensor([1])))
+    ids = torch.zeros(2, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"do not fit 2 rows with queries at 2..6"):
+        attention(q, k, v, query_offset=2, documents=PackedDocuments(ids))
+    with pytest.raises(ValueError, match="not known"):
+        PackedDocuments(ids).cu_seqlens(Slices.of(5, 5))
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="no offsets"):
+        attention(q[:1], k[:1], v[:1], query_offset=2, documents=PackedSequences(cu, cu, 4, 4))
 
 
 def test_choice_says_what_is_lacking() -> None:
     assert choose_attention("auto", "cpu", {"documents"}).name == "sdpa"
     assert choose_attention("auto", "cpu", {"sinks", "lse"}).name == "reference"
-    with pytest.raises(ValueError, match="sdpa.*has no sinks"):
+    with pytest.raises(ValueError, match=r"sdpa.*has no sinks"):
         choose_attention("sdpa", "cpu", {"sinks"})
-    with pytest.raises(ValueError, match="unknown implementation 'sdp'.*reference"):
+    with pytest.raises(ValueError, match=r"unknown implementation 'sdp'.*reference"):
         choose_attention("sdp", "cpu", set())
 
 

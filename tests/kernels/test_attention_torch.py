@@ -1,4 +1,4 @@
-"""Our attention as a part of torch: operators, compilation, FLOPs, autograd's corners, mistakes."""
+"""Attention in torch: operators, compilation, FLOPs, autograd, errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kernels.attention import (
     ops,
     triton_attention,
 )
-from kernels.attention.intervals import causal, of_documents, of_lengths
+from kernels.attention.intervals import Slices, causal, of_documents, of_lengths
 from tests.kernels.test_attention_triton import qkv, tiles
 
 pytestmark = pytest.mark.filterwarnings(
@@ -36,7 +36,7 @@ def test_opcheck(with_sinks: bool) -> None:
     sinks = torch.randn(4, requires_grad=True) if with_sinks else None
     torch.library.opcheck(
         ops.attention,
-        (*inputs, sinks, *causal(20, 20, 7, torch.device("cpu")), 0.25, 3.0),
+        (*inputs, sinks, *causal(Slices.of(20, 20), 7, torch.device("cpu")), 0.25, 3.0),
         test_utils=CHECKS,
     )
 
@@ -51,7 +51,7 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool) -> None:
             q,
             k,
             v,
-            documents=PackedDocuments.from_document_ids(ids),
+            documents=PackedDocuments(ids),
             window=5,
             return_lse=True,
             implementation="triton",
@@ -97,7 +97,7 @@ def test_second_derivatives_are_refused() -> None:
     (g,) = torch.autograd.grad(
         attention(*inputs, implementation="triton").square().sum(), inputs[:1], create_graph=True
     )
-    with pytest.raises(RuntimeError, match="no autograd formula|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"no autograd formula|does not require grad"):
         torch.autograd.grad(g.sum(), inputs)
 
 
@@ -124,9 +124,11 @@ def test_intervals_are_the_masks() -> None:
     )
     for window in (None, 1, 2):
         for intervals in (
-            causal(6, 4, window, ids.device),
-            causal(3, 6, window, ids.device),
-            of_documents(ids, window),
+            causal(Slices.of(6, 4), window, ids.device),
+            causal(Slices.of(3, 6), window, ids.device),
+            of_documents(ids, Slices.of(6, 6), window),
+            of_documents(ids, Slices.of(2, 3, query_offset=1, key_offset=2), window),
+            causal(Slices.of(4, 3, query_offset=0, key_offset=2), window, ids.device),
             of_lengths(*cu, 6, 5, window),
         ):
             mask = intervals.mask()[:, 0]
@@ -166,7 +168,7 @@ def test_sequences_of_different_lengths_align_at_their_ends() -> None:
         ({"softcap": -1.0}, "softcap"),
         ({"window": 0}, "window"),
         ({"sinks": torch.zeros(3)}, "one per query head"),
-        ({"documents": PackedDocuments(torch.zeros(1, 5))}, "do not fit"),
+        ({"documents": PackedDocuments(torch.zeros(1, 3))}, "do not fit"),
     ],
 )
 def test_mistakes_are_named(change: dict, message: str) -> None:
@@ -193,8 +195,8 @@ def test_the_self_test_finds_a_wrong_kernel() -> None:
     """What runs once per process on a GPU, here on the CPU."""
     assert triton_attention.difference(triton_attention.run, "cpu") is None
 
-    def wrong(q, k, v, *, documents, **options):
-        return triton_attention.run(q, k, v, documents=None, **options)
+    def wrong(q, k, v, call):
+        return triton_attention.run(q, k, v, call._replace(documents=None))
 
     assert "off by" in triton_attention.difference(wrong, "cpu")
     assert "TypeError" in triton_attention.difference(lambda: None, "cpu")

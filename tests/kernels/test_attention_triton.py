@@ -1,4 +1,6 @@
-"""Our Triton attention against the reference in fp64: output, log-sum-exp and every gradient, on the CPU (interpreted) and on a GPU.
+"""Triton attention against the reference in fp64: output, log-sum-exp and every gradient.
+
+Interpreted on the CPU, and on a GPU.
 
 FlashAttention's rule: an error of at most twice that of the same computation in torch in the same
 precision, and a rounding of the largest value.
@@ -18,13 +20,14 @@ from torch import Tensor
 from kernels.attention import (
     PackedDocuments,
     PackedSequences,
+    Packing,
     attention,
     attention_packed,
     launch,
     reference,
 )
-from kernels.attention.documents import Packing
-from kernels.attention.intervals import causal
+from kernels.attention.call import AttentionCall
+from kernels.attention.intervals import Slices
 from kernels.attention.launch import Tile
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -45,7 +48,7 @@ everywhere = pytest.mark.parametrize(
 
 @contextmanager
 def tiles(m: int, n: int):
-    """Small tiles: several of them in few tokens, and cheap to interpret. 0: those that are launched."""
+    """Launch small tiles: several of them in few tokens, cheap to interpret. 0: the usual ones."""
     with ExitStack() as stack:
         if m:
             for table in (launch.FORWARD, launch.KEYS, launch.KEYS_CAPPED, launch.QUERIES):
@@ -68,17 +71,14 @@ def naive(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention in the inputs' own precision, as one writes it in torch: scores and weights are rounded to it."""
+    """Softmax attention in torch; scores and weights are rounded to the inputs' precision."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = (
-        causal(q.shape[1], k.shape[1], window, q.device)
-        if documents is None
-        else documents.intervals(window)
-    ).mask()
+    slices = Slices.of(q.shape[1], k.shape[1])
+    mask = AttentionCall(slices, scale, documents, window).mask(q.device)
     scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         scores = torch.cat(
@@ -129,8 +129,10 @@ def check(
     wide = [t.detach().double().requires_grad_() for t in leaves]
     scale = q.shape[3] ** -0.5 * 1.5
     options = {"documents": documents, "window": window, "softcap": softcap, "scale": scale}
+    wide_sinks = None if sinks is None else wide[3]
     exact = reference.run(
-        *wide[:3], **options, sinks=wide[3] if sinks is not None else None, return_lse=True
+        *wide[:3],
+        AttentionCall(Slices.of(q.shape[1], k.shape[1]), sinks=wide_sinks, **options),
     )
     plain = naive(
         *leaves[:3], documents, window, scale, softcap, leaves[3] if sinks is not None else None
@@ -200,7 +202,7 @@ def test_output_and_gradients(device: str, dtype: torch.dtype, data: st.DataObje
     g = torch.Generator().manual_seed(seed)
     documents = None
     if kind == "documents":
-        documents = PackedDocuments.from_document_ids(
+        documents = PackedDocuments(
             (torch.rand(rows, queries, generator=g) < 0.08).cumsum(1).int().to(device)
         )
     elif kind == "sequences":  # lengths of their own for queries and keys, some of them empty
@@ -263,7 +265,7 @@ def test_queries_that_see_nothing(device: str, dtype: torch.dtype) -> None:
 
 @everywhere
 def test_views_of_one_projection_and_strided_gradients(device: str, dtype: torch.dtype) -> None:
-    """q, k and v as slices of one tensor, an output gradient that is transposed, and one that is expanded."""
+    """q, k and v as slices of one tensor; a transposed and an expanded gradient of the output."""
     together = qkv(2, 40, 40, 6, 6, 16, 16, dtype, device)[0].requires_grad_()
     q, k, v = together[:, :, :2], together[:, :, 2:4], together[:, :, 4:]
     found = []

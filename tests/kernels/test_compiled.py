@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel for sm_90, on a machine without a GPU."""
+"""Compiled code of every Triton kernel for sm_90, on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_attention_uses_the_tensor_cores_without_waiting_for_each(report: Report
 
 
 def test_offsets_of_attention_have_64_bits(report: Report) -> None:
-    """Row, head and first token of a block each meet a stride in 64 bits, for every tensor that is read or written."""
+    """Row, head and first token of a block meet their strides in 64 bits, in every tensor."""
     tensors = {"forward": 4, "keys": 6, "queries": 5, "delta": 2}
     for name, f in report.items():
         if name.startswith("attention"):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kernels.attention import PackedDocuments, attention
-from kernels.attention.interface import IMPLEMENTATIONS as ATTENTION
 from kernels.bench.cross_entropy import error, exact_slices, inputs
 from kernels.bench.machine import measure_peak
 from kernels.causality import check_attention
+from kernels.choice import ATTENTION
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.chunking import MIB, plan_chunks
 
@@ -22,7 +22,7 @@ def usable(table: dict, dtype: torch.dtype) -> list[str]:
     return [
         n
         for n, i in table.items()
-        if not i.lacks("cuda", ()) and (n != "flash_attn" or dtype == torch.bfloat16)
+        if not i.refusals("cuda") and (n != "flash_attn" or dtype == torch.bfloat16)
     ]
 
 
@@ -31,13 +31,11 @@ def test_attention_agrees_with_the_cpu_reference(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 96, h, 64, generator=generator) for h in (4, 2, 2))
     ids = torch.tensor([[0] * 40 + [1] * 56, [0] * 96], dtype=torch.int32)
-    expected = attention(
-        q, k, v, documents=PackedDocuments.from_document_ids(ids), implementation="reference"
-    )
+    expected = attention(q, k, v, documents=PackedDocuments(ids), implementation="reference")
     for name in usable(ATTENTION, dtype):
         found = attention(
             *(t.cuda().to(dtype) for t in (q, k, v)),
-            documents=PackedDocuments.from_document_ids(ids.cuda()),
+            documents=PackedDocuments(ids.cuda()),
             implementation=name,
         )
         torch.testing.assert_close(
@@ -103,7 +101,7 @@ def test_attention_never_waits_for_the_device() -> None:
             q,
             k,
             v,
-            documents=PackedDocuments.from_document_ids(ids),
+            documents=PackedDocuments(ids),
             window=50,
             implementation="triton",
         ).sum().backward()

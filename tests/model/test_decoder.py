@@ -76,7 +76,7 @@ def test_output_does_not_depend_on_later_tokens_or_other_documents(
     positions = torch.cat([torch.arange(8), torch.arange(12)]).unsqueeze(0)
 
     def logits(t: torch.Tensor) -> torch.Tensor:
-        return model.lm_head(model(t, positions, PackedDocuments.from_document_ids(ids)).hidden)[0]
+        return model.lm_head(model(t, positions, PackedDocuments(ids)).hidden)[0]
 
     before = logits(tokens)
     for place in range(20):
@@ -96,7 +96,7 @@ def test_gradient_of_an_output_stays_in_its_past() -> None:
     positions = torch.arange(12).unsqueeze(0)
     model.embed_tokens.forward = lambda tokens: embedded
     out = model(
-        torch.zeros(1, 12, dtype=torch.long), positions, PackedDocuments.from_document_ids(ids)
+        torch.zeros(1, 12, dtype=torch.long), positions, PackedDocuments(ids)
     ).hidden
     for i in range(12):
         (gradient,) = torch.autograd.grad(out[0, i].sum(), embedded, retain_graph=True)

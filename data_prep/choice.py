@@ -21,8 +21,8 @@ from data_prep.tokenizer import Tokenizer, convert, train_bpe, write_character_t
 from nextpt.base.errors import DataPrepError
 from nextpt.base.files import atomic_write
 
-# Of text that a tokenizer is trained on, taken evenly from all units: more changes little, and
-# takes memory
+# Bytes of text that a tokenizer is trained on, taken evenly from all units. More text changes
+# little, and takes memory.
 TRAINING_BYTES = 2**28
 # Texts on which the two libraries must agree, from all over the corpus
 SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 32, 16, 2**14
@@ -43,8 +43,7 @@ def make_tokenizer(plan: Plan) -> None:
     if spec.tokenizer is not None:
         convert(str(spec.tokenizer), path, start=spec.start_token, end=spec.end_token)
     elif spec.characters:
-        # Of both sides: a vocabulary of characters has no way to spell one that only the held-out
-        # side has.
+        # The characters of both splits: a vocabulary of characters cannot spell any other one.
         write_character_tokenizer(
             (text for unit in plan.units for text, _ in _texts(plan, unit)), path
         )

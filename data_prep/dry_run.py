@@ -18,8 +18,8 @@ from data_prep.records import Record, read_part
 from data_prep.spec import PrepSpec
 from data_prep.tokenizer import Tokenizer, convert
 
-SAMPLE_UNITS = 4  # spread over the corpus, and of each the first block: seconds in all
-SHARE_OF_TOKENIZER = 0.85  # of the time of a whole preparation (docs/data.md)
+SAMPLE_UNITS = 4  # spread over the corpus; the first block of each takes seconds in all
+SHARE_OF_TOKENIZER = 0.85  # tokenizer's share of the time of a preparation (docs/data.md)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def dry_run(spec: PrepSpec, workers: int | None = None) -> Estimate:
             tokens += len(tokenizer.encode(text))
     seconds = max(time.perf_counter() - started, 1e-9) / SHARE_OF_TOKENIZER
     scale = stored / max(used, 1)
-    # Tokens lie on the disk twice, before and after packing; padding is far below a per cent.
+    # Tokens are stored twice, before and after packing; padding is far below a per cent.
     disk = int(2 * scale * tokens * token_dtype(tokenizer.vocab_size).itemsize)
     return Estimate(
         plan,

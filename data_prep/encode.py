@@ -29,9 +29,9 @@ from data_prep.tokens import TokensWriter
 from nextpt.base.errors import DataPrepError, UserError
 from nextpt.base.files import atomic_write
 
-# Per call of the tokenizer: large enough to cost nothing, small in memory
+# Texts per call of the tokenizer: enough to make the call's overhead negligible, small in memory
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
-# Of each unit's first text, on which the two tokenizer libraries must agree: milliseconds
+# Characters of each unit's first text on which the two libraries are compared; milliseconds
 CHECKED_CHARACTERS = 2**15
 Advance = Callable[[int], None]
 Write = Callable[[bytes], object]
@@ -244,7 +244,7 @@ class _Encoding:
             return
         domain = record.domain or self.unit.source
         index = self.domains.setdefault(domain, len(self.domains))
-        # The tail of a document that was cut has the id of its head, which is no clash.
+        # Head and tail of a cut document have the same id, which is not a clash.
         id_hash = (
             _id_hash(domain, record.id) if record.id is not None and record is not self.last else 0
         )

@@ -45,7 +45,7 @@ from nextpt.base.files import atomic_write
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 CODES = {"uint16": 8, "int32": 4}
-BLOCK = 2**20  # entries of a table made at once
+BLOCK = 2**20  # entries of a table computed at once
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def export_megatron(data: Path, prefix: Path, console: Console | None = None) ->
             task = progress.add_task(
                 "exporting", total=sum(s.bytes for shards in parts.values() for s in shards)
             )
-            # Files take their names in reverse order: each index after all tokens.
+            # Files are renamed in reverse order: each index after all tokens.
             indices = {
                 part: files.enter_context(atomic_write(_file(p, ".idx"), "w+b"))
                 for part, p in prefixes.items()

@@ -47,7 +47,7 @@ def finish(
     """
     spec, folder = plan.spec, plan.spec.work / "dataset"
     for leftover in folder.rglob(".*.tmp-*"):
-        leftover.unlink(missing_ok=True)  # of a worker that was killed in this stage
+        leftover.unlink(missing_ok=True)  # left by a worker that was killed in this stage
     packed = [
         json.loads(packed_path(spec.work, group.index).read_text(encoding="utf-8"))
         for group in layout.groups
@@ -178,8 +178,7 @@ def _manifest(
         splits=counts,
         fingerprint="",
     )
-    # Of what is in the dataset (the indices hold the hashes of all shards), not of where it came
-    # from.
+    # The fingerprint covers the content (indices hold the hashes of all shards), not the origin.
     fingerprint = sha256(canonical_json(manifest.model_dump()).encode()).hexdigest()
     return manifest.model_copy(update={"fingerprint": fingerprint, "inputs_sha256": plan.sha256})
 

@@ -108,7 +108,7 @@ def pack_group(
             advance(int(documents.offsets[-1]))
         for split in SPLITS:
             target = work / "dataset" / split / group.domain / name
-            # There already: another worker's, of the same bytes
+            # If it exists, another worker has written the same bytes
             if counts[split]["rows"] and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(staging / split, target)
@@ -144,7 +144,7 @@ def gather(
     stream[offsets[:-1]], stream[offsets[1:] - 1] = tokenizer.start_id, tokenizer.end_id
     placed = None
     if tokenizer.byte_counts == "column":
-        # An end has a size too
+        # The end token has a size too
         placed = _spread(sizes, [counts + 1 for counts in lengths], offsets, np.uint32)
         placed[offsets[:-1]] = 0
     return Documents(stream, placed, offsets, total)
@@ -190,8 +190,7 @@ def _select(values: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.nd
     places = np.flatnonzero(chosen)
     if not len(places):
         return values[:0]
-    # Neighbours are copied as one stretch: with one domain per unit that is nearly everything at
-    # once.
+    # Adjacent documents are copied as one stretch; with one domain per unit that is nearly all.
     breaks = np.flatnonzero(np.diff(places) > 1)
     firsts = places[np.concatenate(([0], breaks + 1))]
     lasts = places[np.concatenate((breaks, [len(places) - 1]))]
@@ -225,8 +224,8 @@ class _Rows:
             layout = columns(
                 self.spec.sequence_length, self.tokenizer.vocab_size, self.tokenizer.byte_counts
             )
-            # Not used as a context: its __exit__ would write an index for half the rows when
-            # something fails.
+            # Not used as a context manager: after a failure its __exit__ would write an index of
+            # half the rows.
             writer = import_streaming().MDSWriter(
                 columns=layout,
                 out=str(folder),
@@ -251,7 +250,7 @@ class _Rows:
         tokens = self._joined(self.documents.stream, begins, ends, self.tokenizer.end_id)
         filled = sum(lengths)
         own = self.table[tokens]
-        firsts = [0, *accumulate(lengths[:-1])]  # no targets
+        firsts = [0, *accumulate(lengths[:-1])]  # first tokens of segments are no targets
         own[firsts] = own[filled:] = 0
         self.text_tokens += int(np.count_nonzero(own))
         if self.documents.sizes is None:

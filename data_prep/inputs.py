@@ -16,7 +16,7 @@ from nextpt.base.stores import STORE_ERRORS, is_uri, open_store, store_problem
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-SMALL = 2**20  # bytes up to which a local file is known by its content
+SMALL = 2**20  # bytes up to which a local file is identified by its content
 READABLE = ".jsonl, .ndjson, .json (one object a line) or .txt, plain, .gz or .zst; .parquet"
 
 

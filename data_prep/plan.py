@@ -22,8 +22,8 @@ from data_prep.spec import PrepSpec
 from nextpt.base.errors import DataPrepError
 from nextpt.base.files import atomic_write, canonical_json, sha256_file
 
-# Of text: seconds of work, so little is done twice after a kill or waited for at the end; small
-# files share a unit
+# Bytes of text per unit: seconds of work, so little is lost by a kill or waited for at the end.
+# Small files share a unit.
 UNIT_BYTES = 2**25
 LISTING_THREADS = 16  # Parquet footers in an object store are latency, not work
 

@@ -57,7 +57,7 @@ def prepare(
         _begin(plan, overwrite, console, alone)
         with watching(plan, console):
             (workers or local_workers(plan)).run(spec.work)
-        shutil.rmtree(spec.work, ignore_errors=True)  # the last leases of workers that came late
+        shutil.rmtree(spec.work, ignore_errors=True)  # leases of workers that ended last
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataPrepError(

@@ -20,14 +20,14 @@ from nextpt.base.errors import DataPrepError
 from nextpt.base.stores import STORE_ERRORS, open_store, store_problem
 
 BLOCK = 2**22
-LONGEST_LINE = 2 * LONGEST_DOCUMENT  # a document and what else its record holds
+LONGEST_LINE = 2 * LONGEST_DOCUMENT  # a document and the other fields of its record
 # Text compresses 3 to 10 times and repetitive logs some hundred; zeros 30,000 times (zstd). A bomb
 # is a file that exceeds this ratio, once it has yielded more than BOMB_FLOOR bytes.
 BOMB_RATIO = 1000
 BOMB_FLOOR = 2**26
 PARQUET_ROWS = 256
-# Bytes of a compressed file that tell how far it unpacks, and the ratio taken for files not larger
-# than a few times that.
+# Bytes of a compressed file from which its decompressed size is estimated, and the ratio assumed
+# for files not much larger than that.
 HEAD = 2**17
 USUAL_EXPANSION = 4
 
@@ -156,8 +156,8 @@ def unpacked_size(file: InputFile) -> int:
         with pa.CompressedInputStream(pa.BufferReader(head), file.compression) as stream:
             while unpacked < BOMB_RATIO * HEAD and (chunk := stream.read(2**16)):
                 unpacked += len(chunk)
-    # It ends in the middle of its stream, as it must; what else is wrong the one who reads all of
-    # it will tell
+    # The head ends inside a compressed stream, which is an error here only; other damage is
+    # reported when the whole file is read
     except STORE_ERRORS:
         pass
     return file.size * unpacked // HEAD or file.size * USUAL_EXPANSION
@@ -186,8 +186,8 @@ def _lines(part: Part, advance: Callable[[int], None]) -> Iterator[tuple[int, by
             stream.seek(part.start - 1)  # the byte before tells whether a line begins at `start`
             offset = part.start - 1
         used = part.start
-        # The pieces of the line being read are joined once, at its end: joined at every block a
-        # long line costs its square.
+        # The pieces of a line are joined once, at its end: joining them at every block would cost
+        # quadratic time.
         pieces: list[bytes] = []
         length, skipping, first = 0, False, part.start > 0
         while chunk := stream.read(BLOCK):

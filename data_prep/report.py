@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, computed_field
 from nextpt.base.files import atomic_write, canonical_json
 
 HISTOGRAM_BINS = 32
-# Text out of a corpus may hold lone surrogates, which no file in UTF-8 can.
+# Text of a corpus may hold lone surrogates, which UTF-8 cannot encode.
 FromCorpus = Annotated[
     str,
     BeforeValidator(
@@ -280,7 +280,7 @@ def histogram_bars(counts: list[int], width: float, height: float) -> list[dict[
     if not filled:
         return []
     first, last = filled[0], filled[-1]
-    step = width / max(last - first + 1, 6)  # a few bars do not fill the picture
+    step = width / max(last - first + 1, 6)  # a few bars do not fill the plot
     tallest = max(counts)
     return [
         {

@@ -86,10 +86,10 @@ def run_worker(work: Path, worker: int, workers: int) -> None:
     plan = Plan.load(work)
     try:
         for stage in stages(plan):
-            # Which takes seconds, and packing needs it
+            # The import takes seconds, and packing needs it
             run_stage(stage, work, worker, workers, idle=import_streaming)
     except (FileNotFoundError, UserError):
-        # Else another worker has finished, and removed WORK under this one's feet
+        # If it is finished, another worker has removed WORK while this one used it
         if not is_finished(plan):
             raise
 

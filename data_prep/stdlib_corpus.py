@@ -56,7 +56,7 @@ def collect(output: Path, library: Path | None = None) -> Collected:
     library = library or Path(sysconfig.get_path("stdlib"))
     result = Collected({"code": 0, "prose": 0}, {"code": 0, "prose": 0}, 0)
     output.mkdir(parents=True, exist_ok=True)
-    # Kept when they are the same, as a dataset made from them knows large inputs by their time.
+    # An equal file is kept, because a dataset identifies large inputs by their modification time.
     with (
         atomic_write(output / "code.jsonl", keep_same=True) as code,
         atomic_write(output / "prose.jsonl", keep_same=True) as prose,

@@ -17,7 +17,8 @@ from data_prep.stages import stages
 from data_prep.work import Stage, advanced
 from nextpt.base.errors import UserError
 
-POLL = 0.5  # seconds; longer where a look takes long, so that looking costs a twentieth at most
+# Seconds between polls; longer where a poll is slow, so that polling takes at most a twentieth.
+POLL = 0.5
 LOG_EVERY = 30.0  # seconds between lines where there is no terminal
 WORDS = {
     "tokenizer": "choosing the tokenizer",
@@ -59,7 +60,7 @@ class _Watch(ABC):
                 if not self._follow(stage):
                     return
         except (OSError, UserError):
-            # The work folder is gone: finished, or failed with an error that the worker tells
+            # The work folder is gone: finished, or failed with an error that the worker reports
             return
 
     def _follow(self, stage: Stage) -> bool:

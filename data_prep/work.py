@@ -23,11 +23,11 @@ from nextpt.base.files import atomic_write
 from nextpt.base.processes import has_ended, process_identity
 
 HEARTBEAT = 5.0  # seconds between touches of a lease
-# Seconds without one after which its worker counts as dead; far above the delays of shared file
-# systems
+# Seconds without a heartbeat after which a worker counts as dead; far above the delays of shared
+# file systems
 STALE = 90.0
 LEASE_BYTES = 512  # room for the longest host name
-POLL = 0.2  # seconds between looks at what others are still doing
+POLL = 0.2  # seconds between polls of the items of other workers
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Lease:
         self._advanced += amount
 
     def _beat(self) -> None:
-        pause = 0.2  # the first looks come early, so that short items are seen to move
+        pause = 0.2  # the first beats come early, so that short items show progress
         while not self._stop.wait(pause):
             pause = min(pause * 2, HEARTBEAT)
             with suppress(OSError), open(self.path, "r+", encoding="utf-8") as file:
@@ -175,7 +175,7 @@ def _owner(advanced: int) -> str:
 def _lease(work: Path, name: str) -> Iterator[Lease | None]:
     """Hold the lease of an item while the block runs; None when another worker holds it."""
     path = work / "leases" / name
-    # Not its parents: when WORK is gone, another worker has finished
+    # Without its parents: when WORK is gone, another worker has finished
     path.parent.mkdir(exist_ok=True)
     if path.exists() and _is_dead(path):
         path.unlink(missing_ok=True)

@@ -51,7 +51,7 @@ class LocalWorkers(Workers):
         if self.count == 1:
             _work(work, self.first, self.total)
             return
-        # A fork would share threads of libraries that do not survive it
+        # Threads of libraries do not survive a fork
         context = multiprocessing.get_context("spawn")
         with _single_threaded_environment():
             children = []

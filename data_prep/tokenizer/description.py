@@ -12,8 +12,7 @@ from nextpt.base.errors import DataPrepError
 
 OTHERS = "other formats: nextpt tokenizer convert SOURCE --output tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-# What published tokenizers call the token that ends a document, and the one that starts it; the
-# first that is there.
+# Names of the end and the start token in published tokenizers; the first that exists is used.
 ENDS = (
     END_OF_TEXT,
     "</s>",

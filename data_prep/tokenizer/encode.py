@@ -247,7 +247,7 @@ def _open_library(path: Path) -> HFTokenizer:
     library.encode_special_tokens = True
     library.no_padding()
     library.no_truncation()
-    library.post_processor = None  # it adds tokens and trims the spaces off places
+    library.post_processor = None  # it adds tokens and trims spaces off offsets
     return library
 
 

@@ -71,7 +71,7 @@ class TiktokenEncoder:
             return self._ids(text) if len(pieces) == 1 else self._pieces(pieces)
         except ValueError:
             return None
-        # What Rust's panics become in Python is no Exception, and can only be told by its name
+        # A panic of Rust is not an Exception in Python, and can only be recognised by its name
         except BaseException as error:
             if type(error).__name__ == "PanicException":
                 return None
@@ -80,7 +80,7 @@ class TiktokenEncoder:
     def _ids(self, text: str) -> np.ndarray:
         if len(text) > SHORT:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        # encode_ordinary would replace a lone surrogate without a word
+        # encode_ordinary would silently replace a lone surrogate
         text.isascii() or text.encode()
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
@@ -178,7 +178,7 @@ def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
     if any(character not in reached for character in TEXT_CHARACTERS):
         raise NotEligibleError("a byte of it is no token")
     ranks = {bytes(BYTE_OF[c] for c in token): vocabulary[token] for token in reached}
-    # A token that no merging reaches is still found where it is all there is between two cuts
+    # A token that no merging reaches is still used where it is a whole piece between two cuts
     if keeps_whole:
         whole = {t: i for t, i in vocabulary.items() if t not in reached and i not in specials}
         try:

@@ -15,7 +15,7 @@ from nextpt.base.errors import DataPrepError
 from nextpt.base.files import atomic_write
 
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
-# Characters that a sample takes or leaves: far longer than a word, far shorter than a sample
+# Characters per piece of a sample: far longer than a word, far shorter than the sample
 PIECE = 2**16
 
 

@@ -69,7 +69,7 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
 def test_a_long_text_is_cut_on_the_page_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspection, "MOST_SHOWN", 4)
+    monkeypatch.setattr(inspection, "MAX_SHOWN", 4)
     found, _ = inspect(tmp_path)
     write_inspection(found, tmp_path / "out")
     page = (tmp_path / "out" / "tokens.html").read_text()

@@ -48,90 +48,111 @@ def make_run(
     full: bool = True,
     **overrides: Any,
 ) -> Path:
-    """A run folder as training leaves it. full: with validation, evaluation, samples and two starts."""
+    """A run folder as training leaves it.
+
+    Args:
+        dataset: Dataset of the run.
+        folder: Folder to write.
+        steps: Logged steps.
+        offset: Added to every loss.
+        full: With validation, evaluation, samples and two starts.
+        **overrides: Sections of the config.
+    """
     config: Config = tiny(dataset, folder, train={"steps": max(steps, 40)}, **overrides)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     lines = []
     for step in range(1, steps + 1):
         nats = 6 / math.sqrt(step) + offset
-        domains = {
-            d: {"nats_per_token": nats + n, "bpb": (nats + n) / 3}
-            for n, d in enumerate(("code", "prose"))
-        }
-        lines.append(
-            {
-                "kind": "train",
-                "step": step,
-                "tokens": step * config.tokens_per_step,
-                "loss": nats,
-                "bpb": nats / 3,
-                "lr": 1e-3,
-                "grad_norm": 1 / step,
-                "tokens_per_second": 5000.0 + step,
-                "data_wait_seconds": 0.001,
-                "memory_bytes": 2**29,
-                "mfu": None,
-                "domains": domains,
-                "z_loss": 0.0,
-                "time": 1e9 + step,
-            }
-        )
+        lines.append(train_event(step, step * config.tokens_per_step, nats))
         if full and step % 10 == 0:
-            lines.append(
-                {
-                    "kind": "validation",
-                    "step": step,
-                    "tokens": step * config.tokens_per_step,
-                    "time": 1e9 + step,
-                    "domains": {"code": figures(nats), "prose": figures(nats + 1)},
-                    "total": figures(nats),
-                }
-            )
+            lines.append(validation_event(step, step * config.tokens_per_step, nats))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if full:
-        compressors = {
-            n: {"bpb_concatenated": b, "bpb_documents": b + 0.5}
-            for n, b in (("zlib -9", 2.5), ("bz2 -9", 2.2), ("xz -9e", 2.1))
-        }
-        evaluation = {
-            "run": str(folder),
-            "step": steps,
-            "window": 64,
-            "stride": 32,
-            "total": figures(1.0),
-            "domains": {
-                d: figures(1.0) | {"documents": 7, "compressors": compressors}
-                for d in ("code", "prose")
-            },
-        }
-        (folder / "evaluation.json").write_text(json.dumps(evaluation))
-        sample = {"step": steps, "temperature": 0.7, "top_k": None, "top_p": 0.95, "seed": 1}
-        (folder / "samples.json").write_text(
-            json.dumps(
-                [
-                    sample | {"prompt": "def f(", "text": HOSTILE},
-                    sample | {"prompt": "", "text": "x"},
-                ]
-            )
-        )
-        start = {
-            "time": 1e9,
-            "command": "launcher/run.py --config c.yaml",
-            "world_size": 2,
-            "hosts": {"node-1": 2},
-            "cuda": None,
-            "devices": {"a processor, 2 cores": 2},
-            "zero_stage": 1,
-            "system": "Linux 6",
-            "host_memory_bytes": 2**34,
-            "commit": "abc123",
-            "versions": {"python": "3.11.7", "torch": "2.13.0"},
-        }
-        (folder / "environment.json").write_text(
-            json.dumps({"starts": [start | {"first_step": 1}, start | {"first_step": 21}]})
-        )
+        write_evaluation(folder, steps)
+        write_samples(folder, steps)
+        write_starts(folder)
     return folder
+
+
+def train_event(step: int, tokens: int, nats: float) -> dict[str, Any]:
+    domains = {
+        d: {"nats_per_token": nats + n, "bpb": (nats + n) / 3}
+        for n, d in enumerate(("code", "prose"))
+    }
+    return {
+        "kind": "train",
+        "step": step,
+        "tokens": tokens,
+        "loss": nats,
+        "bpb": nats / 3,
+        "lr": 1e-3,
+        "grad_norm": 1 / step,
+        "tokens_per_second": 5000.0 + step,
+        "data_wait_seconds": 0.001,
+        "memory_bytes": 2**29,
+        "mfu": None,
+        "domains": domains,
+        "z_loss": 0.0,
+        "time": 1e9 + step,
+    }
+
+
+def validation_event(step: int, tokens: int, nats: float) -> dict[str, Any]:
+    return {
+        "kind": "validation",
+        "step": step,
+        "tokens": tokens,
+        "time": 1e9 + step,
+        "domains": {"code": figures(nats), "prose": figures(nats + 1)},
+        "total": figures(nats),
+    }
+
+
+def write_evaluation(folder: Path, step: int) -> None:
+    compressors = {
+        n: {"bpb_concatenated": b, "bpb_documents": b + 0.5}
+        for n, b in (("zlib -9", 2.5), ("bz2 -9", 2.2), ("xz -9e", 2.1))
+    }
+    evaluation = {
+        "run": str(folder),
+        "step": step,
+        "window": 64,
+        "stride": 32,
+        "total": figures(1.0),
+        "domains": {
+            d: figures(1.0) | {"documents": 7, "compressors": compressors}
+            for d in ("code", "prose")
+        },
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def write_samples(folder: Path, step: int) -> None:
+    sample = {"step": step, "temperature": 0.7, "top_k": None, "top_p": 0.95, "seed": 1}
+    samples = [
+        sample | {"prompt": "def f(", "text": HOSTILE},
+        sample | {"prompt": "", "text": "x"},
+    ]
+    (folder / "samples.json").write_text(json.dumps(samples))
+
+
+def write_starts(folder: Path) -> None:
+    start = {
+        "time": 1e9,
+        "command": "launcher/run.py --config c.yaml",
+        "world_size": 2,
+        "hosts": {"node-1": 2},
+        "cuda": None,
+        "devices": {"a processor, 2 cores": 2},
+        "zero_stage": 1,
+        "system": "Linux 6",
+        "host_memory_bytes": 2**34,
+        "commit": "abc123",
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    }
+    starts = [start | {"first_step": 1}, start | {"first_step": 21}]
+    (folder / "environment.json").write_text(json.dumps({"starts": starts}))
 
 
 class Links(HTMLParser):
@@ -196,7 +217,7 @@ def test_files_with_the_old_metric_names_are_read_under_the_new_ones(
     assert "bpb_text" not in str(old.validation) and old.train == new.train
 
 
-def test_equal_runs_give_equal_pictures(dataset: Path, tmp_path: Path) -> None:
+def test_equal_runs_give_equal_plots(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     for name in "ab":
         write_report([run], tmp_path / name)
@@ -204,9 +225,7 @@ def test_equal_runs_give_equal_pictures(dataset: Path, tmp_path: Path) -> None:
     assert images[0] == images[1]
 
 
-def test_several_runs_share_the_pictures_and_show_what_differs(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_several_runs_share_the_plots_and_show_what_differs(dataset: Path, tmp_path: Path) -> None:
     runs = [
         make_run(dataset, tmp_path / "x" / "one"),
         make_run(dataset, tmp_path / "y" / "one", offset=0.3, optimizer={"lr": 9e-3}),

@@ -21,10 +21,46 @@ NASTY = "<script>alert('x')</script> & \"quotes\" \x00 \ud800 é 漢字 " + "wor
 
 
 def rich_report() -> PrepReport:
-    """Two domains, both splits, and something in every section.
+    """Two domains, both splits, something in every section, and adversarial texts."""
+    bad = BadRecord(
+        file="s3://bucket/crawl/part-00017.jsonl.zst",
+        place="line 41,207",
+        detail=f"not a JSON object: {NASTY[:60]}",
+    )
+    return PrepReport(
+        name="web-and-code",
+        fingerprint="ab12" * 16,
+        version="0.1.0",
+        finished=1_795_000_000.0,
+        sequence_length=2048,
+        documents_read=247_003,
+        splits=_splits(),
+        duplicates=_duplicates(),
+        filtered={"repeated text": 1_204, "shorter than 64 bytes": 890},
+        quarantined={
+            "not a JSON object": Quarantined(records=105, examples=[bad, bad]),
+            "invalid UTF-8": Quarantined(records=4, examples=[bad]),
+        },
+        throughput=_throughput(),
+        tokenizer=_tokenizer(),
+        settings={
+            "packing": "best_fit",
+            "seed": 0,
+            "heldout_fraction": 0.02,
+            "deduplicate": True,
+            "min_bytes": 64,
+            "compression": None,
+        },
+        inputs=[
+            InputReport(
+                domain="code", location="data/code/**/*.jsonl.zst", files=412, bytes=140_000_000
+            ),
+            InputReport(domain="prose", location="s3://bucket/crawl/", files=96, bytes=100_000_000),
+        ],
+    )
 
-    Texts that try to break the page.
-    """
+
+def _splits() -> list[SplitReport]:
     random = np.random.default_rng(0)
     splits = []
     for split, documents in (("train", 120_000), ("heldout", 2_400)):
@@ -48,75 +84,52 @@ def rich_report() -> PrepReport:
                     length_histogram=length_histogram(lengths).tolist(),
                 )
             )
-    bad = BadRecord(
-        file="s3://bucket/crawl/part-00017.jsonl.zst",
-        place="line 41,207",
-        detail=f"not a JSON object: {NASTY[:60]}",
-    )
-    return PrepReport(
-        name="web-and-code",
-        fingerprint="ab12" * 16,
-        version="0.1.0",
-        finished=1_795_000_000.0,
-        sequence_length=2048,
-        documents_read=247_003,
-        splits=splits,
-        duplicates=Duplicates(
-            documents=1_204,
-            bytes=3_400_000,
-            dropped=True,
-            duplicate_ids=17,
-            top=[
-                DuplicateText(
-                    count=311, bytes=4_096, id="crawl/17/4", excerpt="All rights reserved. " * 6
-                ),
-                DuplicateText(count=12, bytes=77, id=NASTY, excerpt=NASTY),
-            ],
-        ),
-        filtered={"repeated text": 1_204, "shorter than 64 bytes": 890},
-        quarantined={
-            "not a JSON object": Quarantined(records=105, examples=[bad, bad]),
-            "invalid UTF-8": Quarantined(records=4, examples=[bad]),
-        },
-        throughput=Throughput(
-            workers=8,
-            wall_seconds=212.0,
-            cpu_seconds=1_650.0,
-            bytes=900_000_000,
-            input_bytes=240_000_000,
-            tokens=230_000_000,
-            stage_seconds={
-                "read": 60.0,
-                "tokenize": 1_420.0,
-                "pack": 12.0,
-                "write": 130.0,
-                "other": 28.0,
-            },
-        ),
-        tokenizer=TokenizerReport(
-            name="bpe-32k",
-            kind="byte-level BPE",
-            vocab_size=32_768,
-            sha256="cd34" * 16,
-            encoder="tiktoken",
-            reason=(
-                "equal to the tokenizers library on 1,024 documents and the fixed set of hard ones"
+    return splits
+
+
+def _duplicates() -> Duplicates:
+    return Duplicates(
+        documents=1_204,
+        bytes=3_400_000,
+        dropped=True,
+        duplicate_ids=17,
+        top=[
+            DuplicateText(
+                count=311, bytes=4_096, id="crawl/17/4", excerpt="All rights reserved. " * 6
             ),
-        ),
-        settings={
-            "packing": "best_fit",
-            "seed": 0,
-            "heldout_fraction": 0.02,
-            "deduplicate": True,
-            "min_bytes": 64,
-            "compression": None,
-        },
-        inputs=[
-            InputReport(
-                domain="code", location="data/code/**/*.jsonl.zst", files=412, bytes=140_000_000
-            ),
-            InputReport(domain="prose", location="s3://bucket/crawl/", files=96, bytes=100_000_000),
+            DuplicateText(count=12, bytes=77, id=NASTY, excerpt=NASTY),
         ],
+    )
+
+
+def _throughput() -> Throughput:
+    return Throughput(
+        workers=8,
+        wall_seconds=212.0,
+        cpu_seconds=1_650.0,
+        bytes=900_000_000,
+        input_bytes=240_000_000,
+        tokens=230_000_000,
+        stage_seconds={
+            "read": 60.0,
+            "tokenize": 1_420.0,
+            "pack": 12.0,
+            "write": 130.0,
+            "other": 28.0,
+        },
+    )
+
+
+def _tokenizer() -> TokenizerReport:
+    return TokenizerReport(
+        name="bpe-32k",
+        kind="byte-level BPE",
+        vocab_size=32_768,
+        sha256="cd34" * 16,
+        encoder="tiktoken",
+        reason=(
+            "equal to the tokenizers library on 1,024 documents and the fixed set of hard ones"
+        ),
     )
 
 

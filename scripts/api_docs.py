@@ -20,12 +20,24 @@ TARGET = ROOT / "docs" / "api.md"
 # Module -> public names, in the order of the page. Everything else may change without notice.
 PUBLIC = {
     "nextpt.config": ("load_config", "to_yaml", "Config"),
-    "nextpt.model": ("Decoder", "KVCache", "Counts", "count"),
+    "nextpt.model": ("ModelSpec", "Decoder", "KVCache", "count", "Counts"),
     "nextpt.data.loader": ("Loader",),
     "nextpt.data.batch": ("Batch",),
     "nextpt.objective": ("next_token_loss", "Loss"),
+    "nextpt.optim.spec": ("OptimizerSpec", "ParameterGroup", "StateKind"),
+    "nextpt.optim.per_parameter": ("PerParameterSpec",),
+    "nextpt.parallel.mesh": ("Mesh",),
     "nextpt.train.run": ("run_training",),
+    "nextpt.events": ("EventBus", "Listener", "StepEvent", "ValidationEvent", "read_events"),
+    "nextpt.exchange.decoder": ("load_model",),
+    "nextpt.exchange.import_hf": ("load_hf",),
+    "nextpt.evaluate.evaluation": ("evaluate_model", "EvaluationProtocol"),
+    "nextpt.evaluate.metrics": ("Metrics",),
     "nextpt.generate": ("generate", "Sampling"),
+    "nextpt.scaling.fitting": ("fit", "Fit"),
+    "data_prep.prepare": ("prepare",),
+    "data_prep.spec": ("PrepSpec",),
+    "data_prep.format": ("DatasetManifest",),
     "kernels.attention": ("attention", "attention_packed", "PackedDocuments"),
     "kernels.cross_entropy": ("linear_cross_entropy", "LossOutput", "LinearCrossEntropy"),
 }
@@ -61,7 +73,8 @@ def render() -> str:
         for name in names:
             found = loader.modules_collection[f"{module}.{name}"]
             target = found.final_target if found.is_alias else found
-            parts.append(render_object_docs(target, OPTIONS))
+            page = render_object_docs(target, OPTIONS)
+            parts.append(page.replace(f"`{target.path}", f"`{module}.{name}"))
     text = "\n".join(parts)
     text = re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text)  # anchors that plain Markdown lacks
     text = re.sub(r"</?code>", "`", text)

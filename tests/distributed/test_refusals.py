@@ -1,4 +1,4 @@
-"""What a start refuses, with the message that a person reads. One process runs all of them."""
+"""Refusals at start, with the one-line message that the user reads. One process runs all."""
 
 from __future__ import annotations
 

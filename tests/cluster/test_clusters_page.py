@@ -1,4 +1,4 @@
-"""docs/clusters.md, followed word for word: its commands, in their order, on a real Slurm and on hosts with sshd."""
+"""The commands of docs/clusters.md, in order, on a real Slurm and on hosts with sshd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on several hosts (network namespaces with sshd): `nextpt train --hostfile`, and deepspeed over pdsh."""
+"""Training on several hosts (network namespaces with sshd): --hostfile, deepspeed over pdsh."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_no_rank_outlives_the_one_who_started_it(
 def test_deepspeed_over_pdsh(
     three: Hosts, dataset: Path, unbroken: dict[int, float], tmp_path: Path
 ) -> None:
-    """As people start it who have always done so: killed on one host, begun again with one host less."""
+    """Over pdsh with deepspeed: killed on one host, restarted with one host less."""
     run = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(to_yaml(config(dataset, run)))
 

@@ -1,4 +1,4 @@
-"""Preparation on a real Slurm, by a job array and by Ray inside a job: killed in the middle, begun again with others, the same bytes."""
+"""Preparation on a real Slurm, array and Ray: killed and restarted, the output has equal bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.workers import LocalWorkers
-from tests.cluster.test_slurm import cluster  # noqa: F401  (a fixture)
 from tests.faults.test_job_context import wait_for
 from tests.support.prep_worlds import content, texts, world, write_lines
 from tests.support.slurm_cluster import Slurm
@@ -32,7 +31,7 @@ class Work:
     output: Path
     folder: Path
 
-    def submit(self, cluster: Slurm, script: str, log: str, *options: str) -> str:  # noqa: F811
+    def submit(self, cluster: Slurm, script: str, log: str, *options: str) -> str:
         """Number of a job."""
         return cluster.submit(
             *options,
@@ -83,7 +82,7 @@ def work(tmp_path: Path) -> Work:
     return Work(spec.model_copy(update={"domains": domains}), tmp_path / "by_jobs", tmp_path)
 
 
-def gone(cluster: Slurm, job: str) -> bool:  # noqa: F811
+def gone(cluster: Slurm, job: str) -> bool:
     return not cluster.run("squeue", "-h", "-j", job)
 
 
@@ -152,7 +151,7 @@ def test_ray_that_was_killed_goes_on_with_fewer_nodes(
     work.check()
 
 
-def test_ray_goes_on_when_a_worker_is_killed(cluster: Slurm, work: Work, no_ray_left: None) -> None:  # noqa: F811
+def test_ray_goes_on_when_a_worker_is_killed(cluster: Slurm, work: Work, no_ray_left: None) -> None:
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
     wait_for(lambda: ray_processes("ray::_work") or gone(cluster, job), 120)
     victims = ray_processes("ray::_work")

@@ -1,11 +1,10 @@
-"""Training and preparation on a real Slurm of two nodes (two daemons of this machine): preempted, out of time, cancelled."""
+"""Training on a real Slurm of two nodes: preempted, out of time, cancelled."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,11 @@ from nextpt.job.exit_record import read_exit_record
 from tests.faults.test_job_context import wait_for
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all
-from tests.support.slurm_cluster import Slurm, missing, slurm
+from tests.support.slurm_cluster import Slurm
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 CYCLES = 20
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    if lacking := missing():
-        assert "NEXTPT_REQUIRE_ALL" not in os.environ, lacking
-        pytest.skip(lacking)
-    with slurm(tmp_path_factory.mktemp("slurm") / "cluster") as running:
-        yield running
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -78,7 +68,7 @@ def log(run: Path, job: str) -> str:
 
 
 def start_again(cluster: Slurm, job: str, restarts: int) -> None:
-    """Wait until a job was queued again, and spare it the two minutes that Slurm lets a requeued job wait."""
+    """Wait until a job was requeued, and skip the two minutes by which Slurm delays it."""
     wait_for(
         lambda: (
             (state := cluster.job(job))["Restarts"] == str(restarts)
@@ -97,7 +87,7 @@ def test_preempted_again_and_again_with_the_losses_of_an_unbroken_run(
     ends = []
     for cycle in range(1, CYCLES + 1):
         seen = steps_made(run)
-        wait_for(lambda: steps_made(run) > seen)
+        wait_for(lambda seen=seen: steps_made(run) > seen)
         other = cluster.submit(
             "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true"
         )

@@ -1,4 +1,4 @@
-"""What a step sends, counted on hosts with networks of their own: against the plan's formula, by ZeRO stage, and with hpZ."""
+"""Bytes that a step sends between hosts, against the plan's formula, by ZeRO stage and hpZ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 
 def config(ranks: int, stage: int, precision: str, hpz: int | None = None) -> Config:
-    """Matrices large enough not to stay gathered at stage 3 (DeepSpeed keeps those below 10^5 elements)."""
+    """Matrices too large to stay gathered at stage 3 (DeepSpeed keeps those below 10^5)."""
     return tiny(
         Path("."),
         Path("."),

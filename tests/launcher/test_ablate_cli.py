@@ -1,4 +1,4 @@
-"""`nextpt ablate`: one line for each mistake, and a whole tiny ablation, interrupted and gone on with."""
+"""`nextpt ablate`: user errors, and a whole tiny ablation that is interrupted and continued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways in: help, errors of one line, the shipped configs, and a whole run through the deepspeed launcher."""
+"""Command line: help, user errors, shipped configs, a whole run through the deepspeed launcher."""
 
 from __future__ import annotations
 

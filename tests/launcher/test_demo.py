@@ -1,4 +1,4 @@
-"""The demo's own path with a training of seconds: its proof of resume holds, and its check against zlib can fail."""
+"""The demo with a training of seconds: its check of resume, and its check against zlib."""
 
 from __future__ import annotations
 

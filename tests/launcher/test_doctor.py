@@ -105,8 +105,10 @@ def test_transformers_takes_our_kernels_for_nothing() -> None:
         " as there\nassert 'get_kernel' not in dir(kernels) and not there()\nc ="
         " transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,"
         " num_hidden_layers=1,"
-        " num_attention_heads=2)\nprint(tuple(transformers.AutoModelForCausalLM.from_config(c)(torch.zeros(1,"
-        " 4, dtype=torch.long)).logits.shape))\nimport kernels.attention; print(kernels.__file__)"
+        " num_attention_heads=2)\n"
+        "model = transformers.AutoModelForCausalLM.from_config(c)\n"
+        "print(tuple(model(torch.zeros(1, 4, dtype=torch.long)).logits.shape))\n"
+        "import kernels.attention; print(kernels.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],

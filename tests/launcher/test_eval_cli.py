@@ -1,4 +1,4 @@
-"""`nextpt eval` on text files, runs and Hugging Face folders: fixed JSON, a picture, one line for each mistake."""
+"""`nextpt eval` on files, runs and Hugging Face folders: fixed JSON, plots, user errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nextpt export` and `nextpt import`: from a run to folders of others, and from one of those to a config that trains."""
+"""`nextpt export` and `nextpt import`: to other layouts, and to a config that trains."""
 
 from __future__ import annotations
 

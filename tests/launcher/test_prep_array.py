@@ -1,4 +1,4 @@
-"""Preparation by a job array: the script, its refusals, and tasks that share the work (no Slurm: its variables only)."""
+"""Preparation by a job array: the script, its refusals, tasks that divide the work (no Slurm)."""
 
 from __future__ import annotations
 

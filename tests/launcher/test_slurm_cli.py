@@ -1,4 +1,4 @@
-"""`nextpt slurm submit` without a Slurm: the script that it writes, and what it refuses (a real one: tests/cluster)."""
+"""`nextpt slurm submit` without Slurm: the script it writes, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job script: its syntax, what it refuses, and the environment it gives each task (a stand-in for srun, no Slurm)."""
+"""The job script: syntax, refusals, and the environment of each task (a stand-in for srun)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nextpt scaling sweep`: what a ladder must be, that predictions come first, the scripts for Slurm, and a whole tiny ladder."""
+"""`nextpt scaling sweep`: checks, predictions first, Slurm scripts, a tiny ladder."""
 
 from __future__ import annotations
 
@@ -160,9 +160,9 @@ def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
     finish(ladder, ladder.rungs[0])
     assert is_done(ladder, ladder.rungs[0])
     other = ladder.model_copy(update={"overrides": ["optimizer.lr=0.1"]})
-    with pytest.raises(ScalingError, match="another config than w16-s4 .optimizer.lr"):
+    with pytest.raises(ScalingError, match=r"another config than w16-s4 .optimizer.lr"):
         is_done(other, other.rungs[0])
-    with pytest.raises(ScalingError, match="has no validation|not a run folder"):
+    with pytest.raises(ScalingError, match=r"has no validation|not a run folder"):
         write_prediction(ladder)
 
 

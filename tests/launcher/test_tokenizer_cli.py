@@ -1,4 +1,4 @@
-"""`nextpt tokenizer`: from a corpus to a tokenizer, from one format to another, and what a file is."""
+"""`nextpt tokenizer`: train, convert and show."""
 
 from __future__ import annotations
 

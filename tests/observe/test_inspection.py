@@ -1,4 +1,4 @@
-"""The page about a text: the whole of it, escaped, without script or network, and what a pointer shows."""
+"""The inspection page: complete, escaped, without script or network, and its tooltips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trackers with their real libraries: what went in is read back with what their users read it with."""
+"""Trackers with their real libraries: events are read back as users read them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_mlflow_goes_on_in_the_same_run(dataset: Path, tmp_path: Path) -> None:
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """Records of an offline run file: LevelDB's log format in blocks of 32 KiB, after a header of 7 bytes."""
+    """Records of an offline run file: LevelDB's log format, 32 KiB blocks, a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     [path] = folder.glob("wandb/offline-run-*/*.wandb")
@@ -222,7 +222,7 @@ def test_a_missing_library_is_named_before_training(dataset: Path, tmp_path: Pat
 
 
 def test_one_that_cannot_start_is_named(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="trackers.mlflow cannot start: "):
+    with pytest.raises(UserError, match=r"trackers.mlflow cannot start: "):
         open_trackers(
             config_with(
                 dataset, tmp_path / "run", mlflow={"experiment": "x", "uri": "nonsense://x"}
@@ -258,7 +258,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(
 
 
 def test_a_training_writes_all_of_them_and_the_start(dataset: Path, tmp_path: Path) -> None:
-    """Two ranks, stopped and resumed: one run in every tracker, two starts, the same losses everywhere."""
+    """Two ranks, stopped and resumed: one run in every tracker, two starts, equal losses."""
     from mlflow import MlflowClient
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""Ablations: paired differences, their intervals, what a file must be, scores that are kept, and the picture."""
+"""Ablations: paired differences, intervals, checks of the file, kept scores, and the plot."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Fits of scaling laws: published data and figures, laws known exactly, and laws with known noise."""
+"""Fits of scaling laws: published data and results, exact laws, and laws with known noise."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def made(law: Law, noise: float = 0.0, seed: int = 0, sizes: int = 6, tokens: in
     ],
 )
 def test_240_published_runs(delta: float, expected: tuple[float, ...]) -> None:
-    """ArXiv 2404.10102: Huber's loss, and the least absolute deviations that its published constants belong to."""
+    """ArXiv 2404.10102: Huber loss, and least absolute deviations as in its published constants."""
     runs = drop_highest_losses(chinchilla_runs(), 5)
     assert len(runs) == 240
     assert tuple(fit(CHINCHILLA, runs, delta=delta).constants.values()) == pytest.approx(
@@ -94,7 +95,10 @@ def test_outliers_move_beta() -> None:
 
 @published
 def test_approaches_1_and_2_agree_with_the_paper() -> None:
-    """Hoffmann et al., table 2: N grows as C^0.50 (0.488 to 0.502) and C^0.49 (0.462 to 0.534), here from points read off a figure."""
+    """Hoffmann et al., table 2, from points read off a figure.
+
+    N grows as C^0.50 (0.488 to 0.502) and C^0.49 (0.462 to 0.534).
+    """
     runs = drop_highest_losses(chinchilla_runs(), 5)
     assert isoflop(runs).a == pytest.approx(0.49, abs=0.045)
     assert envelope(runs).a == pytest.approx(0.50, abs=0.045)
@@ -102,7 +106,10 @@ def test_approaches_1_and_2_agree_with_the_paper() -> None:
 
 @published
 def test_gadre_predicts_over_trained_models() -> None:
-    """ArXiv 2403.08540: five small runs on RedPajama predict the C4 loss of 1.4B at 640 tokens per parameter to 0.71 %, of 6.9B at 20 to 0.73 %."""
+    """ArXiv 2403.08540: five small runs on RedPajama predict the C4 loss of two large ones.
+
+    1.4B at 640 tokens per parameter to 0.71 %, 6.9B at 20 to 0.73 %.
+    """
     import csv
 
     with open(DATA / "gadre_losses.csv", encoding="utf-8", newline="") as file:
@@ -151,7 +158,10 @@ def test_the_optimum_is_the_least_loss_of_the_budget(law: Law) -> None:
 
 
 def test_intervals_cover_the_truth_and_the_next_run() -> None:
-    """Of 20 noisy ladders of 36 runs, about 95 % of the intervals hold beta, and about 90 % the loss of a run 30 times as large."""
+    """20 noisy ladders of 36 runs: coverage of the intervals.
+
+    About 95 % contain beta, and about 90 % the loss of a run 30 times as large.
+    """
     inside = {"beta": 0, "loss": 0}
     truth = float(CHINCHILLA.loss(TRUE["chinchilla"], 5e9, 6e11))
     for seed in range(20):
@@ -178,12 +188,8 @@ def test_smaller_models_cost_more_for_the_same_loss() -> None:
     found = fit(CHINCHILLA, made(CHINCHILLA))
     priced = price(found, 1e21)
     reached = [one for one in priced if one.same_loss_tokens is not None]
-    assert len(reached) >= 4 and all(
-        a.loss < b.loss for a, b in zip(priced, priced[1:], strict=False)
-    )
-    assert all(
-        a.same_loss_flops < b.same_loss_flops for a, b in zip(reached, reached[1:], strict=False)
-    )
+    assert len(reached) >= 4 and all(a.loss < b.loss for a, b in pairwise(priced))
+    assert all(a.same_loss_flops < b.same_loss_flops for a, b in pairwise(reached))
     for one in reached:
         assert float(found.loss(one.parameters, one.same_loss_tokens)) == pytest.approx(
             priced[0].loss, rel=1e-9
@@ -268,7 +274,7 @@ def test_repeated_data_gives_its_half_lives_back() -> None:
 
 
 def test_nonnegative_least_squares() -> None:
-    """Against the conditions of Karush, Kuhn and Tucker: no gain from any column that is out, none left in those that are in."""
+    """Karush-Kuhn-Tucker conditions: no gain from any column, at zero or above."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         columns, target = rng.standard_normal((9, 3)), rng.standard_normal(9)
@@ -297,7 +303,7 @@ def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
 
 
 def test_resamples_in_which_loss_rises_are_left_out_and_told() -> None:
-    """Runs that hardly tell N's share: some resamples would have larger models lose, and predict anything."""
+    """Runs that hardly determine N's share: in some resamples larger models are worse."""
     n, d = (grid.ravel() for grid in np.meshgrid([2e5, 3e5, 5e5, 8e5], [5e5, 1e6, 2e6]))
     noise = np.exp(0.03 * np.random.default_rng(3).standard_normal(len(n)))
     found = fit(

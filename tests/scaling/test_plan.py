@@ -1,4 +1,4 @@
-"""Plans: against hand-made figures, published ones, and measured ranks (tests/train/test_memory.py)."""
+"""Plans: against values by hand, published ones, and measured ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nextpt scaling fit, predict, plan` as a person sees them: files, figures, and one clear line for each mistake."""
+"""`nextpt scaling fit`, `predict` and `plan`: files, results, and one line for each user error."""
 
 from __future__ import annotations
 

@@ -27,15 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> PrepSpec:
+def world_spec(tmp_path_factory: pytest.TempPathFactory) -> PrepSpec:
     import_streaming()
     return world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def expected(given: PrepSpec) -> dict[str, str]:
+def expected(world_spec: PrepSpec) -> dict[str, str]:
     """What an undisturbed preparation writes."""
-    spec = given.model_copy(update={"output": given.output.with_name("undisturbed")})
+    spec = world_spec.model_copy(update={"output": world_spec.output.with_name("undisturbed")})
     with small_units():
         prepare(spec, workers=LocalWorkers(1))
     return content(spec.output)
@@ -83,19 +83,21 @@ def test_there_are_many_steps(expected: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("step", [1, 4, 13, 30, 47])
 def test_killed_at_a_rename_and_started_again(
-    given: PrepSpec, expected: dict[str, str], tmp_path: Path, step: int
+    world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path, step: int
 ) -> None:
-    spec = given.model_copy(update={"output": tmp_path / "out"})
+    spec = world_spec.model_copy(update={"output": tmp_path / "out"})
     killed_at(spec, step, after=step % 2 == 0)
     finish(spec)
     assert content(spec.output) == expected and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
-def test_killed_at_every_rename(given: PrepSpec, expected: dict[str, str], tmp_path: Path) -> None:
+def test_killed_at_every_rename(
+    world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path
+) -> None:
     """At each rename: before it for odd ones, after it for even ones."""
     for step in count(1):
-        spec = given.model_copy(update={"output": tmp_path / str(step) / "out"})
+        spec = world_spec.model_copy(update={"output": tmp_path / str(step) / "out"})
         spec.output.parent.mkdir()
         if not killed_at(spec, step, after=step % 2 == 0):
             break
@@ -105,9 +107,9 @@ def test_killed_at_every_rename(given: PrepSpec, expected: dict[str, str], tmp_p
 
 
 def test_finished_units_are_not_done_again(
-    given: PrepSpec, expected: dict[str, str], tmp_path: Path
+    world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    spec = given.model_copy(update={"output": tmp_path / "out"})
+    spec = world_spec.model_copy(update={"output": tmp_path / "out"})
     assert killed_at(spec, 14, after=True)
     done = {p: p.stat().st_mtime_ns for p in (spec.work / "tok").glob("*.tok")}
     assert len(done) >= 2
@@ -171,9 +173,9 @@ def start(
 
 
 def test_tasks_of_an_array_share_the_work(
-    given: PrepSpec, expected: dict[str, str], tmp_path: Path
+    world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    spec = given.model_copy(update={"output": tmp_path / "out"})
+    spec = world_spec.model_copy(update={"output": tmp_path / "out"})
     tasks = [start(tmp_path, spec, i, 3, 1) for i in range(3)]
     for task in tasks:
         assert task.wait(120) == 0, task.stderr.read()
@@ -181,9 +183,9 @@ def test_tasks_of_an_array_share_the_work(
 
 
 def test_a_killed_worker_s_work_goes_to_the_others(
-    given: PrepSpec, expected: dict[str, str], tmp_path: Path
+    world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    spec = given.model_copy(update={"output": tmp_path / "out"})
+    spec = world_spec.model_copy(update={"output": tmp_path / "out"})
     task = start(tmp_path, spec, 0, 1, 2)
     children: list[psutil.Process] = []
     while len(children) < 2 and task.poll() is None:
@@ -201,9 +203,9 @@ def test_a_killed_worker_s_work_goes_to_the_others(
 
 @pytest.mark.slow
 def test_killed_again_and_again_with_other_numbers_of_workers(
-    given: PrepSpec, expected: dict[str, str], tmp_path: Path
+    world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    spec = given.model_copy(update={"output": tmp_path / "out"})
+    spec = world_spec.model_copy(update={"output": tmp_path / "out"})
     for round_, workers in enumerate((2, 1, 3, 2, 4, 1)):
         task = start(tmp_path, spec, 0, 1, workers)
         time.sleep(1.5 + 0.7 * round_)

@@ -28,8 +28,8 @@ def test_local_places_are_absolute_paths(tmp_path: Path, monkeypatch: pytest.Mon
         str(tmp_path / "a b%20c?.txt"),
         (tmp_path / "a b%20c?.txt").as_uri(),
     ]
-    for place in places:
-        filesystem, path = open_store(place)
+    for location in places:
+        filesystem, path = open_store(location)
         assert path == str(tmp_path / "a b%20c?.txt")
         assert filesystem.get_file_info(path).size == 1
     assert [is_uri(p) for p in places] == [False, False, False, True]
@@ -88,7 +88,7 @@ def test_other_schemes_go_through_fsspec() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("location", "message"),
     [
         ("nosuch://bucket/file", "expected a path, s3://"),
         ("s3:///file", "expected s3://BUCKET/PATH"),
@@ -96,10 +96,10 @@ def test_other_schemes_go_through_fsspec() -> None:
         ("abfs://container/file", "account name"),
     ],
 )
-def test_a_place_that_cannot_be_opened_is_refused_by_name(place: str, told: str) -> None:
-    with pytest.raises(StoreError, match=told) as refused:
-        open_store(place)
-    assert place in str(refused.value)
+def test_a_location_that_cannot_be_opened_is_refused_by_name(location: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as refused:
+        open_store(location)
+    assert location in str(refused.value)
 
 
 def test_what_a_store_answers_is_explained_in_one_line(s3: str) -> None:

@@ -29,12 +29,14 @@ def test_the_peers_write_all_tokens(
 ) -> None:
     file, texts = corpus
     tokenizer = Tokenizer(dataset / "tokenizer.json")
-    wanted = [np.append(tokenizer.encode(text), tokenizer.end_id) for text in texts]
-    stream = np.concatenate(wanted)
+    expected = [np.append(tokenizer.encode(text), tokenizer.end_id) for text in texts]
+    stream = np.concatenate(expected)
 
     assert peers.megatron(file, dataset / "tokenizer.json", tmp_path / "megatron") == len(stream)
     assert all(
-        map(np.array_equal, read_pair(str(tmp_path / "megatron" / "corpus_text_document")), wanted)
+        map(
+            np.array_equal, read_pair(str(tmp_path / "megatron" / "corpus_text_document")), expected
+        )
     )
 
     assert peers.datatrove(
@@ -44,9 +46,9 @@ def test_the_peers_write_all_tokens(
     ends = np.fromfile(tmp_path / "datatrove" / "00000_00000_doc_shuffled.ds.index", "<u8").astype(
         int
     )
-    found = np.split(data, ends[:-1])
-    assert ends[-1] == len(data) and sorted(d.tolist() for d in found) == sorted(
-        w.tolist() for w in wanted
+    documents = np.split(data, ends[:-1])
+    assert ends[-1] == len(data) and sorted(d.tolist() for d in documents) == sorted(
+        w.tolist() for w in expected
     )
 
     rows = len(stream) // 64

@@ -30,12 +30,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[bytes, int]:
     """Ranks of a small encoding, with a token that no merging reaches."""
     path = tmp_path_factory.mktemp("ranks") / "trained.json"
     train_bpe(TEXTS, 420, path)
-    found = {
+    trained = {
         bytes(BYTE_OF[c] for c in token): index - 1
         for token, index in Description.read(path).vocabulary.items()
         if index
     }
-    return found | {b" zqzq": 419}
+    return trained | {b" zqzq": 419}
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:

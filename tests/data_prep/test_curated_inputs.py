@@ -27,10 +27,12 @@ def raw() -> dict[str, str]:
 
 
 def test_documents_of_datatrove_are_those_it_let_through() -> None:
-    found = {document.id: document.text for document in read_documents(str(FOLDER / "*.jsonl.gz"))}
+    documents = {
+        document.id: document.text for document in read_documents(str(FOLDER / "*.jsonl.gz"))
+    }
     assert (
-        found == {name: text for name, text in raw().items() if name.startswith("letters/")}
-        and len(found) == 5
+        documents == {name: text for name, text in raw().items() if name.startswith("letters/")}
+        and len(documents) == 5
     )
 
 

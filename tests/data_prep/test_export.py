@@ -32,13 +32,13 @@ def read_pair(prefix: str) -> list[np.ndarray]:
     assert len(index) == 34 + 12 * count + 8 * entries and documents.tolist() == list(
         range(count + 1)
     )
-    found, at = [], 0
+    sequences, at = [], 0
     for length, offset in zip(lengths.tolist(), offsets.tolist(), strict=True):
         assert offset == at
-        found.append(np.frombuffer(tokens, dtype, length, offset))
-        at += found[-1].nbytes
+        sequences.append(np.frombuffer(tokens, dtype, length, offset))
+        at += sequences[-1].nbytes
     assert at == len(tokens)
-    return found
+    return sequences
 
 
 def test_documents_of_a_real_dataset_come_out_as_they_went_in(
@@ -223,10 +223,10 @@ def miscount(data: Path) -> str:
 def test_a_damaged_dataset_is_refused_and_nothing_left(
     small: Path, tmp_path: Path, damage: Any
 ) -> None:
-    told = damage(small)
+    message = damage(small)
     with pytest.raises(DataPrepError) as refused:
         export_megatron(small, tmp_path / "x")
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 

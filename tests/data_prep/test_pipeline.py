@@ -159,14 +159,14 @@ def test_a_unit_larger_than_a_group_is_divided_by_documents(
 ) -> None:
     spec = prepared.model_copy(update={"output": tmp_path / "out"})
     with small_units(10**9, 3000):
-        made = prepare(spec)
+        manifest = prepare(spec)
     groups = {
         domain: sorted(p.name for p in (spec.output / "train" / domain).glob("g*"))
         for domain in ("a", "b")
     }
     tokens = {
         domain: sum(
-            made.splits[s][domain].tokens + made.splits[s][domain].documents for s in SPLITS
+            manifest.splits[s][domain].tokens + manifest.splits[s][domain].documents for s in SPLITS
         )
         for domain in groups
     }
@@ -175,7 +175,7 @@ def test_a_unit_larger_than_a_group_is_divided_by_documents(
     before = DatasetManifest.load(prepared.output)
     for split in SPLITS:
         for domain in groups:
-            a, b = made.splits[split][domain], before.splits[split][domain]
+            a, b = manifest.splits[split][domain], before.splits[split][domain]
             assert (a.documents, a.bytes, a.tokens, a.text_tokens) == (
                 b.documents,
                 b.bytes,
@@ -278,13 +278,13 @@ def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(
     )
     with pytest.raises(DataPrepError, match=r"1 of 23 records are bad.*repeated id: 1.*--id-field"):
         prepare(spec)
-    made = prepare(spec.model_copy(update={"max_bad_fraction": 0.1}), overwrite=True)
-    assert sum(made.splits[s]["x"].documents for s in SPLITS) == 22
+    manifest = prepare(spec.model_copy(update={"max_bad_fraction": 0.1}), overwrite=True)
+    assert sum(manifest.splits[s]["x"].documents for s in SPLITS) == 22
     entry = json.loads((spec.output / "quarantine.jsonl").read_text())
     line = (tmp_path / "x.jsonl").read_bytes()[entry["place"] :].split(b"\n")[0]
     assert json.loads(line)["text"] == "another text" and entry["reason"] == "repeated id"
-    made = prepare(spec.model_copy(update={"id_field": None}), overwrite=True)
-    assert sum(made.splits[s]["x"].documents for s in SPLITS) == 23
+    manifest = prepare(spec.model_copy(update={"id_field": None}), overwrite=True)
+    assert sum(manifest.splits[s]["x"].documents for s in SPLITS) == 23
 
 
 def test_bad_records_are_quarantined_up_to_the_stated_share(
@@ -310,8 +310,8 @@ def test_bad_records_are_quarantined_up_to_the_stated_share(
         and not spec.output.exists()
     )
     spec = spec.model_copy(update={"max_bad_fraction": 0.03})
-    made = prepare(spec, overwrite=True)
-    assert sum(made.splits[s]["x"].documents for s in SPLITS) == 97
+    manifest = prepare(spec, overwrite=True)
+    assert sum(manifest.splits[s]["x"].documents for s in SPLITS) == 97
     report = json.loads((spec.output / "report.json").read_text())
     assert report["filtered"] == {"empty": 1} and report["documents_read"] == 101
     assert {reason: q["records"] for reason, q in report["quarantined"].items()} == {
@@ -336,8 +336,8 @@ def test_length_bounds(prepared: PrepSpec, tmp_path: Path) -> None:
             "max_bytes": 60,
         }
     )
-    made = prepare(spec)
-    assert sum(made.splits[s]["x"].documents for s in SPLITS) == 28
+    manifest = prepare(spec)
+    assert sum(manifest.splits[s]["x"].documents for s in SPLITS) == 28
     assert json.loads((spec.output / "report.json").read_text())["filtered"] == {
         "shorter than min_bytes": 2,
         "longer than max_bytes": 10,
@@ -364,12 +364,12 @@ def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
         }
     )
     with small_units(3000, 2000):
-        made = prepare(spec)
-    assert made.domains == ["de", "en", "fr"]
+        manifest = prepare(spec)
+    assert manifest.domains == ["de", "en", "fr"]
     tokenizer = Tokenizer(spec.output / "tokenizer.json")
-    for name, group in zip(made.domains, lines, strict=True):
+    for name, group in zip(manifest.domains, lines, strict=True):
         given = {json.loads(line)["text"] for line in group}
-        assert sum(made.splits[s][name].documents for s in SPLITS) == 40
+        assert sum(manifest.splits[s][name].documents for s in SPLITS) == 40
         whole = {
             tokenizer.decode(t)
             for s in SPLITS
@@ -378,7 +378,7 @@ def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
         }
         assert whole and whole <= given
         assert {int(r["domain"]) for s in SPLITS for r in read_rows(spec.output, s, name)} == {
-            made.domains.index(name)
+            manifest.domains.index(name)
         }
 
 
@@ -422,15 +422,15 @@ def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(
             "tokenizer": tokenizers[kind],
         }
     )
-    made = prepare(spec)
+    manifest = prepare(spec)
     rows = read_rows(spec.output, "train", "x")
     assert (
         sum(int(r["text_bytes"]) for r in rows)
-        == made.splits["train"]["x"].bytes
+        == manifest.splits["train"]["x"].bytes
         == sum(len(t.encode()) for t in [*found, "one more"])
     )
-    assert made.splits["train"]["x"].documents == 1 + sum(map(bool, found))
-    for row in rows if made.byte_counts == "column" else ():
+    assert manifest.splits["train"]["x"].documents == 1 + sum(map(bool, found))
+    for row in rows if manifest.byte_counts == "column" else ():
         assert row["target_bytes"].sum() == row["text_bytes"] and row["target_bytes"][0] == 0
 
 

@@ -61,14 +61,14 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tmp_path: Path) ->
     spec = world(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with small_units():
-        found = dry_run(spec, 3)
+        estimate = dry_run(spec, 3)
     assert sorted(tmp_path.rglob("*")) == before
-    text = "\n".join(found.lines())
+    text = "\n".join(estimate.lines())
     assert "3 files" in text and "with 3 workers" in text and "nothing was written" in text
     with small_units():
         manifest = prepare(spec)
     tokens = sum(c.text_tokens for domains in manifest.splits.values() for c in domains.values())
-    assert 0.6 < found.tokens / tokens < 1.7
+    assert 0.6 < estimate.tokens / tokens < 1.7
     assert "nothing would be done" in "\n".join(dry_run(spec, 1).lines())
 
 

@@ -309,7 +309,7 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
         f"{i}: to be or not to be, that is the question \u2014 \u00e9\n" for i in range(200)
     )
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
-    made = prepare(
+    manifest = prepare(
         spec(
             tmp_path,
             domains={"a": tmp_path / "one.txt"},
@@ -320,14 +320,14 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
         )
     )
     boundary = int(len(text) * 0.9)
-    counts = {split: made.splits[split]["a"] for split in ("train", "heldout")}
+    counts = {split: manifest.splits[split]["a"] for split in ("train", "heldout")}
     assert (
         counts["train"].text_tokens == boundary
         and counts["heldout"].text_tokens == len(text) - boundary
     )
     assert (
         counts["train"].bytes == len(text[:boundary].encode())
-        and made.vocab_size == len(set(text)) + 1
+        and manifest.vocab_size == len(set(text)) + 1
     )
     tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.json")
     assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) == len(
@@ -342,15 +342,15 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
 
 
 def test_the_tail_of_many_documents_is_cut_once(tmp_path: Path) -> None:
-    made = prepare(spec(tmp_path, split="tail", heldout=0.3))
+    manifest = prepare(spec(tmp_path, split="tail", heldout=0.3))
     tail = "".join(
         json.loads(line)["text"] for line in lines_of(tmp_path / "out" / "heldout_text" / "a.jsonl")
     )
     assert "".join(TEXTS).endswith(tail) and len(tail) == len("".join(TEXTS)) - int(
         len("".join(TEXTS)) * 0.7
     )
-    assert made.splits["train"]["a"].bytes + len(tail) == len("".join(TEXTS))
-    assert sum(made.splits[s]["a"].documents for s in ("train", "heldout")) in (
+    assert manifest.splits["train"]["a"].bytes + len(tail) == len("".join(TEXTS))
+    assert sum(manifest.splits[s]["a"].documents for s in ("train", "heldout")) in (
         len(TEXTS),
         len(TEXTS) + 1,
     )

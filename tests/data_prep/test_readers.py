@@ -59,9 +59,9 @@ def _value(encoding: str, data: bytes) -> Any:
     return np.frombuffer(data[1 + width :], rest[0])
 
 
-def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return found.keys() == wanted.keys() and all(
-        np.array_equal(found[name], wanted[name]) for name in wanted
+def same(actual: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return actual.keys() == expected.keys() and all(
+        np.array_equal(actual[name], expected[name]) for name in expected
     )
 
 
@@ -75,14 +75,14 @@ def test_local_dataset_reads_every_sample(dataset: Path) -> None:
 
     manifest = DatasetManifest.load(dataset)
     for split, domain in parts(manifest):
-        wanted = list(decode_shards(dataset / split / domain))
-        found = LocalDataset(str(dataset / split / domain))
-        assert len(found) == len(wanted) == manifest.splits[split][domain].rows > 0
-        assert all(same(found[i], wanted[i]) for i in range(len(wanted)))
-        assert set(wanted[0]) == set(
+        expected = list(decode_shards(dataset / split / domain))
+        actual = LocalDataset(str(dataset / split / domain))
+        assert len(actual) == len(expected) == manifest.splits[split][domain].rows > 0
+        assert all(same(actual[i], expected[i]) for i in range(len(expected)))
+        assert set(expected[0]) == set(
             columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts)
         )
-        assert sum(row["text_bytes"] for row in wanted) == manifest.splits[split][domain].bytes
+        assert sum(row["text_bytes"] for row in expected) == manifest.splits[split][domain].bytes
 
 
 def test_one_stream_over_several_groups(
@@ -121,8 +121,10 @@ def test_one_stream_over_several_groups(
     import_streaming()
     from streaming import LocalDataset
 
-    found, wanted = LocalDataset(str(folder)), list(decode_shards(folder))
-    assert len(found) == len(wanted) and all(same(found[i], wanted[i]) for i in range(len(wanted)))
+    actual, expected = LocalDataset(str(folder)), list(decode_shards(folder))
+    assert len(actual) == len(expected) and all(
+        same(actual[i], expected[i]) for i in range(len(expected))
+    )
 
 
 # Through StreamingDataset itself, in a process of its own: it leaves threads and shared memory
@@ -167,15 +169,17 @@ def test_streaming_dataset_and_llm_foundry_read_every_sample(dataset: Path, tmp_
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for split in manifest.splits:
-        found = np.load(tmp_path / f"{split}.npz")
-        wanted = [
+        actual = np.load(tmp_path / f"{split}.npz")
+        expected = [
             row for domain in manifest.domains for row in decode_shards(dataset / split / domain)
         ]
         for name in ("tokens", "doc_lens", "doc_flags"):
-            assert np.array_equal(found[name], np.concatenate([row[name] for row in wanted])), name
+            assert np.array_equal(actual[name], np.concatenate([row[name] for row in expected])), (
+                name
+            )
         for name in ("domain", "text_bytes"):
-            assert found[name].tolist() == [row[name] for row in wanted], name
-        tokens = np.stack([row["tokens"] for row in wanted])
-        assert np.array_equal(found["input_ids"], tokens[:, :50].astype(np.int64))
-        assert not np.array_equal(found["shuffled"], tokens)
-        assert sorted(map(bytes, found["shuffled"])) == sorted(map(bytes, tokens))
+            assert actual[name].tolist() == [row[name] for row in expected], name
+        tokens = np.stack([row["tokens"] for row in expected])
+        assert np.array_equal(actual["input_ids"], tokens[:, :50].astype(np.int64))
+        assert not np.array_equal(actual["shuffled"], tokens)
+        assert sorted(map(bytes, actual["shuffled"])) == sorted(map(bytes, tokens))

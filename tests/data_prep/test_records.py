@@ -74,16 +74,16 @@ def test_parts_of_a_file_hold_every_line_once(
     parts = [
         Part(file, start, min(start + size, file.size), size) for start in range(0, file.size, size)
     ]
-    found = [r for part in parts for r in read_part(part, Fields())]
-    assert found == read(path) and len(found) == 12
+    got = [r for part in parts for r in read_part(part, Fields())]
+    assert got == read(path) and len(got) == 12
 
 
 def test_parquet_by_row_groups(tmp_path: Path) -> None:
     table = pa.table({"id": list(range(50)), "text": TEXTS, "other": [1.0] * 50})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     file = find_files(tmp_path / "a.parquet")[0]
-    found = [r for i in range(8) for r in read_part(Part(file, i, i + 1, 0), Fields())]
-    assert [(r.text, r.id, r.place) for r in found] == [(t, str(i), i) for i, t in enumerate(TEXTS)]
+    got = [r for i in range(8) for r in read_part(Part(file, i, i + 1, 0), Fields())]
+    assert [(r.text, r.id, r.place) for r in got] == [(t, str(i), i) for i, t in enumerate(TEXTS)]
     for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
         pq.write_table(
             table.set_column(1, "text", pa.array(TEXTS).cast(kind)), tmp_path / "b.parquet"
@@ -116,7 +116,7 @@ def test_parquet_files_larger_than_a_unit_are_divided_by_row_groups(
     )
 
 
-def test_parquet_rows_that_are_null_or_no_utf8_are_told_one_by_one(tmp_path: Path) -> None:
+def test_parquet_rows_that_are_null_or_no_utf8_are_reported_one_by_one(tmp_path: Path) -> None:
     data = pa.array([b"fine", b"\xff\xfe", None, b"also"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 4, data.buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
@@ -162,7 +162,9 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
         (b'{"text": NaN}', "not a JSON object"),
     ],
 )
-def test_a_bad_line_is_told_and_spoils_no_other(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_bad_line_is_reported_and_spoils_no_other(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     assert reasons(tmp_path / "a.jsonl") == ["good", reason, "good"]
     assert read(tmp_path / "a.jsonl")[1].place == 14
@@ -173,9 +175,9 @@ def test_keys_are_chosen_and_dots_go_down(tmp_path: Path) -> None:
         '{"data": {"text": "a", "lang": "de"}, "n": 5}\n{"data.text": "b", "data": {"lang": "en"},'
         ' "n": 6}\n{"data": {"text": "c"}, "n": 7}\n'
     )
-    found = read(tmp_path / "a.jsonl", Fields("data.text", "n", "data.lang"))
-    assert [(r.text, r.id, r.domain) for r in found[:2]] == [("a", "5", "de"), ("b", "6", "en")]
-    assert found[2].reason == "no domain" and found[2].id == "7"
+    got = read(tmp_path / "a.jsonl", Fields("data.text", "n", "data.lang"))
+    assert [(r.text, r.id, r.domain) for r in got[:2]] == [("a", "5", "de"), ("b", "6", "en")]
+    assert got[2].reason == "no domain" and got[2].id == "7"
 
 
 def test_a_line_without_end_is_skipped_in_bounded_memory(
@@ -191,7 +193,7 @@ def test_a_line_without_end_is_skipped_in_bounded_memory(
     assert reasons(path) == ["line too long"]
 
 
-def test_a_text_file_that_is_too_long_is_told(
+def test_a_text_file_that_is_too_long_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "LONGEST_DOCUMENT", 100)
@@ -214,7 +216,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
         read(tmp_path / name)
 
 
-def test_what_is_no_compressed_file_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_compressed_is_named(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "a.jsonl.zst"):
         (tmp_path / name).write_bytes(b"hello, this is plain text")
         with pytest.raises(DataPrepError, match=name):
@@ -233,15 +235,15 @@ def test_globs_folders_and_places_that_hold_nothing(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"text": "t"}\n')
 
-    def found(pattern: str) -> list[str]:
+    def matching(pattern: str) -> list[str]:
         return [f.uri.removeprefix(f"{tmp_path}/") for f in find_files(f"{tmp_path}/{pattern}")]
 
-    assert found("x") == ["x/a.jsonl", "x/y/b.jsonl", "x/y/c.txt"]
-    assert found("x/*.jsonl") == ["x/a.jsonl"] and found("x/**/*.jsonl") == [
+    assert matching("x") == ["x/a.jsonl", "x/y/b.jsonl", "x/y/c.txt"]
+    assert matching("x/*.jsonl") == ["x/a.jsonl"] and matching("x/**/*.jsonl") == [
         "x/a.jsonl",
         "x/y/b.jsonl",
     ]
-    assert found("*/?.jsonl") == ["x/a.jsonl", "z/d.jsonl"] and found("[xz]/[a-c].jsonl") == [
+    assert matching("*/?.jsonl") == ["x/a.jsonl", "z/d.jsonl"] and matching("[xz]/[a-c].jsonl") == [
         "x/a.jsonl"
     ]
     for place, words in (

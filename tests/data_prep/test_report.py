@@ -59,15 +59,18 @@ def test_bars_stand_where_their_lengths_are() -> None:
 
 
 def test_json_holds_the_counts_and_what_follows_from_them(rich: Path) -> None:
-    report, found = rich_report(), json.loads((rich / "report.json").read_text(encoding="utf-8"))
-    part, told = report.splits[0], found["splits"][0]
-    assert told["bytes_per_token"] == pytest.approx(part.bytes / part.text_tokens)
-    assert told["packing_efficiency"] == pytest.approx(1 - part.padding_tokens / part.slots)
-    assert told["cut_share"] == pytest.approx(part.cut_documents / part.documents)
-    assert sum(told["length_histogram"]) == part.documents
-    assert found["throughput"]["tokenizer_share"] == pytest.approx(1420 / 1650)
-    assert found["throughput"]["tokens_per_core_second"] == pytest.approx(230e6 / 1650)
-    assert found["quarantined"]["invalid UTF-8"]["records"] == 4
+    report, report_json = (
+        rich_report(),
+        json.loads((rich / "report.json").read_text(encoding="utf-8")),
+    )
+    part, split_json = report.splits[0], report_json["splits"][0]
+    assert split_json["bytes_per_token"] == pytest.approx(part.bytes / part.text_tokens)
+    assert split_json["packing_efficiency"] == pytest.approx(1 - part.padding_tokens / part.slots)
+    assert split_json["cut_share"] == pytest.approx(part.cut_documents / part.documents)
+    assert sum(split_json["length_histogram"]) == part.documents
+    assert report_json["throughput"]["tokenizer_share"] == pytest.approx(1420 / 1650)
+    assert report_json["throughput"]["tokens_per_core_second"] == pytest.approx(230e6 / 1650)
+    assert report_json["quarantined"]["invalid UTF-8"]["records"] == 4
     total = total_of(report.splits)
     assert total.documents == 244_800 == sum(total.length_histogram) and total.rows == sum(
         s.rows for s in report.splits

@@ -142,10 +142,10 @@ def test_a_text_without_tokens_leaves_its_bytes_to_the_end(
 
 
 def test_places_that_go_back_or_repeat() -> None:
-    found = sizes_from_offsets(
+    sizes = sizes_from_offsets(
         "abcde\u20ac", np.array([[0, 2], [1, 1], [0, 2], [4, 5], [4, 5], [4, 5], [5, 5]])
     )
-    assert found.tolist() == [2, 0, 0, 1, 1, 1, 3, 0]
+    assert sizes.tolist() == [2, 0, 0, 1, 1, 1, 3, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -61,12 +61,12 @@ def main() -> None:
     stage(1)
     corpus = Path(config.data.path).parent / "corpus"
     with console.status("reading sources"):
-        found = collect(corpus)
-    for domain, count in found.documents.items():
-        echo(f"{domain}: {count:,} documents, {found.bytes[domain]:,} bytes")
+        collected = collect(corpus)
+    for domain, count in collected.documents.items():
+        echo(f"{domain}: {count:,} documents, {collected.bytes[domain]:,} bytes")
     stage(2)
     spec = PrepSpec(
-        domains={d: corpus / f"{d}.jsonl" for d in found.documents},
+        domains={d: corpus / f"{d}.jsonl" for d in collected.documents},
         output=Path(config.data.path),
         sequence_length=config.data.sequence_length,
         vocab_size=config.model.vocab_size,
@@ -74,8 +74,8 @@ def main() -> None:
     current = is_current(spec)
     if not current and spec.output.exists() and steps(config.run_dir / "checkpoints"):
         raise UserError(
-            f"{spec.output}, which {config.run_dir} was trained on, was made from another corpus"
-            f" (another Python) or by another nextpt; start afresh: {start_afresh(config)}"
+            f"{spec.output}, on which {config.run_dir} was trained, is of another corpus (another"
+            f" Python) or of another nextpt; start again from nothing: {start_again(config)}"
         )
     console.print(summary_table(prepare(spec, overwrite=not current, console=console)))
     stage(3)
@@ -113,10 +113,10 @@ def print_earlier_run(config: Config) -> None:
             f"The run {config.run_dir} exists up to step {saved[0]} of {config.last_step}:"
             " training resumes from it."
         )
-    echo(f"To start again from nothing: {start_afresh(config)}")
+    echo(f"To start again from nothing: {start_again(config)}")
 
 
-def start_afresh(config: Config) -> str:
+def start_again(config: Config) -> str:
     """Return the command that removes everything and runs the demo again."""
     return f"rm -r {config.run_dir} {Path(config.data.path).parent} && make demo"
 
@@ -215,15 +215,17 @@ def sample(config: Config) -> None:
     sampling = Sampling(0.7, top_p=0.95, seed=1)
     prompts = list(PROMPTS.values())
     tokens = [prompt_tokens(model, tokenizer, prompt) for prompt in prompts]
-    found = list(generate(model, tokenizer, tokens, GenerationConfig(sampling, max_tokens=100)))
-    for kind, prompt, continuation in zip(PROMPTS, prompts, found, strict=True):
+    continuations = list(
+        generate(model, tokenizer, tokens, GenerationConfig(sampling, max_tokens=100))
+    )
+    for kind, prompt, continuation in zip(PROMPTS, prompts, continuations, strict=True):
         echo(f"\n--- {kind} prompt: {json.dumps(prompt)}")
         echo(prompt + continuation.text)
     save_samples(
         config.run_dir,
         [
             sample_record(step, prompt, c, sampling)
-            for prompt, c in zip(prompts, found, strict=True)
+            for prompt, c in zip(prompts, continuations, strict=True)
         ],
     )
 
@@ -273,6 +275,6 @@ def summary(config: Config, result: dict[str, Any], proved: int, page: Path) -> 
         ),
         ("compare the two", f".venv/bin/nextpt report {config.run_dir} runs/wide"),
         ("use your own text", ".venv/bin/nextpt prep shards --help"),
-        ("start again", start_afresh(config)),
+        ("start again", start_again(config)),
     ):
         echo(f"  {text:<18} {command}")

@@ -160,7 +160,7 @@ def _describe(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
     Args:
         tokenizer: The tokenizer.
         texts: Texts to encode for bytes per token and the comparison of both libraries; none where
-            these are not wanted.
+            these are not needed.
     """
     description: dict[str, Any] = {
         "file": str(tokenizer.path),

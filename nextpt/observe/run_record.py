@@ -131,15 +131,15 @@ def _json(path: Path) -> Any:
     try:
         return rename_old_keys(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; remove it or make it again") from error
+        raise DataError(f"{path} cannot be read: {error}; remove it or write it again") from error
 
 
 def _checkpoints(root: Path) -> list[dict[str, Any]]:
-    """Step, bytes, time and state of each checkpoint folder, oldest first.
+    """Return step, bytes, time and state of each checkpoint, oldest first.
 
     Sizes are checked, hashes are not.
     """
-    found = []
+    entries = []
     for folder in reversed(checkpoint_folders(root)):
         problem = manifest_problem(folder)
         entry: dict[str, Any] = {"step": step_of(folder), "folder": str(folder), "problem": problem}
@@ -150,14 +150,14 @@ def _checkpoints(root: Path) -> list[dict[str, Any]]:
                 "files": len(manifest.files),
                 "time": (folder / MANIFEST).stat().st_mtime,
             }
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def _notes(
     train: list[dict[str, Any]], skips: list[dict[str, Any]], rollbacks: list[dict[str, Any]]
 ) -> list[str]:
-    """What a reader should be warned of."""
+    """Return warnings for the reader of a report."""
     notes = []
     lost = [e["step"] for e in train if not math.isfinite(e["loss"])]
     if lost:

@@ -377,7 +377,7 @@ def test_a_browser_renders_it(dataset: Path, tmp_path: Path, width: int) -> None
         )
         text = browser.find_element("tag name", "body").text
         assert (
-            "What differs" not in text
+            "Config keys that differ" not in text
             and "Evaluation on held-out documents" in text
             and "node-1 (2)" in text
         )

@@ -15,7 +15,7 @@ from kernels.attention.intervals import Slices
 from kernels.causality import CausalityError, check_attention
 from kernels.choice import ATTENTION, choose_attention
 
-HERE = [i.name for i in ATTENTION.values() if not i.refusals("cpu")]
+ON_CPU = [i.name for i in ATTENTION.values() if not i.refusals("cpu")]
 
 
 def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
@@ -50,7 +50,7 @@ def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
     return out, lse
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ON_CPU)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_matches_the_definition(name: str, data: st.DataObject) -> None:
@@ -87,7 +87,7 @@ def test_matches_the_definition(name: str, data: st.DataObject) -> None:
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("window", [None, 3])
 def test_nothing_looks_ahead(name: str, window: int | None) -> None:
     check_attention(name, window=window)
@@ -127,7 +127,7 @@ def test_reference_is_differentiable_everywhere_and_empty_rows_give_zero() -> No
     assert gradients[0][:, :2].eq(0).all()
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if "documents" in ATTENTION[n].features])
+@pytest.mark.parametrize("name", [n for n in ON_CPU if "documents" in ATTENTION[n].features])
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (1, 2), (4, None), (4, 3), (7, None)])
 def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: int | None) -> None:
     """The last queries of whole rows of two documents.

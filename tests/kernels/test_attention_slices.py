@@ -18,7 +18,7 @@ from kernels.attention.intervals import Slices
 from kernels.choice import ATTENTION, choose_attention
 from tests.kernels.test_attention_triton import qkv, tiles
 
-HERE = [i.name for i in ATTENTION.values() if not i.refusals("cpu")]
+ON_CPU = [i.name for i in ATTENTION.values() if not i.refusals("cpu")]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning:triton.*")
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
@@ -63,7 +63,7 @@ def weighted(out: Tensor) -> Tensor:
     return (out * torch.randn(out.shape, generator=generator)).sum()
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ON_CPU)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_slices_of_queries_are_the_whole(name: str, data: st.DataObject) -> None:
@@ -97,7 +97,7 @@ def test_slices_of_queries_are_the_whole(name: str, data: st.DataObject) -> None
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if "lse" in ATTENTION[n].features])
+@pytest.mark.parametrize("name", [n for n in ON_CPU if "lse" in ATTENTION[n].features])
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_slices_of_keys_are_put_together_by_their_log_sums(name: str, data: st.DataObject) -> None:
@@ -135,7 +135,7 @@ def test_slices_of_keys_are_put_together_by_their_log_sums(name: str, data: st.D
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_queries_before_the_keys_see_nothing(name: str) -> None:
     q, k, v = qkv(2, 6, 3, 4, 2, 16, 16, torch.float32, "cpu")
     with tiles(16, 16):

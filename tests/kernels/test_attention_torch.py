@@ -171,7 +171,7 @@ def test_sequences_of_different_lengths_align_at_their_ends() -> None:
         ({"documents": PackedDocuments(torch.zeros(1, 3))}, "do not fit"),
     ],
 )
-def test_mistakes_are_named(change: dict, message: str) -> None:
+def test_errors_name_the_argument(change: dict, message: str) -> None:
     arguments = {name: torch.zeros(1, 4, 2, 8) for name in "qkv"} | change
     with pytest.raises(ValueError, match=message):
         attention(**arguments)

@@ -277,7 +277,7 @@ def test_peak_memory_is_bounded_by_the_budget() -> None:
         ({"targets": torch.tensor([0, -1, 1, 1])}, "target -1 is not in the vocabulary of 9"),
     ],
 )
-def test_mistakes_are_named(change: dict, message: str) -> None:
+def test_errors_name_the_argument(change: dict, message: str) -> None:
     arguments = {
         "hidden": torch.zeros(4, 8),
         "weight": torch.zeros(9, 8),

@@ -62,7 +62,8 @@ def test_a_bucket_alone_and_a_trailing_slash(s3: str) -> None:
 def test_options_of_pyarrow_may_follow_the_path(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("S3_ENDPOINT_URL")
     filesystem, path = open_store(
-        f"s3://bucket/a/b?endpoint_override={s3.removeprefix('http://')}&scheme=http&region=eu-west-1"
+        f"s3://bucket/a/b?endpoint_override={s3.removeprefix('http://')}"
+        "&scheme=http&region=eu-west-1"
     )
     assert path == "bucket/a/b" and filesystem.region == "eu-west-1"
     assert filesystem.get_file_info(path).type is fs.FileType.NotFound

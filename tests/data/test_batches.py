@@ -173,7 +173,7 @@ def test_batches_collated_together_are_those_collated_apart(
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("sequence", "message"),
     [
         (
             StoredSequence(np.array([9, 1, 2]), np.array([2, 2]), np.array([0, 0]), 0),

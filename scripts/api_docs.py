@@ -38,7 +38,7 @@ PUBLIC = {
     "data_prep.prepare": ("prepare",),
     "data_prep.spec": ("PrepSpec",),
     "data_prep.format": ("DatasetManifest",),
-    "kernels.attention": ("attention", "attention_packed", "PackedDocuments"),
+    "kernels.attention": ("attention", "attention_packed", "AttentionOutput", "PackedDocuments"),
     "kernels.cross_entropy": ("linear_cross_entropy", "LossOutput", "LinearCrossEntropy"),
 }
 OPTIONS: ConfigDict = {

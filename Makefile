@@ -93,7 +93,7 @@ gpu-check:
 	  python3 -m kernels.bench.$$kernel --json bench/results/$$kernel-$$device.json || exit 1; done
 
 bench: setup
-	@for b in kernels.bench.cross_entropy kernels.bench.gradient_error kernels.bench.compile_report bench.tokenizers bench.data_prep bench.loader; do \
+	@for b in kernels.bench.cross_entropy kernels.bench.gradient_error kernels.bench.compile_report bench.tokenizers bench.data_prep bench.loader bench.startup; do \
 	  echo; $(BIN)/python -m $$b || exit 1; done
 
 clean:

@@ -176,7 +176,6 @@ class Attention(nn.Module):
             window=spec.sliding_window,
             implementation=self.implementation,
         )
-        assert isinstance(out, Tensor)  # a tuple with return_lse only
         output_BTD: Tensor = self.o_proj(out.reshape(rows, length, -1))
         return output_BTD
 

@@ -95,9 +95,7 @@ def test_gradient_of_an_output_stays_in_its_past() -> None:
     ids = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
     positions = torch.arange(12).unsqueeze(0)
     model.embed_tokens.forward = lambda tokens: embedded
-    out = model(
-        torch.zeros(1, 12, dtype=torch.long), positions, PackedDocuments(ids)
-    ).hidden
+    out = model(torch.zeros(1, 12, dtype=torch.long), positions, PackedDocuments(ids)).hidden
     for i in range(12):
         (gradient,) = torch.autograd.grad(out[0, i].sum(), embedded, retain_graph=True)
         reached = gradient[0].ne(0).any(-1).tolist()

@@ -119,7 +119,11 @@ def result_of(
         for d in heldout.texts
     }
     sizes = {d: values[0, 0, :, BYTES] for d, values in columns.items()}
-    assert all((values[..., BYTES] == sizes[d]).all() for d, values in columns.items())
+    if not all((values[..., BYTES] == sizes[d]).all() for d, values in columns.items()):
+        raise ScalingError(
+            f"the {SUMS} of the runs in {ablation.dir} have documents of different sizes; remove"
+            " them, and the runs are scored again"
+        )
     metrics = paired_metrics(
         sizes,
         {d: values[..., NATS] for d, values in columns.items()},

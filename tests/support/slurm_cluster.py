@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, for tests: a controller, node daemons and munge, each with files and ports of its own."""
+"""Real Slurm on this machine, for tests: controller, node daemons and munge, own files and ports."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Slurm:
 
 @contextmanager
 def slurm(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Slurm]:
-    """Start a cluster of `nodes` node daemons (n1, n2, ...) of this machine, which share its CPUs, and end it with its jobs."""
+    """Start `nodes` node daemons (n1, n2, ...), which share the CPUs; end them and their jobs."""
     folder.mkdir(parents=True)
     (folder / "state").mkdir()
     ports = [free_port() for _ in range(nodes + 1)]

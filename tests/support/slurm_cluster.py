@@ -1,4 +1,4 @@
-"""Real Slurm on this machine, for tests: controller, node daemons and munge, own files and ports."""
+"""Real Slurm on this machine, for tests: controller, node daemons and munge, own ports."""
 
 from __future__ import annotations
 

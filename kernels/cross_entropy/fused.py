@@ -164,6 +164,10 @@ class Slab:
             dtype=dtype,
             device=p.hidden.device,
         )
+        if not p.hidden.is_cuda:
+            # oneDNN's bf16 product reads rows past their end, up to the width of its tiles, and
+            # multiplies what is there by 0: NaN where the memory holds NaN.
+            self._memory[:, self._vocabulary :] = 0
         # Triton narrows in place; the CPU's products take fp32 as it is.
         self._narrow = p.hidden.dtype if p.kernel == "triton" or p.hidden.is_cuda else dtype
 

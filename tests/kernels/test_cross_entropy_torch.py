@@ -109,6 +109,26 @@ def test_gradients_are_given_out_and_not_copied() -> None:
     assert [case.hidden.grad.data_ptr(), case.weight.grad.data_ptr()] == places
 
 
+@pytest.mark.parametrize("vocabulary", [512, 520, 543])
+def test_what_memory_held_before_does_not_reach_the_gradients(
+    vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vocabularies that are no multiple of a CPU's bf16 tile, in memory full of NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan"))
+    )
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(rows, 32, generator=generator).bfloat16().requires_grad_()
+        for rows in (128, vocabulary)
+    )
+    targets = torch.randint(vocabulary, (128,), generator=generator)
+    loss = linear_cross_entropy(hidden, weight, targets, softcap=5.0, implementation="torch")
+    gradients = torch.autograd.grad(loss.loss, (hidden, weight))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     case = make_case(6)
     out = linear_cross_entropy(case.hidden, case.weight, case.targets)

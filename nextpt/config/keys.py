@@ -53,9 +53,11 @@ class Key:
             for name, symbol in _BOUNDS.items()
             if (bound := getattr(item, name, None)) is not None
         ]
-        choices = [choice for kind in _kinds(self.field.annotation) for choice in _choices(kind)]
+        kinds = list(_kinds(self.field.annotation))
+        choices = [choice for kind in kinds for choice in _choices(kind)]
         if choices:
-            parts.append("one of " + ", ".join(map(str, choices)))
+            others = ", or a step" if int in kinds else ""
+            parts.append(f"one of {', '.join(map(str, choices))}{others}")
         return " and ".join(parts) or None
 
     @property

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextpt.base.errors import ConfigError
-from nextpt.config import Config, differences, load_config, parse_config, to_yaml
+from nextpt.config import (
+    Config,
+    all_keys,
+    differences,
+    load_config,
+    may_change,
+    parse_config,
+    to_yaml,
+)
 
 
 def values(**sections: dict) -> dict:
@@ -111,3 +119,27 @@ def test_differences_tell_what_a_resumed_run_may_change() -> None:
 
 def test_tokens_are_rounded_up_to_steps() -> None:
     assert config(train={"steps": None, "tokens": 8 * 32 * 3 + 1}).total_steps == 4
+
+
+def test_every_key_says_what_it_means() -> None:
+    for key in all_keys():
+        assert key.field.description, key.name
+        assert len(key.field.description) < 200, key.name
+
+
+def test_metadata_decides_what_a_resumed_run_may_change() -> None:
+    changeable = {key.name for key in all_keys() if key.may_change and "." not in key.name}
+    assert changeable == {"checkpoint", "guard", "validation", "trackers"}
+    for key in ("data.path", "data.max_epochs.code", "train.loss_workspace_mib", "guard.window"):
+        assert may_change(key)
+    for key in ("data.mixing.code", "run.seed", "run", "data", "model.depth", "train.init_from"):
+        assert not may_change(key)
+
+
+def test_bounds_are_shown_as_they_are_checked() -> None:
+    bounds = {key.name: key.bound for key in all_keys()}
+    assert bounds["data.prefetch_threads"] == ">= 1 and <= 64"
+    assert bounds["train.zero_stage"] == "one of 0, 1, 2, 3"
+    assert bounds["optimizer.lr"] == "> 0"
+    assert bounds["data.path"] is None
+    assert bounds["checkpoint.resume"] == "one of auto, never, or a step"

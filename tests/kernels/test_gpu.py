@@ -12,6 +12,7 @@ from kernels.causality import check_attention
 from kernels.choice import ATTENTION
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.chunking import MIB, plan_chunks
+from tests.kernels.test_attention_slices import starts_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -35,7 +36,7 @@ def test_attention_agrees_with_the_cpu_reference(dtype: torch.dtype) -> None:
     for name in usable(ATTENTION, dtype):
         found = attention(
             *(t.cuda().to(dtype) for t in (q, k, v)),
-            documents=PackedDocuments(ids.cuda()),
+            documents=PackedDocuments(ids.cuda(), starts_of(ids, 4).cuda()),
             implementation=name,
         )
         torch.testing.assert_close(

@@ -154,14 +154,16 @@ def test_a_damaged_file_is_refused(coder: FileCoder) -> None:
         with pytest.raises(DataError, match="it "):
             coder.decode(coded[:length], "it")
     rng = np.random.default_rng(0)
-    for place in [*range(result.header), *rng.integers(result.header, len(coded), 20)]:
+    for index in [*range(result.header), *rng.integers(result.header, len(coded), 20)]:
         flipped = bytearray(coded)
-        flipped[place] ^= 1 << int(rng.integers(8))
+        flipped[index] ^= 1 << int(rng.integers(8))
+        decoded, message = None, "it"
         try:
-            # Threads and rows are not checked by themselves
-            assert coder.decode(bytes(flipped), "it") == data, place
+            decoded = coder.decode(bytes(flipped), "it")
         except DataError as error:
-            assert "it" in str(error)
+            message = str(error)
+        # Threads and rows are not checked by themselves
+        assert decoded in (None, data) and "it" in message, index
     with pytest.raises(DataError, match="it was not made by nextpt compress"):
         coder.decode(b"PK\3\4 something else", "it")
 
@@ -186,10 +188,13 @@ def test_damage_that_looks_like_a_size_is_refused_at_once(coder: FileCoder) -> N
 def test_every_tokenizer_encodes_any_bytes_or_is_refused(kind: str, tmp_path: Path) -> None:
     KINDS[kind](tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    spelled, message = None, ""
     try:
         spelled = ByteCodec(tokenizer)
     except DataError as error:
-        assert "of the 256 bytes" in str(error)
+        message = str(error)
+    if spelled is None:
+        assert "of the 256 bytes" in message
         assert kind not in ("byte_level", "llama")
         assert not any(step["type"] == "ByteLevel" for step in tokenizer._description.steps)
         return

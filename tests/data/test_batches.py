@@ -93,7 +93,7 @@ def test_bytes_come_from_the_column_where_sequences_have_one() -> None:
 @st.composite
 def sequences(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
     length = draw(st.integers(2, 30))
-    made = []
+    stored = []
     for _ in range(draw(st.integers(1, 4))):
         lengths, left = [], length + 1
         while left:
@@ -101,7 +101,7 @@ def sequences(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
             left -= lengths[-1]
         flags = np.zeros(len(lengths), np.uint8)
         flags[-1] = draw(st.sampled_from([0, PADDING]))
-        made.append(
+        stored.append(
             StoredSequence(
                 np.array(
                     draw(st.lists(st.integers(0, 9), min_size=length + 1, max_size=length + 1)),
@@ -112,17 +112,17 @@ def sequences(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
                 draw(st.integers(0, 1)),
             )
         )
-    return made, draw(st.integers(1, length + 3))
+    return stored, draw(st.integers(1, length + 3))
 
 
 @settings(max_examples=200, deadline=None)
 @given(sequences())
 def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int]) -> None:
     """Against a loop over tokens, and the packing that attention makes of either description."""
-    made, context = case
-    length = len(made[0].tokens) - 1
-    batch = make(made, context)
-    for i, sequence in enumerate(made):
+    stored, context = case
+    length = len(stored[0].tokens) - 1
+    batch = make(stored, context)
+    for i, sequence in enumerate(stored):
         piece = np.repeat(np.arange(len(sequence.doc_lens)), sequence.doc_lens)
         padding = np.repeat(sequence.doc_flags, sequence.doc_lens) > 0
         number = position = -1
@@ -137,11 +137,11 @@ def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int])
             assert int(batch.target_bytes[i, t]) == predicted * SIZES[sequence.tokens[t + 1]]
             assert bool(batch.is_text[i, t]) == (predicted and SIZES[sequence.tokens[t + 1]] > 0)
     assert (
-        batch.cu_seqlens.shape == (len(made) * segments_per_sequence(length, context) + 1,)
+        batch.cu_seqlens.shape == (len(stored) * segments_per_sequence(length, context) + 1,)
         and batch.cu_seqlens.dtype == torch.int32
     )
     if context >= length:  # else padding is cut in cu_seqlens and is one run in document_ids
-        total = len(made) * length
+        total = len(stored) * length
         sequences = PackedSequences(batch.cu_seqlens, batch.cu_seqlens, total, total)
         mask = sequences.mask(Slices.of(total, total), None)[0, 0]
         by_ids = PackedDocuments(batch.document_ids).mask(Slices.of(length, length), None)[:, 0]
@@ -153,22 +153,22 @@ def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int])
 def test_batches_collated_together_are_those_collated_apart(
     case: tuple[list[StoredSequence], int], times: int
 ) -> None:
-    made, context = case
+    stored, context = case
     options = {
-        "segments": segments_per_sequence(len(made[0].tokens) - 1, context),
+        "segments": segments_per_sequence(len(stored[0].tokens) - 1, context),
         "context": context,
     }
-    together = collate(made * times, len(made), SIZES, WEIGHTS, **options)
+    together = collate(stored * times, len(stored), SIZES, WEIGHTS, **options)
     assert len(together) == times
     for batch in (
         *together,
-        *(b for sequence in made for b in collate([sequence], 1, SIZES, WEIGHTS, **options)),
+        *(b for sequence in stored for b in collate([sequence], 1, SIZES, WEIGHTS, **options)),
     ):
         assert all(tensor.is_contiguous() for tensor in vars(batch).values())
     assert all(
         torch.equal(a, b)
         for batch in together
-        for a, b in zip(vars(batch).values(), vars(make(made, context)).values(), strict=True)
+        for a, b in zip(vars(batch).values(), vars(make(stored, context)).values(), strict=True)
     )
 
 

@@ -257,19 +257,19 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
     trimmed = []
     trim = ShardCache.trim
 
-    def trim_and_look(cache: ShardCache, made: int) -> None:
+    def trim_and_measure(cache: ShardCache, written: int) -> None:
         for store in cache._stores:  # as if an hour had passed
             for path, _, _ in store.copies():
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(path, (path.stat().st_mtime - 3600,) * 2)
-        trim(cache, made)
+        trim(cache, written)
         size = 0
         for path in (tmp_path / "cache").rglob("*.mds"):
             with contextlib.suppress(FileNotFoundError):  # another thread trims too
                 size += path.stat().st_size
         trimmed.append(size)
 
-    monkeypatch.setattr(ShardCache, "trim", trim_and_look)
+    monkeypatch.setattr(ShardCache, "trim", trim_and_measure)
     limit, shard = 100_000, 3_500
     assert (
         first_steps(

@@ -130,7 +130,7 @@ def test_a_shard_that_is_needed_does_not_wait_behind_those_that_will_be(
         )
         busy.set()
     sequences._threads.shutdown(wait=True)
-    # The others were made ready in their turn
+    # The others were prepared in their turn
     assert len(list((tmp_path / "verified").iterdir())) == 5
 
 
@@ -335,12 +335,12 @@ def test_compressed_shards_are_unpacked_once_and_the_dataset_is_left_alone(
     first_row(packed, tmp_path)
     unpacked = list((tmp_path / "unpacked").rglob("*.mds"))
     assert len(unpacked) == 1 and sorted(packed.rglob("*")) == before
-    made = unpacked[0].stat()
+    first = unpacked[0].stat()
     first_row(packed, tmp_path)
-    assert unpacked[0].stat().st_mtime_ns == made.st_mtime_ns
-    unpacked[0].write_bytes(b"rotten")  # not the only copy: made again
+    assert unpacked[0].stat().st_mtime_ns == first.st_mtime_ns
+    unpacked[0].write_bytes(b"rotten")  # not the only copy: unpacked again
     first_row(packed, tmp_path)
-    assert unpacked[0].stat().st_size == made.st_size
+    assert unpacked[0].stat().st_size == first.st_size
 
 
 @pytest.mark.parametrize(

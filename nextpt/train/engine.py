@@ -125,7 +125,7 @@ class Engine:
         return losses
 
     def _sum_losses(self, losses: list[Loss]) -> None:
-        """Sum the losses of the step over micro-batches and ranks; its verdict is due. Collective."""
+        """Sum the step's losses over micro-batches and ranks; its verdict is due. Collective."""
         parts = [[loss.total, loss.z_loss, *loss.auxiliary_losses.values()] for loss in losses]
         sums = torch.stack([torch.stack([part.double() for part in of_one]) for of_one in parts])
         total, z_loss, *auxiliary = self.all_reduce(sums.sum(dim=0))

@@ -1,4 +1,4 @@
-"""Hosts on one machine, for tests: network namespaces on a bridge, each with its own name, address and sshd."""
+"""Hosts on one machine: network namespaces on a bridge, each with a name, address and sshd."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def write_dataset(
     compression: str | None = None,
     size_limit: int = 2**26,
 ) -> Path:
-    """A dataset whose train rows are `domains` (tokens, doc_lens, doc_flags as lists), one group of shards per domain; none held out.
+    """A dataset without a validation split, one group of shards per domain.
+
+    domains: training sequences as (tokens, doc_lens, doc_flags) lists.
 
     Its tokenizer.json is no tokenizer: nothing that reads it may be tested with this.
     """

@@ -184,9 +184,8 @@ class _Pair:
 def _segments(row: dict[str, Any], shard: Path) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (tokens, flags) of the segments of a row that hold text."""
     ends = np.cumsum(row["doc_lens"], dtype=np.int64)
-    assert len(ends) and ends[-1] == len(row["tokens"]), (
-        f"{shard}: a row's segments do not add up to its tokens"
-    )
+    if not len(ends) or ends[-1] != len(row["tokens"]):
+        raise DataPrepError(f"{shard}: a sequence's segments do not add up to its tokens")
     for end, length, flags in zip(
         ends.tolist(), row["doc_lens"].tolist(), row["doc_flags"].tolist(), strict=True
     ):

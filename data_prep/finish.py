@@ -114,15 +114,15 @@ def _check_sums(
     totals = layout.counts
     documents = sum(c.documents for domains in counts.values() for c in domains.values())
     out = documents + sum(totals["passed"].values()) + sum(totals["bad"].values())
-    assert out == totals["records"] + totals["cuts"], f"{totals['records']} records in, {out} out"
+    if out != totals["records"] + totals["cuts"]:
+        raise RuntimeError(f"{totals['records']} records in, {out} out")
     written = sum(c.tokens for domains in counts.values() for c in domains.values())
     kept = 0
     for unit in plan.units:
         lengths = TokensFile(tokens_path(plan.spec.work, unit.index)).documents["tokens"]
         kept += int(np.delete(lengths, dropped(plan, duplicates, unit.index)).sum(dtype=np.int64))
-    assert written == kept + documents, (
-        f"{kept} tokens in, {written - documents} out, and {documents} ends"
-    )
+    if written != kept + documents:
+        raise RuntimeError(f"{kept} tokens in, {written - documents} out, and {documents} ends")
 
 
 def _write_heldout(plan: Plan, layout: Layout, duplicates: Duplicates, folder: Path) -> None:

@@ -103,9 +103,8 @@ def _counts(plan: Plan, footers: list[dict[str, Any]], duplicates: Duplicates) -
     records, documents, cuts = (
         sum(footer[key] for footer in footers) for key in ("records", "documents", "cuts")
     )
-    assert records + cuts == documents + passed.total() + bad.total(), (
-        f"{records} records became {documents}, {passed}, {bad}"
-    )
+    if records + cuts != documents + passed.total() + bad.total():
+        raise RuntimeError(f"{records} records became {documents}, {passed}, {bad}")
     repeated = len(duplicates.texts)
     if plan.spec.duplicates == "drop":
         passed["repeats an earlier text"] = repeated

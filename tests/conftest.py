@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small real dataset: code and prose of a package of the standard library, 64 tokens a row."""
+    """Small real dataset: code and prose of a package of the standard library, 64 tokens a row."""
     # Here and not above: the kernel tests run where only torch and pytest are installed.
     from tests.support.datasets import make_dataset
 

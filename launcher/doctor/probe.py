@@ -40,7 +40,7 @@ def torch_facts() -> dict[str, Any]:
 def _nccl_version() -> str:
     import torch
 
-    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # torch has no types for it
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # untyped
     return ".".join(map(str, version))
 
 

@@ -82,9 +82,11 @@ def disable_host_gradient_checks() -> None:
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     for module in (bf16_optimizer, stage3, stage_1_and_2):
-        assert hasattr(module, "is_invalid_grad_norm"), (
-            f"{module.__name__} changed; see deepspeed's version bounds"
-        )
+        if not hasattr(module, "is_invalid_grad_norm"):
+            raise RuntimeError(
+                f"{module.__name__} of DeepSpeed {deepspeed.__version__} has no"
+                " is_invalid_grad_norm; install a version within the bounds of pyproject.toml"
+            )
         module.is_invalid_grad_norm = _is_never_invalid
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house: arrows between rooms, sizes, names, and the packages we must live beside."""
+"""House rules: imports between rooms, sizes, names, and packages that share our names."""
 
 from __future__ import annotations
 
@@ -131,8 +131,11 @@ def test_collectives_without_a_group_are_seen(tmp_path: Path) -> None:
 
 
 def test_launcher_files_shadow_nothing() -> None:
-    """Scripts of launcher/ and launcher/jobs/ are started by path, which puts their folder first on
-    sys.path: a launcher/inspect.py would break `import torch`."""
+    """A launcher/inspect.py would break `import torch`.
+
+    Scripts of launcher/ and launcher/jobs/ are started by path, which puts their folder first on
+    sys.path.
+    """
     taken = set(sys.stdlib_module_names) | set(packages_distributions())
     for folder in (ROOT / "launcher", ROOT / "launcher" / "jobs"):
         stems = {p.stem for p in folder.glob("*.py")} - {"__init__"}

@@ -170,7 +170,10 @@ def flash_attn_func(
     """The signature of flash-attn 2.6 (flash_attn/flash_attn_interface.py)."""
     assert causal and window_size[1] in (-1, 0)
     return torch.stack(
-        [by_definition(*row, softmax_scale, softcap, window_size) for row in zip(q, k, v)]  # noqa: B905 (rows of one batch)
+        [
+            by_definition(*row, softmax_scale, softcap, window_size)
+            for row in zip(q, k, v, strict=True)
+        ]
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.cross_entropy.vocabulary_parallel import slice_of
 from tests.support.loss_cases import check_results, define
-from tests.support.ranks import start_ranks
+from tests.support.ranks import start_new_ranks
 from tests.support.vocabulary_ranks import CASES, UPSTREAM, WEIGHT_SUM, build
 
 RANKS = 2
@@ -26,7 +26,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("vocabulary")
     # New processes: a forked one has imported triton already, without its interpreter
     arguments = ["-m", "tests.support.vocabulary_ranks", str(folder)]
-    processes = start_ranks([arguments] * RANKS, folder, TRITON_INTERPRET="1")
+    processes = start_new_ranks(arguments, RANKS, folder, TRITON_INTERPRET="1")
     codes = [process.wait(500) for process in processes]
     assert not any(codes), "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]

@@ -50,6 +50,25 @@ def start_ranks(arguments: list[list[str]], folder: Path, **variables: str) -> l
     ]
 
 
+def start_new_ranks(
+    arguments: list[str], world_size: int, folder: Path, **variables: str
+) -> list[subprocess.Popen[bytes]]:
+    """Start Python once per rank in new processes, for variables that are read by an import."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port, processes = free_port(), []
+    for rank in range(world_size):
+        with open(folder / f"rank-{rank}.log", "wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env=_environment(rank, world_size, port, variables),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return processes
+
+
 def end_ranks(processes: list[ForkedPython], deadline: float) -> list[int]:
     """Exit codes, negative for a signal. What runs at the deadline (monotonic) is killed."""
     for process in processes:

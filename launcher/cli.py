@@ -33,6 +33,7 @@ from launcher.commands import (  # noqa: E402 (after sys.path)
     tokenizer,
     train,
 )
+from nextpt.base.errors import print_warnings_to_users  # noqa: E402 (after sys.path)
 
 # In the order of the help text.
 COMMANDS = (
@@ -70,6 +71,7 @@ def main() -> None:
     """Run the command line; the entry point `nextpt`."""
     *words, last = sys.argv[1:] or [""]
     if last != "--help" or not print_help(words):
+        print_warnings_to_users()
         app()
 
 

@@ -20,6 +20,7 @@ from nextpt.base.errors import (  # noqa: E402
     EXIT_USER_ERROR,
     TrainingStopped,
     UserError,
+    print_warnings_to_users,
 )
 from nextpt.base.processes import command_line, exit_with_ancestors, parent_pid  # noqa: E402
 
@@ -37,6 +38,7 @@ and the step, also where a launcher loses the code. See docs/reliability.md."""
 def main(arguments: list[str] | None = None) -> int:
     """Train one rank; returns the exit code, see nextpt/base/errors.py."""
     options = _parse(arguments)
+    print_warnings_to_users()
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     # Until training handles signals there is nothing to save.

@@ -58,7 +58,8 @@ def train(
     from nextpt.config import load_config
     from nextpt.observe.trackers import check_trackers
 
-    settings = load_config(config, overrides or [])
+    # Without a hostfile rank 0 reads the file too, and warns.
+    settings = load_config(config, overrides or [], warn_deprecated=hostfile is not None)
     check_trackers(settings)  # before any process starts
     if hostfile and ranks:
         raise ConfigError(

@@ -3,6 +3,10 @@
 The message of each error is one line: what is wrong, the value, what was expected, what to do.
 """
 
+import sys
+import warnings
+from typing import TextIO
+
 # Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of
 # sysexits.h.
 EXIT_CRASHED = 1  # an error of the program; a traceback was shown
@@ -13,6 +17,30 @@ EXIT_NO_VALID_CHECKPOINT = 65
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop; the same command continues
 # No progress: a rank or the network does not answer; the same command continues on sound machines
 EXIT_HUNG = 76
+
+
+class DeprecatedKeyWarning(FutureWarning):
+    """A config key by its old name, which will soon be an error."""
+
+
+def print_warnings_to_users() -> None:
+    """Print a DeprecatedKeyWarning as one line, without the place in the code. Others as before."""
+    show = warnings.showwarning
+
+    def print_line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, DeprecatedKeyWarning):
+            print(f"warning: {message}", file=file or sys.stderr, flush=True)
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = print_line
 
 
 class UserError(Exception):

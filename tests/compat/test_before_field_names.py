@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,8 @@ from nextpt.data.sequences import load_manifest
 from nextpt.events import read_events
 from tests.support.zygote import run_jobs
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "before_field_names"
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "before_field_names"
 RENAMED = {
     "guard.spikes": "guard.spike_sigma",
     "objective.z_loss": "objective.z_loss_coefficient",
@@ -196,6 +199,20 @@ def test_a_deprecated_key_of_an_override_warns_once_and_wins(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_config(file, [f"{old_name}=9"])
+
+
+def test_a_command_prints_each_deprecated_key_as_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "config", "show", str(FIXTURES / "config.yaml")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(RENAMED) and all(line.startswith("warning: ") for line in lines)
+    for old_name, new_name in RENAMED.items():
+        assert sum(f"{old_name} is now {new_name};" in line for line in lines) == 1
 
 
 def test_an_override_by_the_new_name_replaces_the_value_of_the_old_one() -> None:

@@ -124,7 +124,7 @@ def test_a_prediction_is_made_before_and_kept_after(tmp_path: Path) -> None:
     )
     assert result["error"] == pytest.approx(result["predicted"] / result["measured"] - 1)
     (ladder.dir / "prediction.json").unlink()
-    with pytest.raises(ScalingError, match="a prediction must come first"):
+    with pytest.raises(ScalingError, match="the prediction must be written first"):
         write_prediction(ladder)
 
 

@@ -49,6 +49,11 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: setup
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL)
 
+# For the inner loop: no process starts, which tests/conftest.py checks.
+test-fast: setup
+	@NEXTPT_TEST_NO_PROCESSES=1 $(BIN)/python -m pytest -q $(PARALLEL) \
+	  -m "not slow and not gpu and not process and not thorough"
+
 # Hosts and a Slurm are made once on a machine, so their tests are alone.
 test-slow: setup browser system-deps
 	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu" $(PARALLEL) --ignore tests/cluster; others=$$?; \

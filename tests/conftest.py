@@ -4,6 +4,7 @@ One thread per process: two cores, and results that do not depend on their numbe
 """
 
 import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -58,3 +59,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("NEXTPT_TEST_NO_PROCESSES"):
+        sys.addaudithook(refuse_processes)
+
+
+STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+
+
+def refuse_processes(event: str, arguments: tuple[object, ...]) -> None:
+    """Audit hook of `make test-fast`: a test that starts a process lacks its mark."""
+    if event in STARTS and os.environ.get("PYTEST_CURRENT_TEST"):
+        pytest.fail(f"{event} in a test without the mark `process`", pytrace=False)

@@ -19,6 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 
 
+@pytest.mark.process
 def test_values_reach_all_ranks(results: list[dict[str, Any]]) -> None:
     for got in results:
         assert got["gathered"] == [{"rank": r, "text": "x" * r} for r in range(3)]

@@ -36,6 +36,7 @@ def test_local_places_are_absolute_paths(tmp_path: Path, monkeypatch: pytest.Mon
     assert not is_uri("C:/folder") and is_uri("s3://bucket") and not is_uri("folder/s3://bucket")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name",
     ["plain.txt", "folder/with space/ü.txt", "percent%20sign", "glob[1]*?", "question?mark.txt"],

@@ -119,6 +119,7 @@ def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
         shutil.move(root / "before", root / OLD)
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -183,6 +184,7 @@ def test_the_manifest_has_a_hash_of_itself(
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("readers", [1, 2, 3, 7])
 def test_any_number_of_ranks_agrees_on_damage(tmp_path: Path, readers: int) -> None:
     for step in (1, 2):

@@ -19,6 +19,8 @@ from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import dying_at
 from tests.support.forked import run_in_child
 
+pytestmark = pytest.mark.process
+
 
 def start_and_save(
     root: Path, world_size: int, steps: list[int], acknowledge: int | None = None, wait: bool = True

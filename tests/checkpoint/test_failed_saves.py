@@ -125,6 +125,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_with_room_again_later(small_disk: Path, asynchronous: bool) -> None:
     ballast = small_disk / "ballast"
@@ -144,6 +145,7 @@ def test_a_full_disk_with_room_again_later(small_disk: Path, asynchronous: bool)
     )
 
 
+@pytest.mark.process
 def test_tensors_that_do_not_fit_the_disk_are_reported_with_the_errno(
     small_disk: Path,
 ) -> None:
@@ -162,6 +164,7 @@ def test_tensors_that_do_not_fit_the_disk_are_reported_with_the_errno(
     assert failed.error.number == errno.ENOSPC and "No space left on device" in str(failed.error)
 
 
+@pytest.mark.process
 def test_a_file_system_that_becomes_read_only(small_disk: Path) -> None:
     def remount(mode: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{mode}", str(small_disk)], check=True)

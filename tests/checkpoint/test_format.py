@@ -29,6 +29,7 @@ from tests.support.checkpoints import KINDS, SHAPES, State, holds, write
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "checkpoints"
 
 
+@pytest.mark.thorough
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), st.data())
 def test_chunks_tile_any_range(shape: tuple[int, ...], data: st.DataObject) -> None:
     outer = whole(shape)
@@ -50,6 +51,7 @@ def test_chunks_tile_any_range(shape: tuple[int, ...], data: st.DataObject) -> N
     assert len(tiles) <= 2 * len(shape) - 1 and sum(map(chunk_numel, tiles)) == stop - start
 
 
+@pytest.mark.thorough
 @given(name=st.sampled_from(sorted(SHAPES)), data=st.data())
 def test_any_range_reads_back(
     name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -216,6 +218,7 @@ def test_gaps_are_not_read_as_zeros(tmp_path: Path) -> None:
         Checkpoint(folder).read_whole("a")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_named_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     if subprocess.run(

@@ -249,6 +249,7 @@ def histories(examples: int) -> Callable[[], None]:
     )
 
 
+@pytest.mark.thorough
 def test_random_histories() -> None:
     histories(20)()
 

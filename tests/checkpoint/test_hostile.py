@@ -323,6 +323,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
     return [path, *(p for key, child in items for p in places(child, (*path, key)))]
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -421,6 +422,7 @@ print("clean")
 """
 
 
+@pytest.mark.process
 def test_no_path_through_loading_runs_code(tmp_path: Path) -> None:
     """Watched by an audit hook: a valid checkpoint, fallbacks, a refusal, files with pickles.
 

@@ -88,6 +88,7 @@ def test_a_rollback_keeps_the_checkpoint_it_returned_to(tmp_path: Path) -> None:
     assert names(tmp_path) == ["5", "7"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_rollback_stays_in_the_lineage_and_uses_valid_checkpoints(
     tmp_path: Path, world_size: int

@@ -25,6 +25,8 @@ from nextpt.data.sequences import load_manifest
 from nextpt.events import read_events
 from tests.support.zygote import run_jobs
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "before_field_names"
 RENAMED = {

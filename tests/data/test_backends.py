@@ -66,6 +66,7 @@ def assert_equal(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tenso
         assert all(torch.equal(x[name], y[name]) for name in x)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["dataset", "grouped", "packed"])
 def test_both_backends_give_the_same_batches(
     request: pytest.FixtureRequest, layout: str, tmp_path: Path
@@ -77,6 +78,7 @@ def test_both_backends_give_the_same_batches(
     assert_equal(batches(open_loader(folder, "native")), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["grouped", "packed"])
 def test_both_backends_read_a_remote_dataset(
     request: pytest.FixtureRequest, layout: str, tmp_path: Path
@@ -91,6 +93,7 @@ def test_both_backends_read_a_remote_dataset(
     assert_equal(batches(open_loader(tmp_path / "a", "native", remote=str(folder))), expected)
 
 
+@pytest.mark.thorough
 def test_states_are_the_same_for_both_backends(dataset: Path) -> None:
     native, streaming = (open_loader(dataset, backend) for backend in ("native", "streaming"))
     streaming.check_state(native.state(7))
@@ -98,6 +101,7 @@ def test_states_are_the_same_for_both_backends(dataset: Path) -> None:
     native.close(), streaming.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("reader", "layout"),
     [
@@ -134,6 +138,7 @@ def test_streamings_own_iteration_yields_our_sequences_sample_for_sample(
         np.testing.assert_array_equal(sample["doc_flags"], sequence.doc_flags)
 
 
+@pytest.mark.thorough
 def test_a_shuffled_epoch_of_streaming_is_an_epoch_of_ours(grouped: Path, tmp_path: Path) -> None:
     """As multisets: the orders are different functions."""
     import_streaming()
@@ -166,12 +171,14 @@ def test_a_shuffled_epoch_of_streaming_is_an_epoch_of_ours(grouped: Path, tmp_pa
     loader.close()
 
 
+@pytest.mark.thorough
 def test_a_limit_that_would_delete_the_only_copy_is_refused(packed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "d"))
     with pytest.raises(ConfigError, match="the only copy"):
         open_loader(folder, "streaming", cache_limit_gib=1)
 
 
+@pytest.mark.thorough
 def test_the_library_path_also_refuses_damaged_shards_by_name(
     grouped: Path, packed: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +194,7 @@ def test_the_library_path_also_refuses_damaged_shards_by_name(
         del loader
 
 
+@pytest.mark.thorough
 def test_the_library_path_fetches_damaged_copies_again(grouped: Path, tmp_path: Path) -> None:
     expected = batches(open_loader(tmp_path / "a", "streaming", remote=str(grouped)))
     for shard in (tmp_path / "a").rglob("*.mds"):
@@ -194,6 +202,7 @@ def test_the_library_path_fetches_damaged_copies_again(grouped: Path, tmp_path: 
     assert_equal(batches(open_loader(tmp_path / "a", "streaming", remote=str(grouped))), expected)
 
 
+@pytest.mark.process
 def test_local_world_size_is_set_before_streaming_needs_it(dataset: Path, tmp_path: Path) -> None:
     """Deepspeed sets LOCAL_SIZE only.
 

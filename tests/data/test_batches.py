@@ -115,6 +115,7 @@ def sequences(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
     return stored, draw(st.integers(1, length + 3))
 
 
+@pytest.mark.thorough
 @settings(max_examples=200, deadline=None)
 @given(sequences())
 def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int]) -> None:
@@ -148,6 +149,7 @@ def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int])
         assert torch.equal(mask, torch.block_diag(*by_ids.int()).bool())
 
 
+@pytest.mark.thorough
 @settings(max_examples=50, deadline=None)
 @given(sequences(), st.integers(1, 3))
 def test_batches_collated_together_are_those_collated_apart(
@@ -229,6 +231,7 @@ def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_sequence_nee
     loader.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("context", [64, 10])
 def test_one_epoch_has_every_byte_and_every_token_once(dataset: Path, context: int) -> None:
     stage = {"sequence_length": context}
@@ -252,6 +255,7 @@ def test_one_epoch_has_every_byte_and_every_token_once(dataset: Path, context: i
     loader.close()
 
 
+@pytest.mark.thorough
 def test_bytes_of_a_column_reach_the_metrics(dataset: Path, tmp_path: Path) -> None:
     """Every token has its predecessor's bytes: the first of a document none, its end some."""
     table = np.load(dataset / "token_bytes.npy").astype(np.uint32)

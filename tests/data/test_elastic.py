@@ -77,6 +77,7 @@ def assert_equal(
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("world", "micro", "threads"), [(1, 16, 3), (2, 8, 1), (4, 16, 2), (8, 2, 4), (64, 1, 1)]
 )
@@ -86,6 +87,7 @@ def test_ranks_micro_batches_and_threads_only_slice_the_order(
     assert_equal(global_batches(config_of(shards, micro, threads), world, range(16)), whole[:16])
 
 
+@pytest.mark.thorough
 def test_a_run_may_be_resumed_with_other_ranks_again_and_again(
     shards: Path, whole: list[dict[str, torch.Tensor]]
 ) -> None:

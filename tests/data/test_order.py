@@ -30,6 +30,7 @@ def plan(*stages: tuple[int, list[float]], seed: int = 3) -> DataPlan:
     )
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None)
 @given(SHARES)
 def test_weights_are_the_shares_rounded_once(shares: list[float]) -> None:
@@ -140,6 +141,7 @@ def test_the_order_is_the_one_of_this_version() -> None:
     assert hashlib.sha256(found).hexdigest() == PINNED_ORDER
 
 
+@pytest.mark.process
 def test_position_1e9_is_reached_at_once() -> None:
     """In 200 MB beyond what the imports take, with 10^5 shards and 1.6 10^9 sequences a domain.
 

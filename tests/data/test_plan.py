@@ -96,6 +96,7 @@ def test_one_stage_is_no_stage(dataset: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_what_changed_is_named(dataset: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = open_loader(dataset, mixing=A).state(50)
     with pytest.raises(DataError, match=r"^changed since: the dataset") as caught:

@@ -92,6 +92,7 @@ def first_steps(loader: Loader, steps: int = 12) -> list[bytes]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["packed", "grouped"])
 def test_a_dataset_of_an_object_store_gives_the_same_batches(
     few: dict[str, Path], s3: None, name: str, tmp_path: Path
@@ -112,6 +113,7 @@ def test_a_dataset_of_an_object_store_gives_the_same_batches(
     )
 
 
+@pytest.mark.thorough
 def test_a_damaged_copy_is_fetched_again(packed: Path, tmp_path: Path) -> None:
     expected = first_steps(loader_of(packed, tmp_path / "cache", tmp_path))
     for shard in (tmp_path / "cache").rglob("*.mds"):
@@ -120,6 +122,7 @@ def test_a_damaged_copy_is_fetched_again(packed: Path, tmp_path: Path) -> None:
     assert first_steps(loader_of(packed, tmp_path / "cache", tmp_path)) == expected
 
 
+@pytest.mark.thorough
 def test_what_is_wrong_in_the_store_is_refused_by_name(grouped: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(grouped, tmp_path / "source"))
     for shard in source.rglob("*.mds"):
@@ -145,6 +148,7 @@ def test_what_is_wrong_in_the_store_is_refused_by_name(grouped: Path, tmp_path: 
     finish(loader)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("remote", "message"),
     [
@@ -219,6 +223,7 @@ print(json.dumps([hashlib.sha256(b"".join(tokens)).hexdigest(), fetched]))
 """
 
 
+@pytest.mark.process
 def test_processes_of_a_machine_share_one_copy(packed: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", READER, str(packed), str(tmp_path)]
     processes = [
@@ -248,6 +253,7 @@ def test_what_killed_processes_left_is_removed(packed: Path, tmp_path: Path) -> 
     assert {f.name for f in incoming.iterdir()} == {alive, elsewhere}
 
 
+@pytest.mark.thorough
 def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def first_row(folder: Path, scratch: Path | None = None) -> Any:
     return sequences_of(folder, "train", "code", scratch)[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["dataset", "grouped", "packed"])
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_sequences_are_what_streaming_reads(
@@ -77,6 +78,7 @@ def test_sequences_are_what_streaming_reads(
             sequences[len(sequences)]
 
 
+@pytest.mark.thorough
 def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, packed: Path) -> None:
     """Not in their order, which follows the shards.
 
@@ -102,6 +104,7 @@ def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, pack
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.thorough
 def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) -> None:
     folder = rewrite(dataset, tmp_path / "d", shard_rows=2)
     sequences = sequences_of(folder, "train", "code")
@@ -298,6 +301,7 @@ def _hold(folder: str, ready: Any) -> None:
         time.sleep(60)
 
 
+@pytest.mark.process
 def test_a_crash_leaves_no_lock_behind(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
@@ -343,6 +347,7 @@ def test_compressed_shards_are_unpacked_once_and_the_dataset_is_left_alone(
     assert unpacked[0].stat().st_size == first.st_size
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "message"),
     [

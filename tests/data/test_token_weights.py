@@ -34,6 +34,7 @@ def weighted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("used", [True, False])
 def test_weights_of_the_shards_reach_the_batch_where_asked_for(weighted: Path, used: bool) -> None:
     config = tiny(
@@ -63,6 +64,7 @@ def test_weights_that_are_not_there_are_refused_but_places_past_the_last_row_nee
     assert float(batch.token_weights.sum()) == 0 and (batch.targets < 0).all()
 
 
+@pytest.mark.thorough
 def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_count(
     dataset: Path,
 ) -> None:
@@ -96,6 +98,7 @@ def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_
     )
 
 
+@pytest.mark.thorough
 def test_the_recipe_of_the_docs_writes_the_column(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

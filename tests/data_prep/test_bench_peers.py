@@ -24,6 +24,7 @@ def corpus(tmp_path: Path) -> tuple[Path, list[str]]:
     return tmp_path / "corpus.jsonl.zst", texts
 
 
+@pytest.mark.thorough
 def test_the_peers_write_all_tokens(
     corpus: tuple[Path, list[str]], dataset: Path, tmp_path: Path
 ) -> None:

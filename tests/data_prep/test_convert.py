@@ -56,6 +56,7 @@ def opened() -> dict[str, tuple[Tokenizer, tiktoken.Encoding]]:
     return {}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pattern", sorted(set(PATTERNS.values()) | set(POSSESSIVE.values())))
 @settings(max_examples=60, deadline=None)
 @given(text=FRAGMENTS)
@@ -89,6 +90,7 @@ def test_ranks_encode_as_tiktoken(
     check_equal(tokenizer, encoding, text)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pattern", sorted(set(PATTERNS.values()) | set(POSSESSIVE.values())))
 def test_ranks_encode_difficult_texts_as_tiktoken(
     ranks: dict[bytes, int], tmp_path: Path, pattern: str
@@ -107,6 +109,7 @@ def test_ranks_encode_difficult_texts_as_tiktoken(
             check_equal(tokenizer, encoding, text)
 
 
+@pytest.mark.thorough
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_ranks_encode_as_tiktoken(
@@ -151,6 +154,7 @@ def test_patterns_for_the_other_engine() -> None:
     assert for_oniguruma(r"\p{N}{1,3}+| ?x++|\s++$|\$|[$]") == r"\p{N}{1,3}| ?x++|\s++\z|\$|[$]"
 
 
+@pytest.mark.thorough
 def test_special_tokens_of_ranks(ranks: dict[bytes, int], tmp_path: Path) -> None:
     source, output = write_ranks(tmp_path / "tokenizer.model", ranks), tmp_path / "tokenizer.json"
     convert(
@@ -193,6 +197,7 @@ def tekken(ranks: dict[bytes, int], **more: object) -> dict[str, object]:
     return {"config": config, "vocab": vocab, "version": "v3"} | more
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["tekken.json", "tekken.json.xz"])
 def test_tekken(ranks: dict[bytes, int], tmp_path: Path, name: str) -> None:
     data = json.dumps(tekken(ranks)).encode()
@@ -213,6 +218,7 @@ def test_tekken(ranks: dict[bytes, int], tmp_path: Path, name: str) -> None:
         check_equal(tokenizer, encoding, text)
 
 
+@pytest.mark.thorough
 def test_tekken_with_a_list_of_its_own(ranks: dict[bytes, int], tmp_path: Path) -> None:
     special = [
         {"rank": i, "token_str": name, "is_control": True}
@@ -247,6 +253,7 @@ def write_pair(folder: Path, prefix: str = "") -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("source", ["", "my_encoder.json", "my_vocab.bpe"])
 def test_gpt2s_pair(tmp_path: Path, source: str) -> None:
     write_pair(tmp_path, "my_")
@@ -266,6 +273,7 @@ def test_gpt2s_pair(tmp_path: Path, source: str) -> None:
         check_equal(tokenizer, encoding, text)
 
 
+@pytest.mark.thorough
 def test_tokenizer_json_passes_through(tmp_path: Path) -> None:
     KINDS["unigram"](tmp_path / "in.json")
     convert(str(tmp_path / "in.json"), tmp_path / "out.json", start="<pad>")

@@ -23,6 +23,8 @@ from data_prep.workers import LocalWorkers
 from tests.support.forked import run_in_child
 from tests.support.prep_worlds import content, small_units, world
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

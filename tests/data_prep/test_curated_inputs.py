@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from data_prep.documents import read_documents
 from data_prep.format import DatasetManifest
 from data_prep.prepare import prepare
@@ -36,6 +38,7 @@ def test_documents_of_datatrove_are_those_it_let_through() -> None:
     )
 
 
+@pytest.mark.thorough
 def test_they_are_prepared_with_their_metadata_as_domain(dataset: Path, tmp_path: Path) -> None:
     prepare(
         PrepSpec(

@@ -41,6 +41,7 @@ def read_pair(prefix: str) -> list[np.ndarray]:
     return sequences
 
 
+@pytest.mark.thorough
 def test_documents_of_a_real_dataset_come_out_as_they_went_in(
     dataset: Path, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def given_texts(spec: PrepSpec, domain: str) -> list[str]:
     return [json.loads(line)["text"] for file in files for line in lines_of(file)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "single"])
 @pytest.mark.parametrize("compression", [None, "zstd:3"])
 def test_rows_hold_every_document_once(
@@ -134,6 +135,7 @@ def test_the_index_of_a_domain_lists_shards_in_folders(prepared: PrepSpec) -> No
     )
 
 
+@pytest.mark.thorough
 def test_units_and_groups_change_neither_sides_nor_counts(
     prepared: PrepSpec, tmp_path: Path
 ) -> None:
@@ -154,6 +156,7 @@ def test_units_and_groups_change_neither_sides_nor_counts(
         ).read_bytes()
 
 
+@pytest.mark.thorough
 def test_a_unit_larger_than_a_group_is_divided_by_documents(
     prepared: PrepSpec, tmp_path: Path
 ) -> None:
@@ -196,6 +199,7 @@ def test_texts_are_equal_when_hash_and_length_are() -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_tokens_that_do_not_stand_for_all_of_a_text_are_found_out(
     prepared: PrepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +226,7 @@ def test_tokens_that_do_not_stand_for_all_of_a_text_are_found_out(
     assert "the tokenizer changes it" in (spec.output / "quarantine.jsonl").read_text()
 
 
+@pytest.mark.thorough
 def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path: Path) -> None:
     base = texts(40, 9)
     write_lines(tmp_path / "x/1.jsonl", base + base[:7])
@@ -251,6 +256,7 @@ def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path
     }
 
 
+@pytest.mark.thorough
 def test_repeats_never_straddle_the_split(prepared: PrepSpec, tmp_path: Path) -> None:
     write_lines(tmp_path / "x.jsonl", texts(30, 4) * 3)
     spec = prepared.model_copy(
@@ -263,6 +269,7 @@ def test_repeats_never_straddle_the_split(prepared: PrepSpec, tmp_path: Path) ->
     assert heldout and set(heldout.values()) == {3}
 
 
+@pytest.mark.thorough
 def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(
     prepared: PrepSpec, tmp_path: Path
 ) -> None:
@@ -287,6 +294,7 @@ def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(
     assert sum(manifest.splits[s]["x"].documents for s in SPLITS) == 23
 
 
+@pytest.mark.thorough
 def test_bad_records_are_quarantined_up_to_the_stated_share(
     prepared: PrepSpec, tmp_path: Path
 ) -> None:
@@ -326,6 +334,7 @@ def test_bad_records_are_quarantined_up_to_the_stated_share(
     ]
 
 
+@pytest.mark.thorough
 def test_length_bounds(prepared: PrepSpec, tmp_path: Path) -> None:
     write_lines(tmp_path / "x.jsonl", ["é" * n for n in range(1, 41)])
     spec = prepared.model_copy(
@@ -344,6 +353,7 @@ def test_length_bounds(prepared: PrepSpec, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.thorough
 def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
     for name in ("de", "en", "fr"):
         write_lines(
@@ -390,6 +400,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: folder / f"{kind}.json" for kind in ANY_TEXT}
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -434,6 +445,7 @@ def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(
         assert row["target_bytes"].sum() == row["text_bytes"] and row["target_bytes"][0] == 0
 
 
+@pytest.mark.thorough
 def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(
     prepared: PrepSpec, tmp_path: Path
 ) -> None:
@@ -455,6 +467,7 @@ def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "x.jsonl"]
 
 
+@pytest.mark.thorough
 def test_unfinished_work_on_something_else_is_not_touched(
     prepared: PrepSpec, tmp_path: Path
 ) -> None:
@@ -470,6 +483,7 @@ def test_unfinished_work_on_something_else_is_not_touched(
     prepare(spec, overwrite=True)
 
 
+@pytest.mark.thorough
 def test_work_that_had_not_begun_is_simply_begun_anew(prepared: PrepSpec, tmp_path: Path) -> None:
     (tmp_path / "no.json").write_text("{}")
     spec = prepared.model_copy(

@@ -22,6 +22,7 @@ from tests.support.object_store import s3_server
 from tests.support.prep_worlds import content, prepare, small_units, texts, world, write_lines
 
 
+@pytest.mark.thorough
 def test_inputs_in_an_object_store_give_the_same_dataset(tmp_path: Path) -> None:
     spec = world(tmp_path, 40)
     prepare(spec)
@@ -57,6 +58,7 @@ def test_inputs_in_an_object_store_give_the_same_dataset(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.thorough
 def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tmp_path: Path) -> None:
     spec = world(tmp_path)
     before = sorted(tmp_path.rglob("*"))

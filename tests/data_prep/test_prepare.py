@@ -50,6 +50,7 @@ def spec(tmp_path: Path, texts: list[str] = TEXTS, **changes: object) -> PrepSpe
     return PrepSpec(**(values | changes))
 
 
+@pytest.mark.thorough
 @given(
     st.lists(st.integers(2, 200), max_size=20),
     st.integers(3, 40),
@@ -85,6 +86,7 @@ def test_packing_refuses_what_does_not_fit() -> None:
         best_fit_decreasing(np.array([18]), 17)
 
 
+@pytest.mark.thorough
 def test_rows_give_back_the_documents(tmp_path: Path) -> None:
     s = spec(tmp_path)
     manifest = prepare(s)
@@ -126,6 +128,7 @@ def test_rows_give_back_the_documents(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     first = prepare(spec(tmp_path))
     second = prepare(spec(tmp_path, output=tmp_path / "again"))
@@ -137,6 +140,7 @@ def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
         ), path
 
 
+@pytest.mark.thorough
 def test_a_document_keeps_its_side_when_the_corpus_grows(tmp_path: Path) -> None:
     prepare(spec(tmp_path, TEXTS[:40]))
     few = (tmp_path / "out" / "heldout_text" / "a.jsonl").read_text()
@@ -145,6 +149,7 @@ def test_a_document_keeps_its_side_when_the_corpus_grows(tmp_path: Path) -> None
     assert many.startswith(few) and few
 
 
+@pytest.mark.thorough
 def test_reuse_and_refusal(tmp_path: Path) -> None:
     manifest = prepare(spec(tmp_path))
     stamp = (tmp_path / "out" / "dataset.json").stat().st_mtime_ns
@@ -163,6 +168,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(path)
 
 
+@pytest.mark.thorough
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_any_unicode_text_survives_and_its_bytes_are_counted(
@@ -178,6 +184,7 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer) -> No
     assert tokenizer.end_id not in ids.tolist() and tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -283,6 +290,7 @@ def test_stdlib_corpus_separates_docstrings_from_code(tmp_path: Path) -> None:
     assert "Say it." in prose[0]["text"] and "Only words." in prose[0]["text"]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
@@ -303,6 +311,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.thorough
 def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
     """One long text: the last share is held out, every character is one token."""
     text = "".join(
@@ -341,6 +350,7 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
         tokenizer.encode("Z")
 
 
+@pytest.mark.thorough
 def test_the_tail_of_many_documents_is_cut_once(tmp_path: Path) -> None:
     manifest = prepare(spec(tmp_path, split="tail", heldout=0.3))
     tail = "".join(

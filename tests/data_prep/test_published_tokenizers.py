@@ -27,6 +27,7 @@ def real_file(name: str) -> Path:
     return Path(os.environ["NEXTPT_TEST_DATA"]) / "tokenizers" / name
 
 
+@pytest.mark.thorough
 @real
 def test_the_real_gpt2(tmp_path: Path) -> None:
     convert(str(real_file("gpt2_encoder.json")), tmp_path / "out.json")
@@ -46,6 +47,7 @@ def test_the_real_gpt2(tmp_path: Path) -> None:
     check_real(tokenizer, encoding)
 
 
+@pytest.mark.thorough
 @real
 def test_the_real_gpt2_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From copies where tiktoken keeps them; it checks that they are what OpenAI published."""
@@ -67,6 +69,7 @@ def test_the_real_gpt2_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+@pytest.mark.thorough
 @real
 def test_the_real_tekken(tmp_path: Path) -> None:
     convert(str(real_file("tekken_240911.json.xz")), tmp_path / "out.json")
@@ -95,6 +98,7 @@ def test_the_real_tekken(tmp_path: Path) -> None:
     check_real(tokenizer, encoding)
 
 
+@pytest.mark.thorough
 @real
 def test_the_real_gpt_neox() -> None:
     tokenizer = Tokenizer(real_file("gptneox_20B_tokenizer.json"))

@@ -85,6 +85,7 @@ def test_local_dataset_reads_every_sample(dataset: Path) -> None:
         assert sum(row["text_bytes"] for row in expected) == manifest.splits[split][domain].bytes
 
 
+@pytest.mark.thorough
 def test_one_stream_over_several_groups(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +164,7 @@ for split in ("train", "heldout"):
 """
 
 
+@pytest.mark.process
 def test_streaming_dataset_and_llm_foundry_read_every_sample(dataset: Path, tmp_path: Path) -> None:
     manifest = DatasetManifest.load(dataset)
     command = [sys.executable, "-c", READ, str(dataset), ",".join(manifest.domains), str(tmp_path)]

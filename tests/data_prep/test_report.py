@@ -104,6 +104,7 @@ def test_text_of_the_corpus_stays_text(rich: Path) -> None:
     )
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not browser.available(), reason="no chromium and chromedriver")
 def test_the_page_in_a_browser(rich: Path) -> None:
     with browser.page(rich / "report.html", width=500) as window:

@@ -12,6 +12,7 @@ from nextpt.base.errors import DataPrepError
 from tests.support.tokenizers import TEXTS
 
 
+@pytest.mark.thorough
 def test_start_and_end(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
     usual = {kind: [t.token(i) for i in (t.start_id, t.end_id)] for kind, t in tokenizers.items()}
     assert usual["byte_level"] == usual["characters"] == ["<|endoftext|>"] * 2

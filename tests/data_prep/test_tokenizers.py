@@ -60,6 +60,7 @@ def check_bytes(tokenizer: Tokenizer, text: str) -> None:
         assert sizes[:-1].tolist() == table[ids].tolist() and tokenizer.decode(ids) == text
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ANY_TEXT)
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT)
@@ -67,6 +68,7 @@ def test_bytes_sum_to_the_text(tokenizers: dict[str, Tokenizer], kind: str, text
     check_bytes(tokenizers[kind], text)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ANY_TEXT)
 def test_bytes_sum_to_difficult_texts(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     for text in adversarial_texts():
@@ -178,6 +180,7 @@ def test_special_tokens_spelled_in_a_text_are_text(
         ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", FAST)
 @settings(max_examples=100, deadline=None)
 @given(text=TEXT)
@@ -248,6 +251,7 @@ def add_literal(**flags: bool) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -317,6 +321,7 @@ def listed_merges(draw: st.DrawFn) -> list[tuple[str, str]]:
     return merges
 
 
+@pytest.mark.thorough
 @settings(max_examples=40, deadline=None)
 @given(merges=listed_merges(), whole=st.booleans(), data=st.data())
 def test_any_list_of_merges_is_encoded_as_by_the_library(
@@ -347,12 +352,14 @@ def test_any_list_of_merges_is_encoded_as_by_the_library(
         assert tokenizer.encode(text).tolist() == library.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.thorough
 def test_the_library_decomposes_nothing_that_python_does_not_know() -> None:
     """So what is in normal form to Python is so to the library."""
     unknown = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) == "Cn"]
     assert normalizers.NFD().normalize_str(" ".join(unknown)) == " ".join(unknown)
 
 
+@pytest.mark.thorough
 @settings(max_examples=200, deadline=None)
 @given(
     parts=st.lists(
@@ -407,6 +414,7 @@ HUGE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", HUGE)
 def test_runs_of_a_million(tokenizers: dict[str, Tokenizer], name: str) -> None:
     """Tiktoken's engine gives up on some of these; the tokens are the library's all the same."""
@@ -419,6 +427,7 @@ def test_runs_of_a_million(tokenizers: dict[str, Tokenizer], name: str) -> None:
     assert int(sizes.sum()) == len(text.encode())
 
 
+@pytest.mark.thorough
 def test_a_panic_of_the_engine_is_no_end(
     tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

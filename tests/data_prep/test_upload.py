@@ -104,6 +104,7 @@ def test_to_a_scheme_of_fsspecs(many: Path) -> None:
     assert upload(many, "memory://some/where").present_files == 40
 
 
+@pytest.mark.thorough
 def test_a_damaged_shard_stops_it_and_it_goes_on_from_there(s3: str, many: Path) -> None:
     shard = many / "train" / "b" / "g00000" / "shard.00007.mds"
     whole = shard.read_bytes()
@@ -120,6 +121,7 @@ def test_a_damaged_shard_stops_it_and_it_goes_on_from_there(s3: str, many: Path)
     assert names(s3, "damaged") == {name: len(data) for name, data in files(many).items()}
 
 
+@pytest.mark.process
 def test_killed_and_started_again(s3: str, many: Path) -> None:
     command = [
         sys.executable,
@@ -217,6 +219,7 @@ np.save(output, np.stack(rows))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_streaming_downloads_what_was_uploaded(
     s3: str, dataset: Path, many: Path, tmp_path: Path, compression: str | None

@@ -12,6 +12,8 @@ from nextpt.events import read_events
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_auxiliary_losses_reach_the_gradient_and_the_log(

@@ -15,6 +15,8 @@ from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
 from tests.support.ranks import train_all
 
+pytestmark = pytest.mark.process
+
 TRAIN = {"global_batch_size": 8, "micro_batch_size": 2, "log_every": 1, "steps": 20}
 
 

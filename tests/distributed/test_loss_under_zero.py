@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:

@@ -15,6 +15,8 @@ from nextpt.events import read_events
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.process
+
 STEPS = 6
 STAGES = range(4)
 RUNS = [*(("fp32", stage) for stage in STAGES), *(("bf16", stage) for stage in (1, 2, 3))]

@@ -11,6 +11,8 @@ import pytest
 from tests.support.datasets import make_dataset, tiny
 from tests.support.ranks import train_all
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def outcome(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:

@@ -17,6 +17,8 @@ from tests.support.models import checkpoint_of, decoder
 from tests.support.ranks import train_all
 from tests.support.tokenizers import KINDS
 
+pytestmark = pytest.mark.process
+
 # Shape of the folder's model: more rows than the tokenizer has tokens, tied, and an architecture
 # that stores changed values.
 SHAPE = {"vocab_size": 520, "tied_embeddings": True, "logit_softcap": 5.0, "max_position": 64}

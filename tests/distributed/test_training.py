@@ -13,6 +13,8 @@ from nextpt.events import read_events
 from tests.support.datasets import tiny
 from tests.support.ranks import train_all
 
+pytestmark = pytest.mark.process
+
 STEPS = 6
 
 

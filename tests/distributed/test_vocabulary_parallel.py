@@ -11,6 +11,8 @@ from tests.support.loss_cases import check_results, define
 from tests.support.ranks import start_new_ranks
 from tests.support.vocabulary_ranks import CASES, UPSTREAM, WEIGHT_SUM, build
 
+pytestmark = pytest.mark.process
+
 RANKS = 2
 SHARED = ("dX", "nats", "lse", "hits", "z_loss", "loss")
 RUNS = [

@@ -44,6 +44,7 @@ PARTS = st.lists(
 )
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=200)
 @given(PARTS)
 def test_parts_decode_at_their_code_length(parts: list[tuple[int, int]]) -> None:
@@ -59,6 +60,7 @@ def test_parts_decode_at_their_code_length(parts: list[tuple[int, int]]) -> None
         range_decoder.take(start, size)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("vocabulary", "sharpness"),
     [(256, 4.0), (32_000, 3.0), (50_257, 3.0), (131_072, 3.0), (131_072, 8.0)],
@@ -87,6 +89,7 @@ def coder(tmp_path_factory: pytest.TempPathFactory) -> FileCoder:
     return FileCoder(*make_run(tmp_path_factory.mktemp("run") / "run")[1:])
 
 
+@pytest.mark.thorough
 @settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -104,6 +107,7 @@ def test_any_bytes_round_trip(coder: FileCoder, data: bytes, rows: int) -> None:
     assert result.payload <= 1.001 * result.code_length + 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("vocabulary", [32_000, 50_257, 131_072])
 def test_models_of_large_vocabularies_code_at_their_code_length(
     coder: FileCoder, vocabulary: int
@@ -120,6 +124,7 @@ def test_models_of_large_vocabularies_code_at_their_code_length(
     assert result.payload <= 1.001 * result.code_length + 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rows", [1, 3])
 def test_texts_longer_than_the_context(
     coder: FileCoder, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +136,7 @@ def test_texts_longer_than_the_context(
     assert result.payload <= 1.001 * result.code_length + 8 + 14 * (result.tokens // 150)
 
 
+@pytest.mark.thorough
 def test_a_file_of_another_model_or_environment_is_refused(
     coder: FileCoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +153,7 @@ def test_a_file_of_another_model_or_environment_is_refused(
         coder.decode(coded, "it")
 
 
+@pytest.mark.thorough
 def test_a_damaged_file_is_refused(coder: FileCoder) -> None:
     data = b"some text, and more of it " * 3
     coded, result = coder.encode(data)
@@ -184,6 +191,7 @@ def test_damage_that_looks_like_a_size_is_refused_at_once(coder: FileCoder) -> N
             )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_tokenizer_encodes_any_bytes_or_is_refused(kind: str, tmp_path: Path) -> None:
     KINDS[kind](tmp_path / "tokenizer.json")
@@ -232,6 +240,7 @@ def test_many_threads_have_room_in_the_header() -> None:
     assert len(header.pack()) + 12 <= 128
 
 
+@pytest.mark.thorough
 def test_files_of_version_2_are_read_whatever_the_config_left_out(tmp_path: Path) -> None:
     """Version 2 hashed the config's model section, with null for what follows from others."""
     config, model, tokenizer = make_run(tmp_path / "run", kv_heads=None, ffn_width=None)
@@ -258,6 +267,7 @@ def hashed_as_before(shape: list[Any], model: Decoder, tokenizer: Tokenizer) -> 
     return hashed.digest()
 
 
+@pytest.mark.process
 def test_compression_is_verified_without_assertions(tmp_path: Path) -> None:
     """`python -O` removes assertions; the comparison after coding must stay."""
     make_run(tmp_path / "run")

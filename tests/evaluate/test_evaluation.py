@@ -39,6 +39,7 @@ def result(source: LoadedModel) -> dict:
     return evaluate_model(source, TEXTS, EvaluationProtocol(resamples=200, harness=True))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "protocol",
     [

@@ -40,6 +40,7 @@ def banned(source: LoadedModel) -> torch.Tensor:
     return torch.from_numpy(source.tokenizer.token_bytes() == 0)
 
 
+@pytest.mark.thorough
 def test_scores_leave_special_tokens_out_and_nothing_else(source: LoadedModel) -> None:
     tokens = torch.from_numpy(
         source.tokenizer.encode(TEXTS["verse"][1])[:16].astype(np.int64)
@@ -85,6 +86,7 @@ def test_continuations_have_no_special_token_and_follow_the_model(source: Loaded
     )
 
 
+@pytest.mark.thorough
 def test_the_parts_sum_to_the_gap_at_any_batch_size(source: LoadedModel) -> None:
     result = exposure_bias(source, TEXTS, PROTOCOL)
     for of in (result["total"], *result["domains"].values(), *result["by_position"]):
@@ -121,6 +123,7 @@ def test_the_parts_sum_to_the_gap_at_any_batch_size(source: LoadedModel) -> None
     assert again["total"]["drift"]["value"] == pytest.approx(total["drift"]["value"], abs=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_model_that_says_nothing_has_no_gap(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     source = open_model(tmp_path / "run")

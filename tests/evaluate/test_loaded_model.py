@@ -30,6 +30,7 @@ def nats_of(source) -> float:
     )[0].nats
 
 
+@pytest.mark.thorough
 def test_a_run_and_its_export_score_alike(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     export_hf(open_run(tmp_path / "run"), tmp_path / "run" / "tokenizer.json", tmp_path / "hf")
@@ -51,6 +52,7 @@ def gpt2(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_an_architecture_that_nextpt_lacks_is_run_by_transformers(gpt2: Path) -> None:
     source = open_model(gpt2)
     assert isinstance(source.model, HuggingFaceModel) and source.model.max_position == 32

@@ -94,6 +94,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
     return data, evaluated + clean, [True] * len(evaluated) + [False] * len(clean)
 
 
+@pytest.mark.thorough
 def test_every_planted_overlap_is_found(planted: tuple[Path, list[str], list[bool]]) -> None:
     data, evaluated, expected = planted
     tokenizer = Tokenizer(data / "tokenizer.json")
@@ -168,6 +169,7 @@ def test_greedy_is_the_argmax_of_the_forward_pass(tmp_path: Path) -> None:
     assert torch.equal(logits[:, 6:].argmax(-1), given_tokens)
 
 
+@pytest.mark.thorough
 def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     texts = ["".join(chance.choice(list("abcdefgh"), 30)) for _ in range(16)]
@@ -221,6 +223,7 @@ def test_stretches_lie_inside_one_document(planted: tuple[Path, list[str], list[
     assert sample_stretches(rows, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
 
 
+@pytest.mark.thorough
 def test_canaries_are_distinguished_from_controls(tmp_path: Path) -> None:
     made = make_canaries(per_repeats=2, controls=20, seed=3)
     assert (

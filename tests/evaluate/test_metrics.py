@@ -24,6 +24,7 @@ from tests.support.datasets import tiny
 from tests.support.runs import make_run
 
 
+@pytest.mark.thorough
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=5), st.integers(1, 20), st.data())
 def test_windows_score_each_target_once(
     lengths: list[int], window: int, data: st.DataObject
@@ -125,6 +126,7 @@ def test_compressors_are_measured_on_the_same_bytes() -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["wordpiece", "llama", "byte_level"])
 def test_all_bytes_of_held_out_documents_count(tmp_path: Path, kind: str) -> None:
     """Whatever the tokenizer makes of a text, and also where it makes nothing of it."""

@@ -49,6 +49,7 @@ def spelled(material: Material, item: Item) -> tuple[str, str]:
     return material.tokenizer.decode(item.prompt[1:]), material.tokenizer.decode(item.answer)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", TASKS)
 def test_items_are_a_function_of_the_seed_and_differ(material: Material, name: str) -> None:
     items = make_items(name, material, 20, seed=1)
@@ -217,6 +218,7 @@ def test_the_harness_is_asked_for_by_name_where_it_is_missing(
         run_harness(source, ["lambada_openai"])
 
 
+@pytest.mark.thorough
 def test_errors_of_the_harness_become_intervals_and_draw(tmp_path: Path) -> None:
     found = _with_intervals(
         {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from nextpt.exchange import export_deepspeed
@@ -13,6 +14,7 @@ from nextpt.model import build_decoder
 from tests.support.models import checkpoint_of, decoder
 
 
+@pytest.mark.process
 def test_zero_to_fp32_returns_our_weights(tmp_path: Path) -> None:
     """Of an odd number of elements, and with a tied matrix under both names."""
     config, model = decoder(tied_embeddings=True, bias=True, vocab_size=96, width=33, head_dim=6)

@@ -123,6 +123,7 @@ def possible(options: dict[str, Any]) -> bool:
     return not (options["sliding_window"] and qk_norm and (gelu or bias))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "values", [*itertools.product(*GRID.values())], ids=lambda v: "-".join(map(str, v))
 )
@@ -142,6 +143,7 @@ def test_every_combination_gives_the_same_logits_and_comes_back_or_is_refused(
     assert ("model.logit_softcap" in str(raised.value)) == bool(options["logit_softcap"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)) or "plain")
 def test_rotary_scaling_in_every_architecture(
@@ -154,6 +156,7 @@ def test_rotary_scaling_in_every_architecture(
     )
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -219,6 +222,7 @@ def test_a_window_that_hides_nothing_is_none() -> None:
         choose_architecture(ModelSpec.from_config(odd))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [{}, {"logit_softcap": 3.0}], ids=["llama", "vaultgemma"])
 def test_large_models_are_divided_among_files(
     options: dict[str, Any], tmp_path: Path, tokenizer_file: Path
@@ -234,6 +238,7 @@ def test_large_models_are_divided_among_files(
     assert len({p.stat().st_mode for p in (tmp_path / "hf").iterdir()}) == 1
 
 
+@pytest.mark.thorough
 def test_bf16_halves_the_file_and_rounds_once(tmp_path: Path, tokenizer_file: Path) -> None:
     config, model = decoder(qk_norm=True)
     export_hf(
@@ -251,6 +256,7 @@ def test_bf16_halves_the_file_and_rounds_once(tmp_path: Path, tokenizer_file: Pa
     assert size == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.1)
 
 
+@pytest.mark.thorough
 def test_generation_equals_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     """Greedy, from the folder alone: start token, positions and the end token's id are right."""
     config, model = decoder(sliding_window=5, vocab_size=420)
@@ -272,6 +278,7 @@ def test_generation_equals_ours(tmp_path: Path, tokenizer_file: Path) -> None:
 
 
 # Every kind in one architecture, and one kind in all: transformers picks classes by both.
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "options"),
     [*((kind, {}) for kind in KINDS), *(("llama", s) for s in SHAPES[1:])],
@@ -377,6 +384,7 @@ def to_deepspeed(checkpoint: Checkpoint, tokenizer: Path, output: Path) -> None:
 Export = Callable[[Checkpoint, Path, Path], None]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("export", [to_hf, to_deepspeed])
 def test_an_existing_output_is_not_overwritten(
     export: Export, tmp_path: Path, tokenizer_file: Path
@@ -396,6 +404,7 @@ def test_an_existing_output_is_not_overwritten(
     ] and not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 @pytest.mark.parametrize("export", [to_hf, to_deepspeed])
 @pytest.mark.parametrize("lack", [1, 4, 12, 30])

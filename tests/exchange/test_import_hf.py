@@ -29,6 +29,7 @@ from tests.support.models import decoder, our_logits, some_tokens
 from tests.support.tokenizers import KINDS
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", TRANSFORMERS_MODELS)
 def test_models_of_transformers_have_the_same_logits(kind: str, tmp_path: Path) -> None:
     reference = save_transformers_model(tmp_path / "hf", kind)
@@ -110,6 +111,7 @@ def test_exact_values_are_read_only_while_the_weights_are_unchanged(tmp_path: Pa
     assert torch.equal(after.embed_tokens.weight, before.embed_tokens.weight)
 
 
+@pytest.mark.thorough
 def test_any_range_is_read_without_the_rest(tmp_path: Path) -> None:
     weights = HFWeights(export_model(tmp_path, logit_softcap=2.0, tied_embeddings=True))
     parameters = dict(decoder(logit_softcap=2.0, tied_embeddings=True)[1].named_parameters())

@@ -281,6 +281,7 @@ ANY_VALUE = st.recursive(
 )
 
 
+@pytest.mark.thorough
 @settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(sorted(PUBLISHED)), data=st.data())
 def test_any_value_of_any_key_is_read_or_refused_in_one_line(
@@ -394,6 +395,7 @@ def test_the_architecture_with_capped_logits_is_read_only_as_exported(tmp_path: 
         load_hf(folder)
 
 
+@pytest.mark.thorough
 def test_a_feed_forward_that_got_a_gate_is_refused(tmp_path: Path) -> None:
     folder = export_model(tmp_path, ffn="gelu", sliding_window=5)
     tensors = load_file(folder / "model.safetensors")
@@ -405,6 +407,7 @@ def test_a_feed_forward_that_got_a_gate_is_refused(tmp_path: Path) -> None:
         load_hf(folder)
 
 
+@pytest.mark.thorough
 def test_importing_runs_no_foreign_code(tmp_path: Path) -> None:
     """Nothing is unpickled, compiled from the folder or started while a folder is read."""
     folder = export_model(tmp_path)

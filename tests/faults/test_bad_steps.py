@@ -62,6 +62,7 @@ def quick(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return jobs
 
 
+@pytest.mark.process
 def test_bad_steps_leave_no_trace_and_too_many_in_a_row_are_rolled_back(quick: Jobs) -> None:
     assert "stopped by SIGTERM after step 18 (saved)" in quick.outcome("bad ends")[1]
     assert quick.outcome("bad") == quick.outcome("never") == ["finished", "", 0]

@@ -23,6 +23,8 @@ from tests.support.datasets import tiny
 from tests.support.fork_server import ForkedPython
 from tests.support.ranks import end_ranks, start_ranks
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "launcher" / "run.py")
 

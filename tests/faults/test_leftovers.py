@@ -149,6 +149,7 @@ def left_by_streaming(shared: Path, number: int, folder: str) -> list[Path]:
     return files
 
 
+@pytest.mark.thorough
 def test_only_shared_memory_of_a_dead_dataset_is_removed(
     tmp_path: Path,
 ) -> None:

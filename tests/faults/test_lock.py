@@ -65,6 +65,7 @@ def test_the_second_is_refused_with_host_process_job_and_age(
     second.release()
 
 
+@pytest.mark.process
 def test_the_lock_of_a_dead_holder_is_taken_over_at_once(tmp_path: Path) -> None:
     process = hold_in_another_process(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
@@ -100,6 +101,7 @@ def test_a_remote_holder_is_alive_while_its_heartbeat_changes_whatever_the_clock
     second.release()
 
 
+@pytest.mark.process
 def test_a_suspended_holder_loses_the_lock_and_cannot_commit(tmp_path: Path) -> None:
     """Its staging folder is out of its reach, and the check before the commit fails."""
 
@@ -134,6 +136,7 @@ def test_a_suspended_holder_loses_the_lock_and_cannot_commit(tmp_path: Path) -> 
     second.release()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("state", ["new", "dead", "free"])
 def test_one_of_many_racing_starts_wins(tmp_path: Path, state: str) -> None:
     """Six processes, ten rounds: exactly one at a time holds the lock, and one always gets it."""

@@ -18,6 +18,8 @@ from nextpt.base.errors import RunInUseError
 from nextpt.base.processes import is_stopped
 from nextpt.job.lock import RunLock
 
+pytestmark = pytest.mark.process
+
 FORK = multiprocessing.get_context("fork")
 PAIRS = 100
 DAY = 86400.0

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from nextpt.base.processes import (
     has_ended,
     is_on_this_machine,
@@ -17,6 +19,8 @@ from nextpt.base.processes import (
     process_identity,
     start_ticks,
 )
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """

@@ -48,6 +48,7 @@ def test_a_signal_is_recorded_and_handlers_are_restored() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.process
 def test_a_second_signal_ends_a_process_blocked_in_a_library() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS],

@@ -41,6 +41,7 @@ def outcome(root: Path, name: str) -> tuple[str, str, int]:
     return tuple(json.loads((root / "out.json").read_text())[name])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "step", "text"),
     [

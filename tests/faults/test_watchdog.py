@@ -101,6 +101,7 @@ def never_comes() -> None:
     time.sleep(600)
 
 
+@pytest.mark.process
 def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -131,6 +132,7 @@ def test_nothing_is_written_while_training_makes_progress(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_a_job_that_was_suspended_as_a_whole_continues(tmp_path: Path) -> None:
     def work() -> None:
         watchdog = Watchdog(tmp_path, 0, ["here"], 2.0)

@@ -65,6 +65,7 @@ def training_logprobs(setup: Setup, prompt: str, found: Continuation) -> torch.T
     return -nats[-len(found.tokens) :]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch_size", [1, 8, 3])
 @pytest.mark.parametrize(
     "sampling",
@@ -83,6 +84,7 @@ def test_log_probabilities_are_those_of_training(
         )
 
 
+@pytest.mark.thorough
 def test_the_batch_does_not_matter(setup: Setup) -> None:
     for sampling in (Sampling(temperature=0), Sampling(seed=1)):
         alone, together, padded = (
@@ -190,6 +192,7 @@ def exhaustive(
     return sorted(found, reverse=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
 def test_wide_beams_find_the_best_of_all(
     setup: Setup, alpha: float, monkeypatch: pytest.MonkeyPatch
@@ -207,6 +210,7 @@ def test_wide_beams_find_the_best_of_all(
     assert {c.finish_reason for c in found} == {FinishReason.DOCUMENT, FinishReason.LENGTH}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_ending_a_search_early_loses_nothing(
     setup: Setup, width: int, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int], first: int) -> list[str]:
     return [piece for token in ids[first:] for piece in growing.add(token)] + list(growing.flush())
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None)
 @given(
     text=ANY

@@ -77,6 +77,7 @@ def test_arrows_point_down(path: Path) -> None:
         )
 
 
+@pytest.mark.thorough
 def test_only_one_module_imports_deepspeed_and_one_streaming_and_none_pickle() -> None:
     users = {
         name: {module_of(p) for p in SOURCES for i in imports(p) if i.split(".")[0] == name}
@@ -130,6 +131,7 @@ def test_collectives_without_a_group_are_seen(tmp_path: Path) -> None:
     assert collectives_without_group(source) == ["dist.all_reduce:3", "barrier:4"]
 
 
+@pytest.mark.thorough
 def test_launcher_files_shadow_nothing() -> None:
     """A launcher/inspect.py would break `import torch`.
 
@@ -142,6 +144,7 @@ def test_launcher_files_shadow_nothing() -> None:
         assert stems & (taken - {"run"}) == set(), folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "path",
     [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))],
@@ -155,6 +158,7 @@ def test_modules_and_functions_stay_small(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < 80, node.name
 
 
+@pytest.mark.process
 def test_importing_streaming_leaves_no_stand_in_behind() -> None:
     script = (
         "import sys; from data_prep.streaming_compat import import_streaming;"

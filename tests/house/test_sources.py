@@ -55,6 +55,7 @@ INVARIANTS = {
 }
 
 
+@pytest.mark.thorough
 def test_assertions_are_for_invariants_of_our_own() -> None:
     counts = Counter()
     for path in MODULES:

@@ -50,6 +50,7 @@ def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
     return out, lse
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ON_CPU)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -87,6 +88,7 @@ def test_matches_the_definition(name: str, data: st.DataObject) -> None:
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("window", [None, 3])
 def test_nothing_looks_ahead(name: str, window: int | None) -> None:
@@ -127,6 +129,7 @@ def test_reference_is_differentiable_everywhere_and_empty_rows_give_zero() -> No
     assert gradients[0][:, :2].eq(0).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [n for n in ON_CPU if "documents" in ATTENTION[n].features])
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (1, 2), (4, None), (4, 3), (7, None)])
 def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: int | None) -> None:

@@ -63,6 +63,7 @@ def weighted(out: Tensor) -> Tensor:
     return (out * torch.randn(out.shape, generator=generator)).sum()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ON_CPU)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -97,6 +98,7 @@ def test_slices_of_queries_are_the_whole(name: str, data: st.DataObject) -> None
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [n for n in ON_CPU if "lse" in ATTENTION[n].features])
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -135,6 +137,7 @@ def test_slices_of_keys_are_put_together_by_their_log_sums(name: str, data: st.D
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ON_CPU)
 def test_queries_before_the_keys_see_nothing(name: str) -> None:
     q, k, v = qkv(2, 6, 3, 4, 2, 16, 16, torch.float32, "cpu")

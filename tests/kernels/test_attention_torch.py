@@ -30,6 +30,7 @@ CHECKS = (
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_opcheck(with_sinks: bool) -> None:
     inputs = [t.requires_grad_() for t in qkv(2, 20, 20, 4, 2, 16, 24, torch.float32, "cpu")]
@@ -41,6 +42,7 @@ def test_opcheck(with_sinks: bool) -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(backend: str, dynamic: bool) -> None:
@@ -74,6 +76,7 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool) -> None:
             torch.testing.assert_close(x, y)
 
 
+@pytest.mark.thorough
 def test_flops_are_counted_as_causal() -> None:
     inputs = [t.requires_grad_() for t in qkv(2, 20, 30, 4, 2, 16, 24, torch.float32, "cpu")]
     with FlopCounterMode(display=False) as counter:
@@ -92,6 +95,7 @@ def test_follows_autocast() -> None:
     torch.testing.assert_close(out.float(), attention(*inputs), atol=5e-3, rtol=5e-3)
 
 
+@pytest.mark.thorough
 def test_second_derivatives_are_refused() -> None:
     inputs = [t.requires_grad_() for t in qkv(1, 10, 10, 2, 1, 16, 16, torch.float32, "cpu")]
     (g,) = torch.autograd.grad(
@@ -101,6 +105,7 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(g.sum(), inputs)
 
 
+@pytest.mark.thorough
 def test_only_what_is_asked_is_differentiated() -> None:
     """Through the output alone, through the log-sum-exp alone, and with frozen queries."""
     q, k, v = qkv(1, 20, 20, 2, 1, 16, 16, torch.float32, "cpu")
@@ -191,6 +196,7 @@ def test_what_ours_cannot_do_is_named() -> None:
         PackedSequences(torch.tensor([0, 4]), torch.tensor([0, 4]), 4, 4)
 
 
+@pytest.mark.thorough
 def test_the_self_test_finds_a_wrong_kernel() -> None:
     """What runs once per process on a GPU, here on the CPU."""
     assert triton_attention.difference(triton_attention.run, "cpu") is None

@@ -194,6 +194,7 @@ def qkv(
     return [torch.randn(s, generator=g).to(device, dtype) for s in shapes]
 
 
+@pytest.mark.thorough
 @everywhere
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -255,12 +256,14 @@ def test_output_and_gradients(device: str, dtype: torch.dtype, data: st.DataObje
         )
 
 
+@pytest.mark.thorough
 @everywhere
 @pytest.mark.parametrize("width", [16, 64, 96, 128, 256])
 def test_head_widths_and_launched_tiles(device: str, dtype: torch.dtype, width: int) -> None:
     check(*qkv(1, 150, 150, 2, 1, width, width, dtype, device), window=100)
 
 
+@pytest.mark.thorough
 @everywhere
 def test_queries_that_see_nothing(device: str, dtype: torch.dtype) -> None:
     q, k, v = qkv(2, 50, 20, 2, 1, 16, 16, dtype, device)
@@ -274,6 +277,7 @@ def test_queries_that_see_nothing(device: str, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.thorough
 @everywhere
 def test_views_of_one_projection_and_strided_gradients(device: str, dtype: torch.dtype) -> None:
     """q, k and v as slices of one tensor; a transposed and an expanded gradient of the output."""
@@ -303,6 +307,7 @@ def test_views_of_one_projection_and_strided_gradients(device: str, dtype: torch
         )
 
 
+@pytest.mark.thorough
 @everywhere
 def test_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
     inputs = [t.requires_grad_() for t in qkv(1, 60, 60, 4, 2, 16, 16, dtype, device)]
@@ -316,6 +321,7 @@ def test_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_packed_form_is_that_of_rows() -> None:
     q, k, v = qkv(2, 20, 20, 4, 2, 16, 16, torch.float32, "cpu")
     cu = torch.tensor([0, 20, 20, 40, 40], dtype=torch.int32)

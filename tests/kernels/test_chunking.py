@@ -108,6 +108,7 @@ def test_every_plan_keeps_its_promises(
         assert plan.sums == "result"
 
 
+@pytest.mark.thorough
 def test_errors_by_number_of_chunks() -> None:
     """What docs/kernels.md says of the two modes, on fewer tokens."""
     found = gradient_error.table(2048, 64, 2048, [1, 4, 8, 32])

@@ -59,6 +59,7 @@ def check(
     check_results(found, case, dtype, reduction=reduction, upstream=upstream, **definition)
 
 
+@pytest.mark.thorough
 @everywhere
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -144,6 +145,7 @@ def test_cases_that_were_found(
         )
 
 
+@pytest.mark.thorough
 @everywhere
 @pytest.mark.parametrize("vocabulary", [2, 63, 64, 65, 1000, 16385])
 def test_odd_vocabularies(
@@ -224,6 +226,7 @@ def test_all_ignored_is_zero_and_finite(
     assert all(g.eq(0).all() for g in torch.autograd.grad(out.loss, case.leaves()))
 
 
+@pytest.mark.thorough
 @everywhere
 def test_hits_and_the_shares_of_the_loss(
     implementation: str, device: str, dtype: torch.dtype
@@ -262,6 +265,7 @@ def test_a_tie_is_no_hit(implementation: str, device: str, dtype: torch.dtype) -
     assert found.hits.tolist() == [[True, False], [True, True]]
 
 
+@pytest.mark.thorough
 @everywhere
 def test_frozen_sides_and_no_grad_change_nothing(
     implementation: str, device: str, dtype: torch.dtype
@@ -301,6 +305,7 @@ def test_strided_inputs(implementation: str, device: str, dtype: torch.dtype) ->
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_many_targets_per_token_are_many_losses(device: str) -> None:
     """Multi-token prediction: K targets of one hidden state, also where some are equal."""

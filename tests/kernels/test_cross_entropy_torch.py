@@ -42,6 +42,7 @@ def operands(kernel: str, needs: tuple[bool, bool, bool], bias: bool) -> tuple:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, False)]
 )
@@ -75,6 +76,7 @@ def both_losses(
     return scalar.loss + scalar.nats.detach().mean(), each.loss.square().sum()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(backend: str, dynamic: bool) -> None:
@@ -232,6 +234,7 @@ def test_same_inputs_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.thorough
 def test_more_logits_than_32_bits_can_count() -> None:
     """8,200 tokens of 262,144 entries are 2^31 logits: the last are as exact as the first."""
     hidden = torch.linspace(-1, 1, 8200).unsqueeze(1)
@@ -265,6 +268,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.process
 def test_peak_memory_is_bounded_by_the_budget() -> None:
     """Resident memory of a process of its own, where all logits are 313 MiB."""
     done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)

@@ -39,6 +39,7 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
     return {"variants": [CODE, {"name": name, "overrides": list(overrides)}]}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -49,7 +50,7 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
                 " seeds, baseline, variants"
             ),
         ),
-        ({"seeds": [1, 1]}, "seeds: Value error, [1, 1] has a seed twice"),
+        ({"seeds": [1, 1]}, "seeds: Value error, [1, 1] repeats a seed"),
         (variant("code-8", "train.steps=7"), "two variants have the name code-8"),
         (
             variant("same", "objective.domain_weights.prose=1"),
@@ -87,6 +88,7 @@ def test_mistakes_in_ablations(
     assert not (tmp_path / "ablation").exists()
 
 
+@pytest.mark.thorough
 def test_a_folder_of_another_run_is_refused(tmp_path: Path, dataset: Path) -> None:
     path, folder = write_ablation(tmp_path, dataset), tmp_path / "ablation" / "equal-s0"
     folder.mkdir(parents=True)

@@ -30,6 +30,7 @@ def places(tmp_path: Path) -> tuple[Path, str]:
     return tmp_path / "run", f"file://{tmp_path}/mirror"
 
 
+@pytest.mark.thorough
 def test_a_table_of_what_is_there_newest_first(places: tuple[Path, str], tmp_path: Path) -> None:
     for place in (*places, tmp_path / "mirror", places[0] / "checkpoints"):
         result = nextpt("list", place)
@@ -40,6 +41,7 @@ def test_a_table_of_what_is_there_newest_first(places: tuple[Path, str], tmp_pat
         ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("which", [0, 1])
 def test_verify_finds_one_flipped_bit(places: tuple[Path, str], which: int, tmp_path: Path) -> None:
     place = places[which]
@@ -57,6 +59,7 @@ def test_verify_finds_one_flipped_bit(places: tuple[Path, str], which: int, tmp_
     assert nextpt("verify", place, "--step", 1).exit_code == 0
 
 
+@pytest.mark.thorough
 def test_fetch_takes_the_newest_whole_one(places: tuple[Path, str], tmp_path: Path) -> None:
     assert nextpt("fetch", places[1], "--output", tmp_path / "copy").exit_code == 0
     assert holds(open_checkpoint(tmp_path / "copy" / "checkpoints"), 2.0)
@@ -68,6 +71,7 @@ def test_fetch_takes_the_newest_whole_one(places: tuple[Path, str], tmp_path: Pa
     assert not list((tmp_path / "third").rglob("step*"))
 
 
+@pytest.mark.thorough
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, told in [

@@ -19,6 +19,8 @@ from nextpt.config import load_config, to_yaml
 from nextpt.events import read_events
 from tests.support.datasets import tiny
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

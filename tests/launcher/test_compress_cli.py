@@ -24,6 +24,7 @@ def nextpt(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+@pytest.mark.thorough
 def test_there_and_back(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes("words and bytes \xff\n".encode("latin-1") * 6)
@@ -50,6 +51,7 @@ def test_there_and_back(run: Path, tmp_path: Path) -> None:
     assert code == 0 and (tmp_path / "back").read_bytes() == file.read_bytes(), output
 
 
+@pytest.mark.thorough
 def test_an_empty_file(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert (
@@ -62,6 +64,7 @@ def test_an_empty_file(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes() == b""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "command", [["compress", "missing"], ["decompress", "missing"], ["decompress", "foreign"]]
 )
@@ -71,6 +74,7 @@ def test_what_is_refused_leaves_nothing(command: list[str], run: Path, tmp_path:
     assert code == 2 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_a_hugging_face_folder_is_a_model_too(run: Path, tmp_path: Path) -> None:
     exported = tmp_path / "exported"
     assert nextpt("export", "hf", "--run", run, "--output", exported)[0] == 0

@@ -18,6 +18,8 @@ import pytest
 
 from launcher.doctor import Finding, Status, leftovers, machine, software
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

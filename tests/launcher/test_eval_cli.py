@@ -35,6 +35,7 @@ def evaluate(*arguments: str | Path) -> str:
     return done.output
 
 
+@pytest.mark.thorough
 def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
     texts = ["--text", place / "a.txt", "--text", place / "b.txt", "--resamples", "20"]
     shown = evaluate(
@@ -61,6 +62,7 @@ def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
     assert (place / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_all_checkpoints_as_a_curve(place: Path) -> None:
     shown = evaluate(
         "--run",
@@ -80,6 +82,7 @@ def test_all_checkpoints_as_a_curve(place: Path) -> None:
     assert "bits/byte at every checkpoint" in shown and "<svg" in (place / "c.svg").read_text()
 
 
+@pytest.mark.thorough
 def test_tasks_at_one_checkpoint_and_over_all(place: Path) -> None:
     make_run(place / "two", max_position=512)
     shown = evaluate(
@@ -128,6 +131,7 @@ def test_tasks_at_one_checkpoint_and_over_all(place: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_free_running(place: Path) -> None:
     shown = evaluate(
         "--model",
@@ -151,6 +155,7 @@ def test_free_running(place: Path) -> None:
     assert result["protocol"]["continuation"] == 12 and "<svg" in (place / "free.svg").read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -30,6 +30,7 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_from_a_run_to_a_folder_to_a_config(run: Path, dataset: Path, tmp_path: Path) -> None:
     config, model = decoder(vocab_size=512, qk_norm=True, max_position=64)
     shutil.copytree(run, tmp_path / "run")
@@ -69,6 +70,7 @@ def test_from_a_run_to_a_folder_to_a_config(run: Path, dataset: Path, tmp_path: 
     assert again.exit_code == 2 and "go-on.yaml exists already" in again.stderr
 
 
+@pytest.mark.thorough
 def test_to_bf16_and_to_deepspeed(run: Path, tmp_path: Path) -> None:
     done = nextpt(
         "export", "hf", "--run", run, "--step", 3, "--dtype", "bf16", "--output", tmp_path / "hf"
@@ -79,6 +81,7 @@ def test_to_bf16_and_to_deepspeed(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "ds" / "latest").is_file()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["hf", "deepspeed"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -124,6 +127,7 @@ def test_unknown_types_and_models_that_nothing_expresses(run: Path, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.thorough
 def test_mistakes_of_importing_end_with_one_line(run: Path, dataset: Path, tmp_path: Path) -> None:
     config, model = decoder(vocab_size=512, max_position=64)
     KINDS["gpt2"](tmp_path / "other.json")

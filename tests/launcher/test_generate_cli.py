@@ -23,6 +23,7 @@ def nextpt(*arguments: object):
     return CliRunner().invoke(app, ["generate", *map(str, arguments)])
 
 
+@pytest.mark.thorough
 def test_one_continuation_follows_its_prompt(run: Path) -> None:
     done = nextpt("--run", run, "--prompt", "The", "--max-tokens", 6, "--seed", 1)
     assert (
@@ -39,6 +40,7 @@ def test_one_continuation_follows_its_prompt(run: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_json_of_several_prompts_and_samples(run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "The quick"}\n{"prompt": ""}\n')
     done = nextpt(
@@ -79,6 +81,7 @@ def test_json_of_several_prompts_and_samples(run: Path, tmp_path: Path) -> None:
         assert f"{c['prompt']}{c['text']}\n" in done.stdout
 
 
+@pytest.mark.thorough
 def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
     done = nextpt(
         "--run",
@@ -115,6 +118,7 @@ def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -25,6 +25,7 @@ def nextpt(*arguments: object):
     return CliRunner().invoke(app, ["inspect", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
+@pytest.mark.thorough
 def test_a_file_is_inspected(run: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(TEXT)
     done = nextpt("--run", run, "--text", tmp_path / "t.txt", "--top", 3)
@@ -50,6 +51,7 @@ def test_a_file_is_inspected(run: Path, tmp_path: Path) -> None:
     assert f"{most['rank']:,}" in done.stdout and "calibration.svg" in done.stdout
 
 
+@pytest.mark.thorough
 def test_calibration_on_held_out_documents(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +73,7 @@ def test_calibration_on_held_out_documents(
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

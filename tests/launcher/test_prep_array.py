@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.prep_worlds import content, prepare, world
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launcher" / "slurm" / "prep_array.sbatch"

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from launcher.cli import app
 
 
+@pytest.mark.thorough
 def test_export_says_what_megatron_is_to_be_told(dataset: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app, ["prep", "export", "--megatron", str(dataset), "--output", str(tmp_path / "x")]

@@ -27,6 +27,7 @@ def submit(config: Path, *options: str) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+@pytest.mark.process
 def test_the_script_has_the_options_and_passes_on_what_was_typed(
     config: Path, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
     metrics.on_event(ValidationEvent(config.total_steps, tokens, {}, {"nats_per_token": loss}))
 
 
+@pytest.mark.thorough
 def test_the_shipped_ladder_is_one() -> None:
     ladder = load_ladder(ROOT / "configs" / "ladders" / "demo.yaml")
     assert (
@@ -78,6 +79,7 @@ def test_the_shipped_ladder_is_one() -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -101,6 +103,7 @@ def test_mistakes_in_ladders(tmp_path: Path, changes: dict[str, Any], words: str
     assert not (tmp_path / "ladder").exists()
 
 
+@pytest.mark.thorough
 def test_a_prediction_is_made_before_and_kept_after(tmp_path: Path) -> None:
     ladder = load_ladder(write_ladder(tmp_path, tmp_path))
     for rung in ladder.rungs:
@@ -128,6 +131,7 @@ def test_a_prediction_is_made_before_and_kept_after(tmp_path: Path) -> None:
         write_prediction(ladder)
 
 
+@pytest.mark.thorough
 def test_run_folders_must_be_finished_but_for_curves(tmp_path: Path) -> None:
     ladder = load_ladder(write_ladder(tmp_path, tmp_path))
     folders = [ladder.folder(rung) for rung in ladder.rungs]
@@ -154,6 +158,7 @@ def test_run_folders_must_be_finished_but_for_curves(tmp_path: Path) -> None:
     ).all()
 
 
+@pytest.mark.thorough
 def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
     ladder = load_ladder(write_ladder(tmp_path, tmp_path))
     assert not is_done(ladder, ladder.rungs[0])
@@ -166,6 +171,7 @@ def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
         write_prediction(ladder)
 
 
+@pytest.mark.process
 def test_scripts_for_slurm(tmp_path: Path) -> None:
     path = write_ladder(tmp_path, tmp_path)
     done = CliRunner().invoke(

@@ -26,6 +26,7 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_train(tmp_path: Path) -> None:
     corpus, output = write_corpus(tmp_path), tmp_path / "out.json"
     done = nextpt(
@@ -60,6 +61,7 @@ def test_train(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_convert_and_show(tmp_path: Path) -> None:
     ranks = tmp_path / "own.tiktoken"
     ranks.write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))

@@ -25,6 +25,7 @@ def inspect(folder: Path, kind: str = "byte_level") -> tuple[Inspection, Tokeniz
     return inspect_text(folder / "run", TEXT, "a <b>file</b>"), tokenizer
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ANY_TEXT)
 def test_tokens_spell_the_text(tmp_path: Path, kind: str) -> None:
     found, tokenizer = inspect(tmp_path, kind)
@@ -47,6 +48,7 @@ def test_tokens_spell_the_text(tmp_path: Path, kind: str) -> None:
     assert all(found.tokens[place - 1] is t for place, t in most)
 
 
+@pytest.mark.thorough
 def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
     found, _ = inspect(tmp_path)
     write_inspection(found, tmp_path / "out")
@@ -66,6 +68,7 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "calibration.svg").read_bytes().startswith(b"<?xml")
 
 
+@pytest.mark.thorough
 def test_a_long_text_is_cut_on_the_page_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +80,7 @@ def test_a_long_text_is_cut_on_the_page_only(
     assert len(found.as_dict()["tokens"]) == len(found.tokens) > 4
 
 
+@pytest.mark.thorough
 def test_names_of_tokens(tmp_path: Path) -> None:
     _, tokenizer = inspect(tmp_path)
     spell = speller(tokenizer)
@@ -89,6 +93,7 @@ def test_names_of_tokens(tmp_path: Path) -> None:
     assert visible(" a\n\t\r") == "\u2423a\u23ce\u21e5\u240d"
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not chromium.available(), reason="no chromium")
 def test_a_browser_shows_alternatives_where_it_is_clicked(tmp_path: Path) -> None:
     found, _ = inspect(tmp_path)

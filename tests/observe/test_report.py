@@ -173,6 +173,7 @@ class Links(HTMLParser):
         ]
 
 
+@pytest.mark.thorough
 def test_the_page_is_whole_and_fetches_nothing(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     write_report([run], default_output([run]))
@@ -217,6 +218,7 @@ def test_files_with_the_old_metric_names_are_read_under_the_new_ones(
     assert "bpb_text" not in str(old.validation) and old.train == new.train
 
 
+@pytest.mark.thorough
 def test_equal_runs_give_equal_plots(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     for name in "ab":
@@ -225,6 +227,7 @@ def test_equal_runs_give_equal_plots(dataset: Path, tmp_path: Path) -> None:
     assert images[0] == images[1]
 
 
+@pytest.mark.thorough
 def test_several_runs_share_the_plots_and_show_what_differs(dataset: Path, tmp_path: Path) -> None:
     runs = [
         make_run(dataset, tmp_path / "x" / "one"),
@@ -242,6 +245,7 @@ def test_several_runs_share_the_plots_and_show_what_differs(dataset: Path, tmp_p
     assert page.count("Loss on code") >= 2 and "None yet" in page and "Not recorded" in page
 
 
+@pytest.mark.thorough
 def test_a_run_just_begun_has_a_report(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run", steps=1, full=False)
     with open(run / "metrics.jsonl", "a") as file:
@@ -250,6 +254,7 @@ def test_a_run_just_begun_has_a_report(dataset: Path, tmp_path: Path) -> None:
     assert "at step 1 of 40 (2%)" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.thorough
 def test_losses_that_are_not_numbers_are_told(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -264,6 +269,7 @@ def test_losses_that_are_not_numbers_are_told(dataset: Path, tmp_path: Path) -> 
     assert "1 logged steps have a loss that is not finite" in page
 
 
+@pytest.mark.thorough
 def test_what_the_guard_did_is_told(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     events = [
@@ -311,6 +317,7 @@ def test_folders_that_are_not_runs_are_named(
     assert words in str(error.value) and not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.thorough
 def test_a_run_given_twice_and_a_file_that_cannot_be_written(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     with pytest.raises(DataError, match="given twice"):
@@ -319,6 +326,7 @@ def test_a_run_given_twice_and_a_file_that_cannot_be_written(dataset: Path, tmp_
         write_report([run], run / "config.yaml" / "report.html")
 
 
+@pytest.mark.thorough
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(4, 50))
 def test_thinning_keeps_the_ends_and_the_extremes(values: list[float], most: int) -> None:
     y = np.array(values)

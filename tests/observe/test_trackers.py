@@ -129,6 +129,7 @@ def test_a_rollback_hides_what_is_made_again(dataset: Path, tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.thorough
 def test_mlflow_goes_on_in_the_same_run(dataset: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
@@ -166,6 +167,7 @@ def wandb_records(folder: Path) -> list[Any]:
     return records
 
 
+@pytest.mark.process
 def test_wandb_offline_writes_what_sync_sends(dataset: Path, tmp_path: Path) -> None:
     config = config_with(dataset, tmp_path / "run", wandb={"project": "tests", "mode": "offline"})
     log(config, 1, range(1, 4))
@@ -199,6 +201,7 @@ def test_wandb_online_without_a_key_is_an_error_and_no_prompt(
         open_trackers(config_with(dataset, tmp_path / "run", wandb={"project": "tests"}), 1)
 
 
+@pytest.mark.process
 def test_a_missing_library_is_named_before_training(dataset: Path, tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules['tensorboard'] = None\nfrom importlib import util; find ="
@@ -257,6 +260,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(
     )
 
 
+@pytest.mark.process
 def test_a_training_writes_all_of_them_and_the_start(dataset: Path, tmp_path: Path) -> None:
     """Two ranks, stopped and resumed: one run in every tracker, two starts, equal losses."""
     from mlflow import MlflowClient
@@ -292,6 +296,7 @@ def test_a_training_writes_all_of_them_and_the_start(dataset: Path, tmp_path: Pa
     assert "Traceback" not in "".join(p.read_text() for p in (tmp_path / "jobs").glob("*.log"))
 
 
+@pytest.mark.process
 def test_without_json_lines_there_is_no_file(dataset: Path, tmp_path: Path) -> None:
     assert train_all(
         [tiny(dataset, tmp_path / "run", trackers={"jsonl": False})], 1, tmp_path / "jobs"

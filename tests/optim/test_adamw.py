@@ -89,6 +89,7 @@ def test_only_matrices_of_blocks_decay() -> None:
     )
 
 
+@pytest.mark.process
 def test_a_step_reads_nothing_from_the_device(dataset: Path, tmp_path: Path) -> None:
     files = []
     for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32")):

@@ -106,6 +106,7 @@ def test_identical_models_differ_by_exactly_nothing_and_one_document_has_no_inte
     assert figures["total"]["interval"][0] < figures["total"]["interval"][1]
 
 
+@pytest.mark.thorough
 def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     heldout = HeldOut(tmp_path / "heldout_text", TEXTS)
@@ -130,6 +131,7 @@ def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: 
         score_run(tmp_path / "run", 3, heldout, "cpu")
 
 
+@pytest.mark.thorough
 def test_the_picture(tmp_path: Path) -> None:
     for seeds in (1, 2):
         baseline, *variants = (
@@ -148,6 +150,7 @@ def test_the_picture(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.thorough
 def test_the_shipped_ablation_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nextpt.scaling.ablation.load_manifest", lambda path: None)
     monkeypatch.setattr("nextpt.scaling.ablation.check_dataset", lambda config, manifest: None)

@@ -69,6 +69,7 @@ def test_240_published_runs(delta: float, expected: tuple[float, ...]) -> None:
     )
 
 
+@pytest.mark.thorough
 @published
 def test_published_intervals() -> None:
     """ArXiv 2404.10102, 4000 resamples of 240 runs."""
@@ -157,6 +158,7 @@ def test_the_optimum_is_the_least_loss_of_the_budget(law: Law) -> None:
     assert np.argmin(losses) == 50
 
 
+@pytest.mark.thorough
 def test_intervals_cover_the_truth_and_the_next_run() -> None:
     """20 noisy ladders of 36 runs: coverage of the intervals.
 
@@ -196,6 +198,7 @@ def test_smaller_models_cost_more_for_the_same_loss() -> None:
         )
 
 
+@pytest.mark.thorough
 def test_warnings_say_what_runs_cannot_tell() -> None:
     runs = made(CHINCHILLA, noise=0.003)
     assert warnings(fit(CHINCHILLA, runs)) == []
@@ -302,6 +305,7 @@ def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
     assert KAPLAN.constants == tuple(TRUE["kaplan"])
 
 
+@pytest.mark.thorough
 def test_resamples_in_which_loss_rises_are_left_out_and_told() -> None:
     """Runs that hardly determine N's share: in some resamples larger models are worse."""
     n, d = (grid.ravel() for grid in np.meshgrid([2e5, 3e5, 5e5, 8e5], [5e5, 1e6, 2e6]))

@@ -139,6 +139,7 @@ def test_hpz_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
         config("7b", *overrides).accumulation_steps(64)
 
 
+@pytest.mark.process
 def test_hpz_stays_inside_a_node() -> None:
     done = nextpt_plan(
         "--config", "configs/7b.yaml", "--devices", "64", "train.zero_stage=3", "train.hpz_ranks=16"
@@ -191,6 +192,7 @@ def test_slow_networks_show_in_the_step() -> None:
     assert slow.best.communication > slow.best.seconds / 3
 
 
+@pytest.mark.process
 def test_what_does_not_fit_is_said() -> None:
     made = plan(config("70b"), 8, MACHINES["a10"], 0.4)
     assert made.best is None and not any(o.fits for o in made.options)
@@ -202,6 +204,7 @@ def test_what_does_not_fit_is_said() -> None:
     assert done.returncode == 0 and "nothing fits" in done.stdout
 
 
+@pytest.mark.process
 def test_thousands_of_devices() -> None:
     done = nextpt_plan(
         "--config", "configs/70b.yaml", "--devices", "4096", "train.global_batch_size=4096"
@@ -212,6 +215,7 @@ def test_thousands_of_devices() -> None:
     assert len(table) > 8 and max(map(len, table)) <= 80
 
 
+@pytest.mark.process
 def test_json_has_bytes_and_seconds() -> None:
     done = nextpt_plan(
         "--config",
@@ -232,6 +236,7 @@ def test_json_has_bytes_and_seconds() -> None:
         assert option["fits"] == (memory["total"] <= result["usable_bytes"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -56,12 +56,14 @@ def fitted(table: Path) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_help() -> None:
     for command in ("fit", "predict", "plan", "sweep"):
         done = scaling(command, "--help")
         assert done.exit_code == 0 and f"example: nextpt scaling {command}" in done.stdout
 
 
+@pytest.mark.thorough
 def test_fit_writes_constants_intervals_and_a_picture(fitted: Path) -> None:
     values = json.loads(fitted.read_text())
     for name, true in TRUE.items():
@@ -136,6 +138,7 @@ def test_plan_of_gpu_hours_is_that_of_its_flops(fitted: Path) -> None:
     assert "extrapolation" in shown and "over-training" in shown and "…" not in shown
 
 
+@pytest.mark.thorough
 def test_other_forms_write_what_they_found(table: Path) -> None:
     for form, name in (("kaplan", "alpha_N"), ("over-training", "alpha"), ("envelope", "a")):
         path = table.with_name(f"{form}.json")
@@ -208,6 +211,7 @@ def test_mistakes_of_fit(table: Path, arguments: tuple[str, ...], words: str) ->
     check_refused(scaling("fit", table, "--bootstrap", 0, *arguments), words)
 
 
+@pytest.mark.thorough
 def test_mistakes_of_predict_and_plan(table: Path, fitted: Path, tmp_path: Path) -> None:
     check_refused(
         scaling("fit", tmp_path / "none.csv", *COLUMNS), "none.csv cannot be read: No such file"

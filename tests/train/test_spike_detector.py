@@ -56,6 +56,7 @@ def reference(section: GuardSection, steps: list[tuple[float, float]]) -> list[s
     return reasons
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(LOSSES, NORMS), max_size=40),
@@ -77,6 +78,7 @@ def test_verdicts_equal_numpys_and_a_bad_step_leaves_no_trace(
     assert detector.state() == good.state() and detector.read() == []
 
 
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(LOSSES, NORMS), min_size=1, max_size=40), st.data())
 def test_a_saved_and_loaded_policy_continues_unchanged(

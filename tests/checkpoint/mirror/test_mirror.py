@@ -26,6 +26,7 @@ from tests.support.proxy import Proxy
 URIS = ["s3://bucket/{}", "memory://mirrors/{}", "file://{}/mirror", "{}/mirror"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("uri", URIS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_mirror_keeps_what_the_run_keeps_and_restores_it(
@@ -202,6 +203,7 @@ def test_a_damaged_local_checkpoint_is_not_mirrored(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_user_errors_are_reported_at_the_start(
     link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

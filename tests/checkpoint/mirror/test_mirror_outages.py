@@ -26,6 +26,7 @@ from tests.support.proxy import Proxy
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mode",
     [
@@ -59,6 +60,7 @@ def test_an_outage_delays_nothing_and_uploads_catch_up(
     assert message.startswith(f"{uri}: ") and "\n" not in message
 
 
+@pytest.mark.thorough
 def test_an_end_in_an_outage_reports_missing_steps_and_the_next_start_uploads_them(
     link: Proxy, tmp_path: Path
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_full_disk_during_a_restore_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "other").iterdir())
 
 
+@pytest.mark.thorough
 def test_truncated_answers_during_a_restore_leave_nothing(
     link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +162,7 @@ def test_truncated_answers_during_a_restore_leave_nothing(
     assert MirroredJob(tmp_path / "other", uri).checkpoint.step == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))]
 )

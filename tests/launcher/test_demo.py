@@ -22,8 +22,8 @@ def test_demo_with_a_short_training(tmp_path: Path) -> None:
     config["checkpoint"] |= {"every_steps": 30}
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
     script = (
-        "import launcher.cli as c, launcher.demo as d, pathlib; d.CONFIG ="
-        f" pathlib.Path({str(tmp_path / 'short.yaml')!r}); c.demo()"
+        "import launcher.cli as c, launcher.demo as d, pathlib, sys; d.CONFIG ="
+        f" pathlib.Path({str(tmp_path / 'short.yaml')!r}); sys.argv = ['nextpt', 'demo']; c.main()"
     )
 
     def run() -> subprocess.CompletedProcess[str]:
@@ -53,7 +53,7 @@ def test_demo_with_a_short_training(tmp_path: Path) -> None:
     )
     assert second.stdout.count("identical") == 4
     assert (
-        "is there and complete (step 60)" in second.stdout
-        and "To start afresh: rm -r runs/demo data/demo" in second.stdout
+        "exists and is complete (step 60)" in second.stdout
+        and "To start again from nothing: rm -r runs/demo data/demo" in second.stdout
     )
     assert "=== 5/7" in second.stdout and "evaluating code: done" in second.stdout

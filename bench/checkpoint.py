@@ -123,11 +123,11 @@ def main() -> None:
             rounds.append(one_round(folder / "checkpoints", state))
         finally:
             shutil.rmtree(folder)
-    result = {name: median(one[name] for one in rounds) for name in rounds[0]}
+    result = {name: median(seconds[name] for seconds in rounds) for name in rounds[0]}
     size = sum(t.numel() * 4 for t in state.values.values()) / 2**20
     print(f"{size:.0f} MiB, medians of {options.rounds} rounds (lowest to highest)")
     for name, value in result.items():
-        values = [one[name] for one in rounds]
+        values = [seconds[name] for seconds in rounds]
         unit = "" if name == "work kept" else " s"
         print(f"{name:<28} {value:8.3f}{unit:<2} ({min(values):.3f} to {max(values):.3f})")
     print(f"stall / copy                 {result['stall in the background'] / result['copy']:8.2f}")

@@ -113,11 +113,11 @@ def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> float:
     """
     expected = probabilities * counts.sum()
     common = expected >= 5  # as the approximation needs
-    observed, wanted = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
-    cells = wanted > 0
+    observed, pooled = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
+    cells = pooled > 0
     return float(
         chisquare(
-            observed[cells], wanted[cells] * (observed[cells].sum() / wanted[cells].sum())
+            observed[cells], pooled[cells] * (observed[cells].sum() / pooled[cells].sum())
         ).pvalue
     )
 

@@ -286,12 +286,12 @@ def cpu_seconds() -> float:
 
 def measure(provider: str, folder: Path) -> dict[str, float]:
     """Measure samples per CPU second and per second, after a pass that reads every file once."""
-    batches, wanted = PROVIDERS[provider](folder), SAMPLES[provider]
+    batches, total = PROVIDERS[provider](folder), SAMPLES[provider]
     warm = 0
-    while warm < wanted // 10:
+    while warm < total // 10:
         warm += next(batches)
     cpu, wall, samples = cpu_seconds(), time.perf_counter(), 0
-    while samples < wanted:
+    while samples < total:
         samples += next(batches)
     cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
     return {"per_core": samples / cpu, "per_second": samples / wall}

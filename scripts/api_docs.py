@@ -71,8 +71,8 @@ def render() -> str:
     parts = [INTRODUCTION]
     for module, names in PUBLIC.items():
         for name in names:
-            found = loader.modules_collection[f"{module}.{name}"]
-            target = found.final_target if found.is_alias else found
+            definition = loader.modules_collection[f"{module}.{name}"]
+            target = definition.final_target if definition.is_alias else definition
             page = render_object_docs(target, OPTIONS)
             parts.append(page.replace(f"`{target.path}", f"`{module}.{name}"))
     text = "\n".join(parts)

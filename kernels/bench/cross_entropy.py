@@ -153,14 +153,14 @@ def products(x: Tensor, w: Tensor) -> Callable[[], None]:
 def exact_slices(x: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return dX of the first tokens and dW of the first entries, in fp64."""
     wide, valid = w.detach().double(), t != -100
-    place = torch.where(valid, t, 0)
+    column = torch.where(valid, t, 0)
     dx = []
     dw = torch.zeros(min(SLICE, w.shape[0]), w.shape[1], dtype=torch.float64, device=w.device)
     for first in range(0, x.shape[0], SLICE):
         part = slice(first, first + SLICE)
         rows = x.detach()[part].double()
         g = torch.softmax(rows @ wide.T, -1)
-        g.scatter_add_(1, place[part].unsqueeze(1), -torch.ones_like(g[:, :1]))
+        g.scatter_add_(1, column[part].unsqueeze(1), -torch.ones_like(g[:, :1]))
         g *= (valid[part] / valid.sum()).unsqueeze(1)
         dw += g[:, : dw.shape[0]].T @ rows
         dx += [g @ wide] if first == 0 else []

@@ -79,9 +79,9 @@ def _source(
     signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp32") for n in names}
     paths: list[tuple[int, ...]] = []
     for name in aligned:
-        place, kind = names.index(name), signature[name]
+        position, kind = names.index(name), signature[name]
         inner = range(len(kind)) if isinstance(kind, tuple) else None
-        paths += [(place,)] if inner is None else [(place, i) for i in inner]
+        paths += [(position,)] if inner is None else [(position, i) for i in inner]
     return ASTSource(
         kernel,
         signature,

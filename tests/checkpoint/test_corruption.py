@@ -67,13 +67,13 @@ def damages(draw: st.DrawFn) -> Callable[[Files, Files], Files]:
         )
     )
     name, other = draw(st.sampled_from(NAMES)), draw(st.sampled_from(NAMES))
-    place = draw(st.floats(0, 1, exclude_max=True))
+    fraction = draw(st.floats(0, 1, exclude_max=True))
     length = draw(st.sampled_from([1, 2, 16, 512, 4096]))
     seed = draw(st.integers(0, 2**32))
 
     def damage(files: Files, before: Files) -> Files:
         data, files = bytearray(files[name]), dict(files)
-        at, chance = int(place * len(data)), random.Random(seed)
+        at, chance = int(fraction * len(data)), random.Random(seed)
         if kind in ("flip", "flips"):
             for _ in range(1 if kind == "flip" else 3):
                 data[at] ^= 1 << chance.randrange(8)
@@ -108,8 +108,8 @@ def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
     assume(damaged != good)
     put(root / NEW, damaged)
     said: list[str] = []
-    found = select_checkpoint(root, "auto", RankGroup.world(), said.append)
-    assert found is not None and found.step == 1 and holds(found, 1.0)
+    checkpoint = select_checkpoint(root, "auto", RankGroup.world(), said.append)
+    assert checkpoint is not None and checkpoint.step == 1 and holds(checkpoint, 1.0)
     assert len(said) == 1 and NEW in said[0] and "resuming from step 1" in said[0]
     shutil.move(root / OLD, root / "before")
     try:
@@ -150,15 +150,15 @@ def test_a_flipped_bit_in_every_byte_is_detected(root: Path, name: str) -> None:
         data = bytearray(good[name])
         data[at] ^= 1 << chance.randrange(8)
         (root / NEW / name).write_bytes(data)
-        found = select_checkpoint(root, "auto", RankGroup.world(), lambda text: None)
-        assert found is not None and found.step == 1, (name, at)
+        checkpoint = select_checkpoint(root, "auto", RankGroup.world(), lambda text: None)
+        assert checkpoint is not None and checkpoint.step == 1, (name, at)
 
 
 def test_an_undamaged_checkpoint_is_used(root: Path) -> None:
     """The checks above would also pass for a reader that refuses everything."""
     put(root / NEW, read(root / "good"))
-    found = select_checkpoint(root, "auto", RankGroup.world(), pytest.fail)
-    assert found is not None and found.step == 2 and holds(found, 2.0)
+    checkpoint = select_checkpoint(root, "auto", RankGroup.world(), pytest.fail)
+    assert checkpoint is not None and checkpoint.step == 2 and holds(checkpoint, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_any_number_of_ranks_agrees_on_damage(tmp_path: Path, readers: int) -> N
         path = tmp_path / NEW / name
         good = path.read_bytes()
         path.write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
-        found = on_ranks(
+        checkpoints = on_ranks(
             readers, lambda ranks: select_checkpoint(tmp_path, "auto", ranks, lambda text: None)
         )
-        assert [checkpoint.step for checkpoint in found] == [1] * readers, name
+        assert [checkpoint.step for checkpoint in checkpoints] == [1] * readers, name
         path.write_bytes(good)
 
 

@@ -36,8 +36,8 @@ def start_and_save(
         manager = CheckpointManager(
             root, CheckpointSection(keep_last=2, asynchronous=not wait), ranks, lambda text: None
         )
-        found = manager.resume()
-        assert found is None or holds(found, found.step)
+        checkpoint = manager.resume()
+        assert checkpoint is None or holds(checkpoint, checkpoint.step)
         for step in steps:
             extras = {"step": step, "config": {}}
             finished = manager.save(
@@ -47,8 +47,8 @@ def start_and_save(
                 wait=wait or step == steps[-1],
             )
             if acknowledge is not None and ranks.rank == 0:
-                os.write(acknowledge, bytes(step_of(one.checkpoint.folder) for one in finished))
-        return found.step if found else 0
+                os.write(acknowledge, bytes(step_of(save.checkpoint.folder) for save in finished))
+        return checkpoint.step if checkpoint else 0
 
     return on_ranks(world_size, job)
 
@@ -113,13 +113,13 @@ def test_killed_before_every_operation(
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        found = good(root)
-        assert 0 <= found[0] - acknowledged[-1] <= (1 if wait else 2), at
-        assert len(found) >= min(2, len(acknowledged)), at
-        ends.add(" ".join(map(str, found)))
+        steps = good(root)
+        assert 0 <= steps[0] - acknowledged[-1] <= (1 if wait else 2), at
+        assert len(steps) >= min(2, len(acknowledged)), at
+        ends.add(" ".join(map(str, steps)))
         resumed = start_and_save(root, 3 - world_size, [9])
-        assert set(resumed) == {found[0]}
-        assert good(root) == [9, found[0]]
+        assert set(resumed) == {steps[0]}
+        assert good(root) == [9, steps[0]]
         assert not [p for p in root.iterdir() if p.name.startswith(".")]
         shutil.rmtree(root.parent)
     assert (
@@ -140,6 +140,6 @@ def test_killed_before_every_operation_of_a_first_save(tmp_path: Path) -> None:
 
         if run_in_child(die) == 0:
             break
-        found = good(root)
-        assert found in ([], [1]) and start_and_save(root, 1, [2]) == [found[0] if found else 0]
+        steps = good(root)
+        assert steps in ([], [1]) and start_and_save(root, 1, [2]) == [steps[0] if steps else 0]
     assert at >= 14

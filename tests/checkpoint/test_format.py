@@ -152,8 +152,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     else:
         path.write_bytes(data if damage == "flip" else data[:-1])
     said: list[str] = []
-    found = select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append)
-    assert found is not None and found.step == 1
+    checkpoint = select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append)
+    assert checkpoint is not None and checkpoint.step == 1
     assert len(said) == 1 and "step-000000002" in said[0] and "resuming from step 1" in said[0]
     with pytest.raises(CheckpointError, match="step-000000002 is not usable"):
         select_checkpoint(tmp_path, 2, RankGroup.world(), said.append)

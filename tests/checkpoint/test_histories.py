@@ -120,16 +120,18 @@ class Histories(RuleBasedStateMachine):
             self.managers[ranks.rank] = CheckpointManager(
                 self.root, settings, ranks, lambda text: None
             )
-            found = self.managers[ranks.rank].resume()
+            checkpoint = self.managers[ranks.rank].resume()
             values = [
-                save.value for save in self.saves if found is not None and holds(found, save.value)
+                save.value
+                for save in self.saves
+                if checkpoint is not None and holds(checkpoint, save.value)
             ]
-            return values[0] if found else None
+            return values[0] if checkpoint else None
 
         self.managers: dict[int, CheckpointManager] = {}
-        found = on_ranks(world_size, job, in_turn=True)
-        assert len(set(found)) == 1
-        self.lineage = next((save.lineage for save in self.saves if save.value == found[0]), [])
+        resumed = on_ranks(world_size, job, in_turn=True)
+        assert len(set(resumed)) == 1
+        self.lineage = next((save.lineage for save in self.saves if save.value == resumed[0]), [])
         self.world_size = world_size
         self.running = True
         self.step = self.lineage[-1].step if self.lineage else 0
@@ -162,10 +164,10 @@ class Histories(RuleBasedStateMachine):
                 on_ranks(self.world_size, job, in_turn=True)
         except Killed:
             self.running = False
-        made = [folder for folder in checkpoint_folders(self.root) if folder not in before]
-        assert len(made) <= 1 and (made or not self.running)
-        if made:
-            save = Save(made[0], self.step, self.value, self.lineage, loss)
+        new = [folder for folder in checkpoint_folders(self.root) if folder not in before]
+        assert len(new) <= 1 and (new or not self.running)
+        if new:
+            save = Save(new[0], self.step, self.value, self.lineage, loss)
             assert step_of(save.folder) == self.step
             self.saves.append(save)
             self.lineage = save.lineage

@@ -289,8 +289,10 @@ def test_a_folder_under_the_name_of_another_step(tmp_path: Path) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2).rename(tmp_path / "step-000000003")
     said: list[str] = []
-    found = select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append)
-    assert found is not None and found.step == 1 and "its manifest is of step 2" in said[0]
+    checkpoint = select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append)
+    assert (
+        checkpoint is not None and checkpoint.step == 1 and "its manifest is of step 2" in said[0]
+    )
     old = write(tmp_path / "old", 2)
     as_version_1(old)
     old.rename(tmp_path / "old" / "step-000000003")

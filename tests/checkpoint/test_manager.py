@@ -29,9 +29,9 @@ def run(
     manager.resume()
     state = State(1.0, ranks.rank, ranks.world_size)
     return [
-        one
+        save
         for step, loss in saves
-        for one in manager.save(state, {"step": step, "config": {}}, {}, loss)
+        for save in manager.save(state, {"step": step, "config": {}}, {}, loss)
     ]
 
 
@@ -156,8 +156,8 @@ def test_a_failed_removal_is_a_warning_and_training_goes_on(
     monkeypatch.setattr(manager_module, "remove", refuse)
     said: list[str] = []
     assert [
-        one.checkpoint.folder.name[-1]
-        for one in run(
+        save.checkpoint.folder.name[-1]
+        for save in run(
             tmp_path, RankGroup.world(), [(1, None), (2, None), (3, None)], said, keep_last=2
         )
     ] == ["1", "2", "3"]
@@ -196,14 +196,16 @@ def test_training_goes_on_during_an_asynchronous_save(
         assert manager.poll() == [] and not tmp_path.joinpath("step-000000001").exists()
         ranks.all_gather(None)
         gate.set()
-        found: list[SavedCheckpoint] = []
-        while not found:
-            found = manager.poll()
+        saves: list[SavedCheckpoint] = []
+        while not saves:
+            saves = manager.poll()
         assert manager.poll() == []
-        return found
+        return saves
 
-    for (one,) in on_ranks(world_size, job):
-        assert one.checkpoint.folder.name == "step-000000001" and one.stall_seconds <= one.seconds
+    for (save,) in on_ranks(world_size, job):
+        assert (
+            save.checkpoint.folder.name == "step-000000001" and save.stall_seconds <= save.seconds
+        )
     assert holds(open_checkpoint(tmp_path), 1.0)
 
 
@@ -216,10 +218,10 @@ def test_one_save_at_a_time_and_the_last_is_waited_for(
     assert manager.save(State(1.0), {"step": 1, "config": {}}, {}, wait=False) == []
     threading.Timer(0.2, gate.set).start()
     first = manager.save(State(2.0), {"step": 2, "config": {}}, {}, wait=False)
-    assert [one.checkpoint.folder.name for one in first] == ["step-000000001"]
+    assert [save.checkpoint.folder.name for save in first] == ["step-000000001"]
     last = manager.save(State(3.0), {"step": 3, "config": {}}, {}, wait=True)
-    assert [one.checkpoint.folder.name for one in last] == ["step-000000002", "step-000000003"]
-    assert [one.checkpoint.lineage for one in (*first, *last)] == [[[1, 1]], [[1, 2]], [[1, 3]]]
+    assert [save.checkpoint.folder.name for save in last] == ["step-000000002", "step-000000003"]
+    assert [save.checkpoint.lineage for save in (*first, *last)] == [[[1, 1]], [[1, 2]], [[1, 3]]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -229,13 +231,13 @@ def test_an_error_in_the_background_surfaces_on_every_rank(tmp_path: Path, world
             tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None
         )
         (tmp_path / "run").write_text("a file where the folder should be")
-        found = manager.save(
+        outcomes = manager.save(
             State(1.0, ranks.rank, ranks.world_size), {"step": 1, "config": {}}, {}, wait=False
         )
-        while not found:
-            found = manager.poll()
-        assert manager.poll() == [] and isinstance(found[0], FailedSave)
-        return str(found[0].error)
+        while not outcomes:
+            outcomes = manager.poll()
+        assert manager.poll() == [] and isinstance(outcomes[0], FailedSave)
+        return str(outcomes[0].error)
 
     messages = on_ranks(world_size, job)
     assert (
@@ -249,8 +251,8 @@ def test_sequence_numbers_grow_although_manifests_are_lost(tmp_path: Path) -> No
     lines = []
     for step in (1, 2, 3):
         lines += [
-            one.checkpoint.lineage
-            for one in manager.save(State(), {"step": step, "config": {}}, {})
+            save.checkpoint.lineage
+            for save in manager.save(State(), {"step": step, "config": {}}, {})
         ]
         for manifest in tmp_path.glob("*/manifest.json"):
             manifest.write_text("lost")

@@ -189,9 +189,9 @@ def test_one_epoch_after_another(shards: Path) -> None:
     counts = [int(s.sum()) for s in loader.dataset.shard_sizes]
     domains, sequences = loader._order.locate(0, sum(counts))
     for domain, count in enumerate(counts):
-        given = sequences[domains == domain]
-        assert abs(len(given) - count) < 0.05 * count and len(set(given[:count])) == min(
-            len(given), count
+        drawn = sequences[domains == domain]
+        assert abs(len(drawn) - count) < 0.05 * count and len(set(drawn[:count])) == min(
+            len(drawn), count
         )
     loader.close()
 

@@ -137,8 +137,8 @@ def test_the_order_is_the_one_of_this_version() -> None:
         plan((0, [0.7, 0.2, 0.1]), (10000, [0.2, 0.2, 0.6]), seed=7),
         [np.arange(1, 60), np.full(33, 8), np.array([3])],
     )
-    found = np.stack(order.locate(5000, 20000)).astype("<i8").tobytes()
-    assert hashlib.sha256(found).hexdigest() == PINNED_ORDER
+    located = np.stack(order.locate(5000, 20000)).astype("<i8").tobytes()
+    assert hashlib.sha256(located).hexdigest() == PINNED_ORDER
 
 
 @pytest.mark.process
@@ -172,7 +172,7 @@ print(peak() - before)
 @pytest.mark.parametrize("position", [10**12, 2**53 + 1])
 def test_far_positions_are_exact(position: int) -> None:
     order = GlobalOrder(plan((0, [0.6, 0.4])), [np.full(7, 5), np.full(3, 2)])
-    found = order.domain_counts(position)
-    assert sum(found) == position
+    counts = order.domain_counts(position)
+    assert sum(counts) == position
     domain, _ = order[position]
-    assert order.domain_counts(position + 1)[domain] == found[domain] + 1
+    assert order.domain_counts(position + 1)[domain] == counts[domain] + 1

@@ -83,13 +83,13 @@ def loader_of(remote: str | Path | None, path: Path, tmp_path: Path, **data: obj
 
 
 def first_steps(loader: Loader, steps: int = 12) -> list[bytes]:
-    found = [
+    digests = [
         batch.tokens.numpy().tobytes()
         for step in range(steps)
         for batch in loader.step_batches(step)
     ]
     finish(loader)
-    return found
+    return digests
 
 
 @pytest.mark.thorough
@@ -230,13 +230,13 @@ def test_processes_of_a_machine_share_one_copy(packed: Path, tmp_path: Path) -> 
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
         for _ in range(3)
     ]
-    found = [
+    results = [
         json.loads(process.communicate(timeout=200)[0].splitlines()[-1]) for process in processes
     ]
-    assert len({digest for digest, _ in found}) == 1
-    shards = [name for _, names in found for name in names if name.endswith(".zstd")]
+    assert len({digest for digest, _ in results}) == 1
+    shards = [name for _, names in results for name in names if name.endswith(".zstd")]
     assert len(shards) == len(set(shards)) > 20
-    assert sum(name == "token_bytes.npy" for _, names in found for name in names) == 1
+    assert sum(name == "token_bytes.npy" for _, names in results for name in names) == 1
 
 
 def test_what_killed_processes_left_is_removed(packed: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, pack
 
     but one epoch over a domain holds the same sequences.
     """
-    found = []
+    batches = []
     for folder in (dataset, grouped, packed):
         loader = Loader(
             tiny(
@@ -97,11 +97,11 @@ def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, pack
             1,
         )
         count = loader.manifest.splits["train"]["prose"].rows
-        found.append(
+        batches.append(
             sorted(loader.step_batches(step)[0].tokens.numpy().tobytes() for step in range(count))
         )
         loader.close()
-    assert found[0] == found[1] == found[2]
+    assert batches[0] == batches[1] == batches[2]
 
 
 @pytest.mark.thorough

@@ -125,11 +125,11 @@ def test_the_recipe_of_the_docs_writes_the_column(
     weighted, tokenizer = tmp_path / "data/demo/weighted", Tokenizer(dataset / "tokenizer.json")
     plain = Loader(tiny(dataset, tmp_path), 0, 1)
     loader = Loader(tiny(weighted, tmp_path, objective={"token_weights": True}), 0, 1)
-    for one, batch in zip(plain.step_batches(0), loader.step_batches(0), strict=True):
+    for unweighted, batch in zip(plain.step_batches(0), loader.step_batches(0), strict=True):
         blank = np.array(
             [t >= 0 and tokenizer.decode([t]).isspace() for t in batch.targets.flatten().tolist()]
         ).reshape(batch.targets.shape)
-        assert 0 < blank.mean() < 0.5 and (batch.tokens == one.tokens).all()
+        assert 0 < blank.mean() < 0.5 and (batch.tokens == unweighted.tokens).all()
         np.testing.assert_allclose(
             batch.token_weights.numpy(), np.where(blank, 0.25, 1) * (batch.targets >= 0).numpy()
         )
@@ -158,7 +158,7 @@ def test_weights_that_are_none_leave_nothing_behind(dataset: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("place", "words"),
+    ("path", "words"),
     [
         ("nowhere.py:f", "expected FILE.py:NAME"),
         ("weights.py", "expected FILE.py:NAME"),
@@ -168,7 +168,7 @@ def test_weights_that_are_none_leave_nothing_behind(dataset: Path, tmp_path: Pat
     ],
 )
 def test_functions_that_are_none_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in (
@@ -178,7 +178,7 @@ def test_functions_that_are_none_are_told(
     ):
         Path(name).write_text(text)
     with pytest.raises(DataPrepError, match=re.escape(words)):
-        load_function(place)
+        load_function(path)
 
 
 def test_a_function_that_fails_is_named_with_the_row(dataset: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
     index = dataset / split / domain / "index.json"
     if not index.exists():
         return []
-    found = []
+    rows = []
     for shard in json.loads(index.read_text())["shards"]:
         if shard["zip_data"]:
             import zstandard
@@ -48,21 +48,21 @@ def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
                 zstandard.decompress(path.read_bytes(), shard["raw_data"]["bytes"])
             )
         reader = reader_from_json(str(dataset / split / domain), None, shard)
-        found += [reader[i] for i in range(shard["samples"])]
-    return found
+        rows += [reader[i] for i in range(shard["samples"])]
+    return rows
 
 
 def segments(rows: list[dict[str, Any]]) -> list[tuple[np.ndarray, int]]:
     """(tokens, flags) of all segments that are no padding."""
-    found = []
+    parts = []
     for row in rows:
         ends = np.cumsum(row["doc_lens"]).tolist()
         for end, length, flags in zip(
             ends, row["doc_lens"].tolist(), row["doc_flags"].tolist(), strict=True
         ):
             if not flags & PADDING:
-                found.append((row["tokens"][end - length : end], flags))
-    return found
+                parts.append((row["tokens"][end - length : end], flags))
+    return parts
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +99,23 @@ def test_rows_hold_every_document_once(
             assert (
                 len(rows) == counts.rows and sum(int(r["text_bytes"]) for r in rows) == counts.bytes
             )
-            found = segments(rows)
-            assert sum(len(t) - 1 for t, _ in found) == counts.tokens
-            assert len(rows) * 65 - sum(len(t) for t, _ in found) == counts.padding_tokens
+            documents = segments(rows)
+            assert sum(len(t) - 1 for t, _ in documents) == counts.tokens
+            assert len(rows) * 65 - sum(len(t) for t, _ in documents) == counts.padding_tokens
             inner = STARTS_MID_DOCUMENT | ENDS_MID_DOCUMENT
             assert all(
-                (t[0] == tokenizer.start_id) == (not f & STARTS_MID_DOCUMENT) for t, f in found
+                (t[0] == tokenizer.start_id) == (not f & STARTS_MID_DOCUMENT) for t, f in documents
             )
-            assert all((t[-1] == tokenizer.end_id) == (not f & ENDS_MID_DOCUMENT) for t, f in found)
-            whole.update(tokenizer.decode(t) for t, f in found if not f & inner)
+            assert all(
+                (t[-1] == tokenizer.end_id) == (not f & ENDS_MID_DOCUMENT) for t, f in documents
+            )
+            whole.update(tokenizer.decode(t) for t, f in documents if not f & inner)
             tokens += counts.tokens
             size += counts.bytes
-        given = given_texts(spec, domain)
-        assert size == sum(len(text.encode()) for text in given)
-        assert tokens == sum(len(tokenizer.encode(text)) + 1 for text in given)
-        short = Counter(text for text in given if whole[text])
+        expected = given_texts(spec, domain)
+        assert size == sum(len(text.encode()) for text in expected)
+        assert tokens == sum(len(tokenizer.encode(text)) + 1 for text in expected)
+        short = Counter(text for text in expected if whole[text])
         assert whole == short and len(whole) > (0 if packing == "concat" else 10)
     if packing == "concat":
         assert all(
@@ -141,10 +143,10 @@ def test_units_and_groups_change_neither_sides_nor_counts(
 ) -> None:
     """Only how rows are filled depends on groups; what is in them does not."""
     spec = prepared.model_copy(update={"output": tmp_path / "out"})
-    one, many = prepare(spec), DatasetManifest.load(prepared.output)
+    single, many = prepare(spec), DatasetManifest.load(prepared.output)
     for split in SPLITS:
         for domain in ("a", "b"):
-            a, b = one.splits[split][domain], many.splits[split][domain]
+            a, b = single.splits[split][domain], many.splits[split][domain]
             assert (a.documents, a.bytes, a.tokens, a.text_tokens) == (
                 b.documents,
                 b.bytes,
@@ -206,10 +208,10 @@ def test_tokens_that_do_not_stand_for_all_of_a_text_are_found_out(
     """No tokenizer that is known does this; the sum is looked at all the same."""
     encode = Tokenizer.encode_batch
 
-    def forgetful(self: Tokenizer, found: list[str]) -> list[np.ndarray]:
+    def forgetful(self: Tokenizer, texts: list[str]) -> list[np.ndarray]:
         return [
             ids[:-1] if "queen" in text else ids
-            for ids, text in zip(encode(self, found), found, strict=True)
+            for ids, text in zip(encode(self, texts), texts, strict=True)
         ]
 
     monkeypatch.setattr(Tokenizer, "encode_batch", forgetful)
@@ -247,10 +249,10 @@ def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path
             spec.model_copy(update={"output": tmp_path / "dropped", "duplicates": "drop"})
         )
     assert sum(dropped.splits[s]["x"].documents for s in SPLITS) == 45
-    found = Counter(
+    copies = Counter(
         json.loads(line)["text"] for line in lines_of(tmp_path / "dropped/heldout_text/x.jsonl")
     )
-    assert set(found.values()) == {1}
+    assert set(copies.values()) == {1}
     assert json.loads((tmp_path / "dropped/report.json").read_text())["filtered"] == {
         "repeats an earlier text": 11
     }
@@ -273,10 +275,10 @@ def test_repeats_never_straddle_the_split(prepared: PrepSpec, tmp_path: Path) ->
 def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(
     prepared: PrepSpec, tmp_path: Path
 ) -> None:
-    found = texts(20, 5)
-    records = [{"id": i, "text": t} for i, t in enumerate(found)] + [
+    contents = texts(20, 5)
+    records = [{"id": i, "text": t} for i, t in enumerate(contents)] + [
         {"id": 3, "text": "another text"},
-        {"id": 4, "text": found[4]},
+        {"id": 4, "text": contents[4]},
         {"text": "none"},
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -378,7 +380,7 @@ def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
     assert manifest.domains == ["de", "en", "fr"]
     tokenizer = Tokenizer(spec.output / "tokenizer.json")
     for name, group in zip(manifest.domains, lines, strict=True):
-        given = {json.loads(line)["text"] for line in group}
+        expected = {json.loads(line)["text"] for line in group}
         assert sum(manifest.splits[s][name].documents for s in SPLITS) == 40
         whole = {
             tokenizer.decode(t)
@@ -386,7 +388,7 @@ def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
             for t, f in segments(read_rows(spec.output, s, name))
             if not f & 3
         }
-        assert whole and whole <= given
+        assert whole and whole <= expected
         assert {int(r["domain"]) for s in SPLITS for r in read_rows(spec.output, s, name)} == {
             manifest.domains.index(name)
         }
@@ -416,13 +418,13 @@ def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(
     prepared: PrepSpec,
     tokenizers: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
-    found: list[str],
+    contents: list[str],
     kind: str,
     packing: str,
     length: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
-    write_lines(folder / "x.jsonl", [*found, "one more"])
+    write_lines(folder / "x.jsonl", [*contents, "one more"])
     spec = prepared.model_copy(
         update={
             "output": folder / "out",
@@ -438,9 +440,9 @@ def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(
     assert (
         sum(int(r["text_bytes"]) for r in rows)
         == manifest.splits["train"]["x"].bytes
-        == sum(len(t.encode()) for t in [*found, "one more"])
+        == sum(len(t.encode()) for t in [*contents, "one more"])
     )
-    assert manifest.splits["train"]["x"].documents == 1 + sum(map(bool, found))
+    assert manifest.splits["train"]["x"].documents == 1 + sum(map(bool, contents))
     for row in rows if manifest.byte_counts == "column" else ():
         assert row["target_bytes"].sum() == row["text_bytes"] and row["target_bytes"][0] == 0
 

@@ -28,12 +28,12 @@ def test_inputs_in_an_object_store_give_the_same_dataset(tmp_path: Path) -> None
     prepare(spec)
     with s3_server("bucket"):
         store, _ = open_store("s3://bucket")
-        for name, place in (
+        for name, path in (
             ("in/a/1.jsonl", "a/1.jsonl"),
             ("in/a/2.jsonl", "a/2.jsonl"),
             ("in/b.jsonl", "b.jsonl"),
         ):
-            with store.open_output_stream(f"bucket/{place}") as stream:
+            with store.open_output_stream(f"bucket/{path}") as stream:
                 stream.write((tmp_path / name).read_bytes())
         remote = spec.model_copy(
             update={

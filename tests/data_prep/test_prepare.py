@@ -60,12 +60,12 @@ def test_every_packing_predicts_each_token_once(
     lengths: list[int], capacity: int, method: str
 ) -> None:
     pieces, rows = pack(np.array(lengths, dtype=np.int64), capacity, method)
-    found = list(
+    placed = list(
         zip(pieces.document.tolist(), pieces.start.tolist(), pieces.stop.tolist(), strict=True)
     )
-    assert sorted(i for row in rows for i in row) == list(range(len(found)))
+    assert sorted(i for row in rows for i in row) == list(range(len(placed)))
     assert all(0 < sum(pieces.lengths[i] for i in row) <= capacity for row in rows)
-    targets = [(document, t) for document, start, stop in found for t in range(start + 1, stop)]
+    targets = [(document, t) for document, start, stop in placed for t in range(start + 1, stop)]
     assert sorted(targets) == [
         (document, t) for document, length in enumerate(lengths) for t in range(1, length)
     ]
@@ -277,10 +277,10 @@ def test_stdlib_corpus_separates_docstrings_from_code(tmp_path: Path) -> None:
         ' """Only words."""\n'
     )
     (library / "broken.py").write_text("def (:\n")
-    found = collect(tmp_path / "out", library)
+    counts = collect(tmp_path / "out", library)
     code = [json.loads(line) for line in lines_of(tmp_path / "out" / "code.jsonl")]
     prose = [json.loads(line) for line in lines_of(tmp_path / "out" / "prose.jsonl")]
-    assert found.documents == {"code": 1, "prose": 1} and found.skipped == 1
+    assert counts.documents == {"code": 1, "prose": 1} and counts.skipped == 1
     assert (
         code[0]["id"] == "m.py"
         and "return x  # kept" in code[0]["text"]
@@ -300,12 +300,12 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        given = spec(tmp_path, TEXTS * 40, output=disk / "out")
+        job = spec(tmp_path, TEXTS * 40, output=disk / "out")
         with pytest.raises(DataPrepError, match="no space left"):
-            prepare(given)
+            prepare(job)
         assert not (disk / "out").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        prepare(given)
+        prepare(job)
         assert [p.name for p in disk.iterdir()] == ["out"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)

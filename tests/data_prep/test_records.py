@@ -246,13 +246,13 @@ def test_globs_folders_and_places_that_hold_nothing(tmp_path: Path) -> None:
     assert matching("*/?.jsonl") == ["x/a.jsonl", "z/d.jsonl"] and matching("[xz]/[a-c].jsonl") == [
         "x/a.jsonl"
     ]
-    for place, words in (
+    for glob, words in (
         ("x/*.gz", "no file matches"),
         ("nowhere", "does not exist"),
         ("x/y/../y/e.csv", "does not exist"),
     ):
         with pytest.raises(DataPrepError, match=words):
-            find_files(f"{tmp_path}/{place}")
+            find_files(f"{tmp_path}/{glob}")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataPrepError, match="holds no file that is read"):
         find_files(tmp_path / "empty")

@@ -66,8 +66,8 @@ def test_a_change_of_precision_makes_no_jump(runs: Path) -> None:
     bit-identical before the change.
     """
     expected = losses(runs / "unbroken")
-    found = losses(runs / "precisions")
+    measured = losses(runs / "precisions")
     bf16 = losses(runs / "bf16")
     bound = max(abs(a - b) for a, b in zip(expected, bf16, strict=True))
-    assert found[:15] == expected[:15] and found[15:30] != expected[15:30]
-    assert 0 < max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= bound
+    assert measured[:15] == expected[:15] and measured[15:30] != expected[15:30]
+    assert 0 < max(abs(a - b) for a, b in zip(expected, measured, strict=True)) <= bound

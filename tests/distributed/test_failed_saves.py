@@ -27,7 +27,7 @@ def jobs(
 ) -> tuple[Path, dict[str, str | None]]:
     """Folder of the runs, and how each of them ended, by name."""
     root = tmp_path_factory.mktemp("refusing")
-    wanted = {
+    failures = {
         "plain": ("", 0, {}),
         "synchronous": (TWO_AND_THREE, errno.EDQUOT, {}),
         "background": (TWO_AND_THREE, errno.EIO, {"asynchronous": True}),
@@ -36,7 +36,7 @@ def jobs(
         "the last": (r"step-000000006/rank-00001", errno.ENOSPC, {}),
     }
     arguments = []
-    for name, (pattern, number, checkpoint) in wanted.items():
+    for name, (pattern, number, checkpoint) in failures.items():
         config = tiny(
             dataset,
             root / name,
@@ -50,7 +50,7 @@ def jobs(
         2,
         root / "logs",
     )
-    return root, dict(zip(wanted, json.loads((root / "outcomes.json").read_text()), strict=True))
+    return root, dict(zip(failures, json.loads((root / "outcomes.json").read_text()), strict=True))
 
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -76,8 +76,8 @@ def test_training_goes_on_untouched(
         for run in ("plain", name)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
-    expected, found = state(root / "plain"), state(root / name)
-    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    expected, actual = state(root / "plain"), state(root / name)
+    assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
     events = read_events(root / name / "metrics.jsonl", "save_failed")
     assert [(e["step"], e["rank"], e["errno"], e["consecutive"]) for e in events] == [
         (2, 1, number, 1),

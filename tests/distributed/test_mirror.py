@@ -50,9 +50,9 @@ def test_an_outage_and_a_lost_disk_leave_no_trace_in_the_training(
 
     with s3_server("bucket") as server, proxy(server) as link:
         monkeypatch.setenv("S3_ENDPOINT_URL", link.address)
-        place = "s3://bucket/run"
+        uri = "s3://bucket/run"
         plain = job("plain")
-        mirrored = job("mirrored", mirror=place, train={"stop_at": 6})
+        mirrored = job("mirrored", mirror=uri, train={"stop_at": 6})
         wrong = job("wrong", mirror="s3://nowhere/run")
         ends = train_all([plain, wrong], 2, tmp_path / "logs")
         assert (
@@ -81,23 +81,23 @@ def test_an_outage_and_a_lost_disk_leave_no_trace_in_the_training(
                 link.mode = mode
             switch.unlink()
         assert [r.wait(200) for r in ranks] == [0, 0]
-        assert {one.step for one in Archive(place).checkpoints() if one.complete} == {5, 6}
+        assert {stored.step for stored in Archive(uri).checkpoints() if stored.complete} == {5, 6}
 
         # The disk is lost; the losses so far are kept for the comparison
         shutil.rmtree(tmp_path / "mirrored" / "checkpoints")
-        assert train_all([job("mirrored", mirror=place)], 2, tmp_path / "back") == [None]
+        assert train_all([job("mirrored", mirror=uri)], 2, tmp_path / "back") == [None]
         assert (
-            f"step 6 fetched from the mirror {place}"
+            f"step 6 fetched from the mirror {uri}"
             in (tmp_path / "back" / "rank-0.log").read_text()
         )
-        assert [one.step for one in Archive(place).checkpoints()] == [8, 7]
+        assert [stored.step for stored in Archive(uri).checkpoints()] == [8, 7]
     assert (
         losses(tmp_path / "mirrored") == losses(tmp_path / "plain")
         and len(losses(tmp_path / "plain")) == STEPS
     )
-    expected, found = state(tmp_path / "plain"), state(tmp_path / "mirrored")
+    expected, actual = state(tmp_path / "plain"), state(tmp_path / "mirrored")
     assert [
-        key for key in expected if not torch.equal(expected[key], found[key])
+        key for key in expected if not torch.equal(expected[key], actual[key])
     ] == [] and 8 in steps(tmp_path / "mirrored" / "checkpoints")
     events = read_events(tmp_path / "mirrored" / "metrics.jsonl", "mirror")
     assert [e["step"] for e in events if e["status"] == "mirrored"][-1] == 8

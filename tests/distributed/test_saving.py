@@ -60,8 +60,8 @@ def test_no_bit_differs(jobs: Path, name: str) -> None:
         for run in ("plain", name)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
-    expected, found = state(jobs / "plain"), state(jobs / name)
-    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    expected, actual = state(jobs / "plain"), state(jobs / name)
+    assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
 
 
 def test_every_save_is_reported_once_in_order(jobs: Path) -> None:
@@ -108,11 +108,11 @@ def test_a_rollback_continues_its_lineage(jobs: Path) -> None:
 
 
 def test_the_state_records_how_the_job_was_started(jobs: Path) -> None:
-    found = open_checkpoint(jobs / "plain" / "checkpoints").state
-    assert found["tokens"] == STEPS * 8 * 64 and found["validation"]["step"] == STEPS
+    record = open_checkpoint(jobs / "plain" / "checkpoints").state
+    assert record["tokens"] == STEPS * 8 * 64 and record["validation"]["step"] == STEPS
     assert (
-        found["start"]["world_size"] == 2
-        and sum(found["start"]["devices"].values()) == 2
-        and "commit" in found["start"]
+        record["start"]["world_size"] == 2
+        and sum(record["start"]["devices"].values()) == 2
+        and "commit" in record["start"]
     )
-    assert {"python", "torch", "deepspeed"} <= found["versions"].keys()
+    assert {"python", "torch", "deepspeed"} <= record["versions"].keys()

@@ -50,6 +50,6 @@ def test_saving_and_loading_take_memory_of_a_shard(dataset: Path, tmp_path: Path
     loaded = measure("load", dataset, tmp_path, 4, 3)
     whole = saved[0]["whole"]
     assert whole == loaded[0]["whole"] > 270 * 2**20
-    for found in [*saved, *loaded]:
-        assert found["grown"] < found["share"] + REST < 0.8 * whole, (saved, loaded)
-        assert found["mapped"] == []
+    for usage in [*saved, *loaded]:
+        assert usage["grown"] < usage["share"] + REST < 0.8 * whole, (saved, loaded)
+        assert usage["mapped"] == []

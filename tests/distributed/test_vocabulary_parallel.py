@@ -40,14 +40,16 @@ def test_is_the_loss_of_the_whole_vocabulary(ranks: list[dict], name: str, kerne
     parts = [rank["results"][f"{name}, {kernel}"] for rank in ranks]
     for key in SHARED:
         assert torch.equal(parts[0][key], parts[1][key]), f"{key} differs between ranks"
-    found = parts[0] | {
+    output = parts[0] | {
         key: torch.cat([p[key] for p in parts]) for key in ("dW", "db") if key in parts[0]
     }
     dtype = case.hidden.dtype
     hits = define(case.wide(), **options).hits
-    assert torch.equal(found["hits"], hits)
-    assert (found["z_loss"] > 0) == ("z_loss_coefficient" in options)
-    results = {key: found[key] for key in ("loss", "nats", "lse", "dX", "dW", "db") if key in found}
+    assert torch.equal(output["hits"], hits)
+    assert (output["z_loss"] > 0) == ("z_loss_coefficient" in options)
+    results = {
+        key: output[key] for key in ("loss", "nats", "lse", "dX", "dW", "db") if key in output
+    }
     assert all(results[key].dtype == dtype for key in ("dX", "dW", "db") if key in results)
     # The loss was saved before it met the gradient from above
     check_results(results, case, dtype, upstream=UPSTREAM, weight_sum=WEIGHT_SUM, **options)
@@ -64,10 +66,10 @@ def test_agrees_with_one_rank(ranks: list[dict]) -> None:
         weight_sum=WEIGHT_SUM,
         **options,
     )
-    found = ranks[0]["results"]["everything, torch"]
-    torch.testing.assert_close(found["loss"], out.loss.detach())
-    torch.testing.assert_close(found["z_loss"], out.z_loss)
-    torch.testing.assert_close(found["nats"], out.nats)
+    actual = ranks[0]["results"]["everything, torch"]
+    torch.testing.assert_close(actual["loss"], out.loss.detach())
+    torch.testing.assert_close(actual["z_loss"], out.z_loss)
+    torch.testing.assert_close(actual["nats"], out.nats)
 
 
 def test_mistakes_are_named(ranks: list[dict]) -> None:

@@ -163,12 +163,12 @@ def test_the_metrics_of_lm_evaluation_harness(source: LoadedModel, result: dict)
         likelihood = sum(harness_by_its_definition(source, text) for text in texts)
         words = sum(len(re.split(r"\s+", text)) for text in texts)
         size = sum(len(text.encode("utf-8")) for text in texts)
-        found = result["harness"][domain]
+        metrics = result["harness"][domain]
         # An exponential of a large number
-        assert found["word_perplexity"] == pytest.approx(math.exp(-likelihood / words), rel=1e-4)
-        assert math.log(found["word_perplexity"]) == pytest.approx(-likelihood / words, rel=1e-6)
-        assert found["byte_perplexity"] == pytest.approx(math.exp(-likelihood / size), rel=1e-6)
-        assert found["bits_per_byte"] == pytest.approx(-likelihood / size / math.log(2), rel=1e-6)
+        assert metrics["word_perplexity"] == pytest.approx(math.exp(-likelihood / words), rel=1e-4)
+        assert math.log(metrics["word_perplexity"]) == pytest.approx(-likelihood / words, rel=1e-6)
+        assert metrics["byte_perplexity"] == pytest.approx(math.exp(-likelihood / size), rel=1e-6)
+        assert metrics["bits_per_byte"] == pytest.approx(-likelihood / size / math.log(2), rel=1e-6)
 
 
 def test_texts_that_cannot_be_scored(source: LoadedModel, tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_texts_that_cannot_be_scored(source: LoadedModel, tmp_path: Path) -> Non
         evaluate_model(source, {"d": ["", ""]}, EvaluationProtocol())
     with pytest.raises(DataError, match="stride = 99 must be between 1 and the window"):
         evaluate_model(source, {"d": ["a"]}, EvaluationProtocol(stride=99))
-    one = evaluate_model(
+    single = evaluate_model(
         source, {"d": ["a text far longer than the context " * 30]}, EvaluationProtocol()
     )
     assert (
-        one["total"]["intervals"]["bpb"] is None
-        and one["total"]["tokens"] > source.model.max_position
+        single["total"]["intervals"]["bpb"] is None
+        and single["total"]["tokens"] > source.model.max_position
     )

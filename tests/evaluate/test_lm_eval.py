@@ -44,16 +44,16 @@ def test_the_harness_measures_the_same_on_an_export(tmp_path: Path) -> None:
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
     likelihoods = model.loglikelihood_rolling(requests)
     sizes = [len(text.encode()) for text in TEXTS]
-    found = evaluate_model(
+    metrics = evaluate_model(
         open_model(tmp_path / "run"), {"d": TEXTS}, EvaluationProtocol(resamples=10, harness=True)
     )["harness"]["d"]
-    assert found["bits_per_byte"] == pytest.approx(
+    assert metrics["bits_per_byte"] == pytest.approx(
         bits_per_byte(list(zip(likelihoods, sizes, strict=True))), rel=1e-6
     )
-    assert found["byte_perplexity"] == pytest.approx(
+    assert metrics["byte_perplexity"] == pytest.approx(
         weighted_perplexity(list(zip(likelihoods, sizes, strict=True))), rel=1e-6
     )
     # lm_eval/tasks/wikitext/preprocess_wikitext.py
     words = [len(re.split(r"\s+", text)) for text in TEXTS]
     expected = weighted_perplexity(list(zip(likelihoods, words, strict=True)))
-    assert math.log(found["word_perplexity"]) == pytest.approx(math.log(expected), rel=1e-6)
+    assert math.log(metrics["word_perplexity"]) == pytest.approx(math.log(expected), rel=1e-6)

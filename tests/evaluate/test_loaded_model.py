@@ -63,10 +63,10 @@ def test_an_architecture_that_nextpt_lacks_is_run_by_transformers(gpt2: Path) ->
         expected = torch.nn.functional.cross_entropy(
             model(ids).logits[0, :-1], ids[0, 1:], reduction="none"
         )[:-1].sum()
-    found, _ = score_documents(
+    scores, _ = score_documents(
         source.model, [tokens], [sizes], source.tokenizer.token_bytes(), window=32, stride=16
     )
-    assert found.nats == pytest.approx(float(expected), rel=1e-6)
+    assert scores.nats == pytest.approx(float(expected), rel=1e-6)
     with pytest.raises(
         CheckpointError, match="model_type = 'gpt2' cannot be imported; these can: apertus"
     ):

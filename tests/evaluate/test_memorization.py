@@ -100,38 +100,38 @@ def test_every_planted_overlap_is_found(planted: tuple[Path, list[str], list[boo
     tokenizer = Tokenizer(data / "tokenizer.json")
     # So documents of three such are cut by rows of 128
     assert max(len(tokenizer.encode(t)) for t in evaluated[:1]) > 64
-    found = find_overlaps({"set": evaluated}, training_texts(data, tokenizer))
-    assert [f.contaminated for f in found] == expected
+    overlaps = find_overlaps({"set": evaluated}, training_texts(data, tokenizer))
+    assert [f.contaminated for f in overlaps] == expected
     assert all(
-        f.shares["words"] > 0 and f.shares["characters"] > 0 for f in found if f.contaminated
+        f.shares["words"] > 0 and f.shares["characters"] > 0 for f in overlaps if f.contaminated
     )
 
 
-@pytest.mark.parametrize(("words", "found"), [(WORDS, True), (WORDS - 1, False)])
-def test_thirteen_words_and_no_fewer(words: int, found: bool) -> None:
+@pytest.mark.parametrize(("words", "overlaps"), [(WORDS, True), (WORDS - 1, False)])
+def test_thirteen_words_and_no_fewer(words: int, overlaps: bool) -> None:
     # One character each: the characters alone do not tell
     shared = " ".join(f"{chr(97 + i)}" for i in range(words))
     (result,) = find_overlaps(
         {"set": [f"before {shared} after"]}, iter([f"earlier {shared} later"])
     )
-    assert (result.shares["words"] > 0, result.shares["characters"] > 0) == (found, False)
+    assert (result.shares["words"] > 0, result.shares["characters"] > 0) == (overlaps, False)
 
 
-@pytest.mark.parametrize(("characters", "found"), [(CHARACTERS, True), (CHARACTERS - 1, False)])
-def test_fifty_characters_and_no_fewer(characters: int, found: bool) -> None:
+@pytest.mark.parametrize(("characters", "overlaps"), [(CHARACTERS, True), (CHARACTERS - 1, False)])
+def test_fifty_characters_and_no_fewer(characters: int, overlaps: bool) -> None:
     shared = "".join(chr(97 + i % 23) for i in range(characters))
     (result,) = find_overlaps({"set": [f"0 {shared} 1"]}, iter([f"2 {shared} 3"]))
     assert result.shares == {
         "words": 0.0,
-        "characters": pytest.approx(1 / (characters + 2 - CHARACTERS + 1)) if found else 0.0,
+        "characters": pytest.approx(1 / (characters + 2 - CHARACTERS + 1)) if overlaps else 0.0,
     }
 
 
 def test_bits_per_byte_are_ratios_of_sums() -> None:
-    found = bits_per_byte_by_contamination(
+    ratios = bits_per_byte_by_contamination(
         np.log(2) * np.array([8.0, 2.0, 5.0]), np.array([8, 1, 1]), np.array([False, True, False])
     )
-    assert found == {
+    assert ratios == {
         "all": pytest.approx(1.5),
         "clean": pytest.approx(13 / 9),
         "contaminated": pytest.approx(2.0),
@@ -195,18 +195,18 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
         "train": list(open_sequences(data, "train").values()),
         "heldout": list(open_sequences(other, "train").values()),
     }
-    found = measure_extraction(model, sides, prefixes=[16], continuation=8, count=40)
-    assert found["train"]["sequences"] == 40
+    extraction = measure_extraction(model, sides, prefixes=[16], continuation=8, count=40)
+    assert extraction["train"]["sequences"] == 40
     assert (
-        found["train"]["prefixes"]["16"]["score"]["mean"]
+        extraction["train"]["prefixes"]["16"]["score"]["mean"]
         > 0.6
-        > found["heldout"]["prefixes"]["16"]["score"]["mean"]
+        > extraction["heldout"]["prefixes"]["16"]["score"]["mean"]
     )
     assert (
-        found["train"]["prefixes"]["16"]["exact"]["low"]
-        > found["heldout"]["prefixes"]["16"]["exact"]["share"]
+        extraction["train"]["prefixes"]["16"]["exact"]["low"]
+        > extraction["heldout"]["prefixes"]["16"]["exact"]["share"]
     )
-    assert found["gap_nats_per_token"] > 0.5
+    assert extraction["gap_nats_per_token"] > 0.5
     with pytest.raises(DataError, match="more than the model's 32 positions"):
         measure_extraction(model, sides, prefixes=[30], continuation=8, count=4)
 
@@ -214,31 +214,32 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
 def test_stretches_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
     rows = list(open_sequences(planted[0], "train").values())
     tokenizer = Tokenizer(planted[0] / "tokenizer.json")
-    found = sample_stretches(rows, 20, 5, 50, np.random.default_rng(1))
-    assert found.tokens.shape == (50, 20)
-    assert not np.isin(found.tokens[:, 1:-1], [tokenizer.start_id, tokenizer.end_id]).any()
+    stretches = sample_stretches(rows, 20, 5, 50, np.random.default_rng(1))
+    assert stretches.tokens.shape == (50, 20)
+    assert not np.isin(stretches.tokens[:, 1:-1], [tokenizer.start_id, tokenizer.end_id]).any()
     assert np.array_equal(
-        found.tokens, sample_stretches(rows, 20, 5, 50, np.random.default_rng(1)).tokens
+        stretches.tokens, sample_stretches(rows, 20, 5, 50, np.random.default_rng(1)).tokens
     )
     assert sample_stretches(rows, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
 
 
 @pytest.mark.thorough
 def test_canaries_are_distinguished_from_controls(tmp_path: Path) -> None:
-    made = make_canaries(per_repeats=2, controls=20, seed=3)
+    canaries = make_canaries(per_repeats=2, controls=20, seed=3)
     assert (
-        made
+        canaries
         == make_canaries(per_repeats=2, controls=20, seed=3)
         != make_canaries(per_repeats=2, controls=20, seed=4)
     )
-    write_canaries(made, tmp_path)
-    assert read_canaries(tmp_path) == made
+    write_canaries(canaries, tmp_path)
+    assert read_canaries(tmp_path) == canaries
     lines = [
         json.loads(line)["text"] for line in (tmp_path / "canaries.jsonl").read_text().splitlines()
     ]
-    assert {c.text: lines.count(c.text) for c in made} == {c.text: c.repeats for c in made}
+    assert {c.text: lines.count(c.text) for c in canaries} == {c.text: c.repeats for c in canaries}
     tokenizer = Tokenizer(
-        corpus(tmp_path / "data", [c.text for c in made], 128, characters=True) / "tokenizer.json"
+        corpus(tmp_path / "data", [c.text for c in canaries], 128, characters=True)
+        / "tokenizer.json"
     )
     config = tiny(
         tmp_path,
@@ -246,15 +247,15 @@ def test_canaries_are_distinguished_from_controls(tmp_path: Path) -> None:
         data={"sequence_length": 192},
         model={"vocab_size": tokenizer.vocab_size, "width": 64},
     )
-    taught = [c for c in made if c.repeats == 128]
+    taught = [c for c in canaries if c.repeats == 128]
     model = trained_on(
         config, [[tokenizer.start_id, *tokenizer.encode(c.text).tolist()[:80]] for c in taught], 150
     )
-    short = [Canary(c.text[:80], c.repeats) for c in made if c.repeats in (0, 128)]
-    found = measure_canaries(model, tokenizer, short)
-    assert found["128"]["extracted"]["share"] == 1 and found["0"]["extracted"]["share"] == 0
-    assert found["128"]["exposure_bits"]["mean"] == pytest.approx(np.log2(21))
-    assert 0 <= found["0"]["exposure_bits"]["mean"] < 3
+    short = [Canary(c.text[:80], c.repeats) for c in canaries if c.repeats in (0, 128)]
+    measured = measure_canaries(model, tokenizer, short)
+    assert measured["128"]["extracted"]["share"] == 1 and measured["0"]["extracted"]["share"] == 0
+    assert measured["128"]["exposure_bits"]["mean"] == pytest.approx(np.log2(21))
+    assert 0 <= measured["0"]["exposure_bits"]["mean"] < 3
     scored = agreement(model, sample_stretches([], 4, 2, 5, np.random.default_rng(0)), 2)
     assert scored.shape == (0,)
 

@@ -89,8 +89,8 @@ def test_sums_count_text_only_and_keep_domains_apart() -> None:
     is_text = torch.tensor([[True, False, True], [True, True, False]])
     sums.add(nats, target_bytes, is_text, torch.tensor([1, 0]))
     sums.add(nats, target_bytes, is_text, torch.tensor([0, 0]))
-    found = sums.by_domain()
-    assert found == {"a": Metrics(6, 12, 53.0, 66.0), "b": Metrics(2, 4, 5.0, 2.0)}
+    metrics = sums.by_domain()
+    assert metrics == {"a": Metrics(6, 12, 53.0, 66.0), "b": Metrics(2, 4, 5.0, 2.0)}
     assert set(metrics_json(sums)["domains"]) == {"a", "b"} and sums.total() == Metrics(
         8, 16, 58.0, 68.0
     )
@@ -114,14 +114,14 @@ def test_text_of_no_bytes_counts_and_bytes_of_an_end_do_too() -> None:
 def test_compressors_are_measured_on_the_same_bytes() -> None:
     documents = [b"abc" * 100, b"xyz" * 50]
     joined = b"".join(documents)
-    found = compare(documents)
-    assert found["zlib -9"]["bpb_concatenated"] == 8 * len(zlib.compress(joined, 9)) / 450
+    sizes = compare(documents)
+    assert sizes["zlib -9"]["bpb_concatenated"] == 8 * len(zlib.compress(joined, 9)) / 450
     assert (
-        found["bz2 -9"]["bpb_documents"]
+        sizes["bz2 -9"]["bpb_documents"]
         == 8 * sum(len(bz2.compress(d, 9)) for d in documents) / 450
     )
     assert (
-        found["xz -9e"]["bpb_concatenated"]
+        sizes["xz -9e"]["bpb_concatenated"]
         == 8 * len(lzma.compress(joined, preset=9 | lzma.PRESET_EXTREME)) / 450
     )
 

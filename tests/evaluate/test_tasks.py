@@ -170,8 +170,8 @@ def test_a_model_that_copies_solves_induction(source: LoadedModel) -> None:
     copier = LoadedModel(
         source.path, Copier(source.model.vocab_size, source.model.max_position), source.tokenizer, 3
     )
-    found = measure_tasks(copier, TEXTS, ["induction", "arithmetic"], items=20, resamples=50)
-    induction = found["induction"]
+    scores = measure_tasks(copier, TEXTS, ["induction", "arithmetic"], items=20, resamples=50)
+    induction = scores["induction"]
     assert (
         induction["exact"]["value"] == 1
         and induction["exact"]["interval"][1] == 1
@@ -183,7 +183,7 @@ def test_a_model_that_copies_solves_induction(source: LoadedModel) -> None:
         induction["probability"]["value"] == pytest.approx(math.exp(-per_answer), rel=1e-3)
         and induction["token_accuracy"]["value"] == 1
     )
-    assert found["arithmetic"]["exact"]["value"] < 0.5 and found["arithmetic"][
+    assert scores["arithmetic"]["exact"]["value"] < 0.5 and scores["arithmetic"][
         "chance"
     ] == pytest.approx(1 / 179)
 
@@ -220,7 +220,7 @@ def test_the_harness_is_asked_for_by_name_where_it_is_missing(
 
 @pytest.mark.thorough
 def test_errors_of_the_harness_become_intervals_and_draw(tmp_path: Path) -> None:
-    found = _with_intervals(
+    scores = _with_intervals(
         {
             "alias": "rhymes",
             "acc,none": 0.5,
@@ -229,16 +229,16 @@ def test_errors_of_the_harness_become_intervals_and_draw(tmp_path: Path) -> None
             "bits_stderr,none": "N/A",
         }
     )
-    assert found["acc,none"]["interval"] == pytest.approx([0.304, 0.696], abs=1e-3) and found[
+    assert scores["acc,none"]["interval"] == pytest.approx([0.304, 0.696], abs=1e-3) and scores[
         "bits,none"
     ] == {"value": 2.0, "interval": None}
-    assert set(found) == {"acc,none", "bits,none"}
+    assert set(scores) == {"acc,none", "bits,none"}
     at = {
         "run": "runs/x",
         "step": 3,
         "loss": {"bpb": 2.0},
         "tasks": {},
-        "harness": {"rhymes": found},
+        "harness": {"rhymes": scores},
     }
     for number, checkpoints in enumerate(([at], [at, at | {"step": 5, "loss": {"bpb": 1.9}}])):
         plot_tasks(checkpoints, tmp_path / f"{number}.svg")
@@ -274,7 +274,7 @@ def test_the_harness_runs_a_task_of_a_folder(source: LoadedModel, tmp_path: Path
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
     (tmp_path / "rhymes.yaml").write_text(YAML.format(data=tmp_path / "data.jsonl"))
-    found = run_harness(source, ["rhymes"], tmp_path)["rhymes"]
+    scores = run_harness(source, ["rhymes"], tmp_path)["rhymes"]
     right = 0
     for question, choices, gold in questions:
         items = [
@@ -282,8 +282,8 @@ def test_the_harness_runs_a_task_of_a_folder(source: LoadedModel, tmp_path: Path
             for choice in choices
         ]
         right += int(np.argmin([n.sum() for n in score_items(source, items)[0]])) == gold
-    assert found["acc,none"]["value"] == pytest.approx(right / 4)
-    low, high = found["acc,none"]["interval"]
+    assert scores["acc,none"]["value"] == pytest.approx(right / 4)
+    low, high = scores["acc,none"]["interval"]
     assert low <= right / 4 <= high
     with pytest.raises(DataError, match="has no task nonesuch"):
         run_harness(source, ["nonesuch"], tmp_path)
@@ -300,7 +300,7 @@ def test_the_adapter_scores_and_generates(source: LoadedModel) -> None:
     expected = source.tokenizer.decode(
         greedy(source.decoder, torch.tensor([prompt]), 6)[0].tolist()
     )
-    made = live.generate_until(
+    continuations = live.generate_until(
         [SimpleNamespace(args=(text[:30], {"until": ["\u0000never"], "max_gen_toks": 6}))]
     )
-    assert made == [expected]
+    assert continuations == [expected]

@@ -21,15 +21,15 @@ def test_scores_are_those_of_the_whole_distribution(monkeypatch: pytest.MonkeyPa
     whole = score_tokens(model, document.numpy(), window=POSITIONS, stride=20, alternatives=5)
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 4 * 96)  # in parts
     parts = score_tokens(model, document.numpy(), window=POSITIONS, stride=20, alternatives=5)
-    for found in (whole, parts):
-        assert found.ids.tolist() == document[1:].tolist()
-        for place, token in enumerate(found.ids.tolist()):
-            p = probabilities[place]
-            assert found.nats[place] == pytest.approx(-float(p[token].log()), abs=1e-4)
-            assert found.rank[place] == 1 + int((p > p[token]).sum())
-            assert found.entropy[place] == pytest.approx(-float((p * p.log()).sum()), abs=1e-4)
-            assert found.alternatives[place].tolist() == p.topk(5).indices.tolist()
-            assert np.exp(-found.alternative_nats[place]) == pytest.approx(
+    for scores in (whole, parts):
+        assert scores.ids.tolist() == document[1:].tolist()
+        for position, token in enumerate(scores.ids.tolist()):
+            p = probabilities[position]
+            assert scores.nats[position] == pytest.approx(-float(p[token].log()), abs=1e-4)
+            assert scores.rank[position] == 1 + int((p > p[token]).sum())
+            assert scores.entropy[position] == pytest.approx(-float((p * p.log()).sum()), abs=1e-4)
+            assert scores.alternatives[position].tolist() == p.topk(5).indices.tolist()
+            assert np.exp(-scores.alternative_nats[position]) == pytest.approx(
                 p.topk(5).values.tolist(), rel=1e-4
             )
     entropy, ids, nats = next_tokens(model, document.numpy(), window=POSITIONS, alternatives=3)
@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_whole_distribution(monkeypatch: pytest.MonkeyPa
 def test_a_text_longer_than_the_context_is_scored_as_by_evaluation(stride: int) -> None:
     _, model = decoder()
     document = torch.cat(list(some_tokens(96, 90))).numpy()
-    found = score_tokens(model, document, window=POSITIONS, stride=stride)
+    scores = score_tokens(model, document, window=POSITIONS, stride=stride)
     figures, _ = score_documents(
         model,
         [document],
@@ -53,7 +53,7 @@ def test_a_text_longer_than_the_context_is_scored_as_by_evaluation(stride: int) 
         window=POSITIONS,
         stride=stride,
     )
-    assert len(found.nats) == figures.tokens == 179 and found.nats.sum() == pytest.approx(
+    assert len(scores.nats) == figures.tokens == 179 and scores.nats.sum() == pytest.approx(
         figures.nats, rel=1e-6
     )
     assert next_tokens(model, document, window=POSITIONS)[1].shape == (8,)
@@ -61,8 +61,8 @@ def test_a_text_longer_than_the_context_is_scored_as_by_evaluation(stride: int) 
 
 def calibration_of(logits: torch.Tensor, targets: torch.Tensor) -> Calibration:
     calibration = Calibration()
-    for some, came in zip(logits.split(1000), targets.split(1000), strict=True):
-        calibration.add(some.log_softmax(-1), came)
+    for some, observed in zip(logits.split(1000), targets.split(1000), strict=True):
+        calibration.add(some.log_softmax(-1), observed)
     return calibration
 
 

@@ -30,7 +30,7 @@ def test_a_checkpoint_of_a_gpu_run_is_read_on_a_cpu() -> None:
         check_weights=lambda shapes: None,
         read_whole=weights.__getitem__,
     )
-    _, found = load_model(checkpoint)
+    _, loaded = load_model(checkpoint)
     tokens = torch.arange(20).unsqueeze(0)
-    hidden = found(tokens, tokens).hidden
-    assert torch.isfinite(found.lm_head(hidden[0], tokens[0]).nats).all()
+    hidden = loaded(tokens, tokens).hidden
+    assert torch.isfinite(loaded.lm_head(hidden[0], tokens[0]).nats).all()

@@ -273,8 +273,8 @@ def test_generation_equals_ours(tmp_path: Path, tokenizer_file: Path) -> None:
         tokens = torch.cat([tokens, our_logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
         if int(tokens[0, -1]) == own.end_id:
             break
-    found = theirs.generate(prompt, do_sample=False, max_new_tokens=12)
-    assert found.tolist() == tokens.tolist()
+    generated = theirs.generate(prompt, do_sample=False, max_new_tokens=12)
+    assert generated.tolist() == tokens.tolist()
 
 
 # Every kind in one architecture, and one kind in all: transformers picks classes by both.

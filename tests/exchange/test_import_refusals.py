@@ -262,10 +262,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read(name: str, tmp_path: Path) -> None:
-    keys, wanted = PUBLISHED[name]
+    keys, expected = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(keys))
     _, spec = read_config(tmp_path)
-    assert {key: getattr(spec, key) for key in wanted} == wanted
+    assert {key: getattr(spec, key) for key in expected} == expected
     assert spec.max_position == keys["max_position_embeddings"]
 
 

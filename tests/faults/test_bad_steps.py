@@ -66,12 +66,12 @@ def quick(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 def test_bad_steps_leave_no_trace_and_too_many_in_a_row_are_rolled_back(quick: Jobs) -> None:
     assert "stopped by SIGTERM after step 18 (saved)" in quick.outcome("bad ends")[1]
     assert quick.outcome("bad") == quick.outcome("never") == ["finished", "", 0]
-    for found in quick.found:
-        digests = found["bad ends"]["digests"][:18] + found["bad"]["digests"]
+    for outcomes in quick.outcomes:
+        digests = outcomes["bad ends"]["digests"][:18] + outcomes["bad"]["digests"]
         assert [number for number, _ in digests] == [*range(1, 20), *range(17, 21)]
         same = [after[0] for before, after in pairwise(digests) if before[1] == after[1]]
         assert same == [*REASONS, 17, 18, 19]
-        assert digests[-1][1] == found["never"]["digests"][-1][1]
+        assert digests[-1][1] == outcomes["never"]["digests"][-1][1]
     assert {e["step"]: e["reason"] for e in quick.events("bad", "skip")} == REASONS
     bad, never = quick.losses("bad"), quick.losses("never")
     assert [loss for step, loss in bad.items() if step not in REASONS] == list(
@@ -158,8 +158,8 @@ def test_a_bad_step_changes_no_bit_of_weights_moments_and_working_weights(
     skips: Jobs, stage: int
 ) -> None:
     assert skips.outcome(f"bad {stage}") == ["finished", "", 0]
-    for found in skips.found:
-        digests = dict(found[f"bad {stage}"]["digests"])
+    for outcomes in skips.outcomes:
+        digests = dict(outcomes[f"bad {stage}"]["digests"])
         assert digests.keys() == set(range(1, STEPS + 1))
         assert {
             step for step in range(2, STEPS + 1) if digests[step] == digests[step - 1]
@@ -194,8 +194,11 @@ def test_every_skip_is_published_with_its_reason(skips: Jobs, stage: int) -> Non
 def test_training_equals_that_without_the_bad_batches(skips: Jobs, stage: int) -> None:
     bad, never = skips.losses(f"bad {stage}"), skips.losses(f"never {stage}")
     assert [loss for step, loss in bad.items() if step not in REASONS] == list(never.values())
-    for found in skips.found:
-        assert found[f"bad {stage}"]["digests"][-1][1] == found[f"never {stage}"]["digests"][-1][1]
+    for outcomes in skips.outcomes:
+        assert (
+            outcomes[f"bad {stage}"]["digests"][-1][1]
+            == outcomes[f"never {stage}"]["digests"][-1][1]
+        )
     states = [
         open_checkpoint(skips.root / f"{name} {stage}" / "checkpoints").state["guard"]
         for name in ("bad", "never")

@@ -65,8 +65,8 @@ def test_a_signal_to_one_rank_saves_on_all_unless_the_grace_period_is_too_short(
     ranks[1].send_signal(signal.SIGTERM)
     assert end(ranks) == [75, 75], logs(tmp_path / "first")
     [saved] = steps(run / "checkpoints")
-    found = read_exit_record(run)
-    assert found["code"] == 75 and found["step"] == saved == steps_made(run), found
+    record = read_exit_record(run)
+    assert record["code"] == 75 and record["step"] == saved == steps_made(run), record
     assert (
         f"stopped by SIGTERM after step {saved} (saved); to resume: python {RUN} --config"
         in logs(tmp_path / "first")
@@ -78,27 +78,27 @@ def test_a_signal_to_one_rank_saves_on_all_unless_the_grace_period_is_too_short(
     for rank in ranks:
         rank.send_signal(signal.SIGUSR1)
     assert end(ranks) == [75, 75], logs(tmp_path / "second")
-    found = read_exit_record(run)
+    record = read_exit_record(run)
     kept = max(steps(run / "checkpoints"))
     assert (
-        kept % (saved + 2) == 0 and f"the checkpoint of step {kept} is kept" in found["reason"]
-    ), found
+        kept % (saved + 2) == 0 and f"the checkpoint of step {kept} is kept" in record["reason"]
+    ), record
     assert (
-        "0.0 s of checkpoint.grace_seconds = 1e-05 were left" in found["reason"]
-        and found["step"] > kept
+        "0.0 s of checkpoint.grace_seconds = 1e-05 were left" in record["reason"]
+        and record["step"] > kept
     )
 
-    ranks = start_ranks([[*command, f"train.stop_at={found['step'] + 1}"]] * 2, tmp_path / "third")
+    ranks = start_ranks([[*command, f"train.stop_at={record['step'] + 1}"]] * 2, tmp_path / "third")
     assert end(ranks) == [0, 0], logs(tmp_path / "third")
     assert read_exit_record(run) | {"time": 0, "host": ""} == {
         "code": 0,
         "reason": "finished",
-        "step": found["step"] + 1,
+        "step": record["step"] + 1,
         "time": 0,
         "host": "",
     }
     assert [e["step"] for e in read_events(run / "metrics.jsonl", "train")] == list(
-        range(1, found["step"] + 2)
+        range(1, record["step"] + 2)
     )
 
 
@@ -124,15 +124,15 @@ def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(
 
 def ranks_of(config: str) -> list[str]:
     """Processes of this machine, of any kind, that work on a config."""
-    found = []
+    ranks = []
     for process in Path("/proc").iterdir():
         try:
             command = (process / "cmdline").read_bytes() if process.name.isdigit() else b""
         except OSError:
             continue
         if config.encode() in command and RUN.encode() in command:
-            found.append(process.name)
-    return found
+            ranks.append(process.name)
+    return ranks
 
 
 def test_nextpt_train_forwards_signals_and_exit_codes(dataset: Path, tmp_path: Path) -> None:
@@ -198,11 +198,11 @@ def test_a_suspended_rank_is_named(dataset: Path, tmp_path: Path) -> None:
     ranks[1].send_signal(signal.SIGSTOP)
     assert ranks[0].wait(90) == 76, logs(tmp_path / "logs")
     ranks[1].kill()
-    found = read_exit_record(tmp_path / "run")
+    record = read_exit_record(tmp_path / "run")
     assert (
-        found["code"] == 76
-        and f"rank 1 on {os.uname().nodename} shows no sign of life" in found["reason"]
-    ), found
+        record["code"] == 76
+        and f"rank 1 on {os.uname().nodename} shows no sign of life" in record["reason"]
+    ), record
     # Where it waited depends on the instant of the stop
     stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
     assert re.search(

@@ -110,17 +110,17 @@ def test_a_suspended_holder_loses_the_lock_and_cannot_commit(tmp_path: Path) -> 
         staging = tmp_path / "checkpoints" / ".staging-step-000000001"
         staging.mkdir(parents=True)
         os.kill(os.getpid(), signal.SIGSTOP)
-        found = []
+        answers = []
         try:
             lock.check()
         except RunInUseError:
-            found.append("refused")
+            answers.append("refused")
         try:
             os.rename(staging, tmp_path / "checkpoints" / "step-000000001")
         except FileNotFoundError:
-            found.append("out of reach")
+            answers.append("out of reach")
         lock.release()
-        (tmp_path / "found").write_text(" ".join(found))
+        (tmp_path / "answers").write_text(" ".join(answers))
 
     process = FORK.Process(target=hold)
     process.start()
@@ -129,7 +129,7 @@ def test_a_suspended_holder_loses_the_lock_and_cannot_commit(tmp_path: Path) -> 
     second = RunLock(tmp_path, 0.1, 0.5)
     os.kill(process.pid, signal.SIGCONT)
     process.join(60)
-    assert (tmp_path / "found").read_text() == "refused out of reach"
+    assert (tmp_path / "answers").read_text() == "refused out of reach"
     second.check()
     with pytest.raises(RunInUseError):
         RunLock(tmp_path)

@@ -75,12 +75,12 @@ def test_exactly_one_of_a_pair_wins(tmp_path: Path) -> None:
         for pair in range(PAIRS)
     }
     wrong = {
-        pair: found
-        for pair, found in outcomes.items()
-        if [f.split("-")[1] for f in found] not in (["won", "refused"], ["refused", "won"])
+        pair: answers
+        for pair, answers in outcomes.items()
+        if [f.split("-")[1] for f in answers] not in (["won", "refused"], ["refused", "won"])
     }
     assert not wrong
-    winners = {found[0].endswith("won") for found in outcomes.values()}
+    winners = {answers[0].endswith("won") for answers in outcomes.values()}
     assert winners == {True, False}, "one of the racers always wins: they do not race"
     assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
 
@@ -94,18 +94,18 @@ def stopped_holder(folder: Path, answers: Path) -> None:
     staging = folder / "checkpoints" / ".staging-step-000000001"
     staging.mkdir(parents=True)
     os.kill(os.getpid(), signal.SIGSTOP)
-    found = "may commit"
+    outcome = "may commit"
     try:
         lock.check()
     except RunInUseError:
-        found = "fenced"
+        outcome = "fenced"
     try:
         os.rename(staging, folder / "checkpoints" / "step-000000001")
-        found += ", committed"
+        outcome += ", committed"
     except FileNotFoundError:
-        found += ", out of reach"
+        outcome += ", out of reach"
     lock.release()
-    answers.write_text(found)
+    answers.write_text(outcome)
 
 
 @pytest.mark.parametrize("skew", [-DAY, DAY])

@@ -211,20 +211,20 @@ def test_too_many_rollbacks_end_with_a_one_line_error(rollbacks: Jobs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "call"), [("fragments", 4), ("batches", 10)])
+@pytest.mark.parametrize(("point", "call"), [("fragments", 4), ("batches", 10)])
 def test_a_rank_killed_inside_a_rollback_or_after_it(
-    dataset: Path, tmp_path: Path, place: str, call: int
+    dataset: Path, tmp_path: Path, point: str, call: int
 ) -> None:
     """A real SIGKILL; the other rank ends by itself, and both go on as if nothing had been."""
     jobs = [Jobs(dataset, tmp_path / part) for part in ("first", "second")]
-    for one in jobs:
-        one.root.mkdir()
+    for probe in jobs:
+        probe.root.mkdir()
     run = str(tmp_path / "run")
-    jobs[0].add("run", run=run, sections=section(), faults=NAN, events=[[place, call, "kill"]])
+    jobs[0].add("run", run=run, sections=section(), faults=NAN, events=[[point, call, "kill"]])
     with pytest.raises(AssertionError, match="ranks ended with"):
         jobs[0].run()
     names = [f.name for f in checkpoint_folders(tmp_path / "run" / "checkpoints")]
-    assert ("step-000000006.2" in names) == (place == "batches") and "step-000000008" not in names
+    assert ("step-000000006.2" in names) == (point == "batches") and "step-000000008" not in names
     jobs[1].add("run", run=run, sections=section(), faults=NAN)
     jobs[1].add("never", sections=section(), never=[6, 7, 8])
     jobs[1].run()

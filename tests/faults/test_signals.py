@@ -91,14 +91,19 @@ def test_every_way_to_end_is_recorded(
         if raised:
             raise raised
     assert caught is None or caught.value is raised
-    found = json.loads((tmp_path / "exit.json").read_text())
-    assert (found["code"], found["reason"], found["step"], found["host"]) == (
+    exit_record = json.loads((tmp_path / "exit.json").read_text())
+    assert (
+        exit_record["code"],
+        exit_record["reason"],
+        exit_record["step"],
+        exit_record["host"],
+    ) == (
         code,
         reason,
         7,
         os.uname().nodename,
     )
-    assert abs(found["time"] - time.time()) < 60
+    assert abs(exit_record["time"] - time.time()) < 60
 
 
 def test_a_job_that_lost_its_folder_records_nothing(tmp_path: Path) -> None:

@@ -36,12 +36,14 @@ def storm(folder: Path, *arguments: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
-    found = storm(tmp_path, "--kills", "110", "--launchers", "2")
+    summary = storm(tmp_path, "--kills", "110", "--launchers", "2")
     assert (
-        found["kills"] == 112
-        and found["inside_saves"] >= 50
-        and found["inside_background_saves"] >= 15
+        summary["kills"] == 112
+        and summary["inside_saves"] >= 50
+        and summary["inside_background_saves"] >= 15
     )
-    assert set(found["by_stage"]) == {"0", "1", "2", "3"} and min(found["by_stage"].values()) >= 10
-    assert found["by_victims"]["one"] >= 15 and found["by_victims"]["all"] >= 40
-    assert not any(found["left_behind"].values())
+    assert (
+        set(summary["by_stage"]) == {"0", "1", "2", "3"} and min(summary["by_stage"].values()) >= 10
+    )
+    assert summary["by_victims"]["one"] >= 15 and summary["by_victims"]["all"] >= 40
+    assert not any(summary["left_behind"].values())

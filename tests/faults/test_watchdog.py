@@ -112,11 +112,11 @@ def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [76] * 3
     assert capfd.readouterr().err.count("error: no progress") == 1
-    found = read_exit_record(tmp_path)
-    assert found["code"] == 76 and found["step"] == 3, found
+    record = read_exit_record(tmp_path)
+    assert record["code"] == 76 and record["step"] == 3, record
     assert (
-        "rank 2 on node2 is behind the others, at batches, step 3," in found["reason"]
-        and "never_comes" in found["reason"]
+        "rank 2 on node2 is behind the others, at batches, step 3," in record["reason"]
+        and "never_comes" in record["reason"]
     )
     assert all((tmp_path / "stacks" / f"rank-{rank}.txt").exists() for rank in range(3))
     assert "in never_comes" in (tmp_path / "stacks" / "rank-2.txt").read_text()

@@ -55,14 +55,16 @@ def run(setup: Setup, prompts: list[str], **config: Any) -> list[Continuation]:
     return list(generate(*setup, tokens, GenerationConfig(**{"max_tokens": 12} | config)))
 
 
-def training_logprobs(setup: Setup, prompt: str, found: Continuation) -> torch.Tensor:
+def training_logprobs(setup: Setup, prompt: str, continuation: Continuation) -> torch.Tensor:
     """Log-probabilities of a continuation by one training pass over the whole text."""
     model, tokenizer = setup
-    text = torch.tensor([tokenizer.start_id, *tokenizer.encode(prompt).tolist(), *found.tokens])
+    text = torch.tensor(
+        [tokenizer.start_id, *tokenizer.encode(prompt).tolist(), *continuation.tokens]
+    )
     with torch.no_grad():
         hidden = model(text[None, :-1], torch.arange(len(text) - 1)[None]).hidden[0]
         nats = model.lm_head(hidden, text[1:], torch.ones(len(text) - 1), 1.0).nats
-    return -nats[-len(found.tokens) :]
+    return -nats[-len(continuation.tokens) :]
 
 
 @pytest.mark.thorough
@@ -76,9 +78,9 @@ def test_log_probabilities_are_those_of_training(
     setup: Setup, batch_size: int, sampling: Sampling
 ) -> None:
     """Alone, and left-padded among prompts of other lengths, which leave the batch as they end."""
-    found = run(setup, PROMPTS, batch_size=batch_size, sampling=sampling)
-    assert [c.prompt for c in found] == list(range(8))
-    for prompt, c in zip(PROMPTS, found, strict=True):
+    continuations = run(setup, PROMPTS, batch_size=batch_size, sampling=sampling)
+    assert [c.prompt for c in continuations] == list(range(8))
+    for prompt, c in zip(PROMPTS, continuations, strict=True):
         torch.testing.assert_close(
             torch.tensor(c.logprobs), training_logprobs(setup, prompt, c), atol=1e-4, rtol=0
         )
@@ -98,9 +100,9 @@ def test_the_batch_does_not_matter(setup: Setup) -> None:
 
 
 def test_greedy_is_the_arg_max_of_the_whole_text(setup: Setup) -> None:
-    [found] = run(setup, ["The"], sampling=Sampling(temperature=0))
+    [continuation] = run(setup, ["The"], sampling=Sampling(temperature=0))
     text = [setup[1].start_id, *setup[1].encode("The").tolist()]
-    for token in found.tokens:
+    for token in continuation.tokens:
         assert token == int(our_logits(setup[0], torch.tensor([text]))[0, -1].argmax())
         text.append(token)
 
@@ -137,8 +139,8 @@ def test_each_row_reaches_the_end_of_its_own_positions(
     """Beside a long prompt a short one uses more columns than the model has positions."""
     monkeypatch.setattr(setup[1], "end_id", -1)
     prompts = ["", "def f(x):\n    if x > 10:\n        return x", "a"]
-    found = run(setup, prompts, sampling=Sampling(seed=2), max_tokens=1000)
-    for prompt, c in zip(prompts, found, strict=True):
+    continuations = run(setup, prompts, sampling=Sampling(seed=2), max_tokens=1000)
+    for prompt, c in zip(prompts, continuations, strict=True):
         assert (
             len(c.tokens) == POSITIONS - 1 - len(setup[1].encode(prompt))
             and c.finish_reason is FinishReason.CONTEXT
@@ -146,7 +148,7 @@ def test_each_row_reaches_the_end_of_its_own_positions(
         torch.testing.assert_close(
             torch.tensor(c.logprobs), training_logprobs(setup, prompt, c), atol=1e-4, rtol=0
         )
-    assert len(found[0].tokens) - len(found[1].tokens) > 5
+    assert len(continuations[0].tokens) - len(continuations[1].tokens) > 5
 
 
 def test_a_prompt_without_room_is_refused(setup: Setup) -> None:
@@ -162,11 +164,16 @@ def test_stop_strings_across_tokens(setup: Setup) -> None:
     stop = whole.text[middle : middle + 5]
     tokens = [prompt_tokens(*setup, "The")]
     config = GenerationConfig(Sampling(seed=8), max_tokens=30, stop=("nowhere to be found", stop))
-    [found] = generate(*setup, tokens, config, lambda prompt, sample, piece: pieces.append(piece))
-    assert found.finish_reason is FinishReason.STOP and found.text == whole.text[
+    [continuation] = generate(
+        *setup, tokens, config, lambda prompt, sample, piece: pieces.append(piece)
+    )
+    assert continuation.finish_reason is FinishReason.STOP and continuation.text == whole.text[
         : whole.text.index(stop)
     ] == "".join(pieces)
-    assert found.tokens == whole.tokens[: len(found.tokens)] and len(found.tokens) < 30
+    assert (
+        continuation.tokens == whole.tokens[: len(continuation.tokens)]
+        and len(continuation.tokens) < 30
+    )
     [begun] = generate(
         *setup,
         tokens,
@@ -181,15 +188,15 @@ def exhaustive(
     """(score, tokens) of every continuation, best first, each scored over the whole text."""
     model, tokenizer = setup
     vocabulary = model.lm_head.weight.shape[0]
-    found = []
+    candidates = []
     for tokens in itertools.product(range(vocabulary), repeat=length):
         stop = tokens.index(tokenizer.end_id) + 1 if tokenizer.end_id in tokens else length
         if any(tokens[stop:]):  # each hypothesis once
             continue
         logprobs = our_logits(model, torch.tensor([[*prompt, *tokens[:stop]]]))[0].log_softmax(-1)
         total = sum(float(logprobs[len(prompt) - 1 + i, t]) for i, t in enumerate(tokens[:stop]))
-        found.append((beams.score(total, stop), tokens[:stop]))
-    return sorted(found, reverse=True)
+        candidates.append((beams.score(total, stop), tokens[:stop]))
+    return sorted(candidates, reverse=True)
 
 
 @pytest.mark.thorough
@@ -201,13 +208,13 @@ def test_wide_beams_find_the_best_of_all(
     small = (model, setup[1])
     monkeypatch.setattr(setup[1], "end_id", 4)
     beams = BeamSearchConfig(300, alpha)
-    found = beam_search(*small, [1, 2], GenerationConfig(max_tokens=3, samples=20), beams)
+    continuations = beam_search(*small, [1, 2], GenerationConfig(max_tokens=3, samples=20), beams)
     expected = exhaustive(small, [1, 2], 3, beams)[:20]
-    assert [tuple(c.tokens) for c in found] == [tokens for _, tokens in expected]
-    assert [beams.score(sum(c.logprobs), len(c.tokens)) for c in found] == pytest.approx(
+    assert [tuple(c.tokens) for c in continuations] == [tokens for _, tokens in expected]
+    assert [beams.score(sum(c.logprobs), len(c.tokens)) for c in continuations] == pytest.approx(
         [score for score, _ in expected], abs=1e-5
     )
-    assert {c.finish_reason for c in found} == {FinishReason.DOCUMENT, FinishReason.LENGTH}
+    assert {c.finish_reason for c in continuations} == {FinishReason.DOCUMENT, FinishReason.LENGTH}
 
 
 @pytest.mark.thorough
@@ -242,17 +249,17 @@ def test_ending_a_search_early_loses_nothing(
 def test_one_beam_is_greedy_and_more_are_no_worse(setup: Setup) -> None:
     tokens = prompt_tokens(*setup, "The")
     [greedy] = run(setup, ["The"], sampling=Sampling(temperature=0))
-    [one] = beam_search(*setup, tokens, GenerationConfig(max_tokens=12), BeamSearchConfig(1))
-    assert one.tokens == greedy.tokens and one.text == greedy.text
+    [beam] = beam_search(*setup, tokens, GenerationConfig(max_tokens=12), BeamSearchConfig(1))
+    assert beam.tokens == greedy.tokens and beam.text == greedy.text
     torch.testing.assert_close(
-        torch.tensor(one.logprobs), training_logprobs(setup, "The", one), atol=1e-4, rtol=0
+        torch.tensor(beam.logprobs), training_logprobs(setup, "The", beam), atol=1e-4, rtol=0
     )
     several = beam_search(
         *setup, tokens, GenerationConfig(max_tokens=12, samples=3), BeamSearchConfig(6)
     )
     scores = [BeamSearchConfig(6).score(sum(c.logprobs), len(c.tokens)) for c in several]
     assert scores == sorted(scores, reverse=True) and scores[0] >= BeamSearchConfig(1).score(
-        sum(one.logprobs), len(one.tokens)
+        sum(beam.logprobs), len(beam.tokens)
     )
     stop = several[0].text[2:4]
     stopped = beam_search(

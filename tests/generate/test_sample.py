@@ -41,9 +41,9 @@ def test_distribution(sampling: Sampling, expected: list[float]) -> None:
 
 def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
     logits, seen = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[True, True, False]])
-    found = distribution(logits, Sampling(repetition_penalty=2.0), seen)
+    penalized = distribution(logits, Sampling(repetition_penalty=2.0), seen)
     torch.testing.assert_close(
-        found, torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64).softmax(-1)
+        penalized, torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64).softmax(-1)
     )
     assert distribution(logits, Sampling(temperature=0, repetition_penalty=5.0), seen).argmax() == 2
     assert torch.equal(

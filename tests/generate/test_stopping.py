@@ -43,15 +43,15 @@ def test_pieces_are_the_text(tokenizer: Tokenizer, text: str, data: st.DataObjec
     first = data.draw(st.integers(0, len(ids)))
     while tokenizer.decode(ids[:first]).endswith("\ufffd"):  # a prompt is whole characters
         first -= 1
-    found = pieces(tokenizer, ids, first)
-    assert tokenizer.decode(ids[:first]) + "".join(found) == tokenizer.decode(ids)
-    assert all(found)
+    parts = pieces(tokenizer, ids, first)
+    assert tokenizer.decode(ids[:first]) + "".join(parts) == tokenizer.decode(ids)
+    assert all(parts)
 
 
 def test_a_character_in_bytes_comes_whole(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a\U0001f680\U0001f681").tolist()
-    found = pieces(tokenizer, ids, 0)
-    assert not any("\ufffd" in piece for piece in found) and "".join(found) == tokenizer.decode(ids)
+    parts = pieces(tokenizer, ids, 0)
+    assert not any("\ufffd" in piece for piece in parts) and "".join(parts) == tokenizer.decode(ids)
 
 
 def test_what_was_given_is_not_taken_back(tmp_path: Path) -> None:

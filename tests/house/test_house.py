@@ -47,14 +47,14 @@ def room(module: str) -> str | None:
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def module_of(path: Path) -> str:
@@ -138,10 +138,10 @@ def test_launcher_files_shadow_nothing() -> None:
     Scripts of launcher/ and launcher/jobs/ are started by path, which puts their folder first on
     sys.path.
     """
-    taken = set(sys.stdlib_module_names) | set(packages_distributions())
+    reserved = set(sys.stdlib_module_names) | set(packages_distributions())
     for folder in (ROOT / "launcher", ROOT / "launcher" / "jobs"):
         stems = {p.stem for p in folder.glob("*.py")} - {"__init__"}
-        assert stems & (taken - {"run"}) == set(), folder
+        assert stems & (reserved - {"run"}) == set(), folder
 
 
 @pytest.mark.thorough

@@ -79,14 +79,16 @@ def test_output_does_not_depend_on_later_tokens_or_other_documents(
         return model.lm_head(model(t, positions, PackedDocuments(ids)).hidden)[0]
 
     before = logits(tokens)
-    for place in range(20):
+    for position in range(20):
         changed = tokens.clone()
-        changed[0, place] = (changed[0, place] + 1) % 96
+        changed[0, position] = (changed[0, position] + 1) % 96
         moved = (logits(changed) != before).any(-1)
-        document = ids[0] == ids[0, place]
-        assert not moved[:place].any(), f"token {place} reaches back"
-        assert not moved[~document].any(), f"token {place} reaches another document"
-        assert moved[place], f"token {place} does not reach its own output: the test sees nothing"
+        document = ids[0] == ids[0, position]
+        assert not moved[:position].any(), f"token {position} reaches back"
+        assert not moved[~document].any(), f"token {position} reaches another document"
+        assert moved[position], (
+            f"token {position} does not reach its own output: the test sees nothing"
+        )
 
 
 def test_gradient_of_an_output_stays_in_its_past() -> None:

@@ -35,10 +35,10 @@ def test_coefficients_multiply_auxiliary_losses_and_their_gradients() -> None:
     coefficients = {"square": 0.0, "mean": 0.0}
     none, zero = gradient_and_loss(model, auxiliary_coefficients=coefficients)
     assert torch.equal(none, alone) and torch.equal(zero.total, loss.total)
-    one, _ = gradient_and_loss(model, auxiliary_coefficients={"mean": 0.0})  # 1 by default
+    default, _ = gradient_and_loss(model, auxiliary_coefficients={"mean": 0.0})  # 1 by default
     three, summed = gradient_and_loss(model, auxiliary_coefficients={"square": 3.0, "mean": 0.0})
-    torch.testing.assert_close(three - alone, 3 * (one - alone), rtol=1e-3, atol=1e-6)
-    assert float((one - alone).norm()) > 1e-3
+    torch.testing.assert_close(three - alone, 3 * (default - alone), rtol=1e-3, atol=1e-6)
+    assert float((default - alone).norm()) > 1e-3
     # 64 of the step's 128 targets are of this micro-batch
     with torch.no_grad():
         batch = batch_of(population()[:4])

@@ -28,9 +28,9 @@ def inspect(folder: Path, kind: str = "byte_level") -> tuple[Inspection, Tokeniz
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ANY_TEXT)
 def test_tokens_spell_the_text(tmp_path: Path, kind: str) -> None:
-    found, tokenizer = inspect(tmp_path, kind)
-    assert "".join(t["text"] for t in found.tokens) == tokenizer.decode(tokenizer.encode(TEXT))
-    for t in found.tokens:
+    inspection, tokenizer = inspect(tmp_path, kind)
+    assert "".join(t["text"] for t in inspection.tokens) == tokenizer.decode(tokenizer.encode(TEXT))
+    for t in inspection.tokens:
         assert (
             t["token"]
             and t["probability"] == pytest.approx(math.exp(-t["nats"]))
@@ -41,17 +41,17 @@ def test_tokens_spell_the_text(tmp_path: Path, kind: str) -> None:
         assert t["rank"] > 8 or t["alternatives"][t["rank"] - 1]["probability"] == pytest.approx(
             t["probability"]
         )
-    most = found.most_surprising(5)
-    assert [t["nats"] for _, t in most] == sorted((t["nats"] for t in found.tokens), reverse=True)[
-        :5
-    ]
-    assert all(found.tokens[place - 1] is t for place, t in most)
+    most = inspection.most_surprising(5)
+    assert [t["nats"] for _, t in most] == sorted(
+        (t["nats"] for t in inspection.tokens), reverse=True
+    )[:5]
+    assert all(inspection.tokens[position - 1] is t for position, t in most)
 
 
 @pytest.mark.thorough
 def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
-    found, _ = inspect(tmp_path)
-    write_inspection(found, tmp_path / "out")
+    inspection, _ = inspect(tmp_path)
+    write_inspection(inspection, tmp_path / "out")
     page = (tmp_path / "out" / "tokens.html").read_text()
     assert (
         "<script" not in page
@@ -59,7 +59,9 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
         and "default-src 'none'" in page
         and "http:" not in page.replace("http-equiv", "")
     )
-    assert page.count('class="t"') == len(found.tokens) and "prefers-color-scheme: dark" in page
+    assert (
+        page.count('class="t"') == len(inspection.tokens) and "prefers-color-scheme: dark" in page
+    )
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "calibration.svg",
         "inspect.json",
@@ -73,11 +75,11 @@ def test_a_long_text_is_cut_on_the_page_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inspection, "MAX_SHOWN", 4)
-    found, _ = inspect(tmp_path)
-    write_inspection(found, tmp_path / "out")
+    result, _ = inspect(tmp_path)
+    write_inspection(result, tmp_path / "out")
     page = (tmp_path / "out" / "tokens.html").read_text()
-    assert page.count('class="t"') == 4 and f"The first 4 of {len(found.tokens)} tokens" in page
-    assert len(found.as_dict()["tokens"]) == len(found.tokens) > 4
+    assert page.count('class="t"') == 4 and f"The first 4 of {len(result.tokens)} tokens" in page
+    assert len(result.as_dict()["tokens"]) == len(result.tokens) > 4
 
 
 @pytest.mark.thorough
@@ -96,8 +98,8 @@ def test_names_of_tokens(tmp_path: Path) -> None:
 @pytest.mark.process
 @pytest.mark.skipif(not chromium.available(), reason="no chromium")
 def test_a_browser_shows_alternatives_where_it_is_clicked(tmp_path: Path) -> None:
-    found, _ = inspect(tmp_path)
-    write_inspection(found, tmp_path / "out")
+    inspection, _ = inspect(tmp_path)
+    write_inspection(inspection, tmp_path / "out")
     with chromium.page(tmp_path / "out" / "tokens.html") as browser:
         assert (
             browser.title == "a <b>file</b> - nextpt inspect" and browser.get_log("browser") == []
@@ -106,7 +108,7 @@ def test_a_browser_shows_alternatives_where_it_is_clicked(tmp_path: Path) -> Non
         tip = token.find_element("css selector", ".tip")
         assert not tip.is_displayed()
         token.click()
-        assert tip.is_displayed() and f"rank {found.tokens[1]['rank']}" in tip.text
+        assert tip.is_displayed() and f"rank {inspection.tokens[1]['rank']}" in tip.text
 
 
 def test_names_of_bytes_of_a_vocabulary_that_names_them(tmp_path: Path) -> None:

@@ -178,11 +178,11 @@ def test_the_page_is_whole_and_fetches_nothing(dataset: Path, tmp_path: Path) ->
     run = make_run(dataset, tmp_path / "run")
     write_report([run], default_output([run]))
     page = (run / "report.html").read_text()
-    found = Links(page)
-    assert "script" not in found.tags and all(
-        target.startswith("data:") for target in found.targets
+    links = Links(page)
+    assert "script" not in links.tags and all(
+        target.startswith("data:") for target in links.targets
     )
-    assert found.tags.count("img") == 8 and HOSTILE not in page and "&lt;script&gt;" in page
+    assert links.tags.count("img") == 8 and HOSTILE not in page and "&lt;script&gt;" in page
     for words in (
         "complete",
         "xz -9e",

@@ -63,13 +63,13 @@ def log(config: Config, first_step: int, steps: range) -> None:
 
 
 def test_scalars_are_flat_and_leave_out_what_is_not_known() -> None:
-    found = scalars(step_event(3, 2.5))
+    values = scalars(step_event(3, 2.5))
     assert (
-        found["train/loss"] == 2.5
-        and found["train/code/nats_per_token"] == 2.5
-        and found["train/tokens"] == 300
+        values["train/loss"] == 2.5
+        and values["train/code/nats_per_token"] == 2.5
+        and values["train/tokens"] == 300
     )
-    assert "train/mfu" not in found and "train/step" not in found and "train/time" not in found
+    assert "train/mfu" not in values and "train/step" not in values and "train/time" not in values
     assert scalars(ValidationEvent(1, 100, DOMAINS, {"bpb": 1.0}))["validation/total/bpb"] == 1.0
 
 
@@ -152,15 +152,15 @@ def wandb_records(folder: Path) -> list[Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     [path] = folder.glob("wandb/offline-run-*/*.wandb")
-    data, place, records, parts = path.read_bytes(), 7, [], b""
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
+    data, offset, records, parts = path.read_bytes(), 7, [], b""
+    while offset + 7 <= len(data):
+        left = 32768 - offset % 32768
         if left < 7:
-            place += left
+            offset += left
             continue
-        length, kind = struct.unpack_from("<HB", data, place + 4)
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
+        length, kind = struct.unpack_from("<HB", data, offset + 4)
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):  # whole, or the last part
             records.append(Record.FromString(parts))
             parts = b""

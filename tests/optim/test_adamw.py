@@ -108,5 +108,5 @@ def test_a_step_reads_nothing_from_the_device(dataset: Path, tmp_path: Path) -> 
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert {Path(path).stem: places for path, places in found.items() if places} == {}
+    reads = json.loads(done.stdout.splitlines()[-1])
+    assert {Path(path).stem: places for path, places in reads.items() if places} == {}

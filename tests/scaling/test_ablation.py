@@ -53,9 +53,9 @@ def test_differences_are_those_of_the_figures() -> None:
             "total": np.concatenate(list(sizes.values())),
         },
     )
-    for place in (*DOCUMENTS, "total"):
-        bits = whole[0][place].sum(axis=2) / (math.log(2) * whole[1][place].sum())
-        of = [(m["domains"] | {"total": m["total"]})[place] for m in (baseline, *variants)]
+    for domain in (*DOCUMENTS, "total"):
+        bits = whole[0][domain].sum(axis=2) / (math.log(2) * whole[1][domain].sum())
+        of = [(m["domains"] | {"total": m["total"]})[domain] for m in (baseline, *variants)]
         assert [f["bpb"] for f in of] == pytest.approx(bits.mean(axis=1).tolist())
         for number, figures in enumerate(of[1:], 1):
             assert figures["difference"] == pytest.approx(figures["bpb"] - of[0]["bpb"])
@@ -74,13 +74,13 @@ def test_the_interval_is_that_of_the_differences_and_of_one_model_that_of_eval()
     drawn = stratified(
         [np.stack([sizes[d], nats[d][0, 0], nats[d][1, 0]], axis=1) for d in DOCUMENTS], 300, 3
     )
-    for domain, found in zip(DOCUMENTS, drawn, strict=True):
-        bits = math.log(2) * found[:, 0]
+    for domain, sums in zip(DOCUMENTS, drawn, strict=True):
+        bits = math.log(2) * sums[:, 0]
         assert baseline["domains"][domain]["interval"] == pytest.approx(
-            ratio_interval(found[:, 1], bits)
+            ratio_interval(sums[:, 1], bits)
         )
         assert variant["domains"][domain]["interval"] == pytest.approx(
-            np.quantile((found[:, 2] - found[:, 1]) / bits, [0.025, 0.975])
+            np.quantile((sums[:, 2] - sums[:, 1]) / bits, [0.025, 0.975])
         )
     assert variant["total"]["seed_sd"] is None
 
@@ -110,15 +110,15 @@ def test_identical_models_differ_by_exactly_nothing_and_one_document_has_no_inte
 def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     heldout = HeldOut(tmp_path / "heldout_text", TEXTS)
-    found = score_run(tmp_path / "run", 3, heldout, "cpu")
+    score = score_run(tmp_path / "run", 3, heldout, "cpu")
     figures = evaluate_model(open_model(tmp_path / "run"), TEXTS, EvaluationProtocol(resamples=2))[
         "domains"
     ]
-    for domain, rows in found["sums"].items():
+    for domain, rows in score["sums"].items():
         sums = np.array(rows).sum(axis=0)
         assert sums[NATS] / sums[BYTES] / math.log(2) == pytest.approx(figures[domain]["bpb"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert score_run(tmp_path / "run", 3, heldout, "cpu") == json.loads(json.dumps(found))
+    assert score_run(tmp_path / "run", 3, heldout, "cpu") == json.loads(json.dumps(score))
     with pytest.raises(
         ScalingError,
         match=f"{SUMS} is of other held-out documents than .*heldout_text",

@@ -41,7 +41,9 @@ def chinchilla_runs() -> Runs:
     )
 
 
-def made(law: Law, noise: float = 0.0, seed: int = 0, sizes: int = 6, tokens: int = 6) -> Runs:
+def synthetic_runs(
+    law: Law, noise: float = 0.0, seed: int = 0, sizes: int = 6, tokens: int = 6
+) -> Runs:
     n, d = (
         a.ravel()
         for a in np.meshgrid(np.geomspace(1e7, 1e9, sizes), np.geomspace(1e9, 1e11, tokens))
@@ -73,7 +75,7 @@ def test_240_published_runs(delta: float, expected: tuple[float, ...]) -> None:
 @published
 def test_published_intervals() -> None:
     """ArXiv 2404.10102, 4000 resamples of 240 runs."""
-    found = fit(CHINCHILLA, drop_highest_losses(chinchilla_runs(), 5), bootstrap=4000)
+    law_fit = fit(CHINCHILLA, drop_highest_losses(chinchilla_runs(), 5), bootstrap=4000)
     expected = {
         "A": (285.2, 743.6),
         "B": (1042.4, 5810.3),
@@ -81,16 +83,16 @@ def test_published_intervals() -> None:
         "alpha": (0.317, 0.373),
         "beta": (0.331, 0.415),
     }
-    assert found.resampled == "runs"
+    assert law_fit.resampled == "runs"
     for name, ends in expected.items():
-        assert interval(found.resamples[name], 0.95) == pytest.approx(ends, rel=0.02), name
+        assert interval(law_fit.resamples[name], 0.95) == pytest.approx(ends, rel=0.02), name
 
 
 @published
 def test_outliers_move_beta() -> None:
-    found = fit(CHINCHILLA, chinchilla_runs())
-    assert len(found.runs) == 245 and found.constants["beta"] == pytest.approx(0.4530, abs=1e-4)
-    left = {one.what: one for one in sensitivity(found)}
+    law_fit = fit(CHINCHILLA, chinchilla_runs())
+    assert len(law_fit.runs) == 245 and law_fit.constants["beta"] == pytest.approx(0.4530, abs=1e-4)
+    left = {variant.what: variant for variant in sensitivity(law_fit)}
     assert left["without the 5 highest losses"].constants["beta"] == pytest.approx(0.3672, abs=1e-4)
 
 
@@ -121,9 +123,9 @@ def test_gadre_predicts_over_trained_models() -> None:
     runs = Runs(n, d, loss, [row["name"] for row in rows], "published")
     small = runs.only((n < 5e8) & (times == 1) | (n < 2e7) & (times == 16))
     assert len(small) == 5
-    found = fit(OVER_TRAINING, small)
+    law_fit = fit(OVER_TRAINING, small)
     errors = [
-        abs(float(found.loss(n[i], d[i])) / loss[i] - 1)
+        abs(float(law_fit.loss(n[i], d[i])) / loss[i] - 1)
         for i in np.flatnonzero((n > 1e9) & ((n > 5e9) | (times == 32)))
     ]
     assert sorted(errors) == pytest.approx([0.007103, 0.007320], abs=5e-7)
@@ -131,8 +133,8 @@ def test_gadre_predicts_over_trained_models() -> None:
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 def test_exact_runs_give_the_law_back(law: Law) -> None:
-    found = fit(law, made(law))
-    assert found.constants == pytest.approx(TRUE[law.name], rel=1e-6)
+    law_fit = fit(law, synthetic_runs(law))
+    assert law_fit.constants == pytest.approx(TRUE[law.name], rel=1e-6)
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
@@ -167,10 +169,10 @@ def test_intervals_cover_the_truth_and_the_next_run() -> None:
     inside = {"beta": 0, "loss": 0}
     truth = float(CHINCHILLA.loss(TRUE["chinchilla"], 5e9, 6e11))
     for seed in range(20):
-        found = fit(CHINCHILLA, made(CHINCHILLA, noise=0.003, seed=seed), bootstrap=200)
-        low, high = interval(found.resamples["beta"], 0.95)
+        law_fit = fit(CHINCHILLA, synthetic_runs(CHINCHILLA, noise=0.003, seed=seed), bootstrap=200)
+        low, high = interval(law_fit.resamples["beta"], 0.95)
         inside["beta"] += low < TRUE["chinchilla"]["beta"] < high
-        low, high = interval(predictions(found, 5e9, 6e11), 0.90)
+        low, high = interval(predictions(law_fit, 5e9, 6e11), 0.90)
         inside["loss"] += (
             low
             < truth * np.exp(0.003 * np.random.default_rng(1000 + seed).standard_normal())
@@ -180,27 +182,29 @@ def test_intervals_cover_the_truth_and_the_next_run() -> None:
 
 
 def test_few_runs_resample_residuals() -> None:
-    found = fit(CHINCHILLA, made(CHINCHILLA, noise=0.002, sizes=3, tokens=3), bootstrap=200)
-    assert found.resampled == "residuals" and all(
-        np.isfinite(values).all() for values in found.resamples.values()
+    law_fit = fit(
+        CHINCHILLA, synthetic_runs(CHINCHILLA, noise=0.002, sizes=3, tokens=3), bootstrap=200
+    )
+    assert law_fit.resampled == "residuals" and all(
+        np.isfinite(values).all() for values in law_fit.resamples.values()
     )
 
 
 def test_smaller_models_cost_more_for_the_same_loss() -> None:
-    found = fit(CHINCHILLA, made(CHINCHILLA))
-    priced = price(found, 1e21)
-    reached = [one for one in priced if one.same_loss_tokens is not None]
+    law_fit = fit(CHINCHILLA, synthetic_runs(CHINCHILLA))
+    priced = price(law_fit, 1e21)
+    reached = [row for row in priced if row.same_loss_tokens is not None]
     assert len(reached) >= 4 and all(a.loss < b.loss for a, b in pairwise(priced))
     assert all(a.same_loss_flops < b.same_loss_flops for a, b in pairwise(reached))
-    for one in reached:
-        assert float(found.loss(one.parameters, one.same_loss_tokens)) == pytest.approx(
+    for row in reached:
+        assert float(law_fit.loss(row.parameters, row.same_loss_tokens)) == pytest.approx(
             priced[0].loss, rel=1e-9
         )
 
 
 @pytest.mark.thorough
 def test_warnings_say_what_runs_cannot_tell() -> None:
-    runs = made(CHINCHILLA, noise=0.003)
+    runs = synthetic_runs(CHINCHILLA, noise=0.003)
     assert warnings(fit(CHINCHILLA, runs)) == []
     few = runs.only(np.isin(runs.parameters, np.unique(runs.parameters)[[0, -1]]))
     assert any("only 2 model sizes" in line for line in warnings(fit(CHINCHILLA, few)))
@@ -212,9 +216,9 @@ def test_warnings_say_what_runs_cannot_tell() -> None:
         [""] * 12,
         "",
     )
-    found = warnings(fit(CHINCHILLA, line))
-    assert any("one D/N" in text for text in found) and any(
-        "is not determined" in text for text in found
+    messages = warnings(fit(CHINCHILLA, line))
+    assert any("one D/N" in text for text in messages) and any(
+        "is not determined" in text for text in messages
     )
 
 
@@ -229,11 +233,11 @@ def test_approaches_1_and_2_find_a_known_exponent() -> None:
     )
     n = share * np.array([optimum(CHINCHILLA, TRUE["chinchilla"], budget)[0] for budget in c])
     runs = Runs(n, c / 6 / n, CHINCHILLA.loss(TRUE["chinchilla"], n, c / 6 / n), [""] * len(n), "")
-    found = isoflop(runs, bootstrap=50)
+    frontier = isoflop(runs, bootstrap=50)
     assert (
-        len(found.optima) == 6
-        and found.a == pytest.approx(exponent, abs=0.005)
-        and len(found.resamples) == 50
+        len(frontier.optima) == 6
+        and frontier.a == pytest.approx(exponent, abs=0.005)
+        and len(frontier.resamples) == 50
     )
     n, d = (
         a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e10, 20), np.geomspace(1e8, 1e12, 60))
@@ -267,8 +271,8 @@ def test_repeated_data_gives_its_half_lives_back() -> None:
         {name: np.float64(value) for name, value in true.items()}, n, unique * passes, unique
     )
     runs = Runs(n, unique * passes, loss, [""] * len(n), "", unique)
-    found = fit_repeated(runs)
-    assert found.constants == pytest.approx(true, rel=1e-6) and found.notes == []
+    law_fit = fit_repeated(runs)
+    assert law_fit.constants == pytest.approx(true, rel=1e-6) and law_fit.notes == []
     # Two passes say little of where repetition stops to help
     once = fit_repeated(runs.only(passes <= 2))
     assert once.constants["R_D"] == pytest.approx(15.39, rel=1e-3)
@@ -281,9 +285,9 @@ def test_nonnegative_least_squares() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         columns, target = rng.standard_normal((9, 3)), rng.standard_normal(9)
-        found, _ = nnls(columns, target)
-        slope = columns.T @ (columns @ found - target)
-        assert (found >= 0).all() and (slope > -1e-9).all() and abs(slope @ found) < 1e-9
+        solution, _ = nnls(columns, target)
+        slope = columns.T @ (columns @ solution - target)
+        assert (solution >= 0).all() and (slope > -1e-9).all() and abs(slope @ solution) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -296,12 +300,12 @@ def test_nonnegative_least_squares() -> None:
 )
 def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
     with pytest.raises(ScalingError, match=words):
-        fit(CHINCHILLA, runs(made(CHINCHILLA)))
-    rising = made(CHINCHILLA)
+        fit(CHINCHILLA, runs(synthetic_runs(CHINCHILLA)))
+    rising = synthetic_runs(CHINCHILLA)
     with pytest.raises(ScalingError, match="loss would not fall with"):
         fit(CHINCHILLA, replace(rising, loss=5.0 - rising.loss))
     with pytest.raises(ScalingError, match="--delta"):
-        fit(OVER_TRAINING, made(OVER_TRAINING), delta=1e-3)
+        fit(OVER_TRAINING, synthetic_runs(OVER_TRAINING), delta=1e-3)
     assert KAPLAN.constants == tuple(TRUE["kaplan"])
 
 
@@ -310,7 +314,7 @@ def test_resamples_in_which_loss_rises_are_left_out_and_told() -> None:
     """Runs that hardly determine N's share: in some resamples larger models are worse."""
     n, d = (grid.ravel() for grid in np.meshgrid([2e5, 3e5, 5e5, 8e5], [5e5, 1e6, 2e6]))
     noise = np.exp(0.03 * np.random.default_rng(3).standard_normal(len(n)))
-    found = fit(
+    law_fit = fit(
         CHINCHILLA,
         Runs(
             n,
@@ -322,13 +326,13 @@ def test_resamples_in_which_loss_rises_are_left_out_and_told() -> None:
         bootstrap=400,
     )
     assert (
-        0 < found.refused < 400
-        and len(found.resamples["A"]) == 400 - found.refused
-        and found.resamples["alpha"].min() > 0
+        0 < law_fit.refused < 400
+        and len(law_fit.resamples["A"]) == 400 - law_fit.refused
+        and law_fit.resamples["alpha"].min() > 0
     )
-    line = f"in {found.refused} of 400 resamples loss does not fall"
-    assert any(line in told for told in warnings(found)) and any(
-        line in told for told in predict(found, 3e6, 3e6, 0.9)["warnings"]
+    line = f"in {law_fit.refused} of 400 resamples loss does not fall"
+    assert any(line in warning for warning in warnings(law_fit)) and any(
+        line in warning for warning in predict(law_fit, 3e6, 3e6, 0.9)["warnings"]
     )
-    low, high = predict(found, 3e6, 3e6, 0.9)["interval"]
-    assert low < predict(found, 3e6, 3e6, 0.9)["loss"] < high < 10
+    low, high = predict(law_fit, 3e6, 3e6, 0.9)["interval"]
+    assert low < predict(law_fit, 3e6, 3e6, 0.9)["loss"] < high < 10

@@ -94,14 +94,14 @@ def test_hpz_gathers_once_among_all_and_then_inside_a_node() -> None:
         2 * count(ModelSpec.from_config(plain)).parameters,
         4 * count(ModelSpec.from_config(plain)).parameters,
     )
-    found = traffic(hpz, 64)
+    volume = traffic(hpz, 64)
     assert (
         traffic(plain, 64).everywhere == pytest.approx((4 * weights + 2 * gradients) * 63 / 64)
         and traffic(plain, 64).in_node == 0
     )
-    assert found.everywhere == pytest.approx(
+    assert volume.everywhere == pytest.approx(
         (weights + 2 * gradients) * 63 / 64
-    ) and found.in_node == pytest.approx(3 * weights * 7 / 8)
+    ) and volume.in_node == pytest.approx(3 * weights * 7 / 8)
     slow = machine("h100", node_gbs=50)
     seconds = {
         key: (
@@ -154,20 +154,22 @@ def test_hpz_stays_inside_a_node() -> None:
 
 
 def test_time_is_flops_over_peak() -> None:
-    made = plan(config(), 256, MACHINES["h100"], 0.4)
-    tokens = made.total_tokens
+    estimate = plan(config(), 256, MACHINES["h100"], 0.4)
+    tokens = estimate.total_tokens
     days = (
         count(
-            ModelSpec.from_config(made.config), made.config.data.sequence_length
+            ModelSpec.from_config(estimate.config), estimate.config.data.sequence_length
         ).training_flops_per_token
         * tokens
         / (256 * 989e12 * 0.4)
         / 86400
     )
-    assert made.best is not None and made.days(made.best) == pytest.approx(days, rel=1e-6)
-    assert made.tokens_per_second(made.best) * made.days(made.best) * 86400 == pytest.approx(
-        tokens, rel=1e-6
+    assert estimate.best is not None and estimate.days(estimate.best) == pytest.approx(
+        days, rel=1e-6
     )
+    assert estimate.tokens_per_second(estimate.best) * estimate.days(
+        estimate.best
+    ) * 86400 == pytest.approx(tokens, rel=1e-6)
     half = plan(config(), 256, MACHINES["h100"], 0.2)
     assert half.days(half.best) == pytest.approx(2 * days, rel=1e-6)
 
@@ -194,8 +196,8 @@ def test_slow_networks_show_in_the_step() -> None:
 
 @pytest.mark.process
 def test_what_does_not_fit_is_said() -> None:
-    made = plan(config("70b"), 8, MACHINES["a10"], 0.4)
-    assert made.best is None and not any(o.fits for o in made.options)
+    estimate = plan(config("70b"), 8, MACHINES["a10"], 0.4)
+    assert estimate.best is None and not any(o.fits for o in estimate.options)
     edge = plan(config("124m"), 1, MACHINES["a10"], 0.4)
     assert (
         edge.best is not None and edge.best.memory.total <= (1 - RESERVED) * MACHINES["a10"].memory

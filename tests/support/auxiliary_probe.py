@@ -57,7 +57,7 @@ def one_step(config: Config, device: torch.device) -> dict[str, float]:
     own = batches[engine.rank :: engine.world_size]
     engine.step(own, engine.all_reduce(local_weight_sum(own)), 1e-3)
     verdict = engine.spike_detector.read()[-1]
-    found = {"loss": verdict.loss, "norm": verdict.grad_norm} | engine.auxiliary_losses()
+    result = {"loss": verdict.loss, "norm": verdict.grad_norm} | engine.auxiliary_losses()
 
     model, total = build(config), local_weight_sum(batches)
     expected = {"loss": 0.0, "activation": 0.0}
@@ -69,7 +69,7 @@ def one_step(config: Config, device: torch.device) -> dict[str, float]:
         expected["activation"] += float(hidden * batch.token_weights.sum() / total)
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     expected["norm"] = float(torch.stack(norms).norm())
-    return found | {f"expected_{name}": value for name, value in expected.items()}
+    return result | {f"expected_{name}": value for name, value in expected.items()}
 
 
 def main(config_file: str, out: str) -> None:

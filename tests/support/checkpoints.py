@@ -142,7 +142,7 @@ def on_ranks(
         return [action(RankGroup.world())]
     board = Board(world_size, in_turn)
 
-    def one(rank: int) -> Any:
+    def run_rank(rank: int) -> Any:
         try:
             board.wait_for_turn(rank)
             return action(ThreadRanks(rank, world_size, board))
@@ -153,7 +153,7 @@ def on_ranks(
             board.end_turn(rank, for_good=True)
 
     with ThreadPoolExecutor(world_size) as pool:
-        futures = [pool.submit(one, rank) for rank in range(world_size)]
+        futures = [pool.submit(run_rank, rank) for rank in range(world_size)]
     errors = [future.exception() for future in futures]
     for error in sorted((e for e in errors if e), key=lambda e: isinstance(e, Gone)):
         raise error

@@ -85,21 +85,21 @@ def measured(stage: int, device: torch.device) -> dict[str, Any]:
     """Mean trace and B_simple of many steps that hardly move the weights."""
     engine = Engine(config_of(stage, 1e-12), device)
     rows, chance = population(), np.random.default_rng(1)
-    own, found = ALL // engine.world_size, []
+    own, estimates = ALL // engine.world_size, []
     for _ in range(STEPS):
         drawn = torch.from_numpy(chance.integers(0, ROWS, (ALL, MICRO)))[
             engine.rank * own : (engine.rank + 1) * own
         ]
-        batches = [batch_of(rows[one]) for one in drawn]
+        batches = [batch_of(rows[draw]) for draw in drawn]
         weights = engine.all_reduce(local_weight_sum(batches))
         engine.step(batches, weights, 1e-12, measure=True)
-        found.append(
+        estimates.append(
             engine.gradient_noise(own, weights, engine.spike_detector.read()[-1].grad_norm)
         )
     engine.step(batches, weights, 1e-12)
     return {
-        "trace": float(np.mean([e["trace"] for e in found])),
-        "scale": noise_scale(found),
+        "trace": float(np.mean([e["trace"] for e in estimates])),
+        "scale": noise_scale(estimates),
         "unmeasured": engine.gradient_noise(own, weights, 1.0),
     }
 
@@ -131,8 +131,8 @@ def uneven(device: torch.device) -> dict[str, float]:
     mine = batches[engine.rank :: engine.world_size]
     weights = engine.all_reduce(local_weight_sum(mine))
     engine.step(mine, weights, 1e-12, measure=True)
-    found = engine.gradient_noise(len(mine), weights, engine.spike_detector.read()[-1].grad_norm)
-    return found | {"expected_trace": trace, "expected_square": step - trace / total}
+    estimate = engine.gradient_noise(len(mine), weights, engine.spike_detector.read()[-1].grad_norm)
+    return estimate | {"expected_trace": trace, "expected_square": step - trace / total}
 
 
 def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
@@ -149,7 +149,7 @@ def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
             for i in range(step, step + ALL // engine.world_size)
         ]
         engine.step(batches, engine.all_reduce(local_weight_sum(batches)), 1e-3)
-        after, found = weights(), {}
+        after, ratios = weights(), {}
         for kind, ratio in engine.update_ratios().items():
             own = [name for name in after if component_of(name) == kind]
             squares = [
@@ -157,8 +157,8 @@ def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
                 for ts in ([after[n] - before[n] for n in own], [after[n] for n in own])
             ]
             moved, size = engine.all_reduce(torch.tensor(squares, dtype=torch.float64)).tolist()
-            found[kind] = [ratio, math.sqrt(moved / size)]
-        steps.append(found)
+            ratios[kind] = [ratio, math.sqrt(moved / size)]
+        steps.append(ratios)
     return steps
 
 

@@ -11,16 +11,16 @@ from nextpt.job.environment import versions
 
 def quantiles(values: Iterable[float]) -> dict[str, float] | None:
     """p50, p95, max, mean and number of some values; None of none."""
-    found = sorted(values)
-    if not found:
+    ordered = sorted(values)
+    if not ordered:
         return None
-    at = lambda share: found[min(int(share * len(found)), len(found) - 1)]  # noqa: E731
+    at = lambda share: ordered[min(int(share * len(ordered)), len(ordered) - 1)]  # noqa: E731
     return {
-        "n": len(found),
+        "n": len(ordered),
         "p50": round(at(0.5), 4),
         "p95": round(at(0.95), 4),
-        "max": round(found[-1], 4),
-        "mean": round(statistics.fmean(found), 4),
+        "max": round(ordered[-1], 4),
+        "mean": round(statistics.fmean(ordered), 4),
     }
 
 

@@ -42,7 +42,7 @@ class Jobs:
             2,
             self.root / "logs",
         )
-        self.found = [
+        self.outcomes = [
             dict(
                 zip(
                     self.names,
@@ -54,7 +54,7 @@ class Jobs:
         ]
 
     def outcome(self, name: str) -> list[Any]:
-        both = [found[name]["outcome"] for found in self.found]
+        both = [outcomes[name]["outcome"] for outcomes in self.outcomes]
         assert both[0][0] == both[1][0], both
         return both[0]
 

@@ -106,13 +106,13 @@ def spoil(kind: str, total: torch.Tensor) -> torch.Tensor:
 
 def digest(engine: Engine) -> str:
     """Hash of master weights, moments, update count and working weights of this rank."""
-    found = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     for fragment in engine.state.fragments():
-        found.update(fragment.tensor.numpy().tobytes())
+        hasher.update(fragment.tensor.numpy().tobytes())
     for parameter in engine.model.parameters():
-        found.update(getattr(parameter, "ds_tensor", parameter).detach().float().numpy().tobytes())
-    found.update(json.dumps(engine.state.scalars()).encode())
-    return found.hexdigest()
+        hasher.update(getattr(parameter, "ds_tensor", parameter).detach().float().numpy().tobytes())
+    hasher.update(json.dumps(engine.state.scalars()).encode())
+    return hasher.hexdigest()
 
 
 def at(name: str, when: int, what: str) -> Any:
@@ -134,10 +134,10 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     train_step, outcome = Trainer.train_step, ["finished", "", 0]
 
     def step(trainer: Trainer, number: int, measure: bool = False) -> Any:
-        made = train_step(trainer, number, measure)
+        result = train_step(trainer, number, measure)
         if job.get("digests"):
             digests.append([number + 1, digest(trainer.engine)])
-        return made
+        return result
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(engine_module, "next_token_loss", faults.next_token_loss))
@@ -197,8 +197,8 @@ def start_host_checks() -> None:
 
 
 def main(jobs: str, out: str) -> None:
-    found = [do(job) for job in json.loads(Path(jobs).read_text())]
-    Path(f"{out}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    results = [do(job) for job in json.loads(Path(jobs).read_text())]
+    Path(f"{out}-{os.environ['RANK']}.json").write_text(json.dumps(results))
     sys.stdout.flush()
     os._exit(0)
 

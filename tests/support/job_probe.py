@@ -36,7 +36,7 @@ def before(owner: type | Any, name: str, action: Callable[[int], None]) -> Any:
     return patch.object(owner, name, wrapped)
 
 
-def tell(when: int) -> Callable[[int], None]:
+def send_signal(when: int) -> Callable[[int], None]:
     """SIGTERM to this process at a call."""
     return lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == when else None
 
@@ -60,13 +60,13 @@ def another_takes_over(config: Config) -> Callable[[int], None]:
 
 def case(name: str, config: Config) -> Any:
     return {
-        "starting": lambda: before(run, "open_run_folder", tell(1)),
-        "validating": lambda: before(Loader, "validation_batches", tell(1)),
-        "saving": lambda: before(ZeroState, "fragments", tell(1)),
+        "starting": lambda: before(run, "open_run_folder", send_signal(1)),
+        "validating": lambda: before(Loader, "validation_batches", send_signal(1)),
+        "saving": lambda: before(ZeroState, "fragments", send_signal(1)),
         "crashing": lambda: before(Loader, "step_batches", crash),
         "sleeping": lambda: before(Engine, "step", sleep),
         "taken": lambda: before(ZeroState, "fragments", another_takes_over(config)),
-        "finishing": lambda: before(RunLock, "release", tell(1)),
+        "finishing": lambda: before(RunLock, "release", send_signal(1)),
     }[name]()
 
 

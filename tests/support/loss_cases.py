@@ -132,8 +132,10 @@ def _nats(logits: Tensor, target: Tensor) -> Tensor:
     """
     if logits.dtype != torch.float64:
         return F.cross_entropy(logits, target, reduction="none")
-    place = target.clamp_min(0).unsqueeze(1)
-    others = logits.scatter(1, place, -torch.inf).logsumexp(-1) - logits.gather(1, place).squeeze(1)
+    column = target.clamp_min(0).unsqueeze(1)
+    others = logits.scatter(1, column, -torch.inf).logsumexp(-1) - logits.gather(1, column).squeeze(
+        1
+    )
     return torch.where(target >= 0, torch.logaddexp(torch.zeros_like(others), others), 0.0)
 
 
@@ -195,7 +197,7 @@ NEIGHBOURS = 16
 
 
 def check_results(
-    found: dict[str, Tensor],
+    actual: dict[str, Tensor],
     case: Case,
     dtype: torch.dtype,
     *,
@@ -203,7 +205,7 @@ def check_results(
     upstream: float = 1.0,
     **options: Any,
 ) -> None:
-    """Assert that the errors of `found`, as `differentiate` gives it, are within `bound_of`.
+    """Assert that the errors of `actual`, as `differentiate` gives it, are within `bound_of`.
 
     Torch's error is one draw of a random variable. It may be near 0 by luck, most easily where
     there are few values, and where a gradient is a small difference of large terms, whose rounding
@@ -214,9 +216,9 @@ def check_results(
     """
     exact = differentiate_exactly(case, reduction, upstream, **options)
     theirs = torch_errors(case, reduction, upstream, **options)
-    own = {name: largest(found[name].double() - exact[name]) for name in exact}
-    assert found.keys() == exact.keys()
-    assert all(found[name].shape == exact[name].shape for name in exact)
+    own = {name: largest(actual[name].double() - exact[name]) for name in exact}
+    assert actual.keys() == exact.keys()
+    assert all(actual[name].shape == exact[name].shape for name in exact)
     if any(own[name] > bound_of(name, theirs[name], exact[name], dtype) for name in exact):
         generator = torch.Generator().manual_seed(2)
         neighbours = [

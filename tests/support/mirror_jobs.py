@@ -64,7 +64,7 @@ class MirroredJob:
 
     def wait_for(self, status: str, step: int | None = None) -> None:
         deadline = time.monotonic() + 60
-        while not any(step in (None, found) for found in self.steps_with(status)):
+        while not any(step in (None, uploaded) for uploaded in self.steps_with(status)):
             assert time.monotonic() < deadline, self.events
             time.sleep(0.01)
 
@@ -73,19 +73,19 @@ def valid_steps(uri: str) -> list[int]:
     """Steps of the mirrored checkpoints, newest first; all are valid, and nothing else exists."""
     archive = Archive(uri)
     stored = archive.checkpoints()
-    assert [archive.problem(one) for one in stored] == [None] * len(stored) and all(
-        one.complete for one in stored
+    assert [archive.problem(checkpoint) for checkpoint in stored] == [None] * len(stored) and all(
+        checkpoint.complete for checkpoint in stored
     )
     known = {
         NOTE,
         *(
-            f"{one.name}/{name}"
-            for one in stored
-            for name in [*archive.manifest(one).files, "manifest.json"]
+            f"{checkpoint.name}/{name}"
+            for checkpoint in stored
+            for name in [*archive.manifest(checkpoint).files, "manifest.json"]
         ),
     }
     assert set(archive.store.sizes()) <= known
-    return [one.step for one in stored]
+    return [checkpoint.step for checkpoint in stored]
 
 
 def corrupt(
@@ -96,7 +96,7 @@ def corrupt(
 ) -> None:
     """Change a file of a mirrored checkpoint."""
     archive = Archive(uri)
-    stored = next(one for one in archive.checkpoints() if one.step == step)
+    stored = next(checkpoint for checkpoint in archive.checkpoints() if checkpoint.step == step)
     archive.store.write(
         f"{stored.name}/{name}", [change(archive.store.read(f"{stored.name}/{name}"))]
     )

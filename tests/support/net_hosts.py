@@ -37,9 +37,9 @@ def missing(*more: str) -> str | None:
     lacking = [name for name in (*COMMANDS, *more) if shutil.which(name) is None]
     if lacking:
         return f"not installed: {', '.join(lacking)} (make system-deps)"
-    made = subprocess.run(["ip", "netns", "add", "nextpt-probe"], capture_output=True, text=True)
+    probe = subprocess.run(["ip", "netns", "add", "nextpt-probe"], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", "nextpt-probe"], capture_output=True)
-    return f"no network namespaces: {made.stderr.strip()}" if made.returncode else None
+    return f"no network namespaces: {probe.stderr.strip()}" if probe.returncode else None
 
 
 @dataclass(frozen=True)
@@ -103,61 +103,65 @@ def hosts(
     an empty one. variables: host -> a NAME=value of its own.
     """
     folder.mkdir(parents=True)
-    made = Hosts(folder, [f"{prefix}{i}" for i in range(1, count + 1)])
-    _clear(made.names)
+    network = Hosts(folder, [f"{prefix}{i}" for i in range(1, count + 1)])
+    _clear(network.names)
     for key in ("host_key", "key"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
-    _write_ssh(made)
+    _write_ssh(network)
     Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it, and only its service makes it
     daemons = []
     try:
         _run("ip", "link", "add", BRIDGE, "type", "bridge")
         _run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
         _run("ip", "link", "set", BRIDGE, "up")
-        for name in made.names:
+        for name in network.names:
             daemons.append(
-                _start(made, name, (hidden or {}).get(name), (variables or {}).get(name))
+                _start(network, name, (hidden or {}).get(name), (variables or {}).get(name))
             )
-        for name in made.names:
-            _wait_for(made, name)
-        yield made
+        for name in network.names:
+            _wait_for(network, name)
+        yield network
     finally:
-        for name in made.names[: len(daemons)]:
-            for pid in made.processes(name):
+        for name in network.names[: len(daemons)]:
+            for pid in network.processes(name):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         for daemon in daemons:
             daemon.wait()
-        _clear(made.names)
+        _clear(network.names)
 
 
-def _write_ssh(made: Hosts) -> None:
+def _write_ssh(network: Hosts) -> None:
     """A command `ssh` that knows the hosts: deepspeed gives no way to hand options to its own."""
-    lines = [f"Host {name}\n  HostName {made.address(name)}\n" for name in made.names]
-    (made.folder / "ssh_config").write_text(
-        f"IdentityFile {made.folder}/key\nStrictHostKeyChecking no\nUserKnownHostsFile"
+    lines = [f"Host {name}\n  HostName {network.address(name)}\n" for name in network.names]
+    (network.folder / "ssh_config").write_text(
+        f"IdentityFile {network.folder}/key\nStrictHostKeyChecking no\nUserKnownHostsFile"
         " /dev/null\nLogLevel ERROR\nUser root\n" + "".join(lines)
     )
-    command = made.folder / "ssh"
-    command.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {made.folder}/ssh_config "$@"\n')
+    command = network.folder / "ssh"
+    command.write_text(
+        f'#!/bin/sh\nexec {shutil.which("ssh")} -F {network.folder}/ssh_config "$@"\n'
+    )
     command.chmod(0o755)
 
 
-def _start(made: Hosts, name: str, hidden: Path | None, variable: str | None) -> subprocess.Popen:
+def _start(
+    network: Hosts, name: str, hidden: Path | None, variable: str | None
+) -> subprocess.Popen:
     space, outer, inner = f"nextpt-{name}", f"npt-{name}", "eth0"
     _run("ip", "netns", "add", space)
     _run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", space)
     _run("ip", "link", "set", outer, "master", BRIDGE)
     _run("ip", "link", "set", outer, "up")
-    _run("ip", "-n", space, "addr", "add", f"{made.address(name)}/24", "dev", inner)
+    _run("ip", "-n", space, "addr", "add", f"{network.address(name)}/24", "dev", inner)
     _run("ip", "-n", space, "link", "set", inner, "up")
     _run("ip", "-n", space, "link", "set", "lo", "up")
     own = f"SetEnv OMP_NUM_THREADS=1 {variable or ''}\n"
-    (made.folder / f"{name}.conf").write_text(
-        SSHD.format(address=made.address(name), folder=made.folder, name=name) + own
+    (network.folder / f"{name}.conf").write_text(
+        SSHD.format(address=network.address(name), folder=network.folder, name=name) + own
     )
     hide = f"mount -t tmpfs none {hidden} && " if hidden else ""
-    with open(made.folder / f"{name}.log", "w") as log:
+    with open(network.folder / f"{name}.log", "w") as log:
         return subprocess.Popen(
             [
                 "ip",
@@ -174,7 +178,7 @@ def _start(made: Hosts, name: str, hidden: Path | None, variable: str | None) ->
                 "-c",
                 (
                     f"hostname {name}; {hide}exec {shutil.which('sshd')} -D -e -f"
-                    f" {made.folder}/{name}.conf"
+                    f" {network.folder}/{name}.conf"
                 ),
             ],
             stdout=log,
@@ -182,15 +186,15 @@ def _start(made: Hosts, name: str, hidden: Path | None, variable: str | None) ->
         )
 
 
-def _wait_for(made: Hosts, name: str, seconds: float = 60) -> None:
+def _wait_for(network: Hosts, name: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while (
         done := subprocess.run(
-            [str(made.folder / "ssh"), name, "hostname"], capture_output=True, text=True
+            [str(network.folder / "ssh"), name, "hostname"], capture_output=True, text=True
         )
     ).stdout.strip() != name:
         assert time.monotonic() < deadline, (
-            f"{name}: {done.stderr}{(made.folder / f'{name}.log').read_text()}"
+            f"{name}: {done.stderr}{(network.folder / f'{name}.log').read_text()}"
         )
         time.sleep(0.1)
 

@@ -24,20 +24,20 @@ WORDS = (
 
 def texts(count: int, salt: int = 0) -> list[str]:
     """Texts of 1 to some 400 words, each another."""
-    found = []
+    contents = []
     for i in range(count):
         draw = hashlib.sha256(f"{salt}:{i}".encode()).digest()
         length = 1 + draw[0] * (1 + draw[1] % 7) // 4
-        found.append(
+        contents.append(
             " ".join(WORDS[draw[j % 32] % len(WORDS)] for j in range(length)) + f" {salt}/{i}\n"
         )
-    return found
+    return contents
 
 
-def write_lines(path: Path, found: list[str], **more: object) -> Path:
+def write_lines(path: Path, contents: list[str], **more: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
-        for i, text in enumerate(found):
+        for i, text in enumerate(contents):
             file.write(
                 json.dumps({"id": f"{path.name}/{i}", "text": text} | more, ensure_ascii=False)
                 + "\n"

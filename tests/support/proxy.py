@@ -39,9 +39,9 @@ class Proxy:
             self._listener.close()
         elif refused:
             self._listener = self._listen(self.port)
-        for one in list(self._open):
+        for connection in list(self._open):
             with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.create_server(("127.0.0.1", port))
@@ -90,9 +90,9 @@ class Proxy:
                 target.sendall(data)
                 if cut and left <= 0:
                     break
-        for one in (source, target):
+        for connection in (source, target):
             with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.mode = "refuse"
@@ -100,8 +100,8 @@ class Proxy:
 
 @contextmanager
 def proxy(target: str) -> Iterator[Proxy]:
-    made = Proxy(target)
+    server = Proxy(target)
     try:
-        yield made
+        yield server
     finally:
-        made.close()
+        server.close()

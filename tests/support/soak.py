@@ -102,7 +102,7 @@ def lives(
     """
     dice = random.Random(f"{storm.seed} soak")
     origin, next_kill = time.monotonic(), dice.expovariate(1 / mtbf)
-    job, made, kills, killed_at = begin(), 0, [], 0.0
+    job, last_step, kills, killed_at = begin(), 0, [], 0.0
     while True:
         storm.expect(
             job.listen(origin + min(next_kill, seconds)),
@@ -110,7 +110,7 @@ def lives(
             "ranks ended though nobody had killed them",
         )
         over = time.monotonic() - origin >= seconds
-        taken, struck = time.monotonic() - origin, time.time()
+        duration, struck = time.monotonic() - origin, time.time()
         if over:
             os.kill(job.pids[0], signal.SIGTERM)
             codes = job.wait(60)
@@ -129,12 +129,12 @@ def lives(
         ]
         if fresh and killed_at:
             kills[-1] |= {
-                "redone": made - fresh[0]["step"] + 1,
+                "redone": last_step - fresh[0]["step"] + 1,
                 "recovered": fresh[0]["time"] - killed_at,
             }
-        made = max([made, *(e["step"] for e in fresh)])
+        last_step = max([last_step, *(e["step"] for e in fresh)])
         if over:
-            return taken, kills
+            return duration, kills
         kills.append({})
         killed_at = struck
         next_kill += dice.expovariate(1 / mtbf)
@@ -144,9 +144,11 @@ def lives(
 def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any]:
     """What became of the time. Raises StormError."""
     run, began = storm.new_run(Case(1, "fp32", 2, True), steps=10**6), time.time()
-    taken, kills = lives(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
+    duration, kills = lives(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
     kept = [
-        e for e in read_events(run.folder / "metrics.jsonl", "train") if e["time"] < began + taken
+        e
+        for e in read_events(run.folder / "metrics.jsonl", "train")
+        if e["time"] < began + duration
     ]
     durations = [e["tokens"] / e["step"] / e["tokens_per_second"] for e in kept]
     storm.expect(
@@ -155,7 +157,7 @@ def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any
         "a step is missing, or there twice",
     )
     return {
-        "seconds": round(taken),
+        "seconds": round(duration),
         "mtbf": mtbf,
         "start": "new processes" if cold else "forked",
         "kills": len(kills),
@@ -164,7 +166,7 @@ def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any
         "seconds_per_step": quantiles(durations),
         "steps_redone": quantiles(k["redone"] for k in kills if k),
         "seconds_to_the_next_step": quantiles(k["recovered"] for k in kills if k),
-        "effective_training_time": round(sum(durations) / taken, 4),
+        "effective_training_time": round(sum(durations) / duration, 4),
     }
 
 
@@ -180,18 +182,21 @@ def hang(storm: Storm) -> dict[str, float]:
     while not stacks.exists():
         job.listen(time.monotonic() + 0.05)
         storm.expect(time.time() - stopped < 120, run, "a hang was not found")
-    found = time.time() - stopped
+    detection_seconds = time.time() - stopped
     job.listen(time.monotonic() + 60, lambda: read_exit_record(run.folder) is not None)
     while not (end := read_exit_record(run.folder)):
         time.sleep(0.05)
     storm.expect(
         end["code"] == EXIT_HUNG and "rank 1 on" in end["reason"], run, f"exit.json says {end}"
     )
-    told = end["time"] - stopped
+    report_seconds = end["time"] - stopped
     job.kill([1])
     storm.expect(job.wait() == [EXIT_HUNG, -signal.SIGKILL], run, f"ranks ended with {job.codes}")
     job.close()
-    return {"found": round(found, 1), "told": round(told, 1)}
+    return {
+        "detection_seconds": round(detection_seconds, 1),
+        "report_seconds": round(report_seconds, 1),
+    }
 
 
 def main() -> int:

@@ -105,8 +105,8 @@ def report_progress(rank: int, send: Callable[[int], object]) -> None:
 class Storm:
     """folder: for everything; a new one."""
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = print) -> None:
-        self.folder, self.seed, self.say = folder, seed, say
+    def __init__(self, folder: Path, seed: int, log: Callable[[str], None] = print) -> None:
+        self.folder, self.seed, self.log = folder, seed, log
         self.dataset = folder / "dataset" / "shards"
         # It has workers
         if run_in_child(
@@ -261,29 +261,31 @@ class Storm:
         """Check a start: its checkpoint, its losses, the checkpoints that it published."""
         reference = self.reference(run.case).losses if run.case in self._references else None
         path = run.folder / "metrics.jsonl"
-        made, starts = read_events(path, "train"), read_starts(run.folder)
+        train_events, starts = read_events(path, "train"), read_starts(run.folder)
         if reference:
-            wrong = [e["step"] for e in made if reference.get(e["step"]) != e["loss"]]
+            wrong = [e["step"] for e in train_events if reference.get(e["step"]) != e["loss"]]
             self.expect(
                 not wrong, run, f"the losses of steps {wrong} are not those of an unbroken run"
             )
         if len(starts) > run.starts:
             run.starts = len(starts)
-            taken = starts[-1]["first_step"] - 1
+            resumed = starts[-1]["first_step"] - 1
             self.expect(
-                taken >= run.acknowledged,
+                resumed >= run.acknowledged,
                 run,
-                f"a start took step {taken}; {run.acknowledged} was acknowledged",
+                f"a start took step {resumed}; {run.acknowledged} was acknowledged",
             )
-            redone = max(run.made - taken, 0)
+            redone = max(run.last_step - resumed, 0)
             self.expect(redone <= run.case.most_redone, run, f"{redone} steps were made again")
             if run.pending:
                 run.pending[-1].redone = redone
-                first = min((e["time"] for e in made if e["time"] >= began), default=None)
+                first = min((e["time"] for e in train_events if e["time"] >= began), default=None)
                 run.pending[-1].recovered = first and first - run.pending[-1].at
                 run.pending.clear()
-            run.made = taken
-        run.made = max([run.made, *(e["step"] for e in made if e["time"] >= began)])
+            run.last_step = resumed
+        run.last_step = max(
+            [run.last_step, *(e["step"] for e in train_events if e["time"] >= began)]
+        )
         run.acknowledged = max(
             [run.acknowledged, *(e["step"] for e in read_events(path, "checkpoint"))]
         )
@@ -448,7 +450,7 @@ def run_storm(storm: Storm, options: argparse.Namespace, private: bool) -> dict[
         quota = options.kills * (number + 1) // len(CASES) - options.kills * number // len(CASES)
         if quota:
             storm.kill_ranks(case, quota)
-            storm.say(
+            storm.log(
                 f"{len(storm.kills):5d} kills, {sum(k.inside for k in storm.kills)} in saves,"
                 f" {time.monotonic() - began:.0f} s: {case}"
             )

@@ -94,7 +94,7 @@ class Run:
     folder: Path
     config: Path
     acknowledged: int = 0
-    made: int = 0
+    last_step: int = 0
     starts: int = 0
     pending: list[Kill] = field(default_factory=list)
 
@@ -106,9 +106,9 @@ class Run:
 def losses(folder: Path) -> dict[int, float]:
     """Step -> loss; a step that was logged twice is a mistake."""
     events = read_events(folder / "metrics.jsonl", "train")
-    found = {event["step"]: event["loss"] for event in events}
-    assert len(found) == len(events), f"{folder}: a step was logged twice"
-    return found
+    values = {event["step"]: event["loss"] for event in events}
+    assert len(values) == len(events), f"{folder}: a step was logged twice"
+    return values
 
 
 def digest(folder: Path) -> str:
@@ -138,12 +138,12 @@ def leftovers(folder: Path) -> dict[str, list[str]]:
 
 def working_on(config: Path) -> list[int]:
     """Processes of this machine that deepspeed's launcher started, or is, for a config."""
-    found = []
+    processes = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         command = command_line(int(name))
         if str(config) in command and "launcher/run.py" in command:
-            found.append(int(name))
-    return sorted(found)
+            processes.append(int(name))
+    return sorted(processes)
 
 
 def summary(kills: list[Kill]) -> dict[str, Any]:

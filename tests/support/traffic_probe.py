@@ -136,8 +136,8 @@ def main(out: str, *configs: str) -> None:
     nextpt.train.deepspeed_config.LIVE_PARAMETERS = 1
     nextpt.train.memory.REDUCE_BUCKET = BUCKET
     device = start_distributed()
-    found = [counted(load_config(path, []), device) for path in configs]
-    Path(f"{out}-{dist.get_rank()}.json").write_text(json.dumps(found))
+    counts = [counted(load_config(path, []), device) for path in configs]
+    Path(f"{out}-{dist.get_rank()}.json").write_text(json.dumps(counts))
 
 
 if __name__ == "__main__":

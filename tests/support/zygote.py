@@ -180,8 +180,8 @@ class Job:
         while True:
             for rank, pid in enumerate(self.pids):
                 if rank not in self.codes:
-                    found, status = os.waitpid(pid, os.WNOHANG)
-                    if found:
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    if ended:
                         self.codes[rank] = os.waitstatus_to_exitcode(status)
             if len(self.codes) == len(self.pids):
                 return [self.codes[rank] for rank in range(len(self.pids))]

@@ -70,8 +70,8 @@ def test_verdicts_equal_numpys_and_a_bad_step_leaves_no_trace(
     detector = SpikeDetector(section, torch.device("cpu"))
     bad = judge_all(detector, steps)
     judged = detector.read()
-    assert [one.reason for one in judged] == reference(section, steps) and bad == [
-        bool(one.reason) for one in judged
+    assert [verdict.reason for verdict in judged] == reference(section, steps) and bad == [
+        bool(verdict.reason) for verdict in judged
     ]
     good = SpikeDetector(section, torch.device("cpu"))
     judge_all(good, [step for step, skipped in zip(steps, bad, strict=True) if not skipped])
@@ -94,9 +94,9 @@ def test_a_saved_and_loaded_policy_continues_unchanged(
     expected, begun = whole.read_verdicts(len(steps))[1], first.read_verdicts(cut)[1]
     second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
     judge_all(second.detector, steps[cut:])
-    found = begun + second.read_verdicts(len(steps))[1]
+    resumed = begun + second.read_verdicts(len(steps))[1]
     assert second.state() == whole.state() and second.is_rollback_due() == whole.is_rollback_due()
-    told = [
+    states = [
         [
             repr(
                 (
@@ -112,9 +112,9 @@ def test_a_saved_and_loaded_policy_continues_unchanged(
             )
             for e in events
         ]
-        for events in (expected, found)
+        for events in (expected, resumed)
     ]
-    assert told[0] == told[1]
+    assert states[0] == states[1]
 
 
 def guard(**settings: object) -> RollbackPolicy:
@@ -123,9 +123,9 @@ def guard(**settings: object) -> RollbackPolicy:
 
 
 def test_falling_losses_are_no_spikes_and_only_a_full_window_rejects() -> None:
-    one = guard(window=8, spike_sigma=3.0)
+    policy = guard(window=8, spike_sigma=3.0)
     falling = [(10.0 * 0.5**n, 10.0 * 0.5**n) for n in range(30)]
-    assert not any(judge_all(one.detector, falling))
+    assert not any(judge_all(policy.detector, falling))
     early = guard(window=8, spike_sigma=3.0)
     assert judge_all(early.detector, [(1.0, 1.0)] * 7 + [(9.0, 9.0)]) == [False] * 8
     full = guard(window=8, spike_sigma=3.0)
@@ -139,12 +139,12 @@ def test_falling_losses_are_no_spikes_and_only_a_full_window_rejects() -> None:
 
 
 def test_reset_statistics_reject_nothing() -> None:
-    one = guard(window=4, spike_sigma=3.0)
-    judge_all(one.detector, [(1.0, 1.0)] * 6)
-    one.detector.reset()
+    policy = guard(window=4, spike_sigma=3.0)
+    judge_all(policy.detector, [(1.0, 1.0)] * 6)
+    policy.detector.reset()
     assert (
-        judge_all(one.detector, [(9.0, 1.0)] * 5) == [False] * 5
-        and one.detector.state()[0] == [9.0] * 4
+        judge_all(policy.detector, [(9.0, 1.0)] * 5) == [False] * 5
+        and policy.detector.state()[0] == [9.0] * 4
     )
 
 
@@ -159,36 +159,42 @@ def test_a_rollback_is_due_independently_of_when_verdicts_are_read() -> None:
     ]
     outcomes = []
     for every in (1, 2, 8):
-        one, events = guard(window=4, rollback_after=3), []
+        policy, events = guard(window=4, rollback_after=3), []
         for first in range(0, 8, every):
-            judge_all(one.detector, steps[first : first + every])
+            judge_all(policy.detector, steps[first : first + every])
             events += [
-                (e.step, e.consecutive, e.skipped) for e in one.read_verdicts(first + every)[1]
+                (e.step, e.consecutive, e.skipped) for e in policy.read_verdicts(first + every)[1]
             ]
         outcomes.append(
-            (one.is_rollback_due(), one.first_bad_step, one.consecutive, one.skipped, events)
+            (
+                policy.is_rollback_due(),
+                policy.first_bad_step,
+                policy.consecutive,
+                policy.skipped,
+                events,
+            )
         )
     assert (
         outcomes[0] == (True, 4, 3, 4, [(2, 1, 1), (4, 1, 2), (5, 2, 3), (6, 3, 4)])
         and outcomes == outcomes[:1] * 3
     )
-    one.record_rollback(EMPTY_STATE)
-    assert (one.is_rollback_due(), one.first_bad_step, one.skipped, one.rollbacks) == (
+    policy.record_rollback(EMPTY_STATE)
+    assert (policy.is_rollback_due(), policy.first_bad_step, policy.skipped, policy.rollbacks) == (
         False,
         0,
         4,
         1,
     )
-    one.reset_rollbacks()
-    assert one.rollbacks == 0
+    policy.reset_rollbacks()
+    assert policy.rollbacks == 0
 
 
 @pytest.mark.parametrize("window", [4, 6, 16])
 def test_statistics_load_into_another_window(window: int) -> None:
-    one = guard(window=8)
-    judge_all(one.detector, [(float(n), 1.0) for n in range(11)])
+    policy = guard(window=8)
+    judge_all(policy.detector, [(float(n), 1.0) for n in range(11)])
     other = guard(window=window)
-    other.load_state(one.state())
+    other.load_state(policy.state())
     assert other.detector.state()[0] == [float(n) for n in range(3, 11)][-window:]
     judge_all(other.detector, [(11.0, 1.0)])
     assert other.detector.state()[0] == [float(n) for n in range(3, 12)][-window:]

@@ -108,7 +108,7 @@ def test_nothing_is_removed_from_the_mirror_unless_two_are_valid(tmp_path: Path)
     assert job.checkpoint.step == 1
     shutil.rmtree(tmp_path / "run" / "step-000000001")
     assert job.save(3).end() == []
-    assert {one.step for one in Archive(uri).checkpoints()} >= {1, 3}
+    assert {checkpoint.step for checkpoint in Archive(uri).checkpoints()} >= {1, 3}
 
 
 def test_no_valid_checkpoint_anywhere_is_never_a_fresh_start(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_killed_upload_does_not_count_and_the_next_start_continues_it(
     )
     direct = Archive(uri)
     deadline = time.monotonic() + 90
-    while not (half := [one for one in direct.checkpoints() if not one.complete]):
+    while not (half := [stored for stored in direct.checkpoints() if not stored.complete]):
         assert time.monotonic() < deadline and child.poll() is None, child.stderr.read().decode()
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -124,7 +124,9 @@ def test_a_killed_upload_does_not_count_and_the_next_start_continues_it(
     link.mode = "pass"
     assert half[0].step in (2, 3)
     lost = MirroredJob(tmp_path / "elsewhere", uri)  # the node is gone
-    assert lost.checkpoint.step == max(one.step for one in direct.checkpoints() if one.complete)
+    assert lost.checkpoint.step == max(
+        stored.step for stored in direct.checkpoints() if stored.complete
+    )
     lost.mirror.stop()
     assert MirroredJob(tmp_path / "run", uri).end() == [] and valid_steps(uri) == [3, 2]
 
@@ -178,9 +180,9 @@ def test_two_valid_checkpoints_exist_at_every_instant_once_there_were_two(
     def now_whole(without: str = "") -> int:
         archive = Archive(uri)
         return sum(
-            one.complete and archive.problem(one) is None
-            for one in archive.checkpoints()
-            if one.name != without
+            checkpoint.complete and archive.problem(checkpoint) is None
+            for checkpoint in archive.checkpoints()
+            if checkpoint.name != without
         )
 
     def watched(job: MirroredJob) -> MirroredJob:
@@ -212,7 +214,7 @@ def test_two_valid_checkpoints_exist_at_every_instant_once_there_were_two(
         assert job.end() == []
         assert now_whole() >= 2 or not had_two
         had_two = had_two or now_whole() >= 2
-        stored = [one for one in Archive(uri).checkpoints() if one.complete]
+        stored = [checkpoint for checkpoint in Archive(uri).checkpoints() if checkpoint.complete]
         if len(stored) > 2 and now_whole() > 2:
             victim = Archive(uri).store.path(f"{chance.choice(stored).name}/state.json")
             Path(victim).write_text("{}")
@@ -226,7 +228,7 @@ def test_a_damaged_mirrored_checkpoint_stays_until_two_are_valid(tmp_path: Path)
     shutil.rmtree(tmp_path / "run" / "step-000000001")
     job = MirroredJob(tmp_path / "run", uri)
     job.wait_for("damaged", 1)
-    assert job.end() == [] and [one.step for one in Archive(uri).checkpoints()] == [2, 1]
+    assert job.end() == [] and [stored.step for stored in Archive(uri).checkpoints()] == [2, 1]
     assert MirroredJob(tmp_path / "run", uri).save(3).end() == [] and valid_steps(uri) == [3, 2]
 
 

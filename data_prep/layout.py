@@ -83,9 +83,9 @@ def make_layout(plan: Plan, duplicates: Duplicates) -> None:
     for domain in domains or list(plan.spec.domains):
         totals = [footer["totals"].get(domain, [0, 0, 0, 0]) for footer in footers]
         if sum(t[0] - t[3] for t in totals) == 0:
-            place = plan.spec.domains.get(domain, ", ".join(map(str, plan.spec.domains.values())))
+            inputs = plan.spec.domains.get(domain, ", ".join(map(str, plan.spec.domains.values())))
             raise DataPrepError(
-                f"domain {domain} ({place}) has no document to train on: it is empty, or all were"
+                f"domain {domain} ({inputs}) has no document to train on: it is empty, or all were"
                 " held out"
             )
     groups = [[domain, *group] for domain in domains for group in _groups(domain, footers, work)]

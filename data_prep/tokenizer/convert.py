@@ -164,14 +164,14 @@ def _partner(path: Path) -> Path:
 
     gpt2_encoder.json and gpt2_vocab.bpe, or vocab.json and merges.txt.
     """
-    for one, other in (
+    for suffix, partner_suffix in (
         ("encoder.json", "vocab.bpe"),
         ("vocab.json", "merges.txt"),
         ("vocab.bpe", "encoder.json"),
         ("merges.txt", "vocab.json"),
     ):
-        if path.name.endswith(one):
-            partner = path.with_name(path.name.removesuffix(one) + other)
+        if path.name.endswith(suffix):
+            partner = path.with_name(path.name.removesuffix(suffix) + partner_suffix)
             if not partner.is_file():
                 raise DataPrepError(
                     f"{path} needs {partner.name} beside it, the other file of GPT-2's pair"

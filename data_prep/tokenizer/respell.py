@@ -54,10 +54,10 @@ class Respeller:
                 new_ids.append(index)
                 new_places.append((start, stop))
                 continue
-            for place in range(start, stop):
-                spelled = self._character(text[place], index)
+            for position in range(start, stop):
+                spelled = self._character(text[position], index)
                 new_ids += spelled
-                new_places += [(place, place + 1)] * len(spelled)
+                new_places += [(position, position + 1)] * len(spelled)
         return np.array(new_ids, dtype=np.uint32), np.array(new_places, dtype=np.int64).reshape(
             -1, 2
         )

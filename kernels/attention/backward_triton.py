@@ -53,10 +53,10 @@ def delta_kernel(
     a = load_block(out_rows, start, True, V, BLOCK_M, BLOCK_V).to(tl.float32)
     b = load_block(d_out_rows, start, True, V, BLOCK_M, BLOCK_V).to(tl.float32)
     sums = tl.sum(a * b, 1)
-    place = (row * heads + head) * queries + at
+    offsets = (row * heads + head) * queries + at
     if HAS_LSE:
-        sums -= tl.load(d_lse + place, mask=at < queries, other=0.0)
-    tl.store(delta + place, sums, mask=at < queries)
+        sums -= tl.load(d_lse + offsets, mask=at < queries, other=0.0)
+    tl.store(delta + offsets, sums, mask=at < queries)
 
 
 @jit

@@ -110,18 +110,18 @@ def of_documents(document_ids: Tensor, slices: Slices, window: int | None) -> In
         slices: positions of the queries and the keys in the rows.
         window: as in `causal`.
     """
-    place = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
+    positions = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    start = torch.where(begins, place, 0).cummax(1).values
+    start = torch.where(begins, positions, 0).cummax(1).values
     start = start[:, slices.query_offset : slices.query_offset + slices.queries]
     return _from_starts(start, slices, window)
 
 
 def of_padding(padding: Tensor, slices: Slices, window: int | None) -> Intervals:
     """Intervals where the first `padding` [B] positions of each row are a document of their own."""
-    place = slices.query_places(padding.device) + slices.key_offset
-    start = torch.where(place < padding.unsqueeze(1), 0, padding.unsqueeze(1))
+    positions = slices.query_places(padding.device) + slices.key_offset
+    start = torch.where(positions < padding.unsqueeze(1), 0, padding.unsqueeze(1))
     return _from_starts(start, slices, window)
 
 
@@ -147,11 +147,11 @@ def of_lengths(
         keys: number of keys.
         window: as in `causal`.
     """
-    place = torch.arange(queries, dtype=torch.int32, device=cu_queries.device)
-    sequence = torch.searchsorted(cu_queries, place, right=True) - 1
+    positions = torch.arange(queries, dtype=torch.int32, device=cu_queries.device)
+    sequence = torch.searchsorted(cu_queries, positions, right=True) - 1
     sequence = sequence.clamp(0, cu_queries.shape[0] - 2)
     first = cu_keys[sequence]
-    last = cu_keys[sequence + 1] - (cu_queries[sequence + 1] - place)
+    last = cu_keys[sequence + 1] - (cu_queries[sequence + 1] - positions)
     if window is not None:
         first = torch.maximum(first, last - window + 1)
     return Intervals.between(first.unsqueeze(0), last.unsqueeze(0), keys)

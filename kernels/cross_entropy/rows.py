@@ -147,24 +147,24 @@ def work(
         elif gradient is None and block.data_ptr() == logits[part].data_ptr():
             block = block.clone()
         chunk = statistics.part(part)
-        place, present = targets[part].clamp_min(0), targets[part] >= 0
+        columns, present = targets[part].clamp_min(0), targets[part] >= 0
         if known:
             block.sub_(chunk.peak.unsqueeze(1)).sub_(chunk.log_sum.unsqueeze(1)).exp_()
         else:
-            _describe(block, place, present, chunk)
+            _describe(block, columns, present, chunk)
         if gradient is not None and coefficients is not None:
-            g = _gradient(block, place, present, chunk, coefficients.part(part), known)
+            g = _gradient(block, columns, present, chunk, coefficients.part(part), known)
             gradient[part] = g if slope is None else g.mul_(slope)
 
 
-def _describe(z: Tensor, place: Tensor, present: Tensor, out: Statistics) -> None:
+def _describe(z: Tensor, columns: Tensor, present: Tensor, out: Statistics) -> None:
     """Fill `out`; z becomes exp(z - peak), 0 at the targets."""
     if out.total is not None:
         out.total.copy_(z.sum(-1))
-    same = _same(place, present)
-    logit = z.gather(1, place)
+    same = _same(columns, present)
+    logit = z.gather(1, columns)
     target = logit.masked_fill(~present, -torch.inf)
-    z.scatter_(1, place, torch.where(same.any(-1), -torch.inf, logit))
+    z.scatter_(1, columns, torch.where(same.any(-1), -torch.inf, logit))
     rival = z.amax(-1, keepdim=True)
     peak = torch.maximum(rival, target.amax(-1, keepdim=True))
     other_targets = target.unsqueeze(1).masked_fill(same, -torch.inf).amax(-1)
@@ -182,7 +182,7 @@ def _describe(z: Tensor, place: Tensor, present: Tensor, out: Statistics) -> Non
 
 
 def _gradient(
-    z: Tensor, place: Tensor, present: Tensor, known: Statistics, c: Coefficients, whole: bool
+    z: Tensor, columns: Tensor, present: Tensor, known: Statistics, c: Coefficients, whole: bool
 ) -> Tensor:
     """Z holds p (if whole) or exp(z - peak).
 
@@ -194,7 +194,7 @@ def _gradient(
     if c.square is not None:
         rest = rest + 2 * (c.square * (known.peak + known.log_sum)).unsqueeze(1)
     a = c.b.sum(-1, keepdim=True) + rest
-    same = _same(place, present)
+    same = _same(columns, present)
     z.mul_(a if whole else a * torch.exp(-known.log_sum).unsqueeze(1))
     z.masked_fill_(a == 0, 0.0)  # a row without weight may hold inf or nan
     mine = (c.b.unsqueeze(1) * same).sum(-1)
@@ -204,14 +204,14 @@ def _gradient(
     entry = mine * torch.expm1(-known.nats) + others * torch.exp(-known.nats)
     # An absent target writes what its place holds or, where that is another's column, what that one
     # writes.
-    entry = torch.where(present, entry, z.gather(1, place)).gather(1, _writer(same))
-    z.scatter_(1, place, entry)
+    entry = torch.where(present, entry, z.gather(1, columns)).gather(1, _writer(same))
+    z.scatter_(1, columns, entry)
     return z if c.flat is None else z.add_(c.flat.unsqueeze(1))
 
 
-def _same(place: Tensor, present: Tensor) -> Tensor:
-    """Bool [n, k, j]: target j is there and is the column of place k."""
-    return (place.unsqueeze(2) == place.unsqueeze(1)) & present.unsqueeze(1)
+def _same(columns: Tensor, present: Tensor) -> Tensor:
+    """Bool [n, k, j]: target j is there and is the column of target k."""
+    return (columns.unsqueeze(2) == columns.unsqueeze(1)) & present.unsqueeze(1)
 
 
 def _writer(same: Tensor) -> Tensor:

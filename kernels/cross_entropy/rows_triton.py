@@ -215,8 +215,8 @@ def _target_entries(
     """(columns [SLOTS] of the targets, gradients there from their nats)."""
     TARGETS: tl.constexpr = OPTIONS.TARGETS
     SLOTS: tl.constexpr = OPTIONS.SLOTS
-    place = tl.arange(0, SLOTS)
-    t_k = tl.load(row.targets + place, mask=place < TARGETS, other=-1)
+    slots = tl.arange(0, SLOTS)
+    t_k = tl.load(row.targets + slots, mask=slots < TARGETS, other=-1)
     there = _in_vocabulary(t_k, row)
     # What weighs p and is the target's own, and the rest: not a - mine, whose error is that of
     # mine, however small the others are.
@@ -227,7 +227,7 @@ def _target_entries(
         b = tl.load(weight_b + j)
         mine += tl.where(same, b, 0.0)
         others += tl.where(same, 0.0, b)
-    known = tl.load(nats + place, mask=there, other=0.0)
+    known = tl.load(nats + slots, mask=there, other=0.0)
     entry = mine * _expm1_of_minus(known) + (others + rest) * tl.exp(-known) + flat
     if OPTIONS.HAS_CAP:
         z_t = tl.load(row.logits + t_k, mask=there, other=0.0).to(tl.float32)

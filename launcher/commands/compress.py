@@ -24,10 +24,11 @@ Rows = Annotated[
         help="parts of the file coded in parallel, each without context [default: by its size]",
     ),
 ]
-Given = Annotated[
+ContextPath = Annotated[
     Path | None,
     typer.Option(
-        help="text that the other compressors read first, such as the model's training data"
+        "--given",
+        help="text that the other compressors read first, such as the model's training data",
     ),
 ]
 
@@ -38,7 +39,7 @@ def compress(
     output: Output,
     step: Step = None,
     rows: Rows = None,
-    given: Given = None,
+    context_path: ContextPath = None,
     json_path: JsonFile = None,
 ) -> None:
     """Compress a file with the model's predictions.
@@ -52,14 +53,14 @@ def compress(
 
     _check_output(file, output)
     data = read_file(file)
-    context = read_file(given) if given else b""
+    context = read_file(context_path) if context_path else b""
     coder = _open_coder(run, step)
     with progress_bars("file:") as progress:
         coded, statistics = coder.encode(data, rows, progress)
     write_file(output, coded)
     others = compare_file(data, context)
     result = statistics.as_dict() | {"file": str(file), "run": str(run), "others": others}
-    _print_result(result, given)
+    _print_result(result, context_path)
     if json_path:
         write_result(result, json_path)
     echo(f"written to {output}, after it was decoded and compared")
@@ -110,7 +111,7 @@ def _open_coder(run: Path, step: int | None) -> FileCoder:
     return FileCoder(source.decoder, source.tokenizer)
 
 
-def _print_result(result: dict[str, Any], given: Path | None) -> None:
+def _print_result(result: dict[str, Any], context_path: Path | None) -> None:
     size, payload, header = result["bytes"], result["payload"], result["header"]
     if not size:
         echo(f"an empty file: {header} bytes of header")
@@ -125,8 +126,8 @@ def _print_result(result: dict[str, Any], given: Path | None) -> None:
         f" {size / result['verify_seconds']:,.0f} bytes/s decoding"
     )
     title = f"without the model itself ({result['model_bytes']:,} bytes)"
-    if given:
-        title += f"; the others have read {given.name} first"
+    if context_path:
+        title += f"; the others have read {context_path.name} first"
     rows = [["this model", f"{payload + header:,}", f"{result['bits_per_byte_total']:.3f}"]]
     rows += [
         [name, f"{other['bytes']:,}", f"{other['bits_per_byte']:.3f}"]

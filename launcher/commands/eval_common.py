@@ -126,14 +126,14 @@ class ResultFiles:
             echo(f"plotted in {self.plot}")
 
 
-def refuse_options(mode: str, given: Mapping[str, object]) -> None:
+def refuse_options(mode: str, options: Mapping[str, object]) -> None:
     """Raise UserError for options that do not apply to a mode of `nextpt eval`.
 
     Args:
         mode: Name of the mode, for the message.
-        given: Whether each option was given.
+        options: Whether each option was given.
     """
-    if names := [name for name, is_given in given.items() if is_given]:
+    if names := [name for name, is_given in options.items() if is_given]:
         raise UserError(
             f"{', '.join(names)} cannot be given with {mode}, which does not report the loss on"
             " whole documents"

@@ -24,8 +24,9 @@ def plant(
             help="folder to write: canaries.jsonl (for `nextpt prep shards`) and canaries.json"
         ),
     ],
-    each: Annotated[
-        int, typer.Option(min=1, help="canaries for each number of repeats, 1, 2, 4, ... 128")
+    per_repeats: Annotated[
+        int,
+        typer.Option("--each", min=1, help="canaries for each number of repeats, 1, 2, 4, ... 128"),
     ] = 8,
     controls: Annotated[int, typer.Option(min=1, help="canaries that are not shown")] = 256,
     seed: Annotated[int, typer.Option(help="seed of the random texts")] = 0,
@@ -33,7 +34,7 @@ def plant(
     """Write random texts (canaries) to add to a corpus, for `nextpt memorization canaries`."""
     from nextpt.evaluate.memorization.canaries import make_canaries, write_canaries
 
-    planted = make_canaries(each, controls, seed)
+    planted = make_canaries(per_repeats, controls, seed)
     write_canaries(planted, folder)
     echo(
         f"{folder}/canaries.jsonl: {sum(c.repeats for c in planted):,} documents,"

@@ -166,10 +166,10 @@ def read_runs(
     from nextpt.scaling.observations import COUNTS, read_csv, read_run_folders
 
     if any(source.is_dir() for source in sources):
-        if given := [name for name, column in columns.items() if column]:
+        if named := [name for name, column in columns.items() if column]:
             raise ScalingError(
                 f"{sources[0]} is a run folder, which has no columns; leave out the column of"
-                f" {given[0]}"
+                f" {named[0]}"
             )
         if count not in COUNTS:
             raise ScalingError(f"--count {count}: known are {', '.join(COUNTS)}")

@@ -174,7 +174,7 @@ def probe(hosts: list[Host], ssh: str, config: Config) -> dict[str, HostAnswer]:
     data = Path(config.data.path).resolve() / "dataset.json"
     with _mark(run) as mark:
         request = {
-            "action": "look",
+            "action": "describe",
             "folder": os.getcwd(),
             "mark": str(mark),
             "data": None if config.data.remote else str(data),

@@ -1,9 +1,9 @@
 """Ranks of one host in a training on several: `nextpt train --hostfile` starts it over ssh.
 
-The first line of standard input is a JSON object: {"action": "look", ...} or {"action": "start",
-...}, so that no word of a config or a path goes through a shell of this host. While ranks run,
-further lines are names of signals for them. The end of standard input means that the launcher has
-ended: the ranks are killed.
+The first line of standard input is a JSON object: {"action": "describe", ...} or
+{"action": "start", ...}, so that no word of a config or a path goes through a shell of this host.
+While ranks run, further lines are names of signals for them. The end of standard input means that
+the launcher has ended: the ranks are killed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ END_SECONDS = 30.0  # in which the other ranks must end after one has failed
 Rank = subprocess.Popen[bytes]
 
 
-def look(request: dict[str, Any]) -> dict[str, Any]:
+def describe_host(request: dict[str, Any]) -> dict[str, Any]:
     """Describe this host.
 
     Args:
@@ -114,8 +114,8 @@ def _wait(ranks: list[Rank]) -> int:
 def main() -> int:
     """Answer the request of standard input; returns the exit code."""
     request = json.loads(sys.stdin.readline())
-    if request["action"] == "look":
-        print(json.dumps(look(request)), flush=True)
+    if request["action"] == "describe":
+        print(json.dumps(describe_host(request)), flush=True)
         return 0
     return start(request)
 

@@ -260,12 +260,12 @@ class _Segments:
         batches, total = self.count // size, size * self.length
         batch, start = self.starts // total, self.starts % total
         firsts = np.searchsorted(batch, np.arange(batches))
-        place = np.arange(len(batch)) - firsts[batch]
-        if place.max() >= size * per_sequence:
+        slot = np.arange(len(batch)) - firsts[batch]
+        if slot.max() >= size * per_sequence:
             raise DataError(
-                f"{size} sequences have {place.max() + 1} segments, more than the {per_sequence}"
+                f"{size} sequences have {slot.max() + 1} segments, more than the {per_sequence}"
                 " per sequence of dataset.json; prepare the data again"
             )
         cu_seqlens = np.full((batches, size * per_sequence + 1), total, np.int32)
-        cu_seqlens[batch, place] = start
+        cu_seqlens[batch, slot] = start
         return cu_seqlens

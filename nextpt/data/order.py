@@ -74,11 +74,11 @@ class GlobalOrder:
         while first < stop:
             number = self.plan.stage_at(first)
             start, end = self.plan.stages[number].start, self._end(number)
-            block, place = divmod(first - start, BLOCK)
+            block, offset = divmod(first - start, BLOCK)
             until = min(stop, start + (block + 1) * BLOCK, stop if end is None else end)
             block_domains, block_draws = self._block(number, block)
-            domains.append(block_domains[place : place + until - first])
-            draws.append(block_draws[place : place + until - first])
+            domains.append(block_domains[offset : offset + until - first])
+            draws.append(block_draws[offset : offset + until - first])
             first = until
         return np.concatenate(domains), np.concatenate(draws)
 
@@ -97,9 +97,9 @@ class GlobalOrder:
 
     def _counts_within(self, stage: int, length: int) -> _Int64s:
         """Sequences of each domain before the `length`-th position of a stage, int64 [domains]."""
-        block, place = divmod(length, BLOCK)
+        block, offset = divmod(length, BLOCK)
         counts = self._counts_before_stage[stage] + self._mixtures[stage].counts_before(block)
-        partial = np.bincount(self._block(stage, block)[0][:place], minlength=len(counts))
+        partial = np.bincount(self._block(stage, block)[0][:offset], minlength=len(counts))
         return counts + partial
 
     def _draw_block(self, stage: int, block: int) -> tuple[_Int64s, _Int64s]:

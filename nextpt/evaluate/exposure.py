@@ -319,11 +319,11 @@ def _parts(scores: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _metrics(sums: np.ndarray, resampled: np.ndarray, buckets: int) -> dict[str, Any]:
-    one, many = _Sums.of(sums, buckets), _Sums.of(resampled, buckets)
-    tokens, tokens_drawn = one.tokens.sum(), many.tokens.sum(axis=-1)
-    of_all, of_drawn = one.scores.sum(axis=-1), many.scores.sum(axis=-1)
+    point, draws = _Sums.of(sums, buckets), _Sums.of(resampled, buckets)
+    tokens, tokens_drawn = point.tokens.sum(), draws.tokens.sum(axis=-1)
+    of_all, of_drawn = point.scores.sum(axis=-1), draws.scores.sum(axis=-1)
     # Each stretch has one first position
-    stretches, stretches_drawn = one.tokens[0], many.tokens[..., 0]
+    stretches, stretches_drawn = point.tokens[0], draws.tokens[..., 0]
     arms = {
         name: {
             "nats_per_token": _with_interval(
@@ -333,7 +333,7 @@ def _metrics(sums: np.ndarray, resampled: np.ndarray, buckets: int) -> dict[str,
                 of_all[a, ENTROPY] / tokens, of_drawn[:, a, ENTROPY] / tokens_drawn
             ),
             "repeats": _with_interval(
-                one.repeats[a] / stretches, many.repeats[:, a] / stretches_drawn
+                point.repeats[a] / stretches, draws.repeats[:, a] / stretches_drawn
             ),
         }
         for a, name in enumerate(ARMS)
@@ -352,16 +352,16 @@ def _by_position(
     `from`, `to`: positions from 1, both included.
     """
     buckets, rows = _buckets(continuation), []
-    one, many = _Sums.of(sums, buckets), _Sums.of(resampled, buckets)
+    point, draws = _Sums.of(sums, buckets), _Sums.of(resampled, buckets)
     for b in range(buckets):
-        tokens, tokens_drawn = one.tokens[b], many.tokens[:, b]
+        tokens, tokens_drawn = point.tokens[b], draws.tokens[:, b]
         row: dict[str, Any] = {"from": 2**b, "to": min(2 ** (b + 1) - 1, continuation)}
         for a, name in enumerate(ARMS):
             row[name] = _with_interval(
-                one.scores[a, NATS, b] / tokens, many.scores[:, a, NATS, b] / tokens_drawn
+                point.scores[a, NATS, b] / tokens, draws.scores[:, a, NATS, b] / tokens_drawn
             )
-        parts = _parts(one.scores[..., b], tokens)
-        parts_drawn = _parts(many.scores[..., b], tokens_drawn)
+        parts = _parts(point.scores[..., b], tokens)
+        parts_drawn = _parts(draws.scores[..., b], tokens_drawn)
         rows.append(
             row | {name: _with_interval(value, parts_drawn[name]) for name, value in parts.items()}
         )

@@ -86,14 +86,14 @@ def heldout_loss(
     """
     tokens, sizes = [], []
     for documents in texts.values():
-        taken = 0
+        scored = 0
         for text in documents:
             encoded, bytes_of = encode_document(loaded.tokenizer, text)
-            keep = min(len(encoded), LOSS_TOKENS - taken + 1)
+            keep = min(len(encoded), LOSS_TOKENS - scored + 1)
             tokens.append(encoded[:keep])
             sizes.append(bytes_of[: keep - 1])
-            taken += keep - 1
-            if taken >= LOSS_TOKENS:
+            scored += keep - 1
+            if scored >= LOSS_TOKENS:
                 break
     window = loaded.model.max_position
     metrics, _ = score_documents(

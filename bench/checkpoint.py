@@ -64,11 +64,11 @@ def timed(action: Callable[[], object]) -> float:
 
 def products(until: Callable[[], bool]) -> float:
     """Matrix products per second until `until` says so."""
-    matrix, done, start = torch.randn(256, 256), 0, time.monotonic()
+    matrix, count, start = torch.randn(256, 256), 0, time.monotonic()
     while not until():
         matrix @ matrix
-        done += 1
-    return done / (time.monotonic() - start)
+        count += 1
+    return count / (time.monotonic() - start)
 
 
 def one_round(folder: Path, state: State) -> dict[str, float]:
@@ -93,11 +93,11 @@ def one_round(folder: Path, state: State) -> dict[str, float]:
     free = products(lambda: time.monotonic() > end)
     managers[False].resume()
     managers[False].save(state, {"step": 3}, {}, wait=False)
-    done: list = []
-    busy = products(lambda: bool(done.extend(managers[False].poll()) or done))
+    saves: list = []
+    busy = products(lambda: bool(saves.extend(managers[False].poll()) or saves))
     return seconds | {
-        "stall in the background": done[0].stall_seconds,
-        "background save": done[0].seconds,
+        "stall in the background": saves[0].stall_seconds,
+        "background save": saves[0].seconds,
         "work kept": busy / free,
     }
 

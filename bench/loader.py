@@ -343,15 +343,15 @@ def far(folder: Path) -> dict[str, float]:
 def run_apart(*arguments: str) -> dict[str, float]:
     """Run a part of the benchmark in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "bench.loader", *arguments],
         capture_output=True,
         text=True,
         env=environment,
     )
-    if done.returncode:
-        raise SystemExit(f"error: {' '.join(arguments)}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if completed.returncode:
+        raise SystemExit(f"error: {' '.join(arguments)}:\n{completed.stderr[-2000:]}")
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -109,17 +109,17 @@ def export_megatron(data: Path, prefix: Path, console: Console | None = None) ->
                 part: files.enter_context(atomic_write(_file(p, ".bin"), "wb"))
                 for part, p in prefixes.items()
             }
-            done = []
+            exported = []
             for part, shards in parts.items():
                 pair = _Pair(tokens[part], indices[part], manifest)
                 for shard in shards:
                     pair.add(shard)
                     progress.update(task, advance=shard.bytes)
                 pair.finish(*part)
-                done.append(Exported(*part, prefixes[part], pair.sequences, pair.tokens))
+                exported.append(Exported(*part, prefixes[part], pair.sequences, pair.tokens))
     except OSError as error:
         raise DataPrepError(f"{error.filename or prefix}: {error.strerror or error}") from error
-    return done
+    return exported
 
 
 class _Pair:

@@ -116,9 +116,11 @@ def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
     if (work / "plan.json").exists():
         existing = Plan.load(work)
         if existing.sha256 == plan.sha256:
-            done = sum(tokens_path(work, unit.index).exists() for unit in plan.units)
+            tokenized = sum(tokens_path(work, unit.index).exists() for unit in plan.units)
             if alone:
-                console.print(f"continuing {work}: {done} of {len(plan.units)} units are tokenized")
+                console.print(
+                    f"continuing {work}: {tokenized} of {len(plan.units)} units are tokenized"
+                )
                 shutil.rmtree(work / "failed", ignore_errors=True)
             return
         if not overwrite and any((work / "tok").glob("*.tok")):

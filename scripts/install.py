@@ -25,15 +25,17 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 def pip(*arguments: str) -> None:
     """Run pip install; a failure ends the setup with one line."""
-    done = subprocess.run(
+    completed = subprocess.run(
         [*PIP, "install", "--quiet", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     sys.stderr.write(
         "".join(
-            line for line in done.stderr.splitlines(keepends=True) if not line.startswith(KNOWN)
+            line
+            for line in completed.stderr.splitlines(keepends=True)
+            if not line.startswith(KNOWN)
         )
     )
-    if done.returncode:
+    if completed.returncode:
         sys.exit(
             f"error: setup failed at: pip install {' '.join(arguments)}\nread pip's message above,"
             " then run make setup again"

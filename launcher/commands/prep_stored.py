@@ -94,11 +94,13 @@ def upload(
 
     from data_prep.upload import upload as upload_dataset
 
-    done = upload_dataset(data, remote, threads=threads, console=console)
-    text = f"{remote}: {done.sent_files} files, {naturalsize(done.sent_bytes, binary=True)} sent"
-    if done.present_files:
-        size = naturalsize(done.present_bytes, binary=True)
-        text += f"; {done.present_files} shards were there already ({size})"
+    totals = upload_dataset(data, remote, threads=threads, console=console)
+    text = (
+        f"{remote}: {totals.sent_files} files, {naturalsize(totals.sent_bytes, binary=True)} sent"
+    )
+    if totals.present_files:
+        size = naturalsize(totals.present_bytes, binary=True)
+        text += f"; {totals.present_files} shards were there already ({size})"
     echo(text)
 
 

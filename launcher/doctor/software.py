@@ -51,8 +51,11 @@ def probe() -> dict[str, dict[str, Any]]:
     # -P: packages as an installed command sees them, not as a shell in the checkout does.
     command = [sys.executable, "-P", "-m", "launcher.doctor.probe"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
-        output, end = done.stdout, f"the import ended the process (exit code {done.returncode})"
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        output, end = (
+            completed.stdout,
+            f"the import ended the process (exit code {completed.returncode})",
+        )
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"").decode()
         end = f"the import did not end within {PROBE_SECONDS} s"
@@ -171,12 +174,12 @@ def nvidia_smi() -> list[list[str]] | None:
         "--format=csv,noheader,nounits",
     ]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+        completed = subprocess.run(query, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return []
     return (
-        [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-        if done.returncode == 0
+        [[cell.strip() for cell in line.split(",")] for line in completed.stdout.splitlines()]
+        if completed.returncode == 0
         else []
     )
 

@@ -45,15 +45,15 @@ class DomainOrder:
 
     def sequences(self, draws: _Int64s) -> _Int64s:
         """Sequences of the domain at rising draws: int64 [n] -> int64 [n]."""
-        sequences, done = np.empty(len(draws), np.int64), 0
-        while done < len(draws):
-            epoch, window, begin, end = self._locate(int(draws[done]))
+        sequences, start = np.empty(len(draws), np.int64), 0
+        while start < len(draws):
+            epoch, window, begin, end = self._locate(int(draws[start]))
             stop = int(np.searchsorted(draws, end))
             shuffled, shifts, begins = self._window(epoch, window)
-            local = shuffled[draws[done:stop] - begin].astype(np.int64)
+            local = shuffled[draws[start:stop] - begin].astype(np.int64)
             shard = np.searchsorted(begins, local, side="right") - 1
-            sequences[done:stop] = local + shifts[shard]
-            done = stop
+            sequences[start:stop] = local + shifts[shard]
+            start = stop
         return sequences
 
     def shards_ahead(self, draw: int, windows: int) -> tuple[list[int], int]:

@@ -441,16 +441,16 @@ def test_no_path_through_loading_runs_code(tmp_path: Path) -> None:
     (write(refused, 1) / "manifest.json").unlink()
     torch.save({"a": torch.zeros(3)}, write(pickled, 1) / TENSORS)
     forge(pickled / "step-000000001")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", LOAD, *map(str, (good, fallback, refused, pickled))],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.stdout.split() == [
+    assert completed.stdout.split() == [
         "read",
         "read",
         "NoValidCheckpointError",
         "NoValidCheckpointError",
         "clean",
-    ], done.stderr + done.stdout
+    ], completed.stderr + completed.stdout

@@ -116,8 +116,8 @@ def test_a_resumed_run_gets_the_losses_that_the_old_code_gets(
 def test_an_evaluation_gives_the_same_figures(inside: Path, run: str) -> None:
     expected = json.loads((inside / f"{run}-evaluation.json").read_text())
     arguments = ["eval", "--run", run, "--json", f"{run}-now.json", "--resamples", "20"]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
     evaluation = json.loads((inside / f"{run}-now.json").read_text())
     assert evaluation["total"]["nats_per_token"] == pytest.approx(
         expected["total"]["nats_per_token"], rel=0 if same_machine() else 1e-6
@@ -130,8 +130,8 @@ def test_an_evaluation_gives_the_same_figures(inside: Path, run: str) -> None:
 
 @pytest.mark.parametrize("run", ["run", "run-zero2-resumed"])
 def test_a_report_shows_the_run(inside: Path, run: str) -> None:
-    done = CliRunner().invoke(app, ["report", run, "--output", f"{run}.html"])
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, ["report", run, "--output", f"{run}.html"])
+    assert result.exit_code == 0, result.output
     page = (inside / f"{run}.html").read_text()
     expected = json.loads((FIXTURES / run.removesuffix("-resumed") / "evaluation.json").read_text())
     assert f"{expected['total']['nats_per_token']:.3f}" in page
@@ -139,9 +139,9 @@ def test_a_report_shows_the_run(inside: Path, run: str) -> None:
 
 
 def test_the_checkpoints_are_listed_and_verify(inside: Path) -> None:
-    done = CliRunner().invoke(app, ["checkpoint", "verify", "run"])
-    assert done.exit_code == 0, done.output
-    assert "step-000000008" in done.output and "step-000000012" in done.output
+    result = CliRunner().invoke(app, ["checkpoint", "verify", "run"])
+    assert result.exit_code == 0, result.output
+    assert "step-000000008" in result.output and "step-000000012" in result.output
 
 
 def test_the_dataset_is_read(inside: Path) -> None:
@@ -204,14 +204,14 @@ def test_a_deprecated_key_of_an_override_warns_once_and_wins(
 
 
 def test_a_command_prints_each_deprecated_key_as_one_line() -> None:
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "launcher.cli", "config", "show", str(FIXTURES / "config.yaml")],
         capture_output=True,
         text=True,
         check=True,
         cwd=ROOT,
     )
-    lines = done.stderr.splitlines()
+    lines = completed.stderr.splitlines()
     assert len(lines) == len(RENAMED) and all(line.startswith("warning: ") for line in lines)
     for old_name, new_name in RENAMED.items():
         assert sum(f"{old_name} is now {new_name};" in line for line in lines) == 1
@@ -232,5 +232,5 @@ def test_both_names_at_once_are_refused() -> None:
 def test_the_config_of_a_run_folder_is_read_without_a_warning(inside: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        done = CliRunner().invoke(app, ["report", "run", "--output", "quiet.html"])
-    assert done.exit_code == 0, done.output
+        result = CliRunner().invoke(app, ["report", "run", "--output", "quiet.html"])
+    assert result.exit_code == 0, result.output

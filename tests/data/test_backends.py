@@ -224,11 +224,11 @@ def test_local_world_size_is_set_before_streaming_needs_it(dataset: Path, tmp_pa
         "LOCAL_SIZE": "2",
     }
     environment["LOCAL_WORLD_SIZE"] = "1"  # of a parent that used streaming itself
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         env=environment,
         cwd=Path(__file__).parents[2],
     )
-    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert completed.stdout.split() == ["2", "False"], completed.stderr

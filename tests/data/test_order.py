@@ -159,14 +159,14 @@ order = GlobalOrder(plan, [np.full(100_000, 16_384)] * 2)
 order.locate(10**9, 10**9 + 4096)
 print(peak() - before)
 """
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         check=True,
         cwd=Path(__file__).parents[2],
     )
-    assert 0 <= int(done.stdout) < 200e6
+    assert 0 <= int(completed.stdout) < 200e6
 
 
 @pytest.mark.parametrize("position", [10**12, 2**53 + 1])

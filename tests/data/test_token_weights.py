@@ -120,8 +120,8 @@ def test_the_recipe_of_the_docs_writes_the_column(
         "--output",
         "data/demo/weighted",
     ]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0 and "rows with token_weights" in done.output, done.output
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and "rows with token_weights" in result.output, result.output
     weighted, tokenizer = tmp_path / "data/demo/weighted", Tokenizer(dataset / "tokenizer.json")
     plain = Loader(tiny(dataset, tmp_path), 0, 1)
     loader = Loader(tiny(weighted, tmp_path, objective={"token_weights": True}), 0, 1)

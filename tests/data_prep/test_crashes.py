@@ -50,16 +50,16 @@ def killed_at(spec: PrepSpec, rename: int, *, after: bool) -> bool:
     """
 
     def action() -> None:
-        done = 0
+        renames = 0
 
         def wrap(original: Callable[..., None]) -> Callable[..., None]:
             def renamed(*arguments: object) -> None:
-                nonlocal done
-                done += 1
-                if done == rename and not after:
+                nonlocal renames
+                renames += 1
+                if renames == rename and not after:
                     os.kill(os.getpid(), signal.SIGKILL)
                 original(*arguments)
-                if done == rename:
+                if renames == rename:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             return renamed
@@ -113,10 +113,10 @@ def test_finished_units_are_not_done_again(
 ) -> None:
     spec = world_spec.model_copy(update={"output": tmp_path / "out"})
     assert killed_at(spec, 14, after=True)
-    done = {p: p.stat().st_mtime_ns for p in (spec.work / "tok").glob("*.tok")}
-    assert len(done) >= 2
+    times = {p: p.stat().st_mtime_ns for p in (spec.work / "tok").glob("*.tok")}
+    assert len(times) >= 2
     assert killed_at(spec, 12, after=True)  # further on
-    assert {p: p.stat().st_mtime_ns for p in done} == done
+    assert {p: p.stat().st_mtime_ns for p in times} == times
     finish(spec)
     assert content(spec.output) == expected
 

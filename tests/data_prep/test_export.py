@@ -45,12 +45,12 @@ def read_pair(prefix: str) -> list[np.ndarray]:
 def test_documents_of_a_real_dataset_come_out_as_they_went_in(
     dataset: Path, tmp_path: Path
 ) -> None:
-    done = export_megatron(dataset, tmp_path / "out" / "stdlib")
+    exported = export_megatron(dataset, tmp_path / "out" / "stdlib")
     manifest = DatasetManifest.load(dataset)
-    assert {(e.split, e.domain) for e in done} == {
+    assert {(e.split, e.domain) for e in exported} == {
         (s, d) for s in ("train", "heldout") for d in ("code", "prose")
     }
-    for part in done:
+    for part in exported:
         counts = manifest.splits[part.split][part.domain]
         sequences = read_pair(str(part.prefix))
         # Every token but the starts once, and one again for each further piece of a document.

@@ -119,12 +119,12 @@ def test_a_worker_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
         }
     )
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "spec.json")],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
     )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 2**20  # KiB
+    assert completed.returncode == 0, completed.stderr
+    assert int(completed.stdout) < 2**20  # KiB
     assert "line too long" in (spec.output / "quarantine.jsonl").read_text()

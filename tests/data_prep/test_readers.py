@@ -168,8 +168,8 @@ for split in ("train", "heldout"):
 def test_streaming_dataset_and_llm_foundry_read_every_sample(dataset: Path, tmp_path: Path) -> None:
     manifest = DatasetManifest.load(dataset)
     command = [sys.executable, "-c", READ, str(dataset), ",".join(manifest.domains), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
     for split in manifest.splits:
         actual = np.load(tmp_path / f"{split}.npz")
         expected = [

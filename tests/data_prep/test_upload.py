@@ -141,8 +141,8 @@ def test_killed_and_started_again(s3: str, many: Path) -> None:
     process.communicate()
     if "dataset.json" not in names(s3, "killed"):  # else it was too fast to be killed
         assert NOTE in names(s3, "killed")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "were there already" in done.stdout, done.stderr
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert completed.returncode == 0 and "were there already" in completed.stdout, completed.stderr
     assert names(s3, "killed") == {name: len(data) for name, data in files(many).items()}
 
 

@@ -287,5 +287,5 @@ except DataError as error:
     print(__debug__, error)
 """
     command = [sys.executable, "-O", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("False the file does not come back as it was")
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert completed.stdout.startswith("False the file does not come back as it was")

@@ -26,8 +26,8 @@ def test_zero_to_fp32_returns_our_weights(tmp_path: Path) -> None:
         str(tmp_path / "ds"),
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == 0, completed.stderr
     again = build_decoder(
         config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
     )

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def storm(folder: Path, *arguments: str) -> dict:
-    done = subprocess.run(
+    completed = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -29,7 +29,7 @@ def storm(folder: Path, *arguments: str) -> dict:
         text=True,
         timeout=1150,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert completed.returncode == 0, completed.stdout[-2000:] + completed.stderr[-6000:]
     return json.loads((folder / "storm.json").read_text())
 
 

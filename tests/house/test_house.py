@@ -165,8 +165,10 @@ def test_importing_streaming_leaves_no_stand_in_behind() -> None:
         " import_streaming();assert not [m for m in sys.modules if m.startswith(('torchvision',"
         " 'transformers')) and not getattr(sys.modules[m], '__file__', None)]; print('clean')"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "clean", done.stderr
+    completed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT
+    )
+    assert completed.stdout.strip() == "clean", completed.stderr
 
 
 def test_readme_names_only_what_exists() -> None:

@@ -214,12 +214,12 @@ def test_a_missing_library_is_named_before_training(dataset: Path, tmp_path: Pat
     (tmp_path / "c.yaml").write_text(
         to_yaml(config_with(dataset, tmp_path / "run", tensorboard=True))
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "c.yaml")], capture_output=True, text=True
     )
     assert (
         "trackers.tensorboard: tensorboard is not installed; pip install 'nextpt[trackers]'"
-        in done.stderr
+        in completed.stderr
     )
     check_trackers(config_with(dataset, tmp_path / "run"))
 

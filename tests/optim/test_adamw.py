@@ -102,11 +102,11 @@ def test_a_step_reads_nothing_from_the_device(dataset: Path, tmp_path: Path) -> 
         }
         files.append(tmp_path / f"{precision}-{stage}.yaml")
         files[-1].write_text(to_yaml(tiny(dataset, tmp_path / "run", train=train)))
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "tests.support.sync_probe", *map(str, files)],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    reads = json.loads(done.stdout.splitlines()[-1])
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    reads = json.loads(completed.stdout.splitlines()[-1])
     assert {Path(path).stem: places for path, places in reads.items() if places} == {}

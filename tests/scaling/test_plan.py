@@ -141,13 +141,13 @@ def test_hpz_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
 
 @pytest.mark.process
 def test_hpz_stays_inside_a_node() -> None:
-    done = nextpt_plan(
+    completed = nextpt_plan(
         "--config", "configs/7b.yaml", "--devices", "64", "train.zero_stage=3", "train.hpz_ranks=16"
     )
     assert (
-        done.returncode == 2
-        and "does not divide the 8 devices of a node" in done.stderr
-        and done.stderr.count("\n") == 1
+        completed.returncode == 2
+        and "does not divide the 8 devices of a node" in completed.stderr
+        and completed.stderr.count("\n") == 1
     )
     sixteen = config("7b", "train.zero_stage=3", "train.hpz_ranks=16")
     assert plan(sixteen, 64, machine("h100", node_size=16), 0.4).best is not None
@@ -202,24 +202,27 @@ def test_what_does_not_fit_is_said() -> None:
     assert (
         edge.best is not None and edge.best.memory.total <= (1 - RESERVED) * MACHINES["a10"].memory
     )
-    done = nextpt_plan("--config", "configs/70b.yaml", "--devices", "8", "--device", "a10")
-    assert done.returncode == 0 and "nothing fits" in done.stdout
+    completed = nextpt_plan("--config", "configs/70b.yaml", "--devices", "8", "--device", "a10")
+    assert completed.returncode == 0 and "nothing fits" in completed.stdout
 
 
 @pytest.mark.process
 def test_thousands_of_devices() -> None:
-    done = nextpt_plan(
+    completed = nextpt_plan(
         "--config", "configs/70b.yaml", "--devices", "4096", "train.global_batch_size=4096"
     )
-    assert done.returncode == 0, done.stderr
-    assert "4,096 x H100" in done.stdout and "fastest that fits: train.zero_stage=3" in done.stdout
-    table = [line for line in done.stdout.splitlines() if line.startswith(" ")]
+    assert completed.returncode == 0, completed.stderr
+    assert (
+        "4,096 x H100" in completed.stdout
+        and "fastest that fits: train.zero_stage=3" in completed.stdout
+    )
+    table = [line for line in completed.stdout.splitlines() if line.startswith(" ")]
     assert len(table) > 8 and max(map(len, table)) <= 80
 
 
 @pytest.mark.process
 def test_json_has_bytes_and_seconds() -> None:
-    done = nextpt_plan(
+    completed = nextpt_plan(
         "--config",
         "configs/1.3b.yaml",
         "--devices",
@@ -230,7 +233,7 @@ def test_json_has_bytes_and_seconds() -> None:
         "0.5",
         "--json",
     )
-    result = json.loads(done.stdout)
+    result = json.loads(completed.stdout)
     assert result["devices"] == 16 and len(result["options"]) == 6 and result["best"]["fits"]
     for option in result["options"]:
         memory = option["memory_bytes"]
@@ -248,8 +251,12 @@ def test_json_has_bytes_and_seconds() -> None:
     ],
 )
 def test_mistakes(arguments: list[str], words: str) -> None:
-    done = nextpt_plan(*arguments)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    completed = nextpt_plan(*arguments)
+    assert (
+        completed.returncode == 2
+        and words in completed.stderr
+        and completed.stderr.count("\n") == 1
+    )
 
 
 def test_a_machine_of_ones_own() -> None:

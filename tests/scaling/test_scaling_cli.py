@@ -41,7 +41,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fitted(table: Path) -> Path:
     path = table.with_name("fit.json")
-    done = scaling(
+    result = scaling(
         "fit",
         table,
         *COLUMNS,
@@ -52,15 +52,15 @@ def fitted(table: Path) -> Path:
         "--plot",
         path.with_suffix(".svg"),
     )
-    assert done.exit_code == 0, done.output
+    assert result.exit_code == 0, result.output
     return path
 
 
 @pytest.mark.thorough
 def test_help() -> None:
     for command in ("fit", "predict", "plan", "sweep"):
-        done = scaling(command, "--help")
-        assert done.exit_code == 0 and f"example: nextpt scaling {command}" in done.stdout
+        result = scaling(command, "--help")
+        assert result.exit_code == 0 and f"example: nextpt scaling {command}" in result.stdout
 
 
 @pytest.mark.thorough
@@ -80,7 +80,7 @@ def test_fit_writes_constants_intervals_and_a_picture(fitted: Path) -> None:
 
 def test_flops_give_the_same_as_tokens(table: Path, fitted: Path) -> None:
     other = table.with_name("flops.json")
-    done = scaling(
+    result = scaling(
         "fit",
         table,
         "--params-column",
@@ -94,7 +94,7 @@ def test_flops_give_the_same_as_tokens(table: Path, fitted: Path) -> None:
         "--json",
         other,
     )
-    assert done.exit_code == 0 and json.loads(other.read_text())["intervals"] is None
+    assert result.exit_code == 0 and json.loads(other.read_text())["intervals"] is None
     assert json.loads(other.read_text())["A"] == pytest.approx(
         json.loads(fitted.read_text())["A"], rel=1e-6
     )
@@ -142,8 +142,8 @@ def test_plan_of_gpu_hours_is_that_of_its_flops(fitted: Path) -> None:
 def test_other_forms_write_what_they_found(table: Path) -> None:
     for form, name in (("kaplan", "alpha_N"), ("over-training", "alpha"), ("envelope", "a")):
         path = table.with_name(f"{form}.json")
-        done = scaling("fit", table, *COLUMNS, "--form", form, "--bootstrap", 20, "--json", path)
-        assert done.exit_code == 0, done.output
+        result = scaling("fit", table, *COLUMNS, "--form", form, "--bootstrap", 20, "--json", path)
+        assert result.exit_code == 0, result.output
         assert 0 < json.loads(path.read_text())[name] < 1
         assert scaling("plan", path, "--flops", 1e20).exit_code == 0
     assert (
@@ -177,9 +177,9 @@ def test_bad_cells_are_named(
     assert not target.exists()
 
 
-def check_refused(done: Result, words: str) -> None:
-    assert done.exit_code == 2 and re.search(words, done.stderr), done.output
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def check_refused(result: Result, words: str) -> None:
+    assert result.exit_code == 2 and re.search(words, result.stderr), result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,10 @@ def measure(config: Config, world_size: int, folder: Path) -> int:
                 text=True,
             )
         )
-    done = [process.communicate(timeout=500) for process in processes]
+    outputs = [process.communicate(timeout=500) for process in processes]
     if any(process.returncode for process in processes):
-        raise AssertionError("\n".join(err[-2000:] for _, err in done))
-    return json.loads(done[0][0].splitlines()[-1])["bytes"]
+        raise AssertionError("\n".join(err[-2000:] for _, err in outputs))
+    return json.loads(outputs[0][0].splitlines()[-1])["bytes"]
 
 
 def _resident(field: str) -> int:

@@ -189,12 +189,12 @@ def _start(
 def _wait_for(network: Hosts, name: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while (
-        done := subprocess.run(
+        completed := subprocess.run(
             [str(network.folder / "ssh"), name, "hostname"], capture_output=True, text=True
         )
     ).stdout.strip() != name:
         assert time.monotonic() < deadline, (
-            f"{name}: {done.stderr}{(network.folder / f'{name}.log').read_text()}"
+            f"{name}: {completed.stderr}{(network.folder / f'{name}.log').read_text()}"
         )
         time.sleep(0.1)
 
@@ -208,6 +208,6 @@ def _clear(names: list[str]) -> None:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout
+    completed = subprocess.run(command, capture_output=True, text=True)
+    assert completed.returncode == 0, f"{command}: {completed.stderr}"
+    return completed.stdout

@@ -67,7 +67,7 @@ class Slurm:
 
         Raises AssertionError with what it printed when it fails.
         """
-        done = subprocess.run(
+        completed = subprocess.run(
             command,
             capture_output=True,
             text=True,
@@ -75,8 +75,8 @@ class Slurm:
             cwd=cwd,
             timeout=60,
         )
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout.strip()
+        assert completed.returncode == 0, f"{command}: {completed.stdout}{completed.stderr}"
+        return completed.stdout.strip()
 
     def submit(self, *arguments: str, cwd: Path | None = None) -> str:
         """Number of a new job."""
@@ -169,14 +169,14 @@ def slurm(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Slurm]:
 
 
 def _idle(environment: dict[str, str]) -> int:
-    done = subprocess.run(
+    completed = subprocess.run(
         ["sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N"],
         env=environment,
         capture_output=True,
         text=True,
         timeout=30,
     )
-    return len(done.stdout.split())
+    return len(completed.stdout.split())
 
 
 def _until(condition, seconds: float = 60) -> None:

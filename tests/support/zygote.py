@@ -208,15 +208,15 @@ def run_jobs(jobs: list[tuple[Config, int]], folder: Path) -> None:
         path.write_text(to_yaml(config))
         listed.append([str(path), ranks])
     (folder / "jobs.json").write_text(json.dumps(listed))
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "tests.support.zygote", str(folder / "jobs.json")],
         timeout=500,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        raise AssertionError(done.stdout[-4000:] + done.stderr[-2000:])
+    if completed.returncode:
+        raise AssertionError(completed.stdout[-4000:] + completed.stderr[-2000:])
 
 
 def _main(file: str) -> int:

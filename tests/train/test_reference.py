@@ -39,14 +39,14 @@ def test_no_more_parameters_and_tokens_than_nanogpt() -> None:
 def test_the_loss_is_at_most_that_of_nanogpt(tmp_path: Path) -> None:
     def nextpt(*arguments: str) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "launcher.cli", *arguments],
             cwd=ROOT,
             capture_output=True,
             text=True,
             env=environment,
         )
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert completed.returncode == 0, completed.stderr[-2000:]
 
     nextpt(
         "prep",

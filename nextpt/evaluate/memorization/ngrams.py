@@ -62,13 +62,13 @@ def stretch_hashes(values: np.ndarray, length: int) -> np.ndarray:
     # h of a + b units is h(a) + BASE^a * h(b, a units on): the binary digits of `length` need few
     # passes over the text.
     hashed: np.ndarray = np.zeros(count, np.uint64)
-    done = 0
+    covered = 0
     doubling, size = values, 1
-    while done < length:
+    while covered < length:
         if length & size:
-            hashed = hashed + _power(done) * doubling[done : done + count]
-            done += size
-        if done < length:
+            hashed = hashed + _power(covered) * doubling[covered : covered + count]
+            covered += size
+        if covered < length:
             doubling = doubling[: len(doubling) - size] + _power(size) * doubling[size:]
             size *= 2
     return hashed

@@ -59,7 +59,7 @@ def llm_foundry(corpus: Path, tokenizer_json: Path, folder: Path, max_length: in
         tokenizer_file=str(tokenizer_json), eos_token=END, model_max_length=int(1e30)
     )
     end = tokenizer(END, truncation=False, padding=False, add_special_tokens=False)["input_ids"]
-    written, buffer = 0, []
+    count, buffer = 0, []
     with MDSWriter(columns={"tokens": "ndarray:int32"}, out=str(folder)) as writer:
         for line in lines(corpus):
             ids = tokenizer(orjson.loads(line)["text"], truncation=False, padding=False)[
@@ -69,8 +69,8 @@ def llm_foundry(corpus: Path, tokenizer_json: Path, folder: Path, max_length: in
             while len(buffer) >= max_length:
                 row, buffer = buffer[:max_length], buffer[max_length:]
                 writer.write({"tokens": np.asarray(row, dtype=np.int32)})
-                written += max_length
-    return written
+                count += max_length
+    return count
 
 
 def datatrove(corpus: Path, tokenizer_json: Path, folder: Path, batch_size: int = 10_000) -> int:

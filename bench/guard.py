@@ -78,7 +78,7 @@ def main() -> None:
     )
     print(f"detector: {judging(arguments.device, max(arguments.steps, PARTS)):.0f} us a step")
     steps_measured = heights(arguments.run, arguments.window) if arguments.run else []
-    for column, what in enumerate(
+    for column, label in enumerate(
         (
             "standard deviations of the loss",
             "standard deviations of log grad norm",
@@ -89,7 +89,7 @@ def main() -> None:
         top = sorted(steps_measured, key=lambda step: step[column])[-3:]
         (
             print(
-                f"highest of {len(steps_measured)} steps, {what}:",
+                f"highest of {len(steps_measured)} steps, {label}:",
                 ", ".join(f"{step[column]:.2f} (step {step[0]})" for step in reversed(top)),
             )
             if steps_measured

@@ -54,12 +54,12 @@ SAMPLES = {
 
 def draw_lengths(rng: np.random.Generator) -> np.ndarray:
     """Return the lengths of the segments of a row: documents of a median of 600 tokens, cut."""
-    lengths, left = [], T + 1
-    while left:
-        lengths.append(min(max(int(rng.lognormal(np.log(600), 1.2)), 3), left))
-        left -= lengths[-1]
-        if left and left < 3:
-            lengths[-1], left = lengths[-1] + left, 0
+    lengths, remaining = [], T + 1
+    while remaining:
+        lengths.append(min(max(int(rng.lognormal(np.log(600), 1.2)), 3), remaining))
+        remaining -= lengths[-1]
+        if remaining and remaining < 3:
+            lengths[-1], remaining = lengths[-1] + remaining, 0
     return np.array(lengths, np.uint32)
 
 
@@ -406,7 +406,7 @@ def main() -> None:
         "sample": f"{T} inputs, micro-batches of {BATCH}",
         "rounds": options.rounds,
         "providers": {provider: medians(rounds) for provider, rounds in rounds_by_provider.items()},
-        "start": {what: medians(rounds) for what, rounds in starts.items()},
+        "start": {label: medians(rounds) for label, rounds in starts.items()},
     }
     show(result)
     write_json(options.json, result)

@@ -43,9 +43,9 @@ def draw(axes, title: str, window: int | None) -> None:
                 Rectangle((k, q), TILE, TILE, facecolor=colour, edgecolor="white", linewidth=1.5)
             )
     for query, row in enumerate(mask):
-        seen = row.nonzero().flatten()
+        columns = row.nonzero().flatten()
         axes.plot(
-            [int(seen[0]), int(seen[-1]) + 1],
+            [int(columns[0]), int(columns[-1]) + 1],
             [query + 0.5] * 2,
             color="#1f4e79",
             linewidth=2,

@@ -106,9 +106,9 @@ def test_a_location_that_cannot_be_opened_is_refused_by_name(location: str, mess
 
 def test_what_a_store_answers_is_explained_in_one_line(s3: str) -> None:
     filesystem, path = open_store("s3://elsewhere/file")
-    with pytest.raises(STORE_ERRORS) as answered:
+    with pytest.raises(STORE_ERRORS) as raised:
         filesystem.get_file_info(fs.FileSelector(path))
-    problem = store_problem(answered.value, "s3://elsewhere/file")
+    problem = store_problem(raised.value, "s3://elsewhere/file")
     assert isinstance(
         problem, StoreError
     ) and "s3://elsewhere/file: there is no such bucket" in str(problem)
@@ -119,9 +119,9 @@ def test_what_a_store_answers_is_explained_in_one_line(s3: str) -> None:
     assert "credentials" in str(store_problem(denied, "s3://b/x")) and "\n" not in str(
         store_problem(denied, "s3://b/x")
     )
-    gone = OSError(
+    unreachable = OSError(
         "AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 6, Could not resolve"
         " hostname"
     )
-    assert "cannot be reached" in str(store_problem(gone, "s3://b/x"))
+    assert "cannot be reached" in str(store_problem(unreachable, "s3://b/x"))
     assert str(store_problem(OSError("something else"), "s3://b/x")) == "s3://b/x: something else"

@@ -107,14 +107,14 @@ def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
     damaged = damage(good, before)
     assume(damaged != good)
     put(root / NEW, damaged)
-    said: list[str] = []
-    checkpoint = select_checkpoint(root, "auto", RankGroup.world(), said.append)
+    warnings: list[str] = []
+    checkpoint = select_checkpoint(root, "auto", RankGroup.world(), warnings.append)
     assert checkpoint is not None and checkpoint.step == 1 and holds(checkpoint, 1.0)
-    assert len(said) == 1 and NEW in said[0] and "resuming from step 1" in said[0]
+    assert len(warnings) == 1 and NEW in warnings[0] and "resuming from step 1" in warnings[0]
     shutil.move(root / OLD, root / "before")
     try:
         with pytest.raises(NoValidCheckpointError, match="Training does not start from nothing"):
-            select_checkpoint(root, "auto", RankGroup.world(), said.append)
+            select_checkpoint(root, "auto", RankGroup.world(), warnings.append)
     finally:
         shutil.move(root / "before", root / OLD)
 
@@ -177,10 +177,10 @@ def test_the_manifest_has_a_hash_of_itself(
     for step in (1, 2):
         write(tmp_path, step)
     edit(tmp_path / NEW / "manifest.json", change)
-    said: list[str] = []
+    warnings: list[str] = []
     assert (
-        select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append).step == 1
-        and "its manifest is damaged" in said[0]
+        select_checkpoint(tmp_path, "auto", RankGroup.world(), warnings.append).step == 1
+        and "its manifest is damaged" in warnings[0]
     )
 
 
@@ -207,13 +207,15 @@ def test_damaged_checkpoints_are_set_aside_and_their_step_can_be_saved_again(
         write(tmp_path, step)
     for attempt in ("", "-2"):
         (tmp_path / NEW / "state.json").write_text("{}")
-        said: list[str] = []
+        warnings: list[str] = []
         assert (
-            select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append, repair=True).step
+            select_checkpoint(
+                tmp_path, "auto", RankGroup.world(), warnings.append, repair=True
+            ).step
             == 1
         )
         assert (
-            f"(set aside as {NEW}.damaged{attempt})" in said[0]
+            f"(set aside as {NEW}.damaged{attempt})" in warnings[0]
             and (tmp_path / f"{NEW}.damaged{attempt}" / "state.json").read_text() == "{}"
         )
         assert (

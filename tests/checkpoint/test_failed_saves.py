@@ -32,7 +32,7 @@ def save(manager: CheckpointManager, ranks: RankGroup, step: int, wait: bool) ->
     return outcomes
 
 
-def told(outcomes: list[object]) -> list[object]:
+def messages(outcomes: list[object]) -> list[object]:
     """Of saves that failed: step, rank, errno, how many in a row; of the others their folder."""
     return [
         (
@@ -61,18 +61,18 @@ def fail_twice(
             root, CheckpointSection(asynchronous=asynchronous), ranks, lambda text: None
         )
         manager.resume()
-        all_told = []
+        all_messages = []
         for step in (1, 2, 3, 4):
             for change, at in ((begin, 2), (end, 4)):
                 ranks.all_gather(change() and None if ranks.rank == 0 and step == at else None)
             outcomes = save(manager, ranks, step, wait=False)
-            all_told.append(told(outcomes) + [str(o.error) for o in outcomes if step == 2])
+            all_messages.append(messages(outcomes) + [str(o.error) for o in outcomes if step == 2])
             ranks.all_gather(None)
             if step in (2, 3) and ranks.rank == 0:
                 # The one before is whole, nothing is half-written
                 assert open_checkpoint(root).step == 1 and not list(root.glob(".*"))
             ranks.all_gather(None)
-        return all_told
+        return all_messages
 
     by_rank = on_ranks(world_size, job)
     assert by_rank[0] == by_rank[-1]
@@ -191,16 +191,16 @@ def test_an_error_of_the_program_ends_training(tmp_path: Path) -> None:
 def test_a_failed_retention_is_not_a_failed_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    manager = CheckpointManager(tmp_path, CheckpointSection(), RankGroup.world(), said.append)
+    warnings: list[str] = []
+    manager = CheckpointManager(tmp_path, CheckpointSection(), RankGroup.world(), warnings.append)
 
     def refuse() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(manager, "_plan_retention", refuse)
-    assert told(save(manager, RankGroup.world(), 1, wait=True)) == ["step-000000001"]
+    assert messages(save(manager, RankGroup.world(), 1, wait=True)) == ["step-000000001"]
     assert (
-        len(said) == 1
-        and "no old checkpoint was removed" in said[0]
-        and "Input/output error" in said[0]
+        len(warnings) == 1
+        and "no old checkpoint was removed" in warnings[0]
+        and "Input/output error" in warnings[0]
     )

@@ -151,12 +151,16 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
         path.unlink()
     else:
         path.write_bytes(data if damage == "flip" else data[:-1])
-    said: list[str] = []
-    checkpoint = select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append)
+    warnings: list[str] = []
+    checkpoint = select_checkpoint(tmp_path, "auto", RankGroup.world(), warnings.append)
     assert checkpoint is not None and checkpoint.step == 1
-    assert len(said) == 1 and "step-000000002" in said[0] and "resuming from step 1" in said[0]
+    assert (
+        len(warnings) == 1
+        and "step-000000002" in warnings[0]
+        and "resuming from step 1" in warnings[0]
+    )
     with pytest.raises(CheckpointError, match="step-000000002 is not usable"):
-        select_checkpoint(tmp_path, 2, RankGroup.world(), said.append)
+        select_checkpoint(tmp_path, 2, RankGroup.world(), warnings.append)
 
 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:

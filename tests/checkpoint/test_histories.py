@@ -87,11 +87,11 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: not self.running)
     @rule(world_size=st.integers(1, 3))
     def start(self, world_size: int) -> None:
-        good, held = self.good(), bool(checkpoint_folders(self.root))
+        good, any_folder = self.good(), bool(checkpoint_folders(self.root))
         try:
             self._start(world_size, "auto")
         except NoValidCheckpointError:
-            assert not good and (held or list(self.root.glob("*.damaged*")))
+            assert not good and (any_folder or list(self.root.glob("*.damaged*")))
             shutil.rmtree(self.root)  # a person looks, and gives up
             self.saves = []
             return
@@ -212,19 +212,19 @@ class Histories(RuleBasedStateMachine):
         if self.lineage is not line:
             return  # rolled back and not saved yet
         last, every, best = self.limits.values()
-        kept = {save.value for save in present}
+        values = {save.value for save in present}
         # An earlier save may have taken others away
         line = [save for save in line if save in self.there] + line[-1:]
-        assert {save.value for save in line[-last:]} <= kept
+        assert {save.value for save in line[-last:]} <= values
         if every:
-            assert {save.value for save in self.there if save.step % every == 0} <= kept
+            assert {save.value for save in self.there if save.step % every == 0} <= values
             assert len([s for s in present if s.step % every]) <= 2 * last + (best or 0)
         else:
             assert len(present) <= 2 * last + (best or 0)
         measured = [save for save in line if save.loss is not None]
         if best and measured:
             lowest = min(save.loss for save in measured)
-            assert next(save for save in measured if save.loss == lowest).value in kept
+            assert next(save for save in measured if save.loss == lowest).value in values
 
     @invariant()
     def lines_are_recorded(self) -> None:

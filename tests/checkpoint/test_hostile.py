@@ -288,10 +288,12 @@ def test_a_tensor_file_that_is_not_safetensors(tmp_path: Path, data: bytes) -> N
 def test_a_folder_under_the_name_of_another_step(tmp_path: Path) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2).rename(tmp_path / "step-000000003")
-    said: list[str] = []
-    checkpoint = select_checkpoint(tmp_path, "auto", RankGroup.world(), said.append)
+    warnings: list[str] = []
+    checkpoint = select_checkpoint(tmp_path, "auto", RankGroup.world(), warnings.append)
     assert (
-        checkpoint is not None and checkpoint.step == 1 and "its manifest is of step 2" in said[0]
+        checkpoint is not None
+        and checkpoint.step == 1
+        and "its manifest is of step 2" in warnings[0]
     )
     old = write(tmp_path / "old", 2)
     as_version_1(old)

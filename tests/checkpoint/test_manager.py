@@ -19,12 +19,15 @@ def run(
     root: Path,
     ranks: RankGroup,
     saves: list[tuple[int, float | None]],
-    said: list[str] | None = None,
+    warnings: list[str] | None = None,
     **settings: object,
 ) -> list[SavedCheckpoint]:
     """Start, then save each (step, validation loss) and wait for it."""
     manager = CheckpointManager(
-        root, CheckpointSection(**settings), ranks, (said if said is not None else []).append
+        root,
+        CheckpointSection(**settings),
+        ranks,
+        (warnings if warnings is not None else []).append,
     )
     manager.resume()
     state = State(1.0, ranks.rank, ranks.world_size)
@@ -40,7 +43,7 @@ def names(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "left"),
+    ("settings", "remaining"),
     [
         ({}, ["6", "7", "8"]),
         ({"keep_last": None}, ["1", "2", "3", "4", "5", "6", "7", "8"]),
@@ -53,7 +56,7 @@ def names(root: Path) -> list[str]:
 )
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_retention(
-    tmp_path: Path, settings: dict[str, object], left: list[str], world_size: int
+    tmp_path: Path, settings: dict[str, object], remaining: list[str], world_size: int
 ) -> None:
     losses = {2: 5.0, 3: 1.0, 4: 1.0, 7: 2.0}
     for part in (range(1, 5), range(5, 9)):  # a start in between changes nothing
@@ -63,7 +66,7 @@ def test_retention(
                 tmp_path, ranks, [(s, losses.get(s)) for s in part], **settings
             ),
         )
-    assert names(tmp_path) == left
+    assert names(tmp_path) == remaining
 
 
 def test_a_rollback_is_newest_and_removes_the_abandoned_later(tmp_path: Path) -> None:
@@ -104,14 +107,14 @@ def test_a_rollback_stays_in_the_lineage_and_uses_valid_checkpoints(
     )
     path = tmp_path / "step-000000004" / "state.json"
     path.write_text(path.read_text().replace("4", "5"))
-    said: list[str] = []
+    warnings: list[str] = []
 
     def back(ranks: RankGroup) -> None:
         manager = CheckpointManager(
             tmp_path,
             CheckpointSection(keep_last=None),
             ranks,
-            said.append if ranks.rank == 0 else lambda text: None,
+            warnings.append if ranks.rank == 0 else lambda text: None,
         )
         assert manager.resume().step == 7
         assert (
@@ -124,7 +127,9 @@ def test_a_rollback_stays_in_the_lineage_and_uses_valid_checkpoints(
 
     on_ranks(world_size, back)
     assert (
-        len(said) == 1 and "state.json is damaged" in said[0] and "resuming from step 3" in said[0]
+        len(warnings) == 1
+        and "state.json is damaged" in warnings[0]
+        and "resuming from step 3" in warnings[0]
     )
     assert open_checkpoint(tmp_path).folder.name == "step-000000003.2"
 
@@ -132,18 +137,18 @@ def test_a_rollback_stays_in_the_lineage_and_uses_valid_checkpoints(
 def test_nothing_is_removed_unless_two_are_valid(tmp_path: Path) -> None:
     run(tmp_path, RankGroup.world(), [(1, None), (2, None)], keep_last=2)
     path = tmp_path / "step-000000002" / "state.json"
-    said: list[str] = []
+    warnings: list[str] = []
     manager = CheckpointManager(
-        tmp_path, CheckpointSection(keep_last=2), RankGroup.world(), said.append
+        tmp_path, CheckpointSection(keep_last=2), RankGroup.world(), warnings.append
     )
     assert manager.resume().step == 2
     path.write_text(path.read_text().replace("1", "2"))
     manager.save(State(), {"step": 3, "config": {}}, {})
     assert names(tmp_path) == ["1", "2.damaged", "3"]
     assert (
-        len(said) == 1
-        and "state.json is damaged" in said[0]
-        and "set aside as step-000000002.damaged" in said[0]
+        len(warnings) == 1
+        and "state.json is damaged" in warnings[0]
+        and "set aside as step-000000002.damaged" in warnings[0]
     )
 
 
@@ -154,16 +159,17 @@ def test_a_failed_removal_is_a_warning_and_training_goes_on(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(manager_module, "remove", refuse)
-    said: list[str] = []
+    warnings: list[str] = []
     assert [
         save.checkpoint.folder.name[-1]
         for save in run(
-            tmp_path, RankGroup.world(), [(1, None), (2, None), (3, None)], said, keep_last=2
+            tmp_path, RankGroup.world(), [(1, None), (2, None), (3, None)], warnings, keep_last=2
         )
     ] == ["1", "2", "3"]
     assert (
-        len(said) == 1
-        and "step-000000001 is no longer needed and cannot be removed: Permission denied" in said[0]
+        len(warnings) == 1
+        and "step-000000001 is no longer needed and cannot be removed: Permission denied"
+        in warnings[0]
     )
 
 

@@ -95,10 +95,10 @@ def sequences(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
     length = draw(st.integers(2, 30))
     stored = []
     for _ in range(draw(st.integers(1, 4))):
-        lengths, left = [], length + 1
-        while left:
-            lengths.append(min(draw(st.integers(1 if left < 3 else 2, length + 1)), left))
-            left -= lengths[-1]
+        lengths, remaining = [], length + 1
+        while remaining:
+            lengths.append(min(draw(st.integers(1 if remaining < 3 else 2, length + 1)), remaining))
+            remaining -= lengths[-1]
         flags = np.zeros(len(lengths), np.uint8)
         flags[-1] = draw(st.sampled_from([0, PADDING]))
         stored.append(

@@ -68,15 +68,15 @@ def test_an_epoch_is_a_permutation_that_touches_few_shards_at_a_time(
     for number in (0, 1, 10**9):
         sequences = order.sequences(np.arange(number * total, (number + 1) * total))
         assert sorted(sequences) == list(range(total))
-        at, seen = 0, []
+        at, window_shards = 0, []
         while at < total:
             shards, end = order.shards_ahead(number * total + at, 1)
             size = sum(samples[s] for s in shards)
             assert end == number * total + at + size
             assert len(shards) <= WINDOW and set(shard_of[sequences[at : at + size]]) == set(shards)
-            seen += shards
+            window_shards += shards
             at += size
-        assert sorted(seen) == [s for s, n in enumerate(samples) if n]
+        assert sorted(window_shards) == [s for s, n in enumerate(samples) if n]
 
 
 def test_epochs_and_windows_differ_and_mix_their_shards() -> None:
@@ -93,8 +93,8 @@ def test_epochs_and_windows_differ_and_mix_their_shards() -> None:
         and set(ahead[:8]) == set(first[1600:] // 50)
         and set(ahead[8:]) == set(second[:800] // 50)
     )
-    some = np.array([3, 790, 801, 1999, 2000, 3999])  # a rank's share has gaps
-    assert (order.sequences(some) == np.concatenate((first, second))[some]).all()
+    draws = np.array([3, 790, 801, 1999, 2000, 3999])  # a rank's share has gaps
+    assert (order.sequences(draws) == np.concatenate((first, second))[draws]).all()
 
 
 def test_every_sequence_comes_once_before_any_comes_twice_also_over_stages() -> None:

@@ -244,10 +244,10 @@ def test_what_killed_processes_left_is_removed(packed: Path, tmp_path: Path) -> 
 
     incoming = tmp_path / "cache" / ".incoming"
     incoming.mkdir(parents=True)
-    gone = f"{socket.gethostname()}-4194305-1-x"
+    dead = f"{socket.gethostname()}-4194305-1-x"
     alive = f"{socket.gethostname()}-{os.getpid()}-1-x"
     elsewhere = "other-host-4194305-1-x"
-    for name in (gone, alive, elsewhere):
+    for name in (dead, alive, elsewhere):
         (incoming / name).touch()
     loader_of(packed, tmp_path / "cache", tmp_path).close()
     assert {f.name for f in incoming.iterdir()} == {alive, elsewhere}

@@ -111,13 +111,13 @@ def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) ->
     shards = len(sequences._store.index)
     assert shards > 3 * MAPS
     descriptors = len(os.listdir("/proc/self/fd"))
-    kept = [sequences[i].tokens for i in range(4)]
+    arrays = [sequences[i].tokens for i in range(4)]
     for i in range(len(sequences)):
         sequences[i]
     maps = sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert maps <= MAPS + 2 and len(os.listdir("/proc/self/fd")) <= descriptors + 1
     # Views outlive the reader's interest in their shard
-    assert kept[0].tobytes() == sequences[0].tokens.tobytes()
+    assert arrays[0].tobytes() == sequences[0].tokens.tobytes()
 
 
 def test_a_shard_that_is_needed_does_not_wait_behind_those_that_will_be(

@@ -210,9 +210,9 @@ def test_tekken(ranks: dict[bytes, int], tmp_path: Path, name: str) -> None:
         tokenizer.token(tokenizer.end_id),
     ) == (440, "<s>", "</s>")
     assert [tokenizer.token(i) for i in (0, 3, 29)] == ["<unk>", "[INST]", "<SPECIAL_29>"]
-    kept = {token: rank + 30 for token, rank in ranks.items() if rank < 410}
+    text_ranks = {token: rank + 30 for token, rank in ranks.items() if rank < 410}
     encoding = tiktoken.Encoding(
-        "tekken", pat_str=PATTERNS["o200k_base"], mergeable_ranks=kept, special_tokens={}
+        "tekken", pat_str=PATTERNS["o200k_base"], mergeable_ranks=text_ranks, special_tokens={}
     )
     for text in [*adversarial_texts(), *TEXTS]:
         check_equal(tokenizer, encoding, text)

@@ -129,12 +129,12 @@ def test_a_lease_can_be_read_at_any_moment(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("data_prep.work.HEARTBEAT", 0.0)
     with _lease(tmp_path, "pack-0") as lease:
         assert lease is not None
-        written = set()
+        counts = set()
         deadline = time.monotonic() + 60
-        while len(written) < 500 and time.monotonic() < deadline:
+        while len(counts) < 500 and time.monotonic() < deadline:
             lease.advance(1)
-            written.add(json.loads((tmp_path / "leases" / "pack-0").read_text())["advanced"])
-    assert len(written) == 500
+            counts.add(json.loads((tmp_path / "leases" / "pack-0").read_text())["advanced"])
+    assert len(counts) == 500
 
 
 DRIVER = """

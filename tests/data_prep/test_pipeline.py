@@ -237,9 +237,9 @@ def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path
         update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x"}}
     )
     with small_units(2000):
-        kept = prepare(spec)
+        with_duplicates = prepare(spec)
     report = json.loads((spec.output / "report.json").read_text())
-    assert sum(kept.splits[s]["x"].documents for s in SPLITS) == 56
+    assert sum(with_duplicates.splits[s]["x"].documents for s in SPLITS) == 56
     assert report["duplicates"]["documents"] == 11 and report["duplicates"]["bytes"] == sum(
         len(t.encode()) for t in base[:7] + base[5:9]
     )

@@ -105,10 +105,10 @@ print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 def test_a_worker_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
     """Of one file of 120 MB, a line of 40 MB in it, and one that is too long."""
     spec = world(tmp_path)
-    some = texts(2000, 3)
+    contents = texts(2000, 3)
     with open(tmp_path / "big.jsonl", "w") as file:
-        for i in range(80_000_000 // sum(map(len, some))):
-            file.writelines(json.dumps({"text": f"{i} {text}"}) + "\n" for text in some)
+        for i in range(80_000_000 // sum(map(len, contents))):
+            file.writelines(json.dumps({"text": f"{i} {text}"}) + "\n" for text in contents)
         file.write(json.dumps({"text": "word " * 8_000_000}) + "\n")
         file.write('{"text": "' + "x" * 140_000_000 + '"}\n')
     spec = spec.model_copy(

@@ -312,12 +312,12 @@ def listed_merges(draw: st.DrawFn) -> list[tuple[str, str]]:
 
     Some are never reached, some make one token twice.
     """
-    known, merges = list(LETTERS), []
+    symbols, merges = list(LETTERS), []
     for _ in range(draw(st.integers(0, 14))):
-        pair = (draw(st.sampled_from(known)), draw(st.sampled_from(known)))
+        pair = (draw(st.sampled_from(symbols)), draw(st.sampled_from(symbols)))
         if pair not in merges and len("".join(pair)) < 9:
             merges.append(pair)
-            known.append("".join(pair))
+            symbols.append("".join(pair))
     return merges
 
 

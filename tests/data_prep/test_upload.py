@@ -88,8 +88,8 @@ def test_to_a_folder_and_again(many: Path, tmp_path: Path) -> None:
     assert (first.sent_files, first.present_files) == (45, 0) and first.sent_bytes == sum(
         map(len, files(many).values())
     )
-    again = upload(many, str(target))
-    assert (again.sent_files, again.present_files) == (5, 40) and files(target) == files(many)
+    second = upload(many, str(target))
+    assert (second.sent_files, second.present_files) == (5, 40) and files(target) == files(many)
     DatasetManifest.load(target)
 
 

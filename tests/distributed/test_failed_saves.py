@@ -90,11 +90,11 @@ def test_training_goes_on_untouched(
 
 
 @pytest.mark.parametrize(
-    ("name", "left"), [("stop", [1]), ("too many", [1]), ("the last", [5, 4, 3, 2, 1])]
+    ("name", "remaining"), [("stop", [1]), ("too many", [1]), ("the last", [5, 4, 3, 2, 1])]
 )
 def test_training_ends_with_the_error_if_configured(
-    jobs: tuple[Path, dict[str, str | None]], name: str, left: list[int]
+    jobs: tuple[Path, dict[str, str | None]], name: str, remaining: list[int]
 ) -> None:
     root, ends = jobs
-    assert "failed on rank 1: " in ends[name] and steps(root / name / "checkpoints") == left
+    assert "failed on rank 1: " in ends[name] and steps(root / name / "checkpoints") == remaining
     assert not list((root / name / "checkpoints").glob(".*"))

@@ -16,8 +16,8 @@ from tests.support.ranks import run_ranks
 REST = 40 * 2**20
 
 
-def measure(what: str, dataset: Path, folder: Path, ranks: int, stage: int) -> list[dict]:
-    name = f"{what}-{ranks}-{stage}"
+def measure(action: str, dataset: Path, folder: Path, ranks: int, stage: int) -> list[dict]:
+    name = f"{action}-{ranks}-{stage}"
     config = tiny(
         dataset,
         folder / "run",
@@ -31,7 +31,7 @@ def measure(what: str, dataset: Path, folder: Path, ranks: int, stage: int) -> l
         [
             "-m",
             "tests.support.state_memory",
-            what,
+            action,
             str(folder / f"{name}.yaml"),
             str(folder / name),
         ],

@@ -55,10 +55,10 @@ def result(source: LoadedModel) -> dict:
 def test_any_batch_size_and_rank_count_give_the_same(
     source: LoadedModel, result: dict, protocol: EvaluationProtocol
 ) -> None:
-    again = evaluate_model(source, TEXTS, protocol)
+    repeated = evaluate_model(source, TEXTS, protocol)
     for a, b in (
-        (result["total"], again["total"]),
-        *((result["domains"][d], again["domains"][d]) for d in TEXTS),
+        (result["total"], repeated["total"]),
+        *((result["domains"][d], repeated["domains"][d]) for d in TEXTS),
     ):
         assert (a["tokens"], a["bytes"]) == (b["tokens"], b["bytes"])
         for key in ("nats_per_token", "bpb", "bpb_with_eod", "perplexity"):

@@ -115,12 +115,12 @@ def test_the_parts_sum_to_the_gap_at_any_batch_size(source: LoadedModel) -> None
     assert (
         result["domains"]["code"]["gap"]["interval"] is None and len(total["gap"]["interval"]) == 2
     )
-    again = exposure_bias(
+    repeated = exposure_bias(
         source,
         TEXTS,
         ExposureProtocol(prefix=4, continuation=12, stretches=9, batch_size=2, resamples=50),
     )
-    assert again["total"]["drift"]["value"] == pytest.approx(total["drift"]["value"], abs=1e-6)
+    assert repeated["total"]["drift"]["value"] == pytest.approx(total["drift"]["value"], abs=1e-6)
 
 
 @pytest.mark.thorough

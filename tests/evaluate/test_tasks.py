@@ -100,12 +100,12 @@ def test_brackets_close_what_is_open_and_no_less(material: Material) -> None:
 
 def test_induction_asks_for_what_came_after(material: Material) -> None:
     for item in make_items("induction", material, 30, 0):
-        sequence, again = item.prompt[1:25], item.prompt[25:]
+        sequence, repetition = item.prompt[1:25], item.prompt[25:]
         assert (
             len(set(sequence)) == 24
-            and again == sequence[: len(again)]
-            and again
-            and item.answer == [sequence[len(again)]]
+            and repetition == sequence[: len(repetition)]
+            and repetition
+            and item.answer == [sequence[len(repetition)]]
         )
         assert (material.tokenizer.token_bytes()[sequence] > 0).all()
 

@@ -61,8 +61,8 @@ def test_a_text_longer_than_the_context_is_scored_as_by_evaluation(stride: int) 
 
 def calibration_of(logits: torch.Tensor, targets: torch.Tensor) -> Calibration:
     calibration = Calibration()
-    for some, observed in zip(logits.split(1000), targets.split(1000), strict=True):
-        calibration.add(some.log_softmax(-1), observed)
+    for part, observed in zip(logits.split(1000), targets.split(1000), strict=True):
+        calibration.add(part.log_softmax(-1), observed)
     return calibration
 
 

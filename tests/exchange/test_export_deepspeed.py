@@ -28,11 +28,11 @@ def test_zero_to_fp32_returns_our_weights(tmp_path: Path) -> None:
     ]
     completed = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert completed.returncode == 0, completed.stderr
-    again = build_decoder(
+    reloaded = build_decoder(
         config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
     )
-    again.load_state_dict(torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True))
-    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
+    reloaded.load_state_dict(torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True))
+    assert all(torch.equal(p, reloaded.get_parameter(name)) for name, p in model.named_parameters())
 
 
 def test_the_module_state_is_exported(tmp_path: Path) -> None:
@@ -43,8 +43,8 @@ def test_the_module_state_is_exported(tmp_path: Path) -> None:
     states = torch.load(
         tmp_path / "ds" / "global_step3" / "mp_rank_00_model_states.pt", weights_only=False
     )
-    again = build_decoder(
+    reloaded = build_decoder(
         config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})
     )
-    again.load_state_dict(states["module"])
-    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
+    reloaded.load_state_dict(states["module"])
+    assert all(torch.equal(p, reloaded.get_parameter(name)) for name, p in model.named_parameters())

@@ -106,12 +106,14 @@ def check_round_trip(
     torch.testing.assert_close(
         their_logits(root / "hf", tokens), our_logits(model, tokens), atol=1e-4, rtol=0
     )
-    again = load_hf(root / "hf")
-    assert again.spec == ModelSpec.from_config(config)
-    mine, theirs = dict(model.named_parameters()), dict(again.named_parameters())
+    reloaded = load_hf(root / "hf")
+    assert reloaded.spec == ModelSpec.from_config(config)
+    mine, theirs = dict(model.named_parameters()), dict(reloaded.named_parameters())
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(p, theirs[n]) for n, p in mine.items())
-    torch.testing.assert_close(our_logits(again, tokens), our_logits(model, tokens), atol=0, rtol=0)
+    torch.testing.assert_close(
+        our_logits(reloaded, tokens), our_logits(model, tokens), atol=0, rtol=0
+    )
     return name
 
 
@@ -249,9 +251,9 @@ def test_bf16_halves_the_file_and_rounds_once(tmp_path: Path, tokenizer_file: Pa
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == torch.bfloat16
-    again = load_hf(tmp_path / "hf")
+    reloaded = load_hf(tmp_path / "hf")
     for name, p in model.named_parameters():
-        assert torch.equal(again.get_parameter(name), p.bfloat16().float()), name
+        assert torch.equal(reloaded.get_parameter(name), p.bfloat16().float()), name
     size = (tmp_path / "hf" / "model.safetensors").stat().st_size
     assert size == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.1)
 
@@ -323,8 +325,8 @@ def test_the_exported_tokenizer_encodes_as_ours(
         assert theirs(text, add_special_tokens=False).input_ids == ids, text
         assert theirs(text).input_ids == [own.start_id, *ids], text
         assert theirs.decode(ids, skip_special_tokens=True) == own.decode(ids), text
-    again = Tokenizer(tmp_path / "hf" / "tokenizer.json")
-    assert (again.start_id, again.end_id) == (own.start_id, own.end_id)
+    reloaded = Tokenizer(tmp_path / "hf" / "tokenizer.json")
+    assert (reloaded.start_id, reloaded.end_id) == (own.start_id, own.end_id)
 
 
 @pytest.mark.slow

@@ -412,7 +412,7 @@ def test_importing_runs_no_foreign_code(tmp_path: Path) -> None:
     """Nothing is unpickled, compiled from the folder or started while a folder is read."""
     folder = export_model(tmp_path)
     (folder / "modeling_llama.py").write_text("raise SystemExit('ran')")
-    seen: list[str] = []
+    events: list[str] = []
     active = True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -424,10 +424,10 @@ def test_importing_runs_no_foreign_code(tmp_path: Path) -> None:
             "exec",
             "compile",
         ):
-            seen.append(f"{event} {arguments}"[:200])
+            events.append(f"{event} {arguments}"[:200])
 
     load_hf(folder)  # lazy imports of ours happen here
     sys.addaudithook(hook)
     load_hf(folder)
     active = False
-    assert seen == []
+    assert events == []

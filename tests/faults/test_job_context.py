@@ -79,13 +79,13 @@ def test_a_signal_to_one_rank_saves_on_all_unless_the_grace_period_is_too_short(
         rank.send_signal(signal.SIGUSR1)
     assert end(ranks) == [75, 75], logs(tmp_path / "second")
     record = read_exit_record(run)
-    kept = max(steps(run / "checkpoints"))
+    newest = max(steps(run / "checkpoints"))
     assert (
-        kept % (saved + 2) == 0 and f"the checkpoint of step {kept} is kept" in record["reason"]
+        newest % (saved + 2) == 0 and f"the checkpoint of step {newest} is kept" in record["reason"]
     ), record
     assert (
         "0.0 s of checkpoint.grace_seconds = 1e-05 were left" in record["reason"]
-        and record["step"] > kept
+        and record["step"] > newest
     )
 
     ranks = start_ranks([[*command, f"train.stop_at={record['step'] + 1}"]] * 2, tmp_path / "third")

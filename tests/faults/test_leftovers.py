@@ -46,21 +46,21 @@ def shared() -> Iterator[dict[str, Path]]:
 
 def test_a_new_lock_removes_temporary_files_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "stacks").mkdir()
-    left = [
+    temporary = [
         tmp_path / ".config.yaml.tmp-1234",
         tmp_path / ".lock-1.json.tmp-99",
         tmp_path / "stacks" / ".rank-0.json.tmp-7",
     ]
-    kept = [
+    others = [
         tmp_path / "metrics.jsonl",
         tmp_path / "notes.tmp-1",
         tmp_path / ".hidden",
         tmp_path / "stacks" / "rank-0.txt",
     ]
-    for path in left + kept:
+    for path in temporary + others:
         path.write_text("x")
     lock = RunLock(tmp_path)
-    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+    assert not any(path.exists() for path in temporary) and all(path.exists() for path in others)
     lock.release()
 
 
@@ -130,12 +130,12 @@ def test_a_port_in_use_is_a_one_line_error(dataset: Path, tmp_path: Path) -> Non
         assert rank.wait(120) == 2
         with socket.create_connection(owner.getsockname(), 5):
             owner.accept()[0].close()
-    said = (tmp_path / "logs" / "rank-0.log").read_text()
+    message = (tmp_path / "logs" / "rank-0.log").read_text()
     assert (
-        said.count("\n") == 1
-        and f"error: ranks cannot meet at 127.0.0.1:{port}: " in said
-        and "set MASTER_PORT" in said
-    ), said
+        message.count("\n") == 1
+        and f"error: ranks cannot meet at 127.0.0.1:{port}: " in message
+        and "set MASTER_PORT" in message
+    ), message
     assert not (tmp_path / "run").exists()
 
 

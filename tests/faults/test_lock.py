@@ -70,9 +70,9 @@ def test_the_lock_of_a_dead_holder_is_taken_over_at_once(tmp_path: Path) -> None
     process = hold_in_another_process(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    held = newest(tmp_path).name
+    old_name = newest(tmp_path).name
     lock = RunLock(tmp_path, lease=3600)
-    assert newest(tmp_path).name == f"lock-{lock.token}.json" != held
+    assert newest(tmp_path).name == f"lock-{lock.token}.json" != old_name
     lock.release()
 
 

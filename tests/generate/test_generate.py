@@ -108,10 +108,10 @@ def test_greedy_is_the_arg_max_of_the_whole_text(setup: Setup) -> None:
 
 
 def test_seeds_repeat_bit_for_bit(setup: Setup) -> None:
-    first, again, other = (
+    first, repeated, other = (
         run(setup, ["The", "a"], samples=3, sampling=Sampling(seed=seed)) for seed in (3, 3, 4)
     )
-    assert first == again and [c.tokens for c in first] != [c.tokens for c in other]
+    assert first == repeated and [c.tokens for c in first] != [c.tokens for c in other]
     assert len({tuple(c.tokens) for c in first}) == 6  # samples have continuation_rng of their own
 
 
@@ -254,14 +254,14 @@ def test_one_beam_is_greedy_and_more_are_no_worse(setup: Setup) -> None:
     torch.testing.assert_close(
         torch.tensor(beam.logprobs), training_logprobs(setup, "The", beam), atol=1e-4, rtol=0
     )
-    several = beam_search(
+    beams = beam_search(
         *setup, tokens, GenerationConfig(max_tokens=12, samples=3), BeamSearchConfig(6)
     )
-    scores = [BeamSearchConfig(6).score(sum(c.logprobs), len(c.tokens)) for c in several]
+    scores = [BeamSearchConfig(6).score(sum(c.logprobs), len(c.tokens)) for c in beams]
     assert scores == sorted(scores, reverse=True) and scores[0] >= BeamSearchConfig(1).score(
         sum(beam.logprobs), len(beam.tokens)
     )
-    stop = several[0].text[2:4]
+    stop = beams[0].text[2:4]
     stopped = beam_search(
         *setup,
         tokens,

@@ -93,8 +93,8 @@ def test_drawn_frequencies_are_those_of_the_exact_distribution(settings: dict[st
     probabilities = exact[0].numpy()
     assert counts[probabilities == 0].sum() == 0
     assert chi_squared(counts, probabilities) > 0.001
-    kept = probabilities > 0
-    counts[kept] = np.roll(counts[kept], 1)
+    possible = probabilities > 0
+    counts[possible] = np.roll(counts[possible], 1)
     assert chi_squared(counts, probabilities) < 1e-9, (
         "the test does not see tokens that are mixed up"
     )

@@ -80,6 +80,8 @@ def test_nothing_of_a_stop_string_is_shown(pieces: list[str], stops: list[str]) 
         if places:
             assert shown == text[: min(places)] and stopping.flush() == ""
             return
-        held = text[len(shown) :]
-        assert text.startswith(shown) and (not held or any(stop.startswith(held) for stop in stops))
+        withheld = text[len(shown) :]
+        assert text.startswith(shown) and (
+            not withheld or any(stop.startswith(withheld) for stop in stops)
+        )
     assert shown + stopping.flush() == text

@@ -107,10 +107,10 @@ def test_gradient_of_an_output_stays_in_its_past() -> None:
 def test_initial_values_depend_on_seed_and_name_only() -> None:
     _, model = build()
     torch.randn(10)
-    _, again = build()
+    _, repeated = build()
     _, deeper = build(depth=3)
     for name, p in model.named_parameters():
-        assert torch.equal(p, again.get_parameter(name)), name
+        assert torch.equal(p, repeated.get_parameter(name)), name
         if "o_proj" not in name and "down_proj" not in name:
             assert torch.equal(p, deeper.get_parameter(name)), name
     assert not torch.equal(

@@ -49,9 +49,9 @@ def test_a_spec_in_json_is_a_model_section_of_the_same_spec(
         | {"sliding_window": window}
     )
     spec = ModelSpec.from_section(section, 64)
-    again = ModelSection.model_validate(json.loads(json.dumps(spec.to_json())))
-    assert ModelSpec.from_section(again, 7) == spec and hash(spec) == hash(
-        ModelSpec.from_section(again, 7)
+    reread = ModelSection.model_validate(json.loads(json.dumps(spec.to_json())))
+    assert ModelSpec.from_section(reread, 7) == spec and hash(spec) == hash(
+        ModelSpec.from_section(reread, 7)
     )
     assert spec.effective_window == (window if window != 64 else None)
 

@@ -154,9 +154,9 @@ def wandb_records(folder: Path) -> list[Any]:
     [path] = folder.glob("wandb/offline-run-*/*.wandb")
     data, offset, records, parts = path.read_bytes(), 7, [], b""
     while offset + 7 <= len(data):
-        left = 32768 - offset % 32768
-        if left < 7:
-            offset += left
+        remaining = 32768 - offset % 32768
+        if remaining < 7:
+            offset += remaining
             continue
         length, kind = struct.unpack_from("<HB", data, offset + 4)
         parts += data[offset + 7 : offset + 7 + length]

@@ -92,8 +92,10 @@ def test_published_intervals() -> None:
 def test_outliers_move_beta() -> None:
     law_fit = fit(CHINCHILLA, chinchilla_runs())
     assert len(law_fit.runs) == 245 and law_fit.constants["beta"] == pytest.approx(0.4530, abs=1e-4)
-    left = {variant.what: variant for variant in sensitivity(law_fit)}
-    assert left["without the 5 highest losses"].constants["beta"] == pytest.approx(0.3672, abs=1e-4)
+    variants = {variant.what: variant for variant in sensitivity(law_fit)}
+    assert variants["without the 5 highest losses"].constants["beta"] == pytest.approx(
+        0.3672, abs=1e-4
+    )
 
 
 @published

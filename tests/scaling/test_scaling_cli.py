@@ -134,8 +134,8 @@ def test_plan_of_gpu_hours_is_that_of_its_flops(fitted: Path) -> None:
     ] == pytest.approx(flops["flops"])
     low, high = flops["parameters_interval"]
     assert low < flops["parameters"] < high and flops["price"][0]["share"] == 1
-    shown = scaling("plan", fitted, "--flops", 1e24).stdout
-    assert "extrapolation" in shown and "over-training" in shown and "…" not in shown
+    output = scaling("plan", fitted, "--flops", 1e24).stdout
+    assert "extrapolation" in output and "over-training" in output and "…" not in output
 
 
 @pytest.mark.thorough

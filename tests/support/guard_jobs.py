@@ -54,9 +54,9 @@ class Jobs:
         ]
 
     def outcome(self, name: str) -> list[Any]:
-        both = [outcomes[name]["outcome"] for outcomes in self.outcomes]
-        assert both[0][0] == both[1][0], both
-        return both[0]
+        per_rank = [outcomes[name]["outcome"] for outcomes in self.outcomes]
+        assert per_rank[0][0] == per_rank[1][0], per_rank
+        return per_rank[0]
 
     def events(self, run: str, kind: str) -> list[dict[str, Any]]:
         return read_events(self.root / run / "metrics.jsonl", kind)

@@ -115,12 +115,12 @@ def digest(engine: Engine) -> str:
     return hasher.hexdigest()
 
 
-def at(name: str, when: int, what: str) -> Any:
+def at(name: str, when: int, event: str) -> Any:
     def action(n: int) -> None:
-        if n == when and what == "term":
+        if n == when and event == "term":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)  # a thread notes it
-        elif n == when and what == "kill":
+        elif n == when and event == "kill":
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGKILL)
         elif n == when:

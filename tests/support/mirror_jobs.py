@@ -53,9 +53,9 @@ class MirroredJob:
     def end(self, seconds: float = 60.0) -> list[int]:
         """Wait for uploads and stop; returns the steps that are not mirrored."""
         deadline = time.monotonic() + seconds
-        left = self.mirror.finish(lambda: deadline - time.monotonic())
+        unfinished = self.mirror.finish(lambda: deadline - time.monotonic())
         self.events += self.mirror.drain_events()
-        return left
+        return unfinished
 
     def steps_with(self, status: str) -> list[int]:
         """Steps of the events of this status so far."""
@@ -76,7 +76,7 @@ def valid_steps(uri: str) -> list[int]:
     assert [archive.problem(checkpoint) for checkpoint in stored] == [None] * len(stored) and all(
         checkpoint.complete for checkpoint in stored
     )
-    known = {
+    names = {
         NOTE,
         *(
             f"{checkpoint.name}/{name}"
@@ -84,7 +84,7 @@ def valid_steps(uri: str) -> list[int]:
             for name in [*archive.manifest(checkpoint).files, "manifest.json"]
         ),
     }
-    assert set(archive.store.sizes()) <= known
+    assert set(archive.store.sizes()) <= names
     return [checkpoint.step for checkpoint in stored]
 
 

@@ -80,15 +80,15 @@ class Proxy:
         self._open.discard(client)
 
     def _copy(self, source: socket.socket, target: socket.socket, cut: bool) -> None:
-        left = CUT_AFTER
+        remaining = CUT_AFTER
         with suppress(OSError):
             while data := source.recv(SLOW):
                 if self._mode == "slow":
                     time.sleep(0.01)
                 if cut:
-                    data, left = data[:left], left - len(data)
+                    data, remaining = data[:remaining], remaining - len(data)
                 target.sendall(data)
-                if cut and left <= 0:
+                if cut and remaining <= 0:
                     break
         for connection in (source, target):
             with suppress(OSError):

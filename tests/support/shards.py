@@ -106,9 +106,9 @@ def _write_rows(
                     ),
                 }
             )
-    written = folder / "g00000" / "index.json"
-    entries = json.loads(written.read_text())
-    written.unlink()
+    index_path = folder / "g00000" / "index.json"
+    entries = json.loads(index_path.read_text())
+    index_path.unlink()
     for data in (
         part
         for shard in entries["shards"]

@@ -87,7 +87,7 @@ def start(storm: Storm, run: Run, cold: bool) -> Job | ColdJob:
     return ColdJob(arguments, run.log) if cold else Job(arguments, 2, run.log, report_progress)
 
 
-def said(job: Job | ColdJob, run: Run) -> str:
+def output(job: Job | ColdJob, run: Run) -> str:
     """What the ranks have said; forks share a log with those before."""
     logs = run.log.with_suffix("").glob("rank-*.log") if isinstance(job, ColdJob) else [run.log]
     return "".join(log.read_text() for log in logs)
@@ -118,9 +118,9 @@ def lives(
                 codes == [EXIT_REQUEUE] * 2, run, f"ranks ended with {codes} after SIGTERM"
             )
         else:
-            before = len(said(job, run))
+            before = len(output(job, run))
             job.kill([dice.randrange(2)])
-            others_noticed(job, lambda job=job, before=before: said(job, run)[before:])
+            others_noticed(job, lambda job=job, before=before: output(job, run)[before:])
             job.kill([0, 1])  # as a launcher does
             job.wait()
         job.close()
@@ -145,14 +145,14 @@ def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any
     """What became of the time. Raises StormError."""
     run, began = storm.new_run(Case(1, "fp32", 2, True), steps=10**6), time.time()
     duration, kills = lives(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
-    kept = [
+    events = [
         e
         for e in read_events(run.folder / "metrics.jsonl", "train")
         if e["time"] < began + duration
     ]
-    durations = [e["tokens"] / e["step"] / e["tokens_per_second"] for e in kept]
+    durations = [e["tokens"] / e["step"] / e["tokens_per_second"] for e in events]
     storm.expect(
-        [e["step"] for e in kept] == list(range(1, len(kept) + 1)),
+        [e["step"] for e in events] == list(range(1, len(events) + 1)),
         run,
         "a step is missing, or there twice",
     )
@@ -161,7 +161,7 @@ def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any
         "mtbf": mtbf,
         "start": "new processes" if cold else "forked",
         "kills": len(kills),
-        "steps": len(kept),
+        "steps": len(events),
         "steps_between_saves": INTERVAL,
         "seconds_per_step": quantiles(durations),
         "steps_redone": quantiles(k["redone"] for k in kills if k),

@@ -20,7 +20,7 @@ from pathlib import Path
 from kernels.bench.machine import measure_peak
 
 
-def main(what: str, path: str, out: str) -> None:
+def main(mode: str, path: str, out: str) -> None:
     from nextpt.base.collective import RankGroup
     from nextpt.checkpoint.commit import save
     from nextpt.checkpoint.selection import select_checkpoint
@@ -34,11 +34,11 @@ def main(what: str, path: str, out: str) -> None:
     device = start_distributed()
     ranks, engine, root = RankGroup.world(), Engine(config, device), config.run_dir / "checkpoints"
     share = sum(4 * fragment.tensor.numel() for fragment in engine.state.fragments())
-    held = []
+    checkpoints = []
 
     def load() -> None:
         checkpoint = select_checkpoint(root, "auto", ranks, print)
-        held.append(checkpoint)
+        checkpoints.append(checkpoint)
         restore_engine(engine, checkpoint, ranks)
 
     ranks.all_gather(None)
@@ -46,7 +46,7 @@ def main(what: str, path: str, out: str) -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     action = (
         load
-        if what == "load"
+        if mode == "load"
         else lambda: save(
             root,
             engine.state,

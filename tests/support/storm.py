@@ -394,11 +394,11 @@ class Storm:
         run.pending.append(kill)
 
 
-def others_noticed(job: Any, said: Callable[[], str]) -> bool:
+def others_noticed(job: Any, output: Callable[[], str]) -> bool:
     """Whether the other ranks end, or report a lost rank, within DETECT seconds."""
     deadline = time.monotonic() + DETECT
     while time.monotonic() < deadline:
-        if job.wait(0.005) or "lost another rank" in said():
+        if job.wait(0.005) or "lost another rank" in output():
             return True
     return False
 

@@ -149,10 +149,10 @@ class Job:
         False when all ranks ended before.
         """
         while not enough():
-            left = until - time.monotonic()
-            if left <= 0:
+            remaining = until - time.monotonic()
+            if remaining <= 0:
                 return True
-            if select.select([self._pipe], [], [], left)[0]:
+            if select.select([self._pipe], [], [], remaining)[0]:
                 data = os.read(self._pipe, 4096)
                 self.messages += [(time.monotonic(), byte) for byte in data]
                 if not data:

@@ -48,14 +48,14 @@ def test_the_mirror_keeps_what_the_run_keeps_and_restores_it(
     assert {6, 5, 3} <= set(steps(tmp_path / "run")) and len(steps(tmp_path / "run")) <= 4
     shutil.rmtree(tmp_path / "run")
 
-    def again(ranks: RankGroup) -> None:
+    def restore(ranks: RankGroup) -> None:
         job = MirroredJob(tmp_path / "run", uri, ranks, keep_every=3)
         assert job.checkpoint.step == 6 and holds(job.checkpoint, 6.0)
         job.save(7)
         ranks.all_gather(None)
         assert ranks.rank or job.end() == []
 
-    on_ranks(world_size, again)
+    on_ranks(world_size, restore)
     assert valid_steps(uri) == [7, 6, 3] and read_manifest(
         tmp_path / "run" / "step-000000007"
     ).lineage == [[1, 7]]
@@ -167,15 +167,15 @@ def test_a_step_that_only_the_mirror_has_can_be_resumed(tmp_path: Path) -> None:
 
 
 def test_a_job_that_lost_the_run_folder_stops_mirroring(tmp_path: Path) -> None:
-    uri, lost = f"file://{tmp_path}/mirror", []
+    uri, calls = f"file://{tmp_path}/mirror", []
 
     def may_write() -> None:
-        if lost:
+        if calls:
             raise RunInUseError("taken over")
 
     job = MirroredJob(tmp_path / "run", uri, may_write=may_write).save(1)
     job.wait_for("mirrored", 1)
-    lost.append(1)
+    calls.append(1)
     assert job.save(2).end() == [2] and job.steps_with("ended") and valid_steps(uri) == [1]
 
 

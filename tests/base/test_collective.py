@@ -27,7 +27,7 @@ def test_values_reach_all_ranks(results: list[dict[str, Any]]) -> None:
         assert got["duplicate"] == [0, 1, 2] and got["rank 0"] == {"from": 0}
 
 
-def test_actions_return_the_own_result(results: list[dict[str, Any]]) -> None:
+def test_each_rank_gets_the_result_of_its_own_action(results: list[dict[str, Any]]) -> None:
     assert [got["own result"] for got in results] == [0, 10, 20]
     assert [got["stop"] for got in results] == [[0, True], [1, True], [2, True]]
 
@@ -62,7 +62,7 @@ def test_a_subgroup_is_a_group(results: list[dict[str, Any]]) -> None:
         ]
 
 
-def test_a_process_by_itself_is_a_group() -> None:
+def test_a_process_without_peers_is_a_group() -> None:
     alone = RankGroup.world()
     assert (alone.rank, alone.world_size, alone.all_gather(3)) == (0, 1, [3])
     assert alone.duplicate().any_of(True, False) == [True, False]

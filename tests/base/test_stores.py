@@ -19,7 +19,9 @@ def s3() -> Iterator[str]:
         yield address
 
 
-def test_local_places_are_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_locations_are_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b%20c?.txt").write_text("x")
     places = [
@@ -41,7 +43,7 @@ def test_local_places_are_absolute_paths(tmp_path: Path, monkeypatch: pytest.Mon
     "name",
     ["plain.txt", "folder/with space/ü.txt", "percent%20sign", "glob[1]*?", "question?mark.txt"],
 )
-def test_a_name_in_s3_is_taken_as_it_is(s3: str, name: str) -> None:
+def test_an_s3_key_is_used_literally(s3: str, name: str) -> None:
     import boto3
 
     filesystem, path = open_store(f"s3://bucket/{name}")
@@ -51,7 +53,7 @@ def test_a_name_in_s3_is_taken_as_it_is(s3: str, name: str) -> None:
         assert file.read() == name.encode()
 
 
-def test_a_bucket_alone_and_a_trailing_slash(s3: str) -> None:
+def test_a_uri_may_be_a_bucket_or_end_with_a_slash(s3: str) -> None:
     assert [open_store(f"s3://bucket{end}")[1] for end in ("", "/", "/folder/")] == [
         "bucket",
         "bucket",
@@ -104,7 +106,7 @@ def test_a_location_that_cannot_be_opened_is_refused_by_name(location: str, mess
     assert location in str(refused.value)
 
 
-def test_what_a_store_answers_is_explained_in_one_line(s3: str) -> None:
+def test_store_errors_are_explained_in_one_line(s3: str) -> None:
     filesystem, path = open_store("s3://elsewhere/file")
     with pytest.raises(STORE_ERRORS) as raised:
         filesystem.get_file_info(fs.FileSelector(path))

@@ -163,7 +163,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
         select_checkpoint(tmp_path, 2, RankGroup.world(), warnings.append)
 
 
-def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+def test_all_checkpoints_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
         (write(tmp_path, step) / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="does not start from nothing") as raised:

@@ -72,7 +72,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("objective", {"domain_weights": {"code": -1.0}}, ["objective.domain_weights.code", "-1"]),
     ],
 )
-def test_errors_name_key_value_and_way_out(section: str, change: dict, parts: list[str]) -> None:
+def test_errors_name_key_value_and_fix(section: str, change: dict, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         config(**{section: change})
     message = str(caught.value)
@@ -96,7 +96,7 @@ def test_missing_file_and_bad_override(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
-def test_accumulation_divides_the_batch_or_says_why(ranks: int, micro: int, batch: int) -> None:
+def test_accumulation_divides_the_batch_or_is_refused(ranks: int, micro: int, batch: int) -> None:
     if batch % micro:
         with pytest.raises(ConfigError, match="global_batch_size"):
             config(train={"global_batch_size": batch, "micro_batch_size": micro})
@@ -109,7 +109,7 @@ def test_accumulation_divides_the_batch_or_says_why(ranks: int, micro: int, batc
         assert run.accumulation_steps(ranks) * micro * ranks == batch
 
 
-def test_differences_tell_what_a_resumed_run_may_change() -> None:
+def test_differences_show_what_a_resumed_run_may_change() -> None:
     allowed, forbidden = differences(
         config(), config(train={"steps": 20, "zero_stage": 2}, model={"depth": 3})
     )
@@ -121,7 +121,7 @@ def test_tokens_are_rounded_up_to_steps() -> None:
     assert config(train={"steps": None, "tokens": 8 * 32 * 3 + 1}).total_steps == 4
 
 
-def test_every_key_says_what_it_means() -> None:
+def test_every_key_has_a_description() -> None:
     for key in all_keys():
         assert key.field.description, key.name
         assert len(key.field.description) < 200, key.name

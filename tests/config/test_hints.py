@@ -79,7 +79,7 @@ MEANINGS = {
 
 
 @pytest.mark.parametrize(("unknown", "meaning"), MEANINGS.items())
-def test_names_of_others_lead_to_the_key(unknown: str, meaning: str) -> None:
+def test_names_of_other_frameworks_hint_at_the_key(unknown: str, meaning: str) -> None:
     assert hint(unknown) == f"did you mean {meaning}?"
 
 
@@ -93,7 +93,7 @@ def test_the_error_names_the_key_and_the_hint(unknown: str) -> None:
     assert str(error.value) == f"run.yaml: unknown key {unknown}; {hint(unknown)}"
 
 
-def test_computed_quantities_are_said_to_be_so() -> None:
+def test_computed_quantities_are_explained_as_computed() -> None:
     assert hint("train.gradient_accumulation_steps") == (
         "it is computed: train.global_batch_size / (train.micro_batch_size x ranks)"
     )
@@ -118,7 +118,7 @@ def test_a_key_of_another_section_is_the_first_hint() -> None:
                 assert advice.rstrip("?").split(" or ")[0] == homes[0], (section, key.name)
 
 
-def test_a_name_like_no_other_gets_the_keys_of_its_section() -> None:
+def test_an_unknown_name_gets_the_keys_of_its_section() -> None:
     assert hint("guard.zzzzz") == (
         "the keys of guard are spike_sigma, window, rollback_after, max_rollbacks"
     )

@@ -63,7 +63,7 @@ def test_a_batch_has_what_its_sequence_has() -> None:
     assert batch.domain_ids.tolist() == [1] and batch.document_ids.dtype == torch.int32
 
 
-def test_a_shorter_context_cuts_what_is_seen_and_nothing_that_is_predicted() -> None:
+def test_a_shorter_context_cuts_attention_and_no_target() -> None:
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 0, 0])
     sequence = StoredSequence(tokens, np.array([4, 3, 2]), np.array([0, 2, PADDING]), 0)
     whole, cut = make([sequence]), make([sequence], context=3)
@@ -152,7 +152,7 @@ def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int])
 @pytest.mark.thorough
 @settings(max_examples=50, deadline=None)
 @given(sequences(), st.integers(1, 3))
-def test_batches_collated_together_are_those_collated_apart(
+def test_batches_collated_together_equal_batches_collated_apart(
     case: tuple[list[StoredSequence], int], times: int
 ) -> None:
     stored, context = case
@@ -196,14 +196,12 @@ def test_batches_collated_together_are_those_collated_apart(
         ),
     ],
 )
-def test_sequences_that_contradict_themselves_are_refused(
-    sequence: StoredSequence, message: str
-) -> None:
+def test_inconsistent_sequences_are_refused(sequence: StoredSequence, message: str) -> None:
     with pytest.raises(DataError, match=message):
         make([sequence])
 
 
-def test_more_segments_than_there_is_room_for_are_refused() -> None:
+def test_segments_beyond_the_capacity_are_refused() -> None:
     sequence = StoredSequence(
         np.array([9, 1, 2, 3, 1, 1, 1, 1, 1]), np.ones(9, np.uint32), np.zeros(9, np.uint8), 0
     )
@@ -216,7 +214,7 @@ def test_more_segments_than_there_is_room_for_are_refused() -> None:
     )
 
 
-def test_lengths_of_a_real_dataset_have_as_much_room_as_its_fullest_sequence_needs(
+def test_the_capacity_of_a_real_dataset_fits_its_fullest_sequence(
     dataset: Path,
 ) -> None:
     loader = Loader(tiny(dataset, Path("unused")), 0, 1)

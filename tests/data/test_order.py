@@ -33,7 +33,7 @@ def plan(*stages: tuple[int, list[float]], seed: int = 3) -> DataPlan:
 @pytest.mark.thorough
 @settings(max_examples=60, deadline=None)
 @given(SHARES)
-def test_weights_are_the_shares_rounded_once(shares: list[float]) -> None:
+def test_quantised_shares_sum_to_the_unit(shares: list[float]) -> None:
     weights = quantise_shares(shares)
     assert sum(weights) == UNIT
     total = sum(map(Fraction, shares))
@@ -44,7 +44,7 @@ def test_weights_are_the_shares_rounded_once(shares: list[float]) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(SHARES, st.integers(0, 10**9))
-def test_counts_of_blocks_are_exact_whatever_their_number(shares: list[float], block: int) -> None:
+def test_counts_of_any_number_of_blocks_are_exact(shares: list[float], block: int) -> None:
     weights = quantise_shares(shares)
     mixture = Mixture(weights)
     for b in (block, block + 1, block + PERIOD):
@@ -130,7 +130,7 @@ def test_order_depends_on_the_seed_and_the_position_and_nothing_else() -> None:
     assert [a[p] for p in range(50)] != [other[p] for p in range(50)]
 
 
-def test_the_order_is_the_one_of_this_version() -> None:
+def test_the_order_equals_the_pinned_order_of_this_version() -> None:
     """When this fails the order has changed: raise ORDER_VERSION, so that runs refuse it."""
     assert permutation(8, 1, 2, (3, 4, 5)).tolist() == PINNED_DRAW
     order = GlobalOrder(

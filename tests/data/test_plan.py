@@ -90,14 +90,14 @@ def test_a_changed_past_is_refused(dataset: Path, later: dict[str, Any]) -> None
         open_loader(dataset, **later).check_state(state)
 
 
-def test_one_stage_is_no_stage(dataset: Path) -> None:
+def test_a_single_stage_equals_a_run_without_stages(dataset: Path) -> None:
     open_loader(dataset, stages=stages((None, A))).check_state(
         open_loader(dataset, mixing=A).state(50)
     )
 
 
 @pytest.mark.thorough
-def test_what_changed_is_named(dataset: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_data_is_named(dataset: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = open_loader(dataset, mixing=A).state(50)
     with pytest.raises(DataError, match=r"^changed since: the dataset") as caught:
         open_loader(other, mixing=A).check_state(state)
@@ -162,14 +162,12 @@ def test_max_epochs_are_checked_over_the_whole_run(dataset: Path) -> None:
         ({"max_epochs": {"code": -1}}, "data.max_epochs.code = -1.0"),
     ],
 )
-def test_plans_that_make_no_sense_are_refused(
-    dataset: Path, data: dict[str, Any], message: str
-) -> None:
+def test_invalid_plans_are_refused(dataset: Path, data: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_loader(dataset, **data)
 
 
-def test_stages_and_where_data_lies_may_differ_in_a_resumed_run(dataset: Path) -> None:
+def test_stages_and_location_of_data_may_differ_in_a_resumed_run(dataset: Path) -> None:
     old = tiny(dataset, Path("unused"), data={"mixing": A})
     new = tiny(
         dataset,

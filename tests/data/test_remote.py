@@ -123,7 +123,7 @@ def test_a_damaged_copy_is_fetched_again(packed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_what_is_wrong_in_the_store_is_refused_by_name(grouped: Path, tmp_path: Path) -> None:
+def test_damaged_objects_of_the_store_are_refused_by_name(grouped: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(grouped, tmp_path / "source"))
     for shard in source.rglob("*.mds"):
         shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
@@ -239,7 +239,7 @@ def test_processes_of_a_machine_share_one_copy(packed: Path, tmp_path: Path) -> 
     assert sum(name == "token_bytes.npy" for _, names in results for name in names) == 1
 
 
-def test_what_killed_processes_left_is_removed(packed: Path, tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed(packed: Path, tmp_path: Path) -> None:
     import socket
 
     incoming = tmp_path / "cache" / ".incoming"
@@ -323,7 +323,9 @@ def test_the_least_recently_used_copy_is_deleted_first_and_only_copies_are(
     assert not any(p.exists() for p in paths) and stranger.exists()
 
 
-def test_limits_that_cannot_hold_are_refused(packed: Path, grouped: Path, tmp_path: Path) -> None:
+def test_limits_below_the_required_size_are_refused(
+    packed: Path, grouped: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="nothing is cached"):
         loader_of(None, grouped, tmp_path, cache_limit_gib=1)
     with pytest.raises(ConfigError, match=r"read ahead together take .* GiB; raise it"):

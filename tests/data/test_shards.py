@@ -120,7 +120,7 @@ def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) ->
     assert arrays[0].tobytes() == sequences[0].tokens.tobytes()
 
 
-def test_a_shard_that_is_needed_does_not_wait_behind_those_that_will_be(
+def test_a_shard_that_is_needed_does_not_wait_behind_prefetched_ones(
     grouped: Path, tmp_path: Path
 ) -> None:
     sequences, busy = sequences_of(grouped, "train", "code", tmp_path), threading.Event()
@@ -181,7 +181,7 @@ def test_a_missing_shard_is_refused_by_name(copy: Path) -> None:
         (lambda d: d.replace(b'{"column', b"{{column"), "settings"),
     ],
 )
-def test_a_shard_that_contradicts_itself_is_refused_though_its_hash_is_right(
+def test_an_inconsistent_shard_with_a_valid_hash_is_refused(
     copy: Path, change: Callable[[bytearray], bytes], message: str
 ) -> None:
     """What a broken writer would make."""
@@ -245,7 +245,7 @@ def test_a_dataset_may_itself_be_a_link(copy: Path, tmp_path: Path) -> None:
         (lambda i: i.pop("shards"), "damaged"),
     ],
 )
-def test_an_index_that_is_not_of_the_format_is_refused(
+def test_an_index_of_another_format_is_refused(
     copy: Path, change: Callable[[dict], Any], message: str
 ) -> None:
     edit_index(copy, "train", "code", change)
@@ -253,7 +253,7 @@ def test_an_index_that_is_not_of_the_format_is_refused(
         sequences_of(copy, "train", "code")
 
 
-def test_an_index_that_was_changed_or_is_gone_is_refused(copy: Path) -> None:
+def test_a_changed_or_missing_index_is_refused(copy: Path) -> None:
     path = copy / "train" / "code" / "index.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(DataError, match="its hash differs"):
@@ -263,7 +263,7 @@ def test_an_index_that_was_changed_or_is_gone_is_refused(copy: Path) -> None:
         sequences_of(copy, "train", "code")
 
 
-def test_an_index_is_read_however_it_is_written(copy: Path) -> None:
+def test_an_index_in_any_json_layout_is_read(copy: Path) -> None:
     raw = json.loads((copy / "dataset.json").read_text())
     path = copy / "train" / "code" / "index.json"
     path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=3))

@@ -36,7 +36,7 @@ def weighted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("used", [True, False])
-def test_weights_of_the_shards_reach_the_batch_where_asked_for(weighted: Path, used: bool) -> None:
+def test_weights_of_the_shards_reach_the_batch_if_requested(weighted: Path, used: bool) -> None:
     config = tiny(
         weighted, Path("unused"), objective={"token_weights": used, "domain_weights": {"code": 3.0}}
     )
@@ -49,9 +49,7 @@ def test_weights_of_the_shards_reach_the_batch_where_asked_for(weighted: Path, u
     loader.close()
 
 
-def test_weights_that_are_not_there_are_refused_but_places_past_the_last_row_need_none(
-    dataset: Path, weighted: Path
-) -> None:
+def test_missing_weights_are_refused_but_padding_needs_none(dataset: Path, weighted: Path) -> None:
     train = {"global_batch_size": 12, "micro_batch_size": 4}
     with pytest.raises(DataError, match="no token_weights column"):
         Loader(tiny(dataset, Path("unused"), objective={"token_weights": True}), 0, 1).step_batches(
@@ -141,7 +139,7 @@ def test_the_recipe_of_the_docs_writes_the_column(
     plain.close(), loader.close()
 
 
-def test_weights_that_are_none_leave_nothing_behind(dataset: Path, tmp_path: Path) -> None:
+def test_invalid_weights_leave_nothing_behind(dataset: Path, tmp_path: Path) -> None:
     for weigh in (
         lambda row: np.ones(64),
         lambda row: -np.ones(65),
@@ -167,7 +165,7 @@ def test_weights_that_are_none_leave_nothing_behind(dataset: Path, tmp_path: Pat
         ("weights.txt:f", "its name must end in .py"),
     ],
 )
-def test_functions_that_are_none_are_told(
+def test_invalid_functions_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -181,7 +179,7 @@ def test_functions_that_are_none_are_told(
         load_function(path)
 
 
-def test_a_function_that_fails_is_named_with_the_row(dataset: Path, tmp_path: Path) -> None:
+def test_a_failing_function_is_named_with_the_row(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataPrepError, match="token weights of a row of heldout/code: KeyError: 'none'"
     ):

@@ -204,7 +204,7 @@ def test_a_killed_worker_s_work_goes_to_the_others(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_with_other_numbers_of_workers(
+def test_repeated_kills_with_other_numbers_of_workers(
     world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path
 ) -> None:
     spec = world_spec.model_copy(update={"output": tmp_path / "out"})

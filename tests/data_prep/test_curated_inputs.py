@@ -28,7 +28,7 @@ def raw() -> dict[str, str]:
     return {record["id"]: record["text"] for record in map(json.loads, lines)}
 
 
-def test_documents_of_datatrove_are_those_it_let_through() -> None:
+def test_documents_of_datatrove_are_those_that_passed_its_filters() -> None:
     documents = {
         document.id: document.text for document in read_documents(str(FOLDER / "*.jsonl.gz"))
     }

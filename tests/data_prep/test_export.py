@@ -42,9 +42,7 @@ def read_pair(prefix: str) -> list[np.ndarray]:
 
 
 @pytest.mark.thorough
-def test_documents_of_a_real_dataset_come_out_as_they_went_in(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_documents_of_a_real_dataset_are_exported_unchanged(dataset: Path, tmp_path: Path) -> None:
     exported = export_megatron(dataset, tmp_path / "out" / "stdlib")
     manifest = DatasetManifest.load(dataset)
     assert {(e.split, e.domain) for e in exported} == {
@@ -97,7 +95,7 @@ ROWS = [
         (8, 65_500, [[8, 1, 2, 9], [5, 6, 9], [8, 3, 4, 3, 4, 3, 4, 5]]),
     ],
 )
-def test_each_byte_is_the_described_one(
+def test_each_byte_follows_the_described_format(
     tmp_path: Path, compression: str | None, start: int, vocab_size: int, expected: list[list[int]]
 ) -> None:
     rows = [

@@ -81,7 +81,7 @@ def given_texts(spec: PrepSpec, domain: str) -> list[str]:
 @pytest.mark.thorough
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "single"])
 @pytest.mark.parametrize("compression", [None, "zstd:3"])
-def test_rows_hold_every_document_once(
+def test_sequences_hold_every_document_once(
     prepared: PrepSpec, tmp_path: Path, packing: str, compression: str | None
 ) -> None:
     spec = prepared.model_copy(
@@ -202,7 +202,7 @@ def test_texts_are_equal_when_hash_and_length_are() -> None:
 
 
 @pytest.mark.thorough
-def test_tokens_that_do_not_stand_for_all_of_a_text_are_found_out(
+def test_tokens_that_omit_text_are_detected(
     prepared: PrepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No tokenizer that is known does this; the sum is looked at all the same."""
@@ -229,7 +229,9 @@ def test_tokens_that_do_not_stand_for_all_of_a_text_are_found_out(
 
 
 @pytest.mark.thorough
-def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_duplicates_are_counted_and_dropped_if_configured(
+    prepared: PrepSpec, tmp_path: Path
+) -> None:
     base = texts(40, 9)
     write_lines(tmp_path / "x/1.jsonl", base + base[:7])
     write_lines(tmp_path / "x/2.jsonl", base[5:9] + texts(5, 10))
@@ -259,7 +261,7 @@ def test_repeats_are_counted_and_dropped_when_asked(prepared: PrepSpec, tmp_path
 
 
 @pytest.mark.thorough
-def test_repeats_never_straddle_the_split(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_duplicates_never_straddle_the_split(prepared: PrepSpec, tmp_path: Path) -> None:
     write_lines(tmp_path / "x.jsonl", texts(30, 4) * 3)
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
@@ -448,9 +450,7 @@ def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(
 
 
 @pytest.mark.thorough
-def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(
-    prepared: PrepSpec, tmp_path: Path
-) -> None:
+def test_a_changed_corpus_or_setting_is_detected(prepared: PrepSpec, tmp_path: Path) -> None:
     write_lines(tmp_path / "x.jsonl", texts(30, 8))
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
@@ -470,9 +470,7 @@ def test_a_changed_corpus_or_setting_is_not_taken_for_the_old_one(
 
 
 @pytest.mark.thorough
-def test_unfinished_work_on_something_else_is_not_touched(
-    prepared: PrepSpec, tmp_path: Path
-) -> None:
+def test_unfinished_work_on_other_inputs_is_kept(prepared: PrepSpec, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("no\n")
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "domains": {"x": tmp_path / "x.jsonl"}}
@@ -486,7 +484,7 @@ def test_unfinished_work_on_something_else_is_not_touched(
 
 
 @pytest.mark.thorough
-def test_work_that_had_not_begun_is_simply_begun_anew(prepared: PrepSpec, tmp_path: Path) -> None:
+def test_work_without_progress_is_restarted(prepared: PrepSpec, tmp_path: Path) -> None:
     (tmp_path / "no.json").write_text("{}")
     spec = prepared.model_copy(
         update={"output": tmp_path / "out", "tokenizer": tmp_path / "no.json"}

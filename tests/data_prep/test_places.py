@@ -59,7 +59,7 @@ def test_inputs_in_an_object_store_give_the_same_dataset(tmp_path: Path) -> None
 
 
 @pytest.mark.thorough
-def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing_and_prints_the_plan(tmp_path: Path) -> None:
     spec = world(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with small_units():
@@ -75,7 +75,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_of_this_machine(tmp_path: Path) -> None:
+def test_a_local_ray_cluster_gives_the_same_dataset(tmp_path: Path) -> None:
     spec = world(tmp_path, 40)
     prepare(spec)
     by_ray = spec.model_copy(update={"output": tmp_path / "by_ray"})

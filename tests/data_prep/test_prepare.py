@@ -81,13 +81,13 @@ def test_packing_places_every_piece_once(lengths: list[int]) -> None:
     assert len(fullness) < 2 or fullness[0] + fullness[1] > 17
 
 
-def test_packing_refuses_what_does_not_fit() -> None:
+def test_packing_refuses_pieces_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="longer than a row"):
         best_fit_decreasing(np.array([18]), 17)
 
 
 @pytest.mark.thorough
-def test_rows_give_back_the_documents(tmp_path: Path) -> None:
+def test_sequences_decode_to_the_documents(tmp_path: Path) -> None:
     s = spec(tmp_path)
     manifest = prepare(s)
     tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.json")

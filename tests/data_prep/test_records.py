@@ -116,7 +116,7 @@ def test_parquet_files_larger_than_a_unit_are_divided_by_row_groups(
     )
 
 
-def test_parquet_rows_that_are_null_or_no_utf8_are_reported_one_by_one(tmp_path: Path) -> None:
+def test_null_and_non_utf8_parquet_rows_are_reported_one_by_one(tmp_path: Path) -> None:
     data = pa.array([b"fine", b"\xff\xfe", None, b"also"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 4, data.buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
@@ -162,7 +162,7 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
         (b'{"text": NaN}', "not a JSON object"),
     ],
 )
-def test_a_bad_line_is_reported_and_spoils_no_other(
+def test_a_bad_line_is_reported_and_affects_no_other(
     tmp_path: Path, line: bytes, reason: str
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
@@ -230,7 +230,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         read(tmp_path / "a.jsonl.zst")
 
 
-def test_globs_folders_and_places_that_hold_nothing(tmp_path: Path) -> None:
+def test_globs_folders_and_empty_locations(tmp_path: Path) -> None:
     for name in ("x/a.jsonl", "x/y/b.jsonl", "x/y/c.txt", "z/d.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"text": "t"}\n')

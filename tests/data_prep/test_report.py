@@ -84,7 +84,7 @@ def test_a_key_that_the_report_does_not_know_is_refused() -> None:
         )
 
 
-def test_a_report_about_nothing_can_be_written(tmp_path: Path) -> None:
+def test_a_report_of_an_empty_dataset_can_be_written(tmp_path: Path) -> None:
     write_report(empty_report(), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert (
@@ -96,7 +96,7 @@ def test_a_report_about_nothing_can_be_written(tmp_path: Path) -> None:
     )
 
 
-def test_text_of_the_corpus_stays_text(rich: Path) -> None:
+def test_text_of_the_corpus_is_escaped(rich: Path) -> None:
     page = (rich / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page), (

@@ -56,7 +56,7 @@ def test_start_and_end(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None
         ),
     ],
 )
-def test_files_that_are_no_tokenizer(tmp_path: Path, content: str, words: str) -> None:
+def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(content)
     with pytest.raises(DataPrepError, match=words) as raised:
@@ -90,7 +90,7 @@ def test_samples_are_even_bounded_and_the_same_in_any_order() -> None:
     assert evenly_sampled(["same"] * 100, 50) == []
 
 
-def test_copies_in_another_folder_open_alike(
+def test_copies_in_another_folder_give_the_same_tokenizer(
     tokenizers: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
     shutil.copy(tokenizers["neox"].path, tmp_path / "tokenizer.json")

@@ -124,7 +124,7 @@ def test_every_token_of_bytes_has_its_own(tokenizers: dict[str, Tokenizer]) -> N
         ("neox", "e\u0301  th", [("\u00c3\u00a9", 1), ("  ", 4), ("th", 2)]),
     ],
 )
-def test_bytes_by_place(
+def test_bytes_by_position(
     tokenizers: dict[str, Tokenizer], kind: str, text: str, expected: list[tuple[str, int]]
 ) -> None:
     ids, sizes = tokenizers[kind].encode_with_bytes(text)
@@ -143,7 +143,7 @@ def test_a_text_without_tokens_leaves_its_bytes_to_the_end(
     assert tokenizers["llama"].encode_with_bytes("")[1].tolist() == [0]
 
 
-def test_places_that_go_back_or_repeat() -> None:
+def test_positions_that_decrease_or_repeat() -> None:
     sizes = sizes_from_offsets(
         "abcde\u20ac", np.array([[0, 2], [1, 1], [0, 2], [4, 5], [4, 5], [4, 5], [5, 5]])
     )
@@ -195,7 +195,7 @@ def test_tiktoken_gives_the_librarys_tokens(
     )
 
 
-def test_other_kinds_go_through_the_library_and_say_why(tokenizers: dict[str, Tokenizer]) -> None:
+def test_other_kinds_use_the_library_with_a_reason(tokenizers: dict[str, Tokenizer]) -> None:
     reasons = {
         kind: tokenizers[kind].encoder_reason
         for kind in KINDS
@@ -271,7 +271,7 @@ def add_literal(**flags: bool) -> Callable[[dict[str, Any]], None]:
         (lambda content: content["model"].update(dropout=0.1), "BPE"),
     ],
 )
-def test_tiktoken_is_not_taken_where_it_would_differ(
+def test_tiktoken_is_not_used_where_it_would_differ(
     tokenizers: dict[str, Tokenizer],
     tmp_path: Path,
     change: Callable[[dict[str, Any]], None],
@@ -428,7 +428,7 @@ def test_runs_of_a_million(tokenizers: dict[str, Tokenizer], name: str) -> None:
 
 
 @pytest.mark.thorough
-def test_a_panic_of_the_engine_is_no_end(
+def test_a_panic_of_the_engine_is_handled(
     tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts up to SHORT go a way on which the engine panics where the other raises."""

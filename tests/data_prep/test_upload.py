@@ -105,7 +105,7 @@ def test_to_a_scheme_of_fsspecs(many: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_a_damaged_shard_stops_it_and_it_goes_on_from_there(s3: str, many: Path) -> None:
+def test_a_damaged_shard_stops_an_upload_that_can_be_continued(s3: str, many: Path) -> None:
     shard = many / "train" / "b" / "g00000" / "shard.00007.mds"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -154,7 +154,7 @@ def test_a_partial_file_is_sent_again(many: Path, tmp_path: Path) -> None:
     assert upload(many, str(target)).present_files == 39 and files(target) == files(many)
 
 
-def test_files_that_nobody_vouches_for_are_sent_again(many: Path, tmp_path: Path) -> None:
+def test_files_without_a_manifest_are_sent_again(many: Path, tmp_path: Path) -> None:
     target = tmp_path / "copy"
     upload(many, str(target))
     (target / "dataset.json").unlink()
@@ -180,7 +180,7 @@ def test_another_dataset_is_not_overwritten(many: Path, tmp_path: Path) -> None:
     }
 
 
-def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> None:
+def test_an_incomplete_dataset_is_not_sent(many: Path, tmp_path: Path) -> None:
     (many / "train" / "a" / "g00000" / "shard.00003.mds").unlink()
     with pytest.raises(DataPrepError, match=r"shard.00003.mds is missing"):
         upload(many, str(tmp_path / "copy"))
@@ -190,7 +190,7 @@ def test_a_dataset_that_is_not_whole_is_not_sent(many: Path, tmp_path: Path) -> 
     assert not (tmp_path / "copy").exists()
 
 
-def test_stores_that_refuse_are_explained(
+def test_refusals_of_stores_are_explained(
     s3: str, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StoreError, match="s3://nowhere/x: there is no such bucket"):

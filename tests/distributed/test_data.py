@@ -155,14 +155,14 @@ def test_a_shard_that_one_rank_cannot_read_ends_all_at_the_step_that_needs_it(
     assert [e["step"] for e in events(root / "run", "train")] == list(range(1, before + 1))
 
 
-def test_so_does_one_that_validation_cannot_read(
+def test_a_shard_that_validation_cannot_read_ends_all_ranks(
     runs: tuple[Path, dict[str, str | None], tuple[Path, int]],
 ) -> None:
     assert "heldout/prose/g00000/shard.0000" in str(runs[1]["damaged held out"])
     assert len(events(runs[0] / "run-2", "train")) == 1
 
 
-def test_waiting_is_in_the_record(
+def test_data_wait_is_logged(
     runs: tuple[Path, dict[str, str | None], tuple[Path, int]],
 ) -> None:
     waits = [e["data_wait_seconds"] for e in events(runs[0] / "native", "train")]

@@ -72,7 +72,7 @@ def test_agrees_with_one_rank(ranks: list[dict]) -> None:
     torch.testing.assert_close(actual["nats"], out.nats)
 
 
-def test_mistakes_are_named(ranks: list[dict]) -> None:
+def test_user_errors_are_named(ranks: list[dict]) -> None:
     for messages, entries in zip(
         (r["refusals"] for r in ranks), ("0 to 10", "10 to 20"), strict=True
     ):

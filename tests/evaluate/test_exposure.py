@@ -124,7 +124,7 @@ def test_the_parts_sum_to_the_gap_at_any_batch_size(source: LoadedModel) -> None
 
 
 @pytest.mark.thorough
-def test_a_model_that_says_nothing_has_no_gap(tmp_path: Path) -> None:
+def test_a_uniform_model_has_no_gap(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     source = open_model(tmp_path / "run")
     torch.nn.init.zeros_(source.model.lm_head.weight)
@@ -155,6 +155,6 @@ def test_sizes() -> None:
             ExposureProtocol(prefix, continuation).sizes(256)
 
 
-def test_documents_that_are_too_short_are_told(source: LoadedModel) -> None:
+def test_documents_that_are_too_short_are_reported(source: LoadedModel) -> None:
     with pytest.raises(DataError, match="no document of verse has 16 tokens"):
         exposure_bias(source, {"verse": ["Whan"]}, PROTOCOL)

@@ -95,7 +95,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
 
 
 @pytest.mark.thorough
-def test_every_planted_overlap_is_found(planted: tuple[Path, list[str], list[bool]]) -> None:
+def test_every_planted_overlap_is_detected(planted: tuple[Path, list[str], list[bool]]) -> None:
     data, evaluated, expected = planted
     tokenizer = Tokenizer(data / "tokenizer.json")
     # So documents of three such are cut by rows of 128

@@ -210,9 +210,7 @@ def test_user_errors_are_named(source: LoadedModel, material: Material) -> None:
         make_items("cloze", Material(source.tokenizer, ["a b c"], 99), 3, 0)
 
 
-def test_the_harness_is_asked_for_by_name_where_it_is_missing(
-    source: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_harness_is_named(source: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install .nextpt.harness"):
         run_harness(source, ["lambada_openai"])

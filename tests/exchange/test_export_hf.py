@@ -129,7 +129,7 @@ def possible(options: dict[str, Any]) -> bool:
 @pytest.mark.parametrize(
     "values", [*itertools.product(*GRID.values())], ids=lambda v: "-".join(map(str, v))
 )
-def test_every_combination_gives_the_same_logits_and_comes_back_or_is_refused(
+def test_every_combination_round_trips_with_equal_logits_or_is_refused(
     values: tuple[Any, ...], tmp_path: Path, tokenizer_file: Path
 ) -> None:
     options = dict(zip(GRID, values, strict=True))

@@ -66,7 +66,7 @@ def test_the_second_is_refused_with_host_process_job_and_age(
 
 
 @pytest.mark.process
-def test_the_lock_of_a_dead_holder_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_the_lock_of_a_dead_holder_passes_on_at_once(tmp_path: Path) -> None:
     process = hold_in_another_process(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.join()

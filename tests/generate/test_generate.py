@@ -275,7 +275,7 @@ def test_one_beam_is_greedy_and_more_are_no_worse(setup: Setup) -> None:
         beam_search(*setup, tokens, GenerationConfig(samples=7), BeamSearchConfig(6))
 
 
-def test_taken_rows_continue_as_their_own_texts(setup: Setup) -> None:
+def test_selected_cache_rows_continue_as_their_own_texts(setup: Setup) -> None:
     """Also twice the same row, as beams do."""
     model, _ = setup
     decoding = DecodingBatch(model, [[1, 2, 3, 4], [5], [6, 7]], 8)

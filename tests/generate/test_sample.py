@@ -100,7 +100,7 @@ def test_drawn_frequencies_are_those_of_the_exact_distribution(settings: dict[st
     )
 
 
-def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be() -> None:
+def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
     probabilities = torch.tensor([[0.0, 0.3, 0.7, 0.0]], dtype=torch.float64).expand(2, -1)
     assert draw(probabilities, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [
         1,

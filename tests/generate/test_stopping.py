@@ -48,13 +48,13 @@ def test_pieces_are_the_text(tokenizer: Tokenizer, text: str, data: st.DataObjec
     assert all(parts)
 
 
-def test_a_character_in_bytes_comes_whole(tokenizer: Tokenizer) -> None:
+def test_a_character_of_several_tokens_is_emitted_whole(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a\U0001f680\U0001f681").tolist()
     parts = pieces(tokenizer, ids, 0)
     assert not any("\ufffd" in piece for piece in parts) and "".join(parts) == tokenizer.decode(ids)
 
 
-def test_what_was_given_is_not_taken_back(tmp_path: Path) -> None:
+def test_emitted_text_is_never_retracted(tmp_path: Path) -> None:
     """Llama's decoder makes of good bytes and a bad one nothing but bad ones."""
     KINDS["llama"](tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")

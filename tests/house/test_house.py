@@ -61,12 +61,12 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_the_sources_are_found() -> None:
+def test_the_rooms_have_sources() -> None:
     assert len(SOURCES) > 40
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_arrows_point_down(path: Path) -> None:
+def test_rooms_import_only_from_lower_floors(path: Path) -> None:
     own = room(module_of(path))
     for imported in imports(path):
         other = room(imported)
@@ -122,7 +122,7 @@ def test_collectives_name_their_group(path: Path) -> None:
     assert collectives_without_group(path) == []
 
 
-def test_collectives_without_a_group_are_seen(tmp_path: Path) -> None:
+def test_collectives_without_a_group_are_detected(tmp_path: Path) -> None:
     source = tmp_path / "module.py"
     source.write_text(
         "import torch.distributed as dist\nfrom torch.distributed import barrier\n"

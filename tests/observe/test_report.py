@@ -255,7 +255,7 @@ def test_a_run_just_begun_has_a_report(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_losses_that_are_not_numbers_are_told(dataset: Path, tmp_path: Path) -> None:
+def test_losses_that_are_not_numbers_are_reported(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines[30] |= {
@@ -270,7 +270,7 @@ def test_losses_that_are_not_numbers_are_told(dataset: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.thorough
-def test_what_the_guard_did_is_told(dataset: Path, tmp_path: Path) -> None:
+def test_actions_of_the_guard_are_reported(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     events = [
         SkipEvent(7, "loss spike", 9.0, 1.0, 1, 1, 3.0, 2.0),
@@ -318,7 +318,7 @@ def test_folders_that_are_not_runs_are_named(
 
 
 @pytest.mark.thorough
-def test_a_run_given_twice_and_a_file_that_cannot_be_written(dataset: Path, tmp_path: Path) -> None:
+def test_a_repeated_run_and_an_unwritable_file_are_refused(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run")
     with pytest.raises(DataError, match="given twice"):
         read_runs([run, tmp_path / "run" / ".." / "run"])

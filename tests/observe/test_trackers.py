@@ -73,7 +73,7 @@ def test_scalars_are_flat_and_leave_out_what_is_not_known() -> None:
     assert scalars(ValidationEvent(1, 100, DOMAINS, {"bpb": 1.0}))["validation/total/bpb"] == 1.0
 
 
-def test_tensorboard_reads_the_curves_and_a_resume_hides_what_is_made_again(
+def test_tensorboard_reads_the_curves_and_a_resume_hides_repeated_steps(
     dataset: Path, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -94,7 +94,7 @@ def test_tensorboard_reads_the_curves_and_a_resume_hides_what_is_made_again(
     )
 
 
-def test_a_rollback_hides_what_is_made_again(dataset: Path, tmp_path: Path) -> None:
+def test_a_rollback_hides_repeated_steps(dataset: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = config_with(dataset, tmp_path / "run", tensorboard=True)
@@ -130,7 +130,7 @@ def test_a_rollback_hides_what_is_made_again(dataset: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.thorough
-def test_mlflow_goes_on_in_the_same_run(dataset: Path, tmp_path: Path) -> None:
+def test_mlflow_continues_the_same_run(dataset: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     config = config_with(dataset, tmp_path / "run", mlflow={"experiment": "tests"})
@@ -224,7 +224,7 @@ def test_a_missing_library_is_named_before_training(dataset: Path, tmp_path: Pat
     check_trackers(config_with(dataset, tmp_path / "run"))
 
 
-def test_one_that_cannot_start_is_named(dataset: Path, tmp_path: Path) -> None:
+def test_a_tracker_that_cannot_start_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trackers.mlflow cannot start: "):
         open_trackers(
             config_with(

@@ -35,7 +35,7 @@ def test_state_takes_the_bytes_of_its_kinds() -> None:
 
 
 @pytest.mark.parametrize("name", ["weight", "step"])
-def test_names_that_mean_something_else_are_refused(name: str) -> None:
+def test_invalid_names_of_kinds_of_state_are_refused(name: str) -> None:
     with pytest.raises(AssertionError, match=name):
         StateKind(name)
 

@@ -132,7 +132,7 @@ def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: 
 
 
 @pytest.mark.thorough
-def test_the_picture(tmp_path: Path) -> None:
+def test_the_plot_shows_all_variants(tmp_path: Path) -> None:
     for seeds in (1, 2):
         baseline, *variants = (
             {"name": f"m{i}", **m}
@@ -151,7 +151,7 @@ def test_the_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_the_shipped_ablation_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_ablation_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nextpt.scaling.ablation.load_manifest", lambda path: None)
     monkeypatch.setattr("nextpt.scaling.ablation.check_dataset", lambda config, manifest: None)
     ablation = load_ablation(ROOT / "configs" / "ablations" / "code-weight.yaml")

@@ -134,7 +134,7 @@ def test_gadre_predicts_over_trained_models() -> None:
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-def test_exact_runs_give_the_law_back(law: Law) -> None:
+def test_exact_runs_recover_the_law(law: Law) -> None:
     law_fit = fit(law, synthetic_runs(law))
     assert law_fit.constants == pytest.approx(TRUE[law.name], rel=1e-6)
 
@@ -205,7 +205,7 @@ def test_smaller_models_cost_more_for_the_same_loss() -> None:
 
 
 @pytest.mark.thorough
-def test_warnings_say_what_runs_cannot_tell() -> None:
+def test_warnings_name_what_the_runs_do_not_determine() -> None:
     runs = synthetic_runs(CHINCHILLA, noise=0.003)
     assert warnings(fit(CHINCHILLA, runs)) == []
     few = runs.only(np.isin(runs.parameters, np.unique(runs.parameters)[[0, -1]]))
@@ -253,7 +253,7 @@ def test_approaches_1_and_2_find_a_known_exponent() -> None:
         envelope(runs)
 
 
-def test_repeated_data_gives_its_half_lives_back() -> None:
+def test_repeated_data_recovers_its_half_lives() -> None:
     true = {
         "A": 521.0,
         "B": 1488.0,
@@ -300,7 +300,7 @@ def test_nonnegative_least_squares() -> None:
         (lambda r: r.only(np.isclose(r.tokens, 1e9)), "one number of tokens"),
     ],
 )
-def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
+def test_runs_that_cannot_be_fitted_are_refused(runs, words: str) -> None:
     with pytest.raises(ScalingError, match=words):
         fit(CHINCHILLA, runs(synthetic_runs(CHINCHILLA)))
     rising = synthetic_runs(CHINCHILLA)
@@ -312,7 +312,7 @@ def test_runs_that_cannot_be_fitted(runs, words: str) -> None:
 
 
 @pytest.mark.thorough
-def test_resamples_in_which_loss_rises_are_left_out_and_told() -> None:
+def test_resamples_with_rising_loss_are_excluded_and_reported() -> None:
     """Runs that hardly determine N's share: in some resamples larger models are worse."""
     n, d = (grid.ravel() for grid in np.meshgrid([2e5, 3e5, 5e5, 8e5], [5e5, 1e6, 2e6]))
     noise = np.exp(0.03 * np.random.default_rng(3).standard_normal(len(n)))

@@ -134,7 +134,7 @@ def test_hpz_gathers_once_among_all_and_then_inside_a_node() -> None:
         ),
     ],
 )
-def test_hpz_that_cannot_be(overrides: tuple[str, ...], message: str) -> None:
+def test_invalid_hpz_sizes_are_refused(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config("7b", *overrides).accumulation_steps(64)
 
@@ -195,7 +195,7 @@ def test_slow_networks_show_in_the_step() -> None:
 
 
 @pytest.mark.process
-def test_what_does_not_fit_is_said() -> None:
+def test_configs_that_do_not_fit_are_reported() -> None:
     estimate = plan(config("70b"), 8, MACHINES["a10"], 0.4)
     assert estimate.best is None and not any(o.fits for o in estimate.options)
     edge = plan(config("124m"), 1, MACHINES["a10"], 0.4)
@@ -250,7 +250,7 @@ def test_json_has_bytes_and_seconds() -> None:
         (["--config", "configs/none.yaml", "--devices", "8"], "does not exist"),
     ],
 )
-def test_mistakes(arguments: list[str], words: str) -> None:
+def test_user_errors_of_plan(arguments: list[str], words: str) -> None:
     completed = nextpt_plan(*arguments)
     assert (
         completed.returncode == 2
@@ -259,7 +259,7 @@ def test_mistakes(arguments: list[str], words: str) -> None:
     )
 
 
-def test_a_machine_of_ones_own() -> None:
+def test_a_user_defined_machine() -> None:
     own = machine("H100", memory_gib=40, peak_tflops=100, link_gbs=10, node_gbs=5, node_size=4)
     assert (own.memory, own.peak, own.bus(4), own.bus(8)) == (40 * 2**30, 100e12, 10e9, 5e9)
     with pytest.raises(ConfigError, match="--memory"):

@@ -64,7 +64,7 @@ def test_help() -> None:
 
 
 @pytest.mark.thorough
-def test_fit_writes_constants_intervals_and_a_picture(fitted: Path) -> None:
+def test_fit_writes_constants_intervals_and_a_plot(fitted: Path) -> None:
     values = json.loads(fitted.read_text())
     for name, true in TRUE.items():
         low, high = values["intervals"][name]
@@ -139,7 +139,7 @@ def test_plan_of_gpu_hours_is_that_of_its_flops(fitted: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_other_forms_write_what_they_found(table: Path) -> None:
+def test_other_forms_write_their_results(table: Path) -> None:
     for form, name in (("kaplan", "alpha_N"), ("over-training", "alpha"), ("envelope", "a")):
         path = table.with_name(f"{form}.json")
         result = scaling("fit", table, *COLUMNS, "--form", form, "--bootstrap", 20, "--json", path)
@@ -207,12 +207,12 @@ def check_refused(result: Result, words: str) -> None:
         ((*COLUMNS, "--json", "/nowhere/fit.json"), "/nowhere/fit.json cannot be written"),
     ],
 )
-def test_mistakes_of_fit(table: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_user_errors_of_fit(table: Path, arguments: tuple[str, ...], words: str) -> None:
     check_refused(scaling("fit", table, "--bootstrap", 0, *arguments), words)
 
 
 @pytest.mark.thorough
-def test_mistakes_of_predict_and_plan(table: Path, fitted: Path, tmp_path: Path) -> None:
+def test_user_errors_of_predict_and_plan(table: Path, fitted: Path, tmp_path: Path) -> None:
     check_refused(
         scaling("fit", tmp_path / "none.csv", *COLUMNS), "none.csv cannot be read: No such file"
     )

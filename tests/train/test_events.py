@@ -68,7 +68,7 @@ def test_a_rollback_removes_later_records_and_a_resume_too(tmp_path: Path) -> No
     assert [e["step"] for e in read_events(path)] == [1, 2]
 
 
-def test_records_with_the_keys_before_2026_12_are_read_under_todays(tmp_path: Path) -> None:
+def test_records_with_the_keys_before_2026_12_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     old = [
         {"kind": "skip", "step": 7, "in_row": 2, "skipped": 3},

@@ -56,14 +56,14 @@ class State:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that an action takes."""
+    """Duration of an action in seconds."""
     start = time.monotonic()
     action()
     return time.monotonic() - start
 
 
 def products(until: Callable[[], bool]) -> float:
-    """Matrix products per second until `until` says so."""
+    """Matrix products per second until `until` returns true."""
     matrix, count, start = torch.randn(256, 256), 0, time.monotonic()
     while not until():
         matrix @ matrix

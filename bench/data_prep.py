@@ -1,7 +1,7 @@
 """Speed of data preparation: `nextpt prep shards` beside other programs, and two workers.
 
-    python -m bench.data_prep [--corpus FILE.jsonl.zst] [--tokenizer FILE] [--rounds 3] [--json
-    FILE]
+    python -m bench.data_prep [--corpus FILE.jsonl.zst] [--tokenizer FILE] [--rounds 3]
+        [--json FILE]
 
 Every provider reads the same .jsonl.zst in a process of its own, one thread in the tokenizer; they
 take turns. Time per core is CPU time of the whole process, its start and imports included. Without

@@ -1,12 +1,13 @@
 """Tokenization of other programs, rewritten in a few lines each, beside `nextpt prep`.
 
-    python -m bench.data_prep_peers NAME CORPUS.jsonl.zst TOKENIZER.json FOLDER    prints one line
-    of JSON
+    python -m bench.data_prep_peers NAME CORPUS.jsonl.zst TOKENIZER.json FOLDER
 
-What is kept is what costs: which call of which library encodes how many documents at once, what is
-done to the tokens in Python, and in what form they are written. What is left out is in the peers'
-favour: all three read the .zst file the way nextpt does (two of them cannot read it at all), and no
-pool of processes pickles documents and tokens. Run one per process, with RAYON_NUM_THREADS=1 for
+Prints one line of JSON.
+
+Each copy keeps what takes time: the encoding call of the library and its batch size, the Python
+work on the tokens, and the output format. The omissions favour the peers: all three read the .zst
+file the way nextpt does (two of them cannot read it at all), and no pool of processes pickles
+documents and tokens. Run one per process, with RAYON_NUM_THREADS=1 for
 figures per core.
 """
 

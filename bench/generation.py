@@ -46,7 +46,7 @@ PROMPTS = (
     "for i in range(",
     "# ",
 )
-WIDE = PROMPTS[3]  # much may follow it
+WIDE = PROMPTS[3]  # with many likely continuations
 TOKENS, DRAWS = 200, 100_000
 SETTINGS: dict[str, dict[str, Any]] = {
     "temperature 0.7": {"temperature": 0.7},

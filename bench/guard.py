@@ -1,11 +1,11 @@
-"""Cost of the guard in a step, and how near to its limits a run came.
+"""Cost of the guard per step, and distance of a run's steps from its limits.
 
     python -m bench.guard [--device cpu] [--steps 2000] [--run RUN --window 128]
 
-`judge`: microseconds that each step spends on its verdict, till the device has it; median of 20
+`judge`: microseconds per step from its loss to the verdict on the device; median of 20
 parts. With --run, how far the logged steps of a run lay above the median of those before them: in
 standard deviations (as the guard estimates them, without its floors) and, for the gradient norm, as
-a factor. A run with train.log_every=1 tells all steps.
+a factor. A run with train.log_every=1 logs all steps.
 """
 
 from __future__ import annotations

@@ -4,13 +4,16 @@
 its own, in turn, several rounds. CPU seconds are those of the process and its children, user and
 system; the files are in the page cache. A sample is a row of 2048 inputs. The providers:
 
-    nextpt            all of a Batch (nine tensors), order, shuffling and prefetch thread included
-    memmap            a numpy memmap of tokens, stretches drawn at random, as nanoGPT's get_batch
-    reads one: inputs and targets memmap, at once   rows of uint16 drawn at random by one indexing,
-    as two int64 tensors: the least that can be done memmap, batch     the same rows made into our
-    Batch by our own collate, so that only storage and order differ streaming N
-    StreamingDataset, shuffled, N workers of DataLoader, tokens as one int64 tensor, as llm-foundry
-    has them streaming, batch  the same without workers, made into our Batch
+- nextpt: all of a Batch (nine tensors), with order, shuffling and prefetch thread;
+- memmap: a numpy memmap of tokens and random stretches, as nanoGPT's get_batch reads it: inputs and
+  targets;
+- memmap, at once: random rows of uint16 by one indexing, as two int64 tensors: the least possible
+  work;
+- memmap, batch: the same rows made into a Batch by nextpt's collate, so that only storage and order
+  differ;
+- streaming N: StreamingDataset, shuffled, N workers of DataLoader, tokens as one int64 tensor, as
+  llm-foundry has them;
+- streaming, batch: the same without workers, made into a Batch.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# A release whose CPU build is known to work with the rest; on a GPU the newest is taken.
+# A release whose CPU build is known to work with the rest; on a GPU the newest is installed.
 CPU_TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# What pip says, on every later install, of the one package that is installed without its
+# pip's warning, on every later install, about the one package that is installed without its
 # dependencies on purpose.
 KNOWN = ("ERROR: pip's dependency resolver does not currently", "mosaicml-streaming ")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]

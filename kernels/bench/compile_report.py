@@ -3,8 +3,7 @@
 `python -m kernels.bench.compile_report [--target sm_90] [--only TEXT] [--json]`; needs no GPU.
 
 Cross-compiles every variant and asks ptxas for registers, spills and shared memory; counts the
-vector loads and stores. Spills, or loads of less than 128 bits, are slow whatever a GPU would
-measure.
+vector loads and stores. Spills and loads of less than 128 bits are slow on every GPU.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def examine(
 
 
 def _wide_offsets(ptx: str) -> bool:
-    """Whether the program's number meets a stride in 64 bits, and never in 32."""
+    """Whether the program's number is multiplied by a stride in 64 bits, and never in 32."""
     program = re.search(r"mov\.u32\s+(%r\d+), %ctaid\.x", ptx)
     if program is None:
         return False
@@ -106,7 +105,7 @@ def _bits(modifiers: str) -> int:
 
 
 def _match(pattern: str, text: str) -> str:
-    """First group of a pattern that must be there."""
+    """First group of a pattern that must match."""
     match = re.search(pattern, text)
     if match is None:
         raise ValueError(f"{pattern!r} does not match: {text[:200]!r}")

@@ -67,11 +67,11 @@ def row_variant(
 def _source(
     kernel: Any, kinds: dict[str, Any], constants: dict[str, Any], aligned: set[str]
 ) -> ASTSource:
-    """Return what is compiled.
+    """Return the source of a compilation.
 
     Args:
         kernel: decorated by triton.jit.
-        kinds: types of arguments, a tuple for a tuple; what stands nowhere points to fp32.
+        kinds: types of arguments, a tuple for a tuple; any other argument points to fp32.
         constants: compile-time arguments.
         aligned: arguments that are multiples of 16, tuples whole.
     """

@@ -59,7 +59,7 @@ def test_a_uri_may_be_a_bucket_or_end_with_a_slash(s3: str) -> None:
         "bucket",
         "bucket/folder",
     ]
-    assert open_store("s3://bucket/a")[0] is open_store("s3://bucket/b")[0]  # no look-up per file
+    assert open_store("s3://bucket/a")[0] is open_store("s3://bucket/b")[0]  # one lookup
 
 
 def test_options_of_pyarrow_may_follow_the_path(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

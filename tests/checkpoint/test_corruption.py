@@ -155,7 +155,7 @@ def test_a_flipped_bit_in_every_byte_is_detected(root: Path, name: str) -> None:
 
 
 def test_an_undamaged_checkpoint_is_used(root: Path) -> None:
-    """The checks above would also pass for a reader that refuses everything."""
+    """A reader that refuses everything would pass the checks above, but not this one."""
     put(root / NEW, read(root / "good"))
     checkpoint = select_checkpoint(root, "auto", RankGroup.world(), pytest.fail)
     assert checkpoint is not None and checkpoint.step == 2 and holds(checkpoint, 2.0)
@@ -221,7 +221,7 @@ def test_damaged_checkpoints_are_set_aside_and_their_step_can_be_saved_again(
         assert (
             select_checkpoint(tmp_path, "auto", RankGroup.world(), pytest.fail, repair=True).step
             == 1
-        )  # told once
+        )  # warned once
         assert write(tmp_path, 2).name == NEW
     shutil.rmtree(tmp_path / OLD)
     shutil.rmtree(tmp_path / NEW)

@@ -27,9 +27,9 @@ def start_and_save(
 ) -> list[int]:
     """A job that resumes and saves State(step) at each of the steps.
 
-    returns, per rank, the step it began with (0: none).
+    Returns the step from which each rank resumed (0: none).
 
-    wait: for each save. Otherwise each is written by a thread, and waited for when the next begins.
+    wait: Whether to wait for each save. Otherwise a thread writes it; the next save waits for it.
     """
 
     def job(ranks: RankGroup) -> int:
@@ -63,7 +63,7 @@ def good(root: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Step 2, two damaged ones of step 3, one set aside; leftovers of a killed save and removal."""
+    """Step 2, two damaged step 3 (one set aside), leftovers of a killed save and removal."""
     root = tmp_path_factory.mktemp("before") / "checkpoints"
     start_and_save(root, 2, [2, 3])
     (root / "step-000000003" / "state.json").write_text("torn")
@@ -92,9 +92,9 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_before_every_operation(
     before: Path, tmp_path: Path, world_size: int, wait: bool, stride: int, power_loss: bool
 ) -> None:
-    """A start that sets a damaged one aside, three saves, two retentions.
+    """A start that sets a damaged checkpoint aside, three saves, two retentions.
 
-    Killed at every operation, or every stride-th, one after the other.
+    Kills happen at every operation, or at every stride-th.
     """
     ends: set[str] = set()
     for at in count(0, stride):

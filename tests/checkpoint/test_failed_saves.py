@@ -1,4 +1,4 @@
-"""A disk that does not take a checkpoint: the report, what is left, and the next save."""
+"""Failed saves: the report of the error, the files left behind, and the next save."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save(manager: CheckpointManager, ranks: RankGroup, step: int, wait: bool) ->
 
 
 def messages(outcomes: list[object]) -> list[object]:
-    """Of saves that failed: step, rank, errno, how many in a row; of the others their folder."""
+    """Step, rank, errno and consecutive failures of each failed save; else its folder."""
     return [
         (
             (o.step, o.error.rank, o.error.number, o.consecutive)
@@ -53,7 +53,7 @@ def fail_twice(
 ) -> list[list[object]]:
     """Save steps 1 to 4 on each rank, 2 and 3 between `begin` and `end`.
 
-    Returns what rank 0 was told of each, and the first message.
+    Returns rank 0's outcome of each, and the first message.
     """
 
     def job(ranks: RankGroup) -> list[list[object]]:
@@ -69,7 +69,7 @@ def fail_twice(
             all_messages.append(messages(outcomes) + [str(o.error) for o in outcomes if step == 2])
             ranks.all_gather(None)
             if step in (2, 3) and ranks.rank == 0:
-                # The one before is whole, nothing is half-written
+                # The previous checkpoint is valid, no file is half-written
                 assert open_checkpoint(root).step == 1 and not list(root.glob(".*"))
             ranks.all_gather(None)
         return all_messages
@@ -77,7 +77,7 @@ def fail_twice(
     by_rank = on_ranks(world_size, job)
     assert by_rank[0] == by_rank[-1]
     assert holds(open_checkpoint(root), 4.0)
-    assert read_manifest(root / "step-000000004").lineage == [[1, 2]]  # what failed has no number
+    assert read_manifest(root / "step-000000004").lineage == [[1, 2]]  # failed saves have no number
     return by_rank[0]
 
 
@@ -149,7 +149,7 @@ def test_a_full_disk_with_room_again_later(small_disk: Path, asynchronous: bool)
 def test_tensors_that_do_not_fit_the_disk_are_reported_with_the_errno(
     small_disk: Path,
 ) -> None:
-    """The library that writes them has the error in its text only."""
+    """Safetensors reports the errno only in its message."""
     manager = CheckpointManager(
         small_disk / "run", CheckpointSection(), RankGroup.world(), lambda text: None
     )

@@ -70,7 +70,7 @@ def test_any_range_reads_back(
 
 
 class Columns(State):
-    """Matrices divided by columns, as under tensor parallelism, each part again by flat ranges."""
+    """Matrices divided by columns, as under tensor parallelism, and each part by flat ranges."""
 
     def fragments(self) -> Iterator[Fragment]:
         for (name, kind), flat in self.values.items():

@@ -1,7 +1,7 @@
 """Random histories of a run folder: saves, kills, damage, rollbacks, world sizes, restarts.
 
-A plain list of what was committed is kept beside the real folder; what a start takes must follow
-from that list.
+A plain list of the committed checkpoints is kept beside the real folder; the checkpoint that a
+start resumes from must follow from that list.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Save:
     """One committed checkpoint.
 
     Attributes:
-        value: That of its State, which no other save has.
+        value: Value of its State, unique to this save.
         lineage: The saves that led to it, itself last.
     """
 
@@ -59,7 +59,7 @@ class Histories(RuleBasedStateMachine):
         self.root.parent.mkdir(exist_ok=True)
         self.limits = {"keep_last": last, "keep_every": every, "keep_best": best}
         self.saves: list[Save] = []  # committed, in order
-        self.lineage: list[Save] = []  # of the job that runs
+        self.lineage: list[Save] = []  # of the running job
         self.world_size, self.running, self.value, self.step = 1, False, 0.0, 0
 
     def teardown(self) -> None:
@@ -69,7 +69,7 @@ class Histories(RuleBasedStateMachine):
     def present(self) -> list[Save]:
         """Committed and not removed, newest first.
 
-        A removed one's name may have been given anew.
+        The name of a removed checkpoint may be reused.
         """
         last = {save.folder: save for save in self.saves}
         return [
@@ -81,8 +81,7 @@ class Histories(RuleBasedStateMachine):
     def good(self) -> list[Save]:
         return [save for save in self.present() if not save.damaged]
 
-    # ---- what happens
-    #   ---------------------------------------------------------------------------------------
+    # ---- actions
 
     @precondition(lambda self: not self.running)
     @rule(world_size=st.integers(1, 3))
@@ -92,7 +91,7 @@ class Histories(RuleBasedStateMachine):
             self._start(world_size, "auto")
         except NoValidCheckpointError:
             assert not good and (any_folder or list(self.root.glob("*.damaged*")))
-            shutil.rmtree(self.root)  # a person looks, and gives up
+            shutil.rmtree(self.root)  # a person gives up
             self.saves = []
             return
         assert (self.lineage[-1:] == good[:1]) and not [
@@ -105,7 +104,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: not self.running and self.good())
     @rule(data=st.data(), world_size=st.integers(1, 3))
     def roll_back(self, data: st.DataObject, world_size: int) -> None:
-        """Start from a step that a person names: the newest save of that step."""
+        """Start from an explicit step: the newest save of that step."""
         candidates = {save.step: save for save in reversed(self.present())}
         steps = sorted(step for step, save in candidates.items() if not save.damaged)
         if steps:
@@ -143,14 +142,14 @@ class Histories(RuleBasedStateMachine):
         at=st.none() | st.integers(0, 60),
     )
     def save(self, ahead: int, loss: float | None, at: int | None) -> None:
-        """Train on and save; killed before the operation number `at`, if there are so many."""
+        """Train on and save; killed before operation `at`, if there are that many operations."""
         self.step, self.value = self.step + ahead, self.value + 1.0
         had, before = len(self.good()), set(checkpoint_folders(self.root))
         self.there = self.present()
 
         def job(ranks: RankGroup) -> None:
             manager = self.managers[ranks.rank]
-            # Other threads than those of the start are the same ranks
+            # The same ranks, in other threads than at the start
             manager.ranks = manager._writers = ranks
             manager.save(
                 State(self.value, ranks.rank, ranks.world_size),
@@ -174,7 +173,7 @@ class Histories(RuleBasedStateMachine):
         self.enough(had)
 
     def enough(self, had: int) -> None:
-        """At every instant two verified good ones, or as many as there were."""
+        """At every instant two valid checkpoints exist, or as many as there were."""
         assert sum(
             verify_checkpoint(folder, RankGroup.world()) is None
             for folder in checkpoint_folders(self.root)
@@ -196,8 +195,7 @@ class Histories(RuleBasedStateMachine):
         path.write_bytes(content)
         save.damaged = True
 
-    # ---- what must always hold
-    #   ------------------------------------------------------------------------------
+    # ---- invariants
 
     @invariant()
     def what_is_kept_is_what_the_settings_say(self) -> None:
@@ -213,7 +211,7 @@ class Histories(RuleBasedStateMachine):
             return  # rolled back and not saved yet
         last, every, best = self.limits.values()
         values = {save.value for save in present}
-        # An earlier save may have taken others away
+        # An earlier save may have removed others
         line = [save for save in line if save in self.there] + line[-1:]
         assert {save.value for save in line[-last:]} <= values
         if every:

@@ -136,7 +136,7 @@ def test_a_file_that_is_not_a_manifest(tmp_path: Path, text: str, words: str) ->
     folder = write(tmp_path, 1)
     (folder / "manifest.json").write_text(text)
     assert words in refusal(tmp_path)
-    # The other files are read as strictly
+    # The other files are parsed as strictly
     if "nested" in words or "twice" in words or "finite" in words:
         for name in ("state.json", INDEX):
             other = write(tmp_path / name, 1)
@@ -339,9 +339,9 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 def test_any_value_anywhere_is_refused_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, name: str, pick: int, new: Any
 ) -> None:
-    """Never anything but a CheckpointError in one line.
+    """Any value leads to a CheckpointError in one line, or changes nothing.
 
-    And what is accepted holds the tensors that were written.
+    An accepted checkpoint holds the tensors that were written.
     """
     root = tmp_path_factory.mktemp("any")
     folder = write(root, 1)
@@ -375,7 +375,7 @@ def test_older_format_versions_are_read(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_and_not_skipped(tmp_path: Path) -> None:
-    """It may be in order: an older one in its place would be a rollback that nobody asked for."""
+    """A newer format may be valid: an older checkpoint in its place would be a silent rollback."""
     write(tmp_path, 1)
     folder = write(tmp_path, 2)
     rewrite_manifest(folder, lambda m: m.update(format_version=4, more={}))
@@ -428,9 +428,9 @@ print("clean")
 
 @pytest.mark.process
 def test_no_path_through_loading_runs_code(tmp_path: Path) -> None:
-    """Watched by an audit hook: a valid checkpoint, fallbacks, a refusal, files with pickles.
+    """An audit hook watches loading: a valid checkpoint, fallbacks, a refusal, files with pickles.
 
-    Nothing is even imported.
+    No module is imported either.
     """
     good, fallback, refused, pickled = (
         tmp_path / name for name in ("good", "fallback", "refused", "pickled")

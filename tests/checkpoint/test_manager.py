@@ -59,7 +59,7 @@ def test_retention(
     tmp_path: Path, settings: dict[str, object], remaining: list[str], world_size: int
 ) -> None:
     losses = {2: 5.0, 3: 1.0, 4: 1.0, 7: 2.0}
-    for part in (range(1, 5), range(5, 9)):  # a start in between changes nothing
+    for part in (range(1, 5), range(5, 9)):  # a start between the saves changes nothing
         on_ranks(
             world_size,
             lambda ranks, part=part: run(
@@ -78,7 +78,7 @@ def test_a_rollback_is_newest_and_removes_the_abandoned_later(tmp_path: Path) ->
     assert open_checkpoint(tmp_path).folder.name == "step-000000004.2"
     assert open_checkpoint(tmp_path, 4).folder.name == "step-000000004.2"
     run(tmp_path, RankGroup.world(), [(5, None), (7, None)], keep_last=2, keep_every=2)
-    assert names(tmp_path) == ["2", "4", "4.2", "5", "6", "7"]  # keep_every is for ever
+    assert names(tmp_path) == ["2", "4", "4.2", "5", "6", "7"]  # keep_every never expires
     run(tmp_path, RankGroup.world(), [(9, None)], keep_last=2, keep_every=2)
     assert names(tmp_path) == ["2", "4", "4.2", "6", "7", "9"]
 
@@ -96,7 +96,7 @@ def test_a_rollback_keeps_the_checkpoint_it_returned_to(tmp_path: Path) -> None:
 def test_a_rollback_stays_in_the_lineage_and_uses_valid_checkpoints(
     tmp_path: Path, world_size: int
 ) -> None:
-    """Steps 5 and 6 were abandoned for 5.2; 4 is damaged; 7 is not from before."""
+    """Steps 5 and 6 were abandoned for 5.2; 4 is damaged; 7 is newer."""
     on_ranks(
         world_size,
         lambda ranks: run(tmp_path, ranks, [(s, None) for s in (2, 3, 4, 5, 6)], keep_last=None),
@@ -122,7 +122,7 @@ def test_a_rollback_stays_in_the_lineage_and_uses_valid_checkpoints(
         )
         assert manager.rollback(2) is None
         manager.save(State(1.0, ranks.rank, ranks.world_size), {"step": 3, "config": {}}, {})
-        # And not 5.2, which was abandoned by that
+        # And not 5.2, which that rollback abandoned
         assert manager.rollback(7).folder.name == "step-000000003.2"
 
     on_ranks(world_size, back)
@@ -175,7 +175,7 @@ def test_a_failed_removal_is_a_warning_and_training_goes_on(
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writing waits until this is set."""
+    """Event for which the writer waits."""
     event, commit = threading.Event(), manager_module.commit
 
     def waiting(*arguments: object) -> object:

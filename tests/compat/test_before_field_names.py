@@ -41,7 +41,7 @@ RECORDED = json.loads((FIXTURES / "resumed.json").read_text())
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of everything, of which both runs were resumed from step 8 by today's code."""
+    """A copy of the fixtures in which the current code resumed both runs from step 8."""
     root = Path(shutil.copytree(FIXTURES, tmp_path_factory.mktemp("before") / "old"))
     jobs = [(config_of(root, run), ranks) for run, (ranks, _) in RUNS.items()]
     for run in RUNS:
@@ -82,7 +82,7 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def same_machine() -> bool:
-    """Whether figures repeat bit for bit here."""
+    """Whether results are bit-reproducible on this machine."""
     return (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine()) == (
         RECORDED["torch"],
         RECORDED["cpu_capability"],
@@ -94,7 +94,7 @@ def same_machine() -> bool:
 def test_a_resumed_run_gets_the_losses_that_the_old_code_gets(
     old: Path, run: str, record_property: Any
 ) -> None:
-    """Bit for bit with the torch and vector instructions of the record, else to 1e-6."""
+    """Bit for bit with the recorded torch and vector instructions, else to 1e-6."""
     events = [
         event
         for event in read_events(old / f"{run}-resumed" / "metrics.jsonl", "train")
@@ -122,7 +122,7 @@ def test_an_evaluation_gives_the_same_figures(inside: Path, run: str) -> None:
     assert evaluation["total"]["nats_per_token"] == pytest.approx(
         expected["total"]["nats_per_token"], rel=0 if same_machine() else 1e-6
     )
-    # Under whatever names: fields are renamed, figures are not.
+    # By value: fields were renamed, values were not.
     now, before = sorted(numbers(evaluation)), sorted(numbers(expected))
     assert len(now) == len(before) > 100
     assert now == pytest.approx(before, rel=1e-12 if same_machine() else 1e-6)

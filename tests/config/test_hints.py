@@ -1,4 +1,4 @@
-"""Error hints: unknown keys, also those of other frameworks, lead to the key that is meant."""
+"""Error hints: unknown keys, also those of other frameworks, lead to the intended key."""
 
 from __future__ import annotations
 

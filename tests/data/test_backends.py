@@ -32,7 +32,7 @@ def grouped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def leave_no_shared_memory() -> Iterator[None]:
-    """StreamingDataset refuses a folder that another one of the process still names."""
+    """StreamingDataset refuses a folder that another instance of the process still uses."""
     import gc
 
     yield
@@ -89,7 +89,7 @@ def test_both_backends_read_a_remote_dataset(
         batches(open_loader(tmp_path / "a", "streaming", remote=str(folder), cache_limit_gib=1)),
         expected,
     )
-    # Over the other's copies
+    # With the copies of the other backend
     assert_equal(batches(open_loader(tmp_path / "a", "native", remote=str(folder))), expected)
 
 
@@ -140,7 +140,7 @@ def test_streamings_own_iteration_yields_our_sequences_sample_for_sample(
 
 @pytest.mark.thorough
 def test_a_shuffled_epoch_of_streaming_is_an_epoch_of_ours(grouped: Path, tmp_path: Path) -> None:
-    """As multisets: the orders are different functions."""
+    """Equal as multisets: the orders are different functions."""
     import_streaming()
     from streaming import StreamingDataset
 
@@ -182,7 +182,7 @@ def test_a_limit_that_would_delete_the_only_copy_is_refused(packed: Path, tmp_pa
 def test_the_library_path_also_refuses_damaged_shards_by_name(
     grouped: Path, packed: Path, tmp_path: Path
 ) -> None:
-    """Streaming never looks at the hash of a file that is there."""
+    """Streaming never checks the hash of an existing file."""
     for name, source, pattern in (("grouped", grouped, "*.mds"), ("packed", packed, "*.zstd")):
         folder = Path(shutil.copytree(source, tmp_path / name))
         for shard in folder.rglob(pattern):
@@ -206,7 +206,7 @@ def test_the_library_path_fetches_damaged_copies_again(grouped: Path, tmp_path: 
 def test_local_world_size_is_set_before_streaming_needs_it(dataset: Path, tmp_path: Path) -> None:
     """Deepspeed sets LOCAL_SIZE only.
 
-    Without the other, each rank would take itself for the first of its machine.
+    Without LOCAL_WORLD_SIZE, each rank would act as the first of its machine.
     """
     import os
     import subprocess

@@ -75,7 +75,7 @@ def test_a_shorter_context_cuts_attention_and_no_target() -> None:
 
 
 def test_bytes_come_from_the_column_where_sequences_have_one() -> None:
-    """A text token may stand for nothing and the end of a document for something."""
+    """A text token may have no bytes, and the end of a document may have some."""
     sequence = StoredSequence(
         np.array([9, 1, 2, 9, 0]),
         np.array([4, 1]),
@@ -119,7 +119,7 @@ def sequences(draw: st.DrawFn) -> tuple[list[StoredSequence], int]:
 @settings(max_examples=200, deadline=None)
 @given(sequences())
 def test_batches_follow_their_definition(case: tuple[list[StoredSequence], int]) -> None:
-    """Against a loop over tokens, and the packing that attention makes of either description."""
+    """Against a loop over tokens, and attention's packing of either description."""
     stored, context = case
     length = len(stored[0].tokens) - 1
     batch = make(stored, context)

@@ -37,7 +37,7 @@ def config_of(shards: Path, micro: int, threads: int = 2, **data: Any) -> Config
 
 
 def global_batches(config: Config, world: int, steps: range) -> list[dict[str, torch.Tensor]]:
-    """Every field of every step's global batch, sequences in the order of their positions."""
+    """Fields of every step's global batch, with sequences in the order of their positions."""
     loaders = [Loader(config, rank, world) for rank in range(world)]
     batches = []
     for step in steps:
@@ -117,14 +117,14 @@ def test_steps_may_be_asked_for_in_any_order(
     for step in (0, 11, 3, 3, 12, 0):
         (batch,) = loader.step_batches(step)
         assert torch.equal(batch.tokens, whole[step]["tokens"])
-    assert len(loader._ahead) == 2  # what was read ahead for other steps is dropped
+    assert len(loader._ahead) == 2  # prefetched batches of other steps are dropped
     loader.close()
 
 
 def test_skipped_data_is_not_read_also_after_a_resume(
     shards: Path, whole: list[dict[str, torch.Tensor]]
 ) -> None:
-    """Also across the end of a stage, twice from the same step, and after reading ahead."""
+    """Also across the end of a stage, twice from the same step, and after a prefetch."""
     loader = Loader(config_of(shards, GLOBAL), 0, 1)
 
     def reads(loader: Loader, step: int) -> int:
@@ -138,7 +138,7 @@ def test_skipped_data_is_not_read_also_after_a_resume(
     assert [reads(loader, step) for step in range(2, 5)] == [5, 6, 7] and loader.skipped == [
         (128, 320)
     ]
-    # Which reads the 8th batch: the stage ends after 7
+    # It reads the 8th batch: the stage ends after 7
     assert [step for step in range(1, 7) if loader.begins_stage(step)] == [4]
     loader.skip_data(2, 8 * GLOBAL)
     assert (
@@ -182,7 +182,7 @@ def test_skipped_data_is_not_read_also_after_a_resume(
 
 
 def test_one_epoch_after_another(shards: Path) -> None:
-    """Without a mixture an epoch has all sequences once, but for where its last block ends."""
+    """Without a mixture an epoch has all sequences once, except at the end of its last block."""
     loader = Loader(
         tiny(shards, Path("unused"), train={"global_batch_size": 64, "micro_batch_size": 64}), 0, 1
     )
@@ -217,7 +217,7 @@ def test_cu_seqlens_have_one_size_over_all_stages(shards: Path) -> None:
 
 
 def test_waiting_is_measured(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time in which the caller had to wait, and none of what threads read ahead meanwhile."""
+    """Time that the caller waited, without the time of prefetching threads."""
     import time
 
     read, seconds = Loader._read_step, 0.15
@@ -230,7 +230,7 @@ def test_waiting_is_measured(shards: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert first >= seconds
     time.sleep(6 * seconds)
     loader.step_batches(1)
-    assert loader.wait_seconds - first < seconds / 3  # it was there
+    assert loader.wait_seconds - first < seconds / 3  # it was prefetched
     loader.close()
 
 

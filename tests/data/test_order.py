@@ -131,7 +131,7 @@ def test_order_depends_on_the_seed_and_the_position_and_nothing_else() -> None:
 
 
 def test_the_order_equals_the_pinned_order_of_this_version() -> None:
-    """When this fails the order has changed: raise ORDER_VERSION, so that runs refuse it."""
+    """If this fails, the order has changed: raise ORDER_VERSION, so that older runs refuse it."""
     assert permutation(8, 1, 2, (3, 4, 5)).tolist() == PINNED_DRAW
     order = GlobalOrder(
         plan((0, [0.7, 0.2, 0.1]), (10000, [0.2, 0.2, 0.6]), seed=7),
@@ -143,7 +143,7 @@ def test_the_order_equals_the_pinned_order_of_this_version() -> None:
 
 @pytest.mark.process
 def test_position_1e9_is_reached_at_once() -> None:
-    """In 200 MB beyond what the imports take, with 10^5 shards and 1.6 10^9 sequences a domain.
+    """In 200 MB beyond the imports, with 10^5 shards and 1.6 10^9 sequences per domain.
 
     The time is in bench/loader.py.
     """

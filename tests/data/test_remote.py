@@ -40,7 +40,7 @@ def grouped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of few files, for a server that is not quick."""
+    """Datasets of few files, for a slow server."""
     root = tmp_path_factory.mktemp("few")
     return {
         name: rewrite(dataset, root / name, compression=kind, shard_rows=128)
@@ -64,7 +64,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def finish(loader: Loader) -> None:
-    """Close it, and wait for what is on its way."""
+    """Close the loader, and wait for pending reads."""
     loader.close()
     loader.dataset.threads.shutdown(wait=True)
 
@@ -257,7 +257,7 @@ def test_leftovers_of_killed_processes_are_removed(packed: Path, tmp_path: Path)
 def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # All of so small a dataset is read together
+    # A dataset this small is read as a whole
     monkeypatch.setattr(ShardCache, "check", lambda self, needed: None)
     expected = first_steps(loader_of(None, packed, tmp_path), 40)
     trimmed = []
@@ -289,7 +289,7 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
         for s in json.loads((packed / "train" / d / "index.json").read_text())["shards"]
     ]
     assert sum(raw) > 2.5 * limit and max(raw) <= shard
-    # Eight threads may be making one each
+    # Eight threads may each write a file
     assert len(trimmed) > 30 and max(trimmed) <= limit + 8 * shard
     assert len(list(packed.rglob("*.zstd"))) > 30  # the source is whole
 
@@ -304,7 +304,7 @@ def test_the_least_recently_used_copy_is_deleted_first_and_only_copies_are(
     for path in (*(tmp_path / "cache").rglob("*.mds"), *(tmp_path / "node" / "verified").iterdir()):
         os.utime(path, (1000, 1000))
     for path in paths:
-        # The clock of files moved: marks are others now
+        # The modification times moved: the marks differ now
         store.scratch.verified_marker(path, store.index[paths.index(path)].raw.xxh64).touch()
     os.utime(store.scratch.verified_marker(paths[2], store.index[2].raw.xxh64), (500, 500))
     for i in (0, 1, 3):

@@ -80,10 +80,7 @@ def test_sequences_are_what_streaming_reads(
 
 @pytest.mark.thorough
 def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, packed: Path) -> None:
-    """Not in their order, which follows the shards.
-
-    but one epoch over a domain holds the same sequences.
-    """
+    """The orders follow the shards and differ; one epoch holds the same sequences."""
     batches = []
     for folder in (dataset, grouped, packed):
         loader = Loader(
@@ -116,7 +113,7 @@ def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) ->
         sequences[i]
     maps = sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert maps <= MAPS + 2 and len(os.listdir("/proc/self/fd")) <= descriptors + 1
-    # Views outlive the reader's interest in their shard
+    # Views outlive the reader's map of their shard
     assert arrays[0].tobytes() == sequences[0].tokens.tobytes()
 
 
@@ -133,7 +130,7 @@ def test_a_shard_that_is_needed_does_not_wait_behind_prefetched_ones(
         )
         busy.set()
     sequences._threads.shutdown(wait=True)
-    # The others were prepared in their turn
+    # The other shards were prepared in their turn
     assert len(list((tmp_path / "verified").iterdir())) == 5
 
 
@@ -184,7 +181,7 @@ def test_a_missing_shard_is_refused_by_name(copy: Path) -> None:
 def test_an_inconsistent_shard_with_a_valid_hash_is_refused(
     copy: Path, change: Callable[[bytearray], bytes], message: str
 ) -> None:
-    """What a broken writer would make."""
+    """Shards as a broken writer would make them."""
     import xxhash
 
     _damage(shard(copy), change)
@@ -365,7 +362,7 @@ def test_damaged_compressed_shards_and_bombs_are_refused(
 
     path = shard(packed_copy, ".zstd")
     _damage(path, change)
-    if "is damaged" not in message:  # hostile: the index vouches for it
+    if "is damaged" not in message:  # hostile: the index has its hash
         data = path.read_bytes()
         edit_index(
             packed_copy,

@@ -1,4 +1,4 @@
-"""Converted tokenizers encode as what they were made from, which other libraries read."""
+"""Converted tokenizers encode as their sources do in other libraries."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
 
 
 def check_equal(tokenizer: Tokenizer, encoding: tiktoken.Encoding, text: str) -> None:
-    """Both encoders of ours give the tokens of tiktoken's own encoding."""
+    """Both encoders of nextpt give the tokens of tiktoken's own encoding."""
     expected = encoding.encode(text, disallowed_special=())
     assert tokenizer.encode(text).tolist() == expected and tokenizer.difference([text]) is None
 
@@ -115,7 +115,7 @@ def test_ranks_encode_difficult_texts_as_tiktoken(
 def test_any_ranks_encode_as_tiktoken(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Random tokens in random order, few of which merging reaches, as no training makes them."""
+    """Random tokens in random order; unlike in trained ones, merging reaches few of them."""
     tokens = data.draw(
         st.lists(
             st.binary(min_size=2, max_size=6).map(lambda b: bytes(97 + c % 3 for c in b)),
@@ -287,7 +287,7 @@ def test_tokenizer_json_passes_through(tmp_path: Path) -> None:
 def test_names_need_the_network_or_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: dict[bytes, int]
 ) -> None:
-    """Tiktoken refuses a copy that is not what OpenAI published, and cannot fetch another."""
+    """Tiktoken refuses a copy that differs from OpenAI's file, and cannot fetch another."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

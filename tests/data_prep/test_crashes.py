@@ -36,7 +36,7 @@ def world_spec(tmp_path_factory: pytest.TempPathFactory) -> PrepSpec:
 
 @pytest.fixture(scope="module")
 def expected(world_spec: PrepSpec) -> dict[str, str]:
-    """What an undisturbed preparation writes."""
+    """Content of an undisturbed preparation."""
     spec = world_spec.model_copy(update={"output": world_spec.output.with_name("undisturbed")})
     with small_units():
         prepare(spec, workers=LocalWorkers(1))
@@ -46,7 +46,7 @@ def expected(world_spec: PrepSpec) -> dict[str, str]:
 def killed_at(spec: PrepSpec, rename: int, *, after: bool) -> bool:
     """Prepare in a child that is killed right before or after its n-th rename.
 
-    False when it needed fewer.
+    Returns False if it needed fewer.
     """
 
     def action() -> None:
@@ -97,7 +97,7 @@ def test_killed_at_a_rename_and_started_again(
 def test_killed_at_every_rename(
     world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """At each rename: before it for odd ones, after it for even ones."""
+    """At each rename: before odd ones, after even ones."""
     for step in count(1):
         spec = world_spec.model_copy(update={"output": tmp_path / str(step) / "out"})
         spec.output.parent.mkdir()
@@ -122,9 +122,9 @@ def test_finished_units_are_not_done_again(
 
 
 def test_a_lease_can_be_read_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its worker may be killed while it says that it lives.
+    """Its worker may be killed while it renews the lease.
 
-    What cannot be read is waited for until it counts as dead.
+    An unreadable lease is waited for until it expires.
     """
     monkeypatch.setattr("data_prep.work.HEARTBEAT", 0.0)
     with _lease(tmp_path, "pack-0") as lease:

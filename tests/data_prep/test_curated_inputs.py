@@ -1,6 +1,6 @@
-"""What datatrove wrote is read as it is.
+"""Output of datatrove is read unchanged.
 
-The files in fixtures/datatrove are what version 0.10.1 made of raw/ (docs/curation.md).
+Version 0.10.1 made the files in fixtures/datatrove from raw/ (docs/curation.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "fixtures" / "datatrove"
 
 
 def raw() -> dict[str, str]:
-    """Text of each document that was given to datatrove, by id."""
+    """Text of each input document of datatrove, by id."""
     lines = (
         line
         for file in sorted((FOLDER / "raw").iterdir())

@@ -51,13 +51,13 @@ def test_documents_of_a_real_dataset_are_exported_unchanged(dataset: Path, tmp_p
     for part in exported:
         counts = manifest.splits[part.split][part.domain]
         sequences = read_pair(str(part.prefix))
-        # Every token but the starts once, and one again for each further piece of a document.
+        # Every token but the starts once, and one twice for each further piece of a document.
         assert len(sequences) == part.sequences and sum(map(len, sequences)) == part.tokens
         assert part.tokens == counts.tokens + part.sequences - counts.documents
         assert sum(s[-1] == manifest.end_id for s in sequences) == counts.documents
         assert all(manifest.end_id not in s[:-1] for s in sequences)
-    # What was held out is also there as text: cut it anew, and exactly these sequences must have
-    # come out.
+    # Held-out documents are also stored as text: packing them again must give exactly these
+    # sequences.
     tokenizer, length = Tokenizer(dataset / "tokenizer.json"), manifest.sequence_length
     for domain in manifest.domains:
         expected: Counter[bytes] = Counter()

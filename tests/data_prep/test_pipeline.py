@@ -31,7 +31,7 @@ from tests.support.tokenizers import ANY_TEXT, KINDS
 
 
 def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
-    """Rows by mosaicml-streaming's own reader."""
+    """Sequences as mosaicml-streaming's own reader returns them."""
     import_streaming()
     from streaming.base.format import reader_from_json
 
@@ -53,7 +53,7 @@ def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
 
 
 def segments(rows: list[dict[str, Any]]) -> list[tuple[np.ndarray, int]]:
-    """(tokens, flags) of all segments that are no padding."""
+    """(tokens, flags) of all segments except padding."""
     parts = []
     for row in rows:
         ends = np.cumsum(row["doc_lens"]).tolist()
@@ -141,7 +141,7 @@ def test_the_index_of_a_domain_lists_shards_in_folders(prepared: PrepSpec) -> No
 def test_units_and_groups_change_neither_sides_nor_counts(
     prepared: PrepSpec, tmp_path: Path
 ) -> None:
-    """Only how rows are filled depends on groups; what is in them does not."""
+    """Groups change how sequences are filled, not what documents they hold."""
     spec = prepared.model_copy(update={"output": tmp_path / "out"})
     single, many = prepare(spec), DatasetManifest.load(prepared.output)
     for split in SPLITS:
@@ -205,7 +205,7 @@ def test_texts_are_equal_when_hash_and_length_are() -> None:
 def test_tokens_that_omit_text_are_detected(
     prepared: PrepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No tokenizer that is known does this; the sum is looked at all the same."""
+    """No known tokenizer does this; the sum is checked nevertheless."""
     encode = Tokenizer.encode_batch
 
     def forgetful(self: Tokenizer, texts: list[str]) -> list[np.ndarray]:

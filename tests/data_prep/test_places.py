@@ -1,7 +1,4 @@
-"""Where inputs lie and where workers run: object stores, Ray, this machine.
-
-And how much memory a worker takes.
-"""
+"""Locations of inputs and workers: object stores, Ray, this machine; memory of a worker."""
 
 from __future__ import annotations
 
@@ -103,7 +100,7 @@ print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
 @pytest.mark.slow
 def test_a_worker_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
-    """Of one file of 120 MB, a line of 40 MB in it, and one that is too long."""
+    """The input is one file of 120 MB with a line of 40 MB and one that is too long."""
     spec = world(tmp_path)
     contents = texts(2000, 3)
     with open(tmp_path / "big.jsonl", "w") as file:

@@ -1,4 +1,4 @@
-"""From corpora to shards: nothing lost, everything reproducible, mistakes named."""
+"""From corpora to shards: nothing lost, everything reproducible, user errors named."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_packing_places_every_piece_once(lengths: list[int]) -> None:
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= 17 for row in rows)
     fullness = sorted(sum(lengths[i] for i in row) for row in rows)
-    # Best fit never leaves two rows that fit in one
+    # Best fit never leaves two sequences that fit in one
     assert len(fullness) < 2 or fullness[0] + fullness[1] > 17
 
 

@@ -50,7 +50,7 @@ def test_the_real_gpt2(tmp_path: Path) -> None:
 @pytest.mark.thorough
 @real
 def test_the_real_gpt2_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From copies where tiktoken keeps them; it checks that they are what OpenAI published."""
+    """From copies in tiktoken's cache; tiktoken checks their hashes against OpenAI's files."""
     base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     for name in ("vocab.bpe", "encoder.json"):
         (tmp_path / hashlib.sha1((base + name).encode()).hexdigest()).write_bytes(

@@ -1,6 +1,6 @@
 """Shards as mosaicml-streaming's two readers and llm-foundry read them.
 
-What must come out is decoded here from the bytes of the shards, by the published layout of MDS:
+The expected samples are decoded from the bytes of the shards, by the published layout of MDS:
 uint32 samples n, uint32 [n + 1] offsets of the samples; a sample is the uint32 sizes of its columns
 of variable size and then all columns, in the order of the index.
 """

@@ -1,4 +1,4 @@
-"""Reading corpora: every format, every place, and records that cannot be used."""
+"""Reading corpora: every format, every kind of location, and records that cannot be used."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_bars_stand_where_their_lengths_are() -> None:
     assert [bar["exponent"] for bar in bars] == [2, 3, 4, 5] and [
         bar["count"] for bar in bars
     ] == counts[2:6]
-    # One document is still seen
+    # One document is still visible
     assert bars[-1]["height"] == 100 and bars[1]["height"] == 0 and bars[0]["height"] == 1
     assert bin_position(4, bars) == 0 and bin_position(8, bars) == bars[1]["x"]
     assert bars[2]["x"] < bin_position(24, bars) < bars[3]["x"]

@@ -31,7 +31,7 @@ TEXT = ANY | FRAGMENTS | RUNS.filter(lambda text: text.isprintable() or text.isa
 
 
 def plain(path: Path) -> HFTokenizer:
-    """The tokenizers library on its own, as its users open it."""
+    """The tokenizer as users of the tokenizers library open it."""
     library = HFTokenizer.from_file(str(path))
     library.encode_special_tokens = True
     return library
@@ -87,7 +87,7 @@ def test_characters_have_the_bytes_of_utf8(tokenizers: dict[str, Tokenizer]) -> 
 
 
 def test_every_token_of_bytes_has_its_own(tokenizers: dict[str, Tokenizer]) -> None:
-    """Against what the library decodes: a token between two letters, so that no space is lost."""
+    """Against the library's decoding of a token between two letters, so that no space is lost."""
     for kind in FAST:
         library, table = plain(tokenizers[kind].path), tokenizers[kind].token_bytes()
         for index in range(tokenizers[kind].vocab_size):
@@ -117,9 +117,9 @@ def test_every_token_of_bytes_has_its_own(tokenizers: dict[str, Tokenizer]) -> N
         ),
         ("wordpiece", "  \u00c9 the  ", [("e", 4), ("the", 6)]),
         ("prefix_space", "th\u00e9", [("\u0120th", 2), ("\u00c3\u00a9", 2)]),
-        # A post-processor trims the places of spaces, unless it is left out
+        # A post-processor trims the offsets of spaces, unless it is left out
         ("prefix_space", " a", [("\u0120", 1), ("a", 1)]),
-        # the library tells the place of a composed character by its first: the mark counts as
+        # the library's offset of a composed character is that of its first: the mark counts as
         # dropped, so it goes to what follows
         ("neox", "e\u0301  th", [("\u00c3\u00a9", 1), ("  ", 4), ("th", 2)]),
     ],
@@ -289,7 +289,7 @@ def test_tiktoken_is_not_used_where_it_would_differ(
 def test_a_token_that_no_merging_reaches_is_known_only_where_it_counts(
     tokenizers: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
-    assert tokenizers["whole"].encode("a zqzq").tolist()[-1] == 420  # taken whole between two cuts
+    assert tokenizers["whole"].encode("a zqzq").tolist()[-1] == 420  # one token between two cuts
     path = changed(
         tokenizers["whole"],
         tmp_path / "tokenizer.json",
@@ -308,9 +308,9 @@ LETTERS = ("a", "b", "c", "\u0120")
 
 @st.composite
 def listed_merges(draw: st.DrawFn) -> list[tuple[str, str]]:
-    """Merges of random tokens in random order, as no training makes them.
+    """Merges of random tokens in random order, unlike those of training.
 
-    Some are never reached, some make one token twice.
+    Some are never reached; some give the same token twice.
     """
     symbols, merges = list(LETTERS), []
     for _ in range(draw(st.integers(0, 14))):
@@ -330,10 +330,7 @@ def test_any_list_of_merges_is_encoded_as_by_the_library(
     whole: bool,
     data: st.DataObject,
 ) -> None:
-    """Tiktoken is taken where the order of the ids is that of the merges, or else it is not.
-
-    Both are right.
-    """
+    """Tiktoken is used where the order of the ids is that of the merges; the tokens are equal."""
     content = json.loads(tokenizers["byte_level"].path.read_text(encoding="utf-8"))
     vocabulary = {t: i for t, i in content["model"]["vocab"].items() if i <= 256}
     for left, right in merges:
@@ -354,7 +351,7 @@ def test_any_list_of_merges_is_encoded_as_by_the_library(
 
 @pytest.mark.thorough
 def test_the_library_decomposes_nothing_that_python_does_not_know() -> None:
-    """So what is in normal form to Python is so to the library."""
+    """Text in normal form by Python is in normal form by the library."""
     unknown = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) == "Cn"]
     assert normalizers.NFD().normalize_str(" ".join(unknown)) == " ".join(unknown)
 
@@ -417,7 +414,7 @@ HUGE = {
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", HUGE)
 def test_runs_of_a_million(tokenizers: dict[str, Tokenizer], name: str) -> None:
-    """Tiktoken's engine gives up on some of these; the tokens are the library's all the same."""
+    """Tiktoken's engine fails on some of these; the tokens equal the library's nevertheless."""
     text = HUGE[name]
     ids, sizes = tokenizers["byte_level"].encode_with_bytes(text)
     assert (
@@ -431,7 +428,7 @@ def test_runs_of_a_million(tokenizers: dict[str, Tokenizer], name: str) -> None:
 def test_a_panic_of_the_engine_is_handled(
     tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts up to SHORT go a way on which the engine panics where the other raises."""
+    """Texts up to SHORT take a path on which the engine panics where the other raises."""
     monkeypatch.setattr(tiktoken_encoder, "SHORT", 2**30)
     text = HUGE["spaces, then a word"]
     assert tokenizers["byte_level"]._fast.encode(text) is None

@@ -1,6 +1,6 @@
-"""Uploads to a real HTTP S3 and to folders, cut short and begun again.
+"""Uploads to a real HTTP S3 and to folders, interrupted and continued.
 
-What arrives is read by mosaicml-streaming.
+mosaicml-streaming reads the uploaded copy.
 """
 
 from __future__ import annotations

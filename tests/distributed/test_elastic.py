@@ -61,9 +61,9 @@ def test_other_world_sizes_and_stages_follow_the_uninterrupted_curve(runs: Path)
 
 @pytest.mark.slow
 def test_a_change_of_precision_makes_no_jump(runs: Path) -> None:
-    """At no step further from the fp32 run than a whole run in bf16 is somewhere.
+    """Its distance from the fp32 run never exceeds the largest one of a whole run in bf16.
 
-    bit-identical before the change.
+    Losses are bit-identical before the change.
     """
     expected = losses(runs / "unbroken")
     measured = losses(runs / "precisions")

@@ -25,7 +25,7 @@ CHAIN = [(2, 1), (1, 3), (3, 2), (2, 0)]
 
 
 class Jobs:
-    """Jobs for tests.support.sign_momentum, and what came of them."""
+    """Jobs for tests.support.sign_momentum, and their results."""
 
     def __init__(self, dataset: Path, root: Path) -> None:
         self.dataset, self.root, self.started = dataset, root, 0
@@ -115,7 +115,7 @@ def test_ranks_and_stage_may_change(jobs: Jobs) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_other_layouts_load_the_same_state(jobs: Jobs, ranks: int) -> None:
-    """What is loaded by other ranks at any stage is saved again as it was."""
+    """A state that other ranks load at any stage is saved again unchanged."""
     work = [
         {
             "reload": jobs.write("whole-fp32-2", train={"zero_stage": stage}),

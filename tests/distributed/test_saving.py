@@ -89,7 +89,7 @@ def test_the_best_is_kept_by_the_validation_of_its_step(jobs: Path) -> None:
 
 
 def test_a_rollback_continues_its_lineage(jobs: Path) -> None:
-    """Not the steps 3 and 4 that were abandoned, but the 3 that was saved after them."""
+    """The lineage has the step 3 saved after the rollback, not the abandoned steps 3 and 4."""
     manifests = {
         f.name[13:]: read_manifest(f)
         for f in checkpoint_folders(jobs / "rolled back" / "checkpoints")

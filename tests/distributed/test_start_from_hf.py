@@ -36,7 +36,7 @@ def start(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def config_of(folder: Path, dataset: Path, run: Path, **sections: dict[str, Any]) -> Config:
-    """The config of `nextpt import hf`: one step on two ranks, with a learning rate of nothing."""
+    """The config of `nextpt import hf`: one step on two ranks, with a learning rate of 0."""
     values = config_from_hf(
         HFWeights(folder), name="run", data=dataset, sequence_length=64
     ).model_dump(mode="json")

@@ -11,8 +11,8 @@ from nextpt.config import to_yaml
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks
 
-# bytes: what is mapped to be read (32 MiB) or to hash (16), one tensor on its way, indexes, what
-# Python keeps
+# bytes: mapped for reading (32 MiB) or hashing (16), one tensor in transit, indexes, and memory
+# that Python keeps
 REST = 40 * 2**20
 
 
@@ -25,8 +25,8 @@ def measure(action: str, dataset: Path, folder: Path, ranks: int, stage: int) ->
         train={"zero_stage": stage, "micro_batch_size": 1},
     )
     (folder / f"{name}.yaml").write_text(to_yaml(config))
-    # One arena and its own mapping for all that is large: what is freed is given back, and does not
-    # count for ever.
+    # One arena and a separate mapping per large block: freed memory is returned and no longer
+    # counts.
     run_ranks(
         [
             "-m",

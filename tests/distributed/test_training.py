@@ -182,7 +182,7 @@ def test_tied_embeddings_train_alike_when_divided(jobs: Path) -> None:
 
 
 def test_all_stages_keep_the_same_moments(jobs: Path) -> None:
-    """Moments agree between the stages, and no second moment is all zero."""
+    """Moments agree between the stages; no second moment is all zero."""
     expected = state(jobs / "fp32-0")
     for stage in (1, 2, 3):
         divided = state(jobs / f"fp32-{stage}")

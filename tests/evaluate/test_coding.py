@@ -169,7 +169,7 @@ def test_a_damaged_file_is_refused(coder: FileCoder) -> None:
             decoded = coder.decode(bytes(flipped), "it")
         except DataError as error:
             message = str(error)
-        # Threads and rows are not checked by themselves
+        # Threads and rows have no check of their own
         assert decoded in (None, data) and "it" in message, index
     with pytest.raises(DataError, match="it was not made by nextpt compress"):
         coder.decode(b"PK\3\4 something else", "it")
@@ -242,7 +242,7 @@ def test_many_threads_have_room_in_the_header() -> None:
 
 @pytest.mark.thorough
 def test_files_of_version_2_are_read_whatever_the_config_left_out(tmp_path: Path) -> None:
-    """Version 2 hashed the config's model section, with null for what follows from others."""
+    """Version 2 hashed the config's model section, with null for derived values."""
     config, model, tokenizer = make_run(tmp_path / "run", kv_heads=None, ffn_width=None)
     coder = FileCoder(model, tokenizer)
     coded, _ = coder.encode(b"some text")

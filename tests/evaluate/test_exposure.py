@@ -52,7 +52,7 @@ def test_scores_leave_special_tokens_out_and_nothing_else(source: LoadedModel) -
         ).double()[0, 3:]
     probabilities = logits.softmax(-1)
     probabilities[:, banned(source)] = 0
-    assert 0 < float(probabilities.sum(-1).max()) < 1  # there is something to leave out
+    assert 0 < float(probabilities.sum(-1).max()) < 1  # the real text has special tokens
     probabilities /= probabilities.sum(-1, keepdim=True)
     assert nats[0] == pytest.approx(
         -probabilities[torch.arange(12), tokens[0, 4:]].log().numpy(), abs=1e-5
@@ -70,7 +70,7 @@ def test_continuations_have_no_special_token_and_follow_the_model(source: Loaded
     drawn = continue_freely(source.decoder, prefixes, 12, banned(source), Sampling(seed=3), places)
     assert not banned(source)[drawn].any() and len(drawn.unique()) > 20
     nats, entropy = _scores(source.decoder, torch.cat([prefixes, drawn], dim=1), 4, banned(source))
-    # Of tokens that are drawn from what the model says, 0 on average
+    # 0 on average for tokens drawn from the model's distribution
     surplus = (nats - entropy).sum(axis=1)
     assert abs(surplus.mean()) < 4 * surplus.std() / math.sqrt(40)
     assert torch.equal(

@@ -1,8 +1,8 @@
 """The real lm-evaluation-harness on an export gives the metrics of `nextpt eval --harness`.
 
 An export's tokenizer puts the start token before a text, and the harness puts its prefix token
-before that: unless it is told add_bos_token=False, it scores a start token after a start token,
-which no training ever saw.
+before that: without add_bos_token=False, it scores a start token after a start token, which never
+occurs in training.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ NUMBERED = [f"w{i}" for i in itertools.islice(itertools.count(), 5000)]
 
 
 def text_of(start: int, words: int) -> str:
-    """`words` words that no other place has."""
+    """`words` words that occur nowhere else."""
     return " ".join(NUMBERED[start : start + words])
 
 
@@ -80,7 +80,7 @@ def corpus(folder: Path, training: list[str], sequence_length: int, **more: Any)
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[bool]]:
     """A dataset whose long documents are cut, an evaluation set, and which documents overlap."""
-    # 26 words and some 100 characters: found across any cut
+    # 26 words and some 100 characters: detected across any cut
     shared = [text_of(1000 + 30 * i, 26) for i in range(8)]
     training = [
         f"{text_of(40 * i, 40)} {s} {text_of(2000 + 40 * i, 40)}" for i, s in enumerate(shared)
@@ -98,7 +98,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
 def test_every_planted_overlap_is_detected(planted: tuple[Path, list[str], list[bool]]) -> None:
     data, evaluated, expected = planted
     tokenizer = Tokenizer(data / "tokenizer.json")
-    # So documents of three such are cut by rows of 128
+    # So sequences of 128 tokens cut documents of three of these
     assert max(len(tokenizer.encode(t)) for t in evaluated[:1]) > 64
     overlaps = find_overlaps({"set": evaluated}, training_texts(data, tokenizer))
     assert [f.contaminated for f in overlaps] == expected
@@ -109,7 +109,7 @@ def test_every_planted_overlap_is_detected(planted: tuple[Path, list[str], list[
 
 @pytest.mark.parametrize(("words", "overlaps"), [(WORDS, True), (WORDS - 1, False)])
 def test_thirteen_words_and_no_fewer(words: int, overlaps: bool) -> None:
-    # One character each: the characters alone do not tell
+    # One character each: characters alone are no evidence
     shared = " ".join(f"{chr(97 + i)}" for i in range(words))
     (result,) = find_overlaps(
         {"set": [f"before {shared} after"]}, iter([f"earlier {shared} later"])
@@ -143,7 +143,7 @@ def test_bits_per_byte_are_ratios_of_sums() -> None:
 
 
 def trained_on(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
-    """A decoder that was taught some sequences."""
+    """A decoder that was trained on some sequences."""
     model = build_decoder(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     rows = torch.tensor(tokens)
@@ -185,7 +185,7 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
     stored = [
         [tokenizer.start_id, *tokenizer.encode(t).tolist(), tokenizer.end_id] for t in texts[:8]
     ]
-    # Begun anywhere
+    # The stretch may start anywhere
     model = trained_on(
         config,
         [document[at : at + 24] for document in stored for at in range(len(document) - 23)],

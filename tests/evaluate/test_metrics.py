@@ -43,7 +43,7 @@ def test_scores_are_the_models_log_probabilities() -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 500, size) for size in (5, 12, 16)]
     is_text = (np.arange(512) % 7 > 0).astype(np.uint16)
-    sizes = [rng.integers(0, 6, len(d) - 1) for d in documents]  # of the place, not of the token
+    sizes = [rng.integers(0, 6, len(d) - 1) for d in documents]  # of the position, not of the token
     metrics, nats = score_documents(
         model, documents, sizes, is_text, window=16, stride=8, batch_size=2
     )
@@ -129,7 +129,7 @@ def test_compressors_are_measured_on_the_same_bytes() -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["wordpiece", "llama", "byte_level"])
 def test_all_bytes_of_held_out_documents_count(tmp_path: Path, kind: str) -> None:
-    """Whatever the tokenizer makes of a text, and also where it makes nothing of it."""
+    """For any tokenization of a text, including none."""
     _, model, tokenizer = make_run(tmp_path / "run", kind)
     texts = ["The quick \u00c9l\u00e8ve \u4f60\u597d  \U0001f600\n" * 5, " \n ", "a"]
     total = evaluate_model(

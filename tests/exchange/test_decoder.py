@@ -13,7 +13,7 @@ from tests.support.datasets import tiny
 
 
 def test_a_checkpoint_of_a_gpu_run_is_read_on_a_cpu() -> None:
-    """Its kernels and its workspace were those of another machine."""
+    """The checkpoint names kernels and a workspace of another machine."""
     # 20 tokens of it take more than a MiB
     model = {"vocab_size": 20000, "depth": 1, "width": 32, "heads": 4}
     config = tiny(

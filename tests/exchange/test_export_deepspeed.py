@@ -16,7 +16,7 @@ from tests.support.models import checkpoint_of, decoder
 
 @pytest.mark.process
 def test_zero_to_fp32_returns_our_weights(tmp_path: Path) -> None:
-    """Of an odd number of elements, and with a tied matrix under both names."""
+    """With an odd number of elements, and a tied matrix under both names."""
     config, model = decoder(tied_embeddings=True, bias=True, vocab_size=96, width=33, head_dim=6)
     assert sum(p.numel() for p in model.parameters()) % 2 == 1
     export_deepspeed(checkpoint_of(config, model, tmp_path / "checkpoints"), tmp_path / "ds")

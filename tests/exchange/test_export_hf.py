@@ -1,6 +1,6 @@
 """Export to Hugging Face: the same logits and tokens in transformers.
 
-What cannot be expressed is refused by name.
+A model that the layout cannot express is refused by name.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def check_round_trip(
 
 
 def possible(options: dict[str, Any]) -> bool:
-    """What docs/export.md promises."""
+    """Cases of the table in docs/export.md."""
     gelu, bias, qk_norm = options["ffn"] == "gelu", options["bias"], options["qk_norm"]
     if options["logit_softcap"]:
         return not (gelu or bias or qk_norm)
@@ -236,7 +236,7 @@ def test_large_models_are_divided_among_files(
     for tensors in files.values():
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 10_000
     assert not (tmp_path / "hf" / "model.safetensors").exists()
-    # Whoever may read one may read all
+    # All files have the same permissions
     assert len({p.stat().st_mode for p in (tmp_path / "hf").iterdir()}) == 1
 
 
@@ -413,7 +413,7 @@ def test_an_existing_output_is_not_overwritten(
 def test_a_full_disk_is_named_and_nothing_is_left(
     export: Export, lack: int, tmp_path: Path, tokenizer_file: Path
 ) -> None:
-    """lack: pages by which the disk is too small: it is full in the last file or an earlier one."""
+    """lack: Pages missing on the disk: it is full in the last file or an earlier one."""
     checkpoint = checkpoint_of(*decoder(logit_softcap=2.0), tmp_path / "checkpoints")
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -70,7 +70,7 @@ def test_configs_of_old_releases_are_read(tmp_path: Path) -> None:
 
 
 def test_an_edited_export_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
-    """The hint that an export carries counts only while it says the same as the other keys."""
+    """The hint of an export is used only while it agrees with the other keys."""
     folder = export_model(tmp_path, rope_base=1e4)
     edit_config(folder, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert load_hf(folder).spec.rope_base == 5e5

@@ -1,4 +1,4 @@
-"""Import from Hugging Face: what cannot be expressed is refused by key, and no code is run."""
+"""Import from Hugging Face: inexpressible models are refused by key, and no code is run."""
 
 from __future__ import annotations
 

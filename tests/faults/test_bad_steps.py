@@ -35,7 +35,7 @@ STEPS = 16
 def quick(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """The faults of all kinds, an end between two bad steps, and a rollback.
 
-    What is slow looks at them one by one.
+    The slow tests check each kind by itself.
     """
     jobs = Jobs(dataset, tmp_path_factory.mktemp("quick"))
     train = {"zero_stage": 3, "precision": "bf16", "log_every": 1}
@@ -80,7 +80,7 @@ def test_bad_steps_leave_no_trace_and_too_many_in_a_row_are_rolled_back(quick: J
 
 
 def test_bad_steps_are_counted_across_a_restart(quick: Jobs) -> None:
-    # Step 15 was bad, so its checkpoint was made of step 16
+    # Step 15 was bad, so the checkpoint is of step 16
     [event] = quick.events("bad", "rollback")
     assert (
         event["step"],
@@ -103,7 +103,7 @@ def test_bad_steps_are_counted_across_a_restart(quick: Jobs) -> None:
 
 @pytest.fixture(scope="module")
 def skips(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    """Per stage a job with faults, and one that is never given those batches."""
+    """Per stage a job with faults, and one without those batches."""
     jobs = Jobs(dataset, tmp_path_factory.mktemp("skips"))
     for stage in STAGES:
         train = {

@@ -52,7 +52,7 @@ def logs(folder: Path) -> str:
 
 
 def end(processes: list[ForkedPython], seconds: float = 240) -> list[int]:
-    """Exit codes of all; those that do not end are killed, and show as -9."""
+    """Exit codes of all ranks; ranks that do not end are killed (-9)."""
     return end_ranks(processes, time.monotonic() + seconds)
 
 
@@ -123,7 +123,7 @@ def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(
 
 
 def ranks_of(config: str) -> list[str]:
-    """Processes of this machine, of any kind, that work on a config."""
+    """Processes of this machine whose command line names a config."""
     ranks = []
     for process in Path("/proc").iterdir():
         try:
@@ -203,7 +203,7 @@ def test_a_suspended_rank_is_named(dataset: Path, tmp_path: Path) -> None:
         record["code"] == 76
         and f"rank 1 on {os.uname().nodename} shows no sign of life" in record["reason"]
     ), record
-    # Where it waited depends on the instant of the stop
+    # The line depends on the instant of the stop
     stacks = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
     assert re.search(
         r"^rank 0 on .*, at (batches|vote on batches|training|logging), step \d+$",

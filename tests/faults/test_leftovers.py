@@ -65,7 +65,7 @@ def test_a_new_lock_removes_temporary_files_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_a_start_removes_what_a_job_killed_in_its_last_save_left(tmp_path: Path) -> None:
-    """No save of a run that is complete would."""
+    """The run is complete, so no save would remove them."""
     folder = write(tmp_path, 4)
     for name in (".staging-step-000000005", ".staging-fenced-3-0", ".removing-step-000000003"):
         (tmp_path / name).mkdir()
@@ -92,7 +92,7 @@ def test_a_start_among_leftovers(dataset: Path, tmp_path: Path, shared: dict[str
     lock = RunLock(run)
     lock._stop.set()
     [path] = run.glob("lock-*.json")
-    # This process lives, and is not that one
+    # This process is alive, but is not that one
     path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "1"}))
     before = {state: file.read_bytes() for state, file in shared.items()}
 
@@ -175,7 +175,7 @@ def test_only_shared_memory_of_a_dead_dataset_is_removed(
 def test_a_streaming_run_resumes_after_all_its_processes_were_killed(
     dataset: Path, tmp_path: Path
 ) -> None:
-    """Also Python's resource tracker, which would clean up: as when a control group is killed."""
+    """Python's resource tracker is killed as well, as when a control group is killed."""
     (tmp_path / "tmp").mkdir()
     config = tiny(
         tmp_path / "local",

@@ -103,7 +103,7 @@ def test_a_remote_holder_is_alive_while_its_heartbeat_changes_whatever_the_clock
 
 @pytest.mark.process
 def test_a_suspended_holder_loses_the_lock_and_cannot_commit(tmp_path: Path) -> None:
-    """Its staging folder is out of its reach, and the check before the commit fails."""
+    """Its staging folder was moved away, and the check before the commit fails."""
 
     def hold() -> None:
         lock = RunLock(tmp_path, 0.1, 1.0)
@@ -151,7 +151,7 @@ def test_one_of_many_racing_starts_wins(tmp_path: Path, state: str) -> None:
             except RunInUseError:
                 continue
             lock.check()
-            os.mkdir(folder / "inside")  # fails when another is inside
+            os.mkdir(folder / "inside")  # fails if another process holds the lock
             (folder / f"won-{number}").touch()
             time.sleep(0.02)
             lock.check()
@@ -195,7 +195,7 @@ def test_a_torn_lock_file_is_waited_for(tmp_path: Path) -> None:
 def test_a_slow_takeover_does_not_disturb_later_holders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two others take the lock while it reads a dead holder's: the number it then uses is old."""
+    """Two others acquire the lock while it reads a dead holder's: its number is then outdated."""
     RunLock(tmp_path)._stop.set()
     rewrite(tmp_path, started="1")
     real, others = lock_module._is_over, []

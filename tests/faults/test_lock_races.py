@@ -86,9 +86,9 @@ def test_exactly_one_of_a_pair_wins(tmp_path: Path) -> None:
 
 
 def stopped_holder(folder: Path, answers: Path) -> None:
-    """Gets the lock, begins to commit and is stopped there.
+    """Acquires the lock, begins to commit and is stopped there.
 
-    When it goes on, it says whether it may commit, then tries all the same.
+    After it continues, it reports whether it may commit, then tries to.
     """
     lock = RunLock(folder, 0.05, 0.3)
     staging = folder / "checkpoints" / ".staging-step-000000001"
@@ -134,7 +134,7 @@ def test_one_of_a_pair_takes_over_from_a_suspended_holder_which_is_fenced(
         barrier.wait(60)
         if lock:
             folder.with_suffix(f".won-{number}").touch()
-            barrier.wait(60)  # the holder has come back and gone
+            barrier.wait(60)  # the holder has continued and ended
             lock.check()
             lock.release()
         else:

@@ -1,4 +1,4 @@
-"""Ending with the processes that one was started by; and who is who among processes."""
+"""Processes end with their parents; identity of a process by id and start time."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         "after": ["batches", 10, "die"],
         "tripped": ["batches", 10, "term"],
     }.items():
-        # Where one seldom looks the signal finds the guard tripped, and nothing yet done about it.
+        # With rare polls the signal arrives after the guard tripped and before the rollback.
         seldom = {"log_every": 5, "every": 6} if name == "tripped" else {}
         jobs.add(f"{name} ends", run=name, sections=section(**seldom), faults=NAN, events=[event])
         jobs.add(name, sections=section(), faults=NAN)
@@ -78,7 +78,7 @@ KILLED = ("between", "going", "saving", "after", "tripped")
 def test_a_rollback_skips_the_data_whenever_it_is_noticed_or_killed(
     rollbacks: Jobs, name: str
 ) -> None:
-    """Also the learning rate is that of the step, for it is in the weights."""
+    """The weights also show that the learning rate is that of the step."""
     assert rollbacks.outcome(name) == ["finished", "", 0]
     states = {
         run: open_checkpoint(rollbacks.root / run / "checkpoints")
@@ -144,7 +144,7 @@ def test_what_a_rollback_leaves_behind(rollbacks: Jobs) -> None:
         "stop_sequence": 72,
         "rollbacks": 1,
     }
-    assert rollbacks.events("whole", "skip") == []  # of steps that were made again
+    assert rollbacks.events("whole", "skip") == []  # of repeated steps
     assert sorted(rollbacks.losses("whole")) == list(range(1, 15))
     manifests = {
         f.name: read_manifest(f)
@@ -215,7 +215,7 @@ def test_too_many_rollbacks_end_with_a_one_line_error(rollbacks: Jobs) -> None:
 def test_a_rank_killed_inside_a_rollback_or_after_it(
     dataset: Path, tmp_path: Path, point: str, call: int
 ) -> None:
-    """A real SIGKILL; the other rank ends by itself, and both go on as if nothing had been."""
+    """A real SIGKILL; the other rank ends by itself, and the next start continues identically."""
     jobs = [Jobs(dataset, tmp_path / part) for part in ("first", "second")]
     for probe in jobs:
         probe.root.mkdir()

@@ -1,7 +1,4 @@
-"""Noting signals while the first thread is inside a library, and ending at the second one.
-
-What is recorded of an end.
-"""
+"""Signals while the main thread is inside a library, the second signal, and the exit record."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ def test_a_signal_is_recorded_and_handlers_are_restored() -> None:
         while request.signal_name is None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert request.signal_name == "SIGUSR1" and 20 < request.seconds_left(30) <= 30
-        os.kill(os.getpid(), signal.SIGTERM)  # the same one, sent along another way
+        os.kill(os.getpid(), signal.SIGTERM)  # the same signal by another path
         time.sleep(0.2)
         assert request.signal_name == "SIGUSR1"
     assert signal.getsignal(signal.SIGTERM) == before

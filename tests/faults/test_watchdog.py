@@ -1,7 +1,4 @@
-"""Who is to blame for a hang, and how long work may take.
-
-Hangs of real threads of one process and of ranks in a fork.
-"""
+"""Watchdog: the rank that hangs and the time limits of phases, in threads and forked ranks."""
 
 from __future__ import annotations
 
@@ -154,7 +151,7 @@ def test_a_job_that_was_suspended_as_a_whole_continues(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(4)
     os.kill(process.pid, signal.SIGCONT)
-    time.sleep(0.5)  # the thread looks before there is progress
+    time.sleep(0.5)  # the thread polls before there is progress
     (tmp_path / "go").touch()
     process.join(30)
     assert process.exitcode == 0

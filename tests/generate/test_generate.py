@@ -77,7 +77,7 @@ def training_logprobs(setup: Setup, prompt: str, continuation: Continuation) -> 
 def test_log_probabilities_are_those_of_training(
     setup: Setup, batch_size: int, sampling: Sampling
 ) -> None:
-    """Alone, and left-padded among prompts of other lengths, which leave the batch as they end."""
+    """Alone, and left-padded in a batch of prompts that end at other lengths."""
     continuations = run(setup, PROMPTS, batch_size=batch_size, sampling=sampling)
     assert [c.prompt for c in continuations] == list(range(8))
     for prompt, c in zip(PROMPTS, continuations, strict=True):
@@ -157,7 +157,7 @@ def test_a_prompt_without_room_is_refused(setup: Setup) -> None:
 
 
 def test_stop_strings_across_tokens(setup: Setup) -> None:
-    """Cut out of what comes anyway, so that it begins and ends inside tokens."""
+    """The stop string is part of the continuation and begins and ends inside tokens."""
     pieces: list[str] = []
     [whole] = run(setup, ["The"], sampling=Sampling(seed=8), max_tokens=30)
     middle = len(whole.text) // 2
@@ -276,7 +276,7 @@ def test_one_beam_is_greedy_and_more_are_no_worse(setup: Setup) -> None:
 
 
 def test_selected_cache_rows_continue_as_their_own_texts(setup: Setup) -> None:
-    """Also twice the same row, as beams do."""
+    """The same row may be selected twice, as by beams."""
     model, _ = setup
     decoding = DecodingBatch(model, [[1, 2, 3, 4], [5], [6, 7]], 8)
     decoding.append(torch.tensor([8, 9, 10]))

@@ -83,7 +83,7 @@ def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
     ],
 )
 def test_drawn_frequencies_are_those_of_the_exact_distribution(settings: dict[str, Any]) -> None:
-    """Chi-squared, 1e5 draws for a model's own logits; nothing that was cut off is ever drawn."""
+    """Chi-squared, 1e5 draws for a model's own logits; tokens that were cut off are never drawn."""
     draws = 100_000
     logits = our_logits(decoder()[1], some_tokens(96, 12))[:1, -1]
     sampling = Sampling(**settings, seed=5)

@@ -55,7 +55,7 @@ def test_a_character_of_several_tokens_is_emitted_whole(tokenizer: Tokenizer) ->
 
 
 def test_emitted_text_is_never_retracted(tmp_path: Path) -> None:
-    """Llama's decoder makes of good bytes and a bad one nothing but bad ones."""
+    """Llama's decoder turns valid bytes before an invalid one into invalid ones."""
     KINDS["llama"](tmp_path / "tokenizer.json")
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     ids = tokenizer.encode("a\U0001f680").tolist()
@@ -70,7 +70,7 @@ def test_emitted_text_is_never_retracted(tmp_path: Path) -> None:
     stops=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3),
 )
 def test_nothing_of_a_stop_string_is_shown(pieces: list[str], stops: list[str]) -> None:
-    """However it is cut into pieces; and what can be shown is shown at once."""
+    """For any division into pieces; text that cannot begin a stop string is emitted at once."""
     stopping, text, shown = StopStringFilter(stops), "", ""
     for piece in pieces:
         text += piece

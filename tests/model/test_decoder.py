@@ -121,7 +121,7 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
 
 
 def test_capped_logits_are_those_of_the_loss() -> None:
-    """Generation and the loss cap alike, also under tied embeddings."""
+    """Generation and the loss use the same cap, also with tied embeddings."""
     _, model = build(logit_softcap=2.0, tied_embeddings=True, init_std=0.5)
     hidden = model(torch.arange(12).unsqueeze(0), torch.arange(12).unsqueeze(0)).hidden[0]
     targets = torch.arange(12)

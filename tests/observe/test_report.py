@@ -156,7 +156,7 @@ def write_starts(folder: Path) -> None:
 
 
 class Links(HTMLParser):
-    """Everything that a page would fetch or run."""
+    """Targets that a page would fetch, and its tags."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ def test_gradients_are_clipped_before_the_update() -> None:
 
 
 def test_padding_is_not_stepped() -> None:
-    """A flat tensor may end in elements that belong to no parameter."""
+    """A flat tensor may end with padding that belongs to no parameter."""
     flat = torch.ones(10)
     spec = SignMomentum(SECTION)
     optimizer = spec.build([{"params": [flat]}], lambda: (torch.tensor(1.0), torch.tensor(False)))

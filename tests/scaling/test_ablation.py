@@ -62,7 +62,7 @@ def test_differences_are_those_of_the_figures() -> None:
             assert figures["by_seed"] == pytest.approx((bits[number] - bits[0]).tolist())
             assert figures["seed_sd"] == pytest.approx(np.std(figures["by_seed"], ddof=1))
             low, high = figures["interval"]
-            # Pairing takes the documents' own scatter out
+            # Pairing removes the variance between documents
             assert low < figures["difference"] < high and high - low < 0.1 * np.ptp(
                 of[0]["interval"]
             )

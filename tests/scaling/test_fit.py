@@ -275,7 +275,7 @@ def test_repeated_data_recovers_its_half_lives() -> None:
     runs = Runs(n, unique * passes, loss, [""] * len(n), "", unique)
     law_fit = fit_repeated(runs)
     assert law_fit.constants == pytest.approx(true, rel=1e-6) and law_fit.notes == []
-    # Two passes say little of where repetition stops to help
+    # Two epochs hardly determine where repetition stops helping
     once = fit_repeated(runs.only(passes <= 2))
     assert once.constants["R_D"] == pytest.approx(15.39, rel=1e-3)
     with pytest.raises(ScalingError, match="repeat their data"):

@@ -1,7 +1,7 @@
 """A decoder with a toy auxiliary loss, trained on gloo ranks.
 
 `python -m tests.support.auxiliary_probe CONFIG.yaml OUT.json` under RANK, ... trains the run of the
-config and makes one more step, whose gradient norm rank 0 compares with plain torch's on the whole
+config and runs one more step, whose gradient norm rank 0 compares with plain torch's on the whole
 batch.
 """
 

@@ -1,4 +1,4 @@
-"""Small real checkpoints, written by any number of ranks that are threads; and forgeries."""
+"""Small real checkpoints, written by ranks that are threads, and forged manifests."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Board:
         self.changed = threading.Condition()
         # (group, number of the exchange) -> rank -> JSON
         self.texts: dict[tuple[int, int], dict[int, str]] = {}
-        self.running = list(range(world_size))  # the first has the turn
+        self.running = list(range(world_size))  # the first runs
         self.broken = False
 
     def wait(self, ready: Callable[[], bool]) -> None:
@@ -100,7 +100,7 @@ class Gone(Exception):
 
 
 class ThreadRanks(RankGroup):
-    """A rank that is a thread of this process; it exchanges JSON as a real one does."""
+    """A rank in a thread of this process; it exchanges JSON as a real rank does."""
 
     def __init__(self, rank: int, world_size: int, board: Board, group: int = 0) -> None:
         self.rank = rank
@@ -132,11 +132,11 @@ class ThreadRanks(RankGroup):
 def on_ranks(
     world_size: int, action: Callable[[RankGroup], Any], in_turn: bool = False
 ) -> list[Any]:
-    """What `action` returns on each rank.
+    """Results of `action` on each rank.
 
     A rank that raises ends the others, as a dead process does; its error is raised.
 
-    in_turn: the order of everything is the same each time. Not for ranks with threads of their own.
+    in_turn: Run in a reproducible order. Not for ranks with threads of their own.
     """
     if world_size == 1:
         return [action(RankGroup.world())]

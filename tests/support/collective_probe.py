@@ -21,7 +21,7 @@ from nextpt.base.errors import CheckpointSaveError, DataError, RunInUseError, Us
 
 
 def outcome(action: Callable[[], Any]) -> Any:
-    """What an action returns, or [class, message, exit code, every_rank] of its UserError."""
+    """Result of an action, or [class, message, exit code, every_rank] of its UserError."""
     try:
         return action()
     except UserError as error:
@@ -36,7 +36,7 @@ def raise_on(rank: int, ranks: RankGroup, error: Exception) -> int:
 
 
 def main(folder: Path) -> None:
-    """Write what this rank got to folder/RANK.json."""
+    """Write the results of this rank to folder/RANK.json."""
     dist.init_process_group("gloo")
     world = RankGroup.world()
     rank = world.rank

@@ -47,7 +47,7 @@ def population(seed: int = 0) -> torch.Tensor:
 
 
 def batch_of(rows: torch.Tensor, ignored: int = 0) -> Batch:
-    """A batch of whole rows.
+    """A batch of whole sequences.
 
     Of the first one `ignored` targets count for nothing, so that micro-batches are uneven.
     """
@@ -136,7 +136,7 @@ def uneven(device: torch.device) -> dict[str, float]:
 
 
 def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
-    """Of three steps: component -> (update ratio, norm of the change / norm of the weights)."""
+    """For three steps, component -> (update ratio, norm of the change / norm of the weights)."""
     engine, rows, steps = Engine(config_of(stage, 1e-3), device), population(), []
 
     def weights() -> dict[str, torch.Tensor]:

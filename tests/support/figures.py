@@ -1,4 +1,4 @@
-"""What measurements of failures share: quantiles, and the machine they were made on."""
+"""Shared parts of failure measurements: quantiles, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nextpt.job.environment import versions
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float] | None:
-    """p50, p95, max, mean and number of some values; None of none."""
+    """Return p50, p95, max, mean and number of the values; None without values."""
     ordered = sorted(values)
     if not ordered:
         return None

@@ -1,10 +1,9 @@
-"""Death at a chosen file operation, as by a kill, of this process or of a block; refusals.
+"""Fault injection at a chosen file operation: a kill of the process or a block, or an error.
 
-Seen by an audit hook, so nothing goes past it: opening to write, renaming, removing, making
-folders; and syncing and the writing of tensor files, which have no audit event. With a power loss,
-what was not synced at the moment of death is lost
-too: a file keeps half of its bytes, and in a folder that was not synced new files are missing and
-renamed ones have their old names. (Removals that come back are not played.)
+An audit hook sees every operation: opening to write, renaming, removing, making folders. Syncing
+and the writing of tensor files have no audit event and are patched. With a power loss, unsynced
+data is lost too: a file keeps half of its bytes, and in an unsynced folder new files are missing
+and renamed ones have their old names. (Undone removals are not simulated.)
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ TOUCHES = CHANGES | {"open", "os.listdir", "os.scandir", "shutil.rmtree"}
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no `except Exception` catches it, and every later file operation dies."""
+    """Simulated SIGKILL: no `except Exception` catches it, and every later file operation fails."""
 
 
 class _Plan:
@@ -172,13 +171,14 @@ def dying_at(
     power_loss: bool = False,
     watch: Callable[[], None] | None = None,
 ) -> Iterator[_Plan]:
-    """Within the block, die before operation number `at` (from 0.
+    """Within the block, die before operation number `at` under `root`; `.count` counts them.
 
-    None: never) under `root`; `.count` counts them.
-
-    real: this process is killed; otherwise Killed is raised, in every thread. power_loss: what was
-    not synced is lost.
-    watch: called before each operation.
+    Args:
+        at: Number of the operation, from 0; None for never.
+        root: Folder of the operations that count.
+        real: Whether to kill this process. Otherwise Killed is raised, in every thread.
+        power_loss: Whether unsynced data is lost.
+        watch: Called before each operation.
     """
     global _plan
     _install()

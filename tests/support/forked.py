@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-LONGEST = 60  # seconds; what hangs says where, and ends with 1
+LONGEST = 60  # seconds; a hanging child prints its stack and ends with 1
 
 
 def run_in_child(action: Callable[[], object]) -> int:
@@ -23,7 +23,7 @@ def run_in_child(action: Callable[[], object]) -> int:
     if pid == 0:
         code = 70
         faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__.fileno())
-        signal.alarm(0)  # pytest-timeout's, whose handler raises
+        signal.alarm(0)  # pytest-timeout's handler raises
         # Makes its pool of threads anew after the fork; two threads at once would trip over that
         torch.set_num_threads(1)
         # That library's threads did not survive the fork

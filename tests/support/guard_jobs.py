@@ -13,7 +13,7 @@ from tests.support.ranks import run_ranks
 
 
 class Jobs:
-    """Jobs of one pair of processes, written down and then run."""
+    """Jobs of one pair of processes: added to a list, then run."""
 
     def __init__(self, dataset: Path, root: Path) -> None:
         self.dataset, self.root, self.jobs, self.names = dataset, root, [], []

@@ -1,15 +1,14 @@
 """Training jobs with faults in losses and gradients, one after another in each rank's process.
 
 `python -m tests.support.guard_probe JOBS.json OUT` reads a list of jobs and writes OUT-RANK.json
-with what came of each:
+with the result of each. Keys of a job:
 
-    {"config": path,
-     "faults": [[kind, data step, rank or null for all], ...],   data steps count from 0, in the
-     order of the data "never": [data step, ...],     batches that this job is never given
-     "differs": rank,     whose gradient norm the judge is given ten thousand times too large, from
-     the 7th step on "events": [[place, n, what], ...]}   at the n-th call of a place: "term"
-     (SIGTERM), "kill" (SIGKILL to rank 1), "die" (an exception that
-                     nobody expects, on all ranks)
+    config: path of the config
+    faults: [[kind, data step, rank or null for all], ...]; data steps count from 0 in data order
+    never: [data step, ...], batches that this job does not read
+    differs: rank whose spike detector gets the gradient norm times ten thousand from step 7 on
+    events: [[function, n, event], ...] at the n-th call of a function: "term" (SIGTERM), "kill"
+        (SIGKILL to rank 1) or "die" (an unexpected exception on all ranks)
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ PLACES = {
 
 
 class Killed(BaseException):
-    """Stands for a kill: no handler of training knows it."""
+    """Simulated kill: no handler of training catches it."""
 
 
 class Faults:

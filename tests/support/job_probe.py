@@ -25,7 +25,7 @@ from nextpt.train.zero_state import ZeroState
 
 
 def before(owner: type | Any, name: str, action: Callable[[int], None]) -> Any:
-    """Have action(n) done before the n-th call of a function, from 1."""
+    """Run action(n) before the n-th call of a function, counted from 1."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ def before(owner: type | Any, name: str, action: Callable[[int], None]) -> Any:
 
 
 def send_signal(when: int) -> Callable[[int], None]:
-    """SIGTERM to this process at a call."""
+    """Return an action that sends SIGTERM to this process at call `when`."""
     return lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == when else None
 
 

@@ -124,7 +124,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def edit_index(
     folder: Path, split: str, domain: str, change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """Change an index as somebody would who also mends the hashes of it."""
+    """Change an index and update its hashes, as an attacker would."""
     raw = json.loads((folder / "dataset.json").read_text())
     index = json.loads((folder / split / domain / "index.json").read_text())
     change(index)

@@ -58,7 +58,7 @@ class MirroredJob:
         return unfinished
 
     def steps_with(self, status: str) -> list[int]:
-        """Steps of the events of this status so far."""
+        """Steps of the events with this status."""
         self.events += self.mirror.drain_events()
         return [event.step for event in self.events if event.status == status]
 

@@ -28,9 +28,9 @@ PasswordAuthentication no
 
 
 def missing(*more: str) -> str | None:
-    """Why there can be no such hosts here.
+    """Why this machine cannot run such hosts; None if it can.
 
-    None when there can. more: further commands that a test needs.
+    more: Further commands that a test needs.
     """
     if os.geteuid():
         return "network namespaces need root"
@@ -51,7 +51,7 @@ class Hosts:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Of the environment, for commands that go to these hosts."""
+        """Environment of commands that go to these hosts."""
         return {"PATH": f"{self.folder}:{os.environ['PATH']}", "PDSH_RCMD_TYPE": "ssh"}
 
     def address(self, name: str) -> str:
@@ -108,7 +108,7 @@ def hosts(
     for key in ("host_key", "key"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
     _write_ssh(network)
-    Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it, and only its service makes it
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd requires it, and only its service makes it
     daemons = []
     try:
         _run("ip", "link", "add", BRIDGE, "type", "bridge")
@@ -132,7 +132,7 @@ def hosts(
 
 
 def _write_ssh(network: Hosts) -> None:
-    """A command `ssh` that knows the hosts: deepspeed gives no way to hand options to its own."""
+    """A command `ssh` that knows the hosts: deepspeed passes no options to its own."""
     lines = [f"Host {name}\n  HostName {network.address(name)}\n" for name in network.names]
     (network.folder / "ssh_config").write_text(
         f"IdentityFile {network.folder}/key\nStrictHostKeyChecking no\nUserKnownHostsFile"

@@ -13,9 +13,9 @@ from moto.server import ThreadedMotoServer
 
 @contextmanager
 def s3_server(*buckets: str) -> Iterator[str]:
-    """Its address, set in S3_ENDPOINT_URL together with keys that it accepts.
+    """Run the server with these buckets; yields its address.
 
-    `buckets` are made.
+    S3_ENDPOINT_URL and accepted keys are set in the environment.
     """
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

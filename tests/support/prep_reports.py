@@ -1,4 +1,4 @@
-"""Reports of preparations that never were: a rich one, and one about nothing."""
+"""Made-up reports of preparations: one with every section filled, and an empty one."""
 
 from __future__ import annotations
 

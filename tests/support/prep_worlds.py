@@ -23,7 +23,7 @@ WORDS = (
 
 
 def texts(count: int, salt: int = 0) -> list[str]:
-    """Texts of 1 to some 400 words, each another."""
+    """Distinct texts of 1 to about 400 words."""
     contents = []
     for i in range(count):
         draw = hashlib.sha256(f"{salt}:{i}".encode()).digest()

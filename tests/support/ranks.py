@@ -70,7 +70,7 @@ def start_new_ranks(
 
 
 def end_ranks(processes: list[ForkedPython], deadline: float) -> list[int]:
-    """Exit codes, negative for a signal. What runs at the deadline (monotonic) is killed."""
+    """Exit codes, negative for a signal. Ranks that run at the deadline (monotonic) are killed."""
     for process in processes:
         try:
             process.wait(max(deadline - time.monotonic(), 0.1))

@@ -1,4 +1,4 @@
-"""Dataset folders of version 2 written row by row, to the byte as a test wants them."""
+"""Dataset folders of version 2, written sequence by sequence with exact bytes."""
 
 from __future__ import annotations
 

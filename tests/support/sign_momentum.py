@@ -1,7 +1,7 @@
 """A second optimizer with other kinds of state, known to these tests only, on real ranks.
 
-`python -m tests.support.sign_momentum JOBS.json OUT` under RANK, ... does one job after another and
-writes what came of them to OUT on rank 0:
+`python -m tests.support.sign_momentum JOBS.json OUT` under RANK, ... runs one job after another and
+writes their results to OUT on rank 0:
 
     {"train": config, "kind": optimizer.kind}  trains or resumes a run; its error or null
     {"reload": config, "to": folder}           loads the run's newest checkpoint and saves it again

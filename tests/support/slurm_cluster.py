@@ -48,7 +48,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP PreemptMo
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here; None when there can."""
+    """Why this machine cannot run Slurm; None if it can."""
     if os.geteuid():
         return "a Slurm for tests needs root"
     lacking = [name for name in DAEMONS if shutil.which(name) is None]
@@ -57,7 +57,7 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster. variables: of the environment, for commands that speak to it."""
+    """A running cluster. variables: Environment variables of commands that use it."""
 
     folder: Path
     variables: dict[str, str]
@@ -83,12 +83,12 @@ class Slurm:
         return self.run("sbatch", "--parsable", *arguments, cwd=cwd)
 
     def job(self, number: str) -> dict[str, str]:
-        """What scontrol knows of a job."""
+        """Properties of a job by scontrol."""
         text = self.run("scontrol", "show", "job", number)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait_for(self, number: str, *states: str, seconds: float = 120) -> dict[str, str]:
-        """Wait until a job is in one of the states; returns what scontrol knows."""
+        """Wait until a job is in one of the states; returns its properties."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < deadline, (

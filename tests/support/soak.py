@@ -1,13 +1,13 @@
 """Soak: share of time that is training while ranks are killed, and time to detect a hang.
 
-    python -m tests.support.soak [--seconds 600] [--mtbf 60] [--cold] [--hangs 1] [--seed N] [--json
-    FILE]
+    python -m tests.support.soak [--seconds 600] [--mtbf 60] [--cold] [--hangs 1] [--seed N]
+        [--json FILE]
 
 One run of two ranks (ZeRO 1, fp32, saves in the background), of which one is killed at Poisson
 instants, --mtbf seconds apart on average, and which is started again as soon as the other has
 ended. The effective training time is the time in steps that were kept, over all time: starting,
-saving, steps made again and waiting for the other rank are lost. Ranks are forked, with everything
-imported, or with --cold new processes. --hangs: SIGSTOP to one of two ranks, so often;
+saving, repeated steps and waiting for the other rank are lost. Ranks are forked, with everything
+imported, or with --cold new processes. --hangs: number of SIGSTOPs to one of two ranks;
 train.hang_seconds is 60.
 """
 
@@ -72,7 +72,7 @@ class ColdJob:
             return None
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close: there is no pipe."""
 
 
 def start(storm: Storm, run: Run, cold: bool) -> Job | ColdJob:
@@ -88,7 +88,7 @@ def start(storm: Storm, run: Run, cold: bool) -> Job | ColdJob:
 
 
 def output(job: Job | ColdJob, run: Run) -> str:
-    """What the ranks have said; forks share a log with those before."""
+    """Output of the ranks; forks share a log with earlier ones."""
     logs = run.log.with_suffix("").glob("rank-*.log") if isinstance(job, ColdJob) else [run.log]
     return "".join(log.read_text() for log in logs)
 
@@ -96,9 +96,9 @@ def output(job: Job | ColdJob, run: Run) -> str:
 def lives(
     storm: Storm, run: Run, seconds: float, mtbf: float, begin: Callable[[], Job | ColdJob]
 ) -> tuple[float, list[dict[str, float]]]:
-    """Start, kill and start again for so long.
+    """Start, kill and restart ranks for a duration.
 
-    Returns the seconds that it took, and of each kill {redone, recovered}.
+    Returns the seconds that passed, and {redone, recovered} of each kill.
     """
     dice = random.Random(f"{storm.seed} soak")
     origin, next_kill = time.monotonic(), dice.expovariate(1 / mtbf)
@@ -142,7 +142,7 @@ def lives(
 
 
 def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any]:
-    """What became of the time. Raises StormError."""
+    """Shares of the time by purpose. Raises StormError."""
     run, began = storm.new_run(Case(1, "fp32", 2, True), steps=10**6), time.time()
     duration, kills = lives(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
     events = [

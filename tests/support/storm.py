@@ -9,8 +9,8 @@ and each save begins and ends, so that kills can be aimed at saves and counted t
 all ranks, or one: the others must notice it, and are then ended as a launcher would.
 
 After every kill: each loss that was logged is that of an unbroken run, bit for bit; the checkpoint
-that the next start takes is not older than the last one published (CheckpointEvent); the steps made
-again are at most the interval between saves (twice that with saves in the background, of which one
+that the next start takes is not older than the last one published (CheckpointEvent); the repeated
+steps are at most the interval between saves (twice that with saves in the background, of which one
 may be under way). At the end: all losses, and a hash of all weights and moments, are those of the
 unbroken run. After the storm nothing is left: shared memory, open files, processes, staging
 folders, temporary files, held locks. The first breach ends the storm with the seed that plans the
@@ -103,12 +103,12 @@ def report_progress(rank: int, send: Callable[[int], object]) -> None:
 
 
 class Storm:
-    """folder: for everything; a new one."""
+    """folder: New folder of all files."""
 
     def __init__(self, folder: Path, seed: int, log: Callable[[str], None] = print) -> None:
         self.folder, self.seed, self.log = folder, seed, log
         self.dataset = folder / "dataset" / "shards"
-        # It has workers
+        # Preparation has worker processes
         if run_in_child(
             lambda: make_dataset(Path(sysconfig.get_path("stdlib")) / "email", folder / "dataset")
         ):
@@ -139,7 +139,7 @@ class Storm:
         return Run(case, self.folder / name, path)
 
     def reference(self, case: Case) -> Reference:
-        """The unbroken run of a case, made once."""
+        """The unbroken run of a case, cached."""
         if case not in self._references:
             run = self.new_run(case)
             began = time.monotonic()
@@ -165,10 +165,9 @@ class Storm:
             )
 
     # ---- kills
-    # ----------------------------------------------------------------------------------------------
 
     def kill_ranks(self, case: Case, kills: int) -> None:
-        """So many kills of runs of a case; each run is then brought to its end and compared."""
+        """Kill runs of a case `kills` times; then finish each run and compare it."""
         dice, reference = random.Random(f"{self.seed} {case}"), self.reference(case)
         goal = len(self.kills) + kills
         while len(self.kills) < goal:
@@ -178,7 +177,7 @@ class Storm:
             self.check_end(run, reference)
 
     def run_once(self, run: Run, dice: random.Random | None) -> bool:
-        """One start, killed as the dice have it, or let be; True when it came to its end."""
+        """One start, killed at random or not; True if it finished."""
         case, reference = run.case, self.reference(run.case)
         job = Job(["--config", str(run.config)], case.ranks, run.log, report_progress)
         kill = None
@@ -228,9 +227,9 @@ class Storm:
         return begun and job.listen(time.monotonic() + share * statistics.median(reference.saves))
 
     def kill(self, job: Job, run: Run, victims: str, aimed: str, hit: list[int]) -> Kill:
-        """SIGKILL.
+        """Send SIGKILL.
 
-        Where one rank is hit, see that the others notice, or that they had not met yet; then end
+        If one rank is hit, check that the others notice, unless they had not met yet; then end
         them, as a launcher does.
         """
         case, before = run.case, len(run.log.read_text()) if run.log.exists() else 0
@@ -254,8 +253,7 @@ class Storm:
             job.kill(list(range(case.ranks)))
         return kill
 
-    # ---- what must hold
-    #   -------------------------------------------------------------------------------------
+    # ---- invariants
 
     def check_start(self, run: Run, began: float) -> None:
         """Check a start: its checkpoint, its losses, the checkpoints that it published."""
@@ -291,7 +289,7 @@ class Storm:
         )
 
     def check_end(self, run: Run, reference: Reference) -> None:
-        """After the last step: the same as the unbroken run, and nothing left behind."""
+        """Check a finished run: equal to the unbroken run, and nothing left behind."""
         self.expect(
             losses(run.folder) == reference.losses,
             run,
@@ -311,10 +309,9 @@ class Storm:
         run.log.unlink()
 
     # ---- launchers
-    #   ------------------------------------------------------------------------------------------
 
     def kill_launchers(self, kills: int) -> None:
-        """Kill what stands above the ranks, each time in a cold start of `nextpt train`.
+        """Kill the launchers of the ranks, each time in a cold start of `nextpt train`.
 
         Then let forked ranks finish the run.
         """
@@ -380,7 +377,7 @@ class Storm:
             )
             time.sleep(0.02)
         kill.detected = time.monotonic() - struck
-        while working_on(run.config):  # deepspeed's launchers look once in a while
+        while working_on(run.config):  # deepspeed's launchers poll
             self.expect(
                 time.monotonic() - struck < 30,
                 run,

@@ -1,4 +1,4 @@
-"""Cases, runs and kills of a storm (storm.py), and what a run may not leave behind."""
+"""Cases, runs and kills of a storm (storm.py), and leftovers that no run may have."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CASES = [
 
 @dataclass
 class Reference:
-    """What an unbroken run comes to. seconds: of it all; saves: of each save."""
+    """Result of an unbroken run. seconds: Its duration; saves: Durations of its saves."""
 
     losses: dict[int, float]
     digest: str
@@ -66,8 +66,8 @@ class Kill:
         victims: "all", "one" or the launcher's name.
         inside: Whether it hit a save.
         detected: Seconds until the others noticed or had ended.
-        redone: Steps that the next start made again.
-        recovered: Seconds from the kill to the first step of the next start that got so far.
+        redone: Steps that the next start repeated.
+        recovered: Seconds from the kill to the first step of the next start that trained.
     """
 
     case: str
@@ -85,9 +85,12 @@ class Kill:
 
 @dataclass
 class Run:
-    """A run folder between two starts. acknowledged, made: the last such step.
+    """A run folder between two starts.
 
-    pending: kills that no start has followed yet.
+    Attributes:
+        acknowledged: The last published step.
+        last_step: The last logged step.
+        pending: Kills that no start has followed yet.
     """
 
     case: Case
@@ -104,7 +107,7 @@ class Run:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Step -> loss; a step that was logged twice is a mistake."""
+    """Step -> loss; a step that was logged twice is an error."""
     events = read_events(folder / "metrics.jsonl", "train")
     values = {event["step"]: event["loss"] for event in events}
     assert len(values) == len(events), f"{folder}: a step was logged twice"
@@ -123,7 +126,7 @@ def digest(folder: Path) -> str:
 
 
 def leftovers(folder: Path) -> dict[str, list[str]]:
-    """What no finished run may hold."""
+    """Leftovers that no finished run may have."""
     names = [path.name for path in folder.rglob("*")]
     locks = sorted(folder.glob("lock-*.json"))
     return {

@@ -21,7 +21,7 @@ SYNCHRONISING = {
 
 
 class Watch(TorchDispatchMode):
-    """Remembers where the host waited for a value."""
+    """Records where the host waited for a value."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A rank that counts what an optimizer step sends: bytes per collective, and bytes on the wire."""
+"""A rank that counts the traffic of an optimizer step: bytes per collective and on the wire."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nextpt.objective import local_weight_sum
 from nextpt.train.engine import Engine
 from nextpt.train.process_group import start_distributed
 
-# Collective of torch -> (what it is called here, passes over the data of the larger side that a
+# Collective of torch -> (its name in this file, passes over the data of the larger side that a
 # ring makes, in units of (N - 1) / N).
 KINDS = {
     "allreduce_": ("all_reduce", 2),
@@ -83,7 +83,7 @@ def wire() -> int:
 
 
 def batch_of(config: Config, rank: int) -> Batch:
-    """A micro-batch of random tokens in whole rows."""
+    """A micro-batch of random tokens in whole sequences."""
     count, length = config.train.micro_batch_size, config.data.sequence_length
     rows = torch.randint(
         0,
@@ -106,7 +106,7 @@ def batch_of(config: Config, rank: int) -> Batch:
 
 
 def counted(config: Config, device: torch.device) -> dict[str, Any]:
-    """What a step sends once the first steps have built buffers and recorded the layers' order."""
+    """Traffic of a step after the first steps built buffers and recorded the layers' order."""
     engine = Engine(config, device)
     batches = [batch_of(config, engine.rank)] * config.accumulation_steps(engine.world_size)
     weights = engine.all_reduce(local_weight_sum(batches))
@@ -132,7 +132,7 @@ def counted(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def main(out: str, *configs: str) -> None:
-    # As for a model that is far larger than what may stay gathered.
+    # As for a model far larger than the limit on gathered parameters.
     nextpt.train.deepspeed_config.LIVE_PARAMETERS = 1
     nextpt.train.memory.REDUCE_BUCKET = BUCKET
     device = start_distributed()

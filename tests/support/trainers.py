@@ -1,4 +1,4 @@
-"""Trainers without a job around them: no lock, no watchdog, nobody who listens to events."""
+"""Trainers without a job around them: no lock, no watchdog, no subscribers of events."""
 
 from __future__ import annotations
 

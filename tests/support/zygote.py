@@ -1,7 +1,8 @@
 """Zygote: ranks forked from one process that has imported everything, to start in a second.
 
-    python -m tests.support.zygote JOBS.json     run [config file, ranks] after [config file,
-    ranks], all forked
+    python -m tests.support.zygote JOBS.json
+
+JOBS.json is a list of [config file, ranks]; the jobs run in turn, with all ranks forked.
 
 What runs in a rank is launcher/run.py's main, as under any launcher. The forking process must not
 have threads.
@@ -36,7 +37,7 @@ LATE = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
 )
-LONGEST = 600  # seconds after which the kernel ends a rank that nobody ended
+LONGEST = 600  # seconds after which the kernel ends a rank that is still running
 
 
 def restart_single_threaded(module: str) -> None:
@@ -68,7 +69,7 @@ def import_training() -> None:
 
 
 def become_subreaper() -> None:
-    """Become the parent of what descendants leave behind, so that `orphans` sees it."""
+    """Become the parent of orphaned descendants, so that `orphans` sees them."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -160,11 +161,11 @@ class Job:
         return True
 
     def count(self, *bytes_: int) -> int:
-        """How often one of these bytes was sent."""
+        """Number of messages with one of these bytes."""
         return sum(byte in bytes_ for _, byte in self.messages)
 
     def kill(self, ranks: list[int]) -> None:
-        """SIGKILL, to one after the other. Ranks that have ended are passed over."""
+        """Send SIGKILL to one rank after the other; skips ranks that have ended."""
         for rank in ranks:
             if (
                 rank not in self.codes
@@ -174,7 +175,7 @@ class Job:
                 os.kill(self.pids[rank], signal.SIGKILL)
 
     def wait(self, seconds: float = LONGEST) -> list[int] | None:
-        """Exit codes, negative for a signal; None when a rank is still there after so long."""
+        """Exit codes, negative for a signal; None if a rank still runs after `seconds`."""
         deadline = time.monotonic() + seconds
         pause = 0.001
         while True:
@@ -191,13 +192,13 @@ class Job:
             pause = min(pause * 1.5, 0.02)
 
     def close(self) -> None:
-        """Hear the last words, and let go of the pipe. After `wait`."""
+        """Read the last messages and close the pipe. Call after `wait`."""
         self.listen(time.monotonic() + 5)
         os.close(self._pipe)
 
 
 def run_jobs(jobs: list[tuple[Config, int]], folder: Path) -> None:
-    """Train each config on so many ranks, one after another, all forked from one new process.
+    """Train each config on its number of ranks, in turn, all forked from one new process.
 
     Raises AssertionError with the end of the log when one does not end with 0.
     """

@@ -18,7 +18,7 @@ from nextpt.events import (
 
 
 class Recorder:
-    """Notes in a common list what it receives."""
+    """Appends what it receives to a shared list."""
 
     def __init__(self, name: str, notes: list[tuple[str, str]]) -> None:
         self.name, self.notes = name, notes

@@ -1,4 +1,4 @@
-"""The end of a job whose mirror does not get what it should."""
+"""End of a job whose mirror is incomplete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job refuses by where its ranks are."""
+"""Refusals of a job because of the hosts of its ranks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def test_hpz_gathers_on_one_host() -> None:
         ConfigError, match=r"train.hpz_ranks = 2: ranks 2 to 3 are on different hosts \(h1, h2\)"
     ):
         check_hpz(pairs, ["h1"] * 3 + ["h2"] * 3)
-    # Handed out one host after the other
+    # Assigned one host after the other
     with pytest.raises(ConfigError, match=r"ranks 0 to 1 are on different hosts"):
         check_hpz(pairs, ["h1", "h2", "h1", "h2"])

@@ -35,4 +35,4 @@ def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("ERROR", "werkzeug")  # a line for each request would hide what a failure says
+    caplog.set_level("ERROR", "werkzeug")  # a line per request would hide the message of a failure

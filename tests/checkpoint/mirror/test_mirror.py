@@ -44,7 +44,7 @@ def test_the_mirror_keeps_what_the_run_keeps_and_restores_it(
 
     on_ranks(world_size, run)
     assert valid_steps(uri) == [6, 5, 3]
-    # One was perhaps being sent when its time came
+    # An upload may have been under way when its checkpoint was due for removal
     assert {6, 5, 3} <= set(steps(tmp_path / "run")) and len(steps(tmp_path / "run")) <= 4
     shutil.rmtree(tmp_path / "run")
 
@@ -85,7 +85,7 @@ def test_a_damaged_mirrored_checkpoint_is_detected_and_the_one_before_is_used(
     assert job.checkpoint.step == 2 and holds(job.checkpoint, 2.0)
     assert any("step-000000003" in text and why in text for text in job.warnings)
     assert job.save(3, 4).end() == []
-    assert valid_steps(uri) == [4, 3]  # the damaged one of step 3 is gone, the new one is another
+    assert valid_steps(uri) == [4, 3]  # the damaged copy of step 3 is gone; a new one replaced it
     assert read_manifest(tmp_path / "run" / "step-000000003").sequence == 4
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_mirrored_checkpoint_is_uploaded_again_from_the_run_folder(
     uri = f"file://{tmp_path}/mirror"
     assert MirroredJob(tmp_path / "run", uri).save(1, 2).end() == []
     corrupt(uri, 2, "state.json")
-    job = MirroredJob(tmp_path / "run", uri).save(3)  # 1 may go when two others are whole
+    job = MirroredJob(tmp_path / "run", uri).save(3)  # step 1 may go once two others are valid
     assert job.end() == [] and valid_steps(uri) == [3, 2] and job.steps_with("damaged") == [2]
 
 
@@ -135,14 +135,14 @@ def test_the_highest_sequence_number_wins_local_or_mirrored(tmp_path: Path) -> N
     uri = f"file://{tmp_path}/mirror"
     assert MirroredJob(tmp_path / "a", uri).save(1, 2).end() == []
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    # On another machine, with a disk of its own
+    # Another machine with its own disk
     assert MirroredJob(tmp_path / "b", uri).save(3).end() == []
     back = MirroredJob(tmp_path / "a", uri)
     assert back.checkpoint.step == 3 and steps(tmp_path / "a") == [3, 2, 1]
     back.mirror.stop()
     rolled = MirroredJob(tmp_path / "a", uri, resume=2).save(
         3
-    )  # the new line is here only for a moment
+    )  # the new lineage exists in this run folder only
     assert (
         rolled.checkpoint.step == 2
         and rolled.end() == []
@@ -244,7 +244,7 @@ def test_user_errors_are_reported_at_the_start(
 def test_missing_credentials_are_reported_at_the_start(
     link: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # From now on the server knows nobody
+    # From now on the server rejects all credentials
     monkeypatch.setattr(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0.0)
     with pytest.raises(
         CheckpointError,

@@ -44,7 +44,7 @@ def test_an_outage_delays_nothing_and_uploads_catch_up(
     job.save(2, 3, 4, 5, 6)
     job.wait_for("failing")
     job.save(7, 8)
-    assert len(steps(tmp_path / "run")) <= 3  # two, and the one that is being sent
+    assert len(steps(tmp_path / "run")) <= 3  # two, and the one being uploaded
     link.mode = "pass"
     job.save(9)
     assert (
@@ -171,9 +171,9 @@ def test_truncated_answers_during_a_restore_leave_nothing(
 def test_two_valid_checkpoints_exist_at_every_instant_once_there_were_two(
     tmp_path: Path, seed: int
 ) -> None:
-    """Over saves, rollbacks, lost disks, starts and damage there that leaves two, in any order.
+    """Two valid checkpoints exist before each removal.
 
-    Looked at before each removal.
+    For saves, rollbacks, lost disks, starts and damage that leaves two, in any order.
     """
     chance, uri, step, had_two = random.Random(seed), f"file://{tmp_path}/mirror", 0, False
 

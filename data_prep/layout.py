@@ -156,7 +156,7 @@ def _check_bad(plan: Plan, duplicates: Duplicates, counts: dict[str, Any]) -> No
         f"{bad} of {records} records are bad, more than max_bad_fraction ="
         f" {plan.spec.max_bad_fraction} allows ({reasons}); the first: {first['file']},"
         f" {place_of(first)}: {first['reason']}{': ' * bool(first['detail'])}{first['detail']}. All"
-        f" of them: {path}. Mend them, or allow more"
+        f" of them: {path}. Fix them, or allow more"
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 
-# The repository root, not this folder, must be importable: before any other import of ours.
+# The repository root, not this folder, must be importable: before any other import of nextpt.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from nextpt.base.errors import (  # noqa: E402

@@ -133,7 +133,7 @@ def refuse_options(mode: str, options: Mapping[str, object]) -> None:
         mode: Name of the mode, for the message.
         options: Whether each option was given.
     """
-    if names := [name for name, is_given in options.items() if is_given]:
+    if names := [name for name, present in options.items() if present]:
         raise UserError(
             f"{', '.join(names)} cannot be given with {mode}, which does not report the loss on"
             " whole documents"

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# The repository root, not this folder, must be importable: before any other import of ours.
+# The repository root, not this folder, must be importable: before any other import of nextpt.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"

@@ -38,8 +38,8 @@ def supervise(start: Callable[[], int], run: Path, restarts: int) -> int:
         checkpoint = _newest_checkpoint(run)
         if checkpoint > newest:
             restarts_left, newest = restarts, checkpoint
-        made_progress = code != EXIT_CRASHED or _last_step(run) > step_before
-        if restarts_left == 0 or not _is_failure(code) or not made_progress:
+        progressed = code != EXIT_CRASHED or _last_step(run) > step_before
+        if restarts_left == 0 or not _is_failure(code) or not progressed:
             return code
         restarts_left -= 1
         record = read_exit_record(run)

@@ -1,4 +1,4 @@
-"""Architectures of the transformers library that compute a model of ours, and their config.json.
+"""Architectures of the transformers library that compute a model of nextpt, and their config.json.
 
 Each was chosen by reading its forward pass: pre-norm, full rotary embeddings over halves, RMSNorm
 with statistics in fp32, and no operation that cannot be switched off. Two differences are made up

@@ -53,8 +53,8 @@ def test_counts_of_any_number_of_blocks_are_exact(shares: list[float], block: in
         assert (mixture.counts_before(b) + amounts == mixture.counts_before(b + 1)).all()
     # No drift, also after 10^12 samples
     assert (mixture.counts_before(block + PERIOD) - mixture.counts_before(block) == weights).all()
-    for weight, given_samples in zip(weights, mixture.counts_before(block), strict=True):
-        assert abs(int(given_samples) - Fraction(weight * block, PERIOD)) <= np.log2(PERIOD)
+    for weight, drawn in zip(weights, mixture.counts_before(block), strict=True):
+        assert abs(int(drawn) - Fraction(weight * block, PERIOD)) <= np.log2(PERIOD)
     assert (mixture.counts_before(0) == 0).all()
 
 

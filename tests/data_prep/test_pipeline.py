@@ -73,7 +73,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PrepSpec:
     return spec
 
 
-def given_texts(spec: PrepSpec, domain: str) -> list[str]:
+def expected_texts(spec: PrepSpec, domain: str) -> list[str]:
     files = sorted(Path(spec.domains[domain]).rglob("*.jsonl")) or [Path(spec.domains[domain])]
     return [json.loads(line)["text"] for file in files for line in lines_of(file)]
 
@@ -112,7 +112,7 @@ def test_sequences_hold_every_document_once(
             whole.update(tokenizer.decode(t) for t, f in documents if not f & inner)
             tokens += counts.tokens
             size += counts.bytes
-        expected = given_texts(spec, domain)
+        expected = expected_texts(spec, domain)
         assert size == sum(len(text.encode()) for text in expected)
         assert tokens == sum(len(tokenizer.encode(text)) + 1 for text in expected)
         short = Counter(text for text in expected if whole[text])

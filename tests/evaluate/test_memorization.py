@@ -162,11 +162,11 @@ def test_greedy_is_the_argmax_of_the_forward_pass(tmp_path: Path) -> None:
     config = tiny(tmp_path, tmp_path)
     model = build_decoder(config).eval()
     prefixes = torch.randint(0, 512, (3, 7), generator=torch.Generator().manual_seed(0))
-    given_tokens = greedy(model, prefixes, 9)
-    whole = torch.cat([prefixes, given_tokens], dim=1)
+    continuation = greedy(model, prefixes, 9)
+    whole = torch.cat([prefixes, continuation], dim=1)
     with torch.no_grad():
         logits = model.lm_head(model(whole[:, :-1], torch.arange(15).expand(3, 15)).hidden)
-    assert torch.equal(logits[:, 6:].argmax(-1), given_tokens)
+    assert torch.equal(logits[:, 6:].argmax(-1), continuation)
 
 
 @pytest.mark.thorough

@@ -426,7 +426,7 @@ def test_importing_runs_no_foreign_code(tmp_path: Path) -> None:
         ):
             events.append(f"{event} {arguments}"[:200])
 
-    load_hf(folder)  # lazy imports of ours happen here
+    load_hf(folder)  # lazy imports of nextpt happen here
     sys.addaudithook(hook)
     load_hf(folder)
     active = False

@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 240) -> None:
         time.sleep(0.05)
 
 
-def steps_made(run: Path) -> int:
+def logged_steps(run: Path) -> int:
     return max((event["step"] for event in read_events(run / "metrics.jsonl", "train")), default=0)
 
 
@@ -61,12 +61,12 @@ def test_a_signal_to_one_rank_saves_on_all_unless_the_grace_period_is_too_short(
 ) -> None:
     run, command = tmp_path / "run", write(dataset, tmp_path)
     ranks = start_ranks([command] * 2, tmp_path / "first")
-    wait_for(lambda: steps_made(run) >= 3)
+    wait_for(lambda: logged_steps(run) >= 3)
     ranks[1].send_signal(signal.SIGTERM)
     assert end(ranks) == [75, 75], logs(tmp_path / "first")
     [saved] = steps(run / "checkpoints")
     record = read_exit_record(run)
-    assert record["code"] == 75 and record["step"] == saved == steps_made(run), record
+    assert record["code"] == 75 and record["step"] == saved == logged_steps(run), record
     assert (
         f"stopped by SIGTERM after step {saved} (saved); to resume: python {RUN} --config"
         in logs(tmp_path / "first")
@@ -74,7 +74,7 @@ def test_a_signal_to_one_rank_saves_on_all_unless_the_grace_period_is_too_short(
 
     often = [*command, f"checkpoint.every_steps={saved + 2}", "checkpoint.grace_seconds=0.00001"]
     ranks = start_ranks([often] * 2, tmp_path / "second")
-    wait_for(lambda: steps_made(run) >= saved + 4)
+    wait_for(lambda: logged_steps(run) >= saved + 4)
     for rank in ranks:
         rank.send_signal(signal.SIGUSR1)
     assert end(ranks) == [75, 75], logs(tmp_path / "second")
@@ -112,7 +112,7 @@ def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: steps_made(tmp_path / "run") >= 2)
+    wait_for(lambda: logged_steps(tmp_path / "run") >= 2)
     second = start_ranks([command], tmp_path / "second")
     assert end(second) == [4]
     assert f"error: run folder {tmp_path / 'run'} is in use by process" in logs(tmp_path / "second")
@@ -144,7 +144,7 @@ def test_nextpt_train_forwards_signals_and_exit_codes(dataset: Path, tmp_path: P
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: steps_made(tmp_path / "run") >= 2)
+    wait_for(lambda: logged_steps(tmp_path / "run") >= 2)
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=120)
     assert (
@@ -176,7 +176,7 @@ def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: 
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: steps_made(tmp_path / "run") >= 2)
+    wait_for(lambda: logged_steps(tmp_path / "run") >= 2)
     [launch] = [
         pid
         for pid in map(int, ranks_of(command[2]))
@@ -194,7 +194,7 @@ def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: 
 def test_a_suspended_rank_is_named(dataset: Path, tmp_path: Path) -> None:
     command = [*write(dataset, tmp_path), "train.hang_seconds=3"]
     ranks = start_ranks([command] * 2, tmp_path / "logs")
-    wait_for(lambda: steps_made(tmp_path / "run") >= 5)
+    wait_for(lambda: logged_steps(tmp_path / "run") >= 5)
     ranks[1].send_signal(signal.SIGSTOP)
     assert ranks[0].wait(90) == 76, logs(tmp_path / "logs")
     ranks[1].kill()

@@ -61,7 +61,7 @@ def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     )
     jobs.add("twice never", sections=section(), never=[6, 7, 8, 9, 10, 11])
     jobs.add(
-        "for ever",
+        "endless",
         sections=section(max_rollbacks=2),
         faults=[["nan", step, 0] for step in range(6, 60)],
     )
@@ -193,15 +193,15 @@ def test_bad_data_after_a_rollback_is_skipped_as_well(rollbacks: Jobs) -> None:
 
 @pytest.mark.slow
 def test_too_many_rollbacks_end_with_a_one_line_error(rollbacks: Jobs) -> None:
-    kind, message, code = rollbacks.outcome("for ever")
-    assert (kind, code) == ("UserError", 2) and read_exit_record(rollbacks.root / "for ever")[
+    kind, message, code = rollbacks.outcome("endless")
+    assert (kind, code) == ("UserError", 2) and read_exit_record(rollbacks.root / "endless")[
         "code"
     ] == 2
     assert message.startswith(
         "3 bad steps in a row, 7 to 9 (the last one: loss not finite), after 2 rollbacks to step 6"
         " (guard.max_rollbacks); "
     )
-    assert [e["stop_sequence"] for e in rollbacks.events("for ever", "rollback")] == [72, 96]
+    assert [e["stop_sequence"] for e in rollbacks.events("endless", "rollback")] == [72, 96]
     kind, message, code = rollbacks.outcome("nowhere")
     assert (kind, code) == (
         "UserError",

@@ -174,16 +174,16 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     return {"outcome": outcome, "digests": digests}
 
 
-def larger_norms(judge: Any) -> Any:
+def larger_norms(record: Any) -> Any:
     calls: list[int] = []
 
-    def judged(
+    def record_larger(
         self: Any, loss: torch.Tensor, z_loss: torch.Tensor, norm: torch.Tensor
     ) -> torch.Tensor:
         calls.append(1)
-        return judge(self, loss, z_loss, norm * 1e4 if len(calls) > 6 else norm)
+        return record(self, loss, z_loss, norm * 1e4 if len(calls) > 6 else norm)
 
-    return judged
+    return record_larger
 
 
 def start_host_checks() -> None:

@@ -17,7 +17,7 @@ from data_prep.report import (
     length_histogram,
 )
 
-NASTY = "<script>alert('x')</script> & \"quotes\" \x00 \ud800 é 漢字 " + "word " * 40
+ADVERSARIAL = "<script>alert('x')</script> & \"quotes\" \x00 \ud800 é 漢字 " + "word " * 40
 
 
 def rich_report() -> PrepReport:
@@ -25,7 +25,7 @@ def rich_report() -> PrepReport:
     bad = BadRecord(
         file="s3://bucket/crawl/part-00017.jsonl.zst",
         place="line 41,207",
-        detail=f"not a JSON object: {NASTY[:60]}",
+        detail=f"not a JSON object: {ADVERSARIAL[:60]}",
     )
     return PrepReport(
         name="web-and-code",
@@ -97,7 +97,7 @@ def _duplicates() -> Duplicates:
             DuplicateText(
                 count=311, bytes=4_096, id="crawl/17/4", excerpt="All rights reserved. " * 6
             ),
-            DuplicateText(count=12, bytes=77, id=NASTY, excerpt=NASTY),
+            DuplicateText(count=12, bytes=77, id=ADVERSARIAL, excerpt=ADVERSARIAL),
         ],
     )
 

@@ -93,7 +93,7 @@ def output(job: Job | ColdJob, run: Run) -> str:
     return "".join(log.read_text() for log in logs)
 
 
-def lives(
+def run_with_kills(
     storm: Storm, run: Run, seconds: float, mtbf: float, begin: Callable[[], Job | ColdJob]
 ) -> tuple[float, list[dict[str, float]]]:
     """Start, kill and restart ranks for a duration.
@@ -144,7 +144,7 @@ def lives(
 def soak(storm: Storm, seconds: float, mtbf: float, cold: bool) -> dict[str, Any]:
     """Shares of the time by purpose. Raises StormError."""
     run, began = storm.new_run(Case(1, "fp32", 2, True), steps=10**6), time.time()
-    duration, kills = lives(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
+    duration, kills = run_with_kills(storm, run, seconds, mtbf, lambda: start(storm, run, cold))
     events = [
         e
         for e in read_events(run.folder / "metrics.jsonl", "train")

@@ -69,9 +69,9 @@ def test_verdicts_equal_numpys_and_a_bad_step_leaves_no_trace(
     section = GuardSection(window=window, spike_sigma=spikes)
     detector = SpikeDetector(section, torch.device("cpu"))
     bad = judge_all(detector, steps)
-    judged = detector.read()
-    assert [verdict.reason for verdict in judged] == reference(section, steps) and bad == [
-        bool(verdict.reason) for verdict in judged
+    verdicts = detector.read()
+    assert [verdict.reason for verdict in verdicts] == reference(section, steps) and bad == [
+        bool(verdict.reason) for verdict in verdicts
     ]
     good = SpikeDetector(section, torch.device("cpu"))
     judge_all(good, [step for step, skipped in zip(steps, bad, strict=True) if not skipped])

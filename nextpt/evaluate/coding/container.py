@@ -175,7 +175,7 @@ def legacy_digests(model: Decoder, tokenizer: Tokenizer) -> Iterator[bytes]:
     follow += ["head_dim"] if spec.head_dim == spec.width // spec.heads else []
     follow += ["ffn_width"] if spec.ffn_width == default_ffn_width(spec.ffn, spec.width) else []
     for explicit in itertools.product((True, False), repeat=len(follow)):
-        nulls = {key: None for key, is_given in zip(follow, explicit, strict=True) if not is_given}
+        nulls = {key: None for key, present in zip(follow, explicit, strict=True) if not present}
         yield _digest([values | nulls, spec.max_position], model, tokenizer)
 
 

@@ -21,13 +21,13 @@ from tests.support.layouts import rewrite, sequences_of
 @pytest.fixture(scope="module")
 def packed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rewrite(
-        dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_rows=40
+        dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_sequences=40
     )
 
 
 @pytest.fixture(scope="module")
 def grouped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rewrite(dataset, tmp_path_factory.mktemp("grouped") / "d", shard_rows=40)
+    return rewrite(dataset, tmp_path_factory.mktemp("grouped") / "d", shard_sequences=40)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def shards(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rewrite(dataset, tmp_path_factory.mktemp("elastic") / "d", shard_rows=9)
+    return rewrite(dataset, tmp_path_factory.mktemp("elastic") / "d", shard_sequences=9)
 
 
 def config_of(shards: Path, micro: int, threads: int = 2, **data: Any) -> Config:

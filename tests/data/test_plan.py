@@ -19,7 +19,7 @@ A, B, C = ({"code": share, "prose": 1 - share} for share in (0.8, 0.5, 0.25))
 
 @pytest.fixture(scope="module")
 def other(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rewrite(dataset, tmp_path_factory.mktemp("other") / "d", shard_rows=200)
+    return rewrite(dataset, tmp_path_factory.mktemp("other") / "d", shard_sequences=200)
 
 
 def open_loader(

@@ -29,13 +29,13 @@ BUCKET = "corpus"
 @pytest.fixture(scope="module")
 def packed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rewrite(
-        dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_rows=8
+        dataset, tmp_path_factory.mktemp("packed") / "d", compression="zstd", shard_sequences=8
     )
 
 
 @pytest.fixture(scope="module")
 def grouped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return rewrite(dataset, tmp_path_factory.mktemp("grouped") / "d", shard_rows=8)
+    return rewrite(dataset, tmp_path_factory.mktemp("grouped") / "d", shard_sequences=8)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def few(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     """Datasets of few files, for a slow server."""
     root = tmp_path_factory.mktemp("few")
     return {
-        name: rewrite(dataset, root / name, compression=kind, shard_rows=128)
+        name: rewrite(dataset, root / name, compression=kind, shard_sequences=128)
         for name, kind in (("packed", "zstd"), ("grouped", None))
     }
 

@@ -103,7 +103,7 @@ def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, pack
 
 @pytest.mark.thorough
 def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) -> None:
-    folder = rewrite(dataset, tmp_path / "d", shard_rows=2)
+    folder = rewrite(dataset, tmp_path / "d", shard_sequences=2)
     sequences = sequences_of(folder, "train", "code")
     shards = len(sequences._store.index)
     assert shards > 3 * MAPS

@@ -30,7 +30,7 @@ from tests.support.prep_worlds import lines_of, prepare, small_units, texts, wor
 from tests.support.tokenizers import ANY_TEXT, KINDS
 
 
-def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
+def read_sequences(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
     """Sequences as mosaicml-streaming's own reader returns them."""
     import_streaming()
     from streaming.base.format import reader_from_json
@@ -38,7 +38,7 @@ def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
     index = dataset / split / domain / "index.json"
     if not index.exists():
         return []
-    rows = []
+    sequences = []
     for shard in json.loads(index.read_text())["shards"]:
         if shard["zip_data"]:
             import zstandard
@@ -48,20 +48,20 @@ def read_rows(dataset: Path, split: str, domain: str) -> list[dict[str, Any]]:
                 zstandard.decompress(path.read_bytes(), shard["raw_data"]["bytes"])
             )
         reader = reader_from_json(str(dataset / split / domain), None, shard)
-        rows += [reader[i] for i in range(shard["samples"])]
-    return rows
+        sequences += [reader[i] for i in range(shard["samples"])]
+    return sequences
 
 
-def segments(rows: list[dict[str, Any]]) -> list[tuple[np.ndarray, int]]:
+def segments(sequences: list[dict[str, Any]]) -> list[tuple[np.ndarray, int]]:
     """(tokens, flags) of all segments except padding."""
     parts = []
-    for row in rows:
-        ends = np.cumsum(row["doc_lens"]).tolist()
+    for sequence in sequences:
+        ends = np.cumsum(sequence["doc_lens"]).tolist()
         for end, length, flags in zip(
-            ends, row["doc_lens"].tolist(), row["doc_flags"].tolist(), strict=True
+            ends, sequence["doc_lens"].tolist(), sequence["doc_flags"].tolist(), strict=True
         ):
             if not flags & PADDING:
-                parts.append((row["tokens"][end - length : end], flags))
+                parts.append((sequence["tokens"][end - length : end], flags))
     return parts
 
 
@@ -94,14 +94,15 @@ def test_sequences_hold_every_document_once(
         whole: Counter[str] = Counter()
         tokens = size = 0
         for split in SPLITS:
-            rows = read_rows(spec.output, split, domain)
+            sequences = read_sequences(spec.output, split, domain)
             counts = manifest.splits[split][domain]
             assert (
-                len(rows) == counts.rows and sum(int(r["text_bytes"]) for r in rows) == counts.bytes
+                len(sequences) == counts.rows
+                and sum(int(r["text_bytes"]) for r in sequences) == counts.bytes
             )
-            documents = segments(rows)
+            documents = segments(sequences)
             assert sum(len(t) - 1 for t, _ in documents) == counts.tokens
-            assert len(rows) * 65 - sum(len(t) for t, _ in documents) == counts.padding_tokens
+            assert len(sequences) * 65 - sum(len(t) for t, _ in documents) == counts.padding_tokens
             inner = STARTS_MID_DOCUMENT | ENDS_MID_DOCUMENT
             assert all(
                 (t[0] == tokenizer.start_id) == (not f & STARTS_MID_DOCUMENT) for t, f in documents
@@ -387,11 +388,11 @@ def test_domains_out_of_the_records(prepared: PrepSpec, tmp_path: Path) -> None:
         whole = {
             tokenizer.decode(t)
             for s in SPLITS
-            for t, f in segments(read_rows(spec.output, s, name))
+            for t, f in segments(read_sequences(spec.output, s, name))
             if not f & 3
         }
         assert whole and whole <= expected
-        assert {int(r["domain"]) for s in SPLITS for r in read_rows(spec.output, s, name)} == {
+        assert {int(r["domain"]) for s in SPLITS for r in read_sequences(spec.output, s, name)} == {
             manifest.domains.index(name)
         }
 
@@ -438,15 +439,18 @@ def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(
         }
     )
     manifest = prepare(spec)
-    rows = read_rows(spec.output, "train", "x")
+    sequences = read_sequences(spec.output, "train", "x")
     assert (
-        sum(int(r["text_bytes"]) for r in rows)
+        sum(int(r["text_bytes"]) for r in sequences)
         == manifest.splits["train"]["x"].bytes
         == sum(len(t.encode()) for t in [*contents, "one more"])
     )
     assert manifest.splits["train"]["x"].documents == 1 + sum(map(bool, contents))
-    for row in rows if manifest.byte_counts == "column" else ():
-        assert row["target_bytes"].sum() == row["text_bytes"] and row["target_bytes"][0] == 0
+    for sequence in sequences if manifest.byte_counts == "column" else ():
+        assert (
+            sequence["target_bytes"].sum() == sequence["text_bytes"]
+            and sequence["target_bytes"][0] == 0
+        )
 
 
 @pytest.mark.thorough

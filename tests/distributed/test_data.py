@@ -57,7 +57,7 @@ def runs(
     dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, str | None], tuple[Path, int]]:
     root = tmp_path_factory.mktemp("data")
-    shards = rewrite(dataset, root / "shards", shard_rows=2)
+    shards = rewrite(dataset, root / "shards", shard_sequences=2)
     damaged = Path(shutil.copytree(shards, root / "damaged"))
     stages = {"stages": [{"steps": 2, "mixing": {"code": 1}}, {"sequence_length": 24}]}
     configs = {

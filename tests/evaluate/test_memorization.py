@@ -146,11 +146,13 @@ def trained_on(config: Config, tokens: list[list[int]], steps: int) -> Decoder:
     """A decoder that was trained on some sequences."""
     model = build_decoder(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    rows = torch.tensor(tokens)
+    sequences = torch.tensor(tokens)
     for _ in range(steps):
-        hidden = model(rows[:, :-1], torch.arange(rows.shape[1] - 1).expand(len(rows), -1)).hidden
+        hidden = model(
+            sequences[:, :-1], torch.arange(sequences.shape[1] - 1).expand(len(sequences), -1)
+        ).hidden
         loss = torch.nn.functional.cross_entropy(
-            model.lm_head(hidden).flatten(0, 1), rows[:, 1:].flatten()
+            model.lm_head(hidden).flatten(0, 1), sequences[:, 1:].flatten()
         )
         optimizer.zero_grad()
         loss.backward()
@@ -212,15 +214,15 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
 
 
 def test_stretches_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
-    rows = list(open_sequences(planted[0], "train").values())
+    sequences = list(open_sequences(planted[0], "train").values())
     tokenizer = Tokenizer(planted[0] / "tokenizer.json")
-    stretches = sample_stretches(rows, 20, 5, 50, np.random.default_rng(1))
+    stretches = sample_stretches(sequences, 20, 5, 50, np.random.default_rng(1))
     assert stretches.tokens.shape == (50, 20)
     assert not np.isin(stretches.tokens[:, 1:-1], [tokenizer.start_id, tokenizer.end_id]).any()
     assert np.array_equal(
-        stretches.tokens, sample_stretches(rows, 20, 5, 50, np.random.default_rng(1)).tokens
+        stretches.tokens, sample_stretches(sequences, 20, 5, 50, np.random.default_rng(1)).tokens
     )
-    assert sample_stretches(rows, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
+    assert sample_stretches(sequences, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
 
 
 @pytest.mark.thorough

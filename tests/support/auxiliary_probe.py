@@ -51,8 +51,8 @@ def build(config: Config) -> Decoder:
 def one_step(config: Config, device: torch.device) -> dict[str, float]:
     """Loss, auxiliary loss and gradient norm of a first step, and those of plain torch."""
     # Micro-batches of unequal weight: the auxiliary loss of each counts by its share
-    rows = population()
-    batches = [batch_of(rows[2 * i : 2 * i + 2], ignored=3 * i) for i in range(MICRO_BATCHES)]
+    sequences = population()
+    batches = [batch_of(sequences[2 * i : 2 * i + 2], ignored=3 * i) for i in range(MICRO_BATCHES)]
     engine = Engine(config, device)
     own = batches[engine.rank :: engine.world_size]
     engine.step(own, engine.all_reduce(local_weight_sum(own)), 1e-3)

@@ -41,23 +41,23 @@ def config_of(stage: int, lr: float) -> Config:
 def population(seed: int = 0) -> torch.Tensor:
     """Sequences of TOKENS + 1: a repeated token with noise, for gradients with mean and spread."""
     chance = torch.Generator().manual_seed(seed)
-    rows = torch.randint(0, 16, (ROWS, 1), generator=chance).expand(ROWS, TOKENS + 1).clone()
-    noisy = torch.rand(rows.shape, generator=chance) < 0.5
-    return torch.where(noisy, torch.randint(0, 64, rows.shape, generator=chance), rows)
+    sequences = torch.randint(0, 16, (ROWS, 1), generator=chance).expand(ROWS, TOKENS + 1).clone()
+    noisy = torch.rand(sequences.shape, generator=chance) < 0.5
+    return torch.where(noisy, torch.randint(0, 64, sequences.shape, generator=chance), sequences)
 
 
-def batch_of(rows: torch.Tensor, ignored: int = 0) -> Batch:
+def batch_of(sequences: torch.Tensor, ignored: int = 0) -> Batch:
     """A batch of whole sequences.
 
     Of the first one `ignored` targets count for nothing, so that micro-batches are uneven.
     """
-    count = len(rows)
+    count = len(sequences)
     weights = torch.ones(count, TOKENS)
     weights[0, :ignored] = 0
     nothing = torch.zeros(count, TOKENS, dtype=torch.int32)
     return Batch(
-        tokens=rows[:, :-1],
-        targets=torch.where(weights > 0, rows[:, 1:], IGNORE_INDEX),
+        tokens=sequences[:, :-1],
+        targets=torch.where(weights > 0, sequences[:, 1:], IGNORE_INDEX),
         position_ids=torch.arange(TOKENS).expand(count, -1),
         document_ids=nothing,
         token_weights=weights,
@@ -68,12 +68,12 @@ def batch_of(rows: torch.Tensor, ignored: int = 0) -> Batch:
     )
 
 
-def brute_force(model: Decoder, rows: torch.Tensor) -> tuple[float, float]:
+def brute_force(model: Decoder, sequences: torch.Tensor) -> tuple[float, float]:
     """(tr(S), |G|^2) of one target's mean gradient, from the gradient of every single sequence."""
     gradients = []
-    for row in rows:
+    for sequence in sequences:
         model.zero_grad()
-        batch = batch_of(row[None])
+        batch = batch_of(sequence[None])
         next_token_loss(model, batch, TOKENS).total.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
     g = torch.stack(gradients)
@@ -84,13 +84,13 @@ def brute_force(model: Decoder, rows: torch.Tensor) -> tuple[float, float]:
 def measured(stage: int, device: torch.device) -> dict[str, Any]:
     """Mean trace and B_simple of many steps that hardly move the weights."""
     engine = Engine(config_of(stage, 1e-12), device)
-    rows, chance = population(), np.random.default_rng(1)
+    sequences, chance = population(), np.random.default_rng(1)
     own, estimates = ALL // engine.world_size, []
     for _ in range(STEPS):
         drawn = torch.from_numpy(chance.integers(0, ROWS, (ALL, MICRO)))[
             engine.rank * own : (engine.rank + 1) * own
         ]
-        batches = [batch_of(rows[draw]) for draw in drawn]
+        batches = [batch_of(sequences[draw]) for draw in drawn]
         weights = engine.all_reduce(local_weight_sum(batches))
         engine.step(batches, weights, 1e-12, measure=True)
         estimates.append(
@@ -106,8 +106,8 @@ def measured(stage: int, device: torch.device) -> dict[str, Any]:
 
 def uneven(device: torch.device) -> dict[str, float]:
     """Estimates of one step of uneven micro-batches, and those from each micro-batch's gradient."""
-    config, rows = config_of(0, 1e-12), population()
-    batches = [batch_of(rows[MICRO * i : MICRO * (i + 1)], ignored=i) for i in range(ALL)]
+    config, sequences = config_of(0, 1e-12), population()
+    batches = [batch_of(sequences[MICRO * i : MICRO * (i + 1)], ignored=i) for i in range(ALL)]
     model, gradients, counts = (
         build_decoder(config),
         [],
@@ -137,7 +137,7 @@ def uneven(device: torch.device) -> dict[str, float]:
 
 def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
     """For three steps, component -> (update ratio, norm of the change / norm of the weights)."""
-    engine, rows, steps = Engine(config_of(stage, 1e-3), device), population(), []
+    engine, sequences, steps = Engine(config_of(stage, 1e-3), device), population(), []
 
     def weights() -> dict[str, torch.Tensor]:
         return {f.name: f.tensor.clone() for f in engine.state.fragments() if f.kind == "weight"}
@@ -145,7 +145,7 @@ def updates(stage: int, device: torch.device) -> list[dict[str, list[float]]]:
     for step in range(3):
         before = weights()
         batches = [
-            batch_of(rows[MICRO * i : MICRO * (i + 1)])
+            batch_of(sequences[MICRO * i : MICRO * (i + 1)])
             for i in range(step, step + ALL // engine.world_size)
         ]
         engine.step(batches, engine.all_reduce(local_weight_sum(batches)), 1e-3)

@@ -39,7 +39,7 @@ def rewrite(
     folder: Path,
     *,
     compression: str | None = None,
-    shard_rows: int = 16,
+    shard_sequences: int = 16,
     group_shards: int = 20,
     byte_counts: str = "table",
     extra: dict[str, str] | None = None,
@@ -52,7 +52,7 @@ def rewrite(
         dataset: The dataset to read.
         folder: Where to write.
         compression: MDS compression of the shards; None for none.
-        shard_rows: Sequences of a shard.
+        shard_sequences: Sequences of a shard.
         group_shards: Shards of a group folder.
         byte_counts: Layout of the byte counts, see `data_prep.format.columns`.
         extra: Further columns, name -> MDS encoding.
@@ -68,8 +68,8 @@ def rewrite(
         for domain in manifest.domains:
             home, shards = folder / split / domain, []
             samples = [change(s) for s in samples_of(dataset, split, domain)]
-            size = shard_rows * group_shards
-            limit = max((len(_encoded(s)) for s in samples), default=0) * shard_rows + 2000
+            size = shard_sequences * group_shards
+            limit = max((len(_encoded(s)) for s in samples), default=0) * shard_sequences + 2000
             for group, first in enumerate(range(0, len(samples), size)):
                 name = f"g{group:05d}"
                 writer = MDSWriter(

@@ -42,16 +42,16 @@ def write_dataset(
     np.save(folder / "token_bytes.npy", np.ones(vocab_size, dtype=np.uint16))
     length = len(next(iter(domains.values()))[0]["tokens"]) - 1
     splits: dict[str, dict[str, SplitCounts]] = {"train": {}, "heldout": {}}
-    for number, (name, rows) in enumerate(sorted(domains.items())):
-        index = _write_rows(
+    for number, (name, sequences) in enumerate(sorted(domains.items())):
+        index = _write_sequences(
             folder / "train" / name,
-            rows,
+            sequences,
             number,
             columns(length, vocab_size),
             compression,
             size_limit,
         )
-        splits["train"][name] = _counts(rows, sha256_file(index))
+        splits["train"][name] = _counts(sequences, sha256_file(index))
         splits["heldout"][name] = _counts([], "")
     manifest = DatasetManifest(
         sequence_length=length,
@@ -71,9 +71,9 @@ def write_dataset(
     return folder
 
 
-def _write_rows(
+def _write_sequences(
     folder: Path,
-    rows: Sequence[dict[str, Any]],
+    sequences: Sequence[dict[str, Any]],
     domain: int,
     layout: dict[str, str],
     compression: str | None,
@@ -90,17 +90,19 @@ def _write_rows(
         compression=compression,
         size_limit=size_limit,
     ) as writer:
-        for row in rows:
+        for sequence in sequences:
             writer.write(
                 {
-                    "tokens": np.array(row["tokens"], dtype),
-                    "doc_lens": np.array(row["doc_lens"], np.uint32),
-                    "doc_flags": np.array(row["doc_flags"], np.uint8),
+                    "tokens": np.array(sequence["tokens"], dtype),
+                    "doc_lens": np.array(sequence["doc_lens"], np.uint32),
+                    "doc_flags": np.array(sequence["doc_flags"], np.uint8),
                     "domain": np.uint16(domain),
                     "text_bytes": np.uint32(
                         sum(
                             n - 1
-                            for n, f in zip(row["doc_lens"], row["doc_flags"], strict=True)
+                            for n, f in zip(
+                                sequence["doc_lens"], sequence["doc_flags"], strict=True
+                            )
                             if not f & PADDING
                         )
                     ),
@@ -120,9 +122,11 @@ def _write_rows(
     return folder / "index.json"
 
 
-def _counts(rows: Sequence[dict[str, Any]], index_sha256: str) -> SplitCounts:
+def _counts(sequences: Sequence[dict[str, Any]], index_sha256: str) -> SplitCounts:
     segments = [
-        (n, f) for row in rows for n, f in zip(row["doc_lens"], row["doc_flags"], strict=True)
+        (n, f)
+        for sequence in sequences
+        for n, f in zip(sequence["doc_lens"], sequence["doc_flags"], strict=True)
     ]
     pieces = [(n, f) for n, f in segments if not f & PADDING]
     tokens = sum(n - 1 for n, _ in pieces)
@@ -131,7 +135,7 @@ def _counts(rows: Sequence[dict[str, Any]], index_sha256: str) -> SplitCounts:
         bytes=tokens,
         tokens=tokens,
         text_tokens=tokens,
-        rows=len(rows),
+        rows=len(sequences),
         padding_tokens=sum(n for n, f in segments if f & PADDING),
         index_sha256=index_sha256,
     )

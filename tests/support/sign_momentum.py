@@ -134,10 +134,10 @@ def bad_step(job: dict[str, Any], device: torch.device) -> dict[str, list[Any]]:
     """Digests after a good step, a step whose loss is NaN, and a good one; reasons of the steps."""
     from tests.support.dynamics_probe import batch_of, local_weight_sum, population
 
-    engine, rows, digests = Engine(load(job["bad step"]), device), population(), []
+    engine, sequences, digests = Engine(load(job["bad step"]), device), population(), []
     loss = engine_module.next_token_loss
     for bad in (False, True, False):
-        batches = [batch_of(rows[2 * i : 2 * i + 2]) for i in range(4)]
+        batches = [batch_of(sequences[2 * i : 2 * i + 2]) for i in range(4)]
 
         def spoiled(*arguments: Any, bad: bool = bad) -> Any:
             result = loss(*arguments)

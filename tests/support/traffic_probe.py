@@ -85,7 +85,7 @@ def wire() -> int:
 def batch_of(config: Config, rank: int) -> Batch:
     """A micro-batch of random tokens in whole sequences."""
     count, length = config.train.micro_batch_size, config.data.sequence_length
-    rows = torch.randint(
+    sequences = torch.randint(
         0,
         config.model.vocab_size,
         (count, length + 1),
@@ -93,8 +93,8 @@ def batch_of(config: Config, rank: int) -> Batch:
     )
     nothing = torch.zeros(count, length, dtype=torch.int32)
     return Batch(
-        tokens=rows[:, :-1],
-        targets=rows[:, 1:],
+        tokens=sequences[:, :-1],
+        targets=sequences[:, 1:],
         position_ids=torch.arange(length).expand(count, -1),
         document_ids=nothing,
         token_weights=torch.ones(count, length),

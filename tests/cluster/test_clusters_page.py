@@ -38,7 +38,7 @@ class World:
 
     def _run(self, block: str) -> str:
         commands = "\n".join(line for line in block.splitlines() if line not in NOT_RUN)
-        done = subprocess.run(
+        completed = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", commands],
             cwd=self.folder,
             env=self.environment,
@@ -47,8 +47,8 @@ class World:
             text=True,
             timeout=BLOCK_SECONDS,
         )
-        assert done.returncode == 0, f"{commands}\n{done.stdout[-3000:]}"
-        return done.stdout
+        assert completed.returncode == 0, f"{commands}\n{completed.stdout[-3000:]}"
+        return completed.stdout
 
     def end(self, run: str) -> dict:
         return json.loads((self.folder / "runs" / run / "exit.json").read_text())
@@ -62,8 +62,8 @@ def sections() -> dict[str, str]:
 
 def blocks(section: str) -> list[str]:
     """The indented blocks of a section."""
-    found = re.findall(r"(?:^    .+\n)+", sections()[section], flags=re.MULTILINE)
-    return ["\n".join(line[4:] for line in block.splitlines()) for block in found]
+    indented = re.findall(r"(?:^    .+\n)+", sections()[section], flags=re.MULTILINE)
+    return ["\n".join(line[4:] for line in block.splitlines()) for block in indented]
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         slurm_cluster.slurm(base / "slurm") as slurm,
         net_hosts.hosts(base / "hosts", 2, prefix="node") as hosts,
     ):
-        made = World(
+        network = World(
             folder, os.environ | slurm.variables | hosts.variables | {"OMP_NUM_THREADS": "1"}
         )
-        made.follow("")
-        yield made
+        network.follow("")
+        yield network
 
 
 def test_every_section_with_commands_is_followed() -> None:
@@ -125,7 +125,7 @@ def test_deepspeed(world: World) -> None:
     assert losses(world.folder / "runs/by-deepspeed") == losses(world.folder / "runs/by-slurm")
 
 
-def test_when_it_hangs(world: World) -> None:
+def test_a_hang_is_diagnosed_as_described(world: World) -> None:
     (output,) = world.follow("When it hangs")
     end = world.end("hanging")
     assert end["code"] == 76 and "rank 1" in end["reason"] and "node2" in end["reason"], output

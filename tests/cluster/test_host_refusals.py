@@ -15,7 +15,7 @@ from tests.support.net_hosts import hosts
 pytestmark = pytest.mark.slow
 
 
-def test_what_is_wrong_is_told_before_any_rank_starts(dataset: Path, tmp_path: Path) -> None:
+def test_user_errors_are_reported_before_any_rank_starts(dataset: Path, tmp_path: Path) -> None:
     require()
     hidden, other = tmp_path / "hidden", tmp_path / "other" / "numpy-9.9.dist-info"
     hidden.mkdir()
@@ -23,7 +23,7 @@ def test_what_is_wrong_is_told_before_any_rank_starts(dataset: Path, tmp_path: P
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9\n")
     with hosts(
         tmp_path / "hosts", 3, hidden={"h2": hidden}, variables={"h3": f"PYTHONPATH={other.parent}"}
-    ) as made:
+    ) as network:
         cases = {
             ("h1", "h2"): f"host h2 does not see the run folder {hidden}/run of this machine",
             ("h1", "h3"): "host h3 has numpy 9.9 and others have",
@@ -32,7 +32,7 @@ def test_what_is_wrong_is_told_before_any_rank_starts(dataset: Path, tmp_path: P
         for names, said in cases.items():
             (tmp_path / "output").unlink(missing_ok=True)
             code = start(
-                made, made.hostfile(1, *names), config(dataset, hidden / "run"), tmp_path
+                network, network.hostfile(1, *names), config(dataset, hidden / "run"), tmp_path
             ).wait(120)
             output = (tmp_path / "output").read_text()
             assert (
@@ -42,7 +42,9 @@ def test_what_is_wrong_is_told_before_any_rank_starts(dataset: Path, tmp_path: P
                 and said in output
             ), output
         assert (
-            start(made, made.hostfile(7, "h1"), config(dataset, hidden / "run"), tmp_path).wait(120)
+            start(
+                network, network.hostfile(7, "h1"), config(dataset, hidden / "run"), tmp_path
+            ).wait(120)
             == 2
         )
         assert (

@@ -30,8 +30,8 @@ STEPS = 200
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     require("pdsh")
-    with hosts(tmp_path_factory.mktemp("net") / "hosts", 3) as made:
-        yield made
+    with hosts(tmp_path_factory.mktemp("net") / "hosts", 3) as network:
+        yield network
 
 
 def require(*commands: str) -> None:
@@ -84,9 +84,9 @@ def ranks(on: Hosts, name: str) -> list[int]:
     return [pid for pid in on.processes(name) if f"{RUN} --local_rank" in command_line(pid)]
 
 
-def close(found: dict[int, float], wanted: dict[int, float]) -> bool:
-    return found.keys() == wanted.keys() and all(
-        abs(found[s] - wanted[s]) <= 1e-6 * wanted[s] for s in wanted
+def close(losses: dict[int, float], expected: dict[int, float]) -> bool:
+    return losses.keys() == expected.keys() and all(
+        abs(losses[s] - expected[s]) <= 1e-6 * expected[s] for s in expected
     )
 
 
@@ -112,7 +112,7 @@ def test_a_host_that_loses_its_processes_and_a_signal(
     assert losses(run) == unbroken
 
 
-def test_a_cut_link_is_found_and_the_run_finishes_on_the_other_hosts(
+def test_a_cut_link_is_detected_and_the_run_finishes_on_the_other_hosts(
     three: Hosts, dataset: Path, unbroken: dict[int, float], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -126,7 +126,7 @@ def test_a_cut_link_is_found_and_the_run_finishes_on_the_other_hosts(
         print(f"a cut link was found after {time.monotonic() - began:.1f} s")
         assert job.wait(300) == 0, (tmp_path / "output").read_text()
     finally:
-        three.mend("h3")
+        three.reconnect("h3")
     assert "continuing without h3: host h3: not reachable" in (tmp_path / "output").read_text()
     assert close(losses(run), unbroken)
     wait_for(lambda: not ranks(three, "h3"), 60)
@@ -184,7 +184,7 @@ def test_deepspeed_over_pdsh(
     assert close(losses(run), unbroken) and read_exit_record(run)["code"] == 0
 
 
-def test_pdsh_that_is_gone_leaves_no_ranks(three: Hosts, dataset: Path, tmp_path: Path) -> None:
+def test_a_killed_pdsh_leaves_no_ranks(three: Hosts, dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(to_yaml(config(dataset, run, steps=100_000)))
     job = subprocess.Popen(

@@ -39,7 +39,7 @@ class Work:
             "--mem-per-cpu=100",
             f"--output={self.folder}/{log}",
             str(ROOT / "launcher/slurm" / script),
-            *(f"{name}={place}" for name, place in self.spec.domains.items()),
+            *(f"{name}={path}" for name, path in self.spec.domains.items()),
             "--sequence-length",
             "64",
             "--heldout",
@@ -86,9 +86,7 @@ def gone(cluster: Slurm, job: str) -> bool:
     return not cluster.run("squeue", "-h", "-j", job)
 
 
-def test_an_array_that_was_killed_goes_on_with_another_number_of_tasks(
-    cluster: Slurm, work: Work
-) -> None:
+def test_a_killed_array_continues_with_another_number_of_tasks(cluster: Slurm, work: Work) -> None:
     job = work.submit(cluster, "prep_array.sbatch", "%A_%a.log", "--array", "0-1")
     wait_for(work.done)
     cluster.run("scancel", "--full", "--signal=KILL", job)
@@ -128,7 +126,7 @@ def no_ray_left() -> Iterator[None]:
     )
 
 
-def test_ray_that_was_killed_goes_on_with_fewer_nodes(
+def test_killed_ray_workers_continue_on_fewer_nodes(
     cluster: Slurm, work: Work, no_ray_left: None
 ) -> None:
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
@@ -151,7 +149,9 @@ def test_ray_that_was_killed_goes_on_with_fewer_nodes(
     work.check()
 
 
-def test_ray_goes_on_when_a_worker_is_killed(cluster: Slurm, work: Work, no_ray_left: None) -> None:
+def test_ray_continues_after_the_kill_of_a_worker(
+    cluster: Slurm, work: Work, no_ray_left: None
+) -> None:
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
     wait_for(lambda: ray_processes("ray::_work") or gone(cluster, job), 120)
     victims = ray_processes("ray::_work")

@@ -26,7 +26,7 @@ def losses(run: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in read_events(run / "metrics.jsonl", "train")}
 
 
-def steps_made(run: Path) -> int:
+def logged_steps(run: Path) -> int:
     return max(losses(run), default=0)
 
 
@@ -37,7 +37,7 @@ def endless(dataset: Path, run: Path, **train: int) -> Config:
 def submit(cluster: Slurm, config: Config, folder: Path, *options: str) -> str:
     """Number of a job that `nextpt slurm submit` made, from a folder that is not the repository."""
     (folder / "config.yaml").write_text(to_yaml(config))
-    done = subprocess.run(
+    completed = subprocess.run(
         [
             sys.executable,
             str(ROOT / "launcher" / "cli.py"),
@@ -59,8 +59,8 @@ def submit(cluster: Slurm, config: Config, folder: Path, *options: str) -> str:
         env=os.environ | cluster.variables,
         timeout=120,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.split("job ")[1].split(":")[0]
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout.split("job ")[1].split(":")[0]
 
 
 def log(run: Path, job: str) -> str:
@@ -79,40 +79,40 @@ def start_again(cluster: Slurm, job: str, restarts: int) -> None:
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
-def test_preempted_again_and_again_with_the_losses_of_an_unbroken_run(
+def test_repeated_preemptions_give_the_losses_of_an_unbroken_run(
     cluster: Slurm, dataset: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     job = submit(cluster, endless(dataset, run), tmp_path)
     ends = []
     for cycle in range(1, CYCLES + 1):
-        seen = steps_made(run)
-        wait_for(lambda seen=seen: steps_made(run) > seen)
+        before = logged_steps(run)
+        wait_for(lambda before=before: logged_steps(run) > before)
         other = cluster.submit(
             "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true"
         )
         cluster.wait_for(other, "COMPLETED")
         end = read_exit_record(run)
-        assert end["code"] == 75 and end["step"] > seen, (cycle, end, log(run, job))
+        assert end["code"] == 75 and end["step"] > before, (cycle, end, log(run, job))
         ends.append(end["step"])
         start_again(cluster, job, cycle)
-    wait_for(lambda: steps_made(run) > ends[-1])
+    wait_for(lambda: logged_steps(run) > ends[-1])
     cluster.run("scancel", "--signal=TERM", job)
     start_again(cluster, job, CYCLES + 1)
     cluster.run("scancel", job)
     cluster.wait_for(job, "CANCELLED")
-    found = losses(run)
+    actual = losses(run)
     assert train_all(
-        [endless(dataset, tmp_path / "unbroken", stop_at=max(found))], 2, tmp_path / "logs"
+        [endless(dataset, tmp_path / "unbroken", stop_at=max(actual))], 2, tmp_path / "logs"
     ) == [None]
-    assert found == losses(tmp_path / "unbroken")
+    assert actual == losses(tmp_path / "unbroken")
     resumed = [line for line in log(run, job).splitlines() if line.startswith("resuming")]
     assert [int(line.split("after step ")[1].split()[0]) for line in resumed][:CYCLES] == ends, (
         resumed
     )
 
 
-def test_out_of_time_it_saves_and_queues_itself_again(
+def test_a_job_out_of_time_saves_and_queues_itself_again(
     cluster: Slurm, dataset: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -131,7 +131,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
 ) -> None:
     run = tmp_path / "run"
     job = submit(cluster, endless(dataset, run), tmp_path)
-    wait_for(lambda: steps_made(run) > 0)
+    wait_for(lambda: logged_steps(run) > 0)
     cluster.run("scancel", job)
     job_state = cluster.wait_for(job, "CANCELLED")
     wait_for(lambda: read_exit_record(run) is not None, 30)
@@ -142,7 +142,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     )
 
 
-def test_a_mistake_ends_the_job_and_is_not_tried_again(
+def test_a_user_error_ends_the_job_without_a_retry(
     cluster: Slurm, dataset: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -159,4 +159,4 @@ def test_a_finished_run_completes(cluster: Slurm, dataset: Path, tmp_path: Path)
     run = tmp_path / "run"
     job = submit(cluster, tiny(dataset, run), tmp_path)
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log(run, job)
-    assert read_exit_record(run)["code"] == 0 and steps_made(run) == 6
+    assert read_exit_record(run)["code"] == 0 and logged_steps(run) == 6

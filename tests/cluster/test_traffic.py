@@ -26,8 +26,8 @@ MICRO_BATCHES = 2
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     require()
-    with hosts(tmp_path_factory.mktemp("net") / "hosts", 2) as made:
-        yield made
+    with hosts(tmp_path_factory.mktemp("net") / "hosts", 2) as network:
+        yield network
 
 
 def config(ranks: int, stage: int, precision: str, hpz: int | None = None) -> Config:
@@ -51,9 +51,9 @@ def count(
 ) -> list[list[dict[str, Any]]]:
     """[config][rank] -> what the probe counted, on two hosts."""
     paths = []
-    for number, one in enumerate(configs):
+    for number, config in enumerate(configs):
         paths.append(folder / f"{number}.yaml")
-        paths[-1].write_text(to_yaml(one))
+        paths[-1].write_text(to_yaml(config))
     world, running = 2 * per_host, []
     for rank in range(world):
         name = on.names[rank // per_host]
@@ -77,16 +77,18 @@ def count(
         running.append(on.start(name, command, environment, folder / f"{rank}.log"))
     codes = [process.wait(300) for process in running]
     assert not any(codes), "\n".join(p.read_text()[-3000:] for p in folder.glob("*.log"))
-    found = [json.loads((folder / f"out-{rank}.json").read_text()) for rank in range(world)]
-    return [[one[number] for one in found] for number in range(len(configs))]
+    results = [json.loads((folder / f"out-{rank}.json").read_text()) for rank in range(world)]
+    return [[result[number] for result in results] for number in range(len(configs))]
 
 
-def sent(found: dict[str, Any], ranks: int) -> float:
+def sent(counted: dict[str, Any], ranks: int) -> float:
     """Bytes that a rank sends by the ring in collectives of so many ranks."""
-    return sum(one["bytes"] for one in found["sent"] if len(one["ranks"]) == ranks)
+    return sum(
+        collective["bytes"] for collective in counted["sent"] if len(collective["ranks"]) == ranks
+    )
 
 
-def test_each_stage_sends_what_the_plan_says(
+def test_each_stage_sends_the_planned_traffic(
     two: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "LIVE_PARAMETERS", 1)
@@ -104,29 +106,31 @@ def test_each_stage_sends_what_the_plan_says(
         "\nstage precision  MB by the formula  counted in collectives  on the wire  buckets sent"
         " before the first backward pass ends"
     )
-    for case, one, found in zip(cases, configs, count(two, configs, 1, tmp_path), strict=True):
-        formula = plan.traffic(one, 2)
-        order = found[0]["order"]
+    for case, run_config, counts in zip(
+        cases, configs, count(two, configs, 1, tmp_path), strict=True
+    ):
+        formula = plan.traffic(run_config, 2)
+        order = counts[0]["order"]
         early = sum(
             kind in ("all_reduce", "reduce_scatter") for kind in order[: order.index(FIRST_BLOCK)]
         )
         print(
             f"{case[0]}     {case[1]}       {formula.total / 1e6:10.2f}"
-            f" {sent(found[0], 2) / 1e6:18.2f} {found[0]['wire'] / 1e6:18.2f} {early:10}"
+            f" {sent(counts[0], 2) / 1e6:18.2f} {counts[0]['wire'] / 1e6:18.2f} {early:10}"
         )
         # Of some six buckets; stages 0 and 1 reduce after the last backward pass
         assert early >= 3 if case[0] >= 2 else early == 0, order
         # At stage 3 small parameters stay gathered, and so does what the backward pass begins with.
         assert (
             (0.9 if case[0] == 3 else 1.0) * formula.total
-            <= sent(found[0], 2)
+            <= sent(counts[0], 2)
             <= formula.total * 1.0001
         ), case
-        assert sent(found[0], 2) == sent(found[1], 2)
+        assert sent(counts[0], 2) == sent(counts[1], 2)
         # gloo sends a reduce-scatter as an all-reduce would, both passes; headers and
         # acknowledgements come on top.
-        scattered = sum(s["bytes"] for s in found[0]["sent"] if s["kind"] == "reduce_scatter")
-        assert found[0]["wire"] == pytest.approx(sent(found[0], 2) + scattered, rel=0.05), case
+        scattered = sum(s["bytes"] for s in counts[0]["sent"] if s["kind"] == "reduce_scatter")
+        assert counts[0]["wire"] == pytest.approx(sent(counts[0], 2) + scattered, rel=0.05), case
 
 
 def test_hpz_takes_the_gathering_off_the_network(
@@ -136,12 +140,12 @@ def test_hpz_takes_the_gathering_off_the_network(
     configs = [config(4, 3, "bf16"), config(4, 3, "bf16", hpz=2)]
     plain, hpz = count(two, configs, 2, tmp_path)
     assert plain[0]["losses"] == hpz[0]["losses"]
-    for rank, found in enumerate(hpz):
-        inside = [one["ranks"] for one in found["sent"] if len(one["ranks"]) == 2]
+    for rank, counts in enumerate(hpz):
+        inside = [entry["ranks"] for entry in counts["sent"] if len(entry["ranks"]) == 2]
         assert inside and all(rank in ranks and ranks in ([0, 1], [2, 3]) for ranks in inside), (
             "a gathering of two ranks leaves its host"
         )
-    formulas = [plan.traffic(one, 4) for one in configs]
+    formulas = [plan.traffic(config, 4) for config in configs]
     print(
         f"\nhpZ of 2 on 2 hosts x 2 ranks, MB a rank: among all {sent(plain[0], 4) / 1e6:.2f} ->"
         f" {sent(hpz[0], 4) / 1e6:.2f} (formula {formulas[0].everywhere / 1e6:.2f} ->"
@@ -149,8 +153,8 @@ def test_hpz_takes_the_gathering_off_the_network(
         f" (formula {formulas[1].in_node / 1e6:.2f}); on the wire of a host"
         f" {plain[0]['wire'] / 1e6:.2f} -> {hpz[0]['wire'] / 1e6:.2f}"
     )
-    for found, formula in ((plain[0], formulas[0]), (hpz[0], formulas[1])):
-        assert 0.9 * formula.everywhere <= sent(found, 4) <= 1.05 * formula.everywhere
-        assert 0.8 * formula.in_node <= sent(found, 2) <= formula.in_node
+    for counts, formula in ((plain[0], formulas[0]), (hpz[0], formulas[1])):
+        assert 0.9 * formula.everywhere <= sent(counts, 4) <= 1.05 * formula.everywhere
+        assert 0.8 * formula.in_node <= sent(counts, 2) <= formula.in_node
     saved = sent(plain[0], 4) - sent(hpz[0], 4)
     assert plain[0]["wire"] - hpz[0]["wire"] == pytest.approx(saved, rel=0.35)

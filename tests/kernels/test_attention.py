@@ -96,7 +96,7 @@ def test_nothing_looks_ahead(name: str, window: int | None) -> None:
     assert "documents" in ATTENTION[name].features
 
 
-def test_the_check_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_detects_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     def everything(call: AttentionCall, device: torch.device) -> torch.Tensor:
         shape = 1, 1, call.slices.queries, call.slices.keys
         return torch.ones(shape, dtype=torch.bool, device=device)
@@ -109,13 +109,13 @@ def test_the_check_finds_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_equal_the_reference() -> None:
     ids = torch.tensor([[0, 0, 1, 1, 1, 2]])
     inputs = [torch.randn(1, 6, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-    found = []
+    results = []
     for name in ("reference", "sdpa"):
         out = attention(*inputs, documents=PackedDocuments(ids), implementation=name)
-        found.append(
+        results.append(
             torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), inputs)
         )
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -149,7 +149,7 @@ def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: 
     assert torch.equal(flat, torch.block_diag(*documents.mask(slices, window)[:, 0]).bool())
 
 
-def test_packings_refuse_what_does_not_fit() -> None:
+def test_inconsistent_packings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[B\], got shape \(1, 1\)"):
         LeftPadded(torch.tensor([[1]]))
     q, k, v = (torch.zeros(2, 4, heads, 8) for heads in (4, 2, 2))
@@ -165,7 +165,7 @@ def test_packings_refuse_what_does_not_fit() -> None:
         attention(q[:1], k[:1], v[:1], query_offset=2, documents=PackedSequences(cu, cu, 4, 4))
 
 
-def test_choice_says_what_is_lacking() -> None:
+def test_choice_names_the_missing_feature() -> None:
     assert choose_attention("auto", "cpu", {"documents"}).name == "sdpa"
     assert choose_attention("auto", "cpu", {"sinks", "lse"}).name == "reference"
     with pytest.raises(ValueError, match=r"sdpa.*has no sinks"):

@@ -265,7 +265,7 @@ def test_the_starts_of_documents_are_those_of_the_batch() -> None:
     assert last_two[0].tolist() == [0, 1, 2, 4, 4] == last_two[1].tolist()
 
 
-def test_flash_attn_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_arguments_of_flash_attn_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for feature in ("offsets", "documents without cu_seqlens", "sinks"):
         with pytest.raises(ValueError, match=f"it has no {feature}"):
             choose_attention("flash_attn", "cuda", {feature})

@@ -106,18 +106,18 @@ def test_second_derivatives_are_refused() -> None:
 
 
 @pytest.mark.thorough
-def test_only_what_is_asked_is_differentiated() -> None:
+def test_only_requested_gradients_are_computed() -> None:
     """Through the output alone, through the log-sum-exp alone, and with frozen queries."""
     q, k, v = qkv(1, 20, 20, 2, 1, 16, 16, torch.float32, "cpu")
     k.requires_grad_()
     for part in (0, 1):
-        found, expected = (
+        actual, expected = (
             torch.autograd.grad(
                 attention(q, k, v, return_lse=True, implementation=name)[part].square().sum(), k
             )[0]
             for name in ("triton", "reference")
         )
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_intervals_are_the_masks() -> None:
@@ -182,7 +182,7 @@ def test_errors_name_the_argument(change: dict, message: str) -> None:
         attention(**arguments)
 
 
-def test_what_ours_cannot_do_is_named() -> None:
+def test_unsupported_features_are_named() -> None:
     for widths, dtype, message in (
         ((300, 300), torch.float32, "heads wider than 256"),
         ((8, 8), torch.float64, "fp64"),
@@ -197,7 +197,7 @@ def test_what_ours_cannot_do_is_named() -> None:
 
 
 @pytest.mark.thorough
-def test_the_self_test_finds_a_wrong_kernel() -> None:
+def test_the_self_test_detects_a_wrong_kernel() -> None:
     """What runs once per process on a GPU, here on the CPU."""
     assert triton_attention.difference(triton_attention.run, "cpu") is None
 

@@ -93,7 +93,7 @@ def naive(
 
 
 def assert_as_exact(
-    found: Tensor,
+    actual: Tensor,
     exact: Tensor,
     plain: Tensor,
     dtype: torch.dtype,
@@ -102,12 +102,14 @@ def assert_as_exact(
 ) -> None:
     """Check an error against torch's. cancelled: largest term that may cancel in a difference."""
     finite = exact.isfinite()
-    assert torch.equal(found.isfinite(), finite), (
+    assert torch.equal(actual.isfinite(), finite), (
         f"{what}: not finite where it should be, or the other way round"
     )
     if not finite.any():
         return
-    own, theirs = ((x.detach().double() - exact)[finite].abs().max().item() for x in (found, plain))
+    own, theirs = (
+        (x.detach().double() - exact)[finite].abs().max().item() for x in (actual, plain)
+    )
     roundings = 16 if dtype == torch.float32 else 4
     largest = max(exact[finite].abs().max().item(), 1.0)
     bound = 2 * theirs + roundings * torch.finfo(dtype).eps * largest
@@ -144,18 +146,18 @@ def check(
     plain = naive(
         *leaves[:3], documents, window, scale, softcap, leaves[3] if sinks is not None else None
     )
-    found = attention(
+    actual = attention(
         *leaves[:3],
         **options,
         sinks=leaves[3] if sinks is not None else None,
         return_lse=True,
         implementation="triton",
     )
-    assert found[0].dtype == q.dtype and found[1].dtype == torch.float32
-    for f, e, p, what in zip(found, exact, plain, ("out", "lse"), strict=True):
+    assert actual[0].dtype == q.dtype and actual[1].dtype == torch.float32
+    for f, e, p, what in zip(actual, exact, plain, ("out", "lse"), strict=True):
         assert_as_exact(f, e.detach(), p, q.dtype, what)
     generator = torch.Generator().manual_seed(seed)
-    above = [torch.randn(x.shape, generator=generator).to(q.device) for x in found]
+    above = [torch.randn(x.shape, generator=generator).to(q.device) for x in actual]
 
     def loss(out: Tensor, lse: Tensor) -> Tensor:
         total = (out.to(torch.promote_types(out.dtype, torch.float32)) * above[0]).sum()
@@ -163,7 +165,7 @@ def check(
 
     gradients = [
         torch.autograd.grad(loss(*pair), ls)
-        for pair, ls in ((found, leaves), (exact, wide), (plain, leaves))
+        for pair, ls in ((actual, leaves), (exact, wide), (plain, leaves))
     ]
     values = v.detach().double().abs().repeat_interleave(q.shape[2] // v.shape[2], 2)
     products = torch.einsum("bqhd,bkhd->bhqk", above[0].double().abs(), values).max().item()
@@ -283,7 +285,7 @@ def test_views_of_one_projection_and_strided_gradients(device: str, dtype: torch
     """q, k and v as slices of one tensor; a transposed and an expanded gradient of the output."""
     together = qkv(2, 40, 40, 6, 6, 16, 16, dtype, device)[0].requires_grad_()
     q, k, v = together[:, :, :2], together[:, :, 2:4], together[:, :, 4:]
-    found = []
+    results = []
     for implementation in ("triton", "reference"):
         with tiles(16, 16):
             out = attention(q, k, v, implementation=implementation)
@@ -292,13 +294,13 @@ def test_views_of_one_projection_and_strided_gradients(device: str, dtype: torch
                 .to(device, dtype)
                 .permute(0, 3, 2, 1)
             )
-            found.append(
+            results.append(
                 [
                     torch.autograd.grad(out, together, turned, retain_graph=True)[0],
                     torch.autograd.grad(out.sum(), together)[0],
                 ]
             )
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(
             a,
             b,
@@ -311,13 +313,13 @@ def test_views_of_one_projection_and_strided_gradients(device: str, dtype: torch
 @everywhere
 def test_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
     inputs = [t.requires_grad_() for t in qkv(1, 60, 60, 4, 2, 16, 16, dtype, device)]
-    found = []
+    results = []
     for _ in range(2 if device == "cpu" else 250):
         with tiles(16, 16):
             out = attention(*inputs, implementation="triton")
-            found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+            results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
     assert all(
-        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
     )
 
 

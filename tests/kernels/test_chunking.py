@@ -111,9 +111,9 @@ def test_every_plan_keeps_its_promises(
 @pytest.mark.thorough
 def test_errors_by_number_of_chunks() -> None:
     """What docs/kernels.md says of the two modes, on fewer tokens."""
-    found = gradient_error.table(2048, 64, 2048, [1, 4, 8, 32])
+    errors = gradient_error.table(2048, 64, 2048, [1, 4, 8, 32])
     for inputs in ("independent", "like text"):
-        bf16, fp16, fp32 = (found[f"{inputs}, {sums}"] for sums in ("bf16", "fp16", "fp32"))
+        bf16, fp16, fp32 = (errors[f"{inputs}, {sums}"] for sums in ("bf16", "fp16", "fp32"))
         assert all(e <= 0.0018 for e in fp32.values()), fp32
         assert all(e <= 0.0022 for e in fp16.values()) and fp16["8"] <= 1.1 * fp32["8"], fp16
         assert bf16["32"] > 2 * fp16["32"]  # what is won

@@ -19,14 +19,14 @@ Report = dict[str, dict]
 def report() -> Report:
     # A process of its own: here kernels run in the interpreter.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "kernels.bench.compile_report", "--json"],
         capture_output=True,
         text=True,
         env=environment,
         check=True,
     )
-    return json.loads(done.stdout)
+    return json.loads(completed.stdout)
 
 
 def test_every_kernel_is_there(report: Report) -> None:

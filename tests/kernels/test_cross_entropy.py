@@ -53,10 +53,10 @@ def check(
     )
     assert output.loss.dtype == output.nats.dtype == output.lse.dtype == torch.float32
     assert output.hits.dtype == torch.bool
-    found = differentiate(case, output, reduction, upstream)
-    assert all(found[name].dtype == dtype for name in ("dX", "dW", "db") if name in found)
+    actual = differentiate(case, output, reduction, upstream)
+    assert all(actual[name].dtype == dtype for name in ("dX", "dW", "db") if name in actual)
     definition = {k: v for k, v in options.items() if k in OPTIONS}
-    check_results(found, case, dtype, reduction=reduction, upstream=upstream, **definition)
+    check_results(actual, case, dtype, reduction=reduction, upstream=upstream, **definition)
 
 
 @pytest.mark.thorough
@@ -105,7 +105,7 @@ def test_loss_and_gradients(
 
 ONE_PEAKED = {"n": 1, "peaked": True, "scale": 5.0}
 # Cases that the rule refused at first, each for another reason
-FOUND = {
+EDGE_CASES = {
     # fp64's own lse - z_t gave 0 for nats of 1.5e-17
     "nats below 2e-16": (
         {**ONE_PEAKED, "d": 18, "v": 20, "bias": True, "seed": 216},
@@ -130,11 +130,9 @@ FOUND = {
 
 
 @everywhere
-@pytest.mark.parametrize("name", FOUND)
-def test_cases_that_were_found(
-    implementation: str, device: str, dtype: torch.dtype, name: str
-) -> None:
-    shape, options = FOUND[name]
+@pytest.mark.parametrize("name", EDGE_CASES)
+def test_edge_cases(implementation: str, device: str, dtype: torch.dtype, name: str) -> None:
+    shape, options = EDGE_CASES[name]
     with mock.patch.object(rows_triton, "MAX_BLOCK", 16):
         check(
             make_case(**shape, dtype=dtype, device=device),
@@ -189,12 +187,12 @@ def test_confident_targets_keep_their_gradient(
         weight_sum=1.0,
         implementation=implementation,
     )
-    (found,) = torch.autograd.grad(out.loss, hidden)
+    (gradient,) = torch.autograd.grad(out.loss, hidden)
     exact = torch.log1p(torch.exp(-hidden.detach().double()))
     slope = torch.expm1(-exact)
     torch.testing.assert_close(out.nats.double(), exact.squeeze(1), rtol=2e-6, atol=0)
     torch.testing.assert_close(
-        found.double(),
+        gradient.double(),
         slope,
         rtol=max(2e-6, torch.finfo(dtype).eps),
         atol=1e-8 if dtype == torch.float16 else 0,
@@ -256,13 +254,13 @@ def test_a_tie_is_no_hit(implementation: str, device: str, dtype: torch.dtype) -
     weight = torch.tensor([[2.0], [2.0], [1.0]], dtype=dtype, device=device)
     pairs = torch.tensor([[0, 1], [0, 0]], device=device)
     assert not linear_cross_entropy(hidden, weight, pairs, implementation=implementation).hits.any()
-    found = linear_cross_entropy(
+    output = linear_cross_entropy(
         hidden,
         weight * torch.tensor([[2.0], [1.0], [1.0]], dtype=dtype, device=device),
         pairs,
         implementation=implementation,
     )
-    assert found.hits.tolist() == [[True, False], [True, True]]
+    assert output.hits.tolist() == [[True, False], [True, True]]
 
 
 @pytest.mark.thorough

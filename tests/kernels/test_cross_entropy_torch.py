@@ -72,8 +72,8 @@ def both_losses(
     scalar = linear_cross_entropy(
         hidden, weight, targets, weight_sum=weight_sum, z_loss_coefficient=1e-3, chunk_tokens=8
     )
-    each = linear_cross_entropy(hidden, weight, targets, reduction="none", softcap=5.0)
-    return scalar.loss + scalar.nats.detach().mean(), each.loss.square().sum()
+    unreduced = linear_cross_entropy(hidden, weight, targets, reduction="none", softcap=5.0)
+    return scalar.loss + scalar.nats.detach().mean(), unreduced.loss.square().sum()
 
 
 @pytest.mark.thorough
@@ -85,28 +85,31 @@ def test_compiles_without_a_graph_break(backend: str, dynamic: bool) -> None:
     for n in (20, 33):
         case = make_case(n, 6, 90)
         weight_sum = torch.tensor(3.0)
-        found, expected = (
+        actual, expected = (
             f(case.hidden, case.weight, case.targets, weight_sum) for f in (compiled, both_losses)
         )
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
         gradients = [
-            torch.autograd.grad(sum(losses), case.leaves()) for losses in (found, expected)
+            torch.autograd.grad(sum(losses), case.leaves()) for losses in (actual, expected)
         ]
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
 
 
-def test_gradients_are_given_out_and_not_copied() -> None:
+def test_gradients_are_returned_without_a_copy() -> None:
     """A matrix gradient of a vocabulary is the largest tensor of many models."""
     case = make_case(6, 5, 40)
     out = linear_cross_entropy(case.hidden, case.weight, case.targets)
-    made = (
+    gradients = (
         out.loss.grad_fn.saved_tensors[1:3] if hasattr(out.loss.grad_fn, "saved_tensors") else None
     )
-    assert made is not None and [m.shape for m in made] == [case.hidden.shape, case.weight.shape]
-    places = [m.data_ptr() for m in made]
-    del made
+    assert gradients is not None and [m.shape for m in gradients] == [
+        case.hidden.shape,
+        case.weight.shape,
+    ]
+    places = [m.data_ptr() for m in gradients]
+    del gradients
     out.loss.backward()
     assert [case.hidden.grad.data_ptr(), case.weight.grad.data_ptr()] == places
 
@@ -172,13 +175,13 @@ def test_inside_activation_checkpointing(reentrant: bool) -> None:
     loss = checkpoint(
         module, case.hidden, case.targets, case.token_weights, 2.0, use_reentrant=reentrant
     )[0]
-    found = (
+    actual = (
         torch.autograd.grad(loss, [case.hidden, module.weight])
         if not reentrant
         else _by_backward(loss, case.hidden, module.weight)
     )
     expected = torch.autograd.grad(define(case, weight_sum=2.0).losses.sum(), case.leaves())
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -226,12 +229,12 @@ def test_chunks_change_only_the_last_bits() -> None:
 
 
 def test_same_inputs_give_the_same_bits() -> None:
-    found = []
+    results = []
     for _ in range(2):
         case = make_case(40, 16, 300, dtype=torch.bfloat16)
         out = linear_cross_entropy(case.hidden, case.weight, case.targets, chunk_tokens=16)
-        found.append((out.loss.detach(), out.nats, *torch.autograd.grad(out.loss, case.leaves())))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append((out.loss.detach(), out.nats, *torch.autograd.grad(out.loss, case.leaves())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.thorough
@@ -271,8 +274,10 @@ print(json.dumps(peaks))
 @pytest.mark.process
 def test_peak_memory_is_bounded_by_the_budget() -> None:
     """Resident memory of a process of its own, where all logits are 313 MiB."""
-    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
-    peaks = json.loads(done.stdout)
+    completed = subprocess.run(
+        [sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True
+    )
+    peaks = json.loads(completed.stdout)
     gradients = 4 * 64 * (4096 + 20000)
     assert peaks["eager"] > 600 * 2**20, "the measurement sees nothing"
     assert peaks["ours"] < 32 * 2**20 + gradients + 16 * 2**20, peaks
@@ -317,13 +322,13 @@ def test_a_target_outside_the_vocabulary_is_nan_in_the_kernel() -> None:
     from kernels.cross_entropy.rows import Statistics
 
     targets = torch.tensor([[3], [9], [-2], [-1]])
-    found = Statistics.empty(4, 1, torch.float32, torch.device("cpu"), False)
-    rows_triton.work(torch.zeros(4, 64)[:, :9], None, None, targets, None, found, None, False)
+    statistics = Statistics.empty(4, 1, torch.float32, torch.device("cpu"), False)
+    rows_triton.work(torch.zeros(4, 64)[:, :9], None, None, targets, None, statistics, None, False)
     assert (
-        found.nats[0].isfinite()
-        and found.nats[1].isnan()
-        and found.nats[2].isnan()
-        and found.nats[3] == 0
+        statistics.nats[0].isfinite()
+        and statistics.nats[1].isnan()
+        and statistics.nats[2].isnan()
+        and statistics.nats[3] == 0
     )
 
 

@@ -34,13 +34,13 @@ def test_attention_agrees_with_the_cpu_reference(dtype: torch.dtype) -> None:
     ids = torch.tensor([[0] * 40 + [1] * 56, [0] * 96], dtype=torch.int32)
     expected = attention(q, k, v, documents=PackedDocuments(ids), implementation="reference")
     for name in usable(ATTENTION, dtype):
-        found = attention(
+        actual = attention(
             *(t.cuda().to(dtype) for t in (q, k, v)),
             documents=PackedDocuments(ids.cuda(), starts_of(ids, 4).cuda()),
             implementation=name,
         )
         torch.testing.assert_close(
-            found.float().cpu(),
+            actual.float().cpu(),
             expected,
             atol=TOLERANCE[dtype],
             rtol=TOLERANCE[dtype],
@@ -83,10 +83,10 @@ def test_attention_of_any_length(length: int) -> None:
         ).requires_grad_()
         for h in (2, 1, 1)
     )
-    found, expected = (attention(q, k, v, implementation=name) for name in ("triton", "sdpa"))
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    actual, expected = (attention(q, k, v, implementation=name) for name in ("triton", "sdpa"))
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
     for a, b in zip(
-        *(torch.autograd.grad(out.sum(), (q, k, v)) for out in (found, expected)), strict=True
+        *(torch.autograd.grad(out.sum(), (q, k, v)) for out in (actual, expected)), strict=True
     ):
         assert (a - b).float().norm() <= 0.02 * b.float().norm()
 
@@ -199,11 +199,11 @@ def test_loss_beyond_32_bit_offsets() -> None:
 
 
 def test_loss_gives_the_same_bits() -> None:
-    found = []
+    results = []
     for _ in range(3):
         hidden, weight, targets = loss_inputs(3000, 128, 50257)
         out = linear_cross_entropy(hidden, weight, targets, gradient="small", chunk_tokens=1024)
-        found.append((out.loss.detach(), *torch.autograd.grad(out.loss, (hidden, weight))))
+        results.append((out.loss.detach(), *torch.autograd.grad(out.loss, (hidden, weight))))
     assert all(
-        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
     )

@@ -76,15 +76,15 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
-def test_mistakes_in_ablations(
+def test_user_errors_in_ablations(
     tmp_path: Path, dataset: Path, changes: dict[str, Any], words: str
 ) -> None:
     path = write_ablation(tmp_path, dataset, **changes)
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and str(path) in done.stderr, (
-        done.output
-    )
-    assert re.search(words.replace("[", r"\["), done.stderr), done.stderr
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
+    assert (
+        result.exit_code == 2 and result.stderr.count("\n") == 1 and str(path) in result.stderr
+    ), result.output
+    assert re.search(words.replace("[", r"\["), result.stderr), result.stderr
     assert not (tmp_path / "ablation").exists()
 
 
@@ -95,12 +95,12 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, dataset: Path) -> No
     (folder / "config.yaml").write_text(
         to_yaml(tiny(dataset, folder, run={"name": "equal-s0"}, optimizer={"lr": 0.1}))
     )
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
     assert (
-        done.exit_code == 2
+        result.exit_code == 2
         and f"{folder} holds a run of another config than equal-s0 (optimizer.lr: 0.1 -> 0.003)"
-        in done.stderr
-    ), done.output
+        in result.stderr
+    ), result.output
 
 
 @pytest.mark.slow
@@ -122,14 +122,14 @@ def test_a_whole_ablation(tmp_path: Path, dataset: Path) -> None:
     )
     written = (tmp_path / "ablation" / "ablation.json").read_text()
     result = json.loads(written)
-    found = result["variants"][0]
+    variant = result["variants"][0]
     assert (
-        found["domains"]["code"]["difference"] != 0
+        variant["domains"]["code"]["difference"] != 0
         and result["baseline"]["changes"] == {}
         and result["step"] == 6
     )
     assert (
-        f"{found['domains']['code']['difference']:+.4f}" in first.stdout
+        f"{variant['domains']['code']['difference']:+.4f}" in first.stdout
         and (tmp_path / "ablation" / "ablation.png").read_bytes()[:4] == b"\x89PNG"
     )
     again = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])

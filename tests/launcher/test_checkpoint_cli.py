@@ -31,9 +31,9 @@ def places(tmp_path: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.thorough
-def test_a_table_of_what_is_there_newest_first(places: tuple[Path, str], tmp_path: Path) -> None:
-    for place in (*places, tmp_path / "mirror", places[0] / "checkpoints"):
-        result = nextpt("list", place)
+def test_checkpoints_are_listed_newest_first(places: tuple[Path, str], tmp_path: Path) -> None:
+    for location in (*places, tmp_path / "mirror", places[0] / "checkpoints"):
+        result = nextpt("list", location)
         lines = [line for line in result.stdout.splitlines() if "step-" in line]
         assert result.exit_code == 0 and [line.split()[:2] for line in lines] == [
             ["2", "2"],
@@ -43,24 +43,28 @@ def test_a_table_of_what_is_there_newest_first(places: tuple[Path, str], tmp_pat
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("which", [0, 1])
-def test_verify_finds_one_flipped_bit(places: tuple[Path, str], which: int, tmp_path: Path) -> None:
-    place = places[which]
-    assert nextpt("verify", place).stdout.count("valid") == 2
+def test_verify_detects_one_flipped_bit(
+    places: tuple[Path, str], which: int, tmp_path: Path
+) -> None:
+    location = places[which]
+    assert nextpt("verify", location).stdout.count("valid") == 2
     damaged = next((tmp_path / ("run", "mirror")[which]).rglob("*step-000000002*")) / "state.json"
     data = bytearray(damaged.read_bytes())
     data[5] ^= 1
     damaged.write_bytes(data)
-    result = nextpt("verify", place)
+    result = nextpt("verify", location)
     assert (
         result.exit_code == 65
         and "state.json is damaged" in " ".join(result.stdout.split())
         and result.stdout.count("valid") == 1
     )
-    assert nextpt("verify", place, "--step", 1).exit_code == 0
+    assert nextpt("verify", location, "--step", 1).exit_code == 0
 
 
 @pytest.mark.thorough
-def test_fetch_takes_the_newest_whole_one(places: tuple[Path, str], tmp_path: Path) -> None:
+def test_fetch_selects_the_newest_complete_checkpoint(
+    places: tuple[Path, str], tmp_path: Path
+) -> None:
     assert nextpt("fetch", places[1], "--output", tmp_path / "copy").exit_code == 0
     assert holds(open_checkpoint(tmp_path / "copy" / "checkpoints"), 2.0)
     (next((tmp_path / "mirror").glob("*step-000000002*")) / "state.json").write_text("{}")
@@ -72,9 +76,9 @@ def test_fetch_takes_the_newest_whole_one(places: tuple[Path, str], tmp_path: Pa
 
 
 @pytest.mark.thorough
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_user_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for arguments, told in [
+    for arguments, message in [
         (("list", tmp_path / "none"), "is not a folder"),
         (("list", tmp_path / "empty"), "holds no checkpoint"),
         (
@@ -85,6 +89,6 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (("fetch", f"file://{tmp_path}/none", "--output", tmp_path / "x"), "holds no checkpoint"),
     ]:
         result = nextpt(*arguments)
-        assert result.exit_code == 2 and told in result.stderr, result.output
+        assert result.exit_code == 2 and message in result.stderr, result.output
     for command in ("list", "verify", "fetch"):
         assert "example: nextpt checkpoint" in nextpt(command, "--help").stdout

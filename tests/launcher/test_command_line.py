@@ -60,13 +60,13 @@ def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     ],
 )
 def test_help(command: list[str]) -> None:
-    done = nextpt(*command, "--help")
-    assert done.returncode == 0 and "Usage" in done.stdout
+    completed = nextpt(*command, "--help")
+    assert completed.returncode == 0 and "Usage" in completed.stdout
     if len(command) > 1 or (
         command
         and command[0] in ("train", "eval", "generate", "inspect", "report", "doctor", "plan")
     ):
-        assert "example: nextpt" in done.stdout
+        assert "example: nextpt" in completed.stdout
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -82,9 +82,9 @@ def test_every_shipped_config_loads_and_has_about_the_parameters_of_its_name(pat
         )
 
 
-def test_config_show_prints_derived_figures() -> None:
-    done = nextpt("config", "show", "configs/7b.yaml", "train.zero_stage=3", "--ranks", "64")
-    assert done.returncode == 0, done.stderr
+def test_config_show_prints_derived_values() -> None:
+    completed = nextpt("config", "show", "configs/7b.yaml", "train.zero_stage=3", "--ranks", "64")
+    assert completed.returncode == 0, completed.stderr
     for words in (
         "vocab_size: 65536",
         "parameters                     7,516,459,008",
@@ -92,7 +92,7 @@ def test_config_show_prints_derived_figures() -> None:
         "memory per rank",
         "ZeRO-3",
     ):
-        assert words in done.stdout
+        assert words in completed.stdout
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,14 @@ def test_config_show_prints_derived_figures() -> None:
         ),
     ],
 )
-def test_mistakes_end_with_one_line(arguments: list[str], words: list[str]) -> None:
-    done = nextpt(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+def test_user_errors_end_with_one_line(arguments: list[str], words: list[str]) -> None:
+    completed = nextpt(*arguments)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("error: ") and completed.stderr.count("\n") == 1, (
+        completed.stderr
+    )
     for word in words:
-        assert word in done.stderr
+        assert word in completed.stderr
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +165,14 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint={"every_steps": 3},
     )
     (root / "tiny.yaml").write_text(to_yaml(config))
-    done = subprocess.run(
+    completed = subprocess.run(
         train_command(str(root / "tiny.yaml"), ["train.zero_stage=2"], 2, free_port()),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 6/6" in done.stdout and "validation, step 3" in done.stdout
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert "step 6/6" in completed.stdout and "validation, step 3" in completed.stdout
     return root / "run"
 
 
@@ -207,7 +209,7 @@ def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(
     for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
         state.write_text("{}")
     before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    done = nextpt(
+    completed = nextpt(
         "train",
         "--config",
         str(tmp_path / "run" / "config.yaml"),
@@ -215,11 +217,11 @@ def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(
         "2",
         f"run.dir={tmp_path / 'run'}",
     )
-    assert done.returncode == 65, done.stderr
+    assert completed.returncode == 65, completed.stderr
     assert (
-        done.stderr.startswith("error: checkpoint ")
-        and done.stderr.count("\n") == 1
-        and "does not start from nothing" in done.stderr
+        completed.stderr.startswith("error: checkpoint ")
+        and completed.stderr.count("\n") == 1
+        and "does not start from nothing" in completed.stderr
     )
     assert (
         sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == before
@@ -228,14 +230,14 @@ def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(
 
 
 def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
-    done = nextpt(
+    completed = nextpt(
         "eval", "--run", str(trained), "--json", str(tmp_path / "out.json"), "--compressors"
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     for figures in (*result["domains"].values(), result["total"]):
         assert {"tokens", "bytes", "nats_per_token", "bpb", "perplexity"} <= figures.keys()
-    assert set(result["domains"]) == {"code", "prose"} and "xz -9e" in done.stdout
+    assert set(result["domains"]) == {"code", "prose"} and "xz -9e" in completed.stdout
     assert result["total"]["bytes"] == sum(f["bytes"] for f in result["domains"].values())
 
 
@@ -271,8 +273,8 @@ def test_report_of_a_real_run(trained: Path, tmp_path: Path) -> None:
         ).returncode
         == 0
     )
-    done = nextpt("report", str(trained), "--output", str(tmp_path / "r.html"))
-    assert done.returncode == 0, done.stderr
+    completed = nextpt("report", str(trained), "--output", str(tmp_path / "r.html"))
+    assert completed.returncode == 0, completed.stderr
     page = (tmp_path / "r.html").read_text()
     assert (
         "complete" in page
@@ -337,7 +339,7 @@ def _command(process: Path) -> bytes:
         return b""
 
 
-def test_a_killed_rank_is_told(dataset: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_reported(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(
         to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000}))
     )
@@ -377,14 +379,14 @@ def test_a_killed_rank_is_told(dataset: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors, errors[-2000:]
 
 
-def test_a_taken_port_is_named(dataset: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_is_named(dataset: Path, tmp_path: Path) -> None:
     import socket
 
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run")))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
         environment = os.environ | {
             "RANK": "0",
             "WORLD_SIZE": "1",
@@ -392,7 +394,7 @@ def test_a_taken_port_is_named(dataset: Path, tmp_path: Path) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        done = subprocess.run(
+        completed = subprocess.run(
             [
                 sys.executable,
                 str(ROOT / "launcher/run.py"),
@@ -404,15 +406,15 @@ def test_a_taken_port_is_named(dataset: Path, tmp_path: Path) -> None:
             env=environment,
             timeout=120,
         )
-    assert done.returncode == 2
-    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert completed.returncode == 2
+    error = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and f"127.0.0.1:{port}" in error[0] and "--master_port" in error[0]
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    assert "Traceback" not in completed.stderr and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [1.0, 4.0, 7.0, 9.0, 10.0, 11.0, 12.0])
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
+def test_a_run_killed_at_any_moment_ends_with_the_same_metrics(
     dataset: Path, trained: Path, tmp_path: Path, delay: float
 ) -> None:
     """Every process of the job dies at once.
@@ -436,8 +438,10 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(
     time.sleep(delay)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    done = subprocess.run(command(), capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    completed = subprocess.run(
+        command(), capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert completed.returncode == 0, completed.stderr[-3000:]
     losses = [
         [(e["step"], e["loss"]) for e in read_events(run / "metrics.jsonl", "train")]
         for run in (trained, tmp_path / "run")

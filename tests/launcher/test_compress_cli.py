@@ -20,12 +20,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nextpt(*arguments: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    return done.exit_code, done.output
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output
 
 
 @pytest.mark.thorough
-def test_there_and_back(run: Path, tmp_path: Path) -> None:
+def test_a_file_round_trips(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes("words and bytes \xff\n".encode("latin-1") * 6)
     code, output = nextpt(
@@ -41,9 +41,9 @@ def test_there_and_back(run: Path, tmp_path: Path) -> None:
         tmp_path / "figures.json",
     )
     assert code == 0 and "this model" in output and "zstd -22" in output, output
-    found = json.loads((tmp_path / "figures.json").read_text())
+    sizes = json.loads((tmp_path / "figures.json").read_text())
     assert (
-        found["total"] == found["payload"] + found["header"] == (tmp_path / "coded").stat().st_size
+        sizes["total"] == sizes["payload"] + sizes["header"] == (tmp_path / "coded").stat().st_size
     )
     code, output = nextpt(
         "decompress", tmp_path / "coded", "--run", run, "--output", tmp_path / "back"
@@ -68,14 +68,14 @@ def test_an_empty_file(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command", [["compress", "missing"], ["decompress", "missing"], ["decompress", "foreign"]]
 )
-def test_what_is_refused_leaves_nothing(command: list[str], run: Path, tmp_path: Path) -> None:
+def test_a_refused_file_leaves_no_output(command: list[str], run: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign").write_bytes(b"PK\3\4")
     code, _ = nextpt(command[0], tmp_path / command[1], "--run", run, "--output", tmp_path / "out")
     assert code == 2 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.thorough
-def test_a_hugging_face_folder_is_a_model_too(run: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_folder_serves_as_the_model(run: Path, tmp_path: Path) -> None:
     exported = tmp_path / "exported"
     assert nextpt("export", "hf", "--run", run, "--output", exported)[0] == 0
     (tmp_path / "file").write_bytes(b"some words")
@@ -98,9 +98,7 @@ def test_a_hugging_face_folder_is_a_model_too(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("output", ["nowhere/out", ".", "file"])
-def test_a_place_that_cannot_be_written_is_told_first(
-    run: Path, tmp_path: Path, output: str
-) -> None:
+def test_an_unwritable_output_is_reported_first(run: Path, tmp_path: Path, output: str) -> None:
     (tmp_path / "file").write_bytes(b"some words")
     code, _ = nextpt("compress", tmp_path / "file", "--run", run, "--output", tmp_path / output)
     assert code == 2 and (tmp_path / "file").read_bytes() == b"some words"

@@ -18,7 +18,7 @@ def printed(width: int, table: Table) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [20, 80, 300])
-def test_no_heading_or_figure_is_cut(width: int) -> None:
+def test_no_heading_or_number_is_cut(width: int) -> None:
     lines = printed(
         width,
         build_table(

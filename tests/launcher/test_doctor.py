@@ -34,14 +34,14 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def subjects(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
-    return {f["subject"]: f for f in json.loads(done.stdout)["findings"]}
+def subjects(completed: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    return {f["subject"]: f for f in json.loads(completed.stdout)["findings"]}
 
 
 def test_this_machine_is_fit() -> None:
-    done = doctor("--json")
-    assert done.returncode == 0, done.stdout
-    found = subjects(done)
+    completed = doctor("--json")
+    assert completed.returncode == 0, completed.stdout
+    findings = subjects(completed)
     assert {
         "python",
         "torch",
@@ -58,9 +58,9 @@ def test_this_machine_is_fit() -> None:
         "open files",
         "shared memory",
         "host name",
-    } <= set(found)
-    assert found["torch"]["status"] == "ok" and ">=2.10" in found["torch"]["observed"]
-    assert all(f["advice"] for f in found.values() if f["status"] in ("warning", "problem"))
+    } <= set(findings)
+    assert findings["torch"]["status"] == "ok" and ">=2.10" in findings["torch"]["observed"]
+    assert all(f["advice"] for f in findings.values() if f["status"] in ("warning", "problem"))
     plain = doctor()
     assert (
         plain.returncode == 0 and "0 problems" in plain.stdout and "Traceback" not in plain.stderr
@@ -76,32 +76,35 @@ def dist(folder: Path, name: str, version: str) -> None:
 
 def test_a_foreign_kernels_package_is_named(tmp_path: Path) -> None:
     dist(tmp_path, "kernels", "0.9.0")
-    found = subjects(doctor("--json", PYTHONPATH=f"{ROOT}:{tmp_path}"))["package kernels"]
+    finding = subjects(doctor("--json", PYTHONPATH=f"{ROOT}:{tmp_path}"))["package kernels"]
     assert (
-        found["status"] == "warning"
-        and "0.9.0" in found["observed"]
-        and "pip uninstall kernels" in found["advice"]
+        finding["status"] == "warning"
+        and "0.9.0" in finding["observed"]
+        and "pip uninstall kernels" in finding["advice"]
     )
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n")
-    done = doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode == 1 and str(tmp_path) in subjects(done)["package kernels"]["observed"]
+    completed = doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (
+        completed.returncode == 1
+        and str(tmp_path) in subjects(completed)["package kernels"]["observed"]
+    )
 
 
-def test_the_command_line_finds_its_own_kernels_all_the_same(tmp_path: Path) -> None:
+def test_the_command_line_imports_its_own_kernels_nevertheless(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-P", "-m", "launcher.cli", "config", "show", "configs/demo.yaml"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
         cwd=ROOT,
     )
-    assert done.returncode == 0 and "# derived" in done.stdout, done.stderr
+    assert completed.returncode == 0 and "# derived" in completed.stdout, completed.stderr
 
 
-def test_transformers_takes_our_kernels_for_nothing() -> None:
+def test_transformers_ignores_our_kernels_package() -> None:
     script = (
         "import kernels, transformers, torch; from transformers.utils import is_kernels_available"
         " as there\nassert 'get_kernel' not in dir(kernels) and not there()\nc ="
@@ -112,26 +115,26 @@ def test_transformers_takes_our_kernels_for_nothing() -> None:
         "print(tuple(model(torch.zeros(1, 4, dtype=torch.long)).logits.shape))\n"
         "import kernels.attention; print(kernels.__file__)"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    assert done.stdout.split("\n")[:2] == [
+    assert completed.stdout.split("\n")[:2] == [
         "(1, 4, 64)",
         str(ROOT / "kernels" / "__init__.py"),
-    ], done.stderr[-2000:]
+    ], completed.stderr[-2000:]
 
 
 def test_versions_outside_the_range_and_missing_packages(tmp_path: Path) -> None:
     dist(tmp_path, "numpy", "2.4.1")
-    found = subjects(doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}"))
+    findings = subjects(doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}"))
     assert (
-        found["numpy"]["status"] == "problem"
-        and "2.4.1, outside" in found["numpy"]["observed"]
-        and "<2.4" in found["numpy"]["advice"]
+        findings["numpy"]["status"] == "problem"
+        and "2.4.1, outside" in findings["numpy"]["observed"]
+        and "<2.4" in findings["numpy"]["advice"]
     )
     from packaging.requirements import Requirement
 
@@ -139,17 +142,19 @@ def test_versions_outside_the_range_and_missing_packages(tmp_path: Path) -> None
     assert missing.status is Status.PROBLEM and ">=3" in missing.observed
 
 
-def test_a_library_that_breaks_on_import_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
+def test_a_library_that_breaks_on_import_is_reported_as_a_problem(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libcuda is broken')")
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "__init__.py").write_text("import os; os._exit(139)")
-    done = doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    found = subjects(done)
-    assert done.returncode == 1 and "libcuda is broken" in found["import triton"]["observed"]
+    completed = doctor("--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    findings = subjects(completed)
     assert (
-        "exit code 139" in found["import deepspeed"]["observed"]
-        and found["package kernels"]["status"] == "ok"
+        completed.returncode == 1 and "libcuda is broken" in findings["import triton"]["observed"]
+    )
+    assert (
+        "exit code 139" in findings["import deepspeed"]["observed"]
+        and findings["package kernels"]["status"] == "ok"
     )
 
 
@@ -186,11 +191,11 @@ GPU = {
 def test_accelerators(
     torch: dict[str, Any], driver: list[list[str]] | None, status: str, words: str
 ) -> None:
-    found = software.accelerator(torch, driver)
+    finding = software.accelerator(torch, driver)
     assert (
-        found.status == status
-        and words in found.observed
-        and (found.advice or status in ("ok", "note"))
+        finding.status == status
+        and words in finding.observed
+        and (finding.advice or status in ("ok", "note"))
     )
 
 
@@ -208,8 +213,8 @@ def test_a_lock_is_stale_when_its_compilation_is_dead(tmp_path: Path) -> None:
         f" F({str(lock)!r}).try_acquire(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", script])
-    found = leftovers.extension_locks(tmp_path)
-    assert found.status is Status.WARNING and f"rm {lock}" in found.advice
+    finding = leftovers.extension_locks(tmp_path)
+    assert finding.status is Status.WARNING and f"rm {lock}" in finding.advice
 
 
 @pytest.fixture
@@ -238,20 +243,20 @@ def test_shared_memory_is_stale_when_nobody_maps_it(shared: Path) -> None:
         )
         holder.stdin.close()
         holder.wait()
-    found = leftovers.stale_shared_memory()
-    assert found.status is Status.WARNING and str(shared) in found.observed
+    finding = leftovers.stale_shared_memory()
+    assert finding.status is Status.WARNING and str(shared) in finding.observed
     os.utime(shared, (time.time(), time.time()))
     # young: somebody may be about to open it
     assert str(shared) not in leftovers.stale_shared_memory().observed
 
 
-def test_a_taken_port() -> None:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        found = machine.free_port(port)
-    assert found.status is Status.WARNING and "--master_port" in found.advice
+def test_a_port_in_use() -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        finding = machine.free_port(port)
+    assert finding.status is Status.WARNING and "--master_port" in finding.advice
     assert machine.free_port(port).status is Status.OK
 
 
@@ -261,22 +266,22 @@ def test_few_open_files() -> None:
         " for f in limits()], sep='\\n')"
     )
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         cwd=ROOT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard)),
     )
-    assert "open files|warning|ulimit -n" in done.stdout
+    assert "open files|warning|ulimit -n" in completed.stdout
 
 
 def test_deepspeed_env_with_a_comment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert machine.deepspeed_env() == []
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n\n# no\n")
-    [found] = machine.deepspeed_env()
-    assert found.status is Status.PROBLEM and "line 2, 3" in found.observed
+    [finding] = machine.deepspeed_env()
+    assert finding.status is Status.PROBLEM and "line 2, 3" in finding.observed
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     assert [f.status for f in machine.deepspeed_env()] == [Status.NOTE]
 
@@ -292,9 +297,9 @@ def test_disks_that_are_full_or_closed(tmp_path: Path, monkeypatch: pytest.Monke
     assert machine.shared_memory(tmp_path / "none").status is Status.WARNING
 
 
-def test_findings_that_are_not_well_have_advice() -> None:
-    found: list[Finding] = machine.examine_machine(Path("runs"), 29500)
+def test_warnings_and_problems_have_advice() -> None:
+    findings: list[Finding] = machine.examine_machine(Path("runs"), 29500)
     assert (
-        all(f.advice for f in found if f.status in (Status.WARNING, Status.PROBLEM))
-        and len(found) >= 8
+        all(f.advice for f in findings if f.status in (Status.WARNING, Status.PROBLEM))
+        and len(findings) >= 8
     )

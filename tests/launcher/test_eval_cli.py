@@ -19,7 +19,7 @@ FIXED = {"tokens", "bytes", "nats_per_token", "bpb", "bpb_with_eod", "perplexity
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval")
     make_run(folder / "run")
     export_hf(open_run(folder / "run"), folder / "run" / "tokenizer.json", folder / "hf")
@@ -30,26 +30,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(*arguments: str | Path) -> str:
     """What the command prints; it must succeed."""
-    done = CliRunner().invoke(app, ["eval", *map(str, arguments)])
-    assert done.exit_code == 0, done.output
-    return done.output
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 @pytest.mark.thorough
-def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
-    texts = ["--text", place / "a.txt", "--text", place / "b.txt", "--resamples", "20"]
+def test_a_run_and_its_export_give_the_same_figures(workspace: Path) -> None:
+    texts = ["--text", workspace / "a.txt", "--text", workspace / "b.txt", "--resamples", "20"]
     shown = evaluate(
         "--run",
-        place / "run",
+        workspace / "run",
         *texts,
         "--harness",
         "--json",
-        place / "run.json",
+        workspace / "run.json",
         "--plot",
-        place / "run.png",
+        workspace / "run.png",
     )
-    evaluate("--model", place / "hf", *texts, "--json", place / "hf.json")
-    run, exported = (json.loads((place / f"{name}.json").read_text()) for name in ("run", "hf"))
+    evaluate("--model", workspace / "hf", *texts, "--json", workspace / "hf.json")
+    run, exported = (json.loads((workspace / f"{name}.json").read_text()) for name in ("run", "hf"))
     assert (
         set(run["domains"]) == {"a.txt", "b.txt"} and run["step"] == 3 and exported["step"] is None
     )
@@ -59,46 +59,46 @@ def test_a_run_and_its_export_give_the_same_figures(place: Path) -> None:
         exported["total"]["bpb_with_eod"], rel=1e-6
     )
     assert "bits_per_byte" in shown and "bootstrap of documents" in shown and "with EOD" in shown
-    assert (place / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert (workspace / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.thorough
-def test_all_checkpoints_as_a_curve(place: Path) -> None:
+def test_all_checkpoints_as_a_curve(workspace: Path) -> None:
     shown = evaluate(
         "--run",
-        place / "run",
+        workspace / "run",
         "--text",
-        place / "b.txt",
+        workspace / "b.txt",
         "--all-steps",
         "--json",
-        place / "curve.json",
+        workspace / "curve.json",
         "--plot",
-        place / "c.svg",
+        workspace / "c.svg",
     )
-    curve = json.loads((place / "curve.json").read_text())
+    curve = json.loads((workspace / "curve.json").read_text())
     assert [at["step"] for at in curve["checkpoints"]] == [3] and curve["checkpoints"][0][
         "total"
     ] == curve["total"]
-    assert "bits/byte at every checkpoint" in shown and "<svg" in (place / "c.svg").read_text()
+    assert "bits/byte at every checkpoint" in shown and "<svg" in (workspace / "c.svg").read_text()
 
 
 @pytest.mark.thorough
-def test_tasks_at_one_checkpoint_and_over_all(place: Path) -> None:
-    make_run(place / "two", max_position=512)
+def test_tasks_at_one_checkpoint_and_over_all(workspace: Path) -> None:
+    make_run(workspace / "two", max_position=512)
     shown = evaluate(
         "--run",
-        place / "two",
+        workspace / "two",
         "--text",
-        place / "a.txt",
+        workspace / "a.txt",
         "--tasks",
         "--items",
         "5",
         "--json",
-        place / "tasks.json",
+        workspace / "tasks.json",
         "--plot",
-        place / "tasks.svg",
+        workspace / "tasks.svg",
     )
-    result = json.loads((place / "tasks.json").read_text())
+    result = json.loads((workspace / "tasks.json").read_text())
     assert set(result["tasks"]) == {
         "arithmetic",
         "copying",
@@ -106,24 +106,26 @@ def test_tasks_at_one_checkpoint_and_over_all(place: Path) -> None:
         "induction",
         "cloze",
     } and all(name in shown for name in result["tasks"])
-    assert "<svg" in (place / "tasks.svg").read_text()
-    checkpoint_of(*load_model(open_run(place / "two")), place / "two" / "checkpoints", step=7)
+    assert "<svg" in (workspace / "tasks.svg").read_text()
+    checkpoint_of(
+        *load_model(open_run(workspace / "two")), workspace / "two" / "checkpoints", step=7
+    )
     shown = evaluate(
         "--run",
-        place / "two",
+        workspace / "two",
         "--text",
-        place / "a.txt",
+        workspace / "a.txt",
         "--task",
         "induction",
         "--items",
         "5",
         "--all-steps",
         "--json",
-        place / "curve.json",
+        workspace / "curve.json",
         "--plot",
-        place / "curve.png",
+        workspace / "curve.png",
     )
-    curve = json.loads((place / "curve.json").read_text())
+    curve = json.loads((workspace / "curve.json").read_text())
     assert [at["step"] for at in curve["checkpoints"]] == [3, 7] and "at every checkpoint" in shown
     assert (
         curve["checkpoints"][0]["tasks"] == curve["tasks"]
@@ -132,12 +134,12 @@ def test_tasks_at_one_checkpoint_and_over_all(place: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_free_running(place: Path) -> None:
+def test_free_running(workspace: Path) -> None:
     shown = evaluate(
         "--model",
-        place / "hf",
+        workspace / "hf",
         "--text",
-        place / "a.txt",
+        workspace / "a.txt",
         "--exposure-bias",
         "--prefix",
         "4",
@@ -146,13 +148,15 @@ def test_free_running(place: Path) -> None:
         "--resamples",
         "20",
         "--json",
-        place / "free.json",
+        workspace / "free.json",
         "--plot",
-        place / "free.svg",
+        workspace / "free.svg",
     )
-    result = json.loads((place / "free.json").read_text())
+    result = json.loads((workspace / "free.json").read_text())
     assert f"{result['total']['drift']['value']:+.3f}" in shown and "a.txt, sampled" in shown
-    assert result["protocol"]["continuation"] == 12 and "<svg" in (place / "free.svg").read_text()
+    assert (
+        result["protocol"]["continuation"] == 12 and "<svg" in (workspace / "free.svg").read_text()
+    )
 
 
 @pytest.mark.thorough
@@ -191,15 +195,15 @@ def test_free_running(place: Path) -> None:
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_mistakes_end_with_one_line(
-    place: Path,
+def test_user_errors_end_with_one_line(
+    workspace: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     words: str,
 ) -> None:
-    monkeypatch.chdir(place)
-    done = CliRunner().invoke(app, ["eval", *arguments])
-    assert done.exit_code == 2
-    error = done.stderr.strip().splitlines()
+    monkeypatch.chdir(workspace)
+    result = CliRunner().invoke(app, ["eval", *arguments])
+    assert result.exit_code == 2
+    error = result.stderr.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: ") and words in error[0]

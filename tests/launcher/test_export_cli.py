@@ -35,12 +35,12 @@ def test_from_a_run_to_a_folder_to_a_config(run: Path, dataset: Path, tmp_path: 
     config, model = decoder(vocab_size=512, qk_norm=True, max_position=64)
     shutil.copytree(run, tmp_path / "run")
     checkpoint_of(config, model, tmp_path / "run" / "checkpoints")
-    done = nextpt("export", "hf", "--run", tmp_path / "run", "--output", tmp_path / "hf")
+    result = nextpt("export", "hf", "--run", tmp_path / "run", "--output", tmp_path / "hf")
     assert (
-        done.exit_code == 0
-        and "step 3 written to" in done.output
-        and "as Qwen3ForCausalLM, fp32, 0." in done.output
-    ), done.output
+        result.exit_code == 0
+        and "step 3 written to" in result.output
+        and "as Qwen3ForCausalLM, fp32, 0." in result.output
+    ), result.output
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -49,14 +49,14 @@ def test_from_a_run_to_a_folder_to_a_config(run: Path, dataset: Path, tmp_path: 
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    done = nextpt(
+    result = nextpt(
         "import", "hf", tmp_path / "hf", "--data", dataset, "--output", tmp_path / "go-on.yaml"
     )
     assert (
-        done.exit_code == 0
-        and "Qwen3ForCausalLM" in done.output
-        and "then: nextpt train --config" in done.output
-    ), done.output
+        result.exit_code == 0
+        and "Qwen3ForCausalLM" in result.output
+        and "then: nextpt train --config" in result.output
+    ), result.output
     written = load_config(tmp_path / "go-on.yaml")
     assert (
         written.train.init_from == str(tmp_path / "hf")
@@ -72,12 +72,12 @@ def test_from_a_run_to_a_folder_to_a_config(run: Path, dataset: Path, tmp_path: 
 
 @pytest.mark.thorough
 def test_to_bf16_and_to_deepspeed(run: Path, tmp_path: Path) -> None:
-    done = nextpt(
+    result = nextpt(
         "export", "hf", "--run", run, "--step", 3, "--dtype", "bf16", "--output", tmp_path / "hf"
     )
-    assert done.exit_code == 0 and "bf16" in done.output, done.output
-    done = nextpt("export", "deepspeed", "--run", run, "--output", tmp_path / "ds")
-    assert done.exit_code == 0 and "zero_to_fp32.py" in done.output, done.output
+    assert result.exit_code == 0 and "bf16" in result.output, result.output
+    result = nextpt("export", "deepspeed", "--run", run, "--output", tmp_path / "ds")
+    assert result.exit_code == 0 and "zero_to_fp32.py" in result.output, result.output
     assert (tmp_path / "ds" / "latest").is_file()
 
 
@@ -96,7 +96,7 @@ def test_to_bf16_and_to_deepspeed(run: Path, tmp_path: Path) -> None:
         (["--run", "RUN", "--output", "none/out"], "none for the output does not exist"),
     ],
 )
-def test_mistakes_of_exporting_end_with_one_line(
+def test_user_errors_of_exporting_end_with_one_line(
     layout: str,
     arguments: list[str],
     words: str,
@@ -106,29 +106,35 @@ def test_mistakes_of_exporting_end_with_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    done = nextpt("export", layout, *[str(run) if a == "RUN" else a for a in arguments])
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (
-        done.output
+    result = nextpt("export", layout, *[str(run) if a == "RUN" else a for a in arguments])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and words in result.stderr, (
+        result.output
     )
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
-def test_unknown_types_and_models_that_nothing_expresses(run: Path, tmp_path: Path) -> None:
-    done = nextpt("export", "hf", "--run", run, "--output", tmp_path / "hf", "--dtype", "int4")
-    assert done.exit_code == 2 and "--dtype int4 is not known; use one of fp32, bf16" in done.stderr
+def test_unknown_types_and_inexpressible_models_are_refused(run: Path, tmp_path: Path) -> None:
+    result = nextpt("export", "hf", "--run", run, "--output", tmp_path / "hf", "--dtype", "int4")
+    assert (
+        result.exit_code == 2
+        and "--dtype int4 is not known; use one of fp32, bf16" in result.stderr
+    )
     checkpoint_of(
         *decoder(vocab_size=512, logit_softcap=1.0, bias=True), tmp_path / "run" / "checkpoints"
     )
     shutil.copyfile(run / "tokenizer.json", tmp_path / "run" / "tokenizer.json")
-    done = nextpt("export", "hf", "--run", tmp_path / "run", "--output", tmp_path / "hf")
+    result = nextpt("export", "hf", "--run", tmp_path / "run", "--output", tmp_path / "hf")
     assert (
-        done.exit_code == 2 and "model.logit_softcap together with model.bias = true" in done.stderr
+        result.exit_code == 2
+        and "model.logit_softcap together with model.bias = true" in result.stderr
     )
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.thorough
-def test_mistakes_of_importing_end_with_one_line(run: Path, dataset: Path, tmp_path: Path) -> None:
+def test_user_errors_of_importing_end_with_one_line(
+    run: Path, dataset: Path, tmp_path: Path
+) -> None:
     config, model = decoder(vocab_size=512, max_position=64)
     KINDS["gpt2"](tmp_path / "other.json")
     for name, tokenizer in (("hf", dataset / "tokenizer.json"), ("other", tmp_path / "other.json")):
@@ -158,14 +164,14 @@ def test_mistakes_of_importing_end_with_one_line(run: Path, dataset: Path, tmp_p
             "data.sequence_length = 64 is above model.max_position = 32",
         ),
     ):
-        done = nextpt("import", "hf", folder, "--data", data, "--output", tmp_path / output)
-        assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (
-            done.output
-        )
+        result = nextpt("import", "hf", folder, "--data", data, "--output", tmp_path / output)
+        assert (
+            result.exit_code == 2 and result.stderr.count("\n") == 1 and words in result.stderr
+        ), result.output
         assert not (tmp_path / "x.yaml").exists()
 
 
 @pytest.mark.parametrize("command", [("export", "hf"), ("export", "deepspeed"), ("import", "hf")])
 def test_help_has_an_example(command: tuple[str, str]) -> None:
-    done = nextpt(*command, "--help")
-    assert done.exit_code == 0 and f"example: nextpt {command[0]}" in done.output
+    result = nextpt(*command, "--help")
+    assert result.exit_code == 0 and f"example: nextpt {command[0]}" in result.output

@@ -25,12 +25,12 @@ def nextpt(*arguments: object):
 
 @pytest.mark.thorough
 def test_one_continuation_follows_its_prompt(run: Path) -> None:
-    done = nextpt("--run", run, "--prompt", "The", "--max-tokens", 6, "--seed", 1)
+    result = nextpt("--run", run, "--prompt", "The", "--max-tokens", 6, "--seed", 1)
     assert (
-        done.exit_code == 0
-        and done.stdout.startswith("The")
-        and len(done.stdout) > 5
-        and done.stderr == ""
+        result.exit_code == 0
+        and result.stdout.startswith("The")
+        and len(result.stdout) > 5
+        and result.stderr == ""
     )
     assert nextpt("--run", run, "--max-tokens", 3).exit_code == 0  # an empty prompt
     whole = nextpt("--run", run, "--max-tokens", 500, "--temperature", 0, "--min-p", 0.1)
@@ -43,7 +43,7 @@ def test_one_continuation_follows_its_prompt(run: Path) -> None:
 @pytest.mark.thorough
 def test_json_of_several_prompts_and_samples(run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "The quick"}\n{"prompt": ""}\n')
-    done = nextpt(
+    result = nextpt(
         "--run",
         run,
         "--prompts",
@@ -57,33 +57,33 @@ def test_json_of_several_prompts_and_samples(run: Path, tmp_path: Path) -> None:
         "--json",
         tmp_path / "o.json",
     )
-    assert done.exit_code == 0 and f"--- {tmp_path}/p.jsonl, line 2, sample 2: " in done.stdout, (
-        done.output
-    )
-    found = json.loads((tmp_path / "o.json").read_text())
     assert (
-        found["step"] == 3
-        and found["settings"]["top_k"] == 5
-        and found["settings"]["temperature"] == 0.8
+        result.exit_code == 0 and f"--- {tmp_path}/p.jsonl, line 2, sample 2: " in result.stdout
+    ), result.output
+    output = json.loads((tmp_path / "o.json").read_text())
+    assert (
+        output["step"] == 3
+        and output["settings"]["top_k"] == 5
+        and output["settings"]["temperature"] == 0.8
     )
-    assert [(c["prompt"], c["prompt_number"], c["sample"]) for c in found["continuations"]] == [
+    assert [(c["prompt"], c["prompt_number"], c["sample"]) for c in output["continuations"]] == [
         ("The quick", 0, 0),
         ("The quick", 0, 1),
         ("", 1, 0),
         ("", 1, 1),
     ]
-    for c in found["continuations"]:
+    for c in output["continuations"]:
         assert (
             c["finish_reason"] in ("length", "end")
             and c["logprob"] == pytest.approx(sum(t["logprob"] for t in c["tokens"]))
             and c["logprob"] < 0
         )
-        assert f"{c['prompt']}{c['text']}\n" in done.stdout
+        assert f"{c['prompt']}{c['text']}\n" in result.stdout
 
 
 @pytest.mark.thorough
 def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
-    done = nextpt(
+    result = nextpt(
         "--run",
         run,
         "--prompt",
@@ -97,7 +97,7 @@ def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
         "--json",
         tmp_path / "b.json",
     )
-    assert done.exit_code == 0 and "sample 2" in done.stdout
+    assert result.exit_code == 0 and "sample 2" in result.stdout
     assert json.loads((tmp_path / "b.json").read_text())["settings"] == {
         "beams": 4,
         "length_penalty": 0.6,
@@ -142,7 +142,7 @@ def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
         (["--step", "9"], "there are: 3"),
     ],
 )
-def test_mistakes_end_with_one_line(run: Path, arguments: list[str], words: str) -> None:
-    done = nextpt("--run", run, *arguments)
-    assert done.exit_code == 2 and words in done.stderr, done.output
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_user_errors_end_with_one_line(run: Path, arguments: list[str], words: str) -> None:
+    result = nextpt("--run", run, *arguments)
+    assert result.exit_code == 2 and words in result.stderr, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

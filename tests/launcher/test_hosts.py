@@ -64,7 +64,7 @@ def test_a_bad_hostfile_is_refused_by_line(tmp_path: Path, text: str, said: str)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_hostfile_that_is_not_there_is_no_single_machine(tmp_path: Path) -> None:
+def test_a_missing_hostfile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_hostfile(tmp_path / "nowhere")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
@@ -119,12 +119,12 @@ class Trainings:
     """Stand-in for trainings: each makes steps, perhaps a checkpoint, and ends with a code."""
 
     def __init__(self, run: Path, *ends: tuple[int, int, bool]) -> None:
-        self.run, self.ends, self.made, self.step = run, list(ends), 0, 0
+        self.run, self.ends, self.starts, self.step = run, list(ends), 0, 0
         run.mkdir()
 
     def __call__(self) -> int:
-        steps, code, saved = self.ends[min(self.made, len(self.ends) - 1)]
-        self.made += 1
+        steps, code, saved = self.ends[min(self.starts, len(self.ends) - 1)]
+        self.starts += 1
         with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
             for _ in range(steps):
                 self.step += 1
@@ -137,7 +137,7 @@ class Trainings:
 
 
 @pytest.mark.parametrize(
-    ("ends", "code", "made"),
+    ("ends", "code", "starts"),
     [
         ([(3, 0, True)], 0, 1),
         ([(3, 76, True), (3, 0, True)], 0, 2),
@@ -155,18 +155,18 @@ class Trainings:
         ([(0, 76, False)], 76, 4),
     ],
 )
-def test_what_is_started_again(
+def test_jobs_are_restarted_by_exit_code_and_progress(
     tmp_path: Path,
     ends: list[tuple[int, int, bool]],
     code: int,
-    made: int,
+    starts: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     trainings = Trainings(tmp_path / "run", *ends)
-    assert supervise(trainings, tmp_path / "run", 3) == code and trainings.made == made
-    assert capsys.readouterr().err.count("restarting from step") == made - 1
+    assert supervise(trainings, tmp_path / "run", 3) == code and trainings.starts == starts
+    assert capsys.readouterr().err.count("restarting from step") == starts - 1
 
 
 def test_without_restarts_nothing_is_started_again(tmp_path: Path) -> None:
     trainings = Trainings(tmp_path / "run", (3, 76, True))
-    assert supervise(trainings, tmp_path / "run", 0) == 76 and trainings.made == 1
+    assert supervise(trainings, tmp_path / "run", 0) == 76 and trainings.starts == 1

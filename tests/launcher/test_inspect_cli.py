@@ -28,27 +28,27 @@ def nextpt(*arguments: object):
 @pytest.mark.thorough
 def test_a_file_is_inspected(run: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(TEXT)
-    done = nextpt("--run", run, "--text", tmp_path / "t.txt", "--top", 3)
-    assert done.exit_code == 0, done.output
-    found = json.loads((run / "inspect" / "inspect.json").read_text())
+    result = nextpt("--run", run, "--text", tmp_path / "t.txt", "--top", 3)
+    assert result.exit_code == 0, result.output
+    inspection = json.loads((run / "inspect" / "inspect.json").read_text())
     assert (
-        found["total"]["bytes"] == len(TEXT)
-        and found["total"]["tokens"] == len(found["tokens"]) > found["window"] == 40
+        inspection["total"]["bytes"] == len(TEXT)
+        and inspection["total"]["tokens"] == len(inspection["tokens"]) > inspection["window"] == 40
     )
-    assert "".join(t["text"] for t in found["tokens"]) == TEXT
-    assert found["total"]["nats_per_token"] == pytest.approx(
-        sum(t["nats"] for t in found["tokens"]) / len(found["tokens"])
-    )
-    assert (
-        found["calibration"]["positions"] == len(found["tokens"])
-        and len(found["following"]["alternatives"]) == 8
+    assert "".join(t["text"] for t in inspection["tokens"]) == TEXT
+    assert inspection["total"]["nats_per_token"] == pytest.approx(
+        sum(t["nats"] for t in inspection["tokens"]) / len(inspection["tokens"])
     )
     assert (
-        f"{len(found['tokens'])} tokens, {len(TEXT)} bytes: {found['total']['nats_per_token']:.3f}"
-        " nats" in done.stdout
+        inspection["calibration"]["positions"] == len(inspection["tokens"])
+        and len(inspection["following"]["alternatives"]) == 8
     )
-    most = max(found["tokens"], key=lambda t: t["nats"])
-    assert f"{most['rank']:,}" in done.stdout and "calibration.svg" in done.stdout
+    assert (
+        f"{len(inspection['tokens'])} tokens, {len(TEXT)} bytes:"
+        f" {inspection['total']['nats_per_token']:.3f} nats" in result.stdout
+    )
+    most = max(inspection["tokens"], key=lambda t: t["nats"])
+    assert f"{most['rank']:,}" in result.stdout and "calibration.svg" in result.stdout
 
 
 @pytest.mark.thorough
@@ -61,11 +61,13 @@ def test_calibration_on_held_out_documents(
     (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in documents)
     )
-    done = nextpt("--run", run, "--prompt", "a fox", "--heldout", "--output", tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "out" / "inspect.json").read_text())
-    assert found["source"] == "the prompt" and found["calibrated_on"] == "held-out documents"
-    assert found["calibration"]["positions"] > len(found["tokens"])
+    result = nextpt("--run", run, "--prompt", "a fox", "--heldout", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    inspection = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert (
+        inspection["source"] == "the prompt" and inspection["calibrated_on"] == "held-out documents"
+    )
+    assert inspection["calibration"]["positions"] > len(inspection["tokens"])
     (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text('{"text": ""}\n')
     assert (
         "the held-out documents of none hold no text"
@@ -87,11 +89,11 @@ def test_calibration_on_held_out_documents(
         (["--prompt", "a", "--output", "bad.txt/x"], "bad.txt/x cannot be written"),
     ],
 )
-def test_mistakes_end_with_one_line(
+def test_user_errors_end_with_one_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
-    done = nextpt("--run", run, *arguments)
-    assert done.exit_code == 2 and words in done.stderr, done.output
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    result = nextpt("--run", run, *arguments)
+    assert result.exit_code == 2 and words in result.stderr, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

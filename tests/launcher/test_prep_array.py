@@ -44,7 +44,7 @@ def test_refusals() -> None:
 def test_tasks_of_an_array_make_one_dataset(tmp_path: Path) -> None:
     spec = world(tmp_path, 60)
     arguments = [
-        *(f"{name}={place}" for name, place in spec.domains.items()),
+        *(f"{name}={path}" for name, path in spec.domains.items()),
         "--sequence-length",
         "64",
         "--heldout",

@@ -11,13 +11,13 @@ from launcher.cli import app
 
 
 @pytest.mark.thorough
-def test_export_says_what_megatron_is_to_be_told(dataset: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(
+def test_export_prints_the_arguments_of_megatron(dataset: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
         app, ["prep", "export", "--megatron", str(dataset), "--output", str(tmp_path / "x")]
     )
-    assert done.exit_code == 0, done.output
-    assert f"{tmp_path}/x-prose-heldout.bin/.idx: " in done.output
-    weights = done.output.partition("--data-path ")[2].split()
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/x-prose-heldout.bin/.idx: " in result.output
+    weights = result.output.partition("--data-path ")[2].split()
     assert (
         int(weights[0]) == (tmp_path / "x-code-train.bin").stat().st_size // 2
         and weights[1] == f"{tmp_path}/x-code-train"
@@ -25,22 +25,22 @@ def test_export_says_what_megatron_is_to_be_told(dataset: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["export", "DATA", "--output", "x"], "--megatron"),
         (["export", "--megatron", "nowhere", "--output", "x"], "nowhere is not there"),
         (["upload", "DATA", "nosuch://place"], "expected a path, s3://"),
     ],
 )
-def test_mistakes_end_in_one_line(dataset: Path, arguments: list[str], told: str) -> None:
-    done = CliRunner().invoke(
+def test_user_errors_end_with_one_line(dataset: Path, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(
         app, ["prep", *(str(dataset) if a == "DATA" else a for a in arguments)]
     )
     assert (
-        done.exit_code == 2
-        and done.stderr.count("\n") == 1
-        and done.stderr.startswith("error: ")
-        and told in done.stderr
+        result.exit_code == 2
+        and result.stderr.count("\n") == 1
+        and result.stderr.startswith("error: ")
+        and message in result.stderr
     )
 
 

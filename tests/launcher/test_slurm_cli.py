@@ -21,14 +21,14 @@ def config(dataset: Path, tmp_path: Path) -> Path:
 
 
 def submit(config: Path, *options: str) -> tuple[int, str, str]:
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         app, ["slurm", "submit", "--config", str(config), "--nodes", "2", *options]
     )
-    return done.exit_code, done.stdout, done.stderr
+    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.mark.process
-def test_the_script_has_the_options_and_passes_on_what_was_typed(
+def test_the_script_has_the_options_and_passes_on_the_arguments(
     config: Path, tmp_path: Path
 ) -> None:
     code, shown, _ = submit(
@@ -72,7 +72,7 @@ def test_the_script_has_the_options_and_passes_on_what_was_typed(
     )
 
 
-def test_on_cpus_no_gpus_are_asked_for(config: Path, tmp_path: Path) -> None:
+def test_no_gpus_are_requested_for_cpu_runs(config: Path, tmp_path: Path) -> None:
     assert submit(config, "--gpus-per-node", "0", "--ranks-per-node", "2", "--dry-run")[0] == 0
     text = (tmp_path / "run" / "slurm" / "job.sbatch").read_text()
     assert "--gpus-per-node" not in text and "--ntasks-per-node=2" in text

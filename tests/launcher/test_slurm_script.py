@@ -24,14 +24,18 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
-    done = run(tmp_path, "nowhere.yaml")
-    assert done.returncode == 2 and "nowhere.yaml" in done.stderr and "usage" in done.stderr
+    completed = run(tmp_path, "nowhere.yaml")
+    assert (
+        completed.returncode == 2
+        and "nowhere.yaml" in completed.stderr
+        and "usage" in completed.stderr
+    )
 
 
 def test_a_missing_python_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("")
-    done = run(tmp_path, "a.yaml")
-    assert done.returncode == 2 and "make setup" in done.stderr
+    completed = run(tmp_path, "a.yaml")
+    assert completed.returncode == 2 and "make setup" in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -49,15 +53,16 @@ def test_a_missing_python_is_named(tmp_path: Path) -> None:
         (1, "RUNNING", "0", False),
     ],
 )
-def test_a_job_that_was_told_to_stop_queues_itself_again(
+def test_a_signalled_job_queues_itself_again(
     tmp_path: Path, code: int, state: str, restarts: str, queued: bool
 ) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
-    told = tmp_path / "told"
+    requeues = tmp_path / "requeues"
     for name, body in {
         "scontrol": (
-            f'case "$1" in show) echo "node7 JobState={state} x";; *) echo "$*" >> {told};; esac'
+            f'case "$1" in show) echo "node7 JobState={state} x";;'
+            f' *) echo "$*" >> {requeues};; esac'
         ),
         # A signal to the script while the ranks save must not end it.
         "srun": f"kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; exit {code}",
@@ -65,7 +70,7 @@ def test_a_job_that_was_told_to_stop_queues_itself_again(
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (commands / name).chmod(0o755)
     (tmp_path / "a.yaml").write_text("")
-    done = run(
+    completed = run(
         tmp_path,
         "a.yaml",
         PYTHON="/bin/true",
@@ -74,8 +79,8 @@ def test_a_job_that_was_told_to_stop_queues_itself_again(
         SLURM_JOB_NODELIST="node7",
         SLURM_RESTART_COUNT=restarts,
     )
-    assert done.returncode == code, done.stderr
-    assert told.exists() == queued and (not queued or told.read_text() == "requeue 12\n")
+    assert completed.returncode == code, completed.stderr
+    assert requeues.exists() == queued and (not queued or requeues.read_text() == "requeue 12\n")
 
 
 def test_each_task_learns_its_rank_and_the_meeting_point(tmp_path: Path) -> None:
@@ -89,7 +94,7 @@ def test_each_task_learns_its_rank_and_the_meeting_point(tmp_path: Path) -> None
         (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (commands / name).chmod(0o755)
     (tmp_path / "a.yaml").write_text("")
-    done = run(
+    completed = run(
         tmp_path,
         "a.yaml",
         "run.name=x y",
@@ -99,7 +104,7 @@ def test_each_task_learns_its_rank_and_the_meeting_point(tmp_path: Path) -> None
         SLURM_JOB_NODELIST="node[7-8]",
     )
     assert (
-        done.stdout
+        completed.stdout
         == f"5 1 8 4 node7 {10000 + 123456 % 20000} {tmp_path}/launcher/run.py --config a.yaml"
         " run.name=x y\n"
-    ), done.stderr
+    ), completed.stderr

@@ -47,15 +47,15 @@ print(json.dumps(shown))
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, tuple[str, list[str]]]:
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout)
 
 
 def test_every_command_has_a_help_text(helps: dict[str, tuple[str, list[str]]]) -> None:

@@ -67,7 +67,7 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
 
 
 @pytest.mark.thorough
-def test_the_shipped_ladder_is_one() -> None:
+def test_the_shipped_ladder_is_valid() -> None:
     ladder = load_ladder(ROOT / "configs" / "ladders" / "demo.yaml")
     assert (
         len({count(ModelSpec.from_config(ladder.config(rung))).parameters for rung in ladder.rungs})
@@ -94,30 +94,31 @@ def test_the_shipped_ladder_is_one() -> None:
         ({"base": "none.yaml"}, "none.yaml does not exist"),
     ],
 )
-def test_mistakes_in_ladders(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_user_errors_in_ladders(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = write_ladder(tmp_path, tmp_path, **changes)
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["scaling", "sweep", str(path)])
-    assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, (
-        done.output
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["scaling", "sweep", str(path)])
+    assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1, (
+        result.output
     )
     assert not (tmp_path / "ladder").exists()
 
 
 @pytest.mark.thorough
-def test_a_prediction_is_made_before_and_kept_after(tmp_path: Path) -> None:
+def test_a_prediction_precedes_the_target_run_and_is_kept(tmp_path: Path) -> None:
     ladder = load_ladder(write_ladder(tmp_path, tmp_path))
     for rung in ladder.rungs:
         finish(ladder, rung)
-    made = write_prediction(ladder)
-    true = float(CHINCHILLA.loss(TRUE, made["parameters"], made["tokens"]))
-    assert made["interval"][0] < true < made["interval"][1] and made["loss"] == pytest.approx(
-        true, rel=0.01
-    )
+    prediction = write_prediction(ladder)
+    true = float(CHINCHILLA.loss(TRUE, prediction["parameters"], prediction["tokens"]))
+    assert prediction["interval"][0] < true < prediction["interval"][1] and prediction[
+        "loss"
+    ] == pytest.approx(true, rel=0.01)
     assert (
-        json.loads((ladder.dir / "prediction.json").read_text()) == json.loads(json.dumps(made))
+        json.loads((ladder.dir / "prediction.json").read_text())
+        == json.loads(json.dumps(prediction))
         and (ladder.dir / "fit.json").is_file()
     )
-    finish(ladder, ladder.target, time=made["written"] + 1)
+    finish(ladder, ladder.target, time=prediction["written"] + 1)
     before = (ladder.dir / "prediction.json").read_bytes()
     write_prediction(ladder)
     assert (ladder.dir / "prediction.json").read_bytes() == before
@@ -159,7 +160,7 @@ def test_run_folders_must_be_finished_but_for_curves(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
+def test_rungs_of_another_config_are_refused(tmp_path: Path) -> None:
     ladder = load_ladder(write_ladder(tmp_path, tmp_path))
     assert not is_done(ladder, ladder.rungs[0])
     finish(ladder, ladder.rungs[0])
@@ -174,10 +175,10 @@ def test_rungs_of_another_config_are_not_taken(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_scripts_for_slurm(tmp_path: Path) -> None:
     path = write_ladder(tmp_path, tmp_path)
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         app, ["scaling", "sweep", str(path), "--slurm", "--ranks", "2", "--sbatch=--partition=gpu"]
     )
-    assert done.exit_code == 0 and "--dependency=afterok:$job" in done.stdout
+    assert result.exit_code == 0 and "--dependency=afterok:$job" in result.stdout
     rungs, target = (
         (tmp_path / "ladder" / "slurm" / name).read_text()
         for name in ("rungs.sbatch", "target.sbatch")
@@ -218,13 +219,14 @@ def test_a_whole_ladder(tmp_path: Path, dataset: Path) -> None:
         and is_done(ladder, ladder.rungs[0])
         and not is_done(ladder, ladder.rungs[1])
     ), first.stderr
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0 and [
-        line.split()[2] for line in done.stdout.splitlines() if "===" in line
-    ] == ["2/9", "large:"], done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert completed.returncode == 0 and [
+        line.split()[2] for line in completed.stdout.splitlines() if "===" in line
+    ] == ["2/9", "large:"], completed.stderr
     result = json.loads((tmp_path / "ladder" / "result.json").read_text())
     assert (
-        result["prediction_before_first_step"] and f"off by {result['error']:+.2%}" in done.stdout
+        result["prediction_before_first_step"]
+        and f"off by {result['error']:+.2%}" in completed.stdout
     )
     assert len(read_events(tmp_path / "ladder" / "large" / "metrics.jsonl", "validation")) == 1
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

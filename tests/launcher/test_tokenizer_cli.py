@@ -29,7 +29,7 @@ def write_corpus(folder: Path) -> Path:
 @pytest.mark.thorough
 def test_train(tmp_path: Path) -> None:
     corpus, output = write_corpus(tmp_path), tmp_path / "out.json"
-    done = nextpt(
+    result = nextpt(
         "train",
         f"code={corpus / 'a.jsonl.gz'}",
         corpus / "b.txt",
@@ -40,7 +40,7 @@ def test_train(tmp_path: Path) -> None:
         "--text-field",
         "body",
     )
-    assert done.exit_code == 0, done.output
+    assert result.exit_code == 0, result.output
     size = sum(len(text.encode()) for text in TEXTS * 3) + 28 * 5
     for words in (
         f"training 400 tokens on {size:,} bytes",
@@ -49,7 +49,7 @@ def test_train(tmp_path: Path) -> None:
         "encoder          tiktoken",
         "difference       none",
     ):
-        assert words in done.output, done.output
+        assert words in result.output, result.output
     tokenizer = Tokenizer(output)
     assert tokenizer.vocab_size == 400 and len(tokenizer.encode("another")) < 4
     # Nothing is left to learn from
@@ -65,7 +65,7 @@ def test_train(tmp_path: Path) -> None:
 def test_convert_and_show(tmp_path: Path) -> None:
     ranks = tmp_path / "own.tiktoken"
     ranks.write_bytes(b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)))
-    done = nextpt(
+    result = nextpt(
         "convert",
         ranks,
         "--output",
@@ -82,10 +82,10 @@ def test_convert_and_show(tmp_path: Path) -> None:
         "<|z|>",
     )
     assert (
-        done.exit_code == 0
-        and "start            <|a|> (256)" in done.output
-        and "end              <|z|> (300)" in done.output
-    ), done.output
+        result.exit_code == 0
+        and "start            <|a|> (256)" in result.output
+        and "end              <|z|> (300)" in result.output
+    ), result.output
     (tmp_path / "text.txt").write_text("h\u00e9!")
     shown = json.loads(nextpt("show", tmp_path, "--text", tmp_path / "text.txt", "--json").output)
     assert {
@@ -108,9 +108,9 @@ def test_convert_and_show(tmp_path: Path) -> None:
     }
 
 
-def test_show_says_why(tmp_path: Path) -> None:
+def test_show_names_the_reason_for_the_encoder(tmp_path: Path) -> None:
     KINDS["wordpiece"](tmp_path / "bert.json")
-    done = nextpt("show", tmp_path / "bert.json", "--end", "[MASK]")
+    result = nextpt("show", tmp_path / "bert.json", "--end", "[MASK]")
     for words in (
         "kind             WordPiece",
         "start            [CLS] (2)",
@@ -119,8 +119,8 @@ def test_show_says_why(tmp_path: Path) -> None:
         "encoder reason   it is WordPiece",
         "byte counts      column",
     ):
-        assert words in done.output
-    assert "text tokens" not in done.output
+        assert words in result.output
+    assert "text tokens" not in result.output
 
 
 @pytest.mark.parametrize(
@@ -136,18 +136,18 @@ def test_show_says_why(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_end_with_one_line(
+def test_user_errors_end_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = nextpt(*arguments)
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (
-        done.output
+    result = nextpt(*arguments)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and words in result.stderr, (
+        result.output
     )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["train", "convert", "show"])
 def test_help_has_an_example(command: str) -> None:
-    done = nextpt(command, "--help")
-    assert done.exit_code == 0 and "example: nextpt tokenizer" in done.output
+    result = nextpt(command, "--help")
+    assert result.exit_code == 0 and "example: nextpt tokenizer" in result.output

@@ -66,7 +66,7 @@ class Hosts:
         """Pull the cable of a host."""
         _run("ip", "link", "set", f"npt-{name}", "down")
 
-    def mend(self, name: str) -> None:
+    def reconnect(self, name: str) -> None:
         _run("ip", "link", "set", f"npt-{name}", "up")
 
     def start(

@@ -24,13 +24,13 @@ BLOCK_SECONDS = 400
 
 @dataclass(frozen=True)
 class World:
-    """A folder that looks like a checkout, and the environment of a person who works there."""
+    """A folder that looks like a checkout, and the environment of its user."""
 
     folder: Path
     environment: dict[str, str]
 
     def follow(self, section: str) -> list[str]:
-        """Run the commands of a section, block by block, each as one shell would.
+        """Run the commands of a section, each block in one shell.
 
         Returns what each block printed.
         """
@@ -55,7 +55,7 @@ class World:
 
 
 def sections() -> dict[str, str]:
-    """Heading -> text below it; what comes before the first is under ""."""
+    """Heading -> text below it; the text before the first heading is under ""."""
     parts = re.split(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {"": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
 

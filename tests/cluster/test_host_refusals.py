@@ -1,6 +1,6 @@
-"""What is wrong with hosts is told before any rank starts.
+"""User errors about hosts are reported before any rank starts.
 
-A module of its own: a machine has room for one world of hosts at a time.
+In a separate module, since a machine can run one set of hosts at a time.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Work:
-    """A preparation long enough to be killed in, and the output that jobs make."""
+    """A preparation long enough for a kill, and the output of its jobs."""
 
     spec: PrepSpec
     output: Path
@@ -52,7 +52,7 @@ class Work:
         )
 
     def done(self) -> dict[Path, int]:
-        """Units that are tokenized, and when each was."""
+        """Tokenized units with their times."""
         return {
             path: path.stat().st_mtime_ns for path in Path(f"{self.output}.work").glob("tok/*.tok")
         }
@@ -61,7 +61,7 @@ class Work:
         return "\n".join(p.read_text(errors="replace")[-2000:] for p in self.folder.glob("*.log"))
 
     def check(self) -> None:
-        """The bytes are those of a preparation that nobody disturbed."""
+        """The bytes equal those of an undisturbed preparation."""
         assert (self.output / "dataset.json").is_file(), self.logs()
         prepare(self.spec, workers=LocalWorkers(2))
         assert content(self.output) == content(self.spec.output)
@@ -70,7 +70,7 @@ class Work:
 @pytest.fixture
 def work(tmp_path: Path) -> Work:
     spec = world(tmp_path)
-    many = texts(2000, 7) * 12  # repeats are dropped
+    many = texts(2000, 7) * 12  # duplicates are dropped
     domains = {
         f"d{i}": write_lines(
             tmp_path / f"in/d{i}.jsonl", [f"{i} {j} {text}" for j, text in enumerate(many)]
@@ -116,7 +116,7 @@ def ray_processes(*words: str) -> list[psutil.Process]:
 def no_ray_left() -> Iterator[None]:
     """Slurm without cgroups, as in these tests, does not end processes that left their group.
 
-    Ray's do.
+    Ray's processes leave it.
     """
     yield
     subprocess.run(
@@ -132,7 +132,7 @@ def test_killed_ray_workers_continue_on_fewer_nodes(
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
     wait_for(lambda: work.done() or cluster.job(job)["JobState"] == "FAILED", 120)
     assert work.done(), work.logs()
-    for process in ray_processes():  # at once, as the end of a job's cgroup ends them
+    for process in ray_processes():  # all at the same time, as the end of a job's cgroup does
         process.kill()
     cluster.run("scancel", "--full", "--signal=KILL", job)
     wait_for(lambda: gone(cluster, job), 60)

@@ -1,4 +1,4 @@
-"""Bytes that a step sends between hosts, against the plan's formula, by ZeRO stage and hpZ."""
+"""Traffic of a step between hosts against the plan's formula, by ZeRO stage and hpZ."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def config(ranks: int, stage: int, precision: str, hpz: int | None = None) -> Co
 def count(
     on: Hosts, configs: list[Config], per_host: int, folder: Path
 ) -> list[list[dict[str, Any]]]:
-    """[config][rank] -> what the probe counted, on two hosts."""
+    """[config][rank] -> counts of the probe, on two hosts."""
     paths = []
     for number, config in enumerate(configs):
         paths.append(folder / f"{number}.yaml")
@@ -82,7 +82,7 @@ def count(
 
 
 def sent(counted: dict[str, Any], ranks: int) -> float:
-    """Bytes that a rank sends by the ring in collectives of so many ranks."""
+    """Bytes that a rank sends by ring algorithms in collectives of `ranks` ranks."""
     return sum(
         collective["bytes"] for collective in counted["sent"] if len(collective["ranks"]) == ranks
     )
@@ -120,7 +120,7 @@ def test_each_stage_sends_the_planned_traffic(
         )
         # Of some six buckets; stages 0 and 1 reduce after the last backward pass
         assert early >= 3 if case[0] >= 2 else early == 0, order
-        # At stage 3 small parameters stay gathered, and so does what the backward pass begins with.
+        # At stage 3 small parameters stay gathered, and so do the first ones of the backward pass.
         assert (
             (0.9 if case[0] == 3 else 1.0) * formula.total
             <= sent(counts[0], 2)

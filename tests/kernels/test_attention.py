@@ -1,4 +1,4 @@
-"""Attention: every implementation against the fp64 definition, and against looking ahead."""
+"""Attention: every implementation against the fp64 definition, and its causality."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_reference_is_differentiable_everywhere_and_empty_rows_give_zero() -> No
 def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: int | None) -> None:
     """The last queries of whole rows of two documents.
 
-    The padding may also reach among the queries.
+    The padding may also cover some queries.
     """
     padding, keys = torch.tensor([0, 2, 5]), 7
     q, k, v = (torch.randn(3, keys, heads, 8) for heads in (4, 2, 2))

@@ -1,4 +1,4 @@
-"""Attention of slices of a sequence: queries and keys at offsets give what the whole gives."""
+"""Attention of slices of a sequence: queries and keys at offsets equal the whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
 
 def starts_of(ids: Tensor, room: int) -> Tensor:
-    """cu_seqlens of documents [B, S] with room for so many, as a batch has them."""
+    """cu_seqlens of documents [B, S], padded to a capacity, as in a batch."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     starts = begins.flatten().nonzero().flatten().tolist()
@@ -58,7 +58,7 @@ def draw_call(data: st.DataObject, name: str) -> tuple[list[Tensor], dict]:
 
 
 def weighted(out: Tensor) -> Tensor:
-    """A scalar whose gradient by `out` is another one everywhere."""
+    """A scalar whose gradient by `out` differs in every element."""
     generator = torch.Generator().manual_seed(1)
     return (out * torch.randn(out.shape, generator=generator)).sum()
 
@@ -103,7 +103,7 @@ def test_slices_of_queries_are_the_whole(name: str, data: st.DataObject) -> None
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_slices_of_keys_are_put_together_by_their_log_sums(name: str, data: st.DataObject) -> None:
-    """Each slice of queries over slices of keys, also such as none of its queries sees."""
+    """Each slice of queries over slices of keys, including keys that no query sees."""
     leaves, options = draw_call(data, name)
     q, k, v = leaves
     sinks = options.pop("sinks", None)
@@ -256,7 +256,7 @@ def test_arguments_of_flash_attn(
 
 
 def test_the_starts_of_documents_are_those_of_the_batch() -> None:
-    """They are handed on as they are: their number is bounded, and nothing is read on the host."""
+    """They are passed on unchanged: their number is bounded, and the host reads nothing."""
     ids = torch.tensor([[0, 0, 1], [0, 0, 0]])
     cu_seqlens = starts_of(ids, 4)
     documents = PackedDocuments(ids, cu_seqlens)

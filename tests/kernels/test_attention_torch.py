@@ -121,7 +121,7 @@ def test_only_requested_gradients_are_computed() -> None:
 
 
 def test_intervals_are_the_masks() -> None:
-    """The queries that see a key, found by search, are those whose interval holds it."""
+    """The queries that see a key by search are those whose interval contains it."""
     ids = torch.tensor([[0, 0, 0, 1, 2, 2], [5, 5, 5, 5, 5, -1]])
     cu = (
         torch.tensor([0, 2, 2, 6, 6], dtype=torch.int32),
@@ -198,7 +198,7 @@ def test_unsupported_features_are_named() -> None:
 
 @pytest.mark.thorough
 def test_the_self_test_detects_a_wrong_kernel() -> None:
-    """What runs once per process on a GPU, here on the CPU."""
+    """The self-test that runs once per process on a GPU, on the CPU."""
     assert triton_attention.difference(triton_attention.run, "cpu") is None
 
     def wrong(q, k, v, call):

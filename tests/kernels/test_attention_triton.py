@@ -219,7 +219,7 @@ def test_output_and_gradients(device: str, dtype: torch.dtype, data: st.DataObje
         documents = PackedDocuments(
             (torch.rand(rows, queries, generator=g) < 0.08).cumsum(1).int().to(device)
         )
-    elif kind == "sequences":  # lengths of their own for queries and keys, some of them empty
+    elif kind == "sequences":  # different lengths of queries and keys, some of them empty
         rows, count = 1, draw(st.integers(1, 5), "sequences")
         lengths = [torch.randint(0, 30, (count,), generator=g) for _ in range(2)]
         queries, keys = (max(int(x.sum()), 1) for x in lengths)

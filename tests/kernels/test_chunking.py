@@ -1,4 +1,4 @@
-"""The rule that divides tokens into chunks, and the errors that it rests on."""
+"""Chunking rule of the loss, and the errors behind it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_tight_budget_takes_fp32_sums_and_large_chunks() -> None:
         and plan.rows >= 1024
         and plan.workspace <= 2048 * MIB
     )
-    assert plan.chunks * plan.rows - 65536 < 128 * plan.chunks  # alike, the last is no sliver
+    assert plan.chunks * plan.rows - 65536 < 128 * plan.chunks  # about equal
 
 
 def test_fp32_gradients_are_their_own_sums() -> None:
@@ -98,7 +98,7 @@ def test_every_plan_keeps_its_promises(
     assert plan.rows >= 1 and plan.chunks == max(-(-tokens // plan.rows), 1)
     slab = min(plan.rows, tokens) * padded(vocabulary) * logits
     assert slab <= plan.workspace <= budget * MIB
-    # fp32 matrix and slab; the 16-bit result comes to be in the slab's place
+    # fp32 matrix and slab; the 16-bit result reuses the slab's memory
     if plan.sums == "fp32":
         matrix = vocabulary * width
         assert gradient == 2 and plan.workspace >= 4 * matrix - 2 * matrix + slab
@@ -110,13 +110,13 @@ def test_every_plan_keeps_its_promises(
 
 @pytest.mark.thorough
 def test_errors_by_number_of_chunks() -> None:
-    """What docs/kernels.md says of the two modes, on fewer tokens."""
+    """The two modes as in docs/kernels.md, on fewer tokens."""
     errors = gradient_error.table(2048, 64, 2048, [1, 4, 8, 32])
     for inputs in ("independent", "like text"):
         bf16, fp16, fp32 = (errors[f"{inputs}, {sums}"] for sums in ("bf16", "fp16", "fp32"))
         assert all(e <= 0.0018 for e in fp32.values()), fp32
         assert all(e <= 0.0022 for e in fp16.values()) and fp16["8"] <= 1.1 * fp32["8"], fp16
-        assert bf16["32"] > 2 * fp16["32"]  # what is won
+        assert bf16["32"] > 2 * fp16["32"]  # the gain of the mode
 
 
 @pytest.mark.parametrize("magnitude", [1e-25, 1e-6, 1.0, 1e6])
@@ -148,7 +148,7 @@ def test_half_sums_know_no_magnitude(magnitude: float) -> None:
 
 
 def test_half_sums_do_not_overflow_where_all_tokens_agree() -> None:
-    """The largest sum there is: one target, one hidden state, and a z-loss on top."""
+    """The largest possible sum: one target, one hidden state, and a z-loss."""
     hidden = torch.full((4096, 8), 3.0).bfloat16()
     weight = torch.zeros(50, 8).bfloat16().requires_grad_()
     for z_loss_coefficient in (0.0, 1.0):

@@ -17,7 +17,7 @@ Report = dict[str, dict]
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    # A process of its own: here kernels run in the interpreter.
+    # A separate process: in this one kernels run in the interpreter.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     completed = subprocess.run(
         [sys.executable, "-m", "kernels.bench.compile_report", "--json"],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernels.cross_entropy import linear_cross_entropy, rows_triton
 from tests.support.loss_cases import OPTIONS, Case, check_results, define, differentiate, make_case
 
-# bf16 stores of Triton's interpreter truncate: there fp16 stands for the 16-bit types.
+# bf16 stores of Triton's interpreter truncate: in it fp16 represents the 16-bit types.
 ON_CPU = [("torch", "cpu", t) for t in (torch.float32, torch.float16, torch.bfloat16)] + [
     ("triton", "cpu", t) for t in (torch.float32, torch.float16)
 ]
@@ -104,14 +104,14 @@ def test_loss_and_gradients(
 
 
 ONE_PEAKED = {"n": 1, "peaked": True, "scale": 5.0}
-# Cases that the rule refused at first, each for another reason
+# Cases that once failed the rule, each for another reason
 EDGE_CASES = {
     # fp64's own lse - z_t gave 0 for nats of 1.5e-17
     "nats below 2e-16": (
         {**ONE_PEAKED, "d": 18, "v": 20, "bias": True, "seed": 216},
         {"z_loss_coefficient": 0.01, "reduction": "none"},
     ),
-    # What weighs p beside the target was a - b, with the error of a large b
+    # The weight of p beside the target was a - b, with the error of a large b
     "gradient through lse beside a large one through nats": (
         {**ONE_PEAKED, "d": 14, "v": 159, "targets": 1, "bias": True, "seed": 78},
         {"reduction": "none"},
@@ -149,8 +149,8 @@ def test_edge_cases(implementation: str, device: str, dtype: torch.dtype, name: 
 def test_odd_vocabularies(
     implementation: str, device: str, dtype: torch.dtype, vocabulary: int
 ) -> None:
-    # Chunks of 5: MKL sums products of fewer rows seven times less exactly, which is not ours to
-    # test.
+    # Chunks of 5: MKL sums products of fewer rows seven times less exactly, which is not
+    # under test.
     check(
         make_case(10, 12, vocabulary, dtype=dtype, device=device),
         implementation=implementation,
@@ -249,7 +249,7 @@ def test_hits_and_the_shares_of_the_loss(
 
 @everywhere
 def test_a_tie_is_no_hit(implementation: str, device: str, dtype: torch.dtype) -> None:
-    """With another entry, or with another target; the same target twice is one."""
+    """A tie with another entry or target; the same target twice is a hit."""
     hidden = torch.ones(2, 1, dtype=dtype, device=device)
     weight = torch.tensor([[2.0], [2.0], [1.0]], dtype=dtype, device=device)
     pairs = torch.tensor([[0, 1], [0, 0]], device=device)

@@ -317,7 +317,7 @@ def test_errors_name_the_argument(change: dict, message: str) -> None:
 
 
 def test_a_target_outside_the_vocabulary_is_nan_in_the_kernel() -> None:
-    """On a GPU the host cannot look; the guard of the training loop sees the nan."""
+    """On a GPU the host cannot check; the guard of the training loop sees the NaN."""
     from kernels.cross_entropy import rows_triton
     from kernels.cross_entropy.rows import Statistics
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show. The other files of this folder run there too, with `make gpu-check`."""
+"""Tests that need a GPU. The other files of this folder also run on one, with `make gpu-check`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_attention_is_causal(dtype: torch.dtype) -> None:
 
 
 def test_attention_beyond_32_bit_offsets() -> None:
-    """2.4e9 elements of queries: the last row is as good as alone, forward and backward."""
+    """2.4e9 elements of queries: the last row equals a run on it alone, forward and backward."""
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         torch.randn(
@@ -151,7 +151,7 @@ def test_loss_stays_within_its_budget(
             logits_dtype=logits_dtype,
         ).loss.backward()
 
-    step()  # cuBLAS and Triton set themselves up
+    step()  # cuBLAS and Triton initialise
     hidden.grad = weight.grad = None
     peak = measure_peak("cuda", step)
     assert peak <= plan.workspace + 2 * d * (n + v) + 8 * MIB, f"{peak / MIB:.0f} MiB at {plan}"
@@ -188,7 +188,7 @@ def test_loss_never_waits_for_the_device(reduction: str) -> None:
 
 
 def test_loss_beyond_32_bit_offsets() -> None:
-    """2^31 logits and more in one slab: the last rows are as good as alone."""
+    """2^31 logits and more in one slab: the last rows equal a run on them alone."""
     hidden, weight, targets = loss_inputs(16500, 64, 131072)
     out = linear_cross_entropy(hidden, weight, targets, weight_sum=1.0, chunk_tokens=16500)
     whole = torch.autograd.grad(out.loss, hidden)[0][-100:]

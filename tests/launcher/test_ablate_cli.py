@@ -107,7 +107,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path, dataset: Path) -> No
 def test_a_whole_ablation(tmp_path: Path, dataset: Path) -> None:
     """A weight of 8 on code for six steps: a baseline and a variant are trained.
 
-    After that nothing is, nor scored again.
+    A second start trains and scores nothing.
     """
     path = write_ablation(tmp_path, dataset)
     command = [sys.executable, "-m", "launcher.cli", "ablate", str(path)]

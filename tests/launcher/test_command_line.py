@@ -201,10 +201,7 @@ def test_run_folder_has_its_fixed_form(trained: Path) -> None:
 def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(
     trained: Path, tmp_path: Path
 ) -> None:
-    """Through the deepspeed launcher, so that a script which starts runs can tell.
-
-    And nothing is trained from step 0.
-    """
+    """The code passes the deepspeed launcher, for scripts; nothing is trained from step 0."""
     shutil.copytree(trained, tmp_path / "run")
     for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
         state.write_text("{}")
@@ -419,7 +416,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_metrics(
 ) -> None:
     """Every process of the job dies at once.
 
-    The same command then ends with the metrics of a run that was let be.
+    The same command then ends with the metrics of a run without kills.
     """
     changes = {"validation": {"every_steps": 3, "sequences": 8}, "checkpoint": {"every_steps": 3}}
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny(dataset, tmp_path / "run", **changes)))

@@ -1,4 +1,4 @@
-"""`nextpt compress` and `decompress`: there and back, and what is refused leaves nothing behind."""
+"""`nextpt compress` and `decompress`: round trips, and refusals that leave no output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands print, in terminals of any width."""
+"""Output of the commands in terminals of any width."""
 
 from __future__ import annotations
 

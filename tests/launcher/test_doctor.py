@@ -200,7 +200,7 @@ def test_accelerators(
 
 
 def test_a_lock_is_stale_when_its_compilation_is_dead(tmp_path: Path) -> None:
-    from torch.utils.file_baton import FileBaton  # what torch's extension loader holds
+    from torch.utils.file_baton import FileBaton  # the lock of torch's extension loader
 
     (tmp_path / "py311_cpu" / "shm_comm").mkdir(parents=True)
     lock = tmp_path / "py311_cpu" / "shm_comm" / "lock"
@@ -246,7 +246,7 @@ def test_shared_memory_is_stale_when_nobody_maps_it(shared: Path) -> None:
     finding = leftovers.stale_shared_memory()
     assert finding.status is Status.WARNING and str(shared) in finding.observed
     os.utime(shared, (time.time(), time.time()))
-    # young: somebody may be about to open it
+    # young: a process may be about to open it
     assert str(shared) not in leftovers.stale_shared_memory().observed
 
 

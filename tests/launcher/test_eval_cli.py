@@ -29,7 +29,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(*arguments: str | Path) -> str:
-    """What the command prints; it must succeed."""
+    """Output of the command, which must succeed."""
     result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.output

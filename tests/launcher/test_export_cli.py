@@ -22,7 +22,7 @@ def nextpt(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a training job leaves, of a model that was not trained."""
+    """A run folder as of a training job, with an untrained model."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     config, model = decoder(vocab_size=512, qk_norm=True)
     checkpoint_of(config, model, folder / "checkpoints")

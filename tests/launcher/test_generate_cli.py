@@ -1,4 +1,4 @@
-"""`nextpt generate`: what is printed and written, and mistakes in one line."""
+"""`nextpt generate`: output, files, and user errors in one line."""
 
 from __future__ import annotations
 

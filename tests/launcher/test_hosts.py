@@ -1,4 +1,4 @@
-"""Hostfiles, environment files, supervision: what is refused, and what is restarted."""
+"""Hostfiles, environment files, supervision: refusals and restarts."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_variables_for_all_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Trainings:
-    """Stand-in for trainings: each makes steps, perhaps a checkpoint, and ends with a code."""
+    """Stand-in for trainings: each logs steps, may save a checkpoint, and ends with a code."""
 
     def __init__(self, run: Path, *ends: tuple[int, int, bool]) -> None:
         self.run, self.ends, self.starts, self.step = run, list(ends), 0, 0

@@ -1,4 +1,4 @@
-"""`nextpt inspect`: what is printed and written, and mistakes in one line."""
+"""`nextpt inspect`: output, files, and user errors in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nextpt prep export` and `nextpt prep upload` as a person meets them."""
+"""`nextpt prep export` and `nextpt prep upload` on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nextpt slurm submit` without Slurm: the script it writes, and what it refuses."""
+"""`nextpt slurm submit` without Slurm: the script it writes, and its refusals."""
 
 from __future__ import annotations
 

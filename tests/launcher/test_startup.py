@@ -30,7 +30,7 @@ HEAVY = (
     "humanize",
     "psutil",
 )
-# Runs every help text in one process, which would hold what any of them had imported.
+# Prints every help text in one process, whose modules are those that any of them imports.
 SCRIPT = """
 import contextlib, io, json, sys
 from bench.startup import command_paths

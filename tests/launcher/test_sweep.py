@@ -28,7 +28,7 @@ from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TRUE = {"A": 30.0, "B": 60.0, "E": 1.5, "alpha": 0.25, "beta": 0.3}
-# Near what so few steps reach with 512 tokens, ln 512 = 6.2
+# Near the loss of so short a training with 512 tokens, ln 512 = 6.2
 YOUNG = {"A": 2.0, "B": 3.0, "E": 5.5, "alpha": 0.25, "beta": 0.3}
 WIDTHS, STEPS = (16, 32, 48), (4, 8, 16)
 
@@ -52,7 +52,7 @@ def write_ladder(folder: Path, data: Path, **changes: Any) -> Path:
 
 
 def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, float] = TRUE) -> None:
-    """Write what a finished run leaves, with the loss that the law gives it."""
+    """Write the files of a finished run, with the loss by the law."""
     config, folder = ladder.config(rung), ladder.folder(rung)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -189,7 +189,7 @@ def test_scripts_for_slurm(tmp_path: Path) -> None:
         + ' --rung "$SLURM_ARRAY_TASK_ID"'
         in rungs
     )
-    # As Slurm would start it, for a number that no rung has: it reaches the command.
+    # As Slurm starts it, with a number that no rung has: it reaches the command.
     started = subprocess.run(
         ["bash", str(tmp_path / "ladder" / "slurm" / "rungs.sbatch")],
         capture_output=True,
@@ -201,7 +201,7 @@ def test_scripts_for_slurm(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_whole_ladder(tmp_path: Path, dataset: Path) -> None:
-    """Two rungs and the target are trained, in two goes; the third finds all done.
+    """Two starts train two rungs and the target; the third has nothing to do.
 
     The other rungs are written, as a start takes 20 s.
     """

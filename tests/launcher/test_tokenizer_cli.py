@@ -52,7 +52,7 @@ def test_train(tmp_path: Path) -> None:
         assert words in result.output, result.output
     tokenizer = Tokenizer(output)
     assert tokenizer.vocab_size == 400 and len(tokenizer.encode("another")) < 4
-    # Nothing is left to learn from
+    # No text is left to train on
     assert (
         nextpt(
             "train", corpus / "b.txt", "--vocab-size", 400, "--output", output, "--max-bytes", 10

@@ -47,7 +47,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (
             lambda m: m["files"].update({"../../etc/passwd": m["files"]["state.json"]}),
@@ -105,18 +105,18 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
     ],
 )
 def test_a_manifest_with_false_values(
-    tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     limit = sys.get_int_max_str_digits()
     folder = write(tmp_path, 1)
     sys.set_int_max_str_digits(0)
     rewrite_manifest(folder, change)
     sys.set_int_max_str_digits(limit)
-    assert words in refusal(tmp_path)
+    assert message in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ('{"files": {}, "files": {}}', "the key 'files' comes twice"),
         ('{"files": NaN}', "NaN is not finite"),
@@ -132,17 +132,17 @@ def test_a_manifest_with_false_values(
         ('{"files":{}}', "not written as nextpt writes it"),
     ],
 )
-def test_a_file_that_is_not_a_manifest(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_is_not_a_manifest(tmp_path: Path, text: str, message: str) -> None:
     folder = write(tmp_path, 1)
     (folder / "manifest.json").write_text(text)
-    assert words in refusal(tmp_path)
+    assert message in refusal(tmp_path)
     # The other files are parsed as strictly
-    if "nested" in words or "twice" in words or "finite" in words:
+    if "nested" in message or "twice" in message or "finite" in message:
         for name in ("state.json", INDEX):
             other = write(tmp_path / name, 1)
             (other / name).write_text(text)
             forge(other)
-            assert words in refusal(tmp_path / name) and name in refusal(tmp_path / name)
+            assert message in refusal(tmp_path / name) and name in refusal(tmp_path / name)
 
 
 def test_a_manifest_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def first(value: dict[str, Any], name: str = "a") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "words"),
+    ("name", "change", "message"),
     [
         (INDEX, lambda v: v["fragments"].pop(0), "leave gaps or overlap"),
         (INDEX, lambda v: v["fragments"].append(v["fragments"][0]), "leave gaps or overlap"),
@@ -238,12 +238,12 @@ def first(value: dict[str, Any], name: str = "a") -> dict[str, Any]:
     ],
 )
 def test_files_that_do_not_fit_together(
-    tmp_path: Path, name: str, change: Callable[[Any], None], words: str
+    tmp_path: Path, name: str, change: Callable[[Any], None], message: str
 ) -> None:
     folder = write(tmp_path, 1)
     edit(folder / name, change)
     forge(folder)
-    assert words in refusal(tmp_path)
+    assert message in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

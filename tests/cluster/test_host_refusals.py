@@ -29,7 +29,7 @@ def test_user_errors_are_reported_before_any_rank_starts(dataset: Path, tmp_path
             ("h1", "h3"): "host h3 has numpy 9.9 and others have",
             ("h1", "nobody"): "host nobody: not reachable by ssh",
         }
-        for names, said in cases.items():
+        for names, message in cases.items():
             (tmp_path / "output").unlink(missing_ok=True)
             code = start(
                 network, network.hostfile(1, *names), config(dataset, hidden / "run"), tmp_path
@@ -39,7 +39,7 @@ def test_user_errors_are_reported_before_any_rank_starts(dataset: Path, tmp_path
                 code == 2
                 and output.count("\n") == 1
                 and output.startswith("error: ")
-                and said in output
+                and message in output
             ), output
         assert (
             start(

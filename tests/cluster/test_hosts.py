@@ -101,8 +101,8 @@ def test_a_host_that_loses_its_processes_and_a_signal(
         if "node.py" in command_line(pid) or RUN in command_line(pid):
             os.kill(pid, signal.SIGKILL)
     wait_for(lambda: "restarting from step" in (tmp_path / "output").read_text())
-    seen = max(losses(run))
-    wait_for(lambda: max(losses(run)) > seen)
+    last_step = max(losses(run))
+    wait_for(lambda: max(losses(run)) > last_step)
     job.send_signal(signal.SIGTERM)
     assert job.wait(120) == 75, (tmp_path / "output").read_text()
     assert read_exit_record(run)["code"] == 75 and not ranks(three, "h1") and not ranks(three, "h2")

@@ -82,7 +82,7 @@ def work(tmp_path: Path) -> Work:
     return Work(spec.model_copy(update={"domains": domains}), tmp_path / "by_jobs", tmp_path)
 
 
-def gone(cluster: Slurm, job: str) -> bool:
+def has_ended(cluster: Slurm, job: str) -> bool:
     return not cluster.run("squeue", "-h", "-j", job)
 
 
@@ -90,11 +90,11 @@ def test_a_killed_array_continues_with_another_number_of_tasks(cluster: Slurm, w
     job = work.submit(cluster, "prep_array.sbatch", "%A_%a.log", "--array", "0-1")
     wait_for(work.done)
     cluster.run("scancel", "--full", "--signal=KILL", job)
-    wait_for(lambda: gone(cluster, job), 60)
+    wait_for(lambda: has_ended(cluster, job), 60)
     assert 0 < len(work.done()) < len(work.spec.domains) and not work.output.exists()
 
     job = work.submit(cluster, "prep_array.sbatch", "%A_%a.log", "--array", "3,7-8")
-    wait_for(lambda: gone(cluster, job), 300)
+    wait_for(lambda: has_ended(cluster, job), 300)
     work.check()
 
 
@@ -135,17 +135,17 @@ def test_killed_ray_workers_continue_on_fewer_nodes(
     for process in ray_processes():  # all at the same time, as the end of a job's cgroup does
         process.kill()
     cluster.run("scancel", "--full", "--signal=KILL", job)
-    wait_for(lambda: gone(cluster, job), 60)
+    wait_for(lambda: has_ended(cluster, job), 60)
     before = work.done()
     assert 0 < len(before) < len(work.spec.domains) and not work.output.exists()
 
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=1")
-    wait_for(lambda: work.done().keys() > before.keys() or gone(cluster, job), 120)
-    again = work.done()
-    assert all(again.get(path, when) == when for path, when in before.items()), (
+    wait_for(lambda: work.done().keys() > before.keys() or has_ended(cluster, job), 120)
+    after = work.done()
+    assert all(after.get(path, when) == when for path, when in before.items()), (
         "a unit that was done was done again"
     )
-    wait_for(lambda: gone(cluster, job), 300)
+    wait_for(lambda: has_ended(cluster, job), 300)
     work.check()
 
 
@@ -153,9 +153,9 @@ def test_ray_continues_after_the_kill_of_a_worker(
     cluster: Slurm, work: Work, no_ray_left: None
 ) -> None:
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
-    wait_for(lambda: ray_processes("ray::_work") or gone(cluster, job), 120)
+    wait_for(lambda: ray_processes("ray::_work") or has_ended(cluster, job), 120)
     victims = ray_processes("ray::_work")
     assert victims, work.logs()
     victims[0].send_signal(signal.SIGKILL)
-    wait_for(lambda: gone(cluster, job), 300)
+    wait_for(lambda: has_ended(cluster, job), 300)
     work.check()

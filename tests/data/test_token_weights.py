@@ -156,7 +156,7 @@ def test_invalid_weights_leave_nothing_behind(dataset: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("path", "message"),
     [
         ("nowhere.py:f", "expected FILE.py:NAME"),
         ("weights.py", "expected FILE.py:NAME"),
@@ -166,7 +166,7 @@ def test_invalid_weights_leave_nothing_behind(dataset: Path, tmp_path: Path) -> 
     ],
 )
 def test_invalid_functions_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in (
@@ -175,7 +175,7 @@ def test_invalid_functions_are_reported(
         ("weights.txt", ""),
     ):
         Path(name).write_text(text)
-    with pytest.raises(DataPrepError, match=re.escape(words)):
+    with pytest.raises(DataPrepError, match=re.escape(message)):
         load_function(path)
 
 

@@ -339,7 +339,7 @@ def broken_pair(folder: Path, ranks: dict[bytes, int]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "words"),
+    ("make", "options", "message"),
     [
         (lambda folder, ranks: str(folder / "none"), {}, "does not exist; expected tokenizer.json"),
         (lambda folder, ranks: str(folder), {}, "holds no tokenizer"),
@@ -399,11 +399,11 @@ def test_bad_sources_are_named(
     tmp_path: Path,
     make: Callable[[Path, dict[bytes, int]], str],
     options: dict,
-    words: str,
+    message: str,
 ) -> None:
     source = make(tmp_path, ranks)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(DataPrepError, match=words) as raised:
+    with pytest.raises(DataPrepError, match=message) as raised:
         convert(source, tmp_path / "out.json", **options)
     assert "\n" not in str(raised.value) and sorted(tmp_path.iterdir()) == before
 

@@ -226,7 +226,7 @@ def test_bad_corpora_are_named_and_nothing_takes_the_output_s_name(
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"vocab_size": 100}, "too small"),
         ({"vocab_size": 100_000}, "the texts give only"),
@@ -241,8 +241,8 @@ def test_bad_corpora_are_named_and_nothing_takes_the_output_s_name(
         ({"vocab_size": None, "tokenizer": Path("/nowhere.json")}, "nowhere.json"),
     ],
 )
-def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
-    with pytest.raises((DataPrepError, OSError), match=words.replace(".", r"\.")):
+def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises((DataPrepError, OSError), match=message.replace(".", r"\.")):
         prepare(spec(tmp_path, **changes))
     assert not (tmp_path / "out").exists()
 

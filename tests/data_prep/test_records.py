@@ -124,13 +124,14 @@ def test_null_and_non_utf8_parquet_rows_are_reported_one_by_one(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("column", "words"), [(pa.array([1, 2]), "type int64"), (pa.array([b"a", b"b"]), "type binary")]
+    ("column", "message"),
+    [(pa.array([1, 2]), "type int64"), (pa.array([b"a", b"b"]), "type binary")],
 )
 def test_a_parquet_file_whose_text_column_has_another_type_is_named(
-    tmp_path: Path, column: pa.Array, words: str
+    tmp_path: Path, column: pa.Array, message: str
 ) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(DataPrepError, match=f"a.parquet: column 'text' is of {words}"):
+    with pytest.raises(DataPrepError, match=f"a.parquet: column 'text' is of {message}"):
         read(tmp_path / "a.parquet")
     with pytest.raises(DataPrepError, match="no column 'body'; it has text"):
         read(tmp_path / "a.parquet", Fields("body"))
@@ -246,12 +247,12 @@ def test_globs_folders_and_empty_locations(tmp_path: Path) -> None:
     assert matching("*/?.jsonl") == ["x/a.jsonl", "z/d.jsonl"] and matching("[xz]/[a-c].jsonl") == [
         "x/a.jsonl"
     ]
-    for glob, words in (
+    for glob, message in (
         ("x/*.gz", "no file matches"),
         ("nowhere", "does not exist"),
         ("x/y/../y/e.csv", "does not exist"),
     ):
-        with pytest.raises(DataPrepError, match=words):
+        with pytest.raises(DataPrepError, match=message):
             find_files(f"{tmp_path}/{glob}")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataPrepError, match="holds no file that is read"):

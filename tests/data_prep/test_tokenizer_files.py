@@ -35,7 +35,7 @@ def test_start_and_end(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("{", "is not a tokenizer.json"),
         ("[]", "is not a tokenizer.json"),
@@ -56,10 +56,12 @@ def test_start_and_end(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None
         ),
     ],
 )
-def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path, content: str, words: str) -> None:
+def test_files_that_are_no_tokenizer_are_refused(
+    tmp_path: Path, content: str, message: str
+) -> None:
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(DataPrepError, match=words) as raised:
+    with pytest.raises(DataPrepError, match=message) as raised:
         Tokenizer(path)
     assert "bad.json" in str(raised.value) and "\n" not in str(raised.value)
 

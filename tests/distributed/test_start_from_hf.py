@@ -125,7 +125,7 @@ def test_a_start_resumes_from_its_own_checkpoints(
 
 
 @pytest.mark.parametrize(
-    ("job", "words"),
+    ("job", "message"),
     [
         ("depth", "holds another model: model.depth = 3, there 2"),
         ("missing", "none does not exist; give a local Hugging Face folder"),
@@ -140,10 +140,10 @@ def test_a_start_resumes_from_its_own_checkpoints(
     ],
 )
 def test_user_errors_are_reported_before_anything_is_written(
-    job: str, words: str, jobs: tuple[Path, dict[str, str | None]]
+    job: str, message: str, jobs: tuple[Path, dict[str, str | None]]
 ) -> None:
     root, messages = jobs
-    assert words in (messages[job] or "")
+    assert message in (messages[job] or "")
     assert not any(
         (root / job / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl")
     )

@@ -174,12 +174,12 @@ def test_the_metrics_of_lm_evaluation_harness(source: LoadedModel, result: dict)
 def test_texts_that_cannot_be_scored(source: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))
-    for name, words in (
+    for name, message in (
         ("empty", "is empty"),
         ("latin", "is no UTF-8 text: byte 3 is 0xe9"),
         ("absent", "cannot be read: No such file"),
     ):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(DataError, match=message):
             text_files([tmp_path / name])
     with pytest.raises(DataError, match="all documents of d are empty"):
         evaluate_model(source, {"d": ["", ""]}, EvaluationProtocol())

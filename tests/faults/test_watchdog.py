@@ -32,7 +32,7 @@ def report(
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({2: None}, "rank 2 on node2 shows no sign of life"),
         ({1: {"expired": False}}, "rank 1 on node1 shows no sign of life"),
@@ -52,12 +52,12 @@ def report(
     ],
 )
 def test_the_rank_that_hangs_is_named(
-    changes: dict[int, dict[str, Any] | None], words: str
+    changes: dict[int, dict[str, Any] | None], message: str
 ) -> None:
     reports = {
         r: report() | (changes.get(r, {}) or {}) for r in range(4) if changes.get(r, {}) is not None
     }
-    assert diagnose(reports, reports, HOSTS).startswith(words)
+    assert diagnose(reports, reports, HOSTS).startswith(message)
 
 
 def test_a_rank_whose_report_changes_is_alive() -> None:

@@ -309,7 +309,7 @@ def test_prompts_of_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("p.csv", b"a", "are read from .jsonl"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt', "line 2 is not JSON"),
@@ -321,10 +321,10 @@ def test_prompts_of_files(tmp_path: Path) -> None:
     ],
 )
 def test_bad_files_of_prompts_are_named(
-    tmp_path: Path, name: str, content: bytes | None, words: str
+    tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_prompts(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)

@@ -26,7 +26,7 @@ def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
             for i in range(q.shape[1]):
-                seen = [
+                visible = [
                     j
                     for j in range(k.shape[1])
                     if j <= i + shift
@@ -36,7 +36,7 @@ def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
                 scores = [
                     float(q[b, i, h].double() @ k[b, j, h // group].double())
                     / math.sqrt(q.shape[3])
-                    for j in seen
+                    for j in visible
                 ]
                 if softcap:
                     scores = [softcap * math.tanh(s / softcap) for s in scores]
@@ -45,7 +45,7 @@ def naive(q, k, v, ids=None, window=None, softcap=None, sinks=None):
                 )
                 if total:
                     lse[b, h, i] = math.log(total)
-                for s, j in zip(scores, seen, strict=True):
+                for s, j in zip(scores, visible, strict=True):
                     out[b, i, h] += math.exp(s) / total * v[b, j, h // group].double()
     return out, lse
 
@@ -81,11 +81,11 @@ def test_matches_the_definition(name: str, data: st.DataObject) -> None:
     }
     want, want_lse = naive(q, k, v, ids, window, softcap, sinks)
     if "lse" in features:
-        got, lse = attention(q, k, v, return_lse=True, **options)
+        out, lse = attention(q, k, v, return_lse=True, **options)
         torch.testing.assert_close(lse.double(), want_lse.double(), atol=1e-5, rtol=1e-5)
     else:
-        got = attention(q, k, v, **options)
-    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+        out = attention(q, k, v, **options)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.thorough
@@ -97,11 +97,11 @@ def test_nothing_looks_ahead(name: str, window: int | None) -> None:
 
 
 def test_the_check_detects_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    def everything(call: AttentionCall, device: torch.device) -> torch.Tensor:
+    def full_mask(call: AttentionCall, device: torch.device) -> torch.Tensor:
         shape = 1, 1, call.slices.queries, call.slices.keys
         return torch.ones(shape, dtype=torch.bool, device=device)
 
-    monkeypatch.setattr(AttentionCall, "mask", everything)
+    monkeypatch.setattr(AttentionCall, "mask", full_mask)
     with pytest.raises(CausalityError, match="may not see"):
         check_attention("sdpa", window=3)
 
@@ -142,8 +142,8 @@ def test_left_padding_is_a_document_of_its_own(name: str, queries: int, window: 
     ids = (torch.arange(keys) >= padding.unsqueeze(1)).int()
     want, _ = naive(q, k, v, ids, window)
     documents, slices = LeftPadded(padding), Slices.of(queries, keys)
-    got = attention(q[:, -queries:], k, v, documents=documents, window=window, implementation=name)
-    torch.testing.assert_close(got.double(), want[:, -queries:], atol=1e-5, rtol=1e-5)
+    out = attention(q[:, -queries:], k, v, documents=documents, window=window, implementation=name)
+    torch.testing.assert_close(out.double(), want[:, -queries:], atol=1e-5, rtol=1e-5)
     sequences = PackedSequences(*documents.cu_seqlens(slices), 3 * queries, 3 * keys)
     flat = sequences.mask(Slices.of(3 * queries, 3 * keys), window)[0, 0]
     assert torch.equal(flat, torch.block_diag(*documents.mask(slices, window)[:, 0]).bool())

@@ -84,12 +84,12 @@ def naive(
         scores = torch.cat(
             (scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1
         )
-    seen = mask.any(-1, keepdim=True) | (sinks is not None)
-    weights = torch.where(seen, scores, 0.0).softmax(-1)
-    weights = torch.where(seen, weights, 0.0)[..., : k.shape[1]].to(q.dtype)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v), torch.where(seen, scores, 0.0).logsumexp(
-        -1
-    ).masked_fill(~seen.squeeze(-1), -torch.inf)
+    any_visible = mask.any(-1, keepdim=True) | (sinks is not None)
+    weights = torch.where(any_visible, scores, 0.0).softmax(-1)
+    weights = torch.where(any_visible, weights, 0.0)[..., : k.shape[1]].to(q.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), torch.where(
+        any_visible, scores, 0.0
+    ).logsumexp(-1).masked_fill(~any_visible.squeeze(-1), -torch.inf)
 
 
 def assert_as_exact(
@@ -97,13 +97,13 @@ def assert_as_exact(
     exact: Tensor,
     plain: Tensor,
     dtype: torch.dtype,
-    what: str,
+    name: str,
     cancelled: float = 0.0,
 ) -> None:
     """Check an error against torch's. cancelled: largest term that may cancel in a difference."""
     finite = exact.isfinite()
     assert torch.equal(actual.isfinite(), finite), (
-        f"{what}: not finite where it should be, or the other way round"
+        f"{name}: not finite where it should be, or the other way round"
     )
     if not finite.any():
         return
@@ -117,7 +117,7 @@ def assert_as_exact(
     # torch, which sums both in one order; here one is dout v and the other dout out, each with a
     # rounding of its own.
     bound += 2 * torch.finfo(torch.float32).eps * cancelled
-    assert own <= bound, f"{what}: error {own:.3g} above {bound:.3g}; torch's is {theirs:.3g}"
+    assert own <= bound, f"{name}: error {own:.3g} above {bound:.3g}; torch's is {theirs:.3g}"
 
 
 def check(
@@ -154,8 +154,8 @@ def check(
         implementation="triton",
     )
     assert actual[0].dtype == q.dtype and actual[1].dtype == torch.float32
-    for f, e, p, what in zip(actual, exact, plain, ("out", "lse"), strict=True):
-        assert_as_exact(f, e.detach(), p, q.dtype, what)
+    for f, e, p, name in zip(actual, exact, plain, ("out", "lse"), strict=True):
+        assert_as_exact(f, e.detach(), p, q.dtype, name)
     generator = torch.Generator().manual_seed(seed)
     above = [torch.randn(x.shape, generator=generator).to(q.device) for x in actual]
 
@@ -170,9 +170,9 @@ def check(
     values = v.detach().double().abs().repeat_interleave(q.shape[2] // v.shape[2], 2)
     products = torch.einsum("bqhd,bkhd->bhqk", above[0].double().abs(), values).max().item()
     other = {"dq": k, "dk": q}  # a score's gradient is multiplied by it
-    for f, e, p, what in zip(*gradients, ("dq", "dk", "dv", "d_sinks"), strict=False):
-        factor = scale * other[what].detach().abs().max().item() if what in other else 0.0
-        assert_as_exact(f, e, p, q.dtype, what, products * factor)
+    for f, e, p, name in zip(*gradients, ("dq", "dk", "dv", "d_sinks"), strict=False):
+        factor = scale * other[name].detach().abs().max().item() if name in other else 0.0
+        assert_as_exact(f, e, p, q.dtype, name, products * factor)
 
 
 def qkv(

@@ -273,10 +273,10 @@ def test_frozen_sides_and_no_grad_change_nothing(
     options = {"implementation": implementation, "chunk_tokens": 4, "logits_dtype": torch.float32}
     whole = linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, **options)
     every = torch.autograd.grad(whole.loss, case.leaves())
-    for kept in range(3):
-        sides = [t if i == kept else t.detach() for i, t in enumerate(case.leaves())]
+    for side in range(3):
+        sides = [t if i == side else t.detach() for i, t in enumerate(case.leaves())]
         out = linear_cross_entropy(*sides[:2], case.targets, bias=sides[2], **options)
-        assert torch.equal(torch.autograd.grad(out.loss, sides[kept])[0], every[kept])
+        assert torch.equal(torch.autograd.grad(out.loss, sides[side])[0], every[side])
     with torch.no_grad():
         out = linear_cross_entropy(
             case.hidden, case.weight, case.targets, bias=case.bias, **options

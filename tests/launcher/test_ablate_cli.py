@@ -41,7 +41,7 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         (
             {"variant": []},
@@ -77,14 +77,14 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
 def test_user_errors_in_ablations(
-    tmp_path: Path, dataset: Path, changes: dict[str, Any], words: str
+    tmp_path: Path, dataset: Path, changes: dict[str, Any], message: str
 ) -> None:
     path = write_ablation(tmp_path, dataset, **changes)
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
     assert (
         result.exit_code == 2 and result.stderr.count("\n") == 1 and str(path) in result.stderr
     ), result.output
-    assert re.search(words.replace("[", r"\["), result.stderr), result.stderr
+    assert re.search(message.replace("[", r"\["), result.stderr), result.stderr
     assert not (tmp_path / "ablation").exists()
 
 
@@ -120,8 +120,8 @@ def test_a_whole_ablation(tmp_path: Path, dataset: Path) -> None:
         "code-8: objective.domain_weights.code 1.0 -> 8.0" in first.stdout
         and first.stdout.count("scoring ") == 2
     )
-    written = (tmp_path / "ablation" / "ablation.json").read_text()
-    result = json.loads(written)
+    content = (tmp_path / "ablation" / "ablation.json").read_text()
+    result = json.loads(content)
     variant = result["variants"][0]
     assert (
         variant["domains"]["code"]["difference"] != 0
@@ -132,6 +132,6 @@ def test_a_whole_ablation(tmp_path: Path, dataset: Path) -> None:
         f"{variant['domains']['code']['difference']:+.4f}" in first.stdout
         and (tmp_path / "ablation" / "ablation.png").read_bytes()[:4] == b"\x89PNG"
     )
-    again = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
-    assert again.exit_code == 0 and "===" not in again.output and "scoring" not in again.output
-    assert (tmp_path / "ablation" / "ablation.json").read_text() == written
+    second = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["ablate", str(path)])
+    assert second.exit_code == 0 and "===" not in second.output and "scoring" not in second.output
+    assert (tmp_path / "ablation" / "ablation.json").read_text() == content

@@ -85,14 +85,14 @@ def test_every_shipped_config_loads_and_has_about_the_parameters_of_its_name(pat
 def test_config_show_prints_derived_values() -> None:
     completed = nextpt("config", "show", "configs/7b.yaml", "train.zero_stage=3", "--ranks", "64")
     assert completed.returncode == 0, completed.stderr
-    for words in (
+    for line in (
         "vocab_size: 65536",
         "parameters                     7,516,459,008",
         "tokens per step",
         "memory per rank",
         "ZeRO-3",
     ):
-        assert words in completed.stdout
+        assert line in completed.stdout
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
 
 
 def test_generate_continues_a_prompt(trained: Path) -> None:
-    first, again = (
+    first, second = (
         nextpt(
             "generate",
             "--run",
@@ -255,7 +255,7 @@ def test_generate_continues_a_prompt(trained: Path) -> None:
     )
     assert first.returncode == 0, first.stderr
     assert (
-        first.stdout.startswith("def f") and len(first.stdout) > 8 and first.stdout == again.stdout
+        first.stdout.startswith("def f") and len(first.stdout) > 8 and first.stdout == second.stdout
     )
     assert (
         nextpt("generate", "--run", str(trained), "--step", "4").stderr.count("there are: 6, 3")

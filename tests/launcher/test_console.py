@@ -27,9 +27,9 @@ def test_no_heading_or_number_is_cut(width: int) -> None:
             [["row of a name", *(f"{10**i:,}" for i in range(12))]],
         ),
     )
-    shown = "\n".join(lines)
-    assert "…" not in shown and all(
-        f"heading {i}" in shown and f" {10**i:,}" in shown for i in range(12)
+    output = "\n".join(lines)
+    assert "…" not in output and all(
+        f"heading {i}" in output and f" {10**i:,}" in output for i in range(12)
     )
 
 

@@ -42,8 +42,8 @@ def test_demo_with_a_short_training(tmp_path: Path) -> None:
     ), first.stderr[-2000:]
     assert first.stdout.count("identical") == 4 and "DIFFERENT" not in first.stdout
     assert all(
-        words in first.stdout
-        for words in ("training a tokenizer", "packing", "step 60/60", "xz -9e", "perplexity")
+        line in first.stdout
+        for line in ("training a tokenizer", "packing", "step 60/60", "xz -9e", "perplexity")
     )
     assert {p.name for p in tmp_path.iterdir()} == {"short.yaml", "data", "runs"}
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"demo"}

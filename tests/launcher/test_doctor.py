@@ -168,7 +168,7 @@ GPU = {
 
 
 @pytest.mark.parametrize(
-    ("torch", "driver", "status", "words"),
+    ("torch", "driver", "status", "observed"),
     [
         (CPU, None, "note", "runs on the CPU"),
         (CPU, [["NVIDIA H100", "580.1", "81559", "1"]], "problem", "CPU build"),
@@ -189,12 +189,12 @@ GPU = {
     ],
 )
 def test_accelerators(
-    torch: dict[str, Any], driver: list[list[str]] | None, status: str, words: str
+    torch: dict[str, Any], driver: list[list[str]] | None, status: str, observed: str
 ) -> None:
     finding = software.accelerator(torch, driver)
     assert (
         finding.status == status
-        and words in finding.observed
+        and observed in finding.observed
         and (finding.advice or status in ("ok", "note"))
     )
 

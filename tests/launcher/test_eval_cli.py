@@ -38,7 +38,7 @@ def evaluate(*arguments: str | Path) -> str:
 @pytest.mark.thorough
 def test_a_run_and_its_export_give_the_same_figures(workspace: Path) -> None:
     texts = ["--text", workspace / "a.txt", "--text", workspace / "b.txt", "--resamples", "20"]
-    shown = evaluate(
+    output = evaluate(
         "--run",
         workspace / "run",
         *texts,
@@ -58,13 +58,13 @@ def test_a_run_and_its_export_give_the_same_figures(workspace: Path) -> None:
     assert run["total"]["bpb_with_eod"] == pytest.approx(
         exported["total"]["bpb_with_eod"], rel=1e-6
     )
-    assert "bits_per_byte" in shown and "bootstrap of documents" in shown and "with EOD" in shown
+    assert "bits_per_byte" in output and "bootstrap of documents" in output and "with EOD" in output
     assert (workspace / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.thorough
 def test_all_checkpoints_as_a_curve(workspace: Path) -> None:
-    shown = evaluate(
+    output = evaluate(
         "--run",
         workspace / "run",
         "--text",
@@ -79,13 +79,13 @@ def test_all_checkpoints_as_a_curve(workspace: Path) -> None:
     assert [at["step"] for at in curve["checkpoints"]] == [3] and curve["checkpoints"][0][
         "total"
     ] == curve["total"]
-    assert "bits/byte at every checkpoint" in shown and "<svg" in (workspace / "c.svg").read_text()
+    assert "bits/byte at every checkpoint" in output and "<svg" in (workspace / "c.svg").read_text()
 
 
 @pytest.mark.thorough
 def test_tasks_at_one_checkpoint_and_over_all(workspace: Path) -> None:
     make_run(workspace / "two", max_position=512)
-    shown = evaluate(
+    output = evaluate(
         "--run",
         workspace / "two",
         "--text",
@@ -105,12 +105,12 @@ def test_tasks_at_one_checkpoint_and_over_all(workspace: Path) -> None:
         "brackets",
         "induction",
         "cloze",
-    } and all(name in shown for name in result["tasks"])
+    } and all(name in output for name in result["tasks"])
     assert "<svg" in (workspace / "tasks.svg").read_text()
     checkpoint_of(
         *load_model(open_run(workspace / "two")), workspace / "two" / "checkpoints", step=7
     )
-    shown = evaluate(
+    output = evaluate(
         "--run",
         workspace / "two",
         "--text",
@@ -126,7 +126,7 @@ def test_tasks_at_one_checkpoint_and_over_all(workspace: Path) -> None:
         workspace / "curve.png",
     )
     curve = json.loads((workspace / "curve.json").read_text())
-    assert [at["step"] for at in curve["checkpoints"]] == [3, 7] and "at every checkpoint" in shown
+    assert [at["step"] for at in curve["checkpoints"]] == [3, 7] and "at every checkpoint" in output
     assert (
         curve["checkpoints"][0]["tasks"] == curve["tasks"]
         and curve["tasks"]["induction"] == result["tasks"]["induction"]
@@ -135,7 +135,7 @@ def test_tasks_at_one_checkpoint_and_over_all(workspace: Path) -> None:
 
 @pytest.mark.thorough
 def test_free_running(workspace: Path) -> None:
-    shown = evaluate(
+    output = evaluate(
         "--model",
         workspace / "hf",
         "--text",
@@ -153,7 +153,7 @@ def test_free_running(workspace: Path) -> None:
         workspace / "free.svg",
     )
     result = json.loads((workspace / "free.json").read_text())
-    assert f"{result['total']['drift']['value']:+.3f}" in shown and "a.txt, sampled" in shown
+    assert f"{result['total']['drift']['value']:+.3f}" in output and "a.txt, sampled" in output
     assert (
         result["protocol"]["continuation"] == 12 and "<svg" in (workspace / "free.svg").read_text()
     )
@@ -161,7 +161,7 @@ def test_free_running(workspace: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ([], "give either --run, a run folder, or --model"),
         (["--run", "run", "--text", "a.txt", "--data", "d"], "give either --data or --text"),
@@ -200,10 +200,10 @@ def test_user_errors_end_with_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    words: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(workspace)
     result = CliRunner().invoke(app, ["eval", *arguments])
     assert result.exit_code == 2
     error = result.stderr.strip().splitlines()
-    assert len(error) == 1 and error[0].startswith("error: ") and words in error[0]
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]

@@ -57,17 +57,17 @@ def test_from_a_run_to_a_folder_to_a_config(run: Path, dataset: Path, tmp_path: 
         and "Qwen3ForCausalLM" in result.output
         and "then: nextpt train --config" in result.output
     ), result.output
-    written = load_config(tmp_path / "go-on.yaml")
+    loaded = load_config(tmp_path / "go-on.yaml")
     assert (
-        written.train.init_from == str(tmp_path / "hf")
-        and written.run.name == "go-on"
-        and written.data.path == str(dataset)
+        loaded.train.init_from == str(tmp_path / "hf")
+        and loaded.run.name == "go-on"
+        and loaded.data.path == str(dataset)
     )
-    assert ModelSpec.from_config(written) == load_hf(tmp_path / "hf").spec
-    again = nextpt(
+    assert ModelSpec.from_config(loaded) == load_hf(tmp_path / "hf").spec
+    second = nextpt(
         "import", "hf", tmp_path / "hf", "--data", dataset, "--output", tmp_path / "go-on.yaml"
     )
-    assert again.exit_code == 2 and "go-on.yaml exists already" in again.stderr
+    assert second.exit_code == 2 and "go-on.yaml exists already" in second.stderr
 
 
 @pytest.mark.thorough
@@ -84,7 +84,7 @@ def test_to_bf16_and_to_deepspeed(run: Path, tmp_path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["hf", "deepspeed"])
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--run", "none", "--output", "out"], "run folder none does not exist"),
         (["--run", "empty", "--output", "out"], "holds no checkpoint; train first"),
@@ -99,7 +99,7 @@ def test_to_bf16_and_to_deepspeed(run: Path, tmp_path: Path) -> None:
 def test_user_errors_of_exporting_end_with_one_line(
     layout: str,
     arguments: list[str],
-    words: str,
+    message: str,
     run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -107,7 +107,7 @@ def test_user_errors_of_exporting_end_with_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     result = nextpt("export", layout, *[str(run) if a == "RUN" else a for a in arguments])
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and words in result.stderr, (
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr, (
         result.output
     )
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
@@ -147,7 +147,7 @@ def test_user_errors_of_importing_end_with_one_line(
         dataset / "tokenizer.json",
         tmp_path / "short",
     )
-    for folder, data, output, words in (
+    for folder, data, output, message in (
         (tmp_path / "none", dataset, "x.yaml", "does not exist; give a local Hugging Face folder"),
         (tmp_path / "hf", tmp_path / "none", "x.yaml", "none is not there"),
         (tmp_path / "hf", dataset, "none/x.yaml", "x.yaml cannot be written: No such file"),
@@ -166,7 +166,7 @@ def test_user_errors_of_importing_end_with_one_line(
     ):
         result = nextpt("import", "hf", folder, "--data", data, "--output", tmp_path / output)
         assert (
-            result.exit_code == 2 and result.stderr.count("\n") == 1 and words in result.stderr
+            result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr
         ), result.output
         assert not (tmp_path / "x.yaml").exists()
 

@@ -112,15 +112,15 @@ def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
             ).exit_code
             == 0
         )
-    kept = json.loads((run / "samples.json").read_text())
-    assert [s["seed"] for s in kept] == [2, 1] and all(
-        s["prompt"] == "The" and s["text"] for s in kept
+    samples = json.loads((run / "samples.json").read_text())
+    assert [s["seed"] for s in samples] == [2, 1] and all(
+        s["prompt"] == "The" and s["text"] for s in samples
     )
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (
             ["--prompt", "word " * 200],
@@ -142,7 +142,7 @@ def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
         (["--step", "9"], "there are: 3"),
     ],
 )
-def test_user_errors_end_with_one_line(run: Path, arguments: list[str], words: str) -> None:
+def test_user_errors_end_with_one_line(run: Path, arguments: list[str], message: str) -> None:
     result = nextpt("--run", run, *arguments)
-    assert result.exit_code == 2 and words in result.stderr, result.output
+    assert result.exit_code == 2 and message in result.stderr, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -39,7 +39,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "names no host"),
         ("# none\n\n", "names no host"),
@@ -58,10 +58,10 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
         ("x slots=1\nb&c slots=1", "line 2"),
     ],
 )
-def test_a_bad_hostfile_is_refused_by_line(tmp_path: Path, text: str, said: str) -> None:
+def test_a_bad_hostfile_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         read_hostfile(write(tmp_path, text))
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_hostfile_is_refused(tmp_path: Path) -> None:

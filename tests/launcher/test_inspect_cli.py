@@ -77,7 +77,7 @@ def test_calibration_on_held_out_documents(
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ([], "give the text with one of --text FILE and --prompt TEXT"),
         (["--text", "a", "--prompt", "b"], "give the text with one of"),
@@ -90,10 +90,10 @@ def test_calibration_on_held_out_documents(
     ],
 )
 def test_user_errors_end_with_one_line(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     result = nextpt("--run", run, *arguments)
-    assert result.exit_code == 2 and words in result.stderr, result.output
+    assert result.exit_code == 2 and message in result.stderr, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

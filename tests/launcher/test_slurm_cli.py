@@ -31,7 +31,7 @@ def submit(config: Path, *options: str) -> tuple[int, str, str]:
 def test_the_script_has_the_options_and_passes_on_the_arguments(
     config: Path, tmp_path: Path
 ) -> None:
-    code, shown, _ = submit(
+    code, output, _ = submit(
         config,
         "--gpus-per-node",
         "2",
@@ -44,7 +44,7 @@ def test_the_script_has_the_options_and_passes_on_the_arguments(
     assert code == 0
     script = tmp_path / "run" / "slurm" / "job.sbatch"
     text = script.read_text()
-    assert text.strip() in shown and subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    assert text.strip() in output and subprocess.run(["bash", "-n", str(script)]).returncode == 0
     header = [
         line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")
     ]
@@ -61,14 +61,15 @@ def test_the_script_has_the_options_and_passes_on_the_arguments(
     ):
         assert line in header, (line, header)
     before = text[: text.index("set -euo pipefail")]
-    said = subprocess.run(
+    arguments = subprocess.run(
         ["bash", "-c", f'{before}\nprintf "%s\\n" "$@"'],
         capture_output=True,
         text=True,
         cwd=tmp_path,
     ).stdout.splitlines()
     assert (
-        said == [str(config), "data.scratch=$(touch pwned) x"] and not (tmp_path / "pwned").exists()
+        arguments == [str(config), "data.scratch=$(touch pwned) x"]
+        and not (tmp_path / "pwned").exists()
     )
 
 
@@ -79,7 +80,7 @@ def test_no_gpus_are_requested_for_cpu_runs(config: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--gpus-per-node", "3"], "is not a multiple of train.micro_batch_size x ranks = 2 x 6"),
         (["--gpus-per-node", "2", "--ranks-per-node", "1"], "there is one rank for each GPU"),
@@ -88,11 +89,14 @@ def test_no_gpus_are_requested_for_cpu_runs(config: Path, tmp_path: Path) -> Non
     ],
 )
 def test_refusals_leave_nothing(
-    config: Path, tmp_path: Path, options: list[str], said: str
+    config: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     code, _, errors = submit(config, *options)
     assert (
-        code == 2 and said in errors and errors.count("\n") == 1 and not (tmp_path / "run").exists()
+        code == 2
+        and message in errors
+        and errors.count("\n") == 1
+        and not (tmp_path / "run").exists()
     )
 
 

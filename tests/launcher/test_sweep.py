@@ -81,7 +81,7 @@ def test_the_shipped_ladder_is_valid() -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         (
             {"target": {"name": "large", "overrides": ["model.width=48", "train.steps=20"]}},
@@ -94,10 +94,10 @@ def test_the_shipped_ladder_is_valid() -> None:
         ({"base": "none.yaml"}, "none.yaml does not exist"),
     ],
 )
-def test_user_errors_in_ladders(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_user_errors_in_ladders(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_ladder(tmp_path, tmp_path, **changes)
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["scaling", "sweep", str(path)])
-    assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1, (
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, (
         result.output
     )
     assert not (tmp_path / "ladder").exists()
@@ -229,9 +229,9 @@ def test_a_whole_ladder(tmp_path: Path, dataset: Path) -> None:
         and f"off by {result['error']:+.2%}" in completed.stdout
     )
     assert len(read_events(tmp_path / "ladder" / "large" / "metrics.jsonl", "validation")) == 1
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (
-        again.returncode == 0
-        and "===" not in again.stdout
-        and f"off by {result['error']:+.2%}" in again.stdout
+        second.returncode == 0
+        and "===" not in second.stdout
+        and f"off by {result['error']:+.2%}" in second.stdout
     )

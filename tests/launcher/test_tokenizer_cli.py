@@ -42,14 +42,14 @@ def test_train(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     size = sum(len(text.encode()) for text in TEXTS * 3) + 28 * 5
-    for words in (
+    for line in (
         f"training 400 tokens on {size:,} bytes",
         "1 bad records skipped",
         "bytes per token",
         "encoder          tiktoken",
         "difference       none",
     ):
-        assert words in result.output, result.output
+        assert line in result.output, result.output
     tokenizer = Tokenizer(output)
     assert tokenizer.vocab_size == 400 and len(tokenizer.encode("another")) < 4
     # No text is left to train on
@@ -87,9 +87,11 @@ def test_convert_and_show(tmp_path: Path) -> None:
         and "end              <|z|> (300)" in result.output
     ), result.output
     (tmp_path / "text.txt").write_text("h\u00e9!")
-    shown = json.loads(nextpt("show", tmp_path, "--text", tmp_path / "text.txt", "--json").output)
+    description = json.loads(
+        nextpt("show", tmp_path, "--text", tmp_path / "text.txt", "--json").output
+    )
     assert {
-        k: shown[k]
+        k: description[k]
         for k in (
             "kind",
             "vocab_size",
@@ -111,7 +113,7 @@ def test_convert_and_show(tmp_path: Path) -> None:
 def test_show_names_the_reason_for_the_encoder(tmp_path: Path) -> None:
     KINDS["wordpiece"](tmp_path / "bert.json")
     result = nextpt("show", tmp_path / "bert.json", "--end", "[MASK]")
-    for words in (
+    for line in (
         "kind             WordPiece",
         "start            [CLS] (2)",
         "end              [MASK] (4)",
@@ -119,12 +121,12 @@ def test_show_names_the_reason_for_the_encoder(tmp_path: Path) -> None:
         "encoder reason   it is WordPiece",
         "byte counts      column",
     ):
-        assert words in result.output
+        assert line in result.output
     assert "text tokens" not in result.output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["show", "none.json"], "tokenizer none.json does not exist"),
         (["convert", "none", "--output", "x.json"], "none does not exist; expected tokenizer.json"),
@@ -137,11 +139,11 @@ def test_show_names_the_reason_for_the_encoder(tmp_path: Path) -> None:
     ],
 )
 def test_user_errors_end_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = nextpt(*arguments)
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and words in result.stderr, (
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and message in result.stderr, (
         result.output
     )
     assert not list(tmp_path.iterdir())

@@ -183,7 +183,7 @@ def test_the_page_is_whole_and_fetches_nothing(dataset: Path, tmp_path: Path) ->
         target.startswith("data:") for target in links.targets
     )
     assert links.tags.count("img") == 8 and HOSTILE not in page and "&lt;script&gt;" in page
-    for words in (
+    for text in (
         "complete",
         "xz -9e",
         "2.100 / 2.600",
@@ -194,7 +194,7 @@ def test_the_page_is_whole_and_fetches_nothing(dataset: Path, tmp_path: Path) ->
         "vocab_size: 512",
         "perplexity",
     ):
-        assert words in page, words
+        assert text in page, text
 
 
 def test_files_with_the_old_metric_names_are_read_under_the_new_ones(
@@ -292,7 +292,7 @@ def test_actions_of_the_guard_are_reported(dataset: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         ("no folder", "does not exist"),
         ("no config", "has no config.yaml"),
@@ -301,7 +301,7 @@ def test_actions_of_the_guard_are_reported(dataset: Path, tmp_path: Path) -> Non
     ],
 )
 def test_folders_that_are_not_runs_are_named(
-    dataset: Path, tmp_path: Path, damage: str, words: str
+    dataset: Path, tmp_path: Path, damage: str, message: str
 ) -> None:
     run = tmp_path / "run"
     if damage != "no folder":
@@ -314,7 +314,7 @@ def test_folders_that_are_not_runs_are_named(
     }[damage]()
     with pytest.raises(DataError, match=re.escape(str(run))) as error:
         write_report([run], tmp_path / "r.html")
-    assert words in str(error.value) and not (tmp_path / "r.html").exists()
+    assert message in str(error.value) and not (tmp_path / "r.html").exists()
 
 
 @pytest.mark.thorough

@@ -293,15 +293,15 @@ def test_nonnegative_least_squares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("runs", "words"),
+    ("runs", "message"),
     [
         (lambda r: r.only(np.arange(5)), "5 runs are too few"),
         (lambda r: r.only(np.isclose(r.parameters, 1e7)), "one model size"),
         (lambda r: r.only(np.isclose(r.tokens, 1e9)), "one number of tokens"),
     ],
 )
-def test_runs_that_cannot_be_fitted_are_refused(runs, words: str) -> None:
-    with pytest.raises(ScalingError, match=words):
+def test_runs_that_cannot_be_fitted_are_refused(runs, message: str) -> None:
+    with pytest.raises(ScalingError, match=message):
         fit(CHINCHILLA, runs(synthetic_runs(CHINCHILLA)))
     rising = synthetic_runs(CHINCHILLA)
     with pytest.raises(ScalingError, match="loss would not fall with"):

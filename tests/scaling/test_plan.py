@@ -243,18 +243,18 @@ def test_json_has_bytes_and_seconds() -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--config", "configs/7b.yaml", "--devices", "7"], "train.global_batch_size"),
         (["--config", "configs/7b.yaml", "--devices", "8", "--device", "tpu"], "known are a10"),
         (["--config", "configs/none.yaml", "--devices", "8"], "does not exist"),
     ],
 )
-def test_user_errors_of_plan(arguments: list[str], words: str) -> None:
+def test_user_errors_of_plan(arguments: list[str], message: str) -> None:
     completed = nextpt_plan(*arguments)
     assert (
         completed.returncode == 2
-        and words in completed.stderr
+        and message in completed.stderr
         and completed.stderr.count("\n") == 1
     )
 

@@ -155,7 +155,7 @@ def test_other_forms_write_their_results(table: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "message"),
     [
         ({"loss": "nan"}, r"runs\.csv line 3: loss = 'nan'; loss must be a finite number above 0"),
         ({"loss": "-2.5"}, r"line 3: loss = '-2\.5'"),
@@ -164,7 +164,7 @@ def test_other_forms_write_their_results(table: Path) -> None:
     ],
 )
 def test_bad_cells_are_named(
-    table: Path, tmp_path: Path, changed: dict[str, str], words: str
+    table: Path, tmp_path: Path, changed: dict[str, str], message: str
 ) -> None:
     rows = list(csv.DictReader(table.open()))
     rows[1] |= changed
@@ -173,17 +173,17 @@ def test_bad_cells_are_named(
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    check_refused(scaling("fit", bad, *COLUMNS, "--json", target), words)
+    check_refused(scaling("fit", bad, *COLUMNS, "--json", target), message)
     assert not target.exists()
 
 
-def check_refused(result: Result, words: str) -> None:
-    assert result.exit_code == 2 and re.search(words, result.stderr), result.output
+def check_refused(result: Result, message: str) -> None:
+    assert result.exit_code == 2 and re.search(message, result.stderr), result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (
             ("--params-column", "n", "--tokens-column", "D", "--loss-column", "loss"),
@@ -207,8 +207,8 @@ def check_refused(result: Result, words: str) -> None:
         ((*COLUMNS, "--json", "/nowhere/fit.json"), "/nowhere/fit.json cannot be written"),
     ],
 )
-def test_user_errors_of_fit(table: Path, arguments: tuple[str, ...], words: str) -> None:
-    check_refused(scaling("fit", table, "--bootstrap", 0, *arguments), words)
+def test_user_errors_of_fit(table: Path, arguments: tuple[str, ...], message: str) -> None:
+    check_refused(scaling("fit", table, "--bootstrap", 0, *arguments), message)
 
 
 @pytest.mark.thorough

@@ -227,9 +227,9 @@ def plain_memmap(folder: Path) -> Iterator[int]:
     # Past the header of a .npy of this size: one stream of tokens
     data = np.memmap(folder / "rows.npy", np.uint16, "r", offset=128)
     while True:
-        places = rng.integers(0, len(data) - T - 1, BATCH).tolist()
-        torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in places])
-        torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in places])
+        positions = rng.integers(0, len(data) - T - 1, BATCH).tolist()
+        torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in positions])
+        torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in positions])
         yield BATCH
 
 

@@ -187,13 +187,13 @@ def _select(values: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.nd
     if chosen.all():
         return values
     ends = np.cumsum(counts)
-    places = np.flatnonzero(chosen)
-    if not len(places):
+    indices = np.flatnonzero(chosen)
+    if not len(indices):
         return values[:0]
     # Adjacent documents are copied as one stretch; with one domain per unit that is nearly all.
-    breaks = np.flatnonzero(np.diff(places) > 1)
-    firsts = places[np.concatenate(([0], breaks + 1))]
-    lasts = places[np.concatenate((breaks, [len(places) - 1]))]
+    breaks = np.flatnonzero(np.diff(indices) > 1)
+    firsts = indices[np.concatenate(([0], breaks + 1))]
+    lasts = indices[np.concatenate((breaks, [len(indices) - 1]))]
     return np.concatenate(
         [values[ends[a] - counts[a] : ends[b]] for a, b in zip(firsts, lasts, strict=True)]
     )

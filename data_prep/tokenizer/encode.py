@@ -149,20 +149,22 @@ class Tokenizer:
             raise DataPrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
         ids_of_texts = [np.array(e.ids, dtype=np.uint32) for e in encoded]
         return [
-            self._with_places(text)[0] if self._respell.suspects(text, ids) else ids
+            self._with_offsets(text)[0] if self._respell.suspects(text, ids) else ids
             for text, ids in zip(texts, ids_of_texts, strict=True)
         ]
 
-    def _with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def _with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids uint32 [n] and their positions int64 [n, 2], characters [start, stop) of the text."""
         try:
             encoded: Encoding = self.library.encode(text, add_special_tokens=False)
         except Exception as error:
             raise DataPrepError(f"the tokenizer {self.path} refuses a text: {error}") from error
         ids = np.array(encoded.ids, dtype=np.uint32)
-        places = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
+        offsets = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
         return (
-            self._respell(text, ids, places) if self._respell.suspects(text, ids) else (ids, places)
+            self._respell(text, ids, offsets)
+            if self._respell.suspects(text, ids)
+            else (ids, offsets)
         )
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -177,8 +179,8 @@ class Tokenizer:
         if ids is None and self.byte_counts == "table":
             ids = self._encode_by_library([text])[0]
         if ids is None:
-            ids, places = self._with_places(text)
-            return ids, sizes_from_offsets(text, places)
+            ids, offsets = self._with_offsets(text)
+            return ids, sizes_from_offsets(text, offsets)
         sizes = np.append(self._lengths[ids].astype(np.uint32), np.uint32(0))
         if int(sizes.sum()) != len(text.encode()):
             raise DataPrepError(

@@ -37,7 +37,7 @@ class Respeller:
         )
 
     def __call__(
-        self, text: str, ids: np.ndarray, places: np.ndarray
+        self, text: str, ids: np.ndarray, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Spell special tokens by the characters they stand for.
 
@@ -45,20 +45,20 @@ class Respeller:
             The ids, and their positions int64 [n, 2] in characters.
         """
         new_ids: list[int] = []
-        new_places: list[tuple[int, int]] = []
-        for index, (start, stop) in zip(ids.tolist(), places.tolist(), strict=True):
+        new_offsets: list[tuple[int, int]] = []
+        for index, (start, stop) in zip(ids.tolist(), offsets.tolist(), strict=True):
             spells_unknown = (
                 index == self._unknown and text[start:stop].strip() == self._names[index]
             )
             if not self._special[index] and not spells_unknown:
                 new_ids.append(index)
-                new_places.append((start, stop))
+                new_offsets.append((start, stop))
                 continue
             for position in range(start, stop):
                 spelled = self._character(text[position], index)
                 new_ids += spelled
-                new_places += [(position, position + 1)] * len(spelled)
-        return np.array(new_ids, dtype=np.uint32), np.array(new_places, dtype=np.int64).reshape(
+                new_offsets += [(position, position + 1)] * len(spelled)
+        return np.array(new_ids, dtype=np.uint32), np.array(new_offsets, dtype=np.int64).reshape(
             -1, 2
         )
 

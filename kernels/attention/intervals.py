@@ -49,7 +49,7 @@ class Slices(NamedTuple):
         last_query, last_key = self.query_offset + self.queries, self.key_offset + self.keys
         return self.key_offset <= self.query_offset and last_query <= last_key
 
-    def query_places(self, device: torch.device) -> Tensor:
+    def query_positions(self, device: torch.device) -> Tensor:
         """Places of the queries counted from the first key, int32 [Sq]; they may be negative."""
         first = self.query_offset - self.key_offset
         return torch.arange(first, first + self.queries, dtype=torch.int32, device=device)
@@ -76,10 +76,10 @@ class Intervals(NamedTuple):
         """Build from the ends [R, Sq], both of which grow; they are brought among the keys."""
         first = first.clamp(0, keys)
         last = torch.maximum(last.clamp(max=keys - 1), first - 1)
-        places = torch.arange(keys, dtype=torch.int32, device=first.device)
-        places = places.expand(first.shape[0], -1).contiguous()
-        start = torch.searchsorted(last.contiguous(), places, out_int32=True)
-        stop = torch.searchsorted(first.contiguous(), places, right=True, out_int32=True)
+        positions = torch.arange(keys, dtype=torch.int32, device=first.device)
+        positions = positions.expand(first.shape[0], -1).contiguous()
+        start = torch.searchsorted(last.contiguous(), positions, out_int32=True)
+        stop = torch.searchsorted(first.contiguous(), positions, right=True, out_int32=True)
         first, last = (end.to(torch.int32).contiguous() for end in (first, last))
         return cls(first, last, start, stop)
 
@@ -97,7 +97,7 @@ def causal(slices: Slices, window: int | None, device: torch.device) -> Interval
         window: keys that a query sees, its own position included; None for all.
         device: of the result.
     """
-    last = slices.query_places(device).unsqueeze(0)
+    last = slices.query_positions(device).unsqueeze(0)
     first = torch.zeros_like(last) if window is None else last - window + 1
     return Intervals.between(first, last, slices.keys)
 
@@ -120,14 +120,14 @@ def of_documents(document_ids: Tensor, slices: Slices, window: int | None) -> In
 
 def of_padding(padding: Tensor, slices: Slices, window: int | None) -> Intervals:
     """Intervals where the first `padding` [B] positions of each row are a document of their own."""
-    positions = slices.query_places(padding.device) + slices.key_offset
+    positions = slices.query_positions(padding.device) + slices.key_offset
     start = torch.where(positions < padding.unsqueeze(1), 0, padding.unsqueeze(1))
     return _from_starts(start, slices, window)
 
 
 def _from_starts(start: Tensor, slices: Slices, window: int | None) -> Intervals:
     """Intervals from the position [B, Sq] at which the document of each query begins."""
-    last = slices.query_places(start.device).expand(start.shape)
+    last = slices.query_positions(start.device).expand(start.shape)
     first = start - slices.key_offset
     if window is not None:
         first = torch.maximum(first, last - window + 1)

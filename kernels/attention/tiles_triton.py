@@ -72,15 +72,15 @@ def load_block(
     """
     at, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     offsets = at[:, None] * rows.stride + columns[None, :]
-    places = rows.base + tl.cast(start, tl.int64) * rows.stride + offsets
+    pointers = rows.base + tl.cast(start, tl.int64) * rows.stride + offsets
     if MASK_ROWS and WIDTH != BLOCK:
         inside = (at < rows.count - start)[:, None] & (columns < WIDTH)[None, :]
-        return tl.load(places, mask=inside, other=0.0)
+        return tl.load(pointers, mask=inside, other=0.0)
     if MASK_ROWS:
-        return tl.load(places, mask=(at < rows.count - start)[:, None], other=0.0)
+        return tl.load(pointers, mask=(at < rows.count - start)[:, None], other=0.0)
     if WIDTH != BLOCK:
-        return tl.load(places, mask=(columns < WIDTH)[None, :], other=0.0)
-    return tl.load(places)
+        return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    return tl.load(pointers)
 
 
 @jit
@@ -95,9 +95,9 @@ def store_block(
     """Store [ROWS, BLOCK] from row `start` on; what lies outside is not written."""
     at, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     offsets = at[:, None] * rows.stride + columns[None, :]
-    places = rows.base + tl.cast(start, tl.int64) * rows.stride + offsets
+    pointers = rows.base + tl.cast(start, tl.int64) * rows.stride + offsets
     inside = (at < rows.count - start)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(places, values.to(rows.base.dtype.element_ty), mask=inside)
+    tl.store(pointers, values.to(rows.base.dtype.element_ty), mask=inside)
 
 
 @jit

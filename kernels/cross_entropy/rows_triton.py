@@ -304,8 +304,8 @@ def row_kernel(
     row = Row(logits, bias, targets, vocabulary, width, softcap)
     if OPTIONS.DESCRIBE:
         rival, rest, added = _sums(row, OPTIONS)
-        places = RowStatistics(nats, peak, log_sum, total, hits + number * TARGETS)
-        m, ls = _describe(row, places, rival, rest, OPTIONS)
+        outputs = RowStatistics(nats, peak, log_sum, total, hits + number * TARGETS)
+        m, ls = _describe(row, outputs, rival, rest, OPTIONS)
         tl.store(peak + number, m)
         tl.store(log_sum + number, ls)
         if OPTIONS.TOTAL:

@@ -210,11 +210,11 @@ def format_metric(
     """
     if metric[key] is None:
         return "-"
-    places = digits if digits is not None else 1 if scale == PERCENT else 2
-    value = f"{scale * metric[key]:.{places}f}"
+    decimals = digits if digits is not None else 1 if scale == PERCENT else 2
+    value = f"{scale * metric[key]:.{decimals}f}"
     if metric["low"] is None:
         return value
-    return f"{value} ({scale * metric['low']:.{places}f}-{scale * metric['high']:.{places}f})"
+    return f"{value} ({scale * metric['low']:.{decimals}f}-{scale * metric['high']:.{decimals}f})"
 
 
 def _format_bits(value: float | None) -> str:

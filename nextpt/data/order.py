@@ -63,8 +63,8 @@ class GlobalOrder:
         """Sequences, int64 [n], of what `draws` returned for rising positions."""
         sequences = np.empty(len(domains), np.int64)
         for domain in np.unique(domains):
-            places = np.flatnonzero(domains == domain)
-            sequences[places] = self.domains[domain].sequences(draws[places])
+            positions = np.flatnonzero(domains == domain)
+            sequences[positions] = self.domains[domain].sequences(draws[positions])
         return sequences
 
     def draws(self, first: int, stop: int) -> tuple[_Int64s, _Int64s]:

@@ -24,17 +24,17 @@ def test_local_locations_are_absolute_paths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b%20c?.txt").write_text("x")
-    places = [
+    locations = [
         "a b%20c?.txt",
         Path("a b%20c?.txt"),
         str(tmp_path / "a b%20c?.txt"),
         (tmp_path / "a b%20c?.txt").as_uri(),
     ]
-    for location in places:
+    for location in locations:
         filesystem, path = open_store(location)
         assert path == str(tmp_path / "a b%20c?.txt")
         assert filesystem.get_file_info(path).size == 1
-    assert [is_uri(p) for p in places] == [False, False, False, True]
+    assert [is_uri(p) for p in locations] == [False, False, False, True]
     assert not is_uri("C:/folder") and is_uri("s3://bucket") and not is_uri("folder/s3://bucket")
 
 

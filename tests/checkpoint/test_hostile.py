@@ -315,7 +315,7 @@ JSON = st.recursive(
 )
 
 
-def places(value: Any, path: tuple = ()) -> list[tuple]:
+def paths_of_values(value: Any, path: tuple = ()) -> list[tuple]:
     """Paths of all values inside a JSON value."""
     items = (
         value.items()
@@ -324,7 +324,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
         if isinstance(value, list)
         else ()
     )
-    return [path, *(p for key, child in items for p in places(child, (*path, key)))]
+    return [path, *(p for key, child in items for p in paths_of_values(child, (*path, key)))]
 
 
 @pytest.mark.thorough
@@ -347,7 +347,7 @@ def test_any_value_anywhere_is_refused_or_harmless(
     folder = write(root, 1)
 
     def put(value: Any) -> None:
-        paths = [p for p in places(value) if p]
+        paths = [p for p in paths_of_values(value) if p]
         *above, last = paths[pick % len(paths)]
         for key in above:
             value = value[key]

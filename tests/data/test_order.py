@@ -121,8 +121,8 @@ def test_order_depends_on_the_seed_and_the_position_and_nothing_else() -> None:
         GlobalOrder(plan((0, [0.9, 0.1]), (5000, [0.5, 0.5]), seed=seed), shards)
         for seed in (1, 1, 2)
     )
-    places = [9000, 5000, 3, 4095, 4096, 4999]
-    assert [a[p] for p in places] == [b[p] for p in reversed(places)][::-1]
+    positions = [9000, 5000, 3, 4095, 4096, 4999]
+    assert [a[p] for p in positions] == [b[p] for p in reversed(positions)][::-1]
     domains, sequences = a.locate(4990, 5100)
     assert list(zip(domains.tolist(), sequences.tolist(), strict=True)) == [
         b[p] for p in range(4990, 5100)

@@ -66,8 +66,10 @@ def test_continuations_have_no_special_token_and_follow_the_model(source: Loaded
             [source.tokenizer.encode(TEXTS["verse"][1])[at : at + 4] for at in range(40)]
         ).astype(np.int64)
     )
-    places = [(0, row) for row in range(40)]
-    drawn = continue_freely(source.decoder, prefixes, 12, banned(source), Sampling(seed=3), places)
+    positions = [(0, row) for row in range(40)]
+    drawn = continue_freely(
+        source.decoder, prefixes, 12, banned(source), Sampling(seed=3), positions
+    )
     assert not banned(source)[drawn].any() and len(drawn.unique()) > 20
     nats, entropy = _scores(source.decoder, torch.cat([prefixes, drawn], dim=1), 4, banned(source))
     # 0 on average for tokens drawn from the model's distribution
@@ -76,12 +78,12 @@ def test_continuations_have_no_special_token_and_follow_the_model(source: Loaded
     assert torch.equal(
         drawn[7:9],
         continue_freely(
-            source.decoder, prefixes[7:9], 12, banned(source), Sampling(seed=3), places[7:9]
+            source.decoder, prefixes[7:9], 12, banned(source), Sampling(seed=3), positions[7:9]
         ),
     )
     nothing = torch.zeros_like(banned(source))
     assert torch.equal(
-        continue_freely(source.decoder, prefixes, 12, nothing, Sampling(temperature=0), places),
+        continue_freely(source.decoder, prefixes, 12, nothing, Sampling(temperature=0), positions),
         greedy(source.decoder, prefixes, 12),
     )
 

@@ -75,10 +75,10 @@ def test_nothing_of_a_stop_string_is_shown(pieces: list[str], stops: list[str]) 
     for piece in pieces:
         text += piece
         shown += stopping.add(piece)
-        places = [text.find(stop) for stop in stops if stop in text]
-        assert stopping.matched == bool(places)
-        if places:
-            assert shown == text[: min(places)] and stopping.flush() == ""
+        positions = [text.find(stop) for stop in stops if stop in text]
+        assert stopping.matched == bool(positions)
+        if positions:
+            assert shown == text[: min(positions)] and stopping.flush() == ""
             return
         withheld = text[len(shown) :]
         assert text.startswith(shown) and (

@@ -108,10 +108,10 @@ def test_gradients_are_returned_without_a_copy() -> None:
         case.hidden.shape,
         case.weight.shape,
     ]
-    places = [m.data_ptr() for m in gradients]
+    addresses = [m.data_ptr() for m in gradients]
     del gradients
     out.loss.backward()
-    assert [case.hidden.grad.data_ptr(), case.weight.grad.data_ptr()] == places
+    assert [case.hidden.grad.data_ptr(), case.weight.grad.data_ptr()] == addresses
 
 
 @pytest.mark.parametrize("vocabulary", [512, 520, 543])

@@ -19,7 +19,7 @@ def nextpt(*arguments: object) -> Result:
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> tuple[Path, str]:
+def locations(tmp_path: Path) -> tuple[Path, str]:
     """(run folder, address of its mirror) with the steps 1 and 2."""
     root = tmp_path / "run" / "checkpoints"
     archive = Archive(f"file://{tmp_path}/mirror")
@@ -31,8 +31,8 @@ def places(tmp_path: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.thorough
-def test_checkpoints_are_listed_newest_first(places: tuple[Path, str], tmp_path: Path) -> None:
-    for location in (*places, tmp_path / "mirror", places[0] / "checkpoints"):
+def test_checkpoints_are_listed_newest_first(locations: tuple[Path, str], tmp_path: Path) -> None:
+    for location in (*locations, tmp_path / "mirror", locations[0] / "checkpoints"):
         result = nextpt("list", location)
         lines = [line for line in result.stdout.splitlines() if "step-" in line]
         assert result.exit_code == 0 and [line.split()[:2] for line in lines] == [
@@ -44,9 +44,9 @@ def test_checkpoints_are_listed_newest_first(places: tuple[Path, str], tmp_path:
 @pytest.mark.thorough
 @pytest.mark.parametrize("which", [0, 1])
 def test_verify_detects_one_flipped_bit(
-    places: tuple[Path, str], which: int, tmp_path: Path
+    locations: tuple[Path, str], which: int, tmp_path: Path
 ) -> None:
-    location = places[which]
+    location = locations[which]
     assert nextpt("verify", location).stdout.count("valid") == 2
     damaged = next((tmp_path / ("run", "mirror")[which]).rglob("*step-000000002*")) / "state.json"
     data = bytearray(damaged.read_bytes())
@@ -63,15 +63,17 @@ def test_verify_detects_one_flipped_bit(
 
 @pytest.mark.thorough
 def test_fetch_selects_the_newest_complete_checkpoint(
-    places: tuple[Path, str], tmp_path: Path
+    locations: tuple[Path, str], tmp_path: Path
 ) -> None:
-    assert nextpt("fetch", places[1], "--output", tmp_path / "copy").exit_code == 0
+    assert nextpt("fetch", locations[1], "--output", tmp_path / "copy").exit_code == 0
     assert holds(open_checkpoint(tmp_path / "copy" / "checkpoints"), 2.0)
     (next((tmp_path / "mirror").glob("*step-000000002*")) / "state.json").write_text("{}")
-    result = nextpt("fetch", places[1], "--output", tmp_path / "other")
+    result = nextpt("fetch", locations[1], "--output", tmp_path / "other")
     assert result.exit_code == 0 and "is not usable" in result.stdout
     assert holds(open_checkpoint(tmp_path / "other" / "checkpoints"), 1.0)
-    assert nextpt("fetch", places[1], "--output", tmp_path / "third", "--step", 2).exit_code == 65
+    assert (
+        nextpt("fetch", locations[1], "--output", tmp_path / "third", "--step", 2).exit_code == 65
+    )
     assert not list((tmp_path / "third").rglob("step*"))
 
 

@@ -109,4 +109,4 @@ def test_a_step_reads_nothing_from_the_device(dataset: Path, tmp_path: Path) -> 
     )
     assert completed.returncode == 0, completed.stderr[-3000:]
     reads = json.loads(completed.stdout.splitlines()[-1])
-    assert {Path(path).stem: places for path, places in reads.items() if places} == {}
+    assert {Path(path).stem: lines for path, lines in reads.items() if lines} == {}

@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
 
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]  # not for processes that tests start
+    from tests.support import interpreter
+
+    interpreter.start()
 
 
 @pytest.fixture(scope="session")

@@ -20,18 +20,20 @@ pytestmark = [
 
 
 def attend(dtype: torch.dtype) -> list[Tensor]:
-    inputs = [t.requires_grad_() for t in qkv(1, 40, 40, 4, 2, 24, 16, dtype, "cpu")]
-    documents = PackedDocuments(torch.arange(40).unsqueeze(0) // 17)
-    options = {"documents": documents, "softcap": 2.0, "sinks": torch.ones(4)}
+    """Three tiles, the second of which sees a whole block of keys, and two documents."""
+    inputs = [t.requires_grad_() for t in qkv(1, 36, 36, 2, 1, 24, 16, dtype, "cpu")]
+    documents = PackedDocuments(torch.arange(36).unsqueeze(0) // 33)
+    options = {"documents": documents, "softcap": 2.0, "sinks": torch.ones(2)}
     with tiles(16, 16):
         out, lse = attention(
-            *inputs, window=20, return_lse=True, implementation="triton", **options
+            *inputs, window=32, return_lse=True, implementation="triton", **options
         )
         return [out, lse, *torch.autograd.grad(out.float().square().sum() + lse.sum(), inputs)]
 
 
 def lose(dtype: torch.dtype) -> list[Tensor]:
-    case = make_case(9, 8, 99, targets=2, bias=True, dtype=dtype)
+    """Four rows of four blocks each, and two targets per row."""
+    case = make_case(4, 8, 99, targets=2, bias=True, dtype=dtype)
     options = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss_coefficient": 0.1}
     with mock.patch.object(rows_triton, "MAX_BLOCK", 32):
         out = linear_cross_entropy(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +134,8 @@ def test_killed_ray_workers_continue_on_fewer_nodes(
     wait_for(lambda: work.done() or cluster.job(job)["JobState"] == "FAILED", 120)
     assert work.done(), work.logs()
     for process in ray_processes():  # all at the same time, as the end of a job's cgroup does
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # some end with the one before
+            process.kill()
     cluster.run("scancel", "--full", "--signal=KILL", job)
     wait_for(lambda: has_ended(cluster, job), 60)
     before = work.done()
@@ -153,8 +155,11 @@ def test_ray_continues_after_the_kill_of_a_worker(
     cluster: Slurm, work: Work, no_ray_left: None
 ) -> None:
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
-    wait_for(lambda: ray_processes("ray::_work") or has_ended(cluster, job), 120)
-    victims = ray_processes("ray::_work")
+    victims: list[psutil.Process] = []
+    wait_for(
+        lambda: victims.extend(ray_processes("ray::_work")) or victims or has_ended(cluster, job),
+        120,
+    )
     assert victims, work.logs()
     victims[0].send_signal(signal.SIGKILL)
     wait_for(lambda: has_ended(cluster, job), 300)

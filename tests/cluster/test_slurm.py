@@ -67,16 +67,34 @@ def log(run: Path, job: str) -> str:
     return (run / "slurm" / f"{job}.log").read_text()
 
 
-def start_again(cluster: Slurm, job: str, restarts: int) -> None:
-    """Wait until a job was requeued, and skip the two minutes by which Slurm delays it."""
+def wait_for_requeue(cluster: Slurm, job: str, restarts: int) -> None:
     wait_for(
         lambda: (
             (state := cluster.job(job))["Restarts"] == str(restarts)
-            and state["JobState"] in ("PENDING", "RUNNING")
-        ),
-        60,
+            and state["JobState"] == "PENDING"
+        )
     )
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def start_again(cluster: Slurm, job: str, restarts: int) -> None:
+    """Wait until a job was requeued, and begin it: this cluster leaves the moment to the test.
+
+    Not in the same second: a node refuses credentials as old as those that it revoked at the end.
+    """
+    wait_for_requeue(cluster, job, restarts)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+1")
+
+
+def leave_two_minutes(cluster: Slurm, job: str) -> None:
+    """Lower the time limit of a running job to between one and two minutes from now.
+
+    Slurm looks for jobs near their limit every 30 seconds and sends the signal of --signal=USR1@120
+    at its next look.
+    """
+    hours, minutes, _ = cluster.job(job)["RunTime"].split(":")
+    cluster.run(
+        "scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}"
+    )
 
 
 def test_repeated_preemptions_give_the_losses_of_an_unbroken_run(
@@ -116,12 +134,14 @@ def test_a_job_out_of_time_saves_and_queues_itself_again(
     cluster: Slurm, dataset: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = submit(cluster, endless(dataset, run), tmp_path, "--time", "2")
-    wait_for(lambda: cluster.job(job)["Restarts"] == "1", 150)
-    assert (
-        read_exit_record(run)["code"] == 75
-        and "stopped by SIGUSR1" in read_exit_record(run)["reason"]
-    )
+    job = submit(cluster, endless(dataset, run), tmp_path, "--time", "60")
+    wait_for(lambda: logged_steps(run) > 0)
+    # Not from the start: a signal that came before the first step would leave nothing to look at.
+    leave_two_minutes(cluster, job)
+    wait_for_requeue(cluster, job, 1)
+    end = read_exit_record(run)
+    assert end["code"] == 75 and "stopped by SIGUSR1" in end["reason"], (end, log(run, job))
+    assert end["step"] == logged_steps(run)
     cluster.run("scancel", job)
     assert cluster.wait_for(job, "CANCELLED")["Restarts"] == "1"
 

@@ -8,14 +8,18 @@ Differences from DeepSpeed's defaults:
 - Its host-side checks of the gradient norm are off. They synchronise in every step and skip steps
   silently. Clipping and the guard run in our optimizers, on the device (nextpt/optim).
 - Its checkpoints are not used (nextpt/checkpoint).
+- Its autotuner and its Muon are not used either. What only they import is left out, as it is a
+  third of a rank's start: MLflow, where it is installed, and torch's compiler.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +31,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*(reduce_scatter|all_gather).*")
 
-import deepspeed  # noqa: E402  # after the environment is set
+
+@contextmanager
+def _import_refused(name: str) -> Iterator[None]:
+    """Let the block import a package that was not imported before as if it were not installed."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # import then raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+with _import_refused("mlflow"):  # by the autotuner, for every rank
+    import deepspeed
+from deepspeed.runtime import compiler  # noqa: E402  # after the import above
+
+# Its Muon decorates functions with this when the first engine is built.
+compiler.compile = lambda: compiler.dummy_decorator
 
 # It warns of what this project does on purpose: training on a CPU, and optimizers of its own.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

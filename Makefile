@@ -45,19 +45,20 @@ demo: setup
 	@$(BIN)/nextpt demo
 
 # A file's tests stay in one process, for what they share. More than four processes would want more memory than a laptop has.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PARALLEL := --maxprocesses 4 --no-loadscope-reorder
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) -n logical --dist loadfile
 
 # For the inner loop: no process starts, which tests/conftest.py checks.
 test-fast: setup
-	@NEXTPT_TEST_NO_PROCESSES=1 $(BIN)/python -m pytest -q $(PARALLEL) \
+	@NEXTPT_TEST_NO_PROCESSES=1 $(BIN)/python -m pytest -q $(PARALLEL) -n logical --dist loadfile \
 	  -m "not slow and not gpu and not process and not thorough"
 
-# Hosts and a Slurm are made once on a machine, so their tests are alone.
+# One process, the first, has all tests of hosts and of Slurm, which are made once on a machine (tests/conftest.py). It mostly
+# waits for them, so there is one process more than cores.
 test-slow: setup browser system-deps
-	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu" $(PARALLEL) --ignore tests/cluster; others=$$?; \
-	$(BIN)/python -m pytest -q -rs -m "slow and not gpu" tests/cluster && exit $$others
+	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu" $(PARALLEL) \
+	  -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadgroup
 
 # Of the demo, and skipped where the demo has been: the rungs train on its corpus.
 SHARDS := data/demo/shards

@@ -37,6 +37,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+# Group of the tests that need the machine's only Slurm, bridge or Ray: one process runs them all.
+ONE_PER_MACHINE = "machine"
 # Files with tests that take minutes. They begin first, so that no process is left alone with one of
 # them at the end.
 LONG = (
@@ -57,11 +59,26 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            file = f"{item.path.parent.name}/{item.path.stem}"
+            group = ONE_PER_MACHINE if item.path.parent.name == "cluster" else file
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_order)
+
+
+def _order(item: pytest.Item) -> int:
+    if item.get_closest_marker("xdist_group").args == (ONE_PER_MACHINE,):
+        return -1
+    return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # pytest-xdist declares it as well, where it is installed.
+    config.addinivalue_line(
+        "markers", "xdist_group(name): tests that --dist loadgroup keeps together"
+    )
     if os.environ.get("NEXTPT_TEST_NO_PROCESSES"):
         sys.addaudithook(refuse_processes)
 

@@ -1,4 +1,4 @@
-"""A real Slurm of two daemons on this machine, shared by the tests of a module."""
+"""A real Slurm of two daemons on this machine, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.support.slurm_cluster import Slurm, missing, slurm
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if lacking := missing():
         assert "NEXTPT_REQUIRE_ALL" not in os.environ, lacking

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.test_hosts import require
 from tests.cluster.test_slurm import losses
-from tests.support import net_hosts, slurm_cluster
+from tests.support import net_hosts
+from tests.support.slurm_cluster import Slurm
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,11 +69,8 @@ def blocks(section: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    lacking = slurm_cluster.missing() or net_hosts.missing("pdsh")
-    if lacking:
-        assert "NEXTPT_REQUIRE_ALL" not in os.environ, lacking
-        pytest.skip(lacking)
+def world(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    require("pdsh")
     folder = tmp_path_factory.mktemp("checkout")
     for name in (
         ".venv",
@@ -83,14 +82,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         "pyproject.toml",
     ):
         (folder / name).symlink_to(ROOT / name)
-    base = tmp_path_factory.mktemp("machines")
-    with (
-        slurm_cluster.slurm(base / "slurm") as slurm,
-        net_hosts.hosts(base / "hosts", 2, prefix="node") as hosts,
-    ):
-        network = World(
-            folder, os.environ | slurm.variables | hosts.variables | {"OMP_NUM_THREADS": "1"}
-        )
+    machines = tmp_path_factory.mktemp("machines") / "hosts"
+    with net_hosts.hosts(machines, 2, prefix="node") as hosts:
+        variables = cluster.variables | hosts.variables | {"OMP_NUM_THREADS": "1"}
+        network = World(folder, os.environ | variables)
         network.follow("")
         yield network
 

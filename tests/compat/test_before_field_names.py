@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from nextpt.data.dataset import open_sequences
 from nextpt.data.loader import Loader
 from nextpt.data.sequences import load_manifest
 from nextpt.events import read_events
+from tests.support.commands import run_command
 from tests.support.zygote import run_jobs
 
 pytestmark = pytest.mark.process
@@ -204,13 +203,8 @@ def test_a_deprecated_key_of_an_override_warns_once_and_wins(
 
 
 def test_a_command_prints_each_deprecated_key_as_one_line() -> None:
-    completed = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "config", "show", str(FIXTURES / "config.yaml")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
+    completed = run_command("config", "show", str(FIXTURES / "config.yaml"))
+    assert completed.returncode == 0, completed.stderr
     lines = completed.stderr.splitlines()
     assert len(lines) == len(RENAMED) and all(line.startswith("warning: ") for line in lines)
     for old_name, new_name in RENAMED.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 from data_prep.format import DatasetManifest
 from data_prep.upload import NOTE, files_of_dataset, upload
 from nextpt.base.errors import DataPrepError, StoreError
+from tests.support.commands import run_command, start_command
 from tests.support.object_store import s3_server
 from tests.support.shards import write_dataset
 
@@ -123,25 +123,15 @@ def test_a_damaged_shard_stops_an_upload_that_can_be_continued(s3: str, many: Pa
 
 @pytest.mark.process
 def test_killed_and_started_again(s3: str, many: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "launcher.cli",
-        "prep",
-        "upload",
-        str(many),
-        "s3://bucket/killed",
-        "--threads",
-        "1",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while process.poll() is None and len(names(s3, "killed")) < 3:
+    command = ["prep", "upload", str(many), "s3://bucket/killed", "--threads", "1"]
+    process = start_command(*command)
+    while process.returncode is None and len(names(s3, "killed")) < 3:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     if "dataset.json" not in names(s3, "killed"):  # else it was too fast to be killed
         assert NOTE in names(s3, "killed")
-    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    completed = run_command(*command)
     assert completed.returncode == 0 and "were there already" in completed.stdout, completed.stderr
     assert names(s3, "killed") == {name: len(data) for name, data in files(many).items()}
 

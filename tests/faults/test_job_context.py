@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from nextpt.checkpoint.folders import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
+from tests.support.commands import start_command
 from tests.support.datasets import tiny
 from tests.support.fork_server import ForkedPython
 from tests.support.ranks import end_ranks, start_ranks
@@ -106,12 +105,7 @@ def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(
     dataset: Path, tmp_path: Path
 ) -> None:
     command = write(dataset, tmp_path)
-    job = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    job = start_command("train", "--config", command[2], "--ranks", "2")
     wait_for(lambda: logged_steps(tmp_path / "run") >= 2)
     second = start_ranks([command], tmp_path / "second")
     assert end(second) == [4]
@@ -137,13 +131,7 @@ def ranks_of(config: str) -> list[str]:
 
 def test_nextpt_train_forwards_signals_and_exit_codes(dataset: Path, tmp_path: Path) -> None:
     command = write(dataset, tmp_path)
-    job = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", "train", "--config", command[2], "--ranks", "2"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    job = start_command("train", "--config", command[2], "--ranks", "2")
     wait_for(lambda: logged_steps(tmp_path / "run") >= 2)
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=120)
@@ -158,24 +146,7 @@ def test_nextpt_train_forwards_signals_and_exit_codes(dataset: Path, tmp_path: P
 def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: Path) -> None:
     """Deepspeed's runner exits 0 then."""
     command = write(dataset, tmp_path)
-    job = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "launcher.cli",
-            "train",
-            "--config",
-            command[2],
-            "--ranks",
-            "1",
-            "--restarts",
-            "0",
-        ],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    job = start_command("train", "--config", command[2], "--ranks", "1", "--restarts", "0")
     wait_for(lambda: logged_steps(tmp_path / "run") >= 2)
     [launch] = [
         pid

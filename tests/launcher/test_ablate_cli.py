@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from typer.testing import CliRunner
 
 from launcher.cli import app
 from nextpt.config import to_yaml
+from tests.support.commands import run_command
 from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,9 +108,7 @@ def test_a_whole_ablation(tmp_path: Path, dataset: Path) -> None:
     A second start trains and scores nothing.
     """
     path = write_ablation(tmp_path, dataset)
-    command = [sys.executable, "-m", "launcher.cli", "ablate", str(path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    first = run_command("ablate", str(path), COLUMNS="200")
     assert first.returncode == 0 and [
         line.split()[3] for line in first.stdout.splitlines() if "===" in line
     ] == ["equal-s0:", "code-8-s0:"], first.stderr

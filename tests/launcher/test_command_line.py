@@ -17,23 +17,13 @@ import pytest
 from launcher.jobs.local import free_port, train_command
 from nextpt.config import load_config, to_yaml
 from nextpt.events import read_events
+from tests.support.commands import run_command, start_command
 from tests.support.datasets import tiny
 
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-
-
-def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, "-m", "launcher.cli", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +50,7 @@ def nextpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     ],
 )
 def test_help(command: list[str]) -> None:
-    completed = nextpt(*command, "--help")
+    completed = run_command(*command, "--help")
     assert completed.returncode == 0 and "Usage" in completed.stdout
     if len(command) > 1 or (
         command
@@ -83,7 +73,9 @@ def test_every_shipped_config_loads_and_has_about_the_parameters_of_its_name(pat
 
 
 def test_config_show_prints_derived_values() -> None:
-    completed = nextpt("config", "show", "configs/7b.yaml", "train.zero_stage=3", "--ranks", "64")
+    completed = run_command(
+        "config", "show", "configs/7b.yaml", "train.zero_stage=3", "--ranks", "64"
+    )
     assert completed.returncode == 0, completed.stderr
     for line in (
         "vocab_size: 65536",
@@ -145,7 +137,7 @@ def test_config_show_prints_derived_values() -> None:
     ],
 )
 def test_user_errors_end_with_one_line(arguments: list[str], words: list[str]) -> None:
-    completed = nextpt(*arguments)
+    completed = run_command(*arguments)
     assert completed.returncode == 2
     assert completed.stderr.startswith("error: ") and completed.stderr.count("\n") == 1, (
         completed.stderr
@@ -156,7 +148,7 @@ def test_user_errors_end_with_one_line(arguments: list[str], words: list[str]) -
 
 @pytest.fixture(scope="module")
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run made by the deepspeed launcher on two ranks."""
+    """A run of `nextpt train` on two ranks: new interpreters all the way, as users start it."""
     root = tmp_path_factory.mktemp("launched")
     config = tiny(
         dataset,
@@ -165,8 +157,10 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint={"every_steps": 3},
     )
     (root / "tiny.yaml").write_text(to_yaml(config))
+    options = ["--config", str(root / "tiny.yaml"), "--ranks", "2", "train.zero_stage=2"]
     completed = subprocess.run(
-        train_command(str(root / "tiny.yaml"), ["train.zero_stage=2"], 2, free_port()),
+        [sys.executable, "-m", "launcher.cli", "train", *options],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -206,7 +200,7 @@ def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(
     for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
         state.write_text("{}")
     before = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    completed = nextpt(
+    completed = run_command(
         "train",
         "--config",
         str(tmp_path / "run" / "config.yaml"),
@@ -227,7 +221,7 @@ def test_a_run_without_a_valid_checkpoint_has_an_exit_code_of_its_own(
 
 
 def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
-    completed = nextpt(
+    completed = run_command(
         "eval", "--run", str(trained), "--json", str(tmp_path / "out.json"), "--compressors"
     )
     assert completed.returncode == 0, completed.stderr
@@ -240,7 +234,7 @@ def test_eval_writes_the_fixed_json(trained: Path, tmp_path: Path) -> None:
 
 def test_generate_continues_a_prompt(trained: Path) -> None:
     first, second = (
-        nextpt(
+        run_command(
             "generate",
             "--run",
             str(trained),
@@ -257,20 +251,18 @@ def test_generate_continues_a_prompt(trained: Path) -> None:
     assert (
         first.stdout.startswith("def f") and len(first.stdout) > 8 and first.stdout == second.stdout
     )
-    assert (
-        nextpt("generate", "--run", str(trained), "--step", "4").stderr.count("there are: 6, 3")
-        == 1
-    )
+    missing = run_command("generate", "--run", str(trained), "--step", "4")
+    assert missing.stderr.count("there are: 6, 3") == 1
 
 
 def test_report_of_a_real_run(trained: Path, tmp_path: Path) -> None:
     assert (
-        nextpt(
+        run_command(
             "generate", "--run", str(trained), "--prompt", "import", "--max-tokens", "5", "--save"
         ).returncode
         == 0
     )
-    completed = nextpt("report", str(trained), "--output", str(tmp_path / "r.html"))
+    completed = run_command("report", str(trained), "--output", str(tmp_path / "r.html"))
     assert completed.returncode == 0, completed.stderr
     page = (tmp_path / "r.html").read_text()
     assert (
@@ -295,24 +287,8 @@ def test_an_interrupt_ends_all_ranks_with_one_line(
     (tmp_path / "tiny.yaml").write_text(
         to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000}))
     )
-    job = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "launcher.cli",
-            "train",
-            "--config",
-            str(tmp_path / "tiny.yaml"),
-            "--ranks",
-            "2",
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A shell ignores it for "&"
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    job = start_command(
+        "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2", new_session=True
     )
     wait_for(lambda: len(read_events(tmp_path / "run" / "metrics.jsonl", "train")) > 3)
     job.send_signal(number)
@@ -340,23 +316,8 @@ def test_a_killed_rank_is_reported(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(
         to_yaml(tiny(dataset, tmp_path / "run", train={"steps": 100_000}))
     )
-    job = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "launcher.cli",
-            "train",
-            "--config",
-            str(tmp_path / "tiny.yaml"),
-            "--ranks",
-            "2",
-            "--restarts",
-            "0",
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    job = start_command(
+        "train", "--config", str(tmp_path / "tiny.yaml"), "--ranks", "2", "--restarts", "0"
     )
     wait_for(lambda: len(read_events(tmp_path / "run" / "metrics.jsonl", "train")) > 3)
     [rank] = [

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from nextpt.scaling.ladder import Ladder, is_done, load_ladder, write_prediction
 from nextpt.scaling.laws import CHINCHILLA
 from nextpt.scaling.observations import read_run_folders
 from nextpt.scaling.run_set import NamedRun
+from tests.support.commands import run_command
 from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,23 +203,20 @@ def test_scripts_for_slurm(tmp_path: Path) -> None:
 def test_a_whole_ladder(tmp_path: Path, dataset: Path) -> None:
     """Two starts train two rungs and the target; the third has nothing to do.
 
-    The other rungs are written, as a start takes 20 s.
+    The other rungs are written.
     """
     path = write_ladder(tmp_path, dataset)
     ladder = load_ladder(path)
     for rung in ladder.rungs[2:]:
         finish(ladder, rung, law=YOUNG)
-    command = [sys.executable, "-m", "launcher.cli", "scaling", "sweep", str(path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    first = subprocess.run(
-        [*command, "--rung", "0"], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    command = ["scaling", "sweep", str(path)]
+    first = run_command(*command, "--rung", "0", COLUMNS="200")
     assert (
         first.returncode == 0
         and is_done(ladder, ladder.rungs[0])
         and not is_done(ladder, ladder.rungs[1])
     ), first.stderr
-    completed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    completed = run_command(*command, COLUMNS="200")
     assert completed.returncode == 0 and [
         line.split()[2] for line in completed.stdout.splitlines() if "===" in line
     ] == ["2/9", "large:"], completed.stderr
@@ -229,7 +226,7 @@ def test_a_whole_ladder(tmp_path: Path, dataset: Path) -> None:
         and f"off by {result['error']:+.2%}" in completed.stdout
     )
     assert len(read_events(tmp_path / "ladder" / "large" / "metrics.jsonl", "validation")) == 1
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    second = run_command(*command, COLUMNS="200")
     assert (
         second.returncode == 0
         and "===" not in second.stdout

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from nextpt.config import Config, load_config
 from nextpt.model import ModelSpec, count
 from nextpt.scaling.machines import MACHINES, machine
 from nextpt.scaling.plan import RESERVED, plan, traffic, variant
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,13 +23,7 @@ def config(name: str = "7b", *overrides: str) -> Config:
 
 
 def nextpt_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "plan", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "80"},
-    )
+    return run_command("plan", *arguments, COLUMNS="80")
 
 
 def test_states_of_the_zero_paper() -> None:

@@ -14,11 +14,9 @@ from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.folders import step_of
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
-from nextpt.config import Config
-from nextpt.data.loader import Loader
-from nextpt.events import CheckpointEvent, EventBus, SaveFailedEvent
-from nextpt.job.context import JobContext
+from nextpt.events import CheckpointEvent, SaveFailedEvent
 from nextpt.job.environment import versions
+from nextpt.train.context import TrainingContext
 from nextpt.train.engine import Engine
 from nextpt.train.random_states import get_rng_state, set_rng_state
 from nextpt.train.rollback_policy import RollbackPolicy
@@ -40,23 +38,13 @@ class TrainingCheckpoints:
 
     def __init__(
         self,
-        config: Config,
-        engine: Engine,
-        loader: Loader,
-        ranks: RankGroup,
-        checkpoints: CheckpointManager,
-        events: EventBus,
-        job: JobContext,
+        context: TrainingContext,
+        manager: CheckpointManager,
         validator: Validator,
         policy: RollbackPolicy,
     ) -> None:
-        self.config = config
-        self.engine = engine
-        self.loader = loader
-        self.ranks = ranks
-        self.checkpoints = checkpoints
-        self.events = events
-        self.job = job
+        self.context = context
+        self.manager = manager
         self.validator = validator
         self.policy = policy
         self.saved_step = self.durable_step = 0
@@ -70,18 +58,20 @@ class TrainingCheckpoints:
         A save is due after the last step, every `checkpoint.every_steps` steps, and every
         `checkpoint.every_minutes` minutes by rank 0's clock (checked at logging steps only).
         """
-        self._overdue = self._overdue or step == self.config.last_step or self._is_scheduled(step)
+        is_last = step == self.context.config.last_step
+        self._overdue = self._overdue or is_last or self._is_scheduled(step)
         return self._overdue
 
     def _is_scheduled(self, step: int) -> bool:
-        settings = self.config.checkpoint
+        config, engine = self.context.config, self.context.engine
+        settings = config.checkpoint
         if settings.every_steps and step % settings.every_steps == 0:
             return True
-        if not settings.every_minutes or step % self.config.train.log_every:
+        if not settings.every_minutes or step % config.train.log_every:
             return False
         late = time.monotonic() - self._last_save_time >= 60 * settings.every_minutes
-        flag = torch.tensor(float(late and self.engine.rank == 0), device=self.engine.device)
-        return bool(self.engine.all_reduce(flag).item())
+        flag = torch.tensor(float(late and engine.rank == 0), device=engine.device)
+        return bool(engine.all_reduce(flag).item())
 
     def save(self, step: int, wait: bool) -> None:
         """Save the state after `step` completed steps.
@@ -94,12 +84,12 @@ class TrainingCheckpoints:
             CheckpointSaveError: When training must not go on without this checkpoint.
             RunInUseError: When another job took the run folder.
         """
-        self.job.set_phase("save", step)
+        self.context.job.set_phase("save", step)
         self.saved_step, self._overdue = step, False
         extras = self._extras(step)
         with self._lost_lock_first():
-            outcomes = self.checkpoints.save(
-                self.engine.state, extras, get_rng_state(), self.validator.latest_loss, wait
+            outcomes = self.manager.save(
+                self.context.engine.state, extras, get_rng_state(), self.validator.latest_loss, wait
             )
         self._report(outcomes)
         self._last_save_time = time.monotonic()
@@ -111,11 +101,11 @@ class TrainingCheckpoints:
             wait: Whether to wait for a save that is still being written.
         """
         with self._lost_lock_first():
-            outcomes = self.checkpoints.poll(wait)
+            outcomes = self.manager.poll(wait)
         self._report(outcomes)
-        if self.checkpoints.mirror:
-            for event in self.checkpoints.mirror.drain_events():
-                self.events.publish(event)
+        if self.manager.mirror:
+            for event in self.manager.mirror.drain_events():
+                self.context.events.publish(event)
 
     def rollback(self, step: int) -> dict[str, Any] | None:
         """Restore engine and random states from the newest checkpoint before `step`.
@@ -123,10 +113,10 @@ class TrainingCheckpoints:
         Returns:
             The state of that checkpoint, None when there is none. The caller restores the rest.
         """
-        checkpoint = self.checkpoints.rollback(step)
+        checkpoint = self.manager.rollback(step)
         if checkpoint is None:
             return None
-        restore_engine(self.engine, checkpoint, self.ranks)
+        restore_engine(self.context.engine, checkpoint, self.context.ranks)
         self.saved_step = self.durable_step = checkpoint.step
         self.validator.latest = checkpoint.state.get("validation")
         return checkpoint.state
@@ -142,7 +132,7 @@ class TrainingCheckpoints:
         try:
             self.validator.latest = state.get("validation")
             self.policy.load_state(state.get("guard"))
-            self.loader.load_state(state["data"])
+            self.context.loader.load_state(state["data"])
         except (KeyError, TypeError, ValueError) as error:
             refusal = CheckpointError(
                 f"checkpoint {checkpoint.folder}: the state of the guard or of the data is damaged:"
@@ -153,15 +143,16 @@ class TrainingCheckpoints:
 
     def _extras(self, step: int) -> dict[str, Any]:
         """The part of state.json that is the trainer's. Waits for the device."""
+        config = self.context.config
         return {
             "step": step,
-            "tokens": step * self.config.tokens_per_step,
-            "config": self.config.model_dump(mode="json"),
-            "data": self.loader.state(step),
+            "tokens": step * config.tokens_per_step,
+            "config": config.model_dump(mode="json"),
+            "data": self.context.loader.state(step),
             "versions": versions(),
             "validation": self.validator.latest,
             "guard": self.policy.state(),
-            "start": self.job.start,
+            "start": self.context.job.start,
         }
 
     @contextmanager
@@ -170,7 +161,7 @@ class TrainingCheckpoints:
         try:
             yield
         except CheckpointError:
-            run_on_all_ranks(self.ranks, self.job.check_lock)
+            run_on_all_ranks(self.context.ranks, self.context.job.check_lock)
             raise
 
     def _report(self, outcomes: list[SavedCheckpoint | FailedSave]) -> None:
@@ -179,7 +170,7 @@ class TrainingCheckpoints:
             if isinstance(outcome, SavedCheckpoint):
                 folder = outcome.checkpoint.folder
                 self.save_seconds, self.durable_step = outcome.seconds, step_of(folder)
-                self.events.publish(
+                self.context.events.publish(
                     CheckpointEvent(
                         step=self.durable_step,
                         path=str(folder),
@@ -189,10 +180,10 @@ class TrainingCheckpoints:
                     )
                 )
                 continue
-            run_on_all_ranks(self.ranks, self.job.check_lock)
+            run_on_all_ranks(self.context.ranks, self.context.job.check_lock)
             self._raise_unless_tolerated(outcome)
             error = outcome.error
-            self.events.publish(
+            self.context.events.publish(
                 SaveFailedEvent(
                     step=outcome.step,
                     message=str(error),
@@ -206,11 +197,12 @@ class TrainingCheckpoints:
 
     def _raise_unless_tolerated(self, failed: FailedSave) -> None:
         """Raise the error of a failed save where training must not go on without it."""
-        settings = self.config.checkpoint
+        config = self.context.config
+        settings = config.checkpoint
         if (
             settings.on_failure == "stop"
             or failed.consecutive >= settings.max_failures
-            or failed.step == self.config.last_step
+            or failed.step == config.last_step
         ):
             raise failed.error
 

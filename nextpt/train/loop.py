@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from nextpt.base.collective import RankGroup, run_on_all_ranks_or_stop
+from nextpt.base.collective import run_on_all_ranks_or_stop
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager
-from nextpt.config import Config
 from nextpt.data.batch import Batch
-from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums
-from nextpt.events import EventBus
-from nextpt.job.context import JobContext
 from nextpt.objective import local_weight_sum
 from nextpt.optim.schedules import learning_rate
 from nextpt.train.checkpointing import TrainingCheckpoints
-from nextpt.train.engine import Engine
+from nextpt.train.context import TrainingContext
 from nextpt.train.rollback import Rollback
 from nextpt.train.rollback_policy import RollbackPolicy
 from nextpt.train.spike_detector import StepVerdict
@@ -34,42 +30,21 @@ class Trainer:
     """Runs the optimizer steps of one rank, from `step` to `config.last_step`.
 
     Args:
-        config: The run.
-        engine: Model and optimizer.
-        loader: Batches of this rank.
-        ranks: All ranks of the job.
-        checkpoints: The checkpoints of the run folder.
-        events: Where losses, saves and rollbacks are published, on every rank.
-        job: Run-folder lock, signals and watchdog of this rank.
+        context: Config, engine, data, ranks, events and job.
+        manager: The checkpoints of the run folder.
 
     Attributes:
         step: Number of completed optimizer steps.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        engine: Engine,
-        loader: Loader,
-        ranks: RankGroup,
-        checkpoints: CheckpointManager,
-        events: EventBus,
-        job: JobContext,
-    ) -> None:
-        self.config = config
-        self.engine = engine
-        self.loader = loader
-        self.ranks = ranks
-        self.events = events
-        self.job = job
+    def __init__(self, context: TrainingContext, manager: CheckpointManager) -> None:
+        self.context = context
         self.step = 0
-        self.logger = StepLogger(config, engine, loader, events)
-        self.validator = Validator(config, engine, loader, ranks, events, job)
-        self.policy = RollbackPolicy(config.guard, engine.spike_detector)
-        self.checkpoints = TrainingCheckpoints(
-            config, engine, loader, ranks, checkpoints, events, job, self.validator, self.policy
-        )
-        self.rollback = Rollback(self.policy, self.checkpoints, loader, events, job)
+        self.logger = StepLogger(context)
+        self.validator = Validator(context)
+        self.policy = RollbackPolicy(context.config.guard, context.engine.spike_detector)
+        self.checkpoints = TrainingCheckpoints(context, manager, self.validator, self.policy)
+        self.rollback = Rollback(context, self.policy, self.checkpoints)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue after the step of a checkpoint, whose weights the engine has.
@@ -87,7 +62,7 @@ class Trainer:
             TrainingStopped: When a rank was asked to stop; the state was saved if time allowed.
             UserError: When data cannot be read, a save fails, or rollbacks lead no further.
         """
-        last_step = self.config.last_step
+        last_step = self.context.config.last_step
         self.logger.start_interval(self.step)
         while self.step < last_step or self.policy.is_rollback_due():
             if self.policy.is_rollback_due():
@@ -99,7 +74,7 @@ class Trainer:
             if result is None:
                 self.stop()
             self.step = step = self.step + 1
-            self.job.record_step(step)
+            self.context.job.record_step(step)
             self.checkpoints.poll()
 
             log = self.logger.is_due(step)
@@ -134,29 +109,30 @@ class Trainer:
         Raises:
             UserError: On every rank, when the batches of one cannot be read.
         """
-        self.job.set_phase("batches", step + 1)
+        engine, loader, job = self.context.engine, self.context.loader, self.context.job
+        job.set_phase("batches", step + 1)
         batches, stopping = run_on_all_ranks_or_stop(
-            self.ranks, lambda: self._read_batches(step), lambda: self.job.stop_requested
+            self.context.ranks, lambda: self._read_batches(step), lambda: job.stop_requested
         )
         if stopping:
             return None
-        self.job.set_phase("training", step + 1)
-        batches = [batch.to(self.engine.device) for batch in batches]
-        weight_sum = self.engine.all_reduce(local_weight_sum(batches))
+        job.set_phase("training", step + 1)
+        batches = [batch.to(engine.device) for batch in batches]
+        weight_sum = engine.all_reduce(local_weight_sum(batches))
         # Another mixture or context: its losses cannot be compared with those before it.
-        if self.loader.begins_stage(step):
-            self.engine.spike_detector.reset()
-        lr = learning_rate(self.config, step + 1)
-        losses = self.engine.step(batches, weight_sum, lr, measure_noise)
-        sums = DomainSums(self.loader.domains, self.engine.device)
+        if loader.begins_stage(step):
+            engine.spike_detector.reset()
+        lr = learning_rate(self.context.config, step + 1)
+        losses = engine.step(batches, weight_sum, lr, measure_noise)
+        sums = DomainSums(loader.domains, engine.device)
         for batch, loss in zip(batches, losses, strict=True):
             sums.add(loss.nats, batch.target_bytes, batch.is_text, batch.domain_ids)
         return StepResult(lr, sums, weight_sum, len(batches))
 
     def _read_batches(self, step: int) -> list[Batch]:
-        self.job.check_lock()
-        batches = self.loader.step_batches(step)
-        self.job.set_phase("vote on batches", step + 1)
+        self.context.job.check_lock()
+        batches = self.context.loader.step_batches(step)
+        self.context.job.set_phase("vote on batches", step + 1)
         return batches
 
     def read_verdicts(self) -> list[StepVerdict]:
@@ -165,9 +141,9 @@ class Trainer:
         Raises:
             RuntimeError: When ranks disagree, because one of them computes wrongly.
         """
-        self.job.set_phase("logging", self.step)
+        self.context.job.set_phase("logging", self.step)
         verdicts, skips = self.policy.read_verdicts(self.step)
-        counts = self.ranks.all_gather([self.policy.skipped, self.policy.consecutive])
+        counts = self.context.ranks.all_gather([self.policy.skipped, self.policy.consecutive])
         if any(count != counts[0] for count in counts):
             raise RuntimeError(
                 f"the ranks judged steps up to {self.step} differently: [skipped in all, in a row]"
@@ -175,7 +151,7 @@ class Trainer:
                 " of them computes wrongly"
             )
         for skip in skips:
-            self.events.publish(skip)
+            self.context.events.publish(skip)
         return verdicts
 
     def stop(self) -> NoReturn:
@@ -185,5 +161,4 @@ class Trainer:
             TrainingStopped: Always.
         """
         self.read_verdicts()
-        grace = self.config.checkpoint.grace_seconds
-        save_and_stop(self.step, self.checkpoints, self.ranks, self.job, grace)
+        save_and_stop(self.step, self.context, self.checkpoints)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from nextpt.base.errors import UserError
-from nextpt.data.loader import Loader
-from nextpt.events import EventBus, RollbackEvent
-from nextpt.job.context import JobContext
+from nextpt.events import RollbackEvent
 from nextpt.train.checkpointing import TrainingCheckpoints
+from nextpt.train.context import TrainingContext
 from nextpt.train.rollback_policy import RollbackPolicy
 
 
@@ -14,18 +13,11 @@ class Rollback:
     """Returns training to the newest checkpoint before the bad steps and skips their data."""
 
     def __init__(
-        self,
-        policy: RollbackPolicy,
-        checkpoints: TrainingCheckpoints,
-        loader: Loader,
-        events: EventBus,
-        job: JobContext,
+        self, context: TrainingContext, policy: RollbackPolicy, checkpoints: TrainingCheckpoints
     ) -> None:
+        self.context = context
         self.policy = policy
         self.checkpoints = checkpoints
-        self.loader = loader
-        self.events = events
-        self.job = job
 
     def run(self) -> int:
         """Roll back. Collective.
@@ -39,11 +31,11 @@ class Rollback:
             UserError: When there is no checkpoint before the bad steps, or when
                 guard.max_rollbacks rollbacks in a row led no further.
         """
-        policy = self.policy
+        policy, loader = self.policy, self.context.loader
         first, last, bad_steps = policy.first_bad_step, policy.last_bad_step, policy.describe()
-        self.job.set_phase("rolling back", last)
+        self.context.job.set_phase("rolling back", last)
         self.checkpoints.poll(wait=True)
-        stop_sequence = self.loader.position(last)
+        stop_sequence = loader.position(last)
         state = self.checkpoints.rollback(first)
         if state is None:
             raise UserError(
@@ -60,11 +52,11 @@ class Rollback:
                 " rate, resume from an earlier checkpoint with checkpoint.resume=STEP, or increase"
                 " guard.spike_sigma"
             )
-        self.loader.load_state(state["data"])
-        first_sequence = self.loader.position(step)
-        self.loader.skip_data(step, stop_sequence)
+        loader.load_state(state["data"])
+        first_sequence = loader.position(step)
+        loader.skip_data(step, stop_sequence)
         self.checkpoints.save(step, wait=True)
-        self.events.publish(
+        self.context.events.publish(
             RollbackEvent(
                 step=step,
                 first_bad=first,

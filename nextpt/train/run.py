@@ -22,6 +22,7 @@ from nextpt.job.context import JobContext, job_context
 from nextpt.job.environment import describe_start, host_and_device, versions
 from nextpt.train.checkpointing import restore_engine
 from nextpt.train.console import ConsoleListener, print_on_rank_0
+from nextpt.train.context import TrainingContext
 from nextpt.train.engine import Engine
 from nextpt.train.initial_weights import load_initial_weights, open_initial_weights
 from nextpt.train.loop import Trainer
@@ -85,7 +86,8 @@ def _run_job(
     engine = _build_engine(config, device, ranks, checkpoint)
     events = _open_run(config, device, ranks, job, open_trackers)
     try:
-        trainer = Trainer(config, engine, loader, ranks, checkpoints, events, job)
+        context = TrainingContext(config, engine, loader, ranks, events, job)
+        trainer = Trainer(context, checkpoints)
         if checkpoint:
             trainer.restore(checkpoint)
         with mirroring(checkpoints.mirror, config, ranks, job, events):

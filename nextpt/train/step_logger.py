@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nextpt.config import Config
-from nextpt.data.loader import Loader
 from nextpt.evaluate.metrics import DomainSums
-from nextpt.events import EventBus, StepEvent
+from nextpt.events import StepEvent
 from nextpt.model import ModelSpec, count
-from nextpt.train.engine import Engine
+from nextpt.train.context import TrainingContext
 from nextpt.train.hardware import memory_in_use, peak_flops
 from nextpt.train.spike_detector import StepVerdict
 
@@ -41,11 +39,9 @@ class StepLogger:
     steps since `start_interval`, so that validation and saving do not count as training time.
     """
 
-    def __init__(self, config: Config, engine: Engine, loader: Loader, events: EventBus) -> None:
-        self.config = config
-        self.engine = engine
-        self.loader = loader
-        self.events = events
+    def __init__(self, context: TrainingContext) -> None:
+        self.context = context
+        config, engine = context.config, context.engine
         counts = count(ModelSpec.from_config(config), config.data.sequence_length)
         self.flops_per_token = counts.training_flops_per_token
         self.peak_flops = peak_flops(config, engine.device)
@@ -53,20 +49,21 @@ class StepLogger:
 
     def is_due(self, step: int) -> bool:
         """Whether to log after `step` completed steps."""
-        return step % self.config.train.log_every == 0 or step == self.config.last_step
+        config = self.context.config
+        return step % config.train.log_every == 0 or step == config.last_step
 
     def start_interval(self, step: int) -> None:
         """Measure rates from now on; `step` steps are complete."""
         self._start_time = time.monotonic()
         self._start_step = step
-        self._start_wait = self.loader.wait_seconds
+        self._start_wait = self.context.loader.wait_seconds
 
     def log(self, step: int, result: StepResult, verdict: StepVerdict) -> None:
         """Publish the event of the step that completed `step` steps. Collective.
 
         Sums over ranks and waits for the device. A skipped step is logged with its own loss.
         """
-        engine, tokens_per_step = self.engine, self.config.tokens_per_step
+        engine, tokens_per_step = self.context.engine, self.context.config.tokens_per_step
         sums = result.sums
         engine.all_reduce(sums.sums)
         seconds = max(time.monotonic() - self._start_time, 1e-9)
@@ -74,7 +71,7 @@ class StepLogger:
         mfu = None
         if self.peak_flops:
             mfu = rate * self.flops_per_token / (self.peak_flops * engine.world_size)
-        self.events.publish(
+        self.context.events.publish(
             StepEvent(
                 step=step,
                 tokens=step * tokens_per_step,
@@ -85,7 +82,7 @@ class StepLogger:
                 tokens_per_second=rate,
                 z_loss=verdict.z_loss,
                 auxiliary_losses=engine.auxiliary_losses(),
-                data_wait_seconds=self.loader.wait_seconds - self._start_wait,
+                data_wait_seconds=self.context.loader.wait_seconds - self._start_wait,
                 memory_bytes=memory_in_use(engine.device),
                 mfu=mfu,
                 noise=engine.gradient_noise(

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from nextpt.base.collective import RankGroup
 from nextpt.base.errors import TrainingStopped
-from nextpt.job.context import JobContext
 from nextpt.job.signals import resume_command
 from nextpt.train.checkpointing import TrainingCheckpoints
+from nextpt.train.context import TrainingContext
 
 
 def save_and_stop(
-    step: int,
-    checkpoints: TrainingCheckpoints,
-    ranks: RankGroup,
-    job: JobContext,
-    grace_seconds: float,
+    step: int, context: TrainingContext, checkpoints: TrainingCheckpoints
 ) -> NoReturn:
     """Save `step`, unless the last save took longer than the time that is left. Collective.
 
     Args:
         step: Number of completed steps.
+        context: Its job knows the signal and when it came; one rank or more received it.
         checkpoints: Saves the state and knows how long the last save took.
-        ranks: All ranks; one of them or more received a signal.
-        job: Knows the signal and when it came.
-        grace_seconds: Seconds from the signal until the scheduler kills the job.
 
     Raises:
         TrainingStopped: Always, with the command that resumes the run.
     """
-    answers = ranks.all_gather(
+    job, grace_seconds = context.job, context.config.checkpoint.grace_seconds
+    answers = context.ranks.all_gather(
         [job.stop.signal_name, job.stop.seconds_left(grace_seconds), checkpoints.save_seconds]
     )
     signal_name = next(name for name, _, _ in answers if name)

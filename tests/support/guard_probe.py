@@ -135,7 +135,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     def step(trainer: Trainer, number: int, measure: bool = False) -> Any:
         result = train_step(trainer, number, measure)
         if job.get("digests"):
-            digests.append([number + 1, digest(trainer.engine)])
+            digests.append([number + 1, digest(trainer.context.engine)])
         return result
 
     with ExitStack() as stack:

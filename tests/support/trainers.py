@@ -8,6 +8,7 @@ from nextpt.config import Config
 from nextpt.data.loader import Loader
 from nextpt.events import EventBus
 from nextpt.job.context import JobContext
+from nextpt.train.context import TrainingContext
 from nextpt.train.engine import Engine
 from nextpt.train.loop import Trainer
 
@@ -15,4 +16,5 @@ from nextpt.train.loop import Trainer
 def bare_trainer(config: Config, engine: Engine, loader: Loader) -> Trainer:
     ranks = RankGroup.world()
     checkpoints = CheckpointManager(config.run_dir, config.checkpoint, ranks, print)
-    return Trainer(config, engine, loader, ranks, checkpoints, EventBus(), JobContext())
+    context = TrainingContext(config, engine, loader, ranks, EventBus(), JobContext())
+    return Trainer(context, checkpoints)

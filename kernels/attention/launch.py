@@ -33,28 +33,44 @@ WIDE = Tile(16, 16, 8, 1)  # fp32, whose exact products do not use tensor cores
 DELTA_QUERIES = 64  # of a program
 
 
-class BackwardInputs(NamedTuple):
-    """What both kernels of the backward pass read; see `backward`. delta: fp32 [B, Hq, Sq]."""
+class Inputs(NamedTuple):
+    """What both passes read.
+
+    Attributes:
+        q: [B, Sq, Hq, D].
+        k: [B, Sk, Hkv, D].
+        v: [B, Sk, Hkv, Dv].
+        sinks: [Hq] or None.
+        intervals: keys that queries see.
+        scale: of the scores.
+        softcap: of the scores; 0 for none.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    d_out: Tensor
-    lse: Tensor
-    delta: Tensor
+    sinks: Tensor | None
     intervals: Intervals
     scale: float
     softcap: float
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """q, k, v, d_out, lse and delta."""
-        return self[:6]
+    def with_rows(self) -> Inputs:
+        """Return the inputs with `rows_of` q, k and v."""
+        return self._replace(q=rows_of(self.q), k=rows_of(self.k), v=rows_of(self.v))
 
-    @property
-    def strides(self) -> tuple[tuple[int, int, int], ...]:
-        """Strides of q, k, v and d_out."""
-        return tuple(strides(t) for t in self[:4])
+
+class OutputGradients(NamedTuple):
+    """What the kernels of the backward pass read of the forward pass and from above.
+
+    Attributes:
+        d_out: gradient of out, [B, Sq, Hq, Dv].
+        lse: natural log-sum-exp, fp32 [B, Hq, Sq].
+        delta: rowsum(out d_out) - d_lse, fp32 [B, Hq, Sq].
+    """
+
+    d_out: Tensor
+    lse: Tensor
+    delta: Tensor
 
 
 def padded(width: int) -> int:
@@ -70,30 +86,9 @@ def tile_for(table: dict[int, Tile], q: Tensor, v: Tensor) -> Tile:
     return next(tile for limit, tile in sorted(table.items()) if width <= limit)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    intervals: Intervals,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward pass.
-
-    Args:
-        q: [B, Sq, Hq, D].
-        k: [B, Sk, Hkv, D].
-        v: [B, Sk, Hkv, Dv].
-        sinks: [Hq] or None.
-        intervals: keys that queries see.
-        scale: of the scores.
-        softcap: of the scores; 0 for none.
-
-    Returns:
-        (out [B, Sq, Hq, Dv], natural lse fp32 [B, Hq, Sq]).
-    """
-    q, k, v = (rows_of(t) for t in (q, k, v))
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Launch the forward pass; returns (out [B, Sq, Hq, Dv], natural lse fp32 [B, Hq, Sq])."""
+    q, k, v, sinks, intervals, scale, softcap = inputs.with_rows()
     rows, queries, heads, _ = q.shape
     out = q.new_empty(rows, queries, heads, v.shape[3])
     lse = q.new_empty(rows, heads, queries, dtype=torch.float32)
@@ -112,28 +107,12 @@ def forward(
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    intervals: Intervals,
-    scale: float,
-    softcap: float,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
+    inputs: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward pass.
 
     Args:
-        q: as of `forward`, and so on to `softcap`.
-        k: as of `forward`.
-        v: as of `forward`.
-        sinks: as of `forward`.
-        intervals: as of `forward`.
-        scale: as of `forward`.
-        softcap: as of `forward`.
+        inputs: of `forward`.
         out: result of `forward`.
         lse: result of `forward`.
         d_out: gradient of `out`.
@@ -142,15 +121,16 @@ def backward(
     Returns:
         Gradients of q, k, v and the sinks, the last empty without sinks.
     """
-    q, k, v, d_out = (rows_of(t) for t in (q, k, v, d_out))
+    inputs, d_out = inputs.with_rows(), rows_of(d_out)
+    q, k, v, sinks = inputs[:4]
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     d_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
     if not lse.numel() or not k.shape[1]:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_sinks
     delta = _delta(out, lse, d_out, d_lse)
-    inputs = BackwardInputs(q, k, v, d_out, lse, delta, intervals, scale, softcap)
-    _launch_keys(inputs, dk, dv)
-    _launch_queries(inputs, dq)
+    gradients = OutputGradients(d_out, lse, delta)
+    _launch_keys(inputs, gradients, dk, dv)
+    _launch_queries(inputs, gradients, dq)
     if sinks is not None:  # a sink is a key without value: ds = p (0 - delta)
         p = torch.exp(sinks.float().view(1, -1, 1) - lse)
         d_sinks = -(p * delta).sum((0, 2)).to(sinks.dtype)
@@ -172,30 +152,29 @@ def _delta(out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Ten
     return delta
 
 
-def _launch_keys(inputs: BackwardInputs, dk: Tensor, dv: Tensor) -> None:
-    q, k, v, softcap = inputs.q, inputs.k, inputs.v, inputs.softcap
+def _launch_keys(inputs: Inputs, gradients: OutputGradients, dk: Tensor, dv: Tensor) -> None:
+    q, k, v, _, intervals, scale, softcap = inputs
     rows, keys, kv_heads, _ = k.shape
-    first, _, query_start, _ = inputs.intervals
+    first, _, query_start, _ = intervals
     tile = tile_for(KEYS_CAPPED if softcap else KEYS, q, v)
     keys_kernel[(triton.cdiv(keys, tile.n), kv_heads, rows)](
-        *(*inputs.tensors, *inputs.intervals, dk, dv),
-        *(*inputs.strides, strides(dk), strides(dv)),
+        *(q, k, v, *gradients, *intervals, dk, dv),
+        *(strides(t) for t in (q, k, v, gradients.d_out, dk, dv)),
         *(_row_stride(first), _row_stride(query_start), q.shape[1], keys, q.shape[2]),
-        *(inputs.scale, softcap or 1.0),
+        *(scale, softcap or 1.0),
         SHAPE=shape_of(q, k, v, softcap, tile),
         **compiler_options(tile),
     )
 
 
-def _launch_queries(inputs: BackwardInputs, dq: Tensor) -> None:
-    q, k, v, softcap = inputs.q, inputs.k, inputs.v, inputs.softcap
+def _launch_queries(inputs: Inputs, gradients: OutputGradients, dq: Tensor) -> None:
+    q, k, v, _, intervals, scale, softcap = inputs
     rows, queries, heads, _ = q.shape
-    first, last, _, _ = inputs.intervals
     tile = tile_for(QUERIES, q, v)
     queries_kernel[(triton.cdiv(queries, tile.m), heads, rows)](
-        *(*inputs.tensors, first, last, dq),
-        *(*inputs.strides, strides(dq)),
-        *(_row_stride(first), queries, k.shape[1], heads, inputs.scale, softcap or 1.0),
+        *(q, k, v, *gradients, intervals.first, intervals.last, dq),
+        *(strides(t) for t in (q, k, v, gradients.d_out, dq)),
+        *(_row_stride(intervals.first), queries, k.shape[1], heads, scale, softcap or 1.0),
         SHAPE=shape_of(q, k, v, softcap, tile),
         **compiler_options(tile),
     )

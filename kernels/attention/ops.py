@@ -1,4 +1,8 @@
-"""torch.library operators around the Triton kernels, with shapes, derivatives and FLOPs."""
+"""torch.library operators around the Triton kernels, with shapes, derivatives and FLOPs.
+
+An operator's schema is read from its signature, which takes tensors and numbers only: so the
+arguments of both passes are spelled out, and become `launch.Inputs` inside.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +34,8 @@ def attention(
 
     The four index tensors are `Intervals`; softcap 0: none.
     """
-    return launch.forward(
-        q, k, v, sinks, Intervals(first, last, query_start, query_stop), scale, softcap
-    )
+    intervals = Intervals(first, last, query_start, query_stop)
+    return launch.forward(launch.Inputs(q, k, v, sinks, intervals, scale, softcap))
 
 
 @attention.register_fake
@@ -61,19 +64,9 @@ def attention_backward(
     d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k, v and sinks, the last empty without. No second derivative."""
-    return launch.backward(
-        q,
-        k,
-        v,
-        sinks,
-        Intervals(first, last, query_start, query_stop),
-        scale,
-        softcap,
-        out,
-        lse,
-        d_out,
-        d_lse,
-    )
+    intervals = Intervals(first, last, query_start, query_stop)
+    inputs = launch.Inputs(q, k, v, sinks, intervals, scale, softcap)
+    return launch.backward(inputs, out, lse, d_out, d_lse)
 
 
 @attention_backward.register_fake

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import rows as rows_torch
-from kernels.cross_entropy.chunking import Sums, padded
+from kernels.cross_entropy.chunking import padded
 from kernels.cross_entropy.half_sums import HalfSums
 from kernels.cross_entropy.products import hidden_gradient_into, logits_into, weight_gradient_into
 from kernels.cross_entropy.rows import Coefficients, Statistics
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
     targets: Tensor
     softcap: float | None
     rows: int
-    sums: Sums
+    sums: str  # one of Sums; operators take strings
     wide: bool
     kernel: str
 
@@ -49,9 +49,15 @@ class Problem(NamedTuple):
         """Of statistics and sums: fp32, fp64 for fp64 inputs."""
         return torch.promote_types(self.hidden.dtype, torch.float32)
 
+    @property
     def gradient_dtype(self) -> torch.dtype:
-        """Of the returned matrix gradient. In fp16 it stays fp32 until it meets the loss scale."""
-        return torch.float32 if self.hidden.dtype == torch.float16 else self.weight.dtype
+        """Of the returned matrix gradient."""
+        return matrix_gradient_dtype(self.hidden, self.weight)
+
+
+def matrix_gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype of the matrix gradient: in fp16 fp32, until it meets the loss scale."""
+    return torch.float32 if hidden.dtype == torch.float16 else weight.dtype
 
 
 class Gradients(NamedTuple):
@@ -68,7 +74,7 @@ class Gradients(NamedTuple):
         if needs[0]:
             hidden = torch.empty_like(p.hidden, memory_format=torch.contiguous_format)
         if needs[1]:
-            wide = p.sums == "fp32" or p.gradient_dtype() == torch.float32
+            wide = p.sums == "fp32" or p.gradient_dtype == torch.float32
             dtype = p.dtype if wide else p.weight.dtype
             weight = torch.empty(p.weight.shape, dtype=dtype, device=p.weight.device)
         if needs[2]:
@@ -121,8 +127,8 @@ def run(
     del slab, logits, g  # the narrow result takes their place
     if halves is not None:
         halves.finish()
-    elif gradients.weight is not None and gradients.weight.dtype != p.gradient_dtype():
-        gradients = gradients._replace(weight=gradients.weight.to(p.gradient_dtype()))
+    elif gradients.weight is not None and gradients.weight.dtype != p.gradient_dtype:
+        gradients = gradients._replace(weight=gradients.weight.to(p.gradient_dtype))
     return statistics, gradients
 
 

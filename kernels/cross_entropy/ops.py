@@ -4,24 +4,25 @@
 kept, and the backward pass multiplies them by the gradient from above. `nextpt::token_statistics`
 gives differentiable nats and log-sum-exp per token; its backward pass computes the logits again (8
 N D V FLOPs in all).
+
+An operator's schema is read from its signature, which takes tensors, numbers and strings only: so
+each spells out its tensors, then the settings of a `Problem`, then `needs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.cross_entropy import fused
-from kernels.cross_entropy.chunking import Sums
 from kernels.cross_entropy.fused import Problem
 from kernels.cross_entropy.half_sums import power_of_two_over
 from kernels.cross_entropy.rows import Coefficients, Statistics, check_targets
 
-_NO_CAP = 0.0
 OptionalGradients = tuple[Tensor | None, ...]
 
 
@@ -72,31 +73,11 @@ class TokenStatistics(NamedTuple):
     log_sum: Tensor
 
 
-def _problem(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float,
-    rows: int,
-    sums: str,
-    wide: bool,
-    kernel: str,
-) -> Problem:
+def _checked(p: Problem) -> Problem:
     # On a GPU the host would wait; there the nats of such a target are nan
-    if targets.device.type == "cpu":
-        check_targets(targets, weight.shape[0])
-    return Problem(
-        hidden,
-        weight,
-        bias,
-        targets,
-        None if softcap == _NO_CAP else softcap,
-        rows,
-        cast(Sums, sums),
-        wide,
-        kernel,
-    )
+    if p.targets.device.type == "cpu":
+        check_targets(p.targets, p.weight.shape[0])
+    return p
 
 
 def _filled(gradients: fused.Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +107,7 @@ def linear_cross_entropy(
     scale [N, K]: token weight / weight_sum, 0 where there is no target. needs: which of the
     gradients of hidden, weight and bias are computed.
     """
-    p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
+    p = _checked(Problem(hidden, weight, bias, targets, softcap or None, rows, sums, wide, kernel))
     unit = torch.ones((), dtype=p.dtype, device=hidden.device)
     if hidden.dtype == torch.float16:  # a power of two that brings the largest weight to [0.5, 1)
         unit = power_of_two_over(scale.abs().max()) if scale.numel() else unit
@@ -165,28 +146,14 @@ def scalar_coefficients(
 
 
 @linear_cross_entropy.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    scale: Tensor,
-    z_loss_coefficient: float,
-    smoothing: float,
-    softcap: float,
-    rows: int,
-    sums: str,
-    wide: bool,
-    kernel: str,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, _: Tensor | None, targets: Tensor, *rest: Any) -> Any:
+    needs: list[bool] = rest[-1]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     scalar = hidden.new_empty((), dtype=dtype)
     per_target = hidden.new_empty(targets.shape, dtype=dtype)
-    p = Problem(hidden, weight, bias, targets, None, rows, cast(Sums, sums), wide, kernel)
     shapes = (
         (hidden.shape, hidden.dtype),
-        (weight.shape, p.gradient_dtype()),
+        (weight.shape, fused.matrix_gradient_dtype(hidden, weight)),
         (weight.shape[:1], dtype),
     )
     gradients = [
@@ -276,7 +243,7 @@ def token_statistics(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the fields of `TokenStatistics`."""
-    p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
+    p = _checked(Problem(hidden, weight, bias, targets, softcap or None, rows, sums, wide, kernel))
     s, _ = fused.run(p, (False, False, False), None, total=True)
     assert s.total is not None
     return s.nats, s.peak + s.log_sum, s.total, s.hits, s.peak, s.log_sum
@@ -303,21 +270,21 @@ def token_statistics_backward(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    softcap: float,
-    rows: int,
-    sums: str,
-    wide: bool,
-    kernel: str,
-    needs: list[bool],
     nats: Tensor,
     peak: Tensor,
     log_sum: Tensor,
     d_nats: Tensor,
     d_lse: Tensor,
     d_total: Tensor,
+    softcap: float,
+    rows: int,
+    sums: str,
+    wide: bool,
+    kernel: str,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gradients of hidden, weight and bias from those of nats, lse and total."""
-    p = _problem(hidden, weight, bias, targets, softcap, rows, sums, wide, kernel)
+    p = _checked(Problem(hidden, weight, bias, targets, softcap or None, rows, sums, wide, kernel))
     unused = torch.empty_like(targets, dtype=torch.bool)
     statistics = Statistics(nats, peak, log_sum, None, unused)
     unit = torch.ones((), dtype=p.dtype, device=hidden.device)
@@ -340,19 +307,8 @@ def token_statistics_backward(
 
 
 @token_statistics_backward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float,
-    rows: int,
-    sums: str,
-    wide: bool,
-    kernel: str,
-    needs: list[bool],
-    *_: Tensor,
-) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    needs: list[bool] = rest[-1]
     inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0)
@@ -374,7 +330,7 @@ def _recompute(
     hidden, weight, bias, targets, nats, peak, log_sum = ctx.saved_tensors
     needs: Sequence[bool] = ctx.rest[-1]
     gradients = token_statistics_backward(
-        hidden, weight, bias, targets, *ctx.rest, nats, peak, log_sum, d_nats, d_lse, d_total
+        hidden, weight, bias, targets, nats, peak, log_sum, d_nats, d_lse, d_total, *ctx.rest
     )
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 7)
 

@@ -177,15 +177,15 @@ def evaluate(
     Also by context and by token frequency. Metrics are ratios of sums. bits/byte leaves special
     tokens out; "with EOD" includes the cost of the end-of-document tokens.
     """
+    from nextpt.base.plots import check_plot_path
     from nextpt.evaluate.evaluation import EvaluationProtocol
     from nextpt.evaluate.exposure import ExposureProtocol
-    from nextpt.observe.evaluation_plot import check_plot_format
 
     inputs = EvaluationInputs(run, model, step, all_steps, data, text)
     if save and run is None:
         raise UserError("--save needs a --run; a Hugging Face folder has no report")
     if plot:
-        check_plot_format(plot)
+        check_plot_path(plot)
     request = TaskRequest.parse(
         tasks, task, lm_eval, lm_eval_path, items, rows=rows, resamples=resamples, seed=seed
     )

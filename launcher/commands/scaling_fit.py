@@ -92,14 +92,14 @@ def fit_law(
 ) -> None:
     """Fit a scaling law, with C = 6 N D and 95 % bootstrap intervals."""
     from nextpt.scaling.observations import drop_highest_losses
-    from nextpt.scaling.plots import check_plot_format
+    from nextpt.scaling.plots import check_plot
 
     if form not in FORMS:
         raise ScalingError(f"--form {form}: known are {', '.join(FORMS)}")
     if delta is not None and form in FRONTIER_FORMS:
         raise ScalingError(f"--delta is for the Huber loss; --form {form} does not use it")
     if plot:
-        check_plot_format(plot, form)
+        check_plot(plot, form)
     columns = {
         "parameters": params_column,
         "tokens": tokens_column,

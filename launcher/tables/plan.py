@@ -6,14 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 from humanize import metric
-from rich import box
 from rich.table import Table
 
-from launcher.console import console, echo
+from launcher.console import build_table, console, echo
 from nextpt.scaling.plan import RESERVED, Option, Plan
 
 GIB = 2**30
 HEADINGS = (
+    "ZeRO",
     "states",
     "buffers",
     "activ.",
@@ -90,18 +90,10 @@ def print_plan(plan: Plan) -> None:
 
 
 def _options_table(plan: Plan) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-        title=(
-            "GiB per rank; GB that a device sends in a step; * fits (r: activation checkpointing)"
-        ),
+    table = build_table(
+        "GiB per rank; GB that a device sends in a step; * fits (r: activation checkpointing)",
+        HEADINGS,
     )
-    table.add_column("ZeRO", no_wrap=True)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
     for option in plan.options:
         memory = option.memory
         sizes = (

@@ -8,7 +8,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.observe.curves import COLOURS, SETTINGS, Plot, finish
+from nextpt.base.plots import COLOURS, SETTINGS
+from nextpt.observe.curves import Plot, finish
 
 
 def plot_calibration(calibration: dict[str, Any], name: str) -> Plot:

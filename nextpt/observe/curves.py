@@ -17,26 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from nextpt.base.plots import COLOURS, SETTINGS
 from nextpt.observe.run_record import RunRecord
 
-# Palette of Okabe and Ito: distinguishable with colour blindness and in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MAX_POINTS = 1500  # of a line; longer ones are thinned, keeping the extremes of every part
 NOISE_SHARE = 0.2  # fraction of the run over which the noise scale is averaged
 # Fraction of the run whose losses may leave the axes: the first steps would flatten all others
 WARM_UP_SHARE = 0.05
-SETTINGS: dict[Any, Any] = {  # keys are literal types of matplotlib
-    "svg.hashsalt": "nextpt",
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.base.errors import DataError
-from nextpt.observe.curves import COLOURS, SETTINGS
-
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_plot_format(path: Path) -> None:
-    """Raise DataError for a plot whose suffix is no format or whose folder does not exist."""
-    if path.suffix not in FORMATS:
-        raise DataError(f"{path} must end in {', '.join(FORMATS)}, the format of the plot")
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"{path} cannot be written: folder {path.absolute().parent} does not exist")
+from nextpt.base.plots import COLOURS, SETTINGS, save_plot, set_title
 
 
 def plot_evaluation(result: dict[str, Any], path: Path) -> None:
-    """Plot the result of `nextpt eval`, with 95 % intervals. Raises DataError."""
+    """Plot the result of `nextpt eval`, with 95 % intervals. Raises UserError."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(12, 4), layout="constrained")
         first, second, third = figure.subplots(1, 3)
@@ -34,20 +23,15 @@ def plot_evaluation(result: dict[str, Any], path: Path) -> None:
             _domains(first, result)
         _contexts(second, result["by_context"])
         _bands(third, result["by_frequency"])
-        name = Path(result.get("run") or result["model"]).name
-        at = "" if result["step"] is None else f", step {result['step']:,}"
-        figure.suptitle(
-            f"{name}{at}: context {result['window']}, stride {result['stride']}, 95 % intervals"
-            " from documents",
-            x=0.01,
-            ha="left",
-            fontweight="bold",
-            fontsize=11,
-        )
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        protocol = f"context {result['window']}, stride {result['stride']}"
+        set_title(figure, f"{model_and_step(result)}: {protocol}, 95 % intervals from documents")
+        save_plot(figure, path)
+
+
+def model_and_step(result: dict[str, Any]) -> str:
+    """Return the name of the evaluated run or model, and the step of its checkpoint."""
+    name = Path(result.get("run") or result["model"]).name
+    return name if result["step"] is None else f"{name}, step {result['step']:,}"
 
 
 def error_bars(values: list[float], intervals: list[list[float] | None]) -> list[list[float]]:

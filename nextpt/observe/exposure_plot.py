@@ -9,14 +9,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.base.errors import DataError
-from nextpt.observe.curves import COLOURS, SETTINGS
+from nextpt.base.plots import COLOURS, SETTINGS, save_plot, set_title
+from nextpt.observe.evaluation_plot import model_and_step
 
 
 def plot_exposure(result: dict[str, Any], path: Path) -> None:
     """Plot the result of `nextpt eval --exposure-bias`, all domains together, 95 % intervals.
 
-    Raises DataError.
+    Raises UserError.
     """
     rows, p = result["by_position"], result["protocol"]
     with matplotlib.rc_context(SETTINGS):
@@ -37,20 +37,12 @@ def plot_exposure(result: dict[str, Any], path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xlabel("position in the continuation, tokens")
             axes.legend(fontsize=8)
-        name = Path(result.get("run") or result["model"]).name
-        at = "" if result["step"] is None else f", step {result['step']:,}"
-        figure.suptitle(
-            f"{name}{at}: after {p['prefix']} tokens of held-out text, 95 % intervals from"
-            " documents",
-            x=0.01,
-            ha="left",
-            fontweight="bold",
-            fontsize=11,
+        set_title(
+            figure,
+            f"{model_and_step(result)}: after {p['prefix']} tokens of held-out text, 95 % intervals"
+            " from documents",
         )
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        save_plot(figure, path)
 
 
 def _curve(axes: Axes, rows: list[dict[str, Any]], name: str, label: str, colour: str) -> None:

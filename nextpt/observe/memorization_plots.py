@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from nextpt.base.errors import DataError
-from nextpt.observe.curves import COLOURS, SETTINGS
+from nextpt.base.plots import COLOURS, SETTINGS
 
 SIDES = {"train": COLOURS[1], "heldout": COLOURS[0]}
 NAMES = {"train": "training documents", "heldout": "held-out documents"}

@@ -10,9 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.base.errors import DataError
-from nextpt.observe.curves import COLOURS, SETTINGS
-from nextpt.observe.evaluation_plot import error_bars
+from nextpt.base.plots import COLOURS, SETTINGS, save_plot, set_title
+from nextpt.observe.evaluation_plot import error_bars, model_and_step
 
 LABELS = {
     "exact": "exact match, fraction of items",
@@ -24,7 +23,7 @@ LABELS = {
 def plot_tasks(results: list[dict[str, Any]], path: Path) -> None:
     """Plot the results of `nextpt eval --tasks`, one per checkpoint, lowest step first.
 
-    Raises DataError.
+    Raises UserError.
     """
     last = results[-1]
     panels = [
@@ -49,25 +48,11 @@ def plot_tasks(results: list[dict[str, Any]], path: Path) -> None:
                 _chance(axes, last["tasks"]) if len(results) == 1 else None
             if axes.get_legend_handles_labels()[0] and label in (LABELS["exact"], panels[-1][0]):
                 axes.legend(fontsize=8)
-        name = Path(last.get("run") or last["model"]).name
-        at = (
-            ""
-            if last["step"] is None
-            else f", step {last['step']:,}"
-            if len(results) == 1
-            else f", {len(results)} checkpoints"
-        )
-        figure.suptitle(
-            f"{name}{at}: tasks, 95 % intervals from items",
-            x=0.01,
-            ha="left",
-            fontweight="bold",
-            fontsize=11,
-        )
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        subject = model_and_step(last)
+        if len(results) > 1:
+            subject = f"{model_and_step(last | {'step': None})}, {len(results)} checkpoints"
+        set_title(figure, f"{subject}: tasks, 95 % intervals from items")
+        save_plot(figure, path)
 
 
 def _flat(harness: dict[str, Any]) -> dict[str, Any]:

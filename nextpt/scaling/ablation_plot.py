@@ -9,16 +9,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.base.errors import ScalingError
-from nextpt.scaling.plots import GREY, SETTINGS
+from nextpt.base.plots import COLOURS, GREY, SETTINGS, save_plot
 
-# Palette of Okabe and Ito, distinguishable with colour blindness and in print
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SPREAD = 0.5  # width that the variants of a domain share, in domains
 
 
 def plot_ablation(result: dict[str, Any], path: Path) -> None:
-    """Plot the content of DIR/ablation.json. Raises ScalingError."""
+    """Plot the content of DIR/ablation.json. Raises UserError."""
     baseline, variants, seeds = result["baseline"], result["variants"], len(result["seeds"])
     names = [*baseline["domains"], "total"]
     with matplotlib.rc_context(SETTINGS):
@@ -40,10 +37,7 @@ def plot_ablation(result: dict[str, Any], path: Path) -> None:
         )
         axes.set_title("Below 0: better than the baseline", loc="left", fontweight="bold")
         figure.legend(loc="outside lower left", ncols=2, fontsize=8)
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise ScalingError(f"{path} cannot be written: {error.strerror}") from error
+        save_plot(figure, path)
 
 
 def _plot_variant(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,37 +12,25 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from nextpt.base.errors import ScalingError
+from nextpt.base.plots import BLUE, GREY, ORANGE, SETTINGS, check_plot_path, save_plot
 from nextpt.scaling.allocation import interval, optimum
 from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
 
-FORMATS = (".svg", ".png", ".pdf")
 LEVEL = 0.9  # of the bands
 POINTS = 60
 MAX_CURVES = 8  # sizes whose curve is plotted
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
-SETTINGS: dict[Any, Any] = {  # keys are literal types of matplotlib
-    "svg.hashsalt": "nextpt",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 
 
-def check_plot_format(path: Path, form: str) -> None:
-    """Raise ScalingError for a plot that cannot be written, before any work is done."""
+def check_plot(path: Path, form: str) -> None:
+    """Raise UserError for a plot that cannot be written, before any work is done."""
     if form == "repeated":
         raise ScalingError("--plot: there is no plot of the form repeated")
-    if path.suffix not in FORMATS:
-        raise ScalingError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
+    check_plot_path(path)
 
 
 def plot_fit(fit: Fit | Frontier, path: Path) -> None:
-    """Write a plot in the format of the name's suffix. Raises ScalingError."""
+    """Write a plot in the format of the name's suffix. Raises UserError."""
     with matplotlib.rc_context(SETTINGS):
         if isinstance(fit, Fit):
             figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -53,12 +40,7 @@ def plot_fit(fit: Fit | Frontier, path: Path) -> None:
         else:
             figure = Figure(figsize=(6.4, 4.4), layout="constrained")
             _plot_frontier(figure.subplots(), fit)
-        try:
-            figure.savefig(
-                path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
-            )
-        except OSError as error:
-            raise ScalingError(f"{path} cannot be written: {error.strerror}") from error
+        save_plot(figure, path)
 
 
 def _plot_losses(axes: Axes, fit: Fit, figure: Figure) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextpt.base.errors import ScalingError
+from nextpt.base.errors import ScalingError, UserError
 from nextpt.evaluate.bootstrap import ratio_interval, stratified
 from nextpt.evaluate.evaluation import BYTES, NATS, EvaluationProtocol, evaluate_model
 from nextpt.evaluate.loaded_model import open_model
@@ -144,7 +144,7 @@ def test_the_plot_shows_all_variants(tmp_path: Path) -> None:
         )
         drawn = (tmp_path / "a.svg").read_text()
         assert "<svg" in drawn
-    with pytest.raises(ScalingError, match="cannot be written: No such file"):
+    with pytest.raises(UserError, match="cannot be written: No such file"):
         plot_ablation(
             {"baseline": baseline, "variants": variants, "seeds": [0]}, tmp_path / "none" / "a.png"
         )

@@ -99,27 +99,20 @@ def _over_queries(
     SHAPE: tl.constexpr,
 ) -> tuple[tj.Block, tj.Block]:
     """Add the queries start..stop of one head to the gradients of a block of keys and values."""
-    D: tl.constexpr = SHAPE.D
-    V: tl.constexpr = SHAPE.V
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
-    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
-    HAS_CAP: tl.constexpr = SHAPE.HAS_CAP
-    PRECISION: tl.constexpr = SHAPE.PRECISION
     # One loop with a mask: a second one without spilled 8 to 224 bytes
-    for m in range(start, stop, BLOCK_M):
-        at = m + tl.arange(0, BLOCK_M)
-        tile_q = load_block(q, m, True, D, BLOCK_M, BLOCK_D)
-        tile_do = load_block(d_out, m, True, V, BLOCK_M, BLOCK_V)
+    for m in range(start, stop, SHAPE.BLOCK_M):
+        at = m + tl.arange(0, SHAPE.BLOCK_M)
+        tile_q = load_block(q, m, True, SHAPE.D, SHAPE.BLOCK_M, SHAPE.BLOCK_D)
+        tile_do = load_block(d_out, m, True, SHAPE.V, SHAPE.BLOCK_M, SHAPE.BLOCK_V)
         lse2, delta_M = _load_statistics(lse, delta, at, q.count)
         first_M, last_M = load_ends(first, last, at, q.count)
-        s = capped_scores(k, tile_q, scale, softcap, HAS_CAP, PRECISION)
+        s = capped_scores(k, tile_q, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
         seen = (at_N[:, None] >= first_M[None, :]) & (at_N[:, None] <= last_M[None, :])
         p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
-        dv = tl.dot(p.to(tile_do.dtype), tile_do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(tile_do), input_precision=PRECISION)
-        ds = _through_cap(p * (dp - delta_M[None, :]), s, softcap, HAS_CAP)
-        dk = tl.dot(ds.to(tile_q.dtype), tile_q, dk, input_precision=PRECISION)
+        dv = tl.dot(p.to(tile_do.dtype), tile_do, dv, input_precision=SHAPE.PRECISION)
+        dp = tl.dot(v, tl.trans(tile_do), input_precision=SHAPE.PRECISION)
+        ds = _through_cap(p * (dp - delta_M[None, :]), s, softcap, SHAPE.HAS_CAP)
+        dk = tl.dot(ds.to(tile_q.dtype), tile_q, dk, input_precision=SHAPE.PRECISION)
     return dk, dv
 
 
@@ -153,27 +146,21 @@ def keys_kernel(
     SHAPE: tl.constexpr,
 ) -> None:
     """Write the gradients of a block of keys and values of one key head."""
-    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
-    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
-    D: tl.constexpr = SHAPE.D
-    V: tl.constexpr = SHAPE.V
     block, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first += row * interval_stride
     last += row * interval_stride
     query_start += row * key_interval_stride
     query_stop += row * key_interval_stride
-    at = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    low, high = block * BLOCK_N, tl.minimum(block * BLOCK_N + BLOCK_N, keys) - 1
+    at = block * SHAPE.BLOCK_N + tl.arange(0, SHAPE.BLOCK_N)
+    low, high = block * SHAPE.BLOCK_N, tl.minimum(block * SHAPE.BLOCK_N + SHAPE.BLOCK_N, keys) - 1
     k_rows = rows_of_head(k, k_strides, row, kv_head, keys)
     v_rows = rows_of_head(v, v_strides, row, kv_head, keys)
-    k_N = load_block(k_rows, low, True, D, BLOCK_N, BLOCK_D)
-    v_N = load_block(v_rows, low, True, V, BLOCK_N, BLOCK_V)
-    start = tl.load(query_start + low) // BLOCK_M * BLOCK_M
+    k_N = load_block(k_rows, low, True, SHAPE.D, SHAPE.BLOCK_N, SHAPE.BLOCK_D)
+    v_N = load_block(v_rows, low, True, SHAPE.V, SHAPE.BLOCK_N, SHAPE.BLOCK_V)
+    start = tl.load(query_start + low) // SHAPE.BLOCK_M * SHAPE.BLOCK_M
     stop = tl.load(query_stop + high)
-    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    acc_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    acc_k = tl.zeros((SHAPE.BLOCK_N, SHAPE.BLOCK_D), tl.float32)
+    acc_v = tl.zeros((SHAPE.BLOCK_N, SHAPE.BLOCK_V), tl.float32)
     for member in range(SHAPE.GROUP):
         head = kv_head * SHAPE.GROUP + member
         q_rows = rows_of_head(q, q_strides, row, head, queries)
@@ -186,8 +173,8 @@ def keys_kernel(
         )  # fmt: skip
     dk_rows = rows_of_head(dk, dk_strides, row, kv_head, keys)
     dv_rows = rows_of_head(dv, dv_strides, row, kv_head, keys)
-    store_block(dk_rows, acc_k * scale, low, D, BLOCK_N, BLOCK_D)
-    store_block(dv_rows, acc_v, low, V, BLOCK_N, BLOCK_V)
+    store_block(dk_rows, acc_k * scale, low, SHAPE.D, SHAPE.BLOCK_N, SHAPE.BLOCK_D)
+    store_block(dv_rows, acc_v, low, SHAPE.V, SHAPE.BLOCK_N, SHAPE.BLOCK_V)
 
 
 @jit
@@ -208,26 +195,19 @@ def _over_keys(
     SHAPE: tl.constexpr,
 ) -> tj.Block:
     """Add the keys of two spans (start, stop, resume, end) to the gradient of a tile of queries."""
-    D: tl.constexpr = SHAPE.D
-    V: tl.constexpr = SHAPE.V
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
-    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
-    HAS_CAP: tl.constexpr = SHAPE.HAS_CAP
-    PRECISION: tl.constexpr = SHAPE.PRECISION
-    near, count = count_blocks(spans, BLOCK_N)
+    near, count = count_blocks(spans, SHAPE.BLOCK_N)
     for t in range(count):
-        n = block_start(t, near, spans, BLOCK_N)
-        k_N = load_block(k, n, MASKED, D, BLOCK_N, BLOCK_D)
-        v_N = load_block(v, n, MASKED, V, BLOCK_N, BLOCK_V)
-        s = capped_scores(q, k_N, scale, softcap, HAS_CAP, PRECISION)
+        n = block_start(t, near, spans, SHAPE.BLOCK_N)
+        k_N = load_block(k, n, MASKED, SHAPE.D, SHAPE.BLOCK_N, SHAPE.BLOCK_D)
+        v_N = load_block(v, n, MASKED, SHAPE.V, SHAPE.BLOCK_N, SHAPE.BLOCK_V)
+        s = capped_scores(q, k_N, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
         p = tl.exp2(s - lse2[:, None])
         if MASKED:
-            at = n + tl.arange(0, BLOCK_N)
+            at = n + tl.arange(0, SHAPE.BLOCK_N)
             p = tl.where((at[None, :] >= first[:, None]) & (at[None, :] <= last[:, None]), p, 0.0)
-        dp = tl.dot(d_out, tl.trans(v_N), input_precision=PRECISION)
-        ds = _through_cap(p * (dp - delta[:, None]), s, softcap, HAS_CAP)
-        dq = tl.dot(ds.to(k_N.dtype), k_N, dq, input_precision=PRECISION)
+        dp = tl.dot(d_out, tl.trans(v_N), input_precision=SHAPE.PRECISION)
+        ds = _through_cap(p * (dp - delta[:, None]), s, softcap, SHAPE.HAS_CAP)
+        dq = tl.dot(ds.to(k_N.dtype), k_N, dq, input_precision=SHAPE.PRECISION)
     return dq
 
 
@@ -256,28 +236,24 @@ def queries_kernel(
     SHAPE: tl.constexpr,
 ) -> None:
     """Write the gradient of one tile of queries of one head."""
-    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
-    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
-    D: tl.constexpr = SHAPE.D
-    V: tl.constexpr = SHAPE.V
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first += row * interval_stride
     last += row * interval_stride
     k_rows = rows_of_head(k, k_strides, row, head // SHAPE.GROUP, keys)
     v_rows = rows_of_head(v, v_strides, row, head // SHAPE.GROUP, keys)
-    at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tile * SHAPE.BLOCK_M + tl.arange(0, SHAPE.BLOCK_M)
     first_M, last_M = load_ends(first, last, at, queries)
     q_rows = rows_of_head(q, q_strides, row, head, queries)
     d_out_rows = rows_of_head(d_out, d_out_strides, row, head, queries)
-    q_M = load_block(q_rows, tile * BLOCK_M, True, D, BLOCK_M, BLOCK_D)
-    do_M = load_block(d_out_rows, tile * BLOCK_M, True, V, BLOCK_M, BLOCK_V)
+    q_M = load_block(q_rows, tile * SHAPE.BLOCK_M, True, SHAPE.D, SHAPE.BLOCK_M, SHAPE.BLOCK_D)
+    do_M = load_block(d_out_rows, tile * SHAPE.BLOCK_M, True, SHAPE.V, SHAPE.BLOCK_M, SHAPE.BLOCK_V)
     statistics = (row * heads + head) * queries
     lse2, delta_M = _load_statistics(lse + statistics, delta + statistics, at, queries)
-    start, whole_start, whole_stop, stop = key_ranges(first, last, tile, queries, BLOCK_M, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    start, whole_start, whole_stop, stop = key_ranges(
+        first, last, tile, queries, SHAPE.BLOCK_M, SHAPE.BLOCK_N
+    )
+    acc = tl.zeros((SHAPE.BLOCK_M, SHAPE.BLOCK_D), tl.float32)
     acc = _over_keys(
         acc, q_M, k_rows, v_rows, do_M, lse2, delta_M, first_M, last_M,
         (start, whole_start, whole_stop, stop), scale, softcap, True, SHAPE,
@@ -287,4 +263,4 @@ def queries_kernel(
         (whole_start, whole_stop, stop, stop), scale, softcap, False, SHAPE,
     )  # fmt: skip
     dq_rows = rows_of_head(dq, dq_strides, row, head, queries)
-    store_block(dq_rows, acc * scale, tile * BLOCK_M, D, BLOCK_M, BLOCK_D)
+    store_block(dq_rows, acc * scale, tile * SHAPE.BLOCK_M, SHAPE.D, SHAPE.BLOCK_M, SHAPE.BLOCK_D)

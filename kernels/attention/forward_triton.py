@@ -43,20 +43,13 @@ def _over_keys(
     SHAPE: tl.constexpr,
 ) -> tuple[tj.Block, tj.Block, tj.Block]:
     """Add the keys of two spans (start, stop, resume, end) to the running (acc, m, total)."""
-    D: tl.constexpr = SHAPE.D
-    V: tl.constexpr = SHAPE.V
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
-    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
-    HAS_CAP: tl.constexpr = SHAPE.HAS_CAP
-    PRECISION: tl.constexpr = SHAPE.PRECISION
-    near, count = count_blocks(spans, BLOCK_N)
+    near, count = count_blocks(spans, SHAPE.BLOCK_N)
     for t in range(count):
-        n = block_start(t, near, spans, BLOCK_N)
-        keys = load_block(k, n, MASKED, D, BLOCK_N, BLOCK_D)
-        s = capped_scores(q, keys, scale, softcap, HAS_CAP, PRECISION)
+        n = block_start(t, near, spans, SHAPE.BLOCK_N)
+        keys = load_block(k, n, MASKED, SHAPE.D, SHAPE.BLOCK_N, SHAPE.BLOCK_D)
+        s = capped_scores(q, keys, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
         if MASKED:
-            at = n + tl.arange(0, BLOCK_N)
+            at = n + tl.arange(0, SHAPE.BLOCK_N)
             seen = (at[None, :] >= first[:, None]) & (at[None, :] <= last[:, None])
             s = tl.where(seen, s, float("-inf"))
         new = tl.maximum(m, tl.max(s, 1))
@@ -65,8 +58,10 @@ def _over_keys(
         p = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(m - safe)
         total = total * shrink + tl.sum(p, 1)
-        values = load_block(v, n, MASKED, V, BLOCK_N, BLOCK_V)
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+        values = load_block(v, n, MASKED, SHAPE.V, SHAPE.BLOCK_N, SHAPE.BLOCK_V)
+        acc = tl.dot(
+            p.to(values.dtype), values, acc * shrink[:, None], input_precision=SHAPE.PRECISION
+        )
         m = new
     return acc, m, total
 
@@ -106,26 +101,22 @@ def forward_kernel(
     SHAPE: tl.constexpr,
 ) -> None:
     """Write out and the natural log-sum-exp of one tile of queries of one head."""
-    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
-    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    BLOCK_V: tl.constexpr = SHAPE.BLOCK_V
-    D: tl.constexpr = SHAPE.D
-    V: tl.constexpr = SHAPE.V
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first: later queries see more
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first += row * interval_stride
     last += row * interval_stride
     k_rows = rows_of_head(k, k_strides, row, head // SHAPE.GROUP, keys)
     v_rows = rows_of_head(v, v_strides, row, head // SHAPE.GROUP, keys)
-    at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tile * SHAPE.BLOCK_M + tl.arange(0, SHAPE.BLOCK_M)
     first_M, last_M = load_ends(first, last, at, queries)
     q_rows = rows_of_head(q, q_strides, row, head, queries)
-    tile_q = load_block(q_rows, tile * BLOCK_M, True, D, BLOCK_M, BLOCK_D)
-    start, whole_start, whole_stop, stop = key_ranges(first, last, tile, queries, BLOCK_M, BLOCK_N)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    tile_q = load_block(q_rows, tile * SHAPE.BLOCK_M, True, SHAPE.D, SHAPE.BLOCK_M, SHAPE.BLOCK_D)
+    start, whole_start, whole_stop, stop = key_ranges(
+        first, last, tile, queries, SHAPE.BLOCK_M, SHAPE.BLOCK_N
+    )
+    m = tl.full((SHAPE.BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((SHAPE.BLOCK_M,), tl.float32)
+    acc = tl.zeros((SHAPE.BLOCK_M, SHAPE.BLOCK_V), tl.float32)
     ends = (start, whole_start, whole_stop, stop)
     acc, m, total = _over_keys(
         acc, m, total, tile_q, k_rows, v_rows, first_M, last_M, ends, scale, softcap, True, SHAPE
@@ -141,4 +132,4 @@ def forward_kernel(
     natural = tl.where(seen, (m + tl.log2(tl.where(seen, total, 1.0))) / LOG2_E, float("-inf"))
     tl.store(lse + (row * heads + head) * queries + at, natural, mask=at < queries)
     out_rows = rows_of_head(out, out_strides, row, head, queries)
-    store_block(out_rows, acc, tile * BLOCK_M, V, BLOCK_M, BLOCK_V)
+    store_block(out_rows, acc, tile * SHAPE.BLOCK_M, SHAPE.V, SHAPE.BLOCK_M, SHAPE.BLOCK_V)

@@ -106,13 +106,22 @@ def _expm1_of_minus(x: tj.Block) -> tj.Block:
 
 
 @jit
-def _logits(
+def _uncapped_logits(
     row: Row, columns: tj.Block, load: tj.Block, inside: tj.Block, OPTIONS: tl.constexpr
 ) -> tj.Block:
-    """Logits as the loss sees them, fp32. Columns are read where `load`, biases where `inside`."""
+    """Logits with bias, fp32. Columns are read where `load`, biases where `inside`."""
     z = tl.load(row.logits + columns, mask=load, other=0.0).to(tl.float32)
     if OPTIONS.HAS_BIAS:
         z += tl.load(row.bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return z
+
+
+@jit
+def _logits(
+    row: Row, columns: tj.Block, load: tj.Block, inside: tj.Block, OPTIONS: tl.constexpr
+) -> tj.Block:
+    """Logits as the loss sees them, fp32; see `_uncapped_logits`."""
+    z = _uncapped_logits(row, columns, load, inside, OPTIONS)
     if OPTIONS.HAS_CAP:
         z = row.softcap * tanh(z / row.softcap)
     return z
@@ -121,18 +130,16 @@ def _logits(
 @jit
 def _sums(row: Row, OPTIONS: tl.constexpr) -> tuple[tj.Scalar, tj.Scalar, tj.Scalar]:
     """(maximum m, sum of exp(z - m)) over all columns but the targets; the sum of all logits."""
-    TARGETS: tl.constexpr = OPTIONS.TARGETS
-    BLOCK: tl.constexpr = OPTIONS.BLOCK
     m = tl.full((), -1.0e38, tl.float32)  # finite: inf - inf would be nan
     rest = tl.full((), 0.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    for start in range(0, row.width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    for start in range(0, row.width, OPTIONS.BLOCK):
+        columns = start + tl.arange(0, OPTIONS.BLOCK)
         inside = columns < row.vocabulary
         z = _logits(row, columns, columns < row.width, inside, OPTIONS)
         if OPTIONS.TOTAL:
             total += tl.sum(tl.where(inside, z, 0.0))
-        for k in tl.static_range(TARGETS):
+        for k in tl.static_range(OPTIONS.TARGETS):
             inside = inside & (columns != tl.load(row.targets + k))
         z = tl.where(inside, z, float("-inf"))
         new = tl.maximum(m, tl.max(z))
@@ -149,9 +156,8 @@ def _in_vocabulary(target: tj.Block, row: Row) -> tj.Block:
 @jit
 def _peak(row: Row, rival: tj.Scalar, OPTIONS: tl.constexpr) -> tj.Scalar:
     """Largest logit of the row. rival: of the columns that are no targets."""
-    TARGETS: tl.constexpr = OPTIONS.TARGETS
     m = rival
-    for k in tl.static_range(TARGETS):
+    for k in tl.static_range(OPTIONS.TARGETS):
         t = tl.load(row.targets + k)
         there = _in_vocabulary(t, row)
         m = tl.maximum(m, tl.where(there, _logits(row, t, there, there, OPTIONS), float("-inf")))
@@ -166,11 +172,10 @@ def _describe(
 
     rival, rest: of the other columns, from _sums.
     """
-    TARGETS: tl.constexpr = OPTIONS.TARGETS
     m = _peak(row, rival, OPTIONS)
     rest = rest * tl.exp2((rival - m) * LOG2_E)
     everything = rest
-    for k in tl.static_range(TARGETS):  # each column once, however many targets it is
+    for k in tl.static_range(OPTIONS.TARGETS):  # each column once, however many targets it is
         t = tl.load(row.targets + k)
         counts = _in_vocabulary(t, row)
         for j in tl.static_range(k):
@@ -178,13 +183,13 @@ def _describe(
         z_t = _logits(row, t, counts, counts, OPTIONS)
         everything += tl.where(counts, tl.exp(z_t - m), 0.0)
     log_sum = tl.log(everything)
-    for k in tl.static_range(TARGETS):
+    for k in tl.static_range(OPTIONS.TARGETS):
         t = tl.load(row.targets + k)
         there = _in_vocabulary(t, row)
         z_t = _logits(row, t, there, there, OPTIONS)
         best = z_t > rival
         others = rest
-        for j in tl.static_range(TARGETS):
+        for j in tl.static_range(OPTIONS.TARGETS):
             u = tl.load(row.targets + j)
             counts = _in_vocabulary(u, row) & (u != t)
             for i in tl.static_range(j):
@@ -213,16 +218,14 @@ def _target_entries(
     OPTIONS: tl.constexpr,
 ) -> tuple[tj.Block, tj.Block]:
     """(columns [SLOTS] of the targets, gradients there from their nats)."""
-    TARGETS: tl.constexpr = OPTIONS.TARGETS
-    SLOTS: tl.constexpr = OPTIONS.SLOTS
-    slots = tl.arange(0, SLOTS)
-    t_k = tl.load(row.targets + slots, mask=slots < TARGETS, other=-1)
+    slots = tl.arange(0, OPTIONS.SLOTS)
+    t_k = tl.load(row.targets + slots, mask=slots < OPTIONS.TARGETS, other=-1)
     there = _in_vocabulary(t_k, row)
     # What weighs p and is the target's own, and the rest: not a - mine, whose error is that of
     # mine, however small the others are.
-    mine = tl.zeros((SLOTS,), tl.float32)
-    others = tl.zeros((SLOTS,), tl.float32)
-    for j in tl.static_range(TARGETS):
+    mine = tl.zeros((OPTIONS.SLOTS,), tl.float32)
+    others = tl.zeros((OPTIONS.SLOTS,), tl.float32)
+    for j in tl.static_range(OPTIONS.TARGETS):
         same = tl.load(row.targets + j) == t_k
         b = tl.load(weight_b + j)
         mine += tl.where(same, b, 0.0)
@@ -230,9 +233,7 @@ def _target_entries(
     known = tl.load(nats + slots, mask=there, other=0.0)
     entry = mine * _expm1_of_minus(known) + (others + rest) * tl.exp(-known) + flat
     if OPTIONS.HAS_CAP:
-        z_t = tl.load(row.logits + t_k, mask=there, other=0.0).to(tl.float32)
-        if OPTIONS.HAS_BIAS:
-            z_t += tl.load(row.bias + t_k, mask=there, other=0.0).to(tl.float32)
+        z_t = _uncapped_logits(row, t_k, there, there, OPTIONS)
         entry = entry * tanh_slope(z_t / row.softcap)
     return t_k, entry
 
@@ -251,15 +252,12 @@ def _write_gradient(
     OPTIONS: tl.constexpr,
 ) -> None:
     """A p - b [target] + flat over one row, the targets' own entries from their nats."""
-    BLOCK: tl.constexpr = OPTIONS.BLOCK
     # These are computed first, into registers: the loop below writes over the logits.
     t_k, entry = _target_entries(row, nats, weight_b, rest, flat, OPTIONS)
-    for start in range(0, row.width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    for start in range(0, row.width, OPTIONS.BLOCK):
+        columns = start + tl.arange(0, OPTIONS.BLOCK)
         inside = columns < row.vocabulary
-        z = tl.load(row.logits + columns, mask=columns < row.width, other=0.0).to(tl.float32)
-        if OPTIONS.HAS_BIAS:
-            z += tl.load(row.bias + columns, mask=inside, other=0.0).to(tl.float32)
+        z = _uncapped_logits(row, columns, columns < row.width, inside, OPTIONS)
         slope = 1.0
         if OPTIONS.HAS_CAP:
             slope = tanh_slope(z / row.softcap)
@@ -295,16 +293,14 @@ def row_kernel(
     OPTIONS: tl.constexpr,
 ) -> None:
     """Do the work of one row; see rows.work, and Row for `width`."""
-    TARGETS: tl.constexpr = OPTIONS.TARGETS
-    BLOCK: tl.constexpr = OPTIONS.BLOCK
     number = tl.program_id(0).to(tl.int64)  # row x stride passes 2^31 before either factor does
     logits += number * logits_stride
-    targets += number * TARGETS
-    nats += number * TARGETS
+    targets += number * OPTIONS.TARGETS
+    nats += number * OPTIONS.TARGETS
     row = Row(logits, bias, targets, vocabulary, width, softcap)
     if OPTIONS.DESCRIBE:
         rival, rest, added = _sums(row, OPTIONS)
-        outputs = RowStatistics(nats, peak, log_sum, total, hits + number * TARGETS)
+        outputs = RowStatistics(nats, peak, log_sum, total, hits + number * OPTIONS.TARGETS)
         m, ls = _describe(row, outputs, rival, rest, OPTIONS)
         tl.store(peak + number, m)
         tl.store(log_sum + number, ls)
@@ -316,14 +312,14 @@ def row_kernel(
         ls = tl.load(log_sum + number)
     if OPTIONS.GRADIENT:
         gradient += number * gradient_stride
-        weight_b += number * TARGETS
+        weight_b += number * OPTIONS.TARGETS
         beside = tl.full((), 0.0, tl.float32)
         if OPTIONS.LINEAR:
             beside += tl.load(weight_linear + number)
         if OPTIONS.SQUARE:
             beside += 2.0 * tl.load(weight_square + number) * (m + ls)
         a = beside
-        for k in tl.static_range(TARGETS):
+        for k in tl.static_range(OPTIONS.TARGETS):
             a += tl.load(weight_b + k)
         flat = tl.full((), 0.0, tl.float32)
         if OPTIONS.FLAT:
@@ -331,9 +327,9 @@ def row_kernel(
         if (a != 0.0) | (flat != 0.0):
             _write_gradient(row, gradient, nats, weight_b, a, beside, flat, m, ls, OPTIONS)
         else:  # a row without weight is zeroed unread: it may hold inf or nan
-            nothing = tl.zeros((BLOCK,), gradient.dtype.element_ty)
-            for start in range(0, width, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
+            nothing = tl.zeros((OPTIONS.BLOCK,), gradient.dtype.element_ty)
+            for start in range(0, width, OPTIONS.BLOCK):
+                columns = start + tl.arange(0, OPTIONS.BLOCK)
                 tl.store(gradient + columns, nothing, mask=columns < width)
 
 

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from data_prep.format import FORMAT_VERSION
 from data_prep.inputs import InputFile, find_files
@@ -221,10 +220,3 @@ def plan_sha256(spec: PrepSpec) -> str:
     """Identity of the plan of these settings and inputs, without reading the inputs."""
     spec.check()
     return _identity(spec, {name: find_files(location) for name, location in spec.domains.items()})
-
-
-def settings_of(plan: Plan) -> dict[str, Any]:
-    """Settings and sources, for the report."""
-    return plan.spec.settings() | {
-        "sources": {name: str(location) for name, location in plan.spec.domains.items()}
-    }

@@ -70,9 +70,9 @@ def prepare(
     return DatasetManifest.load(spec.output)
 
 
-def local_workers(plan: Plan, count: int | None = None) -> LocalWorkers:
+def local_workers(plan: Plan) -> LocalWorkers:
     """As many workers as this process may use cores, and no more than there are units."""
-    return LocalWorkers(count or max(min(len(os.sched_getaffinity(0)), len(plan.units)), 1))
+    return LocalWorkers(max(min(len(os.sched_getaffinity(0)), len(plan.units)), 1))
 
 
 def is_current(spec: PrepSpec) -> bool:

@@ -16,6 +16,7 @@ from kernels.cross_entropy.scale_triton import BLOCK, scale_kernel
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TENSORS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
+QUERY_HEADS = 4  # per key head
 Variant = tuple[ASTSource, dict[str, Any]]
 
 
@@ -143,13 +144,12 @@ def attention_variant(
     value_width: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     cap: bool = False,
-    group: int = 4,
 ) -> Variant:
     """Return one kernel for heads of a width, as it is launched for a model.
 
     Strides are multiples of 16 as in models; counts of tokens are not.
     """
-    q = torch.empty(1, 1, group, width, dtype=dtype, device="meta")
+    q = torch.empty(1, 1, QUERY_HEADS, width, dtype=dtype, device="meta")
     k = torch.empty(1, 1, 1, width, dtype=dtype, device="meta")
     v = torch.empty(1, 1, 1, value_width or width, dtype=dtype, device="meta")
     tile = launch.tile_for(table, q, v)

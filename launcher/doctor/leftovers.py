@@ -44,8 +44,9 @@ def extension_locks(root: Path | None = None) -> Finding:
     )
 
 
-def stale_shared_memory(root: Path = Path("/dev/shm")) -> Finding:
+def stale_shared_memory() -> Finding:
     """Check for this user's files in shared memory that no process has open or mapped."""
+    root = Path("/dev/shm")
     mine = (
         [f for f in root.iterdir() if f.is_file() and f.stat().st_uid == os.getuid()]
         if root.is_dir()

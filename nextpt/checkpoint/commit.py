@@ -104,9 +104,9 @@ def commit(
     root: Path,
     snapshot: Snapshot,
     ranks: RankGroup,
-    lineage: Sequence[list[int]] = (),
-    loss: float | None = None,
-    may_commit: Callable[[], None] = lambda: None,
+    lineage: Sequence[list[int]],
+    loss: float | None,
+    may_commit: Callable[[], None],
     min_sequence: int = 0,
 ) -> CommittedCheckpoint:
     """Write a checkpoint of the snapshots of all ranks; returns when it is durable. Collective.

@@ -245,7 +245,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {"size": size, "xxh3": digest.hexdigest()}
 
 
-def hash_problem(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> str | None:
+def hash_problem(folder: Path, manifest: Manifest, share: int, shares: int) -> str | None:
     """First file whose hash differs from the manifest's; None without one.
 
     Args:

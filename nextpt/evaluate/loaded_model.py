@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +62,7 @@ class LoadedModel:
         return self.data
 
 
-def open_run(run: Path, step: int | None = None, warn: Callable[[str], None] = print) -> Checkpoint:
+def open_run(run: Path, step: int | None = None) -> Checkpoint:
     """Open the newest checkpoint of a run folder, or that of a step, and verify it.
 
     Raises:
@@ -74,7 +73,7 @@ def open_run(run: Path, step: int | None = None, warn: Callable[[str], None] = p
             f"run folder {run} does not exist; train first, or give the folder that holds"
             " checkpoints/"
         )
-    return open_checkpoint(run / "checkpoints", step, warn)
+    return open_checkpoint(run / "checkpoints", step)
 
 
 def open_model(

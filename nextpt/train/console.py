@@ -20,6 +20,7 @@ from nextpt.events import (
 )
 
 BAR_FROM_WIDTH = 110  # columns; without the bar the line fits 80
+PLAIN_SECONDS = 10.0  # least time between two steps that are printed without a terminal
 
 
 def print_on_rank_0(ranks: RankGroup, text: str) -> None:
@@ -32,19 +33,17 @@ class ConsoleListener:
     """Prints events.
 
     On a terminal steps update one progress line, and everything else scrolls above it. Elsewhere a
-    step is printed at most every `plain_seconds` seconds, so that logs stay short.
+    step is printed at most every PLAIN_SECONDS seconds, so that logs stay short.
 
     Args:
         first_step: First step of this start.
         last_step: Last step of the run.
-        plain_seconds: Least time between two steps that are printed.
     """
 
-    def __init__(self, first_step: int, last_step: int, plain_seconds: float = 10.0) -> None:
+    def __init__(self, first_step: int, last_step: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.first_step = first_step
         self.last_step = last_step
-        self.plain_seconds = plain_seconds
         self.start_time = time.monotonic()
         self.last_print_time = 0.0
         self.progress: Progress | None = None
@@ -78,7 +77,7 @@ class ConsoleListener:
             self.progress.update(self.task, completed=event.step, description=text)
             return
         now = time.monotonic()
-        if now - self.last_print_time < self.plain_seconds and event.step != self.last_step:
+        if now - self.last_print_time < PLAIN_SECONDS and event.step != self.last_step:
             return
         self.last_print_time = now
         steps = event.step - self.first_step + 1

@@ -14,8 +14,10 @@ import torch
 from nextpt.base.errors import UserError
 from nextpt.train import deepspeed_api
 
+TIMEOUT_MINUTES = 30.0  # of a collective, and of the wait for all ranks to join
 
-def start_distributed(timeout_minutes: float = 30.0) -> torch.device:
+
+def start_distributed() -> torch.device:
     """Join the process group and return this rank's device.
 
     A process that was started without a launcher becomes rank 0 of 1 on a free port.
@@ -42,7 +44,7 @@ def start_distributed(timeout_minutes: float = 30.0) -> torch.device:
     if interface := _interface_to(os.environ.get("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
-        deepspeed_api.init_process_group("nccl" if cuda else "gloo", timeout_minutes)
+        deepspeed_api.init_process_group("nccl" if cuda else "gloo", TIMEOUT_MINUTES)
     except (RuntimeError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(

@@ -138,7 +138,7 @@ def share(hits: np.ndarray) -> dict[str, Any]:
     }
 
 
-def mean(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
+def mean(values: np.ndarray) -> dict[str, Any]:
     """Mean of values, fp64 [n], with its 95 % bootstrap interval, for JSON."""
     if len(values) < 2:
         return {
@@ -148,6 +148,6 @@ def mean(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
             "of": len(values),
         }
     low, high = bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", random_state=seed
+        (values,), np.mean, n_resamples=2000, method="percentile", random_state=0
     ).confidence_interval
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "of": len(values)}

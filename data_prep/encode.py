@@ -80,8 +80,12 @@ class _Encoding:
         write_heldout: Write,
         write_bad: Write,
     ) -> None:
-        self.spec, self.unit, self.tokenizer, self.writer = spec, unit, tokenizer, writer
-        self.write_heldout, self.write_bad = write_heldout, write_bad
+        self.spec = spec
+        self.unit = unit
+        self.tokenizer = tokenizer
+        self.writer = writer
+        self.write_heldout = write_heldout
+        self.write_bad = write_bad
         self.table = tokenizer.token_bytes().astype(np.int64)
         self.domains: dict[str, int] = {}
         self.part = self.records = self.cuts = 0
@@ -92,7 +96,8 @@ class _Encoding:
         self.last: Record | None = None
         self.threshold = int(spec.heldout * 2**64)
         self.checked = tokenizer.encoder != "tiktoken"
-        self.started, self.encoding_seconds = time.process_time(), 0.0
+        self.started = time.process_time()
+        self.encoding_seconds = 0.0
 
     def encode_part(self, number: int, file: InputFile, records: Iterator[Record | Bad]) -> None:
         """Tokenize the records of part `number` of the unit."""

@@ -129,7 +129,9 @@ class _Pair:
     """
 
     def __init__(self, tokens: IO[bytes], index: IO[bytes], manifest: DatasetManifest) -> None:
-        self._tokens_file, self._index, self._manifest = tokens, index, manifest
+        self._tokens_file = tokens
+        self._index = index
+        self._manifest = manifest
         self._dtype = megatron_dtype(manifest.vocab_size)
         self._drops_starts = manifest.start_id == manifest.end_id
         self.sequences = self.tokens = self._documents = self._continued = 0

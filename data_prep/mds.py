@@ -81,7 +81,9 @@ class MappedShard:
     ) -> None:
         import torch  # not at the top: workers of data_prep import this module and need no torch
 
-        self.path, self.samples, self._domain = path, samples, domain
+        self.path = path
+        self.samples = samples
+        self._domain = domain
         size = os.stat(path).st_size
         if size < 8:
             raise self._damaged(f"{size} bytes are no shard")

@@ -51,7 +51,8 @@ class TokensWriter:
             name: path.with_name(f".{path.name}.{name}-{os.getpid()}")
             for name in ("tokens", "sizes", "documents")
         }
-        self._dtype, self._has_sizes = dtype, sizes
+        self._dtype = dtype
+        self._has_sizes = sizes
         self._files = {
             name: open(p, "wb")  # noqa: SIM115 - closed by finish or abandon
             for name, p in self._paths.items()

@@ -51,7 +51,9 @@ class _Watch(ABC):
     """Follows the stages until the last is done or `stop` is set."""
 
     def __init__(self, plan: Plan, console: Console, stop: threading.Event) -> None:
-        self.plan, self.console, self.stop = plan, console, stop
+        self.plan = plan
+        self.console = console
+        self.stop = stop
 
     def run(self) -> None:
         try:

@@ -141,7 +141,9 @@ class Lease:
     """A file that names the worker of an item and its progress, kept fresh by a thread."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._advanced, self._stop = path, 0, threading.Event()
+        self.path = path
+        self._advanced = 0
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
         self._thread.start()
 

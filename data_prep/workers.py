@@ -44,7 +44,9 @@ class LocalWorkers(Workers):
     """
 
     def __init__(self, count: int, task: int = 0, tasks: int = 1) -> None:
-        self.count, self.first, self.total = count, task * count, tasks * count
+        self.count = count
+        self.first = task * count
+        self.total = tasks * count
 
     def run(self, work: Path) -> None:
         """Run until the preparation is finished; see Workers."""
@@ -160,7 +162,8 @@ class RayWorkers(Workers):
     """
 
     def __init__(self, address: str | None = None, count: int | None = None) -> None:
-        self.address, self.count = address, count
+        self.address = address
+        self.count = count
 
     def run(self, work: Path) -> None:
         """Run until the preparation is finished; see Workers."""

@@ -71,7 +71,8 @@ class Tokenizer:
         description = Description.read(path)
         self._description = description
         self.library = _open_library(path)
-        self.path, self.sha256 = path, sha256_file(path)
+        self.path = path
+        self.sha256 = sha256_file(path)
         self.vocab_size = (
             max([*description.vocabulary.values(), *(t.id for t in description.added)]) + 1
         )

@@ -21,7 +21,8 @@ class Respeller:
     """
 
     def __init__(self, description: Description, library: HFTokenizer, vocab_size: int) -> None:
-        self._description, self._library = description, library
+        self._description = description
+        self._library = library
         self._special = np.zeros(vocab_size, dtype=bool)
         self._special[list(description.specials.values())] = True
         self._names = {index: content for content, index in description.specials.items()}

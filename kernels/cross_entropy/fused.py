@@ -163,7 +163,8 @@ class Slab:
         else:
             self.work = rows_torch.work
         dtype = p.dtype if p.wide else p.hidden.dtype
-        self._vocabulary, self._gradient = p.weight.shape[0], gradient
+        self._vocabulary = p.weight.shape[0]
+        self._gradient = gradient
         self._memory = torch.empty(
             min(p.rows, p.hidden.shape[0]),
             padded(self._vocabulary),

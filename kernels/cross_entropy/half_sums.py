@@ -34,7 +34,8 @@ class HalfSums:
         bound = 2 * c.b.abs().sum(1)  # of |gradient_j|, see rows.py; p is at most 1
         for part in (c.linear, c.flat):
             bound = bound if part is None else bound + part.abs()
-        self._result, self._sums = result, result.view(torch.float16)
+        self._result = result
+        self._sums = result.view(torch.float16)
         self._of_g = power_of_two_over(torch.linalg.vector_norm(bound, torch.inf)) * 2.0**12
         self._of_x = power_of_two_over(torch.linalg.vector_norm(hidden, torch.inf).float())
         self._alpha = 2.0 ** -(2 + (hidden.shape[0] - 1).bit_length())

@@ -34,7 +34,10 @@ class LinearCrossEntropy(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.weight, self.bias, self.softcap, self._options = weight, bias, softcap, options
+        self.weight = weight
+        self.bias = bias
+        self.softcap = softcap
+        self._options = options
 
     if TYPE_CHECKING:  # torch.nn.Module.__call__ is untyped
 

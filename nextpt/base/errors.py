@@ -95,7 +95,8 @@ class CheckpointSaveError(CheckpointError):
 
     def __init__(self, message: str, rank: int, number: int | None) -> None:
         super().__init__(message)
-        self.rank, self.number = rank, number
+        self.rank = rank
+        self.number = number
 
 
 class NoValidCheckpointError(CheckpointError):

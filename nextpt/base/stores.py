@@ -184,7 +184,8 @@ class StoreFolder:
     def __init__(
         self, location: str | Path, durable: bool = False, background: bool = True
     ) -> None:
-        self.location, self.durable = str(location).rstrip("/"), durable
+        self.location = str(location).rstrip("/")
+        self.durable = durable
         self.filesystem, root = open_store(location)
         if not background and isinstance(self.filesystem, fs.S3FileSystem):
             rebuild, (options,) = self.filesystem.__reduce__()

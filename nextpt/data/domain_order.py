@@ -39,7 +39,8 @@ class DomainOrder:
         self._shard_sizes = np.asarray(shard_sizes, np.int64)
         self._starts = np.concatenate(([0], np.cumsum(self._shard_sizes, dtype=np.int64)))
         self.total = int(self._starts[-1])
-        self._seed, self._stream = seed, stream
+        self._seed = seed
+        self._stream = stream
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
         self._window = lru_cache(maxsize=3)(self._draw_window)
 

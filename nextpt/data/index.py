@@ -99,7 +99,8 @@ class ShardIndex:
         self.counts = np.array(numbers.counts, np.int64)
         self.bytes = np.array(numbers.bytes, np.int64)
         self.compressed_bytes = np.array(numbers.compressed_bytes, np.int64)
-        self._hashes, self._compressed_hashes = numbers.xxh64, numbers.compressed_xxh64
+        self._hashes = numbers.xxh64
+        self._compressed_hashes = numbers.compressed_xxh64
         if int(self.counts.sum()) != recorded.rows:
             raise DataError(
                 f"{self.folder}: {self.counts.sum()} sequences in index.json, {recorded.rows} in"

@@ -48,9 +48,13 @@ class Loader:
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, *, pin: bool = False) -> None:
-        self.config, self.rank, self.world_size, self.pin = config, rank, world_size, pin
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.pin = pin
         self.dataset = Dataset(config)
-        self.manifest, self.domains = self.dataset.manifest, self.dataset.domains
+        self.manifest = self.dataset.manifest
+        self.domains = self.dataset.domains
         self._weights = np.array(
             [config.objective.domain_weights.get(d, 1.0) for d in self.domains], dtype=np.float32
         )

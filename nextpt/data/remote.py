@@ -43,7 +43,8 @@ class RemoteDataset:
 
     def __init__(self, uri: str, root: Path) -> None:
         import_streaming()
-        self.uri, self.root = uri.rstrip("/"), root
+        self.uri = uri.rstrip("/")
+        self.root = root
         self._thread_local = threading.local()
         if os.path.realpath(uri) == os.path.realpath(root):
             raise ConfigError(

@@ -68,7 +68,9 @@ class MappedSequences:
     """
 
     def __init__(self, store: ShardStore, domain: int, threads: ThreadPoolExecutor) -> None:
-        self._store, self._domain, self._threads = store, domain, threads
+        self._store = store
+        self._domain = domain
+        self._threads = threads
         self._starts: list[int] = [0, *np.cumsum(store.index.counts).tolist()]
         self._lock = threading.Lock()
         self._maps: OrderedDict[int, MappedShard] = OrderedDict()

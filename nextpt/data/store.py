@@ -49,7 +49,10 @@ class ShardStore:
         remote: RemoteDataset | None,
         cache: ShardCache,
     ) -> None:
-        self.index, self.name, self.scratch, self.remote = index, name, scratch, remote
+        self.index = index
+        self.name = name
+        self.scratch = scratch
+        self.remote = remote
         self.folder = index.folder
         self._cache = cache
         own = xxhash.xxh64_hexdigest(os.fsencode(os.path.realpath(self.folder)))
@@ -183,7 +186,8 @@ class ShardCache:
     """
 
     def __init__(self, scratch: ScratchFolder, limit: int | None) -> None:
-        self.scratch, self.limit = scratch, limit
+        self.scratch = scratch
+        self.limit = limit
         self._stores: list[ShardStore] = []
         self._processes = int(os.environ.get("LOCAL_SIZE", "1"))
         self._free = self._written = 0

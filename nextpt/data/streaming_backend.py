@@ -126,7 +126,10 @@ class StreamingSequences:
     """
 
     def __init__(self, store: ShardStore, domain: int, dataset: Any, first: int) -> None:
-        self._store, self._domain, self._dataset, self._first = store, domain, dataset, first
+        self._store = store
+        self._domain = domain
+        self._dataset = dataset
+        self._first = first
         self._starts = np.concatenate(([0], np.cumsum(store.index.counts)))
         self._verified: set[int] = set()
 

@@ -82,7 +82,8 @@ class Calibration:
 
     def __init__(self) -> None:
         self.positions = 0
-        self.top, self.every = Reliability(TOP_BINS), Reliability(EVERY_BINS)
+        self.top = Reliability(TOP_BINS)
+        self.every = Reliability(EVERY_BINS)
 
     def add(self, logprobs_NV: Tensor, targets_N: Tensor) -> None:
         """Add n positions.

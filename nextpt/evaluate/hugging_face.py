@@ -62,7 +62,9 @@ class HuggingFaceModel(nn.Module):
 
     def __init__(self, inner: Any, max_position: int) -> None:
         super().__init__()
-        self.inner, self.max_position, self.lm_head = inner, max_position, LogitHead()
+        self.inner = inner
+        self.max_position = max_position
+        self.lm_head = LogitHead()
 
     @property
     def vocab_size(self) -> int:

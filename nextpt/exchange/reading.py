@@ -195,7 +195,8 @@ class ConfigReader:
     """
 
     def __init__(self, path: Path, values: dict[str, Any], architecture: Architecture) -> None:
-        self.path, self.architecture = path, architecture
+        self.path = path
+        self.architecture = architecture
         self._unread = {
             k: v
             for k, v in values.items()

@@ -20,9 +20,11 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> None:
-        self._tokenizer, self._tokens = tokenizer, list(tokens)
+        self._tokenizer = tokenizer
+        self._tokens = list(tokens)
         # First token of the previous piece, and number of tokens whose text was returned
-        self._previous, self._returned = 0, len(tokens)
+        self._previous = 0
+        self._returned = len(tokens)
 
     def add(self, token: int) -> Iterator[str]:
         """Append a token; yields the text that is now complete, if any."""
@@ -57,7 +59,9 @@ class StopStringFilter:
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "an empty stop string"
-        self._stops, self._held, self.matched = tuple(stops), "", False
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched = False
 
     def add(self, piece: str) -> str:
         """Append a piece; returns the text that may be shown, which may be empty."""

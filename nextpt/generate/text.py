@@ -167,14 +167,16 @@ class _Row:
         config: GenerationConfig,
         on_text: TextCallback,
     ) -> None:
-        self.prompt, self.result = prompt, Continuation(number, sample)
+        self.prompt = prompt
+        self.result = Continuation(number, sample)
         self.rng = continuation_rng(config.sampling.seed, number, sample)
         room = model.max_position - len(prompt)
         self.max_tokens = min(config.max_tokens, room)
         self._last_reason = (
             FinishReason.LENGTH if config.max_tokens <= room else FinishReason.CONTEXT
         )
-        self._end_id, self._on_text = tokenizer.end_id, on_text
+        self._end_id = tokenizer.end_id
+        self._on_text = on_text
         self._detokenizer = IncrementalDetokenizer(tokenizer, prompt)
         self._stop_filter = StopStringFilter(config.stop)
 

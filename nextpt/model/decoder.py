@@ -72,7 +72,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         options = options or ComputeOptions()
-        self.spec, self.options = spec, options
+        self.spec = spec
+        self.options = options
         init = Init(seed, spec.init_std, spec.depth)
         self.embed_tokens = Embedding(spec.vocab_size, spec.width, init, "embed_tokens")
         self.blocks = nn.ModuleList(

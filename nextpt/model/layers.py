@@ -129,7 +129,9 @@ class Attention(nn.Module):
         self, spec: ModelSpec, init: Init, name: str, index: int, implementation: str
     ) -> None:
         super().__init__()
-        self.spec, self.index, self.implementation = spec, index, implementation
+        self.spec = spec
+        self.index = index
+        self.implementation = implementation
         queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
 
         def linear(part: str, inputs: int, outputs: int, residual: bool = False) -> Linear:

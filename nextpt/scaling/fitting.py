@@ -68,7 +68,8 @@ class Problem:
     """A law, the runs that it is fitted to, and the objective."""
 
     def __init__(self, law: Law, runs: Runs, delta: float | None) -> None:
-        self.law, self.runs = law, runs
+        self.law = law
+        self.runs = runs
         self.delta = np.inf if law.least_squares else DELTA if delta is None else delta
         self.centre = Centre(
             float(np.log(runs.parameters).mean()), float(np.log(runs.tokens).mean())

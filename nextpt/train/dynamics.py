@@ -46,7 +46,8 @@ class GradientNoise:
     """
 
     def __init__(self, module: nn.Module, device: torch.device, scale: float) -> None:
-        self.active, self._scale = False, scale
+        self.active = False
+        self._scale = scale
         # Sum over micro-batches of (W_m / W) |g_m|^2
         self._micro_batch_squares = torch.zeros((), dtype=torch.float64, device=device)
         self._squares: list[Tensor] = []

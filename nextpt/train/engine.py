@@ -28,7 +28,8 @@ class TrainingModule(nn.Module):
 
     def __init__(self, model: Decoder, z_loss_coefficient: float) -> None:
         super().__init__()
-        self.model, self.z_loss_coefficient = model, z_loss_coefficient
+        self.model = model
+        self.z_loss_coefficient = z_loss_coefficient
 
     def forward(self, batch: Batch, weight_sum: Tensor) -> Loss:
         """Loss of a micro-batch, divided by the weight sum of the whole optimizer step."""
@@ -49,9 +50,11 @@ class Engine:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         self.mesh = Mesh.create()
-        self.rank, self.world_size = self.mesh.rank, self.mesh.world_size
+        self.rank = self.mesh.rank
+        self.world_size = self.mesh.world_size
         self._data_size = self.mesh.data_size
         deepspeed_api.disable_host_gradient_checks()
         settings = deepspeed_config(config, self._data_size)
@@ -74,7 +77,8 @@ class Engine:
         self._optimizer = self.optimizer_spec.build(
             self.optimizer_spec.torch_groups(parameters.items()), self._current_verdict
         )
-        self._module, self._zero = module, None
+        self._module = module
+        self._zero = None
         self._engine = deepspeed_api.initialize(module, self._optimizer, settings)
         stage = config.train.zero_stage
         self._zero = self._engine.optimizer if stage else None

@@ -46,8 +46,11 @@ class ZeroState:
         stage: int,
         mesh: Mesh,
     ) -> None:
-        self.parameters, self.optimizer = parameters, optimizer
-        self.zero, self.stage, self.mesh = zero, stage, mesh
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.zero = zero
+        self.stage = stage
+        self.mesh = mesh
         optimizer.attach(self._flat_tensors(), self.shards())
 
     def shards(self) -> Iterator[Shard]:

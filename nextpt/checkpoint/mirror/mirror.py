@@ -72,7 +72,8 @@ class Mirror:
         self.run = run
         self.may_write = may_write
         self.accept = accept
-        self.owner, self.claimed = uuid.uuid4().hex, False
+        self.owner = uuid.uuid4().hex
+        self.claimed = False
         self._events: queue.SimpleQueue[MirrorEvent] = queue.SimpleQueue()
         # Guards the next two attributes, and the removal of local checkpoints.
         self._lock = threading.Lock()

@@ -21,7 +21,8 @@ class RangeEncoder:
     """Encodes parts [start, start + size) of 2^BITS one after another."""
 
     def __init__(self) -> None:
-        self._low, self._range = 0, _MASK
+        self._low = 0
+        self._range = _MASK
         self._out = bytearray()
 
     def encode(self, start: int, size: int) -> None:
@@ -70,7 +71,8 @@ class RangeDecoder:
     """
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._next = data, _WIDTH // 8
+        self._data = data
+        self._next = _WIDTH // 8
         self._code = int.from_bytes(data[: self._next].ljust(self._next, b"\0"), "big")
         self._range = _MASK
 

@@ -88,7 +88,8 @@ class FileCoder:
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model.float(), tokenizer
+        self.model = model.float()
+        self.tokenizer = tokenizer
         self.codec = ByteCodec(tokenizer)
         self.device = next(model.parameters()).device
         self.digest = model_digest(model, tokenizer)

@@ -47,7 +47,9 @@ class TokenEncoder(TokenCoder):
     """
 
     def __init__(self, tokens: np.ndarray, rows: int) -> None:
-        self.tokens, self.steps, self.coder = tokens, -(-len(tokens) // rows), RangeEncoder()
+        self.tokens = tokens
+        self.steps = -(-len(tokens) // rows)
+        self.coder = RangeEncoder()
 
     def code(self, row: int, step: int, ends: np.ndarray) -> int:
         """Encode the file's next token."""

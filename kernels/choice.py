@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -27,14 +28,6 @@ def _package_missing(package: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed"
     return None
-
-
-def _flash_attn_unavailable() -> str | None:
-    return _package_missing("flash_attn")
-
-
-def _triton_unavailable() -> str | None:
-    return _package_missing("triton")
 
 
 def _triton_attention_unavailable() -> str | None:
@@ -98,7 +91,7 @@ ATTENTION = _table(
         "flash_attn",
         _CUDA,
         frozenset({"documents", "window", "softcap"}),
-        unavailable=_flash_attn_unavailable,
+        unavailable=partial(_package_missing, "flash_attn"),
     ),
     Implementation(
         "triton",
@@ -117,7 +110,9 @@ ATTENTION_ORDER = {"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "ref
 CROSS_ENTROPY = _table(
     Implementation("reference", _CPU_AND_CUDA),
     Implementation("torch", _CPU_AND_CUDA),
-    Implementation("triton", _CUDA, interpreted=True, unavailable=_triton_unavailable),
+    Implementation(
+        "triton", _CUDA, interpreted=True, unavailable=partial(_package_missing, "triton")
+    ),
 )
 CROSS_ENTROPY_ORDER = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
 

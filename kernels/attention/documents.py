@@ -1,4 +1,4 @@
-"""Packings: which tokens of a batch may see each other."""
+"""Document masks: packed documents, packed sequences and left padding, for every implementation."""
 
 from __future__ import annotations
 
@@ -92,11 +92,10 @@ class PackedDocuments(Packing):
         """Return the starts of the documents, or of what the slices hold of them."""
         if self._cu_seqlens is None:
             raise ValueError("the starts of the documents (cu_seqlens) are not known")
-        starts = (
+        return (
             self._starts(self._cu_seqlens, slices.query_offset, slices.queries),
             self._starts(self._cu_seqlens, slices.key_offset, slices.keys),
         )
-        return starts
 
     def _starts(self, cu_seqlens: Tensor, offset: int, length: int) -> Tensor:
         whole = self.document_ids.shape[1]

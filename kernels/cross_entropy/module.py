@@ -1,4 +1,4 @@
-"""The output matrix and the loss through it, as one module."""
+"""Output layer with a fused cross-entropy: the vocabulary matrix and its loss as one module."""
 
 from __future__ import annotations
 

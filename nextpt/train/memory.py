@@ -1,4 +1,4 @@
-"""Memory of one rank, estimated by formula.
+"""Memory estimate of one rank: weights, gradients, optimizer, buffers, activations, loss.
 
 tests/train/test_memory.py compares it with measured ranks.
 """

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nextpt.base import errors
-from nextpt.base.errors import EXIT_USER_ERROR, ConfigError, UserError
+from nextpt.base.errors import EXIT_USER_ERROR, ConfigError, UserError, same_on_all_ranks
 from nextpt.base.files import canonical_json
 
 T = TypeVar("T")
@@ -232,5 +232,5 @@ def _unpack(packed: list[Any], prefix: str = "") -> UserError:
     while "__init__" in vars(kind):
         kind = kind.__base__
     error: UserError = kind(prefix + message)
-    error.exit_code, error.every_rank = exit_code, False
-    return error
+    error.exit_code = exit_code
+    return same_on_all_ranks(error)

@@ -5,7 +5,7 @@ The message of each error is one line: what is wrong, the value, what was expect
 
 import sys
 import warnings
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 # Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of
 # sysexits.h.
@@ -55,6 +55,15 @@ class UserError(Exception):
 
     exit_code = EXIT_USER_ERROR
     every_rank = False
+
+
+Error = TypeVar("Error", bound=UserError)
+
+
+def same_on_all_ranks(error: Error) -> Error:
+    """Mark an error that all ranks raise alike, so that only rank 0 prints it; returns it."""
+    error.every_rank = False
+    return error
 
 
 class ConfigError(UserError):

@@ -21,9 +21,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.errors import CheckpointSaveError
+from nextpt.base.errors import CheckpointError, CheckpointSaveError, same_on_all_ranks
 from nextpt.base.json_files import sync, write_json
-from nextpt.checkpoint.errors import same_on_all_ranks
 from nextpt.checkpoint.folders import STAGING, clear_leftovers, last_sequence, unused_folder
 from nextpt.checkpoint.format import Snapshot, take_snapshot, write_rank
 from nextpt.checkpoint.manifest import (
@@ -188,7 +187,7 @@ def _run_and_vote(action: Callable[[], None], root: Path, ranks: RankGroup) -> N
             message = f"saving to {root} failed on rank {rank}: {text}"
             if of_the_system:
                 raise CheckpointSaveError(message, rank, number)
-            raise same_on_all_ranks(message)
+            raise same_on_all_ranks(CheckpointError(message))
 
 
 def _errno(error: Exception) -> int | None:

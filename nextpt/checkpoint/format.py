@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextpt.base.errors import CheckpointError
+from nextpt.base.errors import CheckpointError, same_on_all_ranks
 from nextpt.base.json_files import sync, write_json
 from nextpt.checkpoint.chunks import (
     Chunk,
@@ -36,7 +36,7 @@ from nextpt.checkpoint.chunks import (
     split_range,
     whole,
 )
-from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError, same_on_all_ranks
+from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError
 from nextpt.checkpoint.index import Entry, read_contents, stored_shapes
 from nextpt.checkpoint.manifest import describe
 from nextpt.checkpoint.state import WEIGHT, ShardedState, StateShapes
@@ -239,9 +239,12 @@ class Checkpoint:
         for name in sorted(stored.keys() | shapes.keys()):
             if stored.get(name) != shapes.get(name):
                 raise same_on_all_ranks(
-                    f"checkpoint {self.folder} is of another model: parameter {name} has the shape"
-                    f" {stored.get(name, 'none')} in it, expected {shapes.get(name, 'none')};"
-                    " use the config of its run, or another run.dir"
+                    CheckpointError(
+                        f"checkpoint {self.folder} is of another model: parameter {name} has the"
+                        f" shape {stored.get(name, 'none')} in it, expected"
+                        f" {shapes.get(name, 'none')}; use the config of its run, or another"
+                        " run.dir"
+                    )
                 )
 
     def check_state(self, state_shapes: StateShapes) -> None:
@@ -255,10 +258,12 @@ class Checkpoint:
         for name, expected in sorted(state_shapes.items()):
             if self._shapes[name] != expected:
                 raise same_on_all_ranks(
-                    f"checkpoint {self.folder} is of another optimizer: its state of {name} is"
-                    f" {_described(self._shapes[name])}, this optimizer needs"
-                    f" {_described(expected)}; a run cannot change its optimizer: use the config"
-                    " of its run, or another run.dir"
+                    CheckpointError(
+                        f"checkpoint {self.folder} is of another optimizer: its state of {name} is"
+                        f" {_described(self._shapes[name])}, this optimizer needs"
+                        f" {_described(expected)}; a run cannot change its optimizer: use the"
+                        " config of its run, or another run.dir"
+                    )
                 )
 
     def _read_slices(self, file: str, tensor: str, slices: tuple[slice, ...]) -> Tensor:

@@ -13,9 +13,13 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.errors import CheckpointError, CheckpointSaveError, NoValidCheckpointError
+from nextpt.base.errors import (
+    CheckpointError,
+    CheckpointSaveError,
+    NoValidCheckpointError,
+    same_on_all_ranks,
+)
 from nextpt.checkpoint.commit import CommittedCheckpoint, commit, snapshot_on_all_ranks
-from nextpt.checkpoint.errors import same_on_all_ranks
 from nextpt.checkpoint.folders import clear_leftovers, list_checkpoints, remove, steps
 from nextpt.checkpoint.format import Checkpoint, Snapshot
 from nextpt.checkpoint.manifest import Lineage, read_manifest
@@ -189,9 +193,10 @@ class CheckpointManager:
             )
         if checkpoint is None and (problem or candidates):
             raise problem or same_on_all_ranks(
-                f"the mirror {uri} has checkpoints of this run and none is valid; look at them, or"
-                " give another run.dir and checkpoint.mirror",
-                NoValidCheckpointError,
+                NoValidCheckpointError(
+                    f"the mirror {uri} has checkpoints of this run and none is valid; look at"
+                    " them, or give another run.dir and checkpoint.mirror"
+                )
             )
         return self._select() if checkpoint is None else checkpoint
 

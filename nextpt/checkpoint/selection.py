@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from nextpt.base.collective import RankGroup, run_on_rank_0
-from nextpt.base.errors import CheckpointError, NoValidCheckpointError
-from nextpt.checkpoint.errors import same_on_all_ranks
+from nextpt.base.errors import CheckpointError, NoValidCheckpointError, same_on_all_ranks
 from nextpt.checkpoint.folders import (
     folder_of_step,
     list_checkpoints,
@@ -80,15 +79,18 @@ def select_checkpoint(
     if checkpoint is not None:
         return checkpoint
     if resume not in ("auto", "never"):
-        raise same_on_all_ranks(f"{unusable[0]}; give another step, or checkpoint.resume=auto")
+        raise same_on_all_ranks(
+            CheckpointError(f"{unusable[0]}; give another step, or checkpoint.resume=auto")
+        )
     aside = read_on_rank_0(root, ranks, lambda: [folder.name for folder in set_aside_folders(root)])
     unusable += [_Unusable(root / name, "it was set aside as damaged") for name in aside]
     if unusable:
         raise same_on_all_ranks(
-            "; ".join(map(str, unusable))
-            + ". Training does not start from nothing over them: restore one, or remove the"
-            " folders",
-            NoValidCheckpointError,
+            NoValidCheckpointError(
+                "; ".join(map(str, unusable))
+                + ". Training does not start from nothing over them: restore one, or remove the"
+                " folders"
+            )
         )
     return None
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nextpt.base.errors import CheckpointError
-from nextpt.checkpoint.errors import same_on_all_ranks
+from nextpt.base.errors import CheckpointError, same_on_all_ranks
 from nextpt.model import ModelSpec
 from nextpt.model.rope import attention_temperature
 
@@ -132,8 +131,10 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
 
 def _impossible(options: list[str]) -> CheckpointError:
     return same_on_all_ranks(
-        f"no architecture of transformers has model.{' together with model.'.join(options)}; a"
-        " model with these options cannot be exported to it (docs/export.md lists what can)"
+        CheckpointError(
+            f"no architecture of transformers has model.{' together with model.'.join(options)}; a"
+            " model with these options cannot be exported to it (docs/export.md lists what can)"
+        )
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nextpt.base.collective import RankGroup, run_on_all_ranks
-from nextpt.base.errors import CheckpointError
+from nextpt.base.errors import CheckpointError, same_on_all_ranks
 from nextpt.checkpoint.folders import step_of
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
@@ -134,12 +134,12 @@ class TrainingCheckpoints:
             self.policy.load_state(state.get("guard"))
             self.context.loader.load_state(state["data"])
         except (KeyError, TypeError, ValueError) as error:
-            refusal = CheckpointError(
-                f"checkpoint {checkpoint.folder}: the state of the guard or of the data is damaged:"
-                f" {error}; resume from another one with checkpoint.resume=STEP"
-            )
-            refusal.every_rank = False
-            raise refusal from error
+            raise same_on_all_ranks(
+                CheckpointError(
+                    f"checkpoint {checkpoint.folder}: the state of the guard or of the data is"
+                    f" damaged: {error}; resume from another one with checkpoint.resume=STEP"
+                )
+            ) from error
 
     def _extras(self, step: int) -> dict[str, Any]:
         """The part of state.json that is the trainer's. Waits for the device."""

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nextpt.base.errors import ConfigError, DataError
+from nextpt.base.errors import ConfigError, DataError, same_on_all_ranks
 from nextpt.base.files import atomic_write
 from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.format import Checkpoint
@@ -47,12 +47,13 @@ def check_data(config: Config, checkpoint: Checkpoint, loader: Loader) -> None:
     try:
         loader.check_state(checkpoint.state["data"])
     except DataError as error:
-        refusal = DataError(
-            f"the data of {checkpoint.folder} is not that of {config.data.path}: {error}; give the"
-            " old data, or checkpoint.accept_changed_data=true to train on with this all the same"
-        )
-        refusal.every_rank = False
-        raise refusal from None
+        raise same_on_all_ranks(
+            DataError(
+                f"the data of {checkpoint.folder} is not that of {config.data.path}: {error}; give"
+                " the old data, or checkpoint.accept_changed_data=true to train on with this all"
+                " the same"
+            )
+        ) from None
 
 
 def open_run_folder(config: Config, start: dict[str, Any]) -> None:

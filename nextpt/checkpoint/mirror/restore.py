@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from nextpt.base.collective import RankGroup
-from nextpt.base.errors import CheckpointError, StoreError, UserError
+from nextpt.base.errors import CheckpointError, StoreError, UserError, same_on_all_ranks
 from nextpt.base.json_files import sync
 from nextpt.base.stores import is_refusal, store_problem
-from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError, same_on_all_ranks
+from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError
 from nextpt.checkpoint.folders import STAGING, unused_folder
 from nextpt.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from nextpt.checkpoint.mirror.archive import Archive, ArchivedCheckpoint
@@ -142,6 +142,6 @@ def _run_and_vote(action: Callable[[], None], uri: str, ranks: RankGroup) -> str
     for rank, (_, problem) in enumerate(votes):
         if problem:
             raise same_on_all_ranks(
-                f"the checkpoint {uri} cannot be fetched (rank {rank}): {problem}"
+                CheckpointError(f"the checkpoint {uri} cannot be fetched (rank {rank}): {problem}")
             )
     return next((problem for problem, _ in votes if problem), None)

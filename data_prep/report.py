@@ -7,17 +7,16 @@ is derived here and also written to report.json.
 from __future__ import annotations
 
 import math
-import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import humanize
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from pydantic import BaseModel, BeforeValidator, ConfigDict, computed_field
 
 from nextpt.base.files import atomic_write, canonical_json
+from nextpt.base.pages import page_environment
 
 HISTOGRAM_BINS = 32
 # Text of a corpus may hold lone surrogates, which UTF-8 cannot encode.
@@ -318,24 +317,12 @@ def _power(exponent: int) -> str:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("data_prep", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("data_prep")
     environment.filters |= {
-        "count": lambda n: f"{n:,}",
-        "size": partial(humanize.naturalsize, binary=True),
         "short": _short,
         "share": _share,
         "power": _power,
         "figure": lambda value: "-" if value is None else f"{value:.2f}",
-        "duration": lambda s: humanize.precisedelta(
-            s, minimum_unit="seconds" if s < 90 else "minutes", format="%.0f"
-        ),
-        "date": lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s)),
     }
     environment.globals |= {
         "ratio": ratio,

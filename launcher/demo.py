@@ -23,6 +23,7 @@ from launcher.console import console, echo, progress_bars
 from launcher.jobs.local import start_training
 from launcher.tables.evaluation import compressor_table, evaluation_table
 from nextpt.base.errors import UserError
+from nextpt.base.pages import readable_duration
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.config import Config, load_config
 from nextpt.evaluate.evaluation import EvaluationProtocol, evaluate_model
@@ -31,7 +32,7 @@ from nextpt.evaluate.loaded_model import open_model
 from nextpt.events import read_events
 from nextpt.generate import GenerationConfig, Sampling, generate, prompt_tokens
 from nextpt.generate.records import sample_record, save_samples
-from nextpt.observe.report import default_output, readable_duration, write_report
+from nextpt.observe.report import default_output, write_report
 from nextpt.observe.run_record import read_runs
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"

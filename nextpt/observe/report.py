@@ -7,16 +7,16 @@ request.
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import humanize
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 import nextpt
 from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write
+from nextpt.base.pages import page_environment
 from nextpt.config import flatten, to_yaml
 from nextpt.observe.curves import report_plots
 from nextpt.observe.run_record import RunRecord, read_runs
@@ -80,30 +80,6 @@ def heldout_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
 
 def environment() -> Environment:
     """Return the template environment of all pages: escaping, readable numbers and times."""
-    templates = Environment(
-        loader=PackageLoader("nextpt.observe", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {
-        "count": lambda n: f"{n:,}",
-        "size": partial(humanize.naturalsize, binary=True),
-        "date": readable_time,
-        "duration": readable_duration,
-        "short": humanize.metric,
-    }
+    templates = page_environment("nextpt.observe")
+    templates.filters["short"] = humanize.metric
     return templates
-
-
-def readable_time(seconds: float) -> str:
-    """Format seconds since the epoch as local date and time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def readable_duration(seconds: float) -> str:
-    """Format a duration, such as 300 as "5 minutes"."""
-    return humanize.precisedelta(
-        seconds, minimum_unit="seconds" if seconds < 90 else "minutes", format="%.0f"
-    )

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextpt.base.errors import DataError
+from nextpt.base.pages import readable_duration
 from nextpt.config import Config, to_yaml
 from nextpt.events import RollbackEvent, SkipEvent
 from nextpt.observe.curves import running_mean, thin
-from nextpt.observe.report import default_output, readable_duration, write_report
+from nextpt.observe.report import default_output, write_report
 from nextpt.observe.run_record import read_runs
 from tests.support import browser as chromium
 from tests.support.datasets import tiny

@@ -7,7 +7,7 @@ window - stride tokens of context.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,8 @@ from torch import Tensor
 from nextpt.data.batch import IGNORE_INDEX
 from nextpt.evaluate.hugging_face import HuggingFaceModel
 from nextpt.evaluate.metrics import Metrics
+from nextpt.evaluate.progress import Progress, ignore_progress
 from nextpt.model import Decoder
-
-# Called with the share of the work that is done, 0 to 1
-Progress = Callable[[float], None]
-
-
-def ignore_progress(share: float) -> None:
-    """`Progress` that does nothing."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,28 +15,26 @@ from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE, ratio_interval, stratified
 from nextpt.evaluate.compressors import compare
 from nextpt.evaluate.documents import (
-    Progress,
     Window,
     context_lengths,
     harness_windows,
-    ignore_progress,
     sliding_windows,
 )
 from nextpt.evaluate.frequency import EDGES, band_of_tokens
 from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.loaded_model import LoadedModel
 from nextpt.evaluate.metrics import Metrics
+from nextpt.evaluate.progress import (
+    PartProgress,
+    Progress,
+    ignore_part_progress,
+    ignore_progress,
+)
 from nextpt.evaluate.ranks import score_on_ranks
 
 # Columns of a document's sums; those of contexts and bands follow
 TOKENS, BYTES, NATS, SPECIAL = range(4)
 BANDS = len(EDGES)
-# Called with the name of a domain and the share of it that is done, 0 to 1
-DomainProgress = Callable[[str, float], None]
-
-
-def ignore_domain_progress(domain: str, share: float) -> None:
-    """`DomainProgress` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def evaluate_model(
     protocol: EvaluationProtocol,
     *,
     counts: np.ndarray | None = None,
-    progress: DomainProgress = ignore_domain_progress,
+    progress: PartProgress = ignore_part_progress,
 ) -> dict[str, Any]:
     """Evaluate a model on documents.
 

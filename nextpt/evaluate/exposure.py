@@ -27,9 +27,9 @@ from torch import Tensor
 
 from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE, middle, stratified
-from nextpt.evaluate.evaluation import DomainProgress, ignore_domain_progress
 from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.loaded_model import LoadedModel
+from nextpt.evaluate.progress import PartProgress, ignore_part_progress
 from nextpt.generate.decoding import DecodingBatch
 from nextpt.generate.sample import Sampling, continuation_rng, distribution, draw
 from nextpt.model import Decoder
@@ -82,7 +82,7 @@ def exposure_bias(
     loaded: LoadedModel,
     texts: dict[str, list[str]],
     protocol: ExposureProtocol,
-    progress: DomainProgress = ignore_domain_progress,
+    progress: PartProgress = ignore_part_progress,
 ) -> dict[str, Any]:
     """Measure the exposure bias of a model.
 

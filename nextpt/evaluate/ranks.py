@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nextpt.evaluate.documents import Progress, Window, ignore_progress, score_targets
+from nextpt.evaluate.documents import Window, score_targets
 from nextpt.evaluate.loaded_model import LoadedModel, open_model
+from nextpt.evaluate.progress import Progress, ignore_progress
 
 
 def score_on_ranks(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nextpt.evaluate.calibration import Calibration
-from nextpt.evaluate.documents import Progress, ignore_progress, sliding_windows
+from nextpt.evaluate.documents import sliding_windows
+from nextpt.evaluate.progress import Progress, ignore_progress
 from nextpt.model import Decoder
 
 LOGITS_AT_ONCE = 2**24  # elements; some fp32 copies of them live at a time, 64 MiB each

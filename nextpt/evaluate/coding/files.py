@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,17 +29,12 @@ from nextpt.evaluate.coding.container import (
 )
 from nextpt.evaluate.coding.lockstep import TokenCoder, TokenDecoder, TokenEncoder, run_lockstep
 from nextpt.evaluate.coding.text import ByteCodec
+from nextpt.evaluate.progress import PartProgress, Progress, ignore_part_progress
 from nextpt.model import Decoder
 
 # More rows are faster, but each begins without context: no row is shorter, unless the file is
 MOST_ROWS, ROW_TOKENS = 64, 1024
 CACHE_BYTES = 2**31  # of keys and values of all rows together, unless rows are asked for
-# Called with what is done and the share of it that is done, 0 to 1
-CodingProgress = Callable[[str, float], None]
-
-
-def ignore_coding_progress(phase: str, share: float) -> None:
-    """`CodingProgress` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ class FileCoder:
         self,
         data: bytes,
         rows: int | None = None,
-        progress: CodingProgress = ignore_coding_progress,
+        progress: PartProgress = ignore_part_progress,
     ) -> tuple[bytes, CompressionResult]:
         """Compress bytes, decompress the result and compare.
 
@@ -154,7 +149,7 @@ class FileCoder:
         )
 
     def decode(
-        self, coded: bytes, name: str, progress: CodingProgress = ignore_coding_progress
+        self, coded: bytes, name: str, progress: PartProgress = ignore_part_progress
     ) -> bytes:
         """Decompress a file.
 
@@ -223,7 +218,7 @@ class FileCoder:
         return max(min(tokens // ROW_TOKENS, MOST_ROWS, CACHE_BYTES // cache), 1)
 
     def _run(
-        self, header: Header, coder: TokenCoder, count: int, progress: Callable[[float], None]
+        self, header: Header, coder: TokenCoder, count: int, progress: Progress
     ) -> tuple[np.ndarray, float]:
         return run_lockstep(
             self.model,

@@ -19,7 +19,7 @@ import torch
 
 from nextpt.evaluate.coding.coder import RangeDecoder, RangeEncoder
 from nextpt.evaluate.coding.frequencies import cumulative
-from nextpt.evaluate.documents import Progress, ignore_progress
+from nextpt.evaluate.progress import Progress, ignore_progress
 from nextpt.generate.decoding import DecodingBatch
 from nextpt.model import Decoder
 

@@ -18,8 +18,8 @@ import numpy as np
 from data_prep.format import PADDING
 from data_prep.tokenizer import Tokenizer
 from nextpt.data.dataset import open_sequences
-from nextpt.evaluate.documents import Progress, ignore_progress
 from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, Units, stretch_hashes, units
+from nextpt.evaluate.progress import Progress, ignore_progress
 
 CHARACTERS_AT_ONCE = 2**22  # characters of training text that are looked up at a time
 KINDS = {"words": WORDS, "characters": CHARACTERS}

@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.documents import read_documents
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
-from nextpt.evaluate.documents import Progress, score_documents
+from nextpt.evaluate.documents import score_documents
 from nextpt.evaluate.heldout import encode_document, heldout_texts
 from nextpt.evaluate.loaded_model import LoadedModel, open_model
 from nextpt.evaluate.memorization.contamination import (
@@ -21,6 +21,7 @@ from nextpt.evaluate.memorization.contamination import (
     training_texts,
 )
 from nextpt.evaluate.memorization.measure import bits_per_byte_by_contamination
+from nextpt.evaluate.progress import Progress
 
 
 def examine(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,8 @@ from nextpt.evaluate.memorization.extraction import (
     sample_stretches,
     share,
 )
+from nextpt.evaluate.progress import PartProgress, ignore_part_progress
 from nextpt.model import Decoder
-
-# Called with what is done and the share of it that is done, 0 to 1
-Progress = Callable[[str, float], None]
-
-
-def ignore_progress(phase: str, done: float) -> None:
-    """`Progress` that does nothing."""
 
 
 def measure_extraction(
@@ -38,7 +32,7 @@ def measure_extraction(
     continuation: int,
     count: int,
     seed: int = 0,
-    progress: Progress = ignore_progress,
+    progress: PartProgress = ignore_part_progress,
 ) -> dict[str, Any]:
     """Measure how much of its training text a model continues token for token.
 
@@ -100,7 +94,7 @@ def measure_canaries(
     model: Decoder,
     tokenizer: Tokenizer,
     canaries: Sequence[Canary],
-    progress: Progress = ignore_progress,
+    progress: PartProgress = ignore_part_progress,
 ) -> dict[str, Any]:
     """Measure extraction and exposure of canaries.
 

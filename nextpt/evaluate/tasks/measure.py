@@ -8,7 +8,7 @@ tokens have similar losses L, exact match follows exp(-m L): a small change of L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,20 +18,20 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from nextpt.evaluate.bootstrap import CONFIDENCE, ratio_interval, resampled_sums
-from nextpt.evaluate.documents import Progress, ignore_progress, score_documents
+from nextpt.evaluate.documents import score_documents
 from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.loaded_model import LoadedModel
+from nextpt.evaluate.progress import (
+    PartProgress,
+    Progress,
+    ignore_part_progress,
+    ignore_progress,
+)
 from nextpt.evaluate.tasks.items import Item, Material, make_items
 
 LOGITS_AT_ONCE = 2**24  # elements
 # Tokens of each domain, at least, that the held-out loss beside the tasks is measured on
 LOSS_TOKENS = 2**15
-# Called with the name of a task and the share of it that is done, 0 to 1
-TaskProgress = Callable[[str, float], None]
-
-
-def ignore_task_progress(task: str, share: float) -> None:
-    """`TaskProgress` that does nothing."""
 
 
 def measure_tasks(
@@ -43,7 +43,7 @@ def measure_tasks(
     batch_size: int = 32,
     seed: int = 0,
     resamples: int = 1000,
-    progress: TaskProgress = ignore_task_progress,
+    progress: PartProgress = ignore_part_progress,
 ) -> dict[str, Any]:
     """Score a model on built-in tasks.
 

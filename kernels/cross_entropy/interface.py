@@ -42,7 +42,7 @@ class LossOutput(NamedTuple):
     hits: Tensor
 
 
-class _Problem(NamedTuple):
+class _LossCall(NamedTuple):
     """Checked inputs. targets: [N, K]; scale: [N, K], weight / weight_sum; shape: of the result."""
 
     hidden: Tensor
@@ -116,37 +116,39 @@ def linear_cross_entropy(
     kernel = choose_cross_entropy(implementation, hidden.device.type).name
     columns, scale = prepare(hidden, targets, token_weights, weight_sum, ignore_index, reduction)
     options = z_loss_coefficient, label_smoothing, softcap, reduction
-    problem = _Problem(hidden, weight, bias, columns, scale, targets.shape, *options)
+    call = _LossCall(hidden, weight, bias, columns, scale, targets.shape, *options)
     if kernel == "reference":
-        return _by_reference(problem)
+        return _by_reference(call)
     needs = gradients_needed(hidden, weight, bias)
     wide = wide_logits(hidden.device.type, hidden.dtype, logits_dtype, any(needs), kernel)
     memory = gradient, workspace_bytes, chunk_tokens
     plan = chunking(hidden, weight.shape[0], needs[1], wide, *memory)
-    return _by_chunks(problem, plan, wide, kernel, needs)
+    return _by_chunks(call, plan, wide, kernel, needs)
 
 
-def _by_reference(p: _Problem) -> LossOutput:
-    check_targets(p.targets, p.weight.shape[0])
-    statistics = reference.statistics(p.hidden, p.weight, p.bias, p.targets, p.softcap)
-    return _from_statistics(p, statistics, statistics.peak + statistics.log_sum)
+def _by_reference(call: _LossCall) -> LossOutput:
+    check_targets(call.targets, call.weight.shape[0])
+    statistics = reference.statistics(
+        call.hidden, call.weight, call.bias, call.targets, call.softcap
+    )
+    return _from_statistics(call, statistics, statistics.peak + statistics.log_sum)
 
 
 def _by_chunks(
-    p: _Problem, plan: Chunking, wide: bool, kernel: str, needs: list[bool]
+    call: _LossCall, plan: Chunking, wide: bool, kernel: str, needs: list[bool]
 ) -> LossOutput:
-    inputs = p.hidden, p.weight, p.bias, p.targets
-    settings = float(p.softcap or 0.0), plan.rows, plan.sums, wide, kernel, needs
-    if p.reduction == "none":
+    inputs = call.hidden, call.weight, call.bias, call.targets
+    settings = float(call.softcap or 0.0), plan.rows, plan.sums, wide, kernel, needs
+    if call.reduction == "none":
         tokens = ops.TokenStatistics(*ops.token_statistics(*inputs, *settings))
         statistics = Statistics(tokens.nats, tokens.peak, tokens.log_sum, tokens.total, tokens.hits)
-        return _from_statistics(p, statistics, tokens.lse)
+        return _from_statistics(call, statistics, tokens.lse)
     result = ops.SummedLoss(
         *ops.linear_cross_entropy(
-            *inputs, p.scale, p.z_loss_coefficient, p.label_smoothing, *settings
+            *inputs, call.scale, call.z_loss_coefficient, call.label_smoothing, *settings
         )
     )
-    nats, hits = result.nats.reshape(p.shape), result.hits.reshape(p.shape)
+    nats, hits = result.nats.reshape(call.shape), result.hits.reshape(call.shape)
     return LossOutput(result.loss, result.z_loss, nats, result.lse, hits)
 
 
@@ -243,19 +245,19 @@ def chunking(
     )
 
 
-def _from_statistics(p: _Problem, s: Statistics, lse: Tensor) -> LossOutput:
+def _from_statistics(call: _LossCall, s: Statistics, lse: Tensor) -> LossOutput:
     """Compute the loss by its definition, from differentiable statistics."""
-    z_losses = p.scale * p.z_loss_coefficient * lse.square().unsqueeze(1)
-    nats, smoothing = s.nats, p.label_smoothing
+    z_losses = call.scale * call.z_loss_coefficient * lse.square().unsqueeze(1)
+    nats, smoothing = s.nats, call.label_smoothing
     if smoothing:
         assert s.total is not None
-        uniform = (lse - s.total / p.weight.shape[0]).unsqueeze(1)
+        uniform = (lse - s.total / call.weight.shape[0]).unsqueeze(1)
         nats = (1 - smoothing) * nats + smoothing * uniform
-    losses = p.scale * nats + z_losses
-    hits, per_target = s.hits.reshape(p.shape), s.nats.reshape(p.shape)
-    if p.reduction == "none":
-        z_loss = z_losses.reshape(p.shape).detach()
-        return LossOutput(losses.reshape(p.shape), z_loss, per_target, lse, hits)
+    losses = call.scale * nats + z_losses
+    hits, per_target = s.hits.reshape(call.shape), s.nats.reshape(call.shape)
+    if call.reduction == "none":
+        z_loss = z_losses.reshape(call.shape).detach()
+        return LossOutput(losses.reshape(call.shape), z_loss, per_target, lse, hits)
     return LossOutput(
         losses.sum(), z_losses.sum().detach(), per_target.detach(), lse.detach(), hits
     )

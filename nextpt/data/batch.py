@@ -114,19 +114,8 @@ def collate(
     """
     count, length = len(sequences), len(sequences[0].tokens) - 1
     assert count % size == 0, (count, size)
-    inputs, targets = np.empty((count, length), np.int64), np.empty((count, length), np.int64)
-    for i, sequence in enumerate(sequences):
-        targets[i] = sequence.tokens[1:]
-    inputs[:, 0] = [sequence.tokens[0] for sequence in sequences]
-    inputs[:, 1:] = targets[:, :-1]
-    try:
-        target_bytes = token_bytes.take(targets)
-        token_bytes.take(inputs[:, 0])
-    except IndexError as error:
-        raise DataError(
-            f"a sequence has a token outside the vocabulary of {len(token_bytes)}: {error};"
-            " prepare the data again"
-        ) from None
+    inputs, targets = _inputs_and_targets(sequences, length)
+    target_bytes = _bytes_of(targets, inputs, token_bytes)
     is_text = target_bytes > 0
     domains = np.array([sequence.domain for sequence in sequences], dtype=np.int64)
     weights = np.empty((count, length), np.float32)
@@ -160,6 +149,35 @@ def collate(
         tensors = {name: torch.from_numpy(part[rows]) for name, part in parts.items()}
         batches.append(Batch(**tensors | {"cu_seqlens": torch.from_numpy(cu_seqlens)}))
     return batches
+
+
+def _inputs_and_targets(
+    sequences: Sequence[StoredSequence], length: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokens without the last, and without the first: int64 [sequences, length] each."""
+    inputs, targets = (np.empty((len(sequences), length), np.int64) for _ in range(2))
+    for i, sequence in enumerate(sequences):
+        targets[i] = sequence.tokens[1:]
+    inputs[:, 0] = [sequence.tokens[0] for sequence in sequences]
+    inputs[:, 1:] = targets[:, :-1]
+    return inputs, targets
+
+
+def _bytes_of(
+    targets: npt.NDArray[np.int64],
+    inputs: npt.NDArray[np.int64],
+    token_bytes: npt.NDArray[np.int32],
+) -> npt.NDArray[np.int32]:
+    """UTF-8 bytes of the targets. Raises DataError for a token outside the vocabulary."""
+    try:
+        target_bytes = token_bytes.take(targets)
+        token_bytes.take(inputs[:, 0])  # all other inputs are targets too
+        return target_bytes
+    except IndexError as error:
+        raise DataError(
+            f"a sequence has a token outside the vocabulary of {len(token_bytes)}: {error};"
+            " prepare the data again"
+        ) from None
 
 
 @lru_cache(maxsize=2)

@@ -117,15 +117,15 @@ def write_manifest(folder: Path, rows: int) -> None:
         start_id=0,
         end_id=0,
         seed=0,
-        heldout_fraction=0,
+        validation_fraction=0,
         inputs_sha256="",
         domains=["web"],
         fingerprint=sha256(index).hexdigest(),
         splits={
             "train": {
-                "web": SplitCounts(**counts, rows=rows, index_sha256=sha256(index).hexdigest())
+                "web": SplitCounts(**counts, sequences=rows, index_sha256=sha256(index).hexdigest())
             },
-            "heldout": {"web": SplitCounts(**counts, rows=0, index_sha256="")},
+            "validation": {"web": SplitCounts(**counts, sequences=0, index_sha256="")},
         },
     )
     (folder / "dataset.json").write_text(manifest.model_dump_json())

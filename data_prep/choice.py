@@ -86,7 +86,7 @@ def encoder_reason(work: Path) -> str:
 
 def _texts(plan: Plan, unit: Unit) -> Iterator[tuple[str, bool]]:
     """Yield (text, whether it is held out) of the good records of a unit."""
-    tail_from, threshold = unit.tail_from, int(plan.spec.heldout * 2**64)
+    tail_from, threshold = unit.tail_from, int(plan.spec.validation_fraction * 2**64)
     for part in unit.parts:
         for record in read_part(part, plan.fields):
             if not isinstance(record, Record):
@@ -99,7 +99,9 @@ def _texts(plan: Plan, unit: Unit) -> Iterator[tuple[str, bool]]:
                 continue
             head, tail = record.text[:tail_from], record.text[tail_from:]
             tail_from = max(tail_from - len(record.text), 0)
-            yield from ((text, heldout) for text, heldout in ((head, False), (tail, True)) if text)
+            yield from (
+                (text, held_out) for text, held_out in ((head, False), (tail, True)) if text
+            )
 
 
 def _training_texts(plan: Plan) -> Iterator[str]:
@@ -110,8 +112,8 @@ def _training_texts(plan: Plan) -> Iterator[str]:
     share = TRAINING_BYTES // max(len(plan.units), 1)
     for unit in plan.units:
         left = share if len(plan.units) > 1 else TRAINING_BYTES
-        for text, heldout in _texts(plan, unit):
-            if not heldout:
+        for text, held_out in _texts(plan, unit):
+            if not held_out:
                 yield text
                 left -= len(text)
             if left <= 0:

@@ -64,7 +64,7 @@ class Estimate:
         else:
             lines.append(
                 f"about {naturalsize(self.text)} of text, {self.tokens:,} tokens,"
-                f" {-(-self.tokens // (spec.sequence_length + 1)):,} rows"
+                f" {-(-self.tokens // (spec.sequence_length + 1)):,} sequences"
             )
             lines.append(
                 f"about {naturaldelta(self.seconds)} with {self.workers} workers"

@@ -1,8 +1,8 @@
 """Tokenization of one unit: records in; tokens, held-out documents and bad records out.
 
-WORK/tok/NNNNNN.tok is written last (data_prep.tokens); beside it are NNNNNN.heldout.jsonl and
-NNNNNN.bad.jsonl. Every record is counted once: in documents, in `passed` (why it is filtered) or in
-`bad` (why it cannot be used).
+WORK/tok/NNNNNN.tok is written last (data_prep.tokens); beside it are NNNNNN.validation.jsonl
+and NNNNNN.bad.jsonl. Every record is counted once: in documents, in `passed` (why it is filtered)
+or in `bad` (why it cannot be used).
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ def tokens_path(work: Path, unit: int) -> Path:
     return work / "tok" / f"{unit:06d}.tok"
 
 
+def validation_path(tokens: Path) -> Path:
+    """Held-out documents of a unit, beside its .tok file."""
+    path, old = tokens.with_suffix(".validation.jsonl"), tokens.with_suffix(".heldout.jsonl")
+    return old if old.exists() else path  # `old` was written before format version 3
+
+
 def encode_unit(
     plan: Plan, unit: Unit, tokenizer: Tokenizer, advance: Advance = lambda n: None
 ) -> None:
@@ -57,10 +63,10 @@ def encode_unit(
     )
     try:
         with (
-            atomic_write(path.with_suffix(".heldout.jsonl"), "wb") as heldout,
+            atomic_write(path.with_suffix(".validation.jsonl"), "wb") as validation,
             atomic_write(path.with_suffix(".bad.jsonl"), "wb") as bad,
         ):
-            encoding = _Encoding(plan.spec, unit, tokenizer, writer, heldout.write, bad.write)
+            encoding = _Encoding(plan.spec, unit, tokenizer, writer, validation.write, bad.write)
             for number, part in enumerate(unit.parts):
                 encoding.encode_part(number, part.file, read_part(part, plan.fields, advance))
         writer.finish(encoding.footer())
@@ -77,14 +83,14 @@ class _Encoding:
         unit: Unit,
         tokenizer: Tokenizer,
         writer: TokensWriter,
-        write_heldout: Write,
+        write_validation: Write,
         write_bad: Write,
     ) -> None:
         self.spec = spec
         self.unit = unit
         self.tokenizer = tokenizer
         self.writer = writer
-        self.write_heldout = write_heldout
+        self.write_validation = write_validation
         self.write_bad = write_bad
         self.table = tokenizer.token_bytes().astype(np.int64)
         self.domains: dict[str, int] = {}
@@ -94,7 +100,7 @@ class _Encoding:
         self.totals: dict[str, list[int]] = {}
         self.tail_from = unit.tail_from
         self.last: Record | None = None
-        self.threshold = int(spec.heldout * 2**64)
+        self.threshold = int(spec.validation_fraction * 2**64)
         self.checked = tokenizer.encoder != "tiktoken"
         self.started = time.process_time()
         self.encoding_seconds = 0.0
@@ -133,9 +139,9 @@ class _Encoding:
             (record, data) for record in group if (data := self._utf8(file, record)) is not None
         ]
         sides = [
-            (record, text, data, heldout)
+            (record, text, data, held_out)
             for record, data in usable
-            for text, data, heldout in self._sides(record.text, data)
+            for text, data, held_out in self._sides(record.text, data)
         ]
         started = time.process_time()
         encoded: list[tuple[np.ndarray, np.ndarray | None] | None]
@@ -146,9 +152,9 @@ class _Encoding:
         except UserError:
             encoded = [self._alone(file, record, text) for record, text, _, _ in sides]
         self.encoding_seconds += time.process_time() - started
-        for (record, text, data, heldout), tokens in zip(sides, encoded, strict=True):
+        for (record, text, data, held_out), tokens in zip(sides, encoded, strict=True):
             if tokens is not None:
-                self._add(file, record, text, data, heldout, *tokens)
+                self._add(file, record, text, data, held_out, *tokens)
 
     def _tokens(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         if self.tokenizer.byte_counts == "column":
@@ -220,8 +226,8 @@ class _Encoding:
         self.tail_from = max(self.tail_from - len(text), 0)
         self.cuts += bool(head and tail)
         return [
-            (side, side.encode(), heldout)
-            for side, heldout in ((head, False), (tail, True))
+            (side, side.encode(), held_out)
+            for side, held_out in ((head, False), (tail, True))
             if side
         ]
 
@@ -231,7 +237,7 @@ class _Encoding:
         record: Record,
         text: str,
         data: bytes,
-        heldout: bool,
+        held_out: bool,
         ids: np.ndarray,
         sizes: np.ndarray | None,
     ) -> None:
@@ -265,19 +271,19 @@ class _Encoding:
                 len(ids),
                 len(data),
                 index,
-                heldout,
+                held_out,
             ),
         )
         total = self.totals.setdefault(domain, [0, 0, 0, 0])
-        for i, amount in enumerate((1, len(ids), len(data), heldout)):
+        for i, amount in enumerate((1, len(ids), len(data), held_out)):
             total[i] += amount
-        if heldout:
+        if held_out:
             line = {
                 "doc": self.writer.count - 1,
                 "id": record.id or f"{file.name}:{record.place}",
                 "text": text,
             }
-            self.write_heldout(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+            self.write_validation(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def footer(self) -> dict[str, Any]:
         """The unit's footer; records + cuts = documents + passed + bad.

@@ -9,12 +9,12 @@ Layout (megatron/core/datasets/indexed_dataset.py of Megatron-LM), little-endian
           int64 [n + 1] sequence at which each document begins, and n
 
 Megatron's GPTDataset shuffles sequences, joins them to one stream and cuts that into samples. So a
-sequence of Megatron's is one segment of our rows: a document or a piece of one. Rows are shuffled
-and do not say whose pieces they hold, so the pieces of a document longer than a row stay apart:
-prepare with long rows to keep documents whole.
+sequence of Megatron's is one segment of our sequences: a document or a piece of one. Ours are
+shuffled and do not say whose pieces they hold, so the pieces of a document longer than a sequence
+stay apart: prepare with long sequences to keep documents whole.
 
 The stream predicts every token from the one before it, so tokens are kept or left out such that
-each target of our rows is predicted from its own predecessor:
+each target of our sequences is predicted from its own predecessor:
 
 - The token that a piece shares with the piece before it is kept. Without it the piece's second
   token would be predicted from some other document.
@@ -38,7 +38,7 @@ from rich.console import Console
 
 from data_prep.format import PADDING, STARTS_MID_DOCUMENT, DatasetManifest
 from data_prep.progress import byte_progress
-from data_prep.stored import StoredShard, read_rows, shards_of
+from data_prep.stored import StoredShard, read_sequences, shards_of
 from nextpt.base.errors import DataPrepError
 from nextpt.base.files import atomic_write
 
@@ -73,7 +73,7 @@ def megatron_dtype(vocab_size: int) -> np.dtype:
 
 
 def export_megatron(data: Path, prefix: Path, console: Console | None = None) -> list[Exported]:
-    """Write every domain and split of a dataset that has rows; all files appear together or none.
+    """Write every domain and split of a dataset that has text; all files appear together or none.
 
     Uses memory for one shard and one block of a table.
 
@@ -139,9 +139,9 @@ class _Pair:
 
     def add(self, shard: StoredShard) -> None:
         """Append the segments of a shard."""
-        for row in read_rows(shard):
+        for packed in read_sequences(shard):
             lengths = []
-            for sequence, flags in _segments(row, shard.path):
+            for sequence, flags in _segments(packed, shard.path):
                 self._documents += not flags & STARTS_MID_DOCUMENT
                 self._continued += bool(flags & STARTS_MID_DOCUMENT)
                 if self._drops_starts and not flags & STARTS_MID_DOCUMENT:
@@ -183,16 +183,16 @@ class _Pair:
         self._index.write(HEADER.pack(MAGIC, 1, CODES[name], self.sequences, self.sequences + 1))
 
 
-def _segments(row: dict[str, Any], shard: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (tokens, flags) of the segments of a row that hold text."""
-    ends = np.cumsum(row["doc_lens"], dtype=np.int64)
-    if not len(ends) or ends[-1] != len(row["tokens"]):
+def _segments(packed: dict[str, Any], shard: Path) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (tokens, flags) of the segments of a packed sequence that hold text."""
+    ends = np.cumsum(packed["doc_lens"], dtype=np.int64)
+    if not len(ends) or ends[-1] != len(packed["tokens"]):
         raise DataPrepError(f"{shard}: a sequence's segments do not add up to its tokens")
     for end, length, flags in zip(
-        ends.tolist(), row["doc_lens"].tolist(), row["doc_flags"].tolist(), strict=True
+        ends.tolist(), packed["doc_lens"].tolist(), packed["doc_flags"].tolist(), strict=True
     ):
         if not flags & PADDING:
-            yield row["tokens"][end - length : end], flags
+            yield packed["tokens"][end - length : end], flags
 
 
 def _file(prefix: Path, suffix: str) -> Path:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from contextlib import ExitStack
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 import orjson
 
 from data_prep.duplicates import Duplicates
-from data_prep.encode import tokens_path
+from data_prep.encode import tokens_path, validation_path
 from data_prep.format import SPLITS, DatasetManifest, SplitCounts, token_dtype
-from data_prep.group import group_name, packed_path
+from data_prep.group import group_name, read_packed
 from data_prep.layout import Layout, dropped, quarantined
 from data_prep.plan import Plan
 from data_prep.summary import summarise
@@ -48,10 +47,8 @@ def finish(
     spec, folder = plan.spec, plan.spec.work / "dataset"
     for leftover in folder.rglob(".*.tmp-*"):
         leftover.unlink(missing_ok=True)  # left by a worker that was killed in this stage
-    packed = [
-        json.loads(packed_path(spec.work, group.index).read_text(encoding="utf-8"))
-        for group in layout.groups
-    ]
+    packed = [read_packed(spec.work, group.index) for group in layout.groups]
+    _rename_split(folder)
     counts = {
         split: {d: _write_index(folder, split, d, layout, packed) for d in layout.domains}
         for split in SPLITS
@@ -60,7 +57,7 @@ def finish(
     shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
     with atomic_write(folder / "token_bytes.npy", "wb") as file:
         np.save(file, tokenizer.token_bytes())
-    _write_heldout(plan, layout, duplicates, folder / "heldout_text")
+    _write_validation_text(plan, layout, duplicates, folder / "validation_text")
     _write_quarantine(plan, duplicates, folder / "quarantine.jsonl")
     manifest = _manifest(plan, layout, tokenizer, counts)
     summarise(plan, layout, tokenizer, duplicates, manifest, packed, folder, wall_seconds)
@@ -70,6 +67,15 @@ def finish(
     shutil.rmtree(spec.work, ignore_errors=True)
 
 
+def _rename_split(folder: Path) -> None:
+    """Move the groups that were packed before format version 3 to the split's new name."""
+    for group in sorted((folder / "heldout").glob("*/*")):
+        target = folder / "validation" / group.relative_to(folder / "heldout")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(group, target)
+    shutil.rmtree(folder / "heldout", ignore_errors=True)
+
+
 def _write_index(
     folder: Path, split: str, domain: str, layout: Layout, packed: list[dict[str, Any]]
 ) -> SplitCounts:
@@ -77,7 +83,7 @@ def _write_index(
     shards = []
     most = 0
     sums = dict.fromkeys(
-        ("documents", "bytes", "tokens", "text_tokens", "rows", "padding_tokens"), 0
+        ("documents", "bytes", "tokens", "text_tokens", "sequences", "padding_tokens"), 0
     )
     for group, counts_of_group in zip(layout.groups, packed, strict=True):
         if group.domain != domain:
@@ -125,8 +131,10 @@ def _check_sums(
         raise RuntimeError(f"{kept} tokens in, {written - documents} out, and {documents} ends")
 
 
-def _write_heldout(plan: Plan, layout: Layout, duplicates: Duplicates, folder: Path) -> None:
-    """Write heldout_text/DOMAIN.jsonl from those of the units, without dropped documents."""
+def _write_validation_text(
+    plan: Plan, layout: Layout, duplicates: Duplicates, folder: Path
+) -> None:
+    """Write validation_text/DOMAIN.jsonl from those of the units, without dropped documents."""
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
         files = {
@@ -137,7 +145,7 @@ def _write_heldout(plan: Plan, layout: Layout, duplicates: Duplicates, folder: P
             path = tokens_path(plan.spec.work, unit.index)
             tokens = TokensFile(path)
             gone = set(dropped(plan, duplicates, unit.index).tolist())
-            with open(path.with_suffix(".heldout.jsonl"), "rb") as lines:
+            with open(validation_path(path), "rb") as lines:
                 for line in lines:
                     entry = orjson.loads(line)
                     number = entry.pop("doc")
@@ -172,15 +180,15 @@ def _manifest(
         packing=spec.packing,
         byte_counts=tokenizer.byte_counts,
         seed=spec.seed,
-        heldout_fraction=spec.heldout,
+        validation_fraction=spec.validation_fraction,
         inputs_sha256="",
         domains=layout.domains,
         splits=counts,
         fingerprint="",
     )
-    # The fingerprint covers the content (indices hold the hashes of all shards), not the origin.
-    fingerprint = sha256(canonical_json(manifest.model_dump()).encode()).hexdigest()
-    return manifest.model_copy(update={"fingerprint": fingerprint, "inputs_sha256": plan.sha256})
+    return manifest.model_copy(
+        update={"fingerprint": manifest.content_sha256(), "inputs_sha256": plan.sha256}
+    )
 
 
 def _take_name(folder: Path, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packing of one group of documents into rows, written as MDS shards.
+"""Packing of one group of documents into sequences, written as MDS shards.
 
 The shards of a group move to WORK/dataset/SPLIT/DOMAIN/gNNNNN by the rename of a whole folder;
 WORK/packed/NNNNN.json, written after that, holds their counts and says that the group is done.
@@ -54,6 +54,16 @@ def packed_path(work: Path, group: int) -> Path:
     return work / "packed" / f"{group:05d}.json"
 
 
+def read_packed(work: Path, group: int) -> dict[str, Any]:
+    """Read the counts of a group: "seconds", and split -> counts as `_Sequences.write` returns."""
+    packed: dict[str, Any] = json.loads(packed_path(work, group).read_text(encoding="utf-8"))
+    if "heldout" in packed:  # written before format version 3
+        packed["validation"] = packed.pop("heldout")
+        for split in SPLITS:
+            packed[split]["sequences"] = packed[split].pop("rows")
+    return packed
+
+
 @dataclass(frozen=True)
 class Documents:
     """Documents of one split.
@@ -102,14 +112,14 @@ def pack_group(
     started = time.process_time()
     try:
         for number, split in enumerate(SPLITS):
-            documents = gather(plan, group, duplicates, tokenizer, heldout=split == "heldout")
-            rows = _Rows(plan, tokenizer, documents, domain)
-            counts[split] = rows.write(staging / split, 2 * group.index + number)
+            documents = gather(plan, group, duplicates, tokenizer, split=split)
+            sequences = _Sequences(plan, tokenizer, documents, domain)
+            counts[split] = sequences.write(staging / split, 2 * group.index + number)
             advance(int(documents.offsets[-1]))
         for split in SPLITS:
             target = work / "dataset" / split / group.domain / name
             # If it exists, another worker has written the same bytes
-            if counts[split]["rows"] and not target.exists():
+            if counts[split]["sequences"] and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(staging / split, target)
     finally:
@@ -119,7 +129,7 @@ def pack_group(
 
 
 def gather(
-    plan: Plan, group: Group, duplicates: Duplicates, tokenizer: Tokenizer, *, heldout: bool
+    plan: Plan, group: Group, duplicates: Duplicates, tokenizer: Tokenizer, *, split: str
 ) -> Documents:
     """Read the documents of a group that belong to one split, without dropped ones."""
     tokens, sizes, lengths, total = [], [], [], 0
@@ -129,7 +139,7 @@ def gather(
             continue
         first = group.start[1] if unit == group.start[0] else 0
         last = group.stop[1] if unit == group.stop[0] else len(file.documents)
-        chosen = _chosen(file.documents, file.footer["domains"].index(group.domain), heldout)
+        chosen = _chosen(file.documents, file.footer["domains"].index(group.domain), split)
         chosen[:first] = chosen[last:] = False
         chosen[dropped(plan, duplicates, unit)] = False
         counts = file.documents["tokens"].astype(np.int64)
@@ -177,9 +187,10 @@ def _spread(
     return spread
 
 
-def _chosen(documents: np.ndarray, domain: int, heldout: bool) -> np.ndarray:
+def _chosen(documents: np.ndarray, domain: int, split: str) -> np.ndarray:
     assert documents.dtype == DOCUMENT
-    return np.asarray((documents["domain"] == domain) & (documents["heldout"] == heldout))
+    in_split = documents["validation"] == (split == "validation")
+    return np.asarray((documents["domain"] == domain) & in_split)
 
 
 def _select(values: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -199,8 +210,8 @@ def _select(values: np.ndarray, counts: np.ndarray, chosen: np.ndarray) -> np.nd
     )
 
 
-class _Rows:
-    """The rows of one group and split."""
+class _Sequences:
+    """The sequences of one group and split."""
 
     def __init__(self, plan: Plan, tokenizer: Tokenizer, documents: Documents, domain: int) -> None:
         self.spec = plan.spec
@@ -209,7 +220,7 @@ class _Rows:
         self.tokenizer = tokenizer
         self.capacity = plan.spec.sequence_length + 1
         self.table = tokenizer.token_bytes()
-        self.pieces, self.rows = pack(documents.lengths, self.capacity, plan.spec.packing)
+        self.pieces, self.sequences = pack(documents.lengths, self.capacity, plan.spec.packing)
         self.begins = documents.offsets[self.pieces.document] + self.pieces.start
         self.ends = documents.offsets[self.pieces.document] + self.pieces.stop
         self.flags = _flags(self.pieces, documents.lengths)
@@ -218,14 +229,14 @@ class _Rows:
     def write(self, folder: Path, stream: int) -> dict[str, Any]:
         """Write the shards in shuffled order and return their counts.
 
-        Best-fit packing makes the rows of long documents first, hence the shuffle.
+        Best-fit packing makes the sequences of long documents first, hence the shuffle.
         """
-        if self.rows:
+        if self.sequences:
             layout = columns(
                 self.spec.sequence_length, self.tokenizer.vocab_size, self.tokenizer.byte_counts
             )
             # Not used as a context manager: after a failure its __exit__ would write an index of
-            # half the rows.
+            # half the sequences.
             writer = import_streaming().MDSWriter(
                 columns=layout,
                 out=str(folder),
@@ -233,19 +244,19 @@ class _Rows:
                 hashes=["xxh64"],
                 size_limit=SHARD_BYTES,
             )
-            for row in shuffled(len(self.rows), self.spec.seed, stream).tolist():
-                writer.write(self._sample(self.rows[row]))
+            for number in shuffled(len(self.sequences), self.spec.seed, stream).tolist():
+                writer.write(self._sample(self.sequences[number]))
             writer.finish()
-        return self._summary(_check_shards(folder) if self.rows else [])
+        return self._summary(_check_shards(folder) if self.sequences else [])
 
-    def _sample(self, row: list[int]) -> dict[str, bytes]:
-        """Encode one MDS sample (columns of data_prep.format).
+    def _sample(self, pieces: list[int]) -> dict[str, bytes]:
+        """Encode one MDS sample (columns of data_prep.format) of some pieces.
 
         The writer takes bytes as they are; its own encoding costs twice as much as all the rest of
         writing.
         """
-        begins, ends = self.begins[row].tolist(), self.ends[row].tolist()
-        flags = self.flags[row].tolist()
+        begins, ends = self.begins[pieces].tolist(), self.ends[pieces].tolist()
+        flags = self.flags[pieces].tolist()
         lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
         tokens = self._joined(self.documents.stream, begins, ends, self.tokenizer.end_id)
         filled = sum(lengths)
@@ -276,22 +287,24 @@ class _Rows:
     def _joined(
         self, values: np.ndarray, begins: list[int], ends: list[int], padding: int
     ) -> np.ndarray:
-        """Concatenate the stretches of `values` that make a row, and pad to its length."""
-        row = np.concatenate([values[begin:end] for begin, end in zip(begins, ends, strict=True)])
-        short = self.capacity - len(row)
-        return np.concatenate((row, np.full(short, padding, dtype=values.dtype))) if short else row
+        """Concatenate the stretches of `values` that make a sequence, and pad to its length."""
+        parts = [values[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        missing = self.capacity - sum(map(len, parts))
+        if missing:
+            parts.append(np.full(missing, padding, dtype=values.dtype))
+        return np.concatenate(parts)
 
     def _summary(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
         lengths, pieces = self.documents.lengths, self.pieces
         per_document = np.bincount(pieces.document, minlength=len(lengths))
-        assert len(self.rows) == sum(shard["samples"] for shard in shards)
+        assert len(self.sequences) == sum(shard["samples"] for shard in shards)
         return {
             "documents": len(lengths),
             "bytes": self.documents.bytes,
             "tokens": int((pieces.lengths - 1).sum()),
             "text_tokens": int(self.text_tokens),
-            "rows": len(self.rows),
-            "padding_tokens": len(self.rows) * self.capacity - int(pieces.lengths.sum()),
+            "sequences": len(self.sequences),
+            "padding_tokens": len(self.sequences) * self.capacity - int(pieces.lengths.sum()),
             "max_segments": self.max_segments,
             "pieces": len(pieces.start),
             "cut_documents": int((per_document > 1).sum()),

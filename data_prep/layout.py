@@ -24,7 +24,7 @@ from data_prep.tokens import TokensFile, read_footer
 from nextpt.base.errors import DataPrepError
 from nextpt.base.files import atomic_write
 
-# Tokens packed at once: 128 or 256 MiB, with little padding (about a row per group and split)
+# Tokens packed at once: 128 or 256 MiB, with little padding (about a sequence per group and split)
 GROUP_TOKENS = 2**26
 
 

@@ -1,4 +1,4 @@
-"""Packing of documents into rows of fixed length: boundaries kept, no token dropped."""
+"""Packing of documents into sequences of fixed length: boundaries kept, no token dropped."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def pack(lengths: np.ndarray, capacity: int, method: str) -> tuple[Pieces, list[
 
     Args:
         lengths: int64 [documents], tokens of each document.
-        capacity: Tokens of a row.
+        capacity: Tokens of a sequence.
         method: "best_fit", "concat" or "single".
 
     Returns:
-        The pieces, and each row as a list of pieces.
+        The pieces, and each sequence as a list of pieces.
     """
     if method == "concat":
         return concatenate(lengths, capacity)
@@ -57,35 +57,35 @@ def pack(lengths: np.ndarray, capacity: int, method: str) -> tuple[Pieces, list[
 
 
 def concatenate(lengths: np.ndarray, capacity: int) -> tuple[Pieces, list[list[int]]]:
-    """Put documents one after another, cut wherever a row is full.
+    """Put documents one after another, cut wherever a sequence is full.
 
-    The rest of a cut document begins the next row.
+    The rest of a cut document begins the next sequence.
     """
     cut: list[tuple[int, int, int]] = []
-    rows: list[list[int]] = [[]]
+    sequences: list[list[int]] = [[]]
     room = capacity
     for document, length in enumerate(lengths.tolist()):
         start = 0
         while True:
             if room < 2:  # one free token can hold no target
-                rows.append([])
+                sequences.append([])
                 room = capacity
             stop = min(start + room, length)
-            rows[-1].append(len(cut))
+            sequences[-1].append(len(cut))
             cut.append((document, start, stop))
             room -= stop - start
             if stop == length:
                 break
             start = stop - 1
     columns = np.array(cut, dtype=np.int64).reshape(-1, 3).T
-    return Pieces(*columns), [row for row in rows if row]
+    return Pieces(*columns), [sequence for sequence in sequences if sequence]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack the longest pieces first, each into the fullest row that still has room.
+    """Pack the longest pieces first, each into the fullest sequence that still has room.
 
     arXiv 2404.10830 (best-fit packing): nearly no padding and no needless cuts. Free space is
-    looked up in an integer whose bit s is set while some row has s tokens free; the result is
+    looked up in an integer whose bit s is set while some sequence has s tokens free; the result is
     deterministic.
 
     Returns:
@@ -95,8 +95,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         ValueError: For a piece above `capacity`.
     """
     if len(lengths) and lengths.max() > capacity:
-        raise ValueError(f"a piece of {lengths.max()} tokens is longer than a row of {capacity}")
-    rows: list[list[int]] = []
+        raise ValueError(
+            f"a piece of {lengths.max()} tokens is longer than a sequence of {capacity}"
+        )
+    sequences: list[list[int]] = []
     with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0
     for piece in np.argsort(-lengths, kind="stable").tolist():
@@ -104,18 +106,18 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         fitting = spaces >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1
-            row = with_space[space].pop()
+            sequence = with_space[space].pop()
             if not with_space[space]:
                 spaces &= ~(1 << space)
         else:
-            space, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(piece)
+            space, sequence = capacity, len(sequences)
+            sequences.append([])
+        sequences[sequence].append(piece)
         left = space - length
         if left > 1:  # one free token can hold no target
-            with_space[left].append(row)
+            with_space[left].append(sequence)
             spaces |= 1 << left
-    return rows
+    return sequences
 
 
 def shuffled(count: int, seed: int, stream: int) -> np.ndarray:

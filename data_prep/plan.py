@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from data_prep.format import FORMAT_VERSION
 from data_prep.inputs import InputFile, find_files
 from data_prep.records import Fields, Part, Record, read_part, row_groups, unpacked_size
 from data_prep.spec import PrepSpec
@@ -24,6 +23,8 @@ from nextpt.base.files import atomic_write, canonical_json, sha256_file
 # Bytes of text per unit: seconds of work, so little is lost by a kill or waited for at the end.
 # Small files share a unit.
 UNIT_BYTES = 2**25
+# Raise it when the same inputs and settings give other shards.
+PACKING_VERSION = 2
 LISTING_THREADS = 16  # Parquet footers in an object store are latency, not work
 
 
@@ -106,7 +107,10 @@ class Plan:
                 Unit(i, source, tuple(Part(files[f], *rest) for f, *rest in parts), text, tail_from)
                 for i, (source, text, tail_from, parts) in enumerate(value["units"])
             )
-            return cls(PrepSpec.model_validate(value["spec"]), units, value["sha256"])
+            spec = value["spec"]
+            if "heldout" in spec:  # written before format version 3
+                spec["validation_fraction"] = spec.pop("heldout")
+            return cls(PrepSpec.model_validate(spec), units, value["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataPrepError(
                 f"{path} cannot be read: {error}; remove {work} and start again"
@@ -134,10 +138,15 @@ def make_plan(spec: PrepSpec) -> Plan:
 
 
 def _identity(spec: PrepSpec, files: dict[str, list[InputFile]]) -> str:
-    """Hash of settings and inputs; names are relative to their corpus, so that it may be moved."""
+    """Hash of settings and inputs; names are relative to their corpus, so that it may be moved.
+
+    dataset.json records it, so the keys of the settings are hashed as they were first named.
+    """
     inputs = {name: [[f.name, f.size, f.stamp] for f in listed] for name, listed in files.items()}
     chosen = _tokenizer_identity(spec.tokenizer) if spec.tokenizer else None
-    parts = [inputs, chosen, spec.settings(), FORMAT_VERSION]
+    settings = spec.settings()
+    settings["heldout"] = settings.pop("validation_fraction")
+    parts = [inputs, chosen, settings, PACKING_VERSION]
     return sha256(canonical_json(parts).encode()).hexdigest()
 
 
@@ -205,7 +214,7 @@ def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:
     left = {
         name: int(
             sum(n for unit, n in zip(units, lengths, strict=True) if unit.source == name)
-            * (1 - spec.heldout)
+            * (1 - spec.validation_fraction)
         )
         for name in spec.domains
     }

@@ -146,11 +146,11 @@ def summary_table(manifest: DatasetManifest) -> Table:
     )
     table.add_column("split", no_wrap=True)
     table.add_column("domain", no_wrap=True)
-    for heading in ("docs", "bytes", "tokens", "B/token", "rows", "packing"):
+    for heading in ("docs", "bytes", "tokens", "B/token", "sequences", "packing"):
         table.add_column(heading, justify="right", no_wrap=True)
     for split, domains in manifest.splits.items():
         for domain, c in domains.items():
-            slots = c.rows * (manifest.sequence_length + 1)
+            slots = c.sequences * (manifest.sequence_length + 1)
             table.add_row(
                 split,
                 domain,
@@ -158,7 +158,7 @@ def summary_table(manifest: DatasetManifest) -> Table:
                 f"{c.bytes:,}",
                 f"{c.text_tokens:,}",
                 f"{c.bytes / c.text_tokens:.2f}" if c.text_tokens else "-",
-                f"{c.rows:,}",
+                f"{c.sequences:,}",
                 f"{1 - c.padding_tokens / slots:.2%}" if slots else "-",
             )
     return table

@@ -52,7 +52,7 @@ class SplitReport(_Part):
     Attributes:
         tokens: Targets, the ends of documents included.
         text_tokens: Targets that are text.
-        slots: Tokens that the rows have room for, rows * (sequence_length + 1).
+        slots: Tokens that the sequences have room for, sequences * (sequence_length + 1).
         pieces: Segments that hold text.
         cut_documents: Documents of more than one piece.
         length_histogram: Documents by their tokens with start and end, in bins of
@@ -65,7 +65,7 @@ class SplitReport(_Part):
     bytes: int
     tokens: int
     text_tokens: int
-    rows: int
+    sequences: int
     slots: int
     padding_tokens: int
     pieces: int
@@ -255,7 +255,7 @@ def total_of(splits: list[SplitReport]) -> SplitReport:
         "bytes",
         "tokens",
         "text_tokens",
-        "rows",
+        "sequences",
         "slots",
         "padding_tokens",
         "pieces",

@@ -24,7 +24,7 @@ class PrepSpec(BaseModel):
     Attributes:
         domains: Name -> file, folder, glob or URI.
         output: Dataset folder to write.
-        sequence_length: Inputs per row, tokens.
+        sequence_length: Inputs per sequence, tokens.
         vocab_size: Size of a tokenizer to train. Exactly one of vocab_size, tokenizer and
             characters.
         tokenizer: What data_prep.tokenizer.convert reads: a file, a folder, the name of a tiktoken
@@ -33,11 +33,11 @@ class PrepSpec(BaseModel):
         encoder: Library that encodes.
         start_token: Special token before each document; by default the tokenizer's own.
         end_token: Special token after each document; by default the tokenizer's own.
-        heldout: Share held out for evaluation.
+        validation_fraction: Share held out for evaluation.
         split: "hash" holds out that share of the documents, by a hash of their text. "tail" holds
             out that share of each domain's characters from its end, cutting the document where it
             begins.
-        seed: Of the order of rows.
+        seed: Of the order of sequences.
         text_field: Key of the text.
         id_field: Key of the id, or None.
         domain_field: Key of the domain in each record; then the names of `domains` name locations
@@ -61,7 +61,7 @@ class PrepSpec(BaseModel):
     encoder: Literal["auto", "tiktoken", "tokenizers"] = "auto"
     start_token: str | None = None
     end_token: str | None = None
-    heldout: float = 0.05
+    validation_fraction: float = 0.05
     split: str = "hash"
     seed: int = 0
     text_field: str = "text"
@@ -91,8 +91,10 @@ class PrepSpec(BaseModel):
             check_domain(name)
         if self.sequence_length < 2:
             raise DataPrepError(f"sequence_length = {self.sequence_length} must be at least 2")
-        if not 0 <= self.heldout < 1:
-            raise DataPrepError(f"heldout = {self.heldout} must be at least 0 and below 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise DataPrepError(
+                f"validation_fraction = {self.validation_fraction} must be at least 0 and below 1"
+            )
         if (self.vocab_size is not None) + (self.tokenizer is not None) + self.characters != 1:
             raise DataPrepError(
                 "give one of vocab_size, to train a tokenizer, tokenizer, a tokenizer.json, and"

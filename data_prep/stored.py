@@ -1,4 +1,4 @@
-"""Files of a finished dataset: the shards that its indices name, verified, and their rows."""
+"""Files of a finished dataset: the shards that its indices name, verified, and their sequences."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ class StoredShard:
 
 
 def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) -> list[StoredShard]:
-    """List the shards of one domain of one split, in order; none where it has no rows.
+    """List the shards of one domain of one split, in order.
 
-    Shards are not read.
+    There are none where it has no sequences. Shards are not read.
 
     Raises:
         DataPrepError: When the index is not the one of the manifest, names a file outside its
             folder or without a hash, or when a shard is missing or of another size.
     """
-    counts, folder = manifest.splits[split][domain], root / split / domain
-    if not counts.rows:
+    counts = manifest.splits[split][domain]
+    folder = root / manifest.split_folder(split) / domain
+    if not counts.sequences:
         return []
     index = folder / "index.json"
     if not index.is_file() or sha256_file(index) != counts.index_sha256:
@@ -74,8 +75,8 @@ def shards_of(root: Path, manifest: DatasetManifest, split: str, domain: str) ->
     return shards
 
 
-def read_rows(shard: StoredShard) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a shard, as mosaicml-streaming decodes them.
+def read_sequences(shard: StoredShard) -> Iterator[dict[str, Any]]:
+    """Yield the sequences of a shard, as mosaicml-streaming decodes them.
 
     Raises:
         DataPrepError: When its hash differs.

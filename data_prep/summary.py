@@ -104,7 +104,7 @@ def _split(
         split=split,
         domain=domain,
         **counts.model_dump(exclude={"max_segments", "index_sha256"}),
-        slots=counts.rows * (manifest.sequence_length + 1),
+        slots=counts.sequences * (manifest.sequence_length + 1),
         pieces=sum(f["pieces"] for f in groups),
         cut_documents=sum(f["cut_documents"] for f in groups),
         length_histogram=[

@@ -6,15 +6,14 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.format import DatasetManifest, columns
+from data_prep.format import FORMAT_VERSION, DatasetManifest, columns
 from data_prep.group import SHARD_BYTES
-from data_prep.stored import read_rows, shards_of
+from data_prep.stored import read_sequences, shards_of
 from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import DataPrepError
 from nextpt.base.files import atomic_write, canonical_json, sha256_file
@@ -31,7 +30,7 @@ def load_function(reference: str) -> Weigh:
     file, _, name = reference.rpartition(":")
     if not Path(file).is_file():
         raise DataPrepError(
-            f"{reference}: expected FILE.py:NAME, a function of a row in a file that is there"
+            f"{reference}: expected FILE.py:NAME, a function of a sequence in a file that is there"
         )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None:
@@ -48,16 +47,16 @@ def load_function(reference: str) -> Weigh:
 
 
 def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
-    """Write `dataset` to `output` with the column token_weights = weigh(row) on all rows.
+    """Write `dataset` to `output` with the column token_weights = weigh(sequence).
 
     The output appears whole or not at all.
 
     Args:
         dataset: Dataset folder.
         output: Folder to write, which must not exist.
-        weigh: Maps a row (the columns of data_prep.format.columns, `tokens` [T + 1] and the number
-            `domain` among them) to weights [T + 1]: the factor on the loss of each token where it
-            is the target, finite and >= 0.
+        weigh: Maps a sequence (the columns of data_prep.format.columns, `tokens` [T + 1] and the
+            number `domain` among them) to weights [T + 1]: the factor on the loss of each token
+            where it is the target, finite and >= 0.
 
     Raises:
         DataPrepError: When weights are invalid or the output exists.
@@ -80,17 +79,13 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
         }
         for name in ("tokenizer.json", "token_bytes.npy"):
             shutil.copyfile(dataset / name, staging / name)
-        shutil.copytree(dataset / "heldout_text", staging / "heldout_text")
+        shutil.copytree(dataset / manifest.text_folder, staging / "validation_text")
         weighted = manifest.model_copy(
-            update={"splits": splits, "fingerprint": "", "inputs_sha256": ""}
+            update={"format_version": FORMAT_VERSION, "splits": splits, "inputs_sha256": ""}
         )
-        fingerprint = sha256(canonical_json(weighted.model_dump()).encode()).hexdigest()
+        fingerprint = {"fingerprint": weighted.content_sha256()}
         with atomic_write(staging / "dataset.json") as file:
-            file.write(
-                canonical_json(
-                    weighted.model_copy(update={"fingerprint": fingerprint}).model_dump()
-                )
-            )
+            file.write(canonical_json(weighted.model_copy(update=fingerprint).model_dump()))
         os.rename(staging, output)
     except OSError as error:
         raise DataPrepError(f"{error.filename or output}: {error.strerror or error}") from error
@@ -117,19 +112,20 @@ def _write(
         size_limit=SHARD_BYTES,
     )
     for shard in shards:
-        for row in read_rows(shard):
+        for sequence in read_sequences(shard):
             try:
-                weights = np.asarray(weigh(row), dtype=np.float32)
+                weights = np.asarray(weigh(sequence), dtype=np.float32)
             except Exception as error:  # whatever the function does
                 raise DataPrepError(
-                    f"token weights of a row of {split}/{domain}: {type(error).__name__}: {error}"
+                    f"token weights of a sequence of {split}/{domain}: {type(error).__name__}:"
+                    f" {error}"
                 ) from error
             if weights.shape != (length,) or not (np.isfinite(weights) & (weights >= 0)).all():
                 raise DataPrepError(
-                    f"token weights of a row of {split}/{domain}: expected {length} finite numbers"
-                    f" >= 0, got shape {weights.shape}, lowest {weights.min(initial=np.inf)},"
-                    f" highest {weights.max(initial=-np.inf)}"
+                    f"token weights of a sequence of {split}/{domain}: expected {length} finite"
+                    f" numbers >= 0, got shape {weights.shape}, lowest"
+                    f" {weights.min(initial=np.inf)}, highest {weights.max(initial=-np.inf)}"
                 )
-            writer.write(row | {"token_weights": weights})
+            writer.write(sequence | {"token_weights": weights})
     writer.finish()
     return sha256_file(folder / "index.json")

@@ -34,7 +34,7 @@ DOCUMENT = np.dtype(
         ("tokens", "<u4"),
         ("bytes", "<u4"),
         ("domain", "<u2"),
-        ("heldout", "u1"),
+        ("validation", "u1"),
     ]
 )
 

@@ -117,13 +117,13 @@ def files_of_dataset(
     ]
     known = {shard.path for shard in shards}
     indices = [
-        data / split / domain / "index.json"
+        data / manifest.split_folder(split) / domain / "index.json"
         for split, domains in manifest.splits.items()
         for domain, c in domains.items()
-        if c.rows
+        if c.sequences
     ]
     final = [*sorted(indices), data / "dataset.json"]
-    splits = [data / split for split in manifest.splits]
+    splits = [data / manifest.split_folder(split) for split in manifest.splits]
     others = sorted(
         p
         for p in data.rglob("*")

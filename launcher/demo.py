@@ -27,8 +27,8 @@ from nextpt.base.pages import readable_duration
 from nextpt.checkpoint.folders import folder_of_step, steps
 from nextpt.config import Config, load_config
 from nextpt.evaluate.evaluation import EvaluationProtocol, evaluate_model
-from nextpt.evaluate.heldout import heldout_texts, write_result
 from nextpt.evaluate.loaded_model import open_model
+from nextpt.evaluate.texts import validation_texts, write_result
 from nextpt.events import read_events
 from nextpt.generate import GenerationConfig, Sampling, generate, prompt_tokens
 from nextpt.generate.records import sample_record, save_samples
@@ -185,7 +185,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     with progress_bars("evaluating") as progress:
         result = evaluate_model(
             open_model(config.run_dir),
-            heldout_texts(Path(config.data.path)),
+            validation_texts(Path(config.data.path)),
             protocol,
             progress=progress,
         )

@@ -5,18 +5,25 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
-from nextpt.base.errors import UserError
+from nextpt.base.errors import DeprecatedNameWarning, UserError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def add_command(
-    app: typer.Typer, name: str, command: Callable[..., None], *, example: str = ""
+    app: typer.Typer,
+    name: str,
+    command: Callable[..., None],
+    *,
+    example: str = "",
+    deprecated: Mapping[str, str] | None = None,
 ) -> None:
     """Add a command whose user errors end it with one line.
 
@@ -26,9 +33,12 @@ def add_command(
         command: Function whose annotated parameters are the options and whose docstring is the
             help text.
         example: One or more command lines, shown below the options.
+        deprecated: Old name of a flag -> its name. Old names are accepted, with a warning, and not
+            shown.
     """
     epilog = f"example: {example}" if example else None
-    app.command(name, epilog=epilog)(report_user_errors(command))
+    kind = type("Command", (_Command,), {"old_flags": deprecated or {}})
+    app.command(name, cls=kind, epilog=epilog)(report_user_errors(command))
 
 
 def add_group(app: typer.Typer, name: str, *, help: str) -> typer.Typer:
@@ -36,6 +46,30 @@ def add_group(app: typer.Typer, name: str, *, help: str) -> typer.Typer:
     group = typer.Typer(no_args_is_help=True, help=help)
     app.add_typer(group, name=name)
     return group
+
+
+class _Command(TyperCommand):
+    """A command that accepts the old names of its flags."""
+
+    old_flags: Mapping[str, str] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line, old names replaced."""
+        end = args.index("--") if "--" in args else len(args)
+        renamed = [self._rename(argument) for argument in args[:end]]
+        return super().parse_args(ctx, renamed + args[end:])
+
+    def _rename(self, argument: str) -> str:
+        flag, *value = argument.split("=", 1)
+        if flag not in self.old_flags:
+            return argument
+        new = self.old_flags[flag]
+        warnings.warn(
+            f"{flag} is now {new}; its old name will soon be an error",
+            DeprecatedNameWarning,
+            stacklevel=2,
+        )
+        return "=".join([new, *value])
 
 
 def report_user_errors(command: Callable[..., None]) -> Callable[..., None]:

@@ -31,20 +31,22 @@ def ablate(file: AblationFile, ranks: Ranks = None) -> None:
     from nextpt.generate import pick_device
     from nextpt.scaling.ablation import is_done, load_ablation
     from nextpt.scaling.ablation_plot import plot_ablation
-    from nextpt.scaling.ablation_result import SUMS, HeldOut, result_of, score_run
+    from nextpt.scaling.ablation_result import SUMS, ValidationDocuments, result_of, score_run
     from nextpt.scaling.record import write_json
 
     ablation = load_ablation(file)
-    heldout, runs, scores = HeldOut.of(ablation.data), ablation.runs(), {}
+    documents, runs, scores = ValidationDocuments.of(ablation.data), ablation.runs(), {}
     for number, run in enumerate(runs, 1):
         if not is_done(ablation, run):
             train_run(ablation, run, f"run {number}/{len(runs)}", ranks)
         folder = ablation.folder(run)
         if not (folder / SUMS).exists():
-            documents = sum(map(len, heldout.texts.values()))
-            echo(f"scoring {run.name} on {documents:,} held-out documents")
-        scores[run.name] = score_run(folder, ablation.config(run).last_step, heldout, pick_device())
-    result = result_of(ablation, heldout, scores)
+            count = sum(map(len, documents.texts.values()))
+            echo(f"scoring {run.name} on {count:,} held-out documents")
+        scores[run.name] = score_run(
+            folder, ablation.config(run).last_step, documents, pick_device()
+        )
+    result = result_of(ablation, documents, scores)
     _print_result(result)
     write_json(result, ablation.dir / "ablation.json")
     plot_ablation(result, ablation.dir / "ablation.png")

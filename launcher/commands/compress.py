@@ -49,7 +49,7 @@ def compress(
     """
     from nextpt.evaluate.coding.files import read_file, write_file
     from nextpt.evaluate.compressors import compare_file
-    from nextpt.evaluate.heldout import write_result
+    from nextpt.evaluate.texts import write_result
 
     _check_output(file, output)
     data = read_file(file)

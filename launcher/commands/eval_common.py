@@ -89,17 +89,17 @@ class EvaluationInputs:
             CheckpointError: The run has no such checkpoint.
             DataError: The documents cannot be read.
         """
-        from nextpt.evaluate.heldout import heldout_texts, text_files
         from nextpt.evaluate.loaded_model import open_model
+        from nextpt.evaluate.texts import text_files, validation_texts
         from nextpt.generate import pick_device
 
         texts = None  # read before the model, so that an error costs no time
         if self.text:
             texts = text_files(self.text)
         elif self.data:
-            texts = heldout_texts(self.data)
+            texts = validation_texts(self.data)
         source = open_model(self.path, step, pick_device(), decoder_only=decoder_only)
-        return source, texts or heldout_texts(source.dataset)
+        return source, texts or validation_texts(source.dataset)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ResultFiles:
 
     def write(self, result: Json, draw: Callable[[Path], None]) -> None:
         """Write the JSON files, and the plot with `draw`. Raises DataError."""
-        from nextpt.evaluate.heldout import write_result
+        from nextpt.evaluate.texts import write_result
 
         for path in filter(None, self.json_paths):
             write_result(result, path)

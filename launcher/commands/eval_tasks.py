@@ -95,7 +95,7 @@ def run_tasks(inputs: EvaluationInputs, request: TaskRequest, files: ResultFiles
 
 def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -> Json:
     from nextpt.evaluate.tasks.harness import run_harness
-    from nextpt.evaluate.tasks.measure import heldout_loss, measure_tasks
+    from nextpt.evaluate.tasks.measure import measure_tasks, validation_loss
 
     source, texts = inputs.open(step)
     with progress_bars("running" if step is None else f"step {step}:") as progress:
@@ -109,7 +109,7 @@ def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -
             resamples=request.resamples,
             progress=progress,
         )
-        loss = heldout_loss(source, texts, request.rows)
+        loss = validation_loss(source, texts, request.rows)
     result = {
         ("run" if source.is_run else "model"): str(source.path),
         "step": source.step,

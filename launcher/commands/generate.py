@@ -199,7 +199,7 @@ class Generation:
 
     def write_json(self, path: Path) -> None:
         """Write tokens and log-probabilities. Raises DataError."""
-        from nextpt.evaluate.heldout import write_result
+        from nextpt.evaluate.texts import write_result
         from nextpt.generate.records import generation_json
 
         settings: dict[str, Any] = {

@@ -26,10 +26,10 @@ def inspect(
     text: Annotated[Path | None, typer.Option(help="UTF-8 file to inspect")] = None,
     prompt: Annotated[str | None, typer.Option(help="text to inspect")] = None,
     step: Step = None,
-    heldout: Annotated[
+    validation: Annotated[
         bool,
         typer.Option(
-            "--heldout", help="calibration on the run's held-out documents, not on this text"
+            "--validation", help="calibration on the run's held-out documents, not on this text"
         ),
     ] = False,
     output: Annotated[
@@ -47,7 +47,13 @@ def inspect(
     content, name = _read_input(text, prompt)
     with progress_bars("reading") as progress:
         inspection = inspect_text(
-            run, content, name, step=step, heldout=heldout, device=pick_device(), progress=progress
+            run,
+            content,
+            name,
+            step=step,
+            validation=validation,
+            device=pick_device(),
+            progress=progress,
         )
     target = output or run / "inspect"
     write_inspection(inspection, target)
@@ -140,6 +146,7 @@ def register(app: typer.Typer) -> None:
         inspect,
         example=(
             "nextpt inspect --run runs/demo --text notes.txt    nextpt inspect --run runs/demo"
-            " --prompt 'import os' --heldout"
+            " --prompt 'import os' --validation"
         ),
+        deprecated={"--heldout": "--validation"},
     )

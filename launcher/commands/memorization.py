@@ -239,7 +239,7 @@ def _write(
     plot: Path | None = None,
     draw: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> None:
-    from nextpt.evaluate.heldout import write_result
+    from nextpt.evaluate.texts import write_result
 
     if json_path:
         write_result(result, json_path)

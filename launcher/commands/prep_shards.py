@@ -91,7 +91,7 @@ MaxBadFraction = Annotated[
         help="fraction of bad records above which no dataset is written", rich_help_panel=INPUT
     ),
 ]
-Heldout = Annotated[
+ValidationFraction = Annotated[
     float, typer.Option(help="fraction of the validation split", rich_help_panel=OUTPUT)
 ]
 Split = Annotated[
@@ -161,7 +161,7 @@ def prep_shards(
     max_bytes: MaxBytes = 2**26,
     duplicates: Duplicates = "keep",
     max_bad_fraction: MaxBadFraction = 1e-4,
-    heldout: Heldout = 0.05,
+    validation_fraction: ValidationFraction = 0.05,
     split: Split = "hash",
     packing: Packing = "best_fit",
     compression: Compression = None,
@@ -189,7 +189,7 @@ def prep_shards(
         encoder=_check_encoder(encoder),
         start_token=start_token,
         end_token=end_token,
-        heldout=heldout,
+        validation_fraction=validation_fraction,
         split=split,
         seed=seed,
         text_field=text_field,
@@ -279,4 +279,5 @@ def register(app: typer.Typer) -> None:
             "nextpt prep shards code=data/code.jsonl prose=data/prose.jsonl --output data/shards"
             " --sequence-length 256 --vocab-size 4096"
         ),
+        deprecated={"--heldout": "--validation-fraction"},
     )

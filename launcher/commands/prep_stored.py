@@ -20,7 +20,7 @@ def weigh(
         str,
         typer.Option(
             metavar="FILE.py:NAME",
-            help="function of a row (a dict of its columns) that returns T + 1 numbers >= 0",
+            help="function of a sequence (a dict of its columns) that returns T + 1 numbers >= 0",
         ),
     ],
     output: Annotated[Path, typer.Option(help="folder of the new dataset")],
@@ -35,21 +35,21 @@ def weigh(
     from data_prep.token_weights import add_token_weights, load_function
 
     function = load_function(weights)
-    rows = sum(
-        counts.rows
+    total = sum(
+        counts.sequences
         for domains in DatasetManifest.load(data).splits.values()
         for counts in domains.values()
     )
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("weighing rows", total=rows)
+        task = bar.add_task("weighing sequences", total=total)
 
-        def weigh_row(row: dict[str, Any]) -> Any:
+        def weigh(sequence: dict[str, Any]) -> Any:
             bar.advance(task)
-            return function(row)
+            return function(sequence)
 
-        add_token_weights(data, output, weigh_row)
+        add_token_weights(data, output, weigh)
     echo(
-        f"{output}: {rows:,} rows with token_weights; train on it with data.path={output}"
+        f"{output}: {total:,} sequences with token_weights; train on it with data.path={output}"
         " objective.token_weights=true"
     )
 

@@ -19,12 +19,12 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop; the same command continues
 EXIT_HUNG = 76
 
 
-class DeprecatedKeyWarning(FutureWarning):
-    """A config key by its old name, which will soon be an error."""
+class DeprecatedNameWarning(FutureWarning):
+    """A config key or a flag by its old name, which will soon be an error."""
 
 
 def print_warnings_to_users() -> None:
-    """Print a DeprecatedKeyWarning as one line, without the place in the code. Others as before."""
+    """Print a DeprecatedNameWarning as one line, without file and line. Others as before."""
     show = warnings.showwarning
 
     def print_line(
@@ -35,7 +35,7 @@ def print_warnings_to_users() -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, DeprecatedKeyWarning):
+        if issubclass(category, DeprecatedNameWarning):
             print(f"warning: {message}", file=file or sys.stderr, flush=True)
         else:
             show(message, category, filename, lineno, file, line)

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from nextpt.base.errors import ConfigError, DeprecatedKeyWarning
+from nextpt.base.errors import ConfigError, DeprecatedNameWarning
 from nextpt.config.hints import explain
 from nextpt.config.keys import all_keys
 from nextpt.config.schema import Config
@@ -28,7 +28,7 @@ def load_config(
     Args:
         path: YAML file.
         overrides: Values that replace those of the file, each "key.sub=value".
-        warn_deprecated: Issue a DeprecatedKeyWarning for each deprecated key, on rank 0. False for
+        warn_deprecated: Issue a DeprecatedNameWarning for each deprecated key, on rank 0. False for
             a file that a user does not edit, such as the config.yaml of a run folder.
 
     Returns:
@@ -61,7 +61,7 @@ def load_config(
         for old, new in dict.fromkeys(renamed):
             warnings.warn(
                 f"{path}: {old} is now {new}; rename the key, its old name will soon be an error",
-                DeprecatedKeyWarning,
+                DeprecatedNameWarning,
                 stacklevel=2,
             )
     return config

@@ -54,7 +54,7 @@ class Dataset:
             split: [
                 ShardStore(
                     ShardIndex(root, self.manifest, split, domain),
-                    f"{split}/{domain}",
+                    f"{self.manifest.split_folder(split)}/{domain}",
                     scratch,
                     remote,
                     cache,
@@ -85,9 +85,9 @@ class Dataset:
         most = 0
         for domains in self.manifest.splits.values():
             for counts in domains.values():
-                if counts.rows and counts.max_segments is None:
+                if counts.sequences and counts.max_segments is None:
                     return None
-                if counts.rows:
+                if counts.sequences:
                     most = max(most, counts.max_segments or 0)
         return most or None
 
@@ -127,7 +127,8 @@ def open_sequences(root: Path, split: str) -> dict[str, MappedSequences]:
     sequences = {}
     for number, domain in enumerate(manifest.domains):
         index = ShardIndex(root, manifest, split, domain)
-        store = ShardStore(index, f"{split}/{domain}", scratch, None, cache)
+        name = f"{manifest.split_folder(split)}/{domain}"
+        store = ShardStore(index, name, scratch, None, cache)
         sequences[domain] = MappedSequences(store, number, threads)
     return sequences
 

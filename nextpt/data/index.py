@@ -82,7 +82,7 @@ class ShardIndex:
     """
 
     def __init__(self, root: Path, manifest: DatasetManifest, split: str, domain: str) -> None:
-        self.folder = root / split / domain
+        self.folder = root / manifest.split_folder(split) / domain
         self.path = self.folder / "index.json"
         self.columns: dict[str, tuple[str, int | None]] = {}
         self._layout: tuple[Any, ...] = ()
@@ -90,7 +90,7 @@ class ShardIndex:
         self._compressed_names: list[str] = []
         numbers = _ShardNumbers()
         recorded = manifest.splits[split][domain]
-        if recorded.rows:
+        if recorded.sequences:
             required = columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts)
             weights = {"token_weights": f"ndarray:float32:{manifest.sequence_length + 1}"}
             self._valid_columns = (required, required | weights)
@@ -101,10 +101,10 @@ class ShardIndex:
         self.compressed_bytes = np.array(numbers.compressed_bytes, np.int64)
         self._hashes = numbers.xxh64
         self._compressed_hashes = numbers.compressed_xxh64
-        if int(self.counts.sum()) != recorded.rows:
+        if int(self.counts.sum()) != recorded.sequences:
             raise DataError(
-                f"{self.folder}: {self.counts.sum()} sequences in index.json, {recorded.rows} in"
-                " dataset.json; prepare the data again"
+                f"{self.folder}: {self.counts.sum()} sequences in index.json,"
+                f" {recorded.sequences} in dataset.json; prepare the data again"
             )
 
     def __len__(self) -> int:

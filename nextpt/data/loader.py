@@ -191,8 +191,8 @@ class Loader:
         Every rank gets the same number of batches; they are filled up with padding, which no sum
         counts. The context is always the whole sequence.
         """
-        source, size = self.dataset.sequences["heldout"][domain], self.config.train.micro_batch_size
-        count = min(count, len(source))
+        source = self.dataset.sequences["validation"][domain]
+        count, size = min(count, len(source)), self.config.train.micro_batch_size
         for first in range(0, count, size * self.world_size):
             start = first + self.rank * size
             indices = range(start, start + size)

@@ -148,9 +148,9 @@ class RemoteDataset:
     def _fetch_tables(self, manifest: DatasetManifest) -> None:
         """Fetch the token table and the held-out documents, where they are missing."""
         names = ["token_bytes.npy"]
-        for domain, counts in manifest.splits["heldout"].items():
+        for domain, counts in manifest.splits["validation"].items():
             if counts.documents:
-                names.append(f"heldout_text/{domain}.jsonl")
+                names.append(f"{manifest.text_folder}/{domain}.jsonl")
         for name in names:
             if not (self.root / name).exists():
                 self.fetch(name, self.root / name)
@@ -159,7 +159,7 @@ class RemoteDataset:
         """Fetch the indexes that are missing or not those of the manifest."""
         for split, domains in manifest.splits.items():
             for domain, counts in domains.items():
-                name = f"{split}/{domain}/index.json"
+                name = f"{manifest.split_folder(split)}/{domain}/index.json"
                 target = self.root / name
 
                 def check(path: Path, expected: str = counts.index_sha256) -> str | None:
@@ -167,7 +167,7 @@ class RemoteDataset:
                         return None
                     return "it is not the one that dataset.json was written with (its hash differs)"
 
-                if counts.rows and not (target.exists() and check(target) is None):
+                if counts.sequences and not (target.exists() and check(target) is None):
                     self.fetch(name, target, check)
 
     def _downloader(self) -> Any:

@@ -21,7 +21,6 @@ from nextpt.evaluate.documents import (
     sliding_windows,
 )
 from nextpt.evaluate.frequency import EDGES, band_of_tokens
-from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.loaded_model import LoadedModel
 from nextpt.evaluate.metrics import Metrics
 from nextpt.evaluate.progress import (
@@ -31,6 +30,7 @@ from nextpt.evaluate.progress import (
     ignore_progress,
 )
 from nextpt.evaluate.ranks import score_on_ranks
+from nextpt.evaluate.texts import encode_document
 
 # Columns of a document's sums; those of contexts and bands follow
 TOKENS, BYTES, NATS, SPECIAL = range(4)

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE, middle, stratified
-from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.loaded_model import LoadedModel
 from nextpt.evaluate.progress import PartProgress, ignore_part_progress
+from nextpt.evaluate.texts import encode_document
 from nextpt.generate.decoding import DecodingBatch
 from nextpt.generate.sample import Sampling, continuation_rng, distribution, draw
 from nextpt.model import Decoder

@@ -34,7 +34,7 @@ def training_counts(data: Path, tokenizer: Tokenizer) -> np.ndarray | None:
 
 def _count(data: Path, manifest: DatasetManifest, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size, dtype=np.int64)
-    total = sum(c.rows for c in manifest.splits["train"].values())
+    total = sum(c.sequences for c in manifest.splits["train"].values())
     # One of this many sequences is counted
     every = max(1, -(-total * (manifest.sequence_length + 1) // MOST_TOKENS))
     for sequences in open_sequences(data, "train").values():

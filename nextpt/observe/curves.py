@@ -139,7 +139,7 @@ def _series(
     return np.array([e["tokens"] for e in run.train], dtype=float), np.array(values, dtype=float)
 
 
-def _losses(runs: list[RunRecord], unit: str, train_key: str, heldout_key: str) -> list[Plot]:
+def _losses(runs: list[RunRecord], unit: str, train_key: str, validation_key: str) -> list[Plot]:
     """Plot loss against tokens: of one run a line per domain, of several a plot per domain."""
     domains = sorted(
         {d for run in runs for e in (*run.train, *run.validation) for d in e["domains"]}
@@ -151,12 +151,16 @@ def _losses(runs: list[RunRecord], unit: str, train_key: str, heldout_key: str) 
             (f"Loss on {domain}, {unit}", [(run, domain, run.label) for run in runs])
             for domain in domains
         ]
-    plots = [_loss(title, unit, lines, train_key, heldout_key) for title, lines in groups]
+    plots = [_loss(title, unit, lines, train_key, validation_key) for title, lines in groups]
     return [plot for plot in plots if plot]
 
 
 def _loss(
-    title: str, unit: str, lines: list[tuple[RunRecord, str, str]], train_key: str, heldout_key: str
+    title: str,
+    unit: str,
+    lines: list[tuple[RunRecord, str, str]],
+    train_key: str,
+    validation_key: str,
 ) -> Plot | None:
     """Plot training loss thin and validation loss thick, with markers.
 
@@ -165,7 +169,7 @@ def _loss(
         unit: Label of the axis.
         lines: Run, domain and name in the legend of each line.
         train_key: Metric of training events.
-        heldout_key: Metric of validation events.
+        validation_key: Metric of validation events.
     """
     figure, axes = _canvas()
     tops, parts = [], []
@@ -183,7 +187,7 @@ def _loss(
             label=f"{name}, training",
         )
         if held := [
-            (e["tokens"], e["domains"][domain][heldout_key])
+            (e["tokens"], e["domains"][domain][validation_key])
             for e in run.validation
             if domain in e["domains"]
         ]:

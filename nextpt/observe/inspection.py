@@ -22,9 +22,9 @@ from data_prep.tokenizer.description import BYTE_OF
 from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write, canonical_json
 from nextpt.evaluate.calibration import Calibration
-from nextpt.evaluate.heldout import heldout_texts
 from nextpt.evaluate.loaded_model import open_model
 from nextpt.evaluate.metrics import Metrics
+from nextpt.evaluate.texts import validation_texts
 from nextpt.evaluate.tokens import TokenScores, next_tokens, score_tokens
 from nextpt.generate import text_tokens
 from nextpt.generate.stopping import IncrementalDetokenizer
@@ -91,7 +91,7 @@ def inspect_text(
     source: str,
     *,
     step: int | None = None,
-    heldout: bool = False,
+    validation: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[str, float], None] = lambda name, share: None,
 ) -> Inspection:
@@ -102,7 +102,7 @@ def inspect_text(
         text: The text.
         source: Its name.
         step: Step of the checkpoint; None is the newest.
-        heldout: Measure calibration on all held-out documents of the run's dataset.
+        validation: Measure calibration on all held-out documents of the run's dataset.
         device: Device of the model.
         progress: Called with (name, fraction that is done).
 
@@ -112,22 +112,22 @@ def inspect_text(
     """
     opened = open_model(run, step, device, decoder_only=True)
     model, tokenizer, at = opened.decoder, opened.tokenizer, opened.step
-    if heldout and not opened.is_run:
+    if validation and not opened.is_run:
         raise DataError(
             f"{run} is a Hugging Face folder, which names no held-out documents; leave"
-            " --heldout out"
+            " --validation out"
         )
     window = model.max_position
     stride = max(window // 2, 1)
     document = np.array(text_tokens(tokenizer, text, source))
     calibration = Calibration()
-    domains = heldout_texts(opened.dataset) if heldout else {}
+    domains = validation_texts(opened.dataset) if validation else {}
     scores = score_tokens(
         model,
         document,
         window=window,
         stride=stride,
-        calibration=None if heldout else calibration,
+        calibration=None if validation else calibration,
         progress=lambda share: progress(source, share),
     )
     for domain, texts in domains.items():
@@ -154,7 +154,7 @@ def inspect_text(
         following,
         metrics,
         calibration,
-        "held-out documents" if heldout else source,
+        "held-out documents" if validation else source,
     )
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from nextpt.base.errors import DataError
 from nextpt.base.plots import COLOURS, SETTINGS
 
-SIDES = {"train": COLOURS[1], "heldout": COLOURS[0]}
-NAMES = {"train": "training documents", "heldout": "held-out documents"}
+SIDES = {"train": COLOURS[1], "validation": COLOURS[0]}
+NAMES = {"train": "training documents", "validation": "held-out documents"}
 
 
 def plot_extraction(result: dict[str, Any], path: Path) -> None:

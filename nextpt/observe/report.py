@@ -49,7 +49,7 @@ def write_report(folders: list[Path], output: Path) -> None:
             configs={run.label: to_yaml(run.config) for run in runs},
             version=nextpt.__version__,
             now=time.time(),
-            heldout=heldout_rows(runs),
+            validation=validation_rows(runs),
         )
     )
     try:
@@ -68,7 +68,7 @@ def config_differences(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
     return [(key, values) for key, values in rows if len({str(value) for value in values}) > 1]
 
 
-def heldout_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
+def validation_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
     """Return validation metrics as rows, one per run, step and domain."""
     return [
         {"run": run.label, "step": e["step"], "tokens": e["tokens"], "domain": name} | figures

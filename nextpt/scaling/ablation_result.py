@@ -21,8 +21,8 @@ from nextpt.evaluate.evaluation import (
     describe_protocol,
     document_sums,
 )
-from nextpt.evaluate.heldout import heldout_texts
 from nextpt.evaluate.loaded_model import open_model
+from nextpt.evaluate.texts import validation_folder, validation_texts
 from nextpt.scaling.ablation import Ablation
 from nextpt.scaling.paired import paired_metrics
 from nextpt.scaling.record import write_json
@@ -32,7 +32,7 @@ PROTOCOL = EvaluationProtocol()  # of `nextpt eval` without options
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationDocuments:
     """Documents that all models are scored on.
 
     Attributes:
@@ -44,9 +44,9 @@ class HeldOut:
     texts: dict[str, list[str]]
 
     @classmethod
-    def of(cls, data: Path) -> HeldOut:
+    def of(cls, data: Path) -> ValidationDocuments:
         """Read the held-out documents of a dataset folder. Raises DataError."""
-        return cls(data / "heldout_text", heldout_texts(data))
+        return cls(validation_folder(data), validation_texts(data))
 
     @property
     def sha256(self) -> str:
@@ -54,11 +54,13 @@ class HeldOut:
         return sha256(canonical_json(self.texts).encode()).hexdigest()
 
 
-def score_run(run: Path, step: int, heldout: HeldOut, device: torch.device | str) -> dict[str, Any]:
+def score_run(
+    run: Path, step: int, documents: ValidationDocuments, device: torch.device | str
+) -> dict[str, Any]:
     """Score a run, or read RUN/documents.json where it was scored before.
 
     Returns:
-        {"step", "heldout_sha256", "protocol", "sums": domain -> [documents, 4]}.
+        {"step", "documents_sha256", "protocol", "sums": domain -> [documents, 4]}.
 
     Raises:
         ScalingError: The file is damaged or is of other documents.
@@ -68,19 +70,19 @@ def score_run(run: Path, step: int, heldout: HeldOut, device: torch.device | str
     path = run / SUMS
     if path.exists():
         scores = _read(path)
-        if scores["heldout_sha256"] != heldout.sha256:
+        if scores["documents_sha256"] != documents.sha256:
             raise ScalingError(
-                f"{path} is of other held-out documents than {heldout.folder} (SHA-256"
-                f" {scores['heldout_sha256'][:12]} -> {heldout.sha256[:12]}); remove it and those"
-                " of the other runs to score all again, or restore the documents"
+                f"{path} is of other held-out documents than {documents.folder} (SHA-256"
+                f" {scores['documents_sha256'][:12]} -> {documents.sha256[:12]}); remove it and"
+                " those of the other runs to score all again, or restore the documents"
             )
         if scores["step"] == step:
             return scores
     source = open_model(run, step, device)
-    sums = document_sums(source, heldout.texts, PROTOCOL)
+    sums = document_sums(source, documents.texts, PROTOCOL)
     scores = {
         "step": step,
-        "heldout_sha256": heldout.sha256,
+        "documents_sha256": documents.sha256,
         "protocol": describe_protocol(source, PROTOCOL),
         "sums": {domain: rows.tolist() for domain, rows in sums.items()},
     }
@@ -91,7 +93,9 @@ def score_run(run: Path, step: int, heldout: HeldOut, device: torch.device | str
 def _read(path: Path) -> dict[str, Any]:
     try:
         scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"step", "heldout_sha256", "protocol", "sums"} <= scores.keys():
+        if "heldout_sha256" in scores:  # its name until dataset format version 3
+            scores["documents_sha256"] = scores.pop("heldout_sha256")
+        if not {"step", "documents_sha256", "protocol", "sums"} <= scores.keys():
             raise ValueError("keys are missing")
         return scores
     except (OSError, ValueError, AttributeError) as error:
@@ -101,13 +105,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def result_of(
-    ablation: Ablation, heldout: HeldOut, scores: dict[str, dict[str, Any]]
+    ablation: Ablation, documents: ValidationDocuments, scores: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Build the content of DIR/ablation.json.
 
     Args:
         ablation: The ablation.
-        heldout: The documents.
+        documents: The documents.
         scores: Name of each run -> result of `score_run`.
     """
     grid = [
@@ -116,7 +120,7 @@ def result_of(
     ]
     columns = {
         d: np.array([[run["sums"][d] for run in variant_runs] for variant_runs in grid])
-        for d in heldout.texts
+        for d in documents.texts
     }
     sizes = {d: values[0, 0, :, BYTES] for d, values in columns.items()}
     if not all((values[..., BYTES] == sizes[d]).all() for d, values in columns.items()):
@@ -147,7 +151,7 @@ def result_of(
         "overrides": ablation.overrides,
         "seeds": ablation.seeds,
         "step": grid[0][0]["step"],
-        "heldout": {"folder": str(heldout.folder), "sha256": heldout.sha256},
+        "documents": {"folder": str(documents.folder), "sha256": documents.sha256},
         "protocol": (
             scored
             | {

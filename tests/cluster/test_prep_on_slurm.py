@@ -43,7 +43,7 @@ class Work:
             *(f"{name}={path}" for name, path in self.spec.domains.items()),
             "--sequence-length",
             "64",
-            "--heldout",
+            "--validation-fraction",
             "0.2",
             "--tokenizer",
             str(self.spec.tokenizer),

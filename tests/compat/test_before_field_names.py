@@ -148,9 +148,9 @@ def test_the_dataset_is_read(inside: Path) -> None:
     for split, domains in manifest.splits.items():
         sequences = open_sequences(Path("dataset"), split)
         for domain, counts in domains.items():
-            assert len(sequences[domain]) == counts.rows > 100
-            tokens = sum(int(sequences[domain][i].doc_lens.sum()) for i in range(counts.rows))
-            assert tokens == counts.rows * (manifest.sequence_length + 1)
+            assert len(sequences[domain]) == counts.sequences > 100
+            tokens = sum(int(sequences[domain][i].doc_lens.sum()) for i in range(counts.sequences))
+            assert tokens == counts.sequences * (manifest.sequence_length + 1)
 
 
 def test_a_state_with_skipped_data_in_its_old_spelling_is_loaded(old: Path) -> None:

@@ -220,7 +220,7 @@ def test_the_capacity_of_a_real_dataset_fits_its_fullest_sequence(
     loader = Loader(tiny(dataset, Path("unused")), 0, 1)
     most = max(
         len(sequences[i].doc_lens)
-        for split in ("train", "heldout")
+        for split in ("train", "validation")
         for sequences in loader.dataset.sequences[split]
         for i in range(len(sequences))
     )
@@ -245,7 +245,7 @@ def test_one_epoch_has_every_byte_and_every_token_once(dataset: Path, context: i
         1,
     )
     counts = loader.manifest.splits["train"]["code"]
-    batches = [loader.step_batches(step)[0] for step in range(counts.rows)]
+    batches = [loader.step_batches(step)[0] for step in range(counts.sequences)]
     assert sum(int(b.target_bytes.sum()) for b in batches) == counts.bytes
     assert sum(int((b.targets != X).sum()) for b in batches) == counts.tokens
     assert sum(int(b.is_text.sum()) for b in batches) == counts.text_tokens
@@ -268,7 +268,7 @@ def test_bytes_of_a_column_reach_the_metrics(dataset: Path, tmp_path: Path) -> N
     folder = rewrite(dataset, tmp_path / "d", byte_counts="column", change=later)
     loader = Loader(tiny(folder, Path("unused")), 0, 1)
     sums, differ, predicted = DomainSums(loader.domains, torch.device("cpu")), 0, 0
-    sequences = loader.dataset.sequences["heldout"][0]
+    sequences = loader.dataset.sequences["validation"][0]
     for number, batch in enumerate(loader.validation_batches(0, len(sequences))):
         expected = np.zeros((2, 64), np.int64)
         for i in range(min(2, len(sequences) - 2 * number)):
@@ -300,7 +300,7 @@ def test_bytes_of_a_column_reach_the_metrics(dataset: Path, tmp_path: Path) -> N
     assert (
         differ
         and total.tokens < predicted
-        and total.tokens == loader.manifest.splits["heldout"]["code"].text_tokens
+        and total.tokens == loader.manifest.splits["validation"]["code"].text_tokens
     )
     loader.close()
 
@@ -309,7 +309,7 @@ def test_validation_sequences_have_every_byte_once(dataset: Path) -> None:
     loader = Loader(
         tiny(dataset, Path("unused"), train={"global_batch_size": 1, "micro_batch_size": 1}), 0, 1
     )
-    counts = loader.manifest.splits["heldout"]
+    counts = loader.manifest.splits["validation"]
     for domain, name in enumerate(loader.domains):
         batches = list(loader.validation_batches(domain, 10**9))
         assert sum(int(b.target_bytes.sum()) for b in batches) == counts[name].bytes

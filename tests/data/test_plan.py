@@ -115,7 +115,7 @@ def test_a_longer_run_is_the_same_plan(dataset: Path) -> None:
 
 
 def test_max_epochs_are_checked_over_the_whole_run(dataset: Path) -> None:
-    sequences = open_loader(dataset).manifest.splits["train"]["prose"].rows
+    sequences = open_loader(dataset).manifest.splits["train"]["prose"].sequences
     steps = 2 * sequences // 8 + 1
     with pytest.raises(
         ConfigError,

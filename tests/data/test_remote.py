@@ -105,7 +105,7 @@ def test_a_dataset_of_an_object_store_gives_the_same_batches(
         "dataset.json",
         "tokenizer.json",
         "token_bytes.npy",
-        "heldout_text/code.jsonl",
+        "validation_text/code.jsonl",
         "train/code/index.json",
     } <= cached
     assert any(n.endswith(".mds") for n in cached) and not any(

@@ -59,7 +59,7 @@ def first_row(folder: Path, scratch: Path | None = None) -> Any:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["dataset", "grouped", "packed"])
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", ["train", "validation"])
 def test_sequences_are_what_streaming_reads(
     request: pytest.FixtureRequest, dataset: Path, layout: str, split: str, tmp_path: Path
 ) -> None:
@@ -93,7 +93,7 @@ def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, pack
             0,
             1,
         )
-        count = loader.manifest.splits["train"]["prose"].rows
+        count = loader.manifest.splits["train"]["prose"].sequences
         batches.append(
             sorted(loader.step_batches(step)[0].tokens.numpy().tobytes() for step in range(count))
         )
@@ -266,7 +266,7 @@ def test_an_index_in_any_json_layout_is_read(copy: Path) -> None:
     path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=3))
     raw["splits"]["train"]["code"]["index_sha256"] = sha256_file(path)
     (copy / "dataset.json").write_text(json.dumps(raw))
-    assert len(sequences_of(copy, "train", "code")) == raw["splits"]["train"]["code"]["rows"]
+    assert len(sequences_of(copy, "train", "code")) == raw["splits"]["train"]["code"]["sequences"]
 
 
 def test_a_shard_is_hashed_once_per_machine_and_again_when_it_changes(

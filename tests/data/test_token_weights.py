@@ -119,7 +119,7 @@ def test_the_recipe_of_the_docs_writes_the_column(
         "data/demo/weighted",
     ]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0 and "rows with token_weights" in result.output, result.output
+    assert result.exit_code == 0 and "sequences with token_weights" in result.output, result.output
     weighted, tokenizer = tmp_path / "data/demo/weighted", Tokenizer(dataset / "tokenizer.json")
     plain = Loader(tiny(dataset, tmp_path), 0, 1)
     loader = Loader(tiny(weighted, tmp_path, objective={"token_weights": True}), 0, 1)
@@ -147,7 +147,7 @@ def test_invalid_weights_leave_nothing_behind(dataset: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(
             DataPrepError,
-            match=r"token weights of a row of heldout/code: expected 65 finite numbers >= 0",
+            match=r"weights of a sequence of validation/code: expected 65 finite numbers >= 0",
         ):
             add_token_weights(dataset, tmp_path / "out", weigh)
         assert not list(tmp_path.iterdir())
@@ -181,6 +181,6 @@ def test_invalid_functions_are_reported(
 
 def test_a_failing_function_is_named_with_the_row(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        DataPrepError, match="token weights of a row of heldout/code: KeyError: 'none'"
+        DataPrepError, match="token weights of a sequence of validation/code: KeyError: 'none'"
     ):
         add_token_weights(dataset, tmp_path / "out", lambda row: row["none"])

@@ -46,7 +46,7 @@ def test_they_are_prepared_with_their_metadata_as_domain(dataset: Path, tmp_path
             output=tmp_path / "data",
             sequence_length=64,
             tokenizer=dataset / "tokenizer.json",
-            heldout=0.0,
+            validation_fraction=0.0,
             domain_field="metadata.source",
         )
     )

@@ -46,7 +46,7 @@ def test_documents_of_a_real_dataset_are_exported_unchanged(dataset: Path, tmp_p
     exported = export_megatron(dataset, tmp_path / "out" / "stdlib")
     manifest = DatasetManifest.load(dataset)
     assert {(e.split, e.domain) for e in exported} == {
-        (s, d) for s in ("train", "heldout") for d in ("code", "prose")
+        (s, d) for s in ("train", "validation") for d in ("code", "prose")
     }
     for part in exported:
         counts = manifest.splits[part.split][part.domain]
@@ -61,7 +61,7 @@ def test_documents_of_a_real_dataset_are_exported_unchanged(dataset: Path, tmp_p
     tokenizer, length = Tokenizer(dataset / "tokenizer.json"), manifest.sequence_length
     for domain in manifest.domains:
         expected: Counter[bytes] = Counter()
-        for line in lines_of(dataset / "heldout_text" / f"{domain}.jsonl"):
+        for line in lines_of(dataset / "validation_text" / f"{domain}.jsonl"):
             document = np.concatenate(
                 [[manifest.start_id], tokenizer.encode(json.loads(line)["text"]), [manifest.end_id]]
             ).astype("<u2")
@@ -69,7 +69,8 @@ def test_documents_of_a_real_dataset_are_exported_unchanged(dataset: Path, tmp_p
             expected.update(piece.tobytes() for piece in (pieces[0][1:], *pieces[1:]))
         assert (
             Counter(
-                s.tobytes() for s in read_pair(str(tmp_path / "out" / f"stdlib-{domain}-heldout"))
+                s.tobytes()
+                for s in read_pair(str(tmp_path / "out" / f"stdlib-{domain}-validation"))
             )
             == expected
         )
@@ -122,7 +123,7 @@ def test_each_byte_follows_the_described_format(
         "<QBQQ3i3q4q", 1, code, 3, 4, *lengths, *offsets, 0, 1, 2, 3
     )
     assert (tmp_path / "x-a.b-train.idx").read_bytes() == index
-    # No heldout rows, no temporaries
+    # No validation sequences, no temporaries
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "data",
         "x-a.b-train.bin",

@@ -97,7 +97,7 @@ def test_sequences_hold_every_document_once(
             sequences = read_sequences(spec.output, split, domain)
             counts = manifest.splits[split][domain]
             assert (
-                len(sequences) == counts.rows
+                len(sequences) == counts.sequences
                 and sum(int(r["text_bytes"]) for r in sequences) == counts.bytes
             )
             documents = segments(sequences)
@@ -154,8 +154,8 @@ def test_units_and_groups_change_neither_sides_nor_counts(
                 b.tokens,
                 b.text_tokens,
             )
-        assert (spec.output / "heldout_text/a.jsonl").read_bytes() == (
-            prepared.output / "heldout_text/a.jsonl"
+        assert (spec.output / "validation_text/a.jsonl").read_bytes() == (
+            prepared.output / "validation_text/a.jsonl"
         ).read_bytes()
 
 
@@ -222,7 +222,7 @@ def test_tokens_that_omit_text_are_detected(
             "output": tmp_path / "out",
             "domains": {"x": tmp_path / "x.jsonl"},
             "max_bad_fraction": 0.5,
-            "heldout": 0.0,
+            "validation_fraction": 0.0,
         }
     )
     assert prepare(spec).splits["train"]["x"].documents == 3
@@ -253,7 +253,7 @@ def test_duplicates_are_counted_and_dropped_if_configured(
         )
     assert sum(dropped.splits[s]["x"].documents for s in SPLITS) == 45
     copies = Counter(
-        json.loads(line)["text"] for line in lines_of(tmp_path / "dropped/heldout_text/x.jsonl")
+        json.loads(line)["text"] for line in lines_of(tmp_path / "dropped/validation_text/x.jsonl")
     )
     assert set(copies.values()) == {1}
     assert json.loads((tmp_path / "dropped/report.json").read_text())["filtered"] == {
@@ -269,7 +269,7 @@ def test_duplicates_never_straddle_the_split(prepared: PrepSpec, tmp_path: Path)
     )
     prepare(spec)
     heldout = Counter(
-        json.loads(line)["text"] for line in lines_of(spec.output / "heldout_text/x.jsonl")
+        json.loads(line)["text"] for line in lines_of(spec.output / "validation_text/x.jsonl")
     )
     assert heldout and set(heldout.values()) == {3}
 
@@ -434,7 +434,7 @@ def test_the_bytes_of_predicted_tokens_are_those_of_the_texts(
             "domains": {"x": folder / "x.jsonl"},
             "packing": packing,
             "sequence_length": length,
-            "heldout": 0.0,
+            "validation_fraction": 0.0,
             "tokenizer": tokenizers[kind],
         }
     )

@@ -45,7 +45,7 @@ def spec(tmp_path: Path, texts: list[str] = TEXTS, **changes: object) -> PrepSpe
         "output": tmp_path / "out",
         "sequence_length": 16,
         "vocab_size": 300,
-        "heldout": 0.2,
+        "validation_fraction": 0.2,
     }
     return PrepSpec(**(values | changes))
 
@@ -82,7 +82,7 @@ def test_packing_places_every_piece_once(lengths: list[int]) -> None:
 
 
 def test_packing_refuses_pieces_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="longer than a row"):
+    with pytest.raises(ValueError, match="longer than a sequence"):
         best_fit_decreasing(np.array([18]), 17)
 
 
@@ -95,7 +95,7 @@ def test_sequences_decode_to_the_documents(tmp_path: Path) -> None:
     from streaming.base.format import reader_from_json
 
     pieces: list[str] = []
-    for split in ("train", "heldout"):
+    for split in ("train", "validation"):
         folder = tmp_path / "out" / split / "a"
         index = json.loads((folder / "index.json").read_text())
         size = 0
@@ -115,15 +115,18 @@ def test_sequences_decode_to_the_documents(tmp_path: Path) -> None:
                             tokenizer.decode(row["tokens"][int(start) : int(start + length)][1:])
                         )
         counts = manifest.splits[split]["a"]
-        assert size == counts.bytes and counts.rows == sum(s["samples"] for s in index["shards"])
-    assert manifest.splits["train"]["a"].documents + manifest.splits["heldout"][
+        assert size == counts.bytes and counts.sequences == sum(
+            s["samples"] for s in index["shards"]
+        )
+    assert manifest.splits["train"]["a"].documents + manifest.splits["validation"][
         "a"
     ].documents == len(TEXTS)
     assert sum(map(len, pieces)) == sum(map(len, TEXTS))
     heldout = [
-        json.loads(line)["text"] for line in lines_of(tmp_path / "out" / "heldout_text" / "a.jsonl")
+        json.loads(line)["text"]
+        for line in lines_of(tmp_path / "out" / "validation_text" / "a.jsonl")
     ]
-    assert 0 < len(heldout) == manifest.splits["heldout"]["a"].documents and set(heldout) <= set(
+    assert 0 < len(heldout) == manifest.splits["validation"]["a"].documents and set(heldout) <= set(
         TEXTS
     )
 
@@ -143,9 +146,9 @@ def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_a_document_keeps_its_side_when_the_corpus_grows(tmp_path: Path) -> None:
     prepare(spec(tmp_path, TEXTS[:40]))
-    few = (tmp_path / "out" / "heldout_text" / "a.jsonl").read_text()
+    few = (tmp_path / "out" / "validation_text" / "a.jsonl").read_text()
     prepare(spec(tmp_path, TEXTS), overwrite=True)
-    many = (tmp_path / "out" / "heldout_text" / "a.jsonl").read_text()
+    many = (tmp_path / "out" / "validation_text" / "a.jsonl").read_text()
     assert many.startswith(few) and few
 
 
@@ -231,7 +234,7 @@ def test_bad_corpora_are_named_and_nothing_takes_the_output_s_name(
         ({"vocab_size": 100}, "too small"),
         ({"vocab_size": 100_000}, "the texts give only"),
         ({"vocab_size": 2**33}, "does not fit uint32"),
-        ({"heldout": 1.5}, "heldout = 1.5"),
+        ({"validation_fraction": 1.5}, "validation_fraction = 1.5"),
         ({"split": "head"}, "split = 'head'"),
         ({"characters": True}, "give one of vocab_size"),
         ({"sequence_length": 1}, "sequence_length = 1"),
@@ -325,14 +328,14 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
             vocab_size=None,
             characters=True,
             split="tail",
-            heldout=0.1,
+            validation_fraction=0.1,
         )
     )
     boundary = int(len(text) * 0.9)
-    counts = {split: manifest.splits[split]["a"] for split in ("train", "heldout")}
+    counts = {split: manifest.splits[split]["a"] for split in ("train", "validation")}
     assert (
         counts["train"].text_tokens == boundary
-        and counts["heldout"].text_tokens == len(text) - boundary
+        and counts["validation"].text_tokens == len(text) - boundary
     )
     assert (
         counts["train"].bytes == len(text[:boundary].encode())
@@ -343,7 +346,8 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
         text
     )
     heldout = [
-        json.loads(line)["text"] for line in lines_of(tmp_path / "out" / "heldout_text" / "a.jsonl")
+        json.loads(line)["text"]
+        for line in lines_of(tmp_path / "out" / "validation_text" / "a.jsonl")
     ]
     assert heldout == [text[boundary:]]
     with pytest.raises(DataPrepError, match="refuses a text"):
@@ -352,15 +356,16 @@ def test_characters_as_tokens_and_the_tail_held_out(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_the_tail_of_many_documents_is_cut_once(tmp_path: Path) -> None:
-    manifest = prepare(spec(tmp_path, split="tail", heldout=0.3))
+    manifest = prepare(spec(tmp_path, split="tail", validation_fraction=0.3))
     tail = "".join(
-        json.loads(line)["text"] for line in lines_of(tmp_path / "out" / "heldout_text" / "a.jsonl")
+        json.loads(line)["text"]
+        for line in lines_of(tmp_path / "out" / "validation_text" / "a.jsonl")
     )
     assert "".join(TEXTS).endswith(tail) and len(tail) == len("".join(TEXTS)) - int(
         len("".join(TEXTS)) * 0.7
     )
     assert manifest.splits["train"]["a"].bytes + len(tail) == len("".join(TEXTS))
-    assert sum(manifest.splits[s]["a"].documents for s in ("train", "heldout")) in (
+    assert sum(manifest.splits[s]["a"].documents for s in ("train", "validation")) in (
         len(TEXTS),
         len(TEXTS) + 1,
     )

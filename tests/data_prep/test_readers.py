@@ -77,7 +77,7 @@ def test_local_dataset_reads_every_sample(dataset: Path) -> None:
     for split, domain in parts(manifest):
         expected = list(decode_shards(dataset / split / domain))
         actual = LocalDataset(str(dataset / split / domain))
-        assert len(actual) == len(expected) == manifest.splits[split][domain].rows > 0
+        assert len(actual) == len(expected) == manifest.splits[split][domain].sequences > 0
         assert all(same(actual[i], expected[i]) for i in range(len(expected)))
         assert set(expected[0]) == set(
             columns(manifest.sequence_length, manifest.vocab_size, manifest.byte_counts)
@@ -106,7 +106,7 @@ def test_one_stream_over_several_groups(
             output=tmp_path / "data",
             sequence_length=64,
             tokenizer=dataset / "tokenizer.json",
-            heldout=0.0,
+            validation_fraction=0.0,
         )
     )
     folder = tmp_path / "data" / "train" / "a"
@@ -148,7 +148,7 @@ class Text(StreamingDataset):
 
 root, domains, output = sys.argv[1], sys.argv[2].split(","), sys.argv[3]
 common = dict(batch_size=4, num_canonical_nodes=1)
-for split in ("train", "heldout"):
+for split in ("train", "validation"):
     streams = lambda: [Stream(local=f"{root}/{split}/{d}", split=None) for d in domains]
     rows = list(StreamingDataset(streams=streams(), shuffle=False, **common))
     shuffling = dict(shuffle_algo="py1e", shuffle_seed=3, shuffle_block_size=64)

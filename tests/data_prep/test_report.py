@@ -72,8 +72,8 @@ def test_json_holds_the_counts_and_what_follows_from_them(rich: Path) -> None:
     assert report_json["throughput"]["tokens_per_core_second"] == pytest.approx(230e6 / 1650)
     assert report_json["quarantined"]["invalid UTF-8"]["records"] == 4
     total = total_of(report.splits)
-    assert total.documents == 244_800 == sum(total.length_histogram) and total.rows == sum(
-        s.rows for s in report.splits
+    assert total.documents == 244_800 == sum(total.length_histogram) and total.sequences == sum(
+        s.sequences for s in report.splits
     )
 
 

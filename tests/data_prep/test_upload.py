@@ -215,7 +215,7 @@ def test_streaming_downloads_what_was_uploaded(
     s3: str, dataset: Path, many: Path, tmp_path: Path, compression: str | None
 ) -> None:
     """Through StreamingDataset, in its own process: it leaves threads and shared memory behind."""
-    from data_prep.stored import read_rows, shards_of
+    from data_prep.stored import read_sequences, shards_of
 
     data = dataset
     if compression:
@@ -254,6 +254,6 @@ def test_streaming_downloads_what_was_uploaded(
         row["tokens"]
         for domain in manifest.domains
         for shard in shards_of(data, manifest, "train", domain)
-        for row in read_rows(shard)
+        for row in read_sequences(shard)
     ]
     assert np.array_equal(np.load(tmp_path / "rows.npy"), np.stack(own))

@@ -95,7 +95,7 @@ def runs(
         validation={"every_steps": 1, "sequences": 40},
     )
     damaged_shard = damage_shard(configs["damaged"])
-    for shard in (damaged / "heldout" / "prose").rglob("*.mds"):
+    for shard in (damaged / "validation" / "prose").rglob("*.mds"):
         shard.write_bytes(shard.read_bytes()[:-3] + b"rot")
     outcomes = dict(zip(configs, train_all(list(configs.values()), 2, root / "jobs"), strict=True))
     return root, outcomes, damaged_shard
@@ -158,7 +158,7 @@ def test_a_shard_that_one_rank_cannot_read_ends_all_at_the_step_that_needs_it(
 def test_a_shard_that_validation_cannot_read_ends_all_ranks(
     runs: tuple[Path, dict[str, str | None], tuple[Path, int]],
 ) -> None:
-    assert "heldout/prose/g00000/shard.0000" in str(runs[1]["damaged held out"])
+    assert "validation/prose/g00000/shard.0000" in str(runs[1]["damaged held out"])
     assert len(events(runs[0] / "run-2", "train")) == 1
 
 

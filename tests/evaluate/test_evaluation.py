@@ -17,8 +17,8 @@ from nextpt.evaluate.bootstrap import ratio_interval, resampled_sums
 from nextpt.evaluate.documents import context_lengths, sliding_windows
 from nextpt.evaluate.evaluation import EvaluationProtocol, evaluate_model
 from nextpt.evaluate.frequency import band_of_tokens, training_counts
-from nextpt.evaluate.heldout import text_files
 from nextpt.evaluate.loaded_model import LoadedModel, open_model
+from nextpt.evaluate.texts import text_files
 from tests.support.runs import make_run
 
 TEXTS = {

@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nextpt.base.errors import CheckpointError, DataError
 from nextpt.evaluate.documents import score_documents
-from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.hugging_face import HuggingFaceModel
 from nextpt.evaluate.loaded_model import open_model, open_run
+from nextpt.evaluate.texts import encode_document
 from nextpt.exchange import export_hf
 from nextpt.model import Decoder
 from tests.support.runs import make_run

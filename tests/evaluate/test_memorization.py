@@ -70,7 +70,7 @@ def corpus(folder: Path, training: list[str], sequence_length: int, **more: Any)
             domains={"text": folder / "text.jsonl"},
             output=folder / "shards",
             sequence_length=sequence_length,
-            heldout=0.0,
+            validation_fraction=0.0,
             **more,
         )
     )
@@ -195,18 +195,18 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
     )
     sides = {
         "train": list(open_sequences(data, "train").values()),
-        "heldout": list(open_sequences(other, "train").values()),
+        "validation": list(open_sequences(other, "train").values()),
     }
     extraction = measure_extraction(model, sides, prefixes=[16], continuation=8, count=40)
     assert extraction["train"]["sequences"] == 40
     assert (
         extraction["train"]["prefixes"]["16"]["score"]["mean"]
         > 0.6
-        > extraction["heldout"]["prefixes"]["16"]["score"]["mean"]
+        > extraction["validation"]["prefixes"]["16"]["score"]["mean"]
     )
     assert (
         extraction["train"]["prefixes"]["16"]["exact"]["low"]
-        > extraction["heldout"]["prefixes"]["16"]["exact"]["share"]
+        > extraction["validation"]["prefixes"]["16"]["exact"]["share"]
     )
     assert extraction["gap_nats_per_token"] > 0.5
     with pytest.raises(DataError, match="more than the model's 32 positions"):

@@ -17,7 +17,7 @@ from nextpt.evaluate.loaded_model import LoadedModel, open_model
 from nextpt.evaluate.memorization.extraction import greedy
 from nextpt.evaluate.tasks.harness import _with_intervals, adapter, run_harness
 from nextpt.evaluate.tasks.items import COPIED, PAIRS, TASKS, WORDS, Item, Material, make_items
-from nextpt.evaluate.tasks.measure import heldout_loss, measure_tasks, score_items
+from nextpt.evaluate.tasks.measure import measure_tasks, score_items, validation_loss
 from nextpt.model import DecoderOutput
 from nextpt.observe.tasks_plot import plot_tasks
 from tests.support.models import our_logits
@@ -188,12 +188,12 @@ def test_a_model_that_copies_solves_induction(source: LoadedModel) -> None:
     ] == pytest.approx(1 / 179)
 
 
-def test_heldout_loss_is_that_of_the_first_documents(
+def test_validation_loss_is_that_of_the_first_documents(
     source: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = heldout_loss(source, TEXTS, batch_size=4)
+    whole = validation_loss(source, TEXTS, batch_size=4)
     monkeypatch.setattr("nextpt.evaluate.tasks.measure.LOSS_TOKENS", 50)
-    assert heldout_loss(source, TEXTS, batch_size=4)["tokens"] == 50 < whole["tokens"]
+    assert validation_loss(source, TEXTS, batch_size=4)["tokens"] == 50 < whole["tokens"]
 
 
 def test_user_errors_are_named(source: LoadedModel, material: Material) -> None:

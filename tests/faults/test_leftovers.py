@@ -156,7 +156,7 @@ def test_only_shared_memory_of_a_dead_dataset_is_removed(
     dead, mapped, opened, elsewhere = (
         left_by_streaming(tmp_path, n, folder)
         for n, folder in enumerate(
-            ["/data/train", "/data/train", "/data/other/../train", "/data/heldout"]
+            ["/data/train", "/data/train", "/data/other/../train", "/data/validation"]
         )
     )
     (tmp_path / "000009_locals").write_bytes(b"\xff")

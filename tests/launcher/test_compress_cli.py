@@ -94,7 +94,7 @@ def test_a_hugging_face_folder_serves_as_the_model(run: Path, tmp_path: Path) ->
         "inspect", "--run", exported, "--prompt", "some words", "--output", tmp_path / "page"
     )
     assert code == 0 and "at step" not in (tmp_path / "page" / "tokens.html").read_text(), output
-    assert nextpt("inspect", "--run", exported, "--prompt", "some words", "--heldout")[0] == 2
+    assert nextpt("inspect", "--run", exported, "--prompt", "some words", "--validation")[0] == 2
 
 
 @pytest.mark.parametrize("output", ["nowhere/out", ".", "file"])

@@ -173,7 +173,7 @@ def test_free_running(workspace: Path) -> None:
             "x.docx must end in .png, .svg, .pdf",
         ),
         (["--run", "run", "--text", "absent"], "absent cannot be read: No such file"),
-        (["--run", "run", "--data", "."], ". has no heldout_text/*.jsonl"),
+        (["--run", "run", "--data", "."], ". has no validation_text/*.jsonl"),
         (
             ["--run", "run", "--text", "a.txt", "--window", "9999"],
             "window = 9999 must be between 2 and",

@@ -57,21 +57,21 @@ def test_calibration_on_held_out_documents(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # data.path of the run is "none"
     documents = [TEXT[:200], "", "It's 12345 o'clock"]
-    (tmp_path / "none" / "heldout_text").mkdir(parents=True)
-    (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text(
+    (tmp_path / "none" / "validation_text").mkdir(parents=True)
+    (tmp_path / "none" / "validation_text" / "d.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in documents)
     )
-    result = nextpt("--run", run, "--prompt", "a fox", "--heldout", "--output", tmp_path / "out")
+    result = nextpt("--run", run, "--prompt", "a fox", "--validation", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     inspection = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert (
         inspection["source"] == "the prompt" and inspection["calibrated_on"] == "held-out documents"
     )
     assert inspection["calibration"]["positions"] > len(inspection["tokens"])
-    (tmp_path / "none" / "heldout_text" / "d.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "none" / "validation_text" / "d.jsonl").write_text('{"text": ""}\n')
     assert (
         "the held-out documents of none hold no text"
-        in nextpt("--run", run, "--prompt", "a fox", "--heldout").stderr
+        in nextpt("--run", run, "--prompt", "a fox", "--validation").stderr
     )
 
 
@@ -85,7 +85,7 @@ def test_calibration_on_held_out_documents(
         (["--text", "none.txt"], "none.txt cannot be read: No such file"),
         (["--text", "bad.txt"], "bad.txt is not UTF-8: invalid start byte at byte 2"),
         (["--prompt", "a\udcff"], "the prompt is not UTF-8"),
-        (["--prompt", "a", "--heldout"], "none has no heldout_text"),
+        (["--prompt", "a", "--validation"], "none has no validation_text"),
         (["--prompt", "a", "--output", "bad.txt/x"], "bad.txt/x cannot be written"),
     ],
 )

@@ -47,7 +47,7 @@ def test_tasks_of_an_array_make_one_dataset(tmp_path: Path) -> None:
         *(f"{name}={path}" for name, path in spec.domains.items()),
         "--sequence-length",
         "64",
-        "--heldout",
+        "--validation-fraction",
         "0.2",
         "--tokenizer",
         str(spec.tokenizer),
@@ -60,6 +60,6 @@ def test_tasks_of_an_array_make_one_dataset(tmp_path: Path) -> None:
     for task in tasks:
         out, errors = task.communicate(timeout=200)
         assert task.returncode == 0, errors
-        assert "heldout" in out and "report" in out
+        assert "validation" in out and "report" in out
     prepare(spec)
     assert content(tmp_path / "by_array") == content(spec.output)

@@ -16,7 +16,7 @@ def test_export_prints_the_arguments_of_megatron(dataset: Path, tmp_path: Path) 
         app, ["prep", "export", "--megatron", str(dataset), "--output", str(tmp_path / "x")]
     )
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path}/x-prose-heldout.bin/.idx: " in result.output
+    assert f"{tmp_path}/x-prose-validation.bin/.idx: " in result.output
     weights = result.output.partition("--data-path ")[2].split()
     assert (
         int(weights[0]) == (tmp_path / "x-code-train.bin").stat().st_size // 2

@@ -16,7 +16,7 @@ from nextpt.evaluate.evaluation import BYTES, NATS, EvaluationProtocol, evaluate
 from nextpt.evaluate.loaded_model import open_model
 from nextpt.scaling.ablation import load_ablation
 from nextpt.scaling.ablation_plot import plot_ablation
-from nextpt.scaling.ablation_result import SUMS, HeldOut, score_run
+from nextpt.scaling.ablation_result import SUMS, ValidationDocuments, score_run
 from nextpt.scaling.paired import paired_metrics
 from tests.support.runs import make_run
 
@@ -109,8 +109,8 @@ def test_identical_models_differ_by_exactly_nothing_and_one_document_has_no_inte
 @pytest.mark.thorough
 def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    heldout = HeldOut(tmp_path / "heldout_text", TEXTS)
-    score = score_run(tmp_path / "run", 3, heldout, "cpu")
+    documents = ValidationDocuments(tmp_path / "validation_text", TEXTS)
+    score = score_run(tmp_path / "run", 3, documents, "cpu")
     figures = evaluate_model(open_model(tmp_path / "run"), TEXTS, EvaluationProtocol(resamples=2))[
         "domains"
     ]
@@ -118,17 +118,20 @@ def test_scores_are_those_of_eval_are_kept_and_are_of_these_documents(tmp_path: 
         sums = np.array(rows).sum(axis=0)
         assert sums[NATS] / sums[BYTES] / math.log(2) == pytest.approx(figures[domain]["bpb"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert score_run(tmp_path / "run", 3, heldout, "cpu") == json.loads(json.dumps(score))
+    assert score_run(tmp_path / "run", 3, documents, "cpu") == json.loads(json.dumps(score))
     with pytest.raises(
         ScalingError,
-        match=f"{SUMS} is of other held-out documents than .*heldout_text",
+        match=f"{SUMS} is of other held-out documents than .*validation_text",
     ):
         score_run(
-            tmp_path / "run", 3, HeldOut(heldout.folder, TEXTS | {"code": TEXTS["code"][1:]}), "cpu"
+            tmp_path / "run",
+            3,
+            ValidationDocuments(documents.folder, TEXTS | {"code": TEXTS["code"][1:]}),
+            "cpu",
         )
     (tmp_path / "run" / SUMS).write_text("{")
     with pytest.raises(ScalingError, match=f"{SUMS} cannot be read .*; remove it"):
-        score_run(tmp_path / "run", 3, heldout, "cpu")
+        score_run(tmp_path / "run", 3, documents, "cpu")
 
 
 @pytest.mark.thorough

@@ -23,7 +23,7 @@ def make_dataset(
             output=folder / "shards",
             sequence_length=sequence_length,
             vocab_size=vocab_size,
-            heldout=0.2,
+            validation_fraction=0.2,
         )
     )
     return folder / "shards"

@@ -92,7 +92,7 @@ def rewrite(
             set_index(folder, raw, split, domain, {"shards": shards, "version": 2})
     for name in SMALL[1:]:
         shutil.copyfile(dataset / name, folder / name)
-    shutil.copytree(dataset / "heldout_text", folder / "heldout_text")
+    shutil.copytree(dataset / "validation_text", folder / "validation_text")
     raw |= {"byte_counts": byte_counts}
     write_manifest(folder, raw)
     return folder

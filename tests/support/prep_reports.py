@@ -46,7 +46,7 @@ def rich_report() -> PrepReport:
         settings={
             "packing": "best_fit",
             "seed": 0,
-            "heldout_fraction": 0.02,
+            "validation_fraction": 0.02,
             "deduplicate": True,
             "min_bytes": 64,
             "compression": None,
@@ -63,10 +63,11 @@ def rich_report() -> PrepReport:
 def _splits() -> list[SplitReport]:
     random = np.random.default_rng(0)
     splits = []
-    for split, documents in (("train", 120_000), ("heldout", 2_400)):
+    for split, documents in (("train", 120_000), ("validation", 2_400)):
         for domain, median in (("code", 900), ("prose", 350)):
             lengths = np.exp(random.normal(np.log(median), 1.2, documents)).astype(np.int64) + 2
-            tokens, rows = int(lengths.sum()), int(lengths.sum() / 2049 * 1.001) + 1
+            tokens = int(lengths.sum())
+            sequences = int(tokens / 2049 * 1.001) + 1
             cut = int((lengths > 2049).sum())
             splits.append(
                 SplitReport(
@@ -76,9 +77,9 @@ def _splits() -> list[SplitReport]:
                     bytes=int(tokens * 3.9),
                     tokens=tokens - documents,
                     text_tokens=tokens - 2 * documents,
-                    rows=rows,
-                    slots=rows * 2049,
-                    padding_tokens=rows * 2049 - tokens,
+                    sequences=sequences,
+                    slots=sequences * 2049,
+                    padding_tokens=sequences * 2049 - tokens,
                     pieces=documents + 2 * cut,
                     cut_documents=cut,
                     length_histogram=length_histogram(lengths).tolist(),
@@ -142,7 +143,7 @@ def empty_report() -> PrepReport:
         bytes=0,
         tokens=0,
         text_tokens=0,
-        rows=0,
+        sequences=0,
         slots=0,
         padding_tokens=0,
         pieces=0,

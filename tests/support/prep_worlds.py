@@ -56,7 +56,7 @@ def world(folder: Path, documents: int = 120) -> PrepSpec:
         output=folder / "out",
         sequence_length=64,
         tokenizer=folder / "tokenizer.json",
-        heldout=0.2,
+        validation_fraction=0.2,
     )
 
 

@@ -41,7 +41,7 @@ def write_dataset(
     (folder / "tokenizer.json").write_text("{}")
     np.save(folder / "token_bytes.npy", np.ones(vocab_size, dtype=np.uint16))
     length = len(next(iter(domains.values()))[0]["tokens"]) - 1
-    splits: dict[str, dict[str, SplitCounts]] = {"train": {}, "heldout": {}}
+    splits: dict[str, dict[str, SplitCounts]] = {"train": {}, "validation": {}}
     for number, (name, sequences) in enumerate(sorted(domains.items())):
         index = _write_sequences(
             folder / "train" / name,
@@ -52,7 +52,7 @@ def write_dataset(
             size_limit,
         )
         splits["train"][name] = _counts(sequences, sha256_file(index))
-        splits["heldout"][name] = _counts([], "")
+        splits["validation"][name] = _counts([], "")
     manifest = DatasetManifest(
         sequence_length=length,
         vocab_size=vocab_size,
@@ -61,7 +61,7 @@ def write_dataset(
         end_id=end_id,
         tokenizer_sha256=sha256_file(folder / "tokenizer.json"),
         seed=0,
-        heldout_fraction=0.0,
+        validation_fraction=0.0,
         inputs_sha256="",
         domains=sorted(domains),
         splits=splits,
@@ -135,7 +135,7 @@ def _counts(sequences: Sequence[dict[str, Any]], index_sha256: str) -> SplitCoun
         bytes=tokens,
         tokens=tokens,
         text_tokens=tokens,
-        rows=len(sequences),
+        sequences=len(sequences),
         padding_tokens=sum(n for n, f in segments if f & PADDING),
         index_sha256=index_sha256,
     )

@@ -57,7 +57,7 @@ def test_the_loss_is_at_most_that_of_nanogpt(tmp_path: Path) -> None:
         "--sequence-length",
         "64",
         "--characters",
-        "--heldout",
+        "--validation-fraction",
         "0.1",
         "--split",
         "tail",

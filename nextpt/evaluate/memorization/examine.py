@@ -13,7 +13,6 @@ from data_prep.documents import read_documents
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.evaluate.documents import score_documents
-from nextpt.evaluate.heldout import encode_document, heldout_texts
 from nextpt.evaluate.loaded_model import LoadedModel, open_model
 from nextpt.evaluate.memorization.contamination import (
     DocumentOverlap,
@@ -22,6 +21,7 @@ from nextpt.evaluate.memorization.contamination import (
 )
 from nextpt.evaluate.memorization.measure import bits_per_byte_by_contamination
 from nextpt.evaluate.progress import Progress
+from nextpt.evaluate.texts import encode_document, validation_texts
 
 
 def examine(
@@ -56,7 +56,7 @@ def examine(
         raise DataError("no training shards to search; give --run or --data")
     else:
         tokenizer = Tokenizer(data / "tokenizer.json")
-    texts_of = {"text": [d.text for d in read_documents(text)]} if text else heldout_texts(data)
+    texts_of = {"text": [d.text for d in read_documents(text)]} if text else validation_texts(data)
     training = training_texts(data, tokenizer, partial(progress, "training shards"))
     overlaps = find_overlaps(texts_of, training)
     result: dict[str, Any] = {

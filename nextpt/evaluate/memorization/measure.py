@@ -38,7 +38,7 @@ def measure_extraction(
 
     Args:
         model: In evaluation mode.
-        splits: Split ("train", "heldout") -> sequences of each domain.
+        splits: Split ("train", "validation") -> sequences of each domain.
         prefixes: Lengths of the prefixes, tokens.
         continuation: Tokens of the continuations.
         count: Stretches of each split.
@@ -83,9 +83,10 @@ def measure_extraction(
             "prefixes": by_prefix,
             "nats_per_token": mean(continuation_nats(model, stretches)),
         }
-    if {"train", "heldout"} <= result.keys():
+    if {"train", "validation"} <= result.keys():
         result["gap_nats_per_token"] = (
-            result["heldout"]["nats_per_token"]["mean"] - result["train"]["nats_per_token"]["mean"]
+            result["validation"]["nats_per_token"]["mean"]
+            - result["train"]["nats_per_token"]["mean"]
         )
     return result
 

@@ -13,10 +13,10 @@ from scipy.stats import norm
 from nextpt.base.errors import DataError
 from nextpt.evaluate.bootstrap import CONFIDENCE
 from nextpt.evaluate.documents import harness_windows, score_targets
-from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.loaded_model import LoadedModel
 from nextpt.evaluate.tasks.items import Item
 from nextpt.evaluate.tasks.measure import score_items
+from nextpt.evaluate.texts import encode_document
 from nextpt.generate.sample import Sampling
 from nextpt.generate.text import GenerationConfig, generate
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from nextpt.evaluate.bootstrap import CONFIDENCE, ratio_interval, resampled_sums
 from nextpt.evaluate.documents import score_documents
-from nextpt.evaluate.heldout import encode_document
 from nextpt.evaluate.loaded_model import LoadedModel
 from nextpt.evaluate.progress import (
     PartProgress,
@@ -28,6 +27,7 @@ from nextpt.evaluate.progress import (
     ignore_progress,
 )
 from nextpt.evaluate.tasks.items import Item, Material, make_items
+from nextpt.evaluate.texts import encode_document
 
 LOGITS_AT_ONCE = 2**24  # elements
 # Tokens of each domain, at least, that the held-out loss beside the tasks is measured on
@@ -77,7 +77,7 @@ def measure_tasks(
     return metrics
 
 
-def heldout_loss(
+def validation_loss(
     loaded: LoadedModel, texts: dict[str, list[str]], batch_size: int
 ) -> dict[str, float]:
     """Measure the loss that tasks are plotted over.

@@ -14,7 +14,13 @@ from nextpt.base.errors import DataError, DataPrepError
 from nextpt.base.files import atomic_write, canonical_json
 
 
-def heldout_texts(data: Path) -> dict[str, list[str]]:
+def validation_folder(data: Path) -> Path:
+    """Folder of the held-out documents of a dataset; older datasets have another name for it."""
+    folder, old = data / "validation_text", data / "heldout_text"
+    return old if old.is_dir() and not folder.is_dir() else folder
+
+
+def validation_texts(data: Path) -> dict[str, list[str]]:
     """Read the held-out documents of a dataset folder.
 
     Returns:
@@ -23,20 +29,21 @@ def heldout_texts(data: Path) -> dict[str, list[str]]:
     Raises:
         DataError: There are none, or they cannot be read.
     """
-    files = sorted((data / "heldout_text").glob("*.jsonl"))
+    folder = validation_folder(data)
+    files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise DataError(
-            f"{data} has no heldout_text/*.jsonl to evaluate on; prepare it, or name another folder"
-            " with --data"
+            f"{data} has no {folder.name}/*.jsonl to evaluate on; prepare it, or name another"
+            " folder with --data"
         )
     try:
         texts_of = {file.stem: _read_jsonl(file) for file in files}
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{data}/heldout_text cannot be read: {error}; prepare the data again"
-        ) from error
+        raise DataError(f"{folder} cannot be read: {error}; prepare the data again") from error
     if not any(texts_of.values()):
-        raise DataError(f"{data} holds no held-out documents; prepare it with a larger --heldout")
+        raise DataError(
+            f"{data} holds no held-out documents; prepare it with a larger --validation-fraction"
+        )
     return {domain: texts for domain, texts in texts_of.items() if texts}
 
 

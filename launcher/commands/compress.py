@@ -16,18 +16,17 @@ if TYPE_CHECKING:
     from nextpt.evaluate.coding.files import FileCoder
 
 Output = Annotated[Path, typer.Option(help="file to write")]
-Rows = Annotated[
+Sequences = Annotated[
     int | None,
     typer.Option(
         min=1,
         max=65535,
-        help="parts of the file coded in parallel, each without context [default: by its size]",
+        help="sequences that the file is cut into and coded in parallel [default: by its size]",
     ),
 ]
-ContextPath = Annotated[
+Dictionary = Annotated[
     Path | None,
     typer.Option(
-        "--given",
         help="text that the other compressors read first, such as the model's training data",
     ),
 ]
@@ -38,8 +37,8 @@ def compress(
     run: RunOrModelFolder,
     output: Output,
     step: Step = None,
-    rows: Rows = None,
-    context_path: ContextPath = None,
+    sequences: Sequences = None,
+    dictionary: Dictionary = None,
     json_path: JsonFile = None,
 ) -> None:
     """Compress a file with the model's predictions.
@@ -53,14 +52,14 @@ def compress(
 
     _check_output(file, output)
     data = read_file(file)
-    context = read_file(context_path) if context_path else b""
+    context = read_file(dictionary) if dictionary else b""
     coder = _open_coder(run, step)
     with progress_bars("file:") as progress:
-        coded, statistics = coder.encode(data, rows, progress)
+        coded, statistics = coder.encode(data, sequences, progress)
     write_file(output, coded)
     others = compare_file(data, context)
     result = statistics.as_dict() | {"file": str(file), "run": str(run), "others": others}
-    _print_result(result, context_path)
+    _print_result(result, dictionary)
     if json_path:
         write_result(result, json_path)
     echo(f"written to {output}, after it was decoded and compared")
@@ -111,7 +110,7 @@ def _open_coder(run: Path, step: int | None) -> FileCoder:
     return FileCoder(source.decoder, source.tokenizer)
 
 
-def _print_result(result: dict[str, Any], context_path: Path | None) -> None:
+def _print_result(result: dict[str, Any], dictionary: Path | None) -> None:
     size, payload, header = result["bytes"], result["payload"], result["header"]
     if not size:
         echo(f"an empty file: {header} bytes of header")
@@ -126,8 +125,8 @@ def _print_result(result: dict[str, Any], context_path: Path | None) -> None:
         f" {size / result['verify_seconds']:,.0f} bytes/s decoding"
     )
     title = f"without the model itself ({result['model_bytes']:,} bytes)"
-    if context_path:
-        title += f"; the others have read {context_path.name} first"
+    if dictionary:
+        title += f"; the others have read {dictionary.name} first"
     rows = [["this model", f"{payload + header:,}", f"{result['bits_per_byte_total']:.3f}"]]
     rows += [
         [name, f"{other['bytes']:,}", f"{other['bits_per_byte']:.3f}"]
@@ -143,6 +142,7 @@ def register(app: typer.Typer) -> None:
         "compress",
         compress,
         example="nextpt compress book.txt --run runs/demo --output book.nxpt",
+        deprecated={"--rows": "--sequences", "--given": "--dictionary"},
     )
     add_command(
         app,

@@ -75,7 +75,7 @@ def _print_gaps(domains: dict[str, Any]) -> None:
     rows = [
         [
             domain,
-            f"{metrics['stretches']:,}",
+            f"{metrics['continuations']:,}",
             *(_format(metrics[key], "+") for key in ("gap", "miscalibration", "drift")),
         ]
         for domain, metrics in domains.items()

@@ -27,7 +27,7 @@ class TaskRequest:
         harness: Names of tasks of lm-evaluation-harness.
         include: Folder with further task files for lm-evaluation-harness.
         items: Items per task; None is DEFAULT_ITEMS of built-in ones and all of the others.
-        rows: Sequences per forward pass.
+        batch_size: Sequences per forward pass.
         resamples: Bootstrap resamples for the intervals.
         seed: Seed of the items and of the bootstrap.
     """
@@ -36,7 +36,7 @@ class TaskRequest:
     harness: list[str]
     include: Path | None
     items: int | None
-    rows: int
+    batch_size: int
     resamples: int
     seed: int
 
@@ -49,7 +49,7 @@ class TaskRequest:
         include: Path | None,
         items: int | None,
         *,
-        rows: int,
+        batch_size: int,
         resamples: int,
         seed: int,
     ) -> TaskRequest | None:
@@ -74,7 +74,7 @@ class TaskRequest:
             list(dict.fromkeys(harness or [])),
             include,
             items,
-            rows,
+            batch_size,
             resamples,
             seed,
         )
@@ -104,12 +104,12 @@ def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -
             texts,
             request.built_in,
             items=request.items or DEFAULT_ITEMS,
-            batch_size=request.rows,
+            batch_size=request.batch_size,
             seed=request.seed,
             resamples=request.resamples,
             progress=progress,
         )
-        loss = validation_loss(source, texts, request.rows)
+        loss = validation_loss(source, texts, request.batch_size)
     result = {
         ("run" if source.is_run else "model"): str(source.path),
         "step": source.step,
@@ -119,7 +119,11 @@ def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -
     }
     if request.harness:
         result["harness"] = run_harness(
-            source, request.harness, request.include, limit=request.items, batch_size=request.rows
+            source,
+            request.harness,
+            request.include,
+            limit=request.items,
+            batch_size=request.batch_size,
         )
     return result
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nextpt.evaluate.evaluation import EvaluationProtocol
 
 INPUT, METHOD, ADDITIONS = "What is evaluated", "Method", "Additional metrics"
-EXPOSURE, TASKS = "ExposureProtocol bias", "Tasks"
+EXPOSURE, TASKS = "Exposure bias", "Tasks"
 
 Run = Annotated[Path | None, typer.Option("--run", help="run folder, such as runs/demo")]
 Model = Annotated[
@@ -54,7 +54,9 @@ Stride = Annotated[
         help="tokens scored per window [default: half the window]", rich_help_panel=METHOD
     ),
 ]
-Rows = Annotated[int, typer.Option(min=1, help="windows per forward pass", rich_help_panel=METHOD)]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="sequences per forward pass", rich_help_panel=METHOD)
+]
 EvalRanks = Annotated[
     int,
     typer.Option(min=1, help="processes among which documents are divided", rich_help_panel=METHOD),
@@ -102,7 +104,7 @@ Continuation = Annotated[
         rich_help_panel=EXPOSURE,
     ),
 ]
-Stretches = Annotated[
+Continuations = Annotated[
     int,
     typer.Option(
         min=1, help="maximum number of continuations per domain", rich_help_panel=EXPOSURE
@@ -153,7 +155,7 @@ def evaluate(
     text: Text = None,
     window: Window = None,
     stride: Stride = None,
-    rows: Rows = 32,
+    batch_size: BatchSize = 32,
     ranks: EvalRanks = 1,
     resamples: Resamples = 1000,
     seed: BootstrapSeed = 0,
@@ -162,7 +164,7 @@ def evaluate(
     exposure_bias: ExposureBias = False,
     prefix: Prefix = None,
     continuation: Continuation = None,
-    stretches: Stretches = 128,
+    continuations: Continuations = 128,
     tasks: AllTasks = False,
     task: Task = None,
     lm_eval: LmEval = None,
@@ -187,7 +189,14 @@ def evaluate(
     if plot:
         check_plot_path(plot)
     request = TaskRequest.parse(
-        tasks, task, lm_eval, lm_eval_path, items, rows=rows, resamples=resamples, seed=seed
+        tasks,
+        task,
+        lm_eval,
+        lm_eval_path,
+        items,
+        batch_size=batch_size,
+        resamples=resamples,
+        seed=seed,
     )
     if exposure_bias or request:
         refuse_options(
@@ -206,13 +215,15 @@ def evaluate(
     if not exposure_bias and (prefix is not None or continuation is not None):
         raise UserError("--prefix and --continuation are for --exposure-bias")
     if exposure_bias:
-        exposure = ExposureProtocol(prefix, continuation, stretches, rows, resamples, seed)
+        exposure = ExposureProtocol(
+            prefix, continuation, continuations, batch_size, resamples, seed
+        )
         run_exposure(inputs, exposure, ResultFiles([json_path], plot))
     elif request:
         run_tasks(inputs, request, ResultFiles([json_path], plot))
     else:
         protocol = EvaluationProtocol(
-            window, stride, rows, ranks, resamples, seed, compressors, harness
+            window, stride, batch_size, ranks, resamples, seed, compressors, harness
         )
         saved = run / "evaluation.json" if run and save else None
         run_evaluation(inputs, protocol, ResultFiles([json_path, saved], plot))
@@ -288,4 +299,5 @@ def register(app: typer.Typer) -> None:
         "eval",
         evaluate,
         example="nextpt eval --run runs/demo --compressors --json eval.json --plot eval.png",
+        deprecated={"--rows": "--batch-size", "--stretches": "--continuations"},
     )

@@ -47,7 +47,7 @@ class ExposureProtocol:
     Attributes:
         prefix: Tokens of a prefix; by default a quarter of the model's positions.
         continuation: Tokens of a continuation; by default the rest of the positions.
-        stretches: Most stretches of each domain.
+        continuations: Most continuations of each domain.
         batch_size: Stretches per batch.
         resamples: Resamples of the bootstrap of documents.
         seed: Seed of the bootstrap, of the stretches and of the samples.
@@ -55,7 +55,7 @@ class ExposureProtocol:
 
     prefix: int | None = None
     continuation: int | None = None
-    stretches: int = 128
+    continuations: int = 128
     batch_size: int = 32
     resamples: int = 1000
     seed: int = 0
@@ -181,7 +181,7 @@ def _stretches(
             " for fewer"
         )
     rng = np.random.default_rng([protocol.seed, number])
-    chosen = rng.permutation(len(stretches))[: protocol.stretches]
+    chosen = rng.permutation(len(stretches))[: protocol.continuations]
     chosen.sort()
     return np.stack(stretches)[chosen], np.array(document_of)[chosen]
 
@@ -339,7 +339,7 @@ def _metrics(sums: np.ndarray, resampled: np.ndarray, buckets: int) -> dict[str,
         for a, name in enumerate(ARMS)
     }
     parts, parts_drawn = _parts(of_all, tokens), _parts(of_drawn, tokens_drawn)
-    return {"stretches": int(stretches), "tokens": int(tokens), "arms": arms} | {
+    return {"continuations": int(stretches), "tokens": int(tokens), "arms": arms} | {
         name: _with_interval(value, parts_drawn[name]) for name, value in parts.items()
     }
 

@@ -98,10 +98,10 @@ def coder(tmp_path_factory: pytest.TempPathFactory) -> FileCoder:
         st.binary(max_size=60),
         st.text(max_size=40).map(lambda t: t.encode("utf-8", "surrogatepass")),
     ),
-    rows=st.integers(1, 5),
+    sequences=st.integers(1, 5),
 )
-def test_any_bytes_round_trip(coder: FileCoder, data: bytes, rows: int) -> None:
-    coded, result = coder.encode(data, rows)
+def test_any_bytes_round_trip(coder: FileCoder, data: bytes, sequences: int) -> None:
+    coded, result = coder.encode(data, sequences)
     assert coder.decode(coded, "it") == data
     assert result.header + result.payload == len(coded) and result.header <= 128
     assert result.payload <= 1.001 * result.code_length + 8
@@ -125,14 +125,14 @@ def test_models_of_large_vocabularies_code_at_their_code_length(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sequences", [1, 3])
 def test_texts_longer_than_the_context(
-    coder: FileCoder, rows: int, monkeypatch: pytest.MonkeyPatch
+    coder: FileCoder, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(container, "SEGMENT", 150)
     data = ("Bytes and text: ä 漢字 \U0001f600 " * 12).encode() + bytes(range(256))
-    coded, result = coder.encode(data, rows)
-    assert result.tokens > 2 * 150 > rows * POSITIONS and coder.decode(coded, "it") == data
+    coded, result = coder.encode(data, sequences)
+    assert result.tokens > 2 * 150 > sequences * POSITIONS and coder.decode(coded, "it") == data
     assert result.payload <= 1.001 * result.code_length + 8 + 14 * (result.tokens // 150)
 
 
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_refused(coder: FileCoder) -> None:
             decoded = coder.decode(bytes(flipped), "it")
         except DataError as error:
             message = str(error)
-        # Threads and rows have no check of their own
+        # Threads and sequences have no check of their own
         assert decoded in (None, data) and "it" in message, index
     with pytest.raises(DataError, match="it was not made by nextpt compress"):
         coder.decode(b"PK\3\4 something else", "it")
@@ -181,7 +181,7 @@ def test_damage_that_looks_like_a_size_is_refused_at_once(coder: FileCoder) -> N
     for changed in (
         replace(header, tokens=2**60),
         replace(header, tokens=2**50, size=2**62),
-        replace(header, rows=0),
+        replace(header, sequences=0),
         replace(header, size=0),
         replace(header, window=0),
     ):

@@ -26,7 +26,7 @@ TEXTS = {
     "verse": ["Whan that Aprille with his shoures soote\n" * n for n in (4, 9)],
     "code": ["def f(x):\n    return x + 1\n" * 9],
 }
-PROTOCOL = ExposureProtocol(prefix=4, continuation=12, stretches=9, resamples=50)
+PROTOCOL = ExposureProtocol(prefix=4, continuation=12, continuations=9, resamples=50)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,8 @@ def test_the_parts_sum_to_the_gap_at_any_batch_size(source: LoadedModel) -> None
         arms["real"]["nats_per_token"]["value"] - arms["sampled"]["nats_per_token"]["value"]
     )
     assert (
-        total["stretches"] == sum(of["stretches"] for of in result["domains"].values())
-        and total["tokens"] == 12 * total["stretches"]
+        total["continuations"] == sum(of["continuations"] for of in result["domains"].values())
+        and total["tokens"] == 12 * total["continuations"]
     )
     assert [(row["from"], row["to"]) for row in result["by_position"]] == [
         (1, 1),
@@ -120,7 +120,7 @@ def test_the_parts_sum_to_the_gap_at_any_batch_size(source: LoadedModel) -> None
     repeated = exposure_bias(
         source,
         TEXTS,
-        ExposureProtocol(prefix=4, continuation=12, stretches=9, batch_size=2, resamples=50),
+        ExposureProtocol(prefix=4, continuation=12, continuations=9, batch_size=2, resamples=50),
     )
     assert repeated["total"]["drift"]["value"] == pytest.approx(total["drift"]["value"], abs=1e-6)
 

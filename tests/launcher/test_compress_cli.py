@@ -35,7 +35,7 @@ def test_a_file_round_trips(run: Path, tmp_path: Path) -> None:
         run,
         "--output",
         tmp_path / "coded",
-        "--given",
+        "--dictionary",
         file,
         "--json",
         tmp_path / "figures.json",

@@ -2,8 +2,9 @@
 
 All numbers are little-endian.
 
-    "nxpt" | uint8 version | uint16 threads | uint16 rows | uint32 window | 16 bytes digest of the
-    model | uint64 bytes | uint64 tokens | uint8 length of the environment | the environment, ASCII
+    "nxpt" | uint8 version | uint16 threads | uint16 sequences | uint32 window | 16 bytes digest of
+    the model | uint64 bytes | uint64 tokens | uint8 length of the environment | the environment,
+    ASCII
     then for every SEGMENT tokens, the last ones fewer: uint32 bytes of code | uint32 CRC-32 of it |
     uint32 CRC-32 of the bytes that it stands for | the code
 
@@ -48,7 +49,7 @@ class Header:
 
     Attributes:
         threads: Threads of torch on a CPU.
-        rows: Rows of `run_lockstep`.
+        sequences: Sequences of `run_lockstep`.
         window: Window of `run_lockstep`.
         model: Digest of the model.
         size: Bytes of the original.
@@ -58,7 +59,7 @@ class Header:
     """
 
     threads: int
-    rows: int
+    sequences: int
     window: int
     model: bytes
     size: int
@@ -74,7 +75,7 @@ class Header:
                 MAGIC,
                 self.version,
                 self.threads,
-                self.rows,
+                self.sequences,
                 self.window,
                 self.model,
                 self.size,
@@ -124,20 +125,20 @@ def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
     cut_off = DataError(f"{name} is cut off or damaged; nothing of it was decoded")
     if len(data) < _FIXED.size:
         raise cut_off
-    _, version, threads, rows, window, model, size, tokens, length = _FIXED.unpack_from(data)
+    _, version, threads, sequences, window, model, size, tokens, length = _FIXED.unpack_from(data)
     offset = _FIXED.size + length
     try:
         environment = data[_FIXED.size : offset].decode("ascii")
     except UnicodeDecodeError:
         raise cut_off from None
-    header = Header(threads, rows, window, model, size, tokens, environment, version)
-    # A token stands for a byte at least, and a row for a token: more are no sizes of a file
+    header = Header(threads, sequences, window, model, size, tokens, environment, version)
+    # A token stands for a byte at least, and a sequence for a token: more are no sizes of a file
     if (
         len(header.environment) != length
         or tokens > size
         or window < 2
         or not threads
-        or (tokens and not 0 < rows <= tokens)
+        or (tokens and not 0 < sequences <= tokens)
     ):
         raise cut_off
     if -(-tokens // SEGMENT) > (len(data) - offset) // _FRAME.size:  # before a long list is made

@@ -32,9 +32,9 @@ from nextpt.evaluate.coding.text import ByteCodec
 from nextpt.evaluate.progress import PartProgress, Progress, ignore_part_progress
 from nextpt.model import Decoder
 
-# More rows are faster, but each begins without context: no row is shorter, unless the file is
-MOST_ROWS, ROW_TOKENS = 64, 1024
-CACHE_BYTES = 2**31  # of keys and values of all rows together, unless rows are asked for
+# More sequences are faster, but each begins without context: none is shorter, unless the file is
+MAX_SEQUENCES, MIN_SEQUENCE_TOKENS = 64, 1024
+CACHE_BYTES = 2**31  # of keys and values of all sequences together, unless sequences are asked for
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ class FileCoder:
     def encode(
         self,
         data: bytes,
-        rows: int | None = None,
+        sequences: int | None = None,
         progress: PartProgress = ignore_part_progress,
     ) -> tuple[bytes, CompressionResult]:
         """Compress bytes, decompress the result and compare.
 
         Args:
             data: Any bytes.
-            rows: Rows that are coded together; by default chosen by the size.
+            sequences: Sequences that are coded together; by default chosen by the size.
             progress: Gets (phase, share of it that is done).
 
         Returns:
@@ -113,7 +113,7 @@ class FileCoder:
         tokens = self.codec.encode(data)
         header = Header(
             torch.get_num_threads(),
-            min(rows or self._default_rows(len(tokens)), max(len(tokens), 1)),
+            min(sequences or self._default_sequences(len(tokens)), max(len(tokens), 1)),
             self.model.max_position,
             self.digest,
             len(data),
@@ -124,7 +124,7 @@ class FileCoder:
         with _deterministic(header.threads):
             for number, count in enumerate(header.segments):
                 segment = tokens[first : first + count]
-                encoder = TokenEncoder(segment, min(header.rows, count))
+                encoder = TokenEncoder(segment, min(header.sequences, count))
                 phase = f"coding {number + 1} of {len(header.segments)}"
                 bits += self._run(header, encoder, count, partial(progress, phase))[1]
                 parts.append(pack_segment(encoder.coder.finish(), self.codec.decode(segment)))
@@ -210,12 +210,12 @@ class FileCoder:
                 f" {self.model.max_position} positions"
             )
 
-    def _default_rows(self, tokens: int) -> int:
-        """As many rows as the file's tokens and the memory of the caches allow."""
+    def _default_sequences(self, tokens: int) -> int:
+        """As many sequences as the file's tokens and the memory of the caches allow."""
         spec = self.model.spec
-        # fp32 keys and values of a row
+        # fp32 keys and values of a sequence
         cache = 8 * spec.depth * spec.kv_heads * spec.head_dim * spec.max_position
-        return max(min(tokens // ROW_TOKENS, MOST_ROWS, CACHE_BYTES // cache), 1)
+        return max(min(tokens // MIN_SEQUENCE_TOKENS, MAX_SEQUENCES, CACHE_BYTES // cache), 1)
 
     def _run(
         self, header: Header, coder: TokenCoder, count: int, progress: Progress
@@ -225,7 +225,7 @@ class FileCoder:
             self.tokenizer.start_id,
             coder,
             count,
-            min(header.rows, count),
+            min(header.sequences, count),
             header.window,
             progress,
         )

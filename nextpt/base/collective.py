@@ -101,14 +101,14 @@ class RankGroup:
         return [bool(vote) for vote in votes.numpy()]
 
 
-def run_on_all_ranks(ranks: RankGroup, action: Callable[[], T]) -> T:
+def run_on_all_ranks(group: RankGroup, action: Callable[[], T]) -> T:
     """Run an action on every rank; when it fails on one, all ranks raise its error. Collective.
 
     So no rank waits in a later collective for one that failed. While nothing fails it costs one
     exchange of a few bytes between hosts, and no device waits for it.
 
     Args:
-        ranks: The ranks that take part.
+        group: The ranks that take part.
         action: What each rank does. Its result stays on its rank.
 
     Returns:
@@ -118,16 +118,16 @@ def run_on_all_ranks(ranks: RankGroup, action: Callable[[], T]) -> T:
         UserError: Of the class and exit code of the first rank that failed with a UserError or an
             OSError. Other exceptions are defects of the program: they are raised where they occur.
     """
-    return run_on_all_ranks_or_stop(ranks, action, lambda: False)[0]
+    return run_on_all_ranks_or_stop(group, action, lambda: False)[0]
 
 
 def run_on_all_ranks_or_stop(
-    ranks: RankGroup, action: Callable[[], T], stopping: Callable[[], bool]
+    group: RankGroup, action: Callable[[], T], stopping: Callable[[], bool]
 ) -> tuple[T, bool]:
     """As `run_on_all_ranks`, with a vote on stopping in the same exchange. Collective.
 
     Args:
-        ranks: The ranks that take part.
+        group: The ranks that take part.
         action: What each rank does.
         stopping: Whether this rank was asked to stop; called after the action.
 
@@ -140,18 +140,18 @@ def run_on_all_ranks_or_stop(
         result = action()
     except (UserError, OSError) as error:
         failure = _pack(error)
-    failed, stop = ranks.any_of(failure is not None, stopping())
+    failed, stop = group.any_of(failure is not None, stopping())
     if failed:
-        rank, packed = next((r, f) for r, f in enumerate(ranks.all_gather(failure)) if f)
+        rank, packed = next((r, f) for r, f in enumerate(group.all_gather(failure)) if f)
         raise _unpack(packed, prefix="" if rank == 0 else f"rank {rank}: ")
     return result, stop
 
 
-def run_on_rank_0(ranks: RankGroup, action: Callable[[], T]) -> T:
+def run_on_rank_0(group: RankGroup, action: Callable[[], T]) -> T:
     """Run an action on rank 0 alone; all ranks get its result, or raise its error. Collective.
 
     Args:
-        ranks: The ranks that take part.
+        group: The ranks that take part.
         action: What rank 0 does. Its result must be a JSON value.
 
     Returns:
@@ -162,36 +162,36 @@ def run_on_rank_0(ranks: RankGroup, action: Callable[[], T]) -> T:
     """
     result: Any = None
     failure = None
-    if ranks.rank == 0:
+    if group.rank == 0:
         try:
             result = action()
         except (UserError, OSError) as error:
             failure = _pack(error)
-    result, failure = ranks.broadcast([result, failure])
+    result, failure = group.broadcast([result, failure])
     if failure:
         raise _unpack(failure)
     return cast(T, result)
 
 
-def check_same_on_all_ranks(ranks: RankGroup, facts: dict[str, Any]) -> None:
+def check_same_on_all_ranks(group: RankGroup, facts: dict[str, Any]) -> None:
     """Check that all ranks were started with the same facts. Collective.
 
     A difference would show as a hang, or as weights that drift apart. Only digests travel while
     all agree.
 
     Args:
-        ranks: The ranks that take part.
+        group: The ranks that take part.
         facts: JSON values by dotted key.
 
     Raises:
         ConfigError: On all ranks. It names the rank that differs from the majority (on a tie: from
             rank 0), the key, and both values.
     """
-    digests = ranks.all_gather(hashlib.sha256(canonical_json(facts).encode()).hexdigest())
+    digests = group.all_gather(hashlib.sha256(canonical_json(facts).encode()).hexdigest())
     if len(set(digests)) == 1:
         return
     majority, _ = Counter(digests).most_common(1)[0]
-    facts_of_ranks = ranks.all_gather(facts)
+    facts_of_ranks = group.all_gather(facts)
     expected, problems = facts_of_ranks[digests.index(majority)], []
     for rank, (digest, own) in enumerate(zip(digests, facts_of_ranks, strict=True)):
         if digest != majority:

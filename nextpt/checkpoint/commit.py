@@ -56,7 +56,7 @@ def save(
     state: ShardedState,
     extras: Mapping[str, Any],
     rng: Mapping[str, Any],
-    ranks: RankGroup,
+    group: RankGroup,
     lineage: Sequence[list[int]] = (),
     loss: float | None = None,
     may_commit: Callable[[], None] = lambda: None,
@@ -69,7 +69,7 @@ def save(
         extras: JSON values for state.json, among them `step`. World size, shapes and scalars are
             added to them.
         rng: Random states of this rank.
-        ranks: The ranks that write.
+        group: The ranks that write.
         lineage: That of the checkpoint that this one continues.
         loss: Of the last validation, nats per token.
         may_commit: Called on rank 0 when everything is written and only the rename is left; raises
@@ -80,8 +80,8 @@ def save(
             left behind.
         CheckpointError: On all ranks, when one failed for another reason.
     """
-    snapshot = snapshot_on_all_ranks(root, state, extras, rng, ranks)
-    return commit(root, snapshot, ranks, lineage, loss, may_commit)
+    snapshot = snapshot_on_all_ranks(root, state, extras, rng, group)
+    return commit(root, snapshot, group, lineage, loss, may_commit)
 
 
 def snapshot_on_all_ranks(
@@ -89,12 +89,12 @@ def snapshot_on_all_ranks(
     state: ShardedState,
     extras: Mapping[str, Any],
     rng: Mapping[str, Any],
-    ranks: RankGroup,
+    group: RankGroup,
 ) -> Snapshot:
     """Copy the state of every rank. Collective; raises as `save` does."""
     snapshots: list[Snapshot] = []
     _run_and_vote(
-        lambda: snapshots.append(take_snapshot(state, extras, rng, ranks.world_size)), root, ranks
+        lambda: snapshots.append(take_snapshot(state, extras, rng, group.world_size)), root, group
     )
     return snapshots[0]
 
@@ -102,7 +102,7 @@ def snapshot_on_all_ranks(
 def commit(
     root: Path,
     snapshot: Snapshot,
-    ranks: RankGroup,
+    group: RankGroup,
     lineage: Sequence[list[int]],
     loss: float | None,
     may_commit: Callable[[], None],
@@ -113,7 +113,7 @@ def commit(
     Args:
         root: See `save`, as for the other arguments and the errors.
         snapshot: That of this rank.
-        ranks: See `save`.
+        group: See `save`.
         lineage: See `save`.
         loss: See `save`.
         may_commit: See `save`.
@@ -125,14 +125,14 @@ def commit(
     committed: list[CommittedCheckpoint] = []
 
     def prepare() -> None:
-        if ranks.rank == 0:
+        if group.rank == 0:
             root.mkdir(parents=True, exist_ok=True)
             sync(root.parent)
             clear_leftovers(root)
             staging.mkdir()
 
     def finish() -> None:
-        if ranks.rank == 0:
+        if group.rank == 0:
             write_json(staging / STATE, snapshot.contents)
             files[STATE] = describe(staging / STATE)
             # Above the lineage's own numbers too: manifests on the disk may have become unreadable
@@ -142,7 +142,7 @@ def commit(
                 {
                     "files": files,
                     "step": snapshot.step,
-                    "world_size": ranks.world_size,
+                    "world_size": group.world_size,
                     "sequence": last + 1,
                     "lineage": extend_lineage(list(lineage), last + 1),
                     "loss": loss,
@@ -157,31 +157,31 @@ def commit(
             committed.append(CommittedCheckpoint(folder, manifest.bytes, manifest.lineage))
 
     try:
-        _run_and_vote(prepare, root, ranks)
+        _run_and_vote(prepare, root, group)
         _run_and_vote(
-            lambda: own_files.update(write_rank(staging, ranks.rank, snapshot)), root, ranks
+            lambda: own_files.update(write_rank(staging, group.rank, snapshot)), root, group
         )
-        for part in ranks.all_gather(own_files):
+        for part in group.all_gather(own_files):
             files.update(part)
-        _run_and_vote(finish, root, ranks)
+        _run_and_vote(finish, root, group)
     except BaseException:
-        if ranks.rank == 0:
+        if group.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    name, size, new_lineage = ranks.broadcast(
+    name, size, new_lineage = group.broadcast(
         [committed[0].folder.name, committed[0].bytes, committed[0].lineage] if committed else None
     )
     return CommittedCheckpoint(root / name, size, new_lineage)
 
 
-def _run_and_vote(action: Callable[[], None], root: Path, ranks: RankGroup) -> None:
+def _run_and_vote(action: Callable[[], None], root: Path, group: RankGroup) -> None:
     """Run on every rank, then vote: all ranks raise when one failed, whatever its error was."""
     failure = None
     try:
         action()
     except Exception as error:  # of any kind: the other ranks must learn of it and not wait
         failure = [_describe_error(error, root), _is_system_error(error), _errno(error)]
-    for rank, failed in enumerate(ranks.all_gather(failure)):
+    for rank, failed in enumerate(group.all_gather(failure)):
         if failed:
             text, of_the_system, number = failed
             message = f"saving to {root} failed on rank {rank}: {text}"

@@ -86,7 +86,7 @@ class CheckpointManager:
     Args:
         root: Folder of the run's checkpoints.
         settings: Section `checkpoint` of the config.
-        ranks: The ranks that train.
+        group: The ranks that train.
         warn: Shows a line to the user; rank 0's is the one to read.
         may_commit: See `commit.save`.
         mirror: Mirror of the checkpoints in an object store, or None.
@@ -96,20 +96,20 @@ class CheckpointManager:
         self,
         root: Path,
         settings: CheckpointSection,
-        ranks: RankGroup,
+        group: RankGroup,
         warn: Callable[[str], None],
         may_commit: Callable[[], None] = lambda: None,
         mirror: Mirror | None = None,
     ) -> None:
         self.root = root
         self.settings = settings
-        self.ranks = ranks
+        self.group = group
         self.warn = warn
         self.may_commit = may_commit
         self.mirror = mirror
         self._mirror_sequence = 0  # the highest sequence number in the mirror
         self._lineage: Lineage = []
-        self._writers = ranks.duplicate() if settings.asynchronous else ranks
+        self._writers = group.duplicate() if settings.asynchronous else group
         self._pending: Future[_Written] | None = None
         self._step = self._failures = 0
         self._started = self._stall = 0.0
@@ -126,7 +126,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: See `selection.select_checkpoint` and `mirror.restore.list_mirror`.
         """
-        read_on_rank_0(self.root, self.ranks, lambda: clear_leftovers(self.root))
+        read_on_rank_0(self.root, self.group, lambda: clear_leftovers(self.root))
         checkpoint = self._select() if self.mirror is None else self._select_with(self.mirror)
         if checkpoint is not None:
             self._lineage = read_manifest(checkpoint.folder).lineage
@@ -142,7 +142,7 @@ class CheckpointManager:
         """
         assert self._pending is None
         checkpoint = select_earlier_checkpoint(
-            self.root, step, self._lineage, self.ranks, self.warn
+            self.root, step, self._lineage, self.group, self.warn
         )
         if checkpoint is not None:
             self._lineage = read_manifest(checkpoint.folder).lineage
@@ -150,7 +150,7 @@ class CheckpointManager:
 
     def _select(self) -> Checkpoint | None:
         return select_checkpoint(
-            self.root, self.settings.resume, self.ranks, self.warn, repair=True
+            self.root, self.settings.resume, self.group, self.warn, repair=True
         )
 
     def _select_with(self, mirror: Mirror) -> Checkpoint | None:
@@ -164,7 +164,7 @@ class CheckpointManager:
         uri, resume = mirror.archive.uri, self.settings.resume
         mirrored = self._list_mirror(mirror)
         checkpoint = problem = None
-        local_steps = read_on_rank_0(self.root, self.ranks, lambda: steps(self.root))
+        local_steps = read_on_rank_0(self.root, self.group, lambda: steps(self.root))
         if resume in ("auto", "never") or resume in local_steps:
             try:
                 checkpoint = self._select()
@@ -182,7 +182,7 @@ class CheckpointManager:
         ]
         for archived in candidates:
             reason = fetch(
-                mirror.archive, archived, self.root, self.ranks, mirror.accept, self.may_commit
+                mirror.archive, archived, self.root, self.group, mirror.accept, self.may_commit
             )
             if reason is None:
                 self.warn(f"step {archived.step} fetched from the mirror {uri}")
@@ -218,7 +218,7 @@ class CheckpointManager:
 
         archived = [
             ArchivedCheckpoint(name, complete)
-            for name, complete in read_on_rank_0(self.root, self.ranks, list_on_rank_0)
+            for name, complete in read_on_rank_0(self.root, self.group, list_on_rank_0)
         ]
         self._mirror_sequence = max((a.sequence for a in archived), default=0)
         return [a for a in archived if a.complete]
@@ -249,7 +249,7 @@ class CheckpointManager:
         """
         started = time.monotonic()
         outcomes = self._collect()
-        snapshot = snapshot_on_all_ranks(self.root, state, extras, rng, self.ranks)
+        snapshot = snapshot_on_all_ranks(self.root, state, extras, rng, self.group)
         pending = self._pending = Future()
         self._started, self._step = started, extras["step"]
         if self.settings.asynchronous and not wait:
@@ -274,7 +274,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: As `save`.
         """
-        if self._pending is None or (not wait and self.ranks.any(not self._pending.done())):
+        if self._pending is None or (not wait and self.group.any(not self._pending.done())):
             return []
         return self._collect()
 

@@ -33,7 +33,7 @@ class _Unusable(NamedTuple):
         return f"checkpoint {self.folder} is not usable: {self.problem}"
 
 
-def read_on_rank_0(root: Path, ranks: RankGroup, action: Callable[[], T]) -> T:
+def read_on_rank_0(root: Path, group: RankGroup, action: Callable[[], T]) -> T:
     """As `run_on_rank_0`, where an OSError means that the checkpoints under `root` are unreadable.
 
     Raises:
@@ -46,13 +46,13 @@ def read_on_rank_0(root: Path, ranks: RankGroup, action: Callable[[], T]) -> T:
         except OSError as error:
             raise CheckpointError(f"{root} cannot be read: {error.strerror or error}") from error
 
-    return run_on_rank_0(ranks, read)
+    return run_on_rank_0(group, read)
 
 
 def select_checkpoint(
     root: Path,
     resume: str | int,
-    ranks: RankGroup,
+    group: RankGroup,
     warn: Callable[[str], None],
     repair: bool = False,
 ) -> Checkpoint | None:
@@ -62,7 +62,7 @@ def select_checkpoint(
         root: Folder of the run's checkpoints.
         resume: "auto": the newest (see `list_checkpoints`) that verifies. A step: the newest of
             that step. "never": there must be none.
-        ranks: The ranks that read.
+        group: The ranks that read.
         warn: Receives one line that names damaged checkpoints newer than the result.
         repair: Set damaged newer checkpoints aside.
 
@@ -73,16 +73,16 @@ def select_checkpoint(
         NoValidCheckpointError: There are checkpoints, and none verifies.
         CheckpointError: What was asked for is not there, or cannot be used.
     """
-    names, damaged = read_on_rank_0(root, ranks, lambda: _candidates(root, resume))
+    names, damaged = read_on_rank_0(root, group, lambda: _candidates(root, resume))
     unusable = [_Unusable(root / name, problem) for name, problem in damaged]
-    checkpoint = _first_valid(root, names, unusable, ranks, warn, repair)
+    checkpoint = _first_valid(root, names, unusable, group, warn, repair)
     if checkpoint is not None:
         return checkpoint
     if resume not in ("auto", "never"):
         raise same_on_all_ranks(
             CheckpointError(f"{unusable[0]}; give another step, or checkpoint.resume=auto")
         )
-    aside = read_on_rank_0(root, ranks, lambda: [folder.name for folder in set_aside_folders(root)])
+    aside = read_on_rank_0(root, group, lambda: [folder.name for folder in set_aside_folders(root)])
     unusable += [_Unusable(root / name, "it was set aside as damaged") for name in aside]
     if unusable:
         raise same_on_all_ranks(
@@ -96,7 +96,7 @@ def select_checkpoint(
 
 
 def select_earlier_checkpoint(
-    root: Path, step: int, lineage: Lineage, ranks: RankGroup, warn: Callable[[str], None]
+    root: Path, step: int, lineage: Lineage, group: RankGroup, warn: Callable[[str], None]
 ) -> Checkpoint | None:
     """Find and verify the newest checkpoint of a lineage from before a step. Collective.
 
@@ -104,7 +104,7 @@ def select_earlier_checkpoint(
         root: Folder of the run's checkpoints.
         step: The checkpoint's step is below this one.
         lineage: See `Manifest.lineage`.
-        ranks: The ranks that read.
+        group: The ranks that read.
         warn: Receives one line that names damaged checkpoints, which are set aside.
 
     Returns:
@@ -118,7 +118,7 @@ def select_earlier_checkpoint(
             if checkpoint.manifest.step < step and checkpoint.manifest.is_in(lineage)
         ]
 
-    return _first_valid(root, read_on_rank_0(root, ranks, candidates), [], ranks, warn, repair=True)
+    return _first_valid(root, read_on_rank_0(root, group, candidates), [], group, warn, repair=True)
 
 
 def open_checkpoint(
@@ -131,8 +131,8 @@ def open_checkpoint(
     Raises:
         CheckpointError: There is none, or none that is valid.
     """
-    ranks = RankGroup.world()
-    checkpoint = select_checkpoint(root, "auto" if step is None else step, ranks, warn)
+    group = RankGroup.world()
+    checkpoint = select_checkpoint(root, "auto" if step is None else step, group, warn)
     if checkpoint is None:
         raise CheckpointError(f"{root} holds no checkpoint; train first")
     return checkpoint
@@ -150,7 +150,7 @@ def _first_valid(
     root: Path,
     names: list[str],
     unusable: list[_Unusable],
-    ranks: RankGroup,
+    group: RankGroup,
     warn: Callable[[str], None],
     repair: bool,
 ) -> Checkpoint | None:
@@ -160,17 +160,17 @@ def _first_valid(
         root: Folder of the run's checkpoints.
         names: Folders to try, in order.
         unusable: Those already known to be; the ones before the result are added.
-        ranks: The ranks that read.
+        group: The ranks that read.
         warn: Receives one line about the unusable ones before the result.
         repair: Set the unusable ones aside.
     """
     for folder in (root / name for name in names):
-        problem = verify_checkpoint(folder, ranks)
+        problem = verify_checkpoint(folder, group)
         if problem is None:
             if unusable:
                 remarks = read_on_rank_0(
                     root,
-                    ranks,
+                    group,
                     lambda: [try_set_aside(u.folder) if repair else "" for u in unusable],
                 )
                 text = "; ".join(

@@ -11,19 +11,19 @@ from nextpt.checkpoint.index import check_tensors, read_contents
 from nextpt.checkpoint.manifest import check_files, hash_problem, read_manifest
 
 
-def verify_checkpoint(folder: Path, ranks: RankGroup) -> str | None:
+def verify_checkpoint(folder: Path, group: RankGroup) -> str | None:
     """Verify a checkpoint: its files against the manifest, and their contents. Collective.
 
     Returns:
         The first problem, the same on all ranks; None for a valid checkpoint.
     """
-    problem = verify_files(folder, ranks)
+    problem = verify_files(folder, group)
     if problem is None:
-        problem = _first(ranks.all_gather(_problem(lambda: _check_contents(folder, ranks))))
+        problem = _first(group.all_gather(_problem(lambda: _check_contents(folder, group))))
     return problem
 
 
-def verify_files(folder: Path, ranks: RankGroup) -> str | None:
+def verify_files(folder: Path, group: RankGroup) -> str | None:
     """Compare a folder's files with its manifest, hashes included. Collective.
 
     What the files contain is not checked.
@@ -31,23 +31,23 @@ def verify_files(folder: Path, ranks: RankGroup) -> str | None:
     Returns:
         The first difference, the same on all ranks; None without one.
     """
-    problem: str | None = ranks.broadcast(
-        _problem(lambda: check_files(folder, read_manifest(folder))) if ranks.rank == 0 else None
+    problem: str | None = group.broadcast(
+        _problem(lambda: check_files(folder, read_manifest(folder))) if group.rank == 0 else None
     )
     if problem is None:
-        problem = _first(ranks.all_gather(_problem(lambda: _check_hashes(folder, ranks))))
+        problem = _first(group.all_gather(_problem(lambda: _check_hashes(folder, group))))
     return problem
 
 
-def _check_hashes(folder: Path, ranks: RankGroup) -> None:
-    problem = hash_problem(folder, read_manifest(folder), ranks.rank, ranks.world_size)
+def _check_hashes(folder: Path, group: RankGroup) -> None:
+    problem = hash_problem(folder, read_manifest(folder), group.rank, group.world_size)
     if problem is not None:
         raise DamagedError(problem)
 
 
-def _check_contents(folder: Path, ranks: RankGroup) -> None:
+def _check_contents(folder: Path, group: RankGroup) -> None:
     _, indexes = read_contents(folder)
-    for rank in range(ranks.rank, len(indexes), ranks.world_size):
+    for rank in range(group.rank, len(indexes), group.world_size):
         check_tensors(folder, rank, indexes[rank])
 
 

@@ -78,12 +78,12 @@ class JobContext:
 
 
 @contextmanager
-def job_context(run: Path, ranks: RankGroup, hang_seconds: float) -> Iterator[JobContext]:
+def job_context(run: Path, group: RankGroup, hang_seconds: float) -> Iterator[JobContext]:
     """Hold the run folder and watch every rank while the block runs. Collective.
 
     Args:
         run: The run folder, which rank 0 locks.
-        ranks: All ranks of the job.
+        group: All ranks of the job.
         hang_seconds: Config key train.hang_seconds.
 
     Raises:
@@ -97,12 +97,12 @@ def job_context(run: Path, ranks: RankGroup, hang_seconds: float) -> Iterator[Jo
             lock = RunLock(run)
             remove_exit_record(run)
 
-        run_on_rank_0(ranks, acquire)
-        hosts = ranks.all_gather(platform.node())
+        run_on_rank_0(group, acquire)
+        hosts = group.all_gather(platform.node())
         try:
             with record_exit(run) if lock else nullcontext(ExitRecord()) as exit_record:
                 watchdog = run_on_all_ranks(
-                    ranks, lambda: Watchdog(run, ranks.rank, hosts, hang_seconds)
+                    group, lambda: Watchdog(run, group.rank, hosts, hang_seconds)
                 )
                 try:
                     yield JobContext(stop, watchdog, lock, exit_record)

@@ -116,7 +116,7 @@ class TrainingCheckpoints:
         checkpoint = self.manager.rollback(step)
         if checkpoint is None:
             return None
-        restore_engine(self.context.engine, checkpoint, self.context.ranks)
+        restore_engine(self.context.engine, checkpoint, self.context.group)
         self.saved_step = self.durable_step = checkpoint.step
         self.validator.latest = checkpoint.state.get("validation")
         return checkpoint.state
@@ -161,7 +161,7 @@ class TrainingCheckpoints:
         try:
             yield
         except CheckpointError:
-            run_on_all_ranks(self.context.ranks, self.context.job.check_lock)
+            run_on_all_ranks(self.context.group, self.context.job.check_lock)
             raise
 
     def _report(self, outcomes: list[SavedCheckpoint | FailedSave]) -> None:
@@ -180,7 +180,7 @@ class TrainingCheckpoints:
                     )
                 )
                 continue
-            run_on_all_ranks(self.context.ranks, self.context.job.check_lock)
+            run_on_all_ranks(self.context.group, self.context.job.check_lock)
             self._raise_unless_tolerated(outcome)
             error = outcome.error
             self.context.events.publish(
@@ -207,7 +207,7 @@ class TrainingCheckpoints:
             raise failed.error
 
 
-def restore_engine(engine: Engine, checkpoint: Checkpoint, ranks: RankGroup) -> None:
+def restore_engine(engine: Engine, checkpoint: Checkpoint, group: RankGroup) -> None:
     """Restore weights, optimizer state and random states from a checkpoint. Collective.
 
     Raises:
@@ -222,10 +222,10 @@ def restore_engine(engine: Engine, checkpoint: Checkpoint, ranks: RankGroup) -> 
     engine.state.load(checkpoint, checkpoint.state["scalars"])
     checkpoint.close()
     try:
-        if states := checkpoint.rng(ranks.rank):
+        if states := checkpoint.rng(group.rank):
             set_rng_state(states)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"checkpoint {checkpoint.folder}: the random states of rank {ranks.rank} cannot be"
+            f"checkpoint {checkpoint.folder}: the random states of rank {group.rank} cannot be"
             f" used: {error}"
         ) from error

@@ -23,9 +23,9 @@ BAR_FROM_WIDTH = 110  # columns; without the bar the line fits 80
 PLAIN_SECONDS = 10.0  # least time between two steps that are printed without a terminal
 
 
-def print_on_rank_0(ranks: RankGroup, text: str) -> None:
+def print_on_rank_0(group: RankGroup, text: str) -> None:
     """Print a line for the user on rank 0 alone."""
-    if ranks.rank == 0:
+    if group.rank == 0:
         print(text, flush=True)
 
 

@@ -28,6 +28,6 @@ class TrainingContext:
     config: Config
     engine: Engine
     loader: Loader
-    ranks: RankGroup
+    group: RankGroup
     events: EventBus
     job: JobContext

@@ -12,14 +12,14 @@ from nextpt.train.console import print_on_rank_0
 from nextpt.train.engine import Engine
 
 
-def open_initial_weights(config: Config, ranks: RankGroup) -> HFWeights | None:
+def open_initial_weights(config: Config, group: RankGroup) -> HFWeights | None:
     """Open the weights of train.init_from; they are read only when they are loaded.
 
     Warns of keys with which the config computes something else from the weights.
 
     Args:
         config: The run.
-        ranks: Rank 0 of them prints the warning.
+        group: Rank 0 of them prints the warning.
 
     Returns:
         None without train.init_from.
@@ -37,7 +37,7 @@ def open_initial_weights(config: Config, ranks: RankGroup) -> HFWeights | None:
         raise ConfigError(f"train.init_from = {folder} holds another model: {'; '.join(shapes)}")
     if others:
         print_on_rank_0(
-            ranks,
+            group,
             f"warning: {'; '.join(others)} in train.init_from; using those of the config",
         )
     check_tokenizer(folder, Path(config.data.path))

@@ -30,7 +30,7 @@ class Trainer:
     """Runs the optimizer steps of one rank, from `step` to `config.last_step`.
 
     Args:
-        context: Config, engine, data, ranks, events and job.
+        context: Config, engine, data, group, events and job.
         manager: The checkpoints of the run folder.
 
     Attributes:
@@ -112,7 +112,7 @@ class Trainer:
         engine, loader, job = self.context.engine, self.context.loader, self.context.job
         job.set_phase("batches", step + 1)
         batches, stopping = run_on_all_ranks_or_stop(
-            self.context.ranks, lambda: self._read_batches(step), lambda: job.stop_requested
+            self.context.group, lambda: self._read_batches(step), lambda: job.stop_requested
         )
         if stopping:
             return None
@@ -143,7 +143,7 @@ class Trainer:
         """
         self.context.job.set_phase("logging", self.step)
         verdicts, skips = self.policy.read_verdicts(self.step)
-        counts = self.context.ranks.all_gather([self.policy.skipped, self.policy.consecutive])
+        counts = self.context.group.all_gather([self.policy.skipped, self.policy.consecutive])
         if any(count != counts[0] for count in counts):
             raise RuntimeError(
                 f"the ranks judged steps up to {self.step} differently: [skipped in all, in a row]"

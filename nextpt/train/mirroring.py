@@ -74,7 +74,7 @@ def check_same_run(config: Config, folder: Path) -> None:
 def mirroring(
     mirror: Mirror | None,
     config: Config,
-    ranks: RankGroup,
+    group: RankGroup,
     job: JobContext,
     events: EventBus,
 ) -> Iterator[None]:
@@ -86,7 +86,7 @@ def mirroring(
     if mirror is None:
         yield
         return
-    if ranks.rank == 0:
+    if group.rank == 0:
         mirror.start()
     stopped = None
     try:
@@ -94,7 +94,7 @@ def mirroring(
             yield
         except TrainingStopped as error:
             stopped = error
-        _finish(mirror, config, ranks, job)
+        _finish(mirror, config, group, job)
     finally:
         mirror.stop()
         for event in mirror.drain_events():
@@ -103,11 +103,11 @@ def mirroring(
         raise stopped
 
 
-def _finish(mirror: Mirror, config: Config, ranks: RankGroup, job: JobContext) -> None:
+def _finish(mirror: Mirror, config: Config, group: RankGroup, job: JobContext) -> None:
     """Wait on all ranks for rank 0's mirror: launchers end all ranks when one ends."""
     start, grace = time.monotonic(), config.checkpoint.grace_seconds
     left_by_rank = [
-        seconds for seconds in ranks.all_gather(job.stop.seconds_left(grace)) if seconds is not None
+        seconds for seconds in group.all_gather(job.stop.seconds_left(grace)) if seconds is not None
     ]
     longest: float = min([END_SECONDS, *(seconds - MARGIN for seconds in left_by_rank)])
 
@@ -117,10 +117,10 @@ def _finish(mirror: Mirror, config: Config, ranks: RankGroup, job: JobContext) -
         return min(left, END_SECONDS if grace_left is None else grace_left - MARGIN)
 
     job.set_phase("mirroring", job.step)
-    steps = ranks.broadcast(mirror.finish(seconds_left) if ranks.rank == 0 else None)
+    steps = group.broadcast(mirror.finish(seconds_left) if group.rank == 0 else None)
     if steps:
         print_on_rank_0(
-            ranks,
+            group,
             f"warning: not mirrored yet in {mirror.archive.uri}: the checkpoints of steps"
             f" {', '.join(map(str, steps))}; the same command continues with them",
         )

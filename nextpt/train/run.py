@@ -52,45 +52,45 @@ def run_training(
         TrainingStopped: When the job was asked to stop and did.
     """
     device = start_distributed()
-    ranks = RankGroup.world()
+    group = RankGroup.world()
     check_same_on_all_ranks(
-        ranks, flatten({"config": config.model_dump(mode="json"), "versions": versions()})
+        group, flatten({"config": config.model_dump(mode="json"), "versions": versions()})
     )
-    config.accumulation_steps(ranks.world_size)
-    check_hpz(config, [host for host, _ in ranks.all_gather(host_and_device(device))])
-    with job_context(config.run_dir, ranks, config.train.hang_seconds) as job:
-        _run_job(config, device, ranks, job, open_trackers)
+    config.accumulation_steps(group.world_size)
+    check_hpz(config, [host for host, _ in group.all_gather(host_and_device(device))])
+    with job_context(config.run_dir, group, config.train.hang_seconds) as job:
+        _run_job(config, device, group, job, open_trackers)
 
 
 def _run_job(
     config: Config,
     device: torch.device,
-    ranks: RankGroup,
+    group: RankGroup,
     job: JobContext,
     open_trackers: OpenTrackers,
 ) -> None:
     """Build, resume and fit, while this job holds the run folder."""
     loader = run_on_all_ranks(
-        ranks, lambda: Loader(config, ranks.rank, ranks.world_size, pin=device.type == "cuda")
+        group, lambda: Loader(config, group.rank, group.world_size, pin=device.type == "cuda")
     )
-    check_same_on_all_ranks(ranks, flatten({"dataset": loader.state(0)}))
-    checkpoints = _open_checkpoints(config, ranks, job)
-    run_on_rank_0(ranks, lambda: check_run_folder(config))
+    check_same_on_all_ranks(group, flatten({"dataset": loader.state(0)}))
+    checkpoints = _open_checkpoints(config, group, job)
+    run_on_rank_0(group, lambda: check_run_folder(config))
     checkpoint = checkpoints.resume()
     if checkpoint:
         job.record_step(checkpoint.step)
         check_data(config, checkpoint, loader)
         if checkpoint.step >= config.last_step:
-            _finish_complete_run(config, checkpoint, checkpoints, ranks, job)
+            _finish_complete_run(config, checkpoint, checkpoints, group, job)
             return
-    engine = _build_engine(config, device, ranks, checkpoint)
-    events = _open_run(config, device, ranks, job, open_trackers)
+    engine = _build_engine(config, device, group, checkpoint)
+    events = _open_run(config, device, group, job, open_trackers)
     try:
-        context = TrainingContext(config, engine, loader, ranks, events, job)
+        context = TrainingContext(config, engine, loader, group, events, job)
         trainer = Trainer(context, checkpoints)
         if checkpoint:
             trainer.restore(checkpoint)
-        with mirroring(checkpoints.mirror, config, ranks, job, events):
+        with mirroring(checkpoints.mirror, config, group, job, events):
             trainer.fit()
     finally:
         job.set_phase("closing", job.step)  # trackers may have much to send
@@ -98,16 +98,16 @@ def _run_job(
         events.close()
 
 
-def _open_checkpoints(config: Config, ranks: RankGroup, job: JobContext) -> CheckpointManager:
+def _open_checkpoints(config: Config, group: RankGroup, job: JobContext) -> CheckpointManager:
     """The checkpoints of the run folder, and their mirror."""
     root = config.run_dir / "checkpoints"
     return CheckpointManager(
         root,
         config.checkpoint,
-        ranks,
-        warn=lambda text: print_on_rank_0(ranks, text),
+        group,
+        warn=lambda text: print_on_rank_0(group, text),
         may_commit=job.verify_lock,
-        mirror=run_on_all_ranks(ranks, lambda: open_mirror(config, root, job)),
+        mirror=run_on_all_ranks(group, lambda: open_mirror(config, root, job)),
     )
 
 
@@ -115,55 +115,55 @@ def _finish_complete_run(
     config: Config,
     checkpoint: Checkpoint,
     checkpoints: CheckpointManager,
-    ranks: RankGroup,
+    group: RankGroup,
     job: JobContext,
 ) -> None:
     """Only mirror what is not mirrored yet: the run has made its last step."""
-    with mirroring(checkpoints.mirror, config, ranks, job, EventBus()):
+    with mirroring(checkpoints.mirror, config, group, job, EventBus()):
         print_on_rank_0(
-            ranks,
+            group,
             f"run {config.run_dir} is complete at step {checkpoint.step}; to train on, raise"
             " train.steps",
         )
 
 
 def _build_engine(
-    config: Config, device: torch.device, ranks: RankGroup, checkpoint: Checkpoint | None
+    config: Config, device: torch.device, group: RankGroup, checkpoint: Checkpoint | None
 ) -> Engine:
     """The engine with its weights: of the checkpoint, of train.init_from, or random ones."""
     initial_weights = None
     if checkpoint is None:
-        initial_weights = run_on_all_ranks(ranks, lambda: open_initial_weights(config, ranks))
+        initial_weights = run_on_all_ranks(group, lambda: open_initial_weights(config, group))
     check_causality(config, device)
     check_cross_entropy(config, device)
-    random.seed(config.run.seed + ranks.rank)
-    torch.manual_seed(config.run.seed + ranks.rank)
+    random.seed(config.run.seed + group.rank)
+    torch.manual_seed(config.run.seed + group.rank)
     engine = Engine(config, device)
     if checkpoint:
-        restore_engine(engine, checkpoint, ranks)
+        restore_engine(engine, checkpoint, group)
         print_on_rank_0(
-            ranks, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}"
+            group, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}"
         )
     if initial_weights:
         load_initial_weights(engine, initial_weights)
-        print_on_rank_0(ranks, f"starting from the weights in {initial_weights.folder}")
+        print_on_rank_0(group, f"starting from the weights in {initial_weights.folder}")
     return engine
 
 
 def _open_run(
     config: Config,
     device: torch.device,
-    ranks: RankGroup,
+    group: RankGroup,
     job: JobContext,
     open_trackers: OpenTrackers,
 ) -> EventBus:
     """Record this start in the run folder; returns the bus with rank 0's listeners."""
     first_step = job.step + 1
-    job.start = describe_start(config, ranks.all_gather(host_and_device(device)), first_step)
-    run_on_rank_0(ranks, lambda: open_run_folder(config, job.start))
+    job.start = describe_start(config, group.all_gather(host_and_device(device)), first_step)
+    run_on_rank_0(group, lambda: open_run_folder(config, job.start))
     return run_on_all_ranks(
-        ranks,
-        lambda: EventBus(_listeners(config, first_step, open_trackers) if ranks.rank == 0 else []),
+        group,
+        lambda: EventBus(_listeners(config, first_step, open_trackers) if group.rank == 0 else []),
     )
 
 

@@ -24,7 +24,7 @@ def save_and_stop(
         TrainingStopped: Always, with the command that resumes the run.
     """
     job, grace_seconds = context.job, context.config.checkpoint.grace_seconds
-    answers = context.ranks.all_gather(
+    answers = context.group.all_gather(
         [job.stop.signal_name, job.stop.seconds_left(grace_seconds), checkpoints.save_seconds]
     )
     signal_name = next(name for name, _, _ in answers if name)

@@ -70,7 +70,7 @@ class Validator:
         while True:
             job.set_phase("validation", step)
             batch, stopping = run_on_all_ranks_or_stop(
-                context.ranks, lambda: next(batches, None), lambda: job.stop_requested
+                context.group, lambda: next(batches, None), lambda: job.stop_requested
             )
             if stopping:
                 return False

@@ -194,7 +194,7 @@ def test_any_number_of_ranks_agrees_on_damage(tmp_path: Path, readers: int) -> N
         good = path.read_bytes()
         path.write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:])
         checkpoints = on_ranks(
-            readers, lambda ranks: select_checkpoint(tmp_path, "auto", ranks, lambda text: None)
+            readers, lambda group: select_checkpoint(tmp_path, "auto", group, lambda text: None)
         )
         assert [checkpoint.step for checkpoint in checkpoints] == [1] * readers, name
         path.write_bytes(good)

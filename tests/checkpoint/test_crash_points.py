@@ -32,21 +32,21 @@ def start_and_save(
     wait: Whether to wait for each save. Otherwise a thread writes it; the next save waits for it.
     """
 
-    def job(ranks: RankGroup) -> int:
+    def job(group: RankGroup) -> int:
         manager = CheckpointManager(
-            root, CheckpointSection(keep_last=2, asynchronous=not wait), ranks, lambda text: None
+            root, CheckpointSection(keep_last=2, asynchronous=not wait), group, lambda text: None
         )
         checkpoint = manager.resume()
         assert checkpoint is None or holds(checkpoint, checkpoint.step)
         for step in steps:
             extras = {"step": step, "config": {}}
             finished = manager.save(
-                State(step, ranks.rank, ranks.world_size),
+                State(step, group.rank, group.world_size),
                 extras,
                 {},
                 wait=wait or step == steps[-1],
             )
-            if acknowledge is not None and ranks.rank == 0:
+            if acknowledge is not None and group.rank == 0:
                 os.write(acknowledge, bytes(step_of(save.checkpoint.folder) for save in finished))
         return checkpoint.step if checkpoint else 0
 

@@ -20,9 +20,9 @@ from tests.support.checkpoints import State, holds, on_ranks
 from tests.support.file_operations import refusing
 
 
-def save(manager: CheckpointManager, ranks: RankGroup, step: int, wait: bool) -> list[object]:
+def save(manager: CheckpointManager, group: RankGroup, step: int, wait: bool) -> list[object]:
     outcomes = manager.save(
-        State(float(step), ranks.rank, ranks.world_size),
+        State(float(step), group.rank, group.world_size),
         {"step": step, "config": {}},
         {},
         wait=wait,
@@ -56,22 +56,22 @@ def fail_twice(
     Returns rank 0's outcome of each, and the first message.
     """
 
-    def job(ranks: RankGroup) -> list[list[object]]:
+    def job(group: RankGroup) -> list[list[object]]:
         manager = CheckpointManager(
-            root, CheckpointSection(asynchronous=asynchronous), ranks, lambda text: None
+            root, CheckpointSection(asynchronous=asynchronous), group, lambda text: None
         )
         manager.resume()
         all_messages = []
         for step in (1, 2, 3, 4):
             for change, at in ((begin, 2), (end, 4)):
-                ranks.all_gather(change() and None if ranks.rank == 0 and step == at else None)
-            outcomes = save(manager, ranks, step, wait=False)
+                group.all_gather(change() and None if group.rank == 0 and step == at else None)
+            outcomes = save(manager, group, step, wait=False)
             all_messages.append(messages(outcomes) + [str(o.error) for o in outcomes if step == 2])
-            ranks.all_gather(None)
-            if step in (2, 3) and ranks.rank == 0:
+            group.all_gather(None)
+            if step in (2, 3) and group.rank == 0:
                 # The previous checkpoint is valid, no file is half-written
                 assert open_checkpoint(root).step == 1 and not list(root.glob(".*"))
-            ranks.all_gather(None)
+            group.all_gather(None)
         return all_messages
 
     by_rank = on_ranks(world_size, job)

@@ -85,9 +85,9 @@ class Columns(State):
 
 
 def test_columns_read_back_as_flat_ranges_and_flat_ranges_as_columns(tmp_path: Path) -> None:
-    ranks = RankGroup.world()
+    group = RankGroup.world()
     by_columns = Checkpoint(
-        save(tmp_path / "columns", Columns(), {"step": 1, "config": {}}, {}, ranks).folder
+        save(tmp_path / "columns", Columns(), {"step": 1, "config": {}}, {}, group).folder
     )
     assert holds(by_columns, 1.0)
     by_ranges = Checkpoint(write(tmp_path / "ranges", 1))

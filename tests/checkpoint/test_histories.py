@@ -115,11 +115,11 @@ class Histories(RuleBasedStateMachine):
     def _start(self, world_size: int, resume: str | int) -> None:
         settings = CheckpointSection(resume=resume, **self.limits)
 
-        def job(ranks: RankGroup) -> float | None:
-            self.managers[ranks.rank] = CheckpointManager(
-                self.root, settings, ranks, lambda text: None
+        def job(group: RankGroup) -> float | None:
+            self.managers[group.rank] = CheckpointManager(
+                self.root, settings, group, lambda text: None
             )
-            checkpoint = self.managers[ranks.rank].resume()
+            checkpoint = self.managers[group.rank].resume()
             values = [
                 save.value
                 for save in self.saves
@@ -147,12 +147,12 @@ class Histories(RuleBasedStateMachine):
         had, before = len(self.good()), set(checkpoint_folders(self.root))
         self.there = self.present()
 
-        def job(ranks: RankGroup) -> None:
-            manager = self.managers[ranks.rank]
+        def job(group: RankGroup) -> None:
+            manager = self.managers[group.rank]
             # The same ranks, in other threads than at the start
-            manager.ranks = manager._writers = ranks
+            manager.group = manager._writers = group
             manager.save(
-                State(self.value, ranks.rank, ranks.world_size),
+                State(self.value, group.rank, group.world_size),
                 {"step": self.step, "config": {}},
                 {},
                 loss,

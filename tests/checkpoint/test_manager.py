@@ -17,7 +17,7 @@ from tests.support.checkpoints import State, holds, on_ranks
 
 def run(
     root: Path,
-    ranks: RankGroup,
+    group: RankGroup,
     saves: list[tuple[int, float | None]],
     warnings: list[str] | None = None,
     **settings: object,
@@ -26,11 +26,11 @@ def run(
     manager = CheckpointManager(
         root,
         CheckpointSection(**settings),
-        ranks,
+        group,
         (warnings if warnings is not None else []).append,
     )
     manager.resume()
-    state = State(1.0, ranks.rank, ranks.world_size)
+    state = State(1.0, group.rank, group.world_size)
     return [
         save
         for step, loss in saves
@@ -62,8 +62,8 @@ def test_retention(
     for part in (range(1, 5), range(5, 9)):  # a start between the saves changes nothing
         on_ranks(
             world_size,
-            lambda ranks, part=part: run(
-                tmp_path, ranks, [(s, losses.get(s)) for s in part], **settings
+            lambda group, part=part: run(
+                tmp_path, group, [(s, losses.get(s)) for s in part], **settings
             ),
         )
     assert names(tmp_path) == remaining
@@ -99,29 +99,29 @@ def test_a_rollback_stays_in_the_lineage_and_uses_valid_checkpoints(
     """Steps 5 and 6 were abandoned for 5.2; 4 is damaged; 7 is newer."""
     on_ranks(
         world_size,
-        lambda ranks: run(tmp_path, ranks, [(s, None) for s in (2, 3, 4, 5, 6)], keep_last=None),
+        lambda group: run(tmp_path, group, [(s, None) for s in (2, 3, 4, 5, 6)], keep_last=None),
     )
     on_ranks(
         world_size,
-        lambda ranks: run(tmp_path, ranks, [(5, None), (7, None)], keep_last=None, resume=4),
+        lambda group: run(tmp_path, group, [(5, None), (7, None)], keep_last=None, resume=4),
     )
     path = tmp_path / "step-000000004" / "state.json"
     path.write_text(path.read_text().replace("4", "5"))
     warnings: list[str] = []
 
-    def back(ranks: RankGroup) -> None:
+    def back(group: RankGroup) -> None:
         manager = CheckpointManager(
             tmp_path,
             CheckpointSection(keep_last=None),
-            ranks,
-            warnings.append if ranks.rank == 0 else lambda text: None,
+            group,
+            warnings.append if group.rank == 0 else lambda text: None,
         )
         assert manager.resume().step == 7
         assert (
             manager.rollback(7).folder.name == "step-000000005.2" and manager.rollback(5).step == 3
         )
         assert manager.rollback(2) is None
-        manager.save(State(1.0, ranks.rank, ranks.world_size), {"step": 3, "config": {}}, {})
+        manager.save(State(1.0, group.rank, group.world_size), {"step": 3, "config": {}}, {})
         # And not 5.2, which that rollback abandoned
         assert manager.rollback(7).folder.name == "step-000000003.2"
 
@@ -190,17 +190,17 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_training_goes_on_during_an_asynchronous_save(
     tmp_path: Path, gate: threading.Event, world_size: int
 ) -> None:
-    def job(ranks: RankGroup) -> list[SavedCheckpoint]:
+    def job(group: RankGroup) -> list[SavedCheckpoint]:
         manager = CheckpointManager(
-            tmp_path, CheckpointSection(asynchronous=True), ranks, lambda text: None
+            tmp_path, CheckpointSection(asynchronous=True), group, lambda text: None
         )
         assert manager.resume() is None
-        state = State(1.0, ranks.rank, ranks.world_size)
+        state = State(1.0, group.rank, group.world_size)
         assert manager.save(state, {"step": 1, "config": {}}, {}, wait=False) == []
         for tensor in state.values.values():
             tensor.fill_(-1.0)  # training goes on
         assert manager.poll() == [] and not tmp_path.joinpath("step-000000001").exists()
-        ranks.all_gather(None)
+        group.all_gather(None)
         gate.set()
         saves: list[SavedCheckpoint] = []
         while not saves:
@@ -232,13 +232,13 @@ def test_one_save_at_a_time_and_the_last_is_waited_for(
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_error_in_the_background_surfaces_on_every_rank(tmp_path: Path, world_size: int) -> None:
-    def job(ranks: RankGroup) -> str:
+    def job(group: RankGroup) -> str:
         manager = CheckpointManager(
-            tmp_path / "run", CheckpointSection(asynchronous=True), ranks, lambda text: None
+            tmp_path / "run", CheckpointSection(asynchronous=True), group, lambda text: None
         )
         (tmp_path / "run").write_text("a file where the folder should be")
         outcomes = manager.save(
-            State(1.0, ranks.rank, ranks.world_size), {"step": 1, "config": {}}, {}, wait=False
+            State(1.0, group.rank, group.world_size), {"step": 1, "config": {}}, {}, wait=False
         )
         while not outcomes:
             outcomes = manager.poll()

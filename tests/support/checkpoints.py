@@ -166,12 +166,12 @@ def write(
     """Save State(value) as a checkpoint of a step."""
     return on_ranks(
         world_size,
-        lambda ranks: save(
+        lambda group: save(
             root,
-            State(value, ranks.rank, ranks.world_size),
+            State(value, group.rank, group.world_size),
             {"step": step, "config": {}},
             {"torch": "x"},
-            ranks,
+            group,
             lineage,
         ),
     )[0].folder

@@ -28,11 +28,11 @@ def outcome(action: Callable[[], Any]) -> Any:
         return [type(error).__name__, str(error), error.exit_code, error.every_rank]
 
 
-def raise_on(rank: int, ranks: RankGroup, error: Exception) -> int:
+def raise_on(rank: int, group: RankGroup, error: Exception) -> int:
     """Raise on one rank; the others return their rank."""
-    if ranks.rank == rank:
+    if group.rank == rank:
         raise error
-    return ranks.rank
+    return group.rank
 
 
 def main(folder: Path) -> None:

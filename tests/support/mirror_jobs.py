@@ -23,28 +23,28 @@ class MirroredJob:
         self,
         root: Path,
         uri: str,
-        ranks: RankGroup | None = None,
+        group: RankGroup | None = None,
         may_write: Callable[[], None] = lambda: None,
         accept: Callable[[Path], None] = lambda folder: None,
         run: str = "run",
         **options: Any,
     ) -> None:
-        self.root, self.ranks = root, ranks or RankGroup.world()
+        self.root, self.group = root, group or RankGroup.world()
         self.warnings: list[str] = []
         self.events: list[MirrorEvent] = []
         section = CheckpointSection(**{"keep_last": 2} | options)
         self.mirror = Mirror(Archive(uri), root, section, run, may_write, accept)
         self.manager = CheckpointManager(
-            root, section, self.ranks, self.warnings.append, mirror=self.mirror
+            root, section, self.group, self.warnings.append, mirror=self.mirror
         )
         self.checkpoint = self.manager.resume()
-        if self.ranks.rank == 0:
+        if self.group.rank == 0:
             self.mirror.start()
 
     def save(self, *which: int) -> MirroredJob:
         for step in which:
             self.manager.save(
-                State(float(step), self.ranks.rank, self.ranks.world_size),
+                State(float(step), self.group.rank, self.group.world_size),
                 {"step": step, "config": {}},
                 {},
             )

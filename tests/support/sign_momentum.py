@@ -111,12 +111,12 @@ def train(job: dict[str, Any], device: torch.device) -> str | None:
 
 def reload(job: dict[str, Any], device: torch.device) -> None:
     """Load and save again, without a step between."""
-    config, ranks = load(job["reload"]), RankGroup.world()
+    config, group = load(job["reload"]), RankGroup.world()
     engine = Engine(config, device)
     checkpoint = open_checkpoint(config.run_dir / "checkpoints")
-    restore_engine(engine, checkpoint, ranks)
+    restore_engine(engine, checkpoint, group)
     extras = {"step": checkpoint.step, "config": config.model_dump(mode="json")}
-    save(Path(job["to"]), engine.state, extras, {}, ranks)
+    save(Path(job["to"]), engine.state, extras, {}, group)
 
 
 def digest(engine: Engine) -> str:

@@ -32,16 +32,16 @@ def main(mode: str, path: str, out: str) -> None:
 
     config = load_config(path)
     device = start_distributed()
-    ranks, engine, root = RankGroup.world(), Engine(config, device), config.run_dir / "checkpoints"
+    group, engine, root = RankGroup.world(), Engine(config, device), config.run_dir / "checkpoints"
     share = sum(4 * fragment.tensor.numel() for fragment in engine.state.fragments())
     checkpoints = []
 
     def load() -> None:
-        checkpoint = select_checkpoint(root, "auto", ranks, print)
+        checkpoint = select_checkpoint(root, "auto", group, print)
         checkpoints.append(checkpoint)
-        restore_engine(engine, checkpoint, ranks)
+        restore_engine(engine, checkpoint, group)
 
-    ranks.all_gather(None)
+    group.all_gather(None)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     action = (
@@ -52,7 +52,7 @@ def main(mode: str, path: str, out: str) -> None:
             engine.state,
             {"step": 1, "config": config.model_dump(mode="json")},
             get_rng_state(),
-            ranks,
+            group,
         )
     )
     grown = measure_peak("cpu", action)
@@ -65,11 +65,11 @@ def main(mode: str, path: str, out: str) -> None:
     )
     figures = {
         "share": share,
-        "whole": sum(ranks.all_gather(share)),
+        "whole": sum(group.all_gather(share)),
         "grown": grown,
         "mapped": mapped,
     }
-    Path(f"{out}-{ranks.rank}.json").write_text(json.dumps(figures))
+    Path(f"{out}-{group.rank}.json").write_text(json.dumps(figures))
     sys.stdout.flush()
     os._exit(0)
 

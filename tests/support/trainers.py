@@ -14,7 +14,7 @@ from nextpt.train.loop import Trainer
 
 
 def bare_trainer(config: Config, engine: Engine, loader: Loader) -> Trainer:
-    ranks = RankGroup.world()
-    checkpoints = CheckpointManager(config.run_dir, config.checkpoint, ranks, print)
-    context = TrainingContext(config, engine, loader, ranks, EventBus(), JobContext())
+    group = RankGroup.world()
+    checkpoints = CheckpointManager(config.run_dir, config.checkpoint, group, print)
+    context = TrainingContext(config, engine, loader, group, EventBus(), JobContext())
     return Trainer(context, checkpoints)

@@ -69,7 +69,7 @@ def fetch(
     archive: Archive,
     checkpoint: ArchivedCheckpoint,
     root: Path,
-    ranks: RankGroup,
+    group: RankGroup,
     accept: Callable[[Path], None] = lambda folder: None,
     may_commit: Callable[[], None] = lambda: None,
 ) -> str | None:
@@ -79,7 +79,7 @@ def fetch(
         archive: The mirror.
         checkpoint: Which one.
         root: Folder of the run's checkpoints.
-        ranks: The ranks that read.
+        group: The ranks that read.
         accept: Called on rank 0 with the complete folder before the rename; raises UserError to
             refuse a checkpoint of another run.
         may_commit: Called on rank 0 before the rename; raises to refuse.
@@ -93,19 +93,19 @@ def fetch(
     staging = root / f"{STAGING}fetch-{checkpoint.name}"
 
     def begin() -> None:
-        if ranks.rank == 0:
+        if group.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             retry_call(partial(archive.download, checkpoint, MANIFEST, staging / MANIFEST))
 
     def download_share() -> None:
         names = sorted(retry_call(partial(archive.manifest, checkpoint)).files)
-        for name in names[ranks.rank :: ranks.world_size]:
+        for name in names[group.rank :: group.world_size]:
             target = staging / name
             retry_call(partial(archive.download, checkpoint, name, target), partial(_size, target))
 
     def finish() -> None:
-        if ranks.rank == 0:
+        if group.rank == 0:
             check_files(staging, read_manifest(staging))
             accept(staging)
             sync(staging)
@@ -115,11 +115,11 @@ def fetch(
 
     try:
         for action in (begin, download_share, finish):
-            if problem := _run_and_vote(action, f"{archive.uri}/{checkpoint.name}", ranks):
+            if problem := _run_and_vote(action, f"{archive.uri}/{checkpoint.name}", group):
                 return problem
         return None
     finally:
-        if ranks.rank == 0:
+        if group.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -127,7 +127,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _run_and_vote(action: Callable[[], None], uri: str, ranks: RankGroup) -> str | None:
+def _run_and_vote(action: Callable[[], None], uri: str, group: RankGroup) -> str | None:
     """Run on every rank, then vote: returns what is damaged; all ranks raise when one failed."""
     damage = failure = None
     try:
@@ -138,7 +138,7 @@ def _run_and_vote(action: Callable[[], None], uri: str, ranks: RankGroup) -> str
         failure = str(error)
     except Exception as error:
         failure = str(store_problem(error, uri))
-    votes: list[list[str | None]] = ranks.all_gather([damage, failure])
+    votes: list[list[str | None]] = group.all_gather([damage, failure])
     for rank, (_, problem) in enumerate(votes):
         if problem:
             raise same_on_all_ranks(

@@ -36,11 +36,11 @@ def test_the_mirror_keeps_what_the_run_keeps_and_restores_it(
         tmp_path if "file" in uri or uri[0] == "{" else f"{tmp_path.name}-{world_size}"
     )
 
-    def run(ranks: RankGroup) -> None:
-        job = MirroredJob(tmp_path / "run", uri, ranks, keep_every=3).save(1, 2, 3, 4, 5, 6)
-        ranks.all_gather(None)
-        assert ranks.rank or job.end() == []
-        ranks.all_gather(None)
+    def run(group: RankGroup) -> None:
+        job = MirroredJob(tmp_path / "run", uri, group, keep_every=3).save(1, 2, 3, 4, 5, 6)
+        group.all_gather(None)
+        assert group.rank or job.end() == []
+        group.all_gather(None)
 
     on_ranks(world_size, run)
     assert valid_steps(uri) == [6, 5, 3]
@@ -48,12 +48,12 @@ def test_the_mirror_keeps_what_the_run_keeps_and_restores_it(
     assert {6, 5, 3} <= set(steps(tmp_path / "run")) and len(steps(tmp_path / "run")) <= 4
     shutil.rmtree(tmp_path / "run")
 
-    def restore(ranks: RankGroup) -> None:
-        job = MirroredJob(tmp_path / "run", uri, ranks, keep_every=3)
+    def restore(group: RankGroup) -> None:
+        job = MirroredJob(tmp_path / "run", uri, group, keep_every=3)
         assert job.checkpoint.step == 6 and holds(job.checkpoint, 6.0)
         job.save(7)
-        ranks.all_gather(None)
-        assert ranks.rank or job.end() == []
+        group.all_gather(None)
+        assert group.rank or job.end() == []
 
     on_ranks(world_size, restore)
     assert valid_steps(uri) == [7, 6, 3] and read_manifest(

@@ -162,7 +162,7 @@ class MirrorEvent:
     """News of the mirror of the checkpoints.
 
     Attributes:
-        status: "mirrored"; "passed over": `step` is not mirrored; "damaged": a mirrored
+        status: "mirrored"; "skipped": `step` is not mirrored; "damaged": a mirrored
             checkpoint is not usable; "failing": the store accepts nothing at present; "ended":
             mirroring ended.
         path: Location of a mirrored checkpoint.
@@ -288,6 +288,7 @@ RENAMED_KEYS = {
     "first_sample": "first_sequence",
     "stop_sample": "stop_sequence",
 }
+RENAMED_STATUSES = {"passed over": "skipped"}  # of mirror events
 
 
 def rename_old_keys(value: Any) -> Any:
@@ -300,11 +301,14 @@ def rename_old_keys(value: Any) -> Any:
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Read all records of a metrics file, or those of one kind, under today's keys.
+    """Read all records of a metrics file, or those of one kind, under today's names.
 
     A torn last line (of a killed run) is skipped.
     """
     records = [rename_old_keys(json.loads(line)) for line in _complete_lines(path)]
+    for record in records:
+        if record.get("status") in RENAMED_STATUSES:
+            record["status"] = RENAMED_STATUSES[record["status"]]
     return [record for record in records if kind is None or record["kind"] == kind]
 
 

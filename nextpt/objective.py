@@ -24,14 +24,14 @@ class Loss(NamedTuple):
     """Loss of one micro-batch, as its part of the optimizer step's loss.
 
     Attributes:
-        total: fp32 scalar that is differentiated: the weighted nats, the z-loss and the auxiliary
+        loss: fp32 scalar that is differentiated: the weighted nats, the z-loss and the auxiliary
             losses, each divided by the weight sum of the step.
-        z_loss: The z-loss in `total`, detached scalar.
+        z_loss: The z-loss in `loss`, detached scalar.
         nats: -log P of every target, unweighted, detached fp32 [B, T]; 0 where there is no target.
-        auxiliary_losses: Name -> its contribution to `total`, detached scalar.
+        auxiliary_losses: Name -> its contribution to `loss`, detached scalar.
     """
 
-    total: Tensor
+    loss: Tensor
     z_loss: Tensor
     nats: Tensor
     auxiliary_losses: dict[str, Tensor]
@@ -66,15 +66,15 @@ def next_token_loss(
         weight_sum,
         z_loss_coefficient,
     )
-    total, contributions = output.loss, {}
+    loss, contributions = output.loss, {}
     if auxiliary_losses:
         coefficients = auxiliary_coefficients or {}
         share = batch.token_weights.sum() / weight_sum
-        for name, loss in auxiliary_losses.items():
-            contribution = coefficients.get(name, 1.0) * share * loss.float()
-            total = total + contribution
+        for name, auxiliary_loss in auxiliary_losses.items():
+            contribution = coefficients.get(name, 1.0) * share * auxiliary_loss.float()
+            loss = loss + contribution
             contributions[name] = contribution.detach()
-    return Loss(total, output.z_loss, output.nats.view_as(batch.targets), contributions)
+    return Loss(loss, output.z_loss, output.nats.view_as(batch.targets), contributions)
 
 
 def local_weight_sum(batches: list[Batch]) -> Tensor:

@@ -64,7 +64,7 @@ class Engine:
             for block in module.model.blocks:
                 block.compile()
         self.spike_detector = SpikeDetector(config.guard, device)
-        # Of the step under way: (total, z-loss), summed over all ranks.
+        # Of the step under way: (loss, z-loss), summed over all ranks.
         self._loss = (torch.zeros((), device=device), torch.zeros((), device=device))
         self._auxiliary_losses: dict[str, Tensor] = {}
         # DeepSpeed makes a step while it builds ZeRO-3; the spike detector does not see that.
@@ -117,11 +117,11 @@ class Engine:
         self._engine.train()
         losses: list[Loss] = []
         for batch in batches:
-            loss = Loss(*self._engine(batch, weight_sum))
+            output = Loss(*self._engine(batch, weight_sum))
             # DeepSpeed averages gradients over ranks; the normalisation asks for their sum.
-            self._engine.backward(loss.total * self._data_size, scale_wrt_gas=False)
+            self._engine.backward(output.loss * self._data_size, scale_wrt_gas=False)
             self._noise.end_micro_batch(batch.token_weights.sum(), weight_sum)
-            losses.append(loss._replace(total=loss.total.detach()))
+            losses.append(output._replace(loss=output.loss.detach()))
             if len(losses) == len(batches):
                 self._sum_losses(losses)
             self._engine.step()
@@ -130,13 +130,13 @@ class Engine:
 
     def _sum_losses(self, losses: list[Loss]) -> None:
         """Sum the step's losses over micro-batches and ranks; its verdict is due. Collective."""
-        parts = [[loss.total, loss.z_loss, *loss.auxiliary_losses.values()] for loss in losses]
+        parts = [[part.loss, part.z_loss, *part.auxiliary_losses.values()] for part in losses]
         sums = torch.stack([torch.stack([part.double() for part in of_one]) for of_one in parts])
-        total, z_loss, *auxiliary = self.all_reduce(sums.sum(dim=0))
+        loss, z_loss, *auxiliary = self.all_reduce(sums.sum(dim=0))
         # Auxiliary losses are no part of the loss that is judged and logged, as the z-loss is none
         for value in auxiliary:
-            total = total - value
-        self._loss, self._verdict = (total, z_loss), None
+            loss = loss - value
+        self._loss, self._verdict = (loss, z_loss), None
         self._auxiliary_losses = dict(zip(losses[0].auxiliary_losses, auxiliary, strict=True))
 
     def auxiliary_losses(self) -> dict[str, float]:

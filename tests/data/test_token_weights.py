@@ -77,7 +77,7 @@ def test_a_weight_multiplies_what_its_domain_gives_the_gradient_and_only_ratios_
         loader.close()
         total = local_weight_sum(batches)
         for batch in batches:
-            next_token_loss(model, batch, total if divided else 1.0).total.backward()
+            next_token_loss(model, batch, total if divided else 1.0).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()]).double(), float(total)
 
     (code, targets), (prose, others) = (

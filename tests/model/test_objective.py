@@ -22,7 +22,7 @@ class Regularized(Decoder):
 def gradient_and_loss(model: Decoder, **options: Any) -> tuple[torch.Tensor, Loss]:
     model.zero_grad()
     loss = next_token_loss(model, batch_of(population()[:4]), 128.0, **options)
-    loss.total.backward()
+    loss.loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), loss
 
 
@@ -34,7 +34,7 @@ def test_coefficients_multiply_auxiliary_losses_and_their_gradients() -> None:
     assert loss.auxiliary_losses == {}
     coefficients = {"square": 0.0, "mean": 0.0}
     none, zero = gradient_and_loss(model, auxiliary_coefficients=coefficients)
-    assert torch.equal(none, alone) and torch.equal(zero.total, loss.total)
+    assert torch.equal(none, alone) and torch.equal(zero.loss, loss.loss)
     default, _ = gradient_and_loss(model, auxiliary_coefficients={"mean": 0.0})  # 1 by default
     three, summed = gradient_and_loss(model, auxiliary_coefficients={"square": 3.0, "mean": 0.0})
     torch.testing.assert_close(three - alone, 3 * (default - alone), rtol=1e-3, atol=1e-6)
@@ -44,6 +44,6 @@ def test_coefficients_multiply_auxiliary_losses_and_their_gradients() -> None:
         batch = batch_of(population()[:4])
         square = model(batch.tokens, batch.position_ids).auxiliary_losses["square"]
     assert float(summed.auxiliary_losses["square"]) == pytest.approx(3 * float(square) / 2)
-    assert float((summed.total - loss.total).detach()) == pytest.approx(
+    assert float((summed.loss - loss.loss).detach()) == pytest.approx(
         3 * float(square) / 2, rel=1e-4
     )

@@ -63,7 +63,7 @@ def one_step(config: Config, device: torch.device) -> dict[str, float]:
     expected = {"loss": 0.0, "activation": 0.0}
     for batch in batches:
         loss = next_token_loss(model, batch, total, config.objective.z_loss_coefficient)
-        loss.total.backward()
+        loss.loss.backward()
         expected["loss"] += float((loss.nats * batch.token_weights).sum() / total)
         hidden = model(batch.tokens, batch.position_ids).auxiliary_losses["activation"]
         expected["activation"] += float(hidden * batch.token_weights.sum() / total)

@@ -74,7 +74,7 @@ def brute_force(model: Decoder, sequences: torch.Tensor) -> tuple[float, float]:
     for sequence in sequences:
         model.zero_grad()
         batch = batch_of(sequence[None])
-        next_token_loss(model, batch, TOKENS).total.backward()
+        next_token_loss(model, batch, TOKENS).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
     g = torch.stack(gradients)
     mean = g.mean(dim=0)
@@ -115,7 +115,7 @@ def uneven(device: torch.device) -> dict[str, float]:
     )
     for batch, count in zip(batches, counts, strict=True):
         model.zero_grad()
-        next_token_loss(model, batch, count).total.backward()
+        next_token_loss(model, batch, count).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
     total = sum(counts)
     step = float(sum(c / total * g for c, g in zip(counts, gradients, strict=True)).square().sum())

@@ -84,7 +84,7 @@ class Faults:
             if step == self.data_step and (
                 rank is None or (rank == int(os.environ["RANK"]) and self.micro == 2)
             ):
-                loss = loss._replace(total=spoil(kind, loss.total))
+                loss = loss._replace(loss=spoil(kind, loss.loss))
         return loss
 
 

@@ -141,7 +141,7 @@ def bad_step(job: dict[str, Any], device: torch.device) -> dict[str, list[Any]]:
 
         def spoiled(*arguments: Any, bad: bool = bad) -> Any:
             result = loss(*arguments)
-            return result._replace(total=result.total * (float("nan") if bad else 1.0))
+            return result._replace(loss=result.loss * (float("nan") if bad else 1.0))
 
         with patch.object(engine_module, "next_token_loss", spoiled):
             engine.step(batches, engine.all_reduce(local_weight_sum(batches)), 1e-2)

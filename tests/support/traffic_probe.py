@@ -110,14 +110,14 @@ def counted(config: Config, device: torch.device) -> dict[str, Any]:
     engine = Engine(config, device)
     batches = [batch_of(config, engine.rank)] * config.accumulation_steps(engine.world_size)
     weights = engine.all_reduce(local_weight_sum(batches))
-    losses = [float(engine.step(batches, weights, 1e-3)[-1].total) for _ in range(2)]
+    losses = [float(engine.step(batches, weights, 1e-3)[-1].loss) for _ in range(2)]
     dist.barrier()
     collectives, before = Collectives(), wire()
     hook = next(iter(engine.model.blocks[0].parameters())).register_hook(
         lambda gradient: collectives.order.append(FIRST_BLOCK)
     )
     with collectives:
-        losses += [float(engine.step(batches, weights, 1e-3)[-1].total) for _ in range(STEPS)]
+        losses += [float(engine.step(batches, weights, 1e-3)[-1].loss) for _ in range(STEPS)]
     dist.barrier()
     hook.remove()
     return {

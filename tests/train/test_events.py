@@ -73,11 +73,13 @@ def test_records_with_the_keys_before_2026_12_are_read(tmp_path: Path) -> None:
     old = [
         {"kind": "skip", "step": 7, "in_row": 2, "skipped": 3},
         {"kind": "rollback", "step": 6, "first_sample": 48, "stop_sample": 72},
+        {"kind": "mirror", "step": 6, "status": "passed over"},
         {"kind": "validation", "step": 8, "total": {"bpb_text": 1.5, "bpb_code": 1.75}},
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in old) + '{"kind": "tr')
     assert read_events(path) == [
         {"kind": "skip", "step": 7, "consecutive": 2, "skipped": 3},
         {"kind": "rollback", "step": 6, "first_sequence": 48, "stop_sequence": 72},
+        {"kind": "mirror", "step": 6, "status": "skipped"},
         {"kind": "validation", "step": 8, "total": {"bpb": 1.5, "bpb_with_eod": 1.75}},
     ]

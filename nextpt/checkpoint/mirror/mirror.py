@@ -297,7 +297,7 @@ class Mirror:
             self._damaged_locally.add(name)
             with self._lock:
                 self._pending.pop(name, None)
-            self._emit(manifest.step, "passed over", f"{folder} is not mirrored: {problem}")
+            self._emit(manifest.step, "skipped", f"{folder} is not mirrored: {problem}")
             return
         except OSError:
             if (folder / MANIFEST).exists():
@@ -367,7 +367,7 @@ class Mirror:
         for name in list(names):
             local, step = self._pending.pop(name)
             path = self.root / local
-            self._emit(step, "passed over", f"{path} was removed before it could be mirrored")
+            self._emit(step, "skipped", f"{path} was removed before it could be mirrored")
 
     def _emit(
         self,

@@ -198,7 +198,7 @@ def test_a_damaged_local_checkpoint_is_not_mirrored(tmp_path: Path) -> None:
     mirror.start()
     deadline = time.monotonic() + 60
     assert mirror.finish(lambda: deadline - time.monotonic()) == [] and valid_steps(uri) == [1]
-    assert [event.message for event in mirror.drain_events() if event.status == "passed over"] == [
+    assert [event.message for event in mirror.drain_events() if event.status == "skipped"] == [
         f"{tmp_path}/run/step-000000002 is not mirrored: state.json is not what its manifest says"
     ]
 

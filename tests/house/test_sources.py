@@ -15,7 +15,7 @@ ROOMS = ("kernels", "data_prep", "nextpt", "launcher")
 SOURCES = sorted(
     path
     for folder in (*ROOMS, "tests", "bench", "scripts")
-    for pattern in ("*.py", "*.sbatch", "*.sh")
+    for pattern in ("*.py", "*.sbatch", "*.sh", "*.j2")
     for path in (ROOT / folder).rglob(pattern)
     if "fixtures" not in path.parts
 )

@@ -29,7 +29,9 @@ def read_documents(
     """
     for file in find_files(location):
         for record in read_part(whole(file), Fields(text_field, id_field)):
-            where = f"{file.uri}, {'row' if file.format == '.parquet' else 'byte'} {record.place}"
+            where = (
+                f"{file.uri}, {'row' if file.format == '.parquet' else 'byte'} {record.position}"
+            )
             if isinstance(record, Bad):
                 raise DataPrepError(
                     f"{where}: {record.reason}{': ' * bool(record.detail)}{record.detail}"

@@ -1,7 +1,7 @@
 """Tokenization of one unit: records in; tokens, held-out documents and bad records out.
 
 WORK/tok/NNNNNN.tok is written last (data_prep.tokens); beside it are NNNNNN.validation.jsonl
-and NNNNNN.bad.jsonl. Every record is counted once: in documents, in `passed` (why it is filtered)
+and NNNNNN.bad.jsonl. Every record is counted once: in documents, in `filtered` (with the reason)
 or in `bad` (why it cannot be used).
 """
 
@@ -95,7 +95,7 @@ class _Encoding:
         self.table = tokenizer.token_bytes().astype(np.int64)
         self.domains: dict[str, int] = {}
         self.part = self.records = self.cuts = 0
-        self.passed: Counter[str] = Counter()
+        self.filtered: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
         self.totals: dict[str, list[int]] = {}
         self.tail_from = unit.tail_from
@@ -126,7 +126,7 @@ class _Encoding:
         self.bad[bad.reason] += 1
         line = {
             "file": file.uri,
-            "place": bad.place,
+            "position": bad.position,
             "reason": bad.reason,
             "detail": bad.detail,
             "id": bad.id,
@@ -184,7 +184,7 @@ class _Encoding:
             raise
         except UserError as error:
             self._quarantine(
-                file, Bad(record.place, "the tokenizer refuses it", str(error), record.id)
+                file, Bad(record.position, "the tokenizer refuses it", str(error), record.id)
             )
             return None
 
@@ -194,15 +194,15 @@ class _Encoding:
             data = record.text.encode()
         except UnicodeEncodeError as error:
             self._quarantine(
-                file, Bad(record.place, "lone surrogate", f"character {error.start}", record.id)
+                file, Bad(record.position, "lone surrogate", f"character {error.start}", record.id)
             )
             return None
         if not data:
-            self.passed["empty"] += 1
+            self.filtered["empty"] += 1
         elif len(data) < self.spec.min_bytes:
-            self.passed["shorter than min_bytes"] += 1
+            self.filtered["shorter than min_bytes"] += 1
         elif len(data) > self.spec.max_bytes:
-            self.passed["longer than max_bytes"] += 1
+            self.filtered["longer than max_bytes"] += 1
         else:
             if record.domain is None or self._is_domain(file, record):
                 return data
@@ -212,7 +212,7 @@ class _Encoding:
         try:
             return bool(check_domain(record.domain or ""))
         except UserError as error:
-            self._quarantine(file, Bad(record.place, "no domain name", str(error), record.id))
+            self._quarantine(file, Bad(record.position, "no domain name", str(error), record.id))
             return False
 
     def _sides(self, text: str, data: bytes) -> list[tuple[str, bytes, bool]]:
@@ -246,7 +246,7 @@ class _Encoding:
             self._quarantine(
                 file,
                 Bad(
-                    record.place,
+                    record.position,
                     "the tokenizer changes it",
                     f"its tokens stand for {counted} of {len(data)} bytes",
                     record.id,
@@ -266,7 +266,7 @@ class _Encoding:
             (
                 xxhash.xxh64_intdigest(data),
                 id_hash,
-                record.place,
+                record.position,
                 self.part,
                 len(ids),
                 len(data),
@@ -280,13 +280,13 @@ class _Encoding:
         if held_out:
             line = {
                 "doc": self.writer.count - 1,
-                "id": record.id or f"{file.name}:{record.place}",
+                "id": record.id or f"{file.name}:{record.position}",
                 "text": text,
             }
             self.write_validation(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def footer(self) -> dict[str, Any]:
-        """The unit's footer; records + cuts = documents + passed + bad.
+        """The unit's footer; records + cuts = documents + filtered + bad.
 
         totals: domain -> [documents, tokens, bytes, held-out documents].
         """
@@ -294,7 +294,7 @@ class _Encoding:
             "domains": list(self.domains),
             "records": self.records,
             "cuts": self.cuts,
-            "passed": self.passed,
+            "filtered": self.filtered,
             "bad": self.bad,
             "totals": self.totals,
             "seconds": time.process_time() - self.started,

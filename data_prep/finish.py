@@ -119,7 +119,7 @@ def _check_sums(
     """
     totals = layout.counts
     documents = sum(c.documents for domains in counts.values() for c in domains.values())
-    out = documents + sum(totals["passed"].values()) + sum(totals["bad"].values())
+    out = documents + sum(totals["filtered"].values()) + sum(totals["bad"].values())
     if out != totals["records"] + totals["cuts"]:
         raise RuntimeError(f"{totals['records']} records in, {out} out")
     written = sum(c.tokens for domains in counts.values() for c in domains.values())

@@ -8,7 +8,7 @@
     DATA/{train,validation}/DOMAIN/     index.json of an MDS stream, and its shards in folders,
                                         gNNNNN/shard.NNNNN.mds[.zstd]
     DATA/validation_text/DOMAIN.jsonl   the held-out documents themselves
-    DATA/quarantine.jsonl               records that could not be used: file, place, reason; only
+    DATA/quarantine.jsonl               records that could not be used: file, position, reason; only
                                         when there are any
     DATA/report.{json,html}             counts, lengths, packing, duplicates, throughput
 

@@ -58,7 +58,10 @@ class Layout:
             Group(i, domain, tuple(start), tuple(stop), tokens)
             for i, (domain, start, stop, tokens) in enumerate(value["groups"])
         ]
-        return cls(value["domains"], groups, value["counts"])
+        counts = value["counts"]
+        if "passed" in counts:  # written before format version 3
+            counts["filtered"] = counts.pop("passed")
+        return cls(value["domains"], groups, counts)
 
 
 def layout_path(work: Path) -> Path:
@@ -95,25 +98,25 @@ def make_layout(plan: Plan, duplicates: Duplicates) -> None:
 
 def _counts(plan: Plan, footers: list[dict[str, Any]], duplicates: Duplicates) -> dict[str, Any]:
     """Sum the counts over the units; asserts that no record was lost."""
-    passed: Counter[str] = Counter()
+    filtered: Counter[str] = Counter()
     bad: Counter[str] = Counter()
     for footer in footers:
-        passed.update(footer["passed"])
+        filtered.update(footer["filtered"])
         bad.update(footer["bad"])
     records, documents, cuts = (
         sum(footer[key] for footer in footers) for key in ("records", "documents", "cuts")
     )
-    if records + cuts != documents + passed.total() + bad.total():
-        raise RuntimeError(f"{records} records became {documents}, {passed}, {bad}")
+    if records + cuts != documents + filtered.total() + bad.total():
+        raise RuntimeError(f"{records} records became {documents}, {filtered}, {bad}")
     repeated = len(duplicates.texts)
     if plan.spec.duplicates == "drop":
-        passed["repeats an earlier text"] = repeated
+        filtered["repeats an earlier text"] = repeated
     if clashes := sum(len(clashing_ids(duplicates, unit)) for unit in range(len(footers))):
         bad["repeated id"] = clashes
     return {
         "records": records,
         "cuts": cuts,
-        "passed": dict(passed),
+        "filtered": dict(filtered),
         "bad": dict(bad),
         "repeated": repeated,
         "bytes": sum(t[2] for footer in footers for t in footer["totals"].values()),
@@ -155,28 +158,35 @@ def _check_bad(plan: Plan, duplicates: Duplicates, counts: dict[str, Any]) -> No
     raise DataPrepError(
         f"{bad} of {records} records are bad, more than max_bad_fraction ="
         f" {plan.spec.max_bad_fraction} allows ({reasons}); the first: {first['file']},"
-        f" {place_of(first)}: {first['reason']}{': ' * bool(first['detail'])}{first['detail']}. All"
-        f" of them: {path}. Fix them, or allow more"
+        f" {describe_position(first)}: {first['reason']}{': ' * bool(first['detail'])}"
+        f"{first['detail']}. All of them: {path}. Fix them, or allow more"
     )
 
 
-def place_of(entry: dict[str, Any]) -> str:
+def describe_position(entry: dict[str, Any]) -> str:
     """Position of a quarantined record, for a message."""
     return (
-        f"row {entry['place']}" if entry["file"].endswith(".parquet") else f"byte {entry['place']}"
+        f"row {entry['position']}"
+        if entry["file"].endswith(".parquet")
+        else f"byte {entry['position']}"
     )
 
 
 def quarantined(plan: Plan, duplicates: Duplicates, unit: Unit) -> Iterator[bytes]:
-    """Yield a JSON line for each bad record of a unit: file, place, reason, detail, id."""
+    """Yield a JSON line for each bad record of a unit: file, position, reason, detail, id."""
     path = tokens_path(plan.spec.work, unit.index)
     with open(path.with_suffix(".bad.jsonl"), "rb") as file:
-        yield from file
+        for line in file:
+            entry = orjson.loads(line)
+            if "place" in entry:  # written before format version 3
+                entry["position"] = entry.pop("place")
+                line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+            yield line
     clashes = clashing_ids(duplicates, unit.index)
     for document in TokensFile(path).documents[clashes] if len(clashes) else ():
         entry = {
             "file": unit.parts[document["part"]].file.uri,
-            "place": int(document["place"]),
+            "position": int(document["position"]),
             "reason": "repeated id",
             "detail": (
                 f"an earlier record has its {plan.spec.id_field}; where that key is not unique,"

@@ -61,11 +61,11 @@ def whole(file: InputFile) -> Part:
 class Record:
     """One document.
 
-    place: byte offset of its line in the (decompressed) file, row of a Parquet file, 0 for a text
-    file.
+    position: byte offset of its line in the (decompressed) file, row of a Parquet file, 0 for a
+    text file.
     """
 
-    place: int
+    position: int
     text: str
     id: str | None
     domain: str | None
@@ -75,7 +75,7 @@ class Record:
 class Bad:
     """A record that cannot be used, and the reason."""
 
-    place: int
+    position: int
     reason: str
     detail: str = ""
     id: str | None = None
@@ -120,11 +120,11 @@ def read_part(
             yield _read_text(part)
             advance(part.file.size)
         else:
-            for place, line in _lines(part, advance):
+            for position, line in _lines(part, advance):
                 if isinstance(line, Bad):
                     yield line
                 elif line and not line.isspace():
-                    yield _parse(place, line, fields)
+                    yield _parse(position, line, fields)
     except STORE_ERRORS as error:
         raise unreadable(error, f"{part.file.uri} cannot be read") from error
 
@@ -229,18 +229,20 @@ def _refuse_bomb(file: InputFile, unpacked: int) -> None:
         )
 
 
-def _parse(place: int, line: bytes, fields: Fields) -> Record | Bad:
+def _parse(position: int, line: bytes, fields: Fields) -> Record | Bad:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        checked = _utf8(place, line)
-        return checked if isinstance(checked, Bad) else Bad(place, "not a JSON object", str(error))
+        checked = _utf8(position, line)
+        return (
+            checked if isinstance(checked, Bad) else Bad(position, "not a JSON object", str(error))
+        )
     if not isinstance(record, dict):
-        return Bad(place, "not a JSON object", f"it is a {type(record).__name__}")
-    return _record(place, record, fields)
+        return Bad(position, "not a JSON object", f"it is a {type(record).__name__}")
+    return _record(position, record, fields)
 
 
-def _record(place: int, record: dict[str, Any], fields: Fields) -> Record | Bad:
+def _record(position: int, record: dict[str, Any], fields: Fields) -> Record | Bad:
     """Pick the configured keys out of a record."""
     name = _lookup(record, fields.id) if fields.id else None
     name = None if name is None else str(name)
@@ -248,21 +250,26 @@ def _record(place: int, record: dict[str, Any], fields: Fields) -> Record | Bad:
     if text is None:
         known = fields.text in record
         return Bad(
-            place,
+            position,
             "null text" if known else "no text",
             f"expected a string under key {fields.text!r}",
             name,
         )
     if not isinstance(text, str):
         return Bad(
-            place, "text is no string", f"key {fields.text!r} holds a {type(text).__name__}", name
+            position,
+            "text is no string",
+            f"key {fields.text!r} holds a {type(text).__name__}",
+            name,
         )
     domain = None
     if fields.domain:
         domain = _lookup(record, fields.domain)
         if not isinstance(domain, str):
-            return Bad(place, "no domain", f"expected a string under key {fields.domain!r}", name)
-    return Record(place, text, name, domain)
+            return Bad(
+                position, "no domain", f"expected a string under key {fields.domain!r}", name
+            )
+    return Record(position, text, name, domain)
 
 
 def _lookup(record: dict[str, Any], key: str) -> Any:
@@ -274,11 +281,11 @@ def _lookup(record: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _utf8(place: int, data: bytes) -> str | Bad:
+def _utf8(position: int, data: bytes) -> str | Bad:
     try:
         return codecs.decode(data, "utf-8")
     except UnicodeDecodeError as error:
-        return Bad(place, "not UTF-8", f"byte {error.start} of it")
+        return Bad(position, "not UTF-8", f"byte {error.start} of it")
 
 
 def row_groups(file: InputFile) -> list[int]:

@@ -126,10 +126,10 @@ class Duplicates(_Part):
 
 
 class BadRecord(_Part):
-    """A record that cannot be used. place: line, row or byte offset."""
+    """A record that cannot be used. position: line, row or byte offset."""
 
     file: str
-    place: str
+    position: str
     detail: FromCorpus
 
 

@@ -139,7 +139,7 @@ class PrepSpec(BaseModel):
             )
         if self.split == "tail" and (self.domain_field is not None or self.duplicates == "drop"):
             raise DataPrepError(
-                "split = 'tail' goes by place, so it takes neither domain_field nor duplicates ="
+                "split = 'tail' goes by position, so it takes neither domain_field nor duplicates ="
                 " 'drop'"
             )
 

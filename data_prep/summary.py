@@ -13,7 +13,7 @@ from data_prep.choice import encoder_reason
 from data_prep.duplicates import Duplicates
 from data_prep.encode import tokens_path
 from data_prep.format import SPLITS, DatasetManifest
-from data_prep.layout import Layout, place_of, quarantined
+from data_prep.layout import Layout, describe_position, quarantined
 from data_prep.plan import Plan
 from data_prep.report import (
     BadRecord,
@@ -73,7 +73,7 @@ def summarise(
             documents_read=layout.counts["records"],
             splits=splits,
             duplicates=_duplicates(plan, layout, tokenizer, duplicates),
-            filtered=layout.counts["passed"],
+            filtered=layout.counts["filtered"],
             quarantined=_quarantine(plan, duplicates, layout),
             throughput=_throughput(plan, layout, packed, wall_seconds),
             tokenizer=TokenizerReport(
@@ -137,11 +137,12 @@ def _often(plan: Plan, tokenizer: Tokenizer, entry: Any) -> DuplicateText:
     start = int(file.documents["tokens"][: int(entry["document"])].sum(dtype="int64"))
     tokens = file.tokens[start : start + min(int(document["tokens"]), EXCERPT_TOKENS)]
     source = unit.parts[int(document["part"])].file.uri
+    position = describe_position({"file": source, "position": int(document["position"])})
     return DuplicateText(
         count=int(entry["count"]),
         bytes=int(entry["bytes"]),
         excerpt=tokenizer.decode(tokens),
-        id=f"{source}, {place_of({'file': source, 'place': int(document['place'])})}",
+        id=f"{source}, {position}",
     )
 
 
@@ -152,7 +153,11 @@ def _quarantine(plan: Plan, duplicates: Duplicates, layout: Layout) -> dict[str,
             entry = orjson.loads(line)
             if len(examples[entry["reason"]]) < EXAMPLES:
                 examples[entry["reason"]].append(
-                    BadRecord(file=entry["file"], place=place_of(entry), detail=entry["detail"])
+                    BadRecord(
+                        file=entry["file"],
+                        position=describe_position(entry),
+                        detail=entry["detail"],
+                    )
                 )
     return {
         reason: Quarantined(records=layout.counts["bad"][reason], examples=records)

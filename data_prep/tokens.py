@@ -28,8 +28,8 @@ DOCUMENT = np.dtype(
     [
         ("text_hash", "<u8"),
         ("id_hash", "<u8"),  # id_hash 0: the record has no id
-        # Where its record is: data_prep.records.Record.place, in this part of the unit
-        ("place", "<u8"),
+        # Where its record is: data_prep.records.Record.position, in this part of the unit
+        ("position", "<u8"),
         ("part", "<u4"),
         ("tokens", "<u4"),
         ("bytes", "<u4"),
@@ -138,6 +138,8 @@ def read_footer(path: Path) -> dict[str, Any]:
                 raise ValueError("it has no footer")
             file.seek(size - 16 - length)
             footer: dict[str, Any] = json.loads(file.read(length))
+            if "passed" in footer:  # written before format version 3
+                footer["filtered"] = footer.pop("passed")
             return footer
     except (OSError, ValueError, struct.error) as error:
         raise DataPrepError(

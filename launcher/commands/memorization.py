@@ -188,7 +188,7 @@ def contamination(
         "documents that share text with the training shards (bits per byte: all / clean /"
         " contaminated)"
     )
-    headings = ["domain", "documents", "found", "13 words", "50 chars", "bits per byte"]
+    headings = ["domain", "documents", "contaminated", "13 words", "50 chars", "bits per byte"]
     console.print(build_table(title, headings, rows))
     is_contaminated = any(metrics["contaminated"] for metrics in result["domains"].values())
     if json_path is None and is_contaminated:

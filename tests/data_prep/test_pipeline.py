@@ -293,7 +293,7 @@ def test_a_repeated_id_is_quarantined_and_a_repeated_record_is_not(
     manifest = prepare(spec.model_copy(update={"max_bad_fraction": 0.1}), overwrite=True)
     assert sum(manifest.splits[s]["x"].documents for s in SPLITS) == 22
     entry = json.loads((spec.output / "quarantine.jsonl").read_text())
-    line = (tmp_path / "x.jsonl").read_bytes()[entry["place"] :].split(b"\n")[0]
+    line = (tmp_path / "x.jsonl").read_bytes()[entry["position"] :].split(b"\n")[0]
     assert json.loads(line)["text"] == "another text" and entry["reason"] == "repeated id"
     manifest = prepare(spec.model_copy(update={"id_field": None}), overwrite=True)
     assert sum(manifest.splits[s]["x"].documents for s in SPLITS) == 23

@@ -57,7 +57,7 @@ def test_json_lines_plain_and_compressed(tmp_path: Path, name: str) -> None:
 def test_lines_of_all_kinds_of_ends(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r\n\n  \n{"text": "b"}\n{"text": "c"}')
     assert [r.text for r in read(tmp_path / "a.jsonl")] == ["a", "b", "c"]
-    assert [r.place for r in read(tmp_path / "a.jsonl")] == [0, 19, 33]
+    assert [r.position for r in read(tmp_path / "a.jsonl")] == [0, 19, 33]
     (tmp_path / "empty.jsonl").write_bytes(b"")
     assert read(tmp_path / "empty.jsonl") == []
 
@@ -83,7 +83,9 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     file = find_files(tmp_path / "a.parquet")[0]
     got = [r for i in range(8) for r in read_part(Part(file, i, i + 1, 0), Fields())]
-    assert [(r.text, r.id, r.place) for r in got] == [(t, str(i), i) for i, t in enumerate(TEXTS)]
+    assert [(r.text, r.id, r.position) for r in got] == [
+        (t, str(i), i) for i, t in enumerate(TEXTS)
+    ]
     for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
         pq.write_table(
             table.set_column(1, "text", pa.array(TEXTS).cast(kind)), tmp_path / "b.parquet"
@@ -168,7 +170,7 @@ def test_a_bad_line_is_reported_and_affects_no_other(
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     assert reasons(tmp_path / "a.jsonl") == ["good", reason, "good"]
-    assert read(tmp_path / "a.jsonl")[1].place == 14
+    assert read(tmp_path / "a.jsonl")[1].position == 14
 
 
 def test_keys_are_chosen_and_dots_go_down(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_a_line_without_end_is_skipped_in_bounded_memory(
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 50_000 + b'"}\n{"text": "b"}\n')
     assert reasons(path) == ["good", "line too long", "good"]
-    assert read(path)[2].place == path.read_bytes().index(b'{"text": "b"}')
+    assert read(path)[2].position == path.read_bytes().index(b'{"text": "b"}')
     path.write_bytes(b"x" * 5000)
     assert reasons(path) == ["line too long"]
 

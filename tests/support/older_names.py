@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ def work_of_version_2(work: Path) -> Path:
     (work / "plan.json").write_text(json.dumps(plan))
     for path in (work / "tok").glob("*.validation.jsonl"):
         os.rename(path, path.with_name(path.name.replace(".validation.", ".heldout.")))
+    layout = json.loads((work / "layout.json").read_text())
+    layout["counts"]["passed"] = layout["counts"].pop("filtered")
+    (work / "layout.json").write_text(json.dumps(layout))
+    for path in (work / "tok").glob("*.bad.jsonl"):
+        path.write_text(path.read_text().replace('"position":', '"place":'))
+    for path in (work / "tok").glob("*.tok"):
+        data = path.read_bytes()
+        start = len(data) - 16 - struct.unpack("<Q", data[-16:-8])[0]
+        footer = json.loads(data[start:-16])
+        footer["passed"] = footer.pop("filtered")
+        encoded = json.dumps(footer).encode()
+        path.write_bytes(data[:start] + encoded + struct.pack("<Q", len(encoded)) + data[-8:])
     for path in (work / "packed").glob("*.json"):
         path.write_text(json.dumps(renamed(json.loads(path.read_text()))))
     os.rename(work / "dataset" / "validation", work / "dataset" / "heldout")

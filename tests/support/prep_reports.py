@@ -24,7 +24,7 @@ def rich_report() -> PrepReport:
     """Two domains, both splits, something in every section, and adversarial texts."""
     bad = BadRecord(
         file="s3://bucket/crawl/part-00017.jsonl.zst",
-        place="line 41,207",
+        position="line 41,207",
         detail=f"not a JSON object: {ADVERSARIAL[:60]}",
     )
     return PrepReport(

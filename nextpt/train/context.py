@@ -1,4 +1,4 @@
-"""Context of training on one rank: the config, engine, data, ranks, events and job of its parts."""
+"""Context of training on one rank: the config, engine, data, group, events and job of its parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrainingContext:
         config: The run.
         engine: Model and optimizer.
         loader: Batches of this rank.
-        ranks: All ranks of the job.
+        group: All ranks of the job.
         events: Where losses, saves and rollbacks are published, on every rank.
         job: Run-folder lock, signals and watchdog of this rank.
     """

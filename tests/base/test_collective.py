@@ -27,11 +27,13 @@ def test_values_reach_all_ranks(results: list[dict[str, Any]]) -> None:
         assert got["duplicate"] == [0, 1, 2] and got["rank 0"] == {"from": 0}
 
 
+@pytest.mark.process
 def test_each_rank_gets_the_result_of_its_own_action(results: list[dict[str, Any]]) -> None:
     assert [got["own result"] for got in results] == [0, 10, 20]
     assert [got["stop"] for got in results] == [[0, True], [1, True], [2, True]]
 
 
+@pytest.mark.process
 def test_all_ranks_raise_the_error_of_the_first_that_failed(results: list[dict[str, Any]]) -> None:
     for got in results:
         assert got["rank 0 fails"] == ["RunInUseError", "taken", 4, False]
@@ -42,6 +44,7 @@ def test_all_ranks_raise_the_error_of_the_first_that_failed(results: list[dict[s
         assert got["with arguments"] == ["CheckpointError", "rank 2: no room", 2, False]
 
 
+@pytest.mark.process
 def test_ranks_that_differ_are_named(results: list[dict[str, Any]]) -> None:
     for got in results:
         assert got["alike"] is None
@@ -49,6 +52,7 @@ def test_ranks_that_differ_are_named(results: list[dict[str, Any]]) -> None:
         assert kind == "ConfigError" and "rank 1: b = 1 (elsewhere 0)" in message
 
 
+@pytest.mark.process
 def test_a_subgroup_is_a_group(results: list[dict[str, Any]]) -> None:
     assert "subgroup" not in results[0]
     for rank in (1, 2):

@@ -79,6 +79,7 @@ def test_bad_steps_leave_no_trace_and_too_many_in_a_row_are_rolled_back(quick: J
     ) and max(bad) == 20
 
 
+@pytest.mark.process
 def test_bad_steps_are_counted_across_a_restart(quick: Jobs) -> None:
     # Step 15 was bad, so the checkpoint is of step 16
     [event] = quick.events("bad", "rollback")

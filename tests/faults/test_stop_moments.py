@@ -66,6 +66,7 @@ def test_a_signal_stops_training_at_the_next_step(
     assert len(read_events(root / name / "metrics.jsonl", "checkpoint")) == (step > 0)  # not twice
 
 
+@pytest.mark.process
 def test_a_job_that_lost_its_folder_commits_nothing_and_leaves_the_record_to_the_other(
     root: Path,
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_job_that_lost_its_folder_commits_nothing_and_leaves_the_record_to_the
     assert steps(root / "taken" / "checkpoints") == [] and read_exit_record(root / "taken") is None
 
 
+@pytest.mark.process
 def test_a_crash_is_recorded_with_the_last_step(root: Path) -> None:
     assert outcome(root, "crashing") == ("RuntimeError", "the third batch", 1)
     assert read_exit_record(root / "crashing") | {"time": 0, "host": 0} == {
@@ -89,6 +91,7 @@ def test_a_crash_is_recorded_with_the_last_step(root: Path) -> None:
     }
 
 
+@pytest.mark.process
 def test_a_signal_after_the_end_changes_nothing(root: Path) -> None:
     assert (
         outcome(root, "finishing")[0] == "finished"

@@ -6,7 +6,8 @@ gives differentiable nats and log-sum-exp per token; its backward pass computes 
 N D V FLOPs in all).
 
 An operator's schema is read from its signature, which takes tensors, numbers and strings only: so
-each spells out its tensors, then the settings of a `Problem`, then `needs`.
+each spells out its tensors, the settings of a `Problem`, and `needs`. Their order must not change:
+torch.compile's cache on disk holds calls of them, which a later version would make wrongly.
 """
 
 from __future__ import annotations
@@ -270,18 +271,18 @@ def token_statistics_backward(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    nats: Tensor,
-    peak: Tensor,
-    log_sum: Tensor,
-    d_nats: Tensor,
-    d_lse: Tensor,
-    d_total: Tensor,
     softcap: float,
     rows: int,
     sums: str,
     wide: bool,
     kernel: str,
     needs: list[bool],
+    nats: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    d_nats: Tensor,
+    d_lse: Tensor,
+    d_total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gradients of hidden, weight and bias from those of nats, lse and total."""
     p = _checked(Problem(hidden, weight, bias, targets, softcap or None, rows, sums, wide, kernel))
@@ -308,7 +309,7 @@ def token_statistics_backward(
 
 @token_statistics_backward.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    needs: list[bool] = rest[-1]
+    needs: list[bool] = rest[6]  # behind the targets and the settings
     inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0)
@@ -330,7 +331,7 @@ def _recompute(
     hidden, weight, bias, targets, nats, peak, log_sum = ctx.saved_tensors
     needs: Sequence[bool] = ctx.rest[-1]
     gradients = token_statistics_backward(
-        hidden, weight, bias, targets, nats, peak, log_sum, d_nats, d_lse, d_total, *ctx.rest
+        hidden, weight, bias, targets, *ctx.rest, nats, peak, log_sum, d_nats, d_lse, d_total
     )
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 7)
 

@@ -22,7 +22,7 @@ from nextpt.data.loader import Loader
 from nextpt.data.sequences import load_manifest
 from nextpt.events import read_events
 from tests.support.commands import run_command
-from tests.support.zygote import run_jobs
+from tests.support.ranks import run_jobs
 
 pytestmark = pytest.mark.process
 

@@ -10,7 +10,7 @@ from nextpt.config import Config
 from nextpt.events import read_events
 from nextpt.job.environment import read_starts
 from tests.support.datasets import tiny
-from tests.support.zygote import run_jobs
+from tests.support.ranks import run_jobs
 
 STEPS = 50
 CHAIN = [(1, 1), (2, 3), (4, 2), (3, 3), (1, 2)]  # (ranks, ZeRO stage) of ten steps each

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher.jobs.local import free_port
 from nextpt.config import Config, to_yaml
-from tests.support.fork_server import ForkedPython, start_python
+from tests.support.fork_server import ROOT, ForkedPython, start_python
 
 
 def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: str) -> None:
@@ -111,6 +111,19 @@ def train_all(configs: list[Config], world_size: int, folder: Path) -> list[str 
         folder,
     )
     return json.loads((folder / "outcomes.json").read_text())
+
+
+def run_jobs(jobs: list[tuple[Config, int]], folder: Path) -> None:
+    """Train each config on its number of ranks, in turn, with new processes for each.
+
+    Raises AssertionError with the ends of the logs when a rank fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (config, world_size) in enumerate(jobs):
+        path = folder / f"job-{number:03d}.yaml"
+        path.write_text(to_yaml(config))
+        arguments = [str(ROOT / "launcher" / "run.py"), "--config", str(path)]
+        run_ranks(arguments, world_size, folder / path.stem)
 
 
 def _main(outcomes: str, files: list[str]) -> None:

@@ -1,9 +1,5 @@
 """Zygote: ranks forked from one process that has imported everything, to start in a second.
 
-    python -m tests.support.zygote JOBS.json
-
-JOBS.json is a list of [config file, ranks]; the jobs run in turn, with all ranks forked.
-
 What runs in a rank is launcher/run.py's main, as under any launcher. The forking process must not
 have threads.
 """
@@ -12,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -25,7 +19,6 @@ from pathlib import Path
 
 from launcher.jobs.local import free_port
 from nextpt.base.processes import child_pids
-from nextpt.config import Config, to_yaml
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 # What torch and deepspeed import when an engine is built, with hundreds of modules below.
@@ -194,43 +187,3 @@ class Job:
         """Read the last messages and close the pipe. Call after `wait`."""
         self.listen(time.monotonic() + 5)
         os.close(self._pipe)
-
-
-def run_jobs(jobs: list[tuple[Config, int]], folder: Path) -> None:
-    """Train each config on its number of ranks, in turn, all forked from one new process.
-
-    Raises AssertionError with the end of the log when one does not end with 0.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = []
-    for number, (config, ranks) in enumerate(jobs):
-        path = folder / f"job-{number:03d}.yaml"
-        path.write_text(to_yaml(config))
-        listed.append([str(path), ranks])
-    (folder / "jobs.json").write_text(json.dumps(listed))
-    completed = subprocess.run(
-        [sys.executable, "-m", "tests.support.zygote", str(folder / "jobs.json")],
-        timeout=500,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if completed.returncode:
-        raise AssertionError(completed.stdout[-4000:] + completed.stderr[-2000:])
-
-
-def _main(file: str) -> int:
-    import_training()
-    for path, ranks in json.loads(Path(file).read_text()):
-        job = Job(["--config", path], ranks, Path(path).with_suffix(".log"))
-        codes = job.wait()
-        job.close()
-        if any(codes):
-            print(f"{path}: ranks ended with {codes}:\n{job.log.read_text()[-3000:]}")
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    restart_single_threaded("tests.support.zygote")
-    sys.exit(_main(sys.argv[1]))

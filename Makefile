@@ -44,21 +44,20 @@ api: setup
 demo: setup
 	@$(BIN)/nextpt demo
 
-# A file's tests stay in one process, for what they share. More than four processes would want more memory than a laptop has.
-PARALLEL := --maxprocesses 4 --no-loadscope-reorder
+# A file's tests stay in one process, for what they share. One process more than cores, since some tests wait; more than four
+# would want more memory than a laptop has.
+PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --no-loadscope-reorder
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) -n logical --dist loadfile
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) --dist loadfile
 
 # For the inner loop: no process starts, which tests/conftest.py checks.
 test-fast: setup
-	@NEXTPT_TEST_NO_PROCESSES=1 $(BIN)/python -m pytest -q $(PARALLEL) -n logical --dist loadfile \
+	@NEXTPT_TEST_NO_PROCESSES=1 $(BIN)/python -m pytest -q $(PARALLEL) --dist loadfile \
 	  -m "not slow and not gpu and not process and not thorough"
 
-# One process, the first, has all tests of hosts and of Slurm, which are made once on a machine (tests/conftest.py). It mostly
-# waits for them, so there is one process more than cores.
+# One process, the first, has all tests of hosts and of Slurm, which are made once on a machine (tests/conftest.py).
 test-slow: setup browser system-deps
-	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu" $(PARALLEL) \
-	  -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadgroup
+	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu" $(PARALLEL) --dist loadgroup
 
 # Of the demo, and skipped where the demo has been: the rungs train on its corpus.
 SHARDS := data/demo/shards

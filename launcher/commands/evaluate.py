@@ -198,28 +198,26 @@ def evaluate(
         resamples=resamples,
         seed=seed,
     )
-    if exposure_bias or request:
-        refuse_options(
-            "--exposure-bias" if exposure_bias else "tasks",
-            {
-                "--all-steps": all_steps and exposure_bias,
-                "--window": window is not None,
-                "--stride": stride is not None,
-                "--ranks": ranks > 1,
-                "--compressors": compressors,
-                "--harness": harness,
-                "--save": save,
-                "tasks": exposure_bias and request,
-            },
-        )
-    if not exposure_bias and (prefix is not None or continuation is not None):
-        raise UserError("--prefix and --continuation are for --exposure-bias")
+    options_of_the_loss = {
+        "--window": window is not None,
+        "--stride": stride is not None,
+        "--ranks": ranks > 1,
+        "--compressors": compressors,
+        "--harness": harness,
+        "--save": save,
+    }
     if exposure_bias:
+        options = {"--all-steps": all_steps, "tasks": bool(request)} | options_of_the_loss
+        refuse_options("--exposure-bias", options)
         exposure = ExposureProtocol(
             prefix, continuation, continuations, batch_size, resamples, seed
         )
         run_exposure(inputs, exposure, ResultFiles([json_path], plot))
-    elif request:
+        return
+    if prefix is not None or continuation is not None:
+        raise UserError("--prefix and --continuation are for --exposure-bias")
+    if request:
+        refuse_options("tasks", options_of_the_loss)
         run_tasks(inputs, request, ResultFiles([json_path], plot))
     else:
         protocol = EvaluationProtocol(

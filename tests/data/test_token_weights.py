@@ -147,7 +147,7 @@ def test_invalid_weights_leave_nothing_behind(dataset: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(
             DataPrepError,
-            match=r"weights of a sequence of validation/code: expected 65 finite numbers >= 0",
+            match=r"weights of a sequence of train/code: expected 65 finite numbers >= 0",
         ):
             add_token_weights(dataset, tmp_path / "out", weigh)
         assert not list(tmp_path.iterdir())
@@ -181,6 +181,6 @@ def test_invalid_functions_are_reported(
 
 def test_a_failing_function_is_named_with_the_row(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        DataPrepError, match="token weights of a sequence of validation/code: KeyError: 'none'"
+        DataPrepError, match="token weights of a sequence of train/code: KeyError: 'none'"
     ):
         add_token_weights(dataset, tmp_path / "out", lambda row: row["none"])

@@ -51,7 +51,7 @@ def lose(dtype: torch.dtype) -> list[Tensor]:
 def test_the_same_bits_as_plain(compute, dtype: torch.dtype) -> None:
     from tests.support import interpreter  # not where kernels are compiled
 
-    found = compute(dtype)
+    values = compute(dtype)
     with interpreter.plain():
         expected = compute(dtype)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from nextpt.base.errors import ConfigError, UserError
 from nextpt.config import Config
@@ -171,7 +172,11 @@ def wandb_records(folder: Path) -> list[Any]:
 def test_wandb_offline_writes_what_sync_sends(dataset: Path, tmp_path: Path) -> None:
     config = config_with(dataset, tmp_path / "run", wandb={"project": "tests", "mode": "offline"})
     log(config, 1, range(1, 4))
-    records = wandb_records(tmp_path / "run")
+    # Another process writes the file, and may not have written all of it when the run has finished
+    for attempt in Retrying(stop=stop_after_delay(60), wait=wait_fixed(0.1), reraise=True):
+        with attempt:
+            records = wandb_records(tmp_path / "run")
+            assert records[-1].WhichOneof("record_type") == "exit"
     rows = [
         {
             item.key or "/".join(item.nested_key): json.loads(item.value_json)

@@ -44,20 +44,19 @@ api: setup
 demo: setup
 	@$(BIN)/nextpt demo
 
-# A file's tests stay in one process, for what they share. One process more than cores, since some tests wait; more than four
-# would want more memory than a laptop has.
+# One process more than cores, since some tests wait; more than four would want more memory than a laptop has.
+# tests/conftest.py says which tests stay in one process.
 PARALLEL := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --no-loadscope-reorder
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL) --dist loadfile
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PARALLEL)
 
 # For the inner loop: no process starts, which tests/conftest.py checks.
 test-fast: setup
-	@NEXTPT_TEST_NO_PROCESSES=1 $(BIN)/python -m pytest -q $(PARALLEL) --dist loadfile \
+	@NEXTPT_TEST_NO_PROCESSES=1 $(BIN)/python -m pytest -q $(PARALLEL) \
 	  -m "not slow and not gpu and not process and not thorough"
 
-# One process, the first, has all tests of hosts and of Slurm, which are made once on a machine (tests/conftest.py).
 test-slow: setup browser system-deps
-	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu" $(PARALLEL) --dist loadgroup
+	@$(BIN)/python -m pytest -q -rs -m "slow and not gpu" $(PARALLEL)
 
 # Of the demo, and skipped where the demo has been: the rungs train on its corpus.
 SHARDS := data/demo/shards

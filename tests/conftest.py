@@ -7,6 +7,7 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,8 +38,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-# Group of the tests that need the machine's only Slurm, bridge or Ray: one process runs them all.
-ONE_PER_MACHINE = "machine"
+# Tests that need the machine's only Slurm, bridge or Ray: one process runs them all.
+ONE_PER_MACHINE = ("tests/cluster/", "tests/data_prep/test_places.py")
 # Files with tests that take minutes. They begin first, so that no process is left alone with one of
 # them at the end.
 LONG = (
@@ -58,28 +59,30 @@ LONG = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            file = f"{item.path.parent.name}/{item.path.stem}"
-            group = ONE_PER_MACHINE if item.path.parent.name == "cluster" else file
-            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=_order)
 
 
 def _order(item: pytest.Item) -> int:
-    if item.get_closest_marker("xdist_group").args == (ONE_PER_MACHINE,):
+    if item.nodeid.startswith(ONE_PER_MACHINE):
         return -1
     return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process, for what they share."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # untyped
+        def _split_scope(self, nodeid: str) -> str:
+            return "machine" if nodeid.startswith(ONE_PER_MACHINE) else nodeid.split("::")[0]
+
+    return ByFile(config, log)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    # pytest-xdist declares it as well, where it is installed.
-    config.addinivalue_line(
-        "markers", "xdist_group(name): tests that --dist loadgroup keeps together"
-    )
     if os.environ.get("NEXTPT_TEST_NO_PROCESSES"):
         sys.addaudithook(refuse_processes)
 

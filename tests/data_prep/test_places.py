@@ -72,7 +72,6 @@ def test_a_dry_run_writes_nothing_and_prints_the_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("machine")  # tests/cluster ends every Ray that it finds
 def test_a_local_ray_cluster_gives_the_same_dataset(tmp_path: Path) -> None:
     spec = world(tmp_path, 40)
     prepare(spec)

@@ -239,12 +239,15 @@ def test_a_data_stage_is_not_compared_with_the_one_before(skips: Jobs, name: str
 
 @pytest.mark.slow
 def test_healthy_training_skips_no_step(dataset: Path, tmp_path: Path) -> None:
-    """Warm-up, a high learning rate, batches of 4 rows, and a window that is soon full."""
+    """Warm-up, a high learning rate, batches of 4 sequences, and a window that is soon full.
+
+    At 1e-2 the gradient does spike, to three times its size, with the text of Python 3.11.2.
+    """
     jobs = Jobs(dataset, tmp_path)
     sections = {
         "train": {"steps": 400, "global_batch_size": 4, "micro_batch_size": 2},
         "guard": {"window": 32},
-        "optimizer": {"lr": 1e-2},
+        "optimizer": {"lr": 5e-3},
         "schedule": {"kind": "wsd", "warmup": 60},
     }
     jobs.add("run", sections=sections)

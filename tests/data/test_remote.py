@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from nextpt.data import remote as remote_module
 from nextpt.data.loader import Loader
 from nextpt.data.scratch import ScratchFolder
 from nextpt.data.store import ShardCache
+from tests.support.commands import start_script
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
 from tests.support.object_store import s3_server
@@ -225,11 +224,7 @@ print(json.dumps([hashlib.sha256(b"".join(tokens)).hexdigest(), fetched]))
 
 @pytest.mark.process
 def test_processes_of_a_machine_share_one_copy(packed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", READER, str(packed), str(tmp_path)]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        for _ in range(3)
-    ]
+    processes = [start_script("-c", READER, str(packed), str(tmp_path)) for _ in range(3)]
     results = [
         json.loads(process.communicate(timeout=200)[0].splitlines()[-1]) for process in processes
     ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from itertools import count
@@ -20,12 +18,11 @@ from data_prep.spec import PrepSpec
 from data_prep.streaming_compat import import_streaming
 from data_prep.work import _lease
 from data_prep.workers import LocalWorkers
+from tests.support.commands import ROOT, Command, start_script
 from tests.support.forked import run_in_child
 from tests.support.prep_worlds import content, small_units, world
 
 pytestmark = pytest.mark.process
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -153,25 +150,12 @@ if __name__ == "__main__":
 """
 
 
-def start(
-    tmp_path: Path, spec: PrepSpec, task: int, tasks: int, workers: int
-) -> subprocess.Popen[str]:
+def start(tmp_path: Path, spec: PrepSpec, task: int, tasks: int, workers: int) -> Command:
     (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(tmp_path / "driver.py"),
-            str(tmp_path / "spec.json"),
-            str(task),
-            str(tasks),
-            str(workers),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    numbers = map(str, (task, tasks, workers))
+    arguments = (str(tmp_path / "driver.py"), str(tmp_path / "spec.json"), *numbers)
+    return start_script(*arguments, new_session=True, PYTHONPATH=str(ROOT))
 
 
 def test_tasks_of_an_array_share_the_work(
@@ -180,7 +164,8 @@ def test_tasks_of_an_array_share_the_work(
     spec = world_spec.model_copy(update={"output": tmp_path / "out"})
     tasks = [start(tmp_path, spec, i, 3, 1) for i in range(3)]
     for task in tasks:
-        assert task.wait(120) == 0, task.stderr.read()
+        _, errors = task.communicate(120)
+        assert task.returncode == 0, errors
     assert content(spec.output) == expected and not spec.work.exists()
 
 
@@ -190,12 +175,12 @@ def test_a_killed_worker_s_work_goes_to_the_others(
     spec = world_spec.model_copy(update={"output": tmp_path / "out"})
     task = start(tmp_path, spec, 0, 1, 2)
     children: list[psutil.Process] = []
-    while len(children) < 2 and task.poll() is None:
+    while len(children) < 2 and task.returncode is None:
         children = [
             c for c in psutil.Process(task.pid).children() if "spawn_main" in " ".join(c.cmdline())
         ]
         time.sleep(0.01)
-    while not (spec.work / "tok").exists() and task.poll() is None:
+    while not (spec.work / "tok").exists() and task.returncode is None:
         time.sleep(0.01)
     children[0].kill()
     _, errors = task.communicate(timeout=120)

@@ -8,8 +8,6 @@ of variable size and then all columns, in the order of the index.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +20,7 @@ from data_prep.format import DatasetManifest, columns
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.streaming_compat import import_streaming
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.commands import run_script
 
 
 def decode_shards(folder: Path) -> Iterator[dict[str, Any]]:
@@ -167,8 +164,8 @@ for split in ("train", "validation"):
 @pytest.mark.process
 def test_streaming_dataset_and_llm_foundry_read_every_sample(dataset: Path, tmp_path: Path) -> None:
     manifest = DatasetManifest.load(dataset)
-    command = [sys.executable, "-c", READ, str(dataset), ",".join(manifest.domains), str(tmp_path)]
-    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    arguments = (str(dataset), ",".join(manifest.domains), str(tmp_path))
+    completed = run_script("-c", READ, *arguments, timeout=120)
     assert completed.returncode == 0, completed.stderr
     for split in manifest.splits:
         actual = np.load(tmp_path / f"{split}.npz")

@@ -6,10 +6,7 @@ mosaicml-streaming reads the uploaded copy.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +18,9 @@ import pytest
 from data_prep.format import DatasetManifest
 from data_prep.upload import NOTE, files_of_dataset, upload
 from nextpt.base.errors import DataPrepError, StoreError
-from tests.support.commands import run_command, start_command
+from tests.support.commands import run_command, run_script, start_command
 from tests.support.object_store import s3_server
 from tests.support.shards import write_dataset
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -235,21 +230,9 @@ def test_streaming_downloads_what_was_uploaded(
     manifest = DatasetManifest.load(data)
     remote = f"s3://bucket/round-trip-{compression}"
     upload(data, remote)
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            READ,
-            remote,
-            "train",
-            ",".join(manifest.domains),
-            str(tmp_path / "rows.npy"),
-        ],
-        cwd=ROOT,
-        check=True,
-        env=os.environ | {"LOCAL_WORLD_SIZE": "1"},
-        timeout=120,
-    )
+    arguments = (remote, "train", ",".join(manifest.domains), str(tmp_path / "rows.npy"))
+    completed = run_script("-c", READ, *arguments, timeout=120, LOCAL_WORLD_SIZE="1")
+    assert completed.returncode == 0, completed.stderr
     own = [
         row["tokens"]
         for domain in manifest.domains

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from nextpt.exchange import export_deepspeed
 from nextpt.model import build_decoder
+from tests.support.commands import run_script
 from tests.support.models import checkpoint_of, decoder
 
 
@@ -20,13 +19,8 @@ def test_zero_to_fp32_returns_our_weights(tmp_path: Path) -> None:
     config, model = decoder(tied_embeddings=True, bias=True, vocab_size=96, width=33, head_dim=6)
     assert sum(p.numel() for p in model.parameters()) % 2 == 1
     export_deepspeed(checkpoint_of(config, model, tmp_path / "checkpoints"), tmp_path / "ds")
-    script = [
-        sys.executable,
-        str(tmp_path / "ds" / "zero_to_fp32.py"),
-        str(tmp_path / "ds"),
-        str(tmp_path / "out"),
-    ]
-    completed = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    folder = tmp_path / "ds"
+    completed = run_script(str(folder / "zero_to_fp32.py"), str(folder), str(tmp_path / "out"))
     assert completed.returncode == 0, completed.stderr
     reloaded = build_decoder(
         config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})

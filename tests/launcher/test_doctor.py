@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from launcher.doctor import Finding, Status, leftovers, machine, software
+from tests.support.commands import run_script
 
 pytestmark = pytest.mark.process
 
@@ -212,7 +213,7 @@ def test_a_lock_is_stale_when_its_compilation_is_dead(tmp_path: Path) -> None:
         "from torch.utils.file_baton import FileBaton as F; import os; assert"
         f" F({str(lock)!r}).try_acquire(); os._exit(9)"
     )
-    subprocess.run([sys.executable, "-c", script])
+    run_script("-c", script)
     finding = leftovers.extension_locks(tmp_path)
     assert finding.status is Status.WARNING and f"rm {lock}" in finding.advice
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from nextpt.config import OptimizerSection, to_yaml
 from nextpt.model import build_decoder
 from nextpt.optim.adamw import AdamW
+from tests.support.commands import run_script
 from tests.support.datasets import tiny
 
 SECTION = OptimizerSection(lr=0.01, weight_decay=0.1, grad_clip=1.0)
@@ -102,11 +101,7 @@ def test_a_step_reads_nothing_from_the_device(dataset: Path, tmp_path: Path) -> 
         }
         files.append(tmp_path / f"{precision}-{stage}.yaml")
         files[-1].write_text(to_yaml(tiny(dataset, tmp_path / "run", train=train)))
-    completed = subprocess.run(
-        [sys.executable, "-m", "tests.support.sync_probe", *map(str, files)],
-        capture_output=True,
-        text=True,
-    )
+    completed = run_script("-m", "tests.support.sync_probe", *map(str, files))
     assert completed.returncode == 0, completed.stderr[-3000:]
     reads = json.loads(completed.stdout.splitlines()[-1])
     assert {Path(path).stem: lines for path, lines in reads.items() if lines} == {}

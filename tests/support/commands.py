@@ -1,4 +1,4 @@
-"""Command-line processes: `nextpt ARGUMENTS` in forks of a process that has imported everything.
+"""Processes of `nextpt ARGUMENTS` and `python ARGUMENTS`, forked with everything imported.
 
 A test of the start itself (imports, sys.path, options of the interpreter) starts an interpreter.
 """
@@ -14,7 +14,7 @@ from tests.support.fork_server import ROOT, ForkedPython, start_python
 
 
 class Command:
-    """A process of `start_command`, with the methods of subprocess.Popen that tests use.
+    """A process of `start_script`, with the methods of subprocess.Popen that tests use.
 
     Its output goes to files and is read when it has ended: what a process below it holds open keeps
     nobody waiting.
@@ -54,8 +54,17 @@ def start_command(
         new_session: Whether the process leads a session of its own.
         variables: Of the environment, beside those of this process.
     """
-    environment = os.environ | {"COLUMNS": "120"} | variables
-    return Command(["-m", "launcher.cli", *arguments], environment, cwd, new_session)
+    variables = {"COLUMNS": "120"} | variables
+    return start_script(
+        "-m", "launcher.cli", *arguments, cwd=cwd, new_session=new_session, **variables
+    )
+
+
+def start_script(
+    *arguments: str, cwd: Path = ROOT, new_session: bool = False, **variables: str
+) -> Command:
+    """Start `python ARGUMENTS`; the parameters are those of `start_command`."""
+    return Command([*arguments], os.environ | variables, cwd, new_session)
 
 
 def run_command(
@@ -66,7 +75,19 @@ def run_command(
     Raises:
         subprocess.TimeoutExpired: It ran longer than `timeout` seconds, and was killed.
     """
-    command = start_command(*arguments, cwd=cwd, **variables)
+    return _finish(start_command(*arguments, cwd=cwd, **variables), arguments, timeout)
+
+
+def run_script(
+    *arguments: str, cwd: Path = ROOT, timeout: float = 300, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` to its end; otherwise like `run_command`."""
+    return _finish(start_script(*arguments, cwd=cwd, **variables), arguments, timeout)
+
+
+def _finish(
+    command: Command, arguments: tuple[str, ...], timeout: float
+) -> subprocess.CompletedProcess[str]:
     try:
         stdout, stderr = command.communicate(timeout)
     finally:

@@ -63,10 +63,11 @@ def start_python(
     cwd: Path | None = None,
     new_session: bool = False,
 ) -> ForkedPython:
-    """Run `python ARGUMENTS` (a file, or -m and a module, then its arguments) in a forked process.
+    """Run `python ARGUMENTS` in a forked process.
 
     Args:
-        arguments: As after `python`.
+        arguments: As after `python`: a file, -m and a module, or -c and source; then its
+            arguments.
         environment: The whole environment of the process.
         stdout: File that is written.
         stderr: File that is written; None is that of stdout.

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ def run_python(arguments: list[str], environment: Mapping[str, str], cwd: str | 
     """Run `python ARGUMENTS` in this process, just forked; returns the exit code.
 
     Args:
-        arguments: As after `python`: a file, or -m and a module, then its arguments.
+        arguments: As after `python`: a file, -m and a module, or -c and source; then its
+            arguments.
         environment: The whole environment of the process.
         cwd: Working directory; None is that of the parent.
     """
@@ -54,6 +56,11 @@ def run_python(arguments: list[str], environment: Mapping[str, str], cwd: str | 
             sys.argv[:] = arguments[1:]
             sys.path.insert(0, os.getcwd())
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv[:] = ["-c", *arguments[2:]]
+            sys.path.insert(0, "")
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(arguments[1], "<string>", "exec"), main.__dict__)
         else:
             sys.argv[:] = arguments
             sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))

@@ -36,6 +36,8 @@ from nextpt.model.spec import default_ffn_width
 
 # Version 2 differs in the digest alone, see `legacy_digests`
 MAGIC, VERSION, READABLE_VERSIONS = b"nxpt", 3, (2, 3)
+# Above the hardware threads of any host: damage starts no thousands of threads
+MAX_THREADS = 2048
 SEGMENT = 2**20  # tokens under one checksum: damage is seen before much is decoded
 _FIXED = struct.Struct("<4sBHHI16sQQB")
 _FRAME = struct.Struct("<III")
@@ -48,7 +50,7 @@ class Header:
     """Header of a compressed file.
 
     Attributes:
-        threads: Threads of torch on a CPU.
+        threads: Threads of torch on a CPU, at most MAX_THREADS.
         sequences: Sequences of `run_lockstep`.
         window: Window of `run_lockstep`.
         model: Digest of the model.
@@ -137,7 +139,7 @@ def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
         len(header.environment) != length
         or tokens > size
         or window < 2
-        or not threads
+        or not 0 < threads <= MAX_THREADS
         or (tokens and not 0 < sequences <= tokens)
     ):
         raise cut_off

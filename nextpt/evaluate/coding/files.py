@@ -18,6 +18,7 @@ from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write
 from nextpt.evaluate.coding.container import (
+    MAX_THREADS,
     VERSION,
     Header,
     environment,
@@ -112,7 +113,7 @@ class FileCoder:
         began = time.perf_counter()
         tokens = self.codec.encode(data)
         header = Header(
-            torch.get_num_threads(),
+            min(torch.get_num_threads(), MAX_THREADS),
             min(sequences or self._default_sequences(len(tokens)), max(len(tokens), 1)),
             self.model.max_position,
             self.digest,

@@ -7,6 +7,7 @@ is derived here and also written to report.json.
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -316,6 +317,7 @@ def _power(exponent: int) -> str:
     return str(2**exponent)
 
 
+@cache  # with it its compiled templates
 def _environment() -> Environment:
     environment = page_environment("data_prep")
     environment.filters |= {

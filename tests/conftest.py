@@ -40,21 +40,29 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Tests that need the machine's only Slurm, bridge or Ray: one process runs them all.
 ONE_PER_MACHINE = ("tests/cluster/", "tests/data_prep/test_places.py")
-# Files with tests that take minutes. They begin first, so that no process is left alone with one of
-# them at the end.
+# Files that take longest, largest first. They begin first, so that no process is left alone with
+# one of them at the end.
 LONG = (
     "test_storm",
     "test_demo",
-    "test_command_line",
-    "test_job_context",
-    "test_attention_triton",
-    "test_attention",
     "test_training",
+    "test_other_optimizer",
+    "test_command_line",
+    "test_attention_triton",
     "test_crashes",
     "test_bad_steps",
+    "test_coding",
+    "test_job_context",
+    "test_attention",
     "test_rollbacks",
     "test_hpz",
     "test_elastic",
+    "test_pipeline",
+    "test_tokenizers",
+    "test_vocabulary_parallel",
+    "test_cross_entropy",
+    "test_cross_entropy_torch",
+    "test_doctor",
     "test_sweep",
 )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.base.files import canonical_json
-from nextpt.evaluate.coding import container, files
+from nextpt.evaluate.coding import container
 from nextpt.evaluate.coding.coder import BITS, RangeDecoder, RangeEncoder
 from nextpt.evaluate.coding.files import FileCoder
 from nextpt.evaluate.coding.frequencies import cumulative
@@ -268,19 +268,25 @@ def hashed_as_before(shape: list[Any], model: Decoder, tokenizer: Tokenizer) -> 
     return hashed.digest()
 
 
-def test_compression_is_verified_without_assertions(
-    coder: FileCoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`python -O` removes assertions; the comparison after coding must stay.
+@pytest.mark.process
+def test_compression_is_verified_without_assertions(tmp_path: Path) -> None:
+    """`python -O` removes assertions; the comparison after coding must stay."""
+    make_run(tmp_path / "run")
+    program = f"""
+from pathlib import Path
+from nextpt.base.errors import DataError
+from nextpt.base.files import canonical_json
+from nextpt.evaluate.coding.files import FileCoder
+from nextpt.evaluate.loaded_model import open_model
 
-    The module is compiled as -O compiles it.
-    """
-    module = types.ModuleType("files_without_assertions")
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look it up
-    source = Path(files.__file__).read_text() + "\nDEBUG = __debug__\n"
-    exec(compile(source, files.__file__, "exec", optimize=1), module.__dict__)
-    without = module.FileCoder(coder.model, coder.tokenizer)
-    monkeypatch.setattr(without, "decode", lambda *_: b"something else")
-    with pytest.raises(DataError, match="the file does not come back as it was"):
-        without.encode(b"some text")
-    assert module.DEBUG is False
+loaded = open_model(Path({str(tmp_path / "run")!r}))
+coder = FileCoder(loaded.decoder, loaded.tokenizer)
+coder.decode = lambda *_: b"something else"
+try:
+    coder.encode(b"some text")
+except DataError as error:
+    print(__debug__, error)
+"""
+    command = [sys.executable, "-O", "-c", program]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert completed.stdout.startswith("False the file does not come back as it was")

@@ -9,7 +9,7 @@ Differences from DeepSpeed's defaults:
   silently. Clipping and the guard run in our optimizers, on the device (nextpt/optim).
 - Its checkpoints are not used (nextpt/checkpoint).
 - Its autotuner and its Muon are not used either. What only they import is left out, as it is a
-  third of a rank's start: MLflow, where it is installed, and torch's compiler.
+  quarter of a rank's start: MLflow, where it is installed, and torch's compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -49,8 +49,13 @@ with _import_refused("mlflow"):  # by the autotuner, for every rank
     import deepspeed
 from deepspeed.runtime import compiler  # noqa: E402  # after the import above
 
-# Its Muon decorates functions with this when the first engine is built.
-compiler.compile = lambda: compiler.dummy_decorator
+
+def _leave_uncompiled(*_: Any, **__: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda function: function
+
+
+# DeepSpeed's Muon alone decorates with this, when the first engine is built.
+compiler.compile = _leave_uncompiled
 
 # It warns of what this project does on purpose: training on a CPU, and optimizers of its own.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

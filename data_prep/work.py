@@ -10,9 +10,12 @@ the stage fails when all other items are done.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ HEARTBEAT = 5.0  # seconds between touches of a lease
 # file systems
 STALE = 90.0
 LEASE_BYTES = 512  # room for the longest host name
+# Of os.link, on a file system that has no hard links
+WITHOUT_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 POLL = 0.2  # seconds between polls of the items of other workers
 
 
@@ -181,10 +186,7 @@ def _lease(work: Path, name: str) -> Iterator[Lease | None]:
     path.parent.mkdir(exist_ok=True)
     if path.exists() and _is_dead(path):
         path.unlink(missing_ok=True)
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(_owner(0))
-    except FileExistsError:
+    if not _create(path, _owner(0)):
         yield None
         return
     lease = Lease(path)
@@ -192,6 +194,35 @@ def _lease(work: Path, name: str) -> Iterator[Lease | None]:
         yield lease
     finally:
         lease.release()
+
+
+def _create(path: Path, content: str) -> bool:
+    """Create a file that has its content from its first moment; False if it exists.
+
+    A worker that is killed while it creates its lease leaves none that nobody can read.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
+        return _create_in_place(path, content)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _create_in_place(path: Path, content: str) -> bool:
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _is_dead(path: Path) -> bool:

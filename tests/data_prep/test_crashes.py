@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -134,6 +136,30 @@ def test_a_lease_can_be_read_at_any_moment(tmp_path: Path, monkeypatch: pytest.M
     assert len(counts) == 500
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_lease_is_created_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Killed before it has one, a worker leaves nothing that others wait for."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no hard links")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    with _lease(tmp_path, "pack-0") as lease, _lease(tmp_path, "pack-0") as second:
+        assert lease is not None and second is None
+        assert json.loads((tmp_path / "leases" / "pack-0").read_text())["pid"] == os.getpid()
+    assert not list((tmp_path / "leases").iterdir())
+    monkeypatch.setattr(os, "link", killed)
+    with pytest.raises(KeyboardInterrupt), _lease(tmp_path, "pack-0"):
+        pass
+    assert not list((tmp_path / "leases").iterdir())
+
+
 DRIVER = """
 import sys
 from pathlib import Path
@@ -188,17 +214,27 @@ def test_a_killed_worker_s_work_goes_to_the_others(
     assert "was killed" in errors and content(spec.output) == expected
 
 
+def files_of(folder: Path) -> set[Path]:
+    return set(folder.rglob("*")) if folder.exists() else set()
+
+
 @pytest.mark.slow
 def test_repeated_kills_with_other_numbers_of_workers(
     world_spec: PrepSpec, expected: dict[str, str], tmp_path: Path
 ) -> None:
+    """Each run is killed once it has written some files more, however quick the machine is."""
     spec = world_spec.model_copy(update={"output": tmp_path / "out"})
-    for round_, workers in enumerate((2, 1, 3, 2, 4, 1)):
+    kills = 0
+    for workers, new_files in ((2, 1), (1, 3), (3, 6), (2, 2), (4, 9), (1, 4)):
+        before = files_of(spec.work)
         task = start(tmp_path, spec, 0, 1, workers)
-        time.sleep(1.5 + 0.7 * round_)
-        os.killpg(task.pid, signal.SIGKILL)
-        task.wait()
+        while task.returncode is None and len(files_of(spec.work) - before) < new_files:
+            time.sleep(0.002)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(task.pid, signal.SIGKILL)
+        kills += task.wait() == -signal.SIGKILL
         assert not (spec.output / "dataset.json").exists() or content(spec.output) == expected
+    assert kills >= 3
     task = start(tmp_path, spec, 0, 1, 2)
     _, errors = task.communicate(timeout=120)
     assert task.returncode == 0, errors

@@ -7,7 +7,7 @@ from nextpt.config.keys import Key, all_keys, describe_keys, flatten
 from nextpt.config.loading import load_config, parse_config, to_yaml
 from nextpt.config.model import ModelSection, RopeScaling
 from nextpt.config.objective import ObjectiveSection
-from nextpt.config.optimizer import OptimizerSection, ScheduleSection
+from nextpt.config.optimizer import AdamWGroup, MuonSection, OptimizerSection, ScheduleSection
 from nextpt.config.resume_rules import differences, may_change
 from nextpt.config.run import RunSection
 from nextpt.config.schema import Config
@@ -16,6 +16,7 @@ from nextpt.config.train import TrainSection
 from nextpt.config.validation import ValidationSection
 
 __all__ = [
+    "AdamWGroup",
     "CheckpointSection",
     "Config",
     "DataSection",
@@ -23,6 +24,7 @@ __all__ = [
     "Key",
     "MlflowSection",
     "ModelSection",
+    "MuonSection",
     "ObjectiveSection",
     "OptimizerSection",
     "RopeScaling",

@@ -87,8 +87,18 @@ def hint(unknown: str) -> str:
 
 
 def _same_name(leaf: str, parent: str) -> list[Key]:
-    """Keys of this name in other sections, then those that other frameworks call so."""
-    matches = [key for key in all_keys() if key.leaf == leaf and key.parent != parent]
+    """Keys of this name in other sections, then those that other frameworks call so.
+
+    A key of a section within a section is left out where the outer section has the name.
+    """
+    names = {key.name for key in all_keys()}
+    matches = [
+        key
+        for key in all_keys()
+        if key.leaf == leaf
+        and key.parent != parent
+        and f"{key.parent.rpartition('.')[0]}.{leaf}" not in names
+    ]
     below_lists = [key for key in matches if f".{INDEX}." in key.name]
     matches = [key for key in matches if key not in below_lists] or below_lists
     if not matches:

@@ -2,22 +2,123 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from nextpt.config.section import Section, key
+
+POLAR_EXPRESS_STEPS = 5  # iterations for which the coefficients are tabled
+
+
+class AdamWGroup(Section):
+    """What AdamW does otherwise with some of the parameters."""
+
+    lr: float | None = key(None, gt=0, description="peak learning rate; null: optimizer.lr")
+    weight_decay: float | None = key(
+        None,
+        ge=0,
+        description="decoupled weight decay; null: by optimizer.weight_decay",
+    )
+    betas: tuple[float, float] | None = key(
+        None, description="decay rates of the moments; null: optimizer.betas"
+    )
+
+
+class MuonSection(Section):
+    """Muon (kellerjordan.github.io/posts/muon) for the matrices of the blocks (docs/recipe.md)."""
+
+    lr: float | None = key(
+        None,
+        gt=0,
+        description="peak learning rate of the matrices; null: optimizer.lr",
+        aliases=("muon_lr", "matrix_lr"),
+    )
+    weight_decay: float | None = key(
+        None,
+        ge=0,
+        description="decoupled weight decay of the matrices; null: optimizer.weight_decay",
+        aliases=("muon_weight_decay",),
+    )
+    cautious_weight_decay: bool = key(
+        False,
+        description="only weights decay that the update shrinks too (arXiv 2510.12402)",
+        aliases=("cautious", "cautious_wd"),
+    )
+    momentum: float = key(
+        0.95,
+        ge=0,
+        lt=1,
+        description="decay rate of the averaged gradient",
+        aliases=("mu", "muon_momentum", "muon_beta"),
+    )
+    nesterov: bool = key(
+        True, description="orthogonalise the average of the gradient and its average"
+    )
+    scale: Literal["match_rms_adamw", "original", "spectral"] = key(
+        "match_rms_adamw",
+        description=(
+            "factor of an update of a matrix [out, in]: 0.2 sqrt(max(out, in)), with AdamW's"
+            " learning rate (arXiv 2502.16982); sqrt(max(1, out/in)); or sqrt(out/in), which"
+            " transfers over widths (arXiv 2310.17813)"
+        ),
+        aliases=("adjust_lr", "adjust_lr_fn", "scale_mode", "muon_scale_mode"),
+    )
+    coefficients: Literal["keller", "polar_express"] = key(
+        "keller",
+        description="of the Newton-Schulz iteration: Keller Jordan's, or those of arXiv 2505.16932",
+        aliases=("ns_coefficients", "coefficient_type"),
+    )
+    newton_schulz_steps: int = key(
+        5,
+        ge=1,
+        le=20,
+        unit="iterations",
+        description="Newton-Schulz iterations of an orthogonalization",
+        aliases=("ns_steps", "num_ns_steps", "muon_num_ns_steps", "backend_steps"),
+    )
+    normuon_beta: float | None = key(
+        None,
+        ge=0,
+        lt=1,
+        description=(
+            "decay rate of the mean square of each row of the orthogonalized matrix, by whose root"
+            " the row is divided (NorMuon, arXiv 2510.05491); null: plain Muon"
+        ),
+        aliases=("muon_beta2", "normuon_beta2"),
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MuonSection:
+        if self.scale != "match_rms_adamw" and self.lr is None:
+            raise ValueError(
+                f"optimizer.muon.scale = {self.scale} needs another learning rate than AdamW; set"
+                " optimizer.muon.lr (0.02 is usual), or leave optimizer.muon.scale out"
+            )
+        steps = self.newton_schulz_steps
+        if self.coefficients == "polar_express" and steps > POLAR_EXPRESS_STEPS:
+            raise ValueError(
+                f"optimizer.muon.newton_schulz_steps = {steps}, and polar_express has coefficients"
+                f" for {POLAR_EXPRESS_STEPS} iterations; use at most as many, or"
+                " optimizer.muon.coefficients=keller"
+            )
+        return self
 
 
 class OptimizerSection(Section):
     """The optimizer; `kind` says which (nextpt/optim/registry.py)."""
 
-    kind: Literal["adamw"] = key(
+    kind: Literal["adamw", "muon"] = key(
         "adamw",
-        description="adamw: matrices decay, vectors (norms, biases) do not",
+        description=(
+            "adamw: matrices decay, vectors (norms, biases) do not; muon: Muon for the matrices of"
+            " the blocks, AdamW for all other parameters"
+        ),
         aliases=("optimizer_type", "optim_type", "type", "name"),
     )
     lr: float = key(
         gt=0,
-        description="peak learning rate",
+        description="peak learning rate, where a group of parameters has no other",
         aliases=("learning_rate", "max_lr", "peak_lr", "base_lr"),
     )
     betas: tuple[float, float] = key(
@@ -49,6 +150,35 @@ class OptimizerSection(Section):
             "max_norm",
         ),
     )
+    embedding: AdamWGroup = key(
+        AdamWGroup(), description="options of the embedding; a tied output matrix is part of it"
+    )
+    output: AdamWGroup = key(
+        AdamWGroup(), description="options of the output matrix", aliases=("head", "lm_head")
+    )
+    vectors: AdamWGroup = key(
+        AdamWGroup(), description="options of norms and biases", aliases=("norms", "scalars")
+    )
+    muon: MuonSection | None = key(
+        None, description="options of kind = muon; unset for other kinds"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_muon(cls, values: Any) -> Any:
+        """With kind = muon, a section that is left out has its defaults."""
+        if isinstance(values, dict) and values.get("kind") == "muon" and not values.get("muon"):
+            return {**values, "muon": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _check_muon(self) -> OptimizerSection:
+        if self.muon is not None and self.kind != "muon":
+            raise ValueError(
+                f"optimizer.muon is for optimizer.kind = muon, and that is {self.kind}; set it to"
+                " muon, or remove optimizer.muon"
+            )
+        return self
 
 
 class ScheduleSection(Section):

@@ -13,7 +13,7 @@ from nextpt.config.data import DataSection
 from nextpt.config.guard import GuardSection
 from nextpt.config.model import ModelSection
 from nextpt.config.objective import ObjectiveSection
-from nextpt.config.optimizer import OptimizerSection, ScheduleSection
+from nextpt.config.optimizer import AdamWGroup, OptimizerSection, ScheduleSection
 from nextpt.config.run import RunSection
 from nextpt.config.section import Section, key
 from nextpt.config.trackers import TrackersSection
@@ -131,6 +131,15 @@ class Config(Section):
             raise ValueError(
                 f"train.global_batch_size = {train.global_batch_size} is not a multiple of"
                 f" train.micro_batch_size = {train.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Config:
+        if self.model.tied_embeddings and self.optimizer.output != AdamWGroup():
+            raise ValueError(
+                "optimizer.output is for an output matrix of its own; with"
+                " model.tied_embeddings = true set optimizer.embedding"
             )
         return self
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextpt.config import OptimizerSection
+from nextpt.config import AdamWGroup, OptimizerSection
 from nextpt.optim.guarded import GuardedOptimizer
 from nextpt.optim.spec import OptimizerSpec, ParameterGroup, Shape, StateKind, Verdict
 
@@ -37,6 +37,43 @@ class FusedAdamW(GuardedOptimizer, torch.optim.AdamW):
         super().step(closure)
 
 
+def role_of(name: str, shape: Shape) -> str:
+    """What a parameter is to an optimizer: embedding, output, matrices or vectors.
+
+    Norms and biases are vectors. A tied matrix is an embedding.
+    """
+    if len(shape) < 2:
+        return "vectors"
+    if "embed_tokens" in name:
+        return "embedding"
+    return "output" if "lm_head" in name else "matrices"
+
+
+def adamw_groups(section: OptimizerSection) -> dict[str, ParameterGroup]:
+    """Role -> group of the parameters that AdamW steps.
+
+    Roles without options of their own in the config share the groups "decay" and "no_decay".
+    """
+    decay, no_decay = (
+        ParameterGroup(name, MOMENTS, {"weight_decay": weight_decay, "betas": section.betas})
+        for name, weight_decay in (("decay", section.weight_decay), ("no_decay", 0.0))
+    )
+    groups = {
+        "matrices": decay,
+        "embedding": decay if section.decay_embeddings else no_decay,
+        "output": decay,
+        "vectors": no_decay,
+    }
+    for role in ("embedding", "output", "vectors"):
+        own: AdamWGroup = getattr(section, role)
+        if own != AdamWGroup():
+            options = dict(groups[role].options)
+            options |= own.model_dump(include={"weight_decay", "betas"}, exclude_none=True)
+            lr_factor = (own.lr or section.lr) / section.lr
+            groups[role] = ParameterGroup(role, MOMENTS, options, lr_factor)
+    return groups
+
+
 class AdamW(OptimizerSpec):
     """AdamW: matrices decay; vectors (norms, biases) and, by default, embeddings do not."""
 
@@ -44,18 +81,16 @@ class AdamW(OptimizerSpec):
 
     def __init__(self, section: OptimizerSection) -> None:
         super().__init__(section)
-        self.decayed = ParameterGroup("decay", MOMENTS, {"weight_decay": section.weight_decay})
-        self.undecayed = ParameterGroup("no_decay", MOMENTS, {"weight_decay": 0.0})
+        self._groups = adamw_groups(section)
 
     @property
     def groups(self) -> Sequence[ParameterGroup]:
-        """Decayed parameters, then those that do not decay."""
-        return self.decayed, self.undecayed
+        """Decayed parameters, those that do not decay, and those with options of their own."""
+        return list({group.name: group for group in self._groups.values()}.values())
 
     def group_of(self, name: str, shape: Shape) -> ParameterGroup:
         """Matrices decay; embeddings only with `optimizer.decay_embeddings`."""
-        decays = len(shape) >= 2 and (self.section.decay_embeddings or "embed_tokens" not in name)
-        return self.decayed if decays else self.undecayed
+        return self._groups[role_of(name, shape)]
 
     def build(self, groups: list[dict[str, Any]], verdict: Verdict) -> GuardedOptimizer:
         """An optimizer on torch's fused kernel."""
@@ -65,11 +100,12 @@ class AdamW(OptimizerSpec):
         self,
         weight: Tensor,
         state: Mapping[str, Tensor],
-        options: Mapping[str, float],
+        options: Mapping[str, Any],
         updates: float,
     ) -> Tensor:
         """Algorithm 2 of the paper; the decay is computed from the weights after the step."""
-        first, second = (1 - beta**updates for beta in self.section.betas)
+        first, second = (1 - beta**updates for beta in options["betas"])
         scale = (state["exp_avg_sq"] / second).sqrt() + self.section.eps
         update: Tensor = state["exp_avg"] / first / scale + options["weight_decay"] * weight
-        return options["lr"] * update
+        scaled: Tensor = options["lr"] * update
+        return scaled

@@ -10,9 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nextpt.optim.spec import OptimizerSpec, StateKind, Verdict
+from nextpt.optim.spec import OptimizerSpec, Shape, StateKind, Verdict
+
+# Elements of a parameter whose last update is computed at a time, so that it takes little memory
+CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,30 @@ class GuardedOptimizer(torch.optim.Optimizer):
                     ).detach()
             state["step"].zero_()
 
+    def connect(
+        self,
+        shapes: Mapping[str, Shape],
+        units: Sequence[Sequence[Tensor]],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Prepare for exchanges with other ranks within a step; most optimizers need none.
+
+        Called once, after `attach`. Collective; waits for the device.
+
+        Args:
+            shapes: Full shape of every parameter of the model, in the same order on all ranks.
+            units: The tensors of each parameter group that are stepped in one call of `step`, in
+                the same order on all ranks.
+            group: The ranks that the parameters are divided among; None for a process by itself.
+        """
+
+    def owner(self, name: str) -> int | None:
+        """Rank whose state of a parameter counts, where that state has not the parameter's shape.
+
+        None where all ranks that hold it compute it equally.
+        """
+        return None
+
     def shard_state(self, shard: Shard, elements: slice = slice(None)) -> dict[str, Tensor]:
         """Kind -> state of a shard, in memory shared with the optimizer.
 
@@ -109,6 +137,25 @@ class GuardedOptimizer(torch.optim.Optimizer):
             else self.whole_state[shard.name][kind.name]
             for kind in self.kinds(shard)
         }
+
+    def last_update_squares(self, shard: Shard, lr: float, updates: float) -> Tensor:
+        """Squared norms of the last update of a shard and of its weights, fp64 [2].
+
+        Args:
+            shard: A part of a parameter.
+            lr: Learning rate of the step.
+            updates: Number of steps that the optimizer has made, at least 1.
+        """
+        group = self.spec.group_of(shard.name, shard.shape)
+        options = {**group.options, "lr": lr * group.lr_factor}
+        weights = shard.view(shard.flat)
+        total = torch.zeros(2, dtype=torch.float64, device=weights.device)
+        for start in range(0, shard.length, CHUNK):
+            chunk = slice(start, start + CHUNK)
+            state = self.shard_state(shard, chunk)
+            update = self.spec.last_update(weights[chunk], state, options, updates)
+            total += torch.stack([squared_norm(update), squared_norm(weights[chunk])])
+        return total
 
     def scalars(self) -> dict[str, float]:
         """Numbers of a checkpoint that belong to no parameter; waits for the device."""
@@ -135,3 +182,8 @@ class GuardedOptimizer(torch.optim.Optimizer):
         if flat not in self.shards:
             kinds = [kind for group in self.spec.groups for kind in group.kinds]
         return list({kind.name: kind for kind in kinds}.values())
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Sum of squares, fp64 scalar."""
+    return tensor.double().square().sum()

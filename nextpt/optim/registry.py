@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from nextpt.config import OptimizerSection
 from nextpt.optim.adamw import AdamW
+from nextpt.optim.muon import Muon
 from nextpt.optim.spec import OptimizerSpec
 
-OPTIMIZERS: dict[str, type[OptimizerSpec]] = {AdamW.kind: AdamW}
+OPTIMIZERS: dict[str, type[OptimizerSpec]] = {AdamW.kind: AdamW, Muon.kind: Muon}
 
 
 def optimizer_spec(section: OptimizerSection) -> OptimizerSpec:

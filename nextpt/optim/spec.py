@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nextpt.config import OptimizerSection
+from nextpt.optim.matrix_exchange import DividedTensor
 
 if TYPE_CHECKING:
     from nextpt.optim.guarded import GuardedOptimizer
@@ -51,8 +52,8 @@ class StateKind:
     """One kind of optimizer state. It starts at zero.
 
     State with the parameter's shape is divided among ranks as the parameter is. State of any other
-    shape is held whole by every rank that holds a part of the parameter, and must be computed
-    equally by all of them.
+    shape is held whole by every rank that holds a part of the parameter. All of them compute it
+    equally, or `GuardedOptimizer.owner` says whose counts.
 
     Attributes:
         name: Name in checkpoints.
@@ -79,12 +80,27 @@ class ParameterGroup:
     Attributes:
         name: Unique among the groups of an optimizer.
         kinds: Kinds of state that each of its parameters has.
-        options: Numbers of the group, e.g. `weight_decay`.
+        options: Options of the group, e.g. `weight_decay`.
+        lr_factor: Its learning rate / that of the step, whose peak is `optimizer.lr`.
     """
 
     name: str
     kinds: tuple[StateKind, ...]
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lr_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step of an optimizer costs beyond elementwise work, by rank.
+
+    Attributes:
+        flops: FLOPs of matrix products.
+        sent_bytes: Bytes that the rank sends to others.
+    """
+
+    flops: tuple[float, ...]
+    sent_bytes: tuple[int, ...]
 
 
 class OptimizerSpec(ABC):
@@ -113,7 +129,7 @@ class OptimizerSpec(ABC):
         self,
         weight: Tensor,
         state: Mapping[str, Tensor],
-        options: Mapping[str, float],
+        options: Mapping[str, Any],
         updates: float,
     ) -> Tensor:
         """What the last step subtracted from the weights, computed from the state after it.
@@ -144,10 +160,27 @@ class OptimizerSpec(ABC):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             members[self.group_of(name, shape).name].append(parameter)
         return [
-            {"params": members[group.name], **group.options}
+            {
+                "params": members[group.name],
+                "name": group.name,
+                "lr_factor": group.lr_factor,
+                **group.options,
+            }
             for group in self.groups
             if members[group.name]
         ]
+
+    def step_cost(
+        self, units: Sequence[Sequence[DividedTensor]], ranks: int, device_type: str
+    ) -> StepCost:
+        """Cost of one step; nothing for an optimizer that is elementwise.
+
+        Args:
+            units: The parameters, by what is stepped in one call; see `GuardedOptimizer.connect`.
+            ranks: Number of ranks that they are divided among.
+            device_type: "cpu" or "cuda".
+        """
+        return StepCost((0.0,) * ranks, (0,) * ranks)
 
     def state_shapes(self, name: str, shape: Shape) -> dict[str, Shape]:
         """Full shape of each kind of state of a parameter."""

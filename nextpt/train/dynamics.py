@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-# Elements of a parameter whose update is computed at a time, so that it takes little memory.
-CHUNK = 2**24
 # Part of a parameter's name -> what the parameter belongs to
 COMPONENTS = {
     "embed_tokens": "embedding",
@@ -131,7 +129,7 @@ def component_of(name: str) -> str:
 
 
 def update_ratios(
-    parts: Iterable[tuple[str, Tensor, Tensor]],
+    parts: Iterable[tuple[str, Tensor]],
     all_reduce: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> dict[str, float]:
@@ -140,20 +138,19 @@ def update_ratios(
     Collective; waits for the device.
 
     Args:
-        parts: (Parameter name, fp32 weights, last update of them) of what this rank holds; over
-            all ranks every element at most once.
+        parts: (Parameter name, fp64 [2]: squared norms of the last update and of the weights) of
+            what this rank holds; over all ranks every element at most once. NaN for an update that
+            is not known: its component is left out.
         all_reduce: Sums a tensor over the ranks that divide the data.
         device: Device of this rank.
     """
     names = sorted({"norms", *COMPONENTS.values()})
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-    for name, weight, update in parts:
-        sums[names.index(component_of(name))] += torch.stack(
-            [update.double().square().sum(), weight.double().square().sum()]
-        )
+    for name, squares in parts:
+        sums[names.index(component_of(name))] += squares
     totals = all_reduce(sums).tolist()
     return {
         name: math.sqrt(update / weight)
         for name, (update, weight) in zip(names, totals, strict=True)
-        if weight > 0
+        if weight > 0 and math.isfinite(update)
     }

@@ -18,7 +18,7 @@ from nextpt.optim.registry import optimizer_spec
 from nextpt.parallel.mesh import Mesh
 from nextpt.train import deepspeed_api
 from nextpt.train.deepspeed_config import deepspeed_config
-from nextpt.train.dynamics import CHUNK, GradientNoise, update_ratios
+from nextpt.train.dynamics import GradientNoise, update_ratios
 from nextpt.train.spike_detector import SpikeDetector
 from nextpt.train.zero_state import ZeroState
 
@@ -79,6 +79,7 @@ class Engine:
         )
         self._module = module
         self._zero = None
+        self._lr = config.optimizer.lr
         self._engine = deepspeed_api.initialize(module, self._optimizer, settings)
         stage = config.train.zero_stage
         self._zero = self._engine.optimizer if stage else None
@@ -105,15 +106,16 @@ class Engine:
         Args:
             batches: This rank's micro-batches.
             weight_sum: Sum of token weights over all ranks and micro-batches.
-            lr: Learning rate of the step.
+            lr: Learning rate of the step; each parameter group has a multiple of it.
             measure: Whether `gradient_noise` will be asked for.
 
         Returns:
             The detached loss of each micro-batch.
         """
         self._noise.begin(measure)
+        self._lr = lr
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self._engine.train()
         losses: list[Loss] = []
         for batch in batches:
@@ -184,20 +186,11 @@ class Engine:
     def update_ratios(self) -> dict[str, float]:
         """|last update| / |weights| by kind of parameter; empty before the first. Collective."""
         updates = self.state.scalars()["optimizer_updates"]
-        parts = self._last_updates(updates) if updates else iter(())
-        return update_ratios(parts, self.all_reduce, self.device)
-
-    def _last_updates(self, updates: float) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(Parameter, weights, last update of them), in chunks, of this rank's own shards."""
-        lr = {"lr": self._optimizer.param_groups[0]["lr"]}
-        for shard in self.state.own_shards():
-            options = {**self.optimizer_spec.group_of(shard.name, shard.shape).options, **lr}
-            weight = shard.view(shard.flat)
-            for start in range(0, shard.length, CHUNK):
-                chunk = slice(start, start + CHUNK)
-                state = self._optimizer.shard_state(shard, chunk)
-                update = self.optimizer_spec.last_update(weight[chunk], state, options, updates)
-                yield shard.name, weight[chunk], update
+        squares = (
+            (shard.name, self._optimizer.last_update_squares(shard, self._lr, updates))
+            for shard in (self.state.own_shards() if updates else ())
+        )
+        return update_ratios(squares, self.all_reduce, self.device)
 
     @contextmanager
     def evaluating(self) -> Iterator[TrainingModule]:

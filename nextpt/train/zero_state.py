@@ -52,6 +52,8 @@ class ZeroState:
         self.stage = stage
         self.mesh = mesh
         optimizer.attach(self._flat_tensors(), self.shards())
+        shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
+        optimizer.connect(shapes, self._units(), mesh.data)
 
     def shards(self) -> Iterator[Shard]:
         """The parts of parameters that the optimizer of this rank steps."""
@@ -78,7 +80,8 @@ class ZeroState:
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of the fp32 weights and the optimizer's state. Gathers nothing.
 
-        State that does not have its parameter's shape comes from the rank with the first element.
+        State that does not have its parameter's shape comes from the rank whose copy counts, or
+        from that with the first element.
         """
         for shard in self.own_shards():
             state = self.optimizer.shard_state(shard)
@@ -86,10 +89,22 @@ class ZeroState:
             for kind in self.optimizer.kinds(shard):
                 if kind.is_elementwise(shard.shape):
                     yield _fragment(shard, kind.name, state[kind.name])
-                elif shard.start == 0:
-                    value = state[kind.name].reshape(-1)
-                    shape = kind.shape(shard.shape)
-                    yield Fragment(shard.name, kind.name, shape, 0, value.numel(), value.float())
+        for shard in self.shards():
+            if self._saves_whole_state(shard):
+                yield from self._whole_fragments(shard)
+
+    def _saves_whole_state(self, shard: Shard) -> bool:
+        owner = self.optimizer.owner(shard.name)
+        if owner is not None:
+            return owner == self.mesh.data_rank
+        return shard.start == 0 and (self.stage > 0 or self.mesh.data_rank == 0)
+
+    def _whole_fragments(self, shard: Shard) -> Iterator[Fragment]:
+        state = self.optimizer.shard_state(shard)
+        for kind in self.optimizer.kinds(shard):
+            if not kind.is_elementwise(shard.shape):
+                value, shape = state[kind.name].reshape(-1), kind.shape(shard.shape)
+                yield Fragment(shard.name, kind.name, shape, 0, value.numel(), value.float())
 
     def scalars(self) -> dict[str, float]:
         """The optimizer's numbers that belong to no parameter."""
@@ -145,6 +160,15 @@ class ZeroState:
             f"{type(self.zero).__name__} holds no known fp32 partitions; see deepspeed's version"
             " bounds"
         )
+
+    def _units(self) -> list[list[Tensor]]:
+        """Tensors of a parameter group that DeepSpeed steps in one call; see `connect`.
+
+        At stage 0 these are all parameters of a group, later its flat partition or one of them.
+        """
+        if self.zero is None:
+            return [list(group["params"]) for group in self.optimizer.param_groups]
+        return [[flat] for flat in self._flat_tensors()]
 
     def _shard(self, name: str, parameter: nn.Parameter) -> Shard | None:
         """The part of a parameter that this rank steps; None where it steps nothing of it."""

@@ -88,10 +88,38 @@ def test_only_matrices_of_blocks_decay() -> None:
     )
 
 
+def test_a_part_of_the_parameters_has_options_of_its_own() -> None:
+    options = {"lr": 0.5, "betas": [0.8, 0.9]}
+    config = tiny(
+        Path("none"),
+        Path("none"),
+        optimizer={"lr": 0.1, "embedding": options, "vectors": {"lr": 0.2}},
+    )
+    spec, model = AdamW(config.optimizer), build_decoder(config)
+    names = {p: n for n, p in model.named_parameters()}
+    groups = {g["name"]: g for g in spec.torch_groups(model.named_parameters())}
+    assert groups.keys() == {"decay", "embedding", "vectors"}
+    assert [names[p] for p in groups["embedding"]["params"]] == ["embed_tokens.weight"]
+    assert groups["embedding"]["lr_factor"] == pytest.approx(5)
+    assert groups["embedding"]["betas"] == (0.8, 0.9) and groups["decay"]["betas"] == (0.9, 0.95)
+    assert groups["embedding"]["weight_decay"] == groups["vectors"]["weight_decay"] == 0
+    assert all(names[p].endswith("norm.weight") for p in groups["vectors"]["params"])
+    assert spec.build(list(groups.values()), lambda: (torch.ones(()), torch.tensor(False)))
+
+
 @pytest.mark.process
 def test_a_step_reads_nothing_from_the_device(dataset: Path, tmp_path: Path) -> None:
     files = []
-    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32")):
+    muon = {"kind": "muon", "lr": 3e-3, "muon": {"normuon_beta": 0.9}}
+    for stage, precision, optimizer in (
+        (0, "fp32", {}),
+        (1, "bf16", {}),
+        (2, "bf16", {}),
+        (3, "bf16", {}),
+        (2, "fp32", {}),
+        (0, "fp32", muon),
+        (3, "bf16", muon),
+    ):
         train = {
             "zero_stage": stage,
             "precision": precision,
@@ -99,8 +127,9 @@ def test_a_step_reads_nothing_from_the_device(dataset: Path, tmp_path: Path) -> 
             "global_batch_size": 4,
             "micro_batch_size": 2,
         }
-        files.append(tmp_path / f"{precision}-{stage}.yaml")
-        files[-1].write_text(to_yaml(tiny(dataset, tmp_path / "run", train=train)))
+        config = tiny(dataset, tmp_path / "run", train=train, optimizer=optimizer)
+        files.append(tmp_path / f"{config.optimizer.kind}-{precision}-{stage}.yaml")
+        files[-1].write_text(to_yaml(config))
     completed = run_script("-m", "tests.support.sync_probe", *map(str, files))
     assert completed.returncode == 0, completed.stderr[-3000:]
     reads = json.loads(completed.stdout.splitlines()[-1])

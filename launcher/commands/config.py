@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.console import echo
 from launcher.options import Overrides
 from launcher.registration import add_command, add_group
+
+if TYPE_CHECKING:
+    from nextpt.config import Config
 
 GIB = 2**30
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "loss")
@@ -52,6 +55,35 @@ def config_show(
     )
     for part in MEMORY_PARTS:
         echo(f"  {part:<21} {getattr(memory, part) / GIB:>16,.2f} GiB")
+    _show_optimizer(config, counts.training_flops_per_token * config.tokens_per_step, ranks)
+
+
+def _show_optimizer(config: Config, flops: float, ranks: int) -> None:
+    """Print the groups of parameters, and the share of a step's FLOPs that the optimizer adds.
+
+    Args:
+        config: The run.
+        flops: FLOPs of the model in an optimizer step.
+        ranks: Number of ranks.
+    """
+    from math import prod
+
+    from nextpt.model import ModelSpec, parameter_shapes
+    from nextpt.optim.registry import optimizer_spec
+    from nextpt.scaling.plan import step_cost
+
+    spec, shapes = optimizer_spec(config.optimizer), parameter_shapes(ModelSpec.from_config(config))
+    echo("optimizer groups                  parameters   peak learning rate, weight decay")
+    for group in spec.groups:
+        members = [
+            shape for n, shape in shapes.items() if spec.group_of(n, shape).name == group.name
+        ]
+        if members:
+            lr, decay = config.optimizer.lr * group.lr_factor, group.options.get("weight_decay", 0)
+            echo(f"  {group.name:<21} {sum(map(prod, members)):>20,}   {lr:.3g}, {decay:g}")
+    share = sum(step_cost(config, ranks).flops) / flops
+    if share:
+        echo(f"orthogonalization       {share:>20.2%}   of the model's FLOPs in a step")
 
 
 def config_keys() -> None:

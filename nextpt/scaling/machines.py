@@ -39,6 +39,15 @@ class Machine:
         """
         return self.link if devices <= self.node_size else min(self.link, self.node_network)
 
+    def direct(self, devices: int) -> float:
+        """Return bytes/s per device where every device sends to every other (all-to-all).
+
+        Between nodes the devices of a node share its network.
+        """
+        if devices <= self.node_size:
+            return self.link
+        return min(self.link, self.node_network / self.node_size)
+
 
 def _gpu(name: str, gib: float, link: float) -> Machine:
     return Machine(name, int(gib * 2**30), PEAK_BF16_TFLOPS[name] * 1e12, link)

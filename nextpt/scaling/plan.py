@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config
-from nextpt.model import Counts, ModelSpec, count
+from nextpt.model import Counts, ModelSpec, count, parameter_shapes
+from nextpt.optim.registry import optimizer_spec
+from nextpt.optim.spec import StepCost
 from nextpt.scaling.machines import Machine
 from nextpt.train.memory import LIVE_PARAMETERS, MemoryEstimate, estimate_memory
+from nextpt.train.zero_layout import zero_layout
 
 # Kept free: CUDA context, NCCL's buffers, fragmentation of the allocator. An assumption, not
 # measured.
@@ -35,7 +38,8 @@ class Option:
         fits: Whether it fits into the device.
         traffic: Bytes that one device sends in a step.
         communication: Seconds of communication of one step, alone.
-        seconds: Seconds of one step; communication beyond the backward pass is not hidden.
+        seconds: Seconds of one step; communication beyond the backward pass is not hidden, nor are
+            the matrix products of the optimizer.
     """
 
     stage: int
@@ -113,7 +117,7 @@ def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> 
         / (devices * machine.peak * utilisation)
     )
     options = [
-        _option(config, devices, machine, compute, stage, checkpointing)
+        _option(config, devices, machine, utilisation, compute, stage, checkpointing)
         # Refused by the config, with the reason
         for stage in range(4)
         if not (stage == 0 and config.train.precision == "bf16")
@@ -137,18 +141,27 @@ class Traffic:
     Attributes:
         everywhere: In collectives of all devices.
         in_node: In collectives of the ranks of one node.
+        in_optimizer: Among all devices, within the optimizer's step.
     """
 
     everywhere: float
     in_node: float = 0.0
+    in_optimizer: float = 0.0
 
     @property
     def total(self) -> float:
         """Bytes in all collectives."""
-        return self.everywhere + self.in_node
+        return self.everywhere + self.in_node + self.in_optimizer
 
 
-def traffic(config: Config, devices: int) -> Traffic:
+def step_cost(config: Config, devices: int, device_type: str = "cuda") -> StepCost:
+    """Return what the optimizer's step costs beyond elementwise work, by rank."""
+    shapes, spec = parameter_shapes(ModelSpec.from_config(config)), optimizer_spec(config.optimizer)
+    units = zero_layout(spec, shapes, config.train.zero_stage, devices)
+    return spec.step_cost(units, devices, device_type)
+
+
+def traffic(config: Config, devices: int, device_type: str = "cuda") -> Traffic:
     """Return the bytes that one device sends in an optimizer step, with ring algorithms.
 
     One pass of a ring sends (N - 1)/N of the data. arXiv 1910.02054 section 7, as in
@@ -158,7 +171,13 @@ def traffic(config: Config, devices: int) -> Traffic:
     per micro-batch. Stage 3 gathers the weights for the forward pass of every micro-batch, and
     again for the backward pass when they are too many to stay gathered; with hpZ (arXiv 2306.10209)
     only the first of these is among all ranks, and the others are inside a node. Small parameters,
-    which stay gathered, are not taken off.
+    which stay gathered, are not taken off. What the optimizer exchanges is that of the rank that
+    sends most, without a ring.
+
+    Args:
+        config: The run.
+        devices: Number of devices.
+        device_type: "cpu" or "cuda"; an optimizer's exchange may be in another dtype.
     """
     train, n, micro = (
         config.train,
@@ -175,7 +194,11 @@ def traffic(config: Config, devices: int) -> Traffic:
         3: everywhere * weights + micro * gradients,
     }[train.zero_stage]
     inside = (gathers - everywhere) * weights if train.zero_stage == 3 else 0
-    return Traffic(volume * _ring(devices), inside * _ring(train.hpz_ranks or 1))
+    return Traffic(
+        everywhere=volume * _ring(devices),
+        in_node=inside * _ring(train.hpz_ranks or 1),
+        in_optimizer=max(step_cost(config, devices, device_type).sent_bytes),
+    )
 
 
 def _ring(ranks: int) -> float:
@@ -183,7 +206,13 @@ def _ring(ranks: int) -> float:
 
 
 def _option(
-    config: Config, devices: int, machine: Machine, compute: float, stage: int, checkpointing: bool
+    config: Config,
+    devices: int,
+    machine: Machine,
+    utilisation: float,
+    compute: float,
+    stage: int,
+    checkpointing: bool,
 ) -> Option:
     changed = variant(config, stage, checkpointing)
     memory = estimate_memory(changed, devices, device="cuda")
@@ -191,7 +220,9 @@ def _option(
     communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(
         changed.train.hpz_ranks or 1
     )
+    exchange = sent.in_optimizer / machine.direct(devices)
     work = compute * (1 + RECOMPUTE * checkpointing)
+    optimizer = max(step_cost(changed, devices).flops) / (machine.peak * utilisation)
     # Stages 0 and 1 reduce after the last backward pass; only stages 2 and 3 send while others
     # compute.
     hidden = BACKWARD * work if stage >= 2 else 0.0
@@ -201,6 +232,6 @@ def _option(
         memory,
         memory.total <= (1 - RESERVED) * machine.memory,
         sent.total,
-        communication,
-        work + max(communication - hidden, 0.0),
+        communication + exchange,
+        work + max(communication - hidden, 0.0) + exchange + optimizer,
     )

@@ -30,12 +30,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield network
 
 
-def config(ranks: int, stage: int, precision: str, hpz: int | None = None) -> Config:
+def config(
+    ranks: int, stage: int, precision: str, optimizer: str = "adamw", hpz: int | None = None
+) -> Config:
     """Matrices too large to stay gathered at stage 3 (DeepSpeed keeps those below 10^5)."""
     return tiny(
         Path("."),
         Path("."),
         model={"vocab_size": 2048, "depth": 3, "width": 384},
+        optimizer={"kind": optimizer, "lr": 3e-3},
         train={
             "zero_stage": stage,
             "precision": precision,
@@ -100,33 +103,41 @@ def test_each_stage_sends_the_planned_traffic(
         (2, "bf16"),
         (3, "fp32"),
         (3, "bf16"),
+        (0, "fp32", "muon"),
+        (1, "bf16", "muon"),
+        (2, "fp32", "muon"),
+        (3, "bf16", "muon"),
     ]
     configs = [config(2, *case) for case in cases]
     print(
-        "\nstage precision  MB by the formula  counted in collectives  on the wire  buckets sent"
-        " before the first backward pass ends"
+        "\nstage precision optimizer  MB by the formula  counted in collectives  on the wire "
+        " buckets sent before the first backward pass ends"
     )
     for case, run_config, counts in zip(
         cases, configs, count(two, configs, 1, tmp_path), strict=True
     ):
-        formula = plan.traffic(run_config, 2)
+        traffic = plan.traffic(run_config, 2, "cpu")
+        exchange = plan.step_cost(run_config, 2, "cpu").sent_bytes
+        assert traffic.in_optimizer == max(exchange)
+        formula = traffic.everywhere + exchange[0]
         order = counts[0]["order"]
         early = sum(
             kind in ("all_reduce", "reduce_scatter") for kind in order[: order.index(FIRST_BLOCK)]
         )
         print(
-            f"{case[0]}     {case[1]}       {formula.total / 1e6:10.2f}"
+            f"{case[0]}     {case[1]} {run_config.optimizer.kind:>9}       {formula / 1e6:10.2f}"
             f" {sent(counts[0], 2) / 1e6:18.2f} {counts[0]['wire'] / 1e6:18.2f} {early:10}"
         )
         # Of some six buckets; stages 0 and 1 reduce after the last backward pass
         assert early >= 3 if case[0] >= 2 else early == 0, order
         # At stage 3 small parameters stay gathered, and so do the first ones of the backward pass.
-        assert (
-            (0.9 if case[0] == 3 else 1.0) * formula.total
-            <= sent(counts[0], 2)
-            <= formula.total * 1.0001
-        ), case
-        assert sent(counts[0], 2) == sent(counts[1], 2)
+        least = (0.9 if case[0] == 3 else 1.0) * formula
+        assert least <= sent(counts[0], 2) <= formula * 1.0001, case
+        exchanged = [
+            sum(s["bytes"] for s in rank["sent"] if s["kind"] == "all_to_all") for rank in counts
+        ]
+        assert exchanged == list(exchange)
+        assert sent(counts[0], 2) - exchanged[0] == sent(counts[1], 2) - exchanged[1]
         # gloo sends a reduce-scatter as an all-reduce would, both passes; headers and
         # acknowledgements come on top.
         scattered = sum(s["bytes"] for s in counts[0]["sent"] if s["kind"] == "reduce_scatter")

@@ -32,6 +32,7 @@ KINDS = {
     "allgather_": ("all_gather", 1),
     "reduce_": ("reduce", 1),
     "broadcast_": ("broadcast", 1),
+    "alltoall_base_": ("all_to_all", 1),
 }
 SMALL = 4096  # bytes up to which a collective carries a loss or a norm, not the model
 STEPS = 2
@@ -69,7 +70,13 @@ class Collectives(TorchDispatchMode):
                 sum(t.nbytes for t in tree_leaves(a) if isinstance(t, torch.Tensor))
                 for a in args[:2]
             ]
-            if max(sizes) > SMALL:
+            if kind == "all_to_all":
+                # (output, input, group, sizes of the output's parts, of the input's, ...)
+                to_others = [
+                    n for rank, n in zip(ranks, args[4], strict=True) if rank != dist.get_rank()
+                ]
+                self.sent[kind, ranks] += sum(to_others) * args[1].itemsize
+            elif max(sizes) > SMALL:
                 self.sent[kind, ranks] += passes * max(sizes) * (len(ranks) - 1) // len(ranks)
                 self.order.append(kind)
         return function(*args, **(kwargs or {}))

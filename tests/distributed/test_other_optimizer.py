@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nextpt.checkpoint.selection import open_checkpoint
-from nextpt.config import Config, to_yaml
-from nextpt.events import read_events
-from tests.support.datasets import tiny
-from tests.support.ranks import run_ranks
+from tests.support.optimizer_jobs import Jobs
 
 pytestmark = pytest.mark.process
 
@@ -24,50 +19,9 @@ RUNS = [*(("fp32", stage) for stage in STAGES), *(("bf16", stage) for stage in (
 CHAIN = [(2, 1), (1, 3), (3, 2), (2, 0)]
 
 
-class Jobs:
-    """Jobs for tests.support.sign_momentum, and their results."""
-
-    def __init__(self, dataset: Path, root: Path) -> None:
-        self.dataset, self.root, self.started = dataset, root, 0
-
-    def write(self, run: str, **sections: Any) -> str:
-        """The path of a config of a run."""
-        train = {"steps": STEPS, "global_batch_size": 6, "micro_batch_size": 1}
-        sections["train"] = train | sections.get("train", {})
-        config: Config = tiny(
-            self.dataset, self.root / run, **{"optimizer": {"lr": 3e-3}} | sections
-        )
-        self.started += 1
-        path = self.root / f"config-{self.started}.yaml"
-        path.write_text(to_yaml(config))
-        return str(path)
-
-    def run(self, jobs: list[dict[str, Any]], ranks: int) -> list[Any]:
-        self.started += 1
-        folder = self.root / f"ranks-{self.started}"
-        folder.mkdir()
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        out = folder / "out.json"
-        module = "tests.support.sign_momentum"
-        run_ranks(["-m", module, str(folder / "jobs.json"), str(out)], ranks, folder)
-        return json.loads(out.read_text())
-
-    def losses(self, run: str) -> list[float]:
-        events = read_events(self.root / run / "metrics.jsonl", "train")
-        return [event["loss"] for event in events]
-
-    def state(self, run: str, folder: str = "checkpoints") -> dict[tuple[str, str], torch.Tensor]:
-        checkpoint = open_checkpoint(self.root / run / folder)
-        return {
-            (name, kind): checkpoint.read_whole(name, kind)
-            for name, kinds in checkpoint.state_shapes().items()
-            for kind in kinds
-        }
-
-
 @pytest.fixture(scope="module")
 def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    jobs = Jobs(dataset, tmp_path_factory.mktemp("sign-momentum"))
+    jobs = Jobs(dataset, tmp_path_factory.mktemp("sign-momentum"), STEPS)
     work: list[dict[str, Any]] = []
     for precision, stage in RUNS:
         name, train = f"{precision}-{stage}", {"precision": precision, "zero_stage": stage}

@@ -56,6 +56,9 @@ def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         }
         jobs.add(f"whole {stage}", sections=other, faults=NAN)
         jobs.add(f"never {stage}", sections=other, never=[6, 7, 8])
+    muon = section() | {"optimizer": {"kind": "muon", "lr": 1e-3, "muon": {"normuon_beta": 0.9}}}
+    jobs.add("whole muon", sections=muon, faults=NAN)
+    jobs.add("never muon", sections=muon, never=[6, 7, 8])
     jobs.add(
         "twice", sections=section(), faults=[*NAN, ["nan", 9, 0], ["nan", 10, 0], ["nan", 11, 0]]
     )
@@ -178,6 +181,20 @@ def test_other_zero_stages_roll_back_as_well(rollbacks: Jobs, stage: int) -> Non
         and len(rollbacks.losses(f"whole {stage}")) == 10
     )
     assert len(rollbacks.events(f"whole {stage}", "rollback")) == 1
+
+
+@pytest.mark.slow
+def test_muon_rolls_back_as_well(rollbacks: Jobs) -> None:
+    assert rollbacks.losses("whole muon") == rollbacks.losses("never muon")
+    assert len(rollbacks.events("whole muon", "rollback")) == 1
+    whole, never = (
+        open_checkpoint(rollbacks.root / f"{part} muon" / "checkpoints")
+        for part in ("whole", "never")
+    )
+    for parameter, kinds in never.state_shapes().items():
+        for kind in kinds:
+            read = whole.read_whole(parameter, kind)
+            assert read.equal(never.read_whole(parameter, kind)), (parameter, kind)
 
 
 @pytest.mark.slow

@@ -47,3 +47,11 @@ def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
     )
     assert summary["by_victims"]["one"] >= 15 and summary["by_victims"]["all"] >= 40
     assert not any(summary["left_behind"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_kill_of_every_case_changes_nothing_with_muon(tmp_path: Path) -> None:
+    summary = storm(tmp_path, "--kills", "14", "--launchers", "0", "--optimizer", "muon")
+    assert summary["kills"] == 14 and set(summary["by_stage"]) == {"0", "1", "2", "3"}
+    assert not any(summary["left_behind"].values())

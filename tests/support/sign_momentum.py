@@ -3,9 +3,12 @@
 `python -m tests.support.sign_momentum JOBS.json OUT` under RANK, ... runs one job after another and
 writes their results to OUT on rank 0:
 
-    {"train": config, "kind": optimizer.kind}  trains or resumes a run; its error or null
-    {"reload": config, "to": folder}           loads the run's newest checkpoint and saves it again
-    {"bad step": config}                       makes a good, a bad and a good step
+    {"train": config}                  trains or resumes a run; its error or null
+    {"reload": config, "to": folder}   loads the run's newest checkpoint and saves it again
+    {"bad step": config}               makes a good, a bad and a good step
+    {"weights": config}                makes three steps with the same data on every rank
+
+each with "kind": optimizer.kind, this one where it is left out.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ class SignMomentum(PerParameterSpec):
 class SignMomentumSection(OptimizerSection):
     """Section `optimizer` of the tests' config."""
 
-    kind: Literal["adamw", "sign_momentum"] = "adamw"  # type: ignore[assignment]
+    kind: Literal["adamw", "muon", "sign_momentum"] = "adamw"  # type: ignore[assignment]
 
 
 def register() -> None:
@@ -97,13 +100,14 @@ def register() -> None:
     Config.model_rebuild(force=True)
 
 
-def load(path: str, kind: str = KIND) -> Config:
-    return load_config(path, [f"optimizer.kind={kind}"])
+def load(job: dict[str, Any]) -> Config:
+    path = job[next(iter(job))]
+    return load_config(path, [f"optimizer.kind={job.get('kind', KIND)}"])
 
 
 def train(job: dict[str, Any], device: torch.device) -> str | None:
     try:
-        run_training(load(job["train"], job.get("kind", KIND)))
+        run_training(load(job))
     except UserError as error:
         return str(error)
     return None
@@ -111,7 +115,7 @@ def train(job: dict[str, Any], device: torch.device) -> str | None:
 
 def reload(job: dict[str, Any], device: torch.device) -> None:
     """Load and save again, without a step between."""
-    config, group = load(job["reload"]), RankGroup.world()
+    config, group = load(job), RankGroup.world()
     engine = Engine(config, device)
     checkpoint = open_checkpoint(config.run_dir / "checkpoints")
     restore_engine(engine, checkpoint, group)
@@ -134,7 +138,7 @@ def bad_step(job: dict[str, Any], device: torch.device) -> dict[str, list[Any]]:
     """Digests after a good step, a step whose loss is NaN, and a good one; reasons of the steps."""
     from tests.support.dynamics_probe import batch_of, local_weight_sum, population
 
-    engine, sequences, digests = Engine(load(job["bad step"]), device), population(), []
+    engine, sequences, digests = Engine(load(job), device), population(), []
     loss = engine_module.next_token_loss
     for bad in (False, True, False):
         batches = [batch_of(sequences[2 * i : 2 * i + 2]) for i in range(4)]
@@ -151,7 +155,45 @@ def bad_step(job: dict[str, Any], device: torch.device) -> dict[str, list[Any]]:
     return {"digests": every, "reasons": reasons, "ratios": [engine.update_ratios()]}
 
 
-JOBS = {"train": train, "reload": reload, "bad step": bad_step}
+def joined(parts: list[tuple[int, list[float]]]) -> str:
+    """Digest of a tensor in parts, in order."""
+    return xxhash.xxh3_64(json.dumps([v for _, values in parts for v in values])).hexdigest()
+
+
+def weights(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Three steps of equal batches on every rank.
+
+    Returns:
+        The losses, a digest of every kind of state of every parameter, and by rank what it sent by
+        all-to-all in the last step and which part it holds of every parameter.
+    """
+    from tests.support.dynamics_probe import batch_of, local_weight_sum, population
+    from tests.support.traffic_probe import Collectives
+
+    config = load(job)
+    engine, rows, losses = Engine(config, device), population(), []
+    for step in range(3):
+        batches = [batch_of(rows[2 * step : 2 * step + 2])]
+        batches *= config.accumulation_steps(engine.world_size)
+        weight_sum = engine.all_reduce(local_weight_sum(batches))
+        collectives = Collectives()
+        with collectives:
+            made = engine.step(batches, weight_sum, 1e-2)
+        losses.append(sum(float(loss.total) for loss in made) * engine.world_size)
+    ranks, whole = RankGroup.world(), {}
+    fragments = [[f.name, f.kind, f.start, f.tensor.tolist()] for f in engine.state.fragments()]
+    for name, kind, start, values in sorted(f for own in ranks.all_gather(fragments) for f in own):
+        whole.setdefault(f"{name} {kind}", []).append((start, values))
+    sent = sum(size for (kind, _), size in collectives.sent.items() if kind == "all_to_all")
+    return {
+        "losses": losses,
+        "digests": {key: joined(parts) for key, parts in whole.items()},
+        "sent": ranks.all_gather(sent),
+        "shards": ranks.all_gather([[s.name, s.start, s.length] for s in engine.state.shards()]),
+    }
+
+
+JOBS = {"train": train, "reload": reload, "bad step": bad_step, "weights": weights}
 
 
 def main(jobs: str, out: str) -> None:

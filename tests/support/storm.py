@@ -103,10 +103,23 @@ def report_progress(rank: int, send: Callable[[int], object]) -> None:
 
 
 class Storm:
-    """folder: New folder of all files."""
+    """Kills of jobs.
 
-    def __init__(self, folder: Path, seed: int, log: Callable[[str], None] = print) -> None:
-        self.folder, self.seed, self.log = folder, seed, log
+    Args:
+        folder: New folder of all files.
+        seed: Of the choice of victims and moments.
+        log: Prints progress.
+        optimizer: `optimizer.kind` of the runs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        log: Callable[[str], None] = print,
+        optimizer: str = "adamw",
+    ) -> None:
+        self.folder, self.seed, self.log, self.optimizer = folder, seed, log, optimizer
         self.dataset = folder / "dataset" / "shards"
         # Preparation has worker processes
         if run_in_child(
@@ -125,6 +138,7 @@ class Storm:
             self.dataset,
             self.folder / name,
             data={"scratch": str(self.folder / "scratch")},
+            optimizer={"lr": 3e-3, "kind": self.optimizer},
             train={
                 "steps": STEPS,
                 "global_batch_size": 4,
@@ -418,6 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100, help="of ranks")
     parser.add_argument("--launchers", type=int, default=2, help="kills of launchers")
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--optimizer", default="adamw", help="optimizer.kind of the runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
@@ -429,7 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import_training()
         become_subreaper()
-        result = run_storm(Storm(folder, seed), options, private)
+        result = run_storm(Storm(folder, seed, optimizer=options.optimizer), options, private)
     except StormError as breach:
         print(f"error: {breach}\nwhat it left is in {folder}", file=sys.stderr)
         return 1

@@ -32,8 +32,7 @@ def config_show(
     config = load_config(file, overrides or [])
     counts = count(ModelSpec.from_config(config), config.data.sequence_length)
     memory = estimate_memory(config, ranks, device=default_device(config))
-    tokens = config.total_steps * config.tokens_per_step
-    accumulation = config.accumulation_steps(ranks)
+    tokens = config.total_tokens
     echo(to_yaml(config))
     echo("# derived")
     echo(f"parameters              {counts.parameters:>20,}")
@@ -42,10 +41,13 @@ def config_show(
         f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}"
         f"   (causal: {counts.causal_flops_per_token:,.0f})"
     )
-    echo(
-        f"tokens per step         {config.tokens_per_step:>20,}"
-        f"   ({accumulation} micro-batches on each of {ranks} ranks)"
-    )
+    for first, last, size in config.batches.phases(config.total_steps):
+        until = f", to step {last:,}" if last < config.total_steps else ""
+        echo(
+            f"tokens per step         {size * config.data.sequence_length:>20,}"
+            f"   ({config.accumulation_steps(ranks, first)} micro-batches on each of {ranks}"
+            f" ranks{until})"
+        )
     echo(f"steps                   {config.total_steps:>20,}")
     echo(f"total tokens            {tokens:>20,}")
     echo(f"tokens per parameter    {tokens / counts.parameters:>20,.1f}")

@@ -27,9 +27,8 @@ def train_run(runs: RunSet, run: NamedRun, position: str, ranks: int | None) -> 
 
     config = runs.config(run)
     parameters = count(ModelSpec.from_config(config)).parameters
-    tokens = config.total_steps * config.tokens_per_step
     echo(
-        f"\n=== {position} {run.name}: {parameters:,} parameters, {tokens:,} tokens,"
+        f"\n=== {position} {run.name}: {parameters:,} parameters, {config.total_tokens:,} tokens,"
         f" {runs.flops(run):.3g} FLOPs"
     )
     start = partial(start_training, str(runs.base), runs.arguments(run), ranks)

@@ -9,6 +9,7 @@ from humanize import metric
 from rich.table import Table
 
 from launcher.console import build_table, console, echo
+from nextpt.config import Config
 from nextpt.scaling.plan import RESERVED, Option, Plan
 
 GIB = 2**30
@@ -35,7 +36,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "device": asdict(plan.machine),
         "utilisation": plan.utilisation,
         "counts": asdict(plan.counts),
-        "tokens_per_step": plan.config.tokens_per_step,
+        "tokens_per_step": plan.tokens_per_step,
         "steps": plan.config.total_steps,
         "total_tokens": plan.total_tokens,
         "total_flops": plan.counts.training_flops_per_token * plan.total_tokens,
@@ -60,6 +61,14 @@ def _option_json(plan: Plan, option: Option) -> dict[str, Any]:
     }
 
 
+def format_batches(config: Config) -> str:
+    """Tokens per step, such as "8,192 to step 100, then 16,384"."""
+    phases = config.batches.phases(config.total_steps)
+    length = config.data.sequence_length
+    parts = [f"{size * length:,} to step {last:,}" for _, last, size in phases[:-1]]
+    return ", then ".join([*parts, f"{phases[-1][2] * length:,}"])
+
+
 def print_plan(plan: Plan) -> None:
     """Print the run's quantities, the table of options and the recommended one."""
     config, machine, counts = plan.config, plan.machine, plan.counts
@@ -69,7 +78,7 @@ def print_plan(plan: Plan) -> None:
     )
     echo(
         f"{plan.total_tokens:,} tokens in {config.total_steps:,} steps of"
-        f" {config.tokens_per_step:,} ({plan.total_tokens / counts.parameters:.1f} tokens per"
+        f" {format_batches(config)} ({plan.total_tokens / counts.parameters:.1f} tokens per"
         f" parameter), {counts.training_flops_per_token * plan.total_tokens:.3g} FLOPs in total"
     )
     echo(

@@ -1,5 +1,6 @@
 """Config of a run: schema with bounds, YAML and overrides, error hints, resume rules."""
 
+from nextpt.config.batches import BatchSchedule
 from nextpt.config.checkpoint import CheckpointSection
 from nextpt.config.data import DataSection, StageSection
 from nextpt.config.guard import GuardSection
@@ -17,6 +18,7 @@ from nextpt.config.validation import ValidationSection
 
 __all__ = [
     "AdamWGroup",
+    "BatchSchedule",
     "CheckpointSection",
     "Config",
     "DataSection",

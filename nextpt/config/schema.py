@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from pydantic import model_validator
 
 from nextpt.base.errors import ConfigError
+from nextpt.config.batches import BatchSchedule
 from nextpt.config.checkpoint import CheckpointSection
 from nextpt.config.data import DataSection
 from nextpt.config.guard import GuardSection
@@ -68,9 +68,9 @@ class Config(Section):
         return Path(self.run.dir) if self.run.dir else Path("runs") / self.run.name
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        return self.train.global_batch_size * self.data.sequence_length
+    def batches(self) -> BatchSchedule:
+        """Batch size by step, and what any number of steps consumes."""
+        return BatchSchedule(self.data.sequence_length, ((0, self.train.global_batch_size),))
 
     @property
     def total_steps(self) -> int:
@@ -78,7 +78,12 @@ class Config(Section):
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None
-        return math.ceil(self.train.tokens / self.tokens_per_step)
+        return self.batches.steps_for_tokens(self.train.tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the run as planned; train.tokens is rounded up to whole steps."""
+        return self.batches.consumed_tokens(self.total_steps)
 
     @property
     def last_step(self) -> int:
@@ -90,11 +95,11 @@ class Config(Section):
         """Largest position of the model, tokens."""
         return self.model.max_position or self.data.sequence_length
 
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step.
+    def accumulation_steps(self, world_size: int, step: int = 0) -> int:
+        """Micro-batches per rank of the optimizer step after `step` completed steps.
 
         Raises:
-            ConfigError: The global batch cannot be divided among `world_size` ranks.
+            ConfigError: A batch of the run cannot be divided among `world_size` ranks.
         """
         train = self.train
         if train.hpz_ranks and world_size % train.hpz_ranks:
@@ -109,7 +114,7 @@ class Config(Section):
                 f" train.micro_batch_size x ranks = {train.micro_batch_size} x {world_size} ="
                 f" {per_pass}; change one of them or the number of ranks"
             )
-        return train.global_batch_size // per_pass
+        return self.batches.batch_size(step) // per_pass
 
     @model_validator(mode="after")
     def _check_train(self) -> Config:
@@ -163,7 +168,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_schedule(self) -> Config:
         schedule = self.schedule
-        total = self.total_steps * (self.tokens_per_step if schedule.unit == "tokens" else 1)
+        total = self.total_tokens if schedule.unit == "tokens" else self.total_steps
         if schedule.warmup > total:
             raise ValueError(
                 f"schedule.warmup = {schedule.warmup} {schedule.unit} is longer than the run:"

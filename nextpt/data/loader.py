@@ -59,9 +59,10 @@ class Loader:
             [config.objective.domain_weights.get(d, 1.0) for d in self.domains], dtype=np.float32
         )
         sizes = [int(shards.sum()) for shards in self.dataset.shard_sizes]
+        self.batches = config.batches
         self.plan = build_plan(config, self.domains, sizes)
         self._order = GlobalOrder(self.plan, self.dataset.shard_sizes)
-        planned = self._order.domain_counts(config.total_steps * config.train.global_batch_size)
+        planned = self._order.domain_counts(self.batches.consumed(config.total_steps))
         check_max_epochs(config, self.domains, sizes, planned)
         shortest = min(stage.sequence_length for stage in self.plan.stages)
         self._segments = segments_per_sequence(
@@ -80,9 +81,7 @@ class Loader:
 
     def position(self, step: int) -> int:
         """First position that is read after `step` completed steps, behind skipped data."""
-        return step * self.config.train.global_batch_size + sum(
-            stop - first for first, stop in self.skipped
-        )
+        return self.batches.consumed(step) + sum(stop - first for first, stop in self.skipped)
 
     def state(self, step: int) -> dict[str, Any]:
         """State for a checkpoint after `step` completed steps: position, skipped data, hashes."""
@@ -107,7 +106,7 @@ class Loader:
         spans = state.get("skipped", state.get("passed_over", []))  # until df2806d: passed_over
         skipped = [(int(first), int(stop)) for first, stop in spans]
         edges = [edge for span in skipped for edge in span]
-        size = self.config.train.global_batch_size
+        size = self.batches.divisor
         inside = all(0 <= edge <= state["position"] and edge % size == 0 for edge in edges)
         if edges != sorted(set(edges)) or not inside:
             raise ValueError(
@@ -179,11 +178,11 @@ class Loader:
 
     def positions(self, step: int) -> list[range]:
         """Positions of this rank's sequences at index `step`, one range per micro-batch."""
-        train, world = self.config.train, self.world_size
-        first = self.position(step) + self.rank * train.micro_batch_size
-        stride = train.micro_batch_size * world
-        starts = (first + m * stride for m in range(self.config.accumulation_steps(world)))
-        return [range(start, start + train.micro_batch_size) for start in starts]
+        size = self.config.train.micro_batch_size
+        first = self.position(step)
+        stop = first + self.batches.batch_size(step)
+        starts = range(first + self.rank * size, stop, size * self.world_size)
+        return [range(start, start + size) for start in starts]
 
     def validation_batches(self, domain: int, count: int) -> Iterator[Batch]:
         """This rank's share of the first `count` validation sequences of a domain.

@@ -1,7 +1,7 @@
 """Data plan of a run: stages with mixture and context length, their hashes, the limit on epochs.
 
-A stage starts at a position (a multiple of the global batch size) and has weights
-(mixture.quantise_shares) and a longest context. The last stage has no end.
+A stage starts at a position (the first of an optimizer step, where no data was skipped) and has
+weights (mixture.quantise_shares) and a longest context. The last stage has no end.
 """
 
 from __future__ import annotations
@@ -79,13 +79,14 @@ def build_plan(config: Config, domains: list[str], sizes: list[int]) -> DataPlan
         weights = _weights("data.mixing", data.mixing, domains, sizes)
         return DataPlan(config.run.seed, (Stage(0, weights, data.sequence_length),))
     stages: list[Stage] = []
-    start = 0
+    steps = 0
     for number, stage in enumerate(data.stages):
         key = f"data.stages.{number}.mixing" if stage.mixing is not None else "data.mixing"
         mixing = data.mixing if stage.mixing is None else stage.mixing
         weights = _weights(key, mixing, domains, sizes)
+        start = config.batches.consumed(steps)
         stages.append(Stage(start, weights, stage.sequence_length or data.sequence_length))
-        start += (stage.steps or 0) * config.train.global_batch_size
+        steps += stage.steps or 0
     return DataPlan(config.run.seed, tuple(stages))
 
 

@@ -67,7 +67,7 @@ def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
                 "mp_world_size": 1,
                 "sparse_tensor_module_names": set(),
                 "skipped_steps": 0,
-                "global_samples": checkpoint.step * config.train.global_batch_size,
+                "global_samples": config.batches.consumed(checkpoint.step),
             },
         )
         _save(

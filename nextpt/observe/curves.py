@@ -281,8 +281,11 @@ def _noise(runs: list[RunRecord]) -> Plot | None:
             running_mean(trace, NOISE_SHARE), below, out=np.full(len(x), np.nan), where=below > 0
         )
         axes.plot(*thin(x, scale), color=COLOURS[number % len(COLOURS)], label=run.label)
-        axes.axhline(
-            run.config.tokens_per_step,
+        batch = run.batch_tokens()
+        axes.step(
+            x,
+            batch,
+            where="post",
             color=COLOURS[number % len(COLOURS)],
             linestyle="--",
             linewidth=0.9,
@@ -290,7 +293,7 @@ def _noise(runs: list[RunRecord]) -> Plot | None:
         if np.isfinite(scale).any():
             parts.append(
                 f"{run.label} ends at {scale[np.isfinite(scale)][-1]:.3g} targets, its batch has"
-                f" {run.config.tokens_per_step:,}"
+                f" {batch[-1]:,}"
             )
         _mark_resumes(axes, run)
     if not parts:
@@ -395,7 +398,7 @@ def _mark_resumes(axes: Axes, run: RunRecord) -> None:
     """Mark every resume with a dotted line."""
     for start in run.starts[1:]:
         axes.axvline(
-            (start["first_step"] - 1) * run.config.tokens_per_step,
+            run.batches.consumed_tokens(start["first_step"] - 1),
             color="#999999",
             linestyle=":",
             linewidth=0.9,

@@ -16,7 +16,7 @@ from typing import Any
 from nextpt.base.errors import DataError
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manifest import MANIFEST, manifest_problem, read_manifest
-from nextpt.config import Config, load_config
+from nextpt.config import BatchSchedule, Config, load_config
 from nextpt.events import read_events, rename_old_keys
 from nextpt.job.environment import read_starts
 from nextpt.model import ModelSpec, count
@@ -59,6 +59,16 @@ class RunRecord:
     def parameters(self) -> int:
         """Number of parameters."""
         return count(ModelSpec.from_config(self.config)).parameters
+
+    @property
+    def batches(self) -> BatchSchedule:
+        """Batch size by step."""
+        return self.config.batches
+
+    def batch_tokens(self) -> list[int]:
+        """Return the tokens of each logged step."""
+        length = self.config.data.sequence_length
+        return [self.batches.batch_size(event["step"] - 1) * length for event in self.train]
 
     @property
     def status(self) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from nextpt.config import Config
+from nextpt.config import BatchSchedule, Config
 
 
-def learning_rate(config: Config, step: int) -> float:
+def learning_rate(config: Config, step: int, batches: BatchSchedule | None = None) -> float:
     """Learning rate of an optimizer step, 1 to config.total_steps.
 
     Warm-up is linear, from lr / warmup to lr. Then, by `schedule.kind`:
@@ -18,8 +18,10 @@ def learning_rate(config: Config, step: int) -> float:
     - constant.
     """
     schedule, peak = config.schedule, config.optimizer.lr
-    unit = config.tokens_per_step if schedule.unit == "tokens" else 1
-    now, end = step * unit, config.total_steps * unit
+    now, end = step, config.total_steps
+    if schedule.unit == "tokens":
+        batches = batches or config.batches
+        now, end = batches.consumed_tokens(now), batches.consumed_tokens(end)
     if now < schedule.warmup:
         return peak * now / schedule.warmup
     low = schedule.final_ratio

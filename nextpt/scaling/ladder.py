@@ -103,7 +103,7 @@ def write_prediction(ladder: Ladder) -> dict[str, Any]:
     prediction = predict(
         law_fit,
         count(ModelSpec.from_config(config)).parameters,
-        config.total_steps * config.tokens_per_step,
+        config.total_tokens,
         LEVEL,
     )
     prediction |= {

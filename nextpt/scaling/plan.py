@@ -40,6 +40,7 @@ class Option:
         communication: Seconds of communication of one step, alone.
         seconds: Seconds of one step; communication beyond the backward pass is not hidden, nor are
             the matrix products of the optimizer.
+        run_seconds: Seconds of all steps. The step above is one of the last batch size.
     """
 
     stage: int
@@ -49,17 +50,25 @@ class Option:
     traffic: float
     communication: float
     seconds: float
+    run_seconds: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates of a run on `devices` devices at a given model FLOPs utilization."""
+    """Estimates of a run on `devices` devices at a given model FLOPs utilization.
+
+    Attributes:
+        tokens_per_step: Of the steps of the last batch size.
+        accumulation: Micro-batches per device of these steps.
+        compute_seconds: Compute of one of them, without recomputation.
+    """
 
     config: Config
     machine: Machine
     devices: int
     utilisation: float
     counts: Counts
+    tokens_per_step: int
     accumulation: int
     compute_seconds: float
     options: list[Option]
@@ -80,15 +89,15 @@ class Plan:
     @property
     def total_tokens(self) -> int:
         """Training tokens of the run."""
-        return self.config.total_steps * self.config.tokens_per_step
+        return self.config.total_tokens
 
     def tokens_per_second(self, option: Option) -> float:
         """Throughput of all devices."""
-        return self.config.tokens_per_step / option.seconds
+        return self.tokens_per_step / option.seconds
 
     def days(self, option: Option) -> float:
         """Days of training steps, without validation, checkpoints and failures."""
-        return self.config.total_steps * option.seconds / 86400
+        return option.run_seconds / 86400
 
 
 def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> Plan:
@@ -104,26 +113,38 @@ def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> 
         ConfigError: The batch cannot be divided among the devices, or a node into groups of
             `train.hpz_ranks`.
     """
-    accumulation = config.accumulation_steps(devices)
+    last_step = config.total_steps - 1
+    accumulation = config.accumulation_steps(devices, last_step)
     if devices > machine.node_size and machine.node_size % (config.train.hpz_ranks or 1):
         raise ConfigError(
             f"train.hpz_ranks = {config.train.hpz_ranks} does not divide the {machine.node_size}"
             " devices of a node (--node-size); give the ranks of one node, or a divisor of them"
         )
     counts = count(ModelSpec.from_config(config), config.data.sequence_length)
-    compute = (
+    sequence_seconds = (
         counts.training_flops_per_token
-        * config.tokens_per_step
+        * config.data.sequence_length
         / (devices * machine.peak * utilisation)
     )
     options = [
-        _option(config, devices, machine, utilisation, compute, stage, checkpointing)
+        _option(config, devices, machine, utilisation, sequence_seconds, stage, checkpointing)
         # Refused by the config, with the reason
         for stage in range(4)
         if not (stage == 0 and config.train.precision == "bf16")
         for checkpointing in (False, True)
     ]
-    return Plan(config, machine, devices, utilisation, counts, accumulation, compute, options)
+    sequences = config.batches.batch_size(last_step)
+    return Plan(
+        config,
+        machine,
+        devices,
+        utilisation,
+        counts,
+        sequences * config.data.sequence_length,
+        accumulation,
+        sequences * sequence_seconds,
+        options,
+    )
 
 
 def variant(config: Config, stage: int, checkpointing: bool) -> Config:
@@ -161,8 +182,8 @@ def step_cost(config: Config, devices: int, device_type: str = "cuda") -> StepCo
     return spec.step_cost(units, devices, device_type)
 
 
-def traffic(config: Config, devices: int, device_type: str = "cuda") -> Traffic:
-    """Return the bytes that one device sends in an optimizer step, with ring algorithms.
+def traffic(config: Config, devices: int, device_type: str = "cuda", step: int = 0) -> Traffic:
+    """Return the bytes that one device sends in the step at index `step`, with ring algorithms.
 
     One pass of a ring sends (N - 1)/N of the data. arXiv 1910.02054 section 7, as in
     DeepSpeed 0.19.8 and with our dtypes (tests/cluster/test_traffic.py counts it): gradients travel
@@ -178,11 +199,12 @@ def traffic(config: Config, devices: int, device_type: str = "cuda") -> Traffic:
         config: The run.
         devices: Number of devices.
         device_type: "cpu" or "cuda"; an optimizer's exchange may be in another dtype.
+        step: Index of the step, for a batch schedule.
     """
     train, n, micro = (
         config.train,
         count(ModelSpec.from_config(config)).parameters,
-        config.accumulation_steps(devices),
+        config.accumulation_steps(devices, step),
     )
     weights, gradients = n * (2 if train.precision == "bf16" else 4), 4 * n
     gathers = micro * (2 if n > LIVE_PARAMETERS else 1)
@@ -210,22 +232,37 @@ def _option(
     devices: int,
     machine: Machine,
     utilisation: float,
-    compute: float,
+    sequence_seconds: float,
     stage: int,
     checkpointing: bool,
 ) -> Option:
+    """Estimate one option.
+
+    Args:
+        config: The run.
+        devices: Number of devices.
+        machine: The device.
+        utilisation: Share of the device's peak that matrix products reach, 0 to 1.
+        sequence_seconds: Compute of one sequence on all devices, without recomputation.
+        stage: ZeRO stage.
+        checkpointing: Whether activations are recomputed.
+    """
     changed = variant(config, stage, checkpointing)
     memory = estimate_memory(changed, devices, device="cuda")
-    sent = traffic(changed, devices)
-    communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(
-        changed.train.hpz_ranks or 1
-    )
-    exchange = sent.in_optimizer / machine.direct(devices)
-    work = compute * (1 + RECOMPUTE * checkpointing)
     optimizer = max(step_cost(changed, devices).flops) / (machine.peak * utilisation)
-    # Stages 0 and 1 reduce after the last backward pass; only stages 2 and 3 send while others
-    # compute.
-    hidden = BACKWARD * work if stage >= 2 else 0.0
+    run_seconds = 0.0
+    for first, last, batch_size in config.batches.phases(config.total_steps):
+        sent = traffic(changed, devices, step=first)
+        communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(
+            changed.train.hpz_ranks or 1
+        )
+        exchange = sent.in_optimizer / machine.direct(devices)
+        work = sequence_seconds * batch_size * (1 + RECOMPUTE * checkpointing)
+        # Stages 0 and 1 reduce after the last backward pass; only stages 2 and 3 send while others
+        # compute.
+        hidden = BACKWARD * work if stage >= 2 else 0.0
+        seconds = work + max(communication - hidden, 0.0) + exchange + optimizer
+        run_seconds += (last - first) * seconds
     return Option(
         stage,
         checkpointing,
@@ -233,5 +270,6 @@ def _option(
         memory.total <= (1 - RESERVED) * machine.memory,
         sent.total,
         communication + exchange,
-        work + max(communication - hidden, 0.0) + exchange + optimizer,
+        seconds,
+        run_seconds,
     )

@@ -61,8 +61,7 @@ class RunSet(BaseModel):
         return float(
             FLOPS_PER_PARAMETER_AND_TOKEN
             * count(ModelSpec.from_config(config)).parameters
-            * config.total_steps
-            * config.tokens_per_step
+            * config.total_tokens
         )
 
     def is_begun(self, run: NamedRun) -> bool:

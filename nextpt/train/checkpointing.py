@@ -146,7 +146,7 @@ class TrainingCheckpoints:
         config = self.context.config
         return {
             "step": step,
-            "tokens": step * config.tokens_per_step,
+            "tokens": self.context.loader.batches.consumed_tokens(step),
             "config": config.model_dump(mode="json"),
             "data": self.context.loader.state(step),
             "versions": versions(),

@@ -122,7 +122,7 @@ class Trainer:
         # Another mixture or context: its losses cannot be compared with those before it.
         if loader.begins_stage(step):
             engine.spike_detector.reset()
-        lr = learning_rate(self.context.config, step + 1)
+        lr = learning_rate(self.context.config, step + 1, loader.batches)
         losses = engine.step(batches, weight_sum, lr, measure_noise)
         sums = DomainSums(loader.domains, engine.device)
         for batch, loss in zip(batches, losses, strict=True):

@@ -63,18 +63,20 @@ class StepLogger:
 
         Sums over ranks and waits for the device. A skipped step is logged with its own loss.
         """
-        engine, tokens_per_step = self.context.engine, self.context.config.tokens_per_step
+        engine, batches = self.context.engine, self.context.loader.batches
+        tokens = batches.consumed_tokens(step)
         sums = result.sums
         engine.all_reduce(sums.sums)
         seconds = max(time.monotonic() - self._start_time, 1e-9)
-        rate = max(step - self._start_step, 1) * tokens_per_step / seconds
+        first = min(self._start_step, step - 1)
+        rate = (tokens - batches.consumed_tokens(first)) / seconds
         mfu = None
         if self.peak_flops:
             mfu = rate * self.flops_per_token / (self.peak_flops * engine.world_size)
         self.context.events.publish(
             StepEvent(
                 step=step,
-                tokens=step * tokens_per_step,
+                tokens=tokens,
                 loss=verdict.loss,
                 bpb=sums.total().bpb,
                 lr=result.lr,

@@ -56,7 +56,7 @@ class Validator:
         self.context.events.publish(
             ValidationEvent(
                 step=step,
-                tokens=step * self.context.config.tokens_per_step,
+                tokens=self.context.loader.batches.consumed_tokens(step),
                 domains=metrics["domains"],
                 total=metrics["total"],
             )

@@ -56,7 +56,7 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
     config, folder = ladder.config(rung), ladder.folder(rung)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    tokens = config.total_steps * config.tokens_per_step
+    tokens = config.total_tokens
     noise = np.exp(0.001 * np.random.default_rng(tokens + config.model.width).standard_normal())
     loss = (
         float(CHINCHILLA.loss(law, count(ModelSpec.from_config(config)).parameters, tokens)) * noise

@@ -65,9 +65,9 @@ def make_run(
     lines = []
     for step in range(1, steps + 1):
         nats = 6 / math.sqrt(step) + offset
-        lines.append(train_event(step, step * config.tokens_per_step, nats))
+        lines.append(train_event(step, config.batches.consumed_tokens(step), nats))
         if full and step % 10 == 0:
-            lines.append(validation_event(step, step * config.tokens_per_step, nats))
+            lines.append(validation_event(step, config.batches.consumed_tokens(step), nats))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if full:
         write_evaluation(folder, steps)

@@ -26,10 +26,7 @@ def test_no_more_parameters_and_tokens_than_nanogpt() -> None:
     config = load_config(ROOT / "configs" / "shakespeare_char.yaml")
     assert NANOGPT_PARAMETERS == 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
     assert count(ModelSpec.from_config(config)).parameters <= NANOGPT_PARAMETERS
-    assert (
-        config.total_steps * config.tokens_per_step == NANOGPT_CHARACTERS
-        and config.data.sequence_length == 64
-    )
+    assert config.total_tokens == NANOGPT_CHARACTERS and config.data.sequence_length == 64
 
 
 @pytest.mark.slow

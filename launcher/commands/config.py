@@ -26,10 +26,12 @@ def config_show(
 ) -> None:
     """Print the resolved config and the quantities derived from it."""
     from nextpt.config import load_config, to_yaml
+    from nextpt.data.epochs import count_epoch
     from nextpt.model import ModelSpec, count
+    from nextpt.optim.schedules import learning_rate, milestones
     from nextpt.train.memory import default_device, estimate_memory
 
-    config = load_config(file, overrides or [])
+    config = count_epoch(load_config(file, overrides or []))
     counts = count(ModelSpec.from_config(config), config.data.sequence_length)
     memory = estimate_memory(config, ranks, device=default_device(config))
     tokens = config.total_tokens
@@ -50,6 +52,9 @@ def config_show(
         )
     echo(f"steps                   {config.total_steps:>20,}")
     echo(f"total tokens            {tokens:>20,}")
+    for step, name in milestones(config):
+        rate = learning_rate(config, max(step, 1))
+        echo(f"learning rate           {rate:>20.3g}   (step {step:,}, {name})")
     echo(f"tokens per parameter    {tokens / counts.parameters:>20,.1f}")
     echo(
         f"memory per rank         {memory.total / GIB:>16,.2f} GiB"

@@ -46,6 +46,7 @@ def plan(
     """Estimate memory, time and communication of a run for every ZeRO stage."""
     from launcher.tables.plan import plan_json, print_plan
     from nextpt.config import load_config
+    from nextpt.data.epochs import count_epoch
     from nextpt.scaling.machines import machine
     from nextpt.scaling.plan import plan as make_plan
 
@@ -57,7 +58,8 @@ def plan(
         node_gbs=network,
         node_size=node_size,
     )
-    estimate = make_plan(load_config(config, overrides or []), devices, hardware, utilisation)
+    run = count_epoch(load_config(config, overrides or []))
+    estimate = make_plan(run, devices, hardware, utilisation)
     if as_json:
         print(json.dumps(plan_json(estimate), indent=1))
     else:

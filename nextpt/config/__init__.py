@@ -13,7 +13,7 @@ from nextpt.config.resume_rules import differences, may_change
 from nextpt.config.run import RunSection
 from nextpt.config.schema import Config
 from nextpt.config.trackers import MlflowSection, TrackersSection, WandbSection
-from nextpt.config.train import TrainSection
+from nextpt.config.train import DecayFromSection, TrainSection
 from nextpt.config.validation import ValidationSection
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointSection",
     "Config",
     "DataSection",
+    "DecayFromSection",
     "GuardSection",
     "Key",
     "MlflowSection",

@@ -182,17 +182,17 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """Learning-rate schedule: warm-up, then cosine, constant, or stable and decay.
+    """Learning-rate schedule: warm-up, then one of the shapes of nextpt/optim/schedules.py."""
 
-    The last is WSD (warm-up, stable, decay; arXiv 2404.06395).
-    """
-
-    kind: Literal["cosine", "wsd", "constant"] = key(
+    kind: Literal["cosine", "linear", "wsd", "power", "constant"] = key(
         "cosine",
-        description="shape after the warm-up",
+        description=(
+            "shape after the warm-up: to the end (cosine, linear), or stable (wsd), falling slowly"
+            " (power), then a final decay"
+        ),
         aliases=("lr_scheduler_type", "scheduler_type", "lr_decay_style", "lr_schedule"),
     )
-    unit: Literal["steps", "tokens"] = key("steps", description="unit of warmup and decay")
+    unit: Literal["steps", "tokens"] = key("steps", description="unit of the lengths here")
     warmup: int = key(
         0,
         ge=0,
@@ -211,13 +211,65 @@ class ScheduleSection(Section):
         None,
         ge=1,
         unit="schedule.unit",
-        description="wsd: length of the final decay; 20 % of the run unless set",
+        description="wsd, power: length of the final decay; 20 % of the run unless set",
         aliases=("decay_steps", "lr_decay_iters", "cooldown", "cooldown_steps", "lr_decay_steps"),
+    )
+    decay_shape: Literal["linear", "sqrt"] = key(
+        "linear",
+        description="wsd, power: the final decay is linear, or 1 - sqrt(share of it that is over)",
+        aliases=("decay_type", "cooldown_type", "lr_wsd_decay_style", "decay_style"),
+    )
+    power_from: int | None = key(
+        None,
+        ge=1,
+        unit="schedule.unit",
+        description="power: point of the run until which the learning rate stays at its peak",
+    )
+    power_exponent: float = key(
+        0.51,
+        gt=0,
+        le=1,
+        description="power: exponent with which the learning rate falls after power_from",
     )
     final_ratio: float = key(
         0.1,
         ge=0,
         le=1,
-        description="last learning rate / peak",
+        description=(
+            "last learning rate / peak (power: / that before the decay); 0 unless set for linear"
+        ),
         aliases=("min_lr", "min_lr_ratio", "final_lr", "alpha_f", "min_ratio"),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _linear_ends_at_zero(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "linear":
+            return {"final_ratio": 0.0, **values}
+        return values
+
+    @property
+    def has_final_decay(self) -> bool:
+        """Whether a decay of its own length ends the run."""
+        return self.kind in ("wsd", "power")
+
+    @model_validator(mode="after")
+    def _check_keys_of_kinds(self) -> ScheduleSection:
+        if not self.has_final_decay:
+            for name, default in (("decay", None), ("decay_shape", "linear")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"schedule.{name} is for schedule.kind = wsd or power only; leave it out"
+                        f" with schedule.kind = {self.kind}"
+                    )
+        if (self.kind == "power") != (self.power_from is not None):
+            raise ValueError(
+                f"schedule.power_from = {self.power_from} with schedule.kind = {self.kind}; it is"
+                " for schedule.kind = power, which needs it"
+            )
+        if self.power_from is not None and self.power_from < self.warmup:
+            raise ValueError(
+                f"schedule.power_from = {self.power_from} is before the end of the warm-up"
+                f" (schedule.warmup = {self.warmup}); set it to that or more"
+            )
+        return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from pathlib import Path
 
 from pydantic import model_validator
@@ -74,16 +76,42 @@ class Config(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run as planned."""
-        if self.train.steps is not None:
-            return self.train.steps
-        assert self.train.tokens is not None
-        return self.batches.steps_for_tokens(self.train.tokens)
+        """Optimizer steps of the run as planned.
+
+        Raises:
+            ConfigError: With train.epochs, before the sequences of the dataset were counted.
+        """
+        return self.total_steps_with(self.batches)
 
     @property
     def total_tokens(self) -> int:
         """Tokens of the run as planned; train.tokens is rounded up to whole steps."""
         return self.batches.consumed_tokens(self.total_steps)
+
+    def total_steps_with(self, batches: BatchSchedule) -> int:
+        """As `total_steps`, with batch sizes that were decided during the run."""
+        train = self.train
+        if train.decay_from is not None:
+            start, decay = train.decay_from.at_step, self.schedule.decay or 0
+            if self.schedule.unit == "steps":
+                return start + decay
+            return batches.steps_for_tokens(batches.consumed_tokens(start) + decay)
+        if train.steps is not None:
+            return train.steps
+        if train.tokens is not None:
+            return batches.steps_for_tokens(train.tokens)
+        if train.epoch_sequences is None:
+            raise ConfigError(
+                f"train.epochs = {train.epochs} needs the number of training sequences of"
+                f" {self.data.path}, which nothing has counted; set train.epoch_sequences"
+            )
+        # As it is written: 0.7 is not the binary number next to it
+        return batches.steps_for(math.ceil(Fraction(str(train.epochs)) * train.epoch_sequences))
+
+    @property
+    def _has_length(self) -> bool:
+        """Whether the number of steps follows from the config alone."""
+        return self.train.epochs is None or self.train.epoch_sequences is not None
 
     @property
     def last_step(self) -> int:
@@ -119,8 +147,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_train(self) -> Config:
         train = self.train
-        if (train.steps is None) == (train.tokens is None):
-            raise ValueError("give exactly one of train.steps and train.tokens")
+        self._check_length_keys()
         if train.zero_stage == 0 and train.precision == "bf16":
             raise ValueError(
                 "train.zero_stage = 0 with train.precision = bf16 is another optimizer in"
@@ -139,6 +166,34 @@ class Config(Section):
             )
         return self
 
+    def _check_length_keys(self) -> None:
+        """Raise ValueError unless exactly one key sets the length of the run."""
+        train = self.train
+        given = [key for key in ("steps", "tokens", "epochs") if getattr(train, key) is not None]
+        if train.decay_from is not None:
+            if given:
+                raise ValueError(
+                    f"train.{given[0]} is given with train.decay_from, whose run ends"
+                    f" schedule.decay after its step; set train.{given[0]}=null"
+                )
+            if not self.schedule.has_final_decay or self.schedule.decay is None:
+                raise ValueError(
+                    f"train.decay_from needs schedule.decay and schedule.kind = wsd or power; they"
+                    f" are {self.schedule.decay} and {self.schedule.kind}"
+                )
+        elif len(given) != 1:
+            found = ", ".join(f"train.{key}" for key in given) or "none"
+            raise ValueError(
+                f"give exactly one of train.steps, train.tokens and train.epochs; given: {found}"
+            )
+        if train.epochs is not None and (
+            self.data.mixing or any(stage.mixing for stage in self.data.stages or ())
+        ):
+            raise ValueError(
+                "train.epochs counts passes over the whole dataset, and with data.mixing every"
+                " domain has its own number of them; give train.steps or train.tokens"
+            )
+
     @model_validator(mode="after")
     def _check_optimizer(self) -> Config:
         if self.model.tied_embeddings and self.optimizer.output != AdamWGroup():
@@ -156,7 +211,7 @@ class Config(Section):
                 f" = {self.max_position}; raise the latter or shorten the sequences"
             )
         stages = self.data.stages
-        if stages and stages[-1].steps is not None:
+        if stages and stages[-1].steps is not None and self._has_length:
             steps = sum(stage.steps or 0 for stage in stages)
             if steps < self.total_steps:
                 raise ValueError(
@@ -168,15 +223,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_schedule(self) -> Config:
         schedule = self.schedule
+        if not self._has_length:
+            return self
         total = self.total_tokens if schedule.unit == "tokens" else self.total_steps
         if schedule.warmup > total:
             raise ValueError(
                 f"schedule.warmup = {schedule.warmup} {schedule.unit} is longer than the run:"
                 f" {total}"
             )
-        if schedule.kind != "wsd" and schedule.decay is not None:
-            raise ValueError("schedule.decay is for schedule.kind = wsd only")
-        if schedule.kind == "wsd" and schedule.warmup + (schedule.decay or 0) > total:
+        if schedule.warmup + (schedule.decay or 0) > total:
             raise ValueError(
                 f"schedule.warmup + schedule.decay = {schedule.warmup + (schedule.decay or 0)}"
                 f" {schedule.unit} is longer than the run: {total}"

@@ -7,6 +7,13 @@ from typing import Literal
 from nextpt.config.section import Section, key
 
 
+class DecayFromSection(Section):
+    """The checkpoint at which a decay begins; see nextpt/train/decay_start.py."""
+
+    run: str = key(description="run folder of the stable run")
+    at_step: int = key(ge=1, unit="optimizer steps", description="step of its checkpoint")
+
+
 class TrainSection(Section):
     """Length of the run, batch size, and how it is computed."""
 
@@ -15,7 +22,7 @@ class TrainSection(Section):
         ge=1,
         unit="optimizer steps",
         may_change=True,
-        description="length of the run; set this or train.tokens",
+        description="length of the run; set this, train.tokens or train.epochs",
         aliases=(
             "max_steps",
             "total_steps",
@@ -25,9 +32,6 @@ class TrainSection(Section):
             "num_steps",
             "num_iterations",
             "num_train_steps",
-            "num_epochs",
-            "epochs",
-            "num_train_epochs",
         ),
     )
     tokens: int | None = key(
@@ -37,6 +41,28 @@ class TrainSection(Section):
         may_change=True,
         description="tokens to train on, rounded up to whole steps",
         aliases=("max_tokens", "total_tokens", "train_tokens", "num_tokens", "token_budget"),
+    )
+    epochs: float | None = key(
+        None,
+        gt=0,
+        unit="epochs",
+        may_change=True,
+        description="passes over all training sequences of the dataset, rounded up to whole steps",
+        aliases=("num_epochs", "num_train_epochs", "max_epochs", "n_epochs"),
+    )
+    epoch_sequences: int | None = key(
+        None,
+        ge=1,
+        unit="sequences",
+        may_change=True,
+        description="training sequences of the dataset, for train.epochs; counted unless set",
+    )
+    decay_from: DecayFromSection | None = key(
+        None,
+        description=(
+            "start at a checkpoint of a long stable run and decay over schedule.decay, which sets"
+            " the length of this run"
+        ),
     )
     stop_at: int | None = key(
         None,

@@ -4,32 +4,76 @@ from __future__ import annotations
 
 import math
 
-from nextpt.config import BatchSchedule, Config
+from nextpt.config import BatchSchedule, Config, ScheduleSection
+
+DECAY_SHARE = 0.2  # of the run, where schedule.decay is not set (arXiv 2405.18392)
 
 
 def learning_rate(config: Config, step: int, batches: BatchSchedule | None = None) -> float:
-    """Learning rate of an optimizer step, 1 to config.total_steps.
+    """Learning rate of an optimizer step, 1 to the last one.
 
-    Warm-up is linear, from lr / warmup to lr. Then, by `schedule.kind`:
+    Progress is counted in steps or in consumed tokens, by `schedule.unit`. Warm-up is linear, from
+    lr / warmup to lr. Then, by `schedule.kind`:
 
     - cosine: arXiv 1608.03983 without restarts, down to final_ratio at the last step;
-    - wsd: constant, then linear down over `schedule.decay` (arXiv 2404.06395; linear as in arXiv
-      2405.18392), by default the last 20 % of the run;
+    - linear: down to final_ratio at the last step (to zero: arXiv 2502.15938);
+    - wsd: constant, then down over `schedule.decay` (arXiv 2404.06395), linear or as
+      1 - sqrt(share) (arXiv 2405.18392);
+    - power: peak * (progress / power_from) ** -power_exponent once that is below the peak (arXiv
+      2408.13359), then down as wsd;
     - constant.
+
+    Args:
+        config: The run.
+        step: The step.
+        batches: Batch size by step; that of the config unless given.
     """
     schedule, peak = config.schedule, config.optimizer.lr
-    now, end = step, config.total_steps
-    if schedule.unit == "tokens":
-        batches = batches or config.batches
-        now, end = batches.consumed_tokens(now), batches.consumed_tokens(end)
+    batches = batches or config.batches
+    now, end = (progress(config, s, batches) for s in (step, config.total_steps))
     if now < schedule.warmup:
         return peak * now / schedule.warmup
     low = schedule.final_ratio
+    done = min((now - schedule.warmup) / max(end - schedule.warmup, 1), 1.0)
     if schedule.kind == "cosine":
-        progress = (now - schedule.warmup) / max(end - schedule.warmup, 1)
-        return peak * (low + (1 - low) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
-    if schedule.kind == "wsd":
-        decay = schedule.decay or max(round(0.2 * end), 1)
-        remaining = max(end - now, 0) / decay
-        return peak * (low + (1 - low) * min(remaining, 1.0))
+        return peak * (low + (1 - low) * (1 + math.cos(math.pi * done)) / 2)
+    if schedule.kind == "linear":
+        return peak * (low + (1 - low) * (1 - done))
+    if schedule.has_final_decay:
+        decay = decay_length(schedule, end)
+        remaining = min(max(end - now, 0) / decay, 1.0)
+        if schedule.decay_shape == "sqrt":
+            remaining = 1 - math.sqrt(1 - remaining)
+        return _stable(peak, schedule, min(now, end - decay)) * (low + (1 - low) * remaining)
     return peak
+
+
+def progress(config: Config, step: int, batches: BatchSchedule) -> int:
+    """What `step` steps are in the unit of the schedule."""
+    return batches.consumed_tokens(step) if config.schedule.unit == "tokens" else step
+
+
+def decay_length(schedule: ScheduleSection, end: int) -> int:
+    """Length of the final decay of a run of length `end`, both in the unit of the schedule."""
+    return schedule.decay or max(round(DECAY_SHARE * end), 1)
+
+
+def milestones(config: Config) -> list[tuple[int, str]]:
+    """(step, what ends there) of the parts of a schedule, in order; for people to read."""
+    schedule, batches = config.schedule, config.batches
+    end = progress(config, config.total_steps, batches)
+    parts = [(schedule.warmup, "end of the warm-up")] if schedule.warmup else []
+    if schedule.power_from:
+        parts.append((schedule.power_from, "end of the peak"))
+    if schedule.has_final_decay:
+        parts.append((max(end - decay_length(schedule, end), 0), "begin of the decay"))
+    to_step = batches.steps_for_tokens if schedule.unit == "tokens" else int
+    steps = [(to_step(point), name) for point, name in parts if point <= end]
+    return [*steps, (config.total_steps, "end")]
+
+
+def _stable(peak: float, schedule: ScheduleSection, now: int) -> float:
+    """Learning rate between warm-up and final decay."""
+    if schedule.power_from is None or now <= schedule.power_from:
+        return peak
+    return float(peak * (now / schedule.power_from) ** -schedule.power_exponent)

@@ -16,6 +16,7 @@ from pydantic import Field
 from nextpt.base.errors import ScalingError
 from nextpt.base.files import atomic_write, canonical_json
 from nextpt.config import load_config
+from nextpt.data.epochs import count_epoch
 from nextpt.events import read_events
 from nextpt.model import ModelSpec, count
 from nextpt.scaling.fitting import fit
@@ -45,7 +46,8 @@ class Ladder(RunSet):
     def arguments(self, run: NamedRun) -> list[str]:
         """Return all overrides of a run: with one validation, after the last step."""
         overrides = super().arguments(run)
-        steps = load_config(self.base, overrides, warn_deprecated=False).total_steps
+        config = load_config(self.base, overrides, warn_deprecated=False)
+        steps = count_epoch(config).total_steps
         return [*overrides, f"validation.every_steps={steps}"]
 
 

@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from nextpt.base.errors import ScalingError
 from nextpt.config import Config, differences, load_config
+from nextpt.data.epochs import count_epoch
 from nextpt.model import ModelSpec, count
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 
@@ -52,8 +53,8 @@ class RunSet(BaseModel):
         ]
 
     def config(self, run: NamedRun) -> Config:
-        """Load the config of a run. Raises ConfigError."""
-        return load_config(self.base, self.arguments(run))
+        """Load the config of a run. Raises ConfigError and DataError."""
+        return count_epoch(load_config(self.base, self.arguments(run)))
 
     def flops(self, run: NamedRun) -> float:
         """Return the training compute C = 6 N D, FLOPs, with all parameters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from nextpt.base.collective import (
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.config import Config, flatten
+from nextpt.data.epochs import count_epoch
 from nextpt.data.loader import Loader
 from nextpt.events import EventBus, Listener, MetricsFile
 from nextpt.job.context import JobContext, job_context
@@ -23,6 +25,7 @@ from nextpt.job.environment import describe_start, host_and_device, versions
 from nextpt.train.checkpointing import restore_engine
 from nextpt.train.console import ConsoleListener, print_on_rank_0
 from nextpt.train.context import TrainingContext
+from nextpt.train.decay_start import open_decay_start
 from nextpt.train.engine import Engine
 from nextpt.train.initial_weights import load_initial_weights, open_initial_weights
 from nextpt.train.loop import Trainer
@@ -53,6 +56,7 @@ def run_training(
     """
     device = start_distributed()
     group = RankGroup.world()
+    config = run_on_all_ranks(group, partial(count_epoch, config))
     check_same_on_all_ranks(
         group, flatten({"config": config.model_dump(mode="json"), "versions": versions()})
     )
@@ -83,14 +87,20 @@ def _run_job(
         if checkpoint.step >= config.last_step:
             _finish_complete_run(config, checkpoint, checkpoints, group, job)
             return
-    engine = _build_engine(config, device, group, checkpoint)
+    decay_start = None if checkpoint else open_decay_start(config, loader, group)
+    if decay_start:
+        job.record_step(decay_start.step)
+    start = checkpoint or decay_start
+    engine = _build_engine(config, device, group, start)
     events = _open_run(config, device, group, job, open_trackers)
     try:
         context = TrainingContext(config, engine, loader, group, events, job)
         trainer = Trainer(context, checkpoints)
-        if checkpoint:
-            trainer.restore(checkpoint)
+        if start:
+            trainer.restore(start)
         with mirroring(checkpoints.mirror, config, group, job, events):
+            if decay_start:
+                trainer.checkpoints.save(decay_start.step, wait=True)
             trainer.fit()
     finally:
         job.set_phase("closing", job.step)  # trackers may have much to send
@@ -130,7 +140,7 @@ def _finish_complete_run(
 def _build_engine(
     config: Config, device: torch.device, group: RankGroup, checkpoint: Checkpoint | None
 ) -> Engine:
-    """The engine with its weights: of the checkpoint, of train.init_from, or random ones."""
+    """The engine with its weights: of a checkpoint, of train.init_from, or random ones."""
     initial_weights = None
     if checkpoint is None:
         initial_weights = run_on_all_ranks(group, lambda: open_initial_weights(config, group))
@@ -142,7 +152,9 @@ def _build_engine(
     if checkpoint:
         restore_engine(engine, checkpoint, group)
         print_on_rank_0(
-            group, f"resuming {config.run_dir} after step {checkpoint.step} of {config.total_steps}"
+            group,
+            f"resuming {checkpoint.folder.parents[1]} after step {checkpoint.step} of"
+            f" {config.total_steps}",
         )
     if initial_weights:
         load_initial_weights(engine, initial_weights)

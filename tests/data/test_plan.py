@@ -10,6 +10,8 @@ import pytest
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.config import differences
 from nextpt.data import loader as loader_module
+from nextpt.data.dataset import Dataset
+from nextpt.data.epochs import count_epoch
 from nextpt.data.loader import Loader
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
@@ -185,3 +187,12 @@ def test_stages_and_location_of_data_may_differ_in_a_resumed_run(dataset: Path) 
     )
     assert differences(old, new)[1] == [] and differences(new, old)[1] == []
     assert differences(old, tiny(dataset, Path("unused"), data={"mixing": B}))[1]
+
+
+def test_an_epoch_counts_all_training_sequences(dataset: Path, tmp_path: Path) -> None:
+    config = tiny(dataset, tmp_path, train={"steps": None, "epochs": 2})
+    counted = count_epoch(config)
+    sizes = Dataset(config).shard_sizes
+    assert counted.train.epoch_sequences == sum(int(shards.sum()) for shards in sizes)
+    assert counted.total_steps == -(-2 * counted.train.epoch_sequences // 8)
+    assert count_epoch(counted) == counted

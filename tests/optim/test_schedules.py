@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from nextpt.config import parse_config
-from nextpt.optim.schedules import learning_rate
+from nextpt.base.errors import ConfigError
+from nextpt.config import BatchSchedule, parse_config
+from nextpt.optim.schedules import learning_rate, milestones
 
 
 def run(**schedule: object):
@@ -47,6 +48,57 @@ def test_tokens_and_steps_are_the_same_schedule() -> None:
     assert [learning_rate(by_steps, s) for s in range(1, 101)] == [
         learning_rate(by_tokens, s) for s in range(1, 101)
     ]
+
+
+def test_linear_ends_at_zero_unless_told_otherwise() -> None:
+    c = run(kind="linear", warmup=20)
+    assert [learning_rate(c, s) for s in (10, 20, 60, 100)] == pytest.approx([1.0, 2.0, 1.0, 0.0])
+    assert learning_rate(c, 100) == 0.0
+    assert learning_rate(run(kind="linear", final_ratio=0.2), 100) == pytest.approx(0.4)
+
+
+def test_square_root_decay() -> None:
+    c = run(kind="wsd", warmup=10, decay=20, decay_shape="sqrt", final_ratio=0.0)
+    assert [learning_rate(c, s) for s in (80, 85, 95, 100)] == pytest.approx(
+        [2.0, 2.0 * (1 - math.sqrt(0.25)), 2.0 * (1 - math.sqrt(0.75)), 0.0]
+    )
+    assert learning_rate(c, 100) == 0.0
+
+
+def test_power_falls_from_its_peak_and_then_decays() -> None:
+    c = run(kind="power", warmup=10, power_from=20, decay=20, final_ratio=0.0)
+    assert [learning_rate(c, s) for s in (5, 10, 20)] == pytest.approx([1.0, 2.0, 2.0])
+    assert learning_rate(c, 60) == pytest.approx(2.0 * 3**-0.51)
+    assert learning_rate(c, 90) == pytest.approx(2.0 * 4**-0.51 / 2)
+    assert learning_rate(c, 100) == 0.0
+
+
+def test_default_decay_is_a_fifth_of_what_is_consumed() -> None:
+    c = run(kind="wsd", unit="tokens", final_ratio=0.0)
+    ramp = BatchSchedule(10, ((0, 1), (50, 3)))
+    assert c.total_steps == 100 and ramp.consumed_tokens(100) == 2000
+    assert learning_rate(c, 86, ramp) == 2.0 > learning_rate(c, 87, ramp)
+    assert learning_rate(c, 100, ramp) == 0.0
+
+
+def test_milestones_are_steps() -> None:
+    c = run(kind="power", unit="tokens", warmup=100, power_from=300, decay=200)
+    assert [step for step, _ in milestones(c)] == [10, 30, 80, 100]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kind": "cosine", "decay": 5}, "schedule.decay is for schedule.kind = wsd or power"),
+        ({"kind": "linear", "decay_shape": "sqrt"}, "schedule.decay_shape"),
+        ({"kind": "power"}, "schedule.power_from = None"),
+        ({"kind": "wsd", "power_from": 3}, "schedule.power_from = 3"),
+        ({"kind": "power", "warmup": 9, "power_from": 8}, "schedule.power_from = 8"),
+    ],
+)
+def test_keys_of_other_kinds_are_refused(keys: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(**keys)
 
 
 def test_no_warmup_starts_at_the_peak() -> None:

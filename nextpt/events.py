@@ -35,6 +35,7 @@ class StepEvent:
         update_ratios: |update| / |weights| by kind of parameter.
         auxiliary_losses: Auxiliary losses of the model by name, nats per target.
         domains: Loss and bits per byte by domain.
+        batch_size: Sequences of the step, over all ranks; 0 in records of before 2026-12.
     """
 
     step: int
@@ -52,8 +53,28 @@ class StepEvent:
     update_ratios: dict[str, float] = field(default_factory=dict)
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
+    batch_size: int = 0
     time: float = field(default_factory=time.time)
     kind: str = "train"
+
+
+@dataclass(frozen=True)
+class BatchEvent:
+    """The batch size changed by a decision of train.batch_growth.
+
+    Attributes:
+        step: Completed steps; those after them have the new size.
+        batch_size: New size, sequences over all ranks.
+        noise_scale: The gradient noise scale that led to it, targets.
+        last_step: Step after which training will end now.
+    """
+
+    step: int
+    batch_size: int
+    noise_scale: float
+    last_step: int
+    time: float = field(default_factory=time.time)
+    kind: str = "batch"
 
 
 @dataclass(frozen=True)
@@ -184,6 +205,7 @@ class MirrorEvent:
 
 Event = (
     StepEvent
+    | BatchEvent
     | ValidationEvent
     | CheckpointEvent
     | SkipEvent

@@ -50,7 +50,9 @@ def config_show(
             f"   ({config.accumulation_steps(ranks, first)} micro-batches on each of {ranks}"
             f" ranks{until})"
         )
-    echo(f"steps                   {config.total_steps:>20,}")
+    growth = config.train.batch_growth
+    note = f"   (the most: the batch may grow to {growth.max_batch_size})" if growth else ""
+    echo(f"steps                   {config.total_steps:>20,}{note}")
     echo(f"total tokens            {tokens:>20,}")
     for step, name in milestones(config):
         rate = learning_rate(config, max(step, 1))

@@ -231,6 +231,14 @@ class ScheduleSection(Section):
         le=1,
         description="power: exponent with which the learning rate falls after power_from",
     )
+    batch_scaling: Literal["none", "sqrt", "linear"] = key(
+        "none",
+        description=(
+            "factor of the learning rate where the batch changes: a power of batch /"
+            " train.global_batch_size"
+        ),
+        aliases=("scale_lr", "lr_batch_scaling"),
+    )
     final_ratio: float = key(
         0.1,
         ge=0,

@@ -71,8 +71,14 @@ class Config(Section):
 
     @property
     def batches(self) -> BatchSchedule:
-        """Batch size by step, and what any number of steps consumes."""
-        return BatchSchedule(self.data.sequence_length, ((0, self.train.global_batch_size),))
+        """Batch size by step, and what any number of steps consumes, as planned."""
+        batches = BatchSchedule(self.data.sequence_length, ((0, self.train.global_batch_size),))
+        for change in self.train.batch_schedule or ():
+            step = change.after_steps
+            if step is None:
+                step = batches.steps_for_tokens(change.after_tokens or 0)
+            batches = batches.changed(step, change.global_batch_size)
+        return batches
 
     @property
     def total_steps(self) -> int:
@@ -116,7 +122,12 @@ class Config(Section):
     @property
     def last_step(self) -> int:
         """Step after which training ends: the last one, or train.stop_at."""
-        return min(self.total_steps, self.train.stop_at or self.total_steps)
+        return self.last_step_with(self.batches)
+
+    def last_step_with(self, batches: BatchSchedule) -> int:
+        """As `last_step`, with batch sizes that were decided during the run."""
+        total = self.total_steps_with(batches)
+        return min(total, self.train.stop_at or total)
 
     @property
     def max_position(self) -> int:
@@ -136,13 +147,24 @@ class Config(Section):
                 " it to the ranks of one node, and start as many on each"
             )
         per_pass = train.micro_batch_size * world_size
-        if train.global_batch_size % per_pass:
+        if wrong := self._batches_not_divided_by(per_pass):
             raise ConfigError(
-                f"train.global_batch_size = {train.global_batch_size} is not a multiple of"
-                f" train.micro_batch_size x ranks = {train.micro_batch_size} x {world_size} ="
-                f" {per_pass}; change one of them or the number of ranks"
+                f"{wrong} of train.micro_batch_size x ranks = {train.micro_batch_size} x"
+                f" {world_size} = {per_pass}; change one of them or the number of ranks"
             )
         return self.batches.batch_size(step) // per_pass
+
+    def _batches_not_divided_by(self, divisor: int) -> str | None:
+        """The keys of all batch sizes that are no multiples, as the begin of a sentence."""
+        train = self.train
+        sizes = {"train.global_batch_size": train.global_batch_size}
+        for number, change in enumerate(train.batch_schedule or ()):
+            sizes[f"train.batch_schedule.{number}.global_batch_size"] = change.global_batch_size
+        wrong = [f"{key} = {size}" for key, size in sizes.items() if size % divisor]
+        if not wrong:
+            return None
+        verb = "is not a multiple" if len(wrong) == 1 else "are no multiples"
+        return f"{', '.join(wrong)} {verb}"
 
     @model_validator(mode="after")
     def _check_train(self) -> Config:
@@ -159,10 +181,47 @@ class Config(Section):
                 f"train.hpz_ranks = {train.hpz_ranks} is for train.zero_stage = 3, which divides"
                 f" the weights; leave it out with train.zero_stage = {train.zero_stage}"
             )
-        if train.global_batch_size % train.micro_batch_size:
+        if wrong := self._batches_not_divided_by(train.micro_batch_size):
+            raise ValueError(f"{wrong} of train.micro_batch_size = {train.micro_batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_batch_schedule(self) -> Config:
+        changes = self.train.batch_schedule or ()
+        for number, change in enumerate(changes):
+            name = f"train.batch_schedule.{number}"
+            if (change.after_steps is None) == (change.after_tokens is None):
+                raise ValueError(f"give exactly one of {name}.after_steps and {name}.after_tokens")
+        # A change at or before the step of another one removes that one
+        if len(self.batches.changes) != len(changes) + 1:
             raise ValueError(
-                f"train.global_batch_size = {train.global_batch_size} is not a multiple of"
-                f" train.micro_batch_size = {train.micro_batch_size}"
+                "train.batch_schedule is not in rising order: each change must be at a later step"
+                f" than the one before it; {len(self.batches.changes) - 1} of {len(changes)} are"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_batch_growth(self) -> Config:
+        growth, train = self.train.batch_growth, self.train
+        if growth is None:
+            return self
+        if train.batch_schedule:
+            raise ValueError("give either train.batch_schedule or train.batch_growth")
+        if self.checkpoint.every_steps is None:
+            raise ValueError(
+                "train.batch_growth decides at checkpoints, so that a resumed run decides alike;"
+                " set checkpoint.every_steps"
+            )
+        if self.data.stages and len(self.data.stages) > 1:
+            raise ValueError(
+                "data.stages are counted in steps, and train.batch_growth changes their size in"
+                " the run; leave one of them out"
+            )
+        length = "steps" if train.steps is not None else "tokens"
+        if train.decay_from is None and self.schedule.unit != length:
+            raise ValueError(
+                f"schedule.unit = {self.schedule.unit}, but with train.batch_growth the length of"
+                f" the run is fixed in {length} only; set schedule.unit={length}"
             )
         return self
 

@@ -7,6 +7,40 @@ from typing import Literal
 from nextpt.config.section import Section, key
 
 
+class BatchChangeSection(Section):
+    """A change of the batch size at a step, or at the first step after that many tokens."""
+
+    after_steps: int | None = key(
+        None, ge=1, unit="optimizer steps", description="completed steps at which it changes"
+    )
+    after_tokens: int | None = key(
+        None,
+        ge=1,
+        unit="tokens",
+        description="consumed tokens at which it changes, rounded up to whole steps",
+    )
+    global_batch_size: int = key(
+        ge=1, unit="sequences", description="sequences per optimizer step from there on"
+    )
+
+
+class BatchGrowthSection(Section):
+    """A batch that doubles as the gradient noise scale grows; see nextpt/train/batch_growth.py."""
+
+    max_batch_size: int = key(
+        ge=1, unit="sequences", description="the batch doubles while it stays within this"
+    )
+    noise_ratio: float = key(
+        1.0, gt=0, unit="batches", description="it doubles where the noise scale is above this"
+    )
+    measured_steps: int = key(
+        100,
+        ge=2,
+        unit="logged steps",
+        description="estimates that are averaged for one comparison; two in a row must be above",
+    )
+
+
 class DecayFromSection(Section):
     """The checkpoint at which a decay begins; see nextpt/train/decay_start.py."""
 
@@ -77,6 +111,20 @@ class TrainSection(Section):
         unit="sequences",
         description="sequences per optimizer step, over all ranks",
         aliases=("batch_size", "train_batch_size", "total_batch_size", "gbs", "device_batch_size"),
+    )
+    batch_schedule: list[BatchChangeSection] | None = key(
+        None,
+        may_change=True,
+        description=(
+            "changes of the batch size, each {after_steps or after_tokens, global_batch_size};"
+            " later ones may be added to a run that has begun"
+        ),
+        aliases=("batch_ramp", "rampup_batch_size", "batch_size_schedule", "batch_warmup"),
+    )
+    batch_growth: BatchGrowthSection | None = key(
+        None,
+        may_change=True,
+        description="double the batch as the measured gradient noise grows, at checkpoints",
     )
     micro_batch_size: int = key(
         ge=1,

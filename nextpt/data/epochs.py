@@ -23,7 +23,7 @@ def count_epoch(config: Config) -> Config:
     if data.remote:
         RemoteDataset(data.remote, Path(data.path)).fetch_dataset(ScratchFolder(data.scratch))
     manifest = load_manifest(data.path)
-    sequences = sum(counts.rows for counts in manifest.splits["train"].values())
+    sequences = sum(counts.sequences for counts in manifest.splits["train"].values())
     values = config.model_dump(mode="json")
     values["train"]["epoch_sequences"] = sequences
     return parse_config(values, f"train.epochs of {data.path}")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from data_prep.format import PADDING
 from data_prep.mds import StoredSequence
 from nextpt.base.errors import DataError
-from nextpt.config import Config
+from nextpt.config import BatchSchedule, Config
 from nextpt.data.batch import Batch, collate, padding_sequence, segments_per_sequence
 from nextpt.data.dataset import Dataset
 from nextpt.data.order import GlobalOrder
@@ -88,6 +89,7 @@ class Loader:
         position = self.position(step)
         return {
             "position": position,
+            "batches": [list(change) for change in self.batches.changes],
             "skipped": [list(span) for span in self.skipped],
             "order_version": ORDER_VERSION,
             "dataset": self.manifest.fingerprint,
@@ -103,17 +105,38 @@ class Loader:
             TypeError: A field has another type.
             ValueError: The skipped ranges are not whole steps before the position.
         """
-        spans = state.get("skipped", state.get("passed_over", []))  # until df2806d: passed_over
-        skipped = [(int(first), int(stop)) for first, stop in spans]
+        skipped, batches = _skipped(state), self.batches_of(state)
         edges = [edge for span in skipped for edge in span]
-        size = self.batches.divisor
+        size = batches.divisor
         inside = all(0 <= edge <= state["position"] and edge % size == 0 for edge in edges)
         if edges != sorted(set(edges)) or not inside:
             raise ValueError(
                 f"skipped = {skipped} are not whole steps before position {state['position']}"
             )
         self._cancel_ahead()
-        self.skipped = skipped
+        self.skipped, self.batches = skipped, batches
+
+    def batches_of(self, state: dict[str, Any]) -> BatchSchedule:
+        """Batch size by step after a state: with train.batch_growth, what was decided until then.
+
+        Otherwise the schedule of the config; `check_state` compares its past.
+        """
+        planned = self.config.batches
+        if self.config.train.batch_growth is None or "batches" not in state:
+            return planned
+        stored = _stored_batches(state, planned)
+        step = stored.steps_for(_consumed(state))
+        return replace(stored, changes=tuple(c for c in stored.changes if c[0] <= step))
+
+    def change_batch(self, step: int, batch_size: int) -> None:
+        """Make the steps after `step` completed ones with another batch size."""
+        self._cancel_ahead()
+        self.batches = self.batches.changed(step, batch_size)
+
+    @property
+    def last_step(self) -> int:
+        """Step after which training ends."""
+        return self.config.last_step_with(self.batches)
 
     def skip_data(self, step: int, stop: int) -> None:
         """Continue at position `stop` after `step` completed steps, and skip what is before it."""
@@ -154,6 +177,13 @@ class Loader:
             changed.append(
                 f"the plan before sequence {position} (data.mixing, data.stages, run.seed; later"
                 " stages may change)"
+            )
+        stored, planned = _stored_batches(state, self.config.batches), self.batches_of(state)
+        steps = stored.steps_for(_consumed(state))
+        if stored.phases(steps) != planned.phases(steps):
+            changed.append(
+                f"the batch sizes before step {steps} (train.batch_schedule; later changes may"
+                " differ)"
             )
         if changed:
             raise DataError("changed since: " + " and ".join(changed))
@@ -261,3 +291,20 @@ class Loader:
             context=context,
         )
         return [batch.pin_memory() for batch in batches] if self.pin else batches
+
+
+def _skipped(state: dict[str, Any]) -> list[tuple[int, int]]:
+    """Skipped ranges of a state of the loader."""
+    spans = state.get("skipped", state.get("passed_over", []))  # until df2806d: passed_over
+    return [(int(first), int(stop)) for first, stop in spans]
+
+
+def _consumed(state: dict[str, Any]) -> int:
+    """Sequences that were trained on before a state."""
+    return int(state["position"]) - sum(stop - first for first, stop in _skipped(state))
+
+
+def _stored_batches(state: dict[str, Any], planned: BatchSchedule) -> BatchSchedule:
+    """Batch size by step that a state was saved with; those of before 2026-12 had one size."""
+    changes = state.get("batches", planned.changes[:1])
+    return replace(planned, changes=tuple((int(step), int(size)) for step, size in changes))

@@ -19,7 +19,7 @@ import torch
 
 from nextpt.base.json_files import sync
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.config import parse_config
+from nextpt.config import Config, parse_config
 from nextpt.exchange.folders import new_folder
 
 ALIGNMENT = 2  # zero_to_fp32 expects groups padded to a multiple of 2 x ranks
@@ -67,7 +67,7 @@ def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
                 "mp_world_size": 1,
                 "sparse_tensor_module_names": set(),
                 "skipped_steps": 0,
-                "global_samples": config.batches.consumed(checkpoint.step),
+                "global_samples": _consumed(checkpoint, config),
             },
         )
         _save(
@@ -86,6 +86,12 @@ def export_deepspeed(checkpoint: Checkpoint, output: Path) -> None:
         # Located, not imported: importing deepspeed starts its accelerator.
         script = distribution("deepspeed").locate_file("deepspeed/utils/zero_to_fp32.py")
         shutil.copyfile(str(script), folder / "zero_to_fp32.py")
+
+
+def _consumed(checkpoint: Checkpoint, config: Config) -> int:
+    """Sequences that were trained on."""
+    planned = config.batches.consumed_tokens(checkpoint.step)
+    return int(checkpoint.state.get("tokens", planned)) // config.data.sequence_length
 
 
 def _save(path: Path, value: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ class RunRecord:
         starts: Records of the starts.
         checkpoints: The checkpoints.
         notes: What could not be read.
+        batch_changes: Batch events of metrics.jsonl, in order of step.
     """
 
     label: str
@@ -49,6 +50,7 @@ class RunRecord:
     starts: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    batch_changes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -62,8 +64,11 @@ class RunRecord:
 
     @property
     def batches(self) -> BatchSchedule:
-        """Batch size by step."""
-        return self.config.batches
+        """Batch size by step, with the decisions of train.batch_growth."""
+        batches = self.config.batches
+        for change in self.batch_changes:
+            batches = batches.changed(change["step"], change["batch_size"])
+        return batches
 
     def batch_tokens(self) -> list[int]:
         """Return the tokens of each logged step."""
@@ -73,7 +78,7 @@ class RunRecord:
     @property
     def status(self) -> str:
         """Progress of the run."""
-        step, total = self.last["step"], self.config.total_steps
+        step, total = self.last["step"], self.config.total_steps_with(self.batches)
         if step >= total:
             return "complete"
         return f"at step {step:,} of {total:,} ({step / total:.0%})"
@@ -126,6 +131,7 @@ def _read(folder: Path, label: str) -> RunRecord:
         samples=_json(folder / "samples.json") or [],
         starts=read_starts(folder),
         checkpoints=_checkpoints(folder / "checkpoints"),
+        batch_changes=read_events(folder / "metrics.jsonl", "batch"),
         notes=_notes(
             train,
             read_events(folder / "metrics.jsonl", "skip"),

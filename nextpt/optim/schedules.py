@@ -9,6 +9,11 @@ from nextpt.config import BatchSchedule, Config, ScheduleSection
 DECAY_SHARE = 0.2  # of the run, where schedule.decay is not set (arXiv 2405.18392)
 
 
+# schedule.batch_scaling -> power of the batch: Adam's below the critical batch is 1/2 (arXiv
+# 2205.10287), that of plain SGD 1
+BATCH_EXPONENTS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
 def learning_rate(config: Config, step: int, batches: BatchSchedule | None = None) -> float:
     """Learning rate of an optimizer step, 1 to the last one.
 
@@ -23,14 +28,21 @@ def learning_rate(config: Config, step: int, batches: BatchSchedule | None = Non
       2408.13359), then down as wsd;
     - constant.
 
+    The peak is optimizer.lr, times (batch / train.global_batch_size) to the power of
+    `schedule.batch_scaling`.
+
     Args:
         config: The run.
         step: The step.
         batches: Batch size by step; that of the config unless given.
     """
-    schedule, peak = config.schedule, config.optimizer.lr
-    batches = batches or config.batches
-    now, end = (progress(config, s, batches) for s in (step, config.total_steps))
+    schedule, batches = config.schedule, batches or config.batches
+    peak = config.optimizer.lr
+    if exponent := BATCH_EXPONENTS[schedule.batch_scaling]:
+        ratio = batches.batch_size(step - 1) / config.train.global_batch_size
+        peak *= ratio**exponent
+    total = config.total_steps_with(batches)
+    now, end = (progress(config, s, batches) for s in (step, total))
     if now < schedule.warmup:
         return peak * now / schedule.warmup
     low = schedule.final_ratio

@@ -16,6 +16,7 @@ from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
 from nextpt.events import CheckpointEvent, SaveFailedEvent
 from nextpt.job.environment import versions
+from nextpt.train.batch_growth import BatchGrowth
 from nextpt.train.context import TrainingContext
 from nextpt.train.engine import Engine
 from nextpt.train.random_states import get_rng_state, set_rng_state
@@ -27,8 +28,8 @@ class TrainingCheckpoints:
     """Saves and restores everything that a run is resumed from.
 
     A checkpoint holds weights, optimizer state, random states, the position in the data, the last
-    validation and the state of the spike detector and the rollback policy. All methods are
-    collective.
+    validation and the state of the spike detector, the rollback policy and the batch growth. All
+    methods are collective.
 
     Attributes:
         saved_step: Step of the last checkpoint that is durable or being written.
@@ -42,11 +43,13 @@ class TrainingCheckpoints:
         manager: CheckpointManager,
         validator: Validator,
         policy: RollbackPolicy,
+        growth: BatchGrowth,
     ) -> None:
         self.context = context
         self.manager = manager
         self.validator = validator
         self.policy = policy
+        self.growth = growth
         self.saved_step = self.durable_step = 0
         self.save_seconds: float | None = None
         self._last_save_time = time.monotonic()
@@ -58,7 +61,7 @@ class TrainingCheckpoints:
         A save is due after the last step, every `checkpoint.every_steps` steps, and every
         `checkpoint.every_minutes` minutes by rank 0's clock (checked at logging steps only).
         """
-        is_last = step == self.context.config.last_step
+        is_last = step == self.context.loader.last_step
         self._overdue = self._overdue or is_last or self._is_scheduled(step)
         return self._overdue
 
@@ -119,6 +122,7 @@ class TrainingCheckpoints:
         restore_engine(self.context.engine, checkpoint, self.context.group)
         self.saved_step = self.durable_step = checkpoint.step
         self.validator.latest = checkpoint.state.get("validation")
+        self.growth.load_state(checkpoint.state.get("batch_growth"))
         return checkpoint.state
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -132,6 +136,7 @@ class TrainingCheckpoints:
         try:
             self.validator.latest = state.get("validation")
             self.policy.load_state(state.get("guard"))
+            self.growth.load_state(state.get("batch_growth"))
             self.context.loader.load_state(state["data"])
         except (KeyError, TypeError, ValueError) as error:
             raise same_on_all_ranks(
@@ -152,6 +157,7 @@ class TrainingCheckpoints:
             "versions": versions(),
             "validation": self.validator.latest,
             "guard": self.policy.state(),
+            "batch_growth": self.growth.state(),
             "start": self.context.job.start,
         }
 
@@ -202,7 +208,7 @@ class TrainingCheckpoints:
         if (
             settings.on_failure == "stop"
             or failed.consecutive >= settings.max_failures
-            or failed.step == config.last_step
+            or failed.step == self.context.loader.last_step
         ):
             raise failed.error
 

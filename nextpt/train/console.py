@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nextpt.base.collective import RankGroup
 from nextpt.events import (
+    BatchEvent,
     CheckpointEvent,
     Event,
     MirrorEvent,
@@ -66,6 +67,10 @@ class ConsoleListener:
         if isinstance(event, StepEvent):
             self._print_step(event)
         else:
+            if isinstance(event, BatchEvent):
+                self.last_step = event.last_step
+                if self.progress is not None:
+                    self.progress.update(self.task, total=event.last_step)
             self.console.print(_describe(event))
 
     def _print_step(self, event: StepEvent) -> None:
@@ -104,6 +109,11 @@ def _describe(event: Event) -> str:
                 for name, metrics in event.domains.items()
             ]
             return f"validation, step {event.step}: " + ", ".join(parts)
+        case BatchEvent():
+            return (
+                f"batch of {event.batch_size} sequences after step {event.step}: the noise scale is"
+                f" {event.noise_scale:,.0f} targets; the run ends at step {event.last_step}"
+            )
         case CheckpointEvent():
             return f"checkpoint {event.path} ({_size(event.bytes)} in {event.seconds:.1f} s)"
         case SkipEvent():

@@ -118,7 +118,9 @@ class Engine:
             group["lr"] = lr * group["lr_factor"]
         self._engine.train()
         losses: list[Loss] = []
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            # DeepSpeed's own count is modulo a constant number of micro-batches
+            self._engine.set_gradient_accumulation_boundary(number == len(batches))
             output = Loss(*self._engine(batch, weight_sum))
             # DeepSpeed averages gradients over ranks; the normalisation asks for their sum.
             self._engine.backward(output.loss * self._data_size, scale_wrt_gas=False)

@@ -16,6 +16,7 @@ from nextpt.data.batch import Batch
 from nextpt.evaluate.metrics import DomainSums
 from nextpt.objective import local_weight_sum
 from nextpt.optim.schedules import learning_rate
+from nextpt.train.batch_growth import BatchGrowth
 from nextpt.train.checkpointing import TrainingCheckpoints
 from nextpt.train.context import TrainingContext
 from nextpt.train.rollback import Rollback
@@ -27,7 +28,7 @@ from nextpt.train.validation import Validator
 
 
 class Trainer:
-    """Runs the optimizer steps of one rank, from `step` to `config.last_step`.
+    """Runs the optimizer steps of one rank, from `step` to the last one.
 
     Args:
         context: Config, engine, data, group, events and job.
@@ -43,7 +44,10 @@ class Trainer:
         self.logger = StepLogger(context)
         self.validator = Validator(context)
         self.policy = RollbackPolicy(context.config.guard, context.engine.spike_detector)
-        self.checkpoints = TrainingCheckpoints(context, manager, self.validator, self.policy)
+        self.growth = BatchGrowth(context.config, context.loader, context.group, context.events)
+        self.checkpoints = TrainingCheckpoints(
+            context, manager, self.validator, self.policy, self.growth
+        )
         self.rollback = Rollback(context, self.policy, self.checkpoints)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -56,15 +60,14 @@ class Trainer:
         self.step = checkpoint.step
 
     def fit(self) -> None:
-        """Train to `config.last_step` and save it. Collective.
+        """Train to the last step and save it. Collective.
 
         Raises:
             TrainingStopped: When a rank was asked to stop; the state was saved if time allowed.
             UserError: When data cannot be read, a save fails, or rollbacks lead no further.
         """
-        last_step = self.context.config.last_step
         self.logger.start_interval(self.step)
-        while self.step < last_step or self.policy.is_rollback_due():
+        while self.step < self.context.loader.last_step or self.policy.is_rollback_due():
             if self.policy.is_rollback_due():
                 self.step = self.rollback.run()
                 self.logger.start_interval(self.step)
@@ -84,16 +87,20 @@ class Trainer:
             if self.policy.is_rollback_due():
                 continue
             if log:
-                self.logger.log(step, result, verdicts[-1])
+                event = self.logger.log(step, result, verdicts[-1])
+                if not verdicts[-1].reason:
+                    self.growth.record(event.noise)
             if validate:
                 if not self.validator.validate(step):
                     self.stop()
                 self.logger.start_interval(step)
             # Among bad steps there is nothing new to save, and a rollback needs a checkpoint from
             # before them.
-            if save and (step == last_step or not self.policy.consecutive):
+            is_last = step == self.context.loader.last_step
+            if save and (is_last or not self.policy.consecutive):
                 self.policy.reset_rollbacks()
-                self.checkpoints.save(step, wait=step == last_step)
+                self.growth.decide(step)
+                self.checkpoints.save(step, wait=is_last)
                 self.logger.start_interval(step)
 
     def train_step(self, step: int, measure_noise: bool = False) -> StepResult | None:
@@ -119,8 +126,7 @@ class Trainer:
         job.set_phase("training", step + 1)
         batches = [batch.to(engine.device) for batch in batches]
         weight_sum = engine.all_reduce(local_weight_sum(batches))
-        # Another mixture or context: its losses cannot be compared with those before it.
-        if loader.begins_stage(step):
+        if not self._is_comparable(step):
             engine.spike_detector.reset()
         lr = learning_rate(self.context.config, step + 1, loader.batches)
         losses = engine.step(batches, weight_sum, lr, measure_noise)
@@ -128,6 +134,15 @@ class Trainer:
         for batch, loss in zip(batches, losses, strict=True):
             sums.add(loss.nats, batch.target_bytes, batch.is_text, batch.domain_ids)
         return StepResult(lr, sums, weight_sum, len(batches))
+
+    def _is_comparable(self, step: int) -> bool:
+        """Whether loss and gradient norm of a step can be compared with those before it.
+
+        Not with another mixture or context, and not with a smaller batch, whose norm and scatter
+        are larger. A larger batch has smaller ones: limits from before it are only too wide.
+        """
+        sizes = [self.context.loader.batches.batch_size(s) for s in (max(step - 1, 0), step)]
+        return sizes[1] >= sizes[0] and not self.context.loader.begins_stage(step)
 
     def _read_batches(self, step: int) -> list[Batch]:
         self.context.job.check_lock()

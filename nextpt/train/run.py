@@ -84,7 +84,8 @@ def _run_job(
     if checkpoint:
         job.record_step(checkpoint.step)
         check_data(config, checkpoint, loader)
-        if checkpoint.step >= config.last_step:
+        last_step = config.last_step_with(loader.batches_of(checkpoint.state["data"]))
+        if checkpoint.step >= last_step:
             _finish_complete_run(config, checkpoint, checkpoints, group, job)
             return
     decay_start = None if checkpoint else open_decay_start(config, loader, group)
@@ -92,7 +93,9 @@ def _run_job(
         job.record_step(decay_start.step)
     start = checkpoint or decay_start
     engine = _build_engine(config, device, group, start)
-    events = _open_run(config, device, group, job, open_trackers)
+    batches = loader.batches_of(start.state["data"]) if start else loader.batches
+    last_step = config.last_step_with(batches)
+    events = _open_run(config, device, group, job, open_trackers, last_step)
     try:
         context = TrainingContext(config, engine, loader, group, events, job)
         trainer = Trainer(context, checkpoints)
@@ -168,6 +171,7 @@ def _open_run(
     group: RankGroup,
     job: JobContext,
     open_trackers: OpenTrackers,
+    last_step: int,
 ) -> EventBus:
     """Record this start in the run folder; returns the bus with rank 0's listeners."""
     first_step = job.step + 1
@@ -175,14 +179,18 @@ def _open_run(
     run_on_rank_0(group, lambda: open_run_folder(config, job.start))
     return run_on_all_ranks(
         group,
-        lambda: EventBus(_listeners(config, first_step, open_trackers) if group.rank == 0 else []),
+        lambda: EventBus(
+            _listeners(config, first_step, last_step, open_trackers) if group.rank == 0 else []
+        ),
     )
 
 
-def _listeners(config: Config, first_step: int, open_trackers: OpenTrackers) -> list[Listener]:
+def _listeners(
+    config: Config, first_step: int, last_step: int, open_trackers: OpenTrackers
+) -> list[Listener]:
     """Trackers before the console: one that cannot start says so before the progress line."""
     trackers = open_trackers(config, first_step)
     files: list[Listener] = []
     if config.trackers.jsonl:
         files.append(MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1))
-    return [*files, *trackers, ConsoleListener(first_step, config.last_step)]
+    return [*files, *trackers, ConsoleListener(first_step, last_step)]

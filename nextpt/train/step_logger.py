@@ -49,8 +49,8 @@ class StepLogger:
 
     def is_due(self, step: int) -> bool:
         """Whether to log after `step` completed steps."""
-        config = self.context.config
-        return step % config.train.log_every == 0 or step == config.last_step
+        every = self.context.config.train.log_every
+        return step % every == 0 or step == self.context.loader.last_step
 
     def start_interval(self, step: int) -> None:
         """Measure rates from now on; `step` steps are complete."""
@@ -58,8 +58,8 @@ class StepLogger:
         self._start_step = step
         self._start_wait = self.context.loader.wait_seconds
 
-    def log(self, step: int, result: StepResult, verdict: StepVerdict) -> None:
-        """Publish the event of the step that completed `step` steps. Collective.
+    def log(self, step: int, result: StepResult, verdict: StepVerdict) -> StepEvent:
+        """Publish and return the event of the step that completed `step` steps. Collective.
 
         Sums over ranks and waits for the device. A skipped step is logged with its own loss.
         """
@@ -73,28 +73,27 @@ class StepLogger:
         mfu = None
         if self.peak_flops:
             mfu = rate * self.flops_per_token / (self.peak_flops * engine.world_size)
-        self.context.events.publish(
-            StepEvent(
-                step=step,
-                tokens=tokens,
-                loss=verdict.loss,
-                bpb=sums.total().bpb,
-                lr=result.lr,
-                grad_norm=verdict.grad_norm,
-                tokens_per_second=rate,
-                z_loss=verdict.z_loss,
-                auxiliary_losses=engine.auxiliary_losses(),
-                data_wait_seconds=self.context.loader.wait_seconds - self._start_wait,
-                memory_bytes=memory_in_use(engine.device),
-                mfu=mfu,
-                noise=engine.gradient_noise(
-                    result.micro_batches, result.weight_sum, verdict.grad_norm
-                ),
-                update_ratios=engine.update_ratios(),
-                domains={
-                    name: {"nats_per_token": metrics.nats_per_token, "bpb": metrics.bpb}
-                    for name, metrics in sums.by_domain().items()
-                },
-            )
+        event = StepEvent(
+            step=step,
+            tokens=tokens,
+            batch_size=batches.batch_size(step - 1),
+            loss=verdict.loss,
+            bpb=sums.total().bpb,
+            lr=result.lr,
+            grad_norm=verdict.grad_norm,
+            tokens_per_second=rate,
+            z_loss=verdict.z_loss,
+            auxiliary_losses=engine.auxiliary_losses(),
+            data_wait_seconds=self.context.loader.wait_seconds - self._start_wait,
+            memory_bytes=memory_in_use(engine.device),
+            mfu=mfu,
+            noise=engine.gradient_noise(result.micro_batches, result.weight_sum, verdict.grad_norm),
+            update_ratios=engine.update_ratios(),
+            domains={
+                name: {"nats_per_token": metrics.nats_per_token, "bpb": metrics.bpb}
+                for name, metrics in sums.by_domain().items()
+            },
         )
+        self.context.events.publish(event)
         self.start_interval(step)
+        return event

@@ -31,9 +31,8 @@ class Validator:
 
     def is_due(self, step: int) -> bool:
         """Whether to validate after `step` completed steps."""
-        config = self.context.config
-        every = config.validation.every_steps
-        return every is not None and (step % every == 0 or step == config.last_step)
+        every = self.context.config.validation.every_steps
+        return every is not None and (step % every == 0 or step == self.context.loader.last_step)
 
     def validate(self, step: int) -> bool:
         """Validate after `step` completed steps and publish a ValidationEvent. Collective.

@@ -77,3 +77,65 @@ def test_epochs_need_a_count() -> None:
     config = run({"epochs": 2})
     with pytest.raises(ConfigError, match=r"train.epochs = 2.*train.epoch_sequences"):
         config.total_steps  # noqa: B018  # the property raises
+
+
+RAMP = [
+    {"after_steps": 10, "global_batch_size": 8},
+    {"after_tokens": 1600, "global_batch_size": 16},
+]
+GROWTH = {"batch_growth": {"max_batch_size": 16}}
+SAVES = {"checkpoint": {"every_steps": 5}}
+
+
+def test_a_ramp_counts_in_steps_and_tokens() -> None:
+    config = run({"tokens": 3200, "batch_schedule": RAMP})
+    assert config.batches.changes == ((0, 4), (10, 8), (25, 16))
+    assert config.total_steps == 35 and config.total_tokens == 3200
+    assert [config.accumulation_steps(2, step) for step in (9, 10, 24, 25)] == [1, 2, 2, 4]
+
+
+@pytest.mark.parametrize(("scaling", "exponent"), [("none", 0.0), ("sqrt", 0.5), ("linear", 1.0)])
+def test_the_learning_rate_scales_as_it_is_told(scaling: str, exponent: float) -> None:
+    schedule = {"kind": "constant", "batch_scaling": scaling}
+    config = run({"tokens": 3200, "batch_schedule": RAMP}, schedule=schedule)
+    rates = [learning_rate(config, step) for step in (10, 11, 26)]
+    assert rates == pytest.approx([2.0, 2.0 * 2**exponent, 2.0 * 4**exponent])
+
+
+@pytest.mark.parametrize(
+    ("train", "sections", "message"),
+    [
+        ({"batch_schedule": [{"global_batch_size": 8}]}, {}, "train.batch_schedule.0.after_steps"),
+        ({"batch_schedule": RAMP[::-1]}, {}, "train.batch_schedule is not in rising order"),
+        (
+            {"batch_schedule": [RAMP[0] | {"global_batch_size": 7}]},
+            {},
+            "train.batch_schedule.0.global_batch_size = 7 is not a multiple",
+        ),
+        (GROWTH, {}, "set checkpoint.every_steps"),
+        (GROWTH | {"batch_schedule": RAMP}, SAVES, "either train.batch_schedule or"),
+        (GROWTH, SAVES | {"schedule": {"unit": "tokens"}}, "set schedule.unit=steps"),
+        (
+            GROWTH,
+            SAVES | {"data": {"stages": [{"steps": 5}, {"sequence_length": 5}]}},
+            "data.stages are counted in steps",
+        ),
+    ],
+)
+def test_errors_of_batches_name_the_keys(
+    train: dict[str, Any], sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run({"steps": 40} | train, **sections)
+
+
+def test_all_batches_are_checked_for_the_ranks_at_once() -> None:
+    changes = [
+        {"after_steps": step, "global_batch_size": size} for step, size in ((5, 12), (9, 10))
+    ]
+    config = run({"steps": 40, "batch_schedule": changes})
+    with pytest.raises(ConfigError) as caught:
+        config.accumulation_steps(3)
+    message = str(caught.value)
+    assert "train.global_batch_size = 4, train.batch_schedule.1.global_batch_size = 10" in message
+    assert "= 2 x 3 = 6" in message and "batch_schedule.0" not in message

@@ -19,6 +19,10 @@ RunOrModelFolder = Annotated[
 Step = Annotated[
     int | None, typer.Option(help="step of the checkpoint [default: that of the newest]")
 ]
+Weights = Annotated[
+    str,
+    typer.Option(help="weight, or an average of them that train.ema kept, such as ema-0.999"),
+]
 Ranks = Annotated[
     int | None,
     typer.Option(min=1, help="processes (ranks) [default: one per GPU, 1 without GPUs]"),

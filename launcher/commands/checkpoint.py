@@ -1,4 +1,4 @@
-"""`nextpt checkpoint`: list, verify and fetch the checkpoints of a run or of its mirror."""
+"""`nextpt checkpoint`: list, verify, fetch and average the checkpoints of a run or its mirror."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from launcher.console import console, echo
+from launcher.options import Weights
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import (
     EXIT_NO_VALID_CHECKPOINT,
     CheckpointError,
     NoValidCheckpointError,
+    UserError,
 )
 
 if TYPE_CHECKING:
@@ -118,6 +120,36 @@ def fetch_checkpoint(
         echo(f"warning: {row.name} is not usable: {problem}")
     of_step = "" if step is None else f" of step {step}"
     raise NoValidCheckpointError(f"{location} holds no valid checkpoint{of_step}")
+
+
+def average_checkpoints(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, such as runs/demo")],
+    output: Annotated[Path, typer.Option(help="folder to write; it must not exist")],
+    last: Annotated[int | None, typer.Option(min=2, help="number of newest checkpoints")] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="FIRST..LAST", help="checkpoints of these steps instead")
+    ] = None,
+    weights: Weights = "weight",
+) -> None:
+    """Write the mean of checkpoints' weights, for eval, generate and export."""
+    from nextpt.exchange import steps_to_average, write_average
+
+    if (last is None) == (steps is None):
+        raise UserError("give either --last N or --steps FIRST..LAST, the checkpoints to average")
+    chosen = steps_to_average(run, last, _parse_span(steps) if steps else None)
+    write_average(run, chosen, weights, output)
+    echo(
+        f"mean of {weights} of steps {', '.join(map(str, chosen))} written to {output}; next:"
+        f" nextpt eval --run {output}"
+    )
+
+
+def _parse_span(text: str) -> tuple[int, int]:
+    """Parse FIRST..LAST. Raises UserError."""
+    first, separator, last = text.partition("..")
+    if not (separator and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise UserError(f"--steps {text} is not of the form FIRST..LAST, such as 4000..8000")
+    return int(first), int(last)
 
 
 def _is_mirror(location: str) -> bool:
@@ -249,4 +281,10 @@ def register(app: typer.Typer) -> None:
         "fetch",
         fetch_checkpoint,
         example="nextpt checkpoint fetch s3://bucket/run --output runs/copy",
+    )
+    add_command(
+        group,
+        "average",
+        average_checkpoints,
+        example="nextpt checkpoint average runs/demo --last 5 --output runs/demo-average",
     )

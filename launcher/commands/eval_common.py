@@ -27,6 +27,7 @@ class EvaluationInputs:
         all_steps: Evaluate every checkpoint of the run.
         data: Dataset folder whose held-out documents are scored; None with text None is the run's.
         text: UTF-8 files, each scored as one document.
+        weights: "weight", or an average of the weights of the run.
     """
 
     run: Path | None
@@ -35,6 +36,7 @@ class EvaluationInputs:
     all_steps: bool
     data: Path | None
     text: list[Path] | None
+    weights: str = "weight"
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
@@ -98,7 +100,9 @@ class EvaluationInputs:
             texts = text_files(self.text)
         elif self.data:
             texts = validation_texts(self.data)
-        source = open_model(self.path, step, pick_device(), decoder_only=decoder_only)
+        source = open_model(
+            self.path, step, pick_device(), decoder_only=decoder_only, weights=self.weights
+        )
         return source, texts or validation_texts(source.dataset)
 
 

@@ -113,6 +113,7 @@ def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -
     result = {
         ("run" if source.is_run else "model"): str(source.path),
         "step": source.step,
+        "weights": source.weights,
         "seed": request.seed,
         "loss": loss,
         "tasks": tasks,

@@ -12,7 +12,7 @@ from launcher.commands.eval_common import EvaluationInputs, ResultFiles, refuse_
 from launcher.commands.eval_exposure import run_exposure
 from launcher.commands.eval_tasks import TaskRequest, run_tasks
 from launcher.console import console, echo, progress_bars
-from launcher.options import JsonFile, PlotFile, Step
+from launcher.options import JsonFile, PlotFile, Step, Weights
 from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
@@ -151,6 +151,7 @@ def evaluate(
     model: Model = None,
     step: Step = None,
     all_steps: AllSteps = False,
+    weights: Weights = "weight",
     data: Data = None,
     text: Text = None,
     window: Window = None,
@@ -183,7 +184,7 @@ def evaluate(
     from nextpt.evaluate.evaluation import EvaluationProtocol
     from nextpt.evaluate.exposure import ExposureProtocol
 
-    inputs = EvaluationInputs(run, model, step, all_steps, data, text)
+    inputs = EvaluationInputs(run, model, step, all_steps, data, text, weights)
     if save and run is None:
         raise UserError("--save needs a --run; a Hugging Face folder has no report")
     if plot:

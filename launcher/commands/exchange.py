@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launcher.console import echo
-from launcher.options import RunFolder, Step
+from launcher.options import RunFolder, Step, Weights
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import ConfigError
 
@@ -19,24 +19,27 @@ def hf_export(
     run: RunFolder,
     output: Output,
     step: Step = None,
+    weights: Weights = "weight",
     dtype: Annotated[str, typer.Option(help="dtype of the weights: fp32 or bf16")] = "fp32",
 ) -> None:
     """Write safetensors, config and tokenizer that transformers loads with the same logits."""
     from nextpt.evaluate.loaded_model import open_run
     from nextpt.exchange import export_hf
 
-    checkpoint = open_run(run, step)
+    checkpoint = open_run(run, step, weights=weights)
     architecture = export_hf(checkpoint, run / "tokenizer.json", output, dtype=dtype)
     size = _format_size(output)
     echo(f"step {checkpoint.step} written to {output} as {architecture}, {dtype}, {size}")
 
 
-def deepspeed_export(run: RunFolder, output: Output, step: Step = None) -> None:
+def deepspeed_export(
+    run: RunFolder, output: Output, step: Step = None, weights: Weights = "weight"
+) -> None:
     """Write the fp32 weights in DeepSpeed's layout, with its zero_to_fp32.py."""
     from nextpt.evaluate.loaded_model import open_run
     from nextpt.exchange import export_deepspeed
 
-    checkpoint = open_run(run, step)
+    checkpoint = open_run(run, step, weights=weights)
     export_deepspeed(checkpoint, output)
     echo(
         f"step {checkpoint.step} written to {output}, {_format_size(output)}; next: python"

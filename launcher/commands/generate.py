@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import echo
-from launcher.options import JsonFile, RunOrModelFolder, Step
+from launcher.options import JsonFile, RunOrModelFolder, Step, Weights
 from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
@@ -77,6 +77,7 @@ def generate(
     prompt: Prompt = None,
     prompts: PromptsFile = None,
     step: Step = None,
+    weights: Weights = "weight",
     max_tokens: MaxTokens = 200,
     samples: Samples = 1,
     temperature: Temperature = None,
@@ -116,7 +117,7 @@ def generate(
     sampling = _sampling(sampling_options, seed)
     request = GenerationConfig(sampling, max_tokens, tuple(stop or ()), samples, batch_size)
     texts = read_prompts(prompts) if prompts else {"the prompt": prompt or ""}
-    source = open_model(run, step, pick_device(), decoder_only=True)
+    source = open_model(run, step, pick_device(), decoder_only=True, weights=weights)
     if save and not source.is_run:
         raise UserError(
             f"--save writes samples for the report of a run, and {run} is a Hugging Face folder;"

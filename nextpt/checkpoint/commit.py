@@ -33,7 +33,7 @@ from nextpt.checkpoint.manifest import (
     extend_lineage,
     write_manifest,
 )
-from nextpt.checkpoint.state import ShardedState
+from nextpt.checkpoint.state import SavedState
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CommittedCheckpoint:
 
 def save(
     root: Path,
-    state: ShardedState,
+    state: SavedState,
     extras: Mapping[str, Any],
     rng: Mapping[str, Any],
     group: RankGroup,
@@ -86,7 +86,7 @@ def save(
 
 def snapshot_on_all_ranks(
     root: Path,
-    state: ShardedState,
+    state: SavedState,
     extras: Mapping[str, Any],
     rng: Mapping[str, Any],
     group: RankGroup,

@@ -39,7 +39,7 @@ from nextpt.checkpoint.chunks import (
 from nextpt.checkpoint.errors import DamagedError, UnsupportedVersionError
 from nextpt.checkpoint.index import Entry, read_contents, stored_shapes
 from nextpt.checkpoint.manifest import describe
-from nextpt.checkpoint.state import WEIGHT, ShardedState, StateShapes
+from nextpt.checkpoint.state import AVERAGE, WEIGHT, SavedState, StateShapes
 
 # Bytes. Files are memory-mapped, and what was read counts as memory of this process until they are
 # closed. Opening one again reads its header, a few hundred kB at most.
@@ -67,7 +67,7 @@ class Snapshot:
 
 
 def take_snapshot(
-    state: ShardedState, extras: Mapping[str, Any], rng: Mapping[str, Any], world_size: int
+    state: SavedState, extras: Mapping[str, Any], rng: Mapping[str, Any], world_size: int
 ) -> Snapshot:
     """Copy this rank's fragments.
 
@@ -131,13 +131,14 @@ class Checkpoint:
 
     Attributes:
         state: Content of state.json.
+        weights: Kind of state that `read_whole` reads by default, see `select_weights`.
 
     Raises:
         CheckpointError: Its files do not agree with each other.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.weights = folder, WEIGHT
         try:
             self.state, self._indexes = read_contents(folder)
         except (DamagedError, UnsupportedVersionError) as problem:
@@ -213,10 +214,28 @@ class Checkpoint:
         )
         return out
 
-    def read_whole(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """One kind of state of a parameter in its full shape, fp32."""
+    def read_whole(self, name: str, kind: str | None = None) -> Tensor:
+        """One kind of state of a parameter in its full shape, fp32; its `weights` by default."""
+        kind = kind or self.weights
         shape = self._shapes[name][kind]
         return self.read(name, kind, 0, chunk_numel(whole(shape))).view(shape)
+
+    def select_weights(self, kind: str) -> None:
+        """Let a kind of state, an average of the weights, stand for them in `read_whole`.
+
+        Raises:
+            CheckpointError: A parameter has no such average. Those that there are are named.
+        """
+        averages = [
+            {kind for kind in kinds if kind.startswith(AVERAGE)} for kinds in self._shapes.values()
+        ]
+        choices = [WEIGHT, *sorted(set.intersection(*averages))]
+        if kind not in choices:
+            raise CheckpointError(
+                f"checkpoint {self.folder} has no weights {kind!r}; it has {', '.join(choices)}"
+                " (train.ema keeps averages)"
+            )
+        self.weights = kind
 
     def close(self) -> None:
         """Close the files; reading opens them again.
@@ -250,13 +269,15 @@ class Checkpoint:
     def check_state(self, state_shapes: StateShapes) -> None:
         """Check that the parameters and their kinds of state are those of a model and an optimizer.
 
+        Averages of the weights may differ: they begin and end as a config says.
+
         Raises:
             CheckpointError: The checkpoint is of another model, or its optimizer keeps other kinds
                 of state. The first difference is named.
         """
         self.check_weights({name: kinds[WEIGHT] for name, kinds in state_shapes.items()})
         for name, expected in sorted(state_shapes.items()):
-            if self._shapes[name] != expected:
+            if _without_averages(self._shapes[name]) != _without_averages(expected):
                 raise same_on_all_ranks(
                     CheckpointError(
                         f"checkpoint {self.folder} is of another optimizer: its state of {name} is"
@@ -280,6 +301,10 @@ class Checkpoint:
                 f"checkpoint {self.folder}: {file} cannot be read: {error}"
             ) from error
         return part
+
+
+def _without_averages(kinds: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {kind: shape for kind, shape in kinds.items() if not kind.startswith(AVERAGE)}
 
 
 def _described(kinds: Mapping[str, Shape]) -> str:

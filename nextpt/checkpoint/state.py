@@ -15,9 +15,15 @@ from torch import Tensor
 from nextpt.checkpoint.chunks import Chunk, Shape, whole
 
 WEIGHT = "weight"  # the kind of state that every parameter has
+AVERAGE = "ema-"  # begin of the kinds that are averages of the weight
 
 # parameter -> kind of state -> full shape
 StateShapes = Mapping[str, Mapping[str, Shape]]
+
+
+def average_kind(decay: float) -> str:
+    """Kind of state of the exponential moving average with a decay, such as "ema-0.999"."""
+    return f"{AVERAGE}{decay}"
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class FragmentReader(Protocol):
         ...
 
 
-class ShardedState(Protocol):
-    """Weights and optimizer state, sharded over the ranks in any way."""
+class SavedState(Protocol):
+    """What a checkpoint is written from."""
 
     def fragments(self) -> Iterator[Fragment]:
         """Fragments of this rank; over all ranks, each element of each kind comes exactly once."""
@@ -72,13 +78,17 @@ class ShardedState(Protocol):
         """Numbers that are the same on all ranks."""
         ...
 
-    def load(self, reader: FragmentReader, scalars: dict[str, float]) -> None:
-        """Replace this rank's shard with what `reader` holds. Collective."""
-        ...
-
     def state_shapes(self) -> StateShapes:
         """Kinds of state of every parameter and their full shapes. `WEIGHT` is always among them.
 
-        The same on all ranks. The kinds other than `WEIGHT` are those of the optimizer.
+        The same on all ranks. The others are those of the optimizer, and averages of the weight.
         """
+        ...
+
+
+class ShardedState(SavedState, Protocol):
+    """Weights and optimizer state, sharded over the ranks in any way."""
+
+    def load(self, reader: FragmentReader, scalars: dict[str, float]) -> None:
+        """Replace this rank's shard with what `reader` holds. Collective."""
         ...

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from nextpt.config.section import Section, key
 
 
@@ -141,6 +143,12 @@ class TrainSection(Section):
             "mbs",
         ),
     )
+    ema: list[float] | float | None = key(
+        None,
+        may_change=True,
+        description="decay, or decays, of exponential moving averages of the weights to keep",
+        aliases=("ema_decay", "ema_beta", "use_ema", "weight_averaging"),
+    )
     init_from: str | None = key(
         None,
         description="Hugging Face folder with the initial weights; random weights unless set",
@@ -230,3 +238,19 @@ class TrainSection(Section):
         description="dense peak of one device, for MFU; known for common GPUs",
         aliases=("peak_flops", "device_flops", "hardware_peak_flops"),
     )
+
+    @property
+    def ema_decays(self) -> list[float]:
+        """Decays of the averages of the weights, in rising order."""
+        if self.ema is None:
+            return []
+        return sorted(self.ema if isinstance(self.ema, list) else [self.ema])
+
+    @model_validator(mode="after")
+    def _check_ema(self) -> TrainSection:
+        for decay in self.ema_decays:
+            if not 0 < decay < 1:
+                raise ValueError(f"train.ema = {decay}: a decay is above 0 and below 1")
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"train.ema = {self.ema_decays} has a decay twice; remove one")
+        return self

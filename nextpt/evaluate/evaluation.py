@@ -132,6 +132,7 @@ def evaluate_model(
     result: dict[str, Any] = {
         ("run" if loaded.is_run else "model"): str(loaded.path),
         "step": loaded.step,
+        "weights": loaded.weights,
         "window": window,
         "stride": stride,
         "protocol": describe_protocol(loaded, protocol),

@@ -123,6 +123,7 @@ def exposure_bias(
     return {
         ("run" if loaded.is_run else "model"): str(loaded.path),
         "step": loaded.step,
+        "weights": loaded.weights,
         "protocol": {
             "prefix": prefix,
             "continuation": continuation,

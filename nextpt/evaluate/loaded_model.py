@@ -12,6 +12,7 @@ from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import CheckpointError, DataError
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.selection import open_checkpoint
+from nextpt.checkpoint.state import WEIGHT
 from nextpt.evaluate.hugging_face import HuggingFaceModel
 from nextpt.exchange import load_hf
 from nextpt.exchange.architectures import ARCHITECTURES
@@ -29,6 +30,7 @@ class LoadedModel:
         tokenizer: Of the same folder.
         step: Step of the run's checkpoint; None for a Hugging Face folder.
         data: Dataset folder that the run was trained on; None for a Hugging Face folder.
+        weights: Kind of state of the run's checkpoint that the model has.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     step: int | None
     data: Path | None = None
+    weights: str = WEIGHT
 
     @property
     def is_run(self) -> bool:
@@ -62,18 +65,25 @@ class LoadedModel:
         return self.data
 
 
-def open_run(run: Path, step: int | None = None) -> Checkpoint:
+def open_run(run: Path, step: int | None = None, weights: str = WEIGHT) -> Checkpoint:
     """Open the newest checkpoint of a run folder, or that of a step, and verify it.
 
+    Args:
+        run: The run folder.
+        step: Step of the checkpoint; the newest by default.
+        weights: "weight", or an average of the weights, such as "ema-0.999".
+
     Raises:
-        CheckpointError: There is no such checkpoint, or it is damaged.
+        CheckpointError: There is no such checkpoint, or it is damaged, or has no such weights.
     """
     if not run.is_dir():
         raise CheckpointError(
             f"run folder {run} does not exist; train first, or give the folder that holds"
             " checkpoints/"
         )
-    return open_checkpoint(run / "checkpoints", step)
+    checkpoint = open_checkpoint(run / "checkpoints", step)
+    checkpoint.select_weights(weights)
+    return checkpoint
 
 
 def open_model(
@@ -82,6 +92,7 @@ def open_model(
     device: torch.device | str = "cpu",
     *,
     decoder_only: bool = False,
+    weights: str = WEIGHT,
 ) -> LoadedModel:
     """Open the model of a run folder or of a local Hugging Face folder.
 
@@ -94,6 +105,7 @@ def open_model(
         step: Step of a run's checkpoint; the newest by default.
         device: Where the model is put.
         decoder_only: Refuse models that only the transformers library can run.
+        weights: See `open_run`.
 
     Raises:
         CheckpointError: The folder holds no model that can be read.
@@ -105,14 +117,18 @@ def open_model(
             raise CheckpointError(
                 f"{path} is a Hugging Face folder, which has no steps; leave --step out"
             )
+        if weights != WEIGHT:
+            raise CheckpointError(
+                f"{path} is a Hugging Face folder, which has no averages; leave --weights out"
+            )
         model = _open_hugging_face(path, device, decoder_only)
         loaded = LoadedModel(path, model, Tokenizer(path / "tokenizer.json"), None)
     else:
-        checkpoint = open_run(path, step)
+        checkpoint = open_run(path, step, weights=weights)
         config, decoder = load_model(checkpoint, device)
         data = Path(config.data.path)
         loaded = LoadedModel(
-            path, decoder, Tokenizer(path / "tokenizer.json"), checkpoint.step, data
+            path, decoder, Tokenizer(path / "tokenizer.json"), checkpoint.step, data, weights
         )
     if loaded.tokenizer.vocab_size > loaded.model.vocab_size:
         raise DataError(

@@ -53,6 +53,7 @@ def score_on_ranks(
                 _score_share,
                 loaded.path,
                 loaded.step,
+                loaded.weights,
                 rank,
                 ranks,
                 [documents[i] for i in share],
@@ -70,6 +71,7 @@ def score_on_ranks(
 def _score_share(
     path: Path,
     step: int | None,
+    weights: str,
     rank: int,
     ranks: int,
     documents: list[np.ndarray],
@@ -80,5 +82,5 @@ def _score_share(
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    model = open_model(path, step, device).model
+    model = open_model(path, step, device, weights=weights).model
     return score_targets(model, documents, windows, batch_size=batch_size)

@@ -1,5 +1,6 @@
 """Model exchange: Hugging Face folders both ways, DeepSpeed checkpoints one way."""
 
+from nextpt.exchange.average import steps_to_average, write_average
 from nextpt.exchange.deepspeed_layout import export_deepspeed
 from nextpt.exchange.export_hf import export_hf
 from nextpt.exchange.import_hf import (
@@ -18,4 +19,6 @@ __all__ = [
     "export_hf",
     "load_hf",
     "same_vocabulary",
+    "steps_to_average",
+    "write_average",
 ]

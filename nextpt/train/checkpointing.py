@@ -14,6 +14,7 @@ from nextpt.base.errors import CheckpointError, same_on_all_ranks
 from nextpt.checkpoint.folders import step_of
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager, FailedSave, SavedCheckpoint
+from nextpt.checkpoint.state import AVERAGE
 from nextpt.events import CheckpointEvent, SaveFailedEvent
 from nextpt.job.environment import versions
 from nextpt.train.batch_growth import BatchGrowth
@@ -220,10 +221,14 @@ def restore_engine(engine: Engine, checkpoint: Checkpoint, group: RankGroup) -> 
         CheckpointError: When the checkpoint is of another model or damaged.
     """
     checkpoint.check_state(engine.state.state_shapes())
-    if checkpoint.state["scalars"].keys() != engine.state.scalars().keys():
+    stored, expected = (
+        {name for name in scalars if not name.startswith(AVERAGE)}
+        for scalars in (checkpoint.state["scalars"], engine.state.scalars())
+    )
+    if stored != expected:
         raise CheckpointError(
-            f"checkpoint {checkpoint.folder} has the scalars {sorted(checkpoint.state['scalars'])},"
-            f" expected {sorted(engine.state.scalars())}; it was not written by this nextpt"
+            f"checkpoint {checkpoint.folder} has the scalars {sorted(stored)}, expected"
+            f" {sorted(expected)}; it was not written by this nextpt"
         )
     engine.state.load(checkpoint, checkpoint.state["scalars"])
     checkpoint.close()

@@ -20,7 +20,7 @@ from nextpt.train import deepspeed_api
 from nextpt.train.deepspeed_config import deepspeed_config
 from nextpt.train.dynamics import GradientNoise, update_ratios
 from nextpt.train.spike_detector import SpikeDetector
-from nextpt.train.zero_state import ZeroState
+from nextpt.train.weight_averages import AveragedState
 
 
 class TrainingModule(nn.Module):
@@ -83,7 +83,9 @@ class Engine:
         self._engine = deepspeed_api.initialize(module, self._optimizer, settings)
         stage = config.train.zero_stage
         self._zero = self._engine.optimizer if stage else None
-        self.state = ZeroState(parameters, self._optimizer, self._zero, stage, self.mesh)
+        self.state = AveragedState(
+            config.train.ema_decays, parameters, self._optimizer, self._zero, stage, self.mesh
+        )
         self._noise = GradientNoise(module, device, self._data_size)
 
     @property
@@ -130,6 +132,8 @@ class Engine:
                 self._sum_losses(losses)
             self._engine.step()
         self._check_stepped()
+        _, bad = self._current_verdict()
+        self.state.update_averages(bad)
         return losses
 
     def _sum_losses(self, losses: list[Loss]) -> None:

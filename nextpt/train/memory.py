@@ -33,7 +33,7 @@ class MemoryEstimate:
     Attributes:
         weights: Working weights.
         gradients: fp32 gradients.
-        optimizer: fp32 master weights and the optimizer's state.
+        optimizer: fp32 master weights, the optimizer's state and averages of the weights.
         buffers: What DeepSpeed 0.19 stages gradients and gathered parameters in.
         activations: Tensors kept for the backward pass.
         loss: Workspace of the loss, and the gradient of the output matrix.
@@ -83,6 +83,8 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
     master = 4 * parameters if stage else 0
     state = optimizer_spec(config.optimizer).state_bytes(parameter_shapes(model))
 
+    averages = 4 * parameters * len(train.ema_decays)
+
     def share(size: int, from_stage: int) -> int:
         return -(-size // world_size) if stage >= from_stage else size
 
@@ -90,7 +92,7 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
         weights=share(width * parameters, 3)
         + (width * parameters // train.hpz_ranks if stage == 3 and train.hpz_ranks else 0),
         gradients=share(4 * parameters, 2),
-        optimizer=share(master + state, 1),
+        optimizer=share(master + state + averages, 1),
         buffers=_buffers(config, width, device == "cuda"),
         activations=_activations(config, width),
         loss=loss_chunking(config, device).workspace + width * model.vocab_size * model.width,

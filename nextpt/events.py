@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from nextpt.config import BatchSchedule
+
 
 @dataclass(frozen=True)
 class StepEvent:
@@ -332,6 +334,13 @@ def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
         if record.get("status") in RENAMED_STATUSES:
             record["status"] = RENAMED_STATUSES[record["status"]]
     return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def decided_batches(planned: BatchSchedule, path: Path) -> BatchSchedule:
+    """Batch size by step of a run, with the decisions of train.batch_growth in a metrics file."""
+    for record in read_events(path, "batch"):
+        planned = planned.changed(record["step"], record["batch_size"])
+    return planned
 
 
 def _complete_lines(path: Path) -> list[str]:

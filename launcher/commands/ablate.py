@@ -43,9 +43,7 @@ def ablate(file: AblationFile, ranks: Ranks = None) -> None:
         if not (folder / SUMS).exists():
             count = sum(map(len, documents.texts.values()))
             echo(f"scoring {run.name} on {count:,} held-out documents")
-        scores[run.name] = score_run(
-            folder, ablation.config(run).last_step, documents, pick_device()
-        )
+        scores[run.name] = score_run(folder, ablation.last_step(run), documents, pick_device())
     result = result_of(ablation, documents, scores)
     _print_result(result)
     write_json(result, ablation.dir / "ablation.json")

@@ -17,7 +17,7 @@ from nextpt.base.errors import DataError
 from nextpt.checkpoint.folders import checkpoint_folders, step_of
 from nextpt.checkpoint.manifest import MANIFEST, manifest_problem, read_manifest
 from nextpt.config import BatchSchedule, Config, load_config
-from nextpt.events import read_events, rename_old_keys
+from nextpt.events import decided_batches, read_events, rename_old_keys
 from nextpt.job.environment import read_starts
 from nextpt.model import ModelSpec, count
 
@@ -36,8 +36,8 @@ class RunRecord:
         samples: Content of samples.json.
         starts: Records of the starts.
         checkpoints: The checkpoints.
+        batches: Batch size by step, with the decisions of train.batch_growth.
         notes: What could not be read.
-        batch_changes: Batch events of metrics.jsonl, in order of step.
     """
 
     label: str
@@ -49,8 +49,8 @@ class RunRecord:
     samples: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
+    batches: BatchSchedule
     notes: list[str] = field(default_factory=list)
-    batch_changes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -61,14 +61,6 @@ class RunRecord:
     def parameters(self) -> int:
         """Number of parameters."""
         return count(ModelSpec.from_config(self.config)).parameters
-
-    @property
-    def batches(self) -> BatchSchedule:
-        """Batch size by step, with the decisions of train.batch_growth."""
-        batches = self.config.batches
-        for change in self.batch_changes:
-            batches = batches.changed(change["step"], change["batch_size"])
-        return batches
 
     def batch_tokens(self) -> list[int]:
         """Return the tokens of each logged step."""
@@ -131,7 +123,7 @@ def _read(folder: Path, label: str) -> RunRecord:
         samples=_json(folder / "samples.json") or [],
         starts=read_starts(folder),
         checkpoints=_checkpoints(folder / "checkpoints"),
-        batch_changes=read_events(folder / "metrics.jsonl", "batch"),
+        batches=decided_batches(config.batches, folder / "metrics.jsonl"),
         notes=_notes(
             train,
             read_events(folder / "metrics.jsonl", "skip"),

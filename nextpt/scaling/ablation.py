@@ -130,8 +130,6 @@ def _run_settings(config: Config) -> dict[str, Any]:
 
 def is_done(ablation: Ablation, run: NamedRun) -> bool:
     """Return whether a run is finished. Raises ScalingError where its folder holds another run."""
-    return (
-        ablation.is_begun(run)
-        and max(steps(ablation.folder(run) / "checkpoints"), default=0)
-        >= ablation.config(run).last_step
-    )
+    return ablation.is_begun(run) and max(
+        steps(ablation.folder(run) / "checkpoints"), default=0
+    ) >= ablation.last_step(run)

@@ -19,7 +19,7 @@ import numpy as np
 
 from nextpt.base.errors import ScalingError
 from nextpt.config import load_config
-from nextpt.events import read_events
+from nextpt.events import decided_batches, read_events
 from nextpt.model import ModelSpec, count
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
@@ -208,10 +208,11 @@ def read_run_folders(
             raise ScalingError(
                 f"{folder} has no validation in metrics.jsonl; train with validation.every_steps"
             )
-        if not curves and events[-1]["step"] < config.total_steps:
+        batches = decided_batches(config.batches, folder / "metrics.jsonl")
+        if not curves and events[-1]["step"] < (total := config.total_steps_with(batches)):
             raise ScalingError(
                 f"{folder} is not finished: its last validation is of step {events[-1]['step']:,}"
-                f" of {config.total_steps:,}; a loss before the learning rate has decayed belongs"
+                f" of {total:,}; a loss before the learning rate has decayed belongs"
                 " to another law"
             )
         for event in events if curves else events[-1:]:

@@ -17,6 +17,7 @@ from yaml import YAMLError
 from nextpt.base.errors import ScalingError
 from nextpt.config import Config, differences, load_config
 from nextpt.data.epochs import count_epoch
+from nextpt.events import decided_batches
 from nextpt.model import ModelSpec, count
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 
@@ -55,6 +56,12 @@ class RunSet(BaseModel):
     def config(self, run: NamedRun) -> Config:
         """Load the config of a run. Raises ConfigError and DataError."""
         return count_epoch(load_config(self.base, self.arguments(run)))
+
+    def last_step(self, run: NamedRun) -> int:
+        """Return the last step of a run, with the batch sizes that it has decided so far."""
+        config = self.config(run)
+        metrics = self.folder(run) / "metrics.jsonl"
+        return config.last_step_with(decided_batches(config.batches, metrics))
 
     def flops(self, run: NamedRun) -> float:
         """Return the training compute C = 6 N D, FLOPs, with all parameters."""

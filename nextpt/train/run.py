@@ -84,16 +84,16 @@ def _run_job(
     if checkpoint:
         job.record_step(checkpoint.step)
         check_data(config, checkpoint, loader)
-        last_step = config.last_step_with(loader.batches_of(checkpoint.state["data"]))
-        if checkpoint.step >= last_step:
+        batches = loader.batches_of(checkpoint.state["data"])
+        if checkpoint.step >= config.last_step_with(batches):
             _finish_complete_run(config, checkpoint, checkpoints, group, job)
             return
     decay_start = None if checkpoint else open_decay_start(config, loader, group)
     if decay_start:
         job.record_step(decay_start.step)
     start = checkpoint or decay_start
-    engine = _build_engine(config, device, group, start)
     batches = loader.batches_of(start.state["data"]) if start else loader.batches
+    engine = _build_engine(config, device, group, start, config.total_steps_with(batches))
     last_step = config.last_step_with(batches)
     events = _open_run(config, device, group, job, open_trackers, last_step)
     try:
@@ -141,7 +141,11 @@ def _finish_complete_run(
 
 
 def _build_engine(
-    config: Config, device: torch.device, group: RankGroup, checkpoint: Checkpoint | None
+    config: Config,
+    device: torch.device,
+    group: RankGroup,
+    checkpoint: Checkpoint | None,
+    total_steps: int,
 ) -> Engine:
     """The engine with its weights: of a checkpoint, of train.init_from, or random ones."""
     initial_weights = None
@@ -157,7 +161,7 @@ def _build_engine(
         print_on_rank_0(
             group,
             f"resuming {checkpoint.folder.parents[1]} after step {checkpoint.step} of"
-            f" {config.total_steps}",
+            f" {total_steps}",
         )
     if initial_weights:
         load_initial_weights(engine, initial_weights)

@@ -43,8 +43,11 @@ def test_only_the_past_of_the_schedule_is_fixed(dataset: Path) -> None:
     for schedule in (None, earlier):
         with pytest.raises(DataError, match=r"before step 3 \(train.batch_schedule"):
             open_loader(dataset, batch_schedule=schedule).check_state(state)
-    old = {name: value for name, value in state.items() if name != "batches"}
-    open_loader(dataset, batch_schedule=None).check_state(old | {"position": 18})
+    constant = open_loader(dataset, batch_schedule=None)
+    old = {name: value for name, value in constant.state(3).items() if name != "batches"}
+    constant.check_state(old)
+    with pytest.raises(DataError, match=r"before step 3 \(train.batch_schedule"):
+        open_loader(dataset).check_state(old)
 
 
 def test_decisions_are_part_of_the_state(dataset: Path) -> None:

@@ -47,7 +47,7 @@ class AveragedState(ZeroState):
             decay: {flat: torch.zeros_like(flat, requires_grad=False) for flat in flats}
             for decay in decays
         }
-        device = next(iter(optimizer.param_groups))["params"][0].device
+        device = self._flat_tensors()[0].device
         # Accepted steps that each average has seen
         self._seen = {
             decay: torch.zeros((), dtype=torch.float64, device=device) for decay in decays

@@ -1,17 +1,21 @@
-"""`nextpt checkpoint list`, `verify` and `fetch`, on run folders and mirrors."""
+"""`nextpt checkpoint list`, `verify`, `fetch` and `average`, on run folders and mirrors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from launcher.cli import app
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.mirror.archive import Archive
 from nextpt.checkpoint.selection import open_checkpoint
+from nextpt.evaluate.loaded_model import open_model
 from tests.support.checkpoints import holds, write
+from tests.support.models import checkpoint_of
+from tests.support.runs import make_run
 
 
 def nextpt(*arguments: object) -> Result:
@@ -94,3 +98,34 @@ def test_user_errors_are_one_line(tmp_path: Path) -> None:
         assert result.exit_code == 2 and message in result.stderr, result.output
     for command in ("list", "verify", "fetch"):
         assert "example: nextpt checkpoint" in nextpt(command, "--help").stdout
+
+
+def test_average_writes_a_folder_for_other_commands(tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "mean"
+    config, model, _ = make_run(run)
+    embedding = next(iter(model.parameters()))
+    before = embedding.detach().clone()
+    with torch.no_grad():
+        embedding.add_(1.0)
+    checkpoint_of(config, model, run / "checkpoints", step=7)
+    result = nextpt("average", run, "--last", 2, "--output", output)
+    assert result.exit_code == 0 and "mean of weight of steps 3, 7" in result.output
+    mean = next(iter(open_model(output).decoder.parameters()))
+    torch.testing.assert_close(mean, before + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --last N or --steps FIRST..LAST"),
+        (["--last", 2, "--steps", "3..7"], "give either --last N or --steps FIRST..LAST"),
+        (["--steps", "7-3"], "--steps 7-3 is not of the form FIRST..LAST"),
+        (["--last", 2], "has 1 checkpoints to average, expected 2 or more"),
+        (["--steps", "3..4"], "there are those of steps 3: give others"),
+    ],
+)
+def test_average_says_what_is_wrong(tmp_path: Path, arguments: list[object], message: str) -> None:
+    make_run(tmp_path / "run")
+    result = nextpt("average", tmp_path / "run", "--output", tmp_path / "mean", *arguments)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "mean").exists()

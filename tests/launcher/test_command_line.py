@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.jobs.local import free_port, train_command
 from nextpt.config import load_config, to_yaml
 from nextpt.events import read_events
@@ -85,6 +87,23 @@ def test_config_show_prints_derived_values() -> None:
         "ZeRO-3",
     ):
         assert line in completed.stdout
+
+
+def test_config_show_prints_a_ramp_and_its_schedule() -> None:
+    ramp = "train.batch_schedule=[{after_steps: 500, global_batch_size: 16}]"
+    result = CliRunner().invoke(app, ["config", "show", "configs/demo.yaml", ramp, "--ranks", "2"])
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    for line in (
+        "tokens per step 2,048 (1 micro-batches on each of 2 ranks, to step 500)",
+        "tokens per step 4,096 (2 micro-batches on each of 2 ranks)",
+        "steps 1,000",
+        "total tokens 3,072,000",
+        "learning rate 0.007 (step 40, end of the warm-up)",
+        "learning rate 0.007 (step 550, begin of the decay)",
+        "learning rate 0 (step 1,000, end)",
+    ):
+        assert line in lines
 
 
 @pytest.mark.parametrize(

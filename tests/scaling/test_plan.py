@@ -257,3 +257,23 @@ def test_a_user_defined_machine() -> None:
     assert (own.memory, own.peak, own.bus(4), own.bus(8)) == (40 * 2**30, 100e12, 10e9, 5e9)
     with pytest.raises(ConfigError, match="--memory"):
         machine("mi300")
+
+
+def test_a_ramp_takes_the_time_of_its_parts() -> None:
+    """500 steps of 1,024 sequences and 300 of 2,048, against runs of one of these batches."""
+    small, large = (
+        plan(config("7b", "train.tokens=null", *keys), 256, MACHINES["h100"], 0.4)
+        for keys in (
+            ["train.steps=500", "train.global_batch_size=1024", "schedule.warmup=10"],
+            ["train.steps=300", "train.global_batch_size=2048", "schedule.warmup=10"],
+        )
+    )
+    schedule = "train.batch_schedule=[{after_steps: 500, global_batch_size: 2048}]"
+    keys = ["train.tokens=null", "train.steps=800", "train.global_batch_size=1024", schedule]
+    warmup = "schedule.warmup=10"
+    ramp = plan(config("7b", *keys, warmup), 256, MACHINES["h100"], 0.4)
+    assert ramp.total_tokens == small.total_tokens + large.total_tokens
+    assert ramp.tokens_per_step == large.tokens_per_step == 2 * small.tokens_per_step
+    for whole, first, second in zip(ramp.options, small.options, large.options, strict=True):
+        assert whole.run_seconds == pytest.approx(first.run_seconds + second.run_seconds)
+        assert whole.seconds == second.seconds and whole.traffic == second.traffic

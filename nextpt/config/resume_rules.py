@@ -9,9 +9,10 @@ from nextpt.config.schema import Config
 def may_change(name: str) -> bool:
     """Whether a resumed run may change a dotted key: it, or a key above it, is declared so.
 
-    None of these keys changes what the model learns from which data, except train.steps and
-    train.tokens, which lengthen or shorten the run; data.stages, whose past the loader compares
-    (nextpt/data/plan.py); and train.precision, because the state is fp32 in either.
+    None of these keys changes what the model learns from which data, except train.steps,
+    train.tokens and train.epochs, which lengthen or shorten the run; data.stages,
+    train.batch_schedule and train.batch_growth, whose past the loader compares
+    (nextpt/data/loader.py); and train.precision, because the state is fp32 in either.
     """
     changeable = {key.name for key in all_keys() if key.may_change}
     parts = name.split(".")

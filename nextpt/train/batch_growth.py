@@ -41,9 +41,13 @@ class BatchGrowth:
         self.trace = self.square = 0.0
         self.count = self.above = 0
 
-    def record(self, estimate: dict[str, float] | None) -> None:
-        """Add the estimate of an accepted step, see `GradientNoise.estimate`; None adds nothing."""
-        if estimate is not None:
+    def record(self, step: int, estimate: dict[str, float] | None) -> None:
+        """Add the estimate of an accepted step, see `GradientNoise.estimate`; None adds nothing.
+
+        Only steps of `train.log_every` count: the last step before a stop is logged too, and a
+        run that was never stopped has no estimate of it.
+        """
+        if estimate is not None and step % self.config.train.log_every == 0:
             self.trace += estimate["trace"]
             self.square += estimate["square"]
             self.count += 1

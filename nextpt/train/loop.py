@@ -89,7 +89,7 @@ class Trainer:
             if log:
                 event = self.logger.log(step, result, verdicts[-1])
                 if not verdicts[-1].reason:
-                    self.growth.record(event.noise)
+                    self.growth.record(step, event.noise)
             if validate:
                 if not self.validator.validate(step):
                     self.stop()

@@ -69,8 +69,9 @@ def open_growth(**growth: Any) -> tuple[BatchGrowth, Batches, Events]:
 
 def measure(growth: BatchGrowth, scale: float, times: int = 3) -> None:
     for _ in range(times):
-        growth.record({"trace": 2 * scale, "square": 2.0})
-        growth.record(None)
+        growth.record(10, {"trace": 2 * scale, "square": 2.0})
+        growth.record(11, {"trace": 1e9, "square": 1.0})  # logged because training stops there
+        growth.record(20, None)
 
 
 def test_two_comparisons_in_a_row_double_the_batch() -> None:
@@ -109,7 +110,7 @@ def test_noise_without_a_gradient_decides_nothing() -> None:
     growth, loader, _ = open_growth()
     for step in (5, 10):
         for _ in range(3):
-            growth.record({"trace": 5.0, "square": -1.0})
+            growth.record(10, {"trace": 5.0, "square": -1.0})
         growth.decide(step)
     assert loader.batches.changes == ((0, 4),)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from nextpt.base.collective import RankGroup
 from nextpt.base.errors import ConfigError
+from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.selection import select_checkpoint
+from nextpt.checkpoint.selection import read_on_rank_0, select_checkpoint
 from nextpt.config import Config, differences, parse_config
 from nextpt.data.loader import Loader
 from nextpt.optim.schedules import learning_rate
@@ -51,8 +52,15 @@ def open_decay_start(config: Config, loader: Loader, group: RankGroup) -> Checkp
     source = config.train.decay_from
     if source is None:
         return None
+    root = Path(source.run) / "checkpoints"
+    available = read_on_rank_0(root, ranks, lambda: steps(root))
+    if source.at_step not in available:
+        raise ConfigError(
+            f"train.decay_from.at_step = {source.at_step}: {root} has no checkpoint of that step;"
+            f" there are: {', '.join(map(str, available)) or 'none'}"
+        )
     checkpoint = select_checkpoint(
-        Path(source.run) / "checkpoints",
+        root,
         source.at_step,
         group,
         warn=lambda text: print_on_rank_0(group, text),

@@ -19,6 +19,8 @@ from nextpt.optim.guarded import GuardedOptimizer
 from nextpt.parallel.mesh import Mesh
 from nextpt.train.zero_state import ZeroState
 
+CHUNK = 2**24  # elements that are moved at a time, so that it takes little memory
+
 
 class AveragedState(ZeroState):
     """The state of a model that DeepSpeed trains, with averages of its weights.
@@ -65,7 +67,12 @@ class AveragedState(ZeroState):
             seen += ~bad
             share = torch.where(bad, 0.0, (1 - decay) / (1 - decay**seen)).float()
             for flat, average in averages.items():
-                average.lerp_(flat.detach(), share)
+                weights, values = flat.detach().view(-1), average.view(-1)
+                for start in range(0, len(values), CHUNK):
+                    part = values[start : start + CHUNK]
+                    # In three operations: a fused one may round the ends of a tensor otherwise
+                    # than its middle, and another division of it would give other averages.
+                    part += (weights[start : start + CHUNK] - part) * share
 
     def fragments(self) -> Iterator[Fragment]:
         """As `ZeroState.fragments`, and this rank's part of the averages."""

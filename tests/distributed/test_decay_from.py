@@ -17,6 +17,7 @@ from tests.support.ranks import train_all
 pytestmark = pytest.mark.process
 
 FROM, DECAY = 4, 3
+SAVES = {"every_steps": 2, "keep_last": None}
 WSD = {"kind": "wsd", "warmup": 2, "final_ratio": 0.0}
 
 
@@ -27,7 +28,7 @@ def job(dataset: Path, folder: Path, train: dict[str, Any], schedule: dict[str, 
         run={"name": folder.name, "dir": str(folder)},
         train=train,
         schedule=WSD | schedule,
-        checkpoint={"every_steps": 2},
+        checkpoint=SAVES,
     )
 
 
@@ -48,7 +49,7 @@ def root(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train={"steps": None, "decay_from": {"run": str(root / "stable"), "at_step": FROM}},
         schedule=WSD | {"decay": DECAY},
         optimizer={"lr": 1e-3},
-        checkpoint={"every_steps": 2},
+        checkpoint=SAVES,
     )
     configs = [
         stable,
@@ -93,5 +94,5 @@ def test_its_folder_stands_alone(root: Path) -> None:
 def test_refusals_name_the_key(root: Path) -> None:
     late, missing, other = outcomes(root)[4:]
     assert "train.decay_from.at_step = 10" in late and "its own decay had begun" in late
-    assert "no checkpoint of that step" in missing
+    assert "train.decay_from.at_step = 5" in missing and "10, 8, 6, 4, 2" in missing
     assert "optimizer.lr: 0.003 -> 0.001" in other

@@ -62,7 +62,7 @@ def expected_average(weights: list[torch.Tensor], decay: float) -> torch.Tensor:
     average = torch.zeros_like(weights[0])
     for number, weight in enumerate(weights, 1):
         share = (1 - decay) / (1 - decay ** torch.tensor(float(number), dtype=torch.float64))
-        average = torch.lerp(average, weight, share.float())
+        average = average + (weight - average) * share.float()
     return average
 
 

@@ -9,12 +9,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 from launcher.cli import app
+from nextpt.base.collective import RankGroup
+from nextpt.checkpoint.commit import save
 from nextpt.checkpoint.manifest import read_manifest
 from nextpt.checkpoint.mirror.archive import Archive
 from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.evaluate.loaded_model import open_model
 from tests.support.checkpoints import holds, write
-from tests.support.models import checkpoint_of
+from tests.support.models import ModelState
 from tests.support.runs import make_run
 
 
@@ -107,7 +109,9 @@ def test_average_writes_a_folder_for_other_commands(tmp_path: Path) -> None:
     before = embedding.detach().clone()
     with torch.no_grad():
         embedding.add_(1.0)
-    checkpoint_of(config, model, run / "checkpoints", step=7)
+    extras = {"step": 7, "config": config.model_dump(mode="json")}
+    ranks = RankGroup.world()
+    save(run / "checkpoints", ModelState(model), extras, {}, ranks, lineage=[[1, 1]])
     result = nextpt("average", run, "--last", 2, "--output", output)
     assert result.exit_code == 0 and "mean of weight of steps 3, 7" in result.output
     mean = next(iter(open_model(output).decoder.parameters()))

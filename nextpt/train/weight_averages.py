@@ -65,14 +65,16 @@ class AveragedState(ZeroState):
         for decay, averages in self._averages.items():
             seen = self._seen[decay]
             seen += ~bad
-            share = torch.where(bad, 0.0, (1 - decay) / (1 - decay**seen)).float()
+            share = ((1 - decay) / (1 - decay**seen)).float()
             for flat, average in averages.items():
                 weights, values = flat.detach().view(-1), average.view(-1)
                 for start in range(0, len(values), CHUNK):
                     part = values[start : start + CHUNK]
                     # In three operations: a fused one may round the ends of a tensor otherwise
                     # than its middle, and another division of it would give other averages.
-                    part += (weights[start : start + CHUNK] - part) * share
+                    moved = part + (weights[start : start + CHUNK] - part) * share
+                    # Selected, not multiplied by 0, which would lose the sign of a zero.
+                    part.copy_(torch.where(bad, part, moved))
 
     def fragments(self) -> Iterator[Fragment]:
         """As `ZeroState.fragments`, and this rank's part of the averages."""

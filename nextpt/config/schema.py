@@ -228,22 +228,22 @@ class Config(Section):
     def _check_length_keys(self) -> None:
         """Raise ValueError unless exactly one key sets the length of the run."""
         train = self.train
-        given = [key for key in ("steps", "tokens", "epochs") if getattr(train, key) is not None]
+        lengths = [key for key in ("steps", "tokens", "epochs") if getattr(train, key) is not None]
         if train.decay_from is not None:
-            if given:
+            if lengths:
                 raise ValueError(
-                    f"train.{given[0]} is given with train.decay_from, whose run ends"
-                    f" schedule.decay after its step; set train.{given[0]}=null"
+                    f"train.{lengths[0]} is given with train.decay_from, whose run ends"
+                    f" schedule.decay after its step; set train.{lengths[0]}=null"
                 )
             if not self.schedule.has_final_decay or self.schedule.decay is None:
                 raise ValueError(
                     f"train.decay_from needs schedule.decay and schedule.kind = wsd or power; they"
                     f" are {self.schedule.decay} and {self.schedule.kind}"
                 )
-        elif len(given) != 1:
-            found = ", ".join(f"train.{key}" for key in given) or "none"
+        elif len(lengths) != 1:
+            keys = ", ".join(f"train.{key}" for key in lengths) or "none"
             raise ValueError(
-                f"give exactly one of train.steps, train.tokens and train.epochs; given: {found}"
+                f"give exactly one of train.steps, train.tokens and train.epochs; given: {keys}"
             )
         if train.epochs is not None and (
             self.data.mixing or any(stage.mixing for stage in self.data.stages or ())

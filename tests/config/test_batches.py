@@ -45,9 +45,9 @@ def test_steps_for_is_the_inverse(schedule: BatchSchedule, step: int, sequences:
 @given(schedules(), st.integers(1, 80))
 def test_phases_tile_the_steps(schedule: BatchSchedule, steps: int) -> None:
     phases = schedule.phases(steps)
-    made = [size for first, last, size in phases for _ in range(first, last)]
-    assert made == batch_sizes(schedule, steps)
-    assert all(size % schedule.divisor == 0 for size in made)
+    sizes_by_step = [size for first, last, size in phases for _ in range(first, last)]
+    assert sizes_by_step == batch_sizes(schedule, steps)
+    assert all(size % schedule.divisor == 0 for size in sizes_by_step)
 
 
 @given(schedules(), st.integers(1, 80), sizes)

@@ -95,7 +95,7 @@ def test_a_ramp_counts_in_steps_and_tokens() -> None:
 
 
 @pytest.mark.parametrize(("scaling", "exponent"), [("none", 0.0), ("sqrt", 0.5), ("linear", 1.0)])
-def test_the_learning_rate_scales_as_it_is_told(scaling: str, exponent: float) -> None:
+def test_the_learning_rate_scales_with_the_batch(scaling: str, exponent: float) -> None:
     schedule = {"kind": "constant", "batch_scaling": scaling}
     config = run({"tokens": 3200, "batch_schedule": RAMP}, schedule=schedule)
     rates = [learning_rate(config, step) for step in (10, 11, 26)]

@@ -113,9 +113,9 @@ def test_resuming_inside_a_ramp_changes_no_bit(root: Path, run: str) -> None:
     whole = run.replace("parts", "whole") if run != "growth-parts" else "growth"
     for key in ("loss", "grad_norm", "lr", "tokens"):
         assert column(root, run, key) == column(root, whole, key)
-    expected, found = state(root, whole), state(root, run)
-    assert expected.keys() == found.keys()
-    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    expected, resumed = state(root, whole), state(root, run)
+    assert expected.keys() == resumed.keys()
+    assert [key for key in expected if not torch.equal(expected[key], resumed[key])] == []
 
 
 def test_bf16_follows_fp32(root: Path) -> None:

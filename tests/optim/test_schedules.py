@@ -50,7 +50,7 @@ def test_tokens_and_steps_are_the_same_schedule() -> None:
     ]
 
 
-def test_linear_ends_at_zero_unless_told_otherwise() -> None:
+def test_linear_ends_at_zero_unless_a_ratio_is_set() -> None:
     c = run(kind="linear", warmup=20)
     assert [learning_rate(c, s) for s in (10, 20, 60, 100)] == pytest.approx([1.0, 2.0, 1.0, 0.0])
     assert learning_rate(c, 100) == 0.0

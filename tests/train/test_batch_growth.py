@@ -100,9 +100,9 @@ def test_decisions_wait_for_a_checkpoint_and_enough_estimates() -> None:
     assert growth.state() == {"trace": 0.0, "square": 0.0, "count": 0, "above": 1}
     other, others, _ = open_growth()
     other.load_state(growth.state())
-    for each in (growth, other):
-        measure(each, 1e6)
-        each.decide(15)
+    for resumed in (growth, other):
+        measure(resumed, 1e6)
+        resumed.decide(15)
     assert loader.batches == others.batches == BatchSchedule(LENGTH, ((0, 4), (15, 8)))
 
 

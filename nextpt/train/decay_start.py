@@ -53,7 +53,7 @@ def open_decay_start(config: Config, loader: Loader, group: RankGroup) -> Checkp
     if source is None:
         return None
     root = Path(source.run) / "checkpoints"
-    available = read_on_rank_0(root, ranks, lambda: steps(root))
+    available = read_on_rank_0(root, group, lambda: steps(root))
     if source.at_step not in available:
         raise ConfigError(
             f"train.decay_from.at_step = {source.at_step}: {root} has no checkpoint of that step;"

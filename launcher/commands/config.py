@@ -64,7 +64,8 @@ def config_show(
     )
     for part in MEMORY_PARTS:
         echo(f"  {part:<21} {getattr(memory, part) / GIB:>16,.2f} GiB")
-    _show_optimizer(config, counts.training_flops_per_token * config.tokens_per_step, ranks)
+    flops = counts.training_flops_per_token * tokens / config.total_steps
+    _show_optimizer(config, flops, ranks)
 
 
 def _show_optimizer(config: Config, flops: float, ranks: int) -> None:
@@ -72,7 +73,7 @@ def _show_optimizer(config: Config, flops: float, ranks: int) -> None:
 
     Args:
         config: The run.
-        flops: FLOPs of the model in an optimizer step.
+        flops: FLOPs of the model in a step, on average over the run.
         ranks: Number of ranks.
     """
     from math import prod

@@ -16,7 +16,7 @@ the order of its sums, must not depend on what a rank owns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class Muon(AdamW):
         return assign((t for t in unit if self.is_matrix(t.name, t.shape)), self.flops)
 
     def step_cost(
-        self, units: Sequence[Sequence[DividedTensor]], ranks: int, device_type: str
+        self, units: Iterable[Sequence[DividedTensor]], ranks: int, device_type: str
     ) -> StepCost:
         """FLOPs of orthogonalization and bytes of the exchange."""
         flops, sent = [0.0] * ranks, [0] * ranks

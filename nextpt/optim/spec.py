@@ -171,7 +171,7 @@ class OptimizerSpec(ABC):
         ]
 
     def step_cost(
-        self, units: Sequence[Sequence[DividedTensor]], ranks: int, device_type: str
+        self, units: Iterable[Sequence[DividedTensor]], ranks: int, device_type: str
     ) -> StepCost:
         """Cost of one step; nothing for an optimizer that is elementwise.
 

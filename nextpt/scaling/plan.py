@@ -182,7 +182,13 @@ def step_cost(config: Config, devices: int, device_type: str = "cuda") -> StepCo
     return spec.step_cost(units, devices, device_type)
 
 
-def traffic(config: Config, devices: int, device_type: str = "cuda", step: int = 0) -> Traffic:
+def traffic(
+    config: Config,
+    devices: int,
+    device_type: str = "cuda",
+    step: int = 0,
+    cost: StepCost | None = None,
+) -> Traffic:
     """Return the bytes that one device sends in the step at index `step`, with ring algorithms.
 
     One pass of a ring sends (N - 1)/N of the data. arXiv 1910.02054 section 7, as in
@@ -200,6 +206,7 @@ def traffic(config: Config, devices: int, device_type: str = "cuda", step: int =
         devices: Number of devices.
         device_type: "cpu" or "cuda"; an optimizer's exchange may be in another dtype.
         step: Index of the step, for a batch schedule.
+        cost: `step_cost` of the same, where it is known.
     """
     train, n, micro = (
         config.train,
@@ -219,7 +226,7 @@ def traffic(config: Config, devices: int, device_type: str = "cuda", step: int =
     return Traffic(
         everywhere=volume * _ring(devices),
         in_node=inside * _ring(train.hpz_ranks or 1),
-        in_optimizer=max(step_cost(config, devices, device_type).sent_bytes),
+        in_optimizer=max((cost or step_cost(config, devices, device_type)).sent_bytes),
     )
 
 
@@ -249,10 +256,11 @@ def _option(
     """
     changed = variant(config, stage, checkpointing)
     memory = estimate_memory(changed, devices, device="cuda")
-    optimizer = max(step_cost(changed, devices).flops) / (machine.peak * utilisation)
+    cost = step_cost(changed, devices)
+    optimizer = max(cost.flops) / (machine.peak * utilisation)
     run_seconds = 0.0
     for first, last, batch_size in config.batches.phases(config.total_steps):
-        sent = traffic(changed, devices, step=first)
+        sent = traffic(changed, devices, step=first, cost=cost)
         communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(
             changed.train.hpz_ranks or 1
         )

@@ -7,7 +7,7 @@ As DeepSpeed 0.19.8 divides them (tests/distributed/test_muon.py compares), for 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from nextpt.optim.matrix_exchange import DividedTensor, Piece
 from nextpt.optim.spec import OptimizerSpec
@@ -20,8 +20,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def zero_layout(
     spec: OptimizerSpec, shapes: Shapes, stage: int, ranks: int
-) -> list[list[DividedTensor]]:
-    """The parameters of each group of an optimizer, divided among ranks.
+) -> Iterator[list[DividedTensor]]:
+    """Yield the parameters of each group of an optimizer, divided among ranks.
 
     At stage 0 every rank holds the whole of each. At stages 1 and 2 a group is one flat tensor,
     padded and cut into equal parts. At stage 3 each parameter is cut into equal parts, the last of
@@ -36,9 +36,8 @@ def zero_layout(
     groups: dict[str, list[str]] = {}
     for name, shape in shapes.items():
         groups.setdefault(spec.group_of(name, shape).name, []).append(name)
-    return [
-        _divide({name: shapes[name] for name in names}, stage, ranks) for names in groups.values()
-    ]
+    for names in groups.values():
+        yield _divide({name: shapes[name] for name in names}, stage, ranks)
 
 
 def _divide(shapes: Shapes, stage: int, ranks: int) -> list[DividedTensor]:

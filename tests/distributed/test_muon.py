@@ -59,8 +59,7 @@ def run_layouts(jobs: Jobs, layouts: list[Layout]) -> dict[Layout, dict[str, Any
     for ranks in sorted({layout[0] for layout in layouts}):
         own = [layout for layout in layouts if layout[0] == ranks]
         work = [weights_job(jobs, *layout) for layout in own]
-        made = jobs.run(work, ranks)
-        for layout, job, result in zip(own, work, made, strict=True):
+        for layout, job, result in zip(own, work, jobs.run(work, ranks), strict=True):
             results[layout] = result | {"config": job["weights"]}
     return results
 
@@ -80,11 +79,11 @@ def all_layouts(
 
 def assert_same_bits(results: dict[Layout, Any], layout: Layout) -> None:
     """As one rank; equal data on all ranks is a batch of its mean."""
-    one = results[1, layout[1], 1 if layout[1] == "bf16" else 0]
-    assert results[layout]["losses"] == one["losses"]
+    single = results[1, layout[1], 1 if layout[1] == "bf16" else 0]
+    assert results[layout]["losses"] == single["losses"]
     digests = results[layout]["digests"]
-    assert digests.keys() == one["digests"].keys()
-    assert [key for key in digests if digests[key] != one["digests"][key]] == []
+    assert digests.keys() == single["digests"].keys()
+    assert [key for key in digests if digests[key] != single["digests"][key]] == []
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout[0] > 1], ids=str)
@@ -104,9 +103,9 @@ def test_the_layout_changes_no_bit(all_layouts: dict[Layout, Any], layout: Layou
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_three_ranks_follow(all_layouts: dict[Layout, Any], case: tuple[str, int]) -> None:
     """The mean of three equal gradients is rounded."""
-    one = all_layouts[1, case[0], 1]["losses"]
+    losses = all_layouts[1, case[0], 1]["losses"]
     rel = 2e-5 if case[0] == "fp32" else 5e-3
-    assert all_layouts[3, *case]["losses"] == pytest.approx(one, rel=rel)
+    assert all_layouts[3, *case]["losses"] == pytest.approx(losses, rel=rel)
 
 
 def assert_as_planned(result: dict[str, Any], layout: Layout) -> None:
@@ -157,12 +156,12 @@ def train(jobs: Jobs, run: str, **train: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs = muon_jobs(dataset, tmp_path_factory.mktemp("muon"))
-    one = [
+    work = [
         train(jobs, "one", zero_stage=0),
         train(jobs, "accumulated", zero_stage=0, micro_batch_size=3),
     ]
-    assert jobs.run(one, 1) == [None] * len(one)
-    work: list[dict[str, Any]] = []
+    assert jobs.run(work, 1) == [None] * len(work)
+    work = []
     for precision, stage in HALVED:
         name, options = f"{precision}-{stage}", {"precision": precision, "zero_stage": stage}
         work.append(train(jobs, f"whole-{name}", **options))
@@ -174,13 +173,13 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 
 def test_ranks_and_accumulation_train_alike(jobs: Jobs) -> None:
-    one = jobs.losses("one")
-    assert len(one) == STEPS and one[-1] < one[0] - 0.1
-    assert jobs.losses("accumulated") == pytest.approx(one, rel=2e-5)
+    losses = jobs.losses("one")
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1
+    assert jobs.losses("accumulated") == pytest.approx(losses, rel=2e-5)
     for stage in (0, 2):
-        assert jobs.losses(f"whole-fp32-{stage}") == pytest.approx(one, rel=2e-5)
+        assert jobs.losses(f"whole-fp32-{stage}") == pytest.approx(losses, rel=2e-5)
     for stage in (1, 3):
-        assert jobs.losses(f"whole-bf16-{stage}") == pytest.approx(one, rel=1e-2)
+        assert jobs.losses(f"whole-bf16-{stage}") == pytest.approx(losses, rel=1e-2)
 
 
 @pytest.mark.parametrize(("precision", "stage"), HALVED)

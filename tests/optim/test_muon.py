@@ -223,7 +223,7 @@ def test_orthogonalization_is_a_small_part_of_a_step() -> None:
     flops = sum(spec.flops(s) for n, s in shapes.items() if spec.is_matrix(n, s))
     d, f = 768, 2048
     assert flops == 12 * 5 * (4 * (6 * d**3) + 3 * (4 * d * d * f + 2 * d**3))
-    training = count(model_spec, 1024).training_flops_per_token * config.tokens_per_step
+    training = count(model_spec, 1024).training_flops_per_token * config.batches.consumed_tokens(1)
     assert flops / training < 0.01
 
 

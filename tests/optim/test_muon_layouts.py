@@ -98,17 +98,17 @@ class Rank:
         return self.state()
 
     def state(self) -> list[tuple[str, str, int, Tensor]]:
-        found = []
+        fragments = []
         rank = self.optimizer.owner
         for shard in self.shards:
-            found.append((shard.name, "weight", shard.start, shard.view(shard.flat).clone()))
+            fragments.append((shard.name, "weight", shard.start, shard.view(shard.flat).clone()))
             for kind in self.optimizer.kinds(shard):
                 values = self.optimizer.shard_state(shard)[kind.name].clone()
                 if kind.is_elementwise(shard.shape):
-                    found.append((shard.name, kind.name, shard.start, values))
+                    fragments.append((shard.name, kind.name, shard.start, values))
                 else:
-                    found.append((shard.name, f"{kind.name} {rank(shard.name)}", 0, values))
-        return found
+                    fragments.append((shard.name, f"{kind.name} {rank(shard.name)}", 0, values))
+        return fragments
 
 
 def train(monkeypatch: pytest.MonkeyPatch, stage: int, ranks: int, dtype: torch.dtype) -> Whole:

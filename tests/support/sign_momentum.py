@@ -178,8 +178,8 @@ def weights(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
         weight_sum = engine.all_reduce(local_weight_sum(batches))
         collectives = Collectives()
         with collectives:
-            made = engine.step(batches, weight_sum, 1e-2)
-        losses.append(sum(float(loss.total) for loss in made) * engine.world_size)
+            results = engine.step(batches, weight_sum, 1e-2)
+        losses.append(sum(float(result.loss) for result in results) * engine.world_size)
     ranks, whole = RankGroup.world(), {}
     fragments = [[f.name, f.kind, f.start, f.tensor.tolist()] for f in engine.state.fragments()]
     for name, kind, start, values in sorted(f for own in ranks.all_gather(fragments) for f in own):

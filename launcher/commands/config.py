@@ -13,7 +13,7 @@ from launcher.registration import add_command, add_group
 if TYPE_CHECKING:
     from nextpt.config import Config
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "loss")
 
 
@@ -32,7 +32,9 @@ def config_show(
     from nextpt.train.memory import default_device, estimate_memory
 
     config = count_epoch(load_config(file, overrides or []))
-    counts = count(ModelSpec.from_config(config), config.data.sequence_length)
+    spec = ModelSpec.from_config(config)
+    counts = count(spec, config.data.sequence_length)
+    cached = counts.cache_elements * (2 if config.train.precision == "bf16" else 4) / MIB
     memory = estimate_memory(config, ranks, device=default_device(config))
     tokens = config.total_tokens
     echo(to_yaml(config))
@@ -42,6 +44,15 @@ def config_show(
     echo(
         f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}"
         f"   (causal: {counts.causal_flops_per_token:,.0f})"
+    )
+    if spec.has_mixed_windows:
+        echo(
+            f"local layers            {spec.layer_pattern.count('local'):>20,}"
+            f"   (of {spec.depth}, a window of {spec.sliding_window:,} tokens)"
+        )
+    echo(
+        f"cache per sequence      {cached:>16,.2f} MiB"
+        f"   (keys and values of {config.data.sequence_length:,} tokens, {config.train.precision})"
     )
     for first, last, size in config.batches.phases(config.total_steps):
         until = f", to step {last:,}" if last < config.total_steps else ""

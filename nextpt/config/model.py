@@ -114,6 +114,12 @@ class ModelSection(Section):
         description="base of the rotary embeddings (arXiv 2104.09864)",
         aliases=("rope_theta", "rotary_base", "rotary_emb_base"),
     )
+    local_rope_base: float | None = key(
+        None,
+        gt=1.0,
+        description="base of the rotary embeddings of local layers; rope_base unless set",
+        aliases=("rope_local_base_freq", "local_rope_theta", "swa_rope_theta", "layer_rope_theta"),
+    )
     rope_scaling: RopeScaling | None = key(
         None, description="scaling of the rotary frequencies for longer contexts"
     )
@@ -150,8 +156,25 @@ class ModelSection(Section):
         None,
         ge=1,
         unit="tokens",
-        description="keys that a query attends to, itself included; all unless set",
+        description=(
+            "keys that a query of a local layer attends to, itself included; unless set, all"
+            " layers are global"
+        ),
         aliases=("window_size", "attention_window"),
+    )
+    layer_pattern: tuple[Literal["local", "global"], ...] | None = key(
+        None,
+        min_length=1,
+        description=(
+            "local (sliding_window) and global layers, a list that repeats from the last layer"
+            " backwards; all alike unless set"
+        ),
+        aliases=(
+            "sliding_window_pattern",
+            "layer_types",
+            "window_pattern",
+            "window_attn_skip_freq",
+        ),
     )
     attention: str = key(
         "auto",
@@ -181,5 +204,31 @@ class ModelSection(Section):
         if head_dim % 2:
             raise ValueError(
                 f"model.head_dim = {head_dim} is odd; rotary embeddings need an even one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> ModelSection:
+        pattern, window = self.layer_pattern, self.sliding_window
+        if pattern is not None:
+            if len(pattern) > self.depth:
+                raise ValueError(
+                    f"model.layer_pattern has {len(pattern)} layers, more than model.depth ="
+                    f" {self.depth}; shorten it"
+                )
+            if "local" in pattern and window is None:
+                raise ValueError(
+                    "model.layer_pattern has local layers, but model.sliding_window is not set;"
+                    " set it to the keys that a query of theirs attends to"
+                )
+            if "local" not in pattern and window is not None:
+                raise ValueError(
+                    f"model.sliding_window = {window} has no effect, since model.layer_pattern has"
+                    " no local layer; remove one of them"
+                )
+        if window is None and self.local_rope_base not in (None, self.rope_base):
+            raise ValueError(
+                f"model.local_rope_base = {self.local_rope_base} has no effect without local"
+                " layers; set model.sliding_window"
             )
         return self

@@ -4,7 +4,7 @@ Each was chosen by reading its forward pass: pre-norm, full rotary embeddings ov
 with statistics in fp32, and no operation that cannot be switched off. Two differences are made up
 for by weights, exactly: a GELU feed-forward without a gate becomes a gated one whose second matrix
 is zero with a bias of one; and VaultGemma's embedding scale and its norms around one, see
-tensors.py.
+tensors.py. A third has no effect: GraniteSWA's attention sinks are so low that they take nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Architecture:
         model_type: Key `model_type` of config.json.
         qk_norm: It has an RMSNorm on queries and keys.
         window: It can have a sliding window.
+        mixed_windows: It can have it in some layers only.
+        sinks: Its attention has sinks, and the base of its rotary frequencies is given by layer.
         gated: Its feed-forward has a gate.
         attention_bias: It can have biases in the attention.
         mlp_bias: It can have biases in the feed-forward.
@@ -44,6 +46,8 @@ class Architecture:
     model_type: str
     qk_norm: bool = False
     window: bool = False
+    mixed_windows: bool = False
+    sinks: bool = False
     gated: bool = True
     attention_bias: bool = True
     mlp_bias: bool = False
@@ -58,7 +62,14 @@ class Architecture:
 
 LLAMA = Architecture("LlamaForCausalLM", "llama", mlp_bias=True, whole_heads=True)
 MISTRAL = Architecture("MistralForCausalLM", "mistral", window=True, attention_bias=False)
-QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3", qk_norm=True, window=True, derives_head_dim=False)
+QWEN3 = Architecture(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    qk_norm=True,
+    window=True,
+    mixed_windows=True,
+    derives_head_dim=False,
+)
 ARCEE = Architecture(
     "ArceeForCausalLM",
     "arcee",
@@ -77,7 +88,23 @@ APERTUS = Architecture(
     theta=None,
 )
 SMOLLM3 = Architecture(
-    "SmolLM3ForCausalLM", "smollm3", window=True, mlp_bias=True, tied=True, theta=None
+    "SmolLM3ForCausalLM",
+    "smollm3",
+    window=True,
+    mixed_windows=True,
+    mlp_bias=True,
+    tied=True,
+    theta=None,
+)
+GRANITE_SWA = Architecture(
+    "GraniteSWAForCausalLM",
+    "granite_swa",
+    window=True,
+    mixed_windows=True,
+    sinks=True,
+    mlp_bias=True,
+    tied=True,
+    theta=None,
 )
 HUNYUAN3 = Architecture(
     "HYV3ForCausalLM", "hy_v3", qk_norm=True, mlp_bias=True, theta=None, derives_head_dim=False
@@ -86,6 +113,7 @@ VAULTGEMMA = Architecture(
     "VaultGemmaForCausalLM",
     "vaultgemma",
     window=True,
+    mixed_windows=True,
     whole_heads=True,
     tied=True,
     derives_head_dim=False,
@@ -93,8 +121,20 @@ VAULTGEMMA = Architecture(
     activation=("hidden_activation", "gelu_pytorch_tanh"),
     centered=True,
 )
+GRANITE_MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
 ARCHITECTURES = {
-    a.model_type: a for a in (LLAMA, MISTRAL, QWEN3, ARCEE, APERTUS, SMOLLM3, HUNYUAN3, VAULTGEMMA)
+    a.model_type: a
+    for a in (
+        LLAMA,
+        MISTRAL,
+        QWEN3,
+        ARCEE,
+        APERTUS,
+        SMOLLM3,
+        GRANITE_SWA,
+        HUNYUAN3,
+        VAULTGEMMA,
+    )
 }
 
 
@@ -109,8 +149,11 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
     """
     gelu, window = spec.ffn == "gelu", spec.effective_window
     options = [("ffn = gelu", gelu), ("bias = true", spec.bias)]
+    two_bases = len(set(spec.rope_bases)) > 1
+    base_of_local = (f"local_rope_base = {spec.local_rope_base:g}", two_bases)
     if spec.logit_softcap is not None:
-        others = [name for name, is_set in [*options, ("qk_norm = true", spec.qk_norm)] if is_set]
+        options += [("qk_norm = true", spec.qk_norm), base_of_local]
+        others = [name for name, is_set in options if is_set]
         if others:
             raise _impossible(["logit_softcap", *others])
         if spec.width % spec.heads:
@@ -120,12 +163,16 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
         return VAULTGEMMA
     others = [name for name, is_set in options if is_set]
     if spec.qk_norm:
+        if two_bases:
+            raise _impossible(["qk_norm = true", base_of_local[0]])
         if window and others:
             raise _impossible(["qk_norm = true", f"sliding_window = {window}", *others])
         return HUNYUAN3 if spec.bias else APERTUS if gelu else QWEN3
+    if two_bases:
+        return GRANITE_SWA
     whole = spec.width % spec.heads == 0
     if window or not whole:
-        return SMOLLM3 if others else MISTRAL
+        return SMOLLM3 if others or spec.has_mixed_windows else MISTRAL
     return ARCEE if gelu else LLAMA
 
 
@@ -181,12 +228,12 @@ def hf_config(spec: ModelSpec, *, start_id: int, end_id: int, dtype: str) -> dic
 
 def _rope(spec: ModelSpec) -> dict[str, Any]:
     """Rotary keys: release 5 of transformers reads rope_parameters, older ones the other two."""
-    scaling = spec.rope_scaling
+    scaling, base = spec.rope_scaling, spec.rope_bases[-1]
     if scaling is None:
         return {
-            "rope_theta": spec.rope_base,
+            "rope_theta": base,
             "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_base},
+            "rope_parameters": {"rope_type": "default", "rope_theta": base},
         }
     keys: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind != "linear":
@@ -204,16 +251,31 @@ def _rope(spec: ModelSpec) -> dict[str, Any]:
             "truncate": True,
         }
     return {
-        "rope_theta": spec.rope_base,
+        "rope_theta": base,
         "rope_scaling": keys,
-        "rope_parameters": keys | {"rope_theta": spec.rope_base},
+        "rope_parameters": keys | {"rope_theta": base},
     }
 
 
 def _own_keys(spec: ModelSpec, architecture: Architecture) -> dict[str, Any]:
     """Keys that only this architecture has."""
     window = spec.effective_window
-    layers = ["sliding_attention" if window else "full_attention"] * spec.depth
+    layers = [
+        "sliding_attention" if window and kind == "local" else "full_attention"
+        for kind in spec.layer_pattern
+    ]
+    if architecture is GRANITE_SWA:
+        return {
+            "sliding_window": window or spec.max_position,
+            # A window that hides nothing stays: its layers have a rotary base of their own
+            "layer_types": [
+                "sliding_attention" if kind == "local" else "full_attention"
+                for kind in spec.layer_pattern
+            ],
+            "layer_rope_theta": [*spec.rope_bases],
+            "attention_multiplier": spec.head_dim**-0.5,
+            **dict.fromkeys(GRANITE_MULTIPLIERS, 1.0),
+        }
     if architecture is MISTRAL:
         return {"sliding_window": window}
     if architecture is QWEN3:

@@ -22,13 +22,22 @@ from nextpt.checkpoint.state import WEIGHT
 from nextpt.config import Config, parse_config
 from nextpt.exchange.export_hf import EXACT, inexact_parameters
 from nextpt.exchange.reading import read_config
-from nextpt.exchange.tensors import StoredTensor, stored_tensors
+from nextpt.exchange.tensors import CONSTANTS, StoredTensor, stored_tensors
 from nextpt.model import Decoder, ModelSpec
+from nextpt.model.spec import OMITTED
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys that a run that starts from a model may change, for longer contexts say: the shapes of the
 # parameters do not depend on them.
-FREE = ("rope_base", "rope_scaling", "norm_eps", "logit_softcap", "sliding_window")
+FREE = (
+    "rope_base",
+    "local_rope_base",
+    "rope_scaling",
+    "norm_eps",
+    "logit_softcap",
+    "sliding_window",
+    "layer_pattern",
+)
 # Old exports hold these buffers; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -170,8 +179,8 @@ class HFWeights:
                 view[:].float(), s.to_hf(None, self.spec.width)
             ):
                 raise CheckpointError(
-                    f"{self.folder}: {s.hf_name} is no longer all {s.transform}; a feed-forward"
-                    " without a gate cannot express it"
+                    f"{self.folder}: {s.hf_name} is no longer all {CONSTANTS[s.transform]:g}, the"
+                    " only value that nextpt can express"
                 )
         ignored = {"lm_head.weight"} if self.spec.tied_embeddings else set()
         unknown = [
@@ -281,7 +290,13 @@ def different_keys(weights: HFWeights, config: Config) -> tuple[list[str], list[
 
 
 def _compared(spec: ModelSpec) -> dict[str, Any]:
-    values = spec.to_json() | {"sliding_window": spec.effective_window}
+    values = OMITTED | spec.to_json() | {"sliding_window": spec.effective_window}
+    if not spec.has_mixed_windows and len(set(spec.rope_bases)) == 1:
+        values |= {
+            "layer_pattern": None,
+            "rope_base": spec.rope_bases[0],
+            "local_rope_base": None,
+        }
     return {key: v for key, v in values.items() if key not in ("init_std", "max_position")}
 
 

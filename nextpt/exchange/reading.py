@@ -14,6 +14,8 @@ from nextpt.config import ModelSection, RopeScaling
 from nextpt.exchange.architectures import (
     APERTUS,
     ARCHITECTURES,
+    GRANITE_MULTIPLIERS,
+    GRANITE_SWA,
     HINT,
     HUNYUAN3,
     MISTRAL,
@@ -65,6 +67,7 @@ UNUSED = {
     "smollm3": {"no_rope_layer_interval"},
 }
 
+KINDS = {"sliding_attention": "local", "full_attention": "global"}  # of layers
 MAX_COUNTS = {"num_hidden_layers": 10_000}  # others: 2**31
 
 
@@ -237,8 +240,13 @@ class ConfigReader:
             "mlp_bias": self._take("mlp_bias", False),
             "logit_softcap": None,
             **self._rope(positions),
-            "sliding_window": self._window(depth),
+            **self._windows(depth),
         }
+        if a is GRANITE_SWA:
+            section |= self._bases_by_layer(section)
+            for name in GRANITE_MULTIPLIERS:
+                self._require(name, 1.0, 1.0)
+            self._require("attention_multiplier", head_dim**-0.5, 1.0)
         if a is HUNYUAN3:
             self._require_in_all_layers("mlp_layer_types", "dense", depth)
         if a is VAULTGEMMA:
@@ -289,31 +297,52 @@ class ConfigReader:
         if value != [expected] * depth:
             self._refuse(key, value, f"only {expected!r} for every layer can be expressed")
 
-    def _window(self, depth: int) -> int | None:
-        """Sliding window of all layers, tokens; None where no layer has one."""
+    def _windows(self, depth: int) -> dict[str, Any]:
+        """sliding_window and layer_pattern; the latter is None where all layers are alike."""
         a = self.architecture
         if not a.window:
             self._require("sliding_window", None, None)
-            return None
-        window, layers = self._take("sliding_window", 4096), self._take("layer_types", None)
+            return {"sliding_window": None, "layer_pattern": None}
+        window = self._take("sliding_window", 128 if a is GRANITE_SWA else 4096)
+        layers = self._take("layer_types", None)
         if a is SMOLLM3:
             self._require_in_all_layers("no_rope_layers", 1, depth)
         if a in (QWEN3, SMOLLM3) and not self._take("use_sliding_window", False):
             window = None
         first = self._take("max_window_layers", 28) if a is QWEN3 else 0
         if layers is None:
-            if a is VAULTGEMMA:
+            if a in (VAULTGEMMA, GRANITE_SWA):
                 self._missing("layer_types")
             sliding = a is MISTRAL or (a is QWEN3 and window is not None)
             layers = [
                 "sliding_attention" if sliding and window and i >= first else "full_attention"
                 for i in range(depth)
             ]
-        if layers not in (["sliding_attention"] * depth, ["full_attention"] * depth):
-            self._refuse(
-                "layer_types", layers, "only the same window in every layer can be expressed"
-            )
-        return window if layers[0] == "sliding_attention" else None
+        if len(layers) != depth or not set(layers) <= KINDS.keys():
+            self._refuse("layer_types", layers, f"{' or '.join(KINDS)} for every layer is expected")
+        if len(set(layers)) == 1:
+            window = window if layers[0] == "sliding_attention" else None
+            return {"sliding_window": window, "layer_pattern": None}
+        if not a.mixed_windows:
+            self._refuse("layer_types", layers, "all layers of this architecture are alike")
+        if window is None:
+            self._refuse("layer_types", layers, "it names a window, but sliding_window gives none")
+        return {"sliding_window": window, "layer_pattern": [KINDS[kind] for kind in layers]}
+
+    def _bases_by_layer(self, section: dict[str, Any]) -> dict[str, Any]:
+        """rope_base and local_rope_base, from the rotary base of every layer."""
+        key, depth = "layer_rope_theta", section["depth"]
+        bases = self._take(key, None) or [section["rope_base"]] * depth
+        kinds = section["layer_pattern"] or ["global"] * depth
+        by_kind: dict[str, set[float]] = {}
+        for kind, base in zip(kinds, bases, strict=True):
+            by_kind.setdefault(kind, set()).add(base)
+        if any(len(values) > 1 or 0 in values for values in by_kind.values()):
+            self._refuse(key, bases, "one base per kind of layer, above 0, is expected")
+        return {
+            "rope_base": float(*by_kind["global"]),
+            "local_rope_base": float(*by_kind["local"]) if "local" in by_kind else None,
+        }
 
     def _rope(self, positions: int) -> dict[str, Any]:
         """rope_base and rope_scaling, from the keys of transformers 5 or those before it."""

@@ -11,6 +11,10 @@ from torch import Tensor
 from nextpt.exchange.architectures import Architecture
 from nextpt.model import ModelSpec
 
+# Constants by transform. A sink's part of the softmax is exp(sink - max): 0 in every precision; a
+# power of two is exact in all of them.
+CONSTANTS = {"zeros": 0.0, "ones": 1.0, "no_sinks": -(2.0**14)}
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -19,7 +23,8 @@ class StoredTensor:
     Attributes:
         hf_name: Its name in the folder.
         parameter: The parameter that it stores; None for a constant.
-        transform: "same"; "centered": w - 1; "scaled": divided by sqrt(width); "zeros"; "ones".
+        transform: "same"; "centered": w - 1; "scaled": divided by sqrt(width); or a key of
+            `CONSTANTS`.
         shape: Of the tensor and of the parameter.
     """
 
@@ -31,7 +36,7 @@ class StoredTensor:
     def to_hf(self, parameter: Tensor | None, width: int) -> Tensor:
         """The tensor to store, fp32, from the parameter, fp32, or None for a constant."""
         if parameter is None:
-            return torch.full(self.shape, 1.0 if self.transform == "ones" else 0.0)
+            return torch.full(self.shape, CONSTANTS[self.transform])
         if self.transform == "centered":
             return parameter - 1.0
         return parameter / math.sqrt(width) if self.transform == "scaled" else parameter
@@ -95,6 +100,8 @@ def _block(
             )
             for name in ("q_norm", "k_norm")
         ]
+    if architecture.sinks:
+        tensors.append(StoredTensor(f"{theirs}.self_attn.sinks", None, "no_sinks", (spec.heads,)))
     tensors.append(
         StoredTensor(f"{theirs}.{second}.weight", f"{ours}.ffn_norm.weight", norm, (spec.width,))
     )

@@ -3,7 +3,8 @@
 Two FLOP conventions are in use and differ by a tenth or more; both are given.
 `training_flops_per_token` counts attention without the causal half (PaLM, arXiv 2204.02311 appendix
 B: 6 N + 12 L H E T, N the parameters of all matrix products, the output matrix included and the
-input embedding not); `causal_flops_per_token` counts what a causal kernel must do.
+input embedding not); `causal_flops_per_token` counts what a causal kernel must do. In a layer with
+a window a query counts the window's keys, in the first convention all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class Counts:
         non_embedding_parameters: Without the embedding and the output matrix.
         matmul_parameters: Parameters of matrix products: the blocks' and the output matrix's.
         training_flops_per_token: 6 N + attention, the causal half not taken off (PaLM).
-        causal_flops_per_token: 6 N + half of the attention.
+        causal_flops_per_token: 6 N + half of the attention; of a window w in a context of T tokens
+            the part 1 - w / 2T, since early tokens see less.
+        cache_elements: Keys and values of one sequence of that context in a `KVCache`.
     """
 
     parameters: int
@@ -30,6 +33,7 @@ class Counts:
     matmul_parameters: int
     training_flops_per_token: float
     causal_flops_per_token: float
+    cache_elements: int
 
 
 def count(spec: ModelSpec, sequence_length: int | None = None) -> Counts:
@@ -44,13 +48,17 @@ def count(spec: ModelSpec, sequence_length: int | None = None) -> Counts:
     total = embedding * (1 if spec.tied_embeddings else 2) + spec.depth * block + spec.width
     matmul = spec.depth * _block_matmuls(spec) + embedding
     length = spec.max_position if sequence_length is None else sequence_length
-    attention = 12 * spec.depth * spec.heads * spec.head_dim * length
+    contexts = [min(window or length, length) for window in spec.windows]
+    attention = 12 * spec.heads * spec.head_dim * sum(contexts)
+    causal = 12 * spec.heads * spec.head_dim * sum(w * (1 - w / (2 * length)) for w in contexts)
+    cached = contexts if spec.has_mixed_windows else [length] * spec.depth
     return Counts(
         parameters=total,
         non_embedding_parameters=spec.depth * block + spec.width,
         matmul_parameters=matmul,
         training_flops_per_token=6.0 * matmul + attention,
-        causal_flops_per_token=6.0 * matmul + attention / 2,
+        causal_flops_per_token=6.0 * matmul + causal,
+        cache_elements=2 * spec.kv_heads * spec.head_dim * sum(cached),
     )
 
 

@@ -82,7 +82,10 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(spec.width, spec.norm_eps)
         self.lm_head = LMHead(spec, options, init, self.embed_tokens)
         # Not buffers: they stay fp32 when the module is cast, and a checkpoint does not need them
-        self._rope = tables(spec.max_position, spec.head_dim, spec.rope_base, spec.rope_scaling)
+        self._rope = {
+            base: tables(spec.max_position, spec.head_dim, base, spec.rope_scaling)
+            for base in dict.fromkeys(spec.rope_bases)
+        }
 
     if TYPE_CHECKING:  # torch.nn.Module.__call__ is untyped
 
@@ -120,19 +123,21 @@ class Decoder(nn.Module):
             documents: Which tokens may attend to each other; all of a row by default.
             cache: Keys and values of the tokens before these T, which are appended to it.
         """
-        if self._rope[0].device != tokens_BT.device:
-            self._rope = (self._rope[0].to(tokens_BT.device), self._rope[1].to(tokens_BT.device))
-        cos, sin = self._rope
-        rope = (cos[position_ids_BT].unsqueeze(2), sin[position_ids_BT].unsqueeze(2))
+        rope = {}
+        for base, (cos, sin) in self._rope.items():
+            if cos.device != tokens_BT.device:
+                cos, sin = cos.to(tokens_BT.device), sin.to(tokens_BT.device)
+                self._rope[base] = cos, sin
+            rope[base] = (cos[position_ids_BT].unsqueeze(2), sin[position_ids_BT].unsqueeze(2))
         x_BTD = self.embed_tokens(tokens_BT)
         recompute = (
             self.options.activation_checkpointing and self.training and torch.is_grad_enabled()
         )
-        for block in self.blocks:
+        for block, base in zip(self.blocks, self.spec.rope_bases, strict=True):
             if recompute:
-                x_BTD = checkpoint(block, x_BTD, rope, documents, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, rope[base], documents, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rope, documents, cache)
+                x_BTD = block(x_BTD, rope[base], documents, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         return DecoderOutput(self.final_norm(x_BTD), {})

@@ -23,37 +23,64 @@ class KVCache:
     """Keys and values of the tokens so far.
 
     Attributes:
-        keys: One tensor [B, capacity, K, E] per block.
+        keys: One tensor per block: [B, capacity, K, E] where the whole text is kept, else
+            [B, <= window - 1, K, E].
         values: The same for the values.
-        length: Tokens that are filled.
+        windows: Window of each block that keeps only what later tokens see; None for a block that
+            keeps the whole text.
+        length: Tokens of the text so far.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
+    windows: tuple[int | None, ...]
     length: int = 0
 
     @classmethod
     def empty(
         cls, spec: ModelSpec, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Allocate a cache for `rows` rows of up to `capacity` tokens."""
-        shape = (rows, capacity, spec.kv_heads, spec.head_dim)
+        """Allocate a cache for `rows` rows of up to `capacity` tokens.
+
+        Local layers keep their window where there are global layers too. Where all are local they
+        keep the whole text: files that were compressed with such a model depend on the order in
+        which its sums are made (nextpt/evaluate/coding).
+        """
+        windows = spec.windows if spec.has_mixed_windows else (None,) * spec.depth
         keys, values = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.depth)]
+            [
+                torch.zeros(
+                    (rows, capacity if window is None else 0, spec.kv_heads, spec.head_dim),
+                    dtype=dtype,
+                    device=device,
+                )
+                for window in windows
+            ]
             for _ in range(2)
         )
-        return cls(keys, values)
+        return cls(keys, values, windows)
 
-    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens of one block; returns all its keys and values so far."""
-        stop = self.length + k.shape[1]
-        self.keys[block][:, self.length : stop] = k
-        self.values[block][:, self.length : stop] = v
-        return self.keys[block][:, :stop], self.values[block][:, :stop]
+    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Store the new tokens of one block.
+
+        Returns:
+            The block's keys and values that the new tokens may see, and the first one's position.
+        """
+        stop, window = self.length + k.shape[1], self.windows[block]
+        if window is None:
+            self.keys[block][:, self.length : stop] = k
+            self.values[block][:, self.length : stop] = v
+            return self.keys[block][:, :stop], self.values[block][:, :stop], 0
+        k, v = torch.cat((self.keys[block], k), 1), torch.cat((self.values[block], v), 1)
+        start = max(k.shape[1] - (window - 1), 0)
+        # Copies: a slice would keep the whole prompt in memory
+        self.keys[block], self.values[block] = k[:, start:].clone(), v[:, start:].clone()
+        return k, v, stop - k.shape[1]
 
     def take(self, rows: Tensor) -> KVCache:
         """Copy some rows, int64 [n], into a new cache; a row may be taken several times."""
-        return KVCache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.length)
+        keys, values = ([t[rows] for t in tensors] for tensors in (self.keys, self.values))
+        return KVCache(keys, values, self.windows, self.length)
 
 
 class Linear(nn.Module):
@@ -131,6 +158,7 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         self.index = index
+        self.window = spec.windows[index]
         self.implementation = implementation
         queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
 
@@ -168,14 +196,16 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
+        key_offset = 0
         if cache is not None:
-            k, v = cache.append(self.index, k, v)
+            k, v, key_offset = cache.append(self.index, k, v)
         out = attention(
             q,
             k,
             v,
+            key_offset=key_offset,
             documents=documents,
-            window=spec.sliding_window,
+            window=self.window,
             implementation=self.implementation,
         )
         output_BTD: Tensor = self.o_proj(out.reshape(rows, length, -1))

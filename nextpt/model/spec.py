@@ -10,6 +10,16 @@ import torch
 
 from nextpt.config import Config, ModelSection, RopeScaling
 
+LayerKind = Literal["local", "global"]
+# Options that a spec's JSON omits at these values. Earlier versions did not have them, and files
+# compressed then are identified by a hash of this JSON (nextpt/evaluate/coding/container.py).
+OMITTED: dict[str, Any] = {"layer_pattern": None, "local_rope_base": None}
+
+
+def repeat_pattern(pattern: tuple[LayerKind, ...], depth: int) -> tuple[LayerKind, ...]:
+    """Kind of each of `depth` layers; the pattern repeats from the last layer backwards."""
+    return (pattern * math.ceil(depth / len(pattern)))[-depth:]
+
 
 def default_ffn_width(ffn: Literal["swiglu", "gelu"], width: int) -> int:
     """Feed-forward width of 8/3 (swiglu) or 4 (gelu) x width, rounded up to a multiple of 64."""
@@ -34,7 +44,9 @@ class ModelSpec:
         ffn: Feed-forward: gated ("swiglu", arXiv 2002.05202) or plain ("gelu").
         ffn_width: Hidden width of the feed-forward, F.
         max_position: Positions that the rotary tables cover, tokens.
-        rope_base: Base of the rotary frequencies (arXiv 2104.09864).
+        layer_pattern: Kind of every layer: "local" (it has the window) or "global".
+        local_rope_base: Base of the rotary frequencies of local layers.
+        rope_base: Base of the rotary frequencies of global layers (arXiv 2104.09864).
         rope_scaling: Stretching of the rotary frequencies; None: not stretched.
         qk_norm: RMSNorm on queries and keys (arXiv 2302.05442).
         tied_embeddings: The output matrix is the embedding matrix.
@@ -42,7 +54,8 @@ class ModelSpec:
         norm_eps: Epsilon of every RMSNorm.
         init_std: Standard deviation of the initial matrices.
         logit_softcap: c of c tanh(logits / c) (arXiv 2408.00118); None: not capped.
-        sliding_window: Keys that a query attends to, itself included; None: all before it.
+        sliding_window: Keys that a query of a local layer attends to, itself included; None: all
+            layers are global.
     """
 
     vocab_size: int
@@ -54,6 +67,8 @@ class ModelSpec:
     ffn: Literal["swiglu", "gelu"]
     ffn_width: int
     max_position: int
+    layer_pattern: tuple[LayerKind, ...]
+    local_rope_base: float
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
@@ -67,11 +82,14 @@ class ModelSpec:
     @classmethod
     def from_section(cls, section: ModelSection, max_position: int) -> ModelSpec:
         """Resolve a model section; `max_position` takes effect where the section gives none."""
-        resolved = {
+        uniform: tuple[LayerKind, ...] = ("local" if section.sliding_window else "global",)
+        resolved: dict[str, Any] = {
             "kv_heads": section.kv_heads or section.heads,
             "head_dim": section.head_dim or section.width // section.heads,
             "ffn_width": section.ffn_width or default_ffn_width(section.ffn, section.width),
             "max_position": section.max_position or max_position,
+            "layer_pattern": repeat_pattern(section.layer_pattern or uniform, section.depth),
+            "local_rope_base": section.local_rope_base or section.rope_base,
         }
         names = [field.name for field in fields(cls)]
         return cls(**{name: resolved.get(name, getattr(section, name)) for name in names})
@@ -82,11 +100,47 @@ class ModelSpec:
         return cls.from_section(config.model, config.max_position)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields for JSON; they are valid values of a config's model section."""
+        """Return the fields for JSON, less `OMITTED`: valid values of a config's model section."""
         scaling = self.rope_scaling.model_dump(mode="json") if self.rope_scaling else None
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {
-            "rope_scaling": scaling
+        same_base = self.local_rope_base == self.rope_base
+        values = {field.name: getattr(self, field.name) for field in fields(self)} | {
+            "rope_scaling": scaling,
+            "layer_pattern": self._shortest_pattern(),
+            "local_rope_base": None if same_base else self.local_rope_base,
         }
+        return {k: v for k, v in values.items() if k not in OMITTED or v != OMITTED[k]}
+
+    def _shortest_pattern(self) -> list[LayerKind] | None:
+        """Shortest pattern that gives these layers; None where the window alone says it."""
+        layers = self.layer_pattern
+        if len(set(layers)) == 1:
+            return None
+        lengths = range(1, len(layers) + 1)
+        return next(
+            [*layers[-length:]]
+            for length in lengths
+            if repeat_pattern(layers[-length:], len(layers)) == layers
+        )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Keys that a query attends to, by layer; None: all before it."""
+        return tuple(
+            self.sliding_window if kind == "local" else None for kind in self.layer_pattern
+        )
+
+    @property
+    def rope_bases(self) -> tuple[float, ...]:
+        """Base of the rotary frequencies, by layer."""
+        return tuple(
+            self.local_rope_base if kind == "local" else self.rope_base
+            for kind in self.layer_pattern
+        )
+
+    @property
+    def has_mixed_windows(self) -> bool:
+        """Whether some layers, and not all, have a window that hides any token."""
+        return self.effective_window is not None and len(set(self.layer_pattern)) > 1
 
     @property
     def effective_window(self) -> int | None:

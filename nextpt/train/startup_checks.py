@@ -13,7 +13,7 @@ from nextpt.train.memory import loss_chunking
 
 
 def check_causality(config: Config, device: torch.device) -> None:
-    """Prove on this device that the run's attention does not look ahead.
+    """Prove on this device that no layer's attention looks ahead.
 
     Takes a fraction of a second.
 
@@ -26,14 +26,13 @@ def check_causality(config: Config, device: torch.device) -> None:
         if config.train.precision == "bf16" and device.type == "cuda"
         else torch.float32
     )
-    head = torch.empty(1, 1, 1, ModelSpec.from_config(config).head_dim, dtype=dtype, device="meta")
+    spec, implementation = ModelSpec.from_config(config), config.model.attention
+    head = torch.empty(1, 1, 1, spec.head_dim, dtype=dtype, device="meta")
     try:
-        choose_attention(
-            config.model.attention,
-            device.type,
-            attention_features(head, head, documents=True, window=config.model.sliding_window),
-        )
-        check_attention(config.model.attention, device, dtype, config.model.sliding_window)
+        for window in dict.fromkeys(spec.windows):
+            features = attention_features(head, head, documents=True, window=window)
+            choose_attention(implementation, device.type, features)
+            check_attention(implementation, device, dtype, window)
     except ValueError as error:
         raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
     except CausalityError as error:

@@ -26,6 +26,7 @@ from nextpt.evaluate.coding.frequencies import cumulative
 from nextpt.evaluate.coding.text import ByteCodec
 from nextpt.evaluate.compressors import COMPRESSORS, compare_file
 from nextpt.model import Decoder
+from nextpt.model.spec import OMITTED
 from tests.support.models import POSITIONS, decoder
 from tests.support.runs import make_run
 from tests.support.tokenizers import KINDS
@@ -247,7 +248,8 @@ def test_files_of_version_2_are_read_whatever_the_config_left_out(tmp_path: Path
     config, model, tokenizer = make_run(tmp_path / "run", kv_heads=None, ffn_width=None)
     coder = FileCoder(model, tokenizer)
     coded, _ = coder.encode(b"some text")
-    section = config.model.model_dump(exclude={"attention", "cross_entropy"})
+    left_out = {"attention", "cross_entropy", *OMITTED}
+    section = config.model.model_dump(exclude=left_out)
     old = hashed_as_before([section, config.max_position], model, tokenizer)
     assert section["kv_heads"] is None and old != coder.digest
     header, segments = container.unpack(coded, "it")

@@ -54,6 +54,7 @@ SHAPES: list[dict[str, Any]] = [
     {"bias": True, "sliding_window": 7},
     {"bias": True, "qk_norm": True},
     {"logit_softcap": 3.0},
+    {"sliding_window": 7, "layer_pattern": ["local", "global"], "local_rope_base": 50.0},
 ]
 SCALINGS = {
     "linear": {"kind": "linear", "factor": 4.0, "original_max_position": 10},
@@ -291,7 +292,7 @@ def test_the_exported_tokenizer_encodes_as_ours(
 ) -> None:
     KINDS[kind](tmp_path / "tokenizer.json")
     own = Tokenizer(tmp_path / "tokenizer.json")
-    config, model = decoder(vocab_size=own.vocab_size, depth=1, **options)
+    config, model = decoder(vocab_size=own.vocab_size, **options)
     export_hf(
         checkpoint_of(config, model, tmp_path / "checkpoints"),
         tmp_path / "tokenizer.json",

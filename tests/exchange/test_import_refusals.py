@@ -89,7 +89,12 @@ REFUSED = {
     "mixed windows": (
         "qwen3",
         {"layer_types": ["full_attention", "sliding_attention"]},
-        "layer_types = ",
+        "layer_types = .* cannot be imported: it names a window, but sliding_window gives none",
+    ),
+    "unknown layers": (
+        "qwen3",
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        "layer_types = .* sliding_attention or full_attention for every layer is expected",
     ),
     "no rotation": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers = "),
     "half a layer": (
@@ -402,7 +407,7 @@ def test_a_feed_forward_that_got_a_gate_is_refused(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.bias"] *= 1.5
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"model.layers.0.mlp.up_proj.bias is no longer all ones"
+        CheckpointError, match=r"model.layers.0.mlp.up_proj.bias is no longer all 1"
     ):
         load_hf(folder)
 

@@ -24,6 +24,7 @@ SHAPES = {
     "bias, gelu": {"bias": True, "ffn": "gelu"},
     "head_dim": {"head_dim": 16, "ffn_width": 24},
     "window": {"sliding_window": 5},
+    "pattern": {"sliding_window": 5, "layer_pattern": ["local", "global"], "local_rope_base": 50.0},
 }
 
 
@@ -65,7 +66,7 @@ def test_flops_by_formula_are_those_of_the_matrix_products(shape: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
-@pytest.mark.parametrize("shape", ["plain", "grouped", "window", "tied"])
+@pytest.mark.parametrize("shape", ["plain", "grouped", "window", "pattern", "tied"])
 def test_output_does_not_depend_on_later_tokens_or_other_documents(
     shape: str, attention: str
 ) -> None:

@@ -38,15 +38,23 @@ def test_defaults_are_resolved() -> None:
     head_dim=st.sampled_from([None, 6, 16]),
     scaled=st.booleans(),
     window=st.sampled_from([None, 5, 64]),
+    pattern=st.sampled_from([None, ["local"], ["local", "global"], ["global", "local"]]),
+    base=st.sampled_from([None, 50.0]),
 )
 def test_a_spec_in_json_is_a_model_section_of_the_same_spec(
-    kv_heads: int | None, head_dim: int | None, scaled: bool, window: int | None
+    kv_heads: int | None,
+    head_dim: int | None,
+    scaled: bool,
+    window: int | None,
+    pattern: list[str] | None,
+    base: float | None,
 ) -> None:
+    layers = {"sliding_window": window}
+    if window is not None:
+        layers |= {"layer_pattern": pattern, "local_rope_base": base}
     scaling = {"kind": "yarn", "factor": 2.0, "original_max_position": 32} if scaled else None
     section = ModelSection.model_validate(
-        SHAPE
-        | {"kv_heads": kv_heads, "head_dim": head_dim, "rope_scaling": scaling}
-        | {"sliding_window": window}
+        SHAPE | {"kv_heads": kv_heads, "head_dim": head_dim, "rope_scaling": scaling} | layers
     )
     spec = ModelSpec.from_section(section, 64)
     reread = ModelSection.model_validate(json.loads(json.dumps(spec.to_json())))

@@ -54,6 +54,15 @@ TRANSFORMERS_MODELS = {
         "Qwen3Config",
         {"head_dim": 16, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
     ),
+    "qwen3, pattern": (
+        "Qwen3Config",
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "mistral": ("MistralConfig", {"sliding_window": 9, "head_dim": 12}),
     "mistral, no window": ("MistralConfig", {"sliding_window": None}),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 1], "pad_token_id": None}),

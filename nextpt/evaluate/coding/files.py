@@ -31,7 +31,7 @@ from nextpt.evaluate.coding.container import (
 from nextpt.evaluate.coding.lockstep import TokenCoder, TokenDecoder, TokenEncoder, run_lockstep
 from nextpt.evaluate.coding.text import ByteCodec
 from nextpt.evaluate.progress import PartProgress, Progress, ignore_part_progress
-from nextpt.model import Decoder
+from nextpt.model import Decoder, count
 
 # More sequences are faster, but each begins without context: none is shorter, unless the file is
 MAX_SEQUENCES, MIN_SEQUENCE_TOKENS = 64, 1024
@@ -213,9 +213,7 @@ class FileCoder:
 
     def _default_sequences(self, tokens: int) -> int:
         """As many sequences as the file's tokens and the memory of the caches allow."""
-        spec = self.model.spec
-        # fp32 keys and values of a sequence
-        cache = 8 * spec.depth * spec.kv_heads * spec.head_dim * spec.max_position
+        cache = 4 * count(self.model.spec).cache_elements  # fp32, of a sequence
         return max(min(tokens // MIN_SEQUENCE_TOKENS, MAX_SEQUENCES, CACHE_BYTES // cache), 1)
 
     def _run(

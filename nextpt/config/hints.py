@@ -36,6 +36,9 @@ VALUES = {
     "float32": "train.precision=fp32",
     "swiglu": "model.ffn=swiglu",
     "gelu": "model.ffn=gelu",
+    "relu2": "model.ffn=relu2",
+    "relu_squared": "model.ffn=relu2",
+    "squared_relu": "model.ffn=relu2",
     "cosine": "schedule.kind=cosine",
     "wsd": "schedule.kind=wsd",
 }

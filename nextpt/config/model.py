@@ -79,17 +79,17 @@ class ModelSection(Section):
         description="width of a head; width/heads unless set",
         aliases=("head_size", "d_head", "head_width"),
     )
-    ffn: Literal["swiglu", "gelu"] = key(
+    ffn: Literal["swiglu", "gelu", "relu2"] = key(
         "swiglu",
-        description="kind of feed-forward layer",
+        description="kind of feed-forward layer; relu2 is relu(x)^2 (arXiv 2109.08668)",
         aliases=("hidden_act", "activation", "activation_function", "mlp", "mlp_type"),
     )
     ffn_width: int | None = key(
         None,
         ge=1,
         description=(
-            "hidden width of the feed-forward layer; unless set 8/3 (swiglu) or 4 (gelu) x width,"
-            " rounded up to a multiple of 64"
+            "hidden width of the feed-forward layer; unless set 8/3 (swiglu) or 4 (gelu, relu2) x"
+            " width, rounded up to a multiple of 64"
         ),
         aliases=(
             "intermediate_size",

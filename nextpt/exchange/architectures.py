@@ -2,7 +2,7 @@
 
 Each was chosen by reading its forward pass: pre-norm, full rotary embeddings over halves, RMSNorm
 with statistics in fp32, and no operation that cannot be switched off. Two differences are made up
-for by weights, exactly: a GELU feed-forward without a gate becomes a gated one whose second matrix
+for by weights, exactly: a feed-forward without a gate becomes a gated one whose second matrix
 is zero with a bias of one; and VaultGemma's embedding scale and its norms around one, see
 tensors.py. A third has no effect: GraniteSWA's attention sinks are so low that they take nothing.
 """
@@ -16,6 +16,7 @@ from nextpt.base.errors import CheckpointError, same_on_all_ranks
 from nextpt.model import ModelSpec
 from nextpt.model.rope import attention_temperature
 
+ACTIVATIONS = {"swiglu": "silu", "gelu": "gelu", "relu2": "relu2"}  # by model.ffn
 HINT = "nextpt_model"  # key of config.json that holds the model section an export was made from
 
 
@@ -147,8 +148,8 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
     Raises:
         CheckpointError: No architecture has these options together; they are named.
     """
-    gelu, window = spec.ffn == "gelu", spec.effective_window
-    options = [("ffn = gelu", gelu), ("bias = true", spec.bias)]
+    gated, window = spec.ffn == "swiglu", spec.effective_window
+    options = [(f"ffn = {spec.ffn}", not gated), ("bias = true", spec.bias)]
     two_bases = len(set(spec.rope_bases)) > 1
     base_of_local = (f"local_rope_base = {spec.local_rope_base:g}", two_bases)
     if spec.logit_softcap is not None:
@@ -167,13 +168,13 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
             raise _impossible(["qk_norm = true", base_of_local[0]])
         if window and others:
             raise _impossible(["qk_norm = true", f"sliding_window = {window}", *others])
-        return HUNYUAN3 if spec.bias else APERTUS if gelu else QWEN3
+        return HUNYUAN3 if spec.bias else QWEN3 if gated else APERTUS
     if two_bases:
         return GRANITE_SWA
     whole = spec.width % spec.heads == 0
     if window or not whole:
         return SMOLLM3 if others or spec.has_mixed_windows else MISTRAL
-    return ARCEE if gelu else LLAMA
+    return LLAMA if gated else ARCEE
 
 
 def _impossible(options: list[str]) -> CheckpointError:
@@ -195,7 +196,7 @@ def hf_config(spec: ModelSpec, *, start_id: int, end_id: int, dtype: str) -> dic
         dtype: "float32" or "bfloat16".
     """
     architecture = choose_architecture(spec)
-    by_weights = spec.ffn == "gelu" and architecture.gated
+    by_weights = spec.ffn != "swiglu" and architecture.gated
     return {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
@@ -206,7 +207,7 @@ def hf_config(spec: ModelSpec, *, start_id: int, end_id: int, dtype: str) -> dic
         "num_attention_heads": spec.heads,
         "num_key_value_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
-        architecture.activation[0]: "gelu" if spec.ffn == "gelu" else "silu",
+        architecture.activation[0]: ACTIVATIONS[spec.ffn],
         "max_position_embeddings": spec.max_position,
         "initializer_range": spec.init_std,
         "rms_norm_eps": spec.norm_eps,

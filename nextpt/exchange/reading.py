@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from nextpt.base.errors import CheckpointError
 from nextpt.config import ModelSection, RopeScaling
 from nextpt.exchange.architectures import (
+    ACTIVATIONS,
     APERTUS,
     ARCHITECTURES,
     GRANITE_MULTIPLIERS,
@@ -149,13 +150,16 @@ def _described_by_export(
 
 
 def _to_section(described: dict[str, Any], architecture: Architecture, path: Path) -> ModelSection:
-    activation, expected = described.pop("activation"), "silu" if architecture.gated else "gelu"
-    if activation != expected:
+    activation = described.pop("activation")
+    kinds = {
+        name: ffn for ffn, name in ACTIVATIONS.items() if (ffn == "swiglu") == architecture.gated
+    }
+    if activation not in kinds:
         _refuse(
             path,
             architecture.activation[0],
             activation,
-            f"only {expected} of this architecture can be expressed",
+            f"only {' or '.join(kinds)} of this architecture can be expressed",
         )
     biases = described.pop("attention_bias"), described.pop("mlp_bias")
     if biases[0] != biases[1]:
@@ -174,7 +178,7 @@ def _to_section(described: dict[str, Any], architecture: Architecture, path: Pat
         )
     try:
         return ModelSection.model_validate(
-            described | {"bias": biases[0], "ffn": "swiglu" if architecture.gated else "gelu"}
+            described | {"bias": biases[0], "ffn": kinds[activation]}
         )
     except ValidationError as error:
         first = error.errors()[0]

@@ -114,7 +114,7 @@ def _block(
         for name, shape in (("up_proj", up), ("down_proj", down)):
             tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{name}", shape, spec.bias)
         return tensors
-    # gelu(x A) * (x 0 + 1): the gate computes everything, and what it gates is one.
+    # f(x A) * (x 0 + 1): the gate computes everything, and what it gates is one.
     for name, own_name, shape in (("gate_proj", "up_proj", up), ("down_proj", "down_proj", down)):
         tensors += _linear(f"{theirs}.mlp.{name}", f"{ours}.ffn.{own_name}", shape, spec.bias)
         if not spec.bias:

@@ -213,10 +213,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Feed-forward layer: SwiGLU (arXiv 2002.05202) or GELU without a gate."""
+    """Feed-forward layer: SwiGLU (arXiv 2002.05202), or GELU or relu(x)^2 without a gate."""
 
     def __init__(self, spec: ModelSpec, init: Init, name: str) -> None:
         super().__init__()
+        self.kind = spec.ffn
 
         def linear(part: str, inputs: int, outputs: int, residual: bool = False) -> Linear:
             return Linear(
@@ -231,9 +232,10 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return the layer's contribution to the residual stream, [B, T, D]."""
         up_BTF = self.up_proj(x_BTD)
-        hidden_BTF = (
-            F.silu(self.gate_proj(x_BTD)) * up_BTF if self.gate_proj is not None else F.gelu(up_BTF)
-        )
+        if self.gate_proj is not None:
+            hidden_BTF = F.silu(self.gate_proj(x_BTD)) * up_BTF
+        else:
+            hidden_BTF = F.gelu(up_BTF) if self.kind == "gelu" else F.relu(up_BTF).square()
         output_BTD: Tensor = self.down_proj(hidden_BTF)
         return output_BTD
 

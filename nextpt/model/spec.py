@@ -10,6 +10,7 @@ import torch
 
 from nextpt.config import Config, ModelSection, RopeScaling
 
+FeedForwardKind = Literal["swiglu", "gelu", "relu2"]
 LayerKind = Literal["local", "global"]
 # Options that a spec's JSON omits at these values. Earlier versions did not have them, and files
 # compressed then are identified by a hash of this JSON (nextpt/evaluate/coding/container.py).
@@ -21,8 +22,8 @@ def repeat_pattern(pattern: tuple[LayerKind, ...], depth: int) -> tuple[LayerKin
     return (pattern * math.ceil(depth / len(pattern)))[-depth:]
 
 
-def default_ffn_width(ffn: Literal["swiglu", "gelu"], width: int) -> int:
-    """Feed-forward width of 8/3 (swiglu) or 4 (gelu) x width, rounded up to a multiple of 64."""
+def default_ffn_width(ffn: FeedForwardKind, width: int) -> int:
+    """Feed-forward width of 8/3 (gated) or 4 (plain) x width, rounded up to a multiple of 64."""
     multiple = 8 / 3 if ffn == "swiglu" else 4
     return 64 * math.ceil(multiple * width / 64)
 
@@ -41,7 +42,8 @@ class ModelSpec:
         heads: Query heads, H.
         kv_heads: Key/value heads, K; divides `heads`.
         head_dim: Width of one head, E; even.
-        ffn: Feed-forward: gated ("swiglu", arXiv 2002.05202) or plain ("gelu").
+        ffn: Feed-forward: gated ("swiglu", arXiv 2002.05202) or plain ("gelu"; "relu2", relu(x)^2,
+            arXiv 2109.08668).
         ffn_width: Hidden width of the feed-forward, F.
         max_position: Positions that the rotary tables cover, tokens.
         layer_pattern: Kind of every layer: "local" (it has the window) or "global".
@@ -64,7 +66,7 @@ class ModelSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: Literal["swiglu", "gelu"]
+    ffn: FeedForwardKind
     ffn_width: int
     max_position: int
     layer_pattern: tuple[LayerKind, ...]

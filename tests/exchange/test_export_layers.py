@@ -1,4 +1,4 @@
-"""Export of layer options to Hugging Face: the same logits in transformers, or a refusal by name."""
+"""Export of layer options: the same logits in transformers, or a refusal by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from nextpt.base.errors import CheckpointError
 from nextpt.exchange.architectures import choose_architecture
 from nextpt.model import ModelSpec
-from tests.exchange.test_export_hf import check_round_trip, tokenizer_file  # noqa: F401
+from tests.exchange.test_export_hf import check_round_trip
 from tests.support.models import POSITIONS, decoder
+from tests.support.tokenizers import KINDS
 
 # Local and global layers
 PATTERN = {"depth": 3, "sliding_window": 5, "layer_pattern": ["local", "global"]}
@@ -34,13 +35,33 @@ PATTERNS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", PATTERNS)
-def test_local_and_global_layers_round_trip_with_equal_logits(
-    case: str, tmp_path: Path, tokenizer_file: Path
+def round_trip(root: Path, **options: Any) -> str:
+    """Compare logits and weights after an export; returns the architecture."""
+    KINDS["byte_level"](root / "tokenizer.json")
+    return check_round_trip(*decoder(**options), root, root / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "architecture"),
+    [
+        ({}, "ArceeForCausalLM"),
+        ({"qk_norm": True}, "ApertusForCausalLM"),
+        ({"sliding_window": 5}, "SmolLM3ForCausalLM"),
+        ({"qk_norm": True, "bias": True}, "HYV3ForCausalLM"),
+        (PATTERN | {"local_rope_base": 50.0}, "GraniteSWAForCausalLM"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_squared_relu_round_trips_with_equal_logits(
+    options: dict[str, Any], architecture: str, tmp_path: Path
 ) -> None:
+    assert round_trip(tmp_path, ffn="relu2", **options) == architecture
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_local_and_global_layers_round_trip_with_equal_logits(case: str, tmp_path: Path) -> None:
     options, architecture = PATTERNS[case]
-    name = check_round_trip(*decoder(**PATTERN | options), tmp_path, tokenizer_file)
-    assert name == architecture
+    assert round_trip(tmp_path, **PATTERN | options) == architecture
 
 
 @pytest.mark.parametrize("option", [{"qk_norm": True}, {"logit_softcap": 3.0}])

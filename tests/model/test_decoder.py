@@ -19,6 +19,7 @@ SHAPES = {
     "all heads": {"kv_heads": None},
     "qk-norm off": {"qk_norm": False},
     "gelu": {"ffn": "gelu"},
+    "relu2": {"ffn": "relu2"},
     "tied": {"tied_embeddings": True},
     "bias": {"bias": True},
     "bias, gelu": {"bias": True, "ffn": "gelu"},

@@ -29,6 +29,7 @@ PATTERN = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "pattern": PATTERN,
+    "relu2": {"ffn": "relu2", "bias": True},
     "pattern, qk_norm": PATTERN | {"qk_norm": True},
 }
 
@@ -77,6 +78,8 @@ def attended(spec: ModelSpec, attention: Any, x_TD: Tensor, kind: str) -> Tensor
 
 def fed_forward(spec: ModelSpec, ffn: Any, x_TD: Tensor) -> Tensor:
     up = ffn.up_proj(x_TD)
+    if spec.ffn == "relu2":
+        return ffn.down_proj(torch.where(up > 0, up * up, 0.0))
     gate = ffn.gate_proj(x_TD)
     return ffn.down_proj(gate / (1 + (-gate).exp()) * up)
 

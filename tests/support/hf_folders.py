@@ -67,6 +67,7 @@ TRANSFORMERS_MODELS = {
     "mistral, no window": ("MistralConfig", {"sliding_window": None}),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 1], "pad_token_id": None}),
     "arcee": ("ArceeConfig", {"hidden_act": "gelu"}),
+    "arcee, squared relu": ("ArceeConfig", {}),
     "hunyuan 3": (
         "HYV3Config",
         {

@@ -27,6 +27,8 @@ def check_attention(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
+    *,
+    sinks: bool = False,
 ) -> None:
     """Check that no output depends on a later token, nor on another document of the row.
 
@@ -39,6 +41,7 @@ def check_attention(
         device: where to run it.
         dtype: of queries, keys and values.
         window: keys that a query sees.
+        sinks: whether a logit per head takes part in the softmax.
 
     Raises:
         CausalityError: an output depends on what it must not see, or not on what it sees.
@@ -48,6 +51,7 @@ def check_attention(
     q, k, v = (
         torch.randn(s, generator=generator).to(device, dtype) for s in (shape, kv_shape, kv_shape)
     )
+    logits = torch.linspace(-1, 1, shape[2]).to(device, dtype) if sinks else None
     lengths = torch.tensor([length for row in LENGTHS for length in row])
     numbers = torch.tensor([number for row in LENGTHS for number in range(len(row))])
     ids = numbers.repeat_interleave(lengths).view(shape[:2]).to(device, torch.int32)
@@ -57,7 +61,13 @@ def check_attention(
 
         def run(k: Tensor, v: Tensor, documents: PackedDocuments | None = documents) -> Tensor:
             return attention(
-                q, k, v, documents=documents, window=window, implementation=implementation
+                q,
+                k,
+                v,
+                documents=documents,
+                window=window,
+                sinks=logits,
+                implementation=implementation,
             )
 
         _check_perturbation(run, k, v, allowed)

@@ -176,6 +176,14 @@ class ModelSection(Section):
             "window_attn_skip_freq",
         ),
     )
+    attention_sinks: bool = key(
+        False,
+        description=(
+            "a learned logit per head that takes part in the softmax of attention and carries no"
+            " value (gpt-oss, arXiv 2508.10925)"
+        ),
+        aliases=("sinks", "attn_sinks", "use_sinks", "add_swa_attention_sink_bias", "softmax_type"),
+    )
     attention: str = key(
         "auto",
         may_change=True,

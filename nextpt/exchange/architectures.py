@@ -4,7 +4,8 @@ Each was chosen by reading its forward pass: pre-norm, full rotary embeddings ov
 with statistics in fp32, and no operation that cannot be switched off. Two differences are made up
 for by weights, exactly: a feed-forward without a gate becomes a gated one whose second matrix
 is zero with a bias of one; and VaultGemma's embedding scale and its norms around one, see
-tensors.py. A third has no effect: GraniteSWA's attention sinks are so low that they take nothing.
+tensors.py. A third has no effect: sinks that a model does not have are so low that they take
+nothing.
 """
 
 from __future__ import annotations
@@ -150,11 +151,10 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
     """
     gated, window = spec.ffn == "swiglu", spec.effective_window
     options = [(f"ffn = {spec.ffn}", not gated), ("bias = true", spec.bias)]
-    two_bases = len(set(spec.rope_bases)) > 1
-    base_of_local = (f"local_rope_base = {spec.local_rope_base:g}", two_bases)
+    of_granite = _options_of_granite(spec)
+    others = [name for name, is_set in options if is_set]
     if spec.logit_softcap is not None:
-        options += [("qk_norm = true", spec.qk_norm), base_of_local]
-        others = [name for name, is_set in options if is_set]
+        others += ["qk_norm = true"] * spec.qk_norm + of_granite
         if others:
             raise _impossible(["logit_softcap", *others])
         if spec.width % spec.heads:
@@ -162,19 +162,27 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
                 ["logit_softcap", f"head_dim = {spec.head_dim} (width is no multiple of heads)"]
             )
         return VAULTGEMMA
-    others = [name for name, is_set in options if is_set]
     if spec.qk_norm:
-        if two_bases:
-            raise _impossible(["qk_norm = true", base_of_local[0]])
+        if of_granite:
+            raise _impossible(["qk_norm = true", *of_granite])
         if window and others:
             raise _impossible(["qk_norm = true", f"sliding_window = {window}", *others])
         return HUNYUAN3 if spec.bias else QWEN3 if gated else APERTUS
-    if two_bases:
+    if of_granite:
         return GRANITE_SWA
     whole = spec.width % spec.heads == 0
     if window or not whole:
         return SMOLLM3 if others or spec.has_mixed_windows else MISTRAL
     return LLAMA if gated else ARCEE
+
+
+def _options_of_granite(spec: ModelSpec) -> list[str]:
+    """Options of a model that only GraniteSWA has."""
+    options = [
+        (f"local_rope_base = {spec.local_rope_base:g}", len(set(spec.rope_bases)) > 1),
+        ("attention_sinks = true", spec.attention_sinks),
+    ]
+    return [name for name, is_set in options if is_set]
 
 
 def _impossible(options: list[str]) -> CheckpointError:

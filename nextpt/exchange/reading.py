@@ -178,7 +178,12 @@ def _to_section(described: dict[str, Any], architecture: Architecture, path: Pat
         )
     try:
         return ModelSection.model_validate(
-            described | {"bias": biases[0], "ffn": kinds[activation]}
+            described
+            | {
+                "bias": biases[0],
+                "ffn": kinds[activation],
+                "attention_sinks": architecture.sinks,
+            }
         )
     except ValidationError as error:
         first = error.errors()[0]

@@ -101,7 +101,11 @@ def _block(
             for name in ("q_norm", "k_norm")
         ]
     if architecture.sinks:
-        tensors.append(StoredTensor(f"{theirs}.self_attn.sinks", None, "no_sinks", (spec.heads,)))
+        parameter = f"{ours}.attention.sinks" if spec.attention_sinks else None
+        transform = "same" if spec.attention_sinks else "no_sinks"
+        tensors.append(
+            StoredTensor(f"{theirs}.self_attn.sinks", parameter, transform, (spec.heads,))
+        )
     tensors.append(
         StoredTensor(f"{theirs}.{second}.weight", f"{ours}.ffn_norm.weight", norm, (spec.width,))
     )

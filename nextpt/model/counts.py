@@ -68,8 +68,9 @@ def _block_matmuls(spec: ModelSpec) -> int:
 
 
 def _block_vectors(spec: ModelSpec) -> int:
-    norms = 2 * spec.width + (2 * spec.head_dim if spec.qk_norm else 0)
+    vectors = 2 * spec.width + (2 * spec.head_dim if spec.qk_norm else 0)
+    vectors += spec.heads if spec.attention_sinks else 0
     if not spec.bias:
-        return norms
+        return vectors
     attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.width
-    return norms + attention + (2 if spec.ffn == "swiglu" else 1) * spec.ffn_width + spec.width
+    return vectors + attention + (2 if spec.ffn == "swiglu" else 1) * spec.ffn_width + spec.width

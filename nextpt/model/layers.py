@@ -173,6 +173,7 @@ class Attention(nn.Module):
         self.o_proj = linear("o_proj", queries, spec.width, residual=True)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.sinks = nn.Parameter(torch.zeros(spec.heads)) if spec.attention_sinks else None
 
     def forward(
         self,
@@ -206,6 +207,7 @@ class Attention(nn.Module):
             key_offset=key_offset,
             documents=documents,
             window=self.window,
+            sinks=self.sinks,
             implementation=self.implementation,
         )
         output_BTD: Tensor = self.o_proj(out.reshape(rows, length, -1))

@@ -14,7 +14,11 @@ FeedForwardKind = Literal["swiglu", "gelu", "relu2"]
 LayerKind = Literal["local", "global"]
 # Options that a spec's JSON omits at these values. Earlier versions did not have them, and files
 # compressed then are identified by a hash of this JSON (nextpt/evaluate/coding/container.py).
-OMITTED: dict[str, Any] = {"layer_pattern": None, "local_rope_base": None}
+OMITTED: dict[str, Any] = {
+    "layer_pattern": None,
+    "local_rope_base": None,
+    "attention_sinks": False,
+}
 
 
 def repeat_pattern(pattern: tuple[LayerKind, ...], depth: int) -> tuple[LayerKind, ...]:
@@ -58,6 +62,8 @@ class ModelSpec:
         logit_softcap: c of c tanh(logits / c) (arXiv 2408.00118); None: not capped.
         sliding_window: Keys that a query of a local layer attends to, itself included; None: all
             layers are global.
+        attention_sinks: A learned logit per head takes part in the softmax of attention and carries
+            no value (arXiv 2508.10925).
     """
 
     vocab_size: int
@@ -80,6 +86,7 @@ class ModelSpec:
     init_std: float = 0.02
     logit_softcap: float | None = None
     sliding_window: int | None = None
+    attention_sinks: bool = False
 
     @classmethod
     def from_section(cls, section: ModelSection, max_position: int) -> ModelSpec:

@@ -94,7 +94,7 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
         gradients=share(4 * parameters, 2),
         optimizer=share(master + state + averages, 1),
         buffers=_buffers(config, width, device == "cuda"),
-        activations=_activations(config, width),
+        activations=_activations(config, width, device),
         loss=loss_chunking(config, device).workspace + width * model.vocab_size * model.width,
     )
 
@@ -121,12 +121,12 @@ def _buffers(config: Config, width: int, overlap: bool) -> int:
     )
 
 
-def _activations(config: Config, width: int) -> int:
+def _activations(config: Config, width: int, device: str) -> int:
     """Bytes kept for the backward pass of a micro-batch, and of one block's own gradients.
 
     Per token and block: the inputs of both norms and their images (torch keeps both where the norm
-    is not fused), the inputs of the matrices, queries, keys, values and output of attention, which
-    keeps no score matrix (flash attention).
+    is not fused), the inputs of the matrices, queries, keys, values and output of attention. It
+    keeps no score matrix (flash attention), but for the reference, which keeps two in fp32.
     """
     spec = ModelSpec.from_config(config)
     tokens = config.train.micro_batch_size * config.data.sequence_length
@@ -134,12 +134,21 @@ def _activations(config: Config, width: int) -> int:
     attention = 2 * queries + 2 * keys + (queries + keys if spec.qk_norm else 0)
     ffn = (4 if spec.ffn == "swiglu" else 2) * spec.ffn_width
     block = 6 * spec.width + attention + ffn
+    if _keeps_scores(config, device):
+        block += 2 * spec.heads * config.data.sequence_length * 4 // width
     kept = spec.depth * block
     if config.train.activation_checkpointing:
         kept = spec.depth * spec.width + block
     # Gradients of the widest tensors; the others reuse what is freed.
     gradients = ffn // 2 + 2 * spec.width
     return width * tokens * (kept + 2 * spec.width + gradients)
+
+
+def _keeps_scores(config: Config, device: str) -> bool:
+    """Whether attention is the reference: by name, or since nothing else on a CPU has sinks."""
+    model = config.model
+    automatic = model.attention == "auto" and device == "cpu" and model.attention_sinks
+    return automatic or model.attention == "reference"
 
 
 def loss_chunking(config: Config, device: str) -> Chunking:

@@ -30,9 +30,11 @@ def check_causality(config: Config, device: torch.device) -> None:
     head = torch.empty(1, 1, 1, spec.head_dim, dtype=dtype, device="meta")
     try:
         for window in dict.fromkeys(spec.windows):
-            features = attention_features(head, head, documents=True, window=window)
+            features = attention_features(
+                head, head, documents=True, window=window, sinks=spec.attention_sinks or None
+            )
             choose_attention(implementation, device.type, features)
-            check_attention(implementation, device, dtype, window)
+            check_attention(implementation, device, dtype, window, sinks=spec.attention_sinks)
     except ValueError as error:
         raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
     except CausalityError as error:

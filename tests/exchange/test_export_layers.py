@@ -27,6 +27,11 @@ PATTERNS: dict[str, tuple[dict[str, Any], str]] = {
         {"local_rope_base": 50.0, "sliding_window": POSITIONS, "bias": True},
         "GraniteSWAForCausalLM",
     ),
+    "sinks": ({"attention_sinks": True}, "GraniteSWAForCausalLM"),
+    "sinks, no window": (
+        {"attention_sinks": True, "sliding_window": None, "layer_pattern": None},
+        "GraniteSWAForCausalLM",
+    ),
     "wide window": ({"sliding_window": POSITIONS}, "LlamaForCausalLM"),
     "all local": (
         {"layer_pattern": ["local"], "local_rope_base": 50.0},
@@ -65,8 +70,11 @@ def test_local_and_global_layers_round_trip_with_equal_logits(case: str, tmp_pat
 
 
 @pytest.mark.parametrize("option", [{"qk_norm": True}, {"logit_softcap": 3.0}])
-def test_a_base_of_local_layers_is_refused_by_name(option: dict[str, Any]) -> None:
-    config, _ = decoder(**PATTERN, local_rope_base=50.0, **option)
-    message = f"model.{next(iter(option))}.* together with model.local_rope_base = 50;"
+def test_options_that_only_granite_has_are_refused_by_name(option: dict[str, Any]) -> None:
+    config, _ = decoder(**PATTERN, local_rope_base=50.0, attention_sinks=True, **option)
+    message = (
+        f"model.{next(iter(option))}.* together with model.local_rope_base = 50 together with"
+        " model.attention_sinks = true;"
+    )
     with pytest.raises(CheckpointError, match=message):
         choose_architecture(ModelSpec.from_config(config))

@@ -96,6 +96,16 @@ REFUSED = {
         {"layer_types": ["full_attention", "chunked_attention"]},
         "layer_types = .* sliding_attention or full_attention for every layer is expected",
     ),
+    "multiplier": (
+        "granite",
+        {"attention_multiplier": 1.0},
+        "attention_multiplier = 1.0 cannot be imported: only 0.35",
+    ),
+    "layers without rotation": (
+        "granite",
+        {"layer_rope_theta": [50.0, 0]},
+        r"layer_rope_theta = \[50.0, 0\] cannot be imported: one base per kind of layer",
+    ),
     "no rotation": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers = "),
     "half a layer": (
         "llama",

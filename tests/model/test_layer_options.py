@@ -30,6 +30,8 @@ PATTERN = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "pattern": PATTERN,
     "relu2": {"ffn": "relu2", "bias": True},
+    "sinks": {"attention_sinks": True},
+    "sinks, pattern": PATTERN | {"attention_sinks": True},
     "pattern, qk_norm": PATTERN | {"qk_norm": True},
 }
 
@@ -72,7 +74,10 @@ def attended(spec: ModelSpec, attention: Any, x_TD: Tensor, kind: str) -> Tensor
                 if not 0 <= i - j < window:
                     scores[i, j] = -torch.inf
         weights = scores.exp()
-        outputs.append(weights / weights.sum(1, keepdim=True) @ v[:, group])
+        total = weights.sum(1, keepdim=True)
+        if spec.attention_sinks:
+            total += attention.sinks[head].exp()
+        outputs.append(weights / total @ v[:, group])
     return attention.o_proj(torch.cat(outputs, 1))
 
 
@@ -226,9 +231,23 @@ def test_options_without_effect_are_refused(case: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_sinks_of_zero_are_one_more_key_of_score_zero() -> None:
+    """At the start; and the check at the start runs with them."""
+    config = tiny(Path("none"), Path("none"), model={"attention_sinks": True})
+    model = build_decoder(config)
+    sinks = [p for name, p in model.named_parameters() if name.endswith("sinks")]
+    assert len(sinks) == 2 and all(p.shape == (4,) and not p.any() for p in sinks)
+    startup_checks.check_causality(config, torch.device("cpu"))
+    refused = tiny(Path("none"), Path("none"), model={"attention_sinks": True, "attention": "sdpa"})
+    with pytest.raises(ConfigError, match=r"model.attention = sdpa: .* it has no sinks"):
+        startup_checks.check_causality(refused, torch.device("cpu"))
+
+
 def test_every_window_is_checked_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     windows: list[int | None] = []
-    monkeypatch.setattr(startup_checks, "check_attention", lambda *args: windows.append(args[-1]))
+    monkeypatch.setattr(
+        startup_checks, "check_attention", lambda *args, sinks: windows.append(args[-1])
+    )
     config: Config = tiny(Path("none"), Path("none"), model=PATTERN)
     startup_checks.check_causality(config, torch.device("cpu"))
     assert windows == [None, 5]

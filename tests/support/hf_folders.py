@@ -65,6 +65,15 @@ TRANSFORMERS_MODELS = {
     ),
     "mistral": ("MistralConfig", {"sliding_window": 9, "head_dim": 12}),
     "mistral, no window": ("MistralConfig", {"sliding_window": None}),
+    "granite": (
+        "GraniteSWAConfig",
+        {
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_rope_theta": [50.0, 1e4],
+            "attention_multiplier": 8**-0.5,
+        },
+    ),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 1], "pad_token_id": None}),
     "arcee": ("ArceeConfig", {"hidden_act": "gelu"}),
     "arcee, squared relu": ("ArceeConfig", {}),

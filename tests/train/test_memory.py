@@ -36,6 +36,7 @@ LARGE_BATCH = {"global_batch_size": 64, "micro_batch_size": 64}
         (LARGE, SMALL_BATCH | {"zero_stage": 2, "precision": "bf16"}, 2),
         (LONG, LARGE_BATCH | {"zero_stage": 1}, 1),
         (LONG, LARGE_BATCH | {"zero_stage": 1, "activation_checkpointing": True}, 1),
+        (LONG | {"attention_sinks": True}, LARGE_BATCH | {"zero_stage": 1}, 1),
     ],
     ids=lambda value: (
         "-".join(f"{v}" for v in value.values()) if isinstance(value, dict) else str(value)

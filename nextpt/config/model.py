@@ -184,6 +184,14 @@ class ModelSection(Section):
         ),
         aliases=("sinks", "attn_sinks", "use_sinks", "add_swa_attention_sink_bias", "softmax_type"),
     )
+    attention_gate: Literal["none", "head", "element"] = key(
+        "none",
+        description=(
+            "sigmoid gate, computed from the layer's input, on the output of attention: one per"
+            " head, or one per element (arXiv 2505.06708)"
+        ),
+        aliases=("attn_output_gate", "attention_output_gate", "gated_attention", "use_gate"),
+    )
     attention: str = key(
         "auto",
         may_change=True,

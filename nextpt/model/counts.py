@@ -64,6 +64,7 @@ def count(spec: ModelSpec, sequence_length: int | None = None) -> Counts:
 
 def _block_matmuls(spec: ModelSpec) -> int:
     attention = 2 * spec.width * (spec.heads + spec.kv_heads) * spec.head_dim
+    attention += spec.width * spec.attention_gates
     return attention + (3 if spec.ffn == "swiglu" else 2) * spec.width * spec.ffn_width
 
 
@@ -72,5 +73,5 @@ def _block_vectors(spec: ModelSpec) -> int:
     vectors += spec.heads if spec.attention_sinks else 0
     if not spec.bias:
         return vectors
-    attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.width
+    attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.width + spec.attention_gates
     return vectors + attention + (2 if spec.ffn == "swiglu" else 1) * spec.ffn_width + spec.width

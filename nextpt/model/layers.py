@@ -173,6 +173,8 @@ class Attention(nn.Module):
         self.o_proj = linear("o_proj", queries, spec.width, residual=True)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        gates = spec.attention_gates
+        self.gate_proj = linear("gate_proj", spec.width, gates) if gates else None
         self.sinks = nn.Parameter(torch.zeros(spec.heads)) if spec.attention_sinks else None
 
     def forward(
@@ -210,6 +212,9 @@ class Attention(nn.Module):
             sinks=self.sinks,
             implementation=self.implementation,
         )
+        if self.gate_proj is not None:
+            gate_BTG = torch.sigmoid(self.gate_proj(x_BTD))
+            out = out * gate_BTG.view(rows, length, spec.heads, -1)
         output_BTD: Tensor = self.o_proj(out.reshape(rows, length, -1))
         return output_BTD
 

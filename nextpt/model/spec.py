@@ -18,6 +18,7 @@ OMITTED: dict[str, Any] = {
     "layer_pattern": None,
     "local_rope_base": None,
     "attention_sinks": False,
+    "attention_gate": "none",
 }
 
 
@@ -64,6 +65,8 @@ class ModelSpec:
             layers are global.
         attention_sinks: A learned logit per head takes part in the softmax of attention and carries
             no value (arXiv 2508.10925).
+        attention_gate: Sigmoid gate on the output of attention: one per "head" or per "element"
+            (arXiv 2505.06708), or "none".
     """
 
     vocab_size: int
@@ -87,6 +90,7 @@ class ModelSpec:
     logit_softcap: float | None = None
     sliding_window: int | None = None
     attention_sinks: bool = False
+    attention_gate: Literal["none", "head", "element"] = "none"
 
     @classmethod
     def from_section(cls, section: ModelSection, max_position: int) -> ModelSpec:
@@ -130,6 +134,13 @@ class ModelSpec:
             for length in lengths
             if repeat_pattern(layers[-length:], len(layers)) == layers
         )
+
+    @property
+    def attention_gates(self) -> int:
+        """Gates of one attention layer."""
+        return {"none": 0, "head": self.heads, "element": self.heads * self.head_dim}[
+            self.attention_gate
+        ]
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -125,13 +125,15 @@ def _activations(config: Config, width: int, device: str) -> int:
     """Bytes kept for the backward pass of a micro-batch, and of one block's own gradients.
 
     Per token and block: the inputs of both norms and their images (torch keeps both where the norm
-    is not fused), the inputs of the matrices, queries, keys, values and output of attention. It
-    keeps no score matrix (flash attention), but for the reference, which keeps two in fp32.
+    is not fused), the inputs of the matrices, queries, keys, values and output of attention, its
+    gates and the gated output. It keeps no score matrix (flash attention), but for the reference,
+    which keeps two in fp32.
     """
     spec = ModelSpec.from_config(config)
     tokens = config.train.micro_batch_size * config.data.sequence_length
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     attention = 2 * queries + 2 * keys + (queries + keys if spec.qk_norm else 0)
+    attention += spec.attention_gates + (queries if spec.attention_gates else 0)
     ffn = (4 if spec.ffn == "swiglu" else 2) * spec.ffn_width
     block = 6 * spec.width + attention + ffn
     if _keeps_scores(config, device):

@@ -69,6 +69,13 @@ def test_local_and_global_layers_round_trip_with_equal_logits(case: str, tmp_pat
     assert round_trip(tmp_path, **PATTERN | options) == architecture
 
 
+@pytest.mark.parametrize("gate", ["head", "element"])
+def test_gates_are_refused_by_name(gate: str) -> None:
+    config, _ = decoder(attention_gate=gate)
+    with pytest.raises(CheckpointError, match=f"has model.attention_gate = {gate}; a model"):
+        choose_architecture(ModelSpec.from_config(config))
+
+
 @pytest.mark.parametrize("option", [{"qk_norm": True}, {"logit_softcap": 3.0}])
 def test_options_that_only_granite_has_are_refused_by_name(option: dict[str, Any]) -> None:
     config, _ = decoder(**PATTERN, local_rope_base=50.0, attention_sinks=True, **option)

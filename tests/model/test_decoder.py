@@ -19,6 +19,7 @@ SHAPES = {
     "all heads": {"kv_heads": None},
     "qk-norm off": {"qk_norm": False},
     "gelu": {"ffn": "gelu"},
+    "gate": {"attention_gate": "element"},
     "relu2": {"ffn": "relu2"},
     "tied": {"tied_embeddings": True},
     "bias": {"bias": True},
@@ -47,7 +48,7 @@ def test_parameters_by_formula_are_those_of_the_module(shape: str) -> None:
     assert counts.non_embedding_parameters == counts.parameters - embeddings
 
 
-@pytest.mark.parametrize("shape", ["plain", "gelu", "head_dim"])
+@pytest.mark.parametrize("shape", ["plain", "gelu", "head_dim", "gate"])
 def test_flops_by_formula_are_those_of_the_matrix_products(shape: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

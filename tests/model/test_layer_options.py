@@ -30,6 +30,8 @@ PATTERN = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "pattern": PATTERN,
     "relu2": {"ffn": "relu2", "bias": True},
+    "gates of heads": {"attention_gate": "head", "qk_norm": True},
+    "gates of elements": PATTERN | {"attention_gate": "element", "bias": True},
     "sinks": {"attention_sinks": True},
     "sinks, pattern": PATTERN | {"attention_sinks": True},
     "pattern, qk_norm": PATTERN | {"qk_norm": True},
@@ -78,6 +80,9 @@ def attended(spec: ModelSpec, attention: Any, x_TD: Tensor, kind: str) -> Tensor
         if spec.attention_sinks:
             total += attention.sinks[head].exp()
         outputs.append(weights / total @ v[:, group])
+    if spec.attention_gate != "none":
+        gates = attention.gate_proj(x_TD).chunk(spec.heads, 1)  # [T, 1 or E] of each head
+        outputs = [out / (1 + (-gate).exp()) for out, gate in zip(outputs, gates, strict=True)]
     return attention.o_proj(torch.cat(outputs, 1))
 
 

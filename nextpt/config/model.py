@@ -146,6 +146,14 @@ class ModelSection(Section):
         description="standard deviation of the initial matrices",
         aliases=("initializer_range", "init_method_std"),
     )
+    residual_init: Literal["scaled", "zero"] = key(
+        "scaled",
+        description=(
+            "initial matrices whose output is added to the residual stream (o_proj, down_proj):"
+            " init_std / sqrt(2 depth), or zero"
+        ),
+        aliases=("zero_init", "zero_init_residual", "zero_init_proj"),
+    )
     logit_softcap: float | None = key(
         None,
         gt=0,

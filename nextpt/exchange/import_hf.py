@@ -38,6 +38,8 @@ FREE = (
     "sliding_window",
     "layer_pattern",
 )
+# Keys of a fresh model, or of the tables only
+UNCOMPARED = ("init_std", "residual_init", "max_position")
 # Old exports hold these buffers; they follow from the config.
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -297,7 +299,7 @@ def _compared(spec: ModelSpec) -> dict[str, Any]:
             "rope_base": spec.rope_bases[0],
             "local_rope_base": None,
         }
-    return {key: v for key, v in values.items() if key not in ("init_std", "max_position")}
+    return {key: v for key, v in values.items() if key not in UNCOMPARED}
 
 
 def same_vocabulary(tokenizer: Path, other: Path) -> bool:

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         options = options or ComputeOptions()
         self.spec = spec
         self.options = options
-        init = Init(seed, spec.init_std, spec.depth)
+        init = Init(seed, spec.init_std, spec.depth, spec.residual_init == "zero")
         self.embed_tokens = Embedding(spec.vocab_size, spec.width, init, "embed_tokens")
         self.blocks = nn.ModuleList(
             Block(spec, init, f"blocks.{i}", i, options.attention) for i in range(spec.depth)

@@ -24,11 +24,14 @@ class Init:
         depth: Number of blocks. Matrices whose output is added to the residual stream get
             std / sqrt(2 depth) (GPT-2, Radford et al. 2019, section 2.3), so that its variance does
             not grow with depth.
+        zero_residual: Those matrices are zero instead, so that a block begins as the identity
+            (arXiv 1901.09321).
     """
 
     seed: int
     std: float
     depth: int
+    zero_residual: bool = False
 
     def normal_(self, tensor: Tensor, name: str, *, residual: bool = False) -> None:
         """Fill a tensor in place from a normal distribution of mean 0.
@@ -42,6 +45,9 @@ class Init:
             residual: Whether the matrix's output is added to the residual stream.
         """
         if tensor.is_meta:
+            return
+        if residual and self.zero_residual:
+            torch.nn.init.zeros_(tensor)
             return
         std = self.std / math.sqrt(2 * self.depth) if residual else self.std
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()

@@ -19,6 +19,7 @@ OMITTED: dict[str, Any] = {
     "local_rope_base": None,
     "attention_sinks": False,
     "attention_gate": "none",
+    "residual_init": "scaled",
 }
 
 
@@ -67,6 +68,8 @@ class ModelSpec:
             no value (arXiv 2508.10925).
         attention_gate: Sigmoid gate on the output of attention: one per "head" or per "element"
             (arXiv 2505.06708), or "none".
+        residual_init: Initial matrices whose output is added to the residual stream: "scaled" with
+            the depth (`Init`), or "zero".
     """
 
     vocab_size: int
@@ -91,6 +94,7 @@ class ModelSpec:
     sliding_window: int | None = None
     attention_sinks: bool = False
     attention_gate: Literal["none", "head", "element"] = "none"
+    residual_init: Literal["scaled", "zero"] = "scaled"
 
     @classmethod
     def from_section(cls, section: ModelSection, max_position: int) -> ModelSpec:

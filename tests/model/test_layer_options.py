@@ -236,6 +236,21 @@ def test_options_without_effect_are_refused(case: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_zero_initialisation_makes_blocks_the_identity() -> None:
+    model, zero = (
+        build_decoder(tiny(Path("none"), Path("none"), model={"residual_init": kind}))
+        for kind in ("scaled", "zero")
+    )
+    for name, p in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            assert p.any() and not zero.get_parameter(name).any(), name
+        else:
+            assert torch.equal(p, zero.get_parameter(name)), name
+    tokens = some_tokens(9)
+    hidden = zero(tokens, torch.arange(9).unsqueeze(0)).hidden
+    assert torch.equal(hidden, zero.final_norm(zero.embed_tokens(tokens)))
+
+
 def test_sinks_of_zero_are_one_more_key_of_score_zero() -> None:
     """At the start; and the check at the start runs with them."""
     config = tiny(Path("none"), Path("none"), model={"attention_sinks": True})

@@ -154,6 +154,18 @@ class ModelSection(Section):
         ),
         aliases=("zero_init", "zero_init_residual", "zero_init_proj"),
     )
+    residual_multiplier: float = key(
+        1.0,
+        gt=0,
+        description="factor on what attention and feed-forward add to the residual stream",
+        aliases=("residual_scale", "resid_scale", "m_residual"),
+    )
+    logits_scaling: float = key(
+        1.0,
+        gt=0,
+        description="divisor of the output logits, before logit_softcap",
+        aliases=("logit_scale", "logits_scale", "output_mult", "m_logits"),
+    )
     logit_softcap: float | None = key(
         None,
         gt=0,

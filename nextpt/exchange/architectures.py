@@ -123,7 +123,6 @@ VAULTGEMMA = Architecture(
     activation=("hidden_activation", "gelu_pytorch_tanh"),
     centered=True,
 )
-GRANITE_MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
 ARCHITECTURES = {
     a.model_type: a
     for a in (
@@ -183,6 +182,8 @@ def _options_of_granite(spec: ModelSpec) -> list[str]:
     options = [
         (f"local_rope_base = {spec.local_rope_base:g}", len(set(spec.rope_bases)) > 1),
         ("attention_sinks = true", spec.attention_sinks),
+        (f"residual_multiplier = {spec.residual_multiplier:g}", spec.residual_multiplier != 1),
+        (f"logits_scaling = {spec.logits_scaling:g}", spec.logits_scaling != 1),
     ]
     return [name for name, is_set in options if is_set]
 
@@ -285,7 +286,9 @@ def _own_keys(spec: ModelSpec, architecture: Architecture) -> dict[str, Any]:
             ],
             "layer_rope_theta": [*spec.rope_bases],
             "attention_multiplier": spec.head_dim**-0.5,
-            **dict.fromkeys(GRANITE_MULTIPLIERS, 1.0),
+            "residual_multiplier": spec.residual_multiplier,
+            "logits_scaling": spec.logits_scaling,
+            "embedding_multiplier": 1.0,
         }
     if architecture is MISTRAL:
         return {"sliding_window": window}

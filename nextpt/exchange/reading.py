@@ -15,7 +15,6 @@ from nextpt.exchange.architectures import (
     ACTIVATIONS,
     APERTUS,
     ARCHITECTURES,
-    GRANITE_MULTIPLIERS,
     GRANITE_SWA,
     HINT,
     HUNYUAN3,
@@ -253,8 +252,10 @@ class ConfigReader:
         }
         if a is GRANITE_SWA:
             section |= self._bases_by_layer(section)
-            for name in GRANITE_MULTIPLIERS:
-                self._require(name, 1.0, 1.0)
+            section |= {
+                name: self._take(name, 1.0) for name in ("residual_multiplier", "logits_scaling")
+            }
+            self._require("embedding_multiplier", 1.0, 1.0)
             self._require("attention_multiplier", head_dim**-0.5, 1.0)
         if a is HUNYUAN3:
             self._require_in_all_layers("mlp_layer_types", "dense", depth)

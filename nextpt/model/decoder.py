@@ -27,7 +27,8 @@ class DecoderOutput(NamedTuple):
     """Result of a model's forward pass.
 
     Attributes:
-        hidden: Final hidden states [B, T, D], normalised, ready for the model's `lm_head`.
+        hidden: Final hidden states [B, T, D], normalised and divided by `spec.logits_scaling`,
+            ready for the model's `lm_head`.
         auxiliary_losses: Name -> loss beside the next-token loss, as a differentiable scalar, a
             mean over the tokens of this micro-batch; empty for a dense decoder. The objective
             multiplies each by its coefficient and adds it (nextpt/objective.py).
@@ -140,7 +141,10 @@ class Decoder(nn.Module):
                 x_BTD = block(x_BTD, rope[base], documents, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        return DecoderOutput(self.final_norm(x_BTD), {})
+        hidden_BTD = self.final_norm(x_BTD)
+        if self.spec.logits_scaling != 1.0:
+            hidden_BTD = hidden_BTD / self.spec.logits_scaling
+        return DecoderOutput(hidden_BTD, {})
 
 
 def build_decoder(config: Config) -> Decoder:

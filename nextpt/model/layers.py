@@ -248,7 +248,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """Pre-norm block: x + m attention(norm(x)), then x + m feed-forward(norm(x)), m a constant."""
 
     def __init__(
         self, spec: ModelSpec, init: Init, name: str, index: int, attention_implementation: str
@@ -258,6 +258,7 @@ class Block(nn.Module):
         self.attention = Attention(spec, init, f"{name}.attention", index, attention_implementation)
         self.ffn_norm = RMSNorm(spec.width, spec.norm_eps)
         self.ffn = FeedForward(spec, init, f"{name}.ffn")
+        self.multiplier = spec.residual_multiplier
 
     def forward(
         self,
@@ -267,6 +268,6 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Return the residual stream after the block, [B, T, D]; arguments as of `Attention`."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, documents, cache)
-        output_BTD: Tensor = x_BTD + self.ffn(self.ffn_norm(x_BTD))
-        return output_BTD
+        attended_BTD = self.attention(self.attention_norm(x_BTD), rope, documents, cache)
+        x_BTD = x_BTD.add(attended_BTD, alpha=self.multiplier)
+        return x_BTD.add(self.ffn(self.ffn_norm(x_BTD)), alpha=self.multiplier)

@@ -20,6 +20,8 @@ OMITTED: dict[str, Any] = {
     "attention_sinks": False,
     "attention_gate": "none",
     "residual_init": "scaled",
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
 }
 
 
@@ -70,6 +72,8 @@ class ModelSpec:
             (arXiv 2505.06708), or "none".
         residual_init: Initial matrices whose output is added to the residual stream: "scaled" with
             the depth (`Init`), or "zero".
+        residual_multiplier: Factor on what attention and feed-forward add to the residual stream.
+        logits_scaling: Divisor of the output logits, before the cap.
     """
 
     vocab_size: int
@@ -95,6 +99,8 @@ class ModelSpec:
     attention_sinks: bool = False
     attention_gate: Literal["none", "head", "element"] = "none"
     residual_init: Literal["scaled", "zero"] = "scaled"
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     @classmethod
     def from_section(cls, section: ModelSection, max_position: int) -> ModelSpec:

@@ -32,6 +32,7 @@ PATTERNS: dict[str, tuple[dict[str, Any], str]] = {
         {"attention_sinks": True, "sliding_window": None, "layer_pattern": None},
         "GraniteSWAForCausalLM",
     ),
+    "multipliers": ({"residual_multiplier": 0.3, "logits_scaling": 3.0}, "GraniteSWAForCausalLM"),
     "wide window": ({"sliding_window": POSITIONS}, "LlamaForCausalLM"),
     "all local": (
         {"layer_pattern": ["local"], "local_rope_base": 50.0},

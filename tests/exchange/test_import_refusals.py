@@ -101,6 +101,11 @@ REFUSED = {
         {"attention_multiplier": 1.0},
         "attention_multiplier = 1.0 cannot be imported: only 0.35",
     ),
+    "embedding multiplier": (
+        "granite",
+        {"embedding_multiplier": 12.0},
+        "embedding_multiplier = 12.0 cannot be imported: only 1.0 can be expressed",
+    ),
     "layers without rotation": (
         "granite",
         {"layer_rope_theta": [50.0, 0]},

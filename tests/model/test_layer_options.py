@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relu2": {"ffn": "relu2", "bias": True},
     "gates of heads": {"attention_gate": "head", "qk_norm": True},
     "gates of elements": PATTERN | {"attention_gate": "element", "bias": True},
+    "multipliers": {"residual_multiplier": 0.3, "logits_scaling": 3.0},
     "sinks": {"attention_sinks": True},
     "sinks, pattern": PATTERN | {"attention_sinks": True},
     "pattern, qk_norm": PATTERN | {"qk_norm": True},
@@ -100,9 +101,11 @@ def reference_logits(model: Decoder, tokens_T: Tensor) -> Tensor:
     x = model.embed_tokens.weight[tokens_T]
     for block, kind in zip(model.blocks, spec.layer_pattern, strict=True):
         normed = rms(x, block.attention_norm.weight, spec.norm_eps)
-        x = x + attended(spec, block.attention, normed, kind)
-        x = x + fed_forward(spec, block.ffn, rms(x, block.ffn_norm.weight, spec.norm_eps))
-    return rms(x, model.final_norm.weight, spec.norm_eps) @ model.lm_head.weight.T
+        x = x + spec.residual_multiplier * attended(spec, block.attention, normed, kind)
+        normed = rms(x, block.ffn_norm.weight, spec.norm_eps)
+        x = x + spec.residual_multiplier * fed_forward(spec, block.ffn, normed)
+    logits = rms(x, model.final_norm.weight, spec.norm_eps) @ model.lm_head.weight.T
+    return logits / spec.logits_scaling
 
 
 def some_tokens(length: int) -> Tensor:

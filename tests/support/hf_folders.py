@@ -72,6 +72,8 @@ TRANSFORMERS_MODELS = {
             "layer_types": ["sliding_attention", "full_attention"],
             "layer_rope_theta": [50.0, 1e4],
             "attention_multiplier": 8**-0.5,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 2.0,
         },
     ),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 1], "pad_token_id": None}),

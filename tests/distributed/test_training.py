@@ -16,6 +16,18 @@ from tests.support.ranks import train_all
 pytestmark = pytest.mark.process
 
 STEPS = 6
+# All options of layers that compute together (docs/layers.md)
+LAYERS = {
+    "sliding_window": 16,
+    "layer_pattern": ["local", "global"],
+    "local_rope_base": 100.0,
+    "ffn": "relu2",
+    "attention_sinks": True,
+    "attention_gate": "element",
+    "residual_init": "zero",
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
 
 
 def losses(run: Path) -> list[float]:
@@ -81,6 +93,9 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             train=_train(zero_stage=2),
         )
     )
+    for stage, recompute in ((0, False), (3, True)):
+        train = _train(zero_stage=stage, activation_checkpointing=recompute)
+        configs.append(tiny(dataset, root / f"layers-{stage}", model=LAYERS, train=train))
     assert train_all(configs, 2, root / "logs") == [None] * len(configs)
     return root
 
@@ -125,6 +140,16 @@ def test_bf16_follows_fp32(jobs: Path, stage: int) -> None:
     expected = losses(jobs / "fp32-0")
     assert losses(jobs / f"bf16-{stage}") == pytest.approx(expected, rel=5e-3)
     assert losses(jobs / f"bf16-{stage}") != expected
+
+
+def test_options_of_layers_train_alike_at_stage_3(jobs: Path) -> None:
+    expected = losses(jobs / "layers-0")
+    assert losses(jobs / "layers-3") == pytest.approx(expected, rel=2e-5)
+    assert expected[-1] < expected[0] - 0.05
+    weights, plain = state(jobs / "layers-3"), state(jobs / "layers-0")
+    for name in ("sinks", "gate_proj.weight"):
+        key = f"blocks.1.attention.{name}", "weight"
+        assert weights[key].any() and torch.allclose(weights[key], plain[key], atol=1e-4)
 
 
 def test_training_learns(jobs: Path) -> None:

@@ -75,13 +75,16 @@ def test_every_shipped_config_loads_and_has_about_the_parameters_of_its_name(pat
 
 
 def test_config_show_prints_derived_values() -> None:
+    pattern = ("model.sliding_window=1024", "model.layer_pattern=[local,local,local,global]")
     completed = run_command(
-        "config", "show", "configs/7b.yaml", "train.zero_stage=3", "--ranks", "64"
+        "config", "show", "configs/7b.yaml", "train.zero_stage=3", *pattern, "--ranks", "64"
     )
     assert completed.returncode == 0, completed.stderr
     for line in (
         "vocab_size: 65536",
         "parameters                     7,516,459,008",
+        "24   (of 32, a window of 1,024 tokens)",
+        "224.00 MiB   (keys and values of 4,096 tokens, bf16)",
         "tokens per step",
         "memory per rank",
         "ZeRO-3",

@@ -212,6 +212,14 @@ class ModelSection(Section):
         ),
         aliases=("attn_output_gate", "attention_output_gate", "gated_attention", "use_gate"),
     )
+    value_residual: bool = key(
+        False,
+        description=(
+            "mix the values of each layer's attention with those of the first layer, by a learned"
+            " share that starts at 1/2 (arXiv 2410.17897)"
+        ),
+        aliases=("value_residuals", "v_residual", "resformer"),
+    )
     attention: str = key(
         "auto",
         may_change=True,

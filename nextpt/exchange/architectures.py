@@ -152,6 +152,8 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
     options = [(f"ffn = {spec.ffn}", not gated), ("bias = true", spec.bias)]
     if spec.attention_gate != "none":
         raise _impossible([f"attention_gate = {spec.attention_gate}"])
+    if spec.value_residual:
+        raise _impossible(["value_residual = true"])
     of_granite = _options_of_granite(spec)
     others = [name for name, is_set in options if is_set]
     if spec.logit_softcap is not None:

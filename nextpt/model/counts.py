@@ -45,7 +45,8 @@ def count(spec: ModelSpec, sequence_length: int | None = None) -> Counts:
     """
     embedding = spec.vocab_size * spec.width
     block = _block_matmuls(spec) + _block_vectors(spec)
-    total = embedding * (1 if spec.tied_embeddings else 2) + spec.depth * block + spec.width
+    blocks = spec.depth * block + (spec.depth - 1 if spec.value_residual else 0)
+    total = embedding * (1 if spec.tied_embeddings else 2) + blocks + spec.width
     matmul = spec.depth * _block_matmuls(spec) + embedding
     length = spec.max_position if sequence_length is None else sequence_length
     contexts = [min(window or length, length) for window in spec.windows]
@@ -54,7 +55,7 @@ def count(spec: ModelSpec, sequence_length: int | None = None) -> Counts:
     cached = contexts if spec.has_mixed_windows else [length] * spec.depth
     return Counts(
         parameters=total,
-        non_embedding_parameters=spec.depth * block + spec.width,
+        non_embedding_parameters=blocks + spec.width,
         matmul_parameters=matmul,
         training_flops_per_token=6.0 * matmul + attention,
         causal_flops_per_token=6.0 * matmul + causal,

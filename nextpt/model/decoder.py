@@ -134,11 +134,15 @@ class Decoder(nn.Module):
         recompute = (
             self.options.activation_checkpointing and self.training and torch.is_grad_enabled()
         )
+        first_values = None
         for block, base in zip(self.blocks, self.spec.rope_bases, strict=True):
+            arguments = x_BTD, rope[base], documents, cache, first_values
             if recompute:
-                x_BTD = checkpoint(block, x_BTD, rope[base], documents, use_reentrant=False)
+                x_BTD, values = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rope[base], documents, cache)
+                x_BTD, values = block(*arguments)
+            if self.spec.value_residual and first_values is None:
+                first_values = values
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         hidden_BTD = self.final_norm(x_BTD)

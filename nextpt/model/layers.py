@@ -173,6 +173,8 @@ class Attention(nn.Module):
         self.o_proj = linear("o_proj", queries, spec.width, residual=True)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        mixed = spec.value_residual and index > 0
+        self.value_share = nn.Parameter(torch.full((1,), 0.5)) if mixed else None
         gates = spec.attention_gates
         self.gate_proj = linear("gate_proj", spec.width, gates) if gates else None
         self.sinks = nn.Parameter(torch.zeros(spec.heads)) if spec.attention_sinks else None
@@ -183,14 +185,19 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         documents: Packing | None,
         cache: KVCache | None,
-    ) -> Tensor:
-        """Return the attention's contribution to the residual stream, [B, T, D].
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the attention's contribution to the residual stream.
 
         Args:
             x_BTD: Normalised residual stream.
             rope: (cos, sin) of each token's position, [B, T, 1, E / 2].
             documents: Which tokens may attend to each other; all of a row if None.
             cache: Keys and values of earlier tokens, to which these are appended.
+            first_values: Values of these tokens in the first layer, where they are mixed with them.
+
+        Returns:
+            The contribution [B, T, D], and the values of these tokens [B, T, K, E].
         """
         spec, (rows, length, _) = self.spec, x_BTD.shape
         q = self.q_proj(x_BTD).view(rows, length, spec.heads, spec.head_dim)
@@ -199,7 +206,9 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        key_offset = 0
+        if self.value_share is not None and first_values is not None:
+            v = torch.lerp(v, first_values, self.value_share)
+        values, key_offset = v, 0
         if cache is not None:
             k, v, key_offset = cache.append(self.index, k, v)
         out = attention(
@@ -215,8 +224,7 @@ class Attention(nn.Module):
         if self.gate_proj is not None:
             gate_BTG = torch.sigmoid(self.gate_proj(x_BTD))
             out = out * gate_BTG.view(rows, length, spec.heads, -1)
-        output_BTD: Tensor = self.o_proj(out.reshape(rows, length, -1))
-        return output_BTD
+        return self.o_proj(out.reshape(rows, length, -1)), values
 
 
 class FeedForward(nn.Module):
@@ -266,8 +274,13 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         documents: Packing | None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """Return the residual stream after the block, [B, T, D]; arguments as of `Attention`."""
-        attended_BTD = self.attention(self.attention_norm(x_BTD), rope, documents, cache)
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the residual stream after the block, [B, T, D].
+
+        Arguments and the second result, the values of attention, are those of `Attention`.
+        """
+        normed_BTD = self.attention_norm(x_BTD)
+        attended_BTD, values = self.attention(normed_BTD, rope, documents, cache, first_values)
         x_BTD = x_BTD.add(attended_BTD, alpha=self.multiplier)
-        return x_BTD.add(self.ffn(self.ffn_norm(x_BTD)), alpha=self.multiplier)
+        return x_BTD.add(self.ffn(self.ffn_norm(x_BTD)), alpha=self.multiplier), values

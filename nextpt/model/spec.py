@@ -19,6 +19,7 @@ OMITTED: dict[str, Any] = {
     "local_rope_base": None,
     "attention_sinks": False,
     "attention_gate": "none",
+    "value_residual": False,
     "residual_init": "scaled",
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
@@ -70,6 +71,8 @@ class ModelSpec:
             no value (arXiv 2508.10925).
         attention_gate: Sigmoid gate on the output of attention: one per "head" or per "element"
             (arXiv 2505.06708), or "none".
+        value_residual: The values of every layer after the first are mixed with those of the first
+            (arXiv 2410.17897).
         residual_init: Initial matrices whose output is added to the residual stream: "scaled" with
             the depth (`Init`), or "zero".
         residual_multiplier: Factor on what attention and feed-forward add to the residual stream.
@@ -98,6 +101,7 @@ class ModelSpec:
     sliding_window: int | None = None
     attention_sinks: bool = False
     attention_gate: Literal["none", "head", "element"] = "none"
+    value_residual: bool = False
     residual_init: Literal["scaled", "zero"] = "scaled"
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0

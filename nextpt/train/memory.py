@@ -134,6 +134,7 @@ def _activations(config: Config, width: int, device: str) -> int:
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     attention = 2 * queries + 2 * keys + (queries + keys if spec.qk_norm else 0)
     attention += spec.attention_gates + (queries if spec.attention_gates else 0)
+    attention += keys if spec.value_residual else 0  # the values before they are mixed
     ffn = (4 if spec.ffn == "swiglu" else 2) * spec.ffn_width
     block = 6 * spec.width + attention + ffn
     if _keeps_scores(config, device):

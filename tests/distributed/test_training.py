@@ -24,6 +24,7 @@ LAYERS = {
     "ffn": "relu2",
     "attention_sinks": True,
     "attention_gate": "element",
+    "value_residual": True,
     "residual_init": "zero",
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
@@ -147,7 +148,7 @@ def test_options_of_layers_train_alike_at_stage_3(jobs: Path) -> None:
     assert losses(jobs / "layers-3") == pytest.approx(expected, rel=2e-5)
     assert expected[-1] < expected[0] - 0.05
     weights, plain = state(jobs / "layers-3"), state(jobs / "layers-0")
-    for name in ("sinks", "gate_proj.weight"):
+    for name in ("sinks", "gate_proj.weight", "value_share"):
         key = f"blocks.1.attention.{name}", "weight"
         assert weights[key].any() and torch.allclose(weights[key], plain[key], atol=1e-4)
 

@@ -70,10 +70,17 @@ def test_local_and_global_layers_round_trip_with_equal_logits(case: str, tmp_pat
     assert round_trip(tmp_path, **PATTERN | options) == architecture
 
 
-@pytest.mark.parametrize("gate", ["head", "element"])
-def test_gates_are_refused_by_name(gate: str) -> None:
-    config, _ = decoder(attention_gate=gate)
-    with pytest.raises(CheckpointError, match=f"has model.attention_gate = {gate}; a model"):
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ({"attention_gate": "head"}, "attention_gate = head"),
+        ({"attention_gate": "element"}, "attention_gate = element"),
+        ({"value_residual": True}, "value_residual = true"),
+    ],
+)
+def test_options_of_no_architecture_are_refused_by_name(option: dict[str, Any], name: str) -> None:
+    config, _ = decoder(**option)
+    with pytest.raises(CheckpointError, match=f"has model.{name}; a model"):
         choose_architecture(ModelSpec.from_config(config))
 
 

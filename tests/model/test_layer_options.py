@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relu2": {"ffn": "relu2", "bias": True},
     "gates of heads": {"attention_gate": "head", "qk_norm": True},
     "gates of elements": PATTERN | {"attention_gate": "element", "bias": True},
+    "value residuals": PATTERN | {"value_residual": True},
     "multipliers": {"residual_multiplier": 0.3, "logits_scaling": 3.0},
     "sinks": {"attention_sinks": True},
     "sinks, pattern": PATTERN | {"attention_sinks": True},
@@ -54,8 +55,10 @@ def rotated(x_THE: Tensor, base: float) -> Tensor:
     return torch.cat((pairs.real, pairs.imag), -1).float()
 
 
-def attended(spec: ModelSpec, attention: Any, x_TD: Tensor, kind: str) -> Tensor:
-    """Attention of one row, head by head, with a mask by the definition."""
+def attended(
+    spec: ModelSpec, attention: Any, x_TD: Tensor, kind: str, first: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one row, head by head, with a mask by the definition; and its values."""
     length = len(x_TD)
     base, window = (
         (spec.local_rope_base, spec.sliding_window) if kind == "local" else (spec.rope_base, length)
@@ -64,6 +67,8 @@ def attended(spec: ModelSpec, attention: Any, x_TD: Tensor, kind: str) -> Tensor
         projection(x_TD).view(length, -1, spec.head_dim)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    if spec.value_residual and first is not None:
+        v = (1 - attention.value_share) * v + attention.value_share * first
     if spec.qk_norm:
         q = rms(q, attention.q_norm.weight, spec.norm_eps)
         k = rms(k, attention.k_norm.weight, spec.norm_eps)
@@ -84,7 +89,7 @@ def attended(spec: ModelSpec, attention: Any, x_TD: Tensor, kind: str) -> Tensor
     if spec.attention_gate != "none":
         gates = attention.gate_proj(x_TD).chunk(spec.heads, 1)  # [T, 1 or E] of each head
         outputs = [out / (1 + (-gate).exp()) for out, gate in zip(outputs, gates, strict=True)]
-    return attention.o_proj(torch.cat(outputs, 1))
+    return attention.o_proj(torch.cat(outputs, 1)), v
 
 
 def fed_forward(spec: ModelSpec, ffn: Any, x_TD: Tensor) -> Tensor:
@@ -99,9 +104,12 @@ def reference_logits(model: Decoder, tokens_T: Tensor) -> Tensor:
     """The model's computation in plain torch, written from the options' definitions."""
     spec = model.spec
     x = model.embed_tokens.weight[tokens_T]
+    first = None
     for block, kind in zip(model.blocks, spec.layer_pattern, strict=True):
         normed = rms(x, block.attention_norm.weight, spec.norm_eps)
-        x = x + spec.residual_multiplier * attended(spec, block.attention, normed, kind)
+        out, v = attended(spec, block.attention, normed, kind, first)
+        first = v if first is None else first
+        x = x + spec.residual_multiplier * out
         normed = rms(x, block.ffn_norm.weight, spec.norm_eps)
         x = x + spec.residual_multiplier * fed_forward(spec, block.ffn, normed)
     logits = rms(x, model.final_norm.weight, spec.norm_eps) @ model.lm_head.weight.T

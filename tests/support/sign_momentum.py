@@ -157,7 +157,8 @@ def bad_step(job: dict[str, Any], device: torch.device) -> dict[str, list[Any]]:
 
 def joined(parts: list[tuple[int, list[float]]]) -> str:
     """Digest of a tensor in parts, in order."""
-    return xxhash.xxh3_64(json.dumps([v for _, values in parts for v in values])).hexdigest()
+    values = [value for _, part in parts for value in part]
+    return xxhash.xxh3_64(json.dumps(values).encode()).hexdigest()
 
 
 def weights(job: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -28,7 +28,8 @@ MODEL = {"vocab_size": 64, "width": 64, "heads": 2, "kv_heads": 1, "head_dim": 3
 Layout = tuple[int, str, int]  # ranks, precision, stage
 ALL = [(precision, stage) for precision in ("fp32", "bf16") for stage in range(4)]
 ALL.remove(("bf16", 0))
-LAYOUTS = [(2, *case) for case in ALL] + [(1, "fp32", 0), (1, "bf16", 1)]
+LAYOUTS = [(2, *case) for case in ALL]
+LAYOUTS += [(1, "fp32", 0), (1, "fp32", 3), (1, "bf16", 1), (1, "bf16", 3)]
 SLOW = [(4, *case) for case in ALL] + [(1, *case) for case in ALL] + [(3, *c) for c in ALL]
 CHAIN = [(2, 1), (1, 3), (3, 2), (2, 0)]  # (ranks, stage) of the steps up to each of 2, 4, 5 and 6
 HALVED = [("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 3)]
@@ -81,8 +82,15 @@ def all_layouts(
 
 
 def assert_same_bits(results: dict[Layout, Any], layout: Layout) -> None:
-    """As one rank; equal data on all ranks is a batch of its mean."""
-    single = results[1, layout[1], 1 if layout[1] == "bf16" else 0]
+    """As one rank; equal data on all ranks is a batch of its mean.
+
+    At stage 3 DeepSpeed's forward pass rounds otherwise: the first loss differs, before any update.
+    """
+    _, precision, stage = layout
+    single = results[1, precision, 3 if stage == 3 else int(precision == "bf16")]
+    if stage == 3:
+        other = results[1, precision, int(precision == "bf16")]
+        assert single["losses"] == pytest.approx(other["losses"], rel=1e-3)
     assert results[layout]["losses"] == single["losses"]
     digests = results[layout]["digests"]
     assert digests.keys() == single["digests"].keys()

@@ -85,7 +85,7 @@ def all_layouts(
 def assert_same_bits(results: dict[Layout, Any], layout: Layout) -> None:
     """As one rank; equal data on all ranks is a batch of its mean.
 
-    At stage 3 DeepSpeed's forward pass rounds otherwise: the first loss differs, before any update.
+    At stage 3 DeepSpeed's passes round otherwise: the first loss in bf16 differs, before updates.
     """
     _, precision, stage = layout
     single = results[1, precision, 3 if stage == 3 else int(precision == "bf16")]

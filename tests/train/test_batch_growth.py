@@ -63,8 +63,9 @@ def run(**growth: Any) -> Config:
 
 def open_growth(**growth: Any) -> tuple[BatchGrowth, Batches, Events]:
     batches, events = Batches(), Events()
-    ranks = RankGroup.world()
-    return BatchGrowth(run(**growth), batches, ranks, EventBus([events])), batches, events  # type: ignore[arg-type]
+    loader: Any = batches
+    decisions = BatchGrowth(run(**growth), loader, RankGroup.world(), EventBus([events]))
+    return decisions, batches, events
 
 
 def measure(growth: BatchGrowth, scale: float, times: int = 3) -> None:

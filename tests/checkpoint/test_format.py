@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextpt.base.collective import RankGroup
@@ -52,6 +52,7 @@ def test_chunks_tile_any_range(shape: tuple[int, ...], data: st.DataObject) -> N
 
 
 @pytest.mark.thorough
+@settings(deadline=None)
 @given(name=st.sampled_from(sorted(SHAPES)), data=st.data())
 def test_any_range_reads_back(
     name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

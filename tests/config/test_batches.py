@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextpt.config import BatchSchedule
@@ -23,6 +23,7 @@ def batch_sizes(schedule: BatchSchedule, steps: int) -> list[int]:
     return [max(c for c in schedule.changes if c[0] <= step)[1] for step in range(steps)]
 
 
+@settings(deadline=None)
 @given(schedules(), st.integers(0, 90))
 def test_consumed_is_the_sum_of_the_batches(schedule: BatchSchedule, step: int) -> None:
     batches = batch_sizes(schedule, step + 1)
@@ -31,6 +32,7 @@ def test_consumed_is_the_sum_of_the_batches(schedule: BatchSchedule, step: int) 
     assert schedule.consumed_tokens(step) == schedule.consumed(step) * schedule.sequence_length
 
 
+@settings(deadline=None)
 @given(schedules(), st.integers(0, 90), st.integers(0, 2000))
 def test_steps_for_is_the_inverse(schedule: BatchSchedule, step: int, sequences: int) -> None:
     assert schedule.steps_for(schedule.consumed(step)) == step
@@ -42,6 +44,7 @@ def test_steps_for_is_the_inverse(schedule: BatchSchedule, step: int, sequences:
     assert schedule.steps_for_tokens(tokens + 1) == step + 1
 
 
+@settings(deadline=None)
 @given(schedules(), st.integers(1, 80))
 def test_phases_tile_the_steps(schedule: BatchSchedule, steps: int) -> None:
     phases = schedule.phases(steps)
@@ -50,6 +53,7 @@ def test_phases_tile_the_steps(schedule: BatchSchedule, steps: int) -> None:
     assert all(size % schedule.divisor == 0 for size in sizes_by_step)
 
 
+@settings(deadline=None)
 @given(schedules(), st.integers(1, 80), sizes)
 def test_a_change_keeps_what_is_before_it(schedule: BatchSchedule, step: int, size: int) -> None:
     changed = schedule.changed(step, size)

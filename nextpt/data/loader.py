@@ -43,12 +43,13 @@ class Loader:
         pin: Copy batches into page-locked memory, for a GPU.
 
     Raises:
-        ConfigError: The dataset is not the one that the config describes, or the plan has more
-            epochs than data.max_epochs.
+        ConfigError: The dataset is not the one that the config describes, the plan has more epochs
+            than data.max_epochs, or a batch cannot be divided among the ranks.
         DataError: The dataset is missing or damaged.
     """
 
     def __init__(self, config: Config, rank: int, world_size: int, *, pin: bool = False) -> None:
+        config.accumulation_steps(world_size)  # raises where a batch cannot be divided
         self.config = config
         self.rank = rank
         self.world_size = world_size

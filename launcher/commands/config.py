@@ -12,6 +12,7 @@ from launcher.registration import add_command, add_group
 
 if TYPE_CHECKING:
     from nextpt.config import Config
+    from nextpt.model import ModelSpec
 
 MIB, GIB = 2**20, 2**30
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "loss")
@@ -75,8 +76,29 @@ def config_show(
     )
     for part in MEMORY_PARTS:
         echo(f"  {part:<21} {getattr(memory, part) / GIB:>16,.2f} GiB")
+    _show_parametrization(spec)
     flops = counts.training_flops_per_token * tokens / config.total_steps
     _show_optimizer(config, flops, ranks)
+
+
+def _show_parametrization(spec: ModelSpec) -> None:
+    """Print what initial values and multipliers of the model follow from its parametrization."""
+    rules = spec.rules
+    ratios = [f"m = {spec.width} / {spec.base_width} = {rules.width_ratio:.4g}"]
+    if spec.base_depth is not None:
+        ratios.append(f"L = {spec.depth} / {spec.base_depth} = {rules.depth_ratio:.4g}")
+    note = "" if rules.kind == "standard" else f"   ({', '.join(ratios)})"
+    echo(f"parametrization         {rules.kind:>20}{note}")
+    matrices = rules.init_std(spec.init_std, "matrices")
+    residual = rules.init_std(spec.init_std, "matrices", residual=True)
+    outputs = "0" if spec.residual_init == "zero" else f"{residual:.3g}"
+    echo(
+        f"  initial std           {spec.init_std:>20.3g}   (matrices of blocks {matrices:.3g},"
+        f" o_proj and down_proj {outputs})"
+    )
+    echo(f"  residual multiplier   {spec.effective_residual_multiplier:>20.4g}")
+    echo(f"  attention scale       {rules.attention_scale:>20.4g}")
+    echo(f"  logits divided by     {spec.effective_logits_scaling:>20.4g}")
 
 
 def _show_optimizer(config: Config, flops: float, ranks: int) -> None:
@@ -93,15 +115,16 @@ def _show_optimizer(config: Config, flops: float, ranks: int) -> None:
     from nextpt.optim.registry import optimizer_spec
     from nextpt.scaling.plan import step_cost
 
-    spec, shapes = optimizer_spec(config.optimizer), parameter_shapes(ModelSpec.from_config(config))
-    echo("optimizer groups                  parameters   peak learning rate, weight decay")
+    spec, shapes = optimizer_spec(config), parameter_shapes(ModelSpec.from_config(config))
+    echo("optimizer groups                  parameters   peak learning rate, weight decay, eps")
     for group in spec.groups:
         members = [
             shape for n, shape in shapes.items() if spec.group_of(n, shape).name == group.name
         ]
         if members:
             lr, decay = config.optimizer.lr * group.lr_factor, group.options.get("weight_decay", 0)
-            echo(f"  {group.name:<21} {sum(map(prod, members)):>20,}   {lr:.3g}, {decay:g}")
+            eps = f", {group.options['eps']:.3g}" if "eps" in group.options else ""
+            echo(f"  {group.name:<21} {sum(map(prod, members)):>20,}   {lr:.3g}, {decay:.4g}{eps}")
     share = sum(step_cost(config, ranks).flops) / flops
     if share:
         echo(f"orthogonalization       {share:>20.2%}   of the model's FLOPs in a step")

@@ -154,6 +154,39 @@ class ModelSection(Section):
         ),
         aliases=("zero_init", "zero_init_residual", "zero_init_proj"),
     )
+    parametrization: Literal["standard", "mup", "completep"] = key(
+        "standard",
+        description=(
+            "how initialisation, learning rates, decay, epsilon and multipliers follow from those"
+            " of the base shape: not at all, by width (mup, arXiv 2203.03466), or by width and"
+            " depth (completep, arXiv 2505.01618)"
+        ),
+        aliases=("parameterization", "mup", "use_mup", "mup_enabled", "completep"),
+    )
+    base_width: int | None = key(
+        None,
+        ge=1,
+        description=(
+            "width for which init_std and the optimizer's options are meant; without effect with"
+            " parametrization = standard"
+        ),
+        aliases=("mup_base_width", "base_hidden_size", "mup_base_hidden_size"),
+    )
+    base_depth: int | None = key(
+        None,
+        ge=1,
+        description="the same in blocks; has an effect with parametrization = completep only",
+        aliases=("mup_base_depth", "base_num_layers", "base_n_layers"),
+    )
+    base_head_dim: int | None = key(
+        None,
+        ge=1,
+        description=(
+            "head_dim E at which attention logits are divided by sqrt(E); other ones are divided"
+            " by E / sqrt(base_head_dim). head_dim unless set"
+        ),
+        aliases=("mup_base_head_size", "mup_base_head_dim"),
+    )
     residual_multiplier: float = key(
         1.0,
         gt=0,
@@ -248,6 +281,30 @@ class ModelSection(Section):
         if head_dim % 2:
             raise ValueError(
                 f"model.head_dim = {head_dim} is odd; rotary embeddings need an even one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_parametrization(self) -> ModelSection:
+        kind = self.parametrization
+        if kind == "standard":
+            return self
+        needed = {"base_width": self.width}
+        if kind == "completep":
+            needed["base_depth"] = self.depth
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            keys = " and ".join(f"model.{name}" for name in missing)
+            values = " ".join(f"model.{name}={needed[name]}" for name in missing)
+            raise ValueError(
+                f"model.parametrization = {kind} needs {keys}, the shape for which learning rates"
+                f" and init_std are meant; set it ({values} where they were found for this model)"
+            )
+        head_dim = self.head_dim or self.width // self.heads
+        if self.qk_norm and self.base_head_dim not in (None, head_dim):
+            raise ValueError(
+                f"model.base_head_dim = {self.base_head_dim} has no effect with model.qk_norm ="
+                " true, whose norms bound the attention logits at any head_dim; leave it out"
             )
         return self
 

@@ -4,8 +4,8 @@ Each was chosen by reading its forward pass: pre-norm, full rotary embeddings ov
 with statistics in fp32, and no operation that cannot be switched off. Two differences are made up
 for by weights, exactly: a feed-forward without a gate becomes a gated one whose second matrix
 is zero with a bias of one; and VaultGemma's embedding scale and its norms around one, see
-tensors.py. A third has no effect: sinks that a model does not have are so low that they take
-nothing.
+tensors.py. Multipliers that an architecture has no key for are part of the weights before them. A
+last difference has no effect: sinks that a model does not have are so low that they take nothing.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
         raise _impossible(["value_residual = true"])
     of_granite = _options_of_granite(spec)
     others = [name for name, is_set in options if is_set]
+    has_multipliers = (spec.residual_multiplier, spec.logits_scaling) != (1.0, 1.0)
     if spec.logit_softcap is not None:
         others += ["qk_norm = true"] * spec.qk_norm + of_granite
         if others:
@@ -171,7 +172,7 @@ def choose_architecture(spec: ModelSpec) -> Architecture:
         if window and others:
             raise _impossible(["qk_norm = true", f"sliding_window = {window}", *others])
         return HUNYUAN3 if spec.bias else QWEN3 if gated else APERTUS
-    if of_granite:
+    if of_granite or has_multipliers:
         return GRANITE_SWA
     whole = spec.width % spec.heads == 0
     if window or not whole:
@@ -184,8 +185,6 @@ def _options_of_granite(spec: ModelSpec) -> list[str]:
     options = [
         (f"local_rope_base = {spec.local_rope_base:g}", len(set(spec.rope_bases)) > 1),
         ("attention_sinks = true", spec.attention_sinks),
-        (f"residual_multiplier = {spec.residual_multiplier:g}", spec.residual_multiplier != 1),
-        (f"logits_scaling = {spec.logits_scaling:g}", spec.logits_scaling != 1),
     ]
     return [name for name, is_set in options if is_set]
 
@@ -288,8 +287,8 @@ def _own_keys(spec: ModelSpec, architecture: Architecture) -> dict[str, Any]:
             ],
             "layer_rope_theta": [*spec.rope_bases],
             "attention_multiplier": spec.head_dim**-0.5,
-            "residual_multiplier": spec.residual_multiplier,
-            "logits_scaling": spec.logits_scaling,
+            "residual_multiplier": spec.effective_residual_multiplier,
+            "logits_scaling": spec.effective_logits_scaling,
             "embedding_multiplier": 1.0,
         }
     if architecture is MISTRAL:

@@ -83,9 +83,9 @@ def export_hf(
 
 
 def inexact_parameters(stored: list[StoredTensor]) -> list[str]:
-    """Parameters that no tensor of the folder stores unchanged."""
-    same = {s.parameter for s in stored if s.transform == "same"}
-    return [s.parameter for s in stored if s.parameter is not None and s.parameter not in same]
+    """Parameters that no tensor of the folder stores exactly."""
+    exact = {s.parameter for s in stored if s.is_exact}
+    return [s.parameter for s in stored if s.parameter is not None and s.parameter not in exact]
 
 
 def _write_weights(

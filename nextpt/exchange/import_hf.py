@@ -71,10 +71,10 @@ class HFWeights:
         self._files_by_tensor = self._index()
         stored = stored_tensors(self.spec, self.architecture)
         self._check(stored)
-        # Where one parameter is stored twice, the tensor that stores it unchanged.
+        # Where one parameter is stored twice, the tensor that stores it exactly.
         self._sources = {
             s.parameter: s
-            for s in sorted(stored, key=lambda s: s.transform == "same")
+            for s in sorted(stored, key=lambda s: s.is_exact)
             if s.parameter is not None
         }
         self._exact = self._check_exact(inexact_parameters(stored))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nextpt.exchange.architectures import Architecture
+from nextpt.exchange.architectures import GRANITE_SWA, Architecture
 from nextpt.model import ModelSpec
 
 # Constants by transform. A sink's part of the softmax is exp(sink - max): 0 in every precision; a
@@ -26,26 +26,36 @@ class StoredTensor:
         transform: "same"; "centered": w - 1; "scaled": divided by sqrt(width); or a key of
             `CONSTANTS`.
         shape: Of the tensor and of the parameter.
+        factor: The parameter is multiplied by it before the transform: a multiplier of the model
+            that the architecture has no key for.
     """
 
     hf_name: str
     parameter: str | None
     transform: str
     shape: tuple[int, ...]
+    factor: float = 1.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every value can be computed back bit by bit: powers of two round nothing."""
+        return self.transform in {"same", *CONSTANTS} and math.frexp(self.factor)[0] == 0.5
 
     def to_hf(self, parameter: Tensor | None, width: int) -> Tensor:
         """The tensor to store, fp32, from the parameter, fp32, or None for a constant."""
         if parameter is None:
             return torch.full(self.shape, CONSTANTS[self.transform])
+        parameter = parameter * self.factor
         if self.transform == "centered":
             return parameter - 1.0
         return parameter / math.sqrt(width) if self.transform == "scaled" else parameter
 
     def from_hf(self, tensor: Tensor, width: int) -> Tensor:
-        """The parameter, fp32, or any part of it; exact for "same", else to the last bit or two."""
+        """The parameter, fp32, or any part of it; rounded unless `is_exact`."""
         if self.transform == "centered":
-            return tensor + 1.0
-        return tensor * math.sqrt(width) if self.transform == "scaled" else tensor
+            return (tensor + 1.0) / self.factor
+        scaled = tensor * math.sqrt(width) if self.transform == "scaled" else tensor
+        return scaled / self.factor
 
 
 def stored_tensors(spec: ModelSpec, architecture: Architecture) -> list[StoredTensor]:
@@ -67,7 +77,22 @@ def stored_tensors(spec: ModelSpec, architecture: Architecture) -> list[StoredTe
         tensors.append(StoredTensor("lm_head.weight", "lm_head.weight", "same", matrix))
     elif architecture.centered:  # a tied output matrix would be scaled like the embedding
         tensors.append(StoredTensor("lm_head.weight", "embed_tokens.weight", "same", matrix))
-    return tensors
+    return [replace(t, factor=_factor(spec, architecture, t)) for t in tensors]
+
+
+def _factor(spec: ModelSpec, architecture: Architecture, tensor: StoredTensor) -> float:
+    """Multiplier of the model that a tensor takes up, for lack of a key of the architecture."""
+    layer = (tensor.parameter or "").rpartition(".")[0].rpartition(".")[2]
+    if layer == "q_proj":
+        return spec.rules.attention_multiplier
+    if architecture is GRANITE_SWA:
+        return 1.0
+    if layer in ("o_proj", "down_proj"):
+        return spec.effective_residual_multiplier
+    has_own_output = not spec.tied_embeddings or architecture.centered
+    if tensor.hf_name == ("lm_head.weight" if has_own_output else "model.norm.weight"):
+        return 1 / spec.effective_logits_scaling
+    return 1.0
 
 
 def _block(

@@ -3,6 +3,7 @@
 from nextpt.model.counts import Counts, count
 from nextpt.model.decoder import Decoder, DecoderOutput, build_decoder, parameter_shapes
 from nextpt.model.layers import KVCache
+from nextpt.model.parametrization import Parametrization
 from nextpt.model.spec import ComputeOptions, ModelSpec
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DecoderOutput",
     "KVCache",
     "ModelSpec",
+    "Parametrization",
     "build_decoder",
     "count",
     "parameter_shapes",

@@ -27,8 +27,8 @@ class DecoderOutput(NamedTuple):
     """Result of a model's forward pass.
 
     Attributes:
-        hidden: Final hidden states [B, T, D], normalised and divided by `spec.logits_scaling`,
-            ready for the model's `lm_head`.
+        hidden: Final hidden states [B, T, D], normalised and divided by
+            `spec.effective_logits_scaling`, ready for the model's `lm_head`.
         auxiliary_losses: Name -> loss beside the next-token loss, as a differentiable scalar, a
             mean over the tokens of this micro-batch; empty for a dense decoder. The objective
             multiplies each by its coefficient and adds it (nextpt/objective.py).
@@ -47,7 +47,7 @@ class LMHead(LinearCrossEntropy):
         weight = embedding.weight
         if not spec.tied_embeddings:
             weight = nn.Parameter(torch.empty(spec.vocab_size, spec.width))
-            init.normal_(weight, "lm_head")
+            init.normal_(weight, "lm_head", role="output")
         super().__init__(
             weight,
             softcap=spec.logit_softcap,
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         options = options or ComputeOptions()
         self.spec = spec
         self.options = options
-        init = Init(seed, spec.init_std, spec.depth, spec.residual_init == "zero")
+        init = Init(seed, spec.init_std, spec.rules, spec.residual_init == "zero")
         self.embed_tokens = Embedding(spec.vocab_size, spec.width, init, "embed_tokens")
         self.blocks = nn.ModuleList(
             Block(spec, init, f"blocks.{i}", i, options.attention) for i in range(spec.depth)
@@ -146,8 +146,8 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         hidden_BTD = self.final_norm(x_BTD)
-        if self.spec.logits_scaling != 1.0:
-            hidden_BTD = hidden_BTD / self.spec.logits_scaling
+        if (scaling := self.spec.effective_logits_scaling) != 1.0:
+            hidden_BTD = hidden_BTD / scaling
         return DecoderOutput(hidden_BTD, {})
 
 

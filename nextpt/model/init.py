@@ -7,11 +7,12 @@ partitioned over the ranks as soon as it is complete, so no rank holds more than
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nextpt.model.parametrization import Parametrization, Role
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,21 @@ class Init:
 
     Attributes:
         seed: Seed of the run.
-        std: Standard deviation of the matrices.
-        depth: Number of blocks. Matrices whose output is added to the residual stream get
-            std / sqrt(2 depth) (GPT-2, Radford et al. 2019, section 2.3), so that its variance does
-            not grow with depth.
+        std: Standard deviation of the matrices, at the base shape.
+        rules: What follows from it for this shape. Matrices whose output is added to the residual
+            stream get less, so that its variance does not grow with depth.
         zero_residual: Those matrices are zero instead, so that a block begins as the identity
             (arXiv 1901.09321).
     """
 
     seed: int
     std: float
-    depth: int
+    rules: Parametrization
     zero_residual: bool = False
 
-    def normal_(self, tensor: Tensor, name: str, *, residual: bool = False) -> None:
+    def normal_(
+        self, tensor: Tensor, name: str, *, role: Role = "matrices", residual: bool = False
+    ) -> None:
         """Fill a tensor in place from a normal distribution of mean 0.
 
         Values are drawn in fp32 on the CPU, so that all devices get the same. A tensor on the meta
@@ -42,6 +44,7 @@ class Init:
         Args:
             tensor: The parameter, of any shape, dtype and device.
             name: Name of the parameter, which with the seed decides the values.
+            role: Role of the parameter.
             residual: Whether the matrix's output is added to the residual stream.
         """
         if tensor.is_meta:
@@ -49,7 +52,7 @@ class Init:
         if residual and self.zero_residual:
             torch.nn.init.zeros_(tensor)
             return
-        std = self.std / math.sqrt(2 * self.depth) if residual else self.std
+        std = self.rules.init_std(self.std, role, residual=residual)
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         with torch.no_grad():

@@ -134,7 +134,7 @@ class Embedding(nn.Module):
     def __init__(self, vocabulary: int, width: int, init: Init, name: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
-        init.normal_(self.weight, name)
+        init.normal_(self.weight, name, role="embedding")
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Look up int64 [B, T]; returns [B, T, D]."""
@@ -218,6 +218,7 @@ class Attention(nn.Module):
             key_offset=key_offset,
             documents=documents,
             window=self.window,
+            scale=spec.rules.attention_scale,
             sinks=self.sinks,
             implementation=self.implementation,
         )
@@ -266,7 +267,7 @@ class Block(nn.Module):
         self.attention = Attention(spec, init, f"{name}.attention", index, attention_implementation)
         self.ffn_norm = RMSNorm(spec.width, spec.norm_eps)
         self.ffn = FeedForward(spec, init, f"{name}.ffn")
-        self.multiplier = spec.residual_multiplier
+        self.multiplier = spec.effective_residual_multiplier
 
     def forward(
         self,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
 from nextpt.config import Config, ModelSection, RopeScaling
+from nextpt.model.parametrization import Parametrization, ParametrizationKind
 
 FeedForwardKind = Literal["swiglu", "gelu", "relu2"]
 LayerKind = Literal["local", "global"]
@@ -21,6 +23,10 @@ OMITTED: dict[str, Any] = {
     "attention_gate": "none",
     "value_residual": False,
     "residual_init": "scaled",
+    "parametrization": "standard",
+    "base_width": None,
+    "base_depth": None,
+    "base_head_dim": None,
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
@@ -35,6 +41,18 @@ def default_ffn_width(ffn: FeedForwardKind, width: int) -> int:
     """Feed-forward width of 8/3 (gated) or 4 (plain) x width, rounded up to a multiple of 64."""
     multiple = 8 / 3 if ffn == "swiglu" else 4
     return 64 * math.ceil(multiple * width / 64)
+
+
+def _base_shape(section: ModelSection) -> dict[str, int | None]:
+    """The keys of the base shape, None where they have no effect."""
+    kind = section.parametrization
+    head_dim = section.head_dim or section.width // section.heads
+    has_scale = kind != "standard" and section.base_head_dim != head_dim
+    return {
+        "base_width": None if kind == "standard" else section.base_width,
+        "base_depth": section.base_depth if kind == "completep" else None,
+        "base_head_dim": section.base_head_dim if has_scale else None,
+    }
 
 
 @dataclass(frozen=True)
@@ -75,8 +93,14 @@ class ModelSpec:
             (arXiv 2410.17897).
         residual_init: Initial matrices whose output is added to the residual stream: "scaled" with
             the depth (`Init`), or "zero".
-        residual_multiplier: Factor on what attention and feed-forward add to the residual stream.
-        logits_scaling: Divisor of the output logits, before the cap.
+        parametrization: How initial values, multipliers and the optimizer's options follow from
+            those of the base shape (`rules`).
+        base_width: Width of the base shape; None where it has no effect.
+        base_depth: Depth of the base shape; None where it has no effect.
+        base_head_dim: Head width of the base shape; None where it has no effect.
+        residual_multiplier: Factor on what attention and feed-forward add to the residual stream,
+            beside that of `rules`.
+        logits_scaling: Divisor of the output logits, before the cap, beside that of `rules`.
     """
 
     vocab_size: int
@@ -103,6 +127,10 @@ class ModelSpec:
     attention_gate: Literal["none", "head", "element"] = "none"
     value_residual: bool = False
     residual_init: Literal["scaled", "zero"] = "scaled"
+    parametrization: ParametrizationKind = "standard"
+    base_width: int | None = None
+    base_depth: int | None = None
+    base_head_dim: int | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
 
@@ -117,6 +145,7 @@ class ModelSpec:
             "max_position": section.max_position or max_position,
             "layer_pattern": repeat_pattern(section.layer_pattern or uniform, section.depth),
             "local_rope_base": section.local_rope_base or section.rope_base,
+            **_base_shape(section),
         }
         names = [field.name for field in fields(cls)]
         return cls(**{name: resolved.get(name, getattr(section, name)) for name in names})
@@ -148,6 +177,28 @@ class ModelSpec:
             for length in lengths
             if repeat_pattern(layers[-length:], len(layers)) == layers
         )
+
+    @cached_property
+    def rules(self) -> Parametrization:
+        """What follows from the parametrization for this shape."""
+        return Parametrization(
+            self.parametrization,
+            self.width / (self.base_width or self.width),
+            self.depth / (self.base_depth or self.depth),
+            self.depth,
+            self.head_dim,
+            self.base_head_dim or self.head_dim,
+        )
+
+    @property
+    def effective_residual_multiplier(self) -> float:
+        """Factor on what attention and feed-forward add to the residual stream."""
+        return self.residual_multiplier * self.rules.residual_multiplier
+
+    @property
+    def effective_logits_scaling(self) -> float:
+        """Divisor of the output logits, before the cap."""
+        return self.logits_scaling * self.rules.logits_scaling
 
     @property
     def attention_gates(self) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nextpt.config import AdamWGroup, OptimizerSection
+from nextpt.model import Parametrization
+from nextpt.model.parametrization import Factors, Role, role_of
 from nextpt.optim.guarded import GuardedOptimizer
 from nextpt.optim.spec import OptimizerSpec, ParameterGroup, Shape, StateKind, Verdict
 
@@ -37,41 +39,44 @@ class FusedAdamW(GuardedOptimizer, torch.optim.AdamW):
         super().step(closure)
 
 
-def role_of(name: str, shape: Shape) -> str:
-    """What a parameter is to an optimizer: embedding, output, matrices or vectors.
-
-    Norms and biases are vectors. A tied matrix is an embedding.
-    """
-    if len(shape) < 2:
-        return "vectors"
-    if "embed_tokens" in name:
-        return "embedding"
-    return "output" if "lm_head" in name else "matrices"
-
-
-def adamw_groups(section: OptimizerSection) -> dict[str, ParameterGroup]:
+def adamw_groups(section: OptimizerSection, rules: Parametrization) -> dict[Role, ParameterGroup]:
     """Role -> group of the parameters that AdamW steps.
 
-    Roles without options of their own in the config share the groups "decay" and "no_decay".
+    Roles without options of their own in the config, or by the model's parametrization, share the
+    groups "decay" and "no_decay".
     """
+    shared = {"betas": section.betas, "eps": section.eps}
     decay, no_decay = (
-        ParameterGroup(name, MOMENTS, {"weight_decay": weight_decay, "betas": section.betas})
+        ParameterGroup(name, MOMENTS, {"weight_decay": weight_decay, **shared})
         for name, weight_decay in (("decay", section.weight_decay), ("no_decay", 0.0))
     )
-    groups = {
+    groups: dict[Role, ParameterGroup] = {
         "matrices": decay,
         "embedding": decay if section.decay_embeddings else no_decay,
         "output": decay,
         "vectors": no_decay,
     }
-    for role in ("embedding", "output", "vectors"):
-        own: AdamWGroup = getattr(section, role)
-        if own != AdamWGroup():
-            options = dict(groups[role].options)
-            options |= own.model_dump(include={"weight_decay", "betas"}, exclude_none=True)
-            lr_factor = (own.lr or section.lr) / section.lr
-            groups[role] = ParameterGroup(role, MOMENTS, options, lr_factor)
-    return groups
+    for role, group in groups.items():
+        own = AdamWGroup() if role == "matrices" else getattr(section, role)
+        groups[role] = _own_group(role, group, own, rules.adamw(role), section.lr)
+    factors = rules.adamw("final_norm")
+    if factors == rules.adamw("vectors"):
+        return groups | {"final_norm": groups["vectors"]}
+    final_norm = _own_group("final_norm", no_decay, section.vectors, factors, section.lr)
+    return groups | {"final_norm": final_norm}
+
+
+def _own_group(
+    role: Role, shared: ParameterGroup, own: AdamWGroup, factors: Factors, lr: float
+) -> ParameterGroup:
+    """Group of a role: the shared one unless it has options or factors of its own."""
+    if own == AdamWGroup() and factors == Factors():
+        return shared
+    options = dict(shared.options)
+    options |= own.model_dump(include={"weight_decay", "betas"}, exclude_none=True)
+    options["weight_decay"] *= factors.weight_decay
+    options["eps"] *= factors.eps
+    return ParameterGroup(role, MOMENTS, options, (own.lr or lr) / lr * factors.lr)
 
 
 class AdamW(OptimizerSpec):
@@ -79,9 +84,9 @@ class AdamW(OptimizerSpec):
 
     kind = "adamw"
 
-    def __init__(self, section: OptimizerSection) -> None:
-        super().__init__(section)
-        self._groups = adamw_groups(section)
+    def __init__(self, section: OptimizerSection, rules: Parametrization | None = None) -> None:
+        super().__init__(section, rules)
+        self._groups = adamw_groups(section, self.rules)
 
     @property
     def groups(self) -> Sequence[ParameterGroup]:
@@ -105,7 +110,7 @@ class AdamW(OptimizerSpec):
     ) -> Tensor:
         """Algorithm 2 of the paper; the decay is computed from the weights after the step."""
         first, second = (1 - beta**updates for beta in options["betas"])
-        scale = (state["exp_avg_sq"] / second).sqrt() + self.section.eps
+        scale = (state["exp_avg_sq"] / second).sqrt() + options["eps"]
         update: Tensor = state["exp_avg"] / first / scale + options["weight_decay"] * weight
         scaled: Tensor = options["lr"] * update
         return scaled

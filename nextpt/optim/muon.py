@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from nextpt.config import MuonSection, OptimizerSection
+from nextpt.model import Parametrization
 from nextpt.optim.adamw import AdamW
 from nextpt.optim.guarded import CHUNK, GuardedOptimizer, Shard, squared_norm
 from nextpt.optim.matrix_exchange import (
@@ -67,19 +68,21 @@ class Muon(AdamW):
 
     kind = "muon"
 
-    def __init__(self, section: OptimizerSection) -> None:
-        super().__init__(section)
+    def __init__(self, section: OptimizerSection, rules: Parametrization | None = None) -> None:
+        super().__init__(section, rules)
         assert section.muon is not None
         self.muon: MuonSection = section.muon
         kinds = [StateKind("momentum")]
         if self.muon.normuon_beta is not None:
             kinds.append(StateKind("row_square", one_per_row))
         decay = self.muon.weight_decay
+        decay = section.weight_decay if decay is None else decay
+        factors = self.rules.muon(self.muon.scale)
         self._groups["matrices"] = ParameterGroup(
             MATRICES,
             tuple(kinds),
-            {"weight_decay": section.weight_decay if decay is None else decay},
-            (self.muon.lr or section.lr) / section.lr,
+            {"weight_decay": decay * factors.weight_decay},
+            (self.muon.lr or section.lr) / section.lr * factors.lr,
         )
 
     def is_matrix(self, name: str, shape: Shape) -> bool:
@@ -219,7 +222,7 @@ class OrthogonalizedMomentum(GuardedOptimizer):
             beta2=beta2,
             lr=group["lr"],
             weight_decay=group["weight_decay"],
-            eps=self.spec.section.eps,
+            eps=group["eps"],
             maximize=False,
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nextpt.config import OptimizerSection
+from nextpt.config import Config
+from nextpt.model import ModelSpec
 from nextpt.optim.adamw import AdamW
 from nextpt.optim.muon import Muon
 from nextpt.optim.spec import OptimizerSpec
@@ -10,6 +11,7 @@ from nextpt.optim.spec import OptimizerSpec
 OPTIMIZERS: dict[str, type[OptimizerSpec]] = {AdamW.kind: AdamW, Muon.kind: Muon}
 
 
-def optimizer_spec(section: OptimizerSection) -> OptimizerSpec:
-    """The spec of the optimizer that a config asks for."""
-    return OPTIMIZERS[section.kind](section)
+def optimizer_spec(config: Config) -> OptimizerSpec:
+    """The spec of the optimizer that a config asks for, for the shape of its model."""
+    section, rules = config.optimizer, ModelSpec.from_config(config).rules
+    return OPTIMIZERS[section.kind](section, rules)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nextpt.config import OptimizerSection
+from nextpt.model import Parametrization
 from nextpt.optim.matrix_exchange import DividedTensor
 
 if TYPE_CHECKING:
@@ -108,12 +109,14 @@ class OptimizerSpec(ABC):
 
     Args:
         section: The config's section `optimizer`.
+        rules: What follows from the model's shape; nothing unless given.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, section: OptimizerSection) -> None:
+    def __init__(self, section: OptimizerSection, rules: Parametrization | None = None) -> None:
         self.section = section
+        self.rules = rules or Parametrization()
 
     @property
     @abstractmethod

@@ -177,7 +177,7 @@ class Traffic:
 
 def step_cost(config: Config, devices: int, device_type: str = "cuda") -> StepCost:
     """Return what the optimizer's step costs beyond elementwise work, by rank."""
-    shapes, spec = parameter_shapes(ModelSpec.from_config(config)), optimizer_spec(config.optimizer)
+    shapes, spec = parameter_shapes(ModelSpec.from_config(config)), optimizer_spec(config)
     units = zero_layout(spec, shapes, config.train.zero_stage, devices)
     return spec.step_cost(units, devices, device_type)
 

@@ -73,7 +73,7 @@ class Engine:
         parameters = {
             name.removeprefix("model."): parameter for name, parameter in module.named_parameters()
         }
-        self.optimizer_spec = optimizer_spec(config.optimizer)
+        self.optimizer_spec = optimizer_spec(config)
         self._optimizer = self.optimizer_spec.build(
             self.optimizer_spec.torch_groups(parameters.items()), self._current_verdict
         )

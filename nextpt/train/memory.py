@@ -81,7 +81,7 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
     parameters, stage = count(model).parameters, train.zero_stage
     width = 2 if train.precision == "bf16" else 4
     master = 4 * parameters if stage else 0
-    state = optimizer_spec(config.optimizer).state_bytes(parameter_shapes(model))
+    state = optimizer_spec(config).state_bytes(parameter_shapes(model))
 
     averages = 4 * parameters * len(train.ema_decays)
 

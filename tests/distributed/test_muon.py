@@ -124,7 +124,7 @@ def assert_as_planned(result: dict[str, Any], layout: Layout) -> None:
     """What each rank holds and sends is what the formulas of `nextpt plan` say."""
     ranks, _, stage = layout
     config = load_config(result["config"])
-    spec, shapes = optimizer_spec(config.optimizer), parameter_shapes(ModelSpec.from_config(config))
+    spec, shapes = optimizer_spec(config), parameter_shapes(ModelSpec.from_config(config))
     expected = {
         (t.name, piece.rank, piece.start, piece.length)
         for unit in zero_layout(spec, shapes, stage, ranks)

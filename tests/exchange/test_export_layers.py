@@ -9,9 +9,10 @@ import pytest
 
 from nextpt.base.errors import CheckpointError
 from nextpt.exchange.architectures import choose_architecture
+from nextpt.exchange.export_hf import EXACT
 from nextpt.model import ModelSpec
-from tests.exchange.test_export_hf import check_round_trip
-from tests.support.models import POSITIONS, decoder
+from tests.exchange.test_export_hf import check_round_trip, their_logits
+from tests.support.models import POSITIONS, decoder, our_logits, some_tokens
 from tests.support.tokenizers import KINDS
 
 # Local and global layers
@@ -68,6 +69,42 @@ def test_squared_relu_round_trips_with_equal_logits(
 def test_local_and_global_layers_round_trip_with_equal_logits(case: str, tmp_path: Path) -> None:
     options, architecture = PATTERNS[case]
     assert round_trip(tmp_path, **PATTERN | options) == architecture
+
+
+MUP = {"parametrization": "mup", "base_width": 8}
+COMPLETEP = {"parametrization": "completep", "base_width": 24, "base_depth": 3, "bias": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "architecture"),
+    [
+        (MUP | {"qk_norm": True}, "Qwen3ForCausalLM"),
+        (MUP | {"qk_norm": True, "tied_embeddings": True}, "Qwen3ForCausalLM"),
+        (MUP | {"base_head_dim": 2}, "LlamaForCausalLM"),
+        (COMPLETEP | {"base_head_dim": 5}, "LlamaForCausalLM"),
+        (COMPLETEP | {"ffn": "relu2", "qk_norm": True}, "HYV3ForCausalLM"),
+        (COMPLETEP | {"sliding_window": 5}, "SmolLM3ForCausalLM"),
+        (MUP | {"logit_softcap": 3.0, "tied_embeddings": True}, "VaultGemmaForCausalLM"),
+        (MUP | {"attention_sinks": True, "base_head_dim": 2}, "GraniteSWAForCausalLM"),
+        ({"residual_multiplier": 0.3, "logits_scaling": 3.0, "qk_norm": True}, "Qwen3ForCausalLM"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_multipliers_are_part_of_the_weights_where_there_is_no_key(
+    options: dict[str, Any], architecture: str, tmp_path: Path
+) -> None:
+    assert round_trip(tmp_path, **options) == architecture
+
+
+def test_a_folded_model_has_equal_logits_to_the_last_bits(tmp_path: Path) -> None:
+    """Powers of two round nothing; what is left is the order of sums."""
+    config, model = decoder(**MUP, qk_norm=True, residual_multiplier=0.5, tied_embeddings=True)
+    KINDS["byte_level"](tmp_path / "tokenizer.json")
+    assert check_round_trip(config, model, tmp_path, tmp_path / "tokenizer.json")
+    tokens = some_tokens(config.model.vocab_size, 8)
+    ours, theirs = our_logits(model, tokens), their_logits(tmp_path / "hf", tokens)
+    assert float((ours - theirs).norm() / ours.norm()) < 1e-6
+    assert not (tmp_path / "hf" / EXACT).exists()
 
 
 @pytest.mark.parametrize(

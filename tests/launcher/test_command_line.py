@@ -92,6 +92,26 @@ def test_config_show_prints_derived_values() -> None:
         assert line in completed.stdout
 
 
+def test_config_show_prints_what_follows_from_the_parametrization() -> None:
+    overrides = ["model.parametrization=completep", "model.base_width=64", "model.base_depth=2"]
+    show = ["config", "show", "configs/demo.yaml"]
+    result = CliRunner().invoke(app, [*show, "optimizer.decay_embeddings=true", *overrides])
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    for line in (
+        "parametrization completep (m = 128 / 64 = 2, L = 4 / 2 = 2)",
+        "initial std 0.02 (matrices of blocks 0.0141, o_proj and down_proj 0.00707)",
+        "residual multiplier 0.5",
+        "logits divided by 2",
+        "matrices 851,968 0.0035, 0.2, 2.5e-09",
+        "embedding 524,288 0.007, 0.1, 5e-09",
+        "final_norm 128 0.007, 0, 5e-09",
+    ):
+        assert line in lines
+    needs = CliRunner().invoke(app, [*show, "model.parametrization=mup"])
+    assert needs.exit_code != 0 and "model.base_width=128" in str(needs.exception)
+
+
 def test_config_show_prints_a_ramp_and_its_schedule() -> None:
     ramp = "train.batch_schedule=[{after_steps: 500, global_batch_size: 16}]"
     result = CliRunner().invoke(app, ["config", "show", "configs/demo.yaml", ramp, "--ranks", "2"])

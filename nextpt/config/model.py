@@ -157,7 +157,7 @@ class ModelSection(Section):
     parametrization: Literal["standard", "mup", "completep"] = key(
         "standard",
         description=(
-            "how initialisation, learning rates, decay, epsilon and multipliers follow from those"
+            "how initial weights, learning rates, decay, eps and multipliers follow from those"
             " of the base shape: not at all, by width (mup, arXiv 2203.03466), or by width and"
             " depth (completep, arXiv 2505.01618)"
         ),

@@ -160,23 +160,28 @@ class OptimizerSection(Section):
         AdamWGroup(), description="options of norms and biases", aliases=("norms", "scalars")
     )
     muon: MuonSection | None = key(
-        None, description="options of kind = muon; unset for other kinds"
+        None, description="options of kind = muon; dropped where another kind is set"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _default_muon(cls, values: Any) -> Any:
-        """With kind = muon, a section that is left out has its defaults."""
-        if isinstance(values, dict) and values.get("kind") == "muon" and not values.get("muon"):
-            return {**values, "muon": {}}
-        return values
+        """With kind = muon, a section that is left out has its defaults.
+
+        A config of Muon becomes one of another kind by that one key: its section is dropped.
+        """
+        if not isinstance(values, dict):
+            return values
+        if values.get("kind") == "muon":
+            return {**values, "muon": values.get("muon") or {}}
+        return {**values, "muon": None} if "kind" in values else values
 
     @model_validator(mode="after")
     def _check_muon(self) -> OptimizerSection:
         if self.muon is not None and self.kind != "muon":
             raise ValueError(
-                f"optimizer.muon is for optimizer.kind = muon, and that is {self.kind}; set it to"
-                " muon, or remove optimizer.muon"
+                "optimizer.muon is for optimizer.kind = muon, and no kind is set; set it to muon,"
+                " or remove optimizer.muon"
             )
         return self
 

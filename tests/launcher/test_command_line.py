@@ -82,7 +82,7 @@ def test_config_show_prints_derived_values() -> None:
     assert completed.returncode == 0, completed.stderr
     for line in (
         "vocab_size: 65536",
-        "parameters                     7,516,459,008",
+        "parameters                     7,516,467,200",
         "24   (of 32, a window of 1,024 tokens)",
         "224.00 MiB   (keys and values of 4,096 tokens, bf16)",
         "tokens per step",
@@ -94,7 +94,7 @@ def test_config_show_prints_derived_values() -> None:
 
 def test_config_show_prints_what_follows_from_the_parametrization() -> None:
     overrides = ["model.parametrization=completep", "model.base_width=64", "model.base_depth=2"]
-    show = ["config", "show", "configs/demo.yaml"]
+    show = ["config", "show", "configs/demo.yaml", "optimizer.kind=adamw", "optimizer.lr=7e-3"]
     result = CliRunner().invoke(app, [*show, "optimizer.decay_embeddings=true", *overrides])
     assert result.exit_code == 0, result.output
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
@@ -122,8 +122,8 @@ def test_config_show_prints_a_ramp_and_its_schedule() -> None:
         "tokens per step 4,096 (2 micro-batches on each of 2 ranks)",
         "steps 1,000",
         "total tokens 3,072,000",
-        "learning rate 0.007 (step 40, end of the warm-up)",
-        "learning rate 0.007 (step 550, begin of the decay)",
+        "learning rate 0.008 (step 40, end of the warm-up)",
+        "learning rate 0.008 (step 550, begin of the decay)",
         "learning rate 0 (step 1,000, end)",
     ):
         assert line in lines

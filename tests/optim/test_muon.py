@@ -12,12 +12,14 @@ from torch import nn
 from torch.optim import _muon
 
 from nextpt.base.errors import ConfigError
-from nextpt.config import Config, OptimizerSection
+from nextpt.config import Config, OptimizerSection, load_config
 from nextpt.model import ModelSpec, build_decoder, count, parameter_shapes
 from nextpt.optim.guarded import GuardedOptimizer, Shard
 from nextpt.optim.muon import Muon
 from nextpt.optim.newton_schulz import orthogonalize
 from tests.support.datasets import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SHAPES = {"wide": (24, 40), "tall": (40, 24), "square": (32, 32)}
 
@@ -227,12 +229,18 @@ def test_orthogonalization_is_a_small_part_of_a_step() -> None:
     assert flops / training < 0.01
 
 
+def test_the_kind_alone_makes_another_optimizer() -> None:
+    path = ROOT / "configs" / "demo.yaml"
+    assert load_config(path).optimizer.muon is not None
+    assert load_config(path, ["optimizer.kind=adamw"]).optimizer.muon is None
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
         (
             {"muon": {"momentum": 0.9}},
-            "optimizer.muon is for optimizer.kind = muon, and that is adamw",
+            "optimizer.muon is for optimizer.kind = muon, and no kind is set",
         ),
         ({"kind": "muon", "muon": {"scale": "original"}}, "set optimizer.muon.lr"),
         (

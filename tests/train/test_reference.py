@@ -18,6 +18,7 @@ from nextpt.model import ModelSpec, count
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = Path(os.environ.get("NEXTPT_TEST_DATA", "/nowhere")) / "tinyshakespeare.txt"
+LOSS = 1.60  # nats per character, with Muon; the config's seed ends at 1.56
 NANOGPT_LOSS, NANOGPT_PARAMETERS, NANOGPT_CHARACTERS = 1.88, 804_096, 2000 * 12 * 64
 
 
@@ -33,7 +34,7 @@ def test_no_more_parameters_and_tokens_than_nanogpt() -> None:
 @pytest.mark.skipif(
     not TEXT.is_file(), reason="NEXTPT_TEST_DATA does not name a folder with tinyshakespeare.txt"
 )
-def test_the_loss_is_at_most_that_of_nanogpt(tmp_path: Path) -> None:
+def test_the_loss_is_far_below_that_of_nanogpt(tmp_path: Path) -> None:
     def nextpt(*arguments: str) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         completed = subprocess.run(
@@ -77,4 +78,4 @@ def test_the_loss_is_at_most_that_of_nanogpt(tmp_path: Path) -> None:
     )
     figures = json.loads((tmp_path / "result.json").read_text())["domains"]["shakespeare"]
     assert figures["tokens"] == figures["bytes"] == 111_540
-    assert figures["nats_per_token"] <= NANOGPT_LOSS
+    assert figures["nats_per_token"] <= LOSS < NANOGPT_LOSS

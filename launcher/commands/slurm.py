@@ -51,7 +51,13 @@ def submit(
 
     The job resumes the run, and requeues itself when it is preempted or reaches the time limit.
     """
-    from launcher.jobs.slurm import job_script, parse_sbatch_option, submit_script, train_options
+    from launcher.jobs.slurm import (
+        check_time_limit,
+        job_script,
+        parse_sbatch_option,
+        submit_script,
+        train_options,
+    )
     from nextpt.base.files import atomic_write
     from nextpt.config import load_config
 
@@ -67,6 +73,7 @@ def submit(
         cpus_per_rank=cpus_per_rank,
         time_limit=time_limit,
     ) | dict(map(parse_sbatch_option, sbatch or []))
+    check_time_limit(options)
     script = settings.run_dir / "slurm" / "job.sbatch"
     script.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(script) as file:

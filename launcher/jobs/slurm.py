@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ ROOT = TEMPLATE.parents[2]
 # Seconds from the signal to the time limit: Slurm may send it up to 60 s early or late
 # (sbatch --signal).
 MIN_SIGNAL_SECONDS = 120
+# --time (man sbatch): MINUTES[:SECONDS], HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]
+_TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _SBATCH_LINE = re.compile(r"#SBATCH (--[a-z-]+)")
 
 
@@ -47,6 +50,39 @@ def train_options(
 
 def _signal_seconds(settings: Config) -> int:
     return max(MIN_SIGNAL_SECONDS, round(settings.checkpoint.grace_seconds) + 60)
+
+
+def check_time_limit(options: Mapping[str, str]) -> None:
+    """Refuse a time limit that the signal to save leaves no time to train in.
+
+    Args:
+        options: sbatch options, --name -> value. A limit that is in none of sbatch's formats, or is
+            0 or a word such as UNLIMITED, is left to sbatch.
+
+    Raises:
+        ConfigError: The limit is not above the margin of --signal.
+    """
+    limit = _seconds(options.get("--time", ""))
+    margin = re.search(r"@(\d+)$", options.get("--signal", ""))
+    if limit and margin and limit <= int(margin[1]):
+        raise ConfigError(
+            f"--time {options['--time']} is {limit} s, and the job is signalled to save"
+            f" {margin[1]} s before its end (--signal; 60 s more than checkpoint.grace_seconds, at"
+            f" least {MIN_SIGNAL_SECONDS}), which leaves no time to train; give a longer --time"
+        )
+
+
+def _seconds(limit: str) -> int | None:
+    """Seconds of a time limit in sbatch's format, None for what is not in one."""
+    match = _TIME_LIMIT.fullmatch(limit.strip())
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    values = [int(part) for part in parts if part is not None]
+    if days is None and len(values) < 3:  # MINUTES[:SECONDS]
+        values = [0, *values]
+    hours, minutes, seconds = [*values, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def job_script(config: Path, overrides: list[str], options: dict[str, str]) -> str:

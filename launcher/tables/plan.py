@@ -56,6 +56,7 @@ def _option_json(plan: Plan, option: Option) -> dict[str, Any]:
         "traffic_bytes_per_step": option.traffic,
         "communication_seconds": option.communication,
         "step_seconds": option.seconds,
+        "optimizer": asdict(option.optimizer),
         "tokens_per_second": plan.tokens_per_second(option),
         "days": plan.days(option),
     }
@@ -95,6 +96,8 @@ def print_plan(plan: Plan) -> None:
         )
     echo()
     console.print(_options_table(plan))
+    if any(option.optimizer.flops for option in plan.options):
+        console.print(_optimizer_table(plan))
     _print_recommendation(plan)
 
 
@@ -120,6 +123,23 @@ def _options_table(plan: Plan) -> Table:
             metric(plan.tokens_per_second(option)),
             f"{plan.days(option):,.2f}",
             style="" if option.fits else "dim",
+        )
+    return table
+
+
+def _optimizer_table(plan: Plan) -> Table:
+    """Exchange of matrices and orthogonalization by ZeRO stage; they are in the step above."""
+    table = build_table(
+        f"{plan.config.optimizer.kind}, of the rank with most work in a step",
+        ("ZeRO", "exchange GB", "exchange s", "NS TFLOPs", "NS s"),
+    )
+    for stage, work in {option.stage: option.optimizer for option in plan.options}.items():
+        table.add_row(
+            str(stage),
+            f"{work.exchange_bytes / 1e9:,.3f}",
+            f"{work.exchange_seconds:,.4f}",
+            f"{work.flops / 1e12:,.2f}",
+            f"{work.seconds:,.4f}",
         )
     return table
 

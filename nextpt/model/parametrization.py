@@ -20,18 +20,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 ParametrizationKind = Literal["standard", "mup", "completep"]
-# What a parameter is. Vectors are norms, biases and learned scalars of the blocks.
-Role = Literal["embedding", "matrices", "output", "vectors", "final_norm"]
+# What a parameter is. Vectors are norms, biases and learned scalars of the blocks; gates are the
+# rows of W_g that gate whole heads.
+Role = Literal["embedding", "matrices", "gates", "output", "vectors", "final_norm"]
 UpdateScale = Literal["match_rms_adamw", "original", "spectral"]
-
-
-def role_of(name: str, shape: tuple[int, ...]) -> Role:
-    """Role of a parameter with this name and full shape. A tied matrix is an embedding."""
-    if len(shape) < 2:
-        return "final_norm" if name.startswith("final_norm") else "vectors"
-    if "embed_tokens" in name:
-        return "embedding"
-    return "output" if "lm_head" in name else "matrices"
 
 
 @dataclass(frozen=True)
@@ -61,6 +53,7 @@ class Parametrization:
         head_dim: Width of a head, E.
         base_head_dim: Width of a head at which attention logits are divided by sqrt(E); they are
             divided by E / sqrt(base_head_dim).
+        heads: Number of attention heads; 0 where it is not known, and no matrix is a gate of heads.
     """
 
     kind: ParametrizationKind = "standard"
@@ -69,6 +62,18 @@ class Parametrization:
     depth: int = 1
     head_dim: int = 1
     base_head_dim: int = 1
+    heads: int = 0
+
+    def role_of(self, name: str, shape: tuple[int, ...]) -> Role:
+        """Role of a parameter with this name and full shape. A tied matrix is an embedding."""
+        if len(shape) < 2:
+            return "final_norm" if name.startswith("final_norm") else "vectors"
+        if "embed_tokens" in name:
+            return "embedding"
+        if "lm_head" in name:
+            return "output"
+        # One row per head: `model.attention_gate: head`, not `element`
+        return "gates" if "attention.gate_proj" in name and shape[0] == self.heads else "matrices"
 
     def init_std(self, std: float, role: Role, *, residual: bool = False) -> float:
         """Standard deviation of an initial matrix.
@@ -80,14 +85,14 @@ class Parametrization:
                 the others' (GPT-2, Radford et al. 2019, section 2.3), of the base depth where
                 `residual_multiplier` follows the depth instead.
         """
-        if role == "matrices":
+        if role in ("matrices", "gates"):
             std /= math.sqrt(self.width_ratio)
         return std / math.sqrt(2 * self.depth / self.depth_ratio) if residual else std
 
     def adamw(self, role: Role) -> Factors:
         """Factors of a parameter that AdamW steps."""
         m, depth_ratio = self.width_ratio, self.depth_ratio
-        if role == "matrices":
+        if role in ("matrices", "gates"):
             return Factors(1 / m, m, 1 / (m * depth_ratio))
         return Factors(eps=1 / (m * depth_ratio) if role == "vectors" else 1 / m)
 

@@ -188,6 +188,7 @@ class ModelSpec:
             self.depth,
             self.head_dim,
             self.base_head_dim or self.head_dim,
+            self.heads,
         )
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nextpt.config import AdamWGroup, OptimizerSection
 from nextpt.model import Parametrization
-from nextpt.model.parametrization import Factors, Role, role_of
+from nextpt.model.parametrization import Factors, Role
 from nextpt.optim.guarded import GuardedOptimizer
 from nextpt.optim.spec import OptimizerSpec, ParameterGroup, Shape, StateKind, Verdict
 
@@ -59,6 +59,7 @@ def adamw_groups(section: OptimizerSection, rules: Parametrization) -> dict[Role
     for role, group in groups.items():
         own = AdamWGroup() if role == "matrices" else getattr(section, role)
         groups[role] = _own_group(role, group, own, rules.adamw(role), section.lr)
+    groups["gates"] = groups["matrices"]
     factors = rules.adamw("final_norm")
     if factors == rules.adamw("vectors"):
         return groups | {"final_norm": groups["vectors"]}
@@ -95,7 +96,7 @@ class AdamW(OptimizerSpec):
 
     def group_of(self, name: str, shape: Shape) -> ParameterGroup:
         """Matrices decay; embeddings only with `optimizer.decay_embeddings`."""
-        return self._groups[role_of(name, shape)]
+        return self._groups[self.rules.role_of(name, shape)]
 
     def build(self, groups: list[dict[str, Any]], verdict: Verdict) -> GuardedOptimizer:
         """An optimizer on torch's fused kernel."""

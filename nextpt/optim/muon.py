@@ -17,6 +17,7 @@ the order of its sums, must not depend on what a rank owns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +65,11 @@ def exchange_dtype(device_type: str) -> torch.dtype:
 
 
 class Muon(AdamW):
-    """Muon for the matrices of blocks; AdamW for embedding, output matrix, norms and biases."""
+    """Muon for the matrices of blocks; AdamW for embedding, output matrix, norms and biases.
+
+    Gates of whole heads are AdamW's too: each row is a gate by itself, and orthogonalization would
+    make the updates of all heads' gates equally large.
+    """
 
     kind = "muon"
 
@@ -77,6 +82,9 @@ class Muon(AdamW):
             kinds.append(StateKind("row_square", one_per_row))
         decay = self.muon.weight_decay
         decay = section.weight_decay if decay is None else decay
+        gates = self._groups["gates"]
+        if gates.name == "matrices":  # has factors of its own, and Muon's group another name
+            self._groups["gates"] = replace(gates, name="gates")
         factors = self.rules.muon(self.muon.scale)
         self._groups["matrices"] = ParameterGroup(
             MATRICES,

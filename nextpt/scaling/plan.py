@@ -28,6 +28,23 @@ RECOMPUTE = 1 / 3
 
 
 @dataclass(frozen=True)
+class OptimizerWork:
+    """Work of a step of the optimizer beyond elementwise, of the rank that has most of it.
+
+    Attributes:
+        exchange_bytes: Bytes that it sends.
+        exchange_seconds: Seconds in which they are sent.
+        flops: FLOPs of its matrix products (Newton-Schulz).
+        seconds: Seconds of these products.
+    """
+
+    exchange_bytes: float
+    exchange_seconds: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Option:
     """A ZeRO stage with or without activation checkpointing.
 
@@ -41,6 +58,7 @@ class Option:
         seconds: Seconds of one step; communication beyond the backward pass is not hidden, nor are
             the matrix products of the optimizer.
         run_seconds: Seconds of all steps. The step above is one of the last batch size.
+        optimizer: What Muon adds to the step; nothing for AdamW.
     """
 
     stage: int
@@ -51,6 +69,7 @@ class Option:
     communication: float
     seconds: float
     run_seconds: float
+    optimizer: OptimizerWork
 
 
 @dataclass(frozen=True)
@@ -257,19 +276,25 @@ def _option(
     changed = variant(config, stage, checkpointing)
     memory = estimate_memory(changed, devices, device="cuda")
     cost = step_cost(changed, devices)
-    optimizer = max(cost.flops) / (machine.peak * utilisation)
+    sent_bytes, flops = max(cost.sent_bytes), max(cost.flops)
+    optimizer = OptimizerWork(
+        sent_bytes,
+        sent_bytes / machine.direct(devices),
+        flops,
+        flops / (machine.peak * utilisation),
+    )
     run_seconds = 0.0
     for first, last, batch_size in config.batches.phases(config.total_steps):
         sent = traffic(changed, devices, step=first, cost=cost)
         communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(
             changed.train.hpz_ranks or 1
         )
-        exchange = sent.in_optimizer / machine.direct(devices)
         work = sequence_seconds * batch_size * (1 + RECOMPUTE * checkpointing)
         # Stages 0 and 1 reduce after the last backward pass; only stages 2 and 3 send while others
         # compute.
         hidden = BACKWARD * work if stage >= 2 else 0.0
-        seconds = work + max(communication - hidden, 0.0) + exchange + optimizer
+        seconds = work + max(communication - hidden, 0.0)
+        seconds += optimizer.exchange_seconds + optimizer.seconds
         run_seconds += (last - first) * seconds
     return Option(
         stage,
@@ -277,7 +302,8 @@ def _option(
         memory,
         memory.total <= (1 - RESERVED) * machine.memory,
         sent.total,
-        communication + exchange,
+        communication + optimizer.exchange_seconds,
         seconds,
         run_seconds,
+        optimizer,
     )

@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli import app
+from launcher.jobs.slurm import check_time_limit
+from nextpt.base.errors import ConfigError
 from nextpt.config import to_yaml
 from tests.support.datasets import tiny
 
@@ -86,6 +88,8 @@ def test_no_gpus_are_requested_for_cpu_runs(config: Path, tmp_path: Path) -> Non
         (["--gpus-per-node", "2", "--ranks-per-node", "1"], "there is one rank for each GPU"),
         (["--sbatch", "partition=gpu", "--gpus-per-node", "2"], "not of the form"),
         (["--gpus-per-node", "2", "data.path=/nowhere"], "holds no dataset.json"),
+        (["--gpus-per-node", "2", "--time", "4:20"], "--time 4:20 is 260 s, and"),
+        (["--gpus-per-node", "2", "--sbatch=--time=0-0:02"], "signalled to save 260 s before"),
     ],
 )
 def test_refusals_leave_nothing(
@@ -98,6 +102,29 @@ def test_refusals_leave_nothing(
         and errors.count("\n") == 1
         and not (tmp_path / "run").exists()
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("2", 120),
+        ("2:30", 150),
+        ("1:00:00", 3600),
+        ("1-0", 86400),
+        ("1-1:1", 90060),
+        ("1-1:1:1", 90061),
+    ],
+)
+def test_time_limits_in_the_formats_of_sbatch(limit: str, seconds: int) -> None:
+    refused = {"--time": limit, "--signal": f"USR1@{seconds}"}
+    with pytest.raises(ConfigError, match=f"--time {limit} is {seconds} s"):
+        check_time_limit(refused)
+    check_time_limit(refused | {"--signal": f"USR1@{seconds - 1}"})
+
+
+@pytest.mark.parametrize("limit", ["0", "UNLIMITED", ""])
+def test_no_time_limit_is_not_refused(limit: str) -> None:
+    check_time_limit({"--time": limit, "--signal": "USR1@120"})
 
 
 def test_without_sbatch_the_script_is_named(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config
 from nextpt.model import ModelSpec, Parametrization, build_decoder
-from nextpt.model.parametrization import Factors, role_of
+from nextpt.model.parametrization import Factors
 from nextpt.optim.registry import optimizer_spec
 from tests.support.datasets import tiny
 
@@ -34,7 +34,7 @@ def groups(optimizer: dict[str, Any] | None = None, **model: Any) -> dict[str, A
     for name, parameter in build_decoder(config).named_parameters():
         group = spec.group_of(name, tuple(parameter.shape))
         options = group.options
-        facts[role_of(name, tuple(parameter.shape))] = (
+        facts[spec.rules.role_of(name, tuple(parameter.shape))] = (
             pytest.approx(config.optimizer.lr * group.lr_factor),
             pytest.approx(options["weight_decay"]),
             pytest.approx(options["eps"]) if "eps" in options else None,
@@ -119,9 +119,10 @@ def test_initial_weights_and_multipliers_of_a_decoder() -> None:
     plain = build_decoder(config_of(depth=4))
     model = build_decoder(config_of(**COMPLETEP, depth=4, logits_scaling=3.0))
     theirs = dict(plain.named_parameters())
+    rules = model.spec.rules
     for name, parameter in model.named_parameters():
         factor = 1.0
-        if role_of(name, tuple(parameter.shape)) == "matrices":
+        if rules.role_of(name, tuple(parameter.shape)) == "matrices":
             is_residual = "o_proj" in name or "down_proj" in name
             factor = 0.5 * (2**0.5 if is_residual else 1)
         torch.testing.assert_close(parameter, theirs[name] * factor)

@@ -17,6 +17,7 @@ from nextpt.model import ModelSpec, build_decoder, count, parameter_shapes
 from nextpt.optim.guarded import GuardedOptimizer, Shard
 from nextpt.optim.muon import Muon
 from nextpt.optim.newton_schulz import orthogonalize
+from nextpt.optim.registry import optimizer_spec
 from tests.support.datasets import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +201,34 @@ def test_matrices_of_blocks_go_to_muon_and_the_rest_to_adamw() -> None:
     assert lrs == pytest.approx({"muon": 0.04, "embedding": 0.3, "output": 3e-3, "no_decay": 3e-3})
     assert groups["muon"]["weight_decay"] == 0.2 and groups["output"]["weight_decay"] == 0.0
     assert groups["embedding"]["betas"] == (0.8, 0.95) and groups["output"]["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("base_width", [None, 8])
+@pytest.mark.parametrize(("gate", "group"), [("head", "gates"), ("element", "muon")])
+def test_gates_of_heads_go_to_adamw_and_gates_of_elements_to_muon(
+    gate: str, group: str, base_width: int | None
+) -> None:
+    """Gates of heads have the options of the matrices that AdamW steps."""
+    model: dict[str, Any] = {"attention_gate": gate}
+    if base_width:
+        model |= {"parametrization": "mup", "base_width": base_width}
+    configs = [
+        tiny(Path("none"), Path("none"), model=model, optimizer={"kind": kind})
+        for kind in ("muon", "adamw")
+    ]
+    muon, adamw = map(optimizer_spec, configs)
+    shapes = parameter_shapes(ModelSpec.from_config(configs[0]))
+    gates = {n: s for n, s in shapes.items() if "attention.gate_proj" in n}
+    assert len(gates) == 2
+    for name, shape in gates.items():
+        steps, plain = muon.group_of(name, shape), adamw.group_of(name, shape)
+        if group == "muon":
+            assert steps.name == "muon" and set(muon.state_shapes(name, shape)) == {"momentum"}
+        else:
+            assert steps.name == ("gates" if base_width else "decay")
+            assert steps in muon.groups
+            assert (steps.options, steps.lr_factor) == (plain.options, plain.lr_factor)
+            assert set(muon.state_shapes(name, shape)) == {"exp_avg", "exp_avg_sq"}
 
 
 def test_state_is_one_number_per_weight_of_a_matrix() -> None:

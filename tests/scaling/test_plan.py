@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher.tables.plan import plan_json, print_plan
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config, load_config
 from nextpt.model import ModelSpec, count
 from nextpt.scaling.machines import MACHINES, machine
-from nextpt.scaling.plan import RESERVED, plan, traffic, variant
+from nextpt.scaling.plan import RESERVED, plan, step_cost, traffic, variant
 from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,6 +245,26 @@ def test_json_has_bytes_and_seconds() -> None:
         memory = option["memory_bytes"]
         assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
         assert option["fits"] == (memory["total"] <= result["usable_bytes"])
+
+
+def test_what_muon_adds_to_a_step_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = MACHINES["h100"]
+    estimate = plan(config("1.3b", "optimizer.kind=muon"), 64, machine, 0.4)
+    for option, facts in zip(estimate.options, plan_json(estimate)["options"], strict=True):
+        cost = step_cost(variant(estimate.config, option.stage, False), 64)
+        work = facts["optimizer"]
+        assert work["flops"] == max(cost.flops) > 0
+        assert work["exchange_bytes"] == max(cost.sent_bytes) > 0
+        assert work["seconds"] == pytest.approx(work["flops"] / (0.4 * machine.peak))
+        exchange = work["exchange_bytes"] / machine.direct(64)
+        assert work["exchange_seconds"] == pytest.approx(exchange)
+    print_plan(estimate)
+    title = "muon, of the rank with most"
+    assert title in capsys.readouterr().out
+    plain = plan(config("1.3b"), 64, machine, 0.4)
+    assert not any(plan_json(plain)["best"]["optimizer"].values())
+    print_plan(plain)
+    assert title not in capsys.readouterr().out
 
 
 @pytest.mark.process

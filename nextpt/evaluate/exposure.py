@@ -1,7 +1,7 @@
 """Exposure bias: free running against teacher forcing on held-out text.
 
-A stretch is `prefix` tokens of a document and the `continuation` tokens after them. The model reads
-each stretch as it is (real), with its own continuation drawn at temperature 1 (sampled) and with
+A span is `prefix` tokens of a document and the `continuation` tokens after them. The model reads
+each span as it is (real), with its own continuation drawn at temperature 1 (sampled) and with
 the most probable tokens (greedy), and each token of each is scored given all before it. Special
 tokens are left out of every distribution, so that no continuation ends early.
 
@@ -48,9 +48,9 @@ class ExposureProtocol:
         prefix: Tokens of a prefix; by default a quarter of the model's positions.
         continuation: Tokens of a continuation; by default the rest of the positions.
         continuations: Most continuations of each domain.
-        batch_size: Stretches per batch.
+        batch_size: Spans per batch.
         resamples: Resamples of the bootstrap of documents.
-        seed: Seed of the bootstrap, of the stretches and of the samples.
+        seed: Seed of the bootstrap, of the spans and of the samples.
     """
 
     prefix: int | None = None
@@ -101,7 +101,7 @@ def exposure_bias(
     prefix, continuation = protocol.sizes(loaded.model.max_position)
     sums: dict[str, np.ndarray] = {}
     for number, (domain, documents) in enumerate(texts.items()):
-        tokens_NT, document_N = _stretches(
+        tokens_NT, document_N = _spans(
             loaded, domain, documents, prefix + continuation, protocol, number
         )
         parts = []
@@ -110,9 +110,9 @@ def exposure_bias(
             seeds = [(number, first + row) for row in range(len(group))]
             parts.append(_measure(loaded, group, prefix, seeds, protocol.seed))
             progress(domain, (first + len(group)) / len(tokens_NT))
-        of_stretch = np.concatenate(parts)
+        of_span = np.concatenate(parts)
         sums[domain] = np.array(
-            [of_stretch[document_N == d].sum(axis=0) for d in np.unique(document_N)]
+            [of_span[document_N == d].sum(axis=0) for d in np.unique(document_N)]
         )
     resampled = dict(
         zip(sums, stratified(list(sums.values()), protocol.resamples, protocol.seed), strict=True)
@@ -155,7 +155,7 @@ def _buckets(continuation: int) -> int:
     return continuation.bit_length()
 
 
-def _stretches(
+def _spans(
     loaded: LoadedModel,
     domain: str,
     documents: list[str],
@@ -163,37 +163,37 @@ def _stretches(
     protocol: ExposureProtocol,
     number: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw stretches of a domain that do not overlap.
+    """Draw spans of a domain that do not overlap.
 
     Returns:
-        Tokens, int64 [stretches, length], and the document of each, int64 [stretches].
+        Tokens, int64 [spans, length], and the document of each, int64 [spans].
     """
     special = loaded.tokenizer.token_bytes() == 0
-    stretches, document_of = [], []
+    spans, document_of = [], []
     for document, text in enumerate(documents):
         tokens = encode_document(loaded.tokenizer, text)[0][1:-1].astype(np.int64)
         for start in range(0, len(tokens) - length + 1, length):
             if not special[tokens[start : start + length]].any():
-                stretches.append(tokens[start : start + length])
+                spans.append(tokens[start : start + length])
                 document_of.append(document)
-    if not stretches:
+    if not spans:
         raise DataError(
             f"no document of {domain} has {length} tokens, prefix and continuation together; ask"
             " for fewer"
         )
     rng = np.random.default_rng([protocol.seed, number])
-    chosen = rng.permutation(len(stretches))[: protocol.continuations]
+    chosen = rng.permutation(len(spans))[: protocol.continuations]
     chosen.sort()
-    return np.stack(stretches)[chosen], np.array(document_of)[chosen]
+    return np.stack(spans)[chosen], np.array(document_of)[chosen]
 
 
 def _measure(
     loaded: LoadedModel, real_NT: Tensor, prefix: int, seeds: list[tuple[int, int]], seed: int
 ) -> np.ndarray:
-    """Score stretches as they are and with the model's own continuations.
+    """Score spans as they are and with the model's own continuations.
 
     Returns:
-        fp64 [stretches, 3 arms x 2 kinds x buckets + 3 + buckets]: nats and entropies by position,
+        fp64 [spans, 3 arms x 2 kinds x buckets + 3 + buckets]: nats and entropies by position,
         repeats, tokens by position.
     """
     count, model = real_NT.shape[1] - prefix, loaded.decoder
@@ -323,8 +323,8 @@ def _metrics(sums: np.ndarray, resampled: np.ndarray, buckets: int) -> dict[str,
     point, draws = _Sums.of(sums, buckets), _Sums.of(resampled, buckets)
     tokens, tokens_drawn = point.tokens.sum(), draws.tokens.sum(axis=-1)
     of_all, of_drawn = point.scores.sum(axis=-1), draws.scores.sum(axis=-1)
-    # Each stretch has one first position
-    stretches, stretches_drawn = point.tokens[0], draws.tokens[..., 0]
+    # Each span has one first position
+    spans, spans_drawn = point.tokens[0], draws.tokens[..., 0]
     arms = {
         name: {
             "nats_per_token": _with_interval(
@@ -333,14 +333,12 @@ def _metrics(sums: np.ndarray, resampled: np.ndarray, buckets: int) -> dict[str,
             "entropy": _with_interval(
                 of_all[a, ENTROPY] / tokens, of_drawn[:, a, ENTROPY] / tokens_drawn
             ),
-            "repeats": _with_interval(
-                point.repeats[a] / stretches, draws.repeats[:, a] / stretches_drawn
-            ),
+            "repeats": _with_interval(point.repeats[a] / spans, draws.repeats[:, a] / spans_drawn),
         }
         for a, name in enumerate(ARMS)
     }
     parts, parts_drawn = _parts(of_all, tokens), _parts(of_drawn, tokens_drawn)
-    return {"continuations": int(stretches), "tokens": int(tokens), "arms": arms} | {
+    return {"continuations": int(spans), "tokens": int(tokens), "arms": arms} | {
         name: _with_interval(value, parts_drawn[name]) for name, value in parts.items()
     }
 

@@ -27,13 +27,13 @@ from nextpt.evaluate.memorization.canaries import (
     write_canaries,
 )
 from nextpt.evaluate.memorization.contamination import find_overlaps, training_texts
-from nextpt.evaluate.memorization.extraction import agreement, greedy, sample_stretches
+from nextpt.evaluate.memorization.extraction import agreement, greedy, sample_spans
 from nextpt.evaluate.memorization.measure import (
     bits_per_byte_by_contamination,
     measure_canaries,
     measure_extraction,
 )
-from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, stretch_hashes, units
+from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, ngram_hashes, units
 from nextpt.model import Decoder, build_decoder
 from tests.support.datasets import tiny
 
@@ -47,13 +47,13 @@ def text_of(start: int, words: int) -> str:
 
 @settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.integers(0, 2**64 - 1), max_size=80), length=st.integers(1, 60))
-def test_equal_stretches_have_equal_hashes(values: list[int], length: int) -> None:
-    hashes = stretch_hashes(np.array(values * 2, dtype=np.uint64), length)
+def test_equal_ngrams_have_equal_hashes(values: list[int], length: int) -> None:
+    hashes = ngram_hashes(np.array(values * 2, dtype=np.uint64), length)
     assert len(hashes) == max(2 * len(values) - length + 1, 0)
     for first in range(max(min(len(values), len(hashes) - len(values)), 0)):
         assert hashes[first] == hashes[first + len(values)]
-    stretches = {tuple((values * 2)[i : i + length]) for i in range(len(hashes))}
-    assert len(set(hashes.tolist())) == len(stretches)
+    ngrams = {tuple((values * 2)[i : i + length]) for i in range(len(hashes))}
+    assert len(set(hashes.tolist())) == len(ngrams)
 
 
 def test_units_ignore_case_and_punctuation() -> None:
@@ -187,7 +187,7 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
     stored = [
         [tokenizer.start_id, *tokenizer.encode(t).tolist(), tokenizer.end_id] for t in texts[:8]
     ]
-    # The stretch may start anywhere
+    # The span may start anywhere
     model = trained_on(
         config,
         [document[at : at + 24] for document in stored for at in range(len(document) - 23)],
@@ -213,16 +213,16 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
         measure_extraction(model, sides, prefixes=[30], continuation=8, count=4)
 
 
-def test_stretches_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
+def test_spans_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
     sequences = list(open_sequences(planted[0], "train").values())
     tokenizer = Tokenizer(planted[0] / "tokenizer.json")
-    stretches = sample_stretches(sequences, 20, 5, 50, np.random.default_rng(1))
-    assert stretches.tokens.shape == (50, 20)
-    assert not np.isin(stretches.tokens[:, 1:-1], [tokenizer.start_id, tokenizer.end_id]).any()
+    spans = sample_spans(sequences, 20, 5, 50, np.random.default_rng(1))
+    assert spans.tokens.shape == (50, 20)
+    assert not np.isin(spans.tokens[:, 1:-1], [tokenizer.start_id, tokenizer.end_id]).any()
     assert np.array_equal(
-        stretches.tokens, sample_stretches(sequences, 20, 5, 50, np.random.default_rng(1)).tokens
+        spans.tokens, sample_spans(sequences, 20, 5, 50, np.random.default_rng(1)).tokens
     )
-    assert sample_stretches(sequences, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
+    assert sample_spans(sequences, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
 
 
 @pytest.mark.thorough
@@ -258,7 +258,7 @@ def test_canaries_are_distinguished_from_controls(tmp_path: Path) -> None:
     assert measured["128"]["extracted"]["share"] == 1 and measured["0"]["extracted"]["share"] == 0
     assert measured["128"]["exposure_bits"]["mean"] == pytest.approx(np.log2(21))
     assert 0 <= measured["0"]["exposure_bits"]["mean"] < 3
-    scored = agreement(model, sample_stretches([], 4, 2, 5, np.random.default_rng(0)), 2)
+    scored = agreement(model, sample_spans([], 4, 2, 5, np.random.default_rng(0)), 2)
     assert scored.shape == (0,)
 
 

@@ -1,8 +1,8 @@
-"""Contamination: stretches of an evaluation set that occur in the training shards.
+"""Contamination: n-grams of an evaluation set that occur in the training shards.
 
-Stretches are of 13 words, and of 50 characters (ngrams.py). The texts of the training side are
+N-grams are of 13 words, and of 50 characters (ngrams.py). The texts of the training side are
 decoded from the shards themselves, piece by piece, so what is searched is what was trained on. A
-document longer than a sequence is in the shards in pieces; a stretch that such a cut divides is not
+document longer than a sequence is in the shards in pieces; an n-gram that such a cut divides is not
 seen. So every overlap of 25 words, or of 99 characters, is found wherever it is, and a shorter one
 where no cut goes through it.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.format import PADDING
 from data_prep.tokenizer import Tokenizer
 from nextpt.data.dataset import open_sequences
-from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, Units, stretch_hashes, units
+from nextpt.evaluate.memorization.ngrams import CHARACTERS, WORDS, Units, ngram_hashes, units
 from nextpt.evaluate.progress import Progress, ignore_progress
 
 CHARACTERS_AT_ONCE = 2**22  # characters of training text that are looked up at a time
@@ -32,7 +32,7 @@ class DocumentOverlap:
     Attributes:
         domain: Its domain.
         number: Its number in the domain.
-        shares: Kind of stretch -> share of its stretches that occur in the training text; 0 for a
+        shares: Kind of n-gram -> share of its n-grams that occur in the training text; 0 for a
             text that is shorter than one.
     """
 
@@ -42,7 +42,7 @@ class DocumentOverlap:
 
     @property
     def contaminated(self) -> bool:
-        """Whether it shares any stretch with the training text."""
+        """Whether it shares any n-gram with the training text."""
         return any(self.shares.values())
 
 
@@ -87,7 +87,7 @@ def find_overlaps(
         for number, text in enumerate(texts)
     ]
     hashes_of = {
-        kind: [stretch_hashes(getattr(u, kind), length) for _, _, u in documents]
+        kind: [ngram_hashes(getattr(u, kind), length) for _, _, u in documents]
         for kind, length in KINDS.items()
     }
     sought = {
@@ -100,7 +100,7 @@ def find_overlaps(
             _mark(
                 seen[kind],
                 sought[kind],
-                np.concatenate([stretch_hashes(getattr(u, kind), length) for u in group]),
+                np.concatenate([ngram_hashes(getattr(u, kind), length) for u in group]),
             )
     return [
         DocumentOverlap(

@@ -42,7 +42,7 @@ def examine(
         progress: Gets (what is done, share of it that is done).
 
     Returns:
-        Counts per domain, and every contaminated document with the shares of its stretches.
+        Counts per domain, and every contaminated document with the shares of its n-grams.
 
     Raises:
         DataError: Neither run nor data is given, or they cannot be read.

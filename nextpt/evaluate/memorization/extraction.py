@@ -1,4 +1,4 @@
-"""Extraction: does the model continue a stretch of a document as the document does?
+"""Extraction: does the model continue a span of a document as the document does?
 
 A sequence is a prefix and the `continuation` tokens after it; the model continues the prefix
 greedily. Score: the share of those tokens that agree, position by position (arXiv 2304.11158,
@@ -24,16 +24,16 @@ from nextpt.generate.decoding import DecodingBatch
 from nextpt.model import Decoder
 
 NEAR = 0.9
-BATCH_SIZE = 64  # stretches that are continued together
-DRAWS = 20  # per stretch, before it is given up
+BATCH_SIZE = 64  # spans that are continued together
+DRAWS = 20  # per span, before it is given up
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """Stretches of documents.
+class Spans:
+    """Spans of documents.
 
     Attributes:
-        tokens: int64 [stretches, longest prefix + continuation], each from inside one document.
+        tokens: int64 [spans, longest prefix + continuation], each from inside one document.
         continuation: Tokens of the continuation, the last ones.
     """
 
@@ -41,26 +41,26 @@ class Stretches:
     continuation: int
 
 
-def sample_stretches(
+def sample_spans(
     domains: Sequence[SequenceSource],
     length: int,
     continuation: int,
     count: int,
     rng: np.random.Generator,
-) -> Stretches:
-    """Draw stretches evenly from the sequences of all domains.
+) -> Spans:
+    """Draw spans evenly from the sequences of all domains.
 
     A sequence is drawn, a piece of a document in it that is long enough, and a start in that.
 
     Args:
         domains: Sequences of each domain.
-        length: Tokens of a stretch.
+        length: Tokens of a span.
         continuation: Those of them that are the continuation.
-        count: Stretches; fewer are returned when no such piece is found in DRAWS draws for each.
+        count: Spans; fewer are returned when no such piece is found in DRAWS draws for each.
         rng: Source of the draws.
     """
     sizes = np.array([len(sequences) for sequences in domains], dtype=float)
-    stretches: list[np.ndarray] = []
+    spans: list[np.ndarray] = []
     for _ in range(DRAWS * count if sizes.sum() else 0):
         domain = domains[int(rng.choice(len(domains), p=sizes / sizes.sum()))]
         sequence = domain[int(rng.integers(len(domain)))]
@@ -75,11 +75,11 @@ def sample_stretches(
         if pieces:
             start, size = pieces[int(rng.integers(len(pieces)))]
             first = int(start) + int(rng.integers(int(size) - length + 1))
-            stretches.append(sequence.tokens[first : first + length].astype(np.int64))
-            if len(stretches) == count:
+            spans.append(sequence.tokens[first : first + length].astype(np.int64))
+            if len(spans) == count:
                 break
-    tokens = np.stack(stretches) if stretches else np.zeros((0, length), np.int64)
-    return Stretches(tokens, continuation)
+    tokens = np.stack(spans) if spans else np.zeros((0, length), np.int64)
+    return Spans(tokens, continuation)
 
 
 def greedy(model: Decoder, prefixes: Tensor, count: int) -> Tensor:
@@ -93,32 +93,32 @@ def greedy(model: Decoder, prefixes: Tensor, count: int) -> Tensor:
     return torch.stack(chosen, dim=1)
 
 
-def agreement(model: Decoder, stretches: Stretches, prefix: int) -> np.ndarray:
-    """Share of each continuation's tokens that the model generates, fp64 [stretches].
+def agreement(model: Decoder, spans: Spans, prefix: int) -> np.ndarray:
+    """Share of each continuation's tokens that the model generates, fp64 [spans].
 
     Args:
         model: In evaluation mode.
-        stretches: The stretches.
+        spans: The spans.
         prefix: Tokens before the continuation that the model sees.
     """
     shares = [np.zeros(0)]
-    count = stretches.continuation
-    for first in range(0, len(stretches.tokens), BATCH_SIZE):
-        group = torch.from_numpy(stretches.tokens[first : first + BATCH_SIZE])
+    count = spans.continuation
+    for first in range(0, len(spans.tokens), BATCH_SIZE):
+        group = torch.from_numpy(spans.tokens[first : first + BATCH_SIZE])
         generated = greedy(model, group[:, -count - prefix : -count], count)
         shares.append((generated == group[:, -count:]).double().mean(dim=1).numpy())
     return np.concatenate(shares)
 
 
 @torch.no_grad()
-def continuation_nats(model: Decoder, stretches: Stretches) -> np.ndarray:
-    """Nats per token of the continuations, given all tokens before them, fp64 [stretches]."""
+def continuation_nats(model: Decoder, spans: Spans) -> np.ndarray:
+    """Nats per token of the continuations, given all tokens before them, fp64 [spans]."""
     device, nats = next(model.parameters()).device, [np.zeros(0)]
-    for first in range(0, len(stretches.tokens), BATCH_SIZE):
-        group = torch.from_numpy(stretches.tokens[first : first + BATCH_SIZE]).to(device)
-        inputs, targets = group[:, :-1], group[:, -stretches.continuation :]
+    for first in range(0, len(spans.tokens), BATCH_SIZE):
+        group = torch.from_numpy(spans.tokens[first : first + BATCH_SIZE]).to(device)
+        inputs, targets = group[:, :-1], group[:, -spans.continuation :]
         positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
-        hidden = model(inputs, positions).hidden[:, -stretches.continuation :]
+        hidden = model(inputs, positions).hidden[:, -spans.continuation :]
         logprobs = model.lm_head(hidden).float().log_softmax(-1)
         of_targets = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         nats.append(-of_targets.double().mean(dim=1).cpu().numpy())

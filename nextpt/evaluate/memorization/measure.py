@@ -13,11 +13,11 @@ from nextpt.data.sequences import SequenceSource
 from nextpt.evaluate.memorization.canaries import Canary, exposure
 from nextpt.evaluate.memorization.extraction import (
     NEAR,
-    Stretches,
+    Spans,
     agreement,
     continuation_nats,
     mean,
-    sample_stretches,
+    sample_spans,
     share,
 )
 from nextpt.evaluate.progress import PartProgress, ignore_part_progress
@@ -41,8 +41,8 @@ def measure_extraction(
         splits: Split ("train", "validation") -> sequences of each domain.
         prefixes: Lengths of the prefixes, tokens.
         continuation: Tokens of the continuations.
-        count: Stretches of each split.
-        seed: Seed of the choice of stretches.
+        count: Spans of each split.
+        seed: Seed of the choice of spans.
         progress: Gets (split, share of it that is done).
 
     Returns:
@@ -61,17 +61,15 @@ def measure_extraction(
         )
     result: dict[str, Any] = {}
     for split, domains in splits.items():
-        stretches = sample_stretches(
-            domains, length, continuation, count, np.random.default_rng(seed)
-        )
-        if not len(stretches.tokens):
+        spans = sample_spans(domains, length, continuation, count, np.random.default_rng(seed))
+        if not len(spans.tokens):
             raise DataError(
                 f"no document of the {split} side has {length} tokens in one piece; ask for shorter"
                 " prefixes or continuations"
             )
         by_prefix = {}
         for number, prefix in enumerate(prefixes):
-            scores = agreement(model, stretches, prefix)
+            scores = agreement(model, spans, prefix)
             by_prefix[str(prefix)] = {
                 "exact": share(scores == 1),
                 "near": share(scores >= NEAR),
@@ -79,9 +77,9 @@ def measure_extraction(
             }
             progress(split, (number + 1) / len(prefixes))
         result[split] = {
-            "sequences": len(stretches.tokens),
+            "sequences": len(spans.tokens),
             "prefixes": by_prefix,
-            "nats_per_token": mean(continuation_nats(model, stretches)),
+            "nats_per_token": mean(continuation_nats(model, spans)),
         }
     if {"train", "validation"} <= result.keys():
         result["gap_nats_per_token"] = (
@@ -117,9 +115,9 @@ def measure_canaries(
                 f"a canary has {length} tokens, more than the model's {model.max_position}"
                 " positions; its tokenizer cuts them too finely for this context"
             )
-        half = Stretches(tokens, length // 2)
+        half = Spans(tokens, length // 2)
         score = agreement(model, half, length - half.continuation)
-        nats = continuation_nats(model, Stretches(tokens, length - 1)) * (length - 1)
+        nats = continuation_nats(model, Spans(tokens, length - 1)) * (length - 1)
         by_repeats.setdefault(canary.repeats, []).append((float(score[0]), float(nats[0])))
         progress("canaries", (number + 1) / len(canaries))
     controls = [nats for _, nats in by_repeats[0]]

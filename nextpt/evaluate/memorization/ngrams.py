@@ -1,9 +1,9 @@
-"""Stretches of text as 64-bit hashes, so that those of a corpus can be looked up in a table.
+"""N-grams of text as 64-bit hashes, so that those of a corpus can be looked up in a table.
 
 Two kinds: 13 words (GPT-3, arXiv 2005.14165 appendix C) and 50 characters (GPT-4, arXiv 2303.08774
 appendix C), both of lower-cased text; words are runs of letters and digits, characters are those of
-the words, without what is between. A hash of a stretch is a polynomial in its units modulo 2^64,
-each unit mixed first; two of 10^9 stretches agree by chance with one of 10^6 with a probability of
+the words, without what is between. A hash of an n-gram is a polynomial in its units modulo 2^64,
+each unit mixed first; two of 10^9 n-grams agree by chance with one of 10^6 with a probability of
 10^9 * 10^6 / 2^64 = 5e-5.
 """
 
@@ -51,8 +51,8 @@ def units(text: str) -> Units:
     )
 
 
-def stretch_hashes(values: np.ndarray, length: int) -> np.ndarray:
-    """Hash every stretch of `length` units, uint64 [len(values) - length + 1].
+def ngram_hashes(values: np.ndarray, length: int) -> np.ndarray:
+    """Hash every n-gram of `length` units, uint64 [len(values) - length + 1].
 
     The result is empty where there are fewer units.
     """

@@ -24,7 +24,9 @@ RAMP = [
     {"after_tokens": (3 * 6 + 2 * 12) * 64, "global_batch_size": 6},
 ]
 BATCHES = [6, 6, 6, 12, 12, 6, 6]
-STOPS = [2, 3, 4, 7]
+STOPS = [2, 3, 4, 7]  # before, at and after the first change, and the end
+# One of them for each stage; all of them at every stage in the slow tests
+SHORT_STOPS = {0: [4, 7], 1: [3, 7], 2: [2, 7], 3: [3, 7]}
 GROWTH = {"max_batch_size": 24, "noise_ratio": 1e-9, "measured_steps": 2}
 
 
@@ -63,7 +65,8 @@ def root(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in STAGES:
         configs.append(ramp(dataset, root / f"whole-{stage}", zero_stage=stage))
         configs += [
-            ramp(dataset, root / f"parts-{stage}", zero_stage=stage, stop_at=stop) for stop in STOPS
+            ramp(dataset, root / f"parts-{stage}", zero_stage=stage, stop_at=stop)
+            for stop in SHORT_STOPS[stage]
         ]
     configs.append(ramp(dataset, root / "bf16", precision="bf16"))
     configs.append(growth(dataset, root / "growth"))
@@ -73,6 +76,18 @@ def root(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ranks, stage, stop in ((3, 3, 4), (1, 0, 6), (3, 1, 7)):
         part = ramp(dataset, root / "elastic", zero_stage=stage, stop_at=stop)
         assert train_all([part], ranks, root / f"ranks-{ranks}-{stage}") == [None]
+    return root
+
+
+@pytest.fixture(scope="module")
+def stopped(dataset: Path, root: Path) -> Path:
+    """The folder with runs of every stage that were stopped at all of STOPS."""
+    configs = [
+        ramp(dataset, root / f"all-parts-{stage}", zero_stage=stage, stop_at=stop)
+        for stage in STAGES
+        for stop in STOPS
+    ]
+    assert train_all(configs, 2, root / "all") == [None] * len(configs)
     return root
 
 
@@ -110,7 +125,16 @@ def test_every_step_has_its_own_batch(root: Path, stage: int) -> None:
 
 @pytest.mark.parametrize("run", [*(f"parts-{stage}" for stage in STAGES), "growth-parts"])
 def test_resuming_inside_a_ramp_changes_no_bit(root: Path, run: str) -> None:
-    whole = run.replace("parts", "whole") if run != "growth-parts" else "growth"
+    assert_equal_runs(root, run, run.replace("parts", "whole").replace("growth-whole", "growth"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_resuming_at_every_place_of_a_ramp_changes_no_bit(stopped: Path, stage: int) -> None:
+    assert_equal_runs(stopped, f"all-parts-{stage}", f"whole-{stage}")
+
+
+def assert_equal_runs(root: Path, run: str, whole: str) -> None:
     for key in ("loss", "grad_norm", "lr", "tokens"):
         assert column(root, run, key) == column(root, whole, key)
     expected, resumed = state(root, whole), state(root, run)

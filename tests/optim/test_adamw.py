@@ -11,6 +11,8 @@ import torch
 from nextpt.config import OptimizerSection, to_yaml
 from nextpt.model import build_decoder
 from nextpt.optim.adamw import AdamW
+from nextpt.optim.guarded import Shard
+from nextpt.optim.registry import optimizer_spec
 from tests.support.commands import run_script
 from tests.support.datasets import tiny
 
@@ -41,6 +43,55 @@ def test_it_is_adamw_with_clipping() -> None:
         plain.step()
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_have_rates_decay_and_epsilon_of_the_parametrization() -> None:
+    """As AdamW of torch with the options of each group; a bad step changes nothing."""
+    base = {"parametrization": "completep", "base_width": 8, "base_depth": 1}
+    section = {"lr": 0.01, "eps": 1e-2, "grad_clip": None, "decay_embeddings": True}
+    config = tiny(Path("none"), Path("none"), model=base, optimizer=section)
+    model, spec, bad = build_decoder(config), optimizer_spec(config), [False]
+    named = dict(model.named_parameters())
+    torch_model = build_decoder(config)
+    theirs = dict(torch_model.named_parameters())
+    groups = spec.torch_groups(named.items())
+    guarded = spec.build(groups, lambda: (torch.tensor(1.0), torch.tensor(bad[0])))
+    shards = {n: Shard(n, tuple(p.shape), p, 0, 0, p.numel()) for n, p in named.items()}
+    guarded.attach(named.values(), shards.values())
+    for group in guarded.param_groups:
+        group["lr"] = 0.01 * group["lr_factor"]
+    own = {
+        "embed_tokens.weight": (0.01, 0.1, 1e-2 / 4),
+        "lm_head.weight": (0.01, 0.1, 1e-2 / 4),
+        "final_norm.weight": (0.01, 0.0, 1e-2 / 4),
+    }
+    block = {2: (0.01 / 4, 0.4, 1e-2 / 8), 1: (0.01, 0.0, 1e-2 / 8)}
+    plain = torch.optim.AdamW(
+        [
+            {"params": [p], "lr": lr, "weight_decay": weight_decay, "eps": eps}
+            for n, p in theirs.items()
+            for lr, weight_decay, eps in [own.get(n, block[p.dim()])]
+        ],
+        betas=config.optimizer.betas,
+    )
+    chance = torch.Generator().manual_seed(0)
+    for step in range(4):
+        bad[0] = step == 1
+        before = {n: p.detach().clone() for n, p in named.items()}
+        for n, p in named.items():
+            p.grad = torch.randn(p.shape, generator=chance) * 1e-2
+            theirs[n].grad = p.grad.clone()
+        guarded.step()
+        if bad[0]:
+            assert all(torch.equal(p, before[n]) for n, p in named.items())
+            continue
+        plain.step()
+        updates = guarded.scalars()["optimizer_updates"]
+        for n, p in named.items():
+            torch.testing.assert_close(p, theirs[n], rtol=1e-5, atol=1e-6)
+            moved = float((p.detach() - before[n]).norm())
+            computed = guarded.last_update_squares(shards[n], 0.01, updates)[0]
+            assert float(computed.sqrt()) == pytest.approx(moved, rel=3e-3), n
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, 50.0])

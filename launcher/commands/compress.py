@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import build_table, console, echo, progress_bars
-from launcher.options import JsonFile, RunOrModelFolder, Step
+from launcher.options import JsonFile, RunOrModelFolder, Step, Weights
 from launcher.registration import add_command
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def compress(
     run: RunOrModelFolder,
     output: Output,
     step: Step = None,
+    weights: Weights = "weight",
     sequences: Sequences = None,
     dictionary: Dictionary = None,
     json_path: JsonFile = None,
@@ -53,7 +54,7 @@ def compress(
     _check_output(file, output)
     data = read_file(file)
     context = read_file(dictionary) if dictionary else b""
-    coder = _open_coder(run, step)
+    coder = _open_coder(run, step, weights)
     with progress_bars("file:") as progress:
         coded, statistics = coder.encode(data, sequences, progress)
     write_file(output, coded)
@@ -70,6 +71,7 @@ def decompress(
     run: RunOrModelFolder,
     output: Output,
     step: Step = None,
+    weights: Weights = "weight",
 ) -> None:
     """Decompress a file that `nextpt compress` wrote.
 
@@ -79,7 +81,7 @@ def decompress(
 
     _check_output(file, output)
     coded = read_file(file)
-    coder = _open_coder(run, step)
+    coder = _open_coder(run, step, weights)
     with progress_bars("file:") as progress:
         data = coder.decode(coded, str(file), progress)
     write_file(output, data)
@@ -99,14 +101,14 @@ def _check_output(file: Path, output: Path) -> None:
         raise DataError(f"--output {output} is the input file; give another name")
 
 
-def _open_coder(run: Path, step: int | None) -> FileCoder:
+def _open_coder(run: Path, step: int | None, weights: str) -> FileCoder:
     # cuBLAS is deterministic only with a workspace of a fixed size, which it reads when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from nextpt.evaluate.coding.files import FileCoder
     from nextpt.evaluate.loaded_model import open_model
     from nextpt.generate.text import pick_device
 
-    source = open_model(run, step, pick_device(), decoder_only=True)
+    source = open_model(run, step, pick_device(), decoder_only=True, weights=weights)
     return FileCoder(source.decoder, source.tokenizer)
 
 

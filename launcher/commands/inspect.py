@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import console, echo, progress_bars
-from launcher.options import RunOrModelFolder, Step
+from launcher.options import RunOrModelFolder, Step, Weights
 from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
@@ -26,6 +26,7 @@ def inspect(
     text: Annotated[Path | None, typer.Option(help="UTF-8 file to inspect")] = None,
     prompt: Annotated[str | None, typer.Option(help="text to inspect")] = None,
     step: Step = None,
+    weights: Weights = "weight",
     validation: Annotated[
         bool,
         typer.Option(
@@ -51,6 +52,7 @@ def inspect(
             content,
             name,
             step=step,
+            weights=weights,
             validation=validation,
             device=pick_device(),
             progress=progress,

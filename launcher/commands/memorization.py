@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.console import build_table, console, echo, progress_bars
-from launcher.options import JsonFile, PlotFile, RunFolder, Step
+from launcher.options import JsonFile, PlotFile, RunFolder, Step, Weights
 from launcher.registration import add_command, add_group
 from nextpt.base.errors import ConfigError
 
@@ -46,6 +46,7 @@ def canaries(
     folder: Annotated[Path, typer.Argument(help="folder that `plant` wrote")],
     run: RunFolder,
     step: Step = None,
+    weights: Weights = "weight",
     json_path: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
@@ -57,10 +58,15 @@ def canaries(
     from nextpt.observe.memorization_plots import plot_canaries
 
     planted = read_canaries(folder)
-    loaded = open_model(run, step, pick_device(), decoder_only=True)
+    loaded = open_model(run, step, pick_device(), decoder_only=True, weights=weights)
     with progress_bars("measuring") as progress:
         by_repeats = measure_canaries(loaded.decoder, loaded.tokenizer, planted, progress)
-    result = {"run": str(run), "step": loaded.step, "by_repeats": by_repeats}
+    result = {
+        "run": str(run),
+        "step": loaded.step,
+        "weights": weights,
+        "by_repeats": by_repeats,
+    }
     rows = [
         [
             repeats if int(repeats) else "never",
@@ -80,6 +86,7 @@ def canaries(
 def extract(
     run: RunFolder,
     step: Step = None,
+    weights: Weights = "weight",
     data: Annotated[Path | None, typer.Option(help="dataset folder [default: the run's]")] = None,
     prefixes: Annotated[
         str, typer.Option(help="lengths of the prefixes, tokens, separated by commas")
@@ -99,7 +106,7 @@ def extract(
     from nextpt.observe.memorization_plots import plot_extraction
 
     lengths = _parse_lengths(prefixes)
-    loaded = open_model(run, step, pick_device(), decoder_only=True)
+    loaded = open_model(run, step, pick_device(), decoder_only=True, weights=weights)
     folder = data or loaded.dataset
     with progress_bars("continuing") as progress:
         metrics = measure_extraction(
@@ -114,6 +121,7 @@ def extract(
     result = {
         "run": str(run),
         "step": loaded.step,
+        "weights": weights,
         "continuation": continuation,
         "seed": seed,
     } | metrics
@@ -151,6 +159,7 @@ def contamination(
         ),
     ] = None,
     step: Step = None,
+    weights: Weights = "weight",
     data: Annotated[
         Path | None,
         typer.Option(help="dataset folder whose training shards are searched [default: the run's]"),
@@ -170,7 +179,7 @@ def contamination(
     from nextpt.evaluate.memorization.examine import examine
 
     with progress_bars("reading") as progress:
-        result = examine(run, step, data, text, progress)
+        result = examine(run, step, data, text, progress, weights)
     rows = []
     for domain, metrics in result["domains"].items():
         bits = metrics.get("bits_per_byte", {})

@@ -21,6 +21,7 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer.description import BYTE_OF
 from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write, canonical_json
+from nextpt.checkpoint.state import WEIGHT
 from nextpt.evaluate.calibration import Calibration
 from nextpt.evaluate.loaded_model import open_model
 from nextpt.evaluate.metrics import Metrics
@@ -91,6 +92,7 @@ def inspect_text(
     source: str,
     *,
     step: int | None = None,
+    weights: str = WEIGHT,
     validation: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[str, float], None] = lambda name, share: None,
@@ -102,6 +104,7 @@ def inspect_text(
         text: The text.
         source: Its name.
         step: Step of the checkpoint; None is the newest.
+        weights: Weights of the run: "weight", or an average such as "ema-0.999".
         validation: Measure calibration on all held-out documents of the run's dataset.
         device: Device of the model.
         progress: Called with (name, fraction that is done).
@@ -110,7 +113,7 @@ def inspect_text(
         UserError: The text cannot be encoded; the message begins with `source`.
         DataError: There are no held-out documents.
     """
-    opened = open_model(run, step, device, decoder_only=True)
+    opened = open_model(run, step, device, decoder_only=True, weights=weights)
     model, tokenizer, at = opened.decoder, opened.tokenizer, opened.step
     if validation and not opened.is_run:
         raise DataError(

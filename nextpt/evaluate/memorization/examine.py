@@ -12,6 +12,7 @@ import numpy as np
 from data_prep.documents import read_documents
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
+from nextpt.checkpoint.state import WEIGHT
 from nextpt.evaluate.documents import score_documents
 from nextpt.evaluate.loaded_model import LoadedModel, open_model
 from nextpt.evaluate.memorization.contamination import (
@@ -30,6 +31,7 @@ def examine(
     data: Path | None,
     text: str | None,
     progress: Callable[[str, float], None],
+    weights: str = WEIGHT,
 ) -> dict[str, Any]:
     """Report which documents of an evaluation set share text with the training shards.
 
@@ -40,6 +42,7 @@ def examine(
         data: Dataset folder whose training shards are searched.
         text: The evaluation set; by default the held-out texts of `data`.
         progress: Gets (what is done, share of it that is done).
+        weights: Weights of the run: "weight", or an average such as "ema-0.999".
 
     Returns:
         Counts per domain, and every contaminated document with the shares of its n-grams.
@@ -50,7 +53,7 @@ def examine(
     """
     loaded = None
     if run is not None:
-        loaded = open_model(run, step, decoder_only=True)
+        loaded = open_model(run, step, decoder_only=True, weights=weights)
         data, step, tokenizer = data or loaded.dataset, loaded.step, loaded.tokenizer
     elif data is None:
         raise DataError("no training shards to search; give --run or --data")
@@ -64,6 +67,7 @@ def examine(
         "text": text,
         "run": str(run) if run else None,
         "step": step,
+        "weights": weights,
         "domains": {},
     }
     for domain, texts in texts_of.items():

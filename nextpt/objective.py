@@ -4,7 +4,9 @@
 
 The sum of weights runs over the whole optimizer step, all ranks and all micro-batches, so that the
 loss and its gradient are those of one big batch however it is divided and however uneven its
-documents are. A model's auxiliary losses are added with their coefficients.
+documents are. A model's auxiliary losses are added with their coefficients. With D depths of
+multi-token prediction (nextpt/model/mtp.py) the loss has w/D times the sum of theirs in addition,
+divided by the same sum of weights (arXiv 2412.19437, equations 24 and 25); `nats` has none of it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention import PackedDocuments
-from nextpt.data.batch import Batch
+from nextpt.data.batch import IGNORE_INDEX, Batch
 from nextpt.model import Decoder
+from nextpt.model.mtp import shift
 
 
 class Loss(NamedTuple):
@@ -43,6 +46,7 @@ def next_token_loss(
     weight_sum: Tensor | float,
     z_loss_coefficient: float = 0.0,
     auxiliary_coefficients: Mapping[str, float] | None = None,
+    mtp_weight: float = 0.0,
 ) -> Loss:
     """Compute the weighted loss of one micro-batch under teacher forcing.
 
@@ -56,9 +60,10 @@ def next_token_loss(
         auxiliary_coefficients: Name of an auxiliary loss -> its coefficient, 1 by default. Each
             loss is a mean over a micro-batch; it counts by the micro-batch's share of `weight_sum`,
             so that the step's value is the weighted mean over micro-batches and ranks.
+        mtp_weight: Factor of the mean loss over the depths of multi-token prediction.
     """
     documents = PackedDocuments(batch.document_ids, batch.cu_seqlens)
-    hidden_BTD, auxiliary_losses = model(batch.tokens, batch.position_ids, documents)
+    hidden_BTD, auxiliary_losses, mtp_hidden = model(batch.tokens, batch.position_ids, documents)
     output = model.lm_head(
         hidden_BTD.flatten(0, 1),
         batch.targets.flatten(),
@@ -74,7 +79,26 @@ def next_token_loss(
             contribution = coefficients.get(name, 1.0) * share * auxiliary_loss.float()
             loss = loss + contribution
             contributions[name] = contribution.detach()
+    for k, hidden_BTD in enumerate(mtp_hidden, 1):
+        targets, weights = mtp_targets(batch, k)
+        part = model.lm_head(
+            hidden_BTD.flatten(0, 1), targets.flatten(), weights.flatten(), weight_sum
+        )
+        contribution = part.loss * (mtp_weight / len(mtp_hidden))
+        loss = loss + contribution
+        contributions[f"mtp_{k}"] = contribution.detach()
     return Loss(loss, output.z_loss, output.nats.view_as(batch.targets), contributions)
+
+
+def mtp_targets(batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+    """Targets and weights of depth k of multi-token prediction, int64 and fp32 [B, T].
+
+    The target of the token at i is the one k places after its next token, with that token's own
+    weight. It is ignored where the token at i + k is in another segment, or the sequence ends.
+    """
+    same = shift(batch.document_ids, k, fill=-1) == batch.document_ids
+    targets = shift(batch.targets, k, fill=IGNORE_INDEX)
+    return targets.where(same, IGNORE_INDEX), shift(batch.token_weights, k) * same
 
 
 def local_weight_sum(batches: list[Batch]) -> Tensor:

@@ -42,6 +42,8 @@ def config_show(
     echo("# derived")
     echo(f"parameters              {counts.parameters:>20,}")
     echo(f"  non-embedding         {counts.non_embedding_parameters:>20,}")
+    if spec.mtp_depth:
+        echo(f"  only in training      {counts.mtp_parameters:>20,}   (multi-token prediction)")
     echo(
         f"FLOPs per token         {counts.training_flops_per_token:>20,.0f}"
         f"   (causal: {counts.causal_flops_per_token:,.0f})"

@@ -30,6 +30,8 @@ def hf_export(
     architecture = export_hf(checkpoint, run / "tokenizer.json", output, dtype=dtype)
     size = _format_size(output)
     echo(f"step {checkpoint.step} written to {output} as {architecture}, {dtype}, {size}")
+    if depth := checkpoint.state["config"]["model"].get("mtp_depth"):
+        echo(f"left out: {depth} modules of multi-token prediction, which only training uses")
 
 
 def deepspeed_export(

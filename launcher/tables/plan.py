@@ -73,9 +73,11 @@ def format_batches(config: Config) -> str:
 def print_plan(plan: Plan) -> None:
     """Print the run's quantities, the table of options and the recommended one."""
     config, machine, counts = plan.config, plan.machine, plan.counts
+    mtp = counts.mtp_parameters
+    trained_only = f", {mtp:,} only in training" if mtp else ""
     echo(
         f"{config.run.name}: {counts.parameters:,} parameters ({counts.non_embedding_parameters:,}"
-        f" without embeddings), {counts.training_flops_per_token:.3g} FLOPs per token"
+        f" without embeddings{trained_only}), {counts.training_flops_per_token:.3g} FLOPs per token"
     )
     echo(
         f"{plan.total_tokens:,} tokens in {config.total_steps:,} steps of"

@@ -253,6 +253,23 @@ class ModelSection(Section):
         ),
         aliases=("value_residuals", "v_residual", "resformer"),
     )
+    mtp_depth: int = key(
+        0,
+        ge=0,
+        le=8,
+        description=(
+            "modules of multi-token prediction, each of which predicts a token further ahead, in"
+            " training only (DeepSeek-V3, arXiv 2412.19437); weighted by objective.mtp_weight"
+        ),
+        aliases=(
+            "mtp_num_layers",
+            "num_nextn_predict_layers",
+            "n_future_tokens",
+            "future_tokens",
+            "num_mtp_layers",
+            "multi_token_prediction",
+        ),
+    )
     attention: str = key(
         "auto",
         may_change=True,

@@ -26,6 +26,15 @@ class ObjectiveSection(Section):
         description="coefficient of log^2 Z (PaLM, arXiv 2204.02311 section 5)",
         aliases=("z_loss_weight", "z_loss_multiplier", "z_loss_coeff", "lm_head_z_loss"),
     )
+    mtp_weight: float = key(
+        0.3,
+        ge=0,
+        description=(
+            "factor of the mean loss of the model.mtp_depth modules of multi-token prediction"
+            " (DeepSeek-V3, arXiv 2412.19437: 0.3)"
+        ),
+        aliases=("mtp_loss_scaling_factor", "mtp_loss_weight", "mtp_loss_coeff", "mtp_lambda"),
+    )
 
     @model_validator(mode="after")
     def _check_domain_weights(self) -> ObjectiveSection:

@@ -269,6 +269,12 @@ class Config(Section):
                 f"data.sequence_length = {self.data.sequence_length} is above model.max_position"
                 f" = {self.max_position}; raise the latter or shorten the sequences"
             )
+        if self.model.mtp_depth >= self.data.sequence_length - 1:
+            raise ValueError(
+                f"model.mtp_depth = {self.model.mtp_depth} predicts further ahead than"
+                f" data.sequence_length = {self.data.sequence_length} reaches; use at most"
+                f" {self.data.sequence_length - 2}"
+            )
         stages = self.data.stages
         if stages and stages[-1].steps is not None and self._has_length:
             steps = sum(stage.steps or 0 for stage in stages)

@@ -6,7 +6,7 @@ import torch
 
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config, parse_config
-from nextpt.model import Decoder, ModelSpec
+from nextpt.model import Decoder, ModelSpec, parameter_shapes
 
 
 def load_model(
@@ -15,7 +15,7 @@ def load_model(
     """Load the model of a checkpoint, fp32, in evaluation mode.
 
     Kernel implementations and the loss's workspace, which the run chose for the machine that
-    trained it, are reset to their defaults.
+    trained it, are reset to their defaults. Modules of multi-token prediction are not loaded.
 
     Args:
         checkpoint: A verified checkpoint.
@@ -28,8 +28,9 @@ def load_model(
         CheckpointError: The checkpoint does not fit the config that it holds.
     """
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
-    model = Decoder(ModelSpec.from_config(config))
-    checkpoint.check_weights({name: tuple(p.shape) for name, p in model.named_parameters()})
+    spec = ModelSpec.from_config(config)
+    checkpoint.check_weights(parameter_shapes(spec))
+    model = Decoder(spec.inference)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.read_whole(name))

@@ -55,7 +55,7 @@ def export_hf(
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
-    spec = ModelSpec.from_config(config)
+    spec = ModelSpec.from_config(config).inference
     architecture = choose_architecture(spec)
     tokenizer = Tokenizer(tokenizer_path)
     described = hf_config(

@@ -20,9 +20,13 @@ class Counts:
 
     Attributes:
         parameters: All parameters; a tied matrix once.
-        non_embedding_parameters: Without the embedding and the output matrix.
+        non_embedding_parameters: Without the embedding, the output matrix and those of
+            multi-token prediction.
+        mtp_parameters: Of the modules of multi-token prediction, which only training has; part of
+            `parameters` and of no other count of them.
         matmul_parameters: Parameters of matrix products: the blocks' and the output matrix's.
-        training_flops_per_token: 6 N + attention, the causal half not taken off (PaLM).
+        training_flops_per_token: 6 N + attention, the causal half not taken off (PaLM); modules of
+            multi-token prediction and their use of the output matrix included.
         causal_flops_per_token: 6 N + half of the attention; of a window w in a context of T tokens
             the part 1 - w / 2T, since early tokens see less.
         cache_elements: Keys and values of one sequence of that context in a `KVCache`.
@@ -30,6 +34,7 @@ class Counts:
 
     parameters: int
     non_embedding_parameters: int
+    mtp_parameters: int
     matmul_parameters: int
     training_flops_per_token: float
     causal_flops_per_token: float
@@ -49,16 +54,22 @@ def count(spec: ModelSpec, sequence_length: int | None = None) -> Counts:
     total = embedding * (1 if spec.tied_embeddings else 2) + blocks + spec.width
     matmul = spec.depth * _block_matmuls(spec) + embedding
     length = spec.max_position if sequence_length is None else sequence_length
+    depth = spec.mtp_depth
+    mtp = block + (spec.bias + 2 + 2 * spec.width) * spec.width
+    mtp += 1 if spec.value_residual and spec.depth > 1 else 0
+    products = matmul + depth * (_block_matmuls(spec) + 2 * spec.width**2 + embedding)
     contexts = [min(window or length, length) for window in spec.windows]
-    attention = 12 * spec.heads * spec.head_dim * sum(contexts)
-    causal = 12 * spec.heads * spec.head_dim * sum(w * (1 - w / (2 * length)) for w in contexts)
+    trained = contexts + contexts[-1:] * depth  # the modules have layers like the last one
+    attention = 12 * spec.heads * spec.head_dim * sum(trained)
+    causal = 12 * spec.heads * spec.head_dim * sum(w * (1 - w / (2 * length)) for w in trained)
     cached = contexts if spec.has_mixed_windows else [length] * spec.depth
     return Counts(
-        parameters=total,
+        parameters=total + depth * mtp,
         non_embedding_parameters=blocks + spec.width,
+        mtp_parameters=depth * mtp,
         matmul_parameters=matmul,
-        training_flops_per_token=6.0 * matmul + attention,
-        causal_flops_per_token=6.0 * matmul + causal,
+        training_flops_per_token=6.0 * products + attention,
+        causal_flops_per_token=6.0 * products + causal,
         cache_elements=2 * spec.kv_heads * spec.head_dim * sum(cached),
     )
 

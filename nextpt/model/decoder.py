@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from kernels.cross_entropy import LinearCrossEntropy
 from nextpt.config import Config
 from nextpt.model.init import Init
 from nextpt.model.layers import Block, Embedding, KVCache, RMSNorm
+from nextpt.model.mtp import MTPModule, shift
 from nextpt.model.rope import tables
 from nextpt.model.spec import ComputeOptions, ModelSpec
 
@@ -32,10 +33,13 @@ class DecoderOutput(NamedTuple):
         auxiliary_losses: Name -> loss beside the next-token loss, as a differentiable scalar, a
             mean over the tokens of this micro-batch; empty for a dense decoder. The objective
             multiplies each by its coefficient and adds it (nextpt/objective.py).
+        mtp_hidden: Final hidden states of each depth of multi-token prediction, as `hidden`; empty
+            where the module is in evaluation mode.
     """
 
     hidden: Tensor
     auxiliary_losses: dict[str, Tensor]
+    mtp_hidden: tuple[Tensor, ...] = ()
 
 
 class LMHead(LinearCrossEntropy):
@@ -79,6 +83,9 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(spec.vocab_size, spec.width, init, "embed_tokens")
         self.blocks = nn.ModuleList(
             Block(spec, init, f"blocks.{i}", i, options.attention) for i in range(spec.depth)
+        )
+        self.mtp = nn.ModuleList(
+            MTPModule(spec, init, f"mtp.{i}", options.attention) for i in range(spec.mtp_depth)
         )
         self.final_norm = RMSNorm(spec.width, spec.norm_eps)
         self.lm_head = LMHead(spec, options, init, self.embed_tokens)
@@ -131,24 +138,32 @@ class Decoder(nn.Module):
                 self._rope[base] = cos, sin
             rope[base] = (cos[position_ids_BT].unsqueeze(2), sin[position_ids_BT].unsqueeze(2))
         x_BTD = self.embed_tokens(tokens_BT)
-        recompute = (
-            self.options.activation_checkpointing and self.training and torch.is_grad_enabled()
-        )
         first_values = None
         for block, base in zip(self.blocks, self.spec.rope_bases, strict=True):
-            arguments = x_BTD, rope[base], documents, cache, first_values
-            if recompute:
-                x_BTD, values = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_BTD, values = block(*arguments)
+            x_BTD, values = self._run(block, x_BTD, rope[base], documents, cache, first_values)
             if self.spec.value_residual and first_values is None:
                 first_values = values
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        hidden_BTD = self.final_norm(x_BTD)
-        if (scaling := self.spec.effective_logits_scaling) != 1.0:
-            hidden_BTD = hidden_BTD / scaling
-        return DecoderOutput(hidden_BTD, {})
+        mtp_hidden, h_BTD = [], x_BTD
+        # Inference has no use for the modules, and a cache none of the tokens that they need
+        for k, module in enumerate(self.mtp if self.training and cache is None else (), 1):
+            embedding_BTD = self.embed_tokens(shift(tokens_BT, k))
+            h_BTD = self._run(module, h_BTD, embedding_BTD, rope[base], documents, first_values)
+            mtp_hidden.append(self._output(h_BTD))
+        return DecoderOutput(self._output(x_BTD), {}, tuple(mtp_hidden))
+
+    def _run(self, module: nn.Module, *arguments: Any) -> Any:
+        """Run a block, or recompute it in the backward pass where the options say so."""
+        if self.options.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(module, *arguments, use_reentrant=False)
+        return module(*arguments)
+
+    def _output(self, x_BTD: Tensor) -> Tensor:
+        """Final hidden states, ready for `lm_head`, from the residual stream."""
+        hidden_BTD: Tensor = self.final_norm(x_BTD)
+        scaling = self.spec.effective_logits_scaling
+        return hidden_BTD if scaling == 1.0 else hidden_BTD / scaling
 
 
 def build_decoder(config: Config) -> Decoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ OMITTED: dict[str, Any] = {
     "base_head_dim": None,
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
+    "mtp_depth": 0,
 }
 
 
@@ -101,6 +102,7 @@ class ModelSpec:
         residual_multiplier: Factor on what attention and feed-forward add to the residual stream,
             beside that of `rules`.
         logits_scaling: Divisor of the output logits, before the cap, beside that of `rules`.
+        mtp_depth: Modules of multi-token prediction, which only training has (`inference`).
     """
 
     vocab_size: int
@@ -133,6 +135,7 @@ class ModelSpec:
     base_head_dim: int | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    mtp_depth: int = 0
 
     @classmethod
     def from_section(cls, section: ModelSection, max_position: int) -> ModelSpec:
@@ -165,6 +168,11 @@ class ModelSpec:
             "local_rope_base": None if same_base else self.local_rope_base,
         }
         return {k: v for k, v in values.items() if k not in OMITTED or v != OMITTED[k]}
+
+    @property
+    def inference(self) -> ModelSpec:
+        """The model that evaluation, generation and exports have: without `mtp_depth`."""
+        return replace(self, mtp_depth=0)
 
     def _shortest_pattern(self) -> list[LayerKind] | None:
         """Shortest pattern that gives these layers; None where the window alone says it."""

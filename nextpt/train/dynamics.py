@@ -28,6 +28,7 @@ COMPONENTS = {
     "lm_head": "output",
     ".attention.": "attention",
     ".ffn.": "feed_forward",
+    "mtp.": "mtp_projection",
 }
 
 
@@ -122,7 +123,7 @@ def noise_scale(estimates: Iterable[dict[str, float]]) -> float | None:
 
 
 def component_of(name: str) -> str:
-    """What a parameter belongs to: embedding, output, attention, feed_forward or norms."""
+    """What a parameter belongs to: embedding, output, attention, feed_forward, norms, ..."""
     if name.endswith("norm.weight"):
         return "norms"
     return next(component for part, component in COMPONENTS.items() if part in name)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nextpt.config import Config
+from nextpt.config import Config, ObjectiveSection
 from nextpt.data.batch import Batch
 from nextpt.model import Decoder, build_decoder
 from nextpt.objective import Loss, next_token_loss
@@ -26,14 +26,20 @@ from nextpt.train.weight_averages import AveragedState
 class TrainingModule(nn.Module):
     """What the engine wraps: a model whose forward returns the loss."""
 
-    def __init__(self, model: Decoder, z_loss_coefficient: float) -> None:
+    def __init__(self, model: Decoder, objective: ObjectiveSection) -> None:
         super().__init__()
         self.model = model
-        self.z_loss_coefficient = z_loss_coefficient
+        self.objective = objective
 
     def forward(self, batch: Batch, weight_sum: Tensor) -> Loss:
         """Loss of a micro-batch, divided by the weight sum of the whole optimizer step."""
-        return next_token_loss(self.model, batch, weight_sum, self.z_loss_coefficient)
+        return next_token_loss(
+            self.model,
+            batch,
+            weight_sum,
+            self.objective.z_loss_coefficient,
+            mtp_weight=self.objective.mtp_weight,
+        )
 
 
 class Engine:
@@ -59,9 +65,9 @@ class Engine:
         deepspeed_api.disable_host_gradient_checks()
         settings = deepspeed_config(config, self._data_size)
         with self._construction(settings):
-            module = TrainingModule(build_decoder(config), config.objective.z_loss_coefficient)
+            module = TrainingModule(build_decoder(config), config.objective)
         if config.train.compile:
-            for block in module.model.blocks:
+            for block in [*module.model.blocks, *module.model.mtp]:
                 block.compile()
         self.spike_detector = SpikeDetector(config.guard, device)
         # Of the step under way: (loss, z-loss), summed over all ranks.

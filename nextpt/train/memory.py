@@ -95,7 +95,9 @@ def estimate_memory(config: Config, world_size: int, *, device: str = "cpu") -> 
         optimizer=share(master + state + averages, 1),
         buffers=_buffers(config, width, device == "cuda"),
         activations=_activations(config, width, device),
-        loss=loss_chunking(config, device).workspace + width * model.vocab_size * model.width,
+        # Each depth of multi-token prediction keeps its own gradient of the output matrix
+        loss=loss_chunking(config, device).workspace
+        + width * model.vocab_size * model.width * (1 + model.mtp_depth),
     )
 
 
@@ -139,12 +141,16 @@ def _activations(config: Config, width: int, device: str) -> int:
     block = 6 * spec.width + attention + ffn
     if _keeps_scores(config, device):
         block += 2 * spec.heads * config.data.sequence_length * 4 // width
-    kept = spec.depth * block
+    # Of multi-token prediction: embedding, both norms' images, their concatenation, its product
+    module = block + 6 * spec.width
+    kept = spec.depth * block + spec.mtp_depth * module
     if config.train.activation_checkpointing:
-        kept = spec.depth * spec.width + block
+        kept = (spec.depth + 2 * spec.mtp_depth) * spec.width + (
+            module if spec.mtp_depth else block
+        )
     # Gradients of the widest tensors; the others reuse what is freed.
     gradients = ffn // 2 + 2 * spec.width
-    return width * tokens * (kept + 2 * spec.width + gradients)
+    return width * tokens * (kept + 2 * spec.width * (1 + spec.mtp_depth) + gradients)
 
 
 def _keeps_scores(config: Config, device: str) -> bool:

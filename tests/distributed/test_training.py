@@ -28,11 +28,18 @@ LAYERS = {
     "residual_init": "zero",
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
+    "mtp_depth": 2,
 }
 
 
 def losses(run: Path) -> list[float]:
     return [event["loss"] for event in read_events(run / "metrics.jsonl", "train")]
+
+
+def auxiliary(run: Path) -> list[float]:
+    """Logged losses of both depths of multi-token prediction."""
+    events = read_events(run / "metrics.jsonl", "train")
+    return [event["auxiliary_losses"][name] for event in events for name in ("mtp_1", "mtp_2")]
 
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -90,6 +97,7 @@ def jobs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny(
             dataset,
             root / "uneven",
+            model={"mtp_depth": 2},
             objective={"domain_weights": {"prose": 0.0}},
             train=_train(zero_stage=2),
         )
@@ -113,6 +121,7 @@ def single(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny(
             dataset,
             root / "uneven",
+            model={"mtp_depth": 2},
             objective={"domain_weights": {"prose": 0.0}},
             train=_train(micro_batch_size=8, zero_stage=0),
         )
@@ -151,6 +160,7 @@ def test_options_of_layers_train_alike_at_stage_3(jobs: Path) -> None:
     for name in ("sinks", "gate_proj.weight", "value_share"):
         key = f"blocks.1.attention.{name}", "weight"
         assert weights[key].any() and torch.allclose(weights[key], plain[key], atol=1e-4)
+    assert auxiliary(jobs / "layers-3") == pytest.approx(auxiliary(jobs / "layers-0"), rel=2e-5)
 
 
 def test_training_learns(jobs: Path) -> None:
@@ -183,6 +193,7 @@ def test_weights_of_zero_for_a_domain_keep_the_normalisation_global(
 ) -> None:
     """The micro-batches' weight sums differ widely; means of means would be wrong."""
     assert_same_training(jobs / "uneven", single / "uneven")
+    assert auxiliary(jobs / "uneven") == pytest.approx(auxiliary(single / "uneven"), rel=2e-5)
 
 
 def assert_same_training(run: Path, reference: Path) -> None:

@@ -37,6 +37,7 @@ LARGE_BATCH = {"global_batch_size": 64, "micro_batch_size": 64}
         (LONG, LARGE_BATCH | {"zero_stage": 1}, 1),
         (LONG, LARGE_BATCH | {"zero_stage": 1, "activation_checkpointing": True}, 1),
         (LONG | {"attention_sinks": True}, LARGE_BATCH | {"zero_stage": 1}, 1),
+        (LONG | {"mtp_depth": 4}, LARGE_BATCH | {"zero_stage": 1}, 1),
     ],
     ids=lambda value: (
         "-".join(f"{v}" for v in value.values()) if isinstance(value, dict) else str(value)

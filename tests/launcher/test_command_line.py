@@ -120,11 +120,11 @@ def test_config_show_prints_a_ramp_and_its_schedule() -> None:
     for line in (
         "tokens per step 2,048 (1 micro-batches on each of 2 ranks, to step 500)",
         "tokens per step 4,096 (2 micro-batches on each of 2 ranks)",
-        "steps 1,000",
-        "total tokens 3,072,000",
+        "steps 1,200",
+        "total tokens 3,891,200",
         "learning rate 0.008 (step 40, end of the warm-up)",
-        "learning rate 0.008 (step 550, begin of the decay)",
-        "learning rate 0 (step 1,000, end)",
+        "learning rate 0.008 (step 660, begin of the decay)",
+        "learning rate 0 (step 1,200, end)",
     ):
         assert line in lines
 

@@ -261,7 +261,7 @@ def test_what_muon_adds_to_a_step_is_shown(capsys: pytest.CaptureFixture[str]) -
     print_plan(estimate)
     title = "muon, of the rank with most"
     assert title in capsys.readouterr().out
-    plain = plan(config("1.3b"), 64, machine, 0.4)
+    plain = plan(config("1.3b", ADAMW), 64, machine, 0.4)
     assert not any(plan_json(plain)["best"]["optimizer"].values())
     print_plan(plain)
     assert title not in capsys.readouterr().out

@@ -75,8 +75,8 @@ class Faults:
     def read_step(self, loader: Loader, step: int) -> Any:
         return self.read(loader, self.moved(step))
 
-    def next_token_loss(self, *arguments: Any) -> Loss:
-        loss = self.loss(*arguments)
+    def next_token_loss(self, *arguments: Any, **options: Any) -> Loss:
+        loss = self.loss(*arguments, **options)
         if not torch.is_grad_enabled():
             return loss
         self.micro += 1

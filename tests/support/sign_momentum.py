@@ -143,8 +143,8 @@ def bad_step(job: dict[str, Any], device: torch.device) -> dict[str, list[Any]]:
     for bad in (False, True, False):
         batches = [batch_of(sequences[2 * i : 2 * i + 2]) for i in range(4)]
 
-        def spoiled(*arguments: Any, bad: bool = bad) -> Any:
-            result = loss(*arguments)
+        def spoiled(*arguments: Any, bad: bool = bad, **options: Any) -> Any:
+            result = loss(*arguments, **options)
             return result._replace(loss=result.loss * (float("nan") if bad else 1.0))
 
         with patch.object(engine_module, "next_token_loss", spoiled):

@@ -141,12 +141,12 @@ class ZeroState:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
-        # hpZ's copies, which a validation may have made of other weights
-        self.zero.invalidate_secondary_tensor()
+        # As DeepSpeed's load_checkpoint: whatever is gathered, parameters that always stay so
+        # included, and hpZ's copies hold the weights from before
+        self.zero.checkpoint_event_prologue()
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
-        if self.zero.persistent_parameters:
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        self.zero.checkpoint_event_epilogue()
 
     def _flat_tensors(self) -> list[Tensor]:
         """The fp32 tensors of this rank that the optimizer steps."""

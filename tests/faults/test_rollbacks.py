@@ -56,6 +56,9 @@ def rollbacks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         }
         jobs.add(f"whole {stage}", sections=other, faults=NAN)
         jobs.add(f"never {stage}", sections=other, never=[6, 7, 8])
+        # Step 7, which is good, lies between the checkpoint and the first bad step
+        jobs.add(f"again {stage}", sections=other, faults=[["nan", n, 0] for n in (7, 8, 9)])
+        jobs.add(f"never again {stage}", sections=other, never=[6, 7, 8, 9])
     muon = section() | {"optimizer": {"kind": "muon", "lr": 1e-3, "muon": {"normuon_beta": 0.9}}}
     jobs.add("whole muon", sections=muon, faults=NAN)
     jobs.add("never muon", sections=muon, never=[6, 7, 8])
@@ -181,6 +184,16 @@ def test_other_zero_stages_roll_back_as_well(rollbacks: Jobs, stage: int) -> Non
         and len(rollbacks.losses(f"whole {stage}")) == 10
     )
     assert len(rollbacks.events(f"whole {stage}", "rollback")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_good_steps_before_the_bad_ones_are_rolled_back_as_well(
+    rollbacks: Jobs, stage: int
+) -> None:
+    [event] = rollbacks.events(f"again {stage}", "rollback")
+    assert (event["step"], event["first_bad"]) == (6, 8)
+    assert rollbacks.losses(f"again {stage}") == rollbacks.losses(f"never again {stage}")
 
 
 @pytest.mark.slow

@@ -339,7 +339,7 @@ def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def decided_batches(planned: BatchSchedule, path: Path) -> BatchSchedule:
     """Batch size by step of a run, with the decisions of train.batch_growth in a metrics file."""
     for record in read_events(path, "batch"):
-        planned = planned.changed(record["step"], record["batch_size"])
+        planned = planned.with_change(record["step"], record["batch_size"])
     return planned
 
 

@@ -45,7 +45,7 @@ class BatchSchedule:
         return self.consumed(step) * self.sequence_length
 
     def steps_for(self, sequences: int) -> int:
-        """Least number of steps that consumes at least so many sequences.
+        """Smallest number of steps that consumes at least `sequences` sequences.
 
         The inverse of `consumed`: steps_for(consumed(n)) = n.
         """
@@ -56,15 +56,15 @@ class BatchSchedule:
         return first + -(-(sequences - self.consumed(first)) // size)
 
     def steps_for_tokens(self, tokens: int) -> int:
-        """Least number of steps that consumes at least so many tokens."""
+        """Smallest number of steps that consumes at least `tokens` tokens."""
         return self.steps_for(-(-tokens // self.sequence_length))
 
     @property
-    def divisor(self) -> int:
-        """Largest number of sequences that divides every batch."""
+    def common_divisor(self) -> int:
+        """Greatest common divisor of all batch sizes, sequences."""
         return math.gcd(*(size for _, size in self.changes))
 
-    def changed(self, step: int, batch_size: int) -> BatchSchedule:
+    def with_change(self, step: int, batch_size: int) -> BatchSchedule:
         """This schedule until `step` completed steps, and another batch size after them."""
         before = tuple(change for change in self.changes if change[0] < step)
         return BatchSchedule(self.sequence_length, (*before, (step, batch_size)))

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from nextpt.config.section import Section, key
 
 POLAR_EXPRESS_STEPS = 5  # iterations for which the coefficients are tabled
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamWGroup(Section):
-    """What AdamW does otherwise with some of the parameters."""
+    """AdamW's options for one group of parameters, where they differ from those of `optimizer`."""
 
     lr: float | None = key(None, gt=0, description="peak learning rate; null: optimizer.lr")
     weight_decay: float | None = key(
         None,
         ge=0,
-        description="decoupled weight decay; null: by optimizer.weight_decay",
+        description=(
+            "decoupled weight decay; null: optimizer.weight_decay for output, 0 for vectors, by"
+            " optimizer.decay_embeddings for embedding"
+        ),
     )
-    betas: tuple[float, float] | None = key(
+    betas: tuple[Beta, Beta] | None = key(
         None, description="decay rates of the moments; null: optimizer.betas"
     )
 
@@ -121,7 +125,7 @@ class OptimizerSection(Section):
         description="peak learning rate, where a group of parameters has no other",
         aliases=("learning_rate", "max_lr", "peak_lr", "base_lr"),
     )
-    betas: tuple[float, float] = key(
+    betas: tuple[Beta, Beta] = key(
         (0.9, 0.95),
         description="decay rates of the first and second moments (arXiv 1412.6980)",
         aliases=("beta1", "beta2", "beta_1", "beta_2", "adam_beta1", "adam_beta2"),

@@ -77,7 +77,7 @@ class Config(Section):
             step = change.after_steps
             if step is None:
                 step = batches.steps_for_tokens(change.after_tokens or 0)
-            batches = batches.changed(step, change.global_batch_size)
+            batches = batches.with_change(step, change.global_batch_size)
         return batches
 
     @property
@@ -155,7 +155,7 @@ class Config(Section):
         return self.batches.batch_size(step) // per_pass
 
     def _batches_not_divided_by(self, divisor: int) -> str | None:
-        """The keys of all batch sizes that are no multiples, as the begin of a sentence."""
+        """Batch sizes that `divisor` does not divide, as the subject of an error; None: all are."""
         train = self.train
         sizes = {"train.global_batch_size": train.global_batch_size}
         for number, change in enumerate(train.batch_schedule or ()):

@@ -108,7 +108,7 @@ class Loader:
         """
         skipped, batches = _skipped(state), self.batches_of(state)
         edges = [edge for span in skipped for edge in span]
-        size = batches.divisor
+        size = batches.common_divisor
         inside = all(0 <= edge <= state["position"] and edge % size == 0 for edge in edges)
         if edges != sorted(set(edges)) or not inside:
             raise ValueError(
@@ -132,7 +132,7 @@ class Loader:
     def change_batch(self, step: int, batch_size: int) -> None:
         """Make the steps after `step` completed ones with another batch size."""
         self._cancel_ahead()
-        self.batches = self.batches.changed(step, batch_size)
+        self.batches = self.batches.with_change(step, batch_size)
 
     @property
     def last_step(self) -> int:

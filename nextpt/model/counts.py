@@ -4,7 +4,8 @@ Two FLOP conventions are in use and differ by a tenth or more; both are given.
 `training_flops_per_token` counts attention without the causal half (PaLM, arXiv 2204.02311 appendix
 B: 6 N + 12 L H E T, N the parameters of all matrix products, the output matrix included and the
 input embedding not); `causal_flops_per_token` counts what a causal kernel must do. In a layer with
-a window a query counts the window's keys, in the first convention all of them.
+a window the context is the window: the first convention counts all its keys,
+the second only those that exist.
 """
 
 from __future__ import annotations

@@ -52,14 +52,14 @@ def adamw_groups(section: OptimizerSection, rules: Parametrization) -> dict[Role
     )
     groups: dict[Role, ParameterGroup] = {
         "matrices": decay,
+        "gates": decay,
         "embedding": decay if section.decay_embeddings else no_decay,
         "output": decay,
         "vectors": no_decay,
     }
     for role, group in groups.items():
-        own = AdamWGroup() if role == "matrices" else getattr(section, role)
+        own = AdamWGroup() if role in ("matrices", "gates") else getattr(section, role)
         groups[role] = _own_group(role, group, own, rules.adamw(role), section.lr)
-    groups["gates"] = groups["matrices"]
     factors = rules.adamw("final_norm")
     if factors == rules.adamw("vectors"):
         return groups | {"final_norm": groups["vectors"]}
@@ -95,7 +95,7 @@ class AdamW(OptimizerSpec):
         return list({group.name: group for group in self._groups.values()}.values())
 
     def group_of(self, name: str, shape: Shape) -> ParameterGroup:
-        """Matrices decay; embeddings only with `optimizer.decay_embeddings`."""
+        """Group of the parameter's role."""
         return self._groups[self.rules.role_of(name, shape)]
 
     def build(self, groups: list[dict[str, Any]], verdict: Verdict) -> GuardedOptimizer:

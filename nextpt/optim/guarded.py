@@ -185,5 +185,5 @@ class GuardedOptimizer(torch.optim.Optimizer):
 
 
 def squared_norm(tensor: Tensor) -> Tensor:
-    """Sum of squares, fp64 scalar."""
-    return tensor.double().square().sum()
+    """Sum of squares of a 1-D tensor, fp64 scalar; converts `CHUNK` elements at a time."""
+    return torch.stack([chunk.double().square().sum() for chunk in tensor.split(CHUNK)]).sum()

@@ -49,6 +49,15 @@ class DividedTensor:
         return math.prod(self.shape)
 
 
+class _Transfer(NamedTuple):
+    """A piece on its way between two ranks, or from a rank to itself."""
+
+    name: str
+    piece: Piece
+    source: int
+    target: int
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A matrix and the rank that computes with the whole of it.
@@ -66,6 +75,18 @@ class Assignment:
         """The pieces that make the matrix whole on its owner."""
         whole = [p for p in self.tensor.pieces if p.length == self.tensor.numel]
         return tuple(p for p in whole if p.rank == self.owner) or self.tensor.pieces
+
+    @property
+    def to_owner(self) -> list[_Transfer]:
+        """Transfers that make the matrix whole on its owner."""
+        name = self.tensor.name
+        return [_Transfer(name, piece, piece.rank, self.owner) for piece in self.sources]
+
+    @property
+    def from_owner(self) -> list[_Transfer]:
+        """Transfers that divide the result among the holders."""
+        name = self.tensor.name
+        return [_Transfer(name, piece, self.owner, piece.rank) for piece in self.tensor.pieces]
 
     @property
     def travels(self) -> bool:
@@ -129,20 +150,10 @@ def sent_elements(assignments: Iterable[Assignment], ranks: int) -> list[int]:
     """Elements that each rank sends to others in one exchange of all matrices, both ways."""
     sent = [0] * ranks
     for assignment in assignments:
-        for piece in assignment.sources:
-            sent[piece.rank] += piece.length if piece.rank != assignment.owner else 0
-        for piece in assignment.tensor.pieces:
-            sent[assignment.owner] += piece.length if piece.rank != assignment.owner else 0
+        for transfer in (*assignment.to_owner, *assignment.from_owner):
+            if transfer.source != transfer.target:
+                sent[transfer.source] += transfer.piece.length
     return sent
-
-
-class _Transfer(NamedTuple):
-    """A piece on its way between two ranks, or from a rank to itself."""
-
-    name: str
-    piece: Piece
-    source: int
-    target: int
 
 
 class _Leg:
@@ -205,17 +216,8 @@ class Round:
         self, assignments: Sequence[Assignment], rank: int, group: dist.ProcessGroup | None
     ) -> None:
         self.owned = [a.tensor for a in assignments if a.owner == rank]
-        to_owners = [
-            _Transfer(a.tensor.name, piece, piece.rank, a.owner)
-            for a in assignments
-            for piece in a.sources
-        ]
-        from_owners = [
-            _Transfer(a.tensor.name, piece, a.owner, piece.rank)
-            for a in assignments
-            for piece in a.tensor.pieces
-        ]
-        self._gather, self._scatter = (_Leg(leg, rank, group) for leg in (to_owners, from_owners))
+        self._gather = _Leg([t for a in assignments for t in a.to_owner], rank, group)
+        self._scatter = _Leg([t for a in assignments for t in a.from_owner], rank, group)
         self.held = [transfer.name for transfer in self._scatter.incoming]
         self.sources = {transfer.name for transfer in self._gather.outgoing}
 

@@ -17,7 +17,6 @@ the order of its sums, must not depend on what a rank owns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch.optim.adamw import adamw
 from nextpt.config import MuonSection, OptimizerSection
 from nextpt.model import Parametrization
 from nextpt.optim.adamw import AdamW
-from nextpt.optim.guarded import CHUNK, GuardedOptimizer, Shard, squared_norm
+from nextpt.optim.guarded import GuardedOptimizer, Shard, squared_norm
 from nextpt.optim.matrix_exchange import (
     Assignment,
     DividedTensor,
@@ -82,9 +81,6 @@ class Muon(AdamW):
             kinds.append(StateKind("row_square", one_per_row))
         decay = self.muon.weight_decay
         decay = section.weight_decay if decay is None else decay
-        gates = self._groups["gates"]
-        if gates.name == "matrices":  # has factors of its own, and Muon's group another name
-            self._groups["gates"] = replace(gates, name="gates")
         factors = self.rules.muon(self.muon.scale)
         self._groups["matrices"] = ParameterGroup(
             MATRICES,
@@ -303,8 +299,7 @@ class OrthogonalizedMomentum(GuardedOptimizer):
             return super().last_update_squares(shard, lr, updates)
         # Where several ranks hold the same, each counts its own share of it
         update = self._update_squares[shard.name] * (shard.length / held.length)
-        weights = torch.split(shard.view(shard.flat), CHUNK)
-        return torch.stack([update, torch.stack([squared_norm(w) for w in weights]).sum()])
+        return torch.stack([update, squared_norm(shard.view(shard.flat))])
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         """Continue from the scalars of a checkpoint; the last update is not known."""

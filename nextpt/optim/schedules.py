@@ -46,11 +46,11 @@ def learning_rate(config: Config, step: int, batches: BatchSchedule | None = Non
     if now < schedule.warmup:
         return peak * now / schedule.warmup
     low = schedule.final_ratio
-    done = min((now - schedule.warmup) / max(end - schedule.warmup, 1), 1.0)
+    share = min((now - schedule.warmup) / max(end - schedule.warmup, 1), 1.0)
     if schedule.kind == "cosine":
-        return peak * (low + (1 - low) * (1 + math.cos(math.pi * done)) / 2)
+        return peak * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
     if schedule.kind == "linear":
-        return peak * (low + (1 - low) * (1 - done))
+        return peak * (low + (1 - low) * (1 - share))
     if schedule.has_final_decay:
         decay = decay_length(schedule, end)
         remaining = min(max(end - now, 0) / decay, 1.0)
@@ -61,24 +61,25 @@ def learning_rate(config: Config, step: int, batches: BatchSchedule | None = Non
 
 
 def progress(config: Config, step: int, batches: BatchSchedule) -> int:
-    """What `step` steps are in the unit of the schedule."""
+    """Progress after `step` steps, in the unit of the schedule."""
     return batches.consumed_tokens(step) if config.schedule.unit == "tokens" else step
 
 
 def decay_length(schedule: ScheduleSection, end: int) -> int:
     """Length of the final decay of a run of length `end`, both in the unit of the schedule."""
-    return schedule.decay or max(round(DECAY_SHARE * end), 1)
+    return schedule.decay or max(min(round(DECAY_SHARE * end), end - schedule.warmup), 1)
 
 
 def milestones(config: Config) -> list[tuple[int, str]]:
-    """(step, what ends there) of the parts of a schedule, in order; for people to read."""
+    """(step, event) of the parts of a schedule, in rising order; for people to read."""
     schedule, batches = config.schedule, config.batches
     end = progress(config, config.total_steps, batches)
     parts = [(schedule.warmup, "end of the warm-up")] if schedule.warmup else []
-    if schedule.power_from:
+    decay_start = max(end - decay_length(schedule, end), 0) if schedule.has_final_decay else end
+    if schedule.power_from is not None and schedule.power_from < decay_start:
         parts.append((schedule.power_from, "end of the peak"))
     if schedule.has_final_decay:
-        parts.append((max(end - decay_length(schedule, end), 0), "begin of the decay"))
+        parts.append((decay_start, "start of the decay"))
     to_step = batches.steps_for_tokens if schedule.unit == "tokens" else int
     steps = [(to_step(point), name) for point, name in parts if point <= end]
     return [*steps, (config.total_steps, "end")]

@@ -50,13 +50,13 @@ def test_phases_tile_the_steps(schedule: BatchSchedule, steps: int) -> None:
     phases = schedule.phases(steps)
     sizes_by_step = [size for first, last, size in phases for _ in range(first, last)]
     assert sizes_by_step == batch_sizes(schedule, steps)
-    assert all(size % schedule.divisor == 0 for size in sizes_by_step)
+    assert all(size % schedule.common_divisor == 0 for size in sizes_by_step)
 
 
 @settings(deadline=None)
 @given(schedules(), st.integers(1, 80), sizes)
 def test_a_change_keeps_what_is_before_it(schedule: BatchSchedule, step: int, size: int) -> None:
-    changed = schedule.changed(step, size)
+    changed = schedule.with_change(step, size)
     assert batch_sizes(changed, step) == batch_sizes(schedule, step)
     assert changed.batch_size(step) == changed.batch_size(step + 50) == size
     assert changed.consumed(step + 3) == schedule.consumed(step) + 3 * size

@@ -25,7 +25,7 @@ class Batches:
     last_step: int = 100
 
     def change_batch(self, step: int, batch_size: int) -> None:
-        self.batches = self.batches.changed(step, batch_size)
+        self.batches = self.batches.with_change(step, batch_size)
 
     def begins_stage(self, step: int) -> bool:
         return step == 50

@@ -206,7 +206,8 @@ def _create(path: Path, content: str) -> bool:
         temporary.write_text(content, encoding="utf-8")
         os.link(temporary, path)
     except FileExistsError:
-        return False
+        # NFS says so too of a link that it made, when its first answer was lost (open(2), O_EXCL)
+        return os.stat(temporary).st_nlink == 2
     except OSError as error:
         if error.errno not in WITHOUT_LINKS:
             raise

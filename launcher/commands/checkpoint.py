@@ -132,11 +132,11 @@ def average_checkpoints(
     weights: Weights = "weight",
 ) -> None:
     """Write the mean of checkpoints' weights, for eval, generate and export."""
-    from nextpt.exchange import steps_to_average, write_average
+    from nextpt.exchange import checkpoints_to_average, write_average
 
     if (last is None) == (steps is None):
         raise UserError("give either --last N or --steps FIRST..LAST, the checkpoints to average")
-    chosen = steps_to_average(run, last, _parse_span(steps) if steps else None)
+    chosen = checkpoints_to_average(run, last, _parse_span(steps) if steps else None)
     write_average(run, chosen, weights, output)
     echo(
         f"mean of {weights} of steps {', '.join(map(str, chosen))} written to {output}; next:"

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,6 +108,11 @@ class ListedCheckpoint:
 
     folder: Path
     manifest: Manifest
+
+
+def lineage_of(checkpoints: Sequence[ListedCheckpoint]) -> list[ListedCheckpoint]:
+    """The first checkpoint and those of the others that it continues, in the same order."""
+    return [c for c in checkpoints if checkpoints[0].manifest.descends_from(c.manifest)]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nextpt.checkpoint.manifest import ListedCheckpoint
+from nextpt.checkpoint.manifest import ListedCheckpoint, lineage_of
 
 # Nothing is removed unless this many of the kept ones were just read and their hashes agree.
 VERIFIED_BEFORE_REMOVAL = 2
@@ -29,7 +29,7 @@ def retained(
     """
     if last is None or not checkpoints:
         return checkpoints
-    lineage = [c for c in checkpoints if checkpoints[0].manifest.descends_from(c.manifest)]
+    lineage = lineage_of(checkpoints)
     measured = [c for c in reversed(lineage) if c.manifest.loss is not None]
     measured.sort(key=lambda c: math.inf if c.manifest.loss is None else c.manifest.loss)
     kept = {id(c) for c in checkpoints[:last] + lineage[:last] + measured[: best or 0]}

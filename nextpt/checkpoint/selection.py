@@ -138,6 +138,17 @@ def open_checkpoint(
     return checkpoint
 
 
+def open_folder(folder: Path) -> Checkpoint:
+    """Verify the checkpoint in a folder and open it for reading, in one process.
+
+    Raises:
+        CheckpointError: It is not valid.
+    """
+    if problem := verify_checkpoint(folder, RankGroup.world()):
+        raise CheckpointError(str(_Unusable(folder, problem)))
+    return Checkpoint(folder)
+
+
 def try_set_aside(folder: Path) -> str:
     """Set a damaged folder aside; returns a remark about it for the warning."""
     try:

@@ -10,7 +10,7 @@ last difference has no effect: sinks that a model does not have are so low that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nextpt.base.errors import CheckpointError, same_on_all_ranks
@@ -31,11 +31,9 @@ class Architecture:
         qk_norm: It has an RMSNorm on queries and keys.
         window: It can have a sliding window.
         mixed_windows: It can have it in some layers only.
-        sinks: Its attention has sinks, and the base of its rotary frequencies is given by layer.
+        sinks: Its attention has sinks.
         gated: Its feed-forward has a gate.
-        attention_bias: It can have biases in the attention.
         mlp_bias: It can have biases in the feed-forward.
-        whole_heads: Its width must be a multiple of its heads.
         norms: Names of the norms before attention and feed-forward.
         activation: Key of the activation, and its default.
         tied: Default of tie_word_embeddings.
@@ -51,9 +49,7 @@ class Architecture:
     mixed_windows: bool = False
     sinks: bool = False
     gated: bool = True
-    attention_bias: bool = True
     mlp_bias: bool = False
-    whole_heads: bool = False
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     activation: tuple[str, str] = ("hidden_act", "silu")
     tied: bool = False
@@ -62,8 +58,8 @@ class Architecture:
     centered: bool = False
 
 
-LLAMA = Architecture("LlamaForCausalLM", "llama", mlp_bias=True, whole_heads=True)
-MISTRAL = Architecture("MistralForCausalLM", "mistral", window=True, attention_bias=False)
+LLAMA = Architecture("LlamaForCausalLM", "llama", mlp_bias=True)
+MISTRAL = Architecture("MistralForCausalLM", "mistral", window=True)
 QWEN3 = Architecture(
     "Qwen3ForCausalLM",
     "qwen3",
@@ -77,7 +73,6 @@ ARCEE = Architecture(
     "arcee",
     gated=False,
     mlp_bias=True,
-    whole_heads=True,
     activation=("hidden_act", "relu2"),
 )
 APERTUS = Architecture(
@@ -98,16 +93,7 @@ SMOLLM3 = Architecture(
     tied=True,
     theta=None,
 )
-GRANITE_SWA = Architecture(
-    "GraniteSWAForCausalLM",
-    "granite_swa",
-    window=True,
-    mixed_windows=True,
-    sinks=True,
-    mlp_bias=True,
-    tied=True,
-    theta=None,
-)
+GRANITE_SWA = replace(SMOLLM3, name="GraniteSWAForCausalLM", model_type="granite_swa", sinks=True)
 HUNYUAN3 = Architecture(
     "HYV3ForCausalLM", "hy_v3", qk_norm=True, mlp_bias=True, theta=None, derives_head_dim=False
 )
@@ -116,7 +102,6 @@ VAULTGEMMA = Architecture(
     "vaultgemma",
     window=True,
     mixed_windows=True,
-    whole_heads=True,
     tied=True,
     derives_head_dim=False,
     norms=("input_layernorm", "pre_feedforward_layernorm"),

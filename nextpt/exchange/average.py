@@ -1,15 +1,14 @@
 """Mean of checkpoints' weights as a checkpoint of its own, in a folder like a run's.
 
 The mean of the last checkpoints of a constant learning rate is near what a decay would have given
-(LAWA, arXiv 2209.14981; PMA, arXiv 2505.12082), and a mean over runs is a soup (arXiv 2203.05482).
-What it writes is read by evaluation, generation and export; it has no optimizer state to train on
-from.
+(LAWA, arXiv 2209.14981; PMA, arXiv 2505.12082). The folder is read by evaluation, generation and
+export; it has no optimizer state to train on from.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from nextpt.base.json_files import sync
 from nextpt.checkpoint.commit import save
 from nextpt.checkpoint.folders import list_checkpoints
 from nextpt.checkpoint.format import Checkpoint
-from nextpt.checkpoint.selection import open_checkpoint
+from nextpt.checkpoint.manifest import lineage_of
+from nextpt.checkpoint.selection import open_folder
 from nextpt.checkpoint.state import WEIGHT, Fragment
 from nextpt.exchange.folders import new_folder
 
@@ -45,7 +45,7 @@ class WeightMean:
             checkpoint.check_weights(checkpoints[0].shapes())
 
     def fragments(self) -> Iterator[Fragment]:
-        """The mean of one parameter after another; one is held in memory."""
+        """Yield the mean of one parameter after another, fp32."""
         for name, shape in self.checkpoints[0].shapes().items():
             total = torch.zeros(shape, dtype=torch.float64)
             for checkpoint in self.checkpoints:
@@ -62,8 +62,10 @@ class WeightMean:
         return {name: {WEIGHT: shape} for name, shape in self.checkpoints[0].shapes().items()}
 
 
-def steps_to_average(run: Path, last: int | None, span: tuple[int, int] | None) -> list[int]:
-    """Steps of a run's checkpoints, rising: the `last` ones, or those in a span.
+def checkpoints_to_average(
+    run: Path, last: int | None, span: tuple[int, int] | None
+) -> dict[int, Path]:
+    """Step -> folder of a run's checkpoints, rising: the `last` ones, or those in a span.
 
     Only checkpoints that the newest one continues count, not those before a rollback.
 
@@ -76,24 +78,26 @@ def steps_to_average(run: Path, last: int | None, span: tuple[int, int] | None) 
         CheckpointError: There are fewer than two, or fewer than `last`.
     """
     listed = list_checkpoints(run / "checkpoints").checkpoints
-    lineage = {c.manifest.step for c in listed if listed[0].manifest.descends_from(c.manifest)}
-    steps = sorted(lineage)
+    # Of a step that was saved twice, the newest
+    folders = {c.manifest.step: c.folder for c in reversed(lineage_of(listed))}
+    steps = sorted(folders)
     chosen = steps[-last:] if last else [s for s in steps if span and span[0] <= s <= span[1]]
-    if len(chosen) < max(last or 0, 2):
+    least = max(last or 0, 2)
+    if len(chosen) < least:
         raise CheckpointError(
-            f"{run} has {len(chosen)} checkpoints to average, expected {max(last or 0, 2)} or more;"
-            f" there are those of steps {', '.join(map(str, steps)) or 'none'}: give others with"
-            " --last or --steps, and keep more with checkpoint.keep_last"
+            f"{run} has {len(chosen)} checkpoints to average, expected {least} or more; there are"
+            f" those of steps {', '.join(map(str, steps)) or 'none'}: give others with --last or"
+            " --steps, and keep more with checkpoint.keep_last"
         )
-    return chosen
+    return {step: folders[step] for step in chosen}
 
 
-def write_average(run: Path, steps: Sequence[int], weights: str, output: Path) -> None:
+def write_average(run: Path, chosen: Mapping[int, Path], weights: str, output: Path) -> None:
     """Write the mean of a run's checkpoints as a folder with one checkpoint, of the last step.
 
     Args:
         run: Run folder.
-        steps: Steps of the checkpoints.
+        chosen: Step -> folder of the checkpoints, rising.
         weights: Kind of state that is averaged: "weight", or "ema-DECAY".
         output: Folder to write; it must not exist.
 
@@ -101,11 +105,11 @@ def write_average(run: Path, steps: Sequence[int], weights: str, output: Path) -
         CheckpointError: A checkpoint is not valid, or the output cannot be written; nothing is
             left behind.
     """
-    checkpoints = [open_checkpoint(run / "checkpoints", step) for step in steps]
+    checkpoints = [open_folder(folder) for folder in chosen.values()]
     for checkpoint in checkpoints:
         checkpoint.select_weights(weights)
     newest = checkpoints[-1].state
-    extras: dict[str, Any] = {"average": {"run": str(run), "steps": [*steps], "weights": weights}}
+    extras: dict[str, Any] = {"average": {"run": str(run), "steps": [*chosen], "weights": weights}}
     extras |= {name: newest[name] for name in KEPT if name in newest}
     with new_folder(output) as folder:
         for name in RUN_FILES:

@@ -186,4 +186,6 @@ class GuardedOptimizer(torch.optim.Optimizer):
 
 def squared_norm(tensor: Tensor) -> Tensor:
     """Sum of squares of a 1-D tensor, fp64 scalar; converts `CHUNK` elements at a time."""
-    return torch.stack([chunk.double().square().sum() for chunk in tensor.split(CHUNK)]).sum()
+    return torch.stack(
+        [chunk.double().square().sum() for chunk in torch.split(tensor, CHUNK)]
+    ).sum()

@@ -47,7 +47,9 @@ class BatchGrowth:
         Only steps of `train.log_every` count: the last step before a stop is logged too, and a
         run that was never stopped has no estimate of it.
         """
-        if estimate is not None and step % self.config.train.log_every == 0:
+        if not self.section or estimate is None:
+            return
+        if step % self.config.train.log_every == 0:
             self.trace += estimate["trace"]
             self.square += estimate["square"]
             self.count += 1
@@ -68,12 +70,11 @@ class BatchGrowth:
         is_above = scale is not None and scale > section.noise_ratio * tokens
         self.above = self.above + 1 if is_above else 0
         due = self.above >= COMPARISONS and size * FACTOR <= section.max_batch_size
-        self.above, due = self.group.broadcast([self.above, due])
+        self.above, due, scale = self.group.broadcast([self.above, due, scale])
         if not due:
             return
         self.above = 0
         self.loader.change_batch(step, size * FACTOR)
-        assert scale is not None  # it was above the batch
         self.events.publish(BatchEvent(step, size * FACTOR, scale, self.loader.last_step))
 
     def state(self) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 The new run has the stable run's weights, optimizer state, random states and data position at that
 step; only its learning rate differs from there on. So one stable run gives models of several
-lengths. Its first act is to save that state in its own folder, and everything after that is
-resuming as ever: the stable run may remove its checkpoint.
+lengths. Its first act is to save that state in its own folder, so the stable run may remove its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from nextpt.train.run_folder import check_data
 DECAY_KEYS = (
     "run.name",
     "run.dir",
-    "train.decay_from",
     "schedule.kind",
     "schedule.decay",
     "schedule.decay_shape",
@@ -80,11 +79,15 @@ def open_decay_start(config: Config, loader: Loader, group: RankGroup) -> Checkp
     return checkpoint
 
 
+def _may_differ(name: str) -> bool:
+    return name in DECAY_KEYS or f"{name}.".startswith("train.decay_from.")
+
+
 def _check_same_run(config: Config, stable: Config) -> None:
     forbidden = [
         phrase
         for phrase in differences(stable, config)[1]
-        if not phrase.partition(":")[0].startswith(DECAY_KEYS)
+        if not _may_differ(phrase.partition(":")[0])
     ]
     if forbidden:
         raise ConfigError(

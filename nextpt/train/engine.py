@@ -197,7 +197,7 @@ class Engine:
 
     def update_ratios(self) -> dict[str, float]:
         """|last update| / |weights| by kind of parameter; empty before the first. Collective."""
-        updates = self.state.scalars()["optimizer_updates"]
+        updates = self._optimizer.scalars()["optimizer_updates"]
         squares = (
             (shard.name, self._optimizer.last_update_squares(shard, self._lr, updates))
             for shard in (self.state.own_shards() if updates else ())

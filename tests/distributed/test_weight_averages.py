@@ -15,7 +15,7 @@ from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.selection import open_checkpoint
 from nextpt.config import Config, to_yaml
 from nextpt.evaluate.loaded_model import open_model, open_run
-from nextpt.exchange import export_hf, load_hf, steps_to_average, write_average
+from nextpt.exchange import checkpoints_to_average, export_hf, load_hf, write_average
 from tests.support.datasets import tiny
 from tests.support.ranks import run_ranks, train_all
 
@@ -142,9 +142,9 @@ def test_models_are_opened_and_exported_with_an_average(root: Path, tmp_path: Pa
 @pytest.mark.parametrize("weights", ["weight", "ema-0.5"])
 def test_a_mean_of_checkpoints_is_a_model(root: Path, tmp_path: Path, weights: str) -> None:
     run = root / "stage-3"
-    steps = steps_to_average(run, 3, None)
-    assert steps == steps_to_average(run, None, (4, 9)) == [4, 5, 6]
-    write_average(run, steps, weights, tmp_path / "mean")
+    chosen = checkpoints_to_average(run, 3, None)
+    assert chosen == checkpoints_to_average(run, None, (4, 9)) and list(chosen) == [4, 5, 6]
+    write_average(run, chosen, weights, tmp_path / "mean")
     loaded = open_model(tmp_path / "mean")
     assert loaded.step == STEPS and isinstance(loaded.tokenizer, Tokenizer)
     averaged = checkpoints(root, "stage-3")[3:]
@@ -158,13 +158,24 @@ def test_a_mean_of_checkpoints_is_a_model(root: Path, tmp_path: Path, weights: s
 def test_means_say_which_checkpoints_there_are(root: Path, tmp_path: Path) -> None:
     for last, span in ((9, None), (None, (6, 9))):
         with pytest.raises(CheckpointError, match="steps 1, 2, 3, 4, 5, 6: give others"):
-            steps_to_average(root / "stage-3", last, span)
+            checkpoints_to_average(root / "stage-3", last, span)
     (tmp_path / "there").mkdir()
+    chosen = checkpoints_to_average(root / "stage-3", 2, None)
     with pytest.raises(CheckpointError, match="exists already"):
-        write_average(root / "stage-3", [5, 6], "weight", tmp_path / "there")
+        write_average(
+            root / "stage-3",
+            checkpoints_to_average(root / "stage-3", 2, None),
+            "weight",
+            tmp_path / "there",
+        )
 
 
 def test_training_does_not_go_on_from_a_mean(dataset: Path, root: Path, tmp_path: Path) -> None:
-    write_average(root / "stage-3", [5, 6], "weight", tmp_path / "mean")
+    write_average(
+        root / "stage-3",
+        checkpoints_to_average(root / "stage-3", 2, None),
+        "weight",
+        tmp_path / "mean",
+    )
     [message] = train_all([job(dataset, tmp_path / "mean", steps=9)], 1, tmp_path / "ranks")
     assert message is not None and "another optimizer" in message

@@ -162,20 +162,11 @@ def test_means_say_which_checkpoints_there_are(root: Path, tmp_path: Path) -> No
     (tmp_path / "there").mkdir()
     chosen = checkpoints_to_average(root / "stage-3", 2, None)
     with pytest.raises(CheckpointError, match="exists already"):
-        write_average(
-            root / "stage-3",
-            checkpoints_to_average(root / "stage-3", 2, None),
-            "weight",
-            tmp_path / "there",
-        )
+        write_average(root / "stage-3", chosen, "weight", tmp_path / "there")
 
 
 def test_training_does_not_go_on_from_a_mean(dataset: Path, root: Path, tmp_path: Path) -> None:
-    write_average(
-        root / "stage-3",
-        checkpoints_to_average(root / "stage-3", 2, None),
-        "weight",
-        tmp_path / "mean",
-    )
+    chosen = checkpoints_to_average(root / "stage-3", 2, None)
+    write_average(root / "stage-3", chosen, "weight", tmp_path / "mean")
     [message] = train_all([job(dataset, tmp_path / "mean", steps=9)], 1, tmp_path / "ranks")
     assert message is not None and "another optimizer" in message

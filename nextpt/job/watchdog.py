@@ -21,19 +21,22 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nextpt.base.errors import EXIT_HUNG
 from nextpt.base.files import atomic_write, canonical_json
-from nextpt.job.exit_record import write_exit_record
+from nextpt.job.exit_record import read_exit_record, write_exit_record
 
 # Limit of the first phase of a name, seconds: the collectives' own time limit
 FIRST_SECONDS = 1800.0
 # A phase of ten times the median is no longer noise; shorter ones fall under hang_seconds.
 MEDIANS = 10
 HISTORY = 50  # durations kept per name
+# Seconds, and three ticks, in which a rank of a busy machine has written that it is past its limit
+ANSWER_SECONDS = 5.0
 # Files in whose functions a rank waits for others
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
@@ -116,7 +119,7 @@ class Watchdog:
             self._write_stacks()
             self._write_report(expired=True)
         first = self._read_reports()
-        time.sleep(3 * self.tick + 1)  # for the others to write theirs
+        self._wait_until(self._all_are_expired)
         last = self._read_reports()
         if self._stop.is_set():
             return
@@ -130,8 +133,19 @@ class Watchdog:
             write_exit_record(self.run, EXIT_HUNG, text, self.step)
             print(f"error: {text}; the same command resumes", file=sys.stderr, flush=True)
         else:
-            time.sleep(1)  # a launcher ends all ranks when one ends: the message comes first
+            # A launcher ends all ranks when one ends: the record and the message come first.
+            self._wait_until(lambda: read_exit_record(self.run) is not None)
+            time.sleep(1)
         os._exit(EXIT_HUNG)
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + ANSWER_SECONDS + 3 * self.tick
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(self.tick / 2)
+
+    def _all_are_expired(self) -> bool:
+        reports = self._read_reports()
+        return len(reports) == len(self.hosts) and all(r["expired"] for r in reports.values())
 
     def _write_stacks(self) -> None:
         self._folder.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,14 +14,29 @@ from pathlib import Path
 
 import pytest
 
+import nextpt.job.signals as signals
 from nextpt.base.errors import ConfigError, RunInUseError, TrainingStopped
 from nextpt.job.exit_record import read_exit_record, record_exit
 from nextpt.job.signals import listen_for_signals
+from tests.support.signals import send_signal
 
 WAITS = """
-import ctypes
+import ctypes, sys, threading
 import nextpt.job.signals as stop
-stop.REPEAT_SECONDS = 0.5
+stop.REPEAT_SECONDS = float("inf")
+record = stop.StopRequest.record
+
+def record_and_report(self, number):
+    record(self, number)
+    print("recorded", flush=True)
+
+def let_repetitions_end():
+    sys.stdin.readline()
+    stop.REPEAT_SECONDS = 0.0
+    print("from now on", flush=True)
+
+stop.StopRequest.record = record_and_report
+threading.Thread(target=let_repetitions_end, daemon=True).start()
 with stop.listen_for_signals():
     print("ready", flush=True)
     mutex = (ctypes.c_char * 64)()
@@ -30,17 +46,16 @@ with stop.listen_for_signals():
 """
 
 
-def test_a_signal_is_recorded_and_handlers_are_restored() -> None:
+def test_a_signal_is_recorded_and_handlers_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", math.inf)  # a second one would end this process
     before = signal.getsignal(signal.SIGTERM)
     with listen_for_signals() as request:
         assert request.seconds_left(30) is None and request.signal_name is None
-        os.kill(os.getpid(), signal.SIGUSR1)
-        deadline = time.monotonic() + 10
-        while request.signal_name is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert request.signal_name == "SIGUSR1" and 20 < request.seconds_left(30) <= 30
-        os.kill(os.getpid(), signal.SIGTERM)  # the same signal by another path
-        time.sleep(0.2)
+        sent = time.monotonic()
+        send_signal(signal.SIGUSR1)
+        left = request.seconds_left(30)
+        assert request.signal_name == "SIGUSR1" and 30 - (time.monotonic() - sent) <= left <= 30
+        send_signal(signal.SIGTERM)  # the same signal by another path
         assert request.signal_name == "SIGUSR1"
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -49,6 +64,7 @@ def test_a_signal_is_recorded_and_handlers_are_restored() -> None:
 def test_a_second_signal_ends_a_process_blocked_in_a_library() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,11 +74,13 @@ def test_a_second_signal_ends_a_process_blocked_in_a_library() -> None:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.stderr.readline().startswith("SIGTERM: saving after this step")
+        assert process.stdout.readline() == "recorded\n"
         process.send_signal(signal.SIGTERM)  # at once: a repetition
-        time.sleep(1.0)
-        assert process.poll() is None
+        assert process.stdout.readline() == "recorded\n"
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == "from now on\n"
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(20) == 75
+        assert process.wait(120) == 75
     finally:
         process.kill()
         process.wait()

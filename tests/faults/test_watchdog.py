@@ -6,11 +6,14 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from nextpt.base.processes import is_stopped
 from nextpt.job.exit_record import read_exit_record
 from nextpt.job.watchdog import FIRST_SECONDS, Watchdog, diagnose
 
@@ -82,8 +85,10 @@ def test_a_phase_may_last_ten_medians_and_its_first_time_longer(
         clock[0] += 0.001
 
 
-def hang(run: Path, rank: int, ranks: int) -> None:
+def hang(run: Path, rank: int, barrier: Barrier) -> None:
     """Two turns of work, then rank 0 waits and the last rank does not come."""
+    ranks = barrier.parties
+    barrier.wait(300)
     watchdog = Watchdog(run, rank, [f"node{r}" for r in range(ranks)], 1.0)
     for step in (1, 2, 3):
         watchdog.set_phase("batches", step)
@@ -102,11 +107,12 @@ def never_comes() -> None:
 def test_a_rank_that_is_behind_is_named_and_all_end_with_their_stacks_written(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    ranks = [FORK.Process(target=hang, args=(tmp_path, rank, 3)) for rank in range(3)]
+    barrier = FORK.Barrier(3)
+    ranks = [FORK.Process(target=hang, args=(tmp_path, rank, barrier)) for rank in range(3)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(60)
+        rank.join(300)
     assert [rank.exitcode for rank in ranks] == [76] * 3
     assert capfd.readouterr().err.count("error: no progress") == 1
     record = read_exit_record(tmp_path)
@@ -131,27 +137,33 @@ def test_nothing_is_written_while_training_makes_progress(tmp_path: Path) -> Non
 
 @pytest.mark.process
 def test_a_job_that_was_suspended_as_a_whole_continues(tmp_path: Path) -> None:
+    """The clock says that the suspension took an hour; the limit of a phase is a minute."""
+    suspended = FORK.Value("d", 0.0)  # seconds
+
     def work() -> None:
-        watchdog = Watchdog(tmp_path, 0, ["here"], 2.0)
-        for step in range(20):
-            watchdog.set_phase("training", step)
-            time.sleep(0.02)
-        (tmp_path / "ready").touch()
-        while not (tmp_path / "go").exists():
-            time.sleep(0.3)  # no progress, for the time of the suspension and a little more
-        for step in range(20, 100):  # longer than a verdict takes
-            watchdog.set_phase("training", step)
-            time.sleep(0.02)
-        watchdog.close()
+        real = time.monotonic
+        with patch.object(time, "monotonic", lambda: real() + suspended.value):
+            watchdog = Watchdog(tmp_path, 0, ["here"], 60.0)
+            watchdog.tick = 0.05
+            watchdog.set_phase("training", 1)
+            watchdog.set_phase("training", 2)
+            (tmp_path / "ready").touch()
+            while not suspended.value:
+                time.sleep(0.01)
+            idle = watchdog._idle
+            while watchdog._idle < idle + 8 * watchdog.tick:  # some ticks, without progress
+                time.sleep(0.01)
+            watchdog.set_phase("training", 3)
+            watchdog.close()
 
     process = FORK.Process(target=work)
     process.start()
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(4)
+    while not is_stopped(process.pid):
+        time.sleep(0.01)
+    suspended.value = 3600.0
     os.kill(process.pid, signal.SIGCONT)
-    time.sleep(0.5)  # the thread polls before there is progress
-    (tmp_path / "go").touch()
-    process.join(30)
-    assert process.exitcode == 0
+    process.join(300)
+    assert process.exitcode == 0 and not list(tmp_path.glob("stacks/*.txt"))

@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from nextpt.train.engine import Engine
 from nextpt.train.loop import Trainer
 from nextpt.train.zero_state import ZeroState
 from tests.support.job_probe import before
+from tests.support.signals import send_signal
 
 PLACES = {
     "fragments": (ZeroState, "fragments"),
@@ -117,8 +117,7 @@ def digest(engine: Engine) -> str:
 def at(name: str, when: int, event: str) -> Any:
     def action(n: int) -> None:
         if n == when and event == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)  # a thread notes it
+            send_signal(signal.SIGTERM)
         elif n == when and event == "kill":
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGKILL)

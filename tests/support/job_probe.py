@@ -22,6 +22,7 @@ from nextpt.job.lock import RunLock
 from nextpt.train import run
 from nextpt.train.engine import Engine
 from nextpt.train.zero_state import ZeroState
+from tests.support.signals import send_signal
 
 
 def before(owner: type | Any, name: str, action: Callable[[int], None]) -> Any:
@@ -36,9 +37,9 @@ def before(owner: type | Any, name: str, action: Callable[[int], None]) -> Any:
     return patch.object(owner, name, wrapped)
 
 
-def send_signal(when: int) -> Callable[[int], None]:
+def signal_at(when: int) -> Callable[[int], None]:
     """Return an action that sends SIGTERM to this process at call `when`."""
-    return lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == when else None
+    return lambda n: send_signal(signal.SIGTERM) if n == when else None
 
 
 def crash(n: int) -> None:
@@ -60,13 +61,13 @@ def another_takes_over(config: Config) -> Callable[[int], None]:
 
 def case(name: str, config: Config) -> Any:
     return {
-        "starting": lambda: before(run, "open_run_folder", send_signal(1)),
-        "validating": lambda: before(Loader, "validation_batches", send_signal(1)),
-        "saving": lambda: before(ZeroState, "fragments", send_signal(1)),
+        "starting": lambda: before(run, "open_run_folder", signal_at(1)),
+        "validating": lambda: before(Loader, "validation_batches", signal_at(1)),
+        "saving": lambda: before(ZeroState, "fragments", signal_at(1)),
         "crashing": lambda: before(Loader, "step_batches", crash),
         "sleeping": lambda: before(Engine, "step", sleep),
         "taken": lambda: before(ZeroState, "fragments", another_takes_over(config)),
-        "finishing": lambda: before(RunLock, "release", send_signal(1)),
+        "finishing": lambda: before(RunLock, "release", signal_at(1)),
     }[name]()
 
 

@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Triton kernels run in its interpreter; the switch must be on when triton loads
 if not torch.cuda.is_available():
@@ -25,6 +26,11 @@ if not torch.cuda.is_available():
     from tests.support import interpreter
 
     interpreter.start()
+
+
+# No limit on the time of a random case, or of drawing it: a loaded machine exceeds any
+settings.register_profile("nextpt", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nextpt")
 
 
 @pytest.fixture(scope="session")

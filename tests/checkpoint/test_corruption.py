@@ -121,7 +121,9 @@ def check(root: Path, damage: Callable[[Files, Files], Files]) -> None:
 
 @pytest.mark.thorough
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(damage=damages())
 def test_every_damage_is_detected(root: Path, damage: Callable[[Files, Files], Files]) -> None:
@@ -130,7 +132,9 @@ def test_every_damage_is_detected(root: Path, damage: Callable[[Files, Files], F
 
 @pytest.mark.slow
 @settings(
-    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=1000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(damage=damages())
 def test_a_thousand_damages_are_detected(

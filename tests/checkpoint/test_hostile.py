@@ -329,7 +329,9 @@ def paths_of_values(value: Any, path: tuple = ()) -> list[tuple]:
 
 @pytest.mark.thorough
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     name=st.sampled_from(["manifest.json", "state.json", INDEX]),
@@ -447,7 +449,7 @@ def test_no_path_through_loading_runs_code(tmp_path: Path) -> None:
         [sys.executable, "-c", LOAD, *map(str, (good, fallback, refused, pickled))],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert completed.stdout.split() == [
         "read",

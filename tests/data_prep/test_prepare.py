@@ -172,7 +172,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.mark.thorough
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=150,
+)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_any_unicode_text_survives_and_its_bytes_are_counted(
     tokenizer: Tokenizer, text: str

@@ -92,7 +92,9 @@ def coder(tmp_path_factory: pytest.TempPathFactory) -> FileCoder:
 
 @pytest.mark.thorough
 @settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     data=st.one_of(

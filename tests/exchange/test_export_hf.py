@@ -161,7 +161,9 @@ def test_rotary_scaling_in_every_architecture(
 
 @pytest.mark.thorough
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_random_configs_give_the_same_logits(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import nextpt.data.loader as loader_module
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config
+from nextpt.data.batch import Batch
 from nextpt.data.loader import Loader
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
@@ -217,20 +222,29 @@ def test_cu_seqlens_have_one_size_over_all_stages(shards: Path) -> None:
 
 
 def test_waiting_is_measured(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time that the caller waited, without the time of prefetching threads."""
-    import time
+    """Time that the caller waited, without the time of prefetching threads.
 
-    read, seconds = Loader._read_step, 0.15
-    monkeypatch.setattr(
-        Loader, "_read_step", lambda self, step: (time.sleep(seconds), read(self, step))[1]
-    )
-    loader = Loader(config_of(shards, GLOBAL), 0, 1)
+    By a clock that only reads of steps 0 and 1 move; later steps are read at the end.
+    """
+    read, seconds, end = Loader._read_step, [0.0], threading.Event()
+
+    def read_slowly(loader: Loader, step: int) -> list[Batch]:
+        if step > 1:
+            end.wait()
+        batches = read(loader, step)
+        seconds[0] += 10.0
+        return batches
+
+    monkeypatch.setattr(Loader, "_read_step", read_slowly)
+    monkeypatch.setattr(loader_module, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    loader = Loader(config_of(shards, GLOBAL, threads=1), 0, 1)
     loader.step_batches(0)
     first = loader.wait_seconds
-    assert first >= seconds
-    time.sleep(6 * seconds)
+    assert first >= 10.0
+    wait([loader._ahead[1]])
     loader.step_batches(1)
-    assert loader.wait_seconds - first < seconds / 3  # it was prefetched
+    assert loader.wait_seconds == first  # it was prefetched
+    end.set()
     loader.close()
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,26 @@ def test_the_batches_of_all_layouts_are_equal(dataset: Path, grouped: Path, pack
     assert batches[0] == batches[1] == batches[2]
 
 
+def descriptors_below(folder: Path) -> int:
+    """Number of open files of this process in a folder; others may come and go in threads."""
+    paths = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            paths.append(os.readlink(descriptor))
+    return sum(path.startswith(f"{folder}/") for path in paths)
+
+
 @pytest.mark.thorough
 def test_open_maps_and_descriptors_are_bounded(dataset: Path, tmp_path: Path) -> None:
     folder = rewrite(dataset, tmp_path / "d", shard_sequences=2)
     sequences = sequences_of(folder, "train", "code")
     shards = len(sequences._store.index)
     assert shards > 3 * MAPS
-    descriptors = len(os.listdir("/proc/self/fd"))
     arrays = [sequences[i].tokens for i in range(4)]
     for i in range(len(sequences)):
         sequences[i]
     maps = sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
-    assert maps <= MAPS + 2 and len(os.listdir("/proc/self/fd")) <= descriptors + 1
+    assert maps <= MAPS + 2 and descriptors_below(folder) <= 1
     # Views outlive the reader's map of their shard
     assert arrays[0].tobytes() == sequences[0].tokens.tobytes()
 
@@ -125,7 +134,7 @@ def test_a_shard_that_is_needed_does_not_wait_behind_prefetched_ones(
     sequences.prepare(range(5))
     with ThreadPoolExecutor(1) as caller:
         assert (
-            caller.submit(lambda: sequences[0]).result(30).tokens.tobytes()
+            caller.submit(lambda: sequences[0]).result(300).tokens.tobytes()
             == sequences_of(grouped, "train", "code", tmp_path)[0].tokens.tobytes()
         )
         busy.set()
@@ -295,7 +304,7 @@ def test_a_shard_is_hashed_once_per_machine_and_again_when_it_changes(
 def _hold(folder: str, ready: Any) -> None:
     with ScratchFolder(folder).lock("x"):
         ready.set()
-        time.sleep(60)
+        time.sleep(600)
 
 
 @pytest.mark.process
@@ -304,7 +313,7 @@ def test_a_crash_leaves_no_lock_behind(tmp_path: Path) -> None:
     ready = context.Event()
     process = context.Process(target=_hold, args=(str(tmp_path), ready))
     process.start()
-    assert ready.wait(60)
+    assert ready.wait(300)
     with ThreadPoolExecutor(1) as thread:
 
         def take() -> str:
@@ -315,7 +324,7 @@ def test_a_crash_leaves_no_lock_behind(tmp_path: Path) -> None:
         time.sleep(0.2)
         assert not waiting.done()
         os.kill(process.pid, signal.SIGKILL)
-        assert waiting.result(20) == "taken"
+        assert waiting.result(300) == "taken"
     process.join()
 
 

@@ -363,7 +363,7 @@ def test_a_browser_renders_it(dataset: Path, tmp_path: Path, width: int) -> None
     runs = [make_run(dataset, tmp_path / "one"), make_run(dataset, tmp_path / "two", offset=0.2)]
     write_report(runs, tmp_path / "all.html")
     with chromium.page(tmp_path / "all.html", width) as browser:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while browser.execute_script("return document.readyState") != "complete":
             assert time.monotonic() < deadline
         assert browser.get_log("browser") == []

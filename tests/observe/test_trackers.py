@@ -173,7 +173,7 @@ def test_wandb_offline_writes_what_sync_sends(dataset: Path, tmp_path: Path) -> 
     config = config_with(dataset, tmp_path / "run", wandb={"project": "tests", "mode": "offline"})
     log(config, 1, range(1, 4))
     # Another process writes the file, and may not have written all of it when the run has finished
-    for attempt in Retrying(stop=stop_after_delay(60), wait=wait_fixed(0.1), reraise=True):
+    for attempt in Retrying(stop=stop_after_delay(300), wait=wait_fixed(0.1), reraise=True):
         with attempt:
             records = wandb_records(tmp_path / "run")
             assert records[-1].WhichOneof("record_type") == "exit"

@@ -81,12 +81,18 @@ class BatchEvent:
 
 @dataclass(frozen=True)
 class ValidationEvent:
-    """Metrics of the validation split after `step` steps, by domain and in total."""
+    """Metrics of the validation split after `step` steps, by domain and in total.
+
+    Attributes:
+        averages: Name of an average of the weights, such as "ema-0.999" -> its "domains" and
+            "total"; empty unless `validation.averages` is set.
+    """
 
     step: int
     tokens: int
     domains: dict[str, dict[str, float]]
     total: dict[str, float]
+    averages: dict[str, dict[str, Any]] = field(default_factory=dict)
     time: float = field(default_factory=time.time)
     kind: str = "validation"
 

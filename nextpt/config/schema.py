@@ -254,6 +254,15 @@ class Config(Section):
             )
 
     @model_validator(mode="after")
+    def _check_validation(self) -> Config:
+        if self.validation.averages and not self.train.ema_decays:
+            raise ValueError(
+                "validation.averages = true, but the run keeps no averages of its weights; set"
+                " their decays in train.ema, or validation.averages=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_optimizer(self) -> Config:
         if self.model.tied_embeddings and self.optimizer.output != AdamWGroup():
             raise ValueError(

@@ -37,3 +37,8 @@ class ValidationSection(Section):
             "limit_val_batches",
         ),
     )
+    averages: bool = key(
+        False,
+        description="validate the averages of train.ema too, at the cost of one more validation per"
+        " decay",
+    )

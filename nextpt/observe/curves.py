@@ -24,6 +24,8 @@ MAX_POINTS = 1500  # of a line; longer ones are thinned, keeping the extremes of
 NOISE_SHARE = 0.2  # fraction of the run over which the noise scale is averaged
 # Fraction of the run whose losses may leave the axes: the first steps would flatten all others
 WARM_UP_SHARE = 0.05
+# Lines of the validation: the weights that are trained, then their averages
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -186,20 +188,21 @@ def _loss(
             marker="o" if len(x) == 1 else None,
             label=f"{name}, training",
         )
-        if held := [
-            (e["tokens"], e["domains"][domain][validation_key])
-            for e in run.validation
-            if domain in e["domains"]
-        ]:
+        curves = _validation_curves(run, domain, validation_key)
+        for (weights, points), style in zip(
+            curves.items(), itertools.cycle(LINE_STYLES), strict=False
+        ):
+            label = f"{name}, {weights}" if weights else name
             axes.plot(
-                *zip(*held, strict=True),
+                *zip(*points, strict=True),
                 color=colour,
-                linewidth=2.2,
-                marker="o",
+                linewidth=1.2 if weights else 2.2,
+                linestyle=style,
+                marker=None if weights and len(points) > 1 else "o",
                 markersize=5,
-                label=f"{name}, validation",
+                label=f"{label}, validation",
             )
-            parts.append(f"{name} ends at {held[-1][1]:.3f} on the validation split")
+            parts.append(f"{label} ends at {points[-1][1]:.3f} on the validation split")
         tops.append(
             np.nanmax(np.where((x >= WARM_UP_SHARE * x[-1]) & np.isfinite(y), y, -math.inf))
         )
@@ -212,6 +215,18 @@ def _loss(
         axes.set_ylim(bottom, top + 0.05 * max(top - bottom, 1e-3))
     axes.legend(fontsize=8, ncols=1 if len(lines) < 4 else 2)
     return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
+
+
+def _validation_curves(run: RunRecord, domain: str, key: str) -> dict[str, list[tuple[int, float]]]:
+    """Return (tokens, metric) by name of the weights: "" for those trained, then the averages."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for event in run.validation:
+        for weights, metrics in {"": event, **event.get("averages", {})}.items():
+            if domain in metrics["domains"]:
+                curves.setdefault(weights, []).append(
+                    (event["tokens"], metrics["domains"][domain][key])
+                )
+    return curves
 
 
 def _domain_metric(event: dict[str, Any], domain: str, key: str) -> float:

@@ -69,12 +69,18 @@ def config_differences(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
 
 
 def validation_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
-    """Return validation metrics as rows, one per run, step and domain."""
+    """Return validation metrics as rows, one per run, step, average of the weights and domain.
+
+    `weights` is empty for the weights that are trained.
+    """
     return [
-        {"run": run.label, "step": e["step"], "tokens": e["tokens"], "domain": name} | figures
+        {"run": run.label, "step": e["step"], "tokens": e["tokens"]}
+        | {"weights": weights, "domain": domain}
+        | metrics
         for run in runs
         for e in run.validation
-        for name, figures in e["domains"].items()
+        for weights, by_domain in {"": e, **e.get("averages", {})}.items()
+        for domain, metrics in by_domain["domains"].items()
     ]
 
 

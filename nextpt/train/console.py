@@ -104,11 +104,12 @@ def _describe(event: Event) -> str:
     """One line about an event other than a step."""
     match event:
         case ValidationEvent():
-            parts = [
-                f"{name} {metrics['nats_per_token']:.3f} nats {metrics['bpb']:.3f} bpb"
-                for name, metrics in event.domains.items()
+            parts = [_domain_losses(event.domains)]
+            parts += [
+                f"{name}: {_domain_losses(metrics['domains'])}"
+                for name, metrics in event.averages.items()
             ]
-            return f"validation, step {event.step}: " + ", ".join(parts)
+            return f"validation, step {event.step}: " + "; ".join(parts)
         case BatchEvent():
             return (
                 f"batch of {event.batch_size} sequences after step {event.step}: the noise scale is"
@@ -139,6 +140,13 @@ def _describe(event: Event) -> str:
         case MirrorEvent():
             return _describe_mirror(event)
     raise TypeError(f"{type(event).__name__} has no line on the console")
+
+
+def _domain_losses(domains: dict[str, dict[str, float]]) -> str:
+    return ", ".join(
+        f"{name} {metrics['nats_per_token']:.3f} nats {metrics['bpb']:.3f} bpb"
+        for name, metrics in domains.items()
+    )
 
 
 def _describe_mirror(event: MirrorEvent) -> str:

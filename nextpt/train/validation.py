@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from nextpt.base.collective import run_on_all_ranks_or_stop
+from nextpt.checkpoint.state import average_kind
 from nextpt.evaluate.metrics import DomainSums, metrics_json
 from nextpt.events import ValidationEvent
 from nextpt.train.context import TrainingContext
@@ -42,14 +43,17 @@ class Validator:
         Returns:
             False when a rank was asked to stop before the end; no event is published then.
         """
-        engine, domains = self.context.engine, self.context.loader.domains
-        sums = DomainSums(domains, engine.device)
-        with engine.evaluating() as module:
-            for domain in range(len(domains)):
-                if not self._add_domain(domain, module, sums, step):
+        metrics = self._measure(step)
+        if metrics is None:
+            return False
+        averages, state = {}, self.context.engine.state
+        if self.context.config.validation.averages:
+            for decay in state.begun_averages():
+                with state.averaged_weights(decay):
+                    average_metrics = self._measure(step)
+                if average_metrics is None:
                     return False
-        engine.all_reduce(sums.sums)
-        metrics = metrics_json(sums)
+                averages[average_kind(decay)] = average_metrics
         loss = metrics["total"]["nats_per_token"]
         self.latest = {"step": step, "nats_per_token": loss if math.isfinite(loss) else None}
         self.context.events.publish(
@@ -58,9 +62,21 @@ class Validator:
                 tokens=self.context.loader.batches.consumed_tokens(step),
                 domains=metrics["domains"],
                 total=metrics["total"],
+                averages=averages,
             )
         )
         return True
+
+    def _measure(self, step: int) -> dict[str, Any] | None:
+        """Metrics of the current weights; None when a rank was asked to stop. Collective."""
+        engine, domains = self.context.engine, self.context.loader.domains
+        sums = DomainSums(domains, engine.device)
+        with engine.evaluating() as module:
+            for domain in range(len(domains)):
+                if not self._add_domain(domain, module, sums, step):
+                    return None
+        engine.all_reduce(sums.sums)
+        return metrics_json(sums)
 
     def _add_domain(self, domain: int, module: TrainingModule, sums: DomainSums, step: int) -> bool:
         """Add the sums of one domain; False when a rank was asked to stop."""

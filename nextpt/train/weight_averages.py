@@ -9,6 +9,7 @@ divided among ranks as they are, and equal at every ZeRO stage. A bad step moves
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,37 @@ class AveragedState(ZeroState):
                     moved = part + (weights[start : start + CHUNK] - part) * share
                     # Selected, not multiplied by 0, which would lose the sign of a zero.
                     part.copy_(torch.where(bad, part, moved))
+
+    def begun_averages(self) -> list[float]:
+        """Decays of the averages that have seen a step; waits for the device."""
+        return [decay for decay, seen in self._seen.items() if float(seen) > 0]
+
+    @contextmanager
+    def averaged_weights(self, decay: float) -> Iterator[None]:
+        """Compute with an average in the place of the weights. Collective.
+
+        Weights and average change places, which takes no memory, and change back at the end. After
+        an exception the fp32 weights and the averages are right, which is the state that is saved;
+        the working weights are not: to gather them would wait for ranks that may not come.
+        """
+        self._exchange(decay)
+        try:
+            self._update_working_weights()
+            yield
+        finally:
+            self._exchange(decay)
+        self._update_working_weights()
+
+    @torch.no_grad()
+    def _exchange(self, decay: float) -> None:
+        """Exchange the values of fp32 weights and average on this rank."""
+        for flat, average in self._averages[decay].items():
+            weights, values = flat.detach().view(-1), average.view(-1)
+            for start in range(0, len(values), CHUNK):
+                weight, value = weights[start : start + CHUNK], values[start : start + CHUNK]
+                kept = weight.clone()
+                weight.copy_(value)
+                value.copy_(kept)
 
     def fragments(self) -> Iterator[Fragment]:
         """As `ZeroState.fragments`, and this rank's part of the averages."""

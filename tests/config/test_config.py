@@ -69,6 +69,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("train", {"tokens": 100}, ["train.steps", "train.tokens"]),
         ("model", {"max_position": 16}, ["data.sequence_length = 32", "model.max_position = 16"]),
         ("schedule", {"warmup": 11}, ["schedule.warmup = 11", "10"]),
+        ("validation", {"averages": True}, ["validation.averages = true", "train.ema"]),
         ("objective", {"domain_weights": {"code": -1.0}}, ["objective.domain_weights.code", "-1"]),
     ],
 )

@@ -247,6 +247,25 @@ def test_several_runs_share_the_plots_and_show_what_differs(dataset: Path, tmp_p
 
 
 @pytest.mark.thorough
+def test_averages_of_the_weights_are_shown_by_name(dataset: Path, tmp_path: Path) -> None:
+    run = make_run(dataset, tmp_path / "run")
+    write_report([run], tmp_path / "plain.html")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for event in lines:
+        if event["kind"] == "validation":
+            domains = {"code": figures(0.7125), "prose": figures(1.7125)}
+            event["averages"] = {"ema-0.99": {"domains": domains, "total": figures(1.0)}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report([run], tmp_path / "averages.html")
+    plain, averages = ((tmp_path / f"{n}.html").read_text() for n in ("plain", "averages"))
+    assert "prose, ema-0.99 ends at 1.712 on the validation split" in averages
+    table = averages[averages.index("Validation as a table") :]
+    assert table.count('<td class="left">ema-0.99</td>') == 8
+    assert table.count('<td class="left">trained</td>') == 8 and "0.7125" in table
+    assert "ema-" not in plain and '<td class="left">trained</td>' not in plain
+
+
+@pytest.mark.thorough
 def test_a_run_just_begun_has_a_report(dataset: Path, tmp_path: Path) -> None:
     run = make_run(dataset, tmp_path / "run", steps=1, full=False)
     with open(run / "metrics.jsonl", "a") as file:

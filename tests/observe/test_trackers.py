@@ -71,7 +71,11 @@ def test_scalars_are_flat_and_leave_out_what_is_not_known() -> None:
         and values["train/tokens"] == 300
     )
     assert "train/mfu" not in values and "train/step" not in values and "train/time" not in values
-    assert scalars(ValidationEvent(1, 100, DOMAINS, {"bpb": 1.0}))["validation/total/bpb"] == 1.0
+    averages = {"ema-0.99": {"domains": DOMAINS, "total": {"bpb": 0.9}}}
+    values = scalars(ValidationEvent(1, 100, DOMAINS, {"bpb": 1.0}, averages))
+    assert values["validation/total/bpb"] == values["validation/code/bpb"] == 1.0
+    assert values["validation/averages/ema-0.99/total/bpb"] == 0.9
+    assert values["validation/averages/ema-0.99/code/nats_per_token"] == 2.0
 
 
 def test_tensorboard_reads_the_curves_and_a_resume_hides_repeated_steps(

@@ -63,6 +63,8 @@ def case(name: str, config: Config) -> Any:
     return {
         "starting": lambda: before(run, "open_run_folder", signal_at(1)),
         "validating": lambda: before(Loader, "validation_batches", signal_at(1)),
+        # Step 2 is the first validation, of two domains: the third call is of an average
+        "validating an average": lambda: before(Loader, "validation_batches", signal_at(3)),
         "saving": lambda: before(ZeroState, "fragments", signal_at(1)),
         "crashing": lambda: before(Loader, "step_batches", crash),
         "sleeping": lambda: before(Engine, "step", sleep),

@@ -6,6 +6,7 @@ writes their results to OUT on rank 0:
     {"train": config}                  trains or resumes a run; its error or null
     {"reload": config, "to": folder}   loads the run's newest checkpoint and saves it again
     {"bad step": config}               makes a good, a bad and a good step
+    {"average": config}                computes with an average of the weights, and fails in it
     {"weights": config}                makes three steps with the same data on every rank
 
 each with "kind": optimizer.kind, this one where it is left out.
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -123,13 +125,13 @@ def reload(job: dict[str, Any], device: torch.device) -> None:
     save(Path(job["to"]), engine.state, extras, {}, group)
 
 
-def digest(engine: Engine) -> str:
-    """Hash of master weights, optimizer state and working weights of this rank."""
+def digest(engine: Engine, *, working: bool = True) -> str:
+    """Hash of master weights, optimizer state and, where asked, working weights of this rank."""
     total = xxhash.xxh3_128(json.dumps(engine.state.scalars()).encode())
     for fragment in engine.state.fragments():
         total.update(f"{fragment.name} {fragment.kind}".encode())
         total.update(fragment.tensor.numpy().tobytes())
-    for parameter in engine.model.parameters():
+    for parameter in engine.model.parameters() if working else ():
         total.update(getattr(parameter, "ds_tensor", parameter).detach().float().numpy().tobytes())
     return total.hexdigest()
 
@@ -153,6 +155,34 @@ def bad_step(job: dict[str, Any], device: torch.device) -> dict[str, list[Any]]:
     reasons = [verdict.reason for verdict in engine.spike_detector.read()]
     every = RankGroup.world().all_gather(digests)
     return {"digests": every, "reasons": reasons, "ratios": [engine.update_ratios()]}
+
+
+def average(job: dict[str, Any], device: torch.device) -> list[dict[str, list[str]]]:
+    """Digests by rank, with the working weights and without them.
+
+    Of the state after two steps, with the average in the place of the weights, after it, and after
+    an exception in it.
+    """
+    from tests.support.dynamics_probe import batch_of, local_weight_sum, population
+
+    engine, sequences = Engine(load(job), device), population()
+    for start in (0, 8):
+        batches = [batch_of(sequences[start + 2 * i : start + 2 * i + 2]) for i in range(4)]
+        engine.step(batches, engine.all_reduce(local_weight_sum(batches)), 1e-2)
+    digests: dict[str, list[str]] = {"all": [], "saved": []}
+
+    def record() -> None:
+        digests["all"].append(digest(engine))
+        digests["saved"].append(digest(engine, working=False))
+
+    record()
+    with engine.state.averaged_weights(0.9):
+        record()
+    record()
+    with suppress(ValueError), engine.state.averaged_weights(0.9):
+        raise ValueError
+    record()
+    return RankGroup.world().all_gather(digests)
 
 
 def joined(parts: list[tuple[int, list[float]]]) -> str:
@@ -194,7 +224,13 @@ def weights(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-JOBS = {"train": train, "reload": reload, "bad step": bad_step, "weights": weights}
+JOBS = {
+    "train": train,
+    "reload": reload,
+    "bad step": bad_step,
+    "average": average,
+    "weights": weights,
+}
 
 
 def main(jobs: str, out: str) -> None:

@@ -4,7 +4,7 @@ Differences from DeepSpeed's defaults:
 
 - Its JIT-built shared-memory collective is off on CPUs. A process that is killed while it builds
   leaves a lock on which every later run hangs. gloo alone gives the same losses and needs no
-  compiler.
+  compiler. Which other ops could be compiled is not asked either: that runs the compiler too.
 - Its host-side checks of the gradient norm are off. They synchronise in every step and skip steps
   silently. Clipping and the guard run in our optimizers, on the device (nextpt/optim).
 - Its checkpoints are not used (nextpt/checkpoint).
@@ -61,6 +61,7 @@ compiler.compile = _leave_uncompiled
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 VERSION: str = deepspeed.__version__
+SHARED_MEMORY_OP = "deepspeed_shm_comm"  # the only op that a process group asks for
 
 
 def op_names() -> tuple[list[str], list[str]]:
@@ -78,7 +79,8 @@ def init_process_group(backend: str, timeout_minutes: float) -> None:
         OSError: The ranks cannot connect.
     """
     if backend == "gloo":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Set, not changed: reading it would compile test programs for every op of DeepSpeed.
+        deepspeed.ops.__compatible_ops__ = {SHARED_MEMORY_OP: False}
     deepspeed.init_distributed(
         dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False
     )

@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
+from pydantic import TypeAdapter
+
+from nextpt.base.errors import DataError, UserError, print_notice
+from nextpt.base.files import atomic_write
+from nextpt.base.json_files import open_regular
 from nextpt.config import BatchSchedule
 
 
@@ -282,32 +287,91 @@ class MetricsFile:
     """Appends events to metrics.jsonl; the keys of a training record are at the top level.
 
     Records of steps that will be made again are removed: at construction those after
-    `resume_step`, at a rollback those after its step.
+    `resume_step`, at a rollback those after its step. Damaged lines are removed then too.
+
+    What the disk refuses is kept and written with the next event. As with checkpoints, that many
+    saves in a row may pass meanwhile.
 
     Args:
         path: The file; created where it is missing.
         resume_step: Step of the checkpoint that the run resumes from, 0 for a new run.
+        max_failures: Consecutive saves without a successful write that end training; 0 ends it at
+            the first refused write.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, max_failures: int = 0) -> None:
         self.path = path
-        self._truncate(resume_step)
+        self.max_failures = max_failures
+        self._pending: list[str] = []
+        self._rollback_step: int | None = None  # step of a rollback that the file does not show yet
+        self._is_failing = False
+        self._failures = 0
+        # Size of the file after the last successful write. Only after a failed one is the file cut
+        # to it: another job that took over the run folder may have written since.
+        self._size = self._truncate(resume_step)
 
-    def _truncate(self, last_step: int) -> None:
-        kept = [line for line in _complete_lines(self.path) if _step_of(line) <= last_step]
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+    def _truncate(self, last_step: int) -> int:
+        """Remove the records of later steps; returns the size of the file."""
+        kept = [line for line, record in _read_lines(self.path) if record["step"] <= last_step]
+        data = b"".join(line + b"\n" for line in kept)
+        with atomic_write(self.path, "wb") as file:
+            file.write(data)
+        return len(data)
 
     def on_event(self, event: Event) -> None:
-        """Append an event."""
+        """Append an event.
+
+        Raises:
+            UserError: The disk has refused for too long.
+        """
         if isinstance(event, RollbackEvent):
-            self._truncate(event.step)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(event), sort_keys=True) + "\n")
+            self._rollback_step = event.step
+            self._pending = [
+                line for line in self._pending if json.loads(line)["step"] <= event.step
+            ]
+        self._pending.append(json.dumps(asdict(event), sort_keys=True) + "\n")
+        try:
+            self._write()
+        except OSError as error:
+            self._record_failure(error, isinstance(event, CheckpointEvent | SaveFailedEvent))
+        else:
+            self._is_failing, self._failures = False, 0
+
+    def _write(self) -> None:
+        if self._rollback_step is not None:
+            self._size = self._truncate(self._rollback_step)
+            self._rollback_step = None
+        data = "".join(self._pending).encode()
+        with open(self.path, "ab") as file:
+            if self._is_failing and file.tell() > self._size:  # part of a write that failed
+                file.truncate(self._size)
+            file.write(data)
+            file.flush()
+            self._size = file.tell()
+        self._pending = []
+
+    def _record_failure(self, error: OSError, is_save: bool) -> None:
+        problem = f"{self.path} cannot be written: {error.strerror or error}"
+        self._failures += is_save
+        if self._failures >= self.max_failures:
+            raise UserError(f"{problem}; free some space, the same command resumes") from error
+        if not self._is_failing:
+            self._is_failing = True
+            print_notice(
+                f"warning: {problem}; its records are kept and written later, training goes on (see"
+                " checkpoint.on_failure)"
+            )
 
     def close(self) -> None:
-        """Do nothing: every event is written already."""
+        """Write what is left; says so where that fails."""
+        try:
+            if self._pending:
+                self._write()
+        except OSError as error:
+            print_notice(
+                f"warning: {self.path} lacks the last {len(self._pending)} records:"
+                f" {error.strerror or error}"
+            )
 
 
 # Keys of files written before 2026-12, and what they are called now
@@ -319,6 +383,8 @@ RENAMED_KEYS = {
     "stop_sample": "stop_sequence",
 }
 RENAMED_STATUSES = {"passed over": "skipped"}  # of mirror events
+METRICS = {"nats_per_token", "bpb"}  # that every part of a record has
+LARGEST_STEP = 2**63  # above any step that can be reached; a larger number is damage
 
 
 def rename_old_keys(value: Any) -> Any:
@@ -333,12 +399,12 @@ def rename_old_keys(value: Any) -> Any:
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Read all records of a metrics file, or those of one kind, under today's names.
 
-    A torn last line (of a killed run) is skipped.
+    Damaged lines are skipped and reported, a torn last line (of a killed run) is only skipped.
+
+    Raises:
+        DataError: The file cannot be read.
     """
-    records = [rename_old_keys(json.loads(line)) for line in _complete_lines(path)]
-    for record in records:
-        if record.get("status") in RENAMED_STATUSES:
-            record["status"] = RENAMED_STATUSES[record["status"]]
+    records = [record for _, record in _read_lines(path)]
     return [record for record in records if kind is None or record["kind"] == kind]
 
 
@@ -349,17 +415,62 @@ def decided_batches(planned: BatchSchedule, path: Path) -> BatchSchedule:
     return planned
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of a metrics file without torn ones; none when there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if _step_of(line) >= 0]
-
-
-def _step_of(line: str) -> int:
-    """Step of a line; -1 for one that is torn."""
+def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Lines of a metrics file and their records, without damaged ones; none without a file."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1
+        with open_regular(path, follow_links=True) as file:
+            lines = file.read().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    kept, damaged = [], 0
+    for number, line in enumerate(lines, 1):
+        if record := _parse(line):
+            kept.append((line, record))
+        elif line and number < len(lines):
+            damaged += 1
+    if damaged:
+        _report_damage(path, damaged)
+    return kept
+
+
+@functools.cache
+def _report_damage(path: Path, lines: int) -> None:
+    """Print once that a file has damaged lines, however often this process reads it."""
+    print_notice(f"warning: {path} has {lines} damaged line{'s' if lines > 1 else ''}; skipped")
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None for one that is torn, damaged or no event."""
+    try:
+        record = rename_old_keys(json.loads(line.decode()))
+        kind, step = record["kind"], record["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(kind, str) or type(step) is not int or not 0 <= step < LARGEST_STEP:
+        return None
+    if record.get("status") in RENAMED_STATUSES:
+        record["status"] = RENAMED_STATUSES[record["status"]]
+    return record if _has_fields(kind, record) else None
+
+
+def _has_fields(kind: str, record: dict[str, Any]) -> bool:
+    """Whether a record has the fields of its kind, with their types; of a newer kind, any."""
+    adapter = _adapters().get(kind)
+    if adapter is None:
+        return True
+    try:
+        adapter.validate_json(json.dumps(record), strict=True)
+    except ValueError:  # pydantic's error is one
+        return False
+    if kind == "train" and not record["tokens_per_second"] > 0:
+        return False
+    parts = [*record.get("domains", {}).values(), *([record["total"]] if "total" in record else [])]
+    return all(part.keys() >= METRICS for part in parts)
+
+
+@functools.cache
+def _adapters() -> dict[str, TypeAdapter[Event]]:
+    """Validators of the events, by kind."""
+    return {vars(event)["kind"]: TypeAdapter(event) for event in get_args(Event)}

@@ -17,7 +17,13 @@ import torch
 import torch.distributed as dist
 
 from nextpt.base import errors
-from nextpt.base.errors import EXIT_USER_ERROR, ConfigError, UserError, same_on_all_ranks
+from nextpt.base.errors import (
+    EXIT_USER_ERROR,
+    ConfigError,
+    UserError,
+    describe_os_error,
+    same_on_all_ranks,
+)
 from nextpt.base.files import canonical_json
 
 T = TypeVar("T")
@@ -219,9 +225,7 @@ def _pack(error: UserError | OSError) -> list[Any]:
     """Class, message and exit code of an error, as JSON."""
     if isinstance(error, UserError):
         return [type(error).__name__, str(error), error.exit_code]
-    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    text += "; is the disk full or the folder not writable?"
-    return [UserError.__name__, text, EXIT_USER_ERROR]
+    return [UserError.__name__, describe_os_error(error), EXIT_USER_ERROR]
 
 
 def _unpack(packed: list[Any], prefix: str = "") -> UserError:

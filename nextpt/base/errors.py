@@ -3,8 +3,10 @@
 The message of each error is one line: what is wrong, the value, what was expected, what to do.
 """
 
+import errno
 import sys
 import warnings
+from contextlib import suppress
 from typing import TextIO, TypeVar
 
 # Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of
@@ -17,6 +19,9 @@ EXIT_NO_VALID_CHECKPOINT = 65
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop; the same command continues
 # No progress: a rank or the network does not answer; the same command continues on sound machines
 EXIT_HUNG = 76
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class DeprecatedNameWarning(FutureWarning):
@@ -43,6 +48,12 @@ def print_warnings_to_users() -> None:
     warnings.showwarning = print_line
 
 
+def print_notice(text: str) -> None:
+    """Print a line for the user on stderr; a log on a full disk goes without."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 class UserError(Exception):
     """An error that the user can fix; shown without a traceback.
 
@@ -64,6 +75,16 @@ def same_on_all_ranks(error: Error) -> Error:
     """Mark an error that all ranks raise alike, so that only rank 0 prints it; returns it."""
     error.every_rank = False
     return error
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line: the file, what the system says of it, and what to do."""
+    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if error.errno in DISK_FULL:
+        return f"{text}; free some space"
+    if error.errno in NOT_WRITABLE:
+        return f"{text}; give a folder that this user can write"
+    return text
 
 
 class ConfigError(UserError):

@@ -29,16 +29,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, never through a symbolic link.
+def open_regular(path: Path, *, follow_links: bool = False) -> BinaryIO:
+    """Open a regular file for reading, never through a symbolic link unless that is allowed.
 
     Raises:
         OSError: Also for a symbolic link, a pipe, a device or a folder.
     """
-    if path.is_symlink():  # for the message; the flag below is what keeps the promise
+    if path.is_symlink() and not follow_links:  # for the message; the flag keeps the promise
         raise OSError(f"{path.name} is a symbolic link")
     # A pipe must not make it wait
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(f"{path.name} is not a plain file")

@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+LARGEST_PID = 2**31 - 1  # pid_t of Linux
+LATEST_TIME = 2**40  # seconds since 1970; a record with a later time is damaged
 POLL_SECONDS = 1.0  # between two checks that the ancestors are alive
 
 
@@ -77,6 +79,24 @@ def process_identity() -> dict[str, Any]:
         "pid": os.getpid(),
         "started": start_ticks(os.getpid()),
     }
+
+
+def parse_identity(value: Any) -> dict[str, Any]:
+    """Check that a JSON value, which anyone may have written, is one of `process_identity`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    for key in ("host", "machine"):
+        if not isinstance(value.get(key), str):
+            raise ValueError(f"{key} is no text")
+    if type(value.get("pid")) is not int or not 0 < value["pid"] <= LARGEST_PID:
+        raise ValueError("pid is not the number of a process")
+    if not isinstance(value.get("started"), str | None):
+        raise ValueError("started is no text")
+    return value
 
 
 def is_on_this_machine(identity: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,7 +28,8 @@ PLAIN_SECONDS = 10.0  # least time between two steps that are printed without a 
 def print_on_rank_0(group: RankGroup, text: str) -> None:
     """Print a line for the user on rank 0 alone."""
     if group.rank == 0:
-        print(text, flush=True)
+        with suppress(OSError):  # a full disk under the log: no reason to end
+            print(text, flush=True)
 
 
 class ConsoleListener:
@@ -63,7 +65,11 @@ class ConsoleListener:
             self.progress.start()
 
     def on_event(self, event: Event) -> None:
-        """Print an event."""
+        """Print an event; a log on a full disk goes without."""
+        with suppress(OSError):
+            self._print(event)
+
+    def _print(self, event: Event) -> None:
         if isinstance(event, StepEvent):
             self._print_step(event)
         else:
@@ -97,7 +103,8 @@ class ConsoleListener:
     def close(self) -> None:
         """End the progress line."""
         if self.progress is not None:
-            self.progress.stop()
+            with suppress(OSError):
+                self.progress.stop()
 
 
 def _describe(event: Event) -> str:

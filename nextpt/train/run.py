@@ -196,5 +196,8 @@ def _listeners(
     trackers = open_trackers(config, first_step)
     files: list[Listener] = []
     if config.trackers.jsonl:
-        files.append(MetricsFile(config.run_dir / "metrics.jsonl", first_step - 1))
+        settings = config.checkpoint
+        max_failures = settings.max_failures if settings.on_failure == "continue" else 0
+        path = config.run_dir / "metrics.jsonl"
+        files.append(MetricsFile(path, first_step - 1, max_failures))
     return [*files, *trackers, ConsoleListener(first_step, last_step)]

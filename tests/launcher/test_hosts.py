@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from launcher.jobs.hosts import Host, exported_variables, read_hostfile
 from launcher.jobs.supervise import supervise
 from nextpt.base.errors import ConfigError
+from nextpt.events import StepEvent
 from nextpt.job.exit_record import write_exit_record
 
 
@@ -128,7 +130,8 @@ class Trainings:
         with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
             for _ in range(steps):
                 self.step += 1
-                file.write(json.dumps({"kind": "train", "step": self.step}) + "\n")
+                event = StepEvent(self.step, self.step, 1.0, 0.5, 1e-3, 2.0, 100.0)
+                file.write(json.dumps(asdict(event)) + "\n")
         if saved:
             (self.run / "checkpoints" / f"step-{self.step:09d}").mkdir(parents=True)
             (self.run / "checkpoints" / f"step-{self.step:09d}" / "manifest.json").touch()

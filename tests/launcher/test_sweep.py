@@ -63,7 +63,9 @@ def finish(ladder: Ladder, rung: NamedRun, time: float = 1e9, law: dict[str, flo
     )
     metrics = MetricsFile(folder / "metrics.jsonl", 0)
     metrics.on_event(StepEvent(1, 512, 6.0, 3.0, 1e-3, 1.0, 100.0, time=time))
-    metrics.on_event(ValidationEvent(config.total_steps, tokens, {}, {"nats_per_token": loss}))
+    metrics.on_event(
+        ValidationEvent(config.total_steps, tokens, {}, {"nats_per_token": loss, "bpb": loss})
+    )
 
 
 @pytest.mark.thorough

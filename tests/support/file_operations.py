@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -154,6 +155,21 @@ def refusing(pattern: str, number: int) -> Iterator[None]:
         yield
     finally:
         os.fsync, checkpoint_format.save_file, _refused = sync, save_file, None
+
+
+@contextmanager
+def full_disk(size: int = 0) -> Iterator[None]:
+    """No file that this process writes may grow (EFBIG): a full disk that needs no mount.
+
+    The first `size` bytes of a file can be written, as where the disk has a little room left.
+    Output that pytest captures at the file descriptor cannot grow either: use `capsys`.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _install() -> None:

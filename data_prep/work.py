@@ -10,28 +10,25 @@ the stage fails when all other items are done.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nextpt.base.errors import DataPrepError, UserError
-from nextpt.base.files import atomic_write
-from nextpt.base.processes import has_ended, process_identity
+from nextpt.base.files import atomic_write, create_file
+from nextpt.base.json_files import read_json
+from nextpt.base.processes import has_ended, parse_identity, process_identity
 
 HEARTBEAT = 5.0  # seconds between touches of a lease
 # Seconds without a heartbeat after which a worker counts as dead; far above the delays of shared
 # file systems
 STALE = 90.0
 LEASE_BYTES = 512  # room for the longest host name
-# Of os.link, on a file system that has no hard links
-WITHOUT_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 POLL = 0.2  # seconds between polls of the items of other workers
 
 
@@ -184,9 +181,9 @@ def _lease(work: Path, name: str) -> Iterator[Lease | None]:
     path = work / "leases" / name
     # Without its parents: when WORK is gone, another worker has finished
     path.parent.mkdir(exist_ok=True)
-    if path.exists() and _is_dead(path):
+    if os.path.lexists(path) and _is_dead(path):
         path.unlink(missing_ok=True)
-    if not _create(path, _owner(0)):
+    if not create_file(path, _owner(0)):
         yield None
         return
     lease = Lease(path)
@@ -196,47 +193,17 @@ def _lease(work: Path, name: str) -> Iterator[Lease | None]:
         lease.release()
 
 
-def _create(path: Path, content: str) -> bool:
-    """Create a file that has its content from its first moment; False if it exists.
-
-    A worker that is killed while it creates its lease leaves none that nobody can read.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.link(temporary, path)
-    except FileExistsError:
-        # NFS says so too of a link that it made, when its first answer was lost (open(2), O_EXCL)
-        return os.stat(temporary).st_nlink == 2
-    except OSError as error:
-        if error.errno not in WITHOUT_LINKS:
-            raise
-        return _create_in_place(path, content)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
-
-
-def _create_in_place(path: Path, content: str) -> bool:
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(content)
-    except FileExistsError:
-        return False
-    return True
-
-
 def _is_dead(path: Path) -> bool:
     """Whether the holder of a lease has ended.
 
     That is known at once on this host, and after a silence of STALE seconds on another.
     """
     try:
-        silent = time.time() - path.stat().st_mtime
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        silent = time.time() - path.lstat().st_mtime
+        owner = parse_identity(read_json(path))
     except FileNotFoundError:
         return False
-    except ValueError:  # being written, or cut off by a full disk
+    except (ValueError, OSError):  # being written, damaged, or no plain file
         return silent > STALE
     return silent > STALE or has_ended(owner)
 
@@ -245,10 +212,9 @@ def advanced(stage: Stage, work: Path, pending: set[int]) -> int:
     """Work done by all workers on items that are not finished, for a progress bar."""
     amount = 0
     for path in (work / "leases").glob(f"{stage.name}-*"):
-        item = int(path.name.rpartition("-")[2])
-        if item in pending:
-            with suppress(OSError, ValueError, KeyError):
-                amount += min(
-                    json.loads(path.read_text(encoding="utf-8"))["advanced"], stage.sizes[item]
-                )
+        # A file with such a name may be of anyone, with any content
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            item = int(path.name.rpartition("-")[2])
+            if item in pending:
+                amount += min(int(read_json(path)["advanced"]), stage.sizes[item])
     return amount

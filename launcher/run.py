@@ -4,22 +4,25 @@ deepspeed launcher/run.py --config configs/demo.yaml train.steps=50 model.depth=
 """
 
 import argparse
-import errno
 import os
 import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 
 # The repository root, not this folder, must be importable: before any other import of nextpt.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from nextpt.base.errors import (  # noqa: E402
+    DISK_FULL,
     EXIT_CRASHED,
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
+    NOT_WRITABLE,
     TrainingStopped,
     UserError,
+    describe_os_error,
     print_warnings_to_users,
 )
 from nextpt.base.processes import command_line, exit_with_ancestors, parent_pid  # noqa: E402
@@ -60,13 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(stopped, file=sys.stderr, flush=True)
         return stopped.exit_code
     except OSError as error:
-        if options.traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if options.traceback or error.errno not in DISK_FULL | NOT_WRITABLE:
             traceback.print_exc()
             return EXIT_CRASHED
-        _print_error(
-            f"no space left for {error.filename or 'the run folder'}; free some and start the same"
-            " command again, it resumes"
-        )
+        _print_error(f"{describe_os_error(error)}; the same command resumes")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -163,7 +163,8 @@ def _exit_orphaned(pid: int) -> None:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk under the log changes no exit code
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Not sys.exit: interpreter teardown after gloo can hang on a peer that has exited.
     os._exit(code)

@@ -78,6 +78,7 @@ def _start_rank(request: dict[str, Any], local_rank: int) -> Rank:
             "LOCAL_SIZE": str(request["slots"]),
             "MASTER_ADDR": request["address"],
             "MASTER_PORT": str(request["port"]),
+            "NEXTPT_SUPERVISOR": str(os.getpid()),
         }
     )
     command = [sys.executable, "-u", str(RUN), f"--local_rank={local_rank}", *request["arguments"]]

@@ -55,13 +55,20 @@ def create_file(path: Path, content: str) -> bool:
     try:
         with _created(temporary, path):
             _write_new(temporary, content)
-            os.link(temporary, path)
-    except FileExistsError:
-        return False
+            return _link(temporary, path)
     except OSError as error:
         if error.errno not in WITHOUT_LINKS:
             raise
         return _create_in_place(path, content)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a new file its name; False if that exists."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # NFS says so too of a link that it made, when its first answer was lost (open(2), O_EXCL)
+        return os.stat(temporary).st_nlink == 2
     return True
 
 

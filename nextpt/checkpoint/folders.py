@@ -149,8 +149,25 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def leftovers(root: Path, prefixes: tuple[str, ...] = (STAGING,)) -> list[Path]:
+    """Folders of saves that are under way or were killed; no files and no links."""
+    return [path for path in _hidden(root, prefixes) if _is_folder(path)]
+
+
+def stray_files(root: Path) -> list[Path]:
+    """Files and links with the name of a save's folder: no job of ours creates them."""
+    return [path for path in _hidden(root, (STAGING, REMOVING)) if not _is_folder(path)]
+
+
+def _hidden(root: Path, prefixes: tuple[str, ...]) -> list[Path]:
+    return [root / name for name in _names(root) if name.startswith(prefixes)]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def clear_leftovers(root: Path) -> None:
-    """Remove what killed saves and removals left. Raises OSError."""
-    for name in _names(root):
-        if name.startswith((STAGING, REMOVING)):
-            shutil.rmtree(root / name)
+    """Remove the folders that killed saves and removals left. Raises OSError."""
+    for path in leftovers(root, (STAGING, REMOVING)):
+        shutil.rmtree(path)

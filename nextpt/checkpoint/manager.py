@@ -20,7 +20,7 @@ from nextpt.base.errors import (
     same_on_all_ranks,
 )
 from nextpt.checkpoint.commit import CommittedCheckpoint, commit, snapshot_on_all_ranks
-from nextpt.checkpoint.folders import clear_leftovers, list_checkpoints, remove, steps
+from nextpt.checkpoint.folders import clear_leftovers, list_checkpoints, remove, steps, stray_files
 from nextpt.checkpoint.format import Checkpoint, Snapshot
 from nextpt.checkpoint.manifest import Lineage, read_manifest
 from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
@@ -126,11 +126,17 @@ class CheckpointManager:
         Raises:
             CheckpointError: See `selection.select_checkpoint` and `mirror.restore.list_mirror`.
         """
-        read_on_rank_0(self.root, self.group, lambda: clear_leftovers(self.root))
+        read_on_rank_0(self.root, self.group, self._clear)
         checkpoint = self._select() if self.mirror is None else self._select_with(self.mirror)
         if checkpoint is not None:
             self._lineage = read_manifest(checkpoint.folder).lineage
         return checkpoint
+
+    def _clear(self) -> None:
+        """Remove leftovers; on rank 0."""
+        clear_leftovers(self.root)
+        for path in stray_files(self.root):
+            self.warn(f"{path} is a file or a link, and not of a save; remove it")
 
     def rollback(self, step: int) -> Checkpoint | None:
         """Find the newest checkpoint of this lineage from before `step`, and continue from it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -16,9 +15,14 @@ from typing import Any
 import psutil
 import torch
 
+from nextpt.base.errors import print_notice
 from nextpt.base.files import atomic_write, canonical_json
+from nextpt.base.json_files import read_json
+from nextpt.base.processes import LATEST_TIME
 from nextpt.config import Config
+from nextpt.events import LARGEST_STEP
 
+NAME = "environment.json"
 PACKAGES = (
     "nextpt",
     "torch",
@@ -76,18 +80,52 @@ def describe_start(
 
 
 def record_start(run: Path, start: dict[str, Any]) -> None:
-    """Append a start to the run's environment.json."""
-    with atomic_write(run / "environment.json") as file:
-        file.write(canonical_json({"starts": [*read_starts(run), start]}))
+    """Append a start to the run's environment.json; an unreadable file is renamed, with a warning.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    path = run / NAME
+    try:
+        starts = _read(path)
+    except FileNotFoundError:
+        starts = []
+    except (OSError, ValueError) as error:
+        starts, damaged = [], path.with_name(f"{NAME}.damaged")
+        os.replace(path, damaged)
+        print_notice(f"warning: {path} is unreadable ({error}); renamed to {damaged.name}")
+    with atomic_write(path) as file:
+        file.write(canonical_json({"starts": [*starts, start]}))
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
     """Read all starts of a run, oldest first; none when the file is missing or unreadable."""
     try:
-        starts = json.loads((run / "environment.json").read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _read(run / NAME)
+    except (OSError, ValueError):
         return []
-    return starts if isinstance(starts, list) else []
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Records of starts; raises OSError or ValueError where they cannot be read."""
+    content = read_json(path)
+    starts = content.get("starts") if isinstance(content, dict) else None
+    if not isinstance(starts, list) or not all(map(_is_start, starts)):
+        raise ValueError("it is no list of starts")
+    return starts
+
+
+def _is_start(value: Any) -> bool:
+    """Whether a JSON value has what reports show of every start."""
+    return (
+        isinstance(value, dict)
+        and type(value.get("first_step")) is int
+        and 0 < value["first_step"] < LARGEST_STEP
+        and type(value.get("time")) in (int, float)
+        and 0 <= value["time"] < LATEST_TIME
+        and type(value.get("host_memory_bytes")) is int
+        and all(isinstance(value.get(key), dict) for key in ("hosts", "devices", "versions"))
+    )
 
 
 def _processor() -> str:

@@ -6,17 +6,29 @@ the one of the job before. A folder without one holds a job that runs, or one th
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nextpt.base.errors import EXIT_CRASHED, EXIT_RUN_IN_USE, TrainingStopped, UserError
-from nextpt.base.files import atomic_write, canonical_json
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_fixed
 
+from nextpt.base.errors import (
+    DISK_FULL,
+    EXIT_CRASHED,
+    EXIT_RUN_IN_USE,
+    TrainingStopped,
+    UserError,
+    describe_os_error,
+    print_notice,
+)
+from nextpt.base.files import atomic_write, canonical_json
+from nextpt.base.json_files import read_json
+
+ATTEMPTS = 3
+PAUSE = 1.0  # seconds between two attempts to write to a full disk
 NAME = "exit.json"
 EXIT_INTERRUPTED = 130  # of shells, after SIGINT
 
@@ -35,7 +47,7 @@ class ExitRecord:
 def write_exit_record(run: Path, code: int, reason: str, step: int) -> None:
     """Write RUN/exit.json.
 
-    A disk that cannot be written is ignored: the error that ended the job matters more.
+    A disk that refuses is tried again and then reported: the error that ended the job matters more.
 
     Args:
         run: The run folder.
@@ -50,17 +62,37 @@ def write_exit_record(run: Path, code: int, reason: str, step: int) -> None:
         "time": time.time(),
         "host": platform.node(),
     }
-    with suppress(OSError), atomic_write(run / NAME) as file:
+    attempts = Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_fixed(PAUSE),
+        retry=retry_if_exception(lambda error: getattr(error, "errno", None) in DISK_FULL),
+        reraise=True,
+    )
+    try:
+        attempts(_write, run / NAME, record)
+    except OSError as error:
+        print_notice(f"warning: the end of this job is not recorded: {describe_os_error(error)}")
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
         file.write(canonical_json(record))
 
 
 def read_exit_record(run: Path) -> dict[str, Any] | None:
     """Read what `write_exit_record` wrote; None when there is no readable record."""
     try:
-        record: dict[str, Any] = json.loads((run / NAME).read_text(encoding="utf-8"))
+        record = read_json(run / NAME)
     except (OSError, ValueError):
         return None
-    return record
+    is_whole = (
+        isinstance(record, dict)
+        and type(record.get("code")) is int
+        and 0 <= record["code"] < 256
+        and isinstance(record.get("reason"), str)
+        and type(record.get("step")) is int
+    )
+    return record if is_whole else None
 
 
 def remove_exit_record(run: Path) -> None:

@@ -11,31 +11,39 @@ were renamed by then.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
 import time
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from nextpt.base.errors import RunInUseError
-from nextpt.base.files import atomic_write, canonical_json
-from nextpt.base.processes import has_ended, is_on_this_machine, is_stopped, process_identity
-from nextpt.checkpoint.folders import STAGING
+from nextpt.base.errors import RunInUseError, UserError, print_notice
+from nextpt.base.files import atomic_write, canonical_json, create_file, make_folder
+from nextpt.base.json_files import read_json
+from nextpt.base.processes import (
+    LATEST_TIME,
+    has_ended,
+    is_on_this_machine,
+    is_stopped,
+    parse_identity,
+    process_identity,
+)
+from nextpt.checkpoint.folders import STAGING, leftovers
 
 HEARTBEAT = 5.0  # seconds between two writes of the holder
 # Seconds of silence after which a lock may be taken over; far above the delays of shared file
 # systems
 LEASE = 60.0
-NAME = re.compile(r"lock-(\d+)\.json")
+NAME = re.compile(r"lock-([0-9]+)\.json")
 
 
 class RunLock:
     """The lock of a run folder, held from construction until `release`, on one rank of a job.
 
-    Construction may wait up to a lease to learn whether the holder is alive.
+    Construction may wait up to a lease to learn whether the holder is alive, and prints for whom.
 
     Args:
         folder: The run folder; created where it is missing.
@@ -73,39 +81,50 @@ class RunLock:
 
         Raises:
             RunInUseError: When another job has taken it over.
+            UserError: When the folder or the lock was removed.
         """
-        newest = max(_tokens(self.folder), default=0)
+        try:
+            newest = max(_tokens(self.folder), default=0)
+        except (FileNotFoundError, NotADirectoryError):
+            newest = 0
         self.lost = self.lost or newest != self.token
+        if not newest:
+            raise UserError(
+                f"run folder {self.folder} or the lock in it was removed while this job worked"
+                " there; restore its checkpoints, or start again from the first step"
+            )
         if self.lost:
             raise RunInUseError(
-                f"run folder {self.folder} was taken over by {self._describe_holder(newest)},"
-                " because this job was silent for too long (stopped, or cut off from the disk); it"
-                " ends and leaves the folder to that one"
+                f"run folder {self.folder} was taken over by"
+                f" {_describe_holder(_path(self.folder, newest))}, because this job was silent for"
+                " too long (stopped, or cut off from the disk); it ends and leaves the folder to"
+                " that one"
             )
 
     def release(self) -> None:
         """Release the lock for the next start. Does nothing to a lock that was lost."""
         self._stop.set()
         self._thread.join()
-        with suppress(RunInUseError, OSError):
+        with suppress(UserError, OSError):
             self.check()
             self._write(held=False)
 
     def _acquire(self, lease: float) -> int:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, "run.dir")
         while True:
             newest = max(_tokens(self.folder), default=0)
             if newest and not _is_over(_path(self.folder, newest), lease):
                 raise RunInUseError(
-                    f"run folder {self.folder} is in use by {self._describe_holder(newest)}; wait"
+                    f"run folder {self.folder} is in use by"
+                    f" {_describe_holder(_path(self.folder, newest))}; wait"
                     " for it, end it, or give another run.dir"
                 )
             token = newest + 1
             path = _path(self.folder, token)
             try:
-                with open(path, "x", encoding="utf-8") as file:
-                    file.write(canonical_json(self._content))
-            except FileExistsError:
+                if not create_file(path, canonical_json(self._content)):
+                    continue
+            except FileNotFoundError:  # another job won, and removed this one's temporary file
                 continue
             if max(_tokens(self.folder)) == token:
                 return token
@@ -115,37 +134,34 @@ class RunLock:
     def _remove_older(self) -> None:
         for token in _tokens(self.folder):
             if token < self.token:
-                _path(self.folder, token).unlink(missing_ok=True)
+                with suppress(IsADirectoryError, PermissionError):  # a folder is no lock of a job
+                    _path(self.folder, token).unlink(missing_ok=True)
 
     def _remove_temporary_files(self) -> None:
         """Remove what `atomic_write` left of killed processes: no other job uses these names."""
         for path in [*self.folder.glob(".*.tmp-*"), *self.folder.glob("stacks/.*.tmp-*")]:
-            path.unlink(missing_ok=True)
+            with suppress(IsADirectoryError, PermissionError):
+                path.unlink(missing_ok=True)
 
     def _fence_staging_folders(self) -> None:
         """Rename staging folders, so that a suspended holder cannot commit them.
 
         The next save removes them.
         """
-        for number, path in enumerate((self.folder / "checkpoints").glob(f"{STAGING}*")):
+        names = (f"{STAGING}fenced-{self.token}-{number}" for number in count())
+        for path in leftovers(self.folder / "checkpoints"):
+            target = next(t for t in map(path.with_name, names) if not os.path.lexists(t))
             with suppress(FileNotFoundError):
-                os.rename(path, path.with_name(f"{STAGING}fenced-{self.token}-{number}"))
-
-    def _describe_holder(self, token: int) -> str:
-        """The holder of a lock, for messages."""
-        holder = _read(_path(self.folder, token))
-        if not holder:
-            return "another job"
-        job = f", Slurm job {holder['job']}" if holder.get("job") else ""
-        minutes = max(0.0, time.time() - holder["since"]) / 60
-        age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-        return f"process {holder['pid']} on {holder['host']}{job}, which started {age} ago"
+                os.rename(path, target)
 
     def _beat(self) -> None:
         while not self._stop.wait(self.heartbeat):
             with suppress(OSError):  # a full disk or a lost mount: others see the silence
-                if max(_tokens(self.folder), default=0) != self.token:
+                try:
+                    self.lost = max(_tokens(self.folder), default=0) != self.token
+                except FileNotFoundError:  # removed
                     self.lost = True
+                if self.lost:
                     return
                 self._content["beat"] += 1
                 self._write(held=True)
@@ -165,28 +181,43 @@ def _tokens(folder: Path) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Read a lock file; {} while it is being written or unreadable, None when there is none."""
+    """Read a lock file; {} while it is unreadable, None when there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
+        content = parse_identity(read_json(path))
     except FileNotFoundError:
         return None
     except (ValueError, OSError):
         return {}
+    since, job = content.get("since"), content.get("job")
+    is_time = isinstance(since, int | float) and 0 <= since < LATEST_TIME
+    is_whole = is_time and type(content.get("held")) is bool and isinstance(job, str | None)
+    return content if is_whole else {}
+
+
+def _describe_holder(path: Path) -> str:
+    """The holder of a lock, for messages."""
+    holder = _read(path)
+    if not holder:
+        return f"another job ({path.name} cannot be read)"
+    job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+    minutes = max(0.0, time.time() - holder["since"]) / 60
+    age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    return f"process {holder['pid']} on {holder['host']}{job}, which started {age} ago"
 
 
 def _is_over(path: Path, lease: float) -> bool:
     """Whether the holder released the lock, ended, or was silent for a whole lease.
 
-    Waits until that is known.
+    Waits until that is known, and prints for whom and how long.
     """
     first = _read(path)
     deadline = time.monotonic() + lease
+    waiting = False
     while True:
         content = _read(path)
         if content is None:
             return True
-        if content and (not content.get("held") or has_ended(content)):
+        if content and (not content["held"] or has_ended(content)):
             return True
         if content != first or (
             content and is_on_this_machine(content) and not is_stopped(content["pid"])
@@ -194,4 +225,10 @@ def _is_over(path: Path, lease: float) -> bool:
             return False
         if time.monotonic() >= deadline:
             return True
+        if not waiting:
+            waiting = True
+            print_notice(
+                f"run folder {path.parent} is held by {_describe_holder(path)}; waiting up to"
+                f" {lease:.0f} s for a sign of life"
+            )
         time.sleep(min(lease / 20, 1.0))

@@ -14,7 +14,6 @@ is not counted.
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import statistics
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 
 from nextpt.base.errors import EXIT_HUNG
 from nextpt.base.files import atomic_write, canonical_json
+from nextpt.base.json_files import read_json
 from nextpt.job.exit_record import read_exit_record, write_exit_record
 
 # Limit of the first phase of a name, seconds: the collectives' own time limit
@@ -37,6 +37,7 @@ MEDIANS = 10
 HISTORY = 50  # durations kept per name
 # Seconds, and three ticks, in which a rank of a busy machine has written that it is past its limit
 ANSWER_SECONDS = 5.0
+REPORT_KEYS = {"beat", "count", "phase", "in_collective", "location", "expired"}
 # Files in whose functions a rank waits for others
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
@@ -149,7 +150,7 @@ class Watchdog:
 
     def _write_stacks(self) -> None:
         self._folder.mkdir(exist_ok=True)
-        with open(self._stacks_path(self.rank), "w", encoding="utf-8") as file:
+        with atomic_write(self._stacks_path(self.rank)) as file:
             file.write(
                 f"rank {self.rank} on {self.hosts[self.rank]}, process {os.getpid()}, at"
                 f" {self._description}\n\n"
@@ -194,7 +195,9 @@ class Watchdog:
         reports = {}
         for rank in range(len(self.hosts)):
             with suppress(OSError, ValueError):
-                reports[rank] = json.loads(self._report_path(rank).read_text(encoding="utf-8"))
+                report = read_json(self._report_path(rank))
+                if isinstance(report, dict) and report.keys() >= REPORT_KEYS:
+                    reports[rank] = report
         return reports
 
 

@@ -68,6 +68,21 @@ def test_one_of_two_creates_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "first"
 
 
+def test_a_link_whose_first_answer_was_lost_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS repeats the call, and answers that the link exists."""
+    link = os.link
+
+    def link_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert create_file(tmp_path / "x", "content") and (tmp_path / "x").read_text() == "content"
+    assert not create_file(tmp_path / "x", "other")
+
+
 def test_what_keeps_a_folder_from_being_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")

@@ -263,3 +263,21 @@ def test_sequence_numbers_grow_although_manifests_are_lost(tmp_path: Path) -> No
         for manifest in tmp_path.glob("*/manifest.json"):
             manifest.write_text("lost")
     assert lines == [[[1, 1]], [[1, 2]], [[1, 3]]]
+
+
+def test_files_and_links_with_the_name_of_a_staging_folder_are_named_and_kept(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "checkpoints"
+    (root / ".staging-step-000000001").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (root / ".staging-x").write_text("mine")
+    (root / ".removing-y").symlink_to(tmp_path / "mine")
+    warnings: list[str] = []
+    run(root, RankGroup.world(), [(1, None), (2, None)], warnings)
+    assert sorted(warnings) == [
+        f"{root / name} is a file or a link, and not of a save; remove it"
+        for name in (".removing-y", ".staging-x")
+    ]
+    assert (root / ".staging-x").read_text() == "mine" and (tmp_path / "mine").is_dir()
+    assert open_checkpoint(root).step == 2 and not (root / ".staging-step-000000001").exists()

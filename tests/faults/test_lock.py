@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from multiprocessing.synchronize import Barrier
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import nextpt.job.lock as lock_module
-from nextpt.base.errors import RunInUseError
+from nextpt.base.errors import RunInUseError, UserError
 from nextpt.base.processes import is_stopped
 from nextpt.job.lock import RunLock
+from tests.support.file_operations import full_disk
 
 FORK = multiprocessing.get_context("fork")
 
@@ -192,6 +194,85 @@ def test_a_torn_lock_file_is_waited_for(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, lease=0.2)
     assert lock.token == 4
     lock.release()
+
+
+DAMAGES = {
+    "no pid": {"pid": None},
+    "since is text": {"since": "yesterday"},
+    "since is far": {"since": 1e308},
+    "held is text": {"held": "no"},
+    "machine is a number": {"machine": 7},
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "nested", "pipe", "link", "folder", "empty"])
+def test_a_lock_that_cannot_be_read_is_waited_for_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    RunLock(tmp_path)._stop.set()
+    path = newest(tmp_path)
+    if damage in DAMAGES:
+        rewrite(tmp_path, **DAMAGES[damage])
+    else:
+        path.unlink()
+        if damage == "pipe":
+            os.mkfifo(path)
+        elif damage == "link":
+            path.symlink_to("/dev/zero")
+        elif damage == "folder":
+            path.mkdir()
+        else:
+            path.write_text("[" * 200_000 if damage == "nested" else "")
+    lock = RunLock(tmp_path, lease=0.2)
+    assert lock.token == 2
+    lock.release()
+    assert capsys.readouterr().err == (
+        f"run folder {tmp_path} is held by another job (lock-1.json cannot be read); waiting up to"
+        " 0 s for a sign of life\n"
+    )
+
+
+def test_a_start_that_waits_says_for_whom_and_how_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunLock(tmp_path)._stop.set()
+    rewrite(tmp_path, machine="another", host="node-7", pid=99, since=time.time() - 600)
+    RunLock(tmp_path, lease=1.0).release()
+    assert capsys.readouterr().err == (
+        f"run folder {tmp_path} is held by process 99 on node-7, which started 10 min ago; waiting"
+        " up to 1 s for a sign of life\n"
+    )
+
+
+def test_a_start_on_a_full_disk_leaves_no_lock(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError, match="File too large") as raised:
+        RunLock(tmp_path)
+    assert raised.value.filename == str(tmp_path / "lock-1.json") and not list(tmp_path.iterdir())
+    lock = RunLock(tmp_path, lease=3600)
+    assert lock.token == 1
+    lock.release()
+
+
+def test_a_removed_run_folder_is_named(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "run", heartbeat=0.05)
+    shutil.rmtree(tmp_path / "run")
+    lock._thread.join(300)
+    assert lock.lost
+    with pytest.raises(
+        UserError, match=rf"run folder {tmp_path}/run or the lock in it was removed"
+    ):
+        lock.check()
+    lock.release()
+    assert not (tmp_path / "run").exists()
+
+
+def test_stray_files_among_staging_folders_do_not_stop_a_start(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    (root / ".staging-step-000000003").mkdir(parents=True)
+    (root / ".staging-x").write_text("mine")
+    (root / ".staging-fenced-1-0").symlink_to(tmp_path)
+    RunLock(tmp_path).release()
+    assert (root / ".staging-fenced-1-1").is_dir() and (root / ".staging-x").read_text() == "mine"
 
 
 def test_a_slow_takeover_does_not_disturb_later_holders(

@@ -54,7 +54,9 @@ def sleep(n: int) -> None:
 
 def another_takes_over(config: Config) -> Callable[[int], None]:
     return lambda n: (
-        (config.run_dir / "lock-99.json").write_text('{"pid": 7, "host": "elsewhere", "since": 0}')
+        (config.run_dir / "lock-99.json").write_text(
+            '{"pid": 7, "host": "elsewhere", "machine": "another", "since": 0, "held": true}'
+        )
         and None
     )
 

@@ -16,7 +16,7 @@ from data_prep.group import SHARD_BYTES
 from data_prep.stored import read_sequences, shards_of
 from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import DataPrepError
-from nextpt.base.files import atomic_write, canonical_json, sha256_file
+from nextpt.base.files import atomic_write, canonical_json, sha256_file, temporary_path
 
 Weigh = Callable[[dict[str, Any]], np.ndarray]
 
@@ -64,8 +64,9 @@ def add_token_weights(dataset: Path, output: Path, weigh: Weigh) -> None:
     manifest = DatasetManifest.load(dataset)
     if output.exists():
         raise DataPrepError(f"{output} exists; give another folder, or remove it")
-    staging = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    staging = temporary_path(output)
     try:
+        staging.mkdir(parents=True)
         splits = {
             split: {
                 domain: counts.model_copy(

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from nextpt.base.errors import DataPrepError
+from nextpt.base.files import open_exclusively, temporary_path
 
 MAGIC = b"nextpt-2"
 DOCUMENT = np.dtype(
@@ -48,15 +49,12 @@ class TokensWriter:
     def __init__(self, path: Path, dtype: np.dtype, *, sizes: bool) -> None:
         self.path = path
         self._paths = {
-            name: path.with_name(f".{path.name}.{name}-{os.getpid()}")
+            name: temporary_path(path.with_name(f"{path.name}.{name}"))
             for name in ("tokens", "sizes", "documents")
         }
         self._dtype = dtype
         self._has_sizes = sizes
-        self._files = {
-            name: open(p, "wb")  # noqa: SIM115 - closed by finish or abandon
-            for name, p in self._paths.items()
-        }
+        self._files = {name: open_exclusively(p, "wb") for name, p in self._paths.items()}
         self.count = self.tokens = 0
 
     def add(self, tokens: np.ndarray, sizes: np.ndarray | None, document: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ or a folder.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -81,8 +82,7 @@ class RemoteDataset:
         Raises:
             DataError: Every attempt failed. Names the file and the last problem.
         """
-        process = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-        temporary = self._incoming / f"{process}-{target.name}"
+        temporary = self._new_path(target.name)
         attempts = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
             wait=wait_exponential(PAUSE, exp_base=4),
@@ -105,8 +105,8 @@ class RemoteDataset:
             DataError: A file cannot be fetched, or `root` holds another dataset.
         """
         with scratch.lock(f"dataset {os.path.realpath(self.root)}"):
-            fresh = self._incoming / f"{socket.gethostname()}-{os.getpid()}-dataset"
-            fresh.mkdir(exist_ok=True)
+            fresh = self._new_path("dataset")
+            fresh.mkdir()
             try:
                 manifest = self._fetch_manifest(fresh)
                 self._fetch_tables(manifest)
@@ -115,6 +115,11 @@ class RemoteDataset:
                     os.replace(fresh / name, self.root / name)
             finally:
                 shutil.rmtree(fresh)
+
+    def _new_path(self, name: str) -> Path:
+        """A path of this process in the folder of downloads, which nobody can know before."""
+        process = f"{socket.gethostname()}-{os.getpid()}"
+        return self._incoming / f"{process}-{secrets.token_hex(8)}-{name}"
 
     def _fetch_once(
         self, name: str, temporary: Path, target: Path, check: Callable[[Path], str | None]

@@ -18,6 +18,7 @@ import xxhash
 import zstandard
 
 from nextpt.base.errors import ConfigError, DataError
+from nextpt.base.files import open_exclusively, temporary_path
 from nextpt.data.index import Shard, ShardFile, ShardIndex, check_inside
 from nextpt.data.remote import RemoteDataset, describe_mismatch
 from nextpt.data.scratch import ScratchFolder
@@ -252,9 +253,9 @@ def _unpack(compressed: Path, target: Path, raw: ShardFile) -> None:
     Raises:
         DataError: It does not unpack to the file of the index.
     """
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    temporary = temporary_path(target)
     try:
-        with open(compressed, "rb") as source, open(temporary, "wb") as out:
+        with open(compressed, "rb") as source, open_exclusively(temporary, "wb") as out:
             reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
             left = raw.bytes
             while data := reader.read(min(CHUNK, left + 1)):

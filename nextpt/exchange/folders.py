@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from nextpt.base.errors import CheckpointError
+from nextpt.base.files import temporary_path
 from nextpt.base.json_files import sync
 
 
@@ -28,7 +29,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise CheckpointError(f"{output} exists already; remove it or name another --output")
     if not parent.is_dir():
         raise CheckpointError(f"folder {parent} for the output does not exist")
-    staging = parent / f".{output.name}.staging-{os.getpid()}"
+    staging = temporary_path(parent / output.name)
     try:
         staging.mkdir()
         yield staging

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from data_prep.stages import run_worker
 from nextpt.base.errors import DataPrepError, UserError
+from nextpt.base.processes import exit_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 _Receiver: TypeAlias = "Connection[Any, Any]"
@@ -132,6 +133,7 @@ def _single_threaded_environment() -> Iterator[None]:
 
 def _report(work: Path, worker: int, workers: int, sender: Connection[Any, Any]) -> None:
     """Body of a worker process: sends None at its end, or why it cannot continue."""
+    exit_with_parent()
     try:
         _work(work, worker, workers)
         sender.send(None)

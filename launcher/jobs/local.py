@@ -15,6 +15,7 @@ from types import FrameType
 import psutil
 
 from launcher.console import console
+from launcher.jobs.group_guard import group_ends_with_this_process
 from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, UserError
 from nextpt.base.processes import command_line
 from nextpt.config import load_config
@@ -115,7 +116,11 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     }
     handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, raise_interrupt)
     try:
-        return process.wait()
+        with group_ends_with_this_process(process.pid):
+            code = process.wait()
+        if code < 0:  # killed: what it started is still there
+            _kill(process)
+        return code
     except StoppedBeforeRanksError:
         _kill(process)
         return EXIT_REQUEUE

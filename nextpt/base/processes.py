@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ from contextlib import suppress
 from typing import Any
 
 import psutil
+
+from nextpt.base.errors import EXIT_CRASHED
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LARGEST_PID = 2**31 - 1  # pid_t of Linux
@@ -139,6 +142,13 @@ def exit_with_ancestors(ancestors: list[int], on_exit: Callable[[int], None]) ->
         on_exit(pid)
 
     threading.Thread(target=watch, daemon=True, name="ancestors").start()
+
+
+def exit_with_parent() -> None:
+    """End this process when its parent ends; for children that multiprocessing started."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        exit_with_ancestors([parent.pid], lambda pid: os._exit(EXIT_CRASHED))
 
 
 def open_files() -> Iterator[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nextpt.base.processes import exit_with_parent
 from nextpt.evaluate.documents import Window, score_targets
 from nextpt.evaluate.loaded_model import LoadedModel, open_model
 from nextpt.evaluate.progress import Progress, ignore_progress
@@ -40,7 +41,7 @@ def score_on_ranks(
         )
     ranks = min(ranks, len(documents))
     scores: list[np.ndarray] = [np.zeros(0)] * len(documents)
-    with ProcessPoolExecutor(ranks, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(ranks, get_context("spawn"), exit_with_parent) as pool:
         share_of_job = {}
         for rank in range(ranks):
             share = range(rank, len(documents), ranks)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nextpt.base.processes import command_line
+from nextpt.base.processes import child_pids, command_line
 from nextpt.checkpoint.folders import steps
 from nextpt.config import to_yaml
 from nextpt.events import read_events
@@ -126,6 +126,24 @@ def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(
     job.kill()
     job.wait()
     wait_for(lambda: not ranks_of(command[2]))
+
+
+def test_nothing_outlives_a_command_that_is_killed_while_it_starts(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """The launchers below it do not look for their parent."""
+    command = write(dataset, tmp_path)
+    job = start_command("train", "--config", command[2], "--ranks", "2")
+    wait_for(lambda: bool(ranks_of(command[2])))
+    launchers = ranks_of(command[2])
+    while not any(child_pids(int(pid)) for pid in launchers):  # the guard is started meanwhile
+        time.sleep(0.01)
+    for pid in launchers:  # suspended, they would stay for as long as the machine runs
+        os.kill(int(pid), signal.SIGSTOP)
+    job.kill()
+    job.wait()
+    wait_for(lambda: not ranks_of(command[2]))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def ranks_of(config: str) -> list[str]:

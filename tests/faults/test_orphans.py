@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from nextpt.base.processes import (
+    child_pids,
+    exit_with_parent,
     has_ended,
     is_on_this_machine,
     is_stopped,
@@ -86,3 +88,51 @@ def test_a_process_is_identified_by_id_and_start_time() -> None:
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert start_ticks(child.pid) is None  # ended, and not waited for
     child.wait()
+
+
+def worker(path: str) -> None:
+    exit_with_parent()
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_a_worker_of_multiprocessing_ends_with_its_parent(tmp_path: Path) -> None:
+    source = (
+        "import multiprocessing as m; from tests.faults.test_orphans import worker; import sys\n"
+        "if __name__ == '__main__':\n"
+        "    p = m.get_context('spawn').Process(target=worker, args=(sys.argv[1],)); p.start()\n"
+        "    p.join()"
+    )
+    (tmp_path / "parent.py").write_text(source)
+    mark = tmp_path / "worker"
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py"), str(mark)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    while not (mark.exists() and mark.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    assert is_gone(int(mark.read_text()))
+
+
+def test_a_guarded_group_ends_with_the_process_that_guards_it() -> None:
+    source = (
+        "import subprocess, time\n"
+        "from launcher.jobs.group_guard import group_ends_with_this_process\n"
+        "p = subprocess.Popen(['sh', '-c', 'sleep 600 & sleep 600'], start_new_session=True)\n"
+        "with group_ends_with_this_process(p.pid):\n"
+        "    print(p.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    group = int(parent.stdout.readline())
+    while len(child_pids(group)) < 2:
+        time.sleep(0.01)
+    processes = [group, *child_pids(group)]
+    parent.kill()
+    parent.wait()
+    assert all(is_gone(pid) for pid in processes)

@@ -26,7 +26,14 @@ def check_run_folder(config: Config) -> None:
     path = config.run_dir / "config.yaml"
     if not path.is_file() or not steps(config.run_dir / "checkpoints"):
         return
-    allowed, forbidden = differences(load_config(path, warn_deprecated=False), config)
+    try:
+        before = load_config(path, warn_deprecated=False)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the record of this run's config is damaged: {error}; restore {path}, or rename it:"
+            " the same command then writes it anew, and compares nothing"
+        ) from error
+    allowed, forbidden = differences(before, config)
     if forbidden:
         raise ConfigError(
             f"run folder {config.run_dir} holds another run ({'; '.join(forbidden)}); "

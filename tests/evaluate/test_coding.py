@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -193,6 +194,26 @@ def test_damage_that_looks_like_a_size_is_refused_at_once(coder: FileCoder) -> N
             container.unpack(
                 changed.pack() + container.pack_segment(segments[0][0], b"some text"), "it"
             )
+
+
+def test_counts_beyond_this_machine_are_refused(
+    coder: FileCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is started or allocated for them."""
+    coded, _ = coder.encode(b"some text")
+    header, segments = container.unpack(coded, "it")
+    body = container.pack_segment(segments[0][0], b"some text")
+    threads = 4 * os.cpu_count() + 1
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(torch, "set_num_threads", refuse)
+    with pytest.raises(DataError, match=f"it asks for {threads} threads, and this machine has"):
+        coder.decode(replace(header, threads=threads).pack() + body, "it")
+    monkeypatch.setattr(coder, "_cache_bytes", lambda: 2**60)
+    with pytest.raises(DataError, match=r"it asks for caches of 1 sequences, 1073741824\.0 GiB"):
+        coder.decode(coded, "it")
 
 
 @pytest.mark.thorough

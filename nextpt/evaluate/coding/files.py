@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from data_prep.tokenizer import Tokenizer
@@ -35,6 +37,8 @@ from nextpt.model import Decoder, count
 
 # More sequences are faster, but each begins without context: none is shorter, unless the file is
 MAX_SEQUENCES, MIN_SEQUENCE_TOKENS = 64, 1024
+# A file may be decoded on a machine with fewer processors than it was coded on, in the same threads
+THREADS_PER_PROCESSOR = 4
 CACHE_BYTES = 2**31  # of keys and values of all sequences together, unless sequences are asked for
 
 
@@ -210,11 +214,36 @@ class FileCoder:
                 f"{name} is damaged: it says a window of {header.window}, this model has"
                 f" {self.model.max_position} positions"
             )
+        self._check_counts(header, name)
+
+    def _check_counts(self, header: Header, name: str) -> None:
+        """Raise DataError where the header asks for more than this machine has."""
+        processors = os.cpu_count() or 1
+        if header.threads > THREADS_PER_PROCESSOR * processors:
+            raise DataError(
+                f"{name} asks for {header.threads} threads, and this machine has {processors}"
+                " processors; it is damaged, or is to be decoded where it was coded"
+            )
+        caches = header.sequences * self._cache_bytes()
+        if self.device.type == "cuda":
+            available = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            available = psutil.virtual_memory().available
+        if caches > available:
+            raise DataError(
+                f"{name} asks for caches of {header.sequences} sequences, {caches / 2**30:.1f} GiB,"
+                f" and this machine has {available / 2**30:.1f} GiB left; it is damaged, or is to"
+                " be decoded where it was coded"
+            )
 
     def _default_sequences(self, tokens: int) -> int:
         """As many sequences as the file's tokens and the memory of the caches allow."""
-        cache = 4 * count(self.model.spec).cache_elements  # fp32, of a sequence
-        return max(min(tokens // MIN_SEQUENCE_TOKENS, MAX_SEQUENCES, CACHE_BYTES // cache), 1)
+        most = CACHE_BYTES // self._cache_bytes()
+        return max(min(tokens // MIN_SEQUENCE_TOKENS, MAX_SEQUENCES, most), 1)
+
+    def _cache_bytes(self) -> int:
+        """Bytes of the fp32 cache of one sequence."""
+        return 4 * count(self.model.spec).cache_elements
 
     def _run(
         self, header: Header, coder: TokenCoder, count: int, progress: Progress

@@ -33,6 +33,7 @@ from launcher.commands import (  # noqa: E402 (after sys.path)
     slurm,
     tokenizer,
     train,
+    tune,
 )
 from nextpt.base.errors import print_warnings_to_users  # noqa: E402 (after sys.path)
 
@@ -44,6 +45,7 @@ COMMANDS = (
     config,
     plan,
     coordinate_check,
+    tune,
     train,
     slurm,
     checkpoint,

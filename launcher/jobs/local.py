@@ -77,7 +77,7 @@ def start_training(
             killed.
     """
     gpus = _count_gpus()
-    command = train_command(config, overrides, ranks or max(gpus, 1), port or free_port())
+    command = train_command(config, overrides, ranks or default_ranks(), port or free_port())
     environment = _environment(config, overrides, ranks)
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -182,6 +182,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     console.show_cursor(True)
+
+
+def default_ranks() -> int:
+    """Processes of a training on this machine where no number is asked for: one per GPU, or 1."""
+    return max(_count_gpus(), 1)
 
 
 def _count_gpus() -> int:

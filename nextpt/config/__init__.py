@@ -5,7 +5,7 @@ from nextpt.config.checkpoint import CheckpointSection
 from nextpt.config.data import DataSection, StageSection
 from nextpt.config.guard import GuardSection
 from nextpt.config.keys import Key, all_keys, describe_keys, flatten
-from nextpt.config.loading import load_config, parse_config, to_yaml
+from nextpt.config.loading import load_config, parse_config, read_values, to_yaml
 from nextpt.config.model import ModelSection, RopeScaling
 from nextpt.config.objective import ObjectiveSection
 from nextpt.config.optimizer import AdamWGroup, MuonSection, OptimizerSection, ScheduleSection
@@ -45,5 +45,6 @@ __all__ = [
     "load_config",
     "may_change",
     "parse_config",
+    "read_values",
     "to_yaml",
 ]

@@ -37,7 +37,41 @@ def load_config(
     Raises:
         ConfigError: The file cannot be read, or a key or value is invalid. One line.
     """
-    path = Path(path)
+    values, renamed = _merge(Path(path), overrides)
+    config = parse_config(values, str(path))
+    if warn_deprecated and os.environ.get("RANK", "0") == "0":
+        for old, new in dict.fromkeys(renamed):
+            warnings.warn(
+                f"{path}: {old} is now {new}; rename the key, its old name will soon be an error",
+                DeprecatedNameWarning,
+                stacklevel=2,
+            )
+    return config
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the keys of a YAML file with overrides, by today's names and without defaults.
+
+    Args:
+        path: YAML file.
+        overrides: Values that replace those of the file, each "key.sub=value".
+
+    Returns:
+        Section -> key -> value, not validated.
+
+    Raises:
+        ConfigError: The file cannot be read. One line.
+    """
+    values: dict[str, Any] = _merge(Path(path), overrides)[0]
+    return values
+
+
+def _merge(path: Path, overrides: Sequence[str]) -> tuple[Any, list[tuple[str, str]]]:
+    """Read a YAML file and apply overrides.
+
+    Returns:
+        Nested dicts of values; (old name, new name) of the deprecated keys that were renamed.
+    """
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; those shipped are in configs/")
     for override in overrides:
@@ -56,15 +90,7 @@ def load_config(
         values = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    config = parse_config(values, str(path))
-    if warn_deprecated and os.environ.get("RANK", "0") == "0":
-        for old, new in dict.fromkeys(renamed):
-            warnings.warn(
-                f"{path}: {old} is now {new}; rename the key, its old name will soon be an error",
-                DeprecatedNameWarning,
-                stacklevel=2,
-            )
-    return config
+    return values, renamed
 
 
 def parse_config(values: Any, source: str) -> Config:

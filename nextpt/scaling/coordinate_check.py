@@ -30,6 +30,7 @@ from nextpt.model import Decoder, build_decoder
 from nextpt.objective import local_weight_sum, next_token_loss
 from nextpt.optim.guarded import GuardedOptimizer, Shard
 from nextpt.optim.registry import optimizer_spec
+from nextpt.scaling.shapes import group_width, with_depth, with_width
 from nextpt.train.dynamics import component_of
 
 Axis = Literal["width", "depth"]
@@ -202,45 +203,7 @@ def sweep(
 
 def default_widths(config: Config) -> list[int]:
     """Widths of 1, 2, 4 and 8 groups of heads."""
-    return [_group_width(config) * factor for factor in (1, 2, 4, 8)]
-
-
-def with_width(config: Config, width: int) -> Config:
-    """The config with another width: more or fewer heads of the same width."""
-    model, group = config.model, _group_width(config)
-    if width % group:
-        raise ScalingError(
-            f"--widths {width} is not a multiple of {group}, the width of the query heads of one"
-            " key head (model.head_dim x model.heads / model.kv_heads)"
-        )
-    values: dict[str, Any] = {
-        "width": width,
-        "head_dim": model.head_dim or model.width // model.heads,
-    }
-    values["heads"] = width // values["head_dim"]
-    if model.kv_heads is not None:
-        values["kv_heads"] = width // group
-    if model.ffn_width is not None:
-        values["ffn_width"] = round(model.ffn_width * width / model.width)
-    return _with_model(config, values)
-
-
-def with_depth(config: Config, depth: int) -> Config:
-    """The config with another number of blocks."""
-    return _with_model(config, {"depth": depth})
-
-
-def _group_width(config: Config) -> int:
-    """Width of the query heads that share a key head."""
-    model = config.model
-    head_dim = model.head_dim or model.width // model.heads
-    return head_dim * (model.heads // (model.kv_heads or model.heads))
-
-
-def _with_model(config: Config, values: dict[str, Any]) -> Config:
-    sections = config.model_dump(mode="json")
-    sections["model"] |= values
-    return parse_config(sections, "coordinate check")
+    return [group_width(config) * factor for factor in (1, 2, 4, 8)]
 
 
 def first_batch(config: Config, sequences: int) -> Batch:

@@ -75,9 +75,7 @@ def load_ladder(path: Path) -> Ladder:
 
 def is_done(ladder: Ladder, rung: NamedRun) -> bool:
     """Return whether a run is finished. Raises ScalingError where its folder holds another run."""
-    last_step, has_begun = ladder.last_step(rung), ladder.is_begun(rung)
-    events = read_events(ladder.folder(rung) / "metrics.jsonl", "validation")
-    return has_begun and bool(events) and events[-1]["step"] >= last_step
+    return ladder.final_validation(rung) is not None
 
 
 def write_prediction(ladder: Ladder) -> dict[str, Any]:

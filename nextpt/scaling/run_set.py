@@ -1,13 +1,14 @@
 """Sets of runs: a YAML file with their base config, their folder and the keys that each changes.
 
-Ladders (ladder.py) and ablations (ablation.py) are such sets. The folder of a run is DIR/NAME; a
-finished run is not trained again.
+Ladders (ladder.py) and ablations (ablation.py) are such sets, and the trials of a search
+(tuning.py), whose set no file describes. The folder of a run is DIR/NAME; a finished run is not
+trained again.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +18,7 @@ from yaml import YAMLError
 from nextpt.base.errors import ScalingError
 from nextpt.config import Config, differences, load_config
 from nextpt.data.epochs import count_epoch
-from nextpt.events import decided_batches
+from nextpt.events import decided_batches, read_events
 from nextpt.model import ModelSpec, count
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 
@@ -65,12 +66,18 @@ class RunSet(BaseModel):
 
     def flops(self, run: NamedRun) -> float:
         """Return the training compute C = 6 N D, FLOPs, with all parameters."""
-        config = self.config(run)
-        return float(
-            FLOPS_PER_PARAMETER_AND_TOKEN
-            * count(ModelSpec.from_config(config)).parameters
-            * config.total_tokens
-        )
+        return training_flops(self.config(run))
+
+    def final_validation(self, run: NamedRun) -> dict[str, Any] | None:
+        """Return the record of the validation after the last step; None for an unfinished run.
+
+        Raises:
+            ScalingError: The folder holds a run of another config.
+        """
+        last_step, has_begun = self.last_step(run), self.is_begun(run)
+        events = read_events(self.folder(run) / "metrics.jsonl", "validation")
+        finished = has_begun and bool(events) and events[-1]["step"] >= last_step
+        return events[-1] if finished else None
 
     def is_begun(self, run: NamedRun) -> bool:
         """Return whether the run has begun.
@@ -92,6 +99,12 @@ class RunSet(BaseModel):
                 " remove it, or give the set another dir"
             )
         return True
+
+
+def training_flops(config: Config) -> float:
+    """Return the training compute C = 6 N D of a run, FLOPs, with all parameters."""
+    parameters = count(ModelSpec.from_config(config)).parameters
+    return float(FLOPS_PER_PARAMETER_AND_TOKEN * parameters * config.total_tokens)
 
 
 Kind = TypeVar("Kind", bound=RunSet)

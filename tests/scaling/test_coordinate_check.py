@@ -22,9 +22,8 @@ from nextpt.scaling.coordinate_check import (
     first_batch,
     random_batch,
     sweep,
-    with_depth,
-    with_width,
 )
+from nextpt.scaling.shapes import with_depth, with_width
 from tests.support.datasets import tiny
 
 BASE = {

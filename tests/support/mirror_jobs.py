@@ -50,7 +50,7 @@ class MirroredJob:
             )
         return self
 
-    def end(self, seconds: float = 60.0) -> list[int]:
+    def end(self, seconds: float = 300.0) -> list[int]:
         """Wait for uploads and stop; returns the steps that are not mirrored."""
         deadline = time.monotonic() + seconds
         unfinished = self.mirror.finish(lambda: deadline - time.monotonic())
@@ -63,8 +63,18 @@ class MirroredJob:
         return [event.step for event in self.events if event.status == status]
 
     def wait_for(self, status: str, step: int | None = None) -> None:
-        deadline = time.monotonic() + 60
-        while not any(step in (None, uploaded) for uploaded in self.steps_with(status)):
+        self._wait_until(
+            lambda: any(step in (None, uploaded) for uploaded in self.steps_with(status))
+        )
+
+    def wait_until_idle(self) -> None:
+        """Wait until all is mirrored and the uploading thread waits for the next checkpoint."""
+        mirror = self.mirror
+        self._wait_until(lambda: mirror._idle.is_set() and not mirror._changed.is_set())
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
             assert time.monotonic() < deadline, self.events
             time.sleep(0.01)
 

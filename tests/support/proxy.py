@@ -60,6 +60,8 @@ class Proxy:
     def _serve(self, client: socket.socket) -> None:
         self._open.add(client)
         with suppress(OSError), client:
+            if self._mode == "refuse":
+                return  # accepted right before
             if self._mode == "hang":
                 while client.recv(2**16):
                     pass

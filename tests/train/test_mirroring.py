@@ -46,7 +46,7 @@ def test_a_stopped_job_waits_for_the_mirror_within_its_grace_period(
         tmp_path,
         checkpoint={
             "mirror": str(tmp_path / "mirror"),
-            "grace_seconds": MARGIN + (0.5 if hanging else 60.0),
+            "grace_seconds": MARGIN + (0.5 if hanging else 600.0),
         },
     )
     root, stop, listener = tmp_path / "checkpoints", StopRequest(), Recorder()

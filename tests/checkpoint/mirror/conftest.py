@@ -30,7 +30,6 @@ def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry_module, "INITIAL_BACKOFF", 0.02)
     monkeypatch.setattr(retry_module, "MAX_BACKOFF", 0.1)
     monkeypatch.setattr(retry_module, "MAX_ATTEMPTS", 2)
-    monkeypatch.setattr(retry_module, "STALL_SECONDS", 5.0)
 
 
 @pytest.fixture(autouse=True)

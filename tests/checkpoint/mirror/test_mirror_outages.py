@@ -18,6 +18,7 @@ import pytest
 from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint import manager as manager_module
 from nextpt.checkpoint.folders import steps
+from nextpt.checkpoint.mirror import retry as retry_module
 from nextpt.checkpoint.mirror.archive import Archive
 from tests.support.file_operations import refusing
 from tests.support.mirror_jobs import MirroredJob, corrupt, valid_steps
@@ -35,18 +36,19 @@ ROOT = Path(__file__).resolve().parents[3]
     ],
 )
 def test_an_outage_delays_nothing_and_uploads_catch_up(
-    link: Proxy, tmp_path: Path, mode: str
+    link: Proxy, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if mode == "hang":
+        monkeypatch.setattr(retry_module, "STALL_SECONDS", 5.0)
     uri = f"s3://bucket/{tmp_path.name}"
     job = MirroredJob(tmp_path / "run", uri).save(1)
     job.wait_for("mirrored", 1)
     link.mode = mode
     job.save(2, 3, 4, 5, 6)
     job.wait_for("failing")
-    job.save(7, 8)
+    job.save(7, 8, 9)
     assert len(steps(tmp_path / "run")) <= 3  # two, and the one being uploaded
     link.mode = "pass"
-    job.save(9)
     assert (
         job.end() == []
         and 9 in job.steps_with("mirrored")
@@ -81,11 +83,11 @@ def test_a_checkpoint_stays_while_it_is_uploaded(tmp_path: Path) -> None:
         write_there(name, blocks)
         if name.endswith("rank-00000.safetensors"):
             sent.set()
-            assert go_on.wait(60)
+            assert go_on.wait(100)  # less than the store may hang
 
     job.mirror.archive.store.write = wait_in_the_middle
     job.save(1)
-    assert sent.wait(60)
+    assert sent.wait(300)
     job.save(2, 3, 4)
     assert steps(tmp_path / "run") == [4, 3, 1]
     go_on.set()
@@ -105,8 +107,15 @@ def test_a_killed_upload_does_not_count_and_the_next_start_continues_it(
     uri = f"s3://bucket/{tmp_path.name}"
     assert MirroredJob(tmp_path / "run", uri).save(1).end() == []
     script = (
-        "import sys; from pathlib import Path; from tests.support.mirror_jobs import MirroredJob\n"
-        "job = MirroredJob(Path(sys.argv[1]), sys.argv[2]).save(2, 3)\nprint(job.end())"
+        "import sys, threading\nfrom pathlib import Path\n"
+        "from tests.support.mirror_jobs import MirroredJob\n"
+        "job = MirroredJob(Path(sys.argv[1]), sys.argv[2])\n"
+        "write = job.mirror.archive.store.write\n"
+        "def write_no_manifest(name, blocks):\n"
+        "    if name.endswith('manifest.json'): threading.Event().wait()\n"
+        "    write(name, blocks)\n"
+        "job.mirror.archive.store.write = write_no_manifest\n"
+        "job.save(2, 3)\nthreading.Event().wait()"
     )
     link.mode = "slow"
     child = subprocess.Popen(
@@ -115,8 +124,10 @@ def test_a_killed_upload_does_not_count_and_the_next_start_continues_it(
         stderr=subprocess.PIPE,
     )
     direct = Archive(uri)
-    deadline = time.monotonic() + 90
-    while not (half := [stored for stored in direct.checkpoints() if not stored.complete]):
+    deadline = time.monotonic() + 300
+    while not (
+        half := [stored for stored in direct.checkpoints() if not stored.complete]
+    ) or 3 not in steps(tmp_path / "run"):
         assert time.monotonic() < deadline and child.poll() is None, child.stderr.read().decode()
     child.send_signal(signal.SIGKILL)
     child.wait()

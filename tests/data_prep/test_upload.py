@@ -231,7 +231,7 @@ def test_streaming_downloads_what_was_uploaded(
     remote = f"s3://bucket/round-trip-{compression}"
     upload(data, remote)
     arguments = (remote, "train", ",".join(manifest.domains), str(tmp_path / "rows.npy"))
-    completed = run_script("-c", READ, *arguments, timeout=120, LOCAL_WORLD_SIZE="1")
+    completed = run_script("-c", READ, *arguments, LOCAL_WORLD_SIZE="1")
     assert completed.returncode == 0, completed.stderr
     own = [
         row["tokens"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -17,7 +19,7 @@ import psutil
 from launcher.console import console
 from launcher.jobs.group_guard import group_ends_with_this_process
 from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, UserError
-from nextpt.base.processes import command_line
+from nextpt.base.processes import command_line, start_ticks
 from nextpt.config import load_config
 from nextpt.job.exit_record import read_exit_record
 from nextpt.job.signals import SIGNALS
@@ -27,6 +29,10 @@ OUT_OF_MEMORY = (
 )
 RUN = Path(__file__).resolve().parents[1] / "run.py"
 DEEPSPEED_LAUNCH = "deepspeed.launcher.launch"
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # of Linux, ip(7)
+FIRST_PORT = 16_384  # below are the ports of many services
+PORT_ATTEMPTS = 20
+KILL_SECONDS = 30.0  # in which the memory of a killed process is released
 
 
 class StoppedBeforeRanksError(Exception):
@@ -177,10 +183,17 @@ def raise_interrupt(number: int, frame: FrameType | None) -> None:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the launcher and its ranks, and show the cursor, which a live line hides."""
+    killed: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        killed = psutil.Process(process.pid).children(recursive=True)
     with suppress(ProcessLookupError):
         # A checkpoint is committed or not: none is left half-written.
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # A rank that is not gone yet holds the run folder, and would have the next start refused.
+    deadline = time.monotonic() + KILL_SECONDS
+    while any(start_ticks(p.pid) is not None for p in killed) and time.monotonic() < deadline:
+        time.sleep(0.01)
     console.show_cursor(True)
 
 
@@ -196,16 +209,38 @@ def _count_gpus() -> int:
 
 
 def free_port() -> int:
-    """Return a TCP port without a listener. Raises UserError when the system has none left."""
-    try:
+    """Return a TCP port without a listener.
+
+    Ranks listen there seconds later. So it is not one of those that the system gives to sockets
+    which ask for any, as long as there are others: any could be in use by then.
+
+    Raises:
+        UserError: The system has none left.
+    """
+    first = _first_ephemeral_port()
+    # Not the global generator, whose state forks of one process share
+    draw = random.SystemRandom().sample
+    enough = first >= FIRST_PORT + PORT_ATTEMPTS
+    below = draw(range(FIRST_PORT, first), PORT_ATTEMPTS) if enough else []
+    for port in (*below, 0):
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise UserError(
-            f"no free TCP port on this machine ({error.strerror}); close some connections, or give"
-            " --port"
-        ) from error
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                reason = error.strerror
+            else:
+                return int(probe.getsockname()[1])
+    raise UserError(
+        f"no free TCP port on this machine ({reason}); close some connections, or give --port"
+    )
+
+
+def _first_ephemeral_port() -> int:
+    """First port that the system gives out by itself; 0 where that is unknown."""
+    try:
+        return int(EPHEMERAL_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _print_error(message: str) -> None:

@@ -11,6 +11,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.jobs import local
 from launcher.jobs.hosts import Host, exported_variables, read_hostfile
 from launcher.jobs.supervise import supervise
 from nextpt.base.errors import ConfigError
@@ -173,3 +174,12 @@ def test_jobs_are_restarted_by_exit_code_and_progress(
 def test_without_restarts_nothing_is_started_again(tmp_path: Path) -> None:
     trainings = Trainings(tmp_path / "run", (3, 76, True))
     assert supervise(trainings, tmp_path / "run", 0) == 76 and trainings.starts == 1
+
+
+@pytest.mark.parametrize("first", ["32768\t60999", "1024\t65535", ""])
+def test_ranks_get_no_port_that_the_system_gives_out_if_there_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    (tmp_path / "range").write_text(first)
+    monkeypatch.setattr(local, "EPHEMERAL_PORTS", tmp_path / "range")
+    assert 1024 <= local.free_port() < (32768 if first.startswith("32768") else 65536)

@@ -46,6 +46,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Tests that need the machine's only Slurm, bridge or Ray: one process runs them all.
 ONE_PER_MACHINE = ("tests/cluster/", "tests/data_prep/test_places.py")
+# Files that open datasets of mosaicml-streaming: two jobs that open theirs at the same moment may
+# choose the same names for shared memory. One process runs them all.
+STREAMING = (
+    "tests/data/test_backends.py",
+    "tests/data_prep/test_readers.py",
+    "tests/data_prep/test_upload.py",
+    "tests/distributed/test_data.py",
+    "tests/faults/test_leftovers.py",
+)
 # Files that take longest, largest first. They begin first, so that no process is left alone with
 # one of them at the end.
 LONG = (
@@ -90,7 +99,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # untyped
         def _split_scope(self, nodeid: str) -> str:
-            return "machine" if nodeid.startswith(ONE_PER_MACHINE) else nodeid.split("::")[0]
+            if nodeid.startswith(ONE_PER_MACHINE):
+                return "machine"
+            return "streaming" if nodeid.startswith(STREAMING) else nodeid.split("::")[0]
 
     return ByFile(config, log)
 

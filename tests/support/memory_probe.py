@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from launcher.jobs.local import free_port
 from nextpt.config import Config, to_yaml
+from tests.support.ports import free_port
 
 
 def measure(config: Config, world_size: int, folder: Path) -> int:
@@ -49,7 +49,7 @@ def measure(config: Config, world_size: int, folder: Path) -> int:
                 text=True,
             )
         )
-    outputs = [process.communicate(timeout=500) for process in processes]
+    outputs = [process.communicate(timeout=1500) for process in processes]
     if any(process.returncode for process in processes):
         raise AssertionError("\n".join(err[-2000:] for _, err in outputs))
     return json.loads(outputs[0][0].splitlines()[-1])["bytes"]

@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.jobs.local import free_port
 from nextpt.config import Config, to_yaml
 from tests.support.fork_server import ROOT, ForkedPython, start_python
+from tests.support.ports import free_port
 
 
 def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: str) -> None:
@@ -27,7 +27,7 @@ def run_ranks(arguments: list[str], world_size: int, folder: Path, **variables: 
     Raises AssertionError with the ends of the logs when a rank fails.
     """
     processes = start_ranks([arguments] * world_size, folder, **variables)
-    codes = end_ranks(processes, time.monotonic() + 500)
+    codes = end_ranks(processes, time.monotonic() + 1500)
     if any(codes):
         raise AssertionError(
             f"ranks ended with {codes}:\n"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.jobs.local import free_port
+from tests.support.ports import free_port
 
 DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 
@@ -37,12 +37,12 @@ SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-SlurmdTimeout=60
-KillWait=30
+SlurmdTimeout=300
+KillWait=120
 MpiDefault=none
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=INFINITE State=UP GraceTime=30
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=INFINITE State=UP GraceTime=120
 PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP PreemptMode=OFF
 """
 
@@ -73,7 +73,7 @@ class Slurm:
             text=True,
             env=os.environ | self.variables,
             cwd=cwd,
-            timeout=60,
+            timeout=300,
         )
         assert completed.returncode == 0, f"{command}: {completed.stdout}{completed.stderr}"
         return completed.stdout.strip()
@@ -87,7 +87,7 @@ class Slurm:
         text = self.run("scontrol", "show", "job", number)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait_for(self, number: str, *states: str, seconds: float = 120) -> dict[str, str]:
+    def wait_for(self, number: str, *states: str, seconds: float = 600) -> dict[str, str]:
         """Wait until a job is in one of the states; returns its properties."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
@@ -155,15 +155,17 @@ def slurm(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Slurm]:
             ["scancel", "--full", "--signal=KILL", "--user=root"],
             env=environment,
             capture_output=True,
-            timeout=20,
+            timeout=120,
         )
-        subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True, timeout=20)
+        subprocess.run(
+            ["scancel", "--user=root"], env=environment, capture_output=True, timeout=120
+        )
         time.sleep(1)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
             try:
-                daemon.wait(15)
+                daemon.wait(60)
             except subprocess.TimeoutExpired:
                 daemon.kill()
 
@@ -174,12 +176,12 @@ def _idle(environment: dict[str, str]) -> int:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=300,
     )
     return len(completed.stdout.split())
 
 
-def _until(condition, seconds: float = 60) -> None:
+def _until(condition, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "Slurm does not start"

@@ -17,8 +17,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.jobs.local import free_port
 from nextpt.base.processes import child_pids
+from tests.support.ports import free_port
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 # What torch and deepspeed import when an engine is built, with hundreds of modules below.
@@ -29,7 +29,7 @@ LATE = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
 )
-LONGEST = 600  # seconds after which the kernel ends a rank that is still running
+LONGEST = 1500  # seconds after which the kernel ends a rank that is still running
 
 
 def restart_single_threaded(module: str) -> None:

@@ -33,8 +33,8 @@ from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
 from tests.support.figures import machine, quantiles
 from tests.support.ranks import start_ranks
-from tests.support.storm import Storm, others_noticed, report_progress
-from tests.support.storm_records import Case, Run, StormError
+from tests.support.storm import Storm, report_progress
+from tests.support.storm_records import Case, Run, StormError, others_noticed
 from tests.support.zygote import Job, import_training, restart_single_threaded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +120,9 @@ def run_with_kills(
         else:
             before = len(output(job, run))
             job.kill([dice.randrange(2)])
-            others_noticed(job, lambda job=job, before=before: output(job, run)[before:])
+            others_noticed(
+                job, lambda job=job, before=before: output(job, run)[before:], lambda: False
+            )
             job.kill([0, 1])  # as a launcher does
             job.wait()
         job.close()

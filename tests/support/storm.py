@@ -24,7 +24,6 @@ their rank.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -38,6 +37,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from tests.support.forked import run_in_child
 from tests.support.storm_records import (
     CASES,
     INTERVAL,
+    PATIENCE,
     STEPS,
     Case,
     Kill,
@@ -64,6 +65,8 @@ from tests.support.storm_records import (
     digest,
     leftovers,
     losses,
+    others_noticed,
+    own_shared_memory,
     summary,
     working_on,
 )
@@ -77,10 +80,6 @@ from tests.support.zygote import (
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING, SAVING, SAVED = 0, 64, 128  # what a rank reports, plus its number
-# Seconds in which the others must notice that a rank died in training, and ranks end without their
-# launcher
-DETECT = 5.0
-CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000  # of linux/sched.h, linux/mount.h
 
 
 def report_progress(rank: int, send: Callable[[int], object]) -> None:
@@ -158,7 +157,7 @@ class Storm:
             run = self.new_run(case)
             began = time.monotonic()
             job = Job(["--config", str(run.config)], case.ranks, run.log, report_progress)
-            job.listen(time.monotonic() + 120)
+            job.listen(time.monotonic() + PATIENCE)
             self.expect(job.wait() == [0] * case.ranks, run, "an unbroken run failed")
             job.close()
             begins = [t for t, byte in job.messages if byte == SAVING]
@@ -196,7 +195,7 @@ class Storm:
         job = Job(["--config", str(run.config)], case.ranks, run.log, report_progress)
         kill = None
         if dice is None:
-            job.listen(time.monotonic() + 300)
+            job.listen(time.monotonic() + PATIENCE)
         else:
             victims = "one" if case.ranks > 1 and dice.random() < 0.5 else "all"
             hit = (
@@ -207,7 +206,7 @@ class Storm:
             aimed = "save" if dice.random() < 0.6 else "anywhere"
             if self.wait_for_moment(job, aimed, hit[0], dice, reference):
                 kill = self.kill(job, run, victims, aimed, hit)
-        codes = job.wait(60)
+        codes = job.wait(PATIENCE)
         job.close()
         self.expect(codes is not None, run, "ranks did not end")
         if kill and -signal.SIGKILL in codes:
@@ -237,8 +236,10 @@ class Storm:
         if aimed == "anywhere":
             return job.listen(time.monotonic() + share * reference.seconds)
         nth = dice.choice((1, 2, 2, 3, 3, 4))
-        begun = job.listen(time.monotonic() + 60, lambda: job.count(SAVING + rank) >= nth)
-        return begun and job.listen(time.monotonic() + share * statistics.median(reference.saves))
+        begun = job.listen(time.monotonic() + PATIENCE, lambda: job.count(SAVING + rank) >= nth)
+        # As long as this job's saves take now, which is longer while the machine is busy
+        saves = durations_of_saves(job, rank) or reference.saves
+        return begun and job.listen(time.monotonic() + share * statistics.median(saves))
 
     def kill(self, job: Job, run: Run, victims: str, aimed: str, hit: list[int]) -> Kill:
         """Send SIGKILL.
@@ -254,18 +255,24 @@ class Storm:
         job.kill(hit)
         if victims == "one":
             if others_noticed(
-                job, lambda: run.log.read_text()[before:] if run.log.exists() else ""
+                job,
+                lambda: run.log.read_text()[before:] if run.log.exists() else "",
+                lambda: self.are_training(job, case),
             ):
                 kill.detected = time.monotonic() - began
             else:
-                job.listen(time.monotonic() + 0.01)
                 self.expect(
-                    job.count(*range(case.ranks)) < case.ranks,
+                    not self.are_training(job, case),
                     run,
-                    f"the others others_noticed nothing for {DETECT} s after a rank was killed",
+                    f"the others noticed nothing for {PATIENCE:g} s after a rank was killed",
                 )
             job.kill(list(range(case.ranks)))
         return kill
+
+    def are_training(self, job: Job, case: Case) -> bool:
+        """Whether all ranks of a job have begun to train, also those that ended since."""
+        job.listen(time.monotonic() + 0.01)
+        return job.count(*range(case.ranks)) == case.ranks
 
     # ---- invariants
 
@@ -332,19 +339,16 @@ class Storm:
         dice = random.Random(f"{self.seed} launchers")
         for number in range(kills):
             case = dice.choice([case for case in CASES if case.ranks == 2])
+            victims = ("nextpt train", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
             reference, run = self.reference(case), self.new_run(case)
-            self.run_launcher_once(
-                run,
-                ("nextpt train", "deepspeed.launcher.runner", "deepspeed.launcher.launch")[
-                    number % 3
-                ],
-                dice,
-            )
+            while not self.run_launcher_once(run, victims[number % 3], dice):
+                run = self.new_run(case)
             while not self.run_once(run, None):
                 pass
             self.check_end(run, reference)
 
-    def run_launcher_once(self, run: Run, victim: str, dice: random.Random) -> None:
+    def run_launcher_once(self, run: Run, victim: str, dice: random.Random) -> bool:
+        """Kill a launcher of a new run; False if the run ended before."""
         began, case = time.time(), run.case
         with open(run.log, "a") as log:
             job = subprocess.Popen(
@@ -365,7 +369,7 @@ class Storm:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + PATIENCE
         while not read_events(run.folder / "metrics.jsonl", "train"):
             self.expect(
                 time.monotonic() < deadline and job.poll() is None, run, "nextpt train made no step"
@@ -377,52 +381,45 @@ class Storm:
             if victim == "nextpt train"
             else [p for p in working_on(run.config) if victim in command_line(p)][:1]
         )
-        self.expect(bool(pids), run, f"no process {victim}")
         kill = Kill(
             str(case), case.stage, victim, "anywhere", case.asynchronous, False, True, time.time()
         )
-        os.kill(pids[0], signal.SIGKILL)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         struck = time.monotonic()
         while any("run.py --local_rank" in command_line(pid) for pid in working_on(run.config)):
             self.expect(
-                time.monotonic() - struck < DETECT,
+                time.monotonic() - struck < PATIENCE,
                 run,
-                f"ranks live {DETECT} s after {victim} was killed",
+                f"ranks live {PATIENCE:g} s after {victim} was killed",
             )
             time.sleep(0.02)
         kill.detected = time.monotonic() - struck
         while working_on(run.config):  # deepspeed's launchers poll
             self.expect(
-                time.monotonic() - struck < 30,
+                time.monotonic() - struck < PATIENCE,
                 run,
-                f"launchers live 30 s after {victim} was killed",
+                f"launchers live {PATIENCE:g} s after {victim} was killed",
             )
             time.sleep(0.02)
-        code = job.wait(30)
+        code = job.wait(PATIENCE)
+        if (read_exit_record(run.folder) or {}).get("code") == 0:
+            return False
+        self.expect(bool(pids), run, f"no process {victim}")
         self.expect(code != 0, run, f"nextpt train ended with 0 though {victim} was killed")
         self.kills.append(kill)
         self.check_start(run, began)
         run.pending.append(kill)
+        return True
 
 
-def others_noticed(job: Any, output: Callable[[], str]) -> bool:
-    """Whether the other ranks end, or report a lost rank, within DETECT seconds."""
-    deadline = time.monotonic() + DETECT
-    while time.monotonic() < deadline:
-        if job.wait(0.005) or "lost another rank" in output():
-            return True
-    return False
-
-
-def own_shared_memory() -> bool:
-    """Give this process and its children an empty /dev/shm, so that only their files count."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return (
-        sys.platform == "linux"
-        and libc.unshare(CLONE_NEWNS) == 0
-        and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
-        and libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777") == 0
+def durations_of_saves(job: Job, rank: int) -> list[float]:
+    """Seconds of each save that a rank of a job has ended."""
+    begins, ends = (
+        [at for at, byte in job.messages if byte == kind + rank] for kind in (SAVING, SAVED)
     )
+    return [end - begin for begin, end in zip(begins, ends, strict=False)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -467,12 +464,19 @@ def run_storm(storm: Storm, options: argparse.Namespace, private: bool) -> dict[
                 f" {time.monotonic() - began:.0f} s: {case}"
             )
     storm.kill_launchers(options.launchers)
-    leaks = dict(storm.leaks) | {
-        "processes": len(orphans()),
-        "open files": len(os.listdir("/proc/self/fd")) - files,
-        "shared memory": len(set(os.listdir("/dev/shm")) - shared) if private else None,
-        "extension folders": sum(1 for _ in (storm.folder / "extensions").rglob("*")),
-    }
+
+    def leaked() -> dict[str, int | None]:
+        return dict(storm.leaks) | {
+            "processes": len(orphans()),
+            "open files": len(os.listdir("/proc/self/fd")) - files,
+            "shared memory": len(set(os.listdir("/dev/shm")) - shared) if private else None,
+            "extension folders": sum(1 for _ in (storm.folder / "extensions").rglob("*")),
+        }
+
+    # Python's resource trackers end, and clear up, after the processes that had them
+    deadline = time.monotonic() + 60
+    while any((leaks := leaked()).values()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     if any(leaks.values()):
         raise StormError(f"the storm left {leaks} (seed {storm.seed})")
     return {

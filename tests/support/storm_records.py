@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,11 @@ from nextpt.events import read_events
 from tests.support.figures import quantiles
 
 STEPS, INTERVAL = 24, 3  # of a run; between saves
+# Seconds that are given to ranks which had not met to notice that one died: they need not
+UNMET_SECONDS = 5.0
+# Seconds in which what must happen happens on any machine; how long it takes is reported
+PATIENCE = 300.0
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000  # of linux/sched.h, linux/mount.h
 
 
 class StormError(AssertionError):
@@ -137,6 +146,29 @@ def leftovers(folder: Path) -> dict[str, list[str]]:
             + [p.name for p in locks[1:]]
         ),
     }
+
+
+def others_noticed(job: Any, output: Callable[[], str], must: Callable[[], bool]) -> bool:
+    """Whether the other ranks end, or report a lost rank.
+
+    Within PATIENCE where `must` says that they have to, otherwise within UNMET_SECONDS.
+    """
+    began = time.monotonic()
+    while time.monotonic() - began < (PATIENCE if must() else UNMET_SECONDS):
+        if job.wait(0.005) or "lost another rank" in output():
+            return True
+    return False
+
+
+def own_shared_memory() -> bool:
+    """Give this process and its children an empty /dev/shm, so that only their files count."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return (
+        sys.platform == "linux"
+        and libc.unshare(CLONE_NEWNS) == 0
+        and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+        and libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"mode=1777") == 0
+    )
 
 
 def working_on(config: Path) -> list[int]:

@@ -255,6 +255,5 @@ def test_random_histories() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_many_random_histories() -> None:
     histories(60)()

@@ -179,7 +179,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     event, commit = threading.Event(), manager_module.commit
 
     def waiting(*arguments: object) -> object:
-        assert event.wait(60)
+        assert event.wait(300)
         return commit(*arguments)
 
     monkeypatch.setattr(manager_module, "commit", waiting)

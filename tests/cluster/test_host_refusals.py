@@ -33,7 +33,7 @@ def test_user_errors_are_reported_before_any_rank_starts(dataset: Path, tmp_path
             (tmp_path / "output").unlink(missing_ok=True)
             code = start(
                 network, network.hostfile(1, *names), config(dataset, hidden / "run"), tmp_path
-            ).wait(120)
+            ).wait(600)
             output = (tmp_path / "output").read_text()
             assert (
                 code == 2
@@ -44,7 +44,7 @@ def test_user_errors_are_reported_before_any_rank_starts(dataset: Path, tmp_path
         assert (
             start(
                 network, network.hostfile(7, "h1"), config(dataset, hidden / "run"), tmp_path
-            ).wait(120)
+            ).wait(600)
             == 2
         )
         assert (

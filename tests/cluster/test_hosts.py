@@ -104,10 +104,10 @@ def test_a_host_that_loses_its_processes_and_a_signal(
     last_step = max(losses(run))
     wait_for(lambda: max(losses(run)) > last_step)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(120) == 75, (tmp_path / "output").read_text()
+    assert job.wait(600) == 75, (tmp_path / "output").read_text()
     assert read_exit_record(run)["code"] == 75 and not ranks(three, "h1") and not ranks(three, "h2")
     assert (
-        start(three, three.hostfile(1, "h1", "h2"), config(dataset, run), tmp_path).wait(300) == 0
+        start(three, three.hostfile(1, "h1", "h2"), config(dataset, run), tmp_path).wait(900) == 0
     ), (tmp_path / "output").read_text()
     assert losses(run) == unbroken
 
@@ -122,14 +122,14 @@ def test_a_cut_link_is_detected_and_the_run_finishes_on_the_other_hosts(
     three.cut("h3")
     began = time.monotonic()
     try:
-        wait_for(lambda: "restarting from step" in (tmp_path / "output").read_text(), 60)
+        wait_for(lambda: "restarting from step" in (tmp_path / "output").read_text(), 600)
         print(f"a cut link was found after {time.monotonic() - began:.1f} s")
-        assert job.wait(300) == 0, (tmp_path / "output").read_text()
+        assert job.wait(900) == 0, (tmp_path / "output").read_text()
     finally:
         three.reconnect("h3")
     assert "continuing without h3: host h3: not reachable" in (tmp_path / "output").read_text()
     assert close(losses(run), unbroken)
-    wait_for(lambda: not ranks(three, "h3"), 60)
+    wait_for(lambda: not ranks(three, "h3"))
 
 
 def test_no_rank_outlives_the_one_who_started_it(
@@ -144,7 +144,7 @@ def test_no_rank_outlives_the_one_who_started_it(
     wait_for(lambda: max(losses(tmp_path / "run"), default=0) > 2)
     job.kill()
     job.wait()
-    wait_for(lambda: not ranks(three, "h1") and not ranks(three, "h2"), 5)
+    wait_for(lambda: not ranks(three, "h1") and not ranks(three, "h2"))
 
 
 def test_deepspeed_over_pdsh(
@@ -177,10 +177,10 @@ def test_deepspeed_over_pdsh(
     job = deepspeed(three.hostfile(1, "h1", "h2"))
     wait_for(lambda: max(losses(run), default=0) > 25)
     os.kill(ranks(three, "h2")[0], signal.SIGKILL)
-    assert job.wait(120) != 0
-    wait_for(lambda: not ranks(three, "h1") and not ranks(three, "h2"), 30)
+    assert job.wait(600) != 0
+    wait_for(lambda: not ranks(three, "h1") and not ranks(three, "h2"))
     job = deepspeed(three.hostfile(1, "h1"))
-    assert job.wait(300) == 0, (tmp_path / "output").read_text()
+    assert job.wait(900) == 0, (tmp_path / "output").read_text()
     assert close(losses(run), unbroken) and read_exit_record(run)["code"] == 0
 
 
@@ -207,4 +207,4 @@ def test_a_killed_pdsh_leaves_no_ranks(three: Hosts, dataset: Path, tmp_path: Pa
     wait_for(lambda: max(losses(run), default=0) > 2)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    wait_for(lambda: not ranks(three, "h1") and not ranks(three, "h2"), 10)
+    wait_for(lambda: not ranks(three, "h1") and not ranks(three, "h2"))

@@ -91,11 +91,11 @@ def test_a_killed_array_continues_with_another_number_of_tasks(cluster: Slurm, w
     job = work.submit(cluster, "prep_array.sbatch", "%A_%a.log", "--array", "0-1")
     wait_for(work.done)
     cluster.run("scancel", "--full", "--signal=KILL", job)
-    wait_for(lambda: has_ended(cluster, job), 60)
+    wait_for(lambda: has_ended(cluster, job))
     assert 0 < len(work.done()) < len(work.spec.domains) and not work.output.exists()
 
     job = work.submit(cluster, "prep_array.sbatch", "%A_%a.log", "--array", "3,7-8")
-    wait_for(lambda: has_ended(cluster, job), 300)
+    wait_for(lambda: has_ended(cluster, job), 900)
     work.check()
 
 
@@ -123,7 +123,7 @@ def no_ray_left() -> Iterator[None]:
     subprocess.run(
         [str(Path(sys.executable).parent / "ray"), "stop", "--force"],
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -131,23 +131,23 @@ def test_killed_ray_workers_continue_on_fewer_nodes(
     cluster: Slurm, work: Work, no_ray_left: None
 ) -> None:
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=2")
-    wait_for(lambda: work.done() or cluster.job(job)["JobState"] == "FAILED", 120)
+    wait_for(lambda: work.done() or cluster.job(job)["JobState"] == "FAILED", 600)
     assert work.done(), work.logs()
     for process in ray_processes():  # all at the same time, as the end of a job's cgroup does
         with suppress(psutil.NoSuchProcess):  # some end with the one before
             process.kill()
     cluster.run("scancel", "--full", "--signal=KILL", job)
-    wait_for(lambda: has_ended(cluster, job), 60)
+    wait_for(lambda: has_ended(cluster, job))
     before = work.done()
     assert 0 < len(before) < len(work.spec.domains) and not work.output.exists()
 
     job = work.submit(cluster, "prep_ray.sbatch", "ray-%j.log", "--nodes=1")
-    wait_for(lambda: work.done().keys() > before.keys() or has_ended(cluster, job), 120)
+    wait_for(lambda: work.done().keys() > before.keys() or has_ended(cluster, job), 600)
     after = work.done()
     assert all(after.get(path, when) == when for path, when in before.items()), (
         "a unit that was done was done again"
     )
-    wait_for(lambda: has_ended(cluster, job), 300)
+    wait_for(lambda: has_ended(cluster, job), 900)
     work.check()
 
 
@@ -158,9 +158,9 @@ def test_ray_continues_after_the_kill_of_a_worker(
     victims: list[psutil.Process] = []
     wait_for(
         lambda: victims.extend(ray_processes("ray::_work")) or victims or has_ended(cluster, job),
-        120,
+        600,
     )
     assert victims, work.logs()
     victims[0].send_signal(signal.SIGKILL)
-    wait_for(lambda: has_ended(cluster, job), 300)
+    wait_for(lambda: has_ended(cluster, job), 900)
     work.check()

@@ -57,7 +57,7 @@ def submit(cluster: Slurm, config: Config, folder: Path, *options: str) -> str:
         text=True,
         cwd=folder,
         env=os.environ | cluster.variables,
-        timeout=120,
+        timeout=600,
     )
     assert completed.returncode == 0, completed.stdout + completed.stderr
     return completed.stdout.split("job ")[1].split(":")[0]
@@ -154,7 +154,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     wait_for(lambda: logged_steps(run) > 0)
     cluster.run("scancel", job)
     job_state = cluster.wait_for(job, "CANCELLED")
-    wait_for(lambda: read_exit_record(run) is not None, 30)
+    wait_for(lambda: read_exit_record(run) is not None)
     assert (
         job_state["Restarts"] == "0"
         and read_exit_record(run)["code"] == 75

@@ -78,7 +78,7 @@ def count(
             *map(str, paths),
         ]
         running.append(on.start(name, command, environment, folder / f"{rank}.log"))
-    codes = [process.wait(300) for process in running]
+    codes = [process.wait(1500) for process in running]
     assert not any(codes), "\n".join(p.read_text()[-3000:] for p in folder.glob("*.log"))
     results = [json.loads((folder / f"out-{rank}.json").read_text()) for rank in range(world)]
     return [[result[number] for result in results] for number in range(len(configs))]

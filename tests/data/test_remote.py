@@ -226,7 +226,7 @@ print(json.dumps([hashlib.sha256(b"".join(tokens)).hexdigest(), fetched]))
 def test_processes_of_a_machine_share_one_copy(packed: Path, tmp_path: Path) -> None:
     processes = [start_script("-c", READER, str(packed), str(tmp_path)) for _ in range(3)]
     results = [
-        json.loads(process.communicate(timeout=200)[0].splitlines()[-1]) for process in processes
+        json.loads(process.communicate(timeout=600)[0].splitlines()[-1]) for process in processes
     ]
     assert len({digest for digest, _ in results}) == 1
     shards = [name for _, names in results for name in names if name.endswith(".zstd")]

@@ -29,7 +29,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     # New processes: a forked one has imported triton already, without its interpreter
     arguments = ["-m", "tests.support.vocabulary_ranks", str(folder)]
     processes = start_new_ranks(arguments, RANKS, folder, TRITON_INTERPRET="1")
-    codes = [process.wait(500) for process in processes]
+    codes = [process.wait(1500) for process in processes]
     assert not any(codes), "\n".join(log.read_text()[-3000:] for log in folder.glob("*.log"))
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
 

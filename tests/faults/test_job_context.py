@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "launcher" / "run.py")
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -50,7 +50,7 @@ def logs(folder: Path) -> str:
     return "\n".join(p.read_text() for p in sorted(folder.glob("rank-*.log")))
 
 
-def end(processes: list[ForkedPython], seconds: float = 240) -> list[int]:
+def end(processes: list[ForkedPython], seconds: float = 600) -> list[int]:
     """Exit codes of all ranks; ranks that do not end are killed (-9)."""
     return end_ranks(processes, time.monotonic() + seconds)
 

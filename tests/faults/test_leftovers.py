@@ -10,12 +10,14 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from nextpt.base.collective import RankGroup
 from nextpt.base.processes import child_pids
+from nextpt.checkpoint.folders import steps
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.config import CheckpointSection, to_yaml
 from nextpt.data.streaming_backend import remove_stale
@@ -127,7 +129,7 @@ def test_a_port_in_use_is_a_one_line_error(dataset: Path, tmp_path: Path) -> Non
         [rank] = start_ranks(
             [[RUN, "--config", str(tmp_path / "tiny.yaml")]], tmp_path / "logs", MASTER_PORT=port
         )
-        assert rank.wait(120) == 2
+        assert rank.wait(600) == 2
         with socket.create_connection(owner.getsockname(), 5):
             owner.accept()[0].close()
     message = (tmp_path / "logs" / "rank-0.log").read_text()
@@ -187,7 +189,7 @@ def test_a_streaming_run_resumes_after_all_its_processes_were_killed(
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     command = [RUN, "--config", str(tmp_path / "run.yaml")]
     ranks = start_ranks([command] * 2, tmp_path / "first", TMPDIR=str(tmp_path / "tmp"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not read_events(tmp_path / "run" / "metrics.jsonl", "checkpoint"):
         assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), (
             tmp_path / "first" / "rank-0.log"
@@ -196,21 +198,27 @@ def test_a_streaming_run_resumes_after_all_its_processes_were_killed(
     for pid in [child for rank in ranks for child in child_pids(rank.pid)] + [
         rank.pid for rank in ranks
     ]:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # a child that was about to end
+            os.kill(pid, signal.SIGKILL)
     for rank in ranks:
         rank.wait()
-    assert any(
-        str(tmp_path / "local").encode() in path.read_bytes()
-        for path in Path("/dev/shm").glob("*_locals")
-    )
+    assert any(names(path, tmp_path / "local") for path in Path("/dev/shm").glob("*_locals"))
+    stop = max(steps(tmp_path / "run" / "checkpoints")) + 10
     ranks = start_ranks(
-        [[*command, "train.stop_at=20"]] * 2, tmp_path / "second", TMPDIR=str(tmp_path / "tmp")
+        [[*command, f"train.stop_at={stop}"]] * 2, tmp_path / "second", TMPDIR=str(tmp_path / "tmp")
     )
     try:
-        assert [rank.wait(150) for rank in ranks] == [0, 0], (
+        assert [rank.wait(600) for rank in ranks] == [0, 0], (
             tmp_path / "second" / "rank-0.log"
         ).read_text()[-3000:]
     finally:
         for rank in ranks:
             rank.kill()
-    assert read_events(tmp_path / "run" / "metrics.jsonl", "train")[-1]["step"] >= 20
+    assert read_events(tmp_path / "run" / "metrics.jsonl", "train")[-1]["step"] == stop
+
+
+def names(path: Path, folder: Path) -> bool:
+    """Whether shared memory of StreamingDataset is of a folder; other tests' may be gone by now."""
+    with suppress(FileNotFoundError):
+        return str(folder).encode() in path.read_bytes()
+    return False

@@ -32,7 +32,7 @@ def test_demo_with_a_short_training(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            timeout=500,
+            timeout=1500,
             env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
         )
 

@@ -31,7 +31,7 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         cwd=ROOT,
-        timeout=300,
+        timeout=900,
     )
 
 

@@ -58,7 +58,7 @@ def test_tasks_of_an_array_make_one_dataset(tmp_path: Path) -> None:
         start(*arguments, SLURM_ARRAY_TASK_ID=str(i), SLURM_ARRAY_TASK_COUNT="2") for i in (7, 12)
     ]
     for task in tasks:
-        out, errors = task.communicate(timeout=200)
+        out, errors = task.communicate(timeout=600)
         assert task.returncode == 0, errors
         assert "validation" in out and "report" in out
     prepare(spec)

@@ -34,6 +34,12 @@ from tests.support.ranks import train_all
 DOMAINS = {"code": {"nats_per_token": 2.0, "bpb": 1.0}}
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wandb gives its process 30 seconds to start, which a loaded machine exceeds."""
+    monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "300")
+
+
 def step_event(step: int, loss: float) -> StepEvent:
     return StepEvent(
         step,

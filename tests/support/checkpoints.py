@@ -76,7 +76,7 @@ class Board:
 
     def wait(self, ready: Callable[[], bool]) -> None:
         with self.changed:
-            if not self.changed.wait_for(lambda: self.broken or ready(), 60) or self.broken:
+            if not self.changed.wait_for(lambda: self.broken or ready(), 300) or self.broken:
                 raise Gone
 
     def wait_for_turn(self, rank: int) -> None:

@@ -68,7 +68,7 @@ def start_script(
 
 
 def run_command(
-    *arguments: str, cwd: Path = ROOT, timeout: float = 300, **variables: str
+    *arguments: str, cwd: Path = ROOT, timeout: float = 900, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `nextpt ARGUMENTS` to its end.
 
@@ -79,7 +79,7 @@ def run_command(
 
 
 def run_script(
-    *arguments: str, cwd: Path = ROOT, timeout: float = 300, **variables: str
+    *arguments: str, cwd: Path = ROOT, timeout: float = 900, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` to its end; otherwise like `run_command`."""
     return _finish(start_script(*arguments, cwd=cwd, **variables), arguments, timeout)

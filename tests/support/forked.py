@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-LONGEST = 60  # seconds; a hanging child prints its stack and ends with 1
+LONGEST = 600  # seconds; a hanging child prints its stack and ends with 1
 
 
 def run_in_child(action: Callable[[], object]) -> int:

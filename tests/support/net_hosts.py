@@ -186,7 +186,7 @@ def _start(
         )
 
 
-def _wait_for(network: Hosts, name: str, seconds: float = 60) -> None:
+def _wait_for(network: Hosts, name: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while (
         completed := subprocess.run(

@@ -145,13 +145,17 @@ def plan(config: Config, devices: int, machine: Machine, utilisation: float) -> 
         * config.data.sequence_length
         / (devices * machine.peak * utilisation)
     )
-    options = [
-        _option(config, devices, machine, utilisation, sequence_seconds, stage, checkpointing)
-        # Refused by the config, with the reason
-        for stage in range(4)
-        if not (stage == 0 and config.train.precision == "bf16")
-        for checkpointing in (False, True)
-    ]
+    options = []
+    for stage in range(4):
+        if stage == 0 and config.train.precision == "bf16":
+            continue  # refused by the config, with the reason
+        cost = step_cost(variant(config, stage, False), devices)
+        options += [
+            _option(changed, devices, machine, utilisation, sequence_seconds, cost)
+            for changed in (
+                variant(config, stage, checkpointing) for checkpointing in (False, True)
+            )
+        ]
     sequences = config.batches.batch_size(last_step)
     return Plan(
         config,
@@ -259,23 +263,20 @@ def _option(
     machine: Machine,
     utilisation: float,
     sequence_seconds: float,
-    stage: int,
-    checkpointing: bool,
+    cost: StepCost,
 ) -> Option:
     """Estimate one option.
 
     Args:
-        config: The run.
+        config: The run, at the option's stage, with or without activation checkpointing.
         devices: Number of devices.
         machine: The device.
         utilisation: Share of the device's peak that matrix products reach, 0 to 1.
         sequence_seconds: Compute of one sequence on all devices, without recomputation.
-        stage: ZeRO stage.
-        checkpointing: Whether activations are recomputed.
+        cost: `step_cost` of the same.
     """
-    changed = variant(config, stage, checkpointing)
-    memory = estimate_memory(changed, devices, device="cuda")
-    cost = step_cost(changed, devices)
+    stage, checkpointing = config.train.zero_stage, config.train.activation_checkpointing
+    memory = estimate_memory(config, devices, device="cuda")
     sent_bytes, flops = max(cost.sent_bytes), max(cost.flops)
     optimizer = OptimizerWork(
         sent_bytes,
@@ -285,9 +286,9 @@ def _option(
     )
     run_seconds = 0.0
     for first, last, batch_size in config.batches.phases(config.total_steps):
-        sent = traffic(changed, devices, step=first, cost=cost)
+        sent = traffic(config, devices, step=first, cost=cost)
         communication = sent.everywhere / machine.bus(devices) + sent.in_node / machine.bus(
-            changed.train.hpz_ranks or 1
+            config.train.hpz_ranks or 1
         )
         work = sequence_seconds * batch_size * (1 + RECOMPUTE * checkpointing)
         # Stages 0 and 1 reduce after the last backward pass; only stages 2 and 3 send while others

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from launcher.tables.plan import plan_json, print_plan
 from nextpt.base.errors import ConfigError
 from nextpt.config import Config, load_config
 from nextpt.model import ModelSpec, count
+from nextpt.optim.muon import Muon
+from nextpt.optim.spec import StepCost
 from nextpt.scaling.machines import MACHINES, machine
 from nextpt.scaling.plan import RESERVED, plan, step_cost, traffic, variant
 from tests.support.commands import run_command
@@ -265,6 +268,18 @@ def test_what_muon_adds_to_a_step_is_shown(capsys: pytest.CaptureFixture[str]) -
     assert not any(plan_json(plain)["best"]["optimizer"].values())
     print_plan(plain)
     assert title not in capsys.readouterr().out
+
+
+def test_owners_of_matrices_are_assigned_once_per_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages, assignments = [], Muon.step_cost
+
+    def counted(*arguments: Any) -> StepCost:
+        stages.append(1)
+        return assignments(*arguments)
+
+    monkeypatch.setattr(Muon, "step_cost", counted)
+    options = plan(config("1.3b", "optimizer.kind=muon"), 8, MACHINES["h100"], 0.4).options
+    assert len(stages) == len({option.stage for option in options}) == len(options) / 2 == 3
 
 
 @pytest.mark.process

@@ -119,14 +119,12 @@ def _show_optimizer(config: Config, flops: float, ranks: int) -> None:
 
     spec, shapes = optimizer_spec(config), parameter_shapes(ModelSpec.from_config(config))
     echo("optimizer groups                  parameters   peak learning rate, weight decay, eps")
+    names = spec.names_by_group(shapes)
     for group in spec.groups:
-        members = [
-            shape for n, shape in shapes.items() if spec.group_of(n, shape).name == group.name
-        ]
-        if members:
+        if parameters := sum(prod(shapes[name]) for name in names[group.name]):
             lr, decay = config.optimizer.lr * group.lr_factor, group.options.get("weight_decay", 0)
             eps = f", {group.options['eps']:.3g}" if "eps" in group.options else ""
-            echo(f"  {group.name:<21} {sum(map(prod, members)):>20,}   {lr:.3g}, {decay:.4g}{eps}")
+            echo(f"  {group.name:<21} {parameters:>20,}   {lr:.3g}, {decay:.4g}{eps}")
     share = sum(step_cost(config, ranks).flops) / flops
     if share:
         echo(f"orthogonalization       {share:>20.2%}   of the model's FLOPs in a step")

@@ -153,24 +153,35 @@ class OptimizerSpec(ABC):
             verdict: Gradient norm and verdict of the step under way.
         """
 
+    def names_by_group(self, shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
+        """Names of the parameters of each group, in the order of `groups`, empty ones included.
+
+        Args:
+            shapes: Full shape of every parameter.
+        """
+        names: dict[str, list[str]] = {group.name: [] for group in self.groups}
+        for name, shape in shapes.items():
+            names[self.group_of(name, shape).name].append(name)
+        return names
+
     def torch_groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
         """Divide parameters into torch's parameter groups; empty groups are left out.
 
         Under ZeRO-3 a parameter's own shape is empty and `ds_shape` is the full one.
         """
-        members: dict[str, list[nn.Parameter]] = {group.name: [] for group in self.groups}
-        for name, parameter in parameters:
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            members[self.group_of(name, shape).name].append(parameter)
+        by_name = dict(parameters)
+        names = self.names_by_group(
+            {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in by_name.items()}
+        )
         return [
             {
-                "params": members[group.name],
+                "params": [by_name[name] for name in names[group.name]],
                 "name": group.name,
                 "lr_factor": group.lr_factor,
                 **group.options,
             }
             for group in self.groups
-            if members[group.name]
+            if names[group.name]
         ]
 
     def step_cost(

@@ -33,11 +33,9 @@ def zero_layout(
         stage: ZeRO stage.
         ranks: Number of ranks that divide the data.
     """
-    groups: dict[str, list[str]] = {}
-    for name, shape in shapes.items():
-        groups.setdefault(spec.group_of(name, shape).name, []).append(name)
-    for names in groups.values():
-        yield _divide({name: shapes[name] for name in names}, stage, ranks)
+    for names in spec.names_by_group(shapes).values():
+        if names:
+            yield _divide({name: shapes[name] for name in names}, stage, ranks)
 
 
 def _divide(shapes: Shapes, stage: int, ranks: int) -> list[DividedTensor]:

@@ -11,7 +11,7 @@ from nextpt.train.memory import LIVE_PARAMETERS, reduce_bucket
 
 
 def deepspeed_config(config: Config, data_size: int) -> dict[str, Any]:
-    """The whole DeepSpeed configuration of a run; it relies on no default.
+    """DeepSpeed's configuration of a run; keys that are not in it have DeepSpeed's defaults.
 
     DeepSpeed clips nothing: `nextpt.optim` does.
 

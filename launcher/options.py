@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nextpt.base.errors import ConfigError
+
 ConfigFile = Annotated[str, typer.Option("--config", help="YAML file of the run, see configs/")]
 Overrides = Annotated[
     list[str] | None,
@@ -49,3 +51,21 @@ Utilization = Annotated[
         "--utilisation", min=0.001, max=1, help="model FLOPs utilization (MFU), from 0 to 1"
     ),
 ]
+
+
+def parse_sizes(option: str, text: str) -> list[int]:
+    """Parse the value of an option that is a list of numbers, such as 16,32,64.
+
+    Returns:
+        The numbers, each once, in rising order.
+
+    Raises:
+        ConfigError: It is not a list of whole numbers above 0.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"{option} {text}: expected whole numbers above 0, separated by commas, such as"
+            " 16,32,64"
+        )
+    return sorted({int(part) for part in parts})

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher.console import build_table, console, echo, progress_bars
-from launcher.options import JsonFile, Overrides, PlotFile
+from launcher.options import JsonFile, Overrides, PlotFile, parse_sizes
 from launcher.registration import add_command
-from nextpt.base.errors import ScalingError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,9 +65,9 @@ def coordinate_check(
         config = count_epoch(config)
     values: dict[Axis, list[int]] = {}
     if widths is not None or depths is None:
-        values["width"] = _parse("widths", widths) if widths else default_widths(config)
+        values["width"] = parse_sizes("--widths", widths) if widths else default_widths(config)
     if depths is not None:
-        values["depth"] = _parse("depths", depths)
+        values["depth"] = parse_sizes("--depths", depths)
     batch = _batch(config, sequences, random_tokens)
     sweeps = []
     with progress_bars("measured") as progress:
@@ -89,14 +88,6 @@ def coordinate_check(
         write_json(content, json_file)
     if plot is not None:
         plot_sweeps(sweeps, description, plot)
-
-
-def _parse(option: str, text: str) -> list[int]:
-    """Whole numbers above 0 of a list with commas."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ScalingError(f"--{option} {text}: whole numbers are expected, such as 64,128,256")
-    return [int(part) for part in parts]
 
 
 def _batch(config: Config, sequences: int, random_tokens: bool) -> Batch:

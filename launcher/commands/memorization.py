@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from launcher.console import build_table, console, echo, progress_bars
-from launcher.options import JsonFile, PlotFile, RunFolder, Step, Weights
+from launcher.options import JsonFile, PlotFile, RunFolder, Step, Weights, parse_sizes
 from launcher.registration import add_command, add_group
-from nextpt.base.errors import ConfigError
 
 PERCENT = 100.0
 EXTRACTION_COLUMNS = (("exact", "share"), ("near", "share"), ("score", "mean"))
@@ -105,7 +104,7 @@ def extract(
     from nextpt.generate.text import pick_device
     from nextpt.observe.memorization_plots import plot_extraction
 
-    lengths = _parse_lengths(prefixes)
+    lengths = parse_sizes("--prefixes", prefixes)
     loaded = open_model(run, step, pick_device(), decoder_only=True, weights=weights)
     folder = data or loaded.dataset
     with progress_bars("continuing") as progress:
@@ -228,18 +227,6 @@ def format_metric(
 
 def _format_bits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _parse_lengths(text: str) -> list[int]:
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise ConfigError(
-            f"--prefixes {text}: expected numbers of tokens separated by commas, such as 16,32,64"
-        )
-    return lengths
 
 
 def _write(

@@ -156,7 +156,7 @@ def test_the_command_prints_a_table_and_writes_both_files(dataset: Path, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--widths", "32,x"], "--widths 32,x: whole numbers are expected"),
+        (["--widths", "32,x"], "--widths 32,x: expected whole numbers above 0"),
         (["--widths", "32", "--random-tokens"], "--widths 32: a slope needs two or more"),
         (["--widths", "32,33", "--random-tokens"], "--widths 33 is not a multiple of"),
         ([], "without a dataset use --random-tokens"),

@@ -8,6 +8,12 @@ from pydantic import model_validator
 
 from nextpt.config.section import Section, key
 
+FeedForwardKind = Literal["swiglu", "gelu", "relu2"]
+LayerKind = Literal["local", "global"]
+AttentionGate = Literal["none", "head", "element"]
+ResidualInit = Literal["scaled", "zero"]
+ParametrizationKind = Literal["standard", "mup", "completep"]
+
 
 class RopeScaling(Section):
     """Scaling of the rotary frequencies for contexts longer than those of the original model."""
@@ -79,7 +85,7 @@ class ModelSection(Section):
         description="width of a head; width/heads unless set",
         aliases=("head_size", "d_head", "head_width"),
     )
-    ffn: Literal["swiglu", "gelu", "relu2"] = key(
+    ffn: FeedForwardKind = key(
         "swiglu",
         description="kind of feed-forward layer; relu2 is relu(x)^2 (arXiv 2109.08668)",
         aliases=("hidden_act", "activation", "activation_function", "mlp", "mlp_type"),
@@ -146,7 +152,7 @@ class ModelSection(Section):
         description="standard deviation of the initial matrices",
         aliases=("initializer_range", "init_method_std"),
     )
-    residual_init: Literal["scaled", "zero"] = key(
+    residual_init: ResidualInit = key(
         "scaled",
         description=(
             "initial matrices whose output is added to the residual stream (o_proj, down_proj):"
@@ -154,7 +160,7 @@ class ModelSection(Section):
         ),
         aliases=("zero_init", "zero_init_residual", "zero_init_proj"),
     )
-    parametrization: Literal["standard", "mup", "completep"] = key(
+    parametrization: ParametrizationKind = key(
         "standard",
         description=(
             "how initial weights, learning rates, decay, eps and multipliers follow from those"
@@ -215,7 +221,7 @@ class ModelSection(Section):
         ),
         aliases=("window_size", "attention_window"),
     )
-    layer_pattern: tuple[Literal["local", "global"], ...] | None = key(
+    layer_pattern: tuple[LayerKind, ...] | None = key(
         None,
         min_length=1,
         description=(
@@ -237,7 +243,7 @@ class ModelSection(Section):
         ),
         aliases=("sinks", "attn_sinks", "use_sinks", "add_swa_attention_sink_bias", "softmax_type"),
     )
-    attention_gate: Literal["none", "head", "element"] = key(
+    attention_gate: AttentionGate = key(
         "none",
         description=(
             "sigmoid gate, computed from the layer's input, on the output of attention: one per"
@@ -283,6 +289,11 @@ class ModelSection(Section):
         aliases=("loss_implementation", "fused_cross_entropy"),
     )
 
+    @property
+    def resolved_head_dim(self) -> int:
+        """Width of a head, E."""
+        return self.head_dim or self.width // self.heads
+
     @model_validator(mode="after")
     def _check_shape(self) -> ModelSection:
         if self.head_dim is None and self.width % self.heads:
@@ -294,10 +305,10 @@ class ModelSection(Section):
             raise ValueError(
                 f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}"
             )
-        head_dim = self.head_dim or self.width // self.heads
-        if head_dim % 2:
+        if self.resolved_head_dim % 2:
             raise ValueError(
-                f"model.head_dim = {head_dim} is odd; rotary embeddings need an even one"
+                f"model.head_dim = {self.resolved_head_dim} is odd; rotary embeddings need an even"
+                " one"
             )
         return self
 
@@ -317,8 +328,7 @@ class ModelSection(Section):
                 f"model.parametrization = {kind} needs {keys}, the shape for which learning rates"
                 f" and init_std are meant; set it ({values} where they were found for this model)"
             )
-        head_dim = self.head_dim or self.width // self.heads
-        if self.qk_norm and self.base_head_dim not in (None, head_dim):
+        if self.qk_norm and self.base_head_dim not in (None, self.resolved_head_dim):
             raise ValueError(
                 f"model.base_head_dim = {self.base_head_dim} has no effect with model.qk_norm ="
                 " true, whose norms bound the attention logits at any head_dim; leave it out"

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from nextpt.config.section import Section, key
 
 POLAR_EXPRESS_STEPS = 5  # iterations for which the coefficients are tabled
+UpdateScale = Literal["match_rms_adamw", "original", "spectral"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -59,7 +60,7 @@ class MuonSection(Section):
     nesterov: bool = key(
         True, description="orthogonalise the average of the gradient and its average"
     )
-    scale: Literal["match_rms_adamw", "original", "spectral"] = key(
+    scale: UpdateScale = key(
         "match_rms_adamw",
         description=(
             "factor of an update of a matrix [out, in]: 0.2 sqrt(max(out, in)), with AdamW's"

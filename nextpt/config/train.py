@@ -8,6 +8,8 @@ from pydantic import model_validator
 
 from nextpt.config.section import Section, key
 
+LossGradient = Literal["precise", "small"]
+
 
 class BatchChangeSection(Section):
     """A change of the batch size at a step, or at the first step after that many tokens."""
@@ -189,7 +191,7 @@ class TrainSection(Section):
         description="torch.compile each block",
         aliases=("torch_compile", "use_compile"),
     )
-    loss_gradient: Literal["precise", "small"] = key(
+    loss_gradient: LossGradient = key(
         "precise",
         may_change=True,
         description=(

@@ -19,11 +19,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-ParametrizationKind = Literal["standard", "mup", "completep"]
+from nextpt.config import ParametrizationKind, UpdateScale
+
 # What a parameter is. Vectors are norms, biases and learned scalars of the blocks; gates are the
 # rows of W_g that gate whole heads.
 Role = Literal["embedding", "matrices", "gates", "output", "vectors", "final_norm"]
-UpdateScale = Literal["match_rms_adamw", "original", "spectral"]
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from nextpt.config import Config, ModelSection, RopeScaling
-from nextpt.model.parametrization import Parametrization, ParametrizationKind
+from nextpt.config import (
+    AttentionGate,
+    Config,
+    FeedForwardKind,
+    LayerKind,
+    LossGradient,
+    ModelSection,
+    ParametrizationKind,
+    ResidualInit,
+    RopeScaling,
+)
+from nextpt.model.parametrization import Parametrization
 
-FeedForwardKind = Literal["swiglu", "gelu", "relu2"]
-LayerKind = Literal["local", "global"]
 # Options that a spec's JSON omits at these values. Earlier versions did not have them, and files
 # compressed then are identified by a hash of this JSON (nextpt/evaluate/coding/container.py).
 OMITTED: dict[str, Any] = {
@@ -47,8 +55,7 @@ def default_ffn_width(ffn: FeedForwardKind, width: int) -> int:
 def _base_shape(section: ModelSection) -> dict[str, int | None]:
     """The keys of the base shape, None where they have no effect."""
     kind = section.parametrization
-    head_dim = section.head_dim or section.width // section.heads
-    has_scale = kind != "standard" and section.base_head_dim != head_dim
+    has_scale = kind != "standard" and section.base_head_dim != section.resolved_head_dim
     return {
         "base_width": None if kind == "standard" else section.base_width,
         "base_depth": section.base_depth if kind == "completep" else None,
@@ -126,9 +133,9 @@ class ModelSpec:
     logit_softcap: float | None = None
     sliding_window: int | None = None
     attention_sinks: bool = False
-    attention_gate: Literal["none", "head", "element"] = "none"
+    attention_gate: AttentionGate = "none"
     value_residual: bool = False
-    residual_init: Literal["scaled", "zero"] = "scaled"
+    residual_init: ResidualInit = "scaled"
     parametrization: ParametrizationKind = "standard"
     base_width: int | None = None
     base_depth: int | None = None
@@ -143,7 +150,7 @@ class ModelSpec:
         uniform: tuple[LayerKind, ...] = ("local" if section.sliding_window else "global",)
         resolved: dict[str, Any] = {
             "kv_heads": section.kv_heads or section.heads,
-            "head_dim": section.head_dim or section.width // section.heads,
+            "head_dim": section.resolved_head_dim,
             "ffn_width": section.ffn_width or default_ffn_width(section.ffn, section.width),
             "max_position": section.max_position or max_position,
             "layer_pattern": repeat_pattern(section.layer_pattern or uniform, section.depth),
@@ -259,7 +266,7 @@ class ComputeOptions:
     attention: str = "auto"
     cross_entropy: str = "auto"
     activation_checkpointing: bool = False
-    loss_gradient: Literal["precise", "small"] = "precise"
+    loss_gradient: LossGradient = "precise"
     loss_logits_dtype: torch.dtype | None = None
     loss_workspace_bytes: int | None = None
 

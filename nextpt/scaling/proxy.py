@@ -174,7 +174,7 @@ def with_base_shape(large: Config) -> Config:
         ScalingError: It names none.
     """
     model = large.model
-    head_dim = model.head_dim or model.width // model.heads
+    head_dim = model.resolved_head_dim
     if model.parametrization == "standard" or model.base_width is None:
         width = min(256, model.width)
         raise ScalingError(

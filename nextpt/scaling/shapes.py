@@ -11,8 +11,7 @@ from nextpt.config import Config, parse_config
 def group_width(config: Config) -> int:
     """Width of the query heads that share a key head."""
     model = config.model
-    head_dim = model.head_dim or model.width // model.heads
-    return head_dim * (model.heads // (model.kv_heads or model.heads))
+    return model.resolved_head_dim * (model.heads // (model.kv_heads or model.heads))
 
 
 def with_width(config: Config, width: int, source: str = "--widths") -> Config:
@@ -32,10 +31,7 @@ def with_width(config: Config, width: int, source: str = "--widths") -> Config:
             f"{source} {width} is not a multiple of {group}, the width of the query heads of one"
             " key head (model.head_dim x model.heads / model.kv_heads)"
         )
-    values: dict[str, Any] = {
-        "width": width,
-        "head_dim": model.head_dim or model.width // model.heads,
-    }
+    values: dict[str, Any] = {"width": width, "head_dim": model.resolved_head_dim}
     values["heads"] = width // values["head_dim"]
     if model.kv_heads is not None:
         values["kv_heads"] = width // group

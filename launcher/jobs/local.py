@@ -183,18 +183,24 @@ def raise_interrupt(number: int, frame: FrameType | None) -> None:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the launcher and its ranks, and show the cursor, which a live line hides."""
-    killed: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):
-        killed = psutil.Process(process.pid).children(recursive=True)
     with suppress(ProcessLookupError):
         # A checkpoint is committed or not: none is left half-written.
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # A rank that is not gone yet holds the run folder, and would have the next start refused.
     deadline = time.monotonic() + KILL_SECONDS
-    while any(start_ticks(p.pid) is not None for p in killed) and time.monotonic() < deadline:
+    while _has_members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     console.show_cursor(True)
+
+
+def _has_members(group: int) -> bool:
+    """Whether a process of a group has not ended."""
+    for pid in psutil.pids():
+        with suppress(OSError):
+            if os.getpgid(pid) == group and start_ticks(pid) is not None:
+                return True
+    return False
 
 
 def default_ranks() -> int:

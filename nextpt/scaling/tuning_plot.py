@@ -1,4 +1,4 @@
-"""Plot of a search: loss against learning rate and decay, with parabola and interval."""
+"""Plot of a search: loss against learning rate and decay, with fitted curve and interval."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from nextpt.base.plots import BLUE, GREY, ORANGE, SETTINGS, save_plot, set_title
-from nextpt.scaling.optimum import LEVEL, Optimum
+from nextpt.scaling.optimum import Optimum
 from nextpt.scaling.tuning import Tuned
 
 
@@ -37,23 +37,13 @@ def _plot_optimum(axes: Axes, key: str, optimum: Optimum) -> None:
     means = [(p.value, p.mean) for p in points if math.isfinite(p.mean)]
     if means:
         axes.plot(*zip(*means, strict=True), "o", markersize=4, color=BLUE, label="mean")
-    if optimum.method == "parabola" and optimum.parabola is not None:
-        first, last = (math.log2(p.value / optimum.center) for p in (points[0], points[-1]))
-        x = np.linspace(first, last, 200)
-        near = np.abs(x - optimum.parabola.vertex) <= 2
-        parabola = np.polynomial.Polynomial(
-            [optimum.parabola.offset, optimum.parabola.slope, optimum.parabola.curvature]
-        )
-        axes.plot(
-            optimum.center * 2 ** x[near],
-            parabola(x[near]),
-            color=GREY,
-            linewidth=1,
-            label="parabola",
-        )
+    if optimum.curve is not None:
+        x = np.linspace(*optimum.curve.ends, 200)
+        y = optimum.curve(x)
+        axes.plot(optimum.center * 2**x, y, color=GREY, linewidth=1, label="fitted curve")
     axes.axvline(optimum.value, color=ORANGE, linewidth=1, label=f"best, {optimum.value:.3g}")
     if optimum.interval:
-        meaning = f"{100 * LEVEL:g} % interval" if optimum.method == "parabola" else "neighbours"
+        meaning = f"{100 * optimum.level:g} % interval" if optimum.level else "neighbours"
         axes.axvspan(*optimum.interval, color=ORANGE, alpha=0.12, linewidth=0, label=meaning)
     for point in points:
         if point.diverged:

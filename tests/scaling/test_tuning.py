@@ -272,3 +272,16 @@ def test_a_whole_search(dataset: Path, tmp_path: Path) -> None:
     second = run_command(*arguments, COLUMNS="200")
     assert second.returncode == 0 and "===" not in second.stdout, second.stderr
     assert (folder / "tuned.yaml").read_text() == written
+
+
+@pytest.mark.slow
+def test_a_trained_trial_that_diverges_is_worse_than_all_others(
+    dataset: Path, tmp_path: Path
+) -> None:
+    guard = {"rollback_after": 2}
+    tuning = tuning_of(large_config(dataset, tmp_path, guard=guard), tmp_path, steps=8)
+    trial = tuning.trial(1e6, 0.1, 0)
+    result = run_command("train", "--config", str(tuning.base), *tuning.arguments(trial))
+    assert result.returncode == 2 and "2 bad steps in a row" in result.stderr, result.stderr
+    assert tuning.has_diverged(trial) and tuning.loss(trial) == math.inf
+    assert tuning.tokens(trial) < tuning.config(trial).total_tokens

@@ -78,7 +78,7 @@ class Trainer:
         loss = 4 + 0.05 * math.log2(lr / BEST_LR) ** 2
         if decay:
             loss += 0.02 * math.log2(decay / BEST_DECAY) ** 2
-        total = {"nats_per_token": loss + 0.1 * seed}
+        total = {"nats_per_token": loss + 0.1 * seed, "bpb": 1.0}
         metrics.on_event(ValidationEvent(config.total_steps, config.total_tokens, {}, total))
 
 

@@ -47,6 +47,8 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+# Ids below this may have holes between them; of larger ones a file has at least a byte for each
+SPARSE_IDS = 2**20
 BYTE_CHARACTERS = byte_characters()
 # Those that occur in UTF-8: vocabularies made from texts may lack the others.
 TEXT_CHARACTERS = BYTE_CHARACTERS[:0xC0] + BYTE_CHARACTERS[0xC2:0xF5]
@@ -109,9 +111,35 @@ class Description:
             DataPrepError: When it cannot be read or is not a tokenizer.json.
         """
         try:
-            return cls(json.loads(path.read_text(encoding="utf-8")), path)
-        except (OSError, ValueError) as error:
+            text = path.read_text(encoding="utf-8")
+            description = cls(json.loads(text), path)
+        except (OSError, ValueError, RecursionError) as error:
             raise DataPrepError(f"{path} is not a tokenizer.json: {error}; {OTHERS}") from error
+        description.check_ids(max(len(text), SPARSE_IDS))
+        return description
+
+    def check_ids(self, limit: int) -> None:
+        """Check the ids of all tokens, before anything is allocated for as many tokens.
+
+        Args:
+            limit: Bound above every id.
+
+        Raises:
+            DataPrepError: There is none, or one is no number from 0 to below the limit.
+        """
+        try:
+            ids = [*self.vocabulary.values(), *(token.id for token in self.added)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataPrepError(
+                f"{self.path} is not a tokenizer.json: its vocabulary cannot be read"
+                f" ({type(error).__name__}: {error}); {OTHERS}"
+            ) from error
+        wrong = [index for index in ids if type(index) is not int or not 0 <= index < limit]
+        if wrong or not ids:
+            problem = f"a token has the id {wrong[0]!r}" if wrong else "it has no token"
+            raise DataPrepError(
+                f"{self.path} is damaged: {problem}, expected numbers from 0 to {limit - 1}"
+            )
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:

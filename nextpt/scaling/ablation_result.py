@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not {"step", "documents_sha256", "protocol", "sums"} <= scores.keys():
             raise ValueError("keys are missing")
         return scores
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ScalingError(
             f"{path} cannot be read ({error}); remove it to score the run again"
         ) from None

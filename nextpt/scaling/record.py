@@ -127,8 +127,8 @@ def read_fit(path: Path) -> Fit | Frontier:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ScalingError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        raise ScalingError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise ScalingError(
             f"{path} is not JSON ({error}); give the file that `nextpt scaling fit ... --json`"
             " wrote"

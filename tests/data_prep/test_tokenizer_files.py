@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from data_prep.tokenizer import Tokenizer, evenly_sampled, train_bpe
+from data_prep.tokenizer.description import SPARSE_IDS, Description
 from nextpt.base.errors import DataPrepError
 from tests.support.tokenizers import TEXTS
 
@@ -34,6 +36,27 @@ def test_start_and_end(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None
         Tokenizer(tokenizers["llama"].path, start="<bos>")
 
 
+def with_vocabulary(vocabulary: str) -> str:
+    model = f'{{"type": "BPE", "vocab": {vocabulary}, "merges": []}}'
+    return f'{{"model": {model}, "added_tokens": []}}'
+
+
+def test_ids_with_holes_are_read_and_more_than_the_file_can_hold_refused(tmp_path: Path) -> None:
+    """Nothing is allocated for as many tokens as an id claims."""
+    path = tmp_path / "tokenizer.json"
+    train_bpe(TEXTS, 300, path)
+    content = json.loads(path.read_text())
+    end = content["added_tokens"][-1]
+    end["id"] = SPARSE_IDS - 1
+    content["model"]["vocab"].pop(end["content"], None)
+    path.write_text(json.dumps(content))
+    assert Description.read(path).added[-1].id == SPARSE_IDS - 1
+    end["id"] = SPARSE_IDS
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataPrepError, match=f"the id {SPARSE_IDS}, expected numbers from 0 to"):
+        Tokenizer(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -54,6 +77,13 @@ def test_start_and_end(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None
             ),
             "no end-of-text token",
         ),
+        ("[" * 100_000, "is not a tokenizer.json"),
+        (with_vocabulary('{"a": 4000000000}'), "a token has the id 4000000000, expected numbers"),
+        (with_vocabulary('{"a": -1}'), "a token has the id -1"),
+        (with_vocabulary('{"a": "0"}'), "a token has the id '0'"),
+        (with_vocabulary('{"a": true}'), "a token has the id True"),
+        (with_vocabulary("{}"), "it has no token"),
+        (with_vocabulary("7"), "its vocabulary cannot be read"),
     ],
 )
 def test_files_that_are_no_tokenizer_are_refused(

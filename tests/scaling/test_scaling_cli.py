@@ -218,6 +218,8 @@ def test_user_errors_of_predict_and_plan(table: Path, fitted: Path, tmp_path: Pa
     )
     check_refused(scaling("fit", tmp_path), "is not a run folder")
     check_refused(scaling("predict", table, "--params", 1, "--tokens", 1), "is not JSON")
+    (tmp_path / "nested.json").write_text("[" * 100_000)
+    check_refused(scaling("plan", tmp_path / "nested.json", "--flops", 1e20), "is not JSON")
     (tmp_path / "other.json").write_text('{"form": "chinchilla"}')
     check_refused(scaling("plan", tmp_path / "other.json", "--flops", 1e20), "is not a fit")
     check_refused(scaling("plan", fitted), "either --flops or --gpu-hours")

@@ -59,7 +59,7 @@ def finish(
         np.save(file, tokenizer.token_bytes())
     _write_validation_text(plan, layout, duplicates, folder / "validation_text")
     _write_quarantine(plan, duplicates, folder / "quarantine.jsonl")
-    manifest = _manifest(plan, layout, tokenizer, counts)
+    manifest = _manifest(plan, layout, tokenizer, folder, counts)
     summarise(plan, layout, tokenizer, duplicates, manifest, packed, folder, wall_seconds)
     with atomic_write(folder / "dataset.json") as file:
         file.write(canonical_json(manifest.model_dump()))
@@ -167,7 +167,11 @@ def _write_quarantine(plan: Plan, duplicates: Duplicates, path: Path) -> None:
 
 
 def _manifest(
-    plan: Plan, layout: Layout, tokenizer: Tokenizer, counts: dict[str, dict[str, SplitCounts]]
+    plan: Plan,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    folder: Path,
+    counts: dict[str, dict[str, SplitCounts]],
 ) -> DatasetManifest:
     spec = plan.spec
     manifest = DatasetManifest(
@@ -175,6 +179,7 @@ def _manifest(
         vocab_size=tokenizer.vocab_size,
         token_dtype=token_dtype(tokenizer.vocab_size).name,
         tokenizer_sha256=tokenizer.sha256,
+        token_bytes_sha256=sha256_file(folder / "token_bytes.npy"),
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
         packing=spec.packing,

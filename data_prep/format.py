@@ -127,6 +127,7 @@ class DatasetManifest(_Record):
     vocab_size: int
     token_dtype: Literal["uint16", "uint32"]
     tokenizer_sha256: str
+    token_bytes_sha256: str | None = None  # of the file; None where the writer did not record it
     start_id: int
     end_id: int
     packing: Literal["best_fit", "concat", "single"] = "best_fit"
@@ -194,8 +195,10 @@ class DatasetManifest(_Record):
 
         It is the `fingerprint`, which checkpoints record, so its input has the names of format
         version 2 for good: the same content has the same fingerprint, whichever names a file has.
+        token_bytes.npy follows from the tokenizer.
         """
-        value = _to_version_2(self.model_dump()) | {"fingerprint": "", "inputs_sha256": ""}
+        content = self.model_dump(exclude={"token_bytes_sha256"})
+        value = _to_version_2(content) | {"fingerprint": "", "inputs_sha256": ""}
         return sha256(canonical_json(value).encode()).hexdigest()
 
 

@@ -110,6 +110,14 @@ class DataSection(Section):
         may_change=True,
         description="shard reader: nextpt's, or mosaicml-streaming's StreamingDataset",
     )
+    verify: Literal["job", "machine"] = key(
+        "job",
+        may_change=True,
+        description=(
+            "when the hash of a shard is verified: job: at its first use in each job; machine: once"
+            " on each machine, as long as its size and times stay the same"
+        ),
+    )
     prefetch_threads: int = key(
         1,
         ge=1,

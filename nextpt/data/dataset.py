@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,11 @@ SHARD_THREADS = 4  # shards fetched, unpacked or verified at the same time; most
 class Dataset:
     """The dataset of a config, fetched first if it is remote.
 
+    Args:
+        config: The run.
+        job_start: When the job started, seconds since 1970 by this machine's clock; with
+            data.verify = job, shards that were verified before are verified again.
+
     Attributes:
         manifest: dataset.json.
         domains: Names of the domains.
@@ -37,7 +43,7 @@ class Dataset:
         DataError: It is missing or damaged.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, job_start: float = 0.0) -> None:
         root, data = Path(config.data.path), config.data
         scratch = ScratchFolder(data.scratch)
         remote = RemoteDataset(data.remote, root) if data.remote else None
@@ -46,7 +52,9 @@ class Dataset:
         self.manifest = load_manifest(root)
         check_dataset(config, self.manifest)
         self.domains = self.manifest.domains
-        self.token_bytes = load_token_bytes(root, self.manifest.vocab_size)
+        self.token_bytes = load_token_bytes(
+            root, self.manifest.vocab_size, self.manifest.token_bytes_sha256
+        )
         limit = int(data.cache_limit_gib * 2**30) if data.cache_limit_gib else None
         cache = ShardCache(scratch, limit)
         self.threads = ThreadPoolExecutor(SHARD_THREADS, thread_name_prefix="shards")
@@ -58,6 +66,7 @@ class Dataset:
                     scratch,
                     remote,
                     cache,
+                    job_start if data.verify == "job" else 0.0,
                 )
                 for domain in self.domains
             ]
@@ -120,7 +129,7 @@ def open_sequences(root: Path, split: str) -> dict[str, MappedSequences]:
     Raises:
         DataError: The dataset is missing or damaged.
     """
-    manifest, scratch = load_manifest(root), ScratchFolder()
+    manifest, scratch, now = load_manifest(root), ScratchFolder(), time.time()
     cache = ShardCache(scratch, None)
     # Nothing is prepared ahead, so no thread ever starts.
     threads = ThreadPoolExecutor(SHARD_THREADS, thread_name_prefix="shards")
@@ -128,7 +137,7 @@ def open_sequences(root: Path, split: str) -> dict[str, MappedSequences]:
     for number, domain in enumerate(manifest.domains):
         index = ShardIndex(root, manifest, split, domain)
         name = f"{manifest.split_folder(split)}/{domain}"
-        store = ShardStore(index, name, scratch, None, cache)
+        store = ShardStore(index, name, scratch, None, cache, verified_since=now)
         sequences[domain] = MappedSequences(store, number, threads)
     return sequences
 

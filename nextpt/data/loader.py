@@ -41,6 +41,8 @@ class Loader:
         rank: This rank.
         world_size: Number of ranks.
         pin: Copy batches into page-locked memory, for a GPU.
+        job_start: When the job started, seconds since 1970 by this machine's clock; see
+            data.verify.
 
     Raises:
         ConfigError: The dataset is not the one that the config describes, the plan has more epochs
@@ -48,13 +50,21 @@ class Loader:
         DataError: The dataset is missing or damaged.
     """
 
-    def __init__(self, config: Config, rank: int, world_size: int, *, pin: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rank: int,
+        world_size: int,
+        *,
+        pin: bool = False,
+        job_start: float = 0.0,
+    ) -> None:
         config.accumulation_steps(world_size)  # raises where a batch cannot be divided
         self.config = config
         self.rank = rank
         self.world_size = world_size
         self.pin = pin
-        self.dataset = Dataset(config)
+        self.dataset = Dataset(config, job_start)
         self.manifest = self.dataset.manifest
         self.domains = self.dataset.domains
         self._weights = np.array(
@@ -94,6 +104,7 @@ class Loader:
             "skipped": [list(span) for span in self.skipped],
             "order_version": ORDER_VERSION,
             "dataset": self.manifest.fingerprint,
+            "tokenizer_sha256": self.manifest.tokenizer_sha256,
             "plan": self.plan.hash,
             "plan_before": self.plan.prefix_hash(position),
         }

@@ -151,8 +151,9 @@ class RemoteDataset:
         return manifest
 
     def _fetch_tables(self, manifest: DatasetManifest) -> None:
-        """Fetch the token table and the held-out documents, where they are missing."""
-        names = ["token_bytes.npy"]
+        """Fetch the token table and the held-out documents, where they are missing or damaged."""
+        self._fetch_hashed("token_bytes.npy", manifest.token_bytes_sha256)
+        names = []
         for domain, counts in manifest.splits["validation"].items():
             if counts.documents:
                 names.append(f"{manifest.text_folder}/{domain}.jsonl")
@@ -164,16 +165,21 @@ class RemoteDataset:
         """Fetch the indexes that are missing or not those of the manifest."""
         for split, domains in manifest.splits.items():
             for domain, counts in domains.items():
-                name = f"{manifest.split_folder(split)}/{domain}/index.json"
-                target = self.root / name
+                if counts.sequences:
+                    name = f"{manifest.split_folder(split)}/{domain}/index.json"
+                    self._fetch_hashed(name, counts.index_sha256)
 
-                def check(path: Path, expected: str = counts.index_sha256) -> str | None:
-                    if sha256_file(path) == expected:
-                        return None
-                    return "it is not the one that dataset.json was written with (its hash differs)"
+    def _fetch_hashed(self, name: str, sha256: str | None) -> None:
+        """Fetch a file that is missing, or that has not this hash; None fits every file."""
+        target = self.root / name
 
-                if counts.sequences and not (target.exists() and check(target) is None):
-                    self.fetch(name, target, check)
+        def check(path: Path) -> str | None:
+            if sha256 is None or sha256_file(path) == sha256:
+                return None
+            return "it is not the one that dataset.json was written with (its hash differs)"
+
+        if not target.exists() or check(target) is not None:
+            self.fetch(name, target, check)
 
     def _downloader(self) -> Any:
         """One downloader per thread: not all of streaming's may be shared."""

@@ -11,8 +11,9 @@ import fcntl
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -70,10 +71,34 @@ class ScratchFolder:
         finally:
             os.close(file)
 
+    def is_verified(self, path: Path, xxh64: int, since: float = 0.0) -> bool:
+        """Whether `path`, as it is now, was verified to have this hash.
+
+        Args:
+            path: A file; one that does not exist counts as not verified.
+            xxh64: Its hash.
+            since: Verifications before this time do not count: a disk may have damaged the file
+                since, which leaves its modification time as it was.
+        """
+        try:
+            content = self.verified_marker(path, xxh64).read_text(encoding="ascii")
+        except FileNotFoundError:
+            return False
+        try:
+            return float(content or 0.0) >= since  # empty in markers of before 2026-12
+        except ValueError:
+            return False
+
+    def record_verified(self, path: Path, xxh64: int) -> None:
+        """Record that `path`, as it is now, was verified to have this hash."""
+        with suppress(OSError):  # a full disk: the file is verified again when it is next opened
+            self.verified_marker(path, xxh64).write_text(repr(time.time()), encoding="ascii")
+
     def verified_marker(self, path: Path, xxh64: int) -> Path:
         """The marker file that exists if `path`, as it is now, was verified to have this hash.
 
-        Its modification time says when the shard was last opened on this machine.
+        It holds the time of the verification, seconds since 1970. Its modification time says when
+        the shard was last opened on this machine.
 
         Raises:
             FileNotFoundError: `path` does not exist.

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from data_prep.format import DatasetManifest
 from data_prep.mds import MappedShard, StoredSequence
 from nextpt.base.errors import DataError
+from nextpt.base.files import sha256_file
 from nextpt.data.domain_order import WINDOW
 from nextpt.data.store import ShardStore
 
@@ -43,16 +44,37 @@ def load_manifest(path: str | Path) -> DatasetManifest:
     return DatasetManifest.load(Path(path))
 
 
-def load_token_bytes(path: str | Path, vocab_size: int) -> npt.NDArray[np.int32]:
-    """Read UTF-8 bytes of each token, 0 for special ones: int32 [V]. Raises DataError."""
+def load_token_bytes(
+    path: str | Path, vocab_size: int, sha256: str | None = None
+) -> npt.NDArray[np.int32]:
+    """Read UTF-8 bytes of each token, 0 for special ones.
+
+    Args:
+        path: Dataset folder.
+        vocab_size: V.
+        sha256: Hash of the file; None where the dataset has none.
+
+    Returns:
+        int32 [V].
+
+    Raises:
+        DataError: The file is missing or damaged.
+    """
     file = Path(path) / "token_bytes.npy"
     try:
-        sizes = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        # Mapped: a damaged head cannot ask for more memory than the file has bytes
+        sizes = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, OverflowError, EOFError, SyntaxError) as error:
         raise DataError(f"{file} cannot be read: {error}; prepare the data again") from None
-    if sizes.shape != (vocab_size,):
+    if sizes.shape != (vocab_size,) or sizes.dtype.kind != "u":
         raise DataError(
-            f"{file} has shape {sizes.shape}, expected ({vocab_size},); prepare the data again"
+            f"{file} has {sizes.dtype} {sizes.shape}, expected unsigned integers ({vocab_size},);"
+            " prepare the data again"
+        )
+    if sha256 is not None and sha256_file(file) != sha256:
+        raise DataError(
+            f"{file} is damaged (its hash is not the one in dataset.json); prepare the data again"
+            " or copy it anew"
         )
     token_bytes: npt.NDArray[np.int32] = sizes.astype(np.int32)
     return token_bytes

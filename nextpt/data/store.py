@@ -1,8 +1,9 @@
 """Shard store: brings shards to this machine, verified once, and keeps copies below a limit.
 
 A shard can be read when its raw file is on this machine and one process of the machine has verified
-its hash. A missing file is fetched (data.remote) or unpacked (a zstd shard). A damaged file is
-fetched or unpacked again where that is possible, and refused by name where it is the only copy.
+its hash, since the job started or ever (data.verify). A missing file is fetched (data.remote) or
+unpacked (a zstd shard). A damaged file is fetched or unpacked again where that is possible, and
+refused by name where it is the only copy.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class ShardStore:
         scratch: The machine's scratch folder.
         remote: Where to fetch shards from; None for a local dataset.
         cache: Deletes copies above its limit.
+        verified_since: Time, seconds since 1970, before which verifications do not count.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class ShardStore:
         scratch: ScratchFolder,
         remote: RemoteDataset | None,
         cache: ShardCache,
+        verified_since: float = 0.0,
     ) -> None:
         self.index = index
         self.name = name
         self.scratch = scratch
         self.remote = remote
+        self.verified_since = verified_since
         self.folder = index.folder
         self._cache = cache
         own = xxhash.xxh64_hexdigest(os.fsencode(os.path.realpath(self.folder)))
@@ -83,7 +87,7 @@ class ShardStore:
                     raise _damaged(path, problem)
             elif not path.exists() or describe_mismatch(path, shard.raw):
                 self._restore(shard, path)
-            self.scratch.verified_marker(path, shard.raw.xxh64).touch()
+            self.scratch.record_verified(path, shard.raw.xxh64)
         if is_copy:
             self._cache.trim(shard.raw.bytes)
         return path
@@ -120,10 +124,7 @@ class ShardStore:
         return self._unpacked / shard.raw.name, True
 
     def _is_verified(self, path: Path, file: ShardFile) -> bool:
-        try:
-            return self.scratch.verified_marker(path, file.xxh64).exists()
-        except FileNotFoundError:
-            return False
+        return self.scratch.is_verified(path, file.xxh64, self.verified_since)
 
     @staticmethod
     def _problem(path: Path, file: ShardFile) -> str | None:

@@ -16,7 +16,7 @@ from nextpt.checkpoint.state import WEIGHT
 from nextpt.evaluate.hugging_face import HuggingFaceModel
 from nextpt.exchange import load_hf
 from nextpt.exchange.architectures import ARCHITECTURES
-from nextpt.exchange.decoder import load_model
+from nextpt.exchange.decoder import check_tokenizer, load_model
 from nextpt.model import Decoder
 
 
@@ -110,7 +110,7 @@ def open_model(
     Raises:
         CheckpointError: The folder holds no model that can be read.
         DataPrepError: The tokenizer cannot be read.
-        DataError: The tokenizer does not fit the model.
+        DataError: The tokenizer is not the one that the model was trained with.
     """
     if (path / "config.json").is_file():
         if step is not None:
@@ -125,6 +125,7 @@ def open_model(
         loaded = LoadedModel(path, model, Tokenizer(path / "tokenizer.json"), None)
     else:
         checkpoint = open_run(path, step, weights=weights)
+        check_tokenizer(checkpoint, path / "tokenizer.json")
         config, decoder = load_model(checkpoint, device)
         data = Path(config.data.path)
         loaded = LoadedModel(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from nextpt.base.errors import DataError
+from nextpt.base.files import sha256_file
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import Config, parse_config
 from nextpt.model import Decoder, ModelSpec, parameter_shapes
@@ -35,3 +39,19 @@ def load_model(
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.read_whole(name))
     return config, model.to(device).eval()
+
+
+def check_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse a tokenizer.json that is not byte for byte the one a checkpoint was trained with.
+
+    Checkpoints of before 2026-12 have no hash of it and fit every file.
+
+    Raises:
+        DataError: It is another one.
+    """
+    expected = checkpoint.state.get("data", {}).get("tokenizer_sha256")
+    if expected is not None and path.is_file() and sha256_file(path) != expected:
+        raise DataError(
+            f"{path} is not the tokenizer that the model of {checkpoint.folder} was trained with"
+            " (its hash differs): copy the tokenizer.json of its dataset there"
+        )

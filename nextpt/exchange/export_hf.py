@@ -17,6 +17,7 @@ from nextpt.base.files import canonical_json
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.config import parse_config
 from nextpt.exchange.architectures import choose_architecture, hf_config
+from nextpt.exchange.decoder import check_tokenizer
 from nextpt.exchange.folders import new_folder
 from nextpt.exchange.tensors import StoredTensor, stored_tensors
 from nextpt.model import ModelSpec
@@ -51,12 +52,14 @@ def export_hf(
         CheckpointError: No architecture can express the model, or the folder cannot be written;
             nothing is left behind.
         DataPrepError: The tokenizer cannot be read.
+        DataError: The tokenizer is not the one that the model was trained with.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
     config = parse_config(checkpoint.state["config"], f"{checkpoint.folder}/state.json")
     spec = ModelSpec.from_config(config).inference
     architecture = choose_architecture(spec)
+    check_tokenizer(checkpoint, tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
     described = hf_config(
         spec,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import random
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -74,8 +76,16 @@ def _run_job(
     open_trackers: OpenTrackers,
 ) -> None:
     """Build, resume and fit, while this job holds the run folder."""
+    job_start = _start_on_this_machine(group)
     loader = run_on_all_ranks(
-        group, lambda: Loader(config, group.rank, group.world_size, pin=device.type == "cuda")
+        group,
+        lambda: Loader(
+            config,
+            group.rank,
+            group.world_size,
+            pin=device.type == "cuda",
+            job_start=job_start,
+        ),
     )
     check_same_on_all_ranks(group, flatten({"dataset": loader.state(0)}))
     checkpoints = _open_checkpoints(config, group, job)
@@ -109,6 +119,13 @@ def _run_job(
         job.set_phase("closing", job.step)  # trackers may have much to send
         loader.close()
         events.close()
+
+
+def _start_on_this_machine(group: RankGroup) -> float:
+    """When the job's first rank on this machine came here, by this machine's clock."""
+    host = platform.node()
+    starts = group.all_gather((host, time.time()))
+    return min(float(start) for name, start in starts if name == host)
 
 
 def _open_checkpoints(config: Config, group: RankGroup, job: JobContext) -> CheckpointManager:

@@ -11,12 +11,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nextpt.base.errors import CheckpointError, DataError
+from nextpt.base.files import sha256_file
 from nextpt.evaluate.documents import score_documents
 from nextpt.evaluate.hugging_face import HuggingFaceModel
 from nextpt.evaluate.loaded_model import open_model, open_run
 from nextpt.evaluate.texts import encode_document
 from nextpt.exchange import export_hf
 from nextpt.model import Decoder
+from tests.support.models import checkpoint_of
 from tests.support.runs import make_run
 from tests.support.tokenizers import KINDS
 
@@ -100,3 +102,18 @@ def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
     KINDS["byte_level"](folder / "tokenizer.json")
     with pytest.raises(DataError, match="not the tokenizer of this model"):
         open_model(folder)
+
+
+def test_a_tokenizer_that_was_changed_after_training_is_refused(tmp_path: Path) -> None:
+    """As much as one character of a pattern changes what generation gives."""
+    run = tmp_path / "run"
+    config, model, _ = make_run(run)
+    path = run / "tokenizer.json"
+    data = {"tokenizer_sha256": sha256_file(path)}
+    checkpoint_of(config, model, run / "checkpoints", step=5, data=data)
+    assert open_model(run).step == 5
+    path.write_text(path.read_text() + "\n")
+    for read in (open_model, lambda run: export_hf(open_run(run), path, tmp_path / "hf")):
+        with pytest.raises(DataError, match=r"tokenizer\.json is not the tokenizer that the model"):
+            read(run)
+    assert open_model(run, 3).step == 3  # of before the hash was recorded

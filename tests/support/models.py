@@ -74,12 +74,14 @@ def decoder(**model: Any) -> tuple[Config, Decoder]:
     return config, module.eval()
 
 
-def checkpoint_of(config: Config, model: Decoder, root: Path, step: int = 3) -> Checkpoint:
-    """Save it as a step of a run and open the newest."""
+def checkpoint_of(
+    config: Config, model: Decoder, root: Path, step: int = 3, **extras: Any
+) -> Checkpoint:
+    """Save it as a step of a run, with further parts of state.json, and open the newest."""
     save(
         root,
         ModelState(model),
-        {"step": step, "config": config.model_dump(mode="json")},
+        {"step": step, "config": config.model_dump(mode="json"), **extras},
         {},
         RankGroup.world(),
     )

@@ -35,6 +35,7 @@ from launcher.commands import (  # noqa: E402 (after sys.path)
     train,
     tune,
 )
+from nextpt.base.encoding import ensure_utf8  # noqa: E402 (after sys.path)
 from nextpt.base.errors import print_warnings_to_users  # noqa: E402 (after sys.path)
 
 # In the order of the help text.
@@ -73,6 +74,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command line; the entry point `nextpt`."""
+    ensure_utf8()
     *words, last = sys.argv[1:] or [""]
     if last != "--help" or not print_help(words):
         print_warnings_to_users()

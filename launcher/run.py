@@ -14,6 +14,7 @@ from contextlib import suppress
 # The repository root, not this folder, must be importable: before any other import of nextpt.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from nextpt.base.encoding import ensure_utf8  # noqa: E402
 from nextpt.base.errors import (  # noqa: E402
     DISK_FULL,
     EXIT_CRASHED,
@@ -162,6 +163,7 @@ def _exit_orphaned(pid: int) -> None:
 
 
 if __name__ == "__main__":
+    ensure_utf8()
     code = main()
     with suppress(OSError):  # a full disk under the log changes no exit code
         sys.stdout.flush()

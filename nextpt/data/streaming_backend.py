@@ -18,7 +18,9 @@ StreamingDataset's pitfalls are avoided:
 
 from __future__ import annotations
 
+import mmap
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ from nextpt.config import Config
 from nextpt.data.store import ShardStore
 
 _SHARED_MEMORY = Path("/dev/shm")
+# Of a StreamingDataset there: segments of at least a page, and bytes for the state and the last use
+# of each shard (mosaicml-streaming, base/dataset.py)
+_SEGMENTS, _SHARD_BYTES = 8, 9
 
 
 def open_split(config: Config, stores: list[ShardStore]) -> Any:
@@ -63,6 +68,7 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
         for store in stores
     ]
     limit = int(config.data.cache_limit_gib * 2**30) if config.data.cache_limit_gib else None
+    check_shared_memory(sum(len(store.index) for store in stores))
     try:
         return streaming.StreamingDataset(
             streams=streams,
@@ -85,6 +91,26 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
         raise DataError(
             f"StreamingDataset cannot open {config.data.path}: {' '.join(str(error).split())}"
         ) from error
+
+
+def check_shared_memory(shards: int, shared: Path = _SHARED_MEMORY) -> None:
+    """Check that the shared memory of a StreamingDataset fits the folder for it.
+
+    The kernel kills a process that writes to shared memory for which there is no room.
+
+    Args:
+        shards: Shards of the dataset.
+        shared: Folder of POSIX shared memory.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    needed = _SEGMENTS * mmap.PAGESIZE + _SHARD_BYTES * shards
+    if shared.is_dir() and (free := shutil.disk_usage(shared).free) < needed:
+        raise ConfigError(
+            f"{shared} has {free} bytes left, data.backend=streaming needs {needed}; free some, or"
+            " set data.backend=native, which needs none"
+        )
 
 
 def remove_stale(folders: list[str], shared: Path = _SHARED_MEMORY) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,14 @@ def test_local_world_size_is_set_before_streaming_needs_it(dataset: Path, tmp_pa
         cwd=Path(__file__).parents[2],
     )
     assert completed.stdout.split() == ["2", "False"], completed.stderr
+
+
+def test_a_full_folder_of_shared_memory_is_named(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel would kill the process without a word."""
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("nextpt.data.streaming_backend.shutil.disk_usage", lambda _: usage(8192))
+    with pytest.raises(ConfigError, match=r"/dev/shm has 8192 bytes left, data\.backend=streaming"):
+        open_loader(dataset, "streaming")
+    open_loader(dataset, "native").close()

@@ -18,9 +18,11 @@ import psutil
 
 from launcher.console import console
 from launcher.jobs.group_guard import group_ends_with_this_process
-from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, UserError
+from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, ConfigError, UserError
 from nextpt.base.processes import command_line, start_ticks
+from nextpt.checkpoint.folders import steps
 from nextpt.config import load_config
+from nextpt.events import decided_batches
 from nextpt.job.exit_record import read_exit_record
 from nextpt.job.signals import SIGNALS
 
@@ -144,6 +146,8 @@ def _recorded_code(run: Path) -> int:
     deepspeed's launcher also does so when the process below it was killed.
     """
     record = read_exit_record(run)
+    if record is None and _is_complete(run):  # a full disk refused the record
+        return 0
     if record is None:
         _print_error(
             f"training left no exit record ({run / 'exit.json'}). It was killed{OUT_OF_MEMORY};"
@@ -151,6 +155,16 @@ def _recorded_code(run: Path) -> int:
         )
         return EXIT_CRASHED
     return int(record["code"])
+
+
+def _is_complete(run: Path) -> bool:
+    """Whether a run has the checkpoint of its last step, by its config of the last start."""
+    try:
+        config = load_config(run / "config.yaml", warn_deprecated=False)
+    except ConfigError:
+        return False
+    batches = decided_batches(config.batches, run / "metrics.jsonl")
+    return config.last_step_with(batches) in steps(run / "checkpoints")
 
 
 def _signal_ranks(launcher: int, number: int) -> None:

@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 
 from data_prep.work import Stage, _is_dead, advanced
+from launcher.jobs.local import _recorded_code
+from nextpt.base.errors import EXIT_CRASHED
 from nextpt.base.processes import process_identity
+from nextpt.config import to_yaml
 from nextpt.job.environment import read_starts, record_start
 from nextpt.job.exit_record import read_exit_record, write_exit_record
 from nextpt.job.watchdog import Watchdog
+from tests.support.datasets import tiny
 from tests.support.file_operations import full_disk
 
 CONTENTS = {
@@ -84,6 +88,19 @@ def test_an_exit_that_a_full_disk_refuses_is_reported(
         " some space\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_complete_run_whose_end_a_full_disk_refused_is_a_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(tmp_path / "data", tmp_path, train={"steps": 6})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    for step, code in ((5, EXIT_CRASHED), (6, 0)):
+        (tmp_path / "checkpoints" / f"step-{step:09d}").mkdir(parents=True)
+        assert _recorded_code(tmp_path) == code
+    assert capsys.readouterr().err.count("training left no exit record") == 1
+    (tmp_path / "config.yaml").write_text("train: [")
+    assert _recorded_code(tmp_path) == EXIT_CRASHED
 
 
 def test_a_damaged_lease_is_dead_after_a_silence(tmp_path: Path, damage: Any) -> None:

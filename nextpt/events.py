@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -408,10 +408,11 @@ def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [record for record in records if kind is None or record["kind"] == kind]
 
 
-def decided_batches(planned: BatchSchedule, path: Path) -> BatchSchedule:
-    """Batch size by step of a run, with the decisions of train.batch_growth in a metrics file."""
-    for record in read_events(path, "batch"):
-        planned = planned.with_change(record["step"], record["batch_size"])
+def decided_batches(planned: BatchSchedule, records: Iterable[Mapping[str, Any]]) -> BatchSchedule:
+    """Batch size by step of a run, with the decisions of train.batch_growth among its records."""
+    for record in records:
+        if record["kind"] == "batch":
+            planned = planned.with_change(record["step"], record["batch_size"])
     return planned
 
 

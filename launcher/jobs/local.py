@@ -22,7 +22,7 @@ from nextpt.base.errors import EXIT_CRASHED, EXIT_REQUEUE, ConfigError, UserErro
 from nextpt.base.processes import command_line, start_ticks
 from nextpt.checkpoint.folders import steps
 from nextpt.config import load_config
-from nextpt.events import decided_batches
+from nextpt.events import decided_batches, read_events
 from nextpt.job.exit_record import read_exit_record
 from nextpt.job.signals import SIGNALS
 
@@ -163,7 +163,7 @@ def _is_complete(run: Path) -> bool:
         config = load_config(run / "config.yaml", warn_deprecated=False)
     except ConfigError:
         return False
-    batches = decided_batches(config.batches, run / "metrics.jsonl")
+    batches = decided_batches(config.batches, read_events(run / "metrics.jsonl", "batch"))
     return config.last_step_with(batches) in steps(run / "checkpoints")
 
 

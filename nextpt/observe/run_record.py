@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,10 @@ def _read(folder: Path, label: str) -> RunRecord:
     if not (folder / "config.yaml").is_file():
         raise DataError(f"{folder} is not a run folder: it has no config.yaml")
     config = load_config(folder / "config.yaml", warn_deprecated=False)
-    train = read_events(folder / "metrics.jsonl", "train")
+    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in read_events(folder / "metrics.jsonl"):
+        by_kind[record["kind"]].append(record)
+    train = by_kind["train"]
     if not train:
         raise DataError(
             f"{folder} has no logged step yet (metrics.jsonl); train first, with trackers.jsonl on"
@@ -118,17 +121,13 @@ def _read(folder: Path, label: str) -> RunRecord:
         folder=folder,
         config=config,
         train=train,
-        validation=read_events(folder / "metrics.jsonl", "validation"),
+        validation=by_kind["validation"],
         evaluation=_json(folder / "evaluation.json"),
         samples=_json(folder / "samples.json") or [],
         starts=read_starts(folder),
         checkpoints=_checkpoints(folder / "checkpoints"),
-        batches=decided_batches(config.batches, folder / "metrics.jsonl"),
-        notes=_notes(
-            train,
-            read_events(folder / "metrics.jsonl", "skip"),
-            read_events(folder / "metrics.jsonl", "rollback"),
-        ),
+        batches=decided_batches(config.batches, by_kind["batch"]),
+        notes=_notes(train, by_kind["skip"], by_kind["rollback"]),
     )
 
 

@@ -203,12 +203,13 @@ def read_run_folders(
         if not (folder / "config.yaml").is_file():
             raise ScalingError(f"{folder} is not a run folder: it has no config.yaml")
         config = load_config(folder / "config.yaml", warn_deprecated=False)
-        events = read_events(folder / "metrics.jsonl", "validation")
+        records = read_events(folder / "metrics.jsonl")
+        events = [record for record in records if record["kind"] == "validation"]
         if not events:
             raise ScalingError(
                 f"{folder} has no validation in metrics.jsonl; train with validation.every_steps"
             )
-        batches = decided_batches(config.batches, folder / "metrics.jsonl")
+        batches = decided_batches(config.batches, records)
         if not curves and events[-1]["step"] < (total := config.total_steps_with(batches)):
             raise ScalingError(
                 f"{folder} is not finished: its last validation is of step {events[-1]['step']:,}"

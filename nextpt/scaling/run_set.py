@@ -61,8 +61,8 @@ class RunSet(BaseModel):
     def last_step(self, run: NamedRun) -> int:
         """Return the last step of a run, with the batch sizes that it has decided so far."""
         config = self.config(run)
-        metrics = self.folder(run) / "metrics.jsonl"
-        return config.last_step_with(decided_batches(config.batches, metrics))
+        records = read_events(self.folder(run) / "metrics.jsonl")
+        return config.last_step_with(decided_batches(config.batches, records))
 
     def flops(self, run: NamedRun) -> float:
         """Return the training compute C = 6 N D, FLOPs, with all parameters."""

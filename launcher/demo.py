@@ -212,7 +212,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 def sample(config: Config) -> None:
     """Print one continuation of each prompt and save them for the report."""
     loaded = open_model(config.run_dir)
-    model, tokenizer, step = loaded.decoder, loaded.tokenizer, loaded.step
+    model, tokenizer = loaded.decoder, loaded.tokenizer
     sampling = Sampling(0.7, top_p=0.95, seed=1)
     prompts = list(PROMPTS.values())
     tokens = [prompt_tokens(model, tokenizer, prompt) for prompt in prompts]
@@ -225,7 +225,7 @@ def sample(config: Config) -> None:
     save_samples(
         config.run_dir,
         [
-            sample_record(step, prompt, c, sampling)
+            sample_record(loaded.step, loaded.weights, prompt, c, sampling)
             for prompt, c in zip(prompts, continuations, strict=True)
         ],
     )

@@ -111,9 +111,7 @@ def _measure(inputs: EvaluationInputs, step: int | None, request: TaskRequest) -
         )
         loss = validation_loss(source, texts, request.batch_size)
     result = {
-        ("run" if source.is_run else "model"): str(source.path),
-        "step": source.step,
-        "weights": source.weights,
+        **source.to_json(),
         "seed": request.seed,
         "loss": loss,
         "tasks": tasks,

@@ -213,8 +213,7 @@ class Generation:
         else:
             settings |= asdict(self.request.sampling)
         result = generation_json(
-            self.folder,
-            self.source.step,
+            self.source.to_json(),
             settings,
             list(self.texts.values()),
             self.source.tokenizer,
@@ -230,7 +229,13 @@ class Generation:
         assert self.source.step is not None  # a run, checked before
         prompts = list(self.texts.values())
         records = [
-            sample_record(self.source.step, prompts[c.prompt], c, self.request.sampling)
+            sample_record(
+                self.source.step,
+                self.source.weights,
+                prompts[c.prompt],
+                c,
+                self.request.sampling,
+            )
             for c in self.continuations
         ]
         save_samples(self.folder, records)

@@ -60,12 +60,7 @@ def canaries(
     loaded = open_model(run, step, pick_device(), decoder_only=True, weights=weights)
     with progress_bars("measuring") as progress:
         by_repeats = measure_canaries(loaded.decoder, loaded.tokenizer, planted, progress)
-    result = {
-        "run": str(run),
-        "step": loaded.step,
-        "weights": weights,
-        "by_repeats": by_repeats,
-    }
+    result = {**loaded.to_json(), "by_repeats": by_repeats}
     rows = [
         [
             repeats if int(repeats) else "never",
@@ -117,13 +112,7 @@ def extract(
             seed=seed,
             progress=progress,
         )
-    result = {
-        "run": str(run),
-        "step": loaded.step,
-        "weights": weights,
-        "continuation": continuation,
-        "seed": seed,
-    } | metrics
+    result = {**loaded.to_json(), "continuation": continuation, "seed": seed, **metrics}
     _print_extraction(result, lengths, SPLITS)
     _write(result, json_path, plot, plot_extraction)
 

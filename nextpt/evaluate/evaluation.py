@@ -130,9 +130,7 @@ def evaluate_model(
         for domain, documents in texts.items():
             domains[domain]["compressors"] = compare([text.encode() for text in documents])
     result: dict[str, Any] = {
-        ("run" if loaded.is_run else "model"): str(loaded.path),
-        "step": loaded.step,
-        "weights": loaded.weights,
+        **loaded.to_json(),
         "window": window,
         "stride": stride,
         "protocol": describe_protocol(loaded, protocol),

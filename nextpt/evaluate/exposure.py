@@ -121,9 +121,7 @@ def exposure_bias(
     total_resampled = np.sum(list(resampled.values()), axis=0)
     buckets = _buckets(continuation)
     return {
-        ("run" if loaded.is_run else "model"): str(loaded.path),
-        "step": loaded.step,
-        "weights": loaded.weights,
+        **loaded.to_json(),
         "protocol": {
             "prefix": prefix,
             "continuation": continuation,

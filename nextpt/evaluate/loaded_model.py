@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,14 @@ class LoadedModel:
     def is_run(self) -> bool:
         """Whether the folder is a run's, not a Hugging Face folder."""
         return self.step is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return which model it is, for results: folder, step and weights."""
+        return {
+            ("run" if self.is_run else "model"): str(self.path),
+            "step": self.step,
+            "weights": self.weights,
+        }
 
     @property
     def decoder(self) -> Decoder:

@@ -11,13 +11,13 @@ from typing import Any
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write, canonical_json
+from nextpt.checkpoint.state import WEIGHT
 from nextpt.generate.sample import Sampling
 from nextpt.generate.text import Continuation
 
 
 def generation_json(
-    run: Path,
-    step: int | None,
+    model: dict[str, Any],
     settings: dict[str, Any],
     prompts: Sequence[str],
     tokenizer: Tokenizer,
@@ -26,10 +26,16 @@ def generation_json(
     """Describe continuations in the form of `nextpt generate --json`.
 
     `logprob` is in nats, under the model's own distribution.
+
+    Args:
+        model: Which model it was, as `LoadedModel.to_json` returns it.
+        settings: How tokens were chosen.
+        prompts: The prompts.
+        tokenizer: Of the model.
+        continuations: What was generated.
     """
     return {
-        "run": str(run),
-        "step": step,
+        **model,
         "settings": settings,
         "continuations": [
             {
@@ -50,11 +56,20 @@ def generation_json(
 
 
 def sample_record(
-    step: int | None, prompt: str, continuation: Continuation, sampling: Sampling
+    step: int | None, weights: str, prompt: str, continuation: Continuation, sampling: Sampling
 ) -> dict[str, Any]:
-    """Describe a continuation as one entry of RUN/samples.json; `text` is without the prompt."""
+    """Describe a continuation as one entry of RUN/samples.json; `text` is without the prompt.
+
+    Args:
+        step: Step of the run's checkpoint.
+        weights: Which of its weights: "weight", or an average such as "ema-0.999".
+        prompt: The prompt.
+        continuation: What was generated.
+        sampling: How tokens were chosen.
+    """
     return {
         "step": step,
+        "weights": weights,
         "prompt": prompt,
         "sample": continuation.sample,
         "text": continuation.text,
@@ -62,7 +77,9 @@ def sample_record(
 
 
 def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
-    """Add samples to RUN/samples.json; those with the same step, prompt and settings are replaced.
+    """Add samples to RUN/samples.json; those with the same model, prompt and settings are replaced.
+
+    Samples of before 2026-12 do not say their weights, which were those that are trained.
 
     Raises:
         DataError: The file cannot be written, or holds something else.
@@ -70,7 +87,7 @@ def save_samples(run: Path, samples: list[dict[str, Any]]) -> None:
     path = run / "samples.json"
 
     def settings(sample: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in sample.items() if key != "text"}
+        return {"weights": WEIGHT} | {key: sample[key] for key in sample if key != "text"}
 
     try:
         old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

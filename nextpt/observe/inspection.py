@@ -42,8 +42,7 @@ class Inspection:
     """Predictions of a model for the tokens of a text.
 
     Attributes:
-        run: Run folder or Hugging Face folder.
-        step: Step of the checkpoint; None for a Hugging Face folder.
+        model: Which model it was, as `LoadedModel.to_json` returns it.
         source: Name of the text.
         window: Tokens of context.
         stride: Tokens scored per window.
@@ -54,8 +53,7 @@ class Inspection:
         calibrated_on: Name of the text that calibration was measured on.
     """
 
-    run: Path
-    step: int | None
+    model: dict[str, Any]
     source: str
     window: int
     stride: int
@@ -68,8 +66,7 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         """Return the content of inspect.json; ranks are counted from 1."""
         return {
-            "run": str(self.run),
-            "step": self.step,
+            **self.model,
             "source": self.source,
             "window": self.window,
             "stride": self.stride,
@@ -114,7 +111,7 @@ def inspect_text(
         DataError: There are no held-out documents.
     """
     opened = open_model(run, step, device, decoder_only=True, weights=weights)
-    model, tokenizer, at = opened.decoder, opened.tokenizer, opened.step
+    model, tokenizer = opened.decoder, opened.tokenizer
     if validation and not opened.is_run:
         raise DataError(
             f"{run} is a Hugging Face folder, which names no held-out documents; leave"
@@ -148,8 +145,7 @@ def inspect_text(
     }
     metrics = Metrics(len(scores.nats), len(text.encode()), float(scores.nats.sum()))
     return Inspection(
-        run,
-        at,
+        opened.to_json(),
         source,
         window,
         stride,

@@ -27,6 +27,7 @@ from nextpt.evaluate.memorization.canaries import (
     write_canaries,
 )
 from nextpt.evaluate.memorization.contamination import find_overlaps, training_texts
+from nextpt.evaluate.memorization.examine import examine
 from nextpt.evaluate.memorization.extraction import agreement, greedy, sample_spans
 from nextpt.evaluate.memorization.measure import (
     bits_per_byte_by_contamination,
@@ -272,3 +273,10 @@ def test_a_damaged_list_of_canaries_is_named(tmp_path: Path, content: str) -> No
     (tmp_path / "canaries.json").write_text(content)
     with pytest.raises(DataError, match=r"canaries\.json"):
         read_canaries(tmp_path)
+
+
+@pytest.mark.thorough
+def test_contamination_without_a_run_names_no_weights(dataset: Path) -> None:
+    result = examine(None, None, dataset, None, lambda name, share: None)
+    assert result["run"] is result["step"] is result["weights"] is None
+    assert all("bits_per_byte" not in domain for domain in result["domains"].values())

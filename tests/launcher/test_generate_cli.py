@@ -114,8 +114,14 @@ def test_beams_and_samples_for_the_report(run: Path, tmp_path: Path) -> None:
         )
     samples = json.loads((run / "samples.json").read_text())
     assert [s["seed"] for s in samples] == [2, 1] and all(
-        s["prompt"] == "The" and s["text"] for s in samples
+        s["prompt"] == "The" and s["text"] and s["weights"] == "weight" for s in samples
     )
+    # As versions of before 2026-12 wrote them
+    older = [{key: s[key] for key in s if key != "weights"} for s in samples]
+    (run / "samples.json").write_text(json.dumps(older))
+    arguments = ("--prompt", "The", "--max-tokens", 5, "--seed", 1, "--save")
+    assert nextpt("--run", run, *arguments).exit_code == 0
+    assert json.loads((run / "samples.json").read_text()) == [older[0], samples[1]]
 
 
 @pytest.mark.thorough

@@ -54,7 +54,7 @@ def examine(
     loaded = None
     if run is not None:
         loaded = open_model(run, step, decoder_only=True, weights=weights)
-        data, step, tokenizer = data or loaded.dataset, loaded.step, loaded.tokenizer
+        data, tokenizer = data or loaded.dataset, loaded.tokenizer
     elif data is None:
         raise DataError("no training shards to search; give --run or --data")
     else:
@@ -65,9 +65,7 @@ def examine(
     result: dict[str, Any] = {
         "data": str(data),
         "text": text,
-        "run": str(run) if run else None,
-        "step": step,
-        "weights": weights,
+        **(loaded.to_json() if loaded else {"run": None, "step": None, "weights": None}),
         "domains": {},
     }
     for domain, texts in texts_of.items():

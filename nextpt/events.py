@@ -97,7 +97,7 @@ class ValidationEvent:
     tokens: int
     domains: dict[str, dict[str, float]]
     total: dict[str, float]
-    averages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    averages: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     time: float = field(default_factory=time.time)
     kind: str = "validation"
 
@@ -467,7 +467,12 @@ def _has_fields(kind: str, record: dict[str, Any]) -> bool:
         return False
     if kind == "train" and not record["tokens_per_second"] > 0:
         return False
-    parts = [*record.get("domains", {}).values(), *([record["total"]] if "total" in record else [])]
+    averages = record.get("averages", {}).values()
+    if not all(average.keys() >= {"domains", "total"} for average in averages):
+        return False
+    measured = [record, *averages]
+    parts = [part for r in measured for part in r.get("domains", {}).values()]
+    parts += [r["total"] for r in measured if "total" in r]
     return all(part.keys() >= METRICS for part in parts)
 
 

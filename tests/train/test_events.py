@@ -19,6 +19,7 @@ from nextpt.events import (
     RollbackEvent,
     SaveFailedEvent,
     StepEvent,
+    ValidationEvent,
     read_events,
     scalars,
 )
@@ -109,6 +110,7 @@ def line_of(event: Event, **changes: object) -> bytes:
     return json.dumps(asdict(event) | changes).encode()
 
 
+VALIDATION = ValidationEvent(2, 20, {}, {"nats_per_token": 1.0, "bpb": 0.5})
 DAMAGED_LINES = [
     b'{"kind": "train", "step": 2, "loss": \xff}',
     b'{"kind": "train", "step": Infinity}',
@@ -128,6 +130,8 @@ DAMAGED_LINES = [
     line_of(step_event(2), tokens_per_second=0.0),
     line_of(step_event(2), domains={"code": {"nats_per_token": 1.0, "bpc": 2.0}}),
     line_of(step_event(2)).replace(b'"loss"', b'"losr"'),
+    line_of(VALIDATION, averages={"ema-0.9": {"domains": {}}}),
+    line_of(VALIDATION, averages={"ema-0.9": {"domains": {}, "total": {"bpb": 1.0}}}),
 ]
 
 

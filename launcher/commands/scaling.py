@@ -16,6 +16,7 @@ from nextpt.base.errors import ScalingError
 
 if TYPE_CHECKING:
     from nextpt.scaling.fitting import Fit
+    from nextpt.scaling.frontier import Frontier
 
 MAX_VALUE = 1e60  # far above any number of parameters, tokens or FLOPs
 
@@ -23,6 +24,10 @@ FitFile = Annotated[
     Path, typer.Argument(metavar="FIT.json", help="file that `nextpt scaling fit --json` wrote")
 ]
 Level = Annotated[float, typer.Option(min=0.01, max=0.999, help="level of the intervals")]
+UniqueTokens = Annotated[
+    float | None,
+    typer.Option(help="tokens of the corpus without repetition, for a fit of --form repeated"),
+]
 Flops = Annotated[float | None, typer.Option(help="budget: training compute, FLOPs")]
 GpuHours = Annotated[
     float | None, typer.Option(help="budget: hours of one device, instead of --flops")
@@ -38,6 +43,7 @@ def predict_loss(
     fit_file: FitFile,
     params: Annotated[float, typer.Option(help="parameters N of the model")],
     tokens: Annotated[float, typer.Option(help="training tokens D")],
+    unique_tokens: UniqueTokens = None,
     level: Level = 0.9,
     as_json: PrintJson = False,
 ) -> None:
@@ -46,7 +52,8 @@ def predict_loss(
 
     _check_positive("params", params)
     _check_positive("tokens", tokens)
-    prediction = predict(_read_parametric(fit_file), params, tokens, level)
+    fit = _read_parametric(fit_file, unique_tokens)
+    prediction = predict(fit, params, tokens, level, unique_tokens)
     if as_json:
         print(json.dumps(prediction, indent=1))
         return
@@ -60,6 +67,8 @@ def predict_loss(
         f"N = {params:.4g}, D = {tokens:.4g} ({tokens / params:.1f} tokens per parameter),"
         f" C = 6 N D = {prediction['flops']:.3g} FLOPs"
     )
+    if unique_tokens is not None:
+        echo(f"{unique_tokens:.4g} unique tokens: {prediction['epochs']:.3g} epochs")
     echo(f"loss {prediction['loss']:.4f} nats per token{between}")
     for warning in prediction["warnings"]:
         echo(f"warning: {warning}")
@@ -69,6 +78,7 @@ def plan_compute(
     fit_file: FitFile,
     flops: Flops = None,
     gpu_hours: GpuHours = None,
+    unique_tokens: UniqueTokens = None,
     device: BudgetDevice = "h100",
     utilisation: BudgetUtilization = 0.4,
     level: Level = 0.9,
@@ -78,7 +88,6 @@ def plan_compute(
     from launcher.tables.scaling import print_budget
     from nextpt.scaling.machines import machine
     from nextpt.scaling.predict import plan_budget
-    from nextpt.scaling.record import read_fit
 
     if flops is not None and gpu_hours is None:
         _check_positive("flops", flops)
@@ -88,7 +97,7 @@ def plan_compute(
         _check_positive("gpu-hours", budget)
     else:
         raise ScalingError("give either --flops or --gpu-hours")
-    plan = plan_budget(read_fit(fit_file), budget, level)
+    plan = plan_budget(_read_fit(fit_file, unique_tokens), budget, level, unique_tokens)
     if as_json:
         print(json.dumps(plan, indent=1))
         return
@@ -99,12 +108,21 @@ def plan_compute(
     print_budget(plan)
 
 
-def _read_parametric(path: Path) -> Fit:
-    """Read a fit that predicts losses. Raises ScalingError for other forms."""
-    from nextpt.scaling.fitting import Fit
+def _read_fit(path: Path, unique_tokens: float | None) -> Fit | Frontier:
+    """Read a fit; one of repeated data is that of a corpus. Raises ScalingError."""
+    from nextpt.scaling.predict import on_corpus
     from nextpt.scaling.record import read_fit
 
-    fit = read_fit(path)
+    if unique_tokens is not None:
+        _check_positive("unique-tokens", unique_tokens)
+    return on_corpus(read_fit(path), unique_tokens)
+
+
+def _read_parametric(path: Path, unique_tokens: float | None) -> Fit:
+    """Read a fit that predicts losses. Raises ScalingError for other forms."""
+    from nextpt.scaling.fitting import Fit
+
+    fit = _read_fit(path, unique_tokens)
     if not isinstance(fit, Fit):
         raise ScalingError(
             f"{path} is a fit of the form {fit.name}, which gives optimal sizes and no losses;"

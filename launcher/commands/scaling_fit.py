@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,6 +70,13 @@ Delta = Annotated[
 Bootstrap = Annotated[
     int, typer.Option(min=0, help="bootstrap resamples for the intervals; 0 for none")
 ]
+Fix = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="hold a constant of --form repeated at a value, R_N=5.31 for example; repeatable",
+    ),
+]
 FitJson = Annotated[
     Path | None,
     typer.Option("--json", help="also write constants, intervals and resamples to this file"),
@@ -86,6 +94,7 @@ def fit_law(
     form: Form = "chinchilla",
     drop_highest: DropHighest = 0,
     delta: Delta = None,
+    fix: Fix = None,
     bootstrap: Bootstrap = 1000,
     json_path: FitJson = None,
     plot: PlotFile = None,
@@ -98,6 +107,11 @@ def fit_law(
         raise ScalingError(f"--form {form}: known are {', '.join(FORMS)}")
     if delta is not None and form in FRONTIER_FORMS:
         raise ScalingError(f"--delta is for the Huber loss; --form {form} does not use it")
+    if fix and form != "repeated":
+        raise ScalingError(
+            f"--fix {fix[0]} is for --form repeated; --form {form} fits all its constants"
+        )
+    fixed = _parse_fixed(fix or [])
     if plot:
         check_plot(plot, form)
     columns = {
@@ -109,7 +123,27 @@ def fit_law(
     }
     runs = read_runs(sources, columns, count, curves=form == "envelope")
     runs = drop_highest_losses(runs, drop_highest)
-    _fit_print_write(runs, form, delta, bootstrap, json_path, plot)
+    _fit_print_write(runs, form, delta, bootstrap, fixed, json_path, plot)
+
+
+def _parse_fixed(texts: list[str]) -> dict[str, float]:
+    """Return name -> value of texts NAME=VALUE. Raises ScalingError."""
+    from nextpt.scaling.repeats import check_fixed
+
+    fixed: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not equals or math.isnan(number):
+            raise ScalingError(f"--fix {text}: expected NAME=VALUE, R_D=15.39 for example")
+        if name in fixed:
+            raise ScalingError(f"--fix {name} is given twice, {fixed[name]:g} and {number:g}")
+        fixed[name] = number
+    check_fixed(fixed)
+    return fixed
 
 
 def _fit_print_write(
@@ -117,6 +151,7 @@ def _fit_print_write(
     form: str,
     delta: float | None,
     bootstrap: int,
+    fixed: dict[str, float],
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
@@ -133,7 +168,7 @@ def _fit_print_write(
         values = record.fit_json(result)
         print_fit(result, values)
     elif form == "repeated":
-        repeated = fit_repeated(runs, delta=delta, bootstrap=bootstrap)
+        repeated = fit_repeated(runs, delta=delta, bootstrap=bootstrap, fixed=fixed)
         values = record.repeated_json(repeated)
         print_repeated(repeated, values)
     else:

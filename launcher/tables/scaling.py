@@ -93,6 +93,8 @@ def print_repeated(fit: RepeatedFit, values: dict[str, Any]) -> None:
         "R_D: repetitions after which a further one is worth 1/e of new tokens; R_N: the same for"
         " parameters beyond the compute-optimal number for these tokens"
     )
+    if fit.fixed:
+        echo(f"held, not fitted: {', '.join(f'{n} = {v:g}' for n, v in fit.fixed.items())}")
     _print_warnings(values["warnings"])
 
 
@@ -112,6 +114,8 @@ def print_budget(plan: dict[str, Any]) -> None:
         f"tokens D        {plan['tokens']:.3g}{between(plan['tokens_interval'])}"
         f"   {plan['tokens_per_parameter']:.1f} per parameter"
     )
+    if "epochs" in plan:
+        echo(f"epochs          {plan['epochs']:.3g}   of {plan['unique_tokens']:.3g} unique tokens")
     loss = plan.get("loss")
     if loss:
         interval = format_interval(loss["interval"], ".4f")
@@ -177,7 +181,12 @@ def _constants_table(constants: dict[str, Any], values: dict[str, Any], resample
         table.add_column("to", justify="right")
     for name, value in constants.items():
         ends = values["intervals"][name] if resamples else ()
-        table.add_row(name, f"{value:.5g}", *(f"{end:.5g}" for end in ends))
+        cells = (
+            ("held",)
+            if ends is None
+            else tuple("open" if end is None else f"{end:.5g}" for end in ends)
+        )
+        table.add_row(name, f"{value:.5g}", *cells)
     return table
 
 

@@ -47,8 +47,12 @@ def optimum(law: Law, constants: Constants, flops: float) -> tuple[np.ndarray, n
     N = G (C/6)^(beta/(alpha+beta)), D = C / (6 N), G = (alpha A / (beta B))^(1/(alpha+beta));
     Hoffmann et al., arXiv 2203.15556, equation 4.
     """
-    a, b, alpha, beta = (np.asarray(value, dtype=float) for value in law.inner(constants))
     products = flops / FLOPS_PER_PARAMETER_AND_TOKEN
+    if law.optimal:
+        with np.errstate(all="ignore"):
+            parameters = law.optimal(constants, flops)
+            return parameters, products / parameters
+    a, b, alpha, beta = (np.asarray(value, dtype=float) for value in law.inner(constants))
     # Single resamples may be degenerate; `interval` counts what is not finite
     with np.errstate(all="ignore"):
         log_g = (np.log(alpha * a) - np.log(beta * b)) / (alpha + beta)

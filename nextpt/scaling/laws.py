@@ -46,6 +46,8 @@ class Law:
         loss: (constants, N, D) -> nats per token.
         inner: Constants -> (A, B, alpha, beta) of the allocation: for any budget the N that
             minimises L minimises A N^-alpha + B D^-beta.
+        optimal: (constants, C) -> the N of the least loss at D = C / (6 N), for a law whose
+            allocation is not that of `inner`.
         scaled: The last of theta is the scale s.
         least_squares: Fitted by least squares of the loss in nats, as published, not by the Huber
             loss of its logarithm.
@@ -62,6 +64,7 @@ class Law:
     private: Callable[[Constants, Centre], np.ndarray]
     loss: Callable[[Constants, np.ndarray, np.ndarray], np.ndarray]
     inner: Callable[[Constants], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+    optimal: Callable[[Constants, float], np.ndarray] | None = None
     scaled: bool = False
     least_squares: bool = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
 from nextpt.scaling.laws import LAWS
 from nextpt.scaling.observations import Runs
-from nextpt.scaling.repeats import RepeatedFit
+from nextpt.scaling.repeats import HALF_LIVES, NAMES, RepeatedFit, constant_interval
 
 LEVEL = 0.95  # of the intervals of constants
 DIGITS = 8  # of resamples: far below their scatter
@@ -93,7 +93,10 @@ def frontier_json(frontier: Frontier) -> dict[str, Any]:
 
 
 def repeated_json(fit: RepeatedFit) -> dict[str, Any]:
-    """Return the JSON form of the law of repeated data; R_N and R_D are R_N* and R_D*."""
+    """Return the JSON form of the law of repeated data; R_N and R_D are R_N* and R_D*.
+
+    A constant that was held has no interval; an end at which the search is bounded is null.
+    """
     assert fit.runs.unique_tokens is not None  # fit_repeated
     return {
         "form": "repeated",
@@ -102,8 +105,14 @@ def repeated_json(fit: RepeatedFit) -> dict[str, Any]:
         **fit.constants,
         "interval_level": LEVEL,
         "intervals": (
-            {name: interval(values, LEVEL) for name, values in fit.resamples.items()} or None
+            {
+                name: None if name in fit.fixed else constant_interval(name, values, LEVEL)
+                for name, values in fit.resamples.items()
+            }
+            or None
         ),
+        "fixed": fit.fixed,
+        "bounds": {name: list(HALF_LIVES) for name in NAMES[5:] if name not in fit.fixed},
         "objective": fit.objective,
         "delta": fit.delta,
         "warnings": fit.notes,
@@ -122,7 +131,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
         raise ScalingError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def read_fit(path: Path) -> Fit | Frontier:
+def read_fit(path: Path) -> Fit | Frontier | RepeatedFit:
     """Read a file of `nextpt scaling fit --json`. Raises ScalingError for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -142,9 +151,7 @@ def read_fit(path: Path) -> Fit | Frontier:
         ) from error
 
 
-def _restore(values: dict[str, Any]) -> Fit | Frontier:
-    if values["form"] == "repeated":
-        raise ValueError("a fit of repeated data is not used for predictions")
+def _restore(values: dict[str, Any]) -> Fit | Frontier | RepeatedFit:
     columns = values["runs"]
     runs = Runs(
         np.array(columns["parameters"]),
@@ -153,6 +160,16 @@ def _restore(values: dict[str, Any]) -> Fit | Frontier:
         columns["labels"],
         columns["convention"],
     )
+    if values["form"] == "repeated":
+        return RepeatedFit(
+            replace(runs, unique_tokens=np.array(columns["unique_tokens"])),
+            {name: values[name] for name in NAMES},
+            values["objective"],
+            values["delta"],
+            {name: np.array(column) for name, column in values["resamples"].items()},
+            values["warnings"],
+            values.get("fixed", {}),
+        )
     if values["form"] not in LAWS:
         return Frontier(
             values["form"],

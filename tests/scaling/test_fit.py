@@ -18,8 +18,6 @@ from nextpt.scaling.frontier import envelope, isoflop
 from nextpt.scaling.laws import CHINCHILLA, KAPLAN, LAWS, OVER_TRAINING, Law
 from nextpt.scaling.observations import Runs, drop_highest_losses, read_csv
 from nextpt.scaling.predict import predict
-from nextpt.scaling.repeats import fit_repeated
-from nextpt.scaling.repeats import loss as repeated_loss
 
 DATA = Path(os.environ.get("NEXTPT_TEST_DATA", "/nowhere")) / "scaling"
 published = pytest.mark.skipif(
@@ -251,35 +249,6 @@ def test_approaches_1_and_2_find_a_known_exponent() -> None:
         isoflop(runs.only(runs.flops < 2e18))
     with pytest.raises(ScalingError, match="three or more sizes"):
         envelope(runs)
-
-
-def test_repeated_data_recovers_its_half_lives() -> None:
-    true = {
-        "A": 521.0,
-        "B": 1488.0,
-        "E": 1.87,
-        "alpha": 0.35,
-        "beta": 0.35,
-        "R_N": 5.31,
-        "R_D": 15.39,
-    }
-    n, unique, passes = (
-        a.ravel()
-        for a in np.meshgrid(
-            np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e11, 5), [1, 2, 4, 16, 60]
-        )
-    )
-    loss = repeated_loss(
-        {name: np.float64(value) for name, value in true.items()}, n, unique * passes, unique
-    )
-    runs = Runs(n, unique * passes, loss, [""] * len(n), "", unique)
-    law_fit = fit_repeated(runs)
-    assert law_fit.constants == pytest.approx(true, rel=1e-6) and law_fit.notes == []
-    # Two epochs hardly determine where repetition stops helping
-    once = fit_repeated(runs.only(passes <= 2))
-    assert once.constants["R_D"] == pytest.approx(15.39, rel=1e-3)
-    with pytest.raises(ScalingError, match="repeat their data"):
-        fit_repeated(runs.only(passes == 1))
 
 
 def test_nonnegative_least_squares() -> None:

@@ -23,6 +23,7 @@ from nextpt.base.errors import DataError
 from nextpt.config import BatchSchedule, Config
 from nextpt.data.batch import Batch, collate, padding_sequence, segments_per_sequence
 from nextpt.data.dataset import Dataset
+from nextpt.data.epochs import count_epoch_of
 from nextpt.data.order import GlobalOrder
 from nextpt.data.plan import ORDER_VERSION, build_plan, check_max_epochs
 from nextpt.data.sequences import SequenceSource
@@ -37,7 +38,7 @@ class Loader:
     Threads build batches ahead, and fetch and verify shards before those need them.
 
     Args:
-        config: The run.
+        config: The run. The loader's own has train.epoch_sequences where it has train.epochs.
         rank: This rank.
         world_size: Number of ranks.
         pin: Copy batches into page-locked memory, for a GPU.
@@ -60,12 +61,12 @@ class Loader:
         job_start: float = 0.0,
     ) -> None:
         config.accumulation_steps(world_size)  # raises where a batch cannot be divided
-        self.config = config
         self.rank = rank
         self.world_size = world_size
         self.pin = pin
         self.dataset = Dataset(config, job_start)
         self.manifest = self.dataset.manifest
+        self.config = config = count_epoch_of(config, self.manifest)
         self.domains = self.dataset.domains
         self._weights = np.array(
             [config.objective.domain_weights.get(d, 1.0) for d in self.domains], dtype=np.float32

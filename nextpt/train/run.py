@@ -6,7 +6,6 @@ import platform
 import random
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -19,7 +18,6 @@ from nextpt.base.collective import (
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.manager import CheckpointManager
 from nextpt.config import Config, flatten
-from nextpt.data.epochs import count_epoch
 from nextpt.data.loader import Loader
 from nextpt.events import EventBus, Listener, MetricsFile
 from nextpt.job.context import JobContext, job_context
@@ -58,7 +56,6 @@ def run_training(
     """
     device = start_distributed()
     group = RankGroup.world()
-    config = run_on_all_ranks(group, partial(count_epoch, config))
     check_same_on_all_ranks(
         group, flatten({"config": config.model_dump(mode="json"), "versions": versions()})
     )
@@ -87,6 +84,7 @@ def _run_job(
             job_start=job_start,
         ),
     )
+    config = loader.config
     check_same_on_all_ranks(group, flatten({"dataset": loader.state(0)}))
     checkpoints = _open_checkpoints(config, group, job)
     run_on_rank_0(group, lambda: check_run_folder(config))

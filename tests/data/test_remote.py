@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.data import remote as remote_module
 from nextpt.data.loader import Loader
+from nextpt.data.remote import RemoteDataset
 from nextpt.data.scratch import ScratchFolder
 from nextpt.data.store import ShardCache
 from tests.support.commands import start_script
@@ -110,6 +112,27 @@ def test_a_dataset_of_an_object_store_gives_the_same_batches(
     assert any(n.endswith(".mds") for n in cached) and not any(
         n.endswith(".zstd") or ".incoming/" in n for n in cached
     )
+
+
+@pytest.mark.thorough
+def test_a_loader_counts_an_epoch_in_what_it_has_fetched(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, fetch = [], remote_module.RemoteDataset.fetch
+
+    def recorded(remote: RemoteDataset, name: str, *arguments: Any) -> None:
+        names.append(name)
+        fetch(remote, name, *arguments)
+
+    monkeypatch.setattr(remote_module.RemoteDataset, "fetch", recorded)
+    data = {"remote": str(packed), "scratch": str(tmp_path / "node")}
+    length = {"steps": None, "epochs": 1}
+    loader = Loader(tiny(tmp_path / "cache", tmp_path, data=data, train=length), 0, 1)
+    assert {"dataset.json", "token_bytes.npy"} <= set(names) and len(names) == len(set(names))
+    sequences = sum(int(shards.sum()) for shards in loader.dataset.shard_sizes)
+    assert loader.config.train.epoch_sequences == sequences
+    assert loader.last_step == -(-sequences // 8)
+    finish(loader)
 
 
 @pytest.mark.thorough

@@ -29,9 +29,10 @@ class ObjectiveSection(Section):
     mtp_weight: float = key(
         0.3,
         ge=0,
+        may_change=True,
         description=(
             "factor of the mean loss of the model.mtp_depth modules of multi-token prediction"
-            " (DeepSeek-V3, arXiv 2412.19437: 0.3)"
+            " (DeepSeek-V3, arXiv 2412.19437: 0.3, and 0.1 for the last third of its tokens)"
         ),
         aliases=("mtp_loss_scaling_factor", "mtp_loss_weight", "mtp_loss_coeff", "mtp_lambda"),
     )

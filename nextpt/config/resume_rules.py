@@ -12,7 +12,8 @@ def may_change(name: str) -> bool:
     None of these keys changes what the model learns from which data, except train.steps,
     train.tokens and train.epochs, which lengthen or shorten the run; data.stages,
     train.batch_schedule and train.batch_growth, whose past the loader compares
-    (nextpt/data/loader.py); and train.precision, because the state is fp32 in either.
+    (nextpt/data/loader.py); train.precision, because the state is fp32 in either; and
+    objective.mtp_weight, of modules that only training has, which is lowered late in a run.
     """
     changeable = {key.name for key in all_keys() if key.may_change}
     parts = name.split(".")

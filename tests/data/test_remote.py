@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -279,19 +279,16 @@ def test_the_cache_stays_below_its_limit_and_the_batches_do_not_change(
     monkeypatch.setattr(ShardCache, "check", lambda self, needed: None)
     expected = first_steps(loader_of(None, packed, tmp_path), 40)
     trimmed = []
-    trim = ShardCache.trim
+    trim, turn = ShardCache.trim, threading.Lock()
 
     def trim_and_measure(cache: ShardCache, written: int) -> None:
-        for store in cache._stores:  # as if an hour had passed
-            for path, _, _ in store.copies():
-                with contextlib.suppress(FileNotFoundError):
+        # No other thread deletes what was measured, or writes more than a file meanwhile
+        with turn:
+            for store in cache._stores:  # as if an hour had passed
+                for path, _, _ in store.copies():
                     os.utime(path, (path.stat().st_mtime - 3600,) * 2)
-        trim(cache, written)
-        size = 0
-        for path in (tmp_path / "cache").rglob("*.mds"):
-            with contextlib.suppress(FileNotFoundError):  # another thread trims too
-                size += path.stat().st_size
-        trimmed.append(size)
+            trim(cache, written)
+            trimmed.append(sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*.mds")))
 
     monkeypatch.setattr(ShardCache, "trim", trim_and_measure)
     limit, shard = 100_000, 3_500

@@ -14,11 +14,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from nextpt.base.errors import DISK_FULL, ConfigError
+from nextpt.base.errors import DISK_FULL, ConfigError, UserError
 
 # Of os.link, on a file system that has no hard links
 WITHOUT_LINKS = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 NAME_CHARACTERS = 48  # of a file's name that its temporary name repeats: names have 255 bytes
+
+
+def expand_home(path: str) -> str:
+    """Return the path with a leading ~ or ~USER replaced by the home folder.
+
+    A shell leaves it to the program within a word, as in --output=~/data and code=~/code.
+
+    Raises:
+        UserError: There is no such home folder.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path}: there is no such home folder; write ./{path} for that name")
+    return expanded
 
 
 @contextmanager

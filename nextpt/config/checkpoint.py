@@ -69,6 +69,7 @@ class CheckpointSection(Section):
     )
     mirror: str | None = key(
         None,
+        is_path=True,
         description=(
             "s3://BUCKET/RUN, another URI that fsspec reads, or a folder: checkpoints are copied"
             " to it and restored from it when the run folder is lost; one URI per run"

@@ -34,12 +34,14 @@ class DataSection(Section):
     """The dataset that `nextpt prep shards` wrote, and the order in which it is read."""
 
     path: str = key(
+        is_path=True,
         may_change=True,
         description="dataset folder (with dataset.json); with data.remote, folder of the copies",
         aliases=("dataset", "dataset_path", "data_path", "data_dir", "local", "train_data"),
     )
     remote: str | None = key(
         None,
+        is_path=True,
         may_change=True,
         description=(
             "URI of the dataset: s3://BUCKET/FOLDER, another that mosaicml-streaming reads, or a"
@@ -60,6 +62,7 @@ class DataSection(Section):
     )
     scratch: str | None = key(
         None,
+        is_path=True,
         may_change=True,
         description=(
             "folder on each machine's own disk for records of verified shards and for unpacked"

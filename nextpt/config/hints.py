@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nextpt.config.keys import INDEX, Key, all_keys
+from nextpt.config.keys import Key, all_keys
+from nextpt.config.reader import INDEX
 
 # Names of what is no key here: computed, or given in another way.
 _ACCUMULATION = "it is computed: train.global_batch_size / (train.micro_batch_size x ranks)"
@@ -59,7 +60,9 @@ def explain(error: Mapping[str, Any]) -> str:
         return f"key {key} is missing{meaning}"
     message: str = error["msg"].removeprefix("Value error, ")
     if key and error["type"] != "value_error":
-        return f"{key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+        value = error["input"]
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        return f"{key} = {shown}: {message[0].lower()}{message[1:]}"
     return message
 
 

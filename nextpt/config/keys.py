@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from nextpt.config.reader import INDEX
 from nextpt.config.schema import Config
 from nextpt.config.section import KeyMetadata, Section, metadata_of
 
-INDEX = "N"  # in the name of a key below a list
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 

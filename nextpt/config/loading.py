@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from nextpt.base.errors import ConfigError, DeprecatedNameWarning
+from nextpt.base.files import expand_home
 from nextpt.config.hints import explain
 from nextpt.config.keys import all_keys
+from nextpt.config.reader import read_override, read_yaml, text_keys
 from nextpt.config.schema import Config
 
 
@@ -27,7 +30,8 @@ def load_config(
 
     Args:
         path: YAML file.
-        overrides: Values that replace those of the file, each "key.sub=value".
+        overrides: Values that replace those of the file, each "key.sub=value", in order. A
+            mapping replaces the whole one of the file; single keys change one value.
         warn_deprecated: Issue a DeprecatedNameWarning for each deprecated key, on rank 0. False for
             a file that a user does not edit, such as the config.yaml of a run folder.
 
@@ -37,7 +41,7 @@ def load_config(
     Raises:
         ConfigError: The file cannot be read, or a key or value is invalid. One line.
     """
-    values, renamed = _merge(Path(path), overrides)
+    values, renamed = _merge(path, overrides)
     config = parse_config(values, str(path))
     if warn_deprecated and os.environ.get("RANK", "0") == "0":
         for old, new in dict.fromkeys(renamed):
@@ -62,34 +66,38 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     Raises:
         ConfigError: The file cannot be read. One line.
     """
-    values: dict[str, Any] = _merge(Path(path), overrides)[0]
+    values: dict[str, Any] = _merge(path, overrides)[0]
     return values
 
 
-def _merge(path: Path, overrides: Sequence[str]) -> tuple[Any, list[tuple[str, str]]]:
+def _merge(path: str | Path, overrides: Sequence[str]) -> tuple[Any, list[tuple[str, str]]]:
     """Read a YAML file and apply overrides.
 
     Returns:
         Nested dicts of values; (old name, new name) of the deprecated keys that were renamed.
     """
+    path = Path(expand_home(str(path)))
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; those shipped are in configs/")
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key.sub=value")
     try:
-        loaded = OmegaConf.load(path)
-        if not OmegaConf.is_dict(loaded):
+        values = read_yaml(path.read_text(encoding="utf-8-sig"), _text_keys())
+        if not isinstance(values, dict):
             raise ConfigError(
                 f"{path}: expected sections such as run:, model:, train:; the file holds a list or"
                 " nothing"
             )
-        parts = [OmegaConf.to_container(loaded), _override_values(overrides)]
-        # Renamed before they are merged: an override replaces the value under its old name too.
-        renamed = [pair for part in parts for pair in _rename_deprecated(part, str(path))]
-        values = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
+        renamed = _rename_deprecated(values, str(path))
+        for override in overrides:
+            renamed += _apply_override(values, override)
+        renamed += _rename_deprecated(values, str(path))  # below a section given as a whole
+        values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply, or a value contains itself") from None
     return values, renamed
 
 
@@ -120,8 +128,56 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def _override_values(overrides: Sequence[str]) -> Any:
-    return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+@cache
+def _text_keys() -> frozenset[str]:
+    return text_keys(Config)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> list[tuple[str, str]]:
+    """Put "key.sub=value" in its place; items of lists are key.0 or key[0].
+
+    Returns:
+        (old name, new name) where the key is deprecated.
+    """
+    name, _, text = override.partition("=")
+    parts = name.strip().replace("[", ".").replace("]", "").split(".")
+    old_name = ".".join(parts)
+    new_name = _new_names().get(old_name, old_name)
+    *parents, leaf = new_name.split(".")
+    value = read_override(text, new_name, _text_keys())
+    section: Any = values
+    for part, following in zip(parents, [*parents, leaf][1:], strict=True):
+        child = _item(section, part, override)
+        if not isinstance(child, dict) and not (isinstance(child, list) and following.isdigit()):
+            child = {}
+            _set_item(section, part, child, override)
+        section = child
+    _set_item(section, leaf, value, override)
+    return [(old_name, new_name)] if new_name != old_name else []
+
+
+def _item(section: Any, part: str, override: str) -> Any:
+    if isinstance(section, dict):
+        return section.get(part)
+    return section[_index(section, part, override)]
+
+
+def _set_item(section: Any, part: str, value: Any, override: str) -> None:
+    section[part if isinstance(section, dict) else _index(section, part, override)] = value
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise ConfigError(f"override {override!r}: the list has {len(items)} items, from 0 on")
+    return int(part)
+
+
+@cache
+def _new_names() -> dict[str, str]:
+    """Old dotted name -> name of every deprecated key."""
+    return {
+        f"{key.parent}.{old}": key.name for key in all_keys() for old in key.metadata.deprecated
+    }
 
 
 def _rename_deprecated(values: Any, source: str) -> list[tuple[str, str]]:

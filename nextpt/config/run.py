@@ -15,6 +15,7 @@ class RunSection(Section):
     )
     dir: str | None = key(
         None,
+        is_path=True,
         may_change=True,
         description="run folder; runs/NAME unless set",
         aliases=("output_dir", "out_dir", "save_dir", "save_folder", "run_dir"),

@@ -36,6 +36,7 @@ class MlflowSection(Section):
     )
     uri: str | None = key(
         None,
+        is_path=True,
         description=(
             "tracking server or database; the file mlflow.db beside the run folder unless set"
         ),

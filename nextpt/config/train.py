@@ -48,7 +48,7 @@ class BatchGrowthSection(Section):
 class DecayFromSection(Section):
     """The checkpoint at which a decay begins; see nextpt/train/decay_start.py."""
 
-    run: str = key(description="run folder of the stable run")
+    run: str = key(is_path=True, description="run folder of the stable run")
     at_step: int = key(ge=1, unit="optimizer steps", description="step of its checkpoint")
 
 
@@ -153,6 +153,7 @@ class TrainSection(Section):
     )
     init_from: str | None = key(
         None,
+        is_path=True,
         description="Hugging Face folder with the initial weights; random weights unless set",
         aliases=("model_name_or_path", "pretrained", "init_weights", "load_path"),
     )

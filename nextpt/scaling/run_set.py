@@ -12,33 +12,35 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from yaml import YAMLError
 
 from nextpt.base.errors import ScalingError
 from nextpt.config import Config, differences, load_config
+from nextpt.config.reader import read_yaml, text_keys
+from nextpt.config.section import Section, key
 from nextpt.data.epochs import count_epoch
 from nextpt.events import decided_batches, read_events
 from nextpt.model import ModelSpec, count
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 
 
-class NamedRun(BaseModel):
+class NamedRun(Section):
     """One run of a set."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run, and its folder's"
     )
     overrides: list[str] = Field(description="keys of the base config, key.sub=value")
 
 
-class RunSet(BaseModel):
+class RunSet(Section):
     """Base class of sets of runs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    base: Path = Field(description="config that all runs share, relative to the set's file")
-    dir: Path = Field(description="folder of the runs and of what follows from them")
+    base: Path = key(
+        is_path=True, description="config that all runs share, relative to the set's file"
+    )
+    dir: Path = key(is_path=True, description="folder of the runs and of what follows from them")
     overrides: list[str] = Field(default_factory=list, description="keys that all runs change")
 
     def folder(self, run: NamedRun) -> Path:
@@ -122,7 +124,14 @@ def read_set(kind: type[Kind], path: Path, name: str) -> Kind:
         ScalingError: The file cannot be read or a key is wrong; names the file and the key.
     """
     try:
-        run_set = kind.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+        values = read_yaml(path.read_text(encoding="utf-8-sig"), text_keys(kind))
+        if not isinstance(values, dict):
+            raise ScalingError(
+                f"{path}: expected the keys of {name}: {', '.join(kind.model_fields)}"
+            )
+        run_set = kind.model_validate(
+            OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise ScalingError(
@@ -133,6 +142,8 @@ def read_set(kind: type[Kind], path: Path, name: str) -> Kind:
         raise ScalingError(f"{path} cannot be read: {error.strerror}") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
         raise ScalingError(f"{path}: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ScalingError(f"{path}: nested too deeply, or a value contains itself") from None
     return run_set.model_copy(update={"base": path.parent / run_set.base})
 
 

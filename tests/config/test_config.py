@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,12 +14,16 @@ from nextpt.base.errors import ConfigError
 from nextpt.config import (
     Config,
     all_keys,
+    describe_keys,
     differences,
+    flatten,
     load_config,
     may_change,
     parse_config,
     to_yaml,
 )
+from nextpt.config.reader import INDEX
+from nextpt.config.section import _types
 
 
 def values(**sections: dict) -> dict:
@@ -87,6 +93,136 @@ def test_broken_files_are_one_line_errors(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
     assert "\n" not in str(caught.value) and "run.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optimizer.lr", True, "optimizer.lr = true: expected a number"),
+        ("train.steps", True, "train.steps = true: expected a number"),
+        ("train.zero_stage", False, "train.zero_stage = false: expected a number"),
+        ("checkpoint.resume", True, "checkpoint.resume = true: expected a number"),
+        ("data.mixing.code", True, "data.mixing = "),
+        ("train.ema", [0.5, True], "train.ema = "),
+        ("optimizer.lr", float("inf"), "optimizer.lr = inf"),
+        ("guard.spike_sigma", float("nan"), "guard.spike_sigma = nan"),
+        ("objective.domain_weights.code", float("inf"), "objective.domain_weights.code = inf"),
+        ("train.steps", 10**30, "train.steps = 1"),
+    ],
+)
+def test_no_truth_value_and_no_infinity_is_a_number(name: str, value: Any, message: str) -> None:
+    section, *keys = name.split(".")
+    for key in reversed(keys):
+        value = {key: value}
+    with pytest.raises(ConfigError) as caught:
+        config(**{section: value})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_number_key_refuses_true_and_infinity() -> None:
+    numbers = [
+        key
+        for key in describe_keys()
+        if {int, float} & set(_types(key.field.annotation)) and f".{INDEX}." not in key.name
+    ]
+    assert len(numbers) >= 39
+    for key in numbers:
+        for value in (True, float("inf")):
+            section, *keys = key.name.split(".")
+            nested: Any = value
+            for part in reversed(keys):
+                nested = {part: nested}
+            with pytest.raises(ConfigError, match=re.escape(key.name)):
+                config(**{section: nested})
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("010", 10), ("1_0", 10), ("1e1", 10), ("+10", 10), ("'10'", 10)]
+)
+def test_numbers_are_decimal(tmp_path: Path, text: str, steps: int) -> None:
+    path = write(tmp_path, to_yaml(config()))
+    assert load_config(path, [f"train.steps={text}"]).train.steps == steps
+    path = write(tmp_path, to_yaml(config()).replace("steps: 10\n", f"steps: {text}\n", 1))
+    assert load_config(path).train.steps == steps
+
+
+@pytest.mark.parametrize("text", ["1:30", "0x10", "0o10", "0b1", ".inf", ".nan", "inf", "1e400"])
+def test_other_spellings_of_numbers_are_refused(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, to_yaml(config()))
+    for key in ("train.steps", "optimizer.lr"):
+        with pytest.raises(ConfigError, match=re.escape(key)):
+            load_config(path, [f"{key}={text}"])
+
+
+@pytest.mark.parametrize("text", ["123", "010", "1e3", "true", "1.0", "2026-11-30"])
+def test_text_keys_hold_what_is_written(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, to_yaml(config()))
+    assert load_config(path, [f"run.name={text}"]).run.name == text
+    written = write(tmp_path, to_yaml(config()).replace("name: t\n", f"name: {text}\n"))
+    loaded = load_config(written)
+    assert loaded.run.name == text
+    assert load_config(write(tmp_path, to_yaml(loaded))) == loaded
+    paths = load_config(path, ["data.path=/a b: c #d", "run.dir=null", "run.name='x'"])
+    assert (paths.data.path, paths.run.dir, paths.run.name) == ("/a b: c #d", None, "x")
+
+
+def test_names_of_domains_are_text(tmp_path: Path) -> None:
+    path = write(tmp_path, to_yaml(config()))
+    loaded = load_config(path, ["data.mixing={no: 0.5, 123: 0.5}"])
+    assert loaded.data.mixing == {"no": 0.5, "123": 0.5}
+
+
+def test_a_whole_mapping_replaces_and_single_keys_merge(tmp_path: Path) -> None:
+    path = write(tmp_path, to_yaml(config(data={"mixing": {"a": 0.8, "b": 0.2}})))
+    for overrides, mixing in (
+        (["data.mixing={b: 1.0}"], {"b": 1.0}),
+        (["data.mixing.b=1.0"], {"a": 0.8, "b": 1.0}),
+        (["data.mixing={}"], {}),
+        (["data.mixing=null"], None),
+        (["data.mixing={c: 1.0}", "data.mixing.d=2"], {"c": 1.0, "d": 2}),
+    ):
+        assert load_config(path, overrides).data.mixing == mixing
+    loaded = load_config(path, ["schedule={kind: linear}"])
+    assert (loaded.schedule.kind, loaded.schedule.final_ratio) == ("linear", 0.0)
+    loaded = load_config(path, ["data.repeat_caps={a: 1}"], warn_deprecated=False)
+    assert loaded.data.max_epochs == {"a": 1.0}
+
+
+def test_items_of_lists_are_overridden_by_number(tmp_path: Path) -> None:
+    path = write(tmp_path, to_yaml(config(data={"stages": [{"steps": 4}, {}]})))
+    for name in ("data.stages.0.steps", "data.stages[0].steps"):
+        stages = load_config(path, [f"{name}=5"]).data.stages
+        assert stages is not None and [stage.steps for stage in stages] == [5, None]
+    with pytest.raises(ConfigError, match=r"data\.stages\.2\.steps=5.*2 items"):
+        load_config(path, ["data.stages.2.steps=5"])
+
+
+@pytest.mark.parametrize("text", ["a: &a {b: *a}", "[" * 100_000, "a: 1\na: 2\n", "a: !x 1"])
+def test_malformed_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml") as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "\ufeff" + to_yaml(config()))) == config()
+
+
+def test_the_home_folder_in_every_path_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/user")
+    path = write(tmp_path, to_yaml(config()))
+    names = [key.name for key in all_keys() if key.metadata.is_path]
+    assert len(names) == 8
+    for name in names:
+        more = {
+            "train.decay_from.run": ["train.decay_from.at_step=1", "train.steps=null"]
+            + ["schedule.kind=wsd", "schedule.decay=2"],
+            "trackers.mlflow.uri": ["trackers.mlflow.experiment=x"],
+        }.get(name, [])
+        loaded = load_config(path, [f"{name}=~/x", *more])
+        assert flatten(loaded.model_dump(mode="json"))[name] == "/home/of/user/x"
+    with pytest.raises(ConfigError, match="no such home folder"):
+        load_config(path, ["run.dir=~nobody-of-that-name/x"])
 
 
 def test_missing_file_and_bad_override(tmp_path: Path) -> None:

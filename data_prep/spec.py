@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tiktoken
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from data_prep.format import token_dtype
 from nextpt.base.errors import DataPrepError
+from nextpt.base.files import expand_home
 
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 # bytes; a worker holds a few copies of a document at once and stays below 1 GiB
@@ -73,6 +74,11 @@ class PrepSpec(BaseModel):
     max_bytes: int = LONGEST_DOCUMENT
     duplicates: str = "keep"
     max_bad_fraction: float = 1e-4
+
+    @field_validator("tokenizer", "output", mode="before")
+    @classmethod
+    def _expand_home(cls, path: Any) -> Any:
+        return expand_home(str(path)) if path is not None else None
 
     @property
     def work(self) -> Path:

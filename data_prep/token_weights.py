@@ -16,7 +16,13 @@ from data_prep.group import SHARD_BYTES
 from data_prep.stored import read_sequences, shards_of
 from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import DataPrepError
-from nextpt.base.files import atomic_write, canonical_json, sha256_file, temporary_path
+from nextpt.base.files import (
+    atomic_write,
+    canonical_json,
+    expand_home,
+    sha256_file,
+    temporary_path,
+)
 
 Weigh = Callable[[dict[str, Any]], np.ndarray]
 
@@ -27,7 +33,7 @@ def load_function(reference: str) -> Weigh:
     Raises:
         DataPrepError: When there is no such file or function, or the file fails.
     """
-    file, _, name = reference.rpartition(":")
+    file, _, name = expand_home(reference).rpartition(":")
     if not Path(file).is_file():
         raise DataPrepError(
             f"{reference}: expected FILE.py:NAME, a function of a sequence in a file that is there"

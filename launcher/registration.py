@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -76,13 +77,14 @@ def report_user_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command so that a user error or an interrupt ends it with one line on stderr.
 
     A user error exits with the error's own code (2 unless it has another), an interrupt with 130.
-    With NEXTPT_TRACEBACK=1 in the environment a user error keeps its traceback.
+    With NEXTPT_TRACEBACK=1 in the environment a user error keeps its traceback. In paths, ~ is the
+    home folder.
     """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            command(*args, **{name: _expand(value) for name, value in kwargs.items()})
         except UserError as error:
             if os.environ.get("NEXTPT_TRACEBACK"):
                 raise
@@ -97,3 +99,12 @@ def report_user_errors(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(EXIT_INTERRUPTED)
 
     return run
+
+
+def _expand(value: Any) -> Any:
+    """Replace ~ in a path, or in each of a list of paths. Raises UserError."""
+    from nextpt.base.files import expand_home
+
+    if isinstance(value, Path):
+        return Path(expand_home(str(value)))
+    return [_expand(item) for item in value] if isinstance(value, list) else value

@@ -19,6 +19,7 @@ from nextpt.base.errors import (
     NoValidCheckpointError,
     UserError,
 )
+from nextpt.base.files import expand_home
 
 if TYPE_CHECKING:
     from nextpt.checkpoint.mirror.archive import Archive
@@ -63,6 +64,7 @@ class CheckpointRow:
 
 def list_checkpoints(location: Location) -> None:
     """List the checkpoints, newest first, without reading their files (see verify)."""
+    location = expand_home(location)
     rows = list(_read_rows(location))
     if not rows:
         raise CheckpointError(f"{location} holds no checkpoint")
@@ -78,6 +80,7 @@ def verify_checkpoints(location: Location, step: OnlyStep = None) -> None:
     from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
     from nextpt.checkpoint.verification import verify_files
 
+    location = expand_home(location)
     checked = []
     for row in _select(list(_read_rows(location)), step, location):
         problem = row.problem
@@ -107,6 +110,7 @@ def fetch_checkpoint(
     from nextpt.checkpoint.mirror.archive import ArchivedCheckpoint
     from nextpt.checkpoint.mirror.restore import fetch
 
+    location = expand_home(location)
     archive = _open_archive(location)
     for row in _select(list(_read_mirror_rows(location)), step, location):
         checkpoint = ArchivedCheckpoint(row.name, True)

@@ -25,7 +25,7 @@ SCRIPT = """#!/usr/bin/env bash
 #SBATCH --job-name=nextpt-ladder
 #SBATCH --ntasks=1
 #SBATCH --requeue
-#SBATCH --output={logs}
+{logs}
 {options}set -euo pipefail
 cd {folder}
 export PYTHONPATH={root}
@@ -105,16 +105,17 @@ def _predict_and_measure(ladder: Ladder, ranks: int | None) -> None:
 def _write_scripts(
     ladder_file: Path, ladder: Ladder, ranks: int | None, sbatch_options: list[str]
 ) -> None:
-    from launcher.jobs.slurm import parse_sbatch_option
+    from launcher.jobs.slurm import log_folder, option_line, parse_sbatch_option
     from nextpt.base.files import atomic_write
 
     options = "".join(
-        f"#SBATCH {name}={value}\n" for name, value in map(parse_sbatch_option, sbatch_options)
+        f"{option_line(name, value)}\n" for name, value in map(parse_sbatch_option, sbatch_options)
     )
     arguments = shlex.join(
         [str(ladder_file.resolve()), *(["--ranks", str(ranks)] if ranks else [])]
     )
-    scripts_folder = ladder.dir.resolve() / "slurm"
+    name_in_comment = " ".join(ladder_file.name.split())
+    logs, scripts_folder = log_folder(ladder.dir), ladder.dir.resolve() / "slurm"
     scripts_folder.mkdir(parents=True, exist_ok=True)
     paths = {
         "folder": shlex.quote(str(Path.cwd())),
@@ -122,15 +123,15 @@ def _write_scripts(
         "python": shlex.quote(sys.executable),
     }
     rungs = SCRIPT.format(
-        title=f"The rungs of {ladder_file.name}, one per task; finished ones exit at once.",
-        logs=scripts_folder / "%A_%a.log",
+        title=f"The rungs of {name_in_comment}, one per task; finished ones exit at once.",
+        logs=option_line("--output", f"{logs}/%A_%a.log"),
         options=f"#SBATCH --array=0-{len(ladder.rungs) - 1}\n{options}",
         arguments=f'{arguments} --rung "$SLURM_ARRAY_TASK_ID"',
         **paths,
     )
     target = SCRIPT.format(
-        title=f"The prediction for {ladder_file.name} and its target, after all rungs.",
-        logs=scripts_folder / "%j.log",
+        title=f"The prediction for {name_in_comment} and its target, after all rungs.",
+        logs=option_line("--output", f"{logs}/%j.log"),
         options=options,
         arguments=arguments,
         **paths,
@@ -139,9 +140,12 @@ def _write_scripts(
         with atomic_write(scripts_folder / name) as file:
             file.write(text)
     echo(f"written to {scripts_folder}; nothing was submitted. Submit both:")
+    rungs_script, target_script = (
+        shlex.quote(str(scripts_folder / name)) for name in ("rungs.sbatch", "target.sbatch")
+    )
     echo(
-        f"  job=$(sbatch --parsable {scripts_folder / 'rungs.sbatch'}) &&"
-        f" sbatch --dependency=afterok:$job {scripts_folder / 'target.sbatch'}"
+        f"  job=$(sbatch --parsable {rungs_script}) &&"
+        f" sbatch --dependency=afterok:$job {target_script}"
     )
 
 

@@ -54,6 +54,7 @@ def submit(
     from launcher.jobs.slurm import (
         check_time_limit,
         job_script,
+        log_path,
         parse_sbatch_option,
         submit_script,
         train_options,
@@ -83,7 +84,7 @@ def submit(
         echo(f"written to {script}; nothing was submitted")
         return
     job = submit_script(script)
-    log = options["--output"].replace("%j", job)
+    log = log_path(options["--output"], job)
     echo(f"job {job}: {nodes} nodes x {ranks} ranks, script {script}")
     echo(
         f"watch: tail -F {log}; save and requeue: scancel --signal=USR1 {job}; save and end:"

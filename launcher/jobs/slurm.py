@@ -44,8 +44,34 @@ def train_options(
         "--gpus-per-node": str(gpus_per_node) if gpus_per_node else "",
         "--time": time_limit,
         "--signal": f"USR1@{_signal_seconds(settings)}",
-        "--output": str((settings.run_dir / "slurm" / "%j.log").resolve()),
+        "--output": f"{log_folder(settings.run_dir)}/%j.log",
     }
+
+
+def log_folder(folder: Path) -> str:
+    """Folder of the logs of a run or a set of runs, absolute, as the value of --output.
+
+    Raises:
+        ConfigError: sbatch has no way to write the name.
+    """
+    path = str((folder / "slurm").resolve())
+    if re.search(r"[\\\n]", path):
+        raise ConfigError(
+            f"{path!r}: sbatch's --output takes no backslash and no line end; use another folder"
+        )
+    return path.replace("%", "%%")
+
+
+def log_path(output: str, job: str) -> str:
+    """Path of the log of a job whose --output is `output`."""
+    return re.sub("%[j%]", lambda symbol: job if symbol[0] == "%j" else "%", output)
+
+
+def option_line(name: str, value: str) -> str:
+    """The line of a script that gives an option to sbatch, which reads quotes as a shell does."""
+    if not re.fullmatch(r"[\w@%+=:,./\[\]-]*", value, re.ASCII):
+        value = '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    return f"#SBATCH {name}={value}"
 
 
 def _signal_seconds(settings: Config) -> int:
@@ -100,7 +126,7 @@ def job_script(config: Path, overrides: list[str], options: dict[str, str]) -> s
         if not ((match := _SBATCH_LINE.match(line)) and match[1] in options)
     ]
     header = 1 + max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
-    option_lines = [f"#SBATCH {name}={value}" for name, value in options.items() if value]
+    option_lines = [option_line(name, value) for name, value in options.items() if value]
     # Slurm copies the script to the node, where the script cannot find the checkout by itself.
     settings = [
         f"set -- {shlex.join([str(config), *overrides])}",

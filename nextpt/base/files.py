@@ -31,7 +31,9 @@ def expand_home(path: str) -> str:
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise UserError(f"{path}: there is no such home folder; write ./{path} for that name")
+        raise UserError(
+            f"{path}: there is no such home folder; for a folder of that name, give its whole path"
+        )
     return expanded
 
 

@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from launcher.cli import app
+from launcher.registration import report_user_errors
 from nextpt.base.errors import DeprecatedNameWarning
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,10 @@ RENAMED = {
     "eval --stretches": "--continuations",
     "compress --rows": "--sequences",
     "compress --given": "--dictionary",
+    "tokenizer convert --start": "--start-token",
+    "tokenizer convert --end": "--end-token",
+    "tokenizer show --start": "--start-token",
+    "tokenizer show --end": "--end-token",
 }
 
 
@@ -51,6 +56,21 @@ def test_an_old_flag_is_the_new_one_with_a_warning(argument: str) -> None:
     with pytest.warns(DeprecatedNameWarning, match="--rows is now --batch-size; ") as caught:
         COMMANDS["eval"].parse_args(context, argument.split())
     assert len(caught) == 1 and context.params["batch_size"] == 5
+
+
+def test_the_home_folder_in_every_path_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/user")
+    received = {}
+
+    def command(path: Path, paths: list[Path], text: str) -> None:
+        received.update(path=path, paths=paths, text=text)
+
+    report_user_errors(command)(path=Path("~/x"), paths=[Path("~"), Path("/x/~")], text="~/x")
+    assert received == {
+        "path": Path("/home/of/user/x"),
+        "paths": [Path("/home/of/user"), Path("/x/~")],
+        "text": "~/x",
+    }
 
 
 def test_nothing_behind_two_dashes_is_a_flag() -> None:

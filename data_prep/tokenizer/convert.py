@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import json
 import lzma
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from data_prep.tokenizer.description import BYTE_CHARACTERS, END_OF_TEXT, Descri
 from data_prep.tokenizer.patterns import PATTERNS, SPECIALS, for_oniguruma
 from data_prep.tokenizer.tiktoken_encoder import last_pair
 from nextpt.base.errors import DataPrepError
-from nextpt.base.files import atomic_write
+from nextpt.base.files import atomic_write, expand_home
 
 # Mistral's special tokens 0, 1, ... where a tekken file does not list them (mistral-common,
 # tokens/tokenizers/tekken.py).
@@ -94,11 +95,11 @@ def convert(
     Raises:
         DataPrepError: With file and line; then nothing is written.
     """
+    source = expand_home(source)
     content = _content(source, pattern, list(specials))
     description = Description(content, Path(source))
     chosen = description.start_and_end(start, end)
-    if start or end:
-        content = description.with_template(*chosen)
+    content = description.with_template(*chosen) if start or end else description.content
     text = json.dumps(content, ensure_ascii=False)
     try:
         HFTokenizer.from_str(text)
@@ -186,7 +187,8 @@ def _partner(path: Path) -> Path:
 def _read(path: Path) -> bytes:
     try:
         data = path.read_bytes()
-        return lzma.decompress(data) if path.suffix == ".xz" else data
+        data = lzma.decompress(data) if path.suffix == ".xz" else data
+        return data.removeprefix(codecs.BOM_UTF8)
     except (OSError, lzma.LZMAError) as error:
         raise DataPrepError(f"{path} cannot be read: {error}") from error
 

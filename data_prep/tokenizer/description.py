@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, InputWarning
 
 OTHERS = "other formats: nextpt tokenizer convert SOURCE --output tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -55,6 +56,11 @@ TEXT_CHARACTERS = BYTE_CHARACTERS[:0xC0] + BYTE_CHARACTERS[0xC2:0xF5]
 BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
+# Options of a model that draw one of several encodings: BPE-dropout (arXiv 1910.13267), and
+# subword regularization of Unigram (arXiv 1804.10959).
+SAMPLING = ("dropout", "alpha", "nbest_size")
+
+
 @dataclass(frozen=True)
 class AddedToken:
     """A token matched in the text before the model sees it.
@@ -72,6 +78,12 @@ class AddedToken:
 class Description:
     """The parts of a tokenizer.json that nextpt decides by.
 
+    Options that make encoding random are left out, with a warning: the same text has to give the
+    same tokens.
+
+    Attributes:
+        cleared: Names of the options that were left out.
+
     Args:
         content: Parsed JSON.
         path: Of the file, for messages.
@@ -82,7 +94,7 @@ class Description:
 
     def __init__(self, content: Any, path: Path) -> None:
         try:
-            self.content: dict[str, Any] = content
+            self.content, self.cleared = _without_sampling(content)
             self.model: dict[str, Any] = self.content["model"]
             self.kind: str = self.model.get("type") or "BPE"
             self.added = [
@@ -100,6 +112,12 @@ class Description:
                 f"{path} is not a tokenizer.json ({type(error).__name__}: {error}); {OTHERS}"
             ) from error
         self.path = path
+        if self.cleared:
+            warnings.warn(
+                f"{path}: {', '.join(self.cleared)} makes encoding random and is ignored",
+                InputWarning,
+                stacklevel=2,
+            )
         self.specials = {t.content: t.id for t in self.added if t.special}
         self.literals = {t.content: t.id for t in self.added if not t.special}
 
@@ -111,7 +129,7 @@ class Description:
             DataPrepError: When it cannot be read or is not a tokenizer.json.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             description = cls(json.loads(text), path)
         except (OSError, ValueError, RecursionError) as error:
             raise DataPrepError(f"{path} is not a tokenizer.json: {error}; {OTHERS}") from error
@@ -172,8 +190,7 @@ class Description:
             )
             and not any(s.get("behavior") == "Removed" and not s.get("invert") for s in self.steps)
             and not any(
-                self.model.get(k)
-                for k in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+                self.model.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix")
             )
             and all(character in self.vocabulary for character in TEXT_CHARACTERS)
         )
@@ -290,6 +307,15 @@ class Description:
             )
             return first, last
         return None, None
+
+
+def _without_sampling(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The content without options of random encoding, and the names of those that were set."""
+    model = content["model"]
+    cleared = [name for name in SAMPLING if model.get(name)]
+    if not cleared:
+        return content, []
+    return content | {"model": model | dict.fromkeys(cleared)}, cleared
 
 
 def _flat(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

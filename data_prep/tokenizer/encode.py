@@ -72,7 +72,10 @@ class Tokenizer:
             raise DataPrepError(f"tokenizer {path} does not exist")
         description = Description.read(path)
         self._description = description
+        self._added = {token.id: token.content for token in description.added}
         self.library = _open_library(path)
+        for option in description.cleared:
+            setattr(self.library.model, option, None)
         self.path = path
         self.sha256 = sha256_file(path)
         self.vocab_size = (
@@ -199,8 +202,11 @@ class Tokenizer:
         return self.library.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token(self, index: int) -> str | None:
-        """How the vocabulary spells a token; None for a hole."""
-        return self.library.id_to_token(index)
+        """How the vocabulary spells a token; None for a hole.
+
+        An added token is spelled as in the file: the library may know it by its normalized form.
+        """
+        return self._added.get(index) or self.library.id_to_token(index)
 
     def token_bytes(self) -> np.ndarray:
         """uint16 [V]: UTF-8 bytes that each token stands for; 0 for special tokens and holes.
@@ -223,7 +229,7 @@ class Tokenizer:
         So opening it without further arguments gives the same start and end.
         """
         opened = self._description.start_and_end(None, None)
-        if opened == (self.start_id, self.end_id):
+        if opened == (self.start_id, self.end_id) and not self._description.cleared:
             shutil.copyfile(self.path, path)
             return
         with atomic_write(path) as file:
@@ -246,7 +252,7 @@ class Tokenizer:
 
 def _open_library(path: Path) -> HFTokenizer:
     try:
-        library = HFTokenizer.from_file(str(path))
+        library = HFTokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises bare Exception
         raise DataPrepError(
             f"{path} is not a tokenizer.json that the tokenizers library reads: {error}"

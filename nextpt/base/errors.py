@@ -28,8 +28,12 @@ class DeprecatedNameWarning(FutureWarning):
     """A config key or a flag by its old name, which will soon be an error."""
 
 
+class InputWarning(UserWarning):
+    """A part of the user's input that is left out, or not read as it is written."""
+
+
 def print_warnings_to_users() -> None:
-    """Print a DeprecatedNameWarning as one line, without file and line. Others as before."""
+    """Print warnings that are for users as one line, without file and line. Others as before."""
     show = warnings.showwarning
 
     def print_line(
@@ -40,7 +44,7 @@ def print_warnings_to_users() -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, DeprecatedNameWarning):
+        if issubclass(category, DeprecatedNameWarning | InputWarning):
             print(f"warning: {message}", file=file or sys.stderr, flush=True)
         else:
             show(message, category, filename, lineno, file, line)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import normalizers
 
-from data_prep.tokenizer import Tokenizer, tiktoken_encoder
+from data_prep.tokenizer import Tokenizer, convert, tiktoken_encoder
 from data_prep.tokenizer.adversarial import adversarial_texts
 from data_prep.tokenizer.byte_counts import sizes_from_offsets
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, InputWarning
 from tests.support.tokenizers import ANY_TEXT, KINDS, TEXTS
 
 FAST = ("byte_level", "gpt2", "whole", "neox")
@@ -268,7 +268,6 @@ def add_literal(**flags: bool) -> Callable[[dict[str, Any]], None]:
             lambda content: content.update(normalizer={"type": "Lowercase"}),
             "it is byte-level BPE that changes text|a normalizer, Lowercase",
         ),
-        (lambda content: content["model"].update(dropout=0.1), "BPE"),
     ],
 )
 def test_tiktoken_is_not_used_where_it_would_differ(
@@ -284,6 +283,41 @@ def test_tiktoken_is_not_used_where_it_would_differ(
         Tokenizer(path, encoder="tiktoken")
     for text in TEXTS:
         assert int(tokenizer.encode_with_bytes(text)[1].sum()) == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("byte_level", {"dropout": 0.5}), ("unigram", {"alpha": 0.1, "nbest_size": 64})],
+)
+def test_options_of_random_encoding_are_ignored_with_a_warning(
+    tokenizers: dict[str, Tokenizer], tmp_path: Path, kind: str, options: dict[str, float]
+) -> None:
+    path = changed(
+        tokenizers[kind], tmp_path / "random.json", lambda content: content["model"].update(options)
+    )
+    with pytest.warns(
+        InputWarning, match=f"random.json: {', '.join(options)} makes encoding random"
+    ):
+        tokenizer = Tokenizer(path, encoder="tokenizers")
+    with pytest.warns(InputWarning):
+        convert(str(path), tmp_path / "converted.json")
+    tokenizer.copy_to(tmp_path / "copied.json")
+    for text in TEXTS:
+        for _ in range(5):
+            assert np.array_equal(tokenizer.encode(text), tokenizers[kind].encode(text))
+    for name in ("converted.json", "copied.json"):
+        model = json.loads((tmp_path / name).read_text())["model"]
+        assert not any(model.get(option) for option in options)
+
+
+def test_a_tokenizer_file_with_a_byte_order_mark_is_read(
+    tokenizers: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    path = tmp_path / "marked.json"
+    path.write_bytes(b"\xef\xbb\xbf" + tokenizers["byte_level"].path.read_bytes())
+    assert Tokenizer(path).encode("a b").tolist() == tokenizers["byte_level"].encode("a b").tolist()
+    convert(str(path), tmp_path / "converted.json")
+    assert (tmp_path / "converted.json").read_bytes()[:1] == b"{"
 
 
 def test_a_token_that_no_merging_reaches_is_known_only_where_it_counts(

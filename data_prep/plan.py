@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from data_prep.inputs import InputFile, find_files
+from data_prep.inputs import InputFile, find_inputs
 from data_prep.records import Fields, Part, Record, read_part, row_groups, unpacked_size
 from data_prep.spec import PrepSpec
 from nextpt.base.errors import DataPrepError
@@ -125,7 +125,7 @@ def make_plan(spec: PrepSpec) -> Plan:
         StoreError: When a store refuses.
     """
     spec.check()
-    files = {name: find_files(location) for name, location in spec.domains.items()}
+    files = find_inputs(spec.domains)
     units: list[Unit] = []
     for name in sorted(files):
         units += [
@@ -228,4 +228,4 @@ def _find_tails(spec: PrepSpec, units: list[Unit]) -> list[Unit]:
 def plan_sha256(spec: PrepSpec) -> str:
     """Identity of the plan of these settings and inputs, without reading the inputs."""
     spec.check()
-    return _identity(spec, {name: find_files(location) for name, location in spec.domains.items()})
+    return _identity(spec, find_inputs(spec.domains))

@@ -13,6 +13,7 @@ import typer
 from launcher.console import console, echo
 from launcher.options import PrintJson
 from launcher.registration import add_command, add_group
+from nextpt.base.errors import UserError
 from nextpt.base.errors import DataPrepError
 
 if TYPE_CHECKING:
@@ -73,12 +74,15 @@ def _path_of(item: str) -> str:
 
 def _read_texts(paths: list[str], text_field: str) -> Iterator[str]:
     """Yield the texts of the corpora with a progress bar; bad records are skipped and counted."""
-    from data_prep.inputs import find_files
+    from data_prep.inputs import find_inputs
     from data_prep.progress import byte_progress
-    from data_prep.records import Bad, Fields, read_part, whole
+    from data_prep.records import Bad, Fields, describe_bad, read_part, whole
 
-    files = [file for path in paths for file in find_files(path)]
-    bad = 0
+    files = [
+        file for files in find_inputs({path: path for path in paths}).values() for file in files
+    ]
+    bad = good = 0
+    first = ""
     with byte_progress(console) as progress:
         task = progress.add_task("reading", total=sum(file.size for file in files))
         for file in files:
@@ -87,10 +91,14 @@ def _read_texts(paths: list[str], text_field: str) -> Iterator[str]:
             ):
                 if isinstance(record, Bad):
                     bad += 1
+                    first = first or describe_bad(file, record)
                 else:
+                    good += 1
                     yield record.text
+    if bad and not good:
+        raise UserError(f"all {bad:,} records are bad; the first: {first}")
     if bad:
-        echo(f"{bad:,} bad records skipped; nextpt prep shards lists them")
+        echo(f"{bad:,} bad records skipped, the first: {first}; nextpt prep shards lists them")
 
 
 def tokenizer_convert(

@@ -11,7 +11,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections import Counter
+from pathlib import Path
 
+import orjson
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -133,6 +136,17 @@ def _begin(plan: Plan, overwrite: bool, console: Console, alone: bool) -> None:
     plan.save()
     if plan.spec.vocab_size is not None:
         console.print(f"training a tokenizer of {plan.spec.vocab_size} tokens")
+
+
+def quarantine_summary(output: Path) -> str:
+    """One line: how many records of a dataset's inputs were quarantined, by reason, and where."""
+    path = output / "quarantine.jsonl"
+    if not path.is_file():
+        return "quarantined records: 0"
+    with open(path, "rb") as lines:
+        reasons = Counter(orjson.loads(line)["reason"] for line in lines)
+    shown = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
+    return f"quarantined records: {reasons.total():,} ({shown}); see {path}"
 
 
 def summary_table(manifest: DatasetManifest) -> Table:

@@ -93,7 +93,7 @@ def read_hostfile(path: Path) -> list[Host]:
         ConfigError: The file cannot be read or a line has another form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -132,7 +132,7 @@ def exported_variables() -> dict[str, str]:
     """
     variables: dict[str, str] = {}
     for path in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.startswith("#"):
                 continue

@@ -153,7 +153,7 @@ def _open_hugging_face(
 ) -> Decoder | HuggingFaceModel:
     path = folder / "config.json"
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        model_type = json.loads(path.read_text(encoding="utf-8-sig")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if model_type in ARCHITECTURES:

@@ -129,7 +129,7 @@ class HFWeights:
                 )
             return dict.fromkeys(self._handle("model.safetensors").keys(), "model.safetensors")
         try:
-            files_by_tensor: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))[
+            files_by_tensor: dict[str, str] = json.loads(index.read_text(encoding="utf-8-sig"))[
                 "weight_map"
             ]
             bad = [

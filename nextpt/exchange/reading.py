@@ -82,7 +82,7 @@ def read_config(folder: Path) -> tuple[Architecture, ModelSpec]:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         kind = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

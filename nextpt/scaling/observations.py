@@ -164,6 +164,10 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         raise ScalingError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ScalingError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    if repeated := sorted({name for name in header if header.count(name) > 1}):
+        raise ScalingError(
+            f"{path} has several columns named {', '.join(map(repr, repeated))}; rename them"
+        )
     if not rows:
         raise ScalingError(
             f"{path} holds no runs: a header with names of columns is expected, then one run a line"

@@ -134,7 +134,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
 def read_fit(path: Path) -> Fit | Frontier | RepeatedFit:
     """Read a file of `nextpt scaling fit --json`. Raises ScalingError for anything else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ScalingError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

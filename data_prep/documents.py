@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.inputs import find_files
-from data_prep.records import Bad, Fields, read_part, whole
+from data_prep.records import Bad, Fields, describe_bad, read_part, whole
 from nextpt.base.errors import DataPrepError
 
 
@@ -29,11 +29,9 @@ def read_documents(
     """
     for file in find_files(location):
         for record in read_part(whole(file), Fields(text_field, id_field)):
+            if isinstance(record, Bad):
+                raise DataPrepError(describe_bad(file, record))
             where = (
                 f"{file.uri}, {'row' if file.format == '.parquet' else 'byte'} {record.position}"
             )
-            if isinstance(record, Bad):
-                raise DataPrepError(
-                    f"{where}: {record.reason}{': ' * bool(record.detail)}{record.detail}"
-                )
             yield Document(record.id or where, record.text)

@@ -201,7 +201,7 @@ class _Encoding:
             self.filtered["empty"] += 1
         elif len(data) < self.spec.min_bytes:
             self.filtered["shorter than min_bytes"] += 1
-        elif len(data) > self.spec.max_bytes:
+        elif self.spec.max_bytes is not None and len(data) > self.spec.max_bytes:
             self.filtered["longer than max_bytes"] += 1
         else:
             if record.domain is None or self._is_domain(file, record):

@@ -6,9 +6,12 @@ A bad record is yielded, not raised.
 from __future__ import annotations
 
 import codecs
+import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import orjson
 import pyarrow as pa
@@ -19,8 +22,24 @@ from data_prep.spec import LONGEST_DOCUMENT
 from nextpt.base.errors import DataPrepError
 from nextpt.base.stores import STORE_ERRORS, open_store, store_problem
 
+BYTE_ORDER_MARK = codecs.BOM_UTF8  # skipped wherever a text or a line begins with it
 BLOCK = 2**22
-LONGEST_LINE = 2 * LONGEST_DOCUMENT  # a document and the other fields of its record
+# A document and the other fields of its record; a worker holds a few copies of it at once and stays
+# below 1 GiB. A text file is read whole, whatever its size.
+LONGEST_LINE = 2**27
+SHOWN_KEYS = 8  # of a record without a text, in the reason
+# Part of a message of pyarrow's -> what to do about the file.
+_DAMAGES = {
+    "too much memory": (
+        "was compressed with a long window; unpack it with `zstd -d --long=31`, or compress it"
+        " without --long"
+    ),
+    "unknown compression method": (
+        "has other bytes after its gzip stream, such as zeros; compress it again: `gzip -cd FILE |"
+        " gzip`"
+    ),
+}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Text compresses 3 to 10 times and repetitive logs some hundred; zeros 30,000 times (zstd). A bomb
 # is a file that exceeds this ratio, once it has yielded more than BOMB_FLOOR bytes.
 BOMB_RATIO = 1000
@@ -81,6 +100,14 @@ class Bad:
     id: str | None = None
 
 
+def describe_bad(file: InputFile, bad: Bad) -> str:
+    """File, position, reason and detail of a bad record, for a message."""
+    return (
+        f"{file.uri}, {'row' if file.format == '.parquet' else 'byte'} {bad.position}:"
+        f" {bad.reason}{': ' * bool(bad.detail)}{bad.detail}"
+    )
+
+
 @dataclass(frozen=True)
 class Fields:
     """Keys of a record.
@@ -113,9 +140,10 @@ def read_part(
             in its format, or whose text column has another type; also when its store refuses.
     """
     kind = part.file.format
+    partitions = _partitions(part.file)
     try:
         if kind == ".parquet":
-            yield from _read_parquet(part, fields, advance)
+            yield from _read_parquet(part, fields, partitions, advance)
         elif kind == ".txt":
             yield _read_text(part)
             advance(part.file.size)
@@ -123,10 +151,41 @@ def read_part(
             for position, line in _lines(part, advance):
                 if isinstance(line, Bad):
                     yield line
-                elif line and not line.isspace():
-                    yield _parse(position, line, fields)
+                    continue
+                line = line.removeprefix(BYTE_ORDER_MARK)  # files that were joined have several
+                if position == 0:
+                    _refuse_pointer(part.file, line)
+                    _refuse_array(part.file, line)
+                if line and not line.isspace():
+                    yield _parse(position, line, fields, partitions)
     except STORE_ERRORS as error:
+        for symptom, advice in _DAMAGES.items():
+            if symptom in str(error):
+                raise DataPrepError(f"{part.file.uri} {advice} ({error})") from error
         raise unreadable(error, f"{part.file.uri} cannot be read") from error
+
+
+def _partitions(file: InputFile) -> dict[str, str]:
+    """Values of the folders KEY=VALUE that a file is in, as Hive and Spark write partitions."""
+    pairs = (segment.partition("=") for segment in file.uri.split("/")[:-1])
+    return {unquote(key): unquote(value) for key, equals, value in pairs if equals}
+
+
+def _refuse_pointer(file: InputFile, data: bytes) -> None:
+    if data.startswith(LFS_POINTER):
+        raise DataPrepError(f"{file.uri} is a Git LFS pointer, not the file; run `git lfs pull`")
+
+
+def _refuse_array(file: InputFile, line: bytes) -> None:
+    start = line.strip()
+    if start == b"[" or re.match(rb"\[\s*\{", start):
+        raise DataPrepError(
+            f"{file.uri} is one JSON array, and one object a line is read; convert it: jq -c '.[]'"
+        )
+    if start == b"{":
+        raise DataPrepError(
+            f"{file.uri} is indented JSON, and one object a line is read; convert it: jq -c ."
+        )
 
 
 def _open(file: InputFile) -> tuple[pa.NativeFile, pa.NativeFile]:
@@ -165,11 +224,17 @@ def unpacked_size(file: InputFile) -> int:
 
 def _read_text(part: Part) -> Record | Bad:
     stream, _ = _open(part.file)
+    blocks, size = [], 0
     with stream:
-        data = stream.read(LONGEST_DOCUMENT + 1)
-    if len(data) > LONGEST_DOCUMENT:
+        while size <= LONGEST_DOCUMENT and (block := stream.read(BLOCK)):
+            blocks.append(block)
+            size += len(block)
+            _refuse_bomb(part.file, size)
+    data = b"".join(blocks)
+    _refuse_pointer(part.file, data)
+    if size > LONGEST_DOCUMENT:
         return Bad(0, "document too long", f"more than {LONGEST_DOCUMENT} bytes")
-    text = _utf8(0, data)
+    text = _utf8(0, data.removeprefix(BYTE_ORDER_MARK))
     return text if isinstance(text, Bad) else Record(0, text, part.file.name, None)
 
 
@@ -229,30 +294,56 @@ def _refuse_bomb(file: InputFile, unpacked: int) -> None:
         )
 
 
-def _parse(position: int, line: bytes, fields: Fields) -> Record | Bad:
+def _parse(position: int, line: bytes, fields: Fields, partitions: dict[str, str]) -> Record | Bad:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         checked = _utf8(position, line)
-        return (
-            checked if isinstance(checked, Bad) else Bad(position, "not a JSON object", str(error))
-        )
+        if isinstance(checked, Bad):
+            return checked
+        try:
+            record = _parse_as_python(checked)
+        except (ValueError, RecursionError):
+            return Bad(position, "not a JSON object", str(error))
     if not isinstance(record, dict):
         return Bad(position, "not a JSON object", f"it is a {type(record).__name__}")
-    return _record(position, record, fields)
+    if fields.id and isinstance(_lookup(record, fields.id), float):
+        # As it is written: a whole number above 64 bits was read as the nearest float.
+        exact = json.loads(line, parse_float=str, parse_int=str)
+        return _record(position, record, fields, partitions, _lookup(exact, fields.id))
+    return _record(position, record, fields, partitions)
 
 
-def _record(position: int, record: dict[str, Any], fields: Fields) -> Record | Bad:
+def _parse_as_python(text: str) -> Any:
+    """Parse JSON with NaN and Infinity, as Python's json writes them.
+
+    Raises:
+        ValueError: It is no JSON for another reason.
+    """
+    if "NaN" not in text and "Infinity" not in text:
+        raise ValueError(text[:40])
+    return json.loads(text)
+
+
+def _record(
+    position: int,
+    record: dict[str, Any],
+    fields: Fields,
+    partitions: dict[str, str],
+    written_id: str | None = None,
+) -> Record | Bad:
     """Pick the configured keys out of a record."""
-    name = _lookup(record, fields.id) if fields.id else None
-    name = None if name is None else str(name)
+    name = written_id or (_lookup(record, fields.id) if fields.id else None)
+    name = None if name is None or name == "" else str(name)
     text = _lookup(record, fields.text)
     if text is None:
         known = fields.text in record
+        keys = ", ".join(map(repr, list(record)[:SHOWN_KEYS]))
         return Bad(
             position,
             "null text" if known else "no text",
-            f"expected a string under key {fields.text!r}",
+            f"expected a string under key {fields.text!r}"
+            + ("" if known else f"; its keys are {keys or 'none'}"),
             name,
         )
     if not isinstance(text, str):
@@ -262,9 +353,12 @@ def _record(position: int, record: dict[str, Any], fields: Fields) -> Record | B
             f"key {fields.text!r} holds a {type(text).__name__}",
             name,
         )
+    if name is None and fields.id not in (None, Fields.id):
+        return Bad(position, "no id", f"expected an id under key {fields.id!r}")
     domain = None
     if fields.domain:
         domain = _lookup(record, fields.domain)
+        domain = partitions.get(fields.domain) if domain is None else domain
         if not isinstance(domain, str):
             return Bad(
                 position, "no domain", f"expected a string under key {fields.domain!r}", name
@@ -304,13 +398,13 @@ def row_groups(file: InputFile) -> list[int]:
 
 
 def _read_parquet(
-    part: Part, fields: Fields, advance: Callable[[int], None]
+    part: Part, fields: Fields, partitions: dict[str, str], advance: Callable[[int], None]
 ) -> Iterator[Record | Bad]:
     store, path = open_store(part.file.uri)
     with store.open_input_file(path) as source:
         table = pq.ParquetFile(source)
         groups = range(part.start, min(part.stop, table.num_row_groups))
-        columns = _columns(part.file, table.schema_arrow, fields)
+        columns = _columns(part.file, table.schema_arrow, fields, partitions)
         row = sum(table.metadata.row_group(i).num_rows for i in range(part.start))
         total = max(sum(table.metadata.row_group(i).num_rows for i in groups), 1)
         for batch in table.iter_batches(
@@ -320,25 +414,29 @@ def _read_parquet(
                 if isinstance(record, Exception):
                     yield Bad(row, "not UTF-8", str(record))
                 else:
-                    yield _record(row, record, fields)
+                    yield _record(row, record, fields, partitions)
                 row += 1
             advance(part.stored * batch.num_rows // total)
 
 
-def _columns(file: InputFile, schema: pa.Schema, fields: Fields) -> list[str]:
+def _columns(
+    file: InputFile, schema: pa.Schema, fields: Fields, partitions: dict[str, str]
+) -> list[str]:
     """Columns to read, by the first step of each key.
 
     Raises:
-        DataPrepError: When the text column is missing or not a string.
+        DataPrepError: When a column is missing or occurs twice, or the text is not a string.
     """
     columns = []
     for key in (fields.text, fields.id, fields.domain):
         if key is None:
             continue
         name = key if key in schema.names else key.split(".")[0]
+        if schema.names.count(name) > 1:
+            raise DataPrepError(f"{file.uri}: several columns are named {name!r}; rename them")
         if name in schema.names:
             columns.append(name)
-        elif key != fields.id:
+        elif key != Fields.id and not (key == fields.domain and key in partitions):
             raise DataPrepError(f"{file.uri}: no column {key!r}; it has {', '.join(schema.names)}")
     if fields.text in schema.names:
         kind = schema.field(fields.text).type

@@ -15,8 +15,9 @@ from nextpt.base.errors import DataPrepError
 from nextpt.base.files import expand_home
 
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# bytes; a worker holds a few copies of a document at once and stays below 1 GiB
-LONGEST_DOCUMENT = 2**26
+LONGEST_DOCUMENT = 2**32 - 1  # bytes, as data_prep.tokens counts them; it has to fit in memory
+# What None for max_bytes is in the hash of settings, which dataset.json records.
+HASHED_MAX_BYTES = 2**26
 
 
 class PrepSpec(BaseModel):
@@ -46,7 +47,7 @@ class PrepSpec(BaseModel):
         packing: "best_fit", "concat" or "single".
         compression: Of shards: zstd, zstd:LEVEL, or None.
         min_bytes: Shorter documents (UTF-8) are filtered out and counted.
-        max_bytes: Longer documents (UTF-8) are filtered out and counted.
+        max_bytes: Longer documents (UTF-8) are filtered out and counted; None for no limit.
         duplicates: "drop" keeps the first of documents with the same text.
         max_bad_fraction: Share of bad records above which nothing is written.
     """
@@ -71,7 +72,7 @@ class PrepSpec(BaseModel):
     packing: str = "best_fit"
     compression: str | None = None
     min_bytes: int = 1
-    max_bytes: int = LONGEST_DOCUMENT
+    max_bytes: int | None = None
     duplicates: str = "keep"
     max_bad_fraction: float = 1e-4
 
@@ -134,7 +135,8 @@ class PrepSpec(BaseModel):
                 f"compression = {self.compression!r}: expected zstd or zstd:LEVEL, LEVEL from 1"
                 " to 22"
             )
-        if not 1 <= self.min_bytes <= self.max_bytes <= LONGEST_DOCUMENT:
+        longest = LONGEST_DOCUMENT if self.max_bytes is None else self.max_bytes
+        if not 1 <= self.min_bytes <= longest <= LONGEST_DOCUMENT:
             raise DataPrepError(
                 f"min_bytes = {self.min_bytes} and max_bytes = {self.max_bytes}: expected 1 <="
                 f" min_bytes <= max_bytes <= {LONGEST_DOCUMENT}"
@@ -154,6 +156,7 @@ class PrepSpec(BaseModel):
         settings: dict[str, object] = json.loads(
             self.model_dump_json(exclude={"output", "domains", "tokenizer"})
         )
+        settings["max_bytes"] = settings["max_bytes"] or HASHED_MAX_BYTES
         return settings
 
 

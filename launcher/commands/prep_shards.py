@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from launcher.console import console, echo
+from launcher.options import EndToken, StartToken
 from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
@@ -56,14 +57,6 @@ Encoder = Annotated[
         )
     ),
 ]
-StartToken = Annotated[
-    str | None,
-    typer.Option(help="special token before each document [default: the tokenizer's]"),
-]
-EndToken = Annotated[
-    str | None,
-    typer.Option(help="special token after each document [default: the tokenizer's]"),
-]
 TextField = Annotated[
     str,
     typer.Option(
@@ -78,7 +71,10 @@ DomainField = Annotated[
     typer.Option(help="key or column of the domain, in the place of DOMAIN", rich_help_panel=INPUT),
 ]
 MinBytes = Annotated[int, typer.Option(help="skip shorter documents", rich_help_panel=INPUT)]
-MaxBytes = Annotated[int, typer.Option(help="skip longer documents", rich_help_panel=INPUT)]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option(help="skip longer documents [default: no limit]", rich_help_panel=INPUT),
+]
 Duplicates = Annotated[
     str,
     typer.Option(
@@ -158,7 +154,7 @@ def prep_shards(
     id_field: IdField = "id",
     domain_field: DomainField = None,
     min_bytes: MinBytes = 1,
-    max_bytes: MaxBytes = 2**26,
+    max_bytes: MaxBytes = None,
     duplicates: Duplicates = "keep",
     max_bad_fraction: MaxBadFraction = 1e-4,
     validation_fraction: ValidationFraction = 0.05,
@@ -212,13 +208,14 @@ def write_shards(
     spec: PrepSpec, overwrite: bool, workers: int | None, task: str | None, ray: str | None
 ) -> None:
     """Write the dataset and print its summary. Raises UserError."""
-    from data_prep.prepare import prepare, summary_table
+    from data_prep.prepare import prepare, quarantine_summary, summary_table
 
     chosen = choose_workers(workers, task, ray)
     manifest = prepare(
         spec, overwrite=overwrite, console=console, workers=chosen, alone=task is None
     )
     console.print(summary_table(manifest))
+    echo(quarantine_summary(spec.output))
     echo(f"report: {spec.output}/report.html")
 
 

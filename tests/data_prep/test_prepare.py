@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_prep.documents import read_documents
 from data_prep.format import PADDING, DatasetManifest, token_dtype
 from data_prep.pack import best_fit_decreasing, pack
-from data_prep.prepare import prepare
+from data_prep.prepare import prepare, quarantine_summary
 from data_prep.spec import PrepSpec
 from data_prep.stdlib_corpus import collect
 from data_prep.streaming_compat import import_streaming
@@ -251,6 +251,24 @@ def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, object], mess
     with pytest.raises((DataPrepError, OSError), match=message.replace(".", r"\.")):
         prepare(spec(tmp_path, **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 300}, {"vocab_size": None, "characters": True}])
+def test_a_wrong_text_key_is_named_before_a_tokenizer_is_trained(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(
+        DataPrepError,
+        match=r"records are bad; the first: .*under key 'body'; its keys are .*'text'",
+    ):
+        prepare(spec(tmp_path, **changes, text_field="body"))
+
+
+def test_quarantined_records_are_counted_by_reason(tmp_path: Path) -> None:
+    assert quarantine_summary(tmp_path) == "quarantined records: 0"
+    (tmp_path / "quarantine.jsonl").write_text('{"reason": "a"}\n{"reason": "b"}\n' * 2)
+    summary = quarantine_summary(tmp_path)
+    assert summary == f"quarantined records: 4 (a: 2, b: 2); see {tmp_path}/quarantine.jsonl"
 
 
 def test_all_formats_read_the_same(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ import zstandard
 
 from data_prep import records
 from data_prep.documents import read_documents
-from data_prep.inputs import find_files
+from data_prep.inputs import find_files, find_inputs
 from data_prep.plan import make_plan
 from data_prep.records import Bad, Fields, Part, Record, read_part, whole
 from data_prep.spec import PrepSpec
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, InputWarning
 
 TEXTS = [f"text {i} " + "é" * (i % 5) for i in range(50)]
 
@@ -162,7 +163,7 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
         (b'{"text": ["x"]}', "text is no string"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "not a JSON object"),
-        (b'{"text": NaN}', "not a JSON object"),
+        (b'{"text": NaN}', "text is no string"),
     ],
 )
 def test_a_bad_line_is_reported_and_affects_no_other(
@@ -259,6 +260,175 @@ def test_globs_folders_and_empty_locations(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataPrepError, match="holds no file that is read"):
         find_files(tmp_path / "empty")
+
+
+def names(location: Path | str) -> list[str]:
+    return [file.name for file in find_files(location)]
+
+
+def test_links_in_a_folder_are_followed_and_each_file_is_read_once(tmp_path: Path) -> None:
+    for name in ("x/a.jsonl", "x/y/b.jsonl", "z/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "t"}\n')
+    (tmp_path / "x" / "latest").symlink_to(".")
+    (tmp_path / "x" / "above").symlink_to(tmp_path)
+    (tmp_path / "x" / "0.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "x" / "hard.jsonl").hardlink_to(tmp_path / "x" / "a.jsonl")
+    with pytest.warns(InputWarning, match=r"x: \d+ links and second names.*read once"):
+        assert names(tmp_path / "x") == ["a.jsonl", "above/z/c.jsonl", "y/b.jsonl"]
+    with pytest.warns(InputWarning):
+        assert names(f"{tmp_path}/x/**/*.jsonl") == ["a.jsonl", "above/z/c.jsonl", "y/b.jsonl"]
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "z").symlink_to(tmp_path / "z")  # nothing else leads there
+    assert names(tmp_path / "w") == ["z/c.jsonl"]
+
+
+def test_links_to_nothing_are_errors_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "t"}\n')
+    (tmp_path / "part").symlink_to("/nowhere")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "_marker").symlink_to("/nowhere")
+    for location, name in ((tmp_path, "loop.jsonl"), (tmp_path / "part", "part")):
+        with pytest.raises(DataPrepError, match=f"{name} is a link to"):
+            find_files(location)
+    (tmp_path / "loop.jsonl").unlink()
+    with pytest.raises(DataPrepError, match="part is a link to /nowhere"):
+        find_files(tmp_path)
+    (tmp_path / "part").unlink()
+    assert names(tmp_path) == ["a.jsonl"]
+
+
+def test_a_file_of_two_inputs_is_read_for_the_one_that_holds_it(tmp_path: Path) -> None:
+    for name in ("x/a.jsonl", "y/b.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('{"text": "t"}\n')
+    (tmp_path / "x" / "other").symlink_to(tmp_path / "y")
+    with pytest.warns(InputWarning, match=r"b\.jsonl of p is the file .* of q; it is read once"):
+        inputs = find_inputs({"p": tmp_path / "x", "q": tmp_path / "y"})
+    assert {key: [f.name for f in files] for key, files in inputs.items()} == {
+        "p": ["a.jsonl"],
+        "q": ["b.jsonl"],
+    }
+    with (
+        pytest.warns(InputWarning),
+        pytest.raises(DataPrepError, match=r"\(q\) holds only files of the other inputs"),
+    ):
+        find_inputs({"p": tmp_path / "x", "q": tmp_path / "x" / "a.jsonl"})
+
+
+def test_what_exists_is_no_pattern(tmp_path: Path) -> None:
+    for name in ("data[1]/a.jsonl", "data1/b.jsonl", "c[ab].jsonl", "ca.jsonl", "what?.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "t"}\n')
+    assert names(f"{tmp_path}/data[1]") == ["a.jsonl"]
+    assert names(f"{tmp_path}/data[1]/*.jsonl") == ["a.jsonl"]
+    assert names(f"{tmp_path}/data[12]/*.jsonl") == ["data1/b.jsonl"]
+    assert names(f"{tmp_path}/c[ab].jsonl") == ["c[ab].jsonl"]
+    assert names(f"{tmp_path}/c[abc].jsonl") == ["ca.jsonl"]
+    assert names(f"{tmp_path}/what?.txt") == ["what?.txt"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
+def test_byte_order_marks_are_skipped(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    end = {gzip.compress: ".gz", zstandard.compress: ".zst"}.get(pack, "")
+    mark = b"\xef\xbb\xbf"
+    line = b'{"text": "a"}\n'
+    (tmp_path / f"a.jsonl{end}").write_bytes(pack(mark + line + mark + line + mark))
+    (tmp_path / f"a.txt{end}").write_bytes(pack(mark + b"a"))
+    for name in ("a.jsonl", "a.txt"):
+        assert {r.text for r in read(tmp_path / f"{name}{end}")} == {"a"}
+
+
+def test_nan_and_infinity_are_read_as_python_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"score": NaN, "text": "a"}\n{"text": "b", "x": [Infinity, -Infinity]}\n{"text": NaN}\n'
+        '{"text": "NaN"\n'
+    )
+    assert reasons(tmp_path / "a.jsonl") == [
+        "good",
+        "good",
+        "text is no string",
+        "not a JSON object",
+    ]
+
+
+def test_large_and_empty_ids(tmp_path: Path) -> None:
+    ids = ["18446744073709551617", "18446744073709551618", "1.5", "7", '""', "null"]
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"id": {i}, "text": "a"}}\n' for i in ids))
+    assert [r.id for r in read(tmp_path / "a.jsonl")] == [*ids[:4], None, None]
+
+
+def test_a_missing_key_is_named_with_those_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "1", "content": "a"}\n')
+    (bad,) = read(tmp_path / "a.jsonl")
+    assert isinstance(bad, Bad) and bad.detail.endswith("its keys are 'id', 'content'")
+    assert reasons(tmp_path / "a.jsonl", Fields("content", "uuid")) == ["no id"]
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataPrepError, match="no column 'uuid'; it has text"):
+        read(tmp_path / "a.parquet", Fields("text", "uuid"))
+
+
+def test_what_is_no_json_lines_is_refused_by_name(tmp_path: Path) -> None:
+    for number, (content, message) in enumerate(
+        [
+            ('[\n  {"text": "a"}\n]\n', r"one JSON array.*jq -c '\.\[\]'"),
+            ('[{"text": "a"}]', "one JSON array"),
+            ('{\n  "text": "a"\n}\n', "indented JSON"),
+            ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        ]
+    ):
+        path = tmp_path / f"{number}.json"
+        path.write_text(content)
+        with pytest.raises(DataPrepError, match=f"{number}.json is .*{message}"):
+            read(path)
+    (tmp_path / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DataPrepError, match="git lfs pull"):
+        read(tmp_path / "a.txt")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataPrepError, match="several columns are named 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_folders_of_partitions_give_the_domain(tmp_path: Path) -> None:
+    folder = tmp_path / "lang=c%2B%2B"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), folder / "a.parquet")
+    (folder / "a.jsonl").write_text('{"text": "a"}\n{"text": "a", "lang": "c"}\n')
+    fields = Fields("text", None, "lang")
+    assert [r.domain for r in read(folder / "a.parquet", fields)] == ["c++"]
+    assert [r.domain for r in read(folder / "a.jsonl", fields)] == ["c++", "c"]
+
+
+@pytest.mark.parametrize("log", [27, 28, 31])
+def test_long_windows_of_zstd(tmp_path: Path, log: int) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=log, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    data = stream.compress(lines(TEXTS)) + stream.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    if log == 27:
+        assert len(read(tmp_path / "a.jsonl.zst")) == len(TEXTS)
+    else:
+        with pytest.raises(DataPrepError, match=r"a\.jsonl\.zst was compressed with a long window"):
+            read(tmp_path / "a.jsonl.zst")
+
+
+def test_zeros_after_a_gzip_stream(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS)) + bytes(512))
+    with pytest.raises(DataPrepError, match=r"a\.jsonl\.gz has other bytes after its gzip stream"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+def test_a_text_file_of_any_size_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "BLOCK", 1000)
+    monkeypatch.setattr(records, "LONGEST_LINE", 100)
+    (tmp_path / "a.txt").write_text("word " * 10_000)
+    (record,) = read(tmp_path / "a.txt")
+    assert isinstance(record, Record) and len(record.text) == 50_000
+    assert records.LONGEST_DOCUMENT == 2**32 - 1
 
 
 def test_small_files_are_known_by_content_and_large_ones_by_time(

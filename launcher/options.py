@@ -35,6 +35,15 @@ SbatchOptions = Annotated[
         "--sbatch", help="further sbatch option, such as --partition=gpu; may be repeated"
     ),
 ]
+StartToken = Annotated[
+    str | None, typer.Option(help="special token before each document [default: the tokenizer's]")
+]
+EndToken = Annotated[
+    str | None, typer.Option(help="special token after each document [default: the tokenizer's]")
+]
+TextField = Annotated[
+    str, typer.Option(help="key or column of the text in .jsonl and .parquet files")
+]
 Seed = Annotated[int, typer.Option(min=0, help="seed of the random numbers")]
 PrintJson = Annotated[
     bool, typer.Option("--json", help="print JSON to standard output and nothing else")

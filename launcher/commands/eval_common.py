@@ -26,7 +26,8 @@ class EvaluationInputs:
         step: Step of the checkpoint; None is the newest.
         all_steps: Evaluate every checkpoint of the run.
         data: Dataset folder whose held-out documents are scored; None with text None is the run's.
-        text: UTF-8 files, each scored as one document.
+        text: Files to score, those without records as one document each.
+        text_field: Key of the text in their records.
         weights: "weight", or an average of the weights of the run.
     """
 
@@ -37,6 +38,7 @@ class EvaluationInputs:
     data: Path | None
     text: list[Path] | None
     weights: str = "weight"
+    text_field: str = "text"
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
@@ -97,7 +99,7 @@ class EvaluationInputs:
 
         texts = None  # read before the model, so that an error costs no time
         if self.text:
-            texts = text_files(self.text)
+            texts = text_files(self.text, self.text_field)
         elif self.data:
             texts = validation_texts(self.data)
         source = open_model(

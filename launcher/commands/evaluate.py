@@ -12,7 +12,7 @@ from launcher.commands.eval_common import EvaluationInputs, ResultFiles, refuse_
 from launcher.commands.eval_exposure import run_exposure
 from launcher.commands.eval_tasks import TaskRequest, run_tasks
 from launcher.console import console, echo, progress_bars
-from launcher.options import JsonFile, PlotFile, Step, Weights
+from launcher.options import JsonFile, PlotFile, Step, TextField, Weights
 from launcher.registration import add_command
 from nextpt.base.errors import UserError
 
@@ -41,7 +41,11 @@ Data = Annotated[
 Text = Annotated[
     list[Path] | None,
     typer.Option(
-        help="UTF-8 file instead, scored as one document; may be repeated", rich_help_panel=INPUT
+        help=(
+            "file instead: the records of .jsonl or .parquet, or UTF-8 text as one document; may be"
+            " repeated"
+        ),
+        rich_help_panel=INPUT,
     ),
 ]
 Window = Annotated[
@@ -154,6 +158,7 @@ def evaluate(
     weights: Weights = "weight",
     data: Data = None,
     text: Text = None,
+    text_field: TextField = "text",
     window: Window = None,
     stride: Stride = None,
     batch_size: BatchSize = 32,
@@ -184,7 +189,7 @@ def evaluate(
     from nextpt.evaluate.evaluation import EvaluationProtocol
     from nextpt.evaluate.exposure import ExposureProtocol
 
-    inputs = EvaluationInputs(run, model, step, all_steps, data, text, weights)
+    inputs = EvaluationInputs(run, model, step, all_steps, data, text, weights, text_field)
     if save and run is None:
         raise UserError("--save needs a --run; a Hugging Face folder has no report")
     if plot:
@@ -214,10 +219,9 @@ def evaluate(
             prefix, continuation, continuations, batch_size, resamples, seed
         )
         run_exposure(inputs, exposure, ResultFiles([json_path], plot))
-        return
-    if prefix is not None or continuation is not None:
+    elif prefix is not None or continuation is not None:
         raise UserError("--prefix and --continuation are for --exposure-bias")
-    if request:
+    elif request:
         refuse_options("tasks", options_of_the_loss)
         run_tasks(inputs, request, ResultFiles([json_path], plot))
     else:

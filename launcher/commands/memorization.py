@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.console import build_table, console, echo, progress_bars
-from launcher.options import JsonFile, PlotFile, RunFolder, Step, Weights, parse_sizes
+from launcher.options import JsonFile, PlotFile, RunFolder, Step, TextField, Weights, parse_sizes
 from launcher.registration import add_command, add_group
 
 PERCENT = 100.0
@@ -161,13 +161,14 @@ def contamination(
             )
         ),
     ] = None,
+    text_field: TextField = "text",
     json_path: JsonFile = None,
 ) -> None:
     """Find documents of a test set that share 13 words or 50 characters with the training data."""
     from nextpt.evaluate.memorization.examine import examine
 
     with progress_bars("reading") as progress:
-        result = examine(run, step, data, text, progress, weights)
+        result = examine(run, step, data, text, progress, weights, text_field)
     rows = []
     for domain, metrics in result["domains"].items():
         bits = metrics.get("bits_per_byte", {})

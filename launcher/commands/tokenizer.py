@@ -11,22 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import console, echo
-from launcher.options import PrintJson
+from launcher.options import EndToken, PrintJson, StartToken, TextField
 from launcher.registration import add_command, add_group
-from nextpt.base.errors import UserError
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, UserError
 
 if TYPE_CHECKING:
     from data_prep.tokenizer import Tokenizer
 
 Output = Annotated[Path, typer.Option(help="tokenizer.json to write")]
-Start = Annotated[
-    str | None, typer.Option(help="special token before each document [default: the tokenizer's]")
-]
-End = Annotated[
-    str | None, typer.Option(help="special token after each document [default: the tokenizer's]")
-]
-TextField = Annotated[str, typer.Option(help="key or column of the text")]
+OLD_FLAGS = {"--start": "--start-token", "--end": "--end-token"}
 
 
 def tokenizer_train(
@@ -128,13 +121,20 @@ def tokenizer_convert(
             help="special token of a rank file, in the order of the ids; may be repeated",
         ),
     ] = None,
-    start: Start = None,
-    end: End = None,
+    start_token: StartToken = None,
+    end_token: EndToken = None,
 ) -> None:
     """Convert a tokenizer to tokenizer.json and compare both on adversarial texts."""
     from data_prep.tokenizer import Tokenizer, convert
 
-    convert(source, output, pattern=pattern, specials=special or (), start=start, end=end)
+    convert(
+        source,
+        output,
+        pattern=pattern,
+        specials=special or (),
+        start=start_token,
+        end=end_token,
+    )
     _print_description(_describe(Tokenizer(output), []))
 
 
@@ -144,15 +144,16 @@ def tokenizer_show(
         str | None, typer.Option(help="corpus to encode; both libraries are compared on it")
     ] = None,
     text_field: TextField = "text",
-    start: Start = None,
-    end: End = None,
+    start_token: StartToken = None,
+    end_token: EndToken = None,
     as_json: PrintJson = False,
 ) -> None:
     """Describe a tokenizer: kind, size, the library that encodes with it, bytes per token."""
     from data_prep.documents import read_documents
     from data_prep.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(file / "tokenizer.json" if file.is_dir() else file, start=start, end=end)
+    path = file / "tokenizer.json" if file.is_dir() else file
+    tokenizer = Tokenizer(path, start=start_token, end=end_token)
     description = _describe(
         tokenizer, (d.text for d in read_documents(text, text_field)) if text else ()
     )
@@ -222,10 +223,12 @@ def register(app: typer.Typer) -> None:
         "convert",
         tokenizer_convert,
         example="nextpt tokenizer convert tekken.json --output tokenizer.json",
+        deprecated=OLD_FLAGS,
     )
     add_command(
         group,
         "show",
         tokenizer_show,
         example="nextpt tokenizer show tokenizer.json --text data/prose.jsonl",
+        deprecated=OLD_FLAGS,
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.documents import read_documents
+from data_prep.inputs import format_of
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError, DataPrepError
 from nextpt.base.files import atomic_write, canonical_json
@@ -52,11 +54,15 @@ def _read_jsonl(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
-def text_files(paths: Sequence[Path]) -> dict[str, list[str]]:
-    """Read UTF-8 files, each as one document.
+def text_files(paths: Sequence[Path], text_field: str = "text") -> dict[str, list[str]]:
+    """Read files: the records of JSON lines and Parquet, as `nextpt prep` reads them, else UTF-8.
+
+    Args:
+        paths: The files.
+        text_field: Key of the text in a record.
 
     Returns:
-        Name -> [text]; files of the same name go by their paths.
+        Name -> texts, one of a file without records; files of the same name go by their paths.
 
     Raises:
         DataError: A file cannot be read, is no UTF-8, or is empty.
@@ -65,12 +71,22 @@ def text_files(paths: Sequence[Path]) -> dict[str, list[str]]:
         path.name if sum(other.name == path.name for other in paths) == 1 else str(path)
         for path in paths
     ]
-    return {name: [_read_text(path)] for name, path in zip(names, paths, strict=True)}
+    return {name: _read(path, text_field) for name, path in zip(names, paths, strict=True)}
+
+
+def _read(path: Path, text_field: str) -> list[str]:
+    if format_of(path.name) in (None, ".txt"):
+        return [_read_text(path)]
+    texts = [document.text for document in read_documents(path, text_field) if document.text]
+    if not texts:
+        raise DataError(f"{path} holds no text; there is nothing to score")
+    return texts
 
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")  # bytes as they are: line ends are not translated
+        # Bytes as they are: line ends are not translated
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -171,6 +171,17 @@ def test_the_metrics_of_lm_evaluation_harness(source: LoadedModel, result: dict)
         assert metrics["bits_per_byte"] == pytest.approx(-likelihood / size / math.log(2), rel=1e-6)
 
 
+def test_records_are_scored_and_not_their_syntax(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"body": ""}\n{"body": "y"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf{}\r\n")
+    assert text_files([tmp_path / "a.jsonl", tmp_path / "b.txt"], "body") == {
+        "a.jsonl": ["x", "y"],
+        "b.txt": ["{}\r\n"],
+    }
+    with pytest.raises(DataError, match="under key 'text'; its keys are 'body'"):
+        text_files([tmp_path / "a.jsonl"])
+
+
 def test_texts_that_cannot_be_scored(source: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))

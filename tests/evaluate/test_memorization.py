@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.tokenizer import Tokenizer
-from nextpt.base.errors import DataError
+from nextpt.base.errors import DataError, DataPrepError
 from nextpt.config import Config
 from nextpt.data.dataset import open_sequences
 from nextpt.evaluate.memorization.canaries import (
@@ -106,6 +106,23 @@ def test_every_planted_overlap_is_detected(planted: tuple[Path, list[str], list[
     assert all(
         f.shares["words"] > 0 and f.shares["characters"] > 0 for f in overlaps if f.contaminated
     )
+
+
+@pytest.mark.thorough
+def test_the_key_of_the_text_of_an_evaluation_set_is_chosen(
+    planted: tuple[Path, list[str], list[bool]], tmp_path: Path
+) -> None:
+    dataset, texts, overlapping = planted
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+
+    def contaminated(text_field: str) -> int:
+        result = examine(None, None, dataset, str(path), lambda *_: None, text_field=text_field)
+        return result["domains"]["text"]["contaminated"]
+
+    assert contaminated("body") == sum(overlapping)
+    with pytest.raises(DataPrepError, match="under key 'text'; its keys are 'body'"):
+        contaminated("text")
 
 
 @pytest.mark.parametrize(("words", "overlaps"), [(WORDS, True), (WORDS - 1, False)])

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from data_prep.tokenizer import Tokenizer
 from launcher.cli import app
+from nextpt.base.errors import DeprecatedNameWarning
 from tests.support.tokenizers import KINDS, TEXTS
 
 
@@ -76,9 +77,9 @@ def test_convert_and_show(tmp_path: Path) -> None:
         "<|a|>",
         "--special",
         "<|z|>=300",
-        "--start",
+        "--start-token",
         "<|a|>",
-        "--end",
+        "--end-token",
         "<|z|>",
     )
     assert (
@@ -112,7 +113,8 @@ def test_convert_and_show(tmp_path: Path) -> None:
 
 def test_show_names_the_reason_for_the_encoder(tmp_path: Path) -> None:
     KINDS["wordpiece"](tmp_path / "bert.json")
-    result = nextpt("show", tmp_path / "bert.json", "--end", "[MASK]")
+    with pytest.warns(DeprecatedNameWarning, match="--end is now --end-token"):
+        result = nextpt("show", tmp_path / "bert.json", "--end", "[MASK]")
     for line in (
         "kind             WordPiece",
         "start            [CLS] (2)",

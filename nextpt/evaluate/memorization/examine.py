@@ -32,6 +32,7 @@ def examine(
     text: str | None,
     progress: Callable[[str, float], None],
     weights: str = WEIGHT,
+    text_field: str = "text",
 ) -> dict[str, Any]:
     """Report which documents of an evaluation set share text with the training shards.
 
@@ -43,6 +44,7 @@ def examine(
         text: The evaluation set; by default the held-out texts of `data`.
         progress: Gets (what is done, share of it that is done).
         weights: Weights of the run: "weight", or an average such as "ema-0.999".
+        text_field: Key of the text in the records of `text`.
 
     Returns:
         Counts per domain, and every contaminated document with the shares of its n-grams.
@@ -59,7 +61,11 @@ def examine(
         raise DataError("no training shards to search; give --run or --data")
     else:
         tokenizer = Tokenizer(data / "tokenizer.json")
-    texts_of = {"text": [d.text for d in read_documents(text)]} if text else validation_texts(data)
+    texts_of = (
+        {"text": [d.text for d in read_documents(text, text_field)]}
+        if text
+        else validation_texts(data)
+    )
     training = training_texts(data, tokenizer, partial(progress, "training shards"))
     overlaps = find_overlaps(texts_of, training)
     result: dict[str, Any] = {

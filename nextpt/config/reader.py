@@ -91,6 +91,7 @@ def _value(loader: SafeLoader, node: Node, name: str, text_names: frozenset[str]
             _key(key): _value(loader, item, below + _key(key), text_names)
             for key, item in node.value
         }
+    assert isinstance(node, ScalarNode)  # the third of the kinds of nodes
     return _scalar(node, name in text_names)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.jobs.slurm import log_folder, log_path, option_line
 from nextpt.config import Config, to_yaml
 from nextpt.events import read_events
 from nextpt.job.exit_record import read_exit_record
@@ -180,3 +181,16 @@ def test_a_finished_run_completes(cluster: Slurm, dataset: Path, tmp_path: Path)
     job = submit(cluster, tiny(dataset, run), tmp_path)
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log(run, job)
     assert read_exit_record(run)["code"] == 0 and logged_steps(run) == 6
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", '"quoted"', "50% of %j", "# $HOME &; [x]"])
+def test_paths_of_logs_may_hold_any_character(cluster: Slurm, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    (folder / "slurm").mkdir(parents=True)
+    script, output = tmp_path / "job.sbatch", f"{log_folder(folder)}/%j.log"
+    options = [option_line("--output", output), option_line("--comment", name)]
+    script.write_text("\n".join(["#!/bin/bash", *options, "echo done", ""]))
+    job = cluster.submit(str(script))
+    cluster.wait_for(job, "COMPLETED")
+    assert (folder / "slurm" / f"{job}.log").read_text() == "done\n"
+    assert log_path(output, job) == str(folder / "slurm" / f"{job}.log")

@@ -79,12 +79,18 @@ def find_inputs(locations: Mapping[str, str | Path]) -> dict[str, list[InputFile
     entries.sort(key=lambda entry: entry[2] != os.path.realpath(entry[2]))  # stable: links last
     owners: dict[tuple[int, int], tuple[str, InputFile]] = {}
     kept: dict[str, set[str]] = {name: set() for name in files}
+    shared: dict[tuple[str, str], list[str]] = {}
     for name, file, path in entries:
         owner, first = owners.setdefault(_inode(path), (name, file)) if path else (name, file)
         if (owner, first.uri) == (name, file.uri):
             kept[name].add(file.uri)
         else:
-            _warn(f"{file.uri} of {name} is the file {first.uri} of {owner}; it is read once")
+            shared.setdefault((name, owner), []).append(file.uri)
+    for (name, owner), uris in shared.items():
+        _warn(
+            f"{len(uris)} files of {name} are files of {owner} too, such as {uris[0]}; each is read"
+            f" once, for {owner}"
+        )
     for name in files:
         if not kept[name]:
             raise DataPrepError(

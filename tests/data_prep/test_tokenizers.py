@@ -310,6 +310,19 @@ def test_options_of_random_encoding_are_ignored_with_a_warning(
         assert not any(model.get(option) for option in options)
 
 
+def test_special_tokens_have_the_names_of_the_file(
+    tokenizers: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    def normalize(content: dict[str, Any]) -> None:
+        content["normalizer"] = {"type": "Prepend", "prepend": "_"}
+        for token in content["added_tokens"]:
+            token["normalized"] = True
+
+    path = changed(tokenizers["byte_level"], tmp_path / "tokenizer.json", normalize)
+    tokenizer = Tokenizer(path)
+    assert tokenizer.token(tokenizer.end_id) == "<|endoftext|>"
+
+
 def test_a_tokenizer_file_with_a_byte_order_mark_is_read(
     tokenizers: dict[str, Tokenizer], tmp_path: Path
 ) -> None:

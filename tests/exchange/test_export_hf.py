@@ -282,6 +282,24 @@ def test_generation_equals_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     assert generated.tolist() == tokens.tolist()
 
 
+def test_a_normalized_special_token_is_exported_by_its_own_content(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    """The library names it by its normalized form, for which transformers would add an id."""
+    content = json.loads(tokenizer_file.read_text())
+    content["normalizer"] = {"type": "Prepend", "prepend": "_"}
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    own = Tokenizer(path)
+    config, model = decoder(vocab_size=own.vocab_size)
+    export_hf(checkpoint_of(config, model, tmp_path / "checkpoints"), path, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (own.start_id, own.end_id)
+    assert theirs.eos_token == "<|endoftext|>" and len(theirs) == own.vocab_size
+
+
 # Every kind in one architecture, and one kind in all: transformers picks classes by both.
 @pytest.mark.thorough
 @pytest.mark.parametrize(

@@ -72,13 +72,14 @@ class BatchEvent:
     Attributes:
         step: Completed steps; those after them have the new size.
         batch_size: New size, sequences over all ranks.
-        noise_scale: The gradient noise scale that led to it, targets.
+        noise_scale: The gradient noise scale that led to it, targets; None where the stable run
+            of train.decay_from decided.
         last_step: Step after which training will end now.
     """
 
     step: int
     batch_size: int
-    noise_scale: float
+    noise_scale: float | None
     last_step: int
     time: float = field(default_factory=time.time)
     kind: str = "batch"

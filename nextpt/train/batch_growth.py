@@ -77,6 +77,15 @@ class BatchGrowth:
         self.loader.change_batch(step, size * FACTOR)
         self.events.publish(BatchEvent(step, size * FACTOR, scale, self.loader.last_step))
 
+    def publish_inherited(self) -> None:
+        """Publish the decisions of the stable run that a decay begins from (train.decay_from).
+
+        Readers of the run's records count its tokens by them.
+        """
+        if self.section:
+            for step, size in self.loader.batches.changes[1:]:
+                self.events.publish(BatchEvent(step, size, None, self.loader.last_step))
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; the sizes that were decided are in the loader's state."""
         return {

@@ -118,9 +118,12 @@ def _describe(event: Event) -> str:
             ]
             return f"validation, step {event.step}: " + "; ".join(parts)
         case BatchEvent():
+            reason = "the stable run decided so"
+            if event.noise_scale is not None:
+                reason = f"the noise scale is {event.noise_scale:,.0f} targets"
             return (
-                f"batch of {event.batch_size} sequences after step {event.step}: the noise scale is"
-                f" {event.noise_scale:,.0f} targets; the run ends at step {event.last_step}"
+                f"batch of {event.batch_size} sequences after step {event.step}: {reason}; the run"
+                f" ends at step {event.last_step}"
             )
         case CheckpointEvent():
             return f"checkpoint {event.path} ({_size(event.bytes)} in {event.seconds:.1f} s)"

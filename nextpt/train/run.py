@@ -109,6 +109,8 @@ def _run_job(
         trainer = Trainer(context, checkpoints)
         if start:
             trainer.restore(start)
+        if decay_start:
+            trainer.growth.publish_inherited()
         with mirroring(checkpoints.mirror, config, group, job, events):
             if decay_start:
                 trainer.checkpoints.save(decay_start.step, wait=True)

@@ -41,11 +41,13 @@ def ramp(dataset: Path, folder: Path, **train: Any) -> Config:
     )
 
 
-def growth(dataset: Path, folder: Path, **train: Any) -> Config:
+def growth(
+    dataset: Path, folder: Path, schedule: dict[str, Any] | None = None, **train: Any
+) -> Config:
     return tiny(
         dataset,
         folder,
-        schedule={"unit": "tokens", "warmup": 500},
+        schedule={"unit": "tokens", "warmup": 500} | (schedule or {}),
         train={
             "steps": None,
             "tokens": 100 * 64,
@@ -54,7 +56,7 @@ def growth(dataset: Path, folder: Path, **train: Any) -> Config:
             "batch_growth": GROWTH,
         }
         | train,
-        checkpoint={"every_steps": 2},
+        checkpoint={"every_steps": 2, "keep_last": None},
     )
 
 
@@ -71,6 +73,9 @@ def root(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     configs.append(ramp(dataset, root / "bf16", precision="bf16"))
     configs.append(growth(dataset, root / "growth"))
     configs += [growth(dataset, root / "growth-parts", stop_at=stop) for stop in (3, 4, 5, None)]
+    stable = {"run": str(root / "growth"), "at_step": 6}
+    decay = {"decay": 36 * 64}
+    configs.append(growth(dataset, root / "decay", decay, tokens=None, decay_from=stable))
     configs.append(ramp(dataset, root / "elastic", zero_stage=2, stop_at=2))
     assert train_all(configs, 2, root / "two") == [None] * len(configs)
     for ranks, stage, stop in ((3, 3, 4), (1, 0, 6), (3, 1, 7)):
@@ -163,3 +168,17 @@ def test_the_batch_follows_the_noise(root: Path) -> None:
     [record] = read_runs([root / "growth"])
     assert record.status == "complete"
     assert record.batch_tokens() == [64 * size for size in column(root, "growth", "batch_size")]
+
+
+def test_a_decay_has_the_batches_that_its_stable_run_decided(root: Path) -> None:
+    changes = read_events(root / "decay" / "metrics.jsonl", "batch")
+    inherited, *own = [(e["step"], e["batch_size"], e["noise_scale"]) for e in changes]
+    assert inherited == (4, 12, None)
+    assert [change[:2] for change in own] == [(8, 24)] and own[0][2] is not None
+    sizes = column(root, "decay", "batch_size")
+    assert column(root, "decay", "step") == [7, 8, 9] and sizes == [12, 12, 24]
+    [record] = read_runs([root / "decay"])
+    assert record.status == "complete"
+    assert record.batch_tokens() == [64 * size for size in sizes]
+    consumed = [record.batches.consumed_tokens(step) for step in (7, 8, 9)]
+    assert consumed == column(root, "decay", "tokens")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nextpt.config import Config
+from nextpt.config import Config, load_config
 from nextpt.data.loader import Loader
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite
@@ -81,6 +82,11 @@ def runs(
         data={"stages": grown, "max_epochs": 1},
         train=TRAIN | {"stop_at": 6},
     )
+    configs["epochs"] = tiny(
+        shards,
+        root / "epochs",
+        train=TRAIN | {"steps": None, "epochs": 0.1},
+    )
     configs["changed past"] = tiny(
         shards,
         root / "native",
@@ -121,6 +127,17 @@ def test_both_backends_train_alike(
         )
         assert len(native) == len(streaming) >= 2
         assert [[e[n] for n in names] for e in native] == [[e[n] for n in names] for e in streaming]
+
+
+def test_a_run_in_epochs_counts_the_sequences_once(
+    runs: tuple[Path, dict[str, str | None], tuple[Path, int]],
+) -> None:
+    root, outcomes, _ = runs
+    assert outcomes["epochs"] is None
+    config = load_config(root / "epochs" / "config.yaml")
+    sequences = config.train.epoch_sequences
+    assert sequences is not None
+    assert len(events(root / "epochs", "train")) == math.ceil(math.ceil(0.1 * sequences) / 8)
 
 
 def test_stages_are_added_to_a_running_plan_and_its_past_stays(

@@ -1,4 +1,4 @@
-"""Multi-token prediction on two ranks: resuming, bf16, Muon, another weight."""
+"""Multi-token prediction on two ranks: resuming, bf16, compiled blocks, Muon, another weight."""
 
 from __future__ import annotations
 
@@ -122,3 +122,12 @@ def test_the_weight_may_change_when_a_run_is_resumed(root: Path) -> None:
     for name in ("mtp_1", "mtp_2"):
         assert lighter[name][:STOP] == whole[name][:STOP]
         assert lighter[name][STOP] == pytest.approx(whole[name][STOP] / 3)
+
+
+@pytest.mark.slow
+def test_compiled_modules_train_alike(dataset: Path, root: Path, tmp_path: Path) -> None:
+    compiled = job(dataset, tmp_path / "compiled", {"zero_stage": 0, "compile": True})
+    assert train_all([compiled], 2, tmp_path / "ranks") == [None]
+    losses, expected = metrics(tmp_path, "compiled"), metrics(root, "fp32-0")
+    for name in ("loss", "mtp_1", "mtp_2"):
+        assert losses[name] == pytest.approx(expected[name], rel=1e-4)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from data_prep.tokenizer import Tokenizer
+from launcher.cli import app
 from nextpt.base.errors import CheckpointError
 from nextpt.checkpoint.format import Checkpoint
 from nextpt.checkpoint.selection import open_checkpoint
@@ -239,6 +241,27 @@ def test_models_are_opened_and_exported_with_an_average(root: Path, tmp_path: Pa
         open_model(run, weights="ema-0.7")
     with pytest.raises(CheckpointError, match="leave --weights out"):
         open_model(tmp_path / "hf", weights="ema-0.9")
+
+
+def test_results_say_which_weights_they_are_of(root: Path, tmp_path: Path) -> None:
+    run = root / "stage-1"
+    (tmp_path / "text").write_text("words\n")
+    for weights in ("weight", "ema-0.9"):
+        chosen = ["--run", str(run), "--weights", weights]
+        for arguments in (
+            ["generate", *chosen, "--prompt", "a", "--max-tokens", "2", "--save"]
+            + ["--json", str(tmp_path / "generated.json")],
+            ["inspect", *chosen, "--text", str(tmp_path / "text"), "--output", str(tmp_path)],
+        ):
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, result.output
+        model = {"run": str(run), "step": STEPS, "weights": weights}
+        for name in ("generated.json", "inspect.json"):
+            assert model.items() <= json.loads((tmp_path / name).read_text()).items()
+        page = (tmp_path / "tokens.html").read_text()
+        assert ("weights ema-0.9" in page) == (weights == "ema-0.9")
+    samples = json.loads((run / "samples.json").read_text())
+    assert [sample["weights"] for sample in samples] == ["weight", "ema-0.9"]
 
 
 @pytest.mark.parametrize("weights", ["weight", "ema-0.5"])

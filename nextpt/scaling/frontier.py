@@ -3,34 +3,60 @@
 Source: arXiv 2203.15556, section 3. Both find the best size at several amounts of compute, and fit
 N = k C^a to them. Approach 1
 takes, at each compute, the lowest of all training curves; approach 2 the minimum of a parabola of
-the loss over ln N through runs of equal compute. A parabola is biased where the sizes do not lie
-evenly about the optimum, and a training curve where its learning rate has not decayed.
+the loss over ln N through runs of equal compute. A valley is no parabola far from its minimum: only
+the sizes next to the lowest loss count, by the Huber loss, so that no single run decides. A
+training curve is biased where its learning rate has not decayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from nextpt.base.errors import ScalingError
-from nextpt.scaling.fitting import SEED
+from nextpt.scaling.fitting import DELTA, SEED
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN, Runs, clusters
+from nextpt.scaling.solver import minimise
 
 EQUAL_COMPUTE = 0.06  # relative gap in compute below which runs are of one isoFLOP group
 PARABOLA = 3  # sizes that a parabola takes at least
+SIDE = 3  # sizes on either side of the lowest loss that a parabola is fitted to
 POINTS = 1500  # amounts of compute at which training curves are compared, as in the paper
 
 
 @dataclass(frozen=True)
+class Valley:
+    """Parabola of the loss over the sizes of one amount of compute.
+
+    Attributes:
+        curvature: Of ln L over ln N, at the minimum.
+        low: Smallest N that it was fitted to.
+        high: Largest.
+    """
+
+    curvature: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Optimum:
-    """The best size at one amount of compute; loss in nats per token."""
+    """The best size at one amount of compute; loss in nats per token.
+
+    Attributes:
+        flops: C.
+        parameters: N.
+        tokens: D.
+        loss: L.
+        valley: Of approach 2; None for approach 1.
+    """
 
     flops: float
     parameters: float
     tokens: float
     loss: float
+    valley: Valley | None = None
 
 
 @dataclass(frozen=True)
@@ -74,25 +100,31 @@ def isoflop(runs: Runs, bootstrap: int = 0) -> Frontier:
     usable = [group for group in groups if len(group.sizes()) >= PARABOLA]
     optima, notes = [], []
     for group in usable:
-        if (best := _vertex(group)) is None:
-            notes.append(
-                f"the runs of about {group.flops.mean():.2e} FLOPs show no minimum between their"
-                " sizes; they are left out"
-            )
-        else:
-            optima.append(best)
+        best, note = _optimum(group)
+        optima += [best] if best else []
+        notes += [note] if note else []
     if len(optima) < 2:
         raise ScalingError(
             f"approach 2 needs two or more amounts of compute with {PARABOLA} or more sizes each"
             f" and a minimum between them; of {len(runs)} runs in {len(groups)} groups of equal"
             f" compute (within {EQUAL_COMPUTE:.0%}) {len(optima)} are such"
         )
-
-    def draw(generator: np.random.RandomState) -> list[Optimum]:
-        samples = [group.only(generator.choice(len(group), len(group))) for group in usable]
-        return [vertex for sample in samples if (vertex := _vertex(sample))]
-
-    return _frontier("isoflop", runs, optima, draw, bootstrap, notes)
+    generator = np.random.RandomState(SEED)
+    vertices = [
+        _Valleys(
+            group,
+            generator.multinomial(len(group), np.full(len(group), 1 / len(group)), bootstrap),
+        ).vertices[:, 0]
+        for group in usable
+        if bootstrap
+    ]
+    flops = np.log([group.flops.mean() for group in usable])
+    lines = [
+        np.polyfit(flops[kept], sizes[kept], 1)
+        for sizes in np.array(vertices).T
+        if (kept := np.isfinite(sizes)).sum() > 1
+    ]
+    return _frontier("isoflop", runs, optima, lines, bootstrap, notes)
 
 
 def envelope(curves: Runs, bootstrap: int = 0) -> Frontier:
@@ -120,28 +152,128 @@ def envelope(curves: Runs, bootstrap: int = 0) -> Frontier:
             " sizes; add larger or smaller ones"
         )
 
-    def draw(generator: np.random.RandomState) -> list[Optimum]:
-        return _lowest([lines[i] for i in generator.choice(len(lines), len(lines))])
+    generator = np.random.RandomState(SEED)
+    resamples = []
+    for _ in range(bootstrap):
+        drawn = _lowest([lines[i] for i in generator.choice(len(lines), len(lines))])
+        if len({o.flops for o in drawn}) > 1 and len({o.parameters for o in drawn}) > 1:
+            resamples.append(np.array(_line(drawn)))
+    return _frontier("envelope", curves, optima, resamples, bootstrap, [])
 
-    return _frontier("envelope", curves, optima, draw, bootstrap, [])
+
+class _Valleys:
+    """Minima of ln L over ln N of the runs of one amount of compute, for each of R resamples.
+
+    The parabola takes the sizes next to that of the lowest loss, SIDE on either side; where it has
+    no minimum between them, that size and its two neighbours, between which there always is one.
+
+    Args:
+        group: The runs, of three or more sizes.
+        weights: How often each run was drawn, [R, n].
+
+    Attributes:
+        vertices: ln N of the minimum and ln L there, NaN without, [R, 2].
+        curvatures: Of ln L over ln N, [R].
+        ends: ln N of the smallest and the largest size of the parabola, [R, 2].
+        lowest: Index of the size with the lowest loss, [R].
+        is_inside: Smaller and larger sizes were drawn too, [R].
+        is_narrow: The parabola is that of three sizes, [R].
+    """
+
+    def __init__(self, group: Runs, weights: np.ndarray) -> None:
+        self.x, self.y = np.log(group.parameters), np.log(group.loss)
+        self.of_size = np.zeros((len(group), len(group.sizes())))
+        for index, size in enumerate(group.sizes()):
+            self.of_size[size, index] = 1
+        drawn = weights @ self.of_size
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = np.where(drawn > 0, (weights * self.y) @ self.of_size / drawn, np.inf)
+        self.lowest = means.argmin(1)
+        rank = np.cumsum(drawn > 0, axis=1)
+        at_lowest = np.take_along_axis(rank, self.lowest[:, None], 1)
+        self.is_inside = (at_lowest[:, 0] > 1) & (at_lowest[:, 0] < rank[:, -1])
+        self.vertices = np.full((len(weights), 2), np.nan)
+        self.curvatures = np.full(len(weights), np.nan)
+        self.ends = np.full((len(weights), 2), np.nan)
+        self.is_narrow = np.zeros(len(weights), dtype=bool)
+        for side, delta in ((SIDE, DELTA), (1, np.inf)):
+            rest = np.flatnonzero(self.is_inside & np.isnan(self.vertices[:, 0]))
+            if len(rest):
+                near = (np.abs(rank - at_lowest) <= side) & (drawn > 0)
+                self._fit(rest, weights[rest] * (near[rest] @ self.of_size.T), delta)
+                self.is_narrow[rest] = side == 1
+
+    def _fit(self, rows: np.ndarray, weights: np.ndarray, delta: float) -> None:
+        """Fit the parabolas of some resamples, [rows] with weights [rows, n], and keep minima."""
+        middle = self.x.mean()
+        z = self.x - middle
+        design = np.stack([np.ones_like(z), z, z**2], axis=-1)
+        low = np.where(weights > 0, self.x, np.inf).min(1)
+        high = np.where(weights > 0, self.x, -np.inf).max(1)
+        c0, c1, c2 = _robust_least_squares(design, self.y, weights, delta).T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            vertex = middle - c1 / (2 * c2)
+            value = c0 - c1**2 / (4 * c2)
+        kept = (c2 > 0) & (low < vertex) & (vertex < high)
+        chosen = rows[kept]
+        self.vertices[chosen] = np.stack([vertex, value], axis=1)[kept]
+        self.curvatures[chosen] = 2 * c2[kept]
+        self.ends[chosen] = np.stack([low, high], axis=1)[kept]
 
 
-def _vertex(group: Runs) -> Optimum | None:
-    """Return the minimum of the parabola of ln L over ln N; None without one between the sizes."""
-    x = np.log(group.parameters)
-    if len(group.sizes()) < PARABOLA:
-        return None
-    middle = x.mean()
-    c2, c1, c0 = np.polyfit(x - middle, np.log(group.loss), 2)
-    if c2 <= 0 or not x.min() < (at := middle - c1 / (2 * c2)) < x.max():
-        return None
+def _robust_least_squares(
+    design: np.ndarray, target: np.ndarray, weights: np.ndarray, delta: float
+) -> np.ndarray:
+    """Return theta [R, p] of the least sum of w huber(design @ theta - target).
+
+    Args:
+        design: [n, p].
+        target: [n].
+        weights: [R, n].
+        delta: Of the Huber loss.
+    """
+    roots = np.sqrt(weights)[..., None]
+    start = (np.linalg.pinv(design * roots) @ (roots * target[:, None]))[..., 0]
+    if np.isinf(delta):
+        return np.asarray(start)
+
+    def predict(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return theta @ design.T, np.repeat(design[None], len(theta), axis=0)
+
+    return minimise(predict, target, weights, start, delta)[0]
+
+
+def _optimum(group: Runs) -> tuple[Optimum | None, str | None]:
+    """Return the best size of one amount of compute, and what a user must know of it."""
+    valleys = _Valleys(group, np.ones((1, len(group))))
+    about = f"the runs of about {group.flops.mean():.2e} FLOPs"
+    size = group.only(group.sizes()[valleys.lowest[0]]).parameters.mean()
+    if not valleys.is_inside[0]:
+        side = "smallest" if valleys.lowest[0] == 0 else "largest"
+        return None, (
+            f"{about} have their lowest loss at the {side} size, N = {size:.3g}: the minimum may"
+            f" lie beyond; they are left out, add {side.replace('est', 'er')} sizes"
+        )
+    vertex, value = valleys.vertices[0]
+    if np.isnan(vertex):
+        return None, f"{about} have one loss at all sizes about N = {size:.3g}; they are left out"
     flops = float(np.exp(np.log(group.flops).mean()))
-    return Optimum(
+    parameters = float(np.exp(vertex))
+    low, high = (float(end) for end in np.exp(valleys.ends[0]))
+    note = None
+    if valleys.is_narrow[0] and len(group.sizes()) > PARABOLA:
+        note = (
+            f"{about} are no valley about their lowest loss: their minimum is that of the parabola"
+            f" through the size of the lowest loss, N = {size:.3g}, and its two neighbours"
+        )
+    best = Optimum(
         flops,
-        float(np.exp(at)),
-        flops / FLOPS_PER_PARAMETER_AND_TOKEN / float(np.exp(at)),
-        float(np.exp(c0 - c1**2 / (4 * c2))),
+        parameters,
+        flops / FLOPS_PER_PARAMETER_AND_TOKEN / parameters,
+        float(np.exp(value)),
+        Valley(float(valleys.curvatures[0]), low, high),
     )
+    return best, note
 
 
 def _curve(curves: Runs, size: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
@@ -197,15 +329,10 @@ def _frontier(
     name: str,
     runs: Runs,
     optima: list[Optimum],
-    draw: Callable[[np.random.RandomState], list[Optimum]],
+    lines: list[np.ndarray],
     bootstrap: int,
     notes: list[str],
 ) -> Frontier:
-    generator, lines = np.random.RandomState(SEED), []
-    for _ in range(bootstrap):
-        drawn = draw(generator)
-        if len({o.flops for o in drawn}) > 1 and len({o.parameters for o in drawn}) > 1:
-            lines.append(_line(drawn))
     if len(lines) < 0.9 * bootstrap:
         notes = [
             *notes,

@@ -38,8 +38,13 @@ def plot_fit(fit: Fit | Frontier, path: Path) -> None:
             _plot_losses(left, fit, figure)
             _plot_optimal(right, fit)
         else:
-            figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-            _plot_frontier(figure.subplots(), fit)
+            is_isoflop = any(optimum.valley for optimum in fit.optima)
+            width = 10 if is_isoflop else 6.4
+            figure = Figure(figsize=(width, 4.4), layout="constrained")
+            axes = figure.subplots(1, 2 if is_isoflop else 1, squeeze=False)[0]
+            if is_isoflop:
+                plot_valleys(axes[0], fit, figure)
+            _plot_frontier(axes[-1], fit)
         save_plot(figure, path)
 
 
@@ -115,6 +120,33 @@ def _plot_frontier(axes: Axes, frontier: Frontier) -> None:
     if len(frontier.resamples):
         _plot_band(axes, budgets, [frontier.parameter_resamples(c) for c in budgets])
     _finish_optimal(axes, max(o.flops for o in frontier.optima))
+
+
+def plot_valleys(axes: Axes, frontier: Frontier, figure: Figure) -> None:
+    """Plot the runs by compute, the parabola of each amount of it, and its minimum."""
+    runs = frontier.runs
+    norm = LogNorm(runs.flops.min(), runs.flops.max())
+    colours = matplotlib.colormaps["viridis"]
+    axes.scatter(runs.parameters, runs.loss, c=runs.flops, norm=norm, cmap=colours, s=10)
+    for best in frontier.optima:
+        if best.valley is None:
+            continue
+        sizes = np.geomspace(best.valley.low, best.valley.high, POINTS)
+        logs = best.valley.curvature / 2 * np.log(sizes / best.parameters) ** 2
+        axes.plot(sizes, best.loss * np.exp(logs), color=colours(norm(best.flops)), linewidth=1.2)
+    axes.scatter(
+        [best.parameters for best in frontier.optima],
+        [best.loss for best in frontier.optima],
+        marker="x",
+        s=30,
+        color=ORANGE,
+        zorder=3,
+        label="minimum of a parabola",
+    )
+    axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="loss, nats per token")
+    axes.set_title(f"{len(runs)} runs by compute", loc="left", fontweight="bold")
+    axes.legend(loc="best")
+    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="compute C, FLOPs", pad=0.01)
 
 
 def _plot_band(axes: Axes, budgets: np.ndarray, resamples: list[np.ndarray]) -> None:

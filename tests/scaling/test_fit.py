@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from nextpt.base.errors import ScalingError
 from nextpt.scaling.allocation import interval, optimum, predictions, price
@@ -17,6 +18,7 @@ from nextpt.scaling.fitting import fit, nnls
 from nextpt.scaling.frontier import envelope, isoflop
 from nextpt.scaling.laws import CHINCHILLA, KAPLAN, LAWS, OVER_TRAINING, Law
 from nextpt.scaling.observations import Runs, drop_highest_losses, read_csv
+from nextpt.scaling.plots import plot_fit, plot_valleys
 from nextpt.scaling.predict import predict
 
 DATA = Path(os.environ.get("NEXTPT_TEST_DATA", "/nowhere")) / "scaling"
@@ -249,6 +251,67 @@ def test_approaches_1_and_2_find_a_known_exponent() -> None:
         isoflop(runs.only(runs.flops < 2e18))
     with pytest.raises(ScalingError, match="three or more sizes"):
         envelope(runs)
+
+
+def equal_compute_runs(noise: float = 0.0, outlier: int | None = None) -> Runs:
+    """Sizes that are the same at every budget, so that optima lie off their middle."""
+    n, c = (
+        a.ravel() for a in np.meshgrid(np.geomspace(1e7, 3e10, 15), np.geomspace(3e18, 3e21, 7))
+    )
+    loss = CHINCHILLA.loss(TRUE["chinchilla"], n, c / 6 / n)
+    loss = loss * np.exp(noise * np.random.default_rng(0).standard_normal(len(n)))
+    if outlier is not None:
+        loss[outlier] *= 1.05
+    return Runs(n, c / 6 / n, loss, [""] * len(n), "")
+
+
+def test_minima_of_equal_compute_are_local_and_robust() -> None:
+    """A parabola through all sizes is off by 0.005: valleys are steeper on one side."""
+    exponent = 0.28 / 0.62
+    frontier = isoflop(equal_compute_runs())
+    assert frontier.a == pytest.approx(exponent, abs=0.002) and not frontier.notes
+    for best in frontier.optima:
+        true = float(optimum(CHINCHILLA, TRUE["chinchilla"], best.flops)[0])
+        assert best.parameters == pytest.approx(true, rel=0.05)
+        assert best.valley and best.valley.low < best.parameters < best.valley.high
+    # A run that failed, far from every minimum and in the middle of the valley
+    runs = equal_compute_runs()
+    at = np.flatnonzero(np.isclose(runs.flops, runs.flops.min()))
+    for index in (at[-1], at[np.argsort(runs.loss[at])[3]]):
+        assert isoflop(equal_compute_runs(outlier=int(index))).a == pytest.approx(
+            exponent, abs=0.01
+        )
+
+
+def test_a_budget_with_an_interior_lowest_loss_is_kept() -> None:
+    """And the note on those without says where their lowest loss lies."""
+    runs = equal_compute_runs()
+    budgets = np.unique(runs.flops.round(-10))
+    # Ripples: no parabola through more than three sizes has a minimum between them
+    first = np.flatnonzero(np.isclose(runs.flops, budgets[0], rtol=0.01))
+    losses = runs.loss.copy()
+    losses[first] = 3 - 0.02 * np.abs(np.arange(len(first)) - 7)
+    losses[first[7]] = losses[first].min() - 0.01
+    frontier = isoflop(replace(runs, loss=losses))
+    assert len(frontier.optima) == 7
+    assert any("two neighbours" in note for note in frontier.notes)
+    small = runs.only((runs.flops < 1e21) | (runs.parameters < 1e9))
+    notes = " ".join(isoflop(small).notes)
+    assert "lowest loss at the largest size" in notes and "add larger sizes" in notes
+    assert "no minimum between" not in notes
+
+
+def test_valleys_are_drawn(tmp_path: Path) -> None:
+    frontier = isoflop(equal_compute_runs(noise=0.002), bootstrap=20)
+    figure = Figure()
+    axes = figure.subplots()
+    plot_valleys(axes, frontier, figure)
+    assert len(axes.lines) == len(frontier.optima) == 7
+    for line, best in zip(axes.lines, frontier.optima, strict=True):
+        losses = np.asarray(line.get_ydata())
+        assert losses.min() == pytest.approx(best.loss, rel=1e-3)
+    plot_fit(frontier, tmp_path / "isoflop.svg")
+    assert (tmp_path / "isoflop.svg").stat().st_size
 
 
 def test_nonnegative_least_squares() -> None:

@@ -143,7 +143,10 @@ def test_max_epochs_are_checked_over_the_whole_run(dataset: Path) -> None:
         ({"mixing": {"poems": 1}}, "data.mixing names domain 'poems'; the dataset has code, prose"),
         ({"mixing": {"code": 0}}, "data.mixing gives every domain the share 0"),
         ({"mixing": {"code": -1}}, "data.mixing.code = -1.0 must be finite"),
-        ({"mixing": {"code": float("nan")}}, "data.mixing.code = nan: input should be a finite number"),
+        (
+            {"mixing": {"code": float("nan")}},
+            "data.mixing.code = nan: input should be a finite number",
+        ),
         (
             {"stages": [{"steps": 5}, {"mixing": {"poems": 1}}]},
             "data.stages.1.mixing names domain 'poems'",

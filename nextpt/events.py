@@ -446,7 +446,8 @@ def _report_damage(path: Path, lines: int) -> None:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None for one that is torn, damaged or no event."""
     try:
-        record = rename_old_keys(json.loads(line.decode()))
+        written = json.loads(line.decode())
+        record = rename_old_keys(written)
         kind, step = record["kind"], record["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -454,16 +455,23 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if record.get("status") in RENAMED_STATUSES:
         record["status"] = RENAMED_STATUSES[record["status"]]
-    return record if _has_fields(kind, record) else None
+    text = line if record == written else json.dumps(record).encode()
+    return record if _has_fields(kind, record, text) else None
 
 
-def _has_fields(kind: str, record: dict[str, Any]) -> bool:
-    """Whether a record has the fields of its kind, with their types; of a newer kind, any."""
+def _has_fields(kind: str, record: dict[str, Any], text: bytes) -> bool:
+    """Whether a record has the fields of its kind, with their types; of a newer kind, any.
+
+    Args:
+        kind: Of the record.
+        record: The record, by today's names.
+        text: It as JSON, whose types are stricter than Python's.
+    """
     adapter = _adapters().get(kind)
     if adapter is None:
         return True
     try:
-        adapter.validate_json(json.dumps(record), strict=True)
+        adapter.validate_json(text, strict=True)
     except ValueError:  # pydantic's error is one
         return False
     if kind == "train" and not record["tokens_per_second"] > 0:

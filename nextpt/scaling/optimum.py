@@ -84,6 +84,7 @@ class Curve:
     def minimum(self, low: float, high: float) -> float | None:
         """Position of the minimum between two positions; None where there is none."""
         slope = np.polynomial.Polynomial([self.offset, *self.coefficients]).deriv()
+        # Not the roots of the slope: they lose digits where its leading coefficient is nearly 0
         x = np.linspace(low, high, RESOLUTION)
         is_negative = slope(x) < 0
         rising = np.flatnonzero(is_negative[:-1] & ~is_negative[1:])

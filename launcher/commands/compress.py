@@ -118,10 +118,17 @@ def _print_result(result: dict[str, Any], dictionary: Path | None) -> None:
         echo(f"an empty file: {header} bytes of header")
         return
     echo(f"{size:,} bytes, {result['tokens']:,} tokens -> {payload:,} bytes and {header} of header")
-    echo(
-        f"code length by the model {result['code_length']:,.1f} bytes; overhead of the coder"
-        f" {payload - result['code_length']:+,.1f} bytes"
-    )
+    if result["stored"]:
+        echo(
+            f"the model's code of {result['stored']} of {result['segments']} segments is longer"
+            " than the bytes themselves, stored or deflated, which were taken instead; by the model"
+            f" alone {result['code_length']:,.1f} bytes"
+        )
+    else:
+        echo(
+            f"code length by the model {result['code_length']:,.1f} bytes; overhead of the coder"
+            f" {payload - result['code_length']:+,.1f} bytes"
+        )
     echo(
         f"{size / result['seconds']:,.0f} bytes/s encoding,"
         f" {size / result['verify_seconds']:,.0f} bytes/s decoding"

@@ -5,8 +5,12 @@ All numbers are little-endian.
     "nxpt" | uint8 version | uint16 threads | uint16 sequences | uint32 window | 16 bytes digest of
     the model | uint64 bytes | uint64 tokens | uint8 length of the environment | the environment,
     ASCII
-    then for every SEGMENT tokens, the last ones fewer: uint32 bytes of code | uint32 CRC-32 of it |
-    uint32 CRC-32 of the bytes that it stands for | the code
+    then for every SEGMENT tokens, the last ones fewer: uint32 bytes of the body, its Kind in the
+    two highest bits | uint32 CRC-32 of the body | uint32 CRC-32 of the bytes that it stands for |
+    the body
+
+A body is the model's code, or where that is longer the bytes themselves, deflated (RFC 1951) where
+that is shorter.
 
 An environment is what a probability's last bit depends on beside the model: library versions, the
 processor's instructions, the device.
@@ -21,8 +25,9 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,15 +39,38 @@ from nextpt.base.files import canonical_json
 from nextpt.model import Decoder
 from nextpt.model.spec import default_ffn_width
 
-# Version 2 differs in the digest alone, see `legacy_digests`
-MAGIC, VERSION, READABLE_VERSIONS = b"nxpt", 3, (2, 3)
+# Versions 2 and 3 have codes only; the digest of version 2 is another, see `legacy_digests`
+MAGIC, VERSION, READABLE_VERSIONS = b"nxpt", 4, (2, 3, 4)
 # Above the hardware threads of any host: damage starts no thousands of threads
 MAX_THREADS = 2048
 SEGMENT = 2**20  # tokens under one checksum: damage is seen before much is decoded
 _FIXED = struct.Struct("<4sBHHI16sQQB")
 _FRAME = struct.Struct("<III")
+_KIND_SHIFT = 30  # the code of SEGMENT tokens is a hundredth of 2^30 bytes
 # So that the header, the first frame included, is 128 bytes at most
 LONGEST_ENVIRONMENT = 128 - _FIXED.size - _FRAME.size
+
+
+class Kind(IntEnum):
+    """What the body of a segment is."""
+
+    CODE = 0
+    STORED = 1
+    DEFLATED = 2
+
+
+class Segment(NamedTuple):
+    """A segment as it is stored.
+
+    Attributes:
+        kind: What the body is.
+        body: Code of the model, or the original, stored or deflated.
+        checksum: CRC-32 of the original.
+    """
+
+    kind: Kind
+    body: bytes
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -93,9 +121,32 @@ class Header:
         return [min(SEGMENT, self.tokens - first) for first in range(0, self.tokens, SEGMENT)]
 
 
-def pack_segment(code: bytes, original: bytes) -> bytes:
-    """Return a frame and the code; `original` is what the code stands for."""
-    return _FRAME.pack(len(code), zlib.crc32(code), zlib.crc32(original)) + code
+def shortest(code: bytes, original: bytes) -> Segment:
+    """Return the shortest segment that stands for `original`; `code` is the model's code of it."""
+    bodies = {Kind.CODE: code, Kind.STORED: original, Kind.DEFLATED: _deflate(original)}
+    kind = min(bodies, key=lambda kind: (len(bodies[kind]), kind))
+    return Segment(kind, bodies[kind], zlib.crc32(original))
+
+
+def _deflate(data: bytes) -> bytes:
+    deflater = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    return deflater.compress(data) + deflater.flush()
+
+
+def inflate(body: bytes, limit: int) -> bytes | None:
+    """Undo the deflation of a segment; None where it is damaged or longer than `limit` bytes."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        data = inflater.decompress(body, limit + 1)
+    except zlib.error:
+        return None
+    return data if inflater.eof and len(data) <= limit else None
+
+
+def pack_segment(segment: Segment) -> bytes:
+    """Return a frame and the body."""
+    size = len(segment.body) | segment.kind << _KIND_SHIFT
+    return _FRAME.pack(size, zlib.crc32(segment.body), segment.checksum) + segment.body
 
 
 def header_bytes(coded: bytes) -> int:
@@ -104,7 +155,7 @@ def header_bytes(coded: bytes) -> int:
     return header + (_FRAME.size if len(coded) > header else 0)
 
 
-def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
+def unpack(data: bytes, name: str) -> tuple[Header, list[Segment]]:
     """Take a compressed file apart.
 
     Args:
@@ -112,7 +163,7 @@ def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
         name: Its name in errors.
 
     Returns:
-        The header, and (code, checksum of the original) of every segment.
+        The header, and every segment.
 
     Raises:
         DataError: It is no such file, is of another version, or is damaged.
@@ -149,11 +200,13 @@ def unpack(data: bytes, name: str) -> tuple[Header, list[tuple[bytes, int]]]:
     for _ in header.segments:
         if len(data) < offset + _FRAME.size:
             raise cut_off
-        count, code_checksum, checksum = _FRAME.unpack_from(data, offset)
+        number, body_checksum, checksum = _FRAME.unpack_from(data, offset)
+        kind, count = divmod(number, 1 << _KIND_SHIFT)
         offset += _FRAME.size
-        segments.append((data[offset : offset + count], checksum))
-        if zlib.crc32(segments[-1][0]) != code_checksum:
+        body = data[offset : offset + count]
+        if kind not in set(Kind) or zlib.crc32(body) != body_checksum:
             raise cut_off
+        segments.append(Segment(Kind(kind), body, checksum))
         offset += count
     if offset != len(data):
         raise cut_off

@@ -21,13 +21,16 @@ from nextpt.base.errors import DataError
 from nextpt.base.files import atomic_write
 from nextpt.evaluate.coding.container import (
     MAX_THREADS,
-    VERSION,
     Header,
+    Kind,
+    Segment,
     environment,
     header_bytes,
+    inflate,
     legacy_digests,
     model_digest,
     pack_segment,
+    shortest,
     unpack,
 )
 from nextpt.evaluate.coding.lockstep import TokenCoder, TokenDecoder, TokenEncoder, run_lockstep
@@ -39,7 +42,9 @@ from nextpt.model import Decoder, count
 MAX_SEQUENCES, MIN_SEQUENCE_TOKENS = 64, 1024
 # A file may be decoded on a machine with fewer processors than it was coded on, in the same threads
 THREADS_PER_PROCESSOR = 4
-CACHE_BYTES = 2**31  # of keys and values of all sequences together, unless sequences are asked for
+SEQUENCES_BYTES = 2**31  # of all sequences together, unless sequences are asked for
+# Of probabilities and frequencies, for each token of the vocabulary: what `cumulative` holds
+FREQUENCY_BYTES = 48
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,10 @@ class CompressionResult:
     Attributes:
         bytes: Bytes of the original.
         tokens: Tokens that it was cut into.
-        payload: Bytes of code.
+        payload: Bytes of the segments.
         header: Bytes of the header.
+        segments: Segments of the file.
+        stored: Segments that are stored or deflated, since the model's code of them is longer.
         code_length: Bytes that the model's own probabilities ask for, to the fraction.
         model_bytes: Bytes of the model's weights, fp32.
         seconds: Time of coding.
@@ -61,6 +68,8 @@ class CompressionResult:
     tokens: int
     payload: int
     header: int
+    segments: int
+    stored: int
     code_length: float
     model_bytes: int
     seconds: float
@@ -112,7 +121,8 @@ class FileCoder:
             The compressed file and its sizes and times.
 
         Raises:
-            DataError: The original does not come back: the device does not repeat its arithmetic.
+            DataError: The sequences' caches are larger than the memory, or the original does not
+                come back: the device does not repeat its arithmetic.
         """
         began = time.perf_counter()
         tokens = self.codec.encode(data)
@@ -125,16 +135,17 @@ class FileCoder:
             len(tokens),
             self.environment,
         )
-        parts, bits, first = [header.pack()], 0.0, 0
+        self._check_memory(header.sequences, f"--sequences {header.sequences} is too many:")
+        segments, bits, first = [], 0.0, 0
         with _deterministic(header.threads):
             for number, count in enumerate(header.segments):
                 segment = tokens[first : first + count]
                 encoder = TokenEncoder(segment, min(header.sequences, count))
                 phase = f"coding {number + 1} of {len(header.segments)}"
                 bits += self._run(header, encoder, count, partial(progress, phase))[1]
-                parts.append(pack_segment(encoder.coder.finish(), self.codec.decode(segment)))
+                segments.append(shortest(encoder.coder.finish(), self.codec.decode(segment)))
                 first += count
-        coded = b"".join(parts)
+        coded = b"".join([header.pack(), *map(pack_segment, segments)])
         encoded = time.perf_counter()
         if self.decode(coded, "what was coded", progress) != data:
             raise DataError(
@@ -147,6 +158,8 @@ class FileCoder:
             tokens=len(tokens),
             payload=len(coded) - head,
             header=head,
+            segments=len(segments),
+            stored=sum(segment.kind != Kind.CODE for segment in segments),
             code_length=float(bits) / 8,
             model_bytes=sum(p.numel() * 4 for p in self.model.parameters()),
             seconds=encoded - began,
@@ -169,33 +182,46 @@ class FileCoder:
         """
         header, segments = unpack(coded, name)
         self._check(header, name)
-        parts = []
+        parts, left = [], header.size
         with _deterministic(header.threads):
-            for number, (count, (code, checksum)) in enumerate(
-                zip(header.segments, segments, strict=True)
-            ):
+            for number, (count, segment) in enumerate(zip(header.segments, segments, strict=True)):
+                place = f"segment {number + 1} of {len(segments)}"
                 phase = f"decoding {number + 1} of {len(segments)}"
-                tokens, _ = self._run(header, TokenDecoder(code), count, partial(progress, phase))
-                parts.append(self.codec.decode(tokens))
-                if zlib.crc32(parts[-1]) != checksum:
+                part = self._decode_segment(header, segment, count, left, partial(progress, phase))
+                if part is None:
                     raise DataError(
-                        f"{name}: segment {number + 1} of {len(segments)} is whole, but something"
-                        " else comes out of it: the arithmetic here is not that of where it was"
-                        " coded"
+                        f"{name} is damaged: {place} stands for more than the {left} bytes that its"
+                        " size leaves for it, or is no deflated data"
                     )
-        data = b"".join(parts)
-        if len(data) != header.size:
+                if zlib.crc32(part) != segment.checksum:
+                    raise DataError(
+                        f"{name}: {place} is whole, but something else comes out of it: the"
+                        " arithmetic here is not that of where it was coded"
+                    )
+                parts.append(part)
+                left -= len(part)
+        if left:
             raise DataError(
-                f"{name} is damaged: {len(data)} bytes came out of it, it says {header.size}"
+                f"{name} is damaged: {header.size - left} bytes came out of it, it says"
+                f" {header.size}"
             )
-        return data
+        return b"".join(parts)
+
+    def _decode_segment(
+        self, header: Header, segment: Segment, count: int, limit: int, progress: Progress
+    ) -> bytes | None:
+        """Return a segment's original; None where it has more bytes than `limit`, or is damaged."""
+        if segment.kind == Kind.STORED:
+            return segment.body if len(segment.body) <= limit else None
+        if segment.kind == Kind.DEFLATED:
+            return inflate(segment.body, limit)
+        tokens, _ = self._run(header, TokenDecoder(segment.body), count, progress)
+        return self.codec.decode(tokens) if self.codec.size(tokens) <= limit else None
 
     def _check(self, header: Header, name: str) -> None:
         """Raise DataError unless this model and environment can decode the file."""
         digests = (
-            [self.digest]
-            if header.version == VERSION
-            else legacy_digests(self.model, self.tokenizer)
+            legacy_digests(self.model, self.tokenizer) if header.version == 2 else [self.digest]
         )
         if header.model not in digests:
             raise DataError(
@@ -224,26 +250,34 @@ class FileCoder:
                 f"{name} asks for {header.threads} threads, and this machine has {processors}"
                 " processors; it is damaged, or is to be decoded where it was coded"
             )
-        caches = header.sequences * self._cache_bytes()
+        self._check_memory(
+            header.sequences,
+            f"{name} asks for {header.sequences} sequences; it is damaged, or is to be decoded"
+            " where it was coded:",
+        )
+
+    def _check_memory(self, sequences: int, what: str) -> None:
+        """Raise DataError where sequences take more memory than is free; `what` asks for them."""
+        needed = sequences * self._sequence_bytes()
         if self.device.type == "cuda":
             available = torch.cuda.mem_get_info(self.device)[0]
         else:
             available = psutil.virtual_memory().available
-        if caches > available:
+        if needed > available:
             raise DataError(
-                f"{name} asks for caches of {header.sequences} sequences, {caches / 2**30:.1f} GiB,"
-                f" and this machine has {available / 2**30:.1f} GiB left; it is damaged, or is to"
-                " be decoded where it was coded"
+                f"{what} they take {needed / 2**30:.1f} GiB, and this machine has"
+                f" {available / 2**30:.1f} GiB left"
             )
 
     def _default_sequences(self, tokens: int) -> int:
         """As many sequences as the file's tokens and the memory of the caches allow."""
-        most = CACHE_BYTES // self._cache_bytes()
+        most = SEQUENCES_BYTES // self._sequence_bytes()
         return max(min(tokens // MIN_SEQUENCE_TOKENS, MAX_SEQUENCES, most), 1)
 
-    def _cache_bytes(self) -> int:
-        """Bytes of the fp32 cache of one sequence."""
-        return 4 * count(self.model.spec).cache_elements
+    def _sequence_bytes(self) -> int:
+        """Bytes of one sequence: its fp32 cache, and the frequencies of its next token."""
+        spec = self.model.spec
+        return 4 * count(spec).cache_elements + FREQUENCY_BYTES * spec.vocab_size
 
     def _run(
         self, header: Header, coder: TokenCoder, count: int, progress: Progress

@@ -55,6 +55,10 @@ class ByteCodec:
         """Return the joined spellings of tokens."""
         return b"".join([self._spelled[token] for token in tokens.tolist()])
 
+    def size(self, tokens: np.ndarray) -> int:
+        """Return how many bytes `decode` gives, without making them."""
+        return sum(len(self._spelled[token]) for token in tokens.tolist())
+
     def _of_text(self, text: str) -> list[int]:
         """Encode by the tokenizer where that is exact, else by line, else byte by byte."""
         whole = self._exact(text)

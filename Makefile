@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help setup lint format api demo ladder test test-fast test-slow storm gpu-check bench clean browser system-deps
+.PHONY: help setup lint format api figures demo ladder test test-fast test-slow storm gpu-check bench clean browser system-deps
 
 help:
 	@echo "make setup      make .venv and install everything"
@@ -12,9 +12,10 @@ help:
 	@echo "make test       the tests (minutes)"
 	@echo "make test-fast  those that start no process (under 90 seconds)"
 	@echo "make test-slow  the long tests"
-	@echo "make lint       ruff (lint, format), mypy --strict, and whether docs/api.md is up to date"
+	@echo "make lint       ruff (lint, format), mypy --strict, and whether docs/api.md and the figures of docs/figures.yaml are up to date"
 	@echo "make format     format the code, and take ruff's safe fixes"
 	@echo "make api        write docs/api.md from the docstrings"
+	@echo "make figures    write the measured figures of docs/figures.yaml into the pages that name them"
 	@echo "make storm      training killed KILLS times (1000), at random instants and in saves; nothing may be lost"
 	@echo "make gpu-check  the kernel tests and benchmarks on a GPU, with the python3 of this shell"
 	@echo "make bench      the benchmarks"
@@ -30,16 +31,20 @@ $(STAMP): pyproject.toml scripts/install.py
 	@$(BIN)/python scripts/install.py
 	@rm -f $(VENV)/.setup-*; touch $@; echo "setup: done"
 
-# All four run, so that one run shows every finding.
+# All five run, so that one run shows every finding.
 lint: setup
 	@$(BIN)/ruff check; lint=$$?; $(BIN)/ruff format --check || lint=1; \
-	$(BIN)/mypy || lint=1; $(BIN)/python scripts/api_docs.py --check || lint=1; exit $$lint
+	$(BIN)/mypy || lint=1; $(BIN)/python scripts/api_docs.py --check || lint=1; \
+	$(BIN)/python scripts/figures.py --check || lint=1; exit $$lint
 
 format: setup
 	@$(BIN)/ruff check --fix --exit-zero --quiet; $(BIN)/ruff format
 
 api: setup
 	@$(BIN)/python scripts/api_docs.py
+
+figures: setup
+	@$(BIN)/python scripts/figures.py
 
 demo: setup
 	@$(BIN)/nextpt demo

@@ -69,7 +69,7 @@ def predict_loss(
     )
     if unique_tokens is not None:
         echo(f"{unique_tokens:.4g} unique tokens: {prediction['epochs']:.3g} epochs")
-    echo(f"loss {prediction['loss']:.4f} nats per token{between}")
+    echo(f"loss {prediction['loss']:.4f} ({prediction['loss_unit']}){between}")
     for warning in prediction["warnings"]:
         echo(f"warning: {warning}")
 

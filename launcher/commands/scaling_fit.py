@@ -32,7 +32,9 @@ FlopsColumn = Annotated[
     str | None,
     typer.Option(help="column of the training compute C, FLOPs; D is then C / (6 N)"),
 ]
-LossColumn = Annotated[str | None, typer.Option(help="column of the loss, nats per token")]
+LossColumn = Annotated[
+    str | None, typer.Option(help="column of the loss, nats per token or another unit")
+]
 UniqueColumn = Annotated[
     str | None, typer.Option(help="column of the unique tokens, for --form repeated")
 ]

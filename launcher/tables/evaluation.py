@@ -39,12 +39,14 @@ def evaluation_table(result: dict[str, Any]) -> Table:
 
 
 def context_table(result: dict[str, Any]) -> Table:
-    """Loss by the number of tokens before the predicted token."""
+    """Loss by the number of tokens before the predicted token, document starts apart."""
     table = build_table("by tokens of context", ("context", "tokens", "nats/token", "95 %"))
     for row in result["by_context"]:
         name = f"{row['from']:,}"
         if row["from"] != row["to"]:
             name += f" to {row['to']:,}"
+        if not row["document_start"]:
+            name += ", later windows"
         table.add_row(
             name,
             f"{row['tokens']:,}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nextpt.base.errors import UserError
@@ -36,9 +37,35 @@ def check_plot_path(path: Path) -> None:
         raise UserError(f"{path} cannot be written: folder {path.absolute().parent} does not exist")
 
 
+LONGEST_IN_COLUMNS = 36  # characters of a legend's label
+LEGEND_ROW = 0.17  # inches
+
+
 def set_title(figure: Figure, title: str) -> None:
     """Put the title of a whole figure above its left end."""
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+
+
+def legend_below(axes: Axes, columns: int = 2) -> None:
+    """Put the legend below the axes, where it covers no curve; for figures in constrained layout.
+
+    The figure becomes higher for many labels, so that the axes keep their size.
+
+    Args:
+        axes: With labelled artists.
+        columns: Largest number of columns; long labels have one.
+    """
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
+        return
+    fitting = columns if max(map(len, labels)) <= LONGEST_IN_COLUMNS else 1
+    used = min(fitting, len(labels))
+    rows = -(-len(labels) // used)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    extra = LEGEND_ROW * max(rows - 2, 0)
+    figure.set_figheight(figure.get_figheight() + extra)
+    axes.legend(fontsize=8, ncols=used, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def save_plot(figure: Figure, path: Path) -> None:

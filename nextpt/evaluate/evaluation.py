@@ -63,12 +63,12 @@ class EvaluationProtocol:
 
     def sizes(self, positions: int) -> tuple[int, int]:
         """Return (window, stride) for a model of `positions` positions. Raises DataError."""
-        window = self.window or positions
+        window = positions if self.window is None else self.window
         if not 2 <= window <= positions:
             raise DataError(
                 f"window = {window} must be between 2 and the model's {positions} positions"
             )
-        stride = self.stride or window // 2
+        stride = window // 2 if self.stride is None else self.stride
         if not 1 <= stride <= window:
             raise DataError(f"stride = {stride} must be between 1 and the window, {window}")
         return window, stride
@@ -209,8 +209,8 @@ def _sums(
     """Score a domain's documents.
 
     Returns:
-        fp64 [documents, 4 + 2 buckets + 2 BANDS]: tokens, bytes, nats, special nats, then nats and
-        tokens by context bucket and by frequency band.
+        fp64 [documents, 4 + 4 buckets + 2 BANDS]: tokens, bytes, nats, special nats, then nats and
+        tokens by context bucket, first those of document starts, and by frequency band.
     """
     windows = list(sliding_windows([len(d) for d in documents.tokens], window, stride))
     scores = score_on_ranks(
@@ -231,11 +231,12 @@ def _sums(
     ):
         targets = tokens[1:]
         text = token_bytes[targets] > 0
-        bucket = np.log2(context_lengths(len(tokens), own_windows)[text]).astype(np.int64)
+        bucket = np.log2(context_lengths(len(tokens), own_windows)).astype(np.int64)
+        bucket[own_windows[0].stop :] += _buckets(window)
         band = bands[targets[text]]
         by_group = [
             np.bincount(group, weights, length)
-            for group, length in ((bucket, _buckets(window)), (band, BANDS))
+            for group, length in ((bucket[text], 2 * _buckets(window)), (band, BANDS))
             for weights in (nats[text], None)
         ]
         totals = [text.sum(), sizes.sum(dtype=np.int64), nats[text].sum(), nats[~text].sum()]
@@ -289,12 +290,23 @@ def _by_context(sums: np.ndarray, resampled: np.ndarray, window: int) -> list[di
     """Describe nats by context length.
 
     `from`, `to`: tokens before the target that the model saw, the start token included; both ends
-    are included.
+    are included. `document_start`: the target is in the first window of its document, so that the
+    context is all of the document before it. Later targets have at least window - stride tokens of
+    context, wherever in a document they are: the two do not compare.
     """
     edges: list[tuple[float, float]] = [
         (2**b, min(2 ** (b + 1) - 1, window)) for b in range(_buckets(window))
     ]
-    return _grouped(sums, resampled, SPECIAL + 1, len(edges), edges)
+    count = 2 * len(edges)
+    rows = []
+    for is_start, first in ((True, 0), (False, len(edges))):
+        columns = np.arange(first, first + len(edges)) + SPECIAL + 1
+        both = np.concatenate([columns, columns + count])
+        rows += [
+            row | {"document_start": is_start}
+            for row in _grouped(sums[both], resampled[:, both], 0, len(edges), edges)
+        ]
+    return rows
 
 
 def _by_band(sums: np.ndarray, resampled: np.ndarray, window: int) -> list[dict[str, Any]]:
@@ -304,7 +316,7 @@ def _by_band(sums: np.ndarray, resampled: np.ndarray, window: int) -> list[dict[
     token never occurred.
     """
     edges = [(0.0, 0.0), *itertools.pairwise(EDGES)]
-    return _grouped(sums, resampled, SPECIAL + 1 + 2 * _buckets(window), BANDS, edges)
+    return _grouped(sums, resampled, SPECIAL + 1 + 4 * _buckets(window), BANDS, edges)
 
 
 def describe_protocol(loaded: LoadedModel, protocol: EvaluationProtocol) -> dict[str, Any]:

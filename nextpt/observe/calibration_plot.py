@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.base.plots import COLOURS, SETTINGS
+from nextpt.base.plots import COLOURS, SETTINGS, legend_below
 from nextpt.observe.curves import Plot, finish
 
 
@@ -76,4 +76,4 @@ def _curve(axes: Axes, bins: list[dict[str, Any]], colour: str) -> None:
         capsize=2,
         label="this model, 95 % intervals",
     )
-    axes.legend(fontsize=8, loc="upper left")
+    legend_below(axes)

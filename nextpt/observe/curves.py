@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from nextpt.base.plots import COLOURS, SETTINGS
+from nextpt.base.plots import COLOURS, SETTINGS, legend_below
 from nextpt.observe.run_record import RunRecord
 
 MAX_POINTS = 1500  # of a line; longer ones are thinned, keeping the extremes of every part
@@ -213,7 +213,7 @@ def _loss(
     if math.isfinite(top := max(tops)):
         bottom = axes.get_ylim()[0]
         axes.set_ylim(bottom, top + 0.05 * max(top - bottom, 1e-3))
-    axes.legend(fontsize=8, ncols=1 if len(lines) < 4 else 2)
+    legend_below(axes)
     return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
 
 
@@ -278,7 +278,7 @@ def _quantity(
     if unit is not None:
         axes.yaxis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
     if len(runs) > 1:
-        axes.legend(fontsize=8)
+        legend_below(axes)
     return finish(figure, title, f"{title} against tokens: " + "; ".join(parts))
 
 
@@ -316,7 +316,7 @@ def _noise(runs: list[RunRecord]) -> Plot | None:
     axes.set_yscale("log")
     _frame(axes, runs, "Gradient noise scale (dashed: the batch)", "targets")
     if len(runs) > 1:
-        axes.legend(fontsize=8)
+        legend_below(axes)
     return finish(
         figure, "Gradient noise scale", "Gradient noise scale against tokens: " + "; ".join(parts)
     )
@@ -347,7 +347,7 @@ def _updates(runs: list[RunRecord]) -> Plot | None:
         "Size of updates" if len(runs) == 1 else "Size of updates, feed-forward",
         "norm of the update / norm of the weights",
     )
-    axes.legend(fontsize=8)
+    legend_below(axes)
     return finish(
         figure, "Size of updates", "Update divided by weights against tokens: " + "; ".join(parts)
     )

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.base.plots import COLOURS, SETTINGS, save_plot, set_title
+from nextpt.base.plots import COLOURS, SETTINGS, legend_below, save_plot, set_title
 
 
 def plot_evaluation(result: dict[str, Any], path: Path) -> None:
@@ -69,7 +69,7 @@ def _domains(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_xticks(range(len(figures)), [name for name, _ in figures])
     axes.set(ylabel="bits per byte", xlabel="domain")
     axes.margins(x=0.15, y=0.15)
-    axes.legend(fontsize=8)
+    legend_below(axes)
 
 
 def _checkpoints(axes: Axes, checkpoints: list[dict[str, Any]]) -> None:
@@ -93,17 +93,25 @@ def _checkpoints(axes: Axes, checkpoints: list[dict[str, Any]]) -> None:
         linewidth=2,
     )
     axes.set(xlabel="step", ylabel="bits per byte")
-    axes.legend(fontsize=8)
+    legend_below(axes)
 
 
 def _contexts(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    _points(
-        axes,
-        [(row["from"] * row["to"]) ** 0.5 for row in rows],
-        [row["nats_per_token"] for row in rows],
-        [row["interval"] for row in rows],
-        color=COLOURS[0],
-    )
+    """Plot document starts and later windows apart: their tokens do not compare."""
+    for colour, is_start, label in (
+        (COLOURS[0], True, "start of a document"),
+        (COLOURS[1], False, "later windows"),
+    ):
+        if group := [row for row in rows if row["document_start"] == is_start]:
+            _points(
+                axes,
+                [(row["from"] * row["to"]) ** 0.5 for row in group],
+                [row["nats_per_token"] for row in group],
+                [row["interval"] for row in group],
+                color=colour,
+                label=label,
+            )
+    legend_below(axes)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens of context", ylabel="nats per token")
 

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.base.plots import COLOURS, SETTINGS, save_plot, set_title
+from nextpt.base.plots import COLOURS, SETTINGS, legend_below, save_plot, set_title
 from nextpt.observe.evaluation_plot import model_and_step
 
 
@@ -36,7 +36,7 @@ def plot_exposure(result: dict[str, Any], path: Path) -> None:
         for axes in (first, second):
             axes.set_xscale("log", base=2)
             axes.set_xlabel("position in the continuation, tokens")
-            axes.legend(fontsize=8)
+            legend_below(axes)
         set_title(
             figure,
             f"{model_and_step(result)}: after {p['prefix']} tokens of held-out text, 95 % intervals"

@@ -70,7 +70,8 @@ class Inspection:
             "source": self.source,
             "window": self.window,
             "stride": self.stride,
-            "total": self.metrics.as_dict(),
+            # The end of the text is not scored
+            "total": self.metrics.as_dict() | {"bpb_with_eod": None},
             "calibrated_on": self.calibrated_on,
             "calibration": self.calibration.as_dict(),
             "tokens": self.tokens,

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from nextpt.base.errors import DataError
-from nextpt.base.plots import COLOURS, SETTINGS
+from nextpt.base.plots import COLOURS, SETTINGS, legend_below
 
 SIDES = {"train": COLOURS[1], "validation": COLOURS[0]}
 NAMES = {"train": "training documents", "validation": "held-out documents"}
@@ -33,7 +33,7 @@ def plot_extraction(result: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("prefix, tokens")
         axes.set_ylabel(title)
         axes.set_ylim(bottom=0)
-    figure.axes[0].legend()
+    legend_below(figure.axes[0])
     figure.suptitle(
         f"greedy continuations of {result['continuation']} tokens, step {result['step']}; bars: 95"
         " % intervals",

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nextpt.base.plots import COLOURS, SETTINGS, save_plot, set_title
+from nextpt.base.plots import COLOURS, SETTINGS, legend_below, save_plot, set_title
 from nextpt.observe.evaluation_plot import error_bars, model_and_step
 
 LABELS = {
@@ -47,7 +47,7 @@ def plot_tasks(results: list[dict[str, Any]], path: Path) -> None:
                 axes.set_ylim(-0.03, 1.03)
                 _chance(axes, last["tasks"]) if len(results) == 1 else None
             if axes.get_legend_handles_labels()[0] and label in (LABELS["exact"], panels[-1][0]):
-                axes.legend(fontsize=8)
+                legend_below(axes)
         subject = model_and_step(last)
         if len(results) > 1:
             subject = f"{model_and_step(last | {'step': None})}, {len(results)} checkpoints"

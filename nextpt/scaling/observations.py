@@ -34,10 +34,12 @@ class Runs:
     Attributes:
         parameters: N, float64 [n].
         tokens: D, float64 [n].
-        loss: Nats per token, float64 [n].
+        loss: float64 [n], in `loss_unit`.
         labels: Names of the runs for messages.
         convention: How parameters were counted and where tokens come from.
         unique_tokens: D without repetition, float64 [n], where known.
+        loss_unit: For axes and messages. A column of a file may hold any, bits per byte for
+            example.
     """
 
     parameters: np.ndarray
@@ -46,6 +48,7 @@ class Runs:
     labels: list[str]
     convention: str
     unique_tokens: np.ndarray | None = None
+    loss_unit: str = "nats per token"
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -103,7 +106,7 @@ def read_csv(
     Args:
         path: The file.
         parameters: Column of N.
-        loss: Column of the loss, nats per token.
+        loss: Column of the loss, in any unit.
         tokens: Column of D; exactly one of tokens and flops must be given.
         flops: Column of C, FLOPs.
         unique_tokens: Column of the unique tokens.
@@ -150,6 +153,7 @@ def read_csv(
         f"N as in column {parameters!r}; "
         + (f"D as in column {tokens!r}" if tokens else f"D = C / (6 N), C as in column {flops!r}"),
         read.get("unique tokens"),
+        f"as in column {loss!r}",
     )
 
 

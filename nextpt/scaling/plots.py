@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from nextpt.base.errors import ScalingError
-from nextpt.base.plots import BLUE, GREY, ORANGE, SETTINGS, check_plot_path, save_plot
+from nextpt.base.plots import BLUE, GREY, ORANGE, SETTINGS, check_plot_path, legend_below, save_plot
 from nextpt.scaling.allocation import interval, optimum
 from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
@@ -35,7 +35,7 @@ def plot_fit(fit: Fit | Frontier, path: Path) -> None:
         if isinstance(fit, Fit):
             figure = Figure(figsize=(10, 4.4), layout="constrained")
             left, right = figure.subplots(1, 2)
-            _plot_losses(left, fit, figure)
+            plot_losses(left, fit, figure)
             _plot_optimal(right, fit)
         else:
             is_isoflop = any(optimum.valley for optimum in fit.optima)
@@ -48,7 +48,7 @@ def plot_fit(fit: Fit | Frontier, path: Path) -> None:
         save_plot(figure, path)
 
 
-def _plot_losses(axes: Axes, fit: Fit, figure: Figure) -> None:
+def plot_losses(axes: Axes, fit: Fit, figure: Figure) -> None:
     """Plot the runs as points, coloured by size, and the law's curves of some sizes."""
     runs = fit.runs
     norm = LogNorm(runs.parameters.min(), runs.parameters.max())
@@ -73,14 +73,14 @@ def _plot_losses(axes: Axes, fit: Fit, figure: Figure) -> None:
         xscale="log",
         yscale="log",
         xlabel="training compute C = 6 N D, FLOPs",
-        ylabel="loss, nats per token",
+        ylabel=f"loss, {runs.loss_unit}",
     )
     axes.set_ylim(0.97 * runs.loss.min(), 1.03 * runs.loss.max())
     ticks = np.geomspace(runs.loss.min(), runs.loss.max(), 6)
     axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.set_yticks([], minor=True)
     axes.set_title(f"{len(runs)} runs and the law ({fit.law.name})", loc="left", fontweight="bold")
-    axes.legend(loc="upper right")
+    legend_below(axes)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="parameters N", pad=0.01)
 
 
@@ -143,9 +143,9 @@ def plot_valleys(axes: Axes, frontier: Frontier, figure: Figure) -> None:
         zorder=3,
         label="minimum of a parabola",
     )
-    axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="loss, nats per token")
+    axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel=f"loss, {runs.loss_unit}")
     axes.set_title(f"{len(runs)} runs by compute", loc="left", fontweight="bold")
-    axes.legend(loc="best")
+    legend_below(axes)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="compute C, FLOPs", pad=0.01)
 
 
@@ -176,7 +176,7 @@ def _finish_optimal(axes: Axes, largest: float) -> None:
         xscale="log",
         yscale="log",
         xlabel="training compute C = 6 N D, FLOPs",
-        ylabel="parameters N",
+        ylabel="compute-optimal N",
     )
     axes.set_title("Compute-optimal size", loc="left", fontweight="bold")
-    axes.legend(loc="upper left")
+    legend_below(axes)

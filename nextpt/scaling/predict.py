@@ -47,7 +47,7 @@ def predict(
     level: float,
     unique_tokens: float | None = None,
 ) -> dict[str, Any]:
-    """Predict the loss in nats per token, with the interval of a single new run, and warnings.
+    """Predict the loss in the unit of the runs, the interval of a single new run, and warnings.
 
     The interval is None without resamples. `unique_tokens` are those of the corpus that `fit` is
     for, see on_corpus.
@@ -58,6 +58,7 @@ def predict(
         "tokens": tokens,
         "flops": flops,
         "loss": float(fit.loss(parameters, tokens)),
+        "loss_unit": fit.runs.loss_unit,
         "level": level,
         "interval": (
             interval(predictions(fit, parameters, tokens), level) if fit.resamples else None

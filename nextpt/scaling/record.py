@@ -159,6 +159,8 @@ def _restore(values: dict[str, Any]) -> Fit | Frontier | RepeatedFit:
         np.array(columns["loss"]),
         columns["labels"],
         columns["convention"],
+        # Files without it were written when every loss was called so
+        loss_unit=columns.get("loss_unit", "nats per token"),
     )
     if values["form"] == "repeated":
         return RepeatedFit(
@@ -200,6 +202,7 @@ def _restore(values: dict[str, Any]) -> Fit | Frontier | RepeatedFit:
 def _runs_json(runs: Runs) -> dict[str, Any]:
     return {
         "convention": runs.convention,
+        "loss_unit": runs.loss_unit,
         "count": len(runs),
         "labels": runs.labels,
         "parameters": runs.parameters.tolist(),

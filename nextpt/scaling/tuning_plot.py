@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from nextpt.base.plots import BLUE, GREY, ORANGE, SETTINGS, save_plot, set_title
+from nextpt.base.plots import BLUE, GREY, ORANGE, SETTINGS, legend_below, save_plot, set_title
 from nextpt.scaling.optimum import Optimum
 from nextpt.scaling.tuning import Tuned
 
@@ -55,4 +55,4 @@ def _plot_optimum(axes: Axes, key: str, optimum: Optimum) -> None:
     axes.set(xscale="log", xlabel=f"{key} of the proxy", xlim=(edges[0] / 1.5, edges[-1] * 1.5))
     axes.set_xticks(edges, [f"{value:g}" for value in edges], fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.legend(fontsize=8)
+    legend_below(axes)

@@ -121,9 +121,12 @@ def test_an_evaluation_gives_the_same_figures(inside: Path, run: str) -> None:
     assert evaluation["total"]["nats_per_token"] == pytest.approx(
         expected["total"]["nats_per_token"], rel=0 if same_machine() else 1e-6
     )
-    # By value: fields were renamed, values were not.
+    # By value: fields were renamed, values were not. Starts of documents are apart now.
+    assert sum(row["tokens"] for row in evaluation.pop("by_context")) == sum(
+        row["tokens"] for row in expected.pop("by_context")
+    )
     now, before = sorted(numbers(evaluation)), sorted(numbers(expected))
-    assert len(now) == len(before) > 100
+    assert len(now) == len(before) > 50
     assert now == pytest.approx(before, rel=1e-12 if same_machine() else 1e-6)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
@@ -18,7 +20,8 @@ from nextpt.evaluate.documents import context_lengths, sliding_windows
 from nextpt.evaluate.evaluation import EvaluationProtocol, evaluate_model
 from nextpt.evaluate.frequency import band_of_tokens, training_counts
 from nextpt.evaluate.loaded_model import LoadedModel, open_model
-from nextpt.evaluate.texts import text_files
+from nextpt.evaluate.texts import encode_document, text_files
+from nextpt.observe.evaluation_plot import plot_evaluation
 from tests.support.runs import make_run
 
 TEXTS = {
@@ -77,6 +80,41 @@ def test_contexts_and_bands_divide_all_text_tokens(result: dict) -> None:
         result["by_context"][0]["from"] == 1 and result["by_context"][-1]["to"] == result["window"]
     )
     assert result["by_frequency"]["counted_in"] == "evaluated text"
+
+
+def test_contexts_of_document_starts_are_apart(source: LoadedModel, result: dict) -> None:
+    """Below window - stride tokens of context only starts of documents were scored."""
+    window, stride = result["window"], result["stride"]
+    starts = [row for row in result["by_context"] if row["document_start"]]
+    later = [row for row in result["by_context"] if not row["document_start"]]
+    is_text = source.tokenizer.token_bytes() > 0
+    documents = [
+        encode_document(source.tokenizer, text)[0] for texts in TEXTS.values() for text in texts
+    ]
+    assert sum(row["tokens"] for row in starts) == sum(
+        int(is_text[document[1 : window + 1]].sum()) for document in documents
+    )
+    assert later and all(row["to"] > window - stride for row in later)
+
+
+@pytest.mark.parametrize("name", ["window", "stride"])
+def test_sizes_of_zero_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match=f"{name} = 0 must be between"):
+        EvaluationProtocol(**{name: 0}).sizes(64)
+
+
+def test_legends_of_the_plot_cover_no_curve(result: dict, monkeypatch: Any, tmp_path: Path) -> None:
+    figures = []
+    monkeypatch.setattr(
+        "nextpt.observe.evaluation_plot.save_plot", lambda figure, _: figures.append(figure)
+    )
+    plot_evaluation(result, tmp_path / "plot.png")
+    (figure,) = figures
+    FigureCanvasAgg(figure).draw()
+    legends = [axes for axes in figure.axes if axes.get_legend()]
+    assert len(legends) == 2
+    for axes in legends:
+        assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_totals_are_ratios_of_sums_and_lie_in_their_intervals(result: dict) -> None:

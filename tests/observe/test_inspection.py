@@ -80,6 +80,8 @@ def test_a_long_text_is_cut_on_the_page_only(
     page = " ".join((tmp_path / "out" / "tokens.html").read_text().split())
     assert page.count('class="t"') == 4 and f"The first 4 of {len(result.tokens)} tokens" in page
     assert len(result.as_dict()["tokens"]) == len(result.tokens) > 4
+    # The end of the text is not scored, so nothing is known of its cost
+    assert result.as_dict()["total"]["bpb_with_eod"] is None
 
 
 @pytest.mark.thorough

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from launcher.cli import app
+from nextpt.scaling.fitting import Fit
 from nextpt.scaling.laws import CHINCHILLA
+from nextpt.scaling.plots import plot_losses
+from nextpt.scaling.record import read_fit
 
 TRUE = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.34, "beta": 0.28}
 COLUMNS = ("--params-column", "N", "--tokens-column", "D", "--loss-column", "loss")
@@ -209,6 +213,17 @@ def check_refused(result: Result, message: str) -> None:
 )
 def test_user_errors_of_fit(table: Path, arguments: tuple[str, ...], message: str) -> None:
     check_refused(scaling("fit", table, "--bootstrap", 0, *arguments), message)
+
+
+def test_the_unit_of_a_loss_is_that_of_its_column(table: Path, fitted: Path) -> None:
+    """A column may hold bits per byte: nothing says that it holds nats."""
+    result = scaling("predict", fitted, "--params", 1e9, "--tokens", 1e10)
+    assert "as in column 'loss'" in result.output and "nats" not in result.output
+    fit = read_fit(fitted)
+    assert isinstance(fit, Fit)
+    figure = Figure()
+    plot_losses(figure.subplots(), fit, figure)
+    assert figure.axes[0].get_ylabel() == "loss, as in column 'loss'"
 
 
 @pytest.mark.thorough

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.console import build_table, console, echo, progress_bars
+from launcher.console import build_table, console, echo, format_interval, progress_bars
 from launcher.options import JsonFile, PlotFile, RunFolder, Step, TextField, Weights, parse_sizes
 from launcher.registration import add_command, add_group
 
@@ -96,6 +96,7 @@ def extract(
     from nextpt.data.dataset import open_sequences
     from nextpt.evaluate.loaded_model import open_model
     from nextpt.evaluate.memorization.measure import measure_extraction
+    from nextpt.evaluate.texts import encode_document, validation_texts
     from nextpt.generate.text import pick_device
     from nextpt.observe.memorization_plots import plot_extraction
 
@@ -105,11 +106,15 @@ def extract(
     with progress_bars("continuing") as progress:
         metrics = measure_extraction(
             loaded.decoder,
-            {split: list(open_sequences(folder, split).values()) for split in SPLITS},
+            {split: open_sequences(folder, split) for split in SPLITS},
             prefixes=lengths,
             continuation=continuation,
             count=count,
             seed=seed,
+            documents={
+                domain: [encode_document(loaded.tokenizer, text)[0] for text in texts]
+                for domain, texts in validation_texts(folder).items()
+            },
             progress=progress,
         )
     result = {**loaded.to_json(), "continuation": continuation, "seed": seed, **metrics}
@@ -136,7 +141,15 @@ def _print_extraction(result: dict[str, Any], lengths: list[int], splits: tuple[
             f"{split}: {nats} nats per token of the continuations, of"
             f" {result[split]['sequences']} sequences"
         )
-    echo(f"gap: {result['gap_nats_per_token']:.3f} nats per token")
+    if result["gap_nats_per_token"] is None:
+        echo("gap: none, no domain has sequences of both splits")
+        return
+    interval = format_interval(result["gap_interval"]) or "no interval: one document each"
+    domains = ", ".join(
+        f"{name} {of['gap']:+.3f} (share {of['share']:.0%})"
+        for name, of in result["gap_by_domain"].items()
+    )
+    echo(f"gap: {result['gap_nats_per_token']:+.3f} nats per token (95 % {interval}): {domains}")
 
 
 def contamination(

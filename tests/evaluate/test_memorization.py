@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.mds import StoredSequence
 from data_prep.prepare import prepare
 from data_prep.spec import PrepSpec
 from data_prep.tokenizer import Tokenizer
@@ -28,7 +31,14 @@ from nextpt.evaluate.memorization.canaries import (
 )
 from nextpt.evaluate.memorization.contamination import find_overlaps, training_texts
 from nextpt.evaluate.memorization.examine import examine
-from nextpt.evaluate.memorization.extraction import agreement, greedy, sample_spans
+from nextpt.evaluate.memorization.extraction import (
+    Spans,
+    agreement,
+    greedy,
+    name_documents,
+    sample_spans,
+    sums_by_document,
+)
 from nextpt.evaluate.memorization.measure import (
     bits_per_byte_by_contamination,
     measure_canaries,
@@ -212,8 +222,8 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
         80,
     )
     sides = {
-        "train": list(open_sequences(data, "train").values()),
-        "validation": list(open_sequences(other, "train").values()),
+        "train": open_sequences(data, "train"),
+        "validation": open_sequences(other, "train"),
     }
     extraction = measure_extraction(model, sides, prefixes=[16], continuation=8, count=40)
     assert extraction["train"]["sequences"] == 40
@@ -234,13 +244,83 @@ def test_trained_text_is_extracted_and_other_text_is_not(tmp_path: Path) -> None
 def test_spans_lie_inside_one_document(planted: tuple[Path, list[str], list[bool]]) -> None:
     sequences = list(open_sequences(planted[0], "train").values())
     tokenizer = Tokenizer(planted[0] / "tokenizer.json")
-    spans = sample_spans(sequences, 20, 5, 50, np.random.default_rng(1))
+    spans = sample_spans(sequences, [50], 20, 5, np.random.default_rng(1))
     assert spans.tokens.shape == (50, 20)
     assert not np.isin(spans.tokens[:, 1:-1], [tokenizer.start_id, tokenizer.end_id]).any()
     assert np.array_equal(
-        spans.tokens, sample_spans(sequences, 20, 5, 50, np.random.default_rng(1)).tokens
+        spans.tokens, sample_spans(sequences, [50], 20, 5, np.random.default_rng(1)).tokens
     )
-    assert sample_spans(sequences, 500, 5, 3, np.random.default_rng(1)).tokens.shape == (0, 500)
+    assert sample_spans(sequences, [3], 500, 5, np.random.default_rng(1)).tokens.shape == (0, 500)
+
+
+class Stored:
+    """Sequences of a domain, all tokens of each one document of its own."""
+
+    def __init__(self, token: int, sequences: int, first: int = 0) -> None:
+        self.token, self.sequences, self.first = token, sequences, first
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __getitem__(self, index: int) -> StoredSequence:
+        tokens = np.full(33, self.token, np.uint16)
+        tokens[1::2] = 2 + (self.first + index) % 100
+        return StoredSequence(tokens, np.array([33], np.uint32), np.zeros(1, np.uint8), 0)
+
+    def prepare(self, shards: Iterable[int]) -> None:
+        pass
+
+
+def test_the_gap_compares_equal_shares_of_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The domains differ by 3 nats, the splits by 0.14; their shares differ between the splits."""
+    generator = np.random.default_rng(0)
+
+    def nats(model: Any, spans: Spans) -> np.ndarray:
+        level = np.where(spans.domains == 0, 1.0, 4.0)
+        held_out = np.maximum(spans.tokens[:, 0], spans.tokens[:, 1]) >= 52
+        noise = generator.normal(0, 0.05, len(level))
+        return np.asarray(level + 0.14 * held_out + noise)
+
+    monkeypatch.setattr("nextpt.evaluate.memorization.measure.continuation_nats", nats)
+    monkeypatch.setattr(
+        "nextpt.evaluate.memorization.measure.agreement",
+        lambda model, spans, prefix: np.zeros(len(spans.tokens)),
+    )
+    splits = {
+        "train": {"code": Stored(0, 40), "prose": Stored(1, 10)},
+        "validation": {"code": Stored(0, 5, first=50), "prose": Stored(1, 20, first=50)},
+    }
+    for seed in range(6):
+        measured = measure_extraction(
+            SimpleNamespace(max_position=64),  # type: ignore[arg-type]
+            splits,
+            prefixes=[8],
+            continuation=8,
+            count=200,
+            seed=seed,
+        )
+        low, high = measured["gap_interval"]
+        assert measured["gap_nats_per_token"] == pytest.approx(0.14, abs=0.03)
+        assert low - 0.01 < 0.14 < high + 0.01 and high - low < 0.15
+        assert measured["gap_by_domain"]["code"]["share"] == pytest.approx(0.8)
+        assert measured["validation"]["documents"] <= 25
+
+
+def test_spans_are_named_by_the_document_that_holds_them() -> None:
+    sequences = Stored(0, 6)
+    spans = sample_spans([sequences], [30], 10, 4, np.random.default_rng(0))
+    documents = [
+        np.concatenate([sequences[2 * i].tokens, sequences[2 * i + 1].tokens]) for i in range(2)
+    ]
+    named = name_documents(spans, [documents])
+    pieces = spans.tokens[:, 0] + spans.tokens[:, 1] - 2
+    assert np.array_equal(named.documents[pieces < 4], pieces[pieces < 4] // 2)
+    # Of no document that is known: the piece stays
+    assert (named.documents[pieces >= 4] >= len(documents)).all()
+    values = pieces.astype(float)
+    assert sums_by_document(values, named, 0)[:2, 0] == pytest.approx(
+        [values[pieces < 2].sum(), values[(pieces >= 2) & (pieces < 4)].sum()]
+    )
 
 
 @pytest.mark.thorough
@@ -276,7 +356,7 @@ def test_canaries_are_distinguished_from_controls(tmp_path: Path) -> None:
     assert measured["128"]["extracted"]["share"] == 1 and measured["0"]["extracted"]["share"] == 0
     assert measured["128"]["exposure_bits"]["mean"] == pytest.approx(np.log2(21))
     assert 0 <= measured["0"]["exposure_bits"]["mean"] < 3
-    scored = agreement(model, sample_spans([], 4, 2, 5, np.random.default_rng(0)), 2)
+    scored = agreement(model, sample_spans([], [], 4, 2, np.random.default_rng(0)), 2)
     assert scored.shape == (0,)
 
 

@@ -10,7 +10,7 @@ and of held-out documents too: what those score is not memory but prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from data_prep.format import PADDING
 from nextpt.data.sequences import SequenceSource
+from nextpt.evaluate.bootstrap import ratio_interval, stratified
 from nextpt.generate.decoding import DecodingBatch
 from nextpt.model import Decoder
 
 NEAR = 0.9
 BATCH_SIZE = 64  # spans that are continued together
+RESAMPLES = 2000  # of the bootstrap
 DRAWS = 20  # per span, before it is given up
 
 
@@ -35,51 +37,84 @@ class Spans:
     Attributes:
         tokens: int64 [spans, longest prefix + continuation], each from inside one document.
         continuation: Tokens of the continuation, the last ones.
+        domains: Number of the domain of each span, int64 [spans].
+        documents: Number of the document of each span, int64 [spans]. Shards do not say which
+            pieces are of one document: a piece counts as one, unless `name_documents` knows better.
     """
 
     tokens: np.ndarray
     continuation: int
+    domains: np.ndarray
+    documents: np.ndarray
 
 
 def sample_spans(
     domains: Sequence[SequenceSource],
+    counts: Sequence[int],
     length: int,
     continuation: int,
-    count: int,
     rng: np.random.Generator,
 ) -> Spans:
-    """Draw spans evenly from the sequences of all domains.
+    """Draw spans of each domain evenly from its sequences.
 
     A sequence is drawn, a piece of a document in it that is long enough, and a start in that.
 
     Args:
         domains: Sequences of each domain.
+        counts: Spans of each domain; fewer are returned when no such piece is found in DRAWS draws
+            for each.
         length: Tokens of a span.
         continuation: Those of them that are the continuation.
-        count: Spans; fewer are returned when no such piece is found in DRAWS draws for each.
         rng: Source of the draws.
     """
-    sizes = np.array([len(sequences) for sequences in domains], dtype=float)
     spans: list[np.ndarray] = []
-    for _ in range(DRAWS * count if sizes.sum() else 0):
-        domain = domains[int(rng.choice(len(domains), p=sizes / sizes.sum()))]
-        sequence = domain[int(rng.integers(len(domain)))]
-        starts = np.cumsum(sequence.doc_lens) - sequence.doc_lens
-        pieces = [
-            (start, size)
-            for start, size, flags in zip(
-                starts, sequence.doc_lens, sequence.doc_flags, strict=True
-            )
-            if size >= length and not flags & PADDING
-        ]
-        if pieces:
-            start, size = pieces[int(rng.integers(len(pieces)))]
-            first = int(start) + int(rng.integers(int(size) - length + 1))
-            spans.append(sequence.tokens[first : first + length].astype(np.int64))
-            if len(spans) == count:
+    pieces_drawn: list[tuple[int, int, int]] = []
+    for number, (sequences, count) in enumerate(zip(domains, counts, strict=True)):
+        last = len(spans) + count
+        for _ in range(DRAWS * count if len(sequences) else 0):
+            index = int(rng.integers(len(sequences)))
+            sequence = sequences[index]
+            starts = np.cumsum(sequence.doc_lens) - sequence.doc_lens
+            pieces = [
+                (int(start), int(size))
+                for start, size, flags in zip(
+                    starts, sequence.doc_lens, sequence.doc_flags, strict=True
+                )
+                if size >= length and not flags & PADDING
+            ]
+            if pieces:
+                start, size = pieces[int(rng.integers(len(pieces)))]
+                first = start + int(rng.integers(size - length + 1))
+                spans.append(sequence.tokens[first : first + length].astype(np.int64))
+                pieces_drawn.append((number, index, start))
+                if len(spans) == last:
+                    break
+    numbers = {piece: i for i, piece in enumerate(dict.fromkeys(pieces_drawn))}
+    return Spans(
+        np.stack(spans) if spans else np.zeros((0, length), np.int64),
+        continuation,
+        np.array([number for number, _, _ in pieces_drawn], np.int64),
+        np.array([numbers[piece] for piece in pieces_drawn], np.int64),
+    )
+
+
+def name_documents(spans: Spans, texts: Sequence[Sequence[np.ndarray]]) -> Spans:
+    """Return the spans with the documents that hold them.
+
+    Args:
+        spans: Those of a split.
+        texts: Tokens of every document of each domain. A span that none holds keeps its piece.
+    """
+    encoded = [[tokens.astype(np.int64).tobytes() for tokens in domain] for domain in texts]
+    firsts = np.cumsum([0, *(len(domain) for domain in encoded)])
+    documents = spans.documents + firsts[-1]
+    for index, (tokens, domain) in enumerate(zip(spans.tokens, spans.domains, strict=True)):
+        needle = tokens.tobytes()
+        for number, document in enumerate(encoded[domain]):
+            if needle in document:
+                documents[index] = firsts[domain] + number
                 break
-    tokens = np.stack(spans) if spans else np.zeros((0, length), np.int64)
-    return Spans(tokens, continuation)
+    return replace(spans, documents=documents)
 
 
 def greedy(model: Decoder, prefixes: Tensor, count: int) -> Tensor:
@@ -138,6 +173,31 @@ def share(hits: np.ndarray) -> dict[str, Any]:
     }
 
 
+def sums_by_document(values: np.ndarray, spans: Spans, domain: int) -> np.ndarray:
+    """Sum values [spans] of a domain by document: fp64 [documents, 2], sums and counts."""
+    kept = spans.domains == domain
+    _, number = np.unique(spans.documents[kept], return_inverse=True)
+    return np.stack([np.bincount(number, values[kept]), np.bincount(number)], axis=1).astype(float)
+
+
+def mean_by_document(values: np.ndarray, spans: Spans) -> dict[str, Any]:
+    """Mean of values [spans] with its 95 % interval, for JSON.
+
+    Whole documents are resampled, each domain by itself: spans of one document are alike, and the
+    share of a domain was chosen.
+    """
+    strata = [sums_by_document(values, spans, domain) for domain in np.unique(spans.domains)]
+    resampled = np.sum(stratified(strata, RESAMPLES, 0), axis=0) if strata else np.zeros((1, 2))
+    interval = ratio_interval(resampled[:, 0], resampled[:, 1])
+    low, high = interval or (None, None)
+    return {
+        "mean": float(values.mean()) if len(values) else None,
+        "low": low,
+        "high": high,
+        "of": len(values),
+    }
+
+
 def mean(values: np.ndarray) -> dict[str, Any]:
     """Mean of values, fp64 [n], with its 95 % bootstrap interval, for JSON."""
     if len(values) < 2:
@@ -148,6 +208,6 @@ def mean(values: np.ndarray) -> dict[str, Any]:
             "of": len(values),
         }
     low, high = bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", random_state=0
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", random_state=0
     ).confidence_interval
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "of": len(values)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,20 @@ import numpy as np
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
 from nextpt.data.sequences import SequenceSource
+from nextpt.evaluate.bootstrap import middle, stratified
 from nextpt.evaluate.memorization.canaries import Canary, exposure
 from nextpt.evaluate.memorization.extraction import (
     NEAR,
+    RESAMPLES,
     Spans,
     agreement,
     continuation_nats,
     mean,
+    mean_by_document,
+    name_documents,
     sample_spans,
     share,
+    sums_by_document,
 )
 from nextpt.evaluate.progress import PartProgress, ignore_part_progress
 from nextpt.model import Decoder
@@ -26,28 +31,34 @@ from nextpt.model import Decoder
 
 def measure_extraction(
     model: Decoder,
-    splits: dict[str, Sequence[SequenceSource]],
+    splits: Mapping[str, Mapping[str, SequenceSource]],
     *,
     prefixes: Sequence[int],
     continuation: int,
     count: int,
     seed: int = 0,
+    documents: Mapping[str, Sequence[np.ndarray]] | None = None,
     progress: PartProgress = ignore_part_progress,
 ) -> dict[str, Any]:
     """Measure how much of its training text a model continues token for token.
 
+    Both splits have as many spans of each domain, in the shares of the training sequences: the
+    domains differ far more than the splits do.
+
     Args:
         model: In evaluation mode.
-        splits: Split ("train", "validation") -> sequences of each domain.
+        splits: "train" and "validation" -> domain -> its sequences.
         prefixes: Lengths of the prefixes, tokens.
         continuation: Tokens of the continuations.
         count: Spans of each split.
         seed: Seed of the choice of spans.
+        documents: Domain -> tokens of its held-out documents, for intervals by document; pieces of
+            documents count as documents without.
         progress: Gets (split, share of it that is done).
 
     Returns:
         Split -> "prefixes": {length: exact, near, score}, and "nats_per_token" of the same
-        continuations after the longest prefix; and "gap_nats_per_token": held-out less training.
+        continuations after the longest prefix; and the gap, see `_gap`.
 
     Raises:
         DataError: The model's positions are too few, or a split has no document that is long
@@ -59,34 +70,85 @@ def measure_extraction(
             f"a prefix of {max(prefixes)} and a continuation of {continuation} tokens are more than"
             f" the model's {model.max_position} positions; ask for shorter ones"
         )
+    domains = [d for d in splits["train"] if all(len(of.get(d, ())) for of in splits.values())]
+    counts = _divide(count, [len(splits["train"][d]) for d in domains])
     result: dict[str, Any] = {}
-    for split, domains in splits.items():
-        spans = sample_spans(domains, length, continuation, count, np.random.default_rng(seed))
+    nats: dict[str, np.ndarray] = {}
+    drawn: dict[str, Spans] = {}
+    for split, sequences in splits.items():
+        rng = np.random.default_rng(seed)
+        spans = sample_spans([sequences[d] for d in domains], counts, length, continuation, rng)
         if not len(spans.tokens):
             raise DataError(
                 f"no document of the {split} side has {length} tokens in one piece; ask for shorter"
                 " prefixes or continuations"
             )
+        if split == "validation" and documents is not None:
+            spans = name_documents(spans, [documents.get(d, ()) for d in domains])
         by_prefix = {}
         for number, prefix in enumerate(prefixes):
             scores = agreement(model, spans, prefix)
             by_prefix[str(prefix)] = {
                 "exact": share(scores == 1),
                 "near": share(scores >= NEAR),
-                "score": mean(scores),
+                "score": mean_by_document(scores, spans),
             }
             progress(split, (number + 1) / len(prefixes))
+        drawn[split], nats[split] = spans, continuation_nats(model, spans)
         result[split] = {
             "sequences": len(spans.tokens),
+            "documents": len(np.unique(spans.documents)),
             "prefixes": by_prefix,
-            "nats_per_token": mean(continuation_nats(model, spans)),
+            "nats_per_token": mean_by_document(nats[split], spans),
         }
-    if {"train", "validation"} <= result.keys():
-        result["gap_nats_per_token"] = (
-            result["validation"]["nats_per_token"]["mean"]
-            - result["train"]["nats_per_token"]["mean"]
-        )
-    return result
+    return result | _gap(domains, counts, drawn, nats)
+
+
+def _divide(count: int, sizes: Sequence[int]) -> list[int]:
+    """Divide a count in proportion to sizes, by largest remainders (Hamilton)."""
+    if not sizes:
+        return []
+    exact = count * np.array(sizes) / sum(sizes)
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: count - counts.sum()]] += 1
+    return [int(n) for n in counts]
+
+
+def _gap(
+    domains: Sequence[str],
+    counts: Sequence[int],
+    spans: Mapping[str, Spans],
+    nats: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Return held-out less training nats per token: the mean of the domains' gaps, by their counts.
+
+    A domain of which a split has no span is in neither mean. The 95 % interval resamples whole
+    documents, each domain of each split by itself.
+    """
+    shared = [
+        n for n in range(len(domains)) if all((of.domains == n).any() for of in spans.values())
+    ]
+    if not shared:
+        return {"gap_nats_per_token": None, "gap_interval": None, "gap_by_domain": {}}
+    weights = np.array([counts[n] for n in shared]) / sum(counts[n] for n in shared)
+    sums = {
+        split: [sums_by_document(nats[split], of, n) for n in shared] for split, of in spans.items()
+    }
+    means = {
+        split: np.array([np.divide(*strata.sum(0)) for strata in of]) for split, of in sums.items()
+    }
+    by_domain = means["validation"] - means["train"]
+    strata = [*sums["validation"], *sums["train"]]
+    ratios = np.array([of[:, 0] / of[:, 1] for of in stratified(strata, RESAMPLES, 0)])
+    resampled = weights @ (ratios[: len(shared)] - ratios[len(shared) :])
+    return {
+        "gap_nats_per_token": float(weights @ by_domain),
+        "gap_interval": middle(resampled) if np.ptp(resampled) else None,
+        "gap_by_domain": {
+            domains[n]: {"gap": float(gap), "share": float(weight)}
+            for n, gap, weight in zip(shared, by_domain, weights, strict=True)
+        },
+    }
 
 
 def measure_canaries(
@@ -115,9 +177,9 @@ def measure_canaries(
                 f"a canary has {length} tokens, more than the model's {model.max_position}"
                 " positions; its tokenizer cuts them too finely for this context"
             )
-        half = Spans(tokens, length // 2)
+        half = _whole(tokens, length // 2)
         score = agreement(model, half, length - half.continuation)
-        nats = continuation_nats(model, Spans(tokens, length - 1)) * (length - 1)
+        nats = continuation_nats(model, _whole(tokens, length - 1)) * (length - 1)
         by_repeats.setdefault(canary.repeats, []).append((float(score[0]), float(nats[0])))
         progress("canaries", (number + 1) / len(canaries))
     controls = [nats for _, nats in by_repeats[0]]
@@ -125,6 +187,11 @@ def measure_canaries(
         str(repeats): _summarize(by_repeats[repeats], controls, repeats)
         for repeats in sorted(by_repeats)
     }
+
+
+def _whole(tokens: np.ndarray, continuation: int) -> Spans:
+    """Return a text [1, T] as a span."""
+    return Spans(tokens, continuation, np.zeros(1, np.int64), np.zeros(1, np.int64))
 
 
 def _summarize(

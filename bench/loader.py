@@ -207,6 +207,7 @@ def memmap(folder: Path, whole: bool = False) -> Iterator[int]:
                     BATCH,
                     sizes,
                     weights,
+                    numbers=chosen,
                     segments=T // 2,
                     context=T,
                 )
@@ -254,6 +255,7 @@ def streaming(folder: Path, workers: int, whole: bool = False) -> Iterator[int]:
                 BATCH,
                 sizes,
                 weights,
+                numbers=range(len(samples)),
                 segments=T // 2,
                 context=T,
             )

@@ -63,7 +63,12 @@ def next_token_loss(
         mtp_weight: Factor of the mean loss over the depths of multi-token prediction.
     """
     documents = PackedDocuments(batch.document_ids, batch.cu_seqlens)
-    hidden_BTD, auxiliary_losses, mtp_hidden = model(batch.tokens, batch.position_ids, documents)
+    hidden_BTD, auxiliary_losses, mtp_hidden = model(
+        batch.tokens,
+        batch.position_ids,
+        documents,
+        sequence_numbers_B=batch.sequence_numbers,
+    )
     output = model.lm_head(
         hidden_BTD.flatten(0, 1),
         batch.targets.flatten(),

@@ -259,6 +259,25 @@ class ModelSection(Section):
         ),
         aliases=("value_residuals", "v_residual", "resformer"),
     )
+    dropout: float = key(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "share of the embedding, and of what attention and feed-forward add to the residual"
+            " stream, that is set to 0 in training (arXiv 1207.0580); for data that is read many"
+            " times"
+        ),
+        aliases=(
+            "resid_pdrop",
+            "embd_pdrop",
+            "hidden_dropout",
+            "residual_dropout",
+            "resid_dropout",
+            "hidden_dropout_prob",
+            "dropout_rate",
+        ),
+    )
     mtp_depth: int = key(
         0,
         ge=0,

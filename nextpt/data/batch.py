@@ -35,6 +35,8 @@ class Batch:
         target_bytes: int32 [B, T], UTF-8 bytes of each target, 0 where ignored.
         is_text: bool [B, T], the target counts as text: neither ignored nor a special token.
         domain_ids: int64 [B].
+        sequence_numbers: int64 [B], position of each sequence in the order of the run; in
+            validation its number in the split.
         cu_seqlens: int32 [B * segments + 1], starts of the segments in the flattened inputs
             (padding is one), filled up with B * T. `segments` is a constant of the run
             (`segments_per_sequence`), so the size is too; no segment is longer than T.
@@ -48,6 +50,7 @@ class Batch:
     target_bytes: Tensor
     is_text: Tensor
     domain_ids: Tensor
+    sequence_numbers: Tensor
     cu_seqlens: Tensor
 
     def to(self, device: torch.device) -> Batch:
@@ -88,6 +91,7 @@ def collate(
     token_bytes: npt.NDArray[np.int32],
     domain_weights: npt.NDArray[np.float32],
     *,
+    numbers: Sequence[int],
     segments: int,
     context: int,
 ) -> list[Batch]:
@@ -102,6 +106,7 @@ def collate(
         size: Sequences per batch.
         token_bytes: UTF-8 bytes of each token, int32 [V].
         domain_weights: Loss weight of each domain's tokens, fp32 [domains].
+        numbers: `Batch.sequence_numbers` of the sequences.
         segments: `segments_per_sequence`.
         context: No input attends further back than the last multiple of it in its sequence. Where
             that cuts a segment a new one begins; the target across the cut is still predicted.
@@ -142,6 +147,7 @@ def collate(
         "target_bytes": target_bytes,
         "is_text": is_text,
         "domain_ids": domains,
+        "sequence_numbers": np.array(numbers, dtype=np.int64),
     }
     batches = []
     for number, cu_seqlens in enumerate(attended.cu_seqlens(size, segments)):

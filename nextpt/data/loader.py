@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -261,7 +261,8 @@ class Loader:
         sequences = [
             sources[domain][index] for domain, index in zip(domains.tolist(), indices, strict=True)
         ]
-        return self._collate(sequences, self._order.sequence_length(self.position(step)))
+        numbers = [number for span in self.positions(step) for number in span]
+        return self._collate(sequences, numbers, self._order.sequence_length(self.position(step)))
 
     def _prepare_shards(self, domains: npt.NDArray[np.int64], draws: npt.NDArray[np.int64]) -> None:
         """Prepare the shards of each domain's current window, and of the next."""
@@ -282,9 +283,11 @@ class Loader:
         sequences = [
             source[i] if i < stop else padding_sequence(length + 1, domain) for i in indices
         ]
-        return self._collate(sequences, length)[0]
+        return self._collate(sequences, indices, length)[0]
 
-    def _collate(self, sequences: list[StoredSequence], context: int) -> list[Batch]:
+    def _collate(
+        self, sequences: list[StoredSequence], numbers: Sequence[int], context: int
+    ) -> list[Batch]:
         if not self.config.objective.token_weights:
             sequences = [
                 s._replace(token_weights=None) if s.token_weights is not None else s
@@ -300,6 +303,7 @@ class Loader:
             self.config.train.micro_batch_size,
             self.dataset.token_bytes,
             self._weights,
+            numbers=numbers,
             segments=self._segments,
             context=context,
         )

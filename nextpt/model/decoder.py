@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import Packing
 from kernels.cross_entropy import LinearCrossEntropy
 from nextpt.config import Config
+from nextpt.model.dropout import dropout, mask_keys, place_keys
 from nextpt.model.init import Init
 from nextpt.model.layers import Block, Embedding, KVCache, RMSNorm
 from nextpt.model.mtp import MTPModule, shift
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
     Args:
         spec: Shape of the model.
         seed: Each parameter is drawn from (seed, its name), so it is the same for any number of
-            ranks.
+            ranks. Dropout follows from it too.
         options: Implementations and memory of the computation; the defaults if None.
     """
 
@@ -79,13 +80,14 @@ class Decoder(nn.Module):
         options = options or ComputeOptions()
         self.spec = spec
         self.options = options
+        self.seed = seed
         init = Init(seed, spec.init_std, spec.rules, spec.residual_init == "zero")
         self.embed_tokens = Embedding(spec.vocab_size, spec.width, init, "embed_tokens")
         self.blocks = nn.ModuleList(
-            Block(spec, init, f"blocks.{i}", i, options.attention) for i in range(spec.depth)
+            Block(spec, init, f"blocks.{i}", i, options) for i in range(spec.depth)
         )
         self.mtp = nn.ModuleList(
-            MTPModule(spec, init, f"mtp.{i}", options.attention) for i in range(spec.mtp_depth)
+            MTPModule(spec, init, f"mtp.{i}", options) for i in range(spec.mtp_depth)
         )
         self.final_norm = RMSNorm(spec.width, spec.norm_eps)
         self.lm_head = LMHead(spec, options, init, self.embed_tokens)
@@ -103,6 +105,7 @@ class Decoder(nn.Module):
             position_ids_BT: Tensor,
             documents: Packing | None = None,
             cache: KVCache | None = None,
+            sequence_numbers_B: Tensor | None = None,
         ) -> DecoderOutput:
             """Run `forward`."""
 
@@ -122,6 +125,7 @@ class Decoder(nn.Module):
         position_ids_BT: Tensor,
         documents: Packing | None = None,
         cache: KVCache | None = None,
+        sequence_numbers_B: Tensor | None = None,
     ) -> DecoderOutput:
         """Compute the final hidden states, normalised, ready for `lm_head`.
 
@@ -130,6 +134,8 @@ class Decoder(nn.Module):
             position_ids_BT: Position of each token, int64 [B, T], below `max_position`.
             documents: Which tokens may attend to each other; all of a row by default.
             cache: Keys and values of the tokens before these T, which are appended to it.
+            sequence_numbers_B: Number of each row in the order of the run, int64 [B], which
+                determines what dropout drops; needed where it drops anything, in training.
         """
         rope = {}
         for base, (cos, sin) in self._rope.items():
@@ -138,9 +144,15 @@ class Decoder(nn.Module):
                 self._rope[base] = cos, sin
             rope[base] = (cos[position_ids_BT].unsqueeze(2), sin[position_ids_BT].unsqueeze(2))
         x_BTD = self.embed_tokens(tokens_BT)
+        keys = self._dropout_keys(tokens_BT.shape[1], sequence_numbers_B)
+        if keys:
+            x_BTD = dropout(x_BTD, keys[0], self.options.dropout)
         first_values = None
-        for block, base in zip(self.blocks, self.spec.rope_bases, strict=True):
-            x_BTD, values = self._run(block, x_BTD, rope[base], documents, cache, first_values)
+        for i, (block, base) in enumerate(zip(self.blocks, self.spec.rope_bases, strict=True)):
+            dropout_keys = keys[1 + i] if keys else None
+            x_BTD, values = self._run(
+                block, x_BTD, rope[base], documents, cache, first_values, dropout_keys
+            )
             if self.spec.value_residual and first_values is None:
                 first_values = values
         if cache is not None:
@@ -149,9 +161,26 @@ class Decoder(nn.Module):
         # Inference has no use for the modules, and a cache none of the tokens that they need
         for k, module in enumerate(self.mtp if self.training and cache is None else (), 1):
             embedding_BTD = self.embed_tokens(shift(tokens_BT, k))
-            h_BTD = self._run(module, h_BTD, embedding_BTD, rope[base], documents, first_values)
+            dropout_keys = keys[self.spec.depth + k] if keys else None
+            h_BTD = self._run(
+                module, h_BTD, embedding_BTD, rope[base], documents, first_values, dropout_keys
+            )
             mtp_hidden.append(self._output(h_BTD))
         return DecoderOutput(self._output(x_BTD), {}, tuple(mtp_hidden))
+
+    def _dropout_keys(self, length: int, sequence_numbers_B: Tensor | None) -> list[Tensor]:
+        """Keys of the tokens for the embedding, each block and each module; none without dropout.
+
+        Raises:
+            ValueError: Something is dropped, and the sequences have no numbers.
+        """
+        if not self.options.dropout or not self.training:
+            return []
+        if sequence_numbers_B is None:
+            raise ValueError("dropout needs the numbers of the sequences: sequence_numbers_B")
+        keys_BT = mask_keys(self.seed, sequence_numbers_B, length)
+        places = 1 + self.spec.depth + self.spec.mtp_depth
+        return [place_keys(keys_BT, 2 + place) for place in range(places)]
 
     def _run(self, module: nn.Module, *arguments: Any) -> Any:
         """Run a block, or recompute it in the backward pass where the options say so."""

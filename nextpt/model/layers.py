@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.attention import Packing, attention
+from nextpt.model.dropout import dropout, place_keys
 from nextpt.model.init import Init
 from nextpt.model.rope import rotate
-from nextpt.model.spec import ModelSpec
+from nextpt.model.spec import ComputeOptions, ModelSpec
 
 
 @dataclass
@@ -257,17 +258,26 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + m attention(norm(x)), then x + m feed-forward(norm(x)), m a constant."""
+    """Pre-norm block: x + m attention(norm(x)), then x + m feed-forward(norm(x)), m a constant.
+
+    Args:
+        spec: Shape of the model.
+        init: Draws the initial matrices.
+        name: Prefix of the parameters' names in `init`.
+        index: Number of the block, for the cache.
+        options: Attention implementation, and share of both terms that is dropped in training.
+    """
 
     def __init__(
-        self, spec: ModelSpec, init: Init, name: str, index: int, attention_implementation: str
+        self, spec: ModelSpec, init: Init, name: str, index: int, options: ComputeOptions
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(spec.width, spec.norm_eps)
-        self.attention = Attention(spec, init, f"{name}.attention", index, attention_implementation)
+        self.attention = Attention(spec, init, f"{name}.attention", index, options.attention)
         self.ffn_norm = RMSNorm(spec.width, spec.norm_eps)
         self.ffn = FeedForward(spec, init, f"{name}.ffn")
         self.multiplier = spec.effective_residual_multiplier
+        self.dropout = options.dropout
 
     def forward(
         self,
@@ -276,12 +286,19 @@ class Block(nn.Module):
         documents: Packing | None,
         cache: KVCache | None = None,
         first_values: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the residual stream after the block, [B, T, D].
 
-        Arguments and the second result, the values of attention, are those of `Attention`.
+        The first arguments and the second result, the values of attention, are those of
+        `Attention`. `dropout_keys`, int32 [B, T], determine what is dropped; None drops nothing.
         """
         normed_BTD = self.attention_norm(x_BTD)
         attended_BTD, values = self.attention(normed_BTD, rope, documents, cache, first_values)
+        if dropout_keys is not None:
+            attended_BTD = dropout(attended_BTD, dropout_keys, self.dropout)
         x_BTD = x_BTD.add(attended_BTD, alpha=self.multiplier)
-        return x_BTD.add(self.ffn(self.ffn_norm(x_BTD)), alpha=self.multiplier), values
+        added_BTD = self.ffn(self.ffn_norm(x_BTD))
+        if dropout_keys is not None:
+            added_BTD = dropout(added_BTD, place_keys(dropout_keys, 1), self.dropout)
+        return x_BTD.add(added_BTD, alpha=self.multiplier), values

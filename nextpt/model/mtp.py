@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kernels.attention import Packing
 from nextpt.model.init import Init
 from nextpt.model.layers import Block, Linear, RMSNorm
-from nextpt.model.spec import ModelSpec
+from nextpt.model.spec import ComputeOptions, ModelSpec
 
 
 class MTPModule(nn.Module):
@@ -30,17 +30,17 @@ class MTPModule(nn.Module):
         spec: Shape of the model.
         init: Draws the initial matrices.
         name: Prefix of the parameters' names in `init`.
-        implementation: Attention implementation by name, or "auto".
+        options: Of the block.
     """
 
-    def __init__(self, spec: ModelSpec, init: Init, name: str, implementation: str) -> None:
+    def __init__(self, spec: ModelSpec, init: Init, name: str, options: ComputeOptions) -> None:
         super().__init__()
         self.hidden_norm = RMSNorm(spec.width, spec.norm_eps)
         self.embedding_norm = RMSNorm(spec.width, spec.norm_eps)
         self.projection = Linear(
             2 * spec.width, spec.width, bias=spec.bias, init=init, name=f"{name}.projection"
         )
-        self.block = Block(spec, init, f"{name}.block", spec.depth - 1, implementation)
+        self.block = Block(spec, init, f"{name}.block", spec.depth - 1, options)
 
     def forward(
         self,
@@ -49,6 +49,7 @@ class MTPModule(nn.Module):
         rope: tuple[Tensor, Tensor],
         documents: Packing | None,
         first_values: Tensor | None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Compute h^k, [B, T, D].
 
@@ -58,10 +59,16 @@ class MTPModule(nn.Module):
             rope: (cos, sin) of each token's position, as for `Block`.
             documents: Which tokens may attend to each other; all of a row if None.
             first_values: Values of the decoder's first layer, where they are mixed with others.
+            dropout_keys: Keys of the tokens in this module, as for `Block`.
         """
         normed = self.hidden_norm(hidden_BTD), self.embedding_norm(embedding_BTD)
         x_BTD, _ = self.block(
-            self.projection(torch.cat(normed, -1)), rope, documents, None, first_values
+            self.projection(torch.cat(normed, -1)),
+            rope,
+            documents,
+            None,
+            first_values,
+            dropout_keys,
         )
         output_BTD: Tensor = x_BTD
         return output_BTD

@@ -261,6 +261,8 @@ class ComputeOptions:
         loss_gradient: Summation of the output matrix's gradient over chunks: "precise" or "small".
         loss_logits_dtype: dtype of the loss's logits; None: that of the hidden states.
         loss_workspace_bytes: Memory of the loss beside its gradients; None: the kernel's default.
+        dropout: Share of the embedding, and of what each layer adds to the residual stream, that is
+            dropped in training.
     """
 
     attention: str = "auto"
@@ -269,6 +271,7 @@ class ComputeOptions:
     loss_gradient: LossGradient = "precise"
     loss_logits_dtype: torch.dtype | None = None
     loss_workspace_bytes: int | None = None
+    dropout: float = 0.0
 
     @classmethod
     def from_config(cls, config: Config) -> ComputeOptions:
@@ -283,4 +286,5 @@ class ComputeOptions:
             loss_workspace_bytes=(
                 train.loss_workspace_mib * 2**20 if train.loss_workspace_mib else None
             ),
+            dropout=model.dropout,
         )

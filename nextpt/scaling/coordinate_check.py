@@ -243,6 +243,7 @@ def random_batch(config: Config, sequences: int) -> Batch:
         target_bytes=torch.zeros(shape, dtype=torch.int32),
         is_text=targets != IGNORE_INDEX,
         domain_ids=torch.zeros(sequences, dtype=torch.int64),
+        sequence_numbers=torch.arange(sequences),
         cu_seqlens=torch.arange(sequences + 1, dtype=torch.int32) * shape[1],
     )
 
@@ -325,7 +326,12 @@ def _activations(model: Decoder, batch: Batch) -> dict[str, Tensor]:
     places.append(("final_norm", model.final_norm))
     with torch.no_grad(), _outputs_of(places) as outputs:
         documents = PackedDocuments(batch.document_ids, batch.cu_seqlens)
-        hidden = model(batch.tokens, batch.position_ids, documents).hidden
+        hidden = model(
+            batch.tokens,
+            batch.position_ids,
+            documents,
+            sequence_numbers_B=batch.sequence_numbers,
+        ).hidden
         outputs[LOGITS] = model.lm_head(hidden)
     return outputs
 

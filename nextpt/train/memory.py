@@ -150,7 +150,16 @@ def _activations(config: Config, width: int, device: str) -> int:
         )
     # Gradients of the widest tensors; the others reuse what is freed.
     gradients = ffn // 2 + 2 * spec.width
-    return width * tokens * (kept + 2 * spec.width * (1 + spec.mtp_depth) + gradients)
+    kept_bytes = width * (kept + 2 * spec.width * (1 + spec.mtp_depth) + gradients)
+    return tokens * (kept_bytes + _dropout_masks(config, spec))
+
+
+def _dropout_masks(config: Config, spec: ModelSpec) -> int:
+    """Bytes per token of the masks of dropout that are kept for the backward pass, Booleans."""
+    if not config.model.dropout:
+        return 0
+    blocks = 1 if config.train.activation_checkpointing else spec.depth + spec.mtp_depth
+    return spec.width * (1 + 2 * blocks)
 
 
 def _keeps_scores(config: Config, device: str) -> bool:

@@ -33,6 +33,7 @@ def make(sequences: list[StoredSequence], context: int | None = None) -> Batch:
         len(sequences),
         SIZES,
         WEIGHTS,
+        numbers=range(len(sequences)),
         segments=segments_per_sequence(length, context or length),
         context=context or length,
     )
@@ -160,11 +161,18 @@ def test_batches_collated_together_equal_batches_collated_apart(
         "segments": segments_per_sequence(len(stored[0].tokens) - 1, context),
         "context": context,
     }
-    together = collate(stored * times, len(stored), SIZES, WEIGHTS, **options)
+    numbers = [*range(len(stored))]
+    together = collate(
+        stored * times, len(stored), SIZES, WEIGHTS, numbers=numbers * times, **options
+    )
     assert len(together) == times
     for batch in (
         *together,
-        *(b for sequence in stored for b in collate([sequence], 1, SIZES, WEIGHTS, **options)),
+        *(
+            b
+            for number, sequence in enumerate(stored)
+            for b in collate([sequence], 1, SIZES, WEIGHTS, numbers=[number], **options)
+        ),
     ):
         assert all(tensor.is_contiguous() for tensor in vars(batch).values())
     assert all(

@@ -279,7 +279,7 @@ def test_files_of_version_2_are_read_whatever_the_config_left_out(tmp_path: Path
     config, model, tokenizer = make_run(tmp_path / "run", kv_heads=None, ffn_width=None)
     coder = FileCoder(model, tokenizer)
     coded, _ = coder.encode(b"some text")
-    left_out = {"attention", "cross_entropy", *OMITTED}
+    left_out = {"attention", "cross_entropy", "dropout", *OMITTED}
     section = config.model.model_dump(exclude=left_out)
     old = hashed_as_before([section, config.max_position], model, tokenizer)
     assert section["kv_heads"] is None and old != coder.digest

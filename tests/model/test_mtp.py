@@ -51,6 +51,7 @@ def batch() -> Batch:
         target_bytes=nothing,
         is_text=weights > 0,
         domain_ids=torch.zeros(2, dtype=torch.long),
+        sequence_numbers=torch.arange(2),
         cu_seqlens=F.pad(starts, (1, 0)).to(torch.int32),
     )
 

@@ -64,6 +64,7 @@ def batch_of(sequences: torch.Tensor, ignored: int = 0) -> Batch:
         target_bytes=nothing,
         is_text=weights > 0,
         domain_ids=torch.zeros(count, dtype=torch.long),
+        sequence_numbers=torch.arange(count),
         cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * TOKENS,
     )
 

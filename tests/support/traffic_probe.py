@@ -108,6 +108,7 @@ def batch_of(config: Config, rank: int) -> Batch:
         target_bytes=nothing,
         is_text=nothing == 0,
         domain_ids=torch.zeros(count, dtype=torch.long),
+        sequence_numbers=torch.arange(count),
         cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * length,
     )
 

@@ -254,7 +254,8 @@ class ScheduleSection(Section):
         ge=0,
         le=1,
         description=(
-            "last learning rate / peak (power: / that before the decay); 0 unless set for linear"
+            "last learning rate / peak (power: / that before the decay); 0, unset for linear: zero"
+            " is reached just after the last step"
         ),
         aliases=("min_lr", "min_lr_ratio", "final_lr", "alpha_f", "min_ratio"),
     )

@@ -21,12 +21,15 @@ def learning_rate(config: Config, step: int, batches: BatchSchedule | None = Non
     lr / warmup to lr. Then, by `schedule.kind`:
 
     - cosine: arXiv 1608.03983 without restarts, down to final_ratio at the last step;
-    - linear: down to final_ratio at the last step (to zero: arXiv 2502.15938);
+    - linear: down to final_ratio at the last step (arXiv 2502.15938);
     - wsd: constant, then down over `schedule.decay` (arXiv 2404.06395), linear or as
       1 - sqrt(share) (arXiv 2405.18392);
     - power: peak * (progress / power_from) ** -power_exponent once that is below the peak (arXiv
       2408.13359), then down as wsd;
     - constant.
+
+    A decay to zero reaches zero at the step after the last, as torch's LinearLR and transformers'
+    schedules do: a step with a rate of zero would change nothing.
 
     The peak is optimizer.lr, times (batch / train.global_batch_size) to the power of
     `schedule.batch_scaling`.
@@ -42,18 +45,19 @@ def learning_rate(config: Config, step: int, batches: BatchSchedule | None = Non
         ratio = batches.batch_size(step - 1) / config.train.global_batch_size
         peak *= ratio**exponent
     total = config.total_steps_with(batches)
-    now, end = (progress(config, s, batches) for s in (step, total))
+    low = schedule.final_ratio
+    lowest = total if low else total + 1  # step at which the decay ends
+    now, end, bottom = (progress(config, s, batches) for s in (step, total, lowest))
     if now < schedule.warmup:
         return peak * now / schedule.warmup
-    low = schedule.final_ratio
-    share = min((now - schedule.warmup) / max(end - schedule.warmup, 1), 1.0)
+    share = min((now - schedule.warmup) / max(bottom - schedule.warmup, 1), 1.0)
     if schedule.kind == "cosine":
         return peak * (low + (1 - low) * (1 + math.cos(math.pi * share)) / 2)
     if schedule.kind == "linear":
         return peak * (low + (1 - low) * (1 - share))
     if schedule.has_final_decay:
         decay = decay_length(schedule, end)
-        remaining = min(max(end - now, 0) / decay, 1.0)
+        remaining = min(max(bottom - now, 0) / (decay + bottom - end), 1.0)
         if schedule.decay_shape == "sqrt":
             remaining = 1 - math.sqrt(1 - remaining)
         return _stable(peak, schedule, min(now, end - decay)) * (low + (1 - low) * remaining)

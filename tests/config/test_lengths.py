@@ -46,12 +46,16 @@ def test_each_length_gives_whole_steps(train: dict[str, Any], steps: int) -> Non
 def test_a_decay_sets_the_length() -> None:
     by_steps = run(DECAY, schedule={"kind": "wsd", "decay": 5, "final_ratio": 0.0})
     assert by_steps.total_steps == 35
-    assert [learning_rate(by_steps, s) for s in (30, 35)] == [2.0, 0.0]
+    assert [learning_rate(by_steps, s) for s in (30, 35, 36)] == [2.0, pytest.approx(2 / 6), 0.0]
     by_tokens = run(
         DECAY, schedule={"kind": "wsd", "unit": "tokens", "decay": 90, "final_ratio": 0.0}
     )
     assert by_tokens.total_steps == 33  # 90 tokens are two steps and a quarter
-    assert [learning_rate(by_tokens, s) for s in (30, 33)] == [2.0, 0.0]
+    assert [learning_rate(by_tokens, s) for s in (30, 33, 34)] == [
+        2.0,
+        pytest.approx(2 * 40 / 130),
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize(

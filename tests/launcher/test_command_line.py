@@ -126,7 +126,7 @@ def test_config_show_prints_a_ramp_and_its_schedule() -> None:
         "total tokens 3,891,200",
         "learning rate 0.008 (step 40, end of the warm-up)",
         "learning rate 0.008 (step 660, start of the decay)",
-        "learning rate 0 (step 1,200, end)",
+        "learning rate 1.48e-05 (step 1,200, end)",
     ):
         assert line in lines
 

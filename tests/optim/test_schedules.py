@@ -37,9 +37,35 @@ def test_cosine() -> None:
 
 def test_wsd() -> None:
     c = run(kind="wsd", warmup=10, decay=20, final_ratio=0.0)
-    assert [learning_rate(c, s) for s in (10, 50, 80, 90, 100)] == pytest.approx(
-        [2.0, 2.0, 2.0, 1.0, 0.0]
+    assert [learning_rate(c, s) for s in (10, 50, 80, 90, 100, 101)] == pytest.approx(
+        [2.0, 2.0, 2.0, 2.0 * 11 / 21, 2.0 / 21, 0.0]
     )
+    c = run(kind="wsd", warmup=10, decay=20, final_ratio=0.5)
+    assert [learning_rate(c, s) for s in (80, 90, 100)] == pytest.approx([2.0, 1.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"kind": "cosine"},
+        {"kind": "linear"},
+        {"kind": "wsd", "decay": 20},
+        {"kind": "wsd", "decay": 20, "decay_shape": "sqrt"},
+        {"kind": "power", "power_from": 20, "decay": 20},
+        {"kind": "wsd", "decay": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("unit", [1, 10])
+def test_a_decay_to_zero_leaves_no_step_without_a_rate(schedule: dict, unit: int) -> None:
+    lengths = {key: value * unit for key, value in schedule.items() if isinstance(value, int)}
+    name = "steps" if unit == 1 else "tokens"
+    c = run(**schedule | lengths, unit=name, warmup=10 * unit, final_ratio=0.0)
+    rates = [learning_rate(c, step) for step in range(1, 102)]
+    assert all(rate > 0 for rate in rates[:100])
+    assert rates[100] == pytest.approx(0.0, abs=1e-15)
+    assert rates[9] == 2.0 == max(rates)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
 
 
 def test_tokens_and_steps_are_the_same_schedule() -> None:
@@ -52,25 +78,27 @@ def test_tokens_and_steps_are_the_same_schedule() -> None:
 
 def test_linear_ends_at_zero_unless_a_ratio_is_set() -> None:
     c = run(kind="linear", warmup=20)
-    assert [learning_rate(c, s) for s in (10, 20, 60, 100)] == pytest.approx([1.0, 2.0, 1.0, 0.0])
-    assert learning_rate(c, 100) == 0.0
+    assert [learning_rate(c, s) for s in (10, 20, 60, 100)] == pytest.approx(
+        [1.0, 2.0, 82 / 81, 2 / 81]
+    )
+    assert learning_rate(c, 101) == 0.0
     assert learning_rate(run(kind="linear", final_ratio=0.2), 100) == pytest.approx(0.4)
 
 
 def test_square_root_decay() -> None:
     c = run(kind="wsd", warmup=10, decay=20, decay_shape="sqrt", final_ratio=0.0)
     assert [learning_rate(c, s) for s in (80, 85, 95, 100)] == pytest.approx(
-        [2.0, 2.0 * (1 - math.sqrt(0.25)), 2.0 * (1 - math.sqrt(0.75)), 0.0]
+        [2.0, *(2.0 * (1 - math.sqrt(over / 21)) for over in (5, 15, 20))]
     )
-    assert learning_rate(c, 100) == 0.0
+    assert learning_rate(c, 101) == 0.0
 
 
 def test_power_falls_from_its_peak_and_then_decays() -> None:
     c = run(kind="power", warmup=10, power_from=20, decay=20, final_ratio=0.0)
     assert [learning_rate(c, s) for s in (5, 10, 20)] == pytest.approx([1.0, 2.0, 2.0])
     assert learning_rate(c, 60) == pytest.approx(2.0 * 3**-0.51)
-    assert learning_rate(c, 90) == pytest.approx(2.0 * 4**-0.51 / 2)
-    assert learning_rate(c, 100) == 0.0
+    assert learning_rate(c, 90) == pytest.approx(2.0 * 4**-0.51 * 11 / 21)
+    assert learning_rate(c, 101) == 0.0
 
 
 def test_default_decay_is_a_fifth_of_what_is_consumed() -> None:
@@ -78,7 +106,8 @@ def test_default_decay_is_a_fifth_of_what_is_consumed() -> None:
     ramp = BatchSchedule(10, ((0, 1), (50, 3)))
     assert c.total_steps == 100 and ramp.consumed_tokens(100) == 2000
     assert learning_rate(c, 86, ramp) == 2.0 > learning_rate(c, 87, ramp)
-    assert learning_rate(c, 100, ramp) == 0.0
+    assert learning_rate(c, 100, ramp) == pytest.approx(2.0 * 30 / 430)
+    assert learning_rate(c, 101, ramp) == 0.0
 
 
 def test_milestones_are_steps() -> None:

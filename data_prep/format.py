@@ -37,12 +37,19 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
-from nextpt.base.errors import DataPrepError
+from nextpt.base.errors import DataPrepError, first_problem
 from nextpt.base.files import canonical_json, sha256_file
 
 FORMAT_VERSION = 3
@@ -109,13 +116,13 @@ class SplitCounts(_Record):
         index_sha256: Hash of index.json; empty without sequences.
     """
 
-    documents: int
-    bytes: int
-    tokens: int
-    text_tokens: int
-    sequences: int
-    padding_tokens: int
-    max_segments: int | None = None
+    documents: NonNegativeInt
+    bytes: NonNegativeInt
+    tokens: NonNegativeInt
+    text_tokens: NonNegativeInt
+    sequences: NonNegativeInt
+    padding_tokens: NonNegativeInt
+    max_segments: NonNegativeInt | None = None
     index_sha256: str
 
 
@@ -123,8 +130,8 @@ class DatasetManifest(_Record):
     """Content of dataset.json."""
 
     format_version: int = FORMAT_VERSION
-    sequence_length: int
-    vocab_size: int
+    sequence_length: PositiveInt
+    vocab_size: PositiveInt
     token_dtype: Literal["uint16", "uint32"]
     tokenizer_sha256: str
     token_bytes_sha256: str | None = None  # of the file; None where the writer did not record it
@@ -138,6 +145,15 @@ class DatasetManifest(_Record):
     domains: list[str]
     splits: dict[str, dict[str, SplitCounts]]
     fingerprint: str
+
+    @model_validator(mode="after")
+    def _counts_of_every_domain(self) -> Self:
+        if set(self.splits) != set(SPLITS):
+            raise ValueError(f"splits are {', '.join(self.splits)}, expected {', '.join(SPLITS)}")
+        for split, domains in self.splits.items():
+            if set(domains) != set(self.domains) or len(self.domains) != len(domains):
+                raise ValueError(f"splits.{split} has other domains than domains")
+        return self
 
     @classmethod
     def load(cls, folder: Path) -> DatasetManifest:
@@ -169,10 +185,12 @@ class DatasetManifest(_Record):
                     f" {FORMAT_VERSION}: {fix}prepare the data again"
                 )
             manifest = cls.model_validate(_from_version_2(raw) if version == 2 else raw)
-        except (ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
+        except ValidationError as error:
             raise DataPrepError(
-                f"{path} is damaged: {str(error).splitlines()[0]}; prepare the data again"
+                f"{path} is damaged: {first_problem(error)}; prepare the data again"
             ) from error
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise DataPrepError(f"{path} is damaged: {error}; prepare the data again") from error
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.is_file() or sha256_file(tokenizer) != manifest.tokenizer_sha256:
             raise DataPrepError(

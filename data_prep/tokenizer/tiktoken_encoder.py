@@ -192,6 +192,8 @@ def _ranks(description: Description, library: HFTokenizer) -> dict[bytes, int]:
                 raise NotEligibleError(
                     f"tiktoken would merge {data!r}, which its list of merges does not"
                 )
+    if len(set(ranks.values())) < len(ranks):  # tiktoken would panic
+        raise NotEligibleError("two of its tokens have one id")
     return ranks
 
 

@@ -3,11 +3,16 @@
 The message of each error is one line: what is wrong, the value, what was expected, what to do.
 """
 
+from __future__ import annotations
+
 import errno
 import sys
 import warnings
 from contextlib import suppress
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # Exit codes; docs/reliability.md says what to do about each. Numbers above 63 are those of
 # sysexits.h.
@@ -20,6 +25,7 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop; the same command continues
 # No progress: a rank or the network does not answer; the same command continues on sound machines
 EXIT_HUNG = 76
 
+LONGEST_MESSAGE = 2_000  # characters of an error
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -71,6 +77,17 @@ class UserError(Exception):
     exit_code = EXIT_USER_ERROR
     every_rank = False
 
+    def __str__(self) -> str:
+        """The message; the middle of a longer one than LONGEST_MESSAGE is left out.
+
+        Values of damaged files are quoted in messages, and may have any length.
+        """
+        text = super().__str__()
+        if len(text) <= LONGEST_MESSAGE:
+            return text
+        half = LONGEST_MESSAGE // 2 - 50
+        return f"{text[:half]} [{len(text) - 2 * half:,} characters] {text[-half:]}"
+
 
 Error = TypeVar("Error", bound=UserError)
 
@@ -89,6 +106,14 @@ def describe_os_error(error: OSError) -> str:
     if error.errno in NOT_WRITABLE:
         return f"{text}; give a folder that this user can write"
     return text
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line: the first key that pydantic refuses, and why."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
 
 
 class ConfigError(UserError):

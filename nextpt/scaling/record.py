@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
-from nextpt.base.errors import ScalingError
+from nextpt.base.errors import ScalingError, first_problem
 from nextpt.base.files import atomic_write
 from nextpt.scaling.allocation import interval, optimal_exponent
 from nextpt.scaling.checks import sensitivity, warnings
 from nextpt.scaling.fitting import Fit
 from nextpt.scaling.frontier import Frontier
-from nextpt.scaling.laws import LAWS
+from nextpt.scaling.laws import LAWS, Constants
 from nextpt.scaling.observations import Runs
 from nextpt.scaling.repeats import HALF_LIVES, NAMES, RepeatedFit, constant_interval
 
@@ -143,60 +153,141 @@ def read_fit(path: Path) -> Fit | Frontier | RepeatedFit:
             " wrote"
         ) from error
     try:
-        return _restore(values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ScalingError(
-            f"{path} is not a fit: {error!r}; give the file that `nextpt scaling fit ... --json`"
-            " wrote"
-        ) from error
-
-
-def _restore(values: dict[str, Any]) -> Fit | Frontier | RepeatedFit:
-    columns = values["runs"]
-    runs = Runs(
-        np.array(columns["parameters"]),
-        np.array(columns["tokens"]),
-        np.array(columns["loss"]),
-        columns["labels"],
-        columns["convention"],
-        # Files without it were written when every loss was called so
-        loss_unit=columns.get("loss_unit", "nats per token"),
+        return _restore(_Stored.model_validate(values))
+    except ValidationError as error:
+        problem = first_problem(error)
+    except (KeyError, ValueError) as error:
+        problem = str(error)
+    raise ScalingError(
+        f"{path} is not a fit ({problem}); give the file that `nextpt scaling fit ... --json` wrote"
     )
-    if values["form"] == "repeated":
-        return RepeatedFit(
-            replace(runs, unique_tokens=np.array(columns["unique_tokens"])),
-            {name: values[name] for name in NAMES},
-            values["objective"],
-            values["delta"],
-            {name: np.array(column) for name, column in values["resamples"].items()},
-            values["warnings"],
-            values.get("fixed", {}),
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _StoredRuns(BaseModel):
+    """`runs` of a file of a fit."""
+
+    parameters: list[Positive] = Field(min_length=1)
+    tokens: list[Positive]
+    loss: list[Positive]
+    labels: list[str]
+    convention: str
+    # Files without it were written when every loss was called so
+    loss_unit: str = "nats per token"
+    unique_tokens: list[Positive] | None = None
+
+    @model_validator(mode="after")
+    def _equal_lengths(self) -> Self:
+        lengths = {len(self.parameters), len(self.tokens), len(self.loss), len(self.labels)}
+        if self.unique_tokens is not None:
+            lengths.add(len(self.unique_tokens))
+        if len(lengths) > 1:
+            raise ValueError("its columns have unequal lengths")
+        return self
+
+    def restore(self) -> Runs:
+        return Runs(
+            np.array(self.parameters),
+            np.array(self.tokens),
+            np.array(self.loss),
+            self.labels,
+            self.convention,
+            None if self.unique_tokens is None else np.array(self.unique_tokens),
+            self.loss_unit,
         )
-    if values["form"] not in LAWS:
+
+
+class _Stored(BaseModel):
+    """What is read of a file of a fit; the constants are among the other keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    form: str
+    runs: _StoredRuns
+    resamples: dict[str, list[FiniteFloat]] | list[tuple[FiniteFloat, FiniteFloat]]
+    warnings: list[str]
+    objective: FiniteFloat = 0.0
+    delta: float | None = None
+    resampled: str | None = None
+    refused: int = 0
+    fixed: dict[str, Positive] = {}
+
+    def constants(self, names: Sequence[str]) -> Constants:
+        """Return constants by name; all are above zero, but E may be zero. Raises ValueError."""
+        constants: Constants = {}
+        for name in names:
+            value = (self.model_extra or {}).get(name)
+            number = float(value) if isinstance(value, int | float) else math.nan
+            if not 0 <= number < math.inf or (number == 0 and name != "E"):
+                raise ValueError(f"{name} is {value!r}, expected a number above 0")
+            constants[name] = number
+        return constants
+
+    def columns(self, names: Sequence[str]) -> Constants:
+        """Return the resamples of these constants, or none. Raises ValueError."""
+        columns = self.resamples
+        if not isinstance(columns, dict):
+            raise ValueError("resamples is a list, expected a column for each constant")
+        if columns and (
+            not set(names) <= columns.keys()
+            or len({len(column) for column in columns.values()}) > 1
+        ):
+            raise ValueError(f"resamples needs columns of one length for {', '.join(names)}")
+        return {name: np.array(column) for name, column in columns.items()}
+
+
+def _restore(stored: _Stored) -> Fit | Frontier | RepeatedFit:
+    """Raises ValueError for values that are none of a fit."""
+    runs = stored.runs.restore()
+    if stored.form == "repeated":
+        if runs.unique_tokens is None or stored.delta is None:
+            raise ValueError("it has no unique_tokens or no delta")
+        return RepeatedFit(
+            runs,
+            stored.constants(NAMES),
+            stored.objective,
+            stored.delta,
+            stored.columns([]),
+            stored.warnings,
+            stored.fixed,
+        )
+    if stored.form not in LAWS:
+        line = _Line.model_validate(stored.model_extra)
+        rows = stored.resamples
+        if not isinstance(rows, list):
+            raise ValueError("resamples has columns, expected pairs of numbers")
         return Frontier(
-            values["form"],
+            stored.form,
             runs,
             [],
-            values["a"],
-            values["log_k"],
-            np.array(values["resamples"]).reshape(-1, 2),
-            values["warnings"],
+            line.a,
+            line.log_k,
+            np.array(rows, dtype=float).reshape(-1, 2),
+            stored.warnings,
         )
-    law = LAWS[values["form"]]
-    constants = {name: values[name] for name in law.constants}
+    law = LAWS[stored.form]
+    constants = stored.constants(law.constants)
     residuals = np.log(law.loss(constants, runs.parameters, runs.tokens) / runs.loss)
-    resamples = {name: np.array(column) for name, column in values["resamples"].items()}
     return Fit(
         law,
         runs,
-        values["delta"],
+        stored.delta,
         constants,
-        values["objective"],
+        stored.objective,
         residuals,
-        resamples,
-        values["resampled"],
-        values.get("refused", 0),
+        stored.columns(law.constants),
+        stored.resampled,
+        stored.refused,
     )
+
+
+class _Line(BaseModel):
+    """The constants of a frontier."""
+
+    a: FiniteFloat
+    log_k: FiniteFloat
 
 
 def _runs_json(runs: Runs) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 from yaml import YAMLError
 
-from nextpt.base.errors import ScalingError
+from nextpt.base.errors import ScalingError, first_problem
 from nextpt.config import Config, differences, load_config
 from nextpt.config.reader import read_yaml, text_keys
 from nextpt.config.section import Section, key
@@ -133,10 +133,8 @@ def read_set(kind: type[Kind], path: Path, name: str) -> Kind:
             OmegaConf.to_container(OmegaConf.create(values), resolve=True)
         )
     except ValidationError as error:
-        first = error.errors()[0]
         raise ScalingError(
-            f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}; {name} has"
-            f" {', '.join(kind.model_fields)}"
+            f"{path}: {first_problem(error)}; {name} has {', '.join(kind.model_fields)}"
         ) from None
     except OSError as error:
         raise ScalingError(f"{path} cannot be read: {error.strerror}") from error

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from data_prep.format import DatasetManifest
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.base.files import sha256_file
 from nextpt.data.index import ShardFile
@@ -267,6 +268,29 @@ def test_a_changed_or_missing_index_is_refused(copy: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match=r"index\.json: No such file"):
         sequences_of(copy, "train", "code")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["splits"].pop("train"), "splits are validation, expected train, validation"),
+        (lambda m: m["splits"]["train"].pop("code"), "splits.train has other domains than domains"),
+        (lambda m: m["domains"].append("more"), "has other domains than domains"),
+        (
+            lambda m: m["splits"]["train"]["code"].update(sequences=-1),
+            "splits.train.code.sequences: Input should be greater than or equal to 0",
+        ),
+        (lambda m: m.update(sequence_length=0), "sequence_length: Input should be greater than 0"),
+    ],
+)
+def test_a_manifest_that_lacks_a_split_or_domain_is_refused(
+    copy: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    manifest = json.loads((copy / "dataset.json").read_text())
+    change(manifest)
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=rf"dataset\.json is damaged: .*{message}"):
+        DatasetManifest.load(copy)
 
 
 def test_an_index_in_any_json_layout_is_read(copy: Path) -> None:

@@ -127,3 +127,15 @@ def test_copies_in_another_folder_give_the_same_tokenizer(
 ) -> None:
     shutil.copy(tokenizers["neox"].path, tmp_path / "tokenizer.json")
     assert Tokenizer(tmp_path / "tokenizer.json").sha256 == tokenizers["neox"].sha256
+
+
+def test_two_tokens_with_one_id_are_encoded_by_the_tokenizers_library(tmp_path: Path) -> None:
+    """Tiktoken panics on such ranks, with an exception that is none of Python's Exceptions."""
+    path = tmp_path / "tokenizer.json"
+    train_bpe(TEXTS, 420, path)
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["b"] = vocabulary["a"]
+    path.write_text(json.dumps(content))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.encode("cab").tolist() == [vocabulary[c] for c in "caa"]

@@ -48,7 +48,7 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
                 " seeds, baseline, variants"
             ),
         ),
-        ({"seeds": [1, 1]}, "seeds: Value error, [1, 1] repeats a seed"),
+        ({"seeds": [1, 1]}, "seeds: [1, 1] repeats a seed"),
         (variant("code-8", "train.steps=7"), "two variants have the name code-8"),
         (
             variant("same", "objective.domain_weights.prose=1"),

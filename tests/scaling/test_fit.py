@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +21,7 @@ from nextpt.scaling.laws import CHINCHILLA, KAPLAN, LAWS, OVER_TRAINING, Law
 from nextpt.scaling.observations import Runs, drop_highest_losses, read_csv
 from nextpt.scaling.plots import plot_fit, plot_valleys
 from nextpt.scaling.predict import predict
+from nextpt.scaling.record import fit_json, read_fit
 
 DATA = Path(os.environ.get("NEXTPT_TEST_DATA", "/nowhere")) / "scaling"
 published = pytest.mark.skipif(
@@ -370,3 +372,29 @@ def test_resamples_with_rising_loss_are_excluded_and_reported() -> None:
     )
     low, high = predict(law_fit, 3e6, 3e6, 0.9)["interval"]
     assert low < predict(law_fit, 3e6, 3e6, 0.9)["loss"] < high < 10
+
+
+DAMAGES: dict[str, tuple[list[str | int], object, str]] = {
+    "size": (["runs", "parameters", 0], 0, r"runs\.parameters\.0: Input should be greater than 0"),
+    "length": (["runs", "loss"], [3.0], "runs: its columns have unequal lengths"),
+    "exponent": (["alpha"], 0.0, r"alpha is 0\.0, expected a number above 0"),
+    "constant": (["E"], "x", "E is 'x', expected a number above 0"),
+    "resamples": (["resamples"], [[1.0, 2.0]], "resamples is a list"),
+    "column": (["resamples"], {"A": [1.0]}, "resamples needs columns of one length for A, B"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_no_fit_is_refused_by_its_key(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "fit.json"
+    values = fit_json(fit(CHINCHILLA, synthetic_runs(CHINCHILLA), bootstrap=2))
+    path.write_text(json.dumps(values))
+    assert read_fit(path).runs.labels == values["runs"]["labels"]
+    (*keys, last), value, message = DAMAGES[damage]
+    holder = values
+    for key in keys:
+        holder = holder[key]  # type: ignore[index]
+    holder[last] = value  # type: ignore[index]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ScalingError, match=rf"fit\.json is not a fit \({message}"):
+        read_fit(path)

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml scripts/install.py 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help setup lint format api figures demo ladder test test-fast test-slow storm gpu-check bench clean browser system-deps
+.PHONY: help setup lint format api figures demo ladder test test-fast test-slow storm fuzz gpu-check bench clean browser system-deps
 
 help:
 	@echo "make setup      make .venv and install everything"
@@ -17,6 +17,7 @@ help:
 	@echo "make api        write docs/api.md from the docstrings"
 	@echo "make figures    write the measured figures of docs/figures.yaml into the pages that name them"
 	@echo "make storm      training killed KILLS times (1000), at random instants and in saves; nothing may be lost"
+	@echo "make fuzz       every kind of file that a command reads, damaged FUZZ times (100000): hours"
 	@echo "make gpu-check  the kernel tests and benchmarks on a GPU, with the python3 of this shell"
 	@echo "make bench      the benchmarks"
 	@echo "make clean      remove .venv and caches (runs/ stays)"
@@ -74,6 +75,10 @@ ladder: setup
 KILLS ?= 1000
 storm: setup
 	@$(BIN)/python -m tests.support.storm --kills $(KILLS) --launchers $$(($(KILLS) / 100)) $(if $(SEED),--seed $(SEED))
+
+FUZZ ?= 100000
+fuzz: setup
+	@NEXTPT_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q -m slow tests/faults/test_damaged_files.py -n 2 --dist load
 
 # The report is tested in a real browser; without one those tests are skipped and say so.
 browser:

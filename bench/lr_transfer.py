@@ -1,13 +1,14 @@
 """Held-out loss against learning rate, over widths or depths, by parametrization.
 
     python -m bench.lr_transfer CONFIG --axis width --sizes 32,64,128,256 [KEY=VALUE ...]
-        [--parametrizations standard,mup] [--rates 1e-3,2e-3,...] [--dir runs/lr-transfer]
-        [--json FILE] [--plot FILE]
+        [--parametrizations standard,mup] [--rates 1e-3,2e-3,...] [--seeds 0,1,...]
+        [--dir runs/lr-transfer] [--json FILE] [--plot FILE]
 
-Trains CONFIG once for each parametrization, size and rate (seed and steps are the config's), with
-the smallest size as the base shape, and shows at which rate each size has its lowest loss. Where
-hyperparameters transfer that rate is the same at all sizes, or the one beside it. Heads have the
-width of the config's; wider models have more of them. A finished run is not trained again.
+Trains CONFIG for each parametrization, size, rate and seed, with the first size as the base shape,
+at which every parametrization is the standard one, and shows at which rate each size has its lowest
+mean loss. Where hyperparameters transfer that rate is the same at all sizes, or the one beside it.
+Heads have the width of the config's; wider models have more of them. A finished run is not trained
+again, so rates and seeds may be added.
 """
 
 from __future__ import annotations
@@ -35,19 +36,25 @@ RATES = "1e-3,2e-3,4e-3,8e-3,16e-3,32e-3"
 
 @dataclass(frozen=True)
 class Point:
-    """One run.
+    """Runs that differ in their seeds alone.
 
     Attributes:
         parametrization: `model.parametrization`.
         size: Width or depth of the model.
         lr: Its `optimizer.lr`.
-        loss: Held-out loss after the last step, nats per token; infinity for a run that diverged.
+        losses: Held-out loss of each seed after the last step, nats per token; infinity for a run
+            that diverged.
     """
 
     parametrization: str
     size: int
     lr: float
-    loss: float
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over the seeds."""
+        return sum(self.losses) / len(self.losses)
 
 
 def shape(config: Config, axis: str, size: int, base: int) -> list[str]:
@@ -80,8 +87,12 @@ def _draw_panel(axes: Axes, points: Sequence[Point], axis: str) -> None:
     sizes = sorted({point.size for point in points})
     colours = matplotlib.colormaps["viridis"]
     for number, size in enumerate(sizes):
-        line = sorted((p.lr, p.loss) for p in points if p.size == size and p.loss < math.inf)
+        trained = [p for p in points if p.size == size and p.loss < math.inf]
+        line = sorted((p.lr, p.loss) for p in trained)
         colour = colours(number / max(len(sizes) - 1, 1) * 0.9)
+        single = [(p.lr, loss) for p in trained for loss in p.losses if len(p.losses) > 1]
+        if single:
+            axes.plot(*zip(*single, strict=True), ".", markersize=3, color=colour, alpha=0.5)
         axes.plot(*zip(*line, strict=True), "o-", markersize=4, color=colour, label=str(size))
         axes.plot(*min(line, key=lambda pair: pair[1]), "o", markersize=10, mfc="none", mec=colour)
     axes.set(xscale="log", xlabel="learning rate (optimizer.lr)")
@@ -108,26 +119,36 @@ def main() -> None:
     parser.add_argument("--sizes", required=True, help="comma-separated, the base shape first")
     parser.add_argument("--rates", default=RATES, help=f"learning rates [default: {RATES}]")
     parser.add_argument("--parametrizations", default="standard,mup")
+    parser.add_argument("--seeds", help="comma-separated [default: the config's]")
     parser.add_argument("--dir", type=Path, default=Path("runs/lr-transfer"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     sizes = [int(size) for size in arguments.sizes.split(",")]
-    points = []
-    for kind in arguments.parametrizations.split(","):
-        for size in sizes:
-            for rate in arguments.rates.split(","):
-                name = f"{kind}-{arguments.axis}-{size}-lr-{rate}"
-                keys = [
-                    *arguments.overrides,
-                    f"model.parametrization={kind}",
-                    *shape(config, arguments.axis, size, sizes[0]),
-                    f"optimizer.lr={rate}",
-                ]
-                loss = train(arguments.config, arguments.dir / name, keys)
-                print(f"{name}: {loss:.4f} nats", flush=True)
-                points.append(Point(kind, size, float(rate), loss))
+    own = str(config.run.seed)
+    seeds = arguments.seeds.split(",") if arguments.seeds else [own]
+
+    def run(kind: str, size: int, rate: str, seed: str) -> float:
+        kind = "standard" if size == sizes[0] else kind  # the same bits
+        name = f"{kind}-{arguments.axis}-{size}-lr-{rate}" + f"-seed-{seed}" * (seed != own)
+        keys = [
+            *arguments.overrides,
+            f"model.parametrization={kind}",
+            *shape(config, arguments.axis, size, sizes[0]),
+            f"optimizer.lr={rate}",
+            f"run.seed={seed}",
+        ]
+        loss = train(arguments.config, arguments.dir / name, keys)
+        print(f"{name}: {loss:.4f} nats", flush=True)
+        return loss
+
+    points = [
+        Point(kind, size, float(rate), tuple(run(kind, size, rate, seed) for seed in seeds))
+        for kind in arguments.parametrizations.split(",")
+        for size in sizes
+        for rate in arguments.rates.split(",")
+    ]
     show(points, arguments.axis)
     if arguments.json:
         machine = describe_machine("cpu")

@@ -167,20 +167,3 @@ def test_the_shipped_ablation_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
         len({run.name for run in ablation.runs()}) == 9
         and ablation.config(ablation.runs()[-1]).run.seed == 2
     )
-
-
-@pytest.mark.thorough
-def test_the_shipped_sweep_has_five_learning_rates_at_every_width(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("nextpt.scaling.ablation.load_manifest", lambda path: None)
-    monkeypatch.setattr("nextpt.scaling.ablation.check_dataset", lambda config, manifest: None)
-    ablation = load_ablation(ROOT / "configs" / "ablations" / "lr-transfer.yaml")
-    configs = [ablation.config(run) for run in ablation.runs()]
-    rates = [1.75e-3, 3.5e-3, 7e-3, 1.4e-2, 2.8e-2]
-    assert sorted((c.model.width, c.optimizer.lr) for c in configs) == [
-        (width, rate) for width in (32, 64, 128, 256) for rate in rates
-    ]
-    assert all(
-        c.model.parametrization == "mup" and c.model.heads * 32 == c.model.width for c in configs
-    )

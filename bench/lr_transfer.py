@@ -76,8 +76,8 @@ def draw(points: Sequence[Point], axis: str, title: str, path: Path) -> None:
             _draw_panel(axes, [p for p in points if p.parametrization == kind], axis)
             axes.set_title(kind, loc="left")
         panels[0].set_ylabel("held-out loss, nats per token")
-        best = min(point.loss for point in points)
-        panels[0].set_ylim(best - 0.03, best + 0.75)
+        losses = [point.loss for point in points if point.loss < math.inf]
+        panels[0].set_ylim(min(losses) - 0.03, min(max(losses) + 0.03, min(losses) + 0.75))
         panels[-1].legend(title=axis, loc="center left", bbox_to_anchor=(1, 0.5))
         set_title(figure, title)
         save_plot(figure, path)
@@ -155,7 +155,8 @@ def main() -> None:
         rows = [asdict(point) for point in points]
         arguments.json.write_text(json.dumps({"machine": machine, "runs": rows}, indent=1) + "\n")
     if arguments.plot:
-        title = f"Held-out loss after {config.total_steps:,} steps, {config.optimizer.kind}"
+        name = {"adamw": "AdamW", "muon": "Muon"}[config.optimizer.kind]
+        title = f"Held-out loss after {config.total_steps:,} steps, {name}"
         draw(points, arguments.axis, title, arguments.plot)
 
 

@@ -151,9 +151,13 @@ def main() -> None:
     ]
     show(points, arguments.axis)
     if arguments.json:
-        machine = describe_machine("cpu")
-        rows = [asdict(point) for point in points]
-        arguments.json.write_text(json.dumps({"machine": machine, "runs": rows}, indent=1) + "\n")
+        content = {
+            "machine": describe_machine("cpu"),
+            "config": str(arguments.config),
+            "overrides": arguments.overrides,
+            "runs": [asdict(point) for point in points],
+        }
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.plot:
         name = {"adamw": "AdamW", "muon": "Muon"}[config.optimizer.kind]
         title = f"Held-out loss after {config.total_steps:,} steps, {name}"

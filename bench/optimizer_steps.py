@@ -104,6 +104,11 @@ def measure(runs: Runs, rates: list[str], seeds: list[str], shares: list[float])
         target = runs.loss("adamw", best["adamw"], seed)
         losses = [runs.loss("muon", best["muon"], seed, share) for share in shares]
         needed = steps_for(target, steps, losses)
+        if math.isnan(needed):
+            raise SystemExit(
+                f"error: seed {seed}: AdamW's {target:.4f} is not among Muon's losses"
+                f" {', '.join(f'{loss:.4f}' for loss in losses)}; give other --shares"
+            )
         rows.append({"seed": seed, "adamw": target, "muon": losses, "steps": needed})
     ratios = [runs.config.total_steps / row["steps"] for row in rows]
     return {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nextpt.config import load_config
-from nextpt.events import read_events
+from launcher.jobs.run_set import exit_with, start_run
+from nextpt.base.errors import UserError
+from nextpt.scaling.run_set import NamedRun, RunSet
 
 
 def train(config: Path, folder: Path, overrides: Sequence[str]) -> float:
@@ -22,21 +20,18 @@ def train(config: Path, folder: Path, overrides: Sequence[str]) -> float:
 
     Returns:
         Held-out loss after the last step, nats per token; infinity where the run diverged.
+
+    Raises:
+        SystemExit: The training failed, or the folder holds a run of another config.
     """
-    overrides = [*overrides, f"run.name={folder.name}", f"run.dir={folder}"]
-    last = load_config(config, overrides).total_steps
-    if (loss := _final_loss(folder, last)) is None:
-        command = [sys.executable, "-m", "launcher.cli", "train", "--config", str(config)]
-        end = subprocess.run(
-            [*command, "--ranks", "1", *overrides], capture_output=True, text=True, check=False
-        )
-        loss = _final_loss(folder, last)
-        if loss is None and "diverged" not in end.stdout + end.stderr:
-            raise SystemExit(f"{folder}: {end.stdout[-2000:]}{end.stderr[-2000:]}")
-    return math.inf if loss is None or math.isnan(loss) else loss
-
-
-def _final_loss(folder: Path, step: int) -> float | None:
-    events = read_events(folder / "metrics.jsonl", "validation") if folder.is_dir() else []
-    losses = [float(event["total"]["nats_per_token"]) for event in events if event["step"] == step]
-    return losses[-1] if losses else None
+    runs = RunSet(base=config, dir=folder.parent)
+    run = NamedRun(name=folder.name, overrides=[*overrides])
+    try:
+        if (loss := runs.loss(run)) is None:
+            code = start_run(runs, run, "run", ranks=1)
+            loss = runs.loss(run)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+    if loss is None:
+        exit_with(code, run)
+    return loss

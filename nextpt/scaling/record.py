@@ -29,6 +29,7 @@ from nextpt.scaling.laws import LAWS, Constants
 from nextpt.scaling.observations import Runs
 from nextpt.scaling.repeats import HALF_LIVES, NAMES, RepeatedFit, constant_interval
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LEVEL = 0.95  # of the intervals of constants
 DIGITS = 8  # of resamples: far below their scatter
 
@@ -163,9 +164,6 @@ def read_fit(path: Path) -> Fit | Frontier | RepeatedFit:
     )
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 class _StoredRuns(BaseModel):
     """`runs` of a file of a fit."""
 
@@ -249,7 +247,7 @@ def _restore(stored: _Stored) -> Fit | Frontier | RepeatedFit:
             stored.constants(NAMES),
             stored.objective,
             stored.delta,
-            stored.columns([]),
+            stored.columns([name for name in NAMES if name not in stored.fixed]),
             stored.warnings,
             stored.fixed,
         )

@@ -7,6 +7,7 @@ trained again.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 from yaml import YAMLError
 
-from nextpt.base.errors import ScalingError, first_problem
+from nextpt.base.errors import EXIT_USER_ERROR, ScalingError, first_problem
 from nextpt.config import Config, differences, load_config
 from nextpt.config.reader import read_yaml, text_keys
 from nextpt.config.section import Section, key
 from nextpt.data.epochs import count_epoch
 from nextpt.events import decided_batches, read_events
+from nextpt.job.exit_record import read_exit_record
 from nextpt.model import ModelSpec, count
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 
@@ -80,6 +82,33 @@ class RunSet(Section):
         events = read_events(self.folder(run) / "metrics.jsonl", "validation")
         finished = has_begun and bool(events) and events[-1]["step"] >= last_step
         return events[-1] if finished else None
+
+    def loss(self, run: NamedRun) -> float | None:
+        """Validation loss after the last step, nats per token; infinite for a run that diverged.
+
+        Returns:
+            None for a run that is not finished.
+
+        Raises:
+            ScalingError: The folder holds a run of another config.
+        """
+        if event := self.final_validation(run):
+            loss = event["total"]["nats_per_token"]
+            return float(loss) if loss is not None and math.isfinite(loss) else math.inf
+        return math.inf if self.has_diverged(run) else None
+
+    def has_diverged(self, run: NamedRun) -> bool:
+        """Return whether the run ended because of bad steps in a row (the guard's).
+
+        Raises:
+            ScalingError: The folder holds a run of another config.
+        """
+        record = read_exit_record(self.folder(run))
+        if record is None or record["code"] != EXIT_USER_ERROR or not self.is_begun(run):
+            return False
+        skips = read_events(self.folder(run) / "metrics.jsonl", "skip")
+        limit = self.config(run).guard.rollback_after
+        return bool(skips) and int(skips[-1]["consecutive"]) >= limit
 
     def is_begun(self, run: NamedRun) -> bool:
         """Return whether the run has begun.

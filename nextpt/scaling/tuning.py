@@ -15,13 +15,12 @@ from typing import Any
 
 from pydantic import Field
 
-from nextpt.base.errors import EXIT_USER_ERROR, ScalingError
+from nextpt.base.errors import ScalingError
 from nextpt.base.files import atomic_write
 from nextpt.config import Config, load_config, to_yaml
 from nextpt.data.dataset import check_dataset
 from nextpt.data.sequences import load_manifest
 from nextpt.events import read_events
-from nextpt.job.exit_record import read_exit_record
 from nextpt.scaling.observations import FLOPS_PER_PARAMETER_AND_TOKEN
 from nextpt.scaling.optimum import LARGEST_EXPONENT, Optimum, Point, locate, search
 from nextpt.scaling.proxy import Transfer, parameters_of, rounded, scaled_values, set_values
@@ -57,33 +56,6 @@ class Tuning(RunSet):
         name = f"lr{lr:.3g}-wd{weight_decay:.3g}-s{seed}".replace("+", "")
         overrides = [f"{key}={value}" for key, value in values.items()]
         return NamedRun(name=name, overrides=[*overrides, f"run.seed={seed}"])
-
-    def loss(self, trial: NamedRun) -> float | None:
-        """Validation loss after the last step, nats per token; infinite for a diverged trial.
-
-        Returns:
-            None for a trial that is not finished.
-
-        Raises:
-            ScalingError: The folder holds a run of another config.
-        """
-        if event := self.final_validation(trial):
-            loss = event["total"]["nats_per_token"]
-            return float(loss) if loss is not None and math.isfinite(loss) else math.inf
-        return math.inf if self.has_diverged(trial) else None
-
-    def has_diverged(self, trial: NamedRun) -> bool:
-        """Return whether the trial ended because of bad steps in a row (the guard's).
-
-        Raises:
-            ScalingError: The folder holds a run of another config.
-        """
-        record = read_exit_record(self.folder(trial))
-        if record is None or record["code"] != EXIT_USER_ERROR or not self.is_begun(trial):
-            return False
-        skips = read_events(self.folder(trial) / "metrics.jsonl", "skip")
-        limit = self.config(trial).guard.rollback_after
-        return bool(skips) and int(skips[-1]["consecutive"]) >= limit
 
     def tokens(self, trial: NamedRun) -> int:
         """Tokens that a trial was trained on, those of its logged steps."""

@@ -6,15 +6,19 @@ test-slow` 300.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
 import sysconfig
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -29,12 +33,14 @@ from nextpt.evaluate.coding.files import FileCoder
 from nextpt.evaluate.loaded_model import open_model
 from nextpt.exchange import export_hf
 from nextpt.observe.run_record import read_runs
-from nextpt.scaling.fitting import fit
+from nextpt.scaling.fitting import Fit, fit
+from nextpt.scaling.frontier import Frontier
 from nextpt.scaling.ladder import read_result
 from nextpt.scaling.laws import LAWS
 from nextpt.scaling.observations import Runs
-from nextpt.scaling.predict import plan_budget, predict
-from nextpt.scaling.record import fit_json, read_fit
+from nextpt.scaling.predict import on_corpus, plan_budget, predict
+from nextpt.scaling.record import fit_json, frontier_json, read_fit, repeated_json
+from nextpt.scaling.repeats import NAMES, RepeatedFit
 from tests.support.confined import read_confined
 from tests.support.damage import Edit, apply, edits
 from tests.support.datasets import make_dataset, tiny
@@ -122,16 +128,29 @@ def compressed(folder: Path) -> Callable[[Path], object]:
 
 
 def scaling_fit(folder: Path) -> Callable[[Path], object]:
+    """A file of each form: a law, a frontier, and a law of repeated data."""
     law = LAWS["chinchilla"]
     n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e9, 1e11, 4)))
     loss = 1.7 + 400 / n**0.34 + 2000 / d**0.37
     runs = Runs(n, d, loss, [f"run {i}" for i in range(len(n))], "synthetic")
-    (folder / "fit.json").write_text(json.dumps(fit_json(fit(law, runs))))
+    frontier = Frontier("isoflop", runs, [], 0.5, -1.2, np.array([[0.49, -1.0], [0.51, -1.3]]), [])
+    constants = dict(zip(NAMES, (400.0, 2000.0, 1.7, 0.34, 0.37, 5.3, 15.4), strict=True))
+    resamples = {name: np.array([value, 1.01 * value]) for name, value in constants.items()}
+    repeated = RepeatedFit(replace(runs, unique_tokens=d / 2), constants, 0.1, 1e-3, resamples, [])
+    for name, content in (
+        ("law", fit_json(fit(law, runs, bootstrap=2))),
+        ("frontier", frontier_json(frontier)),
+        ("repeated", repeated_json(repeated)),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(content))
 
     def read(folder: Path) -> None:
-        restored = read_fit(folder / "fit.json")
-        predict(restored, 1e9, 2e10, 0.9)
-        plan_budget(restored, 1e21, 0.9)
+        of_law = read_fit(folder / "law.json")
+        if isinstance(of_law, Fit):
+            predict(of_law, 1e9, 2e10, 0.9)
+        plan_budget(on_corpus(of_law, None), 1e21, 0.9)
+        plan_budget(on_corpus(read_fit(folder / "frontier.json"), None), 1e21, 0.9)
+        plan_budget(on_corpus(read_fit(folder / "repeated.json"), 1e10), 1e21, 0.9)
 
     return read
 
@@ -161,12 +180,7 @@ def hugging_face(folder: Path) -> Callable[[Path], object]:
 def corpus(folder: Path) -> Callable[[Path], object]:
     records = [{"id": str(i), "text": TEXT.decode(), "meta": {"n": i}} for i in range(8)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.Table.from_pylist(records), folder / "texts.parquet")
-    import gzip
-
     (folder / "more.jsonl.gz").write_bytes(gzip.compress((folder / "texts.jsonl").read_bytes()))
     return lambda folder: list(read_documents(folder))
 

@@ -12,6 +12,7 @@ cumulative counts of a domain only grow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -22,24 +23,25 @@ UNIT = 2**20
 PERIOD = UNIT // BLOCK
 
 
-def quantise_shares(shares: list[float]) -> tuple[int, ...]:
-    """Round shares to integer weights that sum to UNIT, by largest remainder.
+def quantise_shares(shares: Sequence[float], unit: int = UNIT) -> tuple[int, ...]:
+    """Round shares to integer weights that sum to `unit`, by largest remainder.
 
     Computed in exact fractions, so that every machine rounds alike.
 
     Args:
-        shares: Finite, >= 0, at least one above 0, at most UNIT of them. Any sum.
+        shares: Finite, >= 0, at least one above 0. Any sum.
+        unit: Sum of the weights.
 
     Returns:
-        One weight per share; at least 1 where the share is above 0.
+        One weight per share; at least 1 where the share is above 0, if `unit` has enough.
     """
     total = sum(map(Fraction, shares))
-    exact = [Fraction(share) * UNIT / total for share in shares]
+    exact = [Fraction(share) * unit / total for share in shares]
     weights = [max(int(e), e > 0) for e in exact]
     by_remainder = sorted(range(len(shares)), key=lambda d: (weights[d] - exact[d], d))
-    for d in by_remainder[: max(UNIT - sum(weights), 0)]:
+    for d in by_remainder[: max(unit - sum(weights), 0)]:
         weights[d] += 1
-    while sum(weights) > UNIT:  # minimal weights took more than rounding down had left
+    while sum(weights) > unit:  # minimal weights took more than rounding down had left
         weights[weights.index(max(weights))] -= 1
     return tuple(int(w) for w in weights)
 

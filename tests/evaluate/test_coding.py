@@ -220,7 +220,7 @@ def test_counts_beyond_this_machine_are_refused(
     with pytest.raises(DataError, match=f"it asks for {threads} threads, and this machine has"):
         coder.decode(replace(header, threads=threads).pack() + body, "it")
     monkeypatch.setattr(coder, "_sequence_bytes", lambda: 2**60)
-    with pytest.raises(DataError, match=r"it asks for 1 sequences; .*: they take 10737418"):
+    with pytest.raises(DataError, match=r"it asks for 1 sequences, and they take 10737418"):
         coder.decode(coded, "it")
 
 

@@ -135,7 +135,8 @@ class FileCoder:
             len(tokens),
             self.environment,
         )
-        self._check_memory(header.sequences, f"--sequences {header.sequences} is too many:")
+        if problem := self._memory_problem(header.sequences):
+            raise DataError(f"--sequences {header.sequences} is too many: {problem}")
         segments, bits, first = [], 0.0, 0
         with _deterministic(header.threads):
             for number, count in enumerate(header.segments):
@@ -250,24 +251,25 @@ class FileCoder:
                 f"{name} asks for {header.threads} threads, and this machine has {processors}"
                 " processors; it is damaged, or is to be decoded where it was coded"
             )
-        self._check_memory(
-            header.sequences,
-            f"{name} asks for {header.sequences} sequences; it is damaged, or is to be decoded"
-            " where it was coded:",
-        )
+        if problem := self._memory_problem(header.sequences):
+            raise DataError(
+                f"{name} asks for {header.sequences} sequences, and {problem}; it is damaged, or is"
+                " to be decoded where it was coded"
+            )
 
-    def _check_memory(self, sequences: int, what: str) -> None:
-        """Raise DataError where sequences take more memory than is free; `what` asks for them."""
+    def _memory_problem(self, sequences: int) -> str | None:
+        """Why sequences cannot be coded together; None where the free memory has room for them."""
         needed = sequences * self._sequence_bytes()
         if self.device.type == "cuda":
             available = torch.cuda.mem_get_info(self.device)[0]
         else:
             available = psutil.virtual_memory().available
-        if needed > available:
-            raise DataError(
-                f"{what} they take {needed / 2**30:.1f} GiB, and this machine has"
-                f" {available / 2**30:.1f} GiB left"
-            )
+        if needed <= available:
+            return None
+        return (
+            f"they take {needed / 2**30:.1f} GiB where this machine has {available / 2**30:.1f} GiB"
+            " left"
+        )
 
     def _default_sequences(self, tokens: int) -> int:
         """As many sequences as the file's tokens and the memory of the caches allow."""

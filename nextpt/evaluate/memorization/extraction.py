@@ -105,16 +105,21 @@ def name_documents(spans: Spans, texts: Sequence[Sequence[np.ndarray]]) -> Spans
         spans: Those of a split.
         texts: Tokens of every document of each domain. A span that none holds keeps its piece.
     """
-    encoded = [[tokens.astype(np.int64).tobytes() for tokens in domain] for domain in texts]
+    encoded = [[_as_text(tokens) for tokens in domain] for domain in texts]
     firsts = np.cumsum([0, *(len(domain) for domain in encoded)])
     documents = spans.documents + firsts[-1]
     for index, (tokens, domain) in enumerate(zip(spans.tokens, spans.domains, strict=True)):
-        needle = tokens.tobytes()
+        span = _as_text(tokens)
         for number, document in enumerate(encoded[domain]):
-            if needle in document:
+            if span in document:
                 documents[index] = firsts[domain] + number
                 break
     return replace(spans, documents=documents)
+
+
+def _as_text(tokens: np.ndarray) -> str:
+    """A string of one character per token, in which Python searches fast."""
+    return tokens.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
 def greedy(model: Decoder, prefixes: Tensor, count: int) -> Tensor:

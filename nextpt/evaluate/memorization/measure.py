@@ -9,6 +9,7 @@ import numpy as np
 
 from data_prep.tokenizer import Tokenizer
 from nextpt.base.errors import DataError
+from nextpt.data.mixture import quantise_shares
 from nextpt.data.sequences import SequenceSource
 from nextpt.evaluate.bootstrap import middle, stratified
 from nextpt.evaluate.memorization.canaries import Canary, exposure
@@ -71,7 +72,8 @@ def measure_extraction(
             f" the model's {model.max_position} positions; ask for shorter ones"
         )
     domains = [d for d in splits["train"] if all(len(of.get(d, ())) for of in splits.values())]
-    counts = _divide(count, [len(splits["train"][d]) for d in domains])
+    sizes = [len(splits["train"][d]) for d in domains]
+    counts = quantise_shares(sizes, count) if domains else ()
     result: dict[str, Any] = {}
     nats: dict[str, np.ndarray] = {}
     drawn: dict[str, Spans] = {}
@@ -102,16 +104,6 @@ def measure_extraction(
             "nats_per_token": mean_by_document(nats[split], spans),
         }
     return result | _gap(domains, counts, drawn, nats)
-
-
-def _divide(count: int, sizes: Sequence[int]) -> list[int]:
-    """Divide a count in proportion to sizes, by largest remainders (Hamilton)."""
-    if not sizes:
-        return []
-    exact = count * np.array(sizes) / sum(sizes)
-    counts = np.floor(exact).astype(int)
-    counts[np.argsort(counts - exact, kind="stable")[: count - counts.sum()]] += 1
-    return [int(n) for n in counts]
 
 
 def _gap(

@@ -38,7 +38,7 @@ def check_plot_path(path: Path) -> None:
 
 
 LONGEST_IN_COLUMNS = 36  # characters of a legend's label
-LEGEND_ROW = 0.17  # inches
+LEGEND_ROW, AXES_HEIGHT = 0.17, 3.4  # inches; of axes with their title and labels
 
 
 def set_title(figure: Figure, title: str) -> None:
@@ -63,8 +63,7 @@ def legend_below(axes: Axes, columns: int = 2) -> None:
     rows = -(-len(labels) // used)
     figure = axes.get_figure(root=True)
     assert figure is not None
-    extra = LEGEND_ROW * max(rows - 2, 0)
-    figure.set_figheight(figure.get_figheight() + extra)
+    figure.set_figheight(max(figure.get_figheight(), AXES_HEIGHT + LEGEND_ROW * rows))
     axes.legend(fontsize=8, ncols=used, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 

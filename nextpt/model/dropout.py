@@ -3,7 +3,7 @@
 The mask of an element follows from the run's seed, the number of its sequence in the order of the
 run, its position, its place in the model and its channel, by an integer hash. So a run drops the
 same elements on any number of ranks, with any micro-batch, after a resume, and when activations are
-recomputed; there is no state, and no two presentations of a sequence have the same mask.
+recomputed; there is no state, and a sequence that is read again has another mask.
 
 The hash is lowbias32 (github.com/skeeto/hash-prospector), a bijection of 32 bits in which a changed
 bit of the input changes each bit of the output with a probability of nearly 1/2.

@@ -1,7 +1,7 @@
 """Every file that a command reads, damaged: the right result or one line that says what is wrong.
 
 `make fuzz` tries 100,000 damaged inputs of each kind (NEXTPT_FUZZ); the tests 40, and in `make
-test-slow` 300.
+test-slow` 150.
 """
 
 from __future__ import annotations
@@ -257,4 +257,4 @@ def test_few_damaged_files(
 def test_many_damaged_files(
     make: Callable[[Path], Callable[[Path], object]], tmp_path: Path
 ) -> None:
-    check(make, EXAMPLES or 300, tmp_path)
+    check(make, EXAMPLES or 150, tmp_path)

@@ -1,4 +1,4 @@
-"""A hundred kills, at least half of them in saves: the invariants of support/storm.py hold."""
+"""Sixty kills, nearly half of them in saves: the invariants of support/storm.py hold."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def storm(folder: Path, *arguments: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
-    summary = storm(tmp_path, "--kills", "110", "--launchers", "2")
+def test_sixty_kills_change_nothing(tmp_path: Path) -> None:
+    summary = storm(tmp_path, "--kills", "64", "--launchers", "2")
     assert (
-        summary["kills"] == 112
-        and summary["inside_saves"] >= 50
-        and summary["inside_background_saves"] >= 15
+        summary["kills"] == 66
+        and summary["inside_saves"] >= 24
+        and summary["inside_background_saves"] >= 8
     )
     assert (
-        set(summary["by_stage"]) == {"0", "1", "2", "3"} and min(summary["by_stage"].values()) >= 10
+        set(summary["by_stage"]) == {"0", "1", "2", "3"} and min(summary["by_stage"].values()) >= 4
     )
-    assert summary["by_victims"]["one"] >= 15 and summary["by_victims"]["all"] >= 40
+    assert summary["by_victims"]["one"] >= 3 and summary["by_victims"]["all"] >= 23
     assert not any(summary["left_behind"].values())
 
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 WIDEST_HEAD = 256  # elements, for kernels that keep a tile of a head in registers
+BF16 = "bf16"  # a feature of all implementations, where they are not interpreted
 SHAPES_AND_TYPES = ("fp32", "fp64", "heads wider than 256", "values of another width than keys")
 # Beside those: "documents", "documents without cu_seqlens", "window", "softcap", "sinks", "lse" and
 # "offsets" (queries and keys that do not end at the same position).
@@ -35,7 +37,8 @@ def _triton_attention_unavailable() -> str | None:
         return missing
     from kernels.attention import triton_attention
 
-    return triton_attention.failure_on_gpu()
+    failure: str | None = triton_attention.failure_on_gpu()
+    return failure
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Implementation:
         interpreted = device == "cpu" and self.interpreted and not reason and _interprets()
         if device not in self.devices and not interpreted:
             reasons.append(f"it does not run on {device}")
-        lacking = [feature for feature in sorted(features) if feature not in self.features]
+        if interpreted and BF16 in features:
+            reasons.append("Triton's interpreter computes in bf16 wrongly")
+        lacking = sorted(set(features) - self.features - {BF16})
         return reasons + [f"it has no {feature}" for feature in lacking]
 
 
@@ -126,13 +131,21 @@ def choose_attention(name: str, device: str, features: Iterable[str] = ()) -> Im
     return choose(ATTENTION, ATTENTION_ORDER, name, device, features)
 
 
-def choose_cross_entropy(name: str, device: str) -> Implementation:
+def choose_cross_entropy(
+    name: str, device: str, dtype: torch.dtype | None = None
+) -> Implementation:
     """Choose the implementation of the vocabulary's cross-entropy for a type of device.
+
+    Args:
+        name: as of `choose`.
+        device: as of `choose`.
+        dtype: of the hidden states, where it is known.
 
     Raises:
         ValueError: as `choose`.
     """
-    return choose(CROSS_ENTROPY, CROSS_ENTROPY_ORDER, name, device)
+    features = {BF16} if dtype == torch.bfloat16 else ()
+    return choose(CROSS_ENTROPY, CROSS_ENTROPY_ORDER, name, device, features)
 
 
 def attention_features(q: Tensor, v: Tensor, **options: object) -> set[str]:
@@ -144,6 +157,7 @@ def attention_features(q: Tensor, v: Tensor, **options: object) -> set[str]:
         options: named as features; those that are not None are needed.
     """
     needed = {
+        BF16: q.dtype == torch.bfloat16,
         "fp32": q.element_size() == 4,
         "fp64": q.element_size() == 8,
         "heads wider than 256": max(q.shape[3], v.shape[3]) > WIDEST_HEAD,

@@ -3,7 +3,9 @@
     delta = sum_v out dout - dlse       p = exp(s - lse)       ds = p (dout v^T - delta)
     (arXiv 2205.14135)
 
-There are no atomics. The gradient through the log-sum-exp is only a part of delta. A program of the
+The log-sum-exp is read in its two parts, the largest score and the logarithm of the sum that is
+relative to it: their sum would lose the digits of the latter where scores are large. There are no
+atomics. The gradient through the log-sum-exp is only a part of delta. A program of the
 kernel for keys holds a block of keys and goes over the queries that see it, of all query heads that
 share them; its scores are transposed, so that statistics of queries lie along columns. Seven matrix
 products where a pass with atomics has five; always the same bits.
@@ -17,12 +19,15 @@ from kernels import triton_jit as tj
 from kernels.attention.tiles_triton import (
     HeadRows,
     block_start,
-    capped_scores,
     count_blocks,
     key_ranges,
+    less_peak,
     load_block,
     load_ends,
+    program_place,
     rows_of_head,
+    score_unit,
+    scores,
     store_block,
 )
 from kernels.triton_jit import jit
@@ -45,8 +50,8 @@ def delta_kernel(
     BLOCK_V: tl.constexpr,
 ) -> None:
     """Write delta of one tile of queries of one head."""
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start = tl.program_id(0) * BLOCK_M
+    tile, head, row = program_place(tl.cdiv(queries, BLOCK_M), heads)
+    start = tile * BLOCK_M
     at = start + tl.arange(0, BLOCK_M)
     out_rows = rows_of_head(out, out_strides, row, head, queries)
     d_out_rows = rows_of_head(d_out, d_out_strides, row, head, queries)
@@ -69,14 +74,11 @@ def _through_cap(ds: tj.Block, s: tj.Block, softcap: tj.Scalar, HAS_CAP: tl.cons
 
 
 @jit
-def _load_statistics(
-    lse: tj.Pointer, delta: tj.Pointer, at: tj.Block, queries: tj.Scalar
-) -> tuple[tj.Block, tj.Block]:
-    """(lse in units of log2, delta); a query that sees nothing has p = 0."""
-    inside = at < queries
-    natural = tl.load(lse + at, mask=inside, other=float("inf"))
-    lse2 = tl.where(natural == float("-inf"), float("inf"), natural) * LOG2_E
-    return lse2, tl.load(delta + at, mask=inside, other=0.0)
+def _load_statistic(
+    values: tj.Pointer, at: tj.Block, queries: tj.Scalar, other: tl.constexpr
+) -> tj.Block:
+    """One number per query, `other` outside of the queries."""
+    return tl.load(values + at, mask=at < queries, other=other)
 
 
 @jit
@@ -87,7 +89,8 @@ def _over_queries(
     v: tj.Block,
     q: HeadRows,
     d_out: HeadRows,
-    lse: tj.Pointer,
+    peak: tj.Pointer,
+    log_sum: tj.Pointer,
     delta: tj.Pointer,
     first: tj.Pointer,
     last: tj.Pointer,
@@ -99,18 +102,22 @@ def _over_queries(
     SHAPE: tl.constexpr,
 ) -> tuple[tj.Block, tj.Block]:
     """Add the queries start..stop of one head to the gradients of a block of keys and values."""
+    unit = score_unit(scale, SHAPE.HAS_CAP)
     # One loop with a mask: a second one without spilled 8 to 224 bytes
     for m in range(start, stop, SHAPE.BLOCK_M):
         at = m + tl.arange(0, SHAPE.BLOCK_M)
         tile_q = load_block(q, m, True, SHAPE.D, SHAPE.BLOCK_M, SHAPE.BLOCK_D)
         tile_do = load_block(d_out, m, True, SHAPE.V, SHAPE.BLOCK_M, SHAPE.BLOCK_V)
-        lse2, delta_M = _load_statistics(lse, delta, at, q.count)
+        # Each statistic is loaded where it is used: together they spill 56 bytes at D=128
+        peak_M = _load_statistic(peak, at, q.count, float("inf"))
         first_M, last_M = load_ends(first, last, at, q.count)
-        s = capped_scores(k, tile_q, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
+        s = scores(k, tile_q, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
         seen = (at_N[:, None] >= first_M[None, :]) & (at_N[:, None] <= last_M[None, :])
-        p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
+        rest_M = _load_statistic(log_sum, at, q.count, 0.0)
+        p = tl.where(seen, tl.exp2(less_peak(s, unit, peak_M[None, :]) - rest_M[None, :]), 0.0)
         dv = tl.dot(p.to(tile_do.dtype), tile_do, dv, input_precision=SHAPE.PRECISION)
         dp = tl.dot(v, tl.trans(tile_do), input_precision=SHAPE.PRECISION)
+        delta_M = _load_statistic(delta, at, q.count, 0.0)
         ds = _through_cap(p * (dp - delta_M[None, :]), s, softcap, SHAPE.HAS_CAP)
         dk = tl.dot(ds.to(tile_q.dtype), tile_q, dk, input_precision=SHAPE.PRECISION)
     return dk, dv
@@ -122,7 +129,8 @@ def keys_kernel(
     k: tj.Pointer,
     v: tj.Pointer,
     d_out: tj.Pointer,
-    lse: tj.Pointer,
+    peak: tj.Pointer,
+    log_sum: tj.Pointer,
     delta: tj.Pointer,
     first: tj.Pointer,
     last: tj.Pointer,
@@ -146,7 +154,8 @@ def keys_kernel(
     SHAPE: tl.constexpr,
 ) -> None:
     """Write the gradients of a block of keys and values of one key head."""
-    block, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(keys, SHAPE.BLOCK_N)
+    block, kv_head, row = program_place(blocks, heads // SHAPE.GROUP)
     first += row * interval_stride
     last += row * interval_stride
     query_start += row * key_interval_stride
@@ -165,10 +174,10 @@ def keys_kernel(
         head = kv_head * SHAPE.GROUP + member
         q_rows = rows_of_head(q, q_strides, row, head, queries)
         d_out_rows = rows_of_head(d_out, d_out_strides, row, head, queries)
-        lse_M = lse + (row * heads + head) * queries
-        delta_M = delta + (row * heads + head) * queries
+        statistics = (row * heads + head) * queries
         acc_k, acc_v = _over_queries(
-            acc_k, acc_v, k_N, v_N, q_rows, d_out_rows, lse_M, delta_M,
+            acc_k, acc_v, k_N, v_N, q_rows, d_out_rows,
+            peak + statistics, log_sum + statistics, delta + statistics,
             first, last, at, start, stop, scale, softcap, SHAPE,
         )  # fmt: skip
     dk_rows = rows_of_head(dk, dk_strides, row, kv_head, keys)
@@ -184,7 +193,8 @@ def _over_keys(
     k: HeadRows,
     v: HeadRows,
     d_out: tj.Block,
-    lse2: tj.Block,
+    peak: tj.Block,
+    log_sum: tj.Block,
     delta: tj.Block,
     first: tj.Block,
     last: tj.Block,
@@ -196,12 +206,13 @@ def _over_keys(
 ) -> tj.Block:
     """Add the keys of two spans (start, stop, resume, end) to the gradient of a tile of queries."""
     near, count = count_blocks(spans, SHAPE.BLOCK_N)
+    unit = score_unit(scale, SHAPE.HAS_CAP)
     for t in range(count):
         n = block_start(t, near, spans, SHAPE.BLOCK_N)
         k_N = load_block(k, n, MASKED, SHAPE.D, SHAPE.BLOCK_N, SHAPE.BLOCK_D)
         v_N = load_block(v, n, MASKED, SHAPE.V, SHAPE.BLOCK_N, SHAPE.BLOCK_V)
-        s = capped_scores(q, k_N, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
-        p = tl.exp2(s - lse2[:, None])
+        s = scores(q, k_N, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
+        p = tl.exp2(less_peak(s, unit, peak[:, None]) - log_sum[:, None])
         if MASKED:
             at = n + tl.arange(0, SHAPE.BLOCK_N)
             p = tl.where((at[None, :] >= first[:, None]) & (at[None, :] <= last[:, None]), p, 0.0)
@@ -217,7 +228,8 @@ def queries_kernel(
     k: tj.Pointer,
     v: tj.Pointer,
     d_out: tj.Pointer,
-    lse: tj.Pointer,
+    peak: tj.Pointer,
+    log_sum: tj.Pointer,
     delta: tj.Pointer,
     first: tj.Pointer,
     last: tj.Pointer,
@@ -236,8 +248,9 @@ def queries_kernel(
     SHAPE: tl.constexpr,
 ) -> None:
     """Write the gradient of one tile of queries of one head."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(queries, SHAPE.BLOCK_M)
+    place, head, row = program_place(tiles, heads)
+    tile = tiles - 1 - place
     first += row * interval_stride
     last += row * interval_stride
     k_rows = rows_of_head(k, k_strides, row, head // SHAPE.GROUP, keys)
@@ -249,17 +262,19 @@ def queries_kernel(
     q_M = load_block(q_rows, tile * SHAPE.BLOCK_M, True, SHAPE.D, SHAPE.BLOCK_M, SHAPE.BLOCK_D)
     do_M = load_block(d_out_rows, tile * SHAPE.BLOCK_M, True, SHAPE.V, SHAPE.BLOCK_M, SHAPE.BLOCK_V)
     statistics = (row * heads + head) * queries
-    lse2, delta_M = _load_statistics(lse + statistics, delta + statistics, at, queries)
+    peak_M = _load_statistic(peak + statistics, at, queries, float("inf"))
+    rest_M = _load_statistic(log_sum + statistics, at, queries, 0.0)
+    delta_M = _load_statistic(delta + statistics, at, queries, 0.0)
     start, whole_start, whole_stop, stop = key_ranges(
         first, last, tile, queries, SHAPE.BLOCK_M, SHAPE.BLOCK_N
     )
     acc = tl.zeros((SHAPE.BLOCK_M, SHAPE.BLOCK_D), tl.float32)
     acc = _over_keys(
-        acc, q_M, k_rows, v_rows, do_M, lse2, delta_M, first_M, last_M,
+        acc, q_M, k_rows, v_rows, do_M, peak_M, rest_M, delta_M, first_M, last_M,
         (start, whole_start, whole_stop, stop), scale, softcap, True, SHAPE,
     )  # fmt: skip
     acc = _over_keys(
-        acc, q_M, k_rows, v_rows, do_M, lse2, delta_M, first_M, last_M,
+        acc, q_M, k_rows, v_rows, do_M, peak_M, rest_M, delta_M, first_M, last_M,
         (whole_start, whole_stop, stop, stop), scale, softcap, False, SHAPE,
     )  # fmt: skip
     dq_rows = rows_of_head(dq, dq_strides, row, head, queries)

@@ -14,12 +14,15 @@ from kernels import triton_jit as tj
 from kernels.attention.tiles_triton import (
     HeadRows,
     block_start,
-    capped_scores,
     count_blocks,
     key_ranges,
+    less_peak,
     load_block,
     load_ends,
+    program_place,
     rows_of_head,
+    score_unit,
+    scores,
     store_block,
 )
 from kernels.triton_jit import jit
@@ -44,18 +47,19 @@ def _over_keys(
 ) -> tuple[tj.Block, tj.Block, tj.Block]:
     """Add the keys of two spans (start, stop, resume, end) to the running (acc, m, total)."""
     near, count = count_blocks(spans, SHAPE.BLOCK_N)
+    unit = score_unit(scale, SHAPE.HAS_CAP)
     for t in range(count):
         n = block_start(t, near, spans, SHAPE.BLOCK_N)
         keys = load_block(k, n, MASKED, SHAPE.D, SHAPE.BLOCK_N, SHAPE.BLOCK_D)
-        s = capped_scores(q, keys, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
+        s = scores(q, keys, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
         if MASKED:
             at = n + tl.arange(0, SHAPE.BLOCK_N)
             seen = (at[None, :] >= first[:, None]) & (at[None, :] <= last[:, None])
             s = tl.where(seen, s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1))
+        new = tl.maximum(m, tl.max(s, 1) * unit)
         # Nothing seen yet: inf - inf is nan
         safe = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
-        p = tl.exp2(s - safe[:, None])
+        p = tl.exp2(less_peak(s, unit, safe[:, None]))
         shrink = tl.exp2(m - safe)
         total = total * shrink + tl.sum(p, 1)
         values = load_block(v, n, MASKED, SHAPE.V, SHAPE.BLOCK_N, SHAPE.BLOCK_V)
@@ -73,8 +77,10 @@ def _add_sink(
     """Add one more logit, without a value, to the running (acc, m, total)."""
     logit = tl.load(sink).to(tl.float32) * LOG2_E
     new = tl.maximum(m, logit)
-    shrink = tl.exp2(m - new)
-    return acc * shrink[:, None], new, total * shrink + tl.exp2(logit - new)
+    # Nothing seen, and a sink of -inf: inf - inf is nan
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(m - safe)
+    return acc * shrink[:, None], new, total * shrink + tl.exp2(logit - safe)
 
 
 @jit
@@ -84,6 +90,8 @@ def forward_kernel(
     v: tj.Pointer,
     out: tj.Pointer,
     lse: tj.Pointer,
+    peak: tj.Pointer,
+    log_sum: tj.Pointer,
     first: tj.Pointer,
     last: tj.Pointer,
     sinks: tj.Pointer,
@@ -100,9 +108,10 @@ def forward_kernel(
     HAS_SINKS: tl.constexpr,
     SHAPE: tl.constexpr,
 ) -> None:
-    """Write out and the natural log-sum-exp of one tile of queries of one head."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first: later queries see more
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Write out, the natural log-sum-exp and its two parts of one tile of queries of one head."""
+    tiles = tl.cdiv(queries, SHAPE.BLOCK_M)
+    place, head, row = program_place(tiles, heads)
+    tile = tiles - 1 - place  # the longest first: later queries see more
     first += row * interval_stride
     last += row * interval_stride
     k_rows = rows_of_head(k, k_strides, row, head // SHAPE.GROUP, keys)
@@ -128,8 +137,12 @@ def forward_kernel(
     if HAS_SINKS:
         acc, m, total = _add_sink(acc, m, total, sinks + head)
     seen = total > 0.0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    natural = tl.where(seen, (m + tl.log2(tl.where(seen, total, 1.0))) / LOG2_E, float("-inf"))
-    tl.store(lse + (row * heads + head) * queries + at, natural, mask=at < queries)
+    total = tl.where(seen, total, 1.0)
+    acc = acc / total[:, None]
+    log_total = tl.log2(total)
+    statistics = (row * heads + head) * queries + at
+    tl.store(lse + statistics, (m + log_total) / LOG2_E, mask=at < queries)
+    tl.store(peak + statistics, m, mask=at < queries)
+    tl.store(log_sum + statistics, log_total, mask=at < queries)
     out_rows = rows_of_head(out, out_strides, row, head, queries)
     store_block(out_rows, acc, tile * SHAPE.BLOCK_M, SHAPE.V, SHAPE.BLOCK_M, SHAPE.BLOCK_V)

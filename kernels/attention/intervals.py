@@ -8,10 +8,12 @@ when it lies between the last query's first and the first query's last.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 class Slices(NamedTuple):
@@ -100,6 +102,19 @@ def causal(slices: Slices, window: int | None, device: torch.device) -> Interval
     last = slices.query_positions(device).unsqueeze(0)
     first = torch.zeros_like(last) if window is None else last - window + 1
     return Intervals.between(first, last, slices.keys)
+
+
+def kept_causal(slices: Slices, window: int | None, device: torch.device) -> Intervals:
+    """Return `causal`, of the last calls once: all layers of a model ask for the same."""
+    if is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
+        return causal(slices, window, device)  # what a mode makes must not outlive it
+    return _keep_causal(slices, window, device)
+
+
+@functools.lru_cache(maxsize=8)
+def _keep_causal(slices: Slices, window: int | None, device: torch.device) -> Intervals:
+    with torch.inference_mode(mode=False):  # a later call may save them for its backward pass
+        return causal(slices, window, device)
 
 
 def of_documents(document_ids: Tensor, slices: Slices, window: int | None) -> Intervals:

@@ -12,6 +12,8 @@ from kernels.attention.backward_triton import delta_kernel, keys_kernel, queries
 from kernels.attention.forward_triton import forward_kernel
 from kernels.attention.intervals import Intervals
 from kernels.attention.tiles_triton import Shape
+from kernels.triton_jit import constants, launched_where
+from kernels.triton_math import LOG2_E
 
 
 class Tile(NamedTuple):
@@ -54,9 +56,29 @@ class Inputs(NamedTuple):
     scale: float
     softcap: float
 
-    def with_rows(self) -> Inputs:
-        """Return the inputs with `rows_of` q, k and v."""
-        return self._replace(q=rows_of(self.q), k=rows_of(self.k), v=rows_of(self.v))
+    def readable(self) -> Inputs:
+        """Return the inputs as kernels read them: what has no stride of its own lies dense."""
+        return self._replace(
+            q=rows_of(self.q),
+            k=rows_of(self.k),
+            v=rows_of(self.v),
+            sinks=None if self.sinks is None else self.sinks.contiguous(),
+            intervals=Intervals(*(rows_of(ends) for ends in self.intervals)),
+        )
+
+
+class Statistics(NamedTuple):
+    """Of the scores that a query sees, fp32 [B, Hq, Sq]; -inf, -inf and 0 where it sees none.
+
+    Attributes:
+        lse: natural log-sum-exp.
+        peak: largest score, in units of log2.
+        log_sum: log2 of the sum of exp2 of all scores less the peak.
+    """
+
+    lse: Tensor
+    peak: Tensor
+    log_sum: Tensor
 
 
 class OutputGradients(NamedTuple):
@@ -64,12 +86,14 @@ class OutputGradients(NamedTuple):
 
     Attributes:
         d_out: gradient of out, [B, Sq, Hq, Dv].
-        lse: natural log-sum-exp, fp32 [B, Hq, Sq].
+        peak: see `Statistics`.
+        log_sum: see `Statistics`.
         delta: rowsum(out d_out) - d_lse, fp32 [B, Hq, Sq].
     """
 
     d_out: Tensor
-    lse: Tensor
+    peak: Tensor
+    log_sum: Tensor
     delta: Tensor
 
 
@@ -86,63 +110,77 @@ def tile_for(table: dict[int, Tile], q: Tensor, v: Tensor) -> Tile:
     return next(tile for limit, tile in sorted(table.items()) if width <= limit)
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Launch the forward pass; returns (out [B, Sq, Hq, Dv], natural lse fp32 [B, Hq, Sq])."""
-    q, k, v, sinks, intervals, scale, softcap = inputs.with_rows()
+def forward(inputs: Inputs) -> tuple[Tensor, Statistics]:
+    """Launch the forward pass; returns (out [B, Sq, Hq, Dv], the statistics)."""
+    q, k, v, sinks, intervals, scale, softcap = inputs.readable()
     rows, queries, heads, _ = q.shape
     out = q.new_empty(rows, queries, heads, v.shape[3])
-    lse = q.new_empty(rows, heads, queries, dtype=torch.float32)
-    if not lse.numel():
-        return out, lse
-    tile = tile_for(FORWARD, q, v)
-    forward_kernel[(triton.cdiv(queries, tile.m), heads, rows)](
-        *(q, k, v, out, lse, intervals.first, intervals.last, lse if sinks is None else sinks),
-        *(strides(t) for t in (q, k, v, out)),
-        *(_row_stride(intervals.first), queries, k.shape[1], heads, scale, softcap or 1.0),
-        HAS_SINKS=sinks is not None,
-        SHAPE=shape_of(q, k, v, softcap, tile),
-        **compiler_options(tile),
+    statistics = Statistics(
+        *(q.new_empty(rows, heads, queries, dtype=torch.float32) for _ in range(3))
     )
-    return out, lse
+    if not statistics.lse.numel():
+        return out, statistics
+    tile = tile_for(FORWARD, q, v)
+    with launched_where(q):
+        forward_kernel[(triton.cdiv(queries, tile.m) * heads * rows,)](
+            *(q, k, v, out, *statistics, intervals.first, intervals.last),
+            statistics.lse if sinks is None else sinks,
+            *(strides(t) for t in (q, k, v, out)),
+            *(_row_stride(intervals.first), queries, k.shape[1], heads, scale, softcap or 1.0),
+            HAS_SINKS=sinks is not None,
+            SHAPE=shape_of(q, k, v, softcap, tile),
+            **compiler_options(tile),
+        )
+    return out, statistics
 
 
 def backward(
-    inputs: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    inputs: Inputs,
+    out: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward pass.
 
     Args:
         inputs: of `forward`.
         out: result of `forward`.
-        lse: result of `forward`.
+        peak: see `Statistics`.
+        log_sum: see `Statistics`.
         d_out: gradient of `out`.
         d_lse: gradient of `lse`, or None.
 
     Returns:
         Gradients of q, k, v and the sinks, the last empty without sinks.
     """
-    inputs, d_out = inputs.with_rows(), rows_of(d_out)
+    inputs, out, d_out = inputs.readable(), rows_of(out), rows_of(d_out)
+    peak, log_sum = peak.contiguous(), log_sum.contiguous()
     q, k, v, sinks = inputs[:4]
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     d_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
-    if not lse.numel() or not k.shape[1]:
+    if not peak.numel() or not k.shape[1]:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_sinks
-    delta = _delta(out, lse, d_out, d_lse)
-    gradients = OutputGradients(d_out, lse, delta)
-    _launch_keys(inputs, gradients, dk, dv)
-    _launch_queries(inputs, gradients, dq)
+    with launched_where(q):
+        delta = _delta(out, d_out, d_lse)
+        gradients = OutputGradients(d_out, peak, log_sum, delta)
+        _launch_keys(inputs, gradients, dk, dv)
+        _launch_queries(inputs, gradients, dq)
     if sinks is not None:  # a sink is a key without value: ds = p (0 - delta)
-        p = torch.exp(sinks.float().view(1, -1, 1) - lse)
+        logits = sinks.float().view(1, -1, 1)
+        p = torch.exp2((logits * LOG2_E.value - peak) - log_sum)
+        p = torch.where(logits == -torch.inf, 0.0, p)  # -inf - -inf where nothing is seen
         d_sinks = -(p * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, d_sinks
 
 
-def _delta(out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
     """rowsum(out d_out) - d_lse, fp32 [B, Hq, Sq]."""
     rows, queries, heads, width = out.shape
-    delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(queries, DELTA_QUERIES), heads, rows)](
-        *(out, d_out, lse if d_lse is None else d_lse.contiguous(), delta),
+    delta = out.new_empty(rows, heads, queries, dtype=torch.float32)
+    delta_kernel[(triton.cdiv(queries, DELTA_QUERIES) * heads * rows,)](
+        *(out, d_out, delta if d_lse is None else d_lse.contiguous(), delta),
         *(strides(out), strides(d_out), queries, heads),
         V=width,
         HAS_LSE=d_lse is not None,
@@ -157,7 +195,7 @@ def _launch_keys(inputs: Inputs, gradients: OutputGradients, dk: Tensor, dv: Ten
     rows, keys, kv_heads, _ = k.shape
     first, _, query_start, _ = intervals
     tile = tile_for(KEYS_CAPPED if softcap else KEYS, q, v)
-    keys_kernel[(triton.cdiv(keys, tile.n), kv_heads, rows)](
+    keys_kernel[(triton.cdiv(keys, tile.n) * kv_heads * rows,)](
         *(q, k, v, *gradients, *intervals, dk, dv),
         *(strides(t) for t in (q, k, v, gradients.d_out, dk, dv)),
         *(_row_stride(first), _row_stride(query_start), q.shape[1], keys, q.shape[2]),
@@ -171,7 +209,7 @@ def _launch_queries(inputs: Inputs, gradients: OutputGradients, dq: Tensor) -> N
     q, k, v, _, intervals, scale, softcap = inputs
     rows, queries, heads, _ = q.shape
     tile = tile_for(QUERIES, q, v)
-    queries_kernel[(triton.cdiv(queries, tile.m), heads, rows)](
+    queries_kernel[(triton.cdiv(queries, tile.m) * heads * rows,)](
         *(q, k, v, *gradients, intervals.first, intervals.last, dq),
         *(strides(t) for t in (q, k, v, gradients.d_out, dq)),
         *(_row_stride(intervals.first), queries, k.shape[1], heads, scale, softcap or 1.0),
@@ -181,8 +219,8 @@ def _launch_queries(inputs: Inputs, gradients: OutputGradients, dq: Tensor) -> N
 
 
 def rows_of(t: Tensor) -> Tensor:
-    """Return t itself where the elements of a head lie side by side, as in views, else a copy."""
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+    """Return t itself where its last elements lie side by side, as in views, else a copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def strides(t: Tensor) -> tuple[int, int, int]:
@@ -203,7 +241,7 @@ def precision_of(q: Tensor) -> str:
 def shape_of(q: Tensor, k: Tensor, v: Tensor, softcap: float, tile: Tile) -> Shape:
     """Return the compile-time constants of a launch."""
     width, value_width = q.shape[3], v.shape[3]
-    return Shape(
+    shape = Shape(
         D=width,
         V=value_width,
         BLOCK_D=padded(width),
@@ -214,6 +252,7 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, softcap: float, tile: Tile) -> Sha
         HAS_CAP=softcap > 0,
         PRECISION=precision_of(q),
     )
+    return constants(shape)
 
 
 def compiler_options(tile: Tile) -> dict[str, int]:

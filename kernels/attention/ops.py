@@ -17,7 +17,7 @@ from kernels.attention import launch
 from kernels.attention.intervals import Intervals
 
 
-@torch.library.custom_op("nextpt::attention", mutates_args=())
+@torch.library.custom_op("nextpt::causal_attention", mutates_args=())
 def attention(
     q: Tensor,
     k: Tensor,
@@ -29,24 +29,24 @@ def attention(
     query_stop: Tensor,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Compute out [B, Sq, Hq, Dv] and the natural lse, fp32 [B, Hq, Sq].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute out [B, Sq, Hq, Dv], and the fields of `launch.Statistics`, fp32 [B, Hq, Sq].
 
     The four index tensors are `Intervals`; softcap 0: none.
     """
     intervals = Intervals(first, last, query_start, query_stop)
-    return launch.forward(launch.Inputs(q, k, v, sinks, intervals, scale, softcap))
+    out, statistics = launch.forward(launch.Inputs(q, k, v, sinks, intervals, scale, softcap))
+    return out, *statistics
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     rows, queries, heads = q.shape[:3]
-    return q.new_empty(rows, queries, heads, v.shape[3]), q.new_empty(
-        rows, heads, queries, dtype=torch.float32
-    )
+    statistics = [q.new_empty(rows, heads, queries, dtype=torch.float32) for _ in range(3)]
+    return q.new_empty(rows, queries, heads, v.shape[3]), *statistics
 
 
-@torch.library.custom_op("nextpt::attention_backward", mutates_args=())
+@torch.library.custom_op("nextpt::causal_attention_backward", mutates_args=())
 def attention_backward(
     q: Tensor,
     k: Tensor,
@@ -59,14 +59,15 @@ def attention_backward(
     scale: float,
     softcap: float,
     out: Tensor,
-    lse: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
     d_out: Tensor,
     d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k, v and sinks, the last empty without. No second derivative."""
     intervals = Intervals(first, last, query_start, query_stop)
     inputs = launch.Inputs(q, k, v, sinks, intervals, scale, softcap)
-    return launch.backward(inputs, out, lse, d_out, d_lse)
+    return launch.backward(inputs, out, peak, log_sum, d_out, d_lse)
 
 
 @attention_backward.register_fake
@@ -75,19 +76,25 @@ def _(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[T
     return (*gradients, q.new_empty(0) if sinks is None else torch.empty_like(sinks))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, _, peak, log_sum = output
+    ctx.mark_non_differentiable(peak, log_sum)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8], *output)
+    ctx.save_for_backward(*inputs[:8], out, peak, log_sum)
     ctx.options = inputs[8:]
 
 
-def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, out, lse = ctx.saved_tensors
+def _backward(
+    ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *inputs, out, peak, log_sum = ctx.saved_tensors
     if d_out is None and d_lse is None:
         return (None,) * 10
     if d_out is None:
         d_out = torch.zeros_like(out)
-    dq, dk, dv, d_sinks = attention_backward(*inputs, *ctx.options, out, lse, d_out, d_lse)
+    dq, dk, dv, d_sinks = attention_backward(
+        *inputs, *ctx.options, out, peak, log_sum, d_out, d_lse
+    )
     return (dq, dk, dv, d_sinks if inputs[3] is not None else None, *[None] * 6)
 
 
@@ -103,7 +110,7 @@ def _causal_pairs(queries: int, keys: int) -> int:
     return seeing * keys - seeing * (seeing - 1) // 2
 
 
-@register_flop_formula(torch.ops.nextpt.attention)
+@register_flop_formula(torch.ops.nextpt.causal_attention)
 def _flops(
     q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:
@@ -111,7 +118,7 @@ def _flops(
     return 2 * rows * heads * _causal_pairs(queries, k_shape[1]) * (width + v_shape[3])
 
 
-@register_flop_formula(torch.ops.nextpt.attention_backward)
+@register_flop_formula(torch.ops.nextpt.causal_attention_backward)
 def _backward_flops(
     q_shape: Sequence[int], k_shape: Sequence[int], v_shape: Sequence[int], *_: Any, **__: Any
 ) -> int:

@@ -21,13 +21,14 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionOutput
         scores = call.softcap * torch.tanh(scores / call.softcap)
     mask = call.mask(q.device)
     scores = scores.masked_fill(~mask, -torch.inf)
-    if call.sinks is None:
-        lse = scores.logsumexp(-1)
-        # A query that sees nothing: -inf - -inf would be NaN, in the gradient too.
-        finite = torch.where(mask.any(-1), lse, 0.0)
-    else:
-        column = call.sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        finite = lse = torch.cat((scores, column), dim=-1).logsumexp(-1)
+    logits, sees = scores, mask.any(-1)
+    if call.sinks is not None:
+        sinks = call.sinks.to(wide).view(1, -1, 1)
+        logits = torch.cat((scores, sinks.unsqueeze(-1).expand(*scores.shape[:3], 1)), dim=-1)
+        sees = sees | (sinks > -torch.inf)
+    # A query that sees nothing: -inf - -inf would be NaN, in the gradient too.
+    finite = torch.where(sees.unsqueeze(-1), logits, 0.0).logsumexp(-1)
+    lse = torch.where(sees, finite, -torch.inf)
     shifted = scores.masked_fill(~mask, 0.0) - finite.unsqueeze(-1)
     weights = torch.where(mask, shifted, -torch.inf).exp()
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v).to(q.dtype)

@@ -49,6 +49,17 @@ class HeadRows(NamedTuple):
 
 
 @jit
+def program_place(tiles: tj.Scalar, heads: tj.Scalar) -> tuple[tj.Scalar, tj.Scalar, tj.Scalar]:
+    """(tile, head, row) of a program, tiles first; `row` in 64 bits.
+
+    One axis of the grid: the others end at 65,535.
+    """
+    number = tl.program_id(0)
+    beside = number // tiles
+    return number % tiles, beside % heads, (beside // heads).to(tl.int64)
+
+
+@jit
 def rows_of_head(
     base: tj.Pointer, strides: tj.Strides, row: tj.Scalar, head: tj.Scalar, count: tj.Scalar
 ) -> HeadRows:
@@ -101,7 +112,7 @@ def store_block(
 
 
 @jit
-def capped_scores(
+def scores(
     a: tj.Block,
     b: tj.Block,
     scale: tj.Scalar,
@@ -109,11 +120,23 @@ def capped_scores(
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tj.Block:
-    """Compute a b^T in units of log2, capped: what exp2 takes."""
+    """Compute a b^T, capped; its product with `score_unit` is in units of log2: what exp2 takes."""
     s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     if HAS_CAP:
         return tanh(s * (scale / softcap)) * (softcap * LOG2_E)
-    return s * (scale * LOG2_E)
+    return s
+
+
+@jit
+def score_unit(scale: tj.Scalar, HAS_CAP: tl.constexpr) -> tj.Scalar:
+    """Factor of `scores`, folded into the exponents by a fused multiply-add, which rounds once."""
+    return 1.0 if HAS_CAP else scale * LOG2_E
+
+
+@jit
+def less_peak(s: tj.Block, unit: tj.Scalar, peak: tj.Block) -> tj.Block:
+    """Scores in units of log2, relative to the peak of their row or column."""
+    return tl.fma(s, tl.zeros_like(s) + unit, tl.zeros_like(s) - peak)
 
 
 @jit

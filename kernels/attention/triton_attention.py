@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import warnings
 from collections.abc import Callable
 
@@ -21,26 +21,37 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionOutput
     """Compute `kernels.attention.attention`."""
     from kernels.attention import ops  # registers operators, and needs triton
 
-    intervals = call.intervals(q.device)
-    out, lse = ops.attention(q, k, v, call.sinks, *intervals, call.scale, call.softcap or 0.0)
+    intervals, scale = call.intervals(q.device), call.scale
+    if scale <= 0:  # kernels take the largest score before they scale it
+        q, scale = q * math.copysign(scale != 0, scale), abs(scale) or 1.0
+    out, lse, *_ = ops.attention(q, k, v, call.sinks, *intervals, scale, call.softcap or 0.0)
     return AttentionOutput(out, lse)
 
 
+def _current_gpu() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+_failures: dict[int, str | None] = {}  # by CUDA device, for the life of the process
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks instead of tracing the comparison
 def failure_on_gpu() -> str | None:
-    """Return why the kernels must not be used on this GPU; None where they may, or without one."""
-    return _failure() if torch.cuda.is_available() else None
+    """Return why the kernels must not be used on this GPU; None where they may, or without one.
 
-
-@functools.cache
-def _failure() -> str | None:
-    """Compare with the reference once per process: a compiler that errs must train no model."""
-    reason = difference(run, "cuda")
-    if reason:
-        warnings.warn(
-            f"our Triton attention is not used on {torch.cuda.get_device_name()}: {reason}",
-            stacklevel=2,
-        )
-    return reason
+    They are compared with the reference once: a compiler that errs must train no model.
+    """
+    device = _current_gpu()
+    if device is None:
+        return None
+    if device not in _failures:
+        _failures[device] = reason = difference(run, "cuda")
+        if reason:
+            warnings.warn(
+                f"our Triton attention is not used on {torch.cuda.get_device_name()}: {reason}",
+                stacklevel=2,
+            )
+    return _failures[device]
 
 
 def difference(

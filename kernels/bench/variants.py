@@ -13,6 +13,7 @@ from kernels.attention.backward_triton import delta_kernel, keys_kernel, queries
 from kernels.attention.forward_triton import forward_kernel
 from kernels.cross_entropy.rows_triton import Options, block_size, compiler_options, row_kernel
 from kernels.cross_entropy.scale_triton import BLOCK, scale_kernel
+from kernels.triton_jit import constants
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TENSORS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
@@ -62,7 +63,9 @@ def row_variant(
         BLOCK=block,
     )
     aligned = {"logits", "gradient", "bias", "width", "logits_stride", "gradient_stride"}
-    return _source(row_kernel, kinds, {"OPTIONS": options}, aligned), compiler_options(block)
+    return _source(row_kernel, kinds, {"OPTIONS": constants(options)}, aligned), compiler_options(
+        block
+    )
 
 
 def _source(

@@ -113,7 +113,7 @@ def linear_cross_entropy(
     check(hidden, weight, targets, token_weights, bias, softcap, label_smoothing, logits_dtype)
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction = {reduction!r} must be 'sum' or 'none'")
-    kernel = choose_cross_entropy(implementation, hidden.device.type).name
+    kernel = choose_cross_entropy(implementation, hidden.device.type, hidden.dtype).name
     columns, scale = prepare(hidden, targets, token_weights, weight_sum, ignore_index, reduction)
     options = z_loss_coefficient, label_smoothing, softcap, reduction
     call = _LossCall(hidden, weight, bias, columns, scale, targets.shape, *options)
@@ -171,7 +171,8 @@ def prepare(
     The latter is 0 where targets are ignored.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    targets = targets.unsqueeze(1) if targets.dim() == 1 else targets
+    # Views would order the sums over targets otherwise
+    targets = (targets.unsqueeze(1) if targets.dim() == 1 else targets).contiguous()
     valid = targets != ignore_index
     weights = (
         valid.to(wide)
@@ -182,7 +183,9 @@ def prepare(
         total = weights.sum()
         weight_sum = torch.where(total > 0, total, 1.0) if reduction == "sum" else 1.0
     divisor = weight_sum.detach() if isinstance(weight_sum, Tensor) else weight_sum
-    return mark_absent(targets, ignore_index), weights / divisor
+    # 0 / 0 where every target of all ranks is ignored
+    scale = torch.where(weights == 0, 0.0, weights / divisor)
+    return mark_absent(targets, ignore_index), scale.contiguous()
 
 
 def wide_logits(

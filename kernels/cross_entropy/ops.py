@@ -183,6 +183,11 @@ def _give_gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Opt
     others = [None] * 10
     if upstream is None:
         return (None, None, None, *others)
+    if torch.is_grad_enabled():  # create_graph
+        raise RuntimeError(
+            "the summed loss has no second derivatives: its gradients are computed in the forward"
+            " pass; implementation='reference' has them"
+        )
     unit, *kept = ctx.saved_tensors
     gradients: list[Tensor | None] = []
     for gradient, need, dtype in zip(kept, ctx.needs, ctx.dtypes, strict=True):

@@ -12,7 +12,8 @@ loads of a block from its stores.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from kernels import triton_jit as tj
 from kernels.cross_entropy import rows
 from kernels.cross_entropy.chunking import padded
 from kernels.cross_entropy.rows import Coefficients, Statistics
-from kernels.triton_jit import jit
+from kernels.triton_jit import constants, jit, launched_where
 from kernels.triton_math import LOG2_E, tanh, tanh_slope
 
 MAX_BLOCK = 16384
@@ -345,11 +346,17 @@ def work(
 ) -> None:
     """Do the work of `rows.work`, for fp32 statistics.
 
-    Rows must start at multiples of 64 elements and be readable up to the next one.
+    Rows must start at multiples of 64 elements and be readable up to the next one. Statistics that
+    are written must be contiguous; of what is read a copy is made where it is not.
     """
     count, vocabulary = logits.shape
     if count == 0:
         return
+    bias, targets = None if bias is None else bias.contiguous(), targets.contiguous()
+    statistics = Statistics(*_dense(statistics)) if known else statistics
+    coefficients = None if coefficients is None else Coefficients(*_dense(coefficients))
+    if not all(t is None or t.is_contiguous() for t in statistics):
+        raise ValueError("the kernel writes contiguous statistics only")
     block = block_size(vocabulary, softcap is not None)
     c = coefficients or Coefficients(statistics.peak, None, None, None)
     unused = statistics.peak
@@ -366,14 +373,19 @@ def work(
         SLOTS=triton.next_power_of_2(targets.shape[1]),
         BLOCK=block,
     )
-    row_kernel[(count,)](
-        *(logits, logits if gradient is None else gradient, unused if bias is None else bias),
-        *(targets, *(unused if t is None else t for t in (*statistics, *c))),
-        *(vocabulary, padded(vocabulary), logits.stride(0)),
-        *(0 if gradient is None else gradient.stride(0), float(softcap or 1.0)),
-        OPTIONS=options,
-        **compiler_options(block),
-    )
+    with launched_where(logits):
+        row_kernel[(count,)](
+            *(logits, logits if gradient is None else gradient, unused if bias is None else bias),
+            *(targets, *(unused if t is None else t for t in (*statistics, *c))),
+            *(vocabulary, padded(vocabulary), logits.stride(0)),
+            *(0 if gradient is None else gradient.stride(0), float(softcap or 1.0)),
+            OPTIONS=constants(options),
+            **compiler_options(block),
+        )
+
+
+def _dense(tensors: Iterable[Tensor | None]) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def block_size(vocabulary: int, capped: bool) -> int:
@@ -386,11 +398,13 @@ def block_size(vocabulary: int, capped: bool) -> int:
 
 
 def compiler_options(block: int) -> dict[str, int | bool]:
-    """Return what the compiler is told: 16 elements per thread, 4 to 32 warps.
+    """Return what the compiler is told: 16 elements per thread, 128 to 1024 threads.
 
     Naming all registers that these may have keeps ptxas from spilling for the sake of a second
     block per multiprocessor, whose rows would not fit the L2 cache anyway.
     """
     warps = max(4, min(32, block // 512))
     options: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": True}
-    return options if torch.version.hip else options | {"maxnreg": min(65536 // (32 * warps), 128)}
+    if torch.version.hip:  # 64 threads to a warp
+        return options | {"num_warps": max(2, warps // 2)}
+    return options | {"maxnreg": min(65536 // (32 * warps), 128)}

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import triton_jit as tj
-from kernels.triton_jit import jit
+from kernels.triton_jit import jit, launched_where
 
 BLOCK = 4096
 
@@ -38,18 +38,24 @@ def scale(values: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
         values: contiguous.
         factor: a scalar on the same device.
         out: `values` itself unless given, or its bytes as another type of the same width.
+
+    Raises:
+        ValueError: a tensor is not contiguous.
     """
+    if not values.is_contiguous() or not (out is None or out.is_contiguous()):
+        raise ValueError("the kernel multiplies contiguous tensors only")
     if values.dtype == torch.float64:
         values.mul_(factor)
     elif values.numel():
         grid = (triton.cdiv(values.numel(), BLOCK),)
         target = values if out is None else out
-        scale_kernel[grid](
-            values,
-            target,
-            factor,
-            values.numel(),
-            BLOCK=BLOCK,
-            ALWAYS=out is not None,
-            enable_fp_fusion=True,
-        )
+        with launched_where(values):
+            scale_kernel[grid](
+                values,
+                target,
+                factor,
+                values.numel(),
+                BLOCK=BLOCK,
+                ALWAYS=out is not None,
+                enable_fp_fusion=True,
+            )

@@ -98,7 +98,7 @@ def vocabulary_parallel_cross_entropy(
         )
     if hidden.dtype == torch.float16:
         raise ValueError("vocabulary_parallel_cross_entropy takes bf16 or fp32, not fp16")
-    kernel = choose_cross_entropy(implementation, hidden.device.type).name
+    kernel = choose_cross_entropy(implementation, hidden.device.type, hidden.dtype).name
     columns, scale = prepare(hidden, targets, token_weights, weight_sum, ignore_index, "sum")
     if not columns.is_cuda:
         check_targets(columns, vocabulary)

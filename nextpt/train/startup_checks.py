@@ -51,7 +51,8 @@ def check_cross_entropy(config: Config, device: torch.device) -> None:
         ConfigError: When the implementation or its chunks do not fit.
     """
     try:
-        choose_cross_entropy(config.model.cross_entropy, device.type)
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        choose_cross_entropy(config.model.cross_entropy, device.type, dtype)
     except ValueError as error:
         raise ConfigError(f"model.cross_entropy = {config.model.cross_entropy}: {error}") from error
     loss_chunking(config, device.type)

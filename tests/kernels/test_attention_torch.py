@@ -216,3 +216,14 @@ def test_scale_of_zero_is_the_mean() -> None:
         out, v.cumsum(1) / torch.arange(1, 34).view(1, -1, 1, 1), atol=1e-5, rtol=1e-5
     )
     assert math.isfinite(float(out.sum()))
+
+
+def test_scale_below_zero() -> None:
+    inputs = [t.requires_grad_() for t in qkv(1, 33, 33, 1, 1, 16, 16, torch.float32, "cpu")]
+    results = []
+    for implementation in ("triton", "reference"):
+        with tiles(16, 16):
+            out = attention(*inputs, scale=-0.5, implementation=implementation)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

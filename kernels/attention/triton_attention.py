@@ -35,7 +35,8 @@ def _current_gpu() -> int | None:
 _failures: dict[int, str | None] = {}  # by CUDA device, for the life of the process
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks instead of tracing the comparison
+# torch.compile asks instead of tracing the comparison
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def failure_on_gpu() -> str | None:
     """Return why the kernels must not be used on this GPU; None where they may, or without one.
 

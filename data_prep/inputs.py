@@ -124,6 +124,8 @@ def find_files(location: str | Path) -> list[InputFile]:
             if os.path.islink(path) and isinstance(store, fs.LocalFileSystem):
                 raise _broken(path)
             raise DataPrepError(f"corpus {text} does not exist")
+        if info.type == fs.FileType.Unknown:
+            raise _no_file(text)
 
         def wants(name: str) -> bool:
             """Whether a file or a link of that name is asked for."""
@@ -200,6 +202,8 @@ def _list_folder(folder: str, wants: Callable[[str], bool], *, every_path: bool)
                     add = folders.append if by_link else folders.appendleft
                     add((name, above | {inode}, by_link))
             elif format_of(name) and wants(name):
+                if not os.path.isfile(entry.path):
+                    raise _no_file(entry.path)
                 if by_link:
                     links.append(name)
                 elif files.setdefault(_inode(entry.path), name) != name:
@@ -230,6 +234,12 @@ def _broken(path: str) -> DataPrepError:
     return DataPrepError(
         f"{path} is a link to {os.readlink(path)}, which does not exist; remove the link, or"
         " restore what it leads to"
+    )
+
+
+def _no_file(path: str) -> DataPrepError:
+    return DataPrepError(
+        f"{path} is a pipe or a device; expected a file, since inputs are read more than once"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -296,6 +297,14 @@ def test_links_to_nothing_are_errors_by_name(tmp_path: Path) -> None:
         find_files(tmp_path)
     (tmp_path / "part").unlink()
     assert names(tmp_path) == ["a.jsonl"]
+
+
+def test_pipes_are_errors_by_name(tmp_path: Path) -> None:
+    """Such as the /dev/fd/63 of a shell's <(...)."""
+    os.mkfifo(tmp_path / "b.jsonl")
+    for location in (tmp_path / "b.jsonl", tmp_path):
+        with pytest.raises(DataPrepError, match=r"b\.jsonl is a pipe or a device; expected a file"):
+            find_files(location)
 
 
 def test_a_file_of_two_inputs_is_read_for_the_one_that_holds_it(tmp_path: Path) -> None:

@@ -37,8 +37,7 @@ def _triton_attention_unavailable() -> str | None:
         return missing
     from kernels.attention import triton_attention
 
-    failure: str | None = triton_attention.failure_on_gpu()
-    return failure
+    return triton_attention.failure_on_gpu()
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,6 @@ def _current_gpu() -> int | None:
 _failures: dict[int, str | None] = {}  # by CUDA device, for the life of the process
 
 
-# torch.compile asks instead of tracing the comparison
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def failure_on_gpu() -> str | None:
     """Return why the kernels must not be used on this GPU; None where they may, or without one.
 
@@ -53,6 +51,11 @@ def failure_on_gpu() -> str | None:
                 stacklevel=2,
             )
     return _failures[device]
+
+
+# torch.compile asks instead of tracing the comparison. That is all that the decorator
+# torch.compiler.assume_constant_result does, beside importing the compiler, for a second.
+failure_on_gpu.__dict__["_dynamo_marked_constant"] = True
 
 
 def difference(

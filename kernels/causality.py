@@ -29,6 +29,8 @@ def check_attention(
     window: int | None = None,
     *,
     sinks: bool = False,
+    head_dim: int = 16,
+    group: int = 2,
 ) -> None:
     """Check that no output depends on a later token, nor on another document of the row.
 
@@ -42,12 +44,14 @@ def check_attention(
         dtype: of queries, keys and values.
         window: keys that a query sees.
         sinks: whether a logit per head takes part in the softmax.
+        head_dim: width of queries, keys and values; kernels differ by it, and may not fit.
+        group: queries per key head, of which there are two.
 
     Raises:
         CausalityError: an output depends on what it must not see, or not on what it sees.
     """
     generator = torch.Generator().manual_seed(0)
-    shape, kv_shape = (2, 12, 4, 16), (2, 12, 2, 16)
+    shape, kv_shape = (2, 12, 2 * group, head_dim), (2, 12, 2, head_dim)
     q, k, v = (
         torch.randn(s, generator=generator).to(device, dtype) for s in (shape, kv_shape, kv_shape)
     )

@@ -25,12 +25,42 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By width of a head (up to), for 16-bit types on sm_90: no spills, no serialised wgmma, see
-# kernels.bench.compile_report.
-FORWARD = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)}
-KEYS = {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)}
-KEYS_CAPPED = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)}
-QUERIES = {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)}
+class Tiles(NamedTuple):
+    """Tiles of each pass for 16-bit types, by width of a head (up to).
+
+    Attributes:
+        forward: of the forward pass.
+        keys: of the gradient of keys and values.
+        keys_capped: the same with a soft cap.
+        queries: of the gradient of queries.
+    """
+
+    forward: dict[int, Tile]
+    keys: dict[int, Tile]
+    keys_capped: dict[int, Tile]
+    queries: dict[int, Tile]
+
+
+# No spills, no serialised wgmma: kernels.bench.compile_report.
+SM_90 = Tiles(
+    forward={64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 32, 8, 2)},
+    keys={64: Tile(32, 128, 8, 3), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
+    keys_capped={64: Tile(32, 128, 8, 3), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+    queries={64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)},
+)
+SM_100 = Tiles(
+    forward={64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    keys={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+    queries={64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)},
+)
+# All others have no wgmma and as little as 99 KiB of shared memory (sm_86, sm_89, sm_120).
+SM_80 = Tiles(
+    forward={64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    keys={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)},
+    keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    queries={64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+)
 WIDE = Tile(16, 16, 8, 1)  # fp32, whose exact products do not use tensor cores
 DELTA_QUERIES = 64  # of a program
 
@@ -102,6 +132,18 @@ def padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
+def tiles_of(device: torch.device) -> Tiles:
+    """Return the tiles for a device; those of sm_90 where kernels are interpreted."""
+    if device.type != "cuda":
+        return SM_90
+    return tiles_by_capability(torch.cuda.get_device_capability(device)[0])
+
+
+def tiles_by_capability(major: int) -> Tiles:
+    """Return the tiles by the first number of the compute capability."""
+    return {9: SM_90, 10: SM_100}.get(major, SM_80)
+
+
 def tile_for(table: dict[int, Tile], q: Tensor, v: Tensor) -> Tile:
     """Return the tile for the types and widths of q and v."""
     if q.element_size() > 2:
@@ -120,7 +162,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Statistics]:
     )
     if not statistics.lse.numel():
         return out, statistics
-    tile = tile_for(FORWARD, q, v)
+    tile = tile_for(tiles_of(q.device).forward, q, v)
     with launched_where(q):
         forward_kernel[(triton.cdiv(queries, tile.m) * heads * rows,)](
             *(q, k, v, out, *statistics, intervals.first, intervals.last),
@@ -194,7 +236,8 @@ def _launch_keys(inputs: Inputs, gradients: OutputGradients, dk: Tensor, dv: Ten
     q, k, v, _, intervals, scale, softcap = inputs
     rows, keys, kv_heads, _ = k.shape
     first, _, query_start, _ = intervals
-    tile = tile_for(KEYS_CAPPED if softcap else KEYS, q, v)
+    tiles = tiles_of(q.device)
+    tile = tile_for(tiles.keys_capped if softcap else tiles.keys, q, v)
     keys_kernel[(triton.cdiv(keys, tile.n) * kv_heads * rows,)](
         *(q, k, v, *gradients, *intervals, dk, dv),
         *(strides(t) for t in (q, k, v, gradients.d_out, dk, dv)),
@@ -208,7 +251,7 @@ def _launch_keys(inputs: Inputs, gradients: OutputGradients, dk: Tensor, dv: Ten
 def _launch_queries(inputs: Inputs, gradients: OutputGradients, dq: Tensor) -> None:
     q, k, v, _, intervals, scale, softcap = inputs
     rows, queries, heads, _ = q.shape
-    tile = tile_for(QUERIES, q, v)
+    tile = tile_for(tiles_of(q.device).queries, q, v)
     queries_kernel[(triton.cdiv(queries, tile.m) * heads * rows,)](
         *(q, k, v, *gradients, intervals.first, intervals.last, dq),
         *(strides(t) for t in (q, k, v, gradients.d_out, dq)),

@@ -23,11 +23,7 @@ from triton.compiler import ASTSource
 
 from kernels.bench.variants import variants
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-}
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)}
 
 
 def examine(
@@ -121,9 +117,11 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds this")
     arguments = parser.parse_args()
-    chosen = {name: variant for name, variant in variants().items() if arguments.only in name}
+    target = TARGETS[arguments.target]
     reports = {
-        name: examine(*variant, TARGETS[arguments.target]) for name, variant in chosen.items()
+        name: examine(*variant, target)
+        for name, variant in variants(target.arch // 10).items()
+        if arguments.only in name
     }
     if arguments.json:
         print(json.dumps(reports))

@@ -185,13 +185,13 @@ def attention_variant(
     }
 
 
-def attention_variants() -> dict[str, Variant]:
-    """Return the variants of attention's kernels, by name."""
+def attention_variants(tiles: launch.Tiles) -> dict[str, Variant]:
+    """Return the variants of attention's kernels with the tiles of a device, by name."""
     variants_by_name = {}
     passes = (
-        ("forward", forward_kernel, launch.FORWARD),
-        ("keys", keys_kernel, launch.KEYS),
-        ("queries", queries_kernel, launch.QUERIES),
+        ("forward", forward_kernel, tiles.forward),
+        ("keys", keys_kernel, tiles.keys),
+        ("queries", queries_kernel, tiles.queries),
     )
     for name, kernel, table in passes:
         for width in (64, 128, 256):
@@ -203,19 +203,21 @@ def attention_variants() -> dict[str, Variant]:
             kernel, table, 192, 128
         )
         for width in (64, 128, 256):
-            capped = launch.KEYS_CAPPED if kernel is keys_kernel else table
+            capped = tiles.keys_capped if kernel is keys_kernel else table
             variants_by_name[f"attention {name}, D={width}, soft cap"] = attention_variant(
                 kernel, capped, width, cap=True
             )
         variants_by_name[f"attention {name}, D=128, fp32"] = attention_variant(
             kernel, table, 128, dtype=torch.float32
         )
-    variants_by_name["attention delta, D=128"] = attention_variant(
-        delta_kernel, launch.FORWARD, 128
-    )
+    variants_by_name["attention delta, D=128"] = attention_variant(delta_kernel, tiles.forward, 128)
     return variants_by_name
 
 
-def variants() -> dict[str, Variant]:
-    """Return all that training and evaluation launch, by name."""
-    return loss_variants() | attention_variants()
+def variants(major: int = 9) -> dict[str, Variant]:
+    """Return all that training and evaluation launch, by name.
+
+    Args:
+        major: first number of the device's compute capability.
+    """
+    return loss_variants() | attention_variants(launch.tiles_by_capability(major))

@@ -15,6 +15,7 @@ from nextpt.train.memory import loss_chunking
 def check_causality(config: Config, device: torch.device) -> None:
     """Prove on this device that no layer's attention looks ahead.
 
+    In the shapes of the run's own heads, so that a kernel that does not fit the device fails now.
     Takes a fraction of a second.
 
     Raises:
@@ -34,7 +35,15 @@ def check_causality(config: Config, device: torch.device) -> None:
                 head, head, documents=True, window=window, sinks=spec.attention_sinks or None
             )
             choose_attention(implementation, device.type, features)
-            check_attention(implementation, device, dtype, window, sinks=spec.attention_sinks)
+            check_attention(
+                implementation,
+                device,
+                dtype,
+                window,
+                sinks=spec.attention_sinks,
+                head_dim=spec.head_dim,
+                group=spec.heads // spec.kv_heads,
+            )
     except ValueError as error:
         raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
     except CausalityError as error:

@@ -8,7 +8,7 @@ precision, and a rounding of the largest value.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -28,7 +28,8 @@ from kernels.attention import (
 )
 from kernels.attention.call import AttentionCall
 from kernels.attention.intervals import Slices
-from kernels.attention.launch import Tile
+from kernels.attention.launch import Tile, Tiles
+from kernels.choice import WIDEST_HEAD
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning:triton.*")
@@ -49,15 +50,12 @@ everywhere = pytest.mark.parametrize(
 @contextmanager
 def tiles(m: int, n: int):
     """Launch small tiles: several of them in few tokens, cheap to interpret. 0: the usual ones."""
-    with ExitStack() as stack:
-        if m:
-            for table in (launch.FORWARD, launch.KEYS, launch.KEYS_CAPPED, launch.QUERIES):
-                stack.enter_context(
-                    mock.patch.dict(
-                        table, {256: Tile(m, n, 4, 1), 128: Tile(m, n, 4, 1), 64: Tile(m, n, 4, 1)}
-                    )
-                )
-            stack.enter_context(mock.patch.object(launch, "WIDE", Tile(m, n, 4, 1)))
+    if not m:
+        yield
+        return
+    small = Tile(m, n, 4, 1)
+    chosen = Tiles(*({WIDEST_HEAD: small} for _ in Tiles._fields))
+    with mock.patch.multiple(launch, WIDE=small, tiles_of=lambda device: chosen):
         yield
 
 

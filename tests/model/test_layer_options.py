@@ -277,7 +277,7 @@ def test_sinks_of_zero_are_one_more_key_of_score_zero() -> None:
 def test_every_window_is_checked_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     windows: list[int | None] = []
     monkeypatch.setattr(
-        startup_checks, "check_attention", lambda *args, sinks: windows.append(args[-1])
+        startup_checks, "check_attention", lambda *args, **_: windows.append(args[-1])
     )
     config: Config = tiny(Path("none"), Path("none"), model=PATTERN)
     startup_checks.check_causality(config, torch.device("cpu"))

@@ -1,6 +1,6 @@
 """Every file that a command reads, damaged: the right result or one line that says what is wrong.
 
-`make fuzz` tries 100,000 damaged inputs of each kind (NEXTPT_FUZZ); the tests 25, and in `make
+`make fuzz` tries 100,000 damaged inputs of each kind (NEXTPT_FUZZ); the tests 40, and in `make
 test-slow` 150.
 """
 
@@ -248,7 +248,7 @@ def check(make: Callable[[Path], Callable[[Path], object]], examples: int, folde
 def test_few_damaged_files(
     make: Callable[[Path], Callable[[Path], object]], tmp_path: Path
 ) -> None:
-    check(make, 25, tmp_path)
+    check(make, 40, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Sixty kills, nearly half of them in saves: the invariants of support/storm.py hold."""
+"""Sixty kills, many of them in saves: the invariants of support/storm.py hold."""
 
 from __future__ import annotations
 

@@ -418,8 +418,9 @@ def _steps(run: Path) -> int:
     return len(read_events(run / "metrics.jsonl", "train"))
 
 
-# What a job has come to when all its processes die: from the ranks' imports to its last save
+# What a job has come to when all its processes die: from imports to the end of its last save
 MOMENTS: dict[str, Callable[[Path, str], object]] = {
+    "launched": lambda run, config: True,
     "ranks": lambda run, config: (
         b"--local_rank=1\0"
         in b"".join(
@@ -429,6 +430,7 @@ MOMENTS: dict[str, Callable[[Path, str], object]] = {
     "locked": lambda run, config: list(run.glob("lock-*.json")),
     "first step": lambda run, config: _steps(run) >= 1,
     "saving": lambda run, config: list(run.glob("checkpoints/.staging-*/*")) or _steps(run) >= 4,
+    "after a save": lambda run, config: _steps(run) >= 4,
     "last step": lambda run, config: _steps(run) >= 6,
 }
 

@@ -29,8 +29,8 @@ def constants(values: Constants) -> Constants:
     return type(values)(*(tl.constexpr(value) for value in values))
 
 
-def launched_where(t: Tensor) -> AbstractContextManager[None]:
-    """Launch on the device of a tensor, whichever is the current one."""
+def device_guard(t: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which kernels are launched on the device of a tensor."""
     guard: AbstractContextManager[None] = torch.cuda.device_of(t)  # type: ignore[no-untyped-call]
     return guard
 

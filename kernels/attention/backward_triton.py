@@ -113,8 +113,8 @@ def _over_queries(
         first_M, last_M = load_ends(first, last, at, q.count)
         s = scores(k, tile_q, scale, softcap, SHAPE.HAS_CAP, SHAPE.PRECISION)
         seen = (at_N[:, None] >= first_M[None, :]) & (at_N[:, None] <= last_M[None, :])
-        rest_M = _load_statistic(log_sum, at, q.count, 0.0)
-        p = tl.where(seen, tl.exp2(less_peak(s, unit, peak_M[None, :]) - rest_M[None, :]), 0.0)
+        log_sum_M = _load_statistic(log_sum, at, q.count, 0.0)
+        p = tl.where(seen, tl.exp2(less_peak(s, unit, peak_M[None, :]) - log_sum_M[None, :]), 0.0)
         dv = tl.dot(p.to(tile_do.dtype), tile_do, dv, input_precision=SHAPE.PRECISION)
         dp = tl.dot(v, tl.trans(tile_do), input_precision=SHAPE.PRECISION)
         delta_M = _load_statistic(delta, at, q.count, 0.0)
@@ -263,18 +263,18 @@ def queries_kernel(
     do_M = load_block(d_out_rows, tile * SHAPE.BLOCK_M, True, SHAPE.V, SHAPE.BLOCK_M, SHAPE.BLOCK_V)
     statistics = (row * heads + head) * queries
     peak_M = _load_statistic(peak + statistics, at, queries, float("inf"))
-    rest_M = _load_statistic(log_sum + statistics, at, queries, 0.0)
+    log_sum_M = _load_statistic(log_sum + statistics, at, queries, 0.0)
     delta_M = _load_statistic(delta + statistics, at, queries, 0.0)
     start, whole_start, whole_stop, stop = key_ranges(
         first, last, tile, queries, SHAPE.BLOCK_M, SHAPE.BLOCK_N
     )
     acc = tl.zeros((SHAPE.BLOCK_M, SHAPE.BLOCK_D), tl.float32)
     acc = _over_keys(
-        acc, q_M, k_rows, v_rows, do_M, peak_M, rest_M, delta_M, first_M, last_M,
+        acc, q_M, k_rows, v_rows, do_M, peak_M, log_sum_M, delta_M, first_M, last_M,
         (start, whole_start, whole_stop, stop), scale, softcap, True, SHAPE,
     )  # fmt: skip
     acc = _over_keys(
-        acc, q_M, k_rows, v_rows, do_M, peak_M, rest_M, delta_M, first_M, last_M,
+        acc, q_M, k_rows, v_rows, do_M, peak_M, log_sum_M, delta_M, first_M, last_M,
         (whole_start, whole_stop, stop, stop), scale, softcap, False, SHAPE,
     )  # fmt: skip
     dq_rows = rows_of_head(dq, dq_strides, row, head, queries)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.documents import Packing
-from kernels.attention.intervals import Intervals, Slices, kept_causal
+from kernels.attention.intervals import Intervals, Slices, cached_causal
 
 
 class AttentionOutput(NamedTuple):
@@ -37,7 +37,7 @@ class AttentionCall(NamedTuple):
     def intervals(self, device: torch.device) -> Intervals:
         """Return the keys that every query sees."""
         if self.documents is None:
-            return kept_causal(self.slices, self.window, device)
+            return cached_causal(self.slices, self.window, device)
         return self.documents.intervals(self.slices, self.window)
 
     def mask(self, device: torch.device) -> Tensor:

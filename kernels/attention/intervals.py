@@ -104,15 +104,15 @@ def causal(slices: Slices, window: int | None, device: torch.device) -> Interval
     return Intervals.between(first, last, slices.keys)
 
 
-def kept_causal(slices: Slices, window: int | None, device: torch.device) -> Intervals:
+def cached_causal(slices: Slices, window: int | None, device: torch.device) -> Intervals:
     """Return `causal`, of the last calls once: all layers of a model ask for the same."""
     if is_in_torch_dispatch_mode() or torch.compiler.is_compiling():
         return causal(slices, window, device)  # what a mode makes must not outlive it
-    return _keep_causal(slices, window, device)
+    return _cached_causal(slices, window, device)
 
 
 @functools.lru_cache(maxsize=8)
-def _keep_causal(slices: Slices, window: int | None, device: torch.device) -> Intervals:
+def _cached_causal(slices: Slices, window: int | None, device: torch.device) -> Intervals:
     with torch.inference_mode(mode=False):  # a later call may save them for its backward pass
         return causal(slices, window, device)
 

@@ -12,7 +12,7 @@ from kernels.attention.backward_triton import delta_kernel, keys_kernel, queries
 from kernels.attention.forward_triton import forward_kernel
 from kernels.attention.intervals import Intervals
 from kernels.attention.tiles_triton import Shape
-from kernels.triton_jit import constants, launched_where
+from kernels.triton_jit import constants, device_guard
 from kernels.triton_math import LOG2_E
 
 
@@ -163,7 +163,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Statistics]:
     if not statistics.lse.numel():
         return out, statistics
     tile = tile_for(tiles_of(q.device).forward, q, v)
-    with launched_where(q):
+    with device_guard(q):
         forward_kernel[(triton.cdiv(queries, tile.m) * heads * rows,)](
             *(q, k, v, out, *statistics, intervals.first, intervals.last),
             statistics.lse if sinks is None else sinks,
@@ -204,7 +204,7 @@ def backward(
     d_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
     if not peak.numel() or not k.shape[1]:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_sinks
-    with launched_where(q):
+    with device_guard(q):
         delta = _delta(out, d_out, d_lse)
         gradients = OutputGradients(d_out, peak, log_sum, delta)
         _launch_keys(inputs, gradients, dk, dv)

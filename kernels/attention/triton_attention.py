@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 
@@ -23,7 +22,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionOutput
 
     intervals, scale = call.intervals(q.device), call.scale
     if scale <= 0:  # kernels take the largest score before they scale it
-        q, scale = q * math.copysign(scale != 0, scale), abs(scale) or 1.0
+        q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
     out, lse, *_ = ops.attention(q, k, v, call.sinks, *intervals, scale, call.softcap or 0.0)
     return AttentionOutput(out, lse)
 

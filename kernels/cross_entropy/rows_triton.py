@@ -24,7 +24,7 @@ from kernels import triton_jit as tj
 from kernels.cross_entropy import rows
 from kernels.cross_entropy.chunking import padded
 from kernels.cross_entropy.rows import Coefficients, Statistics
-from kernels.triton_jit import constants, jit, launched_where
+from kernels.triton_jit import constants, device_guard, jit
 from kernels.triton_math import LOG2_E, tanh, tanh_slope
 
 MAX_BLOCK = 16384
@@ -373,7 +373,7 @@ def work(
         SLOTS=triton.next_power_of_2(targets.shape[1]),
         BLOCK=block,
     )
-    with launched_where(logits):
+    with device_guard(logits):
         row_kernel[(count,)](
             *(logits, logits if gradient is None else gradient, unused if bias is None else bias),
             *(targets, *(unused if t is None else t for t in (*statistics, *c))),

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import triton_jit as tj
-from kernels.triton_jit import jit, launched_where
+from kernels.triton_jit import device_guard, jit
 
 BLOCK = 4096
 
@@ -49,7 +49,7 @@ def scale(values: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     elif values.numel():
         grid = (triton.cdiv(values.numel(), BLOCK),)
         target = values if out is None else out
-        with launched_where(values):
+        with device_guard(values):
             scale_kernel[grid](
                 values,
                 target,

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import attention, intervals, launch, triton_attention
-from kernels.attention.intervals import Slices, kept_causal
+from kernels.attention.intervals import Slices, cached_causal
 from kernels.cross_entropy import linear_cross_entropy, rows_triton
 from tests.kernels.test_attention_triton import qkv, tiles
 
@@ -99,7 +99,7 @@ class Launches:
 
 def test_grids_have_no_axis_that_ends_at_65535() -> None:
     q = torch.zeros(1, 1, 1, 16).expand(70_000, 3, 2, 16)
-    ends = kept_causal(Slices.of(3, 3), None, CPU)
+    ends = cached_causal(Slices.of(3, 3), None, CPU)
     inputs = launch.Inputs(q, q, q, None, ends, 1.0, 0.0)
     names = ("forward_kernel", "delta_kernel", "keys_kernel", "queries_kernel")
     kernels = {name: Launches() for name in names}
@@ -139,11 +139,11 @@ def test_the_self_test_is_outside_of_compiled_graphs() -> None:
 def test_intervals_of_plain_attention_are_computed_once() -> None:
     slices = Slices.of(6, 6)
     with mock.patch.object(intervals, "causal", wraps=intervals.causal) as computed:
-        intervals._keep_causal.cache_clear()
+        intervals._cached_causal.cache_clear()
         with torch.inference_mode():
-            kept = kept_causal(slices, 3, CPU)
-        assert kept_causal(slices, 3, CPU) is kept and computed.call_count == 1
+            kept = cached_causal(slices, 3, CPU)
+        assert cached_causal(slices, 3, CPU) is kept and computed.call_count == 1
         assert not kept.first.is_inference()
         with FlopCounterMode(display=False):  # a mode, as that of fake tensors
-            assert kept_causal(slices, 3, CPU) is not kept
+            assert cached_causal(slices, 3, CPU) is not kept
     assert torch.equal(kept.first, torch.tensor([[0, 0, 0, 1, 2, 3]], dtype=torch.int32))

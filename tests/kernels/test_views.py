@@ -12,19 +12,10 @@ from kernels.attention import PackedDocuments, attention
 from kernels.attention import ops as attention_ops
 from kernels.attention.intervals import Intervals, Slices, causal
 from kernels.cross_entropy import linear_cross_entropy, scale_triton
-from tests.kernels.test_attention_triton import qkv, tiles
+from tests.kernels.test_attention_triton import gpu, qkv, tiles
 from tests.support.loss_cases import make_case
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-        ],
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
 pytestmark = [
     pytest.mark.thorough,
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning:triton.*"),

@@ -14,18 +14,24 @@ StreamingDataset's pitfalls are avoided:
 - It refuses a folder that another StreamingDataset of the machine names, so two runs cannot share
   one; the native backend can. It takes what a killed process left in shared memory for such a
   dataset: that is removed first.
+- It takes the first free number of the machine's shared memory, and fails when another run takes
+  the same at that moment: runs open theirs one after the other.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from data_prep.mds import StoredSequence
 from data_prep.streaming_compat import import_streaming
@@ -38,6 +44,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 # Of a StreamingDataset there: segments of at least a page, and bytes for the state and the last use
 # of each shard (mosaicml-streaming, base/dataset.py)
 _SEGMENTS, _SHARD_BYTES = 8, 9
+# Two jobs that share several machines could each wait for the other: a job waits so long at most.
+_LOCK_SECONDS = 60.0
 
 
 def open_split(config: Config, stores: list[ShardStore]) -> Any:
@@ -70,27 +78,60 @@ def open_split(config: Config, stores: list[ShardStore]) -> Any:
     limit = int(config.data.cache_limit_gib * 2**30) if config.data.cache_limit_gib else None
     check_shared_memory(sum(len(store.index) for store in stores))
     try:
-        return streaming.StreamingDataset(
-            streams=streams,
-            validate_hash="xxh64",
-            keep_zip=False,
-            cache_limit=limit,
-            batch_size=config.train.micro_batch_size,
-            predownload=config.train.micro_batch_size,
-            num_canonical_nodes=1,
-            shuffle=False,
-            shuffle_algo="py1e",
-            shuffle_seed=config.run.seed,
-            shuffle_block_size=2**18,
-            sampling_method="balanced",
-            partition_algo="relaxed",
-            batching_method="random",
-            allow_unsafe_types=False,
-        )
+        with shared_memory_lock():
+            return streaming.StreamingDataset(
+                streams=streams,
+                validate_hash="xxh64",
+                keep_zip=False,
+                cache_limit=limit,
+                batch_size=config.train.micro_batch_size,
+                predownload=config.train.micro_batch_size,
+                num_canonical_nodes=1,
+                shuffle=False,
+                shuffle_algo="py1e",
+                shuffle_seed=config.run.seed,
+                shuffle_block_size=2**18,
+                sampling_method="balanced",
+                partition_algo="relaxed",
+                batching_method="random",
+                allow_unsafe_types=False,
+            )
     except (ValueError, RuntimeError, OSError) as error:
         raise DataError(
             f"StreamingDataset cannot open {config.data.path}: {' '.join(str(error).split())}"
         ) from error
+
+
+@contextmanager
+def shared_memory_lock(
+    shared: Path = _SHARED_MEMORY, seconds: float = _LOCK_SECONDS
+) -> Iterator[None]:
+    """Let no other job of this machine create shared memory of a StreamingDataset. Collective.
+
+    The lock is the kernel's, on the folder itself: it needs no file that all users can write, and
+    a killed process leaves none.
+
+    Args:
+        shared: Folder of POSIX shared memory; without it nothing is locked.
+        seconds: Longest time to wait for another job; then this one goes on without the lock.
+    """
+    folder = None
+    if os.environ.get("LOCAL_RANK", "0") == "0" and shared.is_dir():
+        folder = os.open(shared, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + seconds
+        while folder is not None and time.monotonic() < deadline:
+            with suppress(BlockingIOError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
+        if dist.is_initialized():
+            # Every rank looks for a free number, not only the one that takes it
+            dist.barrier(group=dist.group.WORLD)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
 
 
 def check_shared_memory(shards: int, shared: Path = _SHARED_MEMORY) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ import torch
 from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.data.loader import Loader
+from nextpt.data.streaming_backend import shared_memory_lock
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite, sequences_of
 
@@ -209,10 +216,6 @@ def test_local_world_size_is_set_before_streaming_needs_it(dataset: Path, tmp_pa
 
     Without LOCAL_WORLD_SIZE, each rank would act as the first of its machine.
     """
-    import os
-    import subprocess
-    import sys
-
     script = (
         "import os, sys\nfrom data_prep.streaming_compat import"
         " import_streaming\nimport_streaming()\nfrom streaming.base.world import World\nw ="
@@ -244,3 +247,51 @@ def test_a_full_folder_of_shared_memory_is_named(
     with pytest.raises(ConfigError, match=r"/dev/shm has 8192 bytes left, data\.backend=streaming"):
         open_loader(dataset, "streaming")
     open_loader(dataset, "native").close()
+
+
+def test_jobs_of_a_machine_create_shared_memory_one_after_the_other(tmp_path: Path) -> None:
+    """StreamingDataset looks for a free number and takes it later, when another may have it."""
+    inside, overlaps = threading.Event(), []
+
+    def job(_: int) -> None:
+        with shared_memory_lock(tmp_path):
+            overlaps.append(inside.is_set())
+            inside.set()
+            time.sleep(0.02)
+            inside.clear()
+
+    with ThreadPoolExecutor(4) as jobs:
+        list(jobs.map(job, range(8)))
+    assert overlaps == [False] * 8
+
+
+def test_a_job_that_cannot_have_the_lock_goes_on(tmp_path: Path) -> None:
+    with shared_memory_lock(tmp_path), shared_memory_lock(tmp_path, seconds=0.1):
+        pass
+    with shared_memory_lock(tmp_path / "none"):
+        pass
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_jobs_that_start_at_once_open_their_datasets(dataset: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom nextpt.data.loader import Loader\n"
+        "from tests.support.datasets import tiny\n"
+        "config = tiny(Path(sys.argv[1]), Path('unused'), data={'backend': 'streaming'})\n"
+        "for _ in range(8):\n    Loader(config, 0, 1).close()\n"
+    )
+    jobs = []
+    for number in range(4):
+        copy = shutil.copytree(dataset, tmp_path / str(number))
+        jobs.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, str(copy)],
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[2],
+            )
+        )
+    for job in jobs:
+        errors = job.communicate(timeout=600)[1]
+        assert job.returncode == 0, errors

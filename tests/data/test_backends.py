@@ -22,6 +22,7 @@ from data_prep.streaming_compat import import_streaming
 from nextpt.base.errors import ConfigError, DataError
 from nextpt.data.loader import Loader
 from nextpt.data.streaming_backend import shared_memory_lock
+from tests.support.commands import start_script
 from tests.support.datasets import tiny
 from tests.support.layouts import rewrite, sequences_of
 
@@ -284,14 +285,7 @@ def test_jobs_that_start_at_once_open_their_datasets(dataset: Path, tmp_path: Pa
     jobs = []
     for number in range(4):
         copy = shutil.copytree(dataset, tmp_path / str(number))
-        jobs.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script, str(copy)],
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=Path(__file__).parents[2],
-            )
-        )
+        jobs.append(start_script("-c", script, str(copy), TMPDIR=str(tmp_path)))
     for job in jobs:
-        errors = job.communicate(timeout=600)[1]
+        errors = "".join(job.communicate(timeout=600))
         assert job.returncode == 0, errors

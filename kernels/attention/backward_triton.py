@@ -7,8 +7,9 @@ The log-sum-exp is read in its two parts, the largest score and the logarithm of
 relative to it: their sum would lose the digits of the latter where scores are large. There are no
 atomics. The gradient through the log-sum-exp is only a part of delta. A program of the
 kernel for keys holds a block of keys and goes over the queries that see it, of all query heads that
-share them; its scores are transposed, so that statistics of queries lie along columns. Seven matrix
-products where a pass with atomics has five; always the same bits.
+share them, or of a part of those where key heads are too few to occupy the device: the sums of
+parts are added afterwards. Its scores are transposed, so that statistics of queries lie along
+columns. Seven matrix products where a pass with atomics has five; always the same bits.
 """
 
 from __future__ import annotations
@@ -152,10 +153,16 @@ def keys_kernel(
     scale: tj.Scalar,
     softcap: tj.Scalar,
     SHAPE: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> None:
-    """Write the gradients of a block of keys and values of one key head."""
+    """Write the gradients of a block of keys and values from a part of a group of query heads.
+
+    dk and dv have PARTS heads for each key head.
+    """
+    MEMBERS: tl.constexpr = SHAPE.GROUP // PARTS
     blocks = tl.cdiv(keys, SHAPE.BLOCK_N)
-    block, kv_head, row = program_place(blocks, heads // SHAPE.GROUP)
+    block, part, row = program_place(blocks, heads // MEMBERS)
+    kv_head = part // PARTS
     first += row * interval_stride
     last += row * interval_stride
     query_start += row * key_interval_stride
@@ -170,8 +177,8 @@ def keys_kernel(
     stop = tl.load(query_stop + high)
     acc_k = tl.zeros((SHAPE.BLOCK_N, SHAPE.BLOCK_D), tl.float32)
     acc_v = tl.zeros((SHAPE.BLOCK_N, SHAPE.BLOCK_V), tl.float32)
-    for member in range(SHAPE.GROUP):
-        head = kv_head * SHAPE.GROUP + member
+    for member in range(MEMBERS):
+        head = part * MEMBERS + member
         q_rows = rows_of_head(q, q_strides, row, head, queries)
         d_out_rows = rows_of_head(d_out, d_out_strides, row, head, queries)
         statistics = (row * heads + head) * queries
@@ -180,8 +187,8 @@ def keys_kernel(
             peak + statistics, log_sum + statistics, delta + statistics,
             first, last, at, start, stop, scale, softcap, SHAPE,
         )  # fmt: skip
-    dk_rows = rows_of_head(dk, dk_strides, row, kv_head, keys)
-    dv_rows = rows_of_head(dv, dv_strides, row, kv_head, keys)
+    dk_rows = rows_of_head(dk, dk_strides, row, part, keys)
+    dv_rows = rows_of_head(dv, dv_strides, row, part, keys)
     store_block(dk_rows, acc_k * scale, low, SHAPE.D, SHAPE.BLOCK_N, SHAPE.BLOCK_D)
     store_block(dv_rows, acc_v, low, SHAPE.V, SHAPE.BLOCK_N, SHAPE.BLOCK_V)
 

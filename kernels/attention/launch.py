@@ -238,14 +238,48 @@ def _launch_keys(inputs: Inputs, gradients: OutputGradients, dk: Tensor, dv: Ten
     first, _, query_start, _ = intervals
     tiles = tiles_of(q.device)
     tile = tile_for(tiles.keys_capped if softcap else tiles.keys, q, v)
-    keys_kernel[(triton.cdiv(keys, tile.n) * kv_heads * rows,)](
-        *(q, k, v, *gradients, *intervals, dk, dv),
-        *(strides(t) for t in (q, k, v, gradients.d_out, dk, dv)),
+    programs = triton.cdiv(keys, tile.n) * kv_heads * rows
+    parts = parts_of_group(q.shape[2] // kv_heads, programs, multiprocessors(q.device))
+    sums = [t if parts == 1 else _room_for_parts(t, parts) for t in (dk, dv)]
+    keys_kernel[(programs * parts,)](
+        *(q, k, v, *gradients, *intervals, *sums),
+        *(strides(t) for t in (q, k, v, gradients.d_out, *sums)),
         *(_row_stride(first), _row_stride(query_start), q.shape[1], keys, q.shape[2]),
         *(scale, softcap or 1.0),
         SHAPE=shape_of(q, k, v, softcap, tile),
+        PARTS=parts,
         **compiler_options(tile),
     )
+    if parts > 1:
+        for whole, part_sums in zip((dk, dv), sums, strict=True):
+            whole.copy_(part_sums.view(rows, keys, kv_heads, parts, -1).sum(3))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device; 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def parts_of_group(group: int, programs: int, multiprocessors: int) -> int:
+    """Return into how many parts the query heads of a key head are divided for its gradient.
+
+    The least that gives each multiprocessor two programs, since some see few queries and end early.
+
+    Args:
+        group: query heads per key head.
+        programs: programs of the undivided gradient of keys.
+        multiprocessors: of the device.
+    """
+    divisors = (parts for parts in range(1, group + 1) if group % parts == 0)
+    return next((d for d in divisors if d * programs >= 2 * multiprocessors), group)
+
+
+def _room_for_parts(gradient: Tensor, parts: int) -> Tensor:
+    """Return fp32 [B, Sk, Hkv parts, D], for the sums of each part."""
+    rows, keys, heads, width = gradient.shape
+    return gradient.new_empty(rows, keys, heads * parts, width, dtype=torch.float32)
 
 
 def _launch_queries(inputs: Inputs, gradients: OutputGradients, dq: Tensor) -> None:

@@ -147,10 +147,12 @@ def attention_variant(
     value_width: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     cap: bool = False,
+    parts: int = 1,
 ) -> Variant:
     """Return one kernel for heads of a width, as it is launched for a model.
 
-    Strides are multiples of 16 as in models; counts of tokens are not.
+    Strides are multiples of 16 as in models; counts of tokens are not. `parts`: of a group, in the
+    gradient of keys.
     """
     q = torch.empty(1, 1, QUERY_HEADS, width, dtype=dtype, device="meta")
     k = torch.empty(1, 1, 1, width, dtype=dtype, device="meta")
@@ -168,7 +170,10 @@ def attention_variant(
         constants = {"SHAPE": launch.shape_of(q, k, v, 1.0 if cap else 0.0, tile)}
         if kernel is forward_kernel:
             constants["HAS_SINKS"] = True
+        if kernel is keys_kernel:
+            constants["PARTS"] = parts
     kinds: dict[str, Any] = dict.fromkeys(TENSORS, POINTERS[dtype])
+    kinds |= dict.fromkeys(("dk", "dv"), POINTERS[dtype if parts == 1 else torch.float32])
     kinds |= dict.fromkeys(("first", "last", "query_start", "query_stop"), "*i32")
     kinds |= dict.fromkeys(("queries", "keys", "heads"), "i32")
     kinds |= dict.fromkeys(("scale", "softcap"), "fp32")
@@ -209,6 +214,10 @@ def attention_variants(tiles: launch.Tiles) -> dict[str, Variant]:
             )
         variants_by_name[f"attention {name}, D=128, fp32"] = attention_variant(
             kernel, table, 128, dtype=torch.float32
+        )
+    for width in (64, 128, 256):
+        variants_by_name[f"attention keys, D={width}, two parts"] = attention_variant(
+            keys_kernel, tiles.keys, width, parts=2
         )
     variants_by_name["attention delta, D=128"] = attention_variant(delta_kernel, tiles.forward, 128)
     return variants_by_name

@@ -59,6 +59,16 @@ def tiles(m: int, n: int):
         yield
 
 
+@contextmanager
+def device_of(multiprocessors: int):
+    """Launch as on a device with so many multiprocessors; 0: as on this one."""
+    if not multiprocessors:
+        yield
+        return
+    with mock.patch.object(launch, "multiprocessors", return_value=multiprocessors):
+        yield
+
+
 def naive(
     q: Tensor,
     k: Tensor,
@@ -231,8 +241,10 @@ def test_output_and_gradients(device: str, dtype: torch.dtype, data: st.DataObje
         if draw(st.booleans(), "sinks")
         else None
     )
-    with tiles(
-        *draw(st.sampled_from([(0, 0)] if few else [(16, 16), (32, 16), (16, 32)]), "tiles")
+    processors = 0 if few else draw(st.sampled_from([1, 8]), "multiprocessors")
+    with (
+        tiles(*draw(st.sampled_from([(0, 0)] if few else [(16, 16), (32, 16), (16, 32)]), "tiles")),
+        device_of(processors),
     ):
         check(
             *qkv(
@@ -261,6 +273,23 @@ def test_output_and_gradients(device: str, dtype: torch.dtype, data: st.DataObje
 @pytest.mark.parametrize("width", [16, 64, 96, 128, 256])
 def test_head_widths_and_launched_tiles(device: str, dtype: torch.dtype, width: int) -> None:
     check(*qkv(1, 150, 150, 2, 1, width, width, dtype, device), window=100)
+
+
+@pytest.mark.thorough
+@everywhere
+@pytest.mark.parametrize("multiprocessors", [4, 100])
+def test_few_key_heads(device: str, dtype: torch.dtype, multiprocessors: int) -> None:
+    """Two parts of three query heads, and six of one."""
+    with tiles(16, 16), device_of(multiprocessors):
+        check(*qkv(1, 40, 40, 12, 2, 16, 24, dtype, device), window=30)
+
+
+def test_groups_are_divided_where_multiprocessors_would_be_idle() -> None:
+    divided = [
+        launch.parts_of_group(group, programs, 132)
+        for group, programs in ((1, 1), (8, 264), (8, 263), (8, 64), (6, 100), (3, 1))
+    ]
+    assert divided == [1, 1, 2, 8, 3, 3]
 
 
 @pytest.mark.thorough

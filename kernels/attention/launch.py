@@ -61,6 +61,13 @@ SM_80 = Tiles(
     keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     queries={64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
 )
+# AMD's have 64 KiB of shared memory, and 64 threads to a warp; compiled for gfx942.
+AMD = Tiles(
+    forward={64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 4, 2), 256: Tile(64, 32, 4, 2)},
+    keys={64: Tile(32, 128, 4, 2), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
+    keys_capped={64: Tile(32, 128, 4, 2), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
+    queries={64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 4, 1)},
+)
 WIDE = Tile(16, 16, 8, 1)  # fp32, whose exact products do not use tensor cores
 DELTA_QUERIES = 64  # of a program
 
@@ -136,6 +143,8 @@ def tiles_of(device: torch.device) -> Tiles:
     """Return the tiles for a device; those of sm_90 where kernels are interpreted."""
     if device.type != "cuda":
         return SM_90
+    if torch.version.hip:
+        return AMD
     return tiles_by_capability(torch.cuda.get_device_capability(device)[0])
 
 

@@ -2,8 +2,9 @@
 
 `python -m kernels.bench.compile_report [--target sm_90] [--only TEXT] [--json]`; needs no GPU.
 
-Cross-compiles every variant and asks ptxas for registers, spills and shared memory; counts the
-vector loads and stores. Spills and loads of less than 128 bits are slow on every GPU.
+Cross-compiles every variant and asks ptxas, or the assembler's notes for AMD, for registers, spills
+and shared memory; counts the vector loads and stores. Spills and loads of less than 128 bits are
+slow on every GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from triton.compiler import ASTSource
 from kernels.bench.variants import variants
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 
 def examine(
@@ -36,7 +38,29 @@ def examine(
         have 64-bit offsets.
     """
     compiled = triton.compile(source, target=target, options=options)
-    ptx = compiled.asm["ptx"]
+    report = {"warps": options["num_warps"], "shared": compiled.metadata.shared}
+    if target.backend == "hip":
+        return report | _examine_amd(compiled.asm["amdgcn"])
+    return report | _examine_ptx(compiled.asm["ptx"], target)
+
+
+def _examine_amd(code: str) -> dict[str, Any]:
+    """Count what a program for AMD takes; what is spilled lies in each thread's private segment."""
+    loads, stores = (
+        re.findall(rf"(?:global|buffer)_{kind}_(\w+)", code) for kind in ("load", "store")
+    )
+    return {
+        "registers": int(_match(r"\.vgpr_count:\s+(\d+)", code)),
+        "spilled": int(_match(r"\.private_segment_fixed_size:\s+(\d+)", code)),
+        "loads_128": loads.count("dwordx4"),
+        "stores_128": stores.count("dwordx4"),
+        "loads": len(loads),
+        "stores": len(stores),
+        "mfma": "v_mfma" in code,
+    }
+
+
+def _examine_ptx(ptx: str, target: GPUTarget) -> dict[str, Any]:
     accesses = {
         kind: [_bits(m) for m in re.findall(rf"{kind}\.global(\.[^ ]+)", ptx)]
         for kind in ("ld", "st")
@@ -59,10 +83,8 @@ def examine(
             check=True,
         ).stderr
     return {
-        "warps": options["num_warps"],
         "registers": int(_match(r"Used (\d+) registers", log)),
         "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
-        "shared": compiled.metadata.shared,
         "loads_128": sum(b >= 128 for b in accesses["ld"]),
         "stores_128": sum(b >= 128 for b in accesses["st"]),
         "loads": len(accesses["ld"]),
@@ -120,7 +142,7 @@ def main() -> None:
     target = TARGETS[arguments.target]
     reports = {
         name: examine(*variant, target)
-        for name, variant in variants(target.arch // 10).items()
+        for name, variant in variants(target).items()
         if arguments.only in name
     }
     if arguments.json:
@@ -132,7 +154,7 @@ def main() -> None:
         " stores |\n|---|---|---|---|---|---|---|"
     )
     for name, f in reports.items():
-        note = " (wgmma serialized)" if f["serialized"] else ""
+        note = " (wgmma serialized)" if f.get("serialized") else ""
         print(
             f"| {name}{note} | {f['warps']} | {f['registers']} | {f['spilled']} | {f['shared']} |"
             f" {f['loads_128']} of {f['loads']} | {f['stores_128']} of {f['stores']} |"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.attention import launch
@@ -31,6 +33,7 @@ def row_variant(
     smooth: bool = False,
     describe: bool = True,
     grad: bool = True,
+    amd: bool = False,
 ) -> Variant:
     """Return one variant of the row kernel as it is launched.
 
@@ -63,9 +66,8 @@ def row_variant(
         BLOCK=block,
     )
     aligned = {"logits", "gradient", "bias", "width", "logits_stride", "gradient_stride"}
-    return _source(row_kernel, kinds, {"OPTIONS": constants(options)}, aligned), compiler_options(
-        block
-    )
+    source = _source(row_kernel, kinds, {"OPTIONS": constants(options)}, aligned)
+    return source, compiler_options(block, amd)
 
 
 def _source(
@@ -94,34 +96,33 @@ def _source(
     )
 
 
-def loss_variants() -> dict[str, Variant]:
-    """Return the variants of the loss's kernels, by name."""
+def loss_variants(amd: bool) -> dict[str, Variant]:
+    """Return the variants of the loss's kernels, by name; amd: for a device of AMD."""
+    variant = partial(row_variant, amd=amd)
     bf16, fp32 = torch.bfloat16, torch.float32
     everything: dict[str, Any] = {"bias": True, "cap": True, "smooth": True}
     variants_by_name = {
-        f"rows bf16, V={v}": row_variant(bf16, bf16, v) for v in (50, 1000, 4000, 8000, 128256)
+        f"rows bf16, V={v}": variant(bf16, bf16, v) for v in (50, 1000, 4000, 8000, 128256)
     }
     variants_by_name |= {
-        "rows fp16": row_variant(torch.float16, torch.float16),
-        "rows fp32": row_variant(fp32, fp32),
+        "rows fp16": variant(torch.float16, torch.float16),
+        "rows fp32": variant(fp32, fp32),
     }
     variants_by_name |= {
-        f"rows fp32 -> bf16, V={v}": row_variant(fp32, bf16, v) for v in (8000, 128256)
+        f"rows fp32 -> bf16, V={v}": variant(fp32, bf16, v) for v in (8000, 128256)
     }
-    variants_by_name |= {
-        f"rows bf16, {k} targets": row_variant(bf16, bf16, targets=k) for k in (2, 4)
-    }
+    variants_by_name |= {f"rows bf16, {k} targets": variant(bf16, bf16, targets=k) for k in (2, 4)}
     for name, logits in (("bf16", bf16), ("fp32 -> bf16", fp32)):
-        variants_by_name[f"rows {name}, soft cap"] = row_variant(logits, bf16, cap=True)
-        variants_by_name[f"rows {name}, bias, soft cap, smoothing"] = row_variant(
+        variants_by_name[f"rows {name}, soft cap"] = variant(logits, bf16, cap=True)
+        variants_by_name[f"rows {name}, bias, soft cap, smoothing"] = variant(
             logits, bf16, **everything
         )
-        variants_by_name[f"rows {name}, bias, soft cap, smoothing, 2 targets"] = row_variant(
+        variants_by_name[f"rows {name}, bias, soft cap, smoothing, 2 targets"] = variant(
             logits, bf16, targets=2, **everything
         )
-        variants_by_name[f"rows {name}, gradient only"] = row_variant(logits, bf16, describe=False)
-    variants_by_name["rows fp32, statistics only"] = row_variant(fp32, fp32, grad=False)
-    variants_by_name["rows fp32, statistics only, bias, soft cap"] = row_variant(
+        variants_by_name[f"rows {name}, gradient only"] = variant(logits, bf16, describe=False)
+    variants_by_name["rows fp32, statistics only"] = variant(fp32, fp32, grad=False)
+    variants_by_name["rows fp32, statistics only, bias, soft cap"] = variant(
         fp32, fp32, grad=False, bias=True, cap=True
     )
     for name, values, always in (
@@ -223,10 +224,8 @@ def attention_variants(tiles: launch.Tiles) -> dict[str, Variant]:
     return variants_by_name
 
 
-def variants(major: int = 9) -> dict[str, Variant]:
-    """Return all that training and evaluation launch, by name.
-
-    Args:
-        major: first number of the device's compute capability.
-    """
-    return loss_variants() | attention_variants(launch.tiles_by_capability(major))
+def variants(target: GPUTarget) -> dict[str, Variant]:
+    """Return all that training and evaluation launch on a device, by name."""
+    amd = target.backend == "hip"
+    tiles = launch.AMD if amd else launch.tiles_by_capability(target.arch // 10)
+    return loss_variants(amd) | attention_variants(tiles)

@@ -380,7 +380,7 @@ def work(
             *(vocabulary, padded(vocabulary), logits.stride(0)),
             *(0 if gradient is None else gradient.stride(0), float(softcap or 1.0)),
             OPTIONS=constants(options),
-            **compiler_options(block),
+            **compiler_options(block, amd=bool(torch.version.hip)),
         )
 
 
@@ -397,14 +397,16 @@ def block_size(vocabulary: int, capped: bool) -> int:
     return min(int(triton.next_power_of_2(padded(vocabulary))), largest)
 
 
-def compiler_options(block: int) -> dict[str, int | bool]:
+def compiler_options(block: int, amd: bool) -> dict[str, int | bool]:
     """Return what the compiler is told: 16 elements per thread, 128 to 1024 threads.
+
+    amd: of a device of AMD, whose warps have 64 threads.
 
     Naming all registers that these may have keeps ptxas from spilling for the sake of a second
     block per multiprocessor, whose rows would not fit the L2 cache anyway.
     """
     warps = max(4, min(32, block // 512))
     options: dict[str, int | bool] = {"num_warps": warps, "enable_fp_fusion": True}
-    if torch.version.hip:  # 64 threads to a warp
+    if amd:
         return options | {"num_warps": max(2, warps // 2)}
     return options | {"maxnreg": min(65536 // (32 * warps), 128)}

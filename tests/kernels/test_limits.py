@@ -113,10 +113,16 @@ def test_grids_have_no_axis_that_ends_at_65535() -> None:
 
 def test_a_block_has_at_most_1024_threads() -> None:
     blocks = [2**n for n in range(6, 15)]
-    assert max(rows_triton.compiler_options(b)["num_warps"] for b in blocks) * 32 == 1024
-    with mock.patch("torch.version.hip", "6.2"):
-        options = [rows_triton.compiler_options(b) for b in blocks]
-    assert max(o["num_warps"] for o in options) * 64 == 1024 and "maxnreg" not in options[0]
+    for amd, threads in ((False, 32), (True, 64)):
+        options = [rows_triton.compiler_options(b, amd) for b in blocks]
+        assert max(o["num_warps"] for o in options) * threads == 1024
+        assert ("maxnreg" in options[0]) != amd
+
+
+def test_devices_of_amd_have_tiles_of_their_own() -> None:
+    """Their compute capability is the first number of an architecture, as 9 of gfx942."""
+    with mock.patch("torch.version.hip", "6.4"):
+        assert launch.tiles_of(torch.device("cuda")) is launch.AMD
 
 
 def test_the_self_test_is_outside_of_compiled_graphs() -> None:

@@ -44,22 +44,22 @@ class Tiles(NamedTuple):
 # No spills, no serialised wgmma: kernels.bench.compile_report.
 SM_90 = Tiles(
     forward={64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 32, 8, 2)},
-    keys={64: Tile(32, 128, 8, 3), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
-    keys_capped={64: Tile(32, 128, 8, 3), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+    keys={64: Tile(32, 128, 8, 3), 128: Tile(32, 128, 8, 2), 256: Tile(64, 32, 8, 1)},
+    keys_capped={64: Tile(32, 128, 8, 3), 128: Tile(32, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
     queries={64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)},
 )
 SM_100 = Tiles(
     forward={64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    keys={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+    keys={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+    keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
     queries={64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)},
 )
 # All others have no wgmma and as little as 99 KiB of shared memory (sm_86, sm_89, sm_120).
 SM_80 = Tiles(
-    forward={64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
-    keys={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)},
-    keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    queries={64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    forward={64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(32, 32, 4, 2)},
+    keys={64: Tile(32, 128, 8, 2), 128: Tile(64, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+    keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(64, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+    queries={64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)},
 )
 # AMD's have 64 KiB of shared memory, and 64 threads to a warp; compiled for gfx942.
 AMD = Tiles(

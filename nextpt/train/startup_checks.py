@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from kernels.attention import triton_attention
 from kernels.causality import CausalityError, check_attention
 from kernels.choice import attention_features, choose_attention, choose_cross_entropy
 from nextpt.base.errors import ConfigError, UserError
@@ -13,13 +16,14 @@ from nextpt.train.memory import loss_chunking
 
 
 def check_causality(config: Config, device: torch.device) -> None:
-    """Prove on this device that no layer's attention looks ahead.
+    """Prove on this device that no layer's attention looks ahead, and that ours is right.
 
     In the shapes of the run's own heads, so that a kernel that does not fit the device fails now.
     Takes a fraction of a second.
 
     Raises:
-        ConfigError: When the chosen implementation cannot do what the run needs.
+        ConfigError: When the chosen implementation cannot do what the run needs, or is ours and
+            fails or differs from the reference.
         UserError: When the attention is not causal.
     """
     dtype = (
@@ -34,16 +38,21 @@ def check_causality(config: Config, device: torch.device) -> None:
             features = attention_features(
                 head, head, documents=True, window=window, sinks=spec.attention_sinks or None
             )
-            choose_attention(implementation, device.type, features)
-            check_attention(
-                implementation,
-                device,
-                dtype,
-                window,
-                sinks=spec.attention_sinks,
-                head_dim=spec.head_dim,
-                group=spec.heads // spec.kv_heads,
-            )
+            heads: dict[str, Any] = {
+                "window": window,
+                "sinks": spec.attention_sinks,
+                "head_dim": spec.head_dim,
+                "group": spec.heads // spec.kv_heads,
+            }
+            chosen = choose_attention(implementation, device.type, features)
+            if chosen.name == "triton":
+                reason = triton_attention.difference(triton_attention.run, device, dtype, **heads)
+                if reason:
+                    raise ValueError(
+                        f"our Triton attention does not suit heads of {spec.head_dim} on this"
+                        f" {device.type}: {reason}; choose another"
+                    )
+            check_attention(implementation, device, dtype, **heads)
     except ValueError as error:
         raise ConfigError(f"model.attention = {config.model.attention}: {error}") from error
     except CausalityError as error:

@@ -205,6 +205,9 @@ def test_the_self_test_detects_a_wrong_kernel() -> None:
         return triton_attention.run(q, k, v, call._replace(documents=None))
 
     assert "off by" in triton_attention.difference(wrong, "cpu")
+    heads = {"window": None, "sinks": True, "head_dim": 24, "group": 3}
+    assert triton_attention.difference(triton_attention.run, "cpu", torch.float32, **heads) is None
+    assert "off by" in triton_attention.difference(wrong, "cpu", torch.float32, **heads)
     assert "TypeError" in triton_attention.difference(lambda: None, "cpu")
 
 

@@ -277,8 +277,28 @@ def test_sinks_of_zero_are_one_more_key_of_score_zero() -> None:
 def test_every_window_is_checked_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     windows: list[int | None] = []
     monkeypatch.setattr(
-        startup_checks, "check_attention", lambda *args, **_: windows.append(args[-1])
+        startup_checks, "check_attention", lambda *_, window, **__: windows.append(window)
     )
     config: Config = tiny(Path("none"), Path("none"), model=PATTERN)
     startup_checks.check_causality(config, torch.device("cpu"))
     assert windows == [None, 5]
+
+
+def test_our_attention_is_compared_in_the_shapes_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = PATTERN | {"attention": "triton", "attention_sinks": True}
+    config = tiny(Path("none"), Path("none"), model=model)
+    asked = []
+
+    def difference(run: object, device: object, dtype: object, **heads: object) -> str:
+        asked.append(heads)
+        return "it fails: OutOfResources: shared memory"
+
+    monkeypatch.setattr(startup_checks.triton_attention, "difference", difference)
+    with pytest.raises(ConfigError, match=r"model.attention = triton: our .* OutOfResources"):
+        startup_checks.check_causality(config, torch.device("cpu"))
+    spec = ModelSpec.from_config(config)
+    group = spec.heads // spec.kv_heads
+    head_dim = {"head_dim": spec.head_dim, "group": group}
+    assert asked == [{"window": None, "sinks": True} | head_dim]

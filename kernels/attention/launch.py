@@ -44,9 +44,9 @@ class Tiles(NamedTuple):
 # No spills, no serialised wgmma: kernels.bench.compile_report.
 SM_90 = Tiles(
     forward={64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 32, 8, 2)},
-    keys={64: Tile(32, 128, 8, 3), 128: Tile(32, 128, 8, 2), 256: Tile(64, 32, 8, 1)},
-    keys_capped={64: Tile(32, 128, 8, 3), 128: Tile(32, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
-    queries={64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)},
+    keys={64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(64, 32, 8, 1)},
+    keys_capped={64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
+    queries={64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)},
 )
 SM_100 = Tiles(
     forward={64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},

@@ -31,42 +31,46 @@ class Tiles(NamedTuple):
     Attributes:
         forward: of the forward pass.
         keys: of the gradient of keys and values.
-        keys_capped: the same with a soft cap.
         queries: of the gradient of queries.
+        keys_capped: of the gradient of keys and values with a soft cap, where they differ.
     """
 
     forward: dict[int, Tile]
     keys: dict[int, Tile]
-    keys_capped: dict[int, Tile]
     queries: dict[int, Tile]
+    keys_capped: dict[int, Tile]
+
+    def of_keys(self, capped: bool) -> dict[int, Tile]:
+        """Return those of the gradient of keys and values, with a soft cap or without."""
+        return self.keys | self.keys_capped if capped else self.keys
 
 
 # No spills, no serialised wgmma: kernels.bench.compile_report.
 SM_90 = Tiles(
     forward={64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 32, 8, 2)},
     keys={64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(64, 32, 8, 1)},
-    keys_capped={64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
     queries={64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)},
+    keys_capped={128: Tile(32, 64, 8, 1)},
 )
 SM_100 = Tiles(
     forward={64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
     keys={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
-    keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
     queries={64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 16, 8, 2)},
+    keys_capped={128: Tile(32, 64, 8, 1)},
 )
 # All others have no wgmma and as little as 99 KiB of shared memory (sm_86, sm_89, sm_120).
 SM_80 = Tiles(
     forward={64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(32, 32, 4, 2)},
     keys={64: Tile(32, 128, 8, 2), 128: Tile(64, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
-    keys_capped={64: Tile(32, 128, 8, 2), 128: Tile(64, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
     queries={64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 1)},
+    keys_capped={},
 )
 # AMD's have 64 KiB of shared memory, and 64 threads to a warp; compiled for gfx942.
 AMD = Tiles(
     forward={64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 4, 2), 256: Tile(64, 32, 4, 2)},
     keys={64: Tile(32, 128, 4, 2), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-    keys_capped={64: Tile(32, 128, 4, 2), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
     queries={64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 4, 1)},
+    keys_capped={},
 )
 WIDE = Tile(16, 16, 8, 1)  # fp32, whose exact products do not use tensor cores
 DELTA_QUERIES = 64  # of a program
@@ -245,10 +249,9 @@ def _launch_keys(inputs: Inputs, gradients: OutputGradients, dk: Tensor, dv: Ten
     q, k, v, _, intervals, scale, softcap = inputs
     rows, keys, kv_heads, _ = k.shape
     first, _, query_start, _ = intervals
-    tiles = tiles_of(q.device)
-    tile = tile_for(tiles.keys_capped if softcap else tiles.keys, q, v)
+    tile = tile_for(tiles_of(q.device).of_keys(softcap > 0), q, v)
     programs = triton.cdiv(keys, tile.n) * kv_heads * rows
-    parts = parts_of_group(q.shape[2] // kv_heads, programs, multiprocessors(q.device))
+    parts = parts_of_group(q.shape[2] // kv_heads, programs, multiprocessors_of(q.device))
     sums = [t if parts == 1 else _room_for_parts(t, parts) for t in (dk, dv)]
     keys_kernel[(programs * parts,)](
         *(q, k, v, *gradients, *intervals, *sums),
@@ -264,7 +267,7 @@ def _launch_keys(inputs: Inputs, gradients: OutputGradients, dk: Tensor, dv: Ten
             whole.copy_(part_sums.view(rows, keys, kv_heads, parts, -1).sum(3))
 
 
-def multiprocessors(device: torch.device) -> int:
+def multiprocessors_of(device: torch.device) -> int:
     """Return the number of multiprocessors of a device; 1 where kernels are interpreted."""
     if device.type != "cuda":
         return 1

@@ -87,13 +87,11 @@ def difference(
         torch.randn(1, TOKENS, heads, head_dim, generator=generator).to(device, dtype)
         for heads in (2 * group, 2, 2)
     ]
-    inputs = [t.requires_grad_() for t in (q, k, v)]
-    if sinks:
-        inputs.append(torch.linspace(-1, 1, 2 * group).to(device).requires_grad_())
+    logits = torch.linspace(-1, 1, 2 * group).to(device) if sinks else None
+    inputs = [t.requires_grad_() for t in (q, k, v, logits) if t is not None]
     documents = PackedDocuments(torch.arange(TOKENS, device=device).unsqueeze(0) // 77)
-    call = AttentionCall(
-        Slices.of(TOKENS, TOKENS), head_dim**-0.5, documents, window, sinks=(*inputs, None)[3]
-    )
+    slices = Slices.of(TOKENS, TOKENS)
+    call = AttentionCall(slices, head_dim**-0.5, documents, window, sinks=logits)
     results = []
     try:
         for function in (implementation, reference.run):

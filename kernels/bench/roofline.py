@@ -45,6 +45,7 @@ EXPONENTIALS, OTHERS, SHARED, ISSUED = 16, 64, 128, 4
 MMA_SYNC = 0.629
 # Products of a tile by pass: of the width of keys, of that of values
 PRODUCTS = {"forward": (1, 1), "keys": (2, 2), "queries": (2, 1)}
+_WGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 Instruction = tuple[str, str]  # name, operands
 
@@ -118,7 +119,7 @@ def tile_loops(code: str) -> list[list[Instruction]]:
 
 def matrix_operations(name: str) -> int:
     """Operations of one warp's instruction on the tensor cores; 0 for others."""
-    if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", name):
+    if match := _WGMMA.match(name):
         m, n, k = map(int, match.groups())
         return 2 * m * n * k // 4  # of four warps together
     return 2 * 16 * 8 * 16 if name.startswith("HMMA.16816") else 0
@@ -126,7 +127,7 @@ def matrix_operations(name: str) -> int:
 
 def operand_bytes(name: str, operands: str) -> float:
     """Bytes that the tensor cores read from shared memory for one warp's instruction."""
-    match = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", name)
+    match = _WGMMA.match(name)
     if match is None:
         return 0
     m, n, k = map(int, match.groups())

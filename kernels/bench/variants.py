@@ -209,7 +209,7 @@ def attention_variants(tiles: launch.Tiles) -> dict[str, Variant]:
             kernel, table, 192, 128
         )
         for width in (64, 128, 256):
-            capped = tiles.keys_capped if kernel is keys_kernel else table
+            capped = tiles.of_keys(capped=True) if kernel is keys_kernel else table
             variants_by_name[f"attention {name}, D={width}, soft cap"] = attention_variant(
                 kernel, capped, width, cap=True
             )

@@ -50,7 +50,7 @@ def check_causality(config: Config, device: torch.device) -> None:
                 if reason:
                     raise ValueError(
                         f"our Triton attention does not suit heads of {spec.head_dim} on this"
-                        f" {device.type}: {reason}; choose another"
+                        f" {device.type}: {reason}; set another model.attention"
                     )
             check_attention(implementation, device, dtype, **heads)
     except ValueError as error:

@@ -248,8 +248,8 @@ def check(make: Callable[[Path], Callable[[Path], object]], examples: int, folde
         )
         @given(damages)
         def test(damage: tuple[str, list[Edit]]) -> None:
-            apply(work / damage[0], damage[1])
             try:
+                apply(work / damage[0], damage[1])
                 read_confined(read, work, folder)
             finally:
                 restore(damage[0])

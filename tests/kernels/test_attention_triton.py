@@ -65,7 +65,7 @@ def device_of(multiprocessors: int):
     if not multiprocessors:
         yield
         return
-    with mock.patch.object(launch, "multiprocessors", return_value=multiprocessors):
+    with mock.patch.object(launch, "multiprocessors_of", return_value=multiprocessors):
         yield
 
 

@@ -47,7 +47,7 @@ def assert_same(results: list[list[Tensor]]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_of_the_loss(device: str, data: st.DataObject) -> None:
     draw = data.draw
@@ -79,7 +79,7 @@ def test_of_the_loss(device: str, data: st.DataObject) -> None:
     assert_same(results)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_of_attention(device: str, data: st.DataObject) -> None:
     draw, generator = data.draw, torch.Generator().manual_seed(1)
@@ -107,7 +107,7 @@ def test_of_attention(device: str, data: st.DataObject) -> None:
     assert_same(results)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_of_the_operators_of_attention(device: str, data: st.DataObject) -> None:
     """What `attention` itself makes is laid out otherwise, as a compiler may do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 import warnings
@@ -50,15 +51,24 @@ def add_group(app: typer.Typer, name: str, *, help: str) -> typer.Typer:
 
 
 class _Command(TyperCommand):
-    """A command that accepts the old names of its flags."""
+    """A command that accepts the old names of its flags, and finite numbers only."""
 
     old_flags: Mapping[str, str] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line, old names replaced."""
+        """Parse the command line, old names replaced.
+
+        Raises:
+            typer.BadParameter: A number is infinite or NaN, which Python reads as numbers.
+        """
         end = args.index("--") if "--" in args else len(args)
         renamed = [self._rename(argument) for argument in args[:end]]
-        return super().parse_args(ctx, renamed + args[end:])
+        rest = super().parse_args(ctx, renamed + args[end:])
+        for option in self.params:
+            value = ctx.params.get(option.name or "")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} is not a finite number.", ctx, option)
+        return rest
 
     def _rename(self, argument: str) -> str:
         flag, *value = argument.split("=", 1)

@@ -32,6 +32,12 @@ def _package_missing(package: str) -> str | None:
     return None
 
 
+def _varlen_unavailable() -> str | None:
+    from kernels.attention import flash
+
+    return flash.torch_unavailable()
+
+
 def _triton_attention_unavailable() -> str | None:
     if missing := _package_missing("triton"):
         return missing
@@ -48,6 +54,8 @@ class Implementation:
         name: how a call and a config name it.
         devices: types of torch devices that it runs on.
         features: what it can do beyond the plain 16-bit case.
+        slow_on_cuda: features for which it needs a dense mask of S x S there, or has no kernel;
+            "auto" does not choose it for those.
         interpreted: it also runs on a CPU where Triton interprets kernels (TRITON_INTERPRET=1).
         unavailable: returns why it cannot be used in this process, or None.
     """
@@ -55,6 +63,7 @@ class Implementation:
     name: str
     devices: frozenset[str]
     features: frozenset[str] = frozenset()
+    slow_on_cuda: frozenset[str] = frozenset()
     interpreted: bool = False
     unavailable: Callable[[], str | None] = _always_available
 
@@ -90,7 +99,18 @@ ATTENTION = _table(
         _CPU_AND_CUDA,
         frozenset({*_MASKS, "softcap", "sinks", "lse", *SHAPES_AND_TYPES}),
     ),
-    Implementation("sdpa", _CPU_AND_CUDA, frozenset({*_MASKS, *SHAPES_AND_TYPES})),
+    Implementation(
+        "sdpa",
+        _CPU_AND_CUDA,
+        frozenset({*_MASKS, *SHAPES_AND_TYPES}),
+        slow_on_cuda=frozenset({*_MASKS, "fp64"}),
+    ),
+    Implementation(
+        "varlen",
+        _CUDA,
+        frozenset({"documents", "window"}),
+        unavailable=_varlen_unavailable,
+    ),
     Implementation(
         "flash_attn",
         _CUDA,
@@ -106,10 +126,19 @@ ATTENTION = _table(
         interpreted=True,
         unavailable=_triton_attention_unavailable,
     ),
+    Implementation(
+        "flex",
+        _CUDA,
+        frozenset({*_MASKS, "softcap", "sinks", "lse", "fp32"}),
+        unavailable=partial(_package_missing, "triton"),
+    ),
 )
-# On CUDA Triton stands behind SDPA as long as it has not run on a GPU (bench/PENDING.md); on a CPU
-# it would be interpreted.
-ATTENTION_ORDER = {"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")}
+# On CUDA ours stands behind all of torch's as long as it has not run on a GPU (bench/PENDING.md);
+# on a CPU it would be interpreted.
+ATTENTION_ORDER = {
+    "cuda": ("sdpa", "flash_attn", "varlen", "flex", "triton", "reference"),
+    "cpu": ("sdpa", "reference"),
+}
 
 CROSS_ENTROPY = _table(
     Implementation("reference", _CPU_AND_CUDA),
@@ -188,7 +217,8 @@ def choose(
     features = set(features)
     if name == "auto":
         for candidate in orders.get(device, orders["cpu"]):
-            if not table[candidate].refusals(device, features):
+            slow = device == "cuda" and features & table[candidate].slow_on_cuda
+            if not slow and not table[candidate].refusals(device, features):
                 return table[candidate]
         raise ValueError(f"no implementation on {device} has all of: {', '.join(sorted(features))}")
     if name not in table:

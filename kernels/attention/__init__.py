@@ -1,4 +1,4 @@
-"""Causal attention over packed documents and slices of sequences, in four implementations."""
+"""Causal attention over packed documents and slices of sequences, in several implementations."""
 
 from kernels.attention.call import AttentionOutput
 from kernels.attention.documents import LeftPadded, PackedDocuments, PackedSequences, Packing

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.attention import block_mask
 from kernels.attention.documents import Packing
 from kernels.attention.intervals import Intervals, Slices, cached_causal
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class AttentionOutput(NamedTuple):
@@ -45,3 +49,9 @@ class AttentionCall(NamedTuple):
         if self.documents is None:
             return self.intervals(device).mask()
         return self.documents.mask(self.slices, self.window)
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """Return FlexAttention's mask of the keys that every query sees."""
+        if self.documents is None:
+            return block_mask.build(self.intervals(device))
+        return self.documents.block_mask(self.slices, self.window)

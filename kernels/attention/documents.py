@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from kernels.attention import block_mask
 from kernels.attention.intervals import Intervals, Slices, of_documents, of_lengths, of_padding
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Packing(ABC):
     """Parts of rows that do not see each other; built once per batch and shared by all layers."""
 
     def __init__(self) -> None:
-        # By window, for the slices of the last call: layers differ in their windows only.
-        self._intervals: dict[int | None, tuple[Slices, Intervals]] = {}
-        self._masks: dict[int | None, tuple[Slices, Tensor]] = {}
+        # By form and window, for the slices of the last call: layers differ in their windows only.
+        self._kept: dict[tuple[str, int | None], tuple[Slices, Any]] = {}
 
     @abstractmethod
     def check(self, rows: int, slices: Slices) -> None:
@@ -35,19 +40,39 @@ class Packing(ABC):
     @abstractmethod
     def _compute_intervals(self, slices: Slices, window: int | None) -> Intervals: ...
 
-    def intervals(self, slices: Slices, window: int | None) -> Intervals:
-        """Return the keys that every query sees; kept for further calls with the same slices."""
-        kept = self._intervals.get(window)
+    def _keep(self, form: str, slices: Slices, window: int | None, build: Callable[[], Any]) -> Any:
+        """Return what further calls with the same slices return too; it is built once."""
+        kept = self._kept.get((form, window))
         if kept is None or kept[0] != slices:
-            kept = self._intervals[window] = slices, self._compute_intervals(slices, window)
+            kept = self._kept[form, window] = slices, build()
         return kept[1]
 
+    def intervals(self, slices: Slices, window: int | None) -> Intervals:
+        """Return the keys that every query sees."""
+
+        def build() -> Intervals:
+            return self._compute_intervals(slices, window)
+
+        intervals: Intervals = self._keep("intervals", slices, window, build)
+        return intervals
+
     def mask(self, slices: Slices, window: int | None) -> Tensor:
-        """Return the boolean mask [B, 1, Sq, Sk], True where a query sees a key; kept likewise."""
-        kept = self._masks.get(window)
-        if kept is None or kept[0] != slices:
-            kept = self._masks[window] = slices, self.intervals(slices, window).mask()
-        return kept[1]
+        """Return the boolean mask [B, 1, Sq, Sk], True where a query sees a key."""
+
+        def build() -> Tensor:
+            return self.intervals(slices, window).mask()
+
+        mask: Tensor = self._keep("mask", slices, window, build)
+        return mask
+
+    def block_mask(self, slices: Slices, window: int | None) -> BlockMask:
+        """Return FlexAttention's mask."""
+
+        def build() -> BlockMask:
+            return block_mask.build(self.intervals(slices, window))
+
+        mask: BlockMask = self._keep("block mask", slices, window, build)
+        return mask
 
 
 class PackedDocuments(Packing):
@@ -59,7 +84,7 @@ class PackedDocuments(Packing):
     Args:
         document_ids: int [B, S]; a document is a run of equal ids in a row.
         cu_seqlens: int32 [documents + 1], starts of the documents in the flattened rows, then
-            B * S, which may repeat; a document ends with its row. Only flash_attn needs it.
+            B * S, which may repeat; a document ends with its row. FlashAttention needs it.
     """
 
     def __init__(self, document_ids: Tensor, cu_seqlens: Tensor | None = None) -> None:

@@ -7,17 +7,19 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from kernels.attention import flash, reference, sdpa, triton_attention
+from kernels.attention import flash, flex, reference, sdpa, triton_attention
 from kernels.attention.call import AttentionCall, AttentionOutput
 from kernels.attention.documents import PackedDocuments, PackedSequences, Packing
 from kernels.attention.intervals import Slices
 from kernels.autocast import autocast
 from kernels.choice import attention_features, choose_attention
 
-_FUNCTIONS = {
+FUNCTIONS = {
     "reference": reference.run,
     "sdpa": sdpa.run,
     "flash_attn": flash.run,
+    "varlen": flash.run_torch,
+    "flex": flex.run,
     "triton": triton_attention.run,
 }
 
@@ -120,7 +122,7 @@ def attention(
     chosen = choose_attention(implementation, q.device.type, features)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     call = AttentionCall(slices, scale, documents, window, softcap, sinks, return_lse)
-    output = _FUNCTIONS[chosen.name](q, k, v, call)
+    output = FUNCTIONS[chosen.name](q, k, v, call)
     return output if return_lse else output.out
 
 

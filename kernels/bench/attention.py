@@ -10,7 +10,6 @@ the literature does; the rate of a large matrix product in the same rounds is th
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from kernels.attention import PackedDocuments, attention
 from kernels.bench.machine import describe_machine, time_in_turn, write_json
+from kernels.choice import ATTENTION
 
 TOKENS = 16384
 # 2048 columns of heads; D=64 at 4096 tokens without groups is the shape of Triton's fused-attention
@@ -67,32 +67,12 @@ def backend(name: str) -> Attend:
     return run
 
 
-def flex(document_ids: Tensor | None, length: int) -> Attend:
-    """Return FlexAttention with a causal mask, within documents where there are ids."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if document_ids is None:
-            return i >= j
-        return (i >= j) & (document_ids[b, i] == document_ids[b, j])
-
-    blocks = create_block_mask(mask, None, None, length, length, device="cuda")
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = q.shape[2] != k.shape[2]
-        return compiled(*heads_first, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
-
-    return run
-
-
 def ours(implementation: str, documents: PackedDocuments | None) -> Attend:
     """Return our attention by an implementation."""
     return lambda q, k, v: attention(q, k, v, documents=documents, implementation=implementation)
 
 
-def providers(length: int, documents: PackedDocuments | None) -> dict[str, Attend]:
+def providers(documents: PackedDocuments | None) -> dict[str, Attend]:
     """Return the attentions that can run, by name."""
     functions = {"nextpt": ours("triton", documents)}
     if documents is None:
@@ -100,9 +80,9 @@ def providers(length: int, documents: PackedDocuments | None) -> dict[str, Atten
             functions[f"SDPA {name.split('_')[0].lower()}"] = backend(name)
     else:
         functions["SDPA with a mask"] = ours("sdpa", documents)
-    functions["FlexAttention"] = flex(None if documents is None else documents.document_ids, length)
-    if importlib.util.find_spec("flash_attn"):
-        functions["flash_attn"] = ours("flash_attn", documents)
+    for name in ("varlen", "flex", "flash_attn"):
+        if not ATTENTION[name].refusals("cuda"):
+            functions[name] = ours(name, documents)
     return functions
 
 
@@ -134,7 +114,7 @@ def compare(
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     jobs: dict[str, Callable[[], object]] = {"product": lambda: square @ square}
     table: dict[str, Any] = {}
-    for name, run in providers(length, documents).items():
+    for name, run in providers(documents).items():
         try:
             out = run(q, k, v)
             backward = partial(torch.autograd.grad, out, (q, k, v), d_out, retain_graph=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from kernels.attention import triton_attention
+from kernels.attention.comparison import difference
+from kernels.attention.interface import FUNCTIONS
 from kernels.causality import CausalityError, check_attention
 from kernels.choice import attention_features, choose_attention, choose_cross_entropy
 from nextpt.base.errors import ConfigError, UserError
@@ -15,29 +16,43 @@ from nextpt.model import ModelSpec
 from nextpt.train.memory import loss_chunking
 
 
+def attention_features_of(config: Config, device: str) -> dict[int | None, set[str]]:
+    """Return what the attention of the layers has to do, by window, as `kernels.choice` names it.
+
+    Args:
+        config: The run.
+        device: Type of the torch device.
+    """
+    spec, dtype = ModelSpec.from_config(config), _attention_dtype(config, device)
+    head = torch.empty(1, 1, 1, spec.head_dim, dtype=dtype, device="meta")
+    return {
+        window: attention_features(
+            head, head, documents=True, window=window, sinks=spec.attention_sinks or None
+        )
+        for window in dict.fromkeys(spec.windows)
+    }
+
+
+def _attention_dtype(config: Config, device: str) -> torch.dtype:
+    narrow = config.train.precision == "bf16" and device == "cuda"
+    return torch.bfloat16 if narrow else torch.float32
+
+
 def check_causality(config: Config, device: torch.device) -> None:
-    """Prove on this device that no layer's attention looks ahead, and that ours is right.
+    """Prove on this device that no layer's attention looks ahead, and that its kernels are right.
 
     In the shapes of the run's own heads, so that a kernel that does not fit the device fails now.
     Takes a fraction of a second.
 
     Raises:
-        ConfigError: When the chosen implementation cannot do what the run needs, or is ours and
-            fails or differs from the reference.
+        ConfigError: When the chosen implementation cannot do what the run needs, or, on CUDA or in
+            Triton, fails or differs from the reference.
         UserError: When the attention is not causal.
     """
-    dtype = (
-        torch.bfloat16
-        if config.train.precision == "bf16" and device.type == "cuda"
-        else torch.float32
-    )
     spec, implementation = ModelSpec.from_config(config), config.model.attention
-    head = torch.empty(1, 1, 1, spec.head_dim, dtype=dtype, device="meta")
+    dtype = _attention_dtype(config, device.type)
     try:
-        for window in dict.fromkeys(spec.windows):
-            features = attention_features(
-                head, head, documents=True, window=window, sinks=spec.attention_sinks or None
-            )
+        for window, features in attention_features_of(config, device.type).items():
             heads: dict[str, Any] = {
                 "window": window,
                 "sinks": spec.attention_sinks,
@@ -45,11 +60,11 @@ def check_causality(config: Config, device: torch.device) -> None:
                 "group": spec.heads // spec.kv_heads,
             }
             chosen = choose_attention(implementation, device.type, features)
-            if chosen.name == "triton":
-                reason = triton_attention.difference(triton_attention.run, device, dtype, **heads)
+            if device.type == "cuda" or chosen.name == "triton":
+                reason = difference(FUNCTIONS[chosen.name], device, dtype, **heads)
                 if reason:
                     raise ValueError(
-                        f"our Triton attention does not suit heads of {spec.head_dim} on this"
+                        f"{chosen.name} does not suit heads of {spec.head_dim} on this"
                         f" {device.type}: {reason}; set another model.attention"
                     )
             check_attention(implementation, device, dtype, **heads)

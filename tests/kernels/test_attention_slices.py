@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from inspect import signature
 from itertools import pairwise
 from types import ModuleType
 
@@ -11,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import varlen as torch_varlen
 
-from kernels.attention import PackedDocuments, attention, flash, reference
+from kernels.attention import AttentionOutput, PackedDocuments, attention, flash, reference
 from kernels.attention.call import AttentionCall
 from kernels.attention.intervals import Slices
 from kernels.choice import ATTENTION, choose_attention
@@ -223,6 +226,32 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", package)
 
 
+def varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1),
+):  # fmt: skip
+    """The signature of torch 2.11, which has no grouped queries."""
+    assert query.shape[1] == key.shape[1] == value.shape[1] and return_aux is None
+    return flash_attn_varlen_func(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+        softmax_scale=scale, causal=window_size[1] == 0, window_size=window_size,
+    )  # fmt: skip
+
+
+def grouped_varlen_attn(*args, enable_gqa=False, **options):
+    """The signature of torch 2.12 and later."""
+    assert enable_gqa == (args[0].shape[1] != args[1].shape[1])
+    return flash_attn_varlen_func(
+        *args,
+        softmax_scale=options["scale"],
+        causal=options["window_size"][1] == 0,
+        window_size=options["window_size"],
+    )
+
+
+grouped_varlen_attn.__signature__ = signature(torch_varlen.varlen_attn)  # type: ignore[attr-defined]
+
+
 @pytest.mark.usefixtures("flash_attn")
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -230,6 +259,43 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_arguments_of_flash_attn(
     window: int | None, softcap: float | None, queries: int, keys: int, packed: bool
+) -> None:
+    check_arguments(flash.run, window, softcap, queries, keys, packed)
+
+
+@pytest.mark.parametrize("function", [varlen_attn, grouped_varlen_attn])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("queries", "keys"), [(12, 12), (4, 9), (1, 12)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_arguments_of_torchs_varlen_attention(
+    function: Callable[..., Tensor],
+    window: int | None,
+    queries: int,
+    keys: int,
+    packed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch_varlen, "varlen_attn", function)
+    check_arguments(flash.run_torch, window, None, queries, keys, packed)
+
+
+def test_varlen_attention_without_windows_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        raise AssertionError
+
+    monkeypatch.setattr(torch_varlen, "varlen_attn", of_torch_2_10)
+    with pytest.raises(ValueError, match="has no scale and no window"):
+        choose_attention("varlen", "cuda")
+    assert choose_attention("auto", "cuda", {"documents"}).name == "flex"
+
+
+def check_arguments(
+    run: Callable[..., AttentionOutput],
+    window: int | None,
+    softcap: float | None,
+    queries: int,
+    keys: int,
+    packed: bool,
 ) -> None:
     """Whole rows, and slices whose queries end with the keys."""
     ids = torch.tensor([[0] * 3 + [1] * 5 + [2] * 4, [0] * 7 + [1] * 5])
@@ -252,7 +318,7 @@ def test_arguments_of_flash_attn(
         scale=0.3,
         implementation="reference",
     )
-    torch.testing.assert_close(flash.run(q, k, v, call).out, expected, **TOLERANCE)
+    torch.testing.assert_close(run(q, k, v, call).out, expected, **TOLERANCE)
 
 
 def test_the_starts_of_documents_are_those_of_the_batch() -> None:

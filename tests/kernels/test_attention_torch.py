@@ -16,6 +16,7 @@ from kernels.attention import (
     ops,
     triton_attention,
 )
+from kernels.attention.comparison import difference
 from kernels.attention.intervals import Slices, causal, of_documents, of_lengths
 from tests.kernels.test_attention_triton import qkv, tiles
 
@@ -199,16 +200,16 @@ def test_unsupported_features_are_named() -> None:
 @pytest.mark.thorough
 def test_the_self_test_detects_a_wrong_kernel() -> None:
     """The self-test that runs once per process on a GPU, on the CPU."""
-    assert triton_attention.difference(triton_attention.run, "cpu") is None
+    assert difference(triton_attention.run, "cpu") is None
 
     def wrong(q, k, v, call):
         return triton_attention.run(q, k, v, call._replace(documents=None))
 
-    assert "off by" in triton_attention.difference(wrong, "cpu")
+    assert "off by" in difference(wrong, "cpu")
     heads = {"window": None, "sinks": True, "head_dim": 24, "group": 3}
-    assert triton_attention.difference(triton_attention.run, "cpu", torch.float32, **heads) is None
-    assert "off by" in triton_attention.difference(wrong, "cpu", torch.float32, **heads)
-    assert "TypeError" in triton_attention.difference(lambda: None, "cpu")
+    assert difference(triton_attention.run, "cpu", torch.float32, **heads) is None
+    assert "off by" in difference(wrong, "cpu", torch.float32, **heads)
+    assert "TypeError" in difference(lambda: None, "cpu")
 
 
 def test_scale_of_zero_is_the_mean() -> None:

@@ -19,11 +19,11 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def usable(table: dict, dtype: torch.dtype) -> list[str]:
-    """Implementations for CUDA that this process can use; flash-attn takes 16-bit types only."""
+    """Implementations that this process can use on CUDA; FlashAttention takes 16 bits only."""
     return [
         n
         for n, i in table.items()
-        if not i.refusals("cuda") and (n != "flash_attn" or dtype == torch.bfloat16)
+        if not i.refusals("cuda") and (n not in ("flash_attn", "varlen") or dtype == torch.bfloat16)
     ]
 
 

@@ -25,6 +25,7 @@ from launcher.commands import (  # noqa: E402 (after sys.path)
     exchange,
     generate,
     inspect,
+    kernels,
     memorization,
     plan,
     prep,
@@ -59,6 +60,7 @@ COMMANDS = (
     inspect,
     compress,
     exchange,
+    kernels,
     doctor,
 )
 

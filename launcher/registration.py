@@ -67,7 +67,9 @@ class _Command(TyperCommand):
         for option in self.params:
             value = ctx.params.get(option.name or "")
             if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(f"{value} is not a finite number.", ctx, option)
+                raise typer.BadParameter(
+                    f"{value} is not a finite number.", ctx, param_hint=f"'{option.opts[0]}'"
+                )
         return rest
 
     def _rename(self, argument: str) -> str:

@@ -52,8 +52,8 @@ def build(intervals: Intervals) -> BlockMask:
 
 def _of_blocks(values: Tensor, fill: int) -> Tensor:
     """Values [R, Sq] of the queries of each block, [R, blocks, 128, 1]."""
-    room = -values.shape[1] % BLOCK
-    return F.pad(values, (0, room), value=fill).unflatten(1, (-1, BLOCK)).unsqueeze(3)
+    padded = F.pad(values, (0, -values.shape[1] % BLOCK), value=fill)
+    return padded.view(values.shape[0], -1, BLOCK, 1)
 
 
 def _numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,14 @@ from kernels.attention.call import AttentionCall, AttentionOutput
 from kernels.attention.documents import PackedDocuments
 from kernels.attention.intervals import Slices
 
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionCall], AttentionOutput]
 # Of the largest value, by type: fp16 rounds to 0.0005 of each, bf16 to 0.004
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.02, torch.bfloat16: 0.05}
 TOKENS, DOCUMENT = 200, 77
 
 
-def difference(
-    implementation: Callable[[Tensor, Tensor, Tensor, AttentionCall], AttentionOutput],
+def largest_error(
+    implementation: Attend,
     device: torch.device | str,
     dtype: torch.dtype = torch.float16,
     *,
@@ -26,10 +28,10 @@ def difference(
     sinks: bool = False,
     head_dim: int = 64,
     group: int = 2,
-) -> str | None:
-    """Return how an implementation fails, or differs from the reference; None where it does not.
+) -> float:
+    """Return the largest error beside the reference, relative to the largest value.
 
-    Forward and backward are compared, with documents.
+    Of the outputs and of all gradients, with documents.
 
     Args:
         implementation: what is compared.
@@ -39,6 +41,9 @@ def difference(
         sinks: whether a logit per head takes part in the softmax.
         head_dim: width of queries, keys and values.
         group: queries per key head, of which there are two.
+
+    Raises:
+        Exception: whatever the implementation, its compiler or the driver raises.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = [
@@ -53,14 +58,31 @@ def difference(
     slices = Slices.of(TOKENS, TOKENS)
     call = AttentionCall(slices, head_dim**-0.5, documents, window, sinks=logits)
     results = []
+    for function in (implementation, reference.run):
+        out = function(q, k, v, call).out
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(*results, strict=True)]
+    return float(torch.stack([error.detach().float() for error in errors]).max())  # NaN if one is
+
+
+def difference(
+    implementation: Attend,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float16,
+    **shape: Any,
+) -> str | None:
+    """Return how an implementation fails, or differs from the reference; None where it does not.
+
+    Arguments are those of `largest_error`.
+    """
     try:
-        for function in (implementation, reference.run):
-            out = function(q, k, v, call).out
-            results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
-    except Exception as error:  # whatever the compiler or the driver raises
-        message = str(error).splitlines()[0] if str(error) else ""
-        return f"it fails: {type(error).__name__}: {message}"
-    worst = max(
-        float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in zip(*results, strict=True)
-    )
-    return None if worst < TOLERANCE[dtype] else f"its results are off by {worst:.2g}"
+        error = largest_error(implementation, device, dtype, **shape)
+    except Exception as failure:  # whatever the compiler or the driver raises
+        return describe_failure(failure)
+    return None if error < TOLERANCE[dtype] else f"its results are off by {error:.2g}"
+
+
+def describe_failure(failure: Exception) -> str:
+    """Return an exception as a phrase of one line."""
+    message = str(failure).splitlines()[0] if str(failure) else ""
+    return f"it fails: {type(failure).__name__}: {message}"

@@ -61,9 +61,9 @@ def run_torch(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Attention
         options["enable_gqa"] = group > 1
     elif group > 1:
         k, v = (t.repeat_interleave(group, 2) for t in (k, v))
-    out = varlen_attn(
-        *(t.flatten(0, 1) for t in (q, k, v)), *starts, q.shape[1], k.shape[1], **options
-    )
+    attend: Any = varlen_attn  # its arguments differ between versions
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    out = attend(*flat, *starts, q.shape[1], k.shape[1], **options)
     return AttentionOutput(out.unflatten(0, q.shape[:2]), None)
 
 

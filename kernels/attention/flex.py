@@ -52,8 +52,10 @@ def _compiled() -> Callable[..., Any]:
 def _function(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    plain = device == "cpu" or torch.compiler.is_compiling()
-    return flex_attention if plain else _compiled()
+    if device == "cpu" or torch.compiler.is_compiling():
+        plain: Callable[..., Any] = flex_attention
+        return plain
+    return _compiled()
 
 
 @functools.lru_cache(maxsize=8)  # a function of its own would be compiled anew in each call

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from kernels.attention import PackedDocuments, attention
 from kernels.bench.machine import describe_machine, time_in_turn, write_json
 from kernels.choice import ATTENTION
+from kernels.trials import document_lengths
 
 TOKENS = 16384
 # 2048 columns of heads; D=64 at 4096 tokens without groups is the shape of Triton's fused-attention
@@ -34,20 +35,6 @@ SHAPES = [
     for group in (1, 8)
 ]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def document_lengths(total: int) -> list[int]:
-    """Return lengths as of web text: log-normal, median 600 tokens, a few of thousands.
-
-    They are fixed, so that runs compare.
-    """
-    distribution: Any = torch.distributions.LogNormal(6.4, 1.0)
-    drawn = distribution.icdf(torch.linspace(0.02, 0.98, 64)).int()
-    lengths: list[int] = []
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
-    while sum(lengths) < total:
-        lengths.append(min(int(drawn[order[len(lengths) % 64]]), total - sum(lengths)))
-    return lengths
 
 
 def backend(name: str) -> Attend:

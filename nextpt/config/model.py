@@ -298,7 +298,10 @@ class ModelSection(Section):
     attention: str = key(
         "auto",
         may_change=True,
-        description="attention implementation: auto, or one by name",
+        description=(
+            "attention implementation: auto (on CUDA the quickest in the run's own shapes, by"
+            " trials at the start), or one by name"
+        ),
         aliases=("attn_implementation", "attn_impl", "use_flash_attention", "flash_attention"),
     )
     cross_entropy: str = key(

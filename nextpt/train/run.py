@@ -6,6 +6,7 @@ import platform
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ from nextpt.config import Config, flatten
 from nextpt.data.loader import Loader
 from nextpt.events import EventBus, Listener, MetricsFile
 from nextpt.job.context import JobContext, job_context
-from nextpt.job.environment import describe_start, host_and_device, versions
+from nextpt.job.environment import describe_start, host_and_device, read_starts, versions
+from nextpt.train import kernel_choice
 from nextpt.train.checkpointing import restore_engine
 from nextpt.train.console import ConsoleListener, print_on_rank_0
 from nextpt.train.context import TrainingContext
@@ -101,9 +103,12 @@ def _run_job(
         job.record_step(decay_start.step)
     start = checkpoint or decay_start
     batches = loader.batches_of(start.state["data"]) if start else loader.batches
-    engine = _build_engine(config, device, group, start, config.total_steps_with(batches))
+    choice = _choose_kernels(config, device, group, loader, start)
+    engine = _build_engine(
+        _with_kernels(config, choice), device, group, start, config.total_steps_with(batches)
+    )
     last_step = config.last_step_with(batches)
-    events = _open_run(config, device, group, job, open_trackers, last_step)
+    events = _open_run(config, device, group, job, open_trackers, last_step, choice)
     try:
         context = TrainingContext(config, engine, loader, group, events, job)
         trainer = Trainer(context, checkpoints)
@@ -157,6 +162,41 @@ def _finish_complete_run(
         )
 
 
+def _choose_kernels(
+    config: Config,
+    device: torch.device,
+    group: RankGroup,
+    loader: Loader,
+    start: Checkpoint | None,
+) -> dict[str, Any] | None:
+    """The attention of a run that leaves it open, as environment.json keeps it; None elsewhere."""
+    if config.model.attention != "auto" or device.type not in kernel_choice.MEASURED:
+        return None
+    name = host_and_device(device)[1]
+
+    def choose() -> dict[str, Any]:
+        step = start.step if start else 0
+        choice = kernel_choice.choose_attention_kernel(
+            config,
+            device,
+            name,
+            lambda: loader.step_batches(step)[0],
+            read_starts(config.run_dir),
+        )
+        print_on_rank_0(group, choice.summary(name))
+        return choice.to_json()
+
+    return run_on_rank_0(group, choose)
+
+
+def _with_kernels(config: Config, choice: dict[str, Any] | None) -> Config:
+    """The config with the attention that was chosen, for building the model alone."""
+    if choice is None:
+        return config
+    model = config.model.model_copy(update={"attention": choice["name"]})
+    return config.model_copy(update={"model": model})
+
+
 def _build_engine(
     config: Config,
     device: torch.device,
@@ -193,10 +233,13 @@ def _open_run(
     job: JobContext,
     open_trackers: OpenTrackers,
     last_step: int,
+    choice: dict[str, Any] | None,
 ) -> EventBus:
     """Record this start in the run folder; returns the bus with rank 0's listeners."""
     first_step = job.step + 1
     job.start = describe_start(config, group.all_gather(host_and_device(device)), first_step)
+    if choice is not None:
+        job.start["attention"] = choice
     run_on_rank_0(group, lambda: open_run_folder(config, job.start))
     return run_on_all_ranks(
         group,

@@ -23,7 +23,7 @@ def attention_features_of(config: Config, device: str) -> dict[int | None, set[s
         config: The run.
         device: Type of the torch device.
     """
-    spec, dtype = ModelSpec.from_config(config), _attention_dtype(config, device)
+    spec, dtype = ModelSpec.from_config(config), attention_dtype(config, device)
     head = torch.empty(1, 1, 1, spec.head_dim, dtype=dtype, device="meta")
     return {
         window: attention_features(
@@ -33,7 +33,8 @@ def attention_features_of(config: Config, device: str) -> dict[int | None, set[s
     }
 
 
-def _attention_dtype(config: Config, device: str) -> torch.dtype:
+def attention_dtype(config: Config, device: str) -> torch.dtype:
+    """The dtype of queries, keys and values on a type of device."""
     narrow = config.train.precision == "bf16" and device == "cuda"
     return torch.bfloat16 if narrow else torch.float32
 
@@ -50,7 +51,7 @@ def check_causality(config: Config, device: torch.device) -> None:
         UserError: When the attention is not causal.
     """
     spec, implementation = ModelSpec.from_config(config), config.model.attention
-    dtype = _attention_dtype(config, device.type)
+    dtype = attention_dtype(config, device.type)
     try:
         for window, features in attention_features_of(config, device.type).items():
             heads: dict[str, Any] = {

@@ -249,7 +249,8 @@ def grouped_varlen_attn(*args, enable_gqa=False, **options):
     )
 
 
-grouped_varlen_attn.__signature__ = signature(torch_varlen.varlen_attn)  # type: ignore[attr-defined]
+SIGNATURE = signature(torch_varlen.varlen_attn)
+grouped_varlen_attn.__signature__ = SIGNATURE  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("flash_attn")

@@ -12,6 +12,7 @@ from kernels.attention import reference
 from kernels.attention.call import AttentionCall, AttentionOutput
 from kernels.attention.documents import PackedDocuments
 from kernels.attention.intervals import Slices
+from kernels.trials import describe_failure
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionCall], AttentionOutput]
 # Of the largest value, by type: fp16 rounds to 0.0005 of each, bf16 to 0.004
@@ -80,9 +81,3 @@ def difference(
     except Exception as failure:  # whatever the compiler or the driver raises
         return describe_failure(failure)
     return None if error < TOLERANCE[dtype] else f"its results are off by {error:.2g}"
-
-
-def describe_failure(failure: Exception) -> str:
-    """Return an exception as a phrase of one line."""
-    message = str(failure).splitlines()[0] if str(failure) else ""
-    return f"it fails: {type(failure).__name__}: {message}"

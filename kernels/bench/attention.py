@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.attention import PackedDocuments, attention
+from kernels.attention.trial import document_lengths
 from kernels.bench.machine import describe_machine, time_in_turn, write_json
 from kernels.choice import ATTENTION
-from kernels.trials import document_lengths
 
 TOKENS = 16384
 # 2048 columns of heads; D=64 at 4096 tokens without groups is the shape of Triton's fused-attention

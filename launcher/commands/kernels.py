@@ -1,10 +1,10 @@
-"""`nextpt kernels`: try every implementation of attention in the shapes of a config."""
+"""`nextpt kernels`: try every implementation of attention and loss in the shapes of a config."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,8 @@ from launcher.registration import add_command
 from nextpt.base.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kernels.trials import Trial
+    from kernels.trials import Shape, Trial
+    from nextpt.config import Config
 
 Device = Annotated[
     str, typer.Option(help="cuda or cpu [default: cuda where there is one]", show_default=False)
@@ -32,42 +33,58 @@ def try_kernels(
     seconds: Seconds = 180.0,
     as_json: PrintJson = False,
 ) -> None:
-    """Try every implementation of attention in the shapes of a config.
+    """Try every implementation of attention and of the loss in the shapes of a config.
 
-    Each is compared with the reference and timed, forward and backward, for all layers of one
-    micro-batch of packed documents with the lengths of web text. One that crashes or hangs is
-    reported as such. What a run on such a device would choose comes last.
+    Each is compared with the reference and timed, forward and backward, for one micro-batch: all
+    layers of attention, with packed documents of the lengths of web text, and the loss. One that
+    crashes or hangs is reported as such. What a run on such a device would choose comes last.
     """
     import torch
 
-    from kernels.trials import Trial, packed_starts, quickest
+    from kernels.trials import quickest
     from nextpt.config import load_config
     from nextpt.job.environment import host_and_device, versions
-    from nextpt.train.kernel_choice import attention_shape, describe_shape, refusals_of, try_all
+    from nextpt.train.kernel_choice import OPERATORS, describe_shape
 
     run = load_config(config, overrides or [])
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cuda", "cpu") or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {device}: expected cpu, or cuda where torch finds a GPU")
-    rows, length = run.train.micro_batch_size, run.data.sequence_length
-    shape = attention_shape(run, device, rows, length, packed_starts(rows, length))
-    refusals = refusals_of(run, device)
-    refused = {name: reason for name, reason in refusals.items() if reason is not None}
-    trials = try_all([name for name in refusals if name not in refused], shape, device, seconds)
-    trials += [Trial(name, reason=reason) for name, reason in refused.items()]
-    name, best = host_and_device(torch.device(device))[1], quickest(trials)
+    name = host_and_device(torch.device(device))[1]
+    result: dict[str, Any] = {"device": name, "versions": versions()}
+    for operator in OPERATORS:
+        shape, trials = _try(run, operator, device, seconds)
+        best = quickest(trials)
+        if as_json:
+            result[operator] = {
+                "shape": describe_shape(shape),
+                "chosen": best,
+                "trials": [trial._asdict() for trial in trials],
+            }
+        else:
+            _print(trials, best, f"{operator}, a micro-batch on {name}")
     if as_json:
-        result = {
-            "device": name,
-            "versions": versions(),
-            "shape": describe_shape(shape),
-            "chosen": best,
-            "trials": [trial._asdict() for trial in trials],
-        }
         print(json.dumps(result, indent=1))
+
+
+def _try(run: Config, operator: str, device: str, seconds: float) -> tuple[Shape, list[Trial]]:
+    """The shape, and a trial of every implementation, those that are no candidates last."""
+    from kernels.attention.trial import packed_starts
+    from kernels.trials import Trial
+    from nextpt.train import kernel_choice
+
+    if operator == "attention":
+        rows, length = run.train.micro_batch_size, run.data.sequence_length
+        starts = packed_starts(rows, length)
+        shape: Shape = kernel_choice.attention_shape(run, device, rows, length, starts)
     else:
-        _print(trials, best, f"attention of {rows} x {length} packed tokens on {name}")
+        shape = kernel_choice.loss_shape(run, device)
+    refusals = kernel_choice.refusals_of(run, operator, device)
+    names = [name for name, reason in refusals.items() if reason is None]
+    trials = kernel_choice.try_all(operator, names, shape, device, seconds)
+    refused = [Trial(name, reason=reason) for name, reason in refusals.items() if reason]
+    return shape, trials + refused
 
 
 def _print(trials: list[Trial], best: str | None, title: str) -> None:
@@ -77,7 +94,7 @@ def _print(trials: list[Trial], best: str | None, title: str) -> None:
     for trial in trials:
         if trial.reason is not None:
             echo(f"{trial.name}: {trial.reason}")
-    echo(f"\nchosen: {best or 'none of them'}")
+    echo(f"chosen: {best or 'none of them'}\n")
 
 
 def _milliseconds(trial: Trial) -> float:

@@ -300,14 +300,14 @@ class ModelSection(Section):
         may_change=True,
         description=(
             "attention implementation: auto (on CUDA the quickest in the run's own shapes, by"
-            " trials at the start), or one by name"
+            " trials at its start), or one by name"
         ),
         aliases=("attn_implementation", "attn_impl", "use_flash_attention", "flash_attention"),
     )
     cross_entropy: str = key(
         "auto",
         may_change=True,
-        description="loss implementation: auto, or one by name",
+        description="loss implementation: auto (on CUDA by trials at the start), or one by name",
         aliases=("loss_implementation", "fused_cross_entropy"),
     )
 

@@ -28,6 +28,7 @@ PACKAGES = (
     "torch",
     "deepspeed",
     "triton",
+    "flash-attn",
     "mosaicml-streaming",
     "pyarrow",
     "numpy",

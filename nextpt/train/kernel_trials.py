@@ -7,20 +7,20 @@ import signal
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
-from kernels.trials import AttentionShape, Trial, try_in_turn
+from kernels.trials import Shape, Trial, try_in_turn
 from nextpt.base.processes import exit_with_parent
 
 SECONDS = 180.0  # for one candidate, with the start of the process and its compilation
 
 
 def run_trials(
-    candidates: Mapping[str, str], shape: AttentionShape, device: str, seconds: float = SECONDS
+    candidates: Mapping[str, str], shape: Shape, device: str, seconds: float = SECONDS
 ) -> list[Trial]:
     """Try every candidate; one that ends the process or takes too long is a trial with a reason.
 
     Args:
-        candidates: name -> function, as "module:name"; see `kernels.trials.function_paths`.
-        shape: of the run's micro-batches.
+        candidates: name -> function, as "module:name"; see `function_paths` of the operators.
+        shape: what they have to compute.
         device: torch device.
         seconds: that one candidate may take.
     """
@@ -38,7 +38,7 @@ def run_trials(
 
 
 def _try_in_child(
-    candidates: Mapping[str, str], shape: AttentionShape, device: str, seconds: float
+    candidates: Mapping[str, str], shape: Shape, device: str, seconds: float
 ) -> tuple[list[Trial], str]:
     """Trials that ended, in the order of the candidates, and why the next one did not."""
     context = multiprocessing.get_context("spawn")
@@ -64,9 +64,7 @@ def _try_in_child(
     return trials, ""
 
 
-def _work(
-    connection: Connection, candidates: dict[str, str], shape: AttentionShape, device: str
-) -> None:
+def _work(connection: Connection, candidates: dict[str, str], shape: Shape, device: str) -> None:
     exit_with_parent()
     try_in_turn(connection, candidates, shape, device)
 

@@ -103,12 +103,12 @@ def _run_job(
         job.record_step(decay_start.step)
     start = checkpoint or decay_start
     batches = loader.batches_of(start.state["data"]) if start else loader.batches
-    choice = _choose_kernels(config, device, group, loader, start)
+    chosen = _choose_kernels(config, device, group, loader, start)
     engine = _build_engine(
-        _with_kernels(config, choice), device, group, start, config.total_steps_with(batches)
+        _with_kernels(config, chosen), device, group, start, config.total_steps_with(batches)
     )
     last_step = config.last_step_with(batches)
-    events = _open_run(config, device, group, job, open_trackers, last_step, choice)
+    events = _open_run(config, device, group, job, open_trackers, last_step, chosen)
     try:
         context = TrainingContext(config, engine, loader, group, events, job)
         trainer = Trainer(context, checkpoints)
@@ -168,33 +168,30 @@ def _choose_kernels(
     group: RankGroup,
     loader: Loader,
     start: Checkpoint | None,
-) -> dict[str, Any] | None:
-    """The attention of a run that leaves it open, as environment.json keeps it; None elsewhere."""
-    if config.model.attention != "auto" or device.type not in kernel_choice.MEASURED:
-        return None
+) -> dict[str, dict[str, Any]]:
+    """What operators the config leaves open and trials decide, as environment.json keeps it."""
     name = host_and_device(device)[1]
 
-    def choose() -> dict[str, Any]:
+    def choose() -> dict[str, dict[str, Any]]:
         step = start.step if start else 0
-        choice = kernel_choice.choose_attention_kernel(
+        choices = kernel_choice.choose_kernels(
             config,
             device,
             name,
             lambda: loader.step_batches(step)[0],
             read_starts(config.run_dir),
         )
-        print_on_rank_0(group, choice.summary(name))
-        return choice.to_json()
+        for choice in choices:
+            print_on_rank_0(group, choice.summary(name))
+        return {choice.operator: choice.to_json() for choice in choices}
 
     return run_on_rank_0(group, choose)
 
 
-def _with_kernels(config: Config, choice: dict[str, Any] | None) -> Config:
-    """The config with the attention that was chosen, for building the model alone."""
-    if choice is None:
-        return config
-    model = config.model.model_copy(update={"attention": choice["name"]})
-    return config.model_copy(update={"model": model})
+def _with_kernels(config: Config, chosen: dict[str, dict[str, Any]]) -> Config:
+    """The config with the implementations that were chosen, for building the model alone."""
+    names = {operator: choice["name"] for operator, choice in chosen.items()}
+    return config.model_copy(update={"model": config.model.model_copy(update=names)})
 
 
 def _build_engine(
@@ -233,13 +230,13 @@ def _open_run(
     job: JobContext,
     open_trackers: OpenTrackers,
     last_step: int,
-    choice: dict[str, Any] | None,
+    chosen: dict[str, dict[str, Any]],
 ) -> EventBus:
     """Record this start in the run folder; returns the bus with rank 0's listeners."""
     first_step = job.step + 1
     job.start = describe_start(config, group.all_gather(host_and_device(device)), first_step)
-    if choice is not None:
-        job.start["attention"] = choice
+    if chosen:
+        job.start["kernels"] = chosen
     run_on_rank_0(group, lambda: open_run_folder(config, job.start))
     return run_on_all_ranks(
         group,

@@ -1,8 +1,8 @@
 """Training jobs on the CPU with the choice of attention that a GPU has, one after another.
 
 `python -m tests.support.kernel_choice_probe CACHE DEVICE CONFIG [DEVICE CONFIG ...]`. The
-candidates are torch's attention and the reference, and in the trials the former crashes. DEVICE is
-what the device is said to be.
+candidates of attention are torch's and the reference, and in the trials the former crashes; the
+loss has none but torch's. DEVICE is what the device is said to be.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from nextpt.config import load_config
+from nextpt.config import Config, load_config
 from nextpt.train import kernel_choice, run
 
 PATHS = {
@@ -20,12 +20,16 @@ PATHS = {
 }
 
 
+def candidates(config: Config, operator: str, device: str) -> list[str]:
+    return [*PATHS] if operator == "attention" else ["torch"]
+
+
 def main(cache: str, *jobs: str) -> None:
     for name, path in zip(jobs[::2], jobs[1::2], strict=True):
         with (
             patch.object(kernel_choice, "MEASURED", ("cpu",)),
-            patch.object(kernel_choice, "candidates", lambda config, device: [*PATHS]),
-            patch.object(kernel_choice, "function_paths", lambda: PATHS),
+            patch.object(kernel_choice, "candidates", candidates),
+            patch.object(kernel_choice.attention_trial, "function_paths", lambda: PATHS),
             patch.object(kernel_choice, "cache_file", lambda: Path(cache)),
             patch.object(run, "host_and_device", lambda device, name=name: ("host", name)),
         ):

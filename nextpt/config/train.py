@@ -186,10 +186,10 @@ class TrainSection(Section):
         description="recompute each block in the backward pass",
         aliases=("gradient_checkpointing", "recompute", "recompute_granularity"),
     )
-    compile: bool = key(
-        False,
+    compile: bool | Literal["auto"] = key(
+        "auto",
         may_change=True,
-        description="torch.compile each block",
+        description="torch.compile each block; auto: on CUDA at stages 0 to 2",
         aliases=("torch_compile", "use_compile"),
     )
     loss_gradient: LossGradient = key(

@@ -42,6 +42,17 @@ class TrainingModule(nn.Module):
         )
 
 
+def compiles_blocks(config: Config, device: str) -> bool:
+    """Whether blocks are compiled on a type of device.
+
+    By default not on a CPU, where small models gain nothing and a C++ compiler may be missing, nor
+    at stage 3, whose hooks inside a block break its graph.
+    """
+    if config.train.compile == "auto":
+        return device == "cuda" and config.train.zero_stage < 3
+    return config.train.compile
+
+
 class Engine:
     """One rank of a training job: DeepSpeed's engine behind the few calls that the loop makes.
 
@@ -66,7 +77,7 @@ class Engine:
         settings = deepspeed_config(config, self._data_size)
         with self._construction(settings):
             module = TrainingModule(build_decoder(config), config.objective)
-        if config.train.compile:
+        if compiles_blocks(config, device.type):
             for block in [*module.model.blocks, *module.model.mtp]:
                 block.compile()
         self.spike_detector = SpikeDetector(config.guard, device)

@@ -11,12 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import varlen
 
 from kernels.attention.call import AttentionCall, AttentionOutput
-
-# Read once: torch.compile cannot trace it
-VARLEN_OPTIONS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionOutput:
@@ -49,6 +45,8 @@ def run_torch(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Attention
 
     Without soft cap, sinks and log-sum-exp; it aligns sequences as the package does.
     """
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
+
     if call.documents is not None:
         starts = call.documents.cu_seqlens(call.slices)
     else:
@@ -59,18 +57,29 @@ def run_torch(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Attention
         "window_size": (-1 if call.window is None else call.window - 1, 0),
     }
     group = q.shape[2] // k.shape[2]
-    if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.12
+    if _has_option("enable_gqa"):  # torch 2.12
         options["enable_gqa"] = group > 1
     elif group > 1:
         k, v = (t.repeat_interleave(group, 2) for t in (k, v))
-    attend: Any = varlen.varlen_attn  # its arguments differ between versions
+    attend: Any = varlen_attn  # its arguments differ between versions
     flat = (t.flatten(0, 1) for t in (q, k, v))
     out = attend(*flat, *starts, q.shape[1], k.shape[1], **options)
     return AttentionOutput(out.unflatten(0, q.shape[:2]), None)
 
 
+def _has_option(name: str) -> bool:
+    """Whether varlen_attn has an argument of that name."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return name in inspect.signature(varlen_attn).parameters
+
+
+# torch.compile asks instead of tracing it; see triton_attention.failure_on_gpu
+_has_option.__dict__["_dynamo_marked_constant"] = True
+
+
 def torch_unavailable() -> str | None:
     """Return why `run_torch` cannot be used with this torch, or None."""
-    if "scale" not in VARLEN_OPTIONS:
+    if not _has_option("scale"):
         return f"varlen_attn of torch {torch.__version__} has no scale and no window (2.11 has)"
     return None

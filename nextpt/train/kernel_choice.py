@@ -88,15 +88,15 @@ def refusals_of(config: Config, operator: str, device: str) -> dict[str, str | N
         device: Type of the torch device.
     """
     if operator == "attention":
-        table, wanted = ATTENTION, [*attention_features_of(config, device).values()]
+        table, needed = ATTENTION, [*attention_features_of(config, device).values()]
     else:
-        table, wanted = CROSS_ENTROPY, [set()]
-    return {name: _refusal(candidate, wanted, device) for name, candidate in table.items()}
+        table, needed = CROSS_ENTROPY, [set()]
+    return {name: _refusal(candidate, needed, device) for name, candidate in table.items()}
 
 
-def _refusal(candidate: Implementation, wanted: list[set[str]], device: str) -> str | None:
+def _refusal(candidate: Implementation, needed: list[set[str]], device: str) -> str | None:
     reasons: list[str] = []
-    for features in wanted:
+    for features in needed:
         reasons += candidate.refusals(device, features)
         if device == "cuda" and (slow := features & candidate.slow_on_cuda):
             reasons.append(f"it writes a mask of all scores for {', '.join(sorted(slow))}")

@@ -277,7 +277,6 @@ def test_arguments_of_torchs_varlen_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch_varlen, "varlen_attn", function)
-    monkeypatch.setattr(flash, "VARLEN_OPTIONS", frozenset(signature(function).parameters))
     check_arguments(flash.run_torch, window, None, queries, keys, packed)
 
 
@@ -285,7 +284,7 @@ def test_varlen_attention_without_windows_is_not_used(monkeypatch: pytest.Monkey
     def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
         raise AssertionError
 
-    monkeypatch.setattr(flash, "VARLEN_OPTIONS", frozenset(signature(of_torch_2_10).parameters))
+    monkeypatch.setattr(torch_varlen, "varlen_attn", of_torch_2_10)
     with pytest.raises(ValueError, match="has no scale and no window"):
         choose_attention("varlen", "cuda")
     assert choose_attention("auto", "cuda", {"documents"}).name == "flex"

@@ -30,7 +30,9 @@ def _describe(operator: str, entry: dict[str, Any]) -> Finding:
     where = f"on {entry['device']}, {when}"
     failed = ", ".join(f"{t['name']}: {t['reason']}" for t in entry["trials"] if t["reason"])
     if not times:
-        return note(operator, f"no trial succeeded {where}: {failed}", "nextpt kernels --help")
+        return note(
+            operator, f"no trial succeeded {where}: {failed}", "nextpt kernels --config FILE"
+        )
     order = sorted(times, key=times.__getitem__)
     observed = ", ".join(f"{name} {times[name]:.3g} ms" for name in order)
     return ok(operator, f"{observed}{'; ' + failed if failed else ''} ({where})")

@@ -166,7 +166,8 @@ def _choose(
     trials, source = _trials_of(read_entries(cache).get(key), names), "cache"
     if trials is None:
         trials, source = try_all(operator, names, shape, device), "trials"
-        remember(cache, key, {**facts, "trials": [trial._asdict() for trial in trials]})
+        if quickest(trials):  # where all fail the device was busy, say: the next job tries again
+            remember(cache, key, {**facts, "trials": [trial._asdict() for trial in trials]})
     if (name := quickest(trials)) is None:
         name, source = names[0], "order"
     return KernelChoice(operator, name, source, tuple(trials))

@@ -150,8 +150,12 @@ def test_the_memory_is_bounded_and_may_be_refused(
 def test_without_one_that_is_right_the_order_decides(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Trials(monkeypatch, Trial("varlen", reason="it fails"), Trial("flex", reason="it fails"))
+    failing = Trials(
+        monkeypatch, Trial("varlen", reason="it fails"), Trial("flex", reason="it fails")
+    )
+    choose(config, tmp_path / "cache.json")
     choice = choose(config, tmp_path / "cache.json")
+    assert failing.count == 2  # failures of all are not remembered
     assert (choice.name, choice.source) == ("varlen", "order")
     assert "varlen: it fails" in choice.summary("H200")
     trials = Trials(monkeypatch, Trial("varlen"))
